@@ -1,0 +1,48 @@
+# `make demo` and `make test` set up what is missing; see `make help`.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+FRAMEWORK ?= torch
+FRAMEWORKS ?= torch tensorflow
+NP ?= 2
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+# Open MPI refuses to start as root (containers) unless told twice.
+export OMPI_ALLOW_RUN_AS_ROOT := 1
+export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
+
+.PHONY: help setup demo test check format bench clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@echo
+	@echo 'Variables: FRAMEWORK=torch|tensorflow (demo), FRAMEWORKS="torch tensorflow" (setup), NP=2 (demo),'
+	@echo '           PYTHON=python3, HOROVOD_GPU_OPERATIONS=NCCL (setup with CUDA)'
+
+setup:  ## set up .venv: FRAMEWORKS, MPI, Horovod, hvdlm; seconds where all is there
+	@$(PYTHON) scripts/setup_environment.py $(FRAMEWORKS)
+
+demo:  ## train on the embedded corpus with NP ranks and FRAMEWORK, then write text
+	@$(PYTHON) scripts/setup_environment.py $(FRAMEWORK)
+	@horovodrun -np $(NP) python -m hvdlm --config examples/demo.yaml --framework $(FRAMEWORK) \
+	    --log.run runs/demo-$(FRAMEWORK) --log.overwrite true 2> >(grep -v cuda >&2) | sed -u -E 's/^\[[0-9]+,[0-9]+\]<std(out|err)>://'
+
+test:  ## check, then all tests, on real ranks under the real launchers
+	@$(PYTHON) scripts/setup_environment.py torch tensorflow
+	@$(MAKE) --no-print-directory check
+	@python -m pytest tests
+
+check:  ## format, lint, types and import walls
+	@$(PYTHON) scripts/setup_environment.py
+	@ruff format --check -q . && ruff check -q . && mypy -q && python -m pytest -q tests/test_walls.py
+
+format:  ## format and repair what the linter can
+	@ruff format -q . && ruff check -q --fix .
+
+bench:  ## the paired benchmarks (minutes)
+	@$(PYTHON) scripts/setup_environment.py torch tensorflow
+	@python benchmarks/loop_overhead.py && python benchmarks/communication_cost.py
+
+clean:  ## delete runs and caches of this checkout; the user's wheel cache stays
+	@rm -rf runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

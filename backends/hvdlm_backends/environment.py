@@ -1,0 +1,81 @@
+"""What launchers tell in the environment, and what has to stand there before MPI, Horovod or a framework is loaded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from hvdlm.interfaces import HvdlmError
+
+# Most specific first: Slurm's variables are also there inside an mpirun that runs in a Slurm allocation.
+_LAUNCHERS = {
+    "horovodrun (Gloo)": ("HOROVOD_RANK", "HOROVOD_SIZE", "HOROVOD_LOCAL_RANK", "HOROVOD_LOCAL_SIZE"),
+    "Open MPI": (
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+    ),
+    "MPICH or Intel MPI": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
+}
+
+
+class Launch(NamedTuple):
+    """Who started this process, and which of how many it is."""
+
+    launcher: str
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+
+
+def detect(environ: Mapping[str, str] = os.environ) -> Launch | None:
+    """Return what the launcher's environment tells, or None where no launcher started this process."""
+    for launcher, (rank, size, local_rank, local_size) in _LAUNCHERS.items():
+        if rank in environ and size in environ:
+            total = int(environ[size])
+            first = environ.get(local_size, str(total)).split("(")[0].split(",")[0]  # Slurm writes 4(x2),3
+            return Launch(launcher, int(environ[rank]), total, int(environ.get(local_rank, environ[rank])), int(first))
+    return None
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def prepare(launch: Launch | None, threads: int | None, cycle_ms: float | None, timeout: float) -> int:
+    """Set thread counts and Horovod's and MPI's settings for this rank; return the framework threads per rank.
+
+    What the user has set in the environment stands, but for the launcher's own thread default of Open MPI's wrapper.
+    Must run before numpy's BLAS, a framework or MPI is loaded: they read these once.
+    """
+    local_size = launch.local_size if launch else 1
+    threads = threads or max(1, cores() // local_size)
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ.setdefault(name, str(threads))
+    oversubscribed = local_size > cores()
+    if oversubscribed:
+        # A rank that waits must give its core to one that computes: 43 ms against 1.1 ms for 4 KB, 4 ranks on 2 cores.
+        os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
+    if cycle_ms is not None:
+        os.environ["HOROVOD_CYCLE_TIME"] = str(cycle_ms)
+    os.environ.setdefault("HOROVOD_STALL_CHECK_TIME_SECONDS", str(max(1, round(timeout / 2))))
+    os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", str(max(2, round(timeout))))
+    return threads
+
+
+def check_alone(launch: Launch | None) -> None:
+    """Refuse to run alone where a launcher started several ranks.
+
+    Raises:
+        HvdlmError: the run would silently become several runs of one rank each.
+    """
+    if launch and launch.size > 1:
+        raise HvdlmError(
+            f"backend local runs one process, but {launch.launcher} started {launch.size}: "
+            "use --backend auto, or start python -m hvdlm without a launcher."
+        )

@@ -1,0 +1,203 @@
+"""World and Group over ``horovod.torch`` or ``horovod.tensorflow``; a Group is a process set.
+
+Only raw collectives are used. Process sets are declared when Horovod starts: made later, they fail over Gloo.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from hvdlm.interfaces import Group, Handle, HvdlmError, Traffic
+from hvdlm_backends.environment import Launch
+from hvdlm_backends.local import AloneGroup, Done
+
+
+class _Waiting:
+    """A torch collective under way; waiting for it is timed."""
+
+    def __init__(self, synchronize: Callable[[Any], Any], handle: Any, traffic: Traffic) -> None:
+        self._synchronize, self._handle, self._traffic = synchronize, handle, traffic
+
+    def wait(self) -> Any:
+        """Return the result."""
+        started = time.perf_counter()
+        result = self._synchronize(self._handle)
+        self._traffic.seconds += time.perf_counter() - started
+        return result
+
+
+class HorovodGroup:
+    """The collectives of one process set. Calls and bytes are counted when a call is made.
+
+    Inside a TensorFlow graph a call is made once, when the graph is traced: who runs the graph counts its runs.
+    """
+
+    def __init__(self, hvd: ModuleType, ranks: Sequence[int], process_set: Any) -> None:
+        self.ranks = tuple(ranks)
+        self.traffic: dict[str, Traffic] = {}
+        self._hvd, self._set = hvd, process_set
+        # TensorFlow's operations take this to keep the same name in every graph; torch's don't know it.
+        self._named = {"ignore_name_scope": True} if hvd.__name__.endswith("tensorflow") else {}
+
+    def _count(self, operation: str, *tensors: Any) -> Traffic:
+        traffic = self.traffic.setdefault(operation, Traffic())
+        traffic.calls += 1
+        traffic.bytes += sum(_bytes(tensor) for tensor in tensors)
+        return traffic
+
+    def all_reduce_async(self, tensor: Any, name: str) -> Handle:
+        """Start the sum; see ``interfaces.Group``."""
+        traffic = self._count("all_reduce", tensor)
+        if self._named:
+            reduced = self._hvd.allreduce(tensor, op=self._hvd.Sum, name=name, process_set=self._set, **self._named)
+            return Done(reduced)
+        handle = self._hvd.allreduce_async_(tensor, op=self._hvd.Sum, name=name, process_set=self._set)
+        return _Waiting(self._hvd.synchronize, handle, traffic)
+
+    def _timed(self, operation: str, tensors: Sequence[Any], call: Callable[[], Any]) -> Any:
+        traffic = self._count(operation, *tensors)
+        started = time.perf_counter()
+        result = call()
+        traffic.seconds += time.perf_counter() - started
+        return result
+
+    def all_reduce(self, tensors: Sequence[Any], name: str) -> list[Any]:
+        """Return the sums; see ``interfaces.Group``."""
+        hvd = self._hvd
+        options = {"op": hvd.Sum, "name": name, "process_set": self._set, **self._named}
+        return self._timed("all_reduce", tensors, lambda: list(hvd.grouped_allreduce(list(tensors), **options)))
+
+    def all_gather(self, tensor: Any, name: str) -> Any:
+        """Return the concatenation; see ``interfaces.Group``."""
+        options = {"name": name, "process_set": self._set, **self._named}
+        return self._timed("all_gather", [tensor], lambda: self._hvd.allgather(tensor, **options))
+
+    def reduce_scatter(self, tensor: Any, name: str) -> Any:
+        """Return this member's part of the sum; see ``interfaces.Group``."""
+        options = {"op": self._hvd.Sum, "name": name, "process_set": self._set, **self._named}
+        return self._timed("reduce_scatter", [tensor], lambda: self._hvd.reducescatter(tensor, **options))
+
+    def broadcast(self, tensor: Any, root: int, name: str) -> Any:
+        """Return the root's tensor; see ``interfaces.Group``."""
+        options = {"name": name, "process_set": self._set, **self._named}
+        return self._timed("broadcast", [tensor], lambda: self._hvd.broadcast(tensor, self.ranks[root], **options))
+
+    def all_to_all(self, tensor: Any, name: str) -> Any:
+        """Return the exchanged parts; see ``interfaces.Group``."""
+        options = {"name": name, "process_set": self._set, **self._named}
+
+        def exchange() -> Any:
+            result = self._hvd.alltoall(tensor, **options)
+            return result[0] if isinstance(result, tuple) else result
+
+        return self._timed("all_to_all", [tensor], exchange)
+
+    def barrier(self) -> None:
+        """Wait for all members."""
+        self._timed("barrier", [], lambda: self._hvd.barrier(process_set=self._set))
+
+
+def _bytes(tensor: Any) -> int:
+    """Return the bytes of a torch or TensorFlow tensor; 0 where a traced shape is open."""
+    if hasattr(tensor, "element_size"):
+        return tensor.numel() * tensor.element_size()
+    elements = tensor.shape.num_elements()
+    return (elements or 0) * tensor.dtype.size
+
+
+class HorovodWorld:
+    """A world of Horovod's ranks. Small objects travel as JSON, through mpi4py where there is MPI."""
+
+    def __init__(self, hvd: ModuleType, sets: Mapping[tuple[int, ...], Any], communicator: Any = None) -> None:
+        everyone = tuple(range(hvd.size()))
+        self.rank, self.size = hvd.rank(), hvd.size()
+        self.local_rank, self.local_size = hvd.local_rank(), hvd.local_size()
+        self._hvd, self._communicator = hvd, communicator
+        self._groups: dict[tuple[int, ...], Group] = {everyone: HorovodGroup(hvd, everyone, hvd.global_process_set)}
+        self._sets = sets
+
+    def group(self, ranks: Sequence[int]) -> Group:
+        """Return the group of these ranks; see ``interfaces.World``."""
+        key = tuple(ranks)
+        if len(key) == 1:
+            return AloneGroup(key[0])
+        if key not in self._groups:
+            if key not in self._sets:
+                raise HvdlmError(f"ranks {key} are no group of this run's mesh: groups are declared at the start.")
+            self._groups[key] = HorovodGroup(self._hvd, key, self._sets[key])
+        return self._groups[key]
+
+    def broadcast_object(self, value: Any, root: int = 0) -> Any:
+        """Return the root's value on all ranks."""
+        if self.size == 1:
+            return value
+        if self._communicator is not None:
+            data = self._communicator.bcast(json.dumps(value).encode() if self.rank == root else None, root)
+            return json.loads(data)
+        return self.gather_objects(value if self.rank == root else None)[root]
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Return every rank's value on all ranks."""
+        data = json.dumps(value).encode()
+        if self._communicator is not None:
+            return [json.loads(part) for part in self._communicator.allgather(data)]
+        sizes = self._gather(np.array([len(data)], np.int64), "hvdlm.object_sizes")
+        whole = self._gather(np.frombuffer(data, np.uint8).copy(), "hvdlm.objects").tobytes()
+        ends = np.cumsum(sizes)
+        return [json.loads(whole[end - size : end]) for end, size in zip(ends, sizes, strict=True)]
+
+    def _gather(self, array: np.ndarray, name: str) -> np.ndarray:
+        if self._hvd.__name__.endswith("torch"):
+            torch = sys.modules["torch"]
+            return self._hvd.allgather(torch.from_numpy(array), name=name).numpy()
+        tensorflow = sys.modules["tensorflow"]
+        return self._hvd.allgather(tensorflow.constant(array), name=name).numpy()
+
+    def any(self, flag: bool) -> bool:
+        """Return whether any rank's flag is set."""
+        return any(self.gather_objects(bool(flag)))
+
+    def abort(self, code: int) -> None:
+        """End all ranks: MPI's launcher is told; horovodrun ends the others when one exits with an error."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if self._communicator is not None:
+            self._communicator.Abort(code)
+        os._exit(code)
+
+    def close(self) -> None:
+        """Shut Horovod down."""
+        self._hvd.shutdown()
+
+
+def start(framework: str, groups: Sequence[tuple[int, ...]], launch: Launch | None, advice: str) -> tuple:
+    """Import ``horovod.<framework>`` and start it; return it and its process set of every group but the whole world.
+
+    Raises:
+        HvdlmError: Horovod isn't built for the framework, or found fewer ranks than the launcher started.
+    """
+    try:
+        hvd = importlib.import_module(f"horovod.{framework}")
+    except ImportError as error:
+        raise HvdlmError(
+            f"Horovod has no {framework} operations here ({str(error).splitlines()[0]}): "
+            f'build it with make setup FRAMEWORKS="{framework}".'
+        ) from error
+    size = launch.size if launch else 1
+    sets = {ranks: hvd.ProcessSet(list(ranks)) for ranks in groups if len(ranks) < size}
+    hvd.init(process_sets=list(sets.values()))
+    if hvd.size() != size:
+        raise HvdlmError(
+            f"{launch.launcher if launch else 'the environment'} started {size} ranks but Horovod found {hvd.size()}: "
+            f"each would train on its own. {advice}"
+        )
+    return hvd, sets

@@ -1,0 +1,117 @@
+"""One process, no Horovod: the default where no launcher started the run."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from hvdlm import hookimpl
+from hvdlm.config import Config
+from hvdlm.interfaces import Group, HvdlmError, Traffic
+from hvdlm_backends import environment
+
+
+class Done:
+    """A collective that needs no waiting: its result is there."""
+
+    def __init__(self, result: Any) -> None:
+        self._result = result
+
+    def wait(self) -> Any:
+        """Return the result."""
+        return self._result
+
+
+class AloneGroup:
+    """A group of one rank: every operation is the identity."""
+
+    def __init__(self, rank: int = 0) -> None:
+        self.ranks = (rank,)
+        self.traffic: dict[str, Traffic] = {}
+
+    def all_reduce_async(self, tensor: Any, name: str) -> Done:
+        """Return the tensor, done."""
+        return Done(tensor)
+
+    def all_reduce(self, tensors: Sequence[Any], name: str) -> list[Any]:
+        """Return the tensors."""
+        return list(tensors)
+
+    def all_gather(self, tensor: Any, name: str) -> Any:
+        """Return the tensor."""
+        return tensor
+
+    def reduce_scatter(self, tensor: Any, name: str) -> Any:
+        """Return the tensor."""
+        return tensor
+
+    def broadcast(self, tensor: Any, root: int, name: str) -> Any:
+        """Return the tensor."""
+        return tensor
+
+    def all_to_all(self, tensor: Any, name: str) -> Any:
+        """Return the tensor."""
+        return tensor
+
+    def barrier(self) -> None:
+        """Return."""
+
+
+class LocalWorld:
+    """A world of one rank."""
+
+    rank, size, local_rank, local_size = 0, 1, 0, 1
+
+    def group(self, ranks: Sequence[int]) -> Group:
+        """Return the group of rank 0."""
+        if tuple(ranks) != (0,):
+            raise HvdlmError(f"backend local has rank 0 only, ranks {tuple(ranks)} were asked for.")
+        return AloneGroup()
+
+    def broadcast_object(self, value: Any, root: int = 0) -> Any:
+        """Return the value."""
+        return value
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Return [value]."""
+        return [value]
+
+    def any(self, flag: bool) -> bool:
+        """Return the flag."""
+        return flag
+
+    def abort(self, code: int) -> None:
+        """End this process."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+    def close(self) -> None:
+        """Leave nothing to do."""
+
+
+class LocalBackend:
+    """The backend ``local``."""
+
+    name = "local"
+
+    def launch_shape(self) -> tuple[int, int, int, int]:
+        """Return rank 0 of 1; raise HvdlmError under a launcher of several."""
+        environment.check_alone(environment.detect())
+        return (0, 1, 0, 1)
+
+    def prepare(self, config: Config) -> int:
+        """Set thread counts; return framework threads per rank."""
+        return environment.prepare(None, config.train.threads, None, config.communication.timeout)
+
+    def start(self, framework: str, groups: Sequence[tuple[int, ...]], config: Config) -> LocalWorld:
+        """Return the world of this process."""
+        return LocalWorld()
+
+
+@hookimpl
+def hvdlm_make_backend(name: str) -> LocalBackend | None:
+    """Answer to ``local``."""
+    return LocalBackend() if name == "local" else None

@@ -1,0 +1,215 @@
+"""The command line: ``python -m hvdlm [train|evaluate|generate|prepare|plugins|doctor] [options]``."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from hvdlm import options
+from hvdlm.interfaces import HvdlmError, RankError
+
+COMMANDS = {
+    "train": "train a model (the default)",
+    "evaluate": "compute a run's figures on the whole validation split",
+    "generate": "write text with a run's model",
+    "prepare": "turn text into token files",
+    "plugins": "list what is installed, what it provides and its version",
+    "doctor": "examine this machine's MPI, Horovod and frameworks",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; return the process's exit code: 0 done, 1 failed while computing, 2 bad input."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    arguments = [a for a in arguments if a != "--debug"]
+    command = arguments.pop(0) if arguments and arguments[0] in COMMANDS else "train"
+    try:
+        if arguments and not arguments[0].startswith("-"):
+            from hvdlm.plugins import nearest
+
+            raise HvdlmError(f"no command {arguments[0]!r}; {nearest(arguments[0], COMMANDS)}")
+        return _COMMANDS[command](arguments)
+    except HvdlmError as error:
+        return _refuse(error, debug)
+    except BrokenPipeError:
+        return 0
+
+
+def _refuse(error: HvdlmError, debug: bool) -> int:
+    """Print the sentence once and end with code 2."""
+    if debug:
+        traceback.print_exception(error)
+    rank = _launch_rank()
+    if rank:
+        # Rank 0 most often has the same to say: it says it, and the launcher then ends this rank.
+        time.sleep(3)
+    prefix = f"hvdlm: rank {rank}: " if rank else "hvdlm: "
+    print(prefix + str(error), file=sys.stderr, flush=True)
+    world = getattr(error, "world", None)
+    if world is not None and world.size > 1:
+        world.abort(2)
+    return 2
+
+
+def _launch_rank() -> int:
+    for name in ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"):
+        if os.environ.get(name, "").isdigit():
+            return int(os.environ[name])
+    return 0
+
+
+def _guard(run: Any, action: Callable[[], Any], debug: bool = True) -> int:
+    """Do what all ranks compute; an error on this rank ends all of them with its message."""
+    try:
+        action()
+    except KeyboardInterrupt:
+        print(f"hvdlm: rank {run.world.rank}: interrupted", file=sys.stderr, flush=True)
+        run.world.abort(130)
+    except Exception as error:
+        if not isinstance(error, (RankError, HvdlmError)):
+            traceback.print_exc()
+        print(f"hvdlm: rank {run.world.rank} failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        run.world.abort(2 if isinstance(error, HvdlmError) else 1)
+    run.world.close()
+    return 0
+
+
+def train(arguments: list[str]) -> int:
+    """``python -m hvdlm train``."""
+    config = options.parse_config(arguments, COMMANDS)
+    from hvdlm import run as runs
+
+    plan = runs.plan(config)
+    run = runs.start(plan)
+    from hvdlm.loop import train as loop
+    from hvdlm.telemetry import default_plugins
+
+    for plugin in default_plugins(config):
+        run.manager.register(plugin)
+
+    def action() -> None:
+        loop(run)
+        if config.log.sample_tokens:
+            from hvdlm.generate import Sampling
+
+            _write(run, config.log.sample_prompt, config.log.sample_tokens, Sampling(seed=config.train.seed))
+
+    return _guard(run, action)
+
+
+def _open(values: Any, arguments: list[str]) -> Any:
+    """Open a trained run on this machine, with the options of its config.yaml and those given after them."""
+    from hvdlm import checkpoint
+    from hvdlm import run as runs
+
+    config = options.run_config(values.run, arguments)
+    config.checkpoint.resume = "none"
+    plan = runs.plan(config, fresh=False)
+    plan.checkpoint = checkpoint.find(_path(values.run), "auto") if values.checkpoint is None else (
+        checkpoint.open_checkpoint(_path(values.checkpoint))
+    )
+    if plan.checkpoint is None:
+        raise HvdlmError(f"{values.run} holds no checkpoint yet: train first, or name another run with --run.")
+    return runs.start(plan)
+
+
+def _path(text: str) -> Any:
+    from pathlib import Path
+
+    return Path(text)
+
+
+def evaluate(arguments: list[str]) -> int:
+    """``python -m hvdlm evaluate --run RUN``."""
+    values, rest = options.parse_evaluate(arguments)
+    run = _open(values, rest)
+
+    def action() -> None:
+        import json
+
+        from hvdlm.loop import evaluate as figures
+
+        found = figures(run)
+        if run.world.rank == 0:
+            print(json.dumps({"step": run.checkpoint.step, **found}), flush=True)
+
+    return _guard(run, action)
+
+
+def generate(arguments: list[str]) -> int:
+    """``python -m hvdlm generate --run RUN --prompt TEXT``."""
+    values, rest = options.parse_generate(arguments)
+    from hvdlm.generate import Sampling
+
+    sampling = Sampling(values.temperature, values.top_k, values.top_p, values.seed)
+    run = _open(values, rest)
+    prompt = sys.stdin.read() if values.prompt == "-" else values.prompt
+    return _guard(run, lambda: _write(run, prompt, values.tokens, sampling))
+
+
+def _write(run: Any, prompt: str, count: int, sampling: Any) -> None:
+    """Print ``prompt`` and what follows it, on rank 0, as it comes."""
+    from hvdlm.generate import generate as tokens_after
+
+    tokenizer = run.task.tokenizer
+    ids = tokenizer.encode(prompt)
+    if not len(ids):
+        raise HvdlmError("the prompt is empty: give at least one character (--prompt).")
+    if run.world.rank != 0:
+        return
+    context = getattr(run.spec.settings, "context", sys.maxsize)
+    ids, shown = [int(i) for i in ids], 0
+    for token in tokens_after(run.trainable, ids, count, context, sampling):
+        ids.append(token)
+        text = tokenizer.decode(ids)
+        # A character of several tokens is shown when it is whole.
+        if not text.endswith("\ufffd"):
+            print(text[shown:], end="", flush=True)
+            shown = len(text)
+    print(flush=True)
+
+
+def prepare(arguments: list[str]) -> int:
+    """``python -m hvdlm prepare --data.path ... --output FOLDER``."""
+    values = options.parse_prepare(arguments)
+    from hvdlm.data.tokenfile import prepare as write
+
+    data = write(values.data, values.output)
+    print(f"{data.folder}: {len(data.train):,} training and {len(data.validation):,} validation tokens, "
+          f"vocabulary of {data.tokenizer.vocab:,}")
+    return 0
+
+
+def plugins(arguments: list[str]) -> int:
+    """``python -m hvdlm plugins``."""
+    options.parse_none("plugins", COMMANDS["plugins"], arguments)
+    from hvdlm.plugins import describe
+
+    rows = [("plugin", "from", "module", "provides"), *describe()]
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)) + "  " + row[3])
+    return 0
+
+
+def doctor(arguments: list[str]) -> int:
+    """``python -m hvdlm doctor``."""
+    options.parse_none("doctor", COMMANDS["doctor"], arguments)
+    from hvdlm import doctor as examination
+
+    return examination.main()
+
+
+_COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": train,
+    "evaluate": evaluate,
+    "generate": generate,
+    "prepare": prepare,
+    "plugins": plugins,
+    "doctor": doctor,
+}

@@ -1,0 +1,235 @@
+"""Everything a user can set, with units and defaults.
+
+A field's help text is the line under it in the class's docstring; ``--help`` prints it. None means: chosen by what is
+described there. YAML files have the same structure: ``model: {layers: 6}`` is ``--model.layers 6``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Literal
+
+
+@dataclass
+class ModelConfig:
+    """The model.
+
+    Args:
+        name: a model or preset: gpt, gpt2, llama, rnn, gru, lstm, or one that a plugin brings
+        layers: how many layers
+        width: width of the embedding; a recurrent layer's hidden units
+        heads: attention heads
+        kv_heads: key-value heads (grouped-query attention); None: as many as heads
+        mlp_width: width of the feed-forward layer; None: 4 x width, SwiGLU: 8/3 x width rounded up to 8
+        positions: how positions enter; None: the preset's
+        norm: normalisation; None: the preset's
+        activation: feed-forward activation; None: the preset's
+        bias: biases in linear and normalisation layers; None: the preset's
+        tie_embeddings: input embedding is also the output layer; None: the preset's
+        dropout: share of activations dropped while training
+        rotary_base: base of the rotary positions' wavelengths
+        norm_epsilon: added to the variance in normalisations
+        initial_scale: standard deviation of a GPT's initial weights; recurrent models start uniform within 1 / sqrt(width)
+    """
+
+    name: str = "gpt"
+    layers: int = 4
+    width: int = 128
+    heads: int = 4
+    kv_heads: int | None = None
+    mlp_width: int | None = None
+    positions: Literal["learned", "rotary"] | None = None
+    norm: Literal["layernorm", "rmsnorm"] | None = None
+    activation: Literal["gelu", "swiglu"] | None = None
+    bias: bool | None = None
+    tie_embeddings: bool | None = None
+    dropout: float = 0.0
+    rotary_base: float = 10000.0
+    norm_epsilon: float = 1e-5
+    initial_scale: float = 0.02
+
+
+@dataclass
+class DataConfig:
+    """The corpus and how it becomes batches.
+
+    Args:
+        path: text files, folders, globs, .gz files, - for standard input, a prepared token folder, or "embedded"
+        validation_path: the validation text, in the same forms; None: the end of the corpus
+        validation_share: share of the corpus, from its end, kept for validation where validation_path is None
+        tokenizer: byte, char, word, bpe, or the path of a Hugging Face tokenizer.json
+        vocab_size: most entries of a word or bpe vocabulary; None: 10000 (word), 4096 (bpe)
+        context: tokens in a sequence
+        sampling: shuffled (each window once an epoch) or sequential (consecutive windows, recurrent state carried)
+        cache: folder of prepared token files; None: hvdlm/tokens in the user's cache folder
+    """
+
+    path: list[str] | str = field(default_factory=lambda: ["embedded"])
+    validation_path: list[str] | str | None = None
+    validation_share: float = 0.1
+    tokenizer: str = "char"
+    vocab_size: int | None = None
+    context: int = 64
+    sampling: Literal["shuffled", "sequential"] = "shuffled"
+    cache: str | None = None
+
+    def __post_init__(self) -> None:
+        """Take a single path for a list of one."""
+        self.path = [self.path] if isinstance(self.path, str) else self.path
+        if isinstance(self.validation_path, str):
+            self.validation_path = [self.validation_path]
+
+
+@dataclass
+class TrainConfig:
+    """Optimization.
+
+    Args:
+        steps: optimizer steps
+        batch_size: sequences in the global batch, over all ranks
+        micro_batch_size: sequences a rank computes at a time; None: its whole share (no accumulation)
+        seed: everything random follows from it
+        optimizer: the update rule
+        learning_rate: its peak, after warm-up
+        min_learning_rate: where decaying schedules end
+        schedule: how the learning rate goes on after warm-up
+        warmup: steps of linear warm-up, or, below 1, a share of all steps
+        decay_every: steps between two falls of the step schedule
+        decay_factor: what each fall of the step schedule multiplies by
+        weight_decay: decoupled (AdamW) or added to the gradient (SGD, Adagrad); on matrices only
+        beta1: AdamW's decay of the first moment
+        beta2: AdamW's decay of the second moment
+        epsilon: AdamW's and Adagrad's denominator term
+        momentum: SGD's momentum
+        nesterov: SGD looks ahead
+        clip: largest global norm of the gradient; 0: no clipping
+        precision: fp32, bf16 (weights stay fp32), or fp16 with loss scaling (GPU only)
+        compile: torch.compile or XLA; None: where it was measured to be faster
+        activation_checkpointing: recompute activations in the backward pass
+        eval_every: steps between evaluations; 0: only at the end
+        eval_batch_size: sequences a rank evaluates at a time
+        threads: framework threads per rank; None: cores divided by local ranks
+    """
+
+    steps: int = 1000
+    batch_size: int = 32
+    micro_batch_size: int | None = None
+    seed: int = 1
+    optimizer: Literal["adamw", "sgd", "adagrad"] = "adamw"
+    learning_rate: float = 1e-3
+    min_learning_rate: float = 1e-4
+    schedule: Literal["constant", "linear", "cosine", "inverse_sqrt", "step"] = "cosine"
+    warmup: float = 100
+    decay_every: int = 1000
+    decay_factor: float = 0.5
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.99
+    epsilon: float = 1e-8
+    momentum: float = 0.0
+    nesterov: bool = False
+    clip: float = 1.0
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    compile: bool | None = None
+    activation_checkpointing: bool = False
+    eval_every: int = 500
+    eval_batch_size: int = 64
+    threads: int | None = None
+
+
+@dataclass
+class ParallelConfig:
+    """How ranks share the work: data x pipeline x tensor ranks in all.
+
+    Args:
+        data: ranks along the data axis; None: what the other axes leave
+        pipeline: pipeline stages
+        tensor: ranks that share every layer
+    """
+
+    data: int | None = None
+    pipeline: int = 1
+    tensor: int = 1
+
+
+@dataclass
+class CommunicationConfig:
+    """How gradients travel.
+
+    Args:
+        exchange: all_reduce, or one that a plugin brings
+        bucket_bytes: gradients are summed in flat buckets of at least this size (bytes)
+        cycle_ms: milliseconds between two looks of Horovod's background thread; None: by the machine
+        timeout: seconds until ranks that wait for a missing one give up and end the run
+    """
+
+    exchange: str = "all_reduce"
+    bucket_bytes: int = 4_000_000
+    cycle_ms: float | None = None
+    timeout: float = 300.0
+
+
+@dataclass
+class CheckpointConfig:
+    """What is kept on disk.
+
+    Args:
+        every: steps between checkpoints; 0: only at the end
+        keep: how many checkpoints are kept
+        resume: auto (the run folder's newest), none, or the path of a checkpoint
+    """
+
+    every: int = 500
+    keep: int = 2
+    resume: str = "none"
+
+
+@dataclass
+class LogConfig:
+    """What a run tells.
+
+    Args:
+        run: the run's folder
+        overwrite: start afresh in a folder that holds an earlier run, which is deleted
+        every: steps between two lines of metrics.jsonl
+        progress: a progress bar on a terminal, plain lines elsewhere
+        tensorboard: write TensorBoard events
+        sample_tokens: tokens of text generated at the end; 0: none
+        sample_prompt: what the sample begins with
+    """
+
+    run: str = "runs/default"
+    overwrite: bool = False
+    every: int = 10
+    progress: bool = True
+    tensorboard: bool = True
+    sample_tokens: int = 0
+    sample_prompt: str = "\n"
+
+
+@dataclass
+class Config:
+    """One run.
+
+    Args:
+        framework: torch or tensorflow, or one that a plugin brings
+        backend: how ranks meet: auto, local, mpi or gloo
+        task: what is learnt
+        plugins: installed plugins to use besides those that the other options name
+    """
+
+    framework: str = "torch"
+    backend: str = "auto"
+    task: str = "language_model"
+    plugins: list[str] = field(default_factory=list)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    communication: CommunicationConfig = field(default_factory=CommunicationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def to_dict(self) -> dict:
+        """Return plain dictionaries, as YAML and JSON take them."""
+        return asdict(self)

@@ -1,0 +1,77 @@
+"""Text from a trained model: sampling by temperature, top-k and top-p, one token at a time from a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hvdlm.interfaces import HvdlmError, Trainable
+
+
+@dataclass
+class Sampling:
+    """How the next token is drawn.
+
+    Args:
+        temperature: divides the scores; 0: always the likeliest
+        top_k: draw among the k likeliest; 0: among all
+        top_p: draw among the likeliest whose probabilities sum to this (Holtzman et al. 2020); 1: among all
+        seed: everything random follows from it
+    """
+
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse what can't be drawn from."""
+        if self.temperature < 0:
+            raise HvdlmError(f"temperature is {self.temperature}, expected 0 or more.")
+        if self.top_k < 0:
+            raise HvdlmError(f"top_k is {self.top_k}, expected 0 (all) or more.")
+        if not 0 < self.top_p <= 1:
+            raise HvdlmError(f"top_p is {self.top_p}, expected above 0 and at most 1.")
+
+
+def choose(scores: np.ndarray, sampling: Sampling, random: np.random.Generator) -> int:
+    """Return a token drawn by float ``scores`` ``[vocab]``."""
+    if sampling.temperature == 0:
+        return int(scores.argmax())
+    order = np.argsort(-scores, kind="stable")
+    if sampling.top_k:
+        order = order[: sampling.top_k]
+    scaled = scores[order].astype(np.float64) / sampling.temperature
+    shares = np.exp(scaled - scaled.max())
+    shares /= shares.sum()
+    if sampling.top_p < 1:
+        kept = int(np.searchsorted(np.cumsum(shares), sampling.top_p)) + 1
+        order, shares = order[:kept], shares[:kept] / shares[:kept].sum()
+    return int(order[random.choice(len(order), p=shares)])
+
+
+def generate(trainable: Trainable, prompt: np.ndarray, count: int, context: int, sampling: Sampling) -> Iterator[int]:
+    """Yield ``count`` tokens that follow ``prompt`` (int32 ``[time]``, at least one).
+
+    When a Transformer's context is full, it is read anew from the last half of it.
+    """
+    random = np.random.default_rng(sampling.seed)
+    tokens = [int(t) for t in prompt]
+    scores, cache, held = _read(trainable, tokens[-context:])
+    for _ in range(count):
+        token = choose(scores[0], sampling, random)
+        tokens.append(token)
+        yield token
+        if held == context:
+            scores, cache, held = _read(trainable, tokens[-max(1, context // 2) :])
+        else:
+            scores, cache = trainable.logits(np.array([[token]], np.int32), cache)
+            held += 1
+
+
+def _read(trainable: Trainable, tokens: list[int]) -> tuple[np.ndarray, Any, int]:
+    scores, cache = trainable.logits(np.array([tokens], np.int32), None)
+    return scores, cache, len(tokens)

@@ -1,0 +1,72 @@
+"""Every hook of hvdlm, on one page. A plugin implements those it wants with ``@hvdlm.hookimpl``.
+
+Makers answer with what they make when the name is theirs and with None otherwise; the first answer counts.
+Events are told to every plugin on every rank; what only one rank should do (write a file), rank 0 does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from hvdlm.config import Config
+    from hvdlm.interfaces import Backend, Exchange, Framework, Group, StepResult, Task, World
+    from hvdlm.models.spec import ModelMaker
+
+hookspec = pluggy.HookspecMarker("hvdlm")
+hookimpl = pluggy.HookimplMarker("hvdlm")
+
+
+@hookspec(firstresult=True)
+def hvdlm_make_framework(name: str) -> Framework | None:
+    """Return the framework of this name; may import it."""
+
+
+@hookspec(firstresult=True)
+def hvdlm_make_backend(name: str) -> Backend | None:
+    """Return the backend of this name; must not import a framework or a transport yet."""
+
+
+@hookspec(firstresult=True)
+def hvdlm_make_exchange(name: str, group: Group, config: Config) -> Exchange | None:
+    """Return the exchange of this name over ``group``, the ranks of the data axis."""
+
+
+@hookspec(firstresult=True)
+def hvdlm_make_task(name: str, config: Config) -> Task | None:
+    """Return the task of this name, its data opened; runs on every rank, rank 0 first."""
+
+
+@hookspec
+def hvdlm_models() -> Mapping[str, ModelMaker]:
+    """Return models by the names that ``model.name`` takes."""
+
+
+@hookspec
+def hvdlm_run_started(config: Config, world: World, info: Mapping[str, Any]) -> None:
+    """Hear that all ranks are ready: ``info`` has parameters, flops_per_token, start_step, versions."""
+
+
+@hookspec
+def hvdlm_step_ended(step: int, result: StepResult, learning_rate: float, seconds: float) -> None:
+    """Hear of optimizer step number ``step`` (the first is 1), which took ``seconds`` with its batch."""
+
+
+@hookspec
+def hvdlm_evaluated(step: int, metrics: Mapping[str, float]) -> None:
+    """Hear the task's figures on the whole validation split after ``step`` steps."""
+
+
+@hookspec
+def hvdlm_checkpoint_saved(step: int, path: str, seconds: float) -> None:
+    """Hear that the checkpoint in ``path`` is whole, and how long training stood still for it."""
+
+
+@hookspec
+def hvdlm_run_ended(summary: Mapping[str, Any]) -> None:
+    """Hear that training is over: ``summary`` is what ``summary.json`` holds."""

@@ -1,0 +1,253 @@
+"""The contracts between the core and its plugins. Read this page before writing one.
+
+Arrays that cross a contract are numpy arrays, so that neither side needs the other's framework; only a
+``Group`` moves the active framework's own tensors, because that is what communication is about.
+
+Shapes: ``rows`` counts sequences, ``time`` counts tokens in a sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from hvdlm.config import Config
+    from hvdlm.models.spec import ModelSpec
+    from hvdlm.topology import Mesh
+
+Tensor = Any
+"""A tensor of the active framework (torch.Tensor or tf.Tensor): the core never looks inside."""
+
+
+class HvdlmError(Exception):
+    """What the user did, or the machine lacks: one sentence with what, where and what to do. Exit code 2."""
+
+
+class RankError(Exception):
+    """A fault found while ranks were computing, with a sentence that names the rank. Exit code 1."""
+
+
+@dataclass
+class Batch:
+    """One rank's rows of one batch.
+
+    Attributes:
+        inputs: int32 ``[rows, time]``, token ids.
+        targets: int32 ``[rows, time]``, the next token at each position.
+        weights: float32 ``[rows, time]``, 1 where the target counts, 0 where it is padding; None: all count.
+        reset: whether a recurrent model starts this batch from its zero state.
+    """
+
+    inputs: np.ndarray
+    targets: np.ndarray
+    weights: np.ndarray | None = None
+    reset: bool = False
+
+    def rows(self, start: int, stop: int) -> Batch:
+        """Return rows ``start:stop`` as a batch of their own."""
+        weights = None if self.weights is None else self.weights[start:stop]
+        return Batch(self.inputs[start:stop], self.targets[start:stop], weights, self.reset)
+
+    @property
+    def tokens(self) -> float:
+        """How many targets count."""
+        return float(self.targets.size if self.weights is None else self.weights.sum(dtype="float64"))
+
+
+@dataclass
+class StepResult:
+    """What one optimizer step did. Every figure is the same on all ranks, but ``comm_seconds`` is this rank's.
+
+    Attributes:
+        loss: mean loss over all valid tokens of the global batch, in nats, before the update.
+        tokens: valid tokens in the global batch.
+        grad_norm: global L2 norm of the averaged gradient before clipping.
+        comm_seconds: time the step stood still for communication (what the backward pass did not hide).
+        comm_bytes: bytes this rank handed to collectives.
+    """
+
+    loss: float
+    tokens: float
+    grad_norm: float
+    comm_seconds: float = 0.0
+    comm_bytes: int = 0
+    extra: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Traffic:
+    """What one kind of collective moved so far: calls, bytes handed to the library, seconds waited for it."""
+
+    calls: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+
+
+class Handle(Protocol):
+    """A collective under way."""
+
+    def wait(self) -> Tensor:
+        """Return the result; block until it is there (a TensorFlow graph's edge does the waiting itself)."""
+
+
+@runtime_checkable
+class Group(Protocol):
+    """An ordered set of ranks and the collectives among them, on the active framework's tensors.
+
+    Every member calls the same operations in the same order with the same names. With one member
+    every operation is the identity and no library is called. Sums, never averages: who sums knows the weights.
+    dtypes: float32, float64, float16, int32, int64; others raise HvdlmError.
+    """
+
+    ranks: tuple[int, ...]
+    traffic: dict[str, Traffic]
+
+    def all_reduce_async(self, tensor: Tensor, name: str) -> Handle:
+        """Start the sum over members, shape ``[...]`` kept; torch sums in place."""
+
+    def all_reduce(self, tensors: Sequence[Tensor], name: str) -> list[Tensor]:
+        """Return the sums over members of every tensor, as one fused operation."""
+
+    def all_gather(self, tensor: Tensor, name: str) -> Tensor:
+        """Return ``[sum of n_i, ...]`` from members' ``[n_i, ...]``, in rank order."""
+
+    def reduce_scatter(self, tensor: Tensor, name: str) -> Tensor:
+        """Return this member's ``[n / size, ...]`` of the sum of members' ``[n, ...]``."""
+
+    def broadcast(self, tensor: Tensor, root: int, name: str) -> Tensor:
+        """Return the tensor of member number ``root`` (its place in ``ranks``)."""
+
+    def all_to_all(self, tensor: Tensor, name: str) -> Tensor:
+        """Return ``[n, ...]``: part j of every member's equally split ``[n, ...]`` goes to member j."""
+
+    def barrier(self) -> None:
+        """Return when all members have called it."""
+
+
+class World(Protocol):
+    """One run's ranks. Started by a Backend, ended by the loop."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+
+    def group(self, ranks: Sequence[int]) -> Group:
+        """Return the group of these ranks, made at the start from the mesh; HvdlmError for any other."""
+
+    def broadcast_object(self, value: Any, root: int = 0) -> Any:
+        """Return rank ``root``'s JSON-like ``value`` on all ranks. All ranks call."""
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Return every rank's JSON-like ``value``, in rank order, on all ranks. All ranks call."""
+
+    def any(self, flag: bool) -> bool:
+        """Return whether any rank's flag is set. All ranks call."""
+
+    def abort(self, code: int) -> None:
+        """End all ranks at once with this exit code; does not return."""
+
+    def close(self) -> None:
+        """Leave in good order. All ranks call."""
+
+
+class Backend(Protocol):
+    """How ranks meet, and which library moves the bytes."""
+
+    name: str
+
+    def launch_shape(self) -> tuple[int, int, int, int]:
+        """Return (rank, size, local rank, local size) as the launcher's environment tells, nothing imported.
+
+        Raises:
+            HvdlmError: the launcher speaks of ranks that this backend can't reach.
+        """
+
+    def start(self, framework: str, groups: Sequence[tuple[int, ...]], config: Config) -> World:
+        """Meet the other ranks. ``groups``: every set of ranks that will be asked for, the same list on all ranks.
+
+        Raises:
+            HvdlmError: the transport is not built, or fewer ranks are found than the launcher started.
+        """
+
+
+class Trainable(Protocol):
+    """A model on this rank with its optimizer: computes, exchanges gradients, updates."""
+
+    def train_step(self, micro_batches: Sequence[Batch], learning_rate: float, step: int) -> StepResult:
+        """Do one optimizer step on this rank's rows of the global batch. All ranks call, with equally many."""
+
+    def eval_step(self, batch: Batch) -> tuple[float, float]:
+        """Return (sum of losses over valid tokens in nats, valid tokens) of this rank's rows; no communication."""
+
+    def logits(self, tokens: np.ndarray, cache: Any = None) -> tuple[np.ndarray, Any]:
+        """Continue ``cache`` (None: from the start) by ``tokens`` int32 ``[rows, time]``.
+
+        Returns:
+            float32 ``[rows, vocab]``: the scores of what follows the last token; and the grown cache.
+        """
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Return copies of all that training goes on from, under global names.
+
+        ``parameters/NAME`` as in the ModelSpec, ``optimizer/KIND/NAME`` of the parameter's shape, ``exchange/...``,
+        and ``carry/...`` of recurrent models.
+        """
+
+    def load_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """Take over what ``state()`` returned, perhaps in the other framework or on another number of ranks.
+
+        ``optimizer/``, ``exchange/`` and ``carry/`` entries may be missing: they then start afresh.
+        """
+
+
+class Framework(Protocol):
+    """A deep-learning framework: builds Trainables from descriptions."""
+
+    name: str
+
+    def build(self, model: ModelSpec, mesh: Mesh, world: World, exchange: Exchange, config: Config) -> Trainable:
+        """Return the model at its initial values (``ModelSpec.initial``), ready to train. No communication."""
+
+
+class Exchange(Protocol):
+    """Turns this rank's gradients into those that the optimizer applies.
+
+    The framework hands over its gradients in flat buckets, in the order in which the backward pass finishes them, and
+    the exchange answers with handles, so that communication overlaps with the rest of the backward pass.
+    """
+
+    def start(self, bucket: Tensor, index: int) -> Handle:
+        """Begin to sum flat ``bucket`` ``[elements]`` over the data axis; ``index`` numbers the buckets of a step."""
+
+    def start_metrics(self, values: Tensor) -> Handle:
+        """Begin to sum float64 ``[n]`` (loss sum, valid tokens) over the data axis."""
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Return what the exchange remembers from step to step (error feedback), for the checkpoint."""
+
+    def load_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """Take over what ``state()`` returned."""
+
+
+class Task(Protocol):
+    """What a batch, a loss and a metric are."""
+
+    def batch(self, step: int, first: int, last: int) -> Batch:
+        """Return rows ``first:last`` of the global batch of ``step``: depends on nothing but seed and step."""
+
+    def validation(self, rank: int, size: int) -> Iterator[Batch]:
+        """Yield the whole validation split, ``rank``'s share of it, in a fixed order.
+
+        Ranks may get different numbers of batches: nothing in evaluation communicates per batch.
+        """
+
+    def metrics(self, loss_sum: float, tokens: float) -> dict[str, float]:
+        """Return named figures (``val_loss``, ``perplexity``, ...) from sums over all ranks."""
+
+
+Generator = Callable[[str], Iterator[str]]

@@ -1,0 +1,178 @@
+"""The training loop, top to bottom: batch, step, tell, evaluate, save."""
+
+from __future__ import annotations
+
+import faulthandler
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from hvdlm import checkpoint
+from hvdlm.interfaces import Batch, RankError
+from hvdlm.run import Run, clear, versions
+from hvdlm.schedule import make_schedule
+
+
+def train(run: Run) -> dict[str, Any]:
+    """Train from the checkpoint, or from the start, to ``train.steps``; return the summary. All ranks call."""
+    config, hook = run.config, run.manager.hook
+    rate = make_schedule(config.train)
+    started_at = run.checkpoint.step if run.checkpoint else 0
+    _open_folder(run)
+    hook.hvdlm_run_started(config=config, world=run.world, info=describe(run, started_at))
+    meter = Meter()
+    watchdog = Watchdog(config.communication.timeout)
+    metrics: dict[str, float] = {}
+    evaluated = saved = None
+    for step in range(started_at, config.train.steps):
+        watchdog.rearm()
+        began = time.perf_counter()
+        result = run.trainable.train_step(micro_batches(run, step), rate(step), step)
+        seconds = time.perf_counter() - began
+        meter.add(result, seconds)
+        done = step + 1
+        hook.hvdlm_step_ended(step=done, result=result, learning_rate=rate(step), seconds=seconds)
+        if result.loss != result.loss:
+            raise RankError(f"the loss of step {done} is not a number: lower --train.learning_rate or set --train.clip.")
+        if due(done, config.train.eval_every):
+            metrics, evaluated = evaluate(run), done
+            hook.hvdlm_evaluated(step=done, metrics=metrics)
+        if due(done, config.checkpoint.every):
+            saved = save(run, done)
+    if evaluated != config.train.steps:
+        metrics = evaluate(run)
+        hook.hvdlm_evaluated(step=config.train.steps, metrics=metrics)
+    if saved != config.train.steps and started_at < config.train.steps:
+        save(run, config.train.steps)
+    watchdog.stop()
+    summary = summarise(run, meter, metrics)
+    hook.hvdlm_run_ended(summary=summary)
+    return summary
+
+
+def due(done: int, every: int) -> bool:
+    """Return whether something that happens every ``every`` steps (0: never) happens after ``done``."""
+    return every > 0 and done % every == 0
+
+
+def micro_batches(run: Run, step: int) -> list[Batch]:
+    """Return this rank's rows of the global batch of ``step``, cut into micro-batches."""
+    first, last = run.rows
+    batch = run.task.batch(step, first, last)
+    size = run.config.train.micro_batch_size or last - first
+    return [batch.rows(start, start + size) for start in range(0, last - first, size)]
+
+
+def evaluate(run: Run) -> dict[str, float]:
+    """Return the task's figures on the whole validation split, each rank doing its share. All ranks call."""
+    place = run.mesh.coordinates(run.world.rank)["data"]
+    loss_sum = tokens = 0.0
+    for batch in run.task.validation(place, run.mesh.data):
+        part_loss, part_tokens = run.trainable.eval_step(batch)
+        loss_sum, tokens = loss_sum + part_loss, tokens + part_tokens
+    sums = run.world.gather_objects([loss_sum, tokens])
+    return run.task.metrics(sum(s[0] for s in sums), sum(s[1] for s in sums))
+
+
+def save(run: Run, done: int) -> int:
+    """Write the checkpoint of step ``done``, delete those that are too many, tell; return ``done``. All ranks call."""
+    began = time.perf_counter()
+    folder = run.folder / "checkpoints"
+    meta = {
+        "config": run.config.to_dict(),
+        "tokenizer": run.task.tokenizer.hash,
+        "vocab": run.task.vocab,
+        "versions": versions(run.config.framework),
+    }
+    path = checkpoint.save(folder, done, run.trainable.state(), meta, run.world)
+    if run.world.rank == 0:
+        checkpoint.prune(folder, run.config.checkpoint.keep)
+    seconds = time.perf_counter() - began
+    run.manager.hook.hvdlm_checkpoint_saved(step=done, path=str(path), seconds=seconds)
+    return done
+
+
+def _open_folder(run: Run) -> None:
+    """Write what describes the run; rank 0 only."""
+    if run.world.rank == 0:
+        import json
+
+        import yaml
+
+        if run.config.log.overwrite and not run.checkpoint:
+            clear(run.folder)
+        run.folder.mkdir(parents=True, exist_ok=True)
+        (run.folder / "config.yaml").write_text(yaml.safe_dump(run.config.to_dict(), sort_keys=False), encoding="utf-8")
+        (run.folder / "tokenizer.json").write_text(json.dumps(run.task.tokenizer.to_json()), encoding="utf-8")
+
+
+def describe(run: Run, start_step: int) -> dict[str, Any]:
+    """Return what ``hvdlm_run_started`` tells."""
+    return {
+        "parameters": run.spec.parameters,
+        "flops_per_token": run.spec.flops_per_token,
+        "vocab": run.task.vocab,
+        "start_step": start_step,
+        "steps": run.config.train.steps,
+        "framework": run.config.framework,
+        "backend": run.config.backend,
+        "versions": versions(run.config.framework),
+    }
+
+
+class Meter:
+    """Totals over the steps of this process."""
+
+    def __init__(self) -> None:
+        self.tokens = self.seconds = self.last_loss = 0.0
+        self.bytes = self.steps = 0
+
+    def add(self, result: Any, seconds: float) -> None:
+        """Add one step. The first is left out of the rate: frameworks build their graphs in it."""
+        self.steps += 1
+        self.bytes += result.comm_bytes
+        self.last_loss = result.loss
+        if self.steps > 1:
+            self.tokens += result.tokens
+            self.seconds += seconds
+
+
+class Watchdog:
+    """Ends a rank that makes no step for ``timeout`` seconds, with the stack of every thread on standard error."""
+
+    def __init__(self, timeout: float) -> None:
+        self._timeout, self._armed = timeout, 0.0
+
+    def rearm(self) -> None:
+        """Start counting anew; costs nothing most of the time."""
+        now = time.monotonic()
+        if now - self._armed > self._timeout / 10:
+            # Longer than Horovod's own stall limit, which names the ranks that are missing.
+            faulthandler.dump_traceback_later(self._timeout * 1.5, exit=True, file=sys.__stderr__)
+            self._armed = now
+
+    def stop(self) -> None:
+        """Stop counting."""
+        faulthandler.cancel_dump_traceback_later()
+
+
+def summarise(run: Run, meter: Meter, metrics: Mapping[str, float]) -> dict[str, Any]:
+    """Return what ``summary.json`` holds; bytes and memory are those of the rank with the most. All ranks call."""
+    from hvdlm.telemetry.memory import peak_memory_bytes
+
+    mine = [meter.bytes, peak_memory_bytes()]
+    everyone = run.world.gather_objects(mine)
+    return {
+        "train_loss": meter.last_loss,
+        **metrics,
+        "tokens_per_second": meter.tokens / meter.seconds if meter.seconds else 0.0,
+        "seconds": meter.seconds,
+        "steps": run.config.train.steps,
+        "world_size": run.world.size,
+        "framework": run.config.framework,
+        "backend": run.config.backend,
+        "parameters": run.spec.parameters,
+        "bytes_communicated": sum(part[0] for part in everyone),
+        "peak_memory_bytes": max(part[1] for part in everyone),
+    }

@@ -1,0 +1,69 @@
+"""Recurrent language models: plain tanh (Elman 1990), GRU (Cho et al. 2014), LSTM (Zaremba et al. 2014's use of it).
+
+What every framework computes, for tokens ``[batch, time]``, with weights ``[inputs, gates, hidden]``::
+
+    x = dropout(embed.tokens[tokens])                             # [batch, time, embed]
+    for each layer i:
+        for each t: h_t (, c_t) = cell(x_t @ input.weight + input.bias, h_{t-1} @ recurrent.weight + recurrent.bias)
+        x = dropout(h)                                            # after the last layer too
+    logits = x @ (embed.tokens or head.weight)^T + head.bias      # [batch, time, vocab]
+
+Gates in this order (each ``hidden`` wide; a: input part, b: recurrent part):
+    rnn:  h = tanh(a + b)
+    gru:  reset, update, new:  r = s(a_r + b_r); z = s(a_z + b_z); n = tanh(a_n + r * b_n); h = (1 - z) n + z h
+    lstm: in, forget, cell, out:  c = s(f) c + s(i) tanh(g); h = s(o) tanh(c)
+(the order and equations of torch and cuDNN). The state at the end of a batch starts the next one unless
+``Batch.reset`` is set; no gradient flows through it (truncated back-propagation through time).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+from hvdlm.config import ModelConfig
+from hvdlm.models.spec import Init, ModelSpec, ParamSpec
+
+GATES = {"rnn": 1, "gru": 3, "lstm": 4}
+
+
+@dataclass(frozen=True)
+class RNNSettings:
+    """A recurrent model's resolved settings; sizes as in ``ModelConfig``."""
+
+    vocab: int
+    layers: int
+    width: int
+    cell: str
+    tie_embeddings: bool
+    dropout: float
+
+    @property
+    def gates(self) -> int:
+        """How many gates the cell has."""
+        return GATES[self.cell]
+
+    @property
+    def carries(self) -> int:
+        """How many arrays ``[rows, width]`` a layer carries from batch to batch."""
+        return 2 if self.cell == "lstm" else 1
+
+
+def make_rnn(config: ModelConfig, vocab: int, context: int, *, cell: str) -> ModelSpec:
+    """Return the description of a recurrent model with this cell."""
+    s = RNNSettings(vocab, config.layers, config.width, cell, bool(config.tie_embeddings), config.dropout)
+    uniform = Init("uniform", s.width**-0.5)
+    params = [ParamSpec("embed.tokens", (vocab, s.width), ("vocab", "embed"), uniform, decay=True)]
+    for i in range(s.layers):
+        for part, axis in (("input", "embed"), ("recurrent", "hidden_in")):
+            shape = (s.width, s.gates, s.width)
+            params.append(ParamSpec(f"layers.{i}.{part}.weight", shape, (axis, "gates", "hidden"), uniform, decay=True))
+            params.append(ParamSpec(f"layers.{i}.{part}.bias", shape[1:], ("gates", "hidden"), uniform))
+    if not s.tie_embeddings:
+        params.append(ParamSpec("head.weight", (vocab, s.width), ("vocab", "embed"), uniform, decay=True))
+    params.append(ParamSpec("head.bias", (vocab,), ("vocab",), Init("zeros")))
+    weights = s.layers * 2 * s.width * s.gates * s.width + vocab * s.width
+    return ModelSpec("rnn", s, tuple(params), 6.0 * weights)
+
+
+PRESETS = {cell: partial(make_rnn, cell=cell) for cell in GATES}

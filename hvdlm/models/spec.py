@@ -1,0 +1,115 @@
+"""A model described without a framework: its parameters, their initial values, its cost."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+_CHUNK = 1 << 20  # elements drawn at a time: bounds the memory of making a slice
+
+
+@dataclass(frozen=True)
+class Init:
+    """How a parameter starts: ``normal`` (scale: standard deviation), ``uniform`` in +-scale, ``zeros``, ``ones``."""
+
+    kind: Literal["normal", "uniform", "zeros", "ones"]
+    scale: float = 0.0
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """One parameter.
+
+    Attributes:
+        name: its global name, the same in every framework, layout and checkpoint.
+        shape: its global shape. Matrices are ``[inputs, outputs]``: a layer computes ``x @ weight + bias``.
+        axes: the logical axis of each dimension (``("embed", "heads")``), which sharding rules map to mesh axes.
+        init: its initial values.
+        decay: whether weight decay applies.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    init: Init
+    decay: bool = False
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return int(np.prod(self.shape))
+
+    def initial(self, seed: int, rows: slice = slice(None)) -> np.ndarray:
+        """Return the float32 initial values of ``rows`` along the first dimension, without making the others.
+
+        Element k of a parameter depends on (seed, name, k) alone: Philox counters (Salmon et al. 2011) are skipped
+        to k, and normal values come from Box and Muller's transform of the two halves of one 64-bit word.
+        """
+        first, last, step = rows.indices(self.shape[0])
+        if step != 1:
+            raise ValueError("rows must be contiguous")
+        inner = self.size // self.shape[0]
+        shape = (last - first, *self.shape[1:])
+        if self.init.kind in ("zeros", "ones"):
+            return np.full(shape, 0.0 if self.init.kind == "zeros" else 1.0, np.float32)
+        key = hashlib.sha256(f"{seed}:{self.name}".encode()).digest()[:16]
+        out = np.empty((last - first) * inner, np.float32)
+        for start in range(0, out.size, _CHUNK):
+            stop = min(start + _CHUNK, out.size)
+            words = _words(key, first * inner + start, stop - start)
+            uniform = ((words >> np.uint64(32)) + 0.5) / 2.0**32
+            if self.init.kind == "uniform":
+                out[start:stop] = (2.0 * uniform - 1.0) * self.init.scale
+            else:
+                angle = (words & np.uint64(0xFFFFFFFF)) * (2.0 * np.pi / 2.0**32)
+                out[start:stop] = np.sqrt(-2.0 * np.log(uniform)) * np.cos(angle) * self.init.scale
+        return out.reshape(shape)
+
+
+def _words(key: bytes, start: int, count: int) -> np.ndarray:
+    """Return uint64 words ``start .. start + count`` of the Philox stream of a 128-bit key (4 words a counter)."""
+    generator = np.random.Philox(key=int.from_bytes(key, "little"))
+    generator.advance(start // 4)
+    skipped = start % 4
+    return np.asarray(generator.random_raw(count + skipped))[skipped:]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model: what kind it is, its resolved settings, its parameters in the order of the forward pass.
+
+    Attributes:
+        kind: the architecture that a framework plugin implements (``gpt``, ``rnn``, ...).
+        settings: the architecture's own dataclass (``GPTSettings``, ``RNNSettings``, ...), nothing left open.
+        params: every parameter.
+        flops_per_token: multiplications and additions of a training step (forward and backward) per token.
+    """
+
+    kind: str
+    settings: Any
+    params: tuple[ParamSpec, ...]
+    flops_per_token: float
+
+    @property
+    def parameters(self) -> int:
+        """How many parameters the model has (tied ones counted once)."""
+        return sum(p.size for p in self.params)
+
+    def initial(self, seed: int) -> dict[str, np.ndarray]:
+        """Return {name: float32 initial values} of every parameter."""
+        return {p.name: p.initial(seed) for p in self.params}
+
+
+ModelMaker = Callable[[Any, int, int], ModelSpec]
+"""``maker(config: ModelConfig, vocab: int, context: int) -> ModelSpec``; what ``hvdlm_models`` collects by name."""
+
+
+def builtin_models() -> Mapping[str, ModelMaker]:
+    """Return the models and presets that come with hvdlm."""
+    from hvdlm.models import gpt, rnn
+
+    return {**gpt.PRESETS, **rnn.PRESETS}

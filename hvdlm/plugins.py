@@ -1,0 +1,100 @@
+"""Finds plugins by entry point (group ``hvdlm``) and imports only those that a run names."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.metadata
+from collections.abc import Iterable, Mapping
+from importlib.metadata import EntryPoint
+from typing import Any
+
+import pluggy
+
+from hvdlm import hookspecs
+from hvdlm.interfaces import HvdlmError
+from hvdlm.models.spec import ModelMaker, builtin_models
+
+
+def installed() -> dict[str, EntryPoint]:
+    """Return {name: entry point} of every installed plugin, nothing imported."""
+    return {entry.name: entry for entry in importlib.metadata.entry_points(group="hvdlm")}
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return a sentence part that lists what is known, the nearest first named."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, 1)
+    return (f"did you mean {close[0]}? " if close else "") + f"Known: {', '.join(names)}."
+
+
+def load(names: Iterable[str]) -> pluggy.PluginManager:
+    """Return a manager with the named plugins registered; a name without an entry point may be another plugin's.
+
+    Raises:
+        HvdlmError: a plugin can't be imported.
+    """
+    manager = pluggy.PluginManager("hvdlm")
+    manager.add_hookspecs(hookspecs)
+    entries = installed()
+    for name in dict.fromkeys(names):
+        if name in entries:
+            manager.register(_import(entries[name]), name)
+    return manager
+
+
+def _import(entry: EntryPoint) -> Any:
+    try:
+        plugin = entry.load()
+    except Exception as error:  # a third party's module may fail in any way
+        raise HvdlmError(
+            f"plugin {entry.name} ({entry.value}) does not import: {type(error).__name__}: {error}. "
+            "Repair or uninstall it."
+        ) from error
+    return plugin() if isinstance(plugin, type) else plugin
+
+
+def require(names: Iterable[str]) -> None:
+    """Check that every name of ``plugins`` is installed.
+
+    Raises:
+        HvdlmError: one is not; the sentence names the nearest.
+    """
+    known = installed()
+    for name in names:
+        if name not in known:
+            raise HvdlmError(f"plugins: no plugin {name!r} is installed; {nearest(name, known)}")
+
+
+def make(manager: pluggy.PluginManager, kind: str, name: str, **arguments: Any) -> Any:
+    """Return what ``hvdlm_make_<kind>`` makes of ``name``.
+
+    Raises:
+        HvdlmError: no plugin knows the name.
+    """
+    made = getattr(manager.hook, f"hvdlm_make_{kind}")(name=name, **arguments)
+    if made is None:
+        raise HvdlmError(f"{kind}: no plugin provides {name!r}; {nearest(name, installed())}")
+    return made
+
+
+def models(manager: pluggy.PluginManager) -> Mapping[str, ModelMaker]:
+    """Return every model by name: the built-in ones and those of the registered plugins."""
+    found = dict(builtin_models())
+    for more in manager.hook.hvdlm_models():
+        found.update(more)
+    return found
+
+
+def describe() -> list[tuple[str, str, str, str]]:
+    """Return (name, distribution and version, module, what it provides) of every plugin; broken ones say why."""
+    rows = []
+    for name, entry in sorted(installed().items()):
+        origin = f"{entry.dist.name} {entry.dist.version}" if entry.dist else "?"
+        try:
+            plugin = _import(entry)
+            hooks = sorted(h.removeprefix("hvdlm_") for h in dir(plugin) if h.startswith("hvdlm_"))
+            provides = ", ".join(hooks) or "nothing"
+        except HvdlmError as error:
+            provides = f"BROKEN: {error}"
+        rows.append((name, origin, entry.value, provides))
+    return rows

@@ -1,0 +1,35 @@
+"""Learning-rate schedules: a linear warm-up, then one of five ways to go on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from hvdlm.config import TrainConfig
+
+
+def make_schedule(config: TrainConfig) -> Callable[[int], float]:
+    """Return ``rate(step)`` for step 0, 1, ...: the learning rate of the update that follows ``step`` updates.
+
+    Warm-up of w steps gives ``peak * (step + 1) / (w + 1)``. After it, with p the share of the remaining steps done:
+    constant; linear and cosine (Loshchilov and Hutter 2017, eq. 5) to ``min_learning_rate``; inverse_sqrt
+    ``peak * sqrt(w / step)`` (Vaswani et al. 2017, eq. 3), never under the minimum; step: ``decay_factor`` to the
+    power of falls so far.
+    """
+    peak, low = config.learning_rate, config.min_learning_rate
+    warmup = round(config.warmup * config.steps) if 0 < config.warmup < 1 else int(config.warmup)
+    rest = max(1, config.steps - warmup)
+
+    def after(step: int) -> float:
+        done = min(1.0, (step - warmup) / rest)
+        if config.schedule == "linear":
+            return low + (peak - low) * (1.0 - done)
+        if config.schedule == "cosine":
+            return low + (peak - low) * 0.5 * (1.0 + math.cos(math.pi * done))
+        if config.schedule == "inverse_sqrt":
+            return max(low, peak * math.sqrt(max(warmup, 1) / max(step, warmup, 1)))
+        if config.schedule == "step":
+            return peak * config.decay_factor ** ((step - warmup) // config.decay_every)
+        return peak
+
+    return lambda step: peak * (step + 1) / (warmup + 1) if step < warmup else after(step)

@@ -1,0 +1,40 @@
+"""PyTorch as hvdlm's framework: picks the device and builds Trainables."""
+
+from __future__ import annotations
+
+import torch
+
+from hvdlm.config import Config
+from hvdlm.interfaces import Exchange, HvdlmError, World
+from hvdlm.models.spec import ModelSpec
+from hvdlm.topology import Mesh
+from hvdlm_torch.models import make_model
+from hvdlm_torch.trainable import TorchTrainable
+
+
+class TorchFramework:
+    """The framework ``torch``."""
+
+    name = "torch"
+
+    def build(self, model: ModelSpec, mesh: Mesh, world: World, exchange: Exchange, config: Config) -> TorchTrainable:
+        """Return the model at its initial values on this rank's device; see ``interfaces.Framework``."""
+        if config.train.threads:
+            torch.set_num_threads(config.train.threads)
+        device = _device(world, config)
+        place = mesh.coordinates(world.rank)["data"]
+        return TorchTrainable(model, make_model(model), exchange, config, device, place)
+
+
+def _device(world: World, config: Config) -> torch.device:
+    if torch.cuda.is_available():
+        if world.local_rank >= torch.cuda.device_count():
+            raise HvdlmError(
+                f"local rank {world.local_rank} has no GPU of its own: this node has {torch.cuda.device_count()}. "
+                "Start as many ranks per node as it has GPUs, or hide them with CUDA_VISIBLE_DEVICES=''."
+            )
+        torch.cuda.set_device(world.local_rank)
+        return torch.device("cuda", world.local_rank)
+    if config.train.precision == "fp16":
+        raise HvdlmError("train.precision fp16 needs a GPU, none is visible here: use bf16 or fp32.")
+    return torch.device("cpu")

@@ -1,0 +1,17 @@
+"""The entry point: answers to ``torch`` and only then imports it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hvdlm import hookimpl
+
+
+@hookimpl
+def hvdlm_make_framework(name: str) -> Any:
+    """Return the framework when it is asked for."""
+    if name != "torch":
+        return None
+    from hvdlm_torch.framework import TorchFramework
+
+    return TorchFramework()
