@@ -1,8 +1,9 @@
 """Atomic, framework-free checkpoints: safetensors files under global names and a manifest, in a folder of their own.
 
 ``RUN/checkpoints/step-00000500/`` holds ``model.safetensors`` (parameters), ``optimizer.safetensors`` (its state),
-``rank-0000.safetensors`` ... (what each rank alone knows: recurrent state, error feedback) and ``manifest.json``. All is
-written into a folder with a temporary name, synced to disk and renamed; a checkpoint is there whole or not at all.
+``rank-0000.safetensors`` ... (what each rank alone knows: recurrent state, error feedback) and
+``manifest.json``. All is written into a folder with a temporary name, synced to disk and
+renamed; a checkpoint is there whole or not at all.
 """
 
 from __future__ import annotations
@@ -172,7 +173,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     manifest_path = path / "manifest.json"
     if not manifest_path.is_file():
-        raise HvdlmError(f"{path} is no hvdlm checkpoint: it has no manifest.json. Name a folder like RUN/checkpoints/step-...")
+        raise HvdlmError(
+            f"{path} is no hvdlm checkpoint: it has no manifest.json. Name a folder like RUN/checkpoints/step-..."
+        )
     try:
         if manifest_path.stat().st_size > _LIMIT:
             raise ValueError("it is too large")
@@ -226,7 +229,9 @@ def _read(checkpoint: Checkpoint, name: str) -> dict[str, np.ndarray]:
         return {}
     data = (checkpoint.path / name).read_bytes()
     if hashlib.sha256(data).hexdigest() != entry["sha256"]:
-        raise HvdlmError(f"checkpoint {checkpoint.path} is damaged: {name} has another SHA-256. Resume from another one.")
+        raise HvdlmError(
+            f"checkpoint {checkpoint.path} is damaged: {name} has another SHA-256. Resume from another one."
+        )
     try:
         return from_bytes(data)
     except SafetensorError as error:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from hvdlm import options
-from hvdlm.interfaces import HvdlmError, RankError
+from hvdlm.interfaces import HvdlmError, RankError, nearest
 
 COMMANDS = {
     "train": "train a model (the default)",
@@ -30,8 +30,6 @@ def main(arguments: list[str] | None = None) -> int:
     command = arguments.pop(0) if arguments and arguments[0] in COMMANDS else "train"
     try:
         if arguments and not arguments[0].startswith("-"):
-            from hvdlm.plugins import nearest
-
             raise HvdlmError(f"no command {arguments[0]!r}; {nearest(arguments[0], COMMANDS)}")
         return _COMMANDS[command](arguments)
     except HvdlmError as error:
@@ -89,7 +87,7 @@ def train(arguments: list[str]) -> int:
     from hvdlm.loop import train as loop
     from hvdlm.telemetry import default_plugins
 
-    for plugin in default_plugins(config):
+    for plugin in default_plugins(run.config):
         run.manager.register(plugin)
 
     def action() -> None:
@@ -110,8 +108,10 @@ def _open(values: Any, arguments: list[str]) -> Any:
     config = options.run_config(values.run, arguments)
     config.checkpoint.resume = "none"
     plan = runs.plan(config, fresh=False)
-    plan.checkpoint = checkpoint.find(_path(values.run), "auto") if values.checkpoint is None else (
-        checkpoint.open_checkpoint(_path(values.checkpoint))
+    plan.checkpoint = (
+        checkpoint.find(_path(values.run), "auto")
+        if values.checkpoint is None
+        else (checkpoint.open_checkpoint(_path(values.checkpoint)))
     )
     if plan.checkpoint is None:
         raise HvdlmError(f"{values.run} holds no checkpoint yet: train first, or name another run with --run.")
@@ -163,10 +163,10 @@ def _write(run: Any, prompt: str, count: int, sampling: Any) -> None:
     if run.world.rank != 0:
         return
     context = getattr(run.spec.settings, "context", sys.maxsize)
-    ids, shown = [int(i) for i in ids], 0
+    written, shown = [int(i) for i in ids], 0
     for token in tokens_after(run.trainable, ids, count, context, sampling):
-        ids.append(token)
-        text = tokenizer.decode(ids)
+        written.append(token)
+        text = tokenizer.decode(written)
         # A character of several tokens is shown when it is whole.
         if not text.endswith("\ufffd"):
             print(text[shown:], end="", flush=True)
@@ -180,8 +180,10 @@ def prepare(arguments: list[str]) -> int:
     from hvdlm.data.tokenfile import prepare as write
 
     data = write(values.data, values.output)
-    print(f"{data.folder}: {len(data.train):,} training and {len(data.validation):,} validation tokens, "
-          f"vocabulary of {data.tokenizer.vocab:,}")
+    print(
+        f"{data.folder}: {len(data.train):,} training and {len(data.validation):,} validation tokens, "
+        f"vocabulary of {data.tokenizer.vocab:,}"
+    )
     return 0
 
 

@@ -29,7 +29,7 @@ class ModelConfig:
         dropout: share of activations dropped while training
         rotary_base: base of the rotary positions' wavelengths
         norm_epsilon: added to the variance in normalisations
-        initial_scale: standard deviation of a GPT's initial weights; recurrent models start uniform within 1 / sqrt(width)
+        initial_scale: standard deviation of a GPT's initial weights (recurrent ones: uniform within 1/sqrt(width))
     """
 
     name: str = "gpt"
@@ -73,11 +73,15 @@ class DataConfig:
     sampling: Literal["shuffled", "sequential"] = "shuffled"
     cache: str | None = None
 
-    def __post_init__(self) -> None:
-        """Take a single path for a list of one."""
-        self.path = [self.path] if isinstance(self.path, str) else self.path
-        if isinstance(self.validation_path, str):
-            self.validation_path = [self.validation_path]
+    @property
+    def paths(self) -> list[str]:
+        """``path`` as a list."""
+        return [self.path] if isinstance(self.path, str) else self.path
+
+    @property
+    def validation_paths(self) -> list[str]:
+        """``validation_path`` as a list, empty where there is none."""
+        return [self.validation_path] if isinstance(self.validation_path, str) else self.validation_path or []
 
 
 @dataclass

@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from hvdlm.config import Config
     from hvdlm.interfaces import Backend, Exchange, Framework, Group, StepResult, Task, World
     from hvdlm.models.spec import ModelMaker
@@ -45,6 +43,7 @@ def hvdlm_make_task(name: str, config: Config) -> Task | None:
 @hookspec
 def hvdlm_models() -> Mapping[str, ModelMaker]:
     """Return models by the names that ``model.name`` takes."""
+    raise NotImplementedError  # a specification: pluggy never calls it
 
 
 @hookspec

@@ -8,7 +8,8 @@ Shapes: ``rows`` counts sequences, ``time`` counts tokens in a sequence.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -29,6 +30,13 @@ class HvdlmError(Exception):
 
 class RankError(Exception):
     """A fault found while ranks were computing, with a sentence that names the rank. Exit code 1."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return a sentence part that lists what is known, and first what is nearest to ``name``."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, 1)
+    return (f"did you mean {close[0]}? " if close else "") + f"Known: {', '.join(names)}."
 
 
 @dataclass
@@ -235,7 +243,10 @@ class Exchange(Protocol):
 
 
 class Task(Protocol):
-    """What a batch, a loss and a metric are."""
+    """What a batch, a loss and a metric are; ``tokenizer`` turns text into ids below ``vocab``."""
+
+    tokenizer: Any
+    vocab: int
 
     def batch(self, step: int, first: int, last: int) -> Batch:
         """Return rows ``first:last`` of the global batch of ``step``: depends on nothing but seed and step."""

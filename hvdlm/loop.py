@@ -34,7 +34,9 @@ def train(run: Run) -> dict[str, Any]:
         done = step + 1
         hook.hvdlm_step_ended(step=done, result=result, learning_rate=rate(step), seconds=seconds)
         if result.loss != result.loss:
-            raise RankError(f"the loss of step {done} is not a number: lower --train.learning_rate or set --train.clip.")
+            raise RankError(
+                f"the loss of step {done} is not a number: lower --train.learning_rate or set --train.clip."
+            )
         if due(done, config.train.eval_every):
             metrics, evaluated = evaluate(run), done
             hook.hvdlm_evaluated(step=done, metrics=metrics)
@@ -80,7 +82,7 @@ def save(run: Run, done: int) -> int:
     began = time.perf_counter()
     folder = run.folder / "checkpoints"
     meta = {
-        "config": run.config.to_dict(),
+        "config": run.asked.to_dict(),
         "tokenizer": run.task.tokenizer.hash,
         "vocab": run.task.vocab,
         "versions": versions(run.config.framework),
@@ -103,7 +105,7 @@ def _open_folder(run: Run) -> None:
         if run.config.log.overwrite and not run.checkpoint:
             clear(run.folder)
         run.folder.mkdir(parents=True, exist_ok=True)
-        (run.folder / "config.yaml").write_text(yaml.safe_dump(run.config.to_dict(), sort_keys=False), encoding="utf-8")
+        (run.folder / "config.yaml").write_text(yaml.safe_dump(run.asked.to_dict(), sort_keys=False), encoding="utf-8")
         (run.folder / "tokenizer.json").write_text(json.dumps(run.task.tokenizer.to_json()), encoding="utf-8")
 
 
@@ -149,7 +151,7 @@ class Watchdog:
         now = time.monotonic()
         if now - self._armed > self._timeout / 10:
             # Longer than Horovod's own stall limit, which names the ranks that are missing.
-            faulthandler.dump_traceback_later(self._timeout * 1.5, exit=True, file=sys.__stderr__)
+            faulthandler.dump_traceback_later(self._timeout * 1.5, exit=True, file=sys.__stderr__ or 2)
             self._armed = now
 
     def stop(self) -> None:

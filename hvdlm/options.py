@@ -17,7 +17,7 @@ from hvdlm.interfaces import HvdlmError
 class _Parser(jsonargparse.ArgumentParser):
     """A parser whose errors are HvdlmErrors."""
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise the message as one sentence."""
         raise HvdlmError(self.sentence(str(message))) from ex
 
@@ -122,7 +122,12 @@ def _parse_known(parser: _Parser, arguments: list[str]) -> tuple[Any, list[str]]
         name = arguments[position].partition("=")[0]
         target = rest if "." in name or name in ("--framework", "--backend") else own
         target.append(arguments[position])
-        if "=" not in arguments[position] and name.startswith("--") and name != "--help" and position + 1 < len(arguments):
+        if (
+            "=" not in arguments[position]
+            and name.startswith("--")
+            and name != "--help"
+            and position + 1 < len(arguments)
+        ):
             position += 1
             target.append(arguments[position])
         position += 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.metadata
 from collections.abc import Iterable, Mapping
 from importlib.metadata import EntryPoint
@@ -11,20 +10,13 @@ from typing import Any
 import pluggy
 
 from hvdlm import hookspecs
-from hvdlm.interfaces import HvdlmError
+from hvdlm.interfaces import HvdlmError, nearest
 from hvdlm.models.spec import ModelMaker, builtin_models
 
 
 def installed() -> dict[str, EntryPoint]:
     """Return {name: entry point} of every installed plugin, nothing imported."""
     return {entry.name: entry for entry in importlib.metadata.entry_points(group="hvdlm")}
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return a sentence part that lists what is known, the nearest first named."""
-    names = sorted(known)
-    close = difflib.get_close_matches(name, names, 1)
-    return (f"did you mean {close[0]}? " if close else "") + f"Known: {', '.join(names)}."
 
 
 def load(names: Iterable[str]) -> pluggy.PluginManager:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 import importlib.util
 import os
@@ -15,16 +16,17 @@ import pluggy
 from hvdlm import checkpoint, plugins, validate
 from hvdlm.checkpoint import Checkpoint
 from hvdlm.config import Config
-from hvdlm.interfaces import HvdlmError, Task, Trainable, World
+from hvdlm.interfaces import HvdlmError, Task, Trainable, World, nearest
 from hvdlm.models.spec import ModelSpec
 from hvdlm.topology import Mesh, make_mesh
 
 
 @dataclass
 class Run:
-    """Everything a loop needs, ready on this rank."""
+    """Everything a loop needs, ready on this rank. ``asked``: the configuration before this machine filled it in."""
 
     config: Config
+    asked: Config
     manager: pluggy.PluginManager
     world: World
     mesh: Mesh
@@ -51,6 +53,7 @@ class Plan:
     """A run that has been checked, before any rank has met another and before a framework is imported."""
 
     config: Config
+    asked: Config
     manager: pluggy.PluginManager
     backend: Any
     mesh: Mesh
@@ -64,6 +67,7 @@ def plan(config: Config, *, fresh: bool = True) -> Plan:
     Raises:
         HvdlmError: the first thing found wrong.
     """
+    asked, config = config, copy.deepcopy(config)
     validate.values(config)
     plugins.require(config.plugins)
     backend_name = choose_backend() if config.backend == "auto" else config.backend
@@ -78,7 +82,7 @@ def plan(config: Config, *, fresh: bool = True) -> Plan:
     validate.model(config, plugins.models(manager))
     require_framework(config.framework, size)
     found = _find_checkpoint(config) if fresh else None
-    return Plan(config, manager, backend, mesh, rank, found)
+    return Plan(config, asked, manager, backend, mesh, rank, found)
 
 
 def choose_backend() -> str:
@@ -96,7 +100,7 @@ def require_framework(name: str, size: int) -> None:
         HvdlmError: it isn't.
     """
     if name not in plugins.installed():
-        raise HvdlmError(f"framework: no plugin provides {name!r}; {plugins.nearest(name, ('torch', 'tensorflow'))}")
+        raise HvdlmError(f"framework: no plugin provides {name!r}; {nearest(name, ('torch', 'tensorflow'))}")
     if name not in ("torch", "tensorflow"):
         return
     if importlib.util.find_spec(name) is None:
@@ -115,12 +119,12 @@ def require_framework(name: str, size: int) -> None:
 def _find_checkpoint(config: Config) -> Checkpoint | None:
     folder = Path(config.log.run)
     found = checkpoint.find(folder, config.checkpoint.resume)
-    if found is None and config.checkpoint.resume == "none" and (folder / "config.yaml").exists():
-        if not config.log.overwrite:
-            raise HvdlmError(
-                f"{folder} holds a run already: go on with it (--checkpoint.resume auto), choose another folder "
-                "(--log.run NAME) or delete it by starting afresh (--log.overwrite true)."
-            )
+    occupied = config.checkpoint.resume == "none" and (folder / "config.yaml").exists()
+    if occupied and not config.log.overwrite:
+        raise HvdlmError(
+            f"{folder} holds a run already: go on with it (--checkpoint.resume auto), choose another folder "
+            "(--log.run NAME) or delete it by starting afresh (--log.overwrite true)."
+        )
     return found
 
 
@@ -147,7 +151,7 @@ def start(plan: Plan) -> Run:
     except HvdlmError as error:
         error.world = world  # type: ignore[attr-defined]
         raise
-    return Run(config, manager, world, plan.mesh, task, spec, trainable, plan.checkpoint)
+    return Run(config, plan.asked, manager, world, plan.mesh, task, spec, trainable, plan.checkpoint)
 
 
 def _check_tokenizer(found: Checkpoint, task: Any) -> None:
@@ -161,7 +165,9 @@ def _check_tokenizer(found: Checkpoint, task: Any) -> None:
 
 def _agree(world: World, config: Config, task: Any) -> None:
     """Check that all ranks have the same configuration and vocabulary."""
-    said = world.gather_objects([repr({**config.to_dict(), "train": {**config.to_dict()["train"], "threads": 0}}), task.tokenizer.hash])
+    said = world.gather_objects(
+        [repr({**config.to_dict(), "train": {**config.to_dict()["train"], "threads": 0}}), task.tokenizer.hash]
+    )
     for rank, other in enumerate(said):
         if other != said[0]:
             what = "configuration" if other[0] != said[0][0] else "data"

@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from hvdlm.config import Config
-from hvdlm.interfaces import HvdlmError
+from hvdlm.interfaces import HvdlmError, nearest
 from hvdlm.topology import Mesh
 
-_POSITIVE = (
-    "model.layers model.width model.heads model.kv_heads model.mlp_width data.vocab_size data.context train.steps "
-    "train.batch_size train.micro_batch_size train.decay_every train.eval_batch_size train.threads parallel.data "
-    "parallel.pipeline parallel.tensor communication.bucket_bytes checkpoint.keep log.every"
-).split()
+_POSITIVE = """
+    model.layers model.width model.heads model.kv_heads model.mlp_width data.vocab_size data.context train.steps
+    train.batch_size train.micro_batch_size train.decay_every train.eval_batch_size train.threads parallel.data
+    parallel.pipeline parallel.tensor communication.bucket_bytes checkpoint.keep log.every
+"""
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
-    **{key: (lambda v: v >= 1, "1 or more") for key in _POSITIVE},
+    **{key: (lambda v: v >= 1, "1 or more") for key in _POSITIVE.split()},
     "model.dropout": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
     "model.rotary_base": (lambda v: v > 1, "above 1"),
     "model.norm_epsilon": (lambda v: 0 < v < 1, "above 0 and below 1"),
@@ -51,7 +51,7 @@ def values(config: Config) -> None:
         HvdlmError: the first that is out of its range.
     """
     for key, (good, expected) in _RANGES.items():
-        value = reduce(getattr, key.split("."), config)
+        value: Any = reduce(getattr, key.split("."), config)
         if value is not None and (not math.isfinite(value) or not good(value)):
             raise HvdlmError(f"{key} is {value}, expected {expected}: set --{key}.")
     if config.train.min_learning_rate > config.train.learning_rate:
@@ -101,7 +101,5 @@ def model(config: Config, known: Mapping[str, Any]) -> None:
         HvdlmError: an unknown name, or sizes that don't fit together.
     """
     if config.model.name not in known:
-        from hvdlm.plugins import nearest
-
         raise HvdlmError(f"model.name: no model {config.model.name!r}; {nearest(config.model.name, known)}")
     known[config.model.name](config.model, 256, config.data.context)

@@ -94,7 +94,9 @@ def advice(log: str) -> str:
 
 def check_machine() -> None:
     if not (3, 10) <= sys.version_info[:2] <= (3, 13):
-        fail(f"Python 3.10 to 3.13 is needed, this is {platform.python_version()}: make setup PYTHON=/path/to/python3.11")
+        fail(
+            f"Python 3.10 to 3.13 is needed, this is {platform.python_version()}: make setup PYTHON=/path/to/python3.11"
+        )
     if not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
         fail("a C++ compiler is needed to build Horovod (Debian: g++, Fedora: gcc-c++), none is on PATH")
     if not shutil.which("make"):
@@ -180,13 +182,9 @@ def cached_wheel(name: str, key: dict[str, str], build) -> Path:
 def build_mpi4py(folder: Path, mpicc: str) -> None:
     # The wheels on PyPI pick any libmpi at run time; a build of our own cannot pick another one than Horovod's.
     say("mpi4py: building against the same MPI")
-    run(
-        [str(PYTHON), "-m", "pip", "wheel", "--no-deps", "--no-binary", "mpi4py", "-c", "constraints.txt", "-w", str(folder)]
-        + ["mpi4py"],
-        CACHE / "logs" / "mpi4py.log",
-        "mpi4py",
-        dict(environment(), MPICC=mpicc, LDFLAGS="-Wl,-rpath,'$ORIGIN/../../..'"),
-    )
+    wheel = ["wheel", "--no-deps", "--no-binary", "mpi4py", "-c", "constraints.txt", "-w", str(folder), "mpi4py"]
+    env = dict(environment(), MPICC=mpicc, LDFLAGS="-Wl,-rpath,'$ORIGIN/../../..'")
+    run([str(PYTHON), "-m", "pip", *wheel], CACHE / "logs" / "mpi4py.log", "mpi4py", env)
 
 
 def build_horovod(folder: Path, frameworks: list[str], gpu: str) -> None:
@@ -195,7 +193,16 @@ def build_horovod(folder: Path, frameworks: list[str], gpu: str) -> None:
     log.unlink(missing_ok=True)
     sources = folder / "source"
     requirement = f"horovod=={horovod_patches.VERSION}"
-    download = ["download", "--no-deps", "--no-binary", ":all:", "--no-build-isolation", "-d", str(sources), requirement]
+    download = [
+        "download",
+        "--no-deps",
+        "--no-binary",
+        ":all:",
+        "--no-build-isolation",
+        "-d",
+        str(sources),
+        requirement,
+    ]
     run([str(PYTHON), "-m", "pip", *download], log, "Horovod's source distribution", environment())
     with tarfile.open(next(sources.glob("*.tar.gz"))) as archive:
         archive.extractall(sources, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
@@ -225,7 +232,9 @@ def check_horovod(frameworks: list[str]) -> None:
         code = (
             f"import horovod.{framework} as hvd; assert hvd.mpi_built() and hvd.gloo_built(); print(hvd.nccl_built())"
         )
-        env = dict(environment(), TF_CPP_MIN_LOG_LEVEL="3", CUDA_VISIBLE_DEVICES=os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+        env = dict(
+            environment(), TF_CPP_MIN_LOG_LEVEL="3", CUDA_VISIBLE_DEVICES=os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        )
         done = subprocess.run([str(PYTHON), "-c", code], capture_output=True, text=True, env=env)
         if done.returncode:
             fail(f"Horovod was installed but its {framework} operations do not load:\n{done.stderr[-2000:]}")
@@ -241,7 +250,11 @@ def main() -> None:
     check_machine()
     gpu = os.environ.get("HOROVOD_GPU_OPERATIONS", "")
     inputs = [ROOT / "constraints.txt", ROOT / "setup.cfg", *sorted(Path(__file__).parent.glob("*.py"))]
-    state = {"inputs": hashlib.sha256(b"".join(p.read_bytes() for p in inputs)).hexdigest(), "gpu": gpu, "root": str(ROOT)}
+    state = {
+        "inputs": hashlib.sha256(b"".join(p.read_bytes() for p in inputs)).hexdigest(),
+        "gpu": gpu,
+        "root": str(ROOT),
+    }
     before = json.loads(STAMP.read_text()) if STAMP.exists() else {}
     frameworks = [name for name in FRAMEWORKS if name in wanted or name in before.get("frameworks", [])]
     if PYTHON.exists() and before == {**state, "frameworks": frameworks}:

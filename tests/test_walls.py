@@ -14,9 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 TRANSPORTS = {"torch", "tensorflow", "keras", "horovod", "mpi4py"}
 ABOVE = {"hvdlm_torch", "hvdlm_tensorflow", "hvdlm_backends", "hvdlm_compression", "hvdlm_sharding"}
 FLOORS = {
-    0: "interfaces hookspecs config topology schedule models data tasks validate".split(),
-    1: "loop run checkpoint telemetry plugins exchange generate doctor".split(),
-    3: "cli options __main__".split(),
+    0: ["interfaces", "hookspecs", "config", "topology", "schedule", "models", "data", "tasks", "validate"],
+    1: ["loop", "run", "checkpoint", "telemetry", "plugins", "exchange", "generate", "doctor"],
+    3: ["cli", "options", "__main__"],
 }
 
 
@@ -51,7 +51,9 @@ def test_core_knows_no_framework_no_transport_and_nothing_above_its_floor(path: 
             assert other <= own, f"{path}:{line}: floor {own} imports {name} of floor {other}"
 
 
-@pytest.mark.parametrize("folder, allowed", [("plugins/hvdlm_torch", "torch"), ("plugins/hvdlm_tensorflow", "tensorflow")])
+@pytest.mark.parametrize(
+    "folder, allowed", [("plugins/hvdlm_torch", "torch"), ("plugins/hvdlm_tensorflow", "tensorflow")]
+)
 def test_a_framework_plugin_knows_its_own_framework_only(folder: str, allowed: str) -> None:
     forbidden = TRANSPORTS | ABOVE - {Path(folder).name}
     for path in sources(folder):

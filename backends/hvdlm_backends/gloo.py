@@ -32,7 +32,9 @@ class GlooBackend:
 
     def start(self, framework: str, groups: Sequence[tuple[int, ...]], config: Config) -> horovod.HorovodWorld:
         """Start Horovod on Gloo."""
-        hvd, sets = horovod.start(framework, groups, environment.detect(), "Start all ranks with one horovodrun --gloo.")
+        hvd, sets = horovod.start(
+            framework, groups, environment.detect(), "Start all ranks with one horovodrun --gloo."
+        )
         return horovod.HorovodWorld(hvd, sets)
 
 

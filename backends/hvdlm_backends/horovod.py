@@ -103,7 +103,13 @@ class HorovodGroup:
 
     def barrier(self) -> None:
         """Wait for all members."""
-        self._timed("barrier", [], lambda: self._hvd.barrier(process_set=self._set))
+        if not self._named:
+            self._timed("barrier", [], lambda: self._hvd.barrier(process_set=self._set))
+            return
+        # horovod.tensorflow has no barrier: a sum that every member awaits is one.
+        token = sys.modules["tensorflow"].zeros(1)
+        options = {"op": self._hvd.Sum, "name": "barrier", "process_set": self._set, **self._named}
+        self._timed("barrier", [], lambda: self._hvd.allreduce(token, **options).numpy())
 
 
 def _bytes(tensor: Any) -> int:

@@ -28,7 +28,7 @@ class AloneGroup:
     """A group of one rank: every operation is the identity."""
 
     def __init__(self, rank: int = 0) -> None:
-        self.ranks = (rank,)
+        self.ranks: tuple[int, ...] = (rank,)
         self.traffic: dict[str, Traffic] = {}
 
     def all_reduce_async(self, tensor: Any, name: str) -> Done:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 from hvdlm import hookimpl
 from hvdlm.config import Config
-from hvdlm.interfaces import HvdlmError
+from hvdlm.interfaces import HvdlmError, World
 from hvdlm_backends import environment, horovod
+from hvdlm_backends.local import LocalWorld
 
 _ADVICE = "The launcher's MPI is not the one Horovod was built with; python -m hvdlm doctor shows both."
 
@@ -30,17 +31,21 @@ class MPIBackend:
         c = config.communication
         return environment.prepare(environment.detect(), config.train.threads, c.cycle_ms, c.timeout)
 
-    def start(self, framework: str, groups: Sequence[tuple[int, ...]], config: Config) -> horovod.HorovodWorld:
+    def start(self, framework: str, groups: Sequence[tuple[int, ...]], config: Config) -> World:
         """Start MPI, then Horovod on it."""
         launch = environment.detect()
+        if launch is None:  # no launcher: MPI would have to start one of its own to serve a single rank
+            return LocalWorld()
         try:
             from mpi4py import MPI
         except (ImportError, RuntimeError) as error:
             raise HvdlmError(f"backend mpi needs mpi4py ({error}): make setup builds it.") from error
         found = MPI.COMM_WORLD.Get_size()
-        if launch and launch.size != found:
+        if launch.size != found:
             # srun without a PMI plugin starts N processes that each believe to be alone.
-            advice = "use srun --mpi=pmix" if launch.launcher == "srun" else "use the mpirun of the MPI that mpi4py loads"
+            advice = (
+                "use srun --mpi=pmix" if launch.launcher == "srun" else "use the mpirun of the MPI that mpi4py loads"
+            )
             raise HvdlmError(
                 f"{launch.launcher} started {launch.size} ranks but MPI found {found}: each would train on its own; "
                 f"{advice} (python -m hvdlm doctor shows which MPI is which)."

@@ -1,7 +1,7 @@
 """GPT: a decoder-only Transformer (Radford et al. 2019), with the choices of Llama (Touvron et al. 2023) as settings.
 
-What every framework computes, for tokens ``[batch, time]``; ``norm`` is layer or root-mean-square normalisation in fp32,
-a weight is ``[inputs, outputs]``, biases are there where ``bias`` is set::
+What every framework computes, for tokens ``[batch, time]``; ``norm`` is layer or root-mean-square normalisation in
+fp32, a weight is ``[inputs, outputs]``, biases are there where ``bias`` is set::
 
     x = embed.tokens[tokens] (+ embed.positions[0..time])         # [batch, time, embed]
     x = dropout(x)                                                # learned positions or not
@@ -27,7 +27,7 @@ from functools import partial
 
 from hvdlm.config import ModelConfig
 from hvdlm.interfaces import HvdlmError
-from hvdlm.models.spec import Init, ModelSpec, ParamSpec
+from hvdlm.models.spec import Init, ModelMaker, ModelSpec, ParamSpec
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,9 @@ def _check(config: ModelConfig, kv_heads: int) -> None:
             f"--model.width {-(-config.width // config.heads) * config.heads}."
         )
     if config.heads % kv_heads:
-        raise HvdlmError(f"model.heads {config.heads} is not a multiple of model.kv_heads {kv_heads}: choose a divisor.")
+        raise HvdlmError(
+            f"model.heads {config.heads} is not a multiple of model.kv_heads {kv_heads}: choose a divisor."
+        )
 
 
 def _params(s: GPTSettings, scale: float) -> tuple[ParamSpec, ...]:
@@ -152,7 +154,7 @@ def _flops_per_token(s: GPTSettings, params: tuple[ParamSpec, ...]) -> float:
     return 6.0 * weights + 12.0 * s.layers * s.width * s.context
 
 
-PRESETS = {
+PRESETS: dict[str, ModelMaker] = {
     "gpt": make_gpt,
     "gpt2": make_gpt,
     "llama": partial(

@@ -63,7 +63,7 @@ class FlatLayout:
 
 
 def make_layout(params: Sequence[ParamSpec], bucket_bytes: int) -> FlatLayout:
-    """Return the layout of ``params`` (in forward order) with buckets of at least ``bucket_bytes``, but for the last."""
+    """Return the layout of ``params`` (in forward order) in buckets of at least ``bucket_bytes`` but for the last."""
     slots: list[Slot] = []
     buckets: list[tuple[int, int]] = []
     start = first = 0

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from hvdlm.config import ModelConfig
-from hvdlm.models.spec import Init, ModelSpec, ParamSpec
+from hvdlm.models.spec import Init, ModelMaker, ModelSpec, ParamSpec
 
 GATES = {"rnn": 1, "gru": 3, "lstm": 4}
 
@@ -66,4 +66,4 @@ def make_rnn(config: ModelConfig, vocab: int, context: int, *, cell: str) -> Mod
     return ModelSpec("rnn", s, tuple(params), 6.0 * weights)
 
 
-PRESETS = {cell: partial(make_rnn, cell=cell) for cell in GATES}
+PRESETS: dict[str, ModelMaker] = {cell: partial(make_rnn, cell=cell) for cell in GATES}

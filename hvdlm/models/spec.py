@@ -112,4 +112,7 @@ def builtin_models() -> Mapping[str, ModelMaker]:
     """Return the models and presets that come with hvdlm."""
     from hvdlm.models import gpt, rnn
 
-    return {**gpt.PRESETS, **rnn.PRESETS}
+    models: dict[str, ModelMaker] = {}
+    models.update(gpt.PRESETS)
+    models.update(rnn.PRESETS)
+    return models

@@ -1,7 +1,7 @@
 """Update rules on flat vectors: torch's own fused optimizers, with weight decay on the masked elements.
 
-AdamW (Loshchilov and Hutter 2019, algorithm 2), SGD with momentum (Sutskever et al. 2013) and Nesterov's variant, Adagrad
-(Duchi et al. 2011), in the form in which torch writes them; the TensorFlow plugin follows the same equations.
+AdamW (Loshchilov and Hutter 2019, algorithm 2), SGD with momentum (Sutskever et al. 2013) and Nesterov's variant,
+Adagrad (Duchi et al. 2011), in the form in which torch writes them; the TensorFlow plugin follows the same equations.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ KINDS = {
 class FlatOptimizer:
     """One update rule over a flat float32 parameter vector and its gradient ``[size]``."""
 
-    def __init__(self, config: TrainConfig, parameter: torch.Tensor, gradient: torch.Tensor, mask: torch.Tensor) -> None:
+    def __init__(
+        self, config: TrainConfig, parameter: torch.Tensor, gradient: torch.Tensor, mask: torch.Tensor
+    ) -> None:
         self._config, self._mask = config, mask
         self._parameter = torch.nn.Parameter(parameter)
         self._parameter.grad = gradient

@@ -184,7 +184,10 @@ class TorchTrainable:
         for kind, flat in self._optimizer.memory.items():
             self._take(flat, f"optimizer/{kind}", state, required=False)
         if "optimizer/loss_scale" in state:
-            self._scale, self._steps_unscaled = float(state["optimizer/loss_scale"][0]), int(state["optimizer/loss_scale"][1])
+            self._scale, self._steps_unscaled = (
+                float(state["optimizer/loss_scale"][0]),
+                int(state["optimizer/loss_scale"][1]),
+            )
         self._exchange.load_state({k[9:]: v for k, v in state.items() if k.startswith("exchange/")})
         carried = {k[6:]: v for k, v in state.items() if k.startswith("carry/")}
         self._carry = self._model.carry_tensors(carried, self._config.train.micro_batch_size, self._device)

@@ -1,0 +1,19 @@
+"""The architectures that this framework implements, by ``ModelSpec.kind``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hvdlm.interfaces import HvdlmError
+from hvdlm.models.spec import ModelSpec
+from hvdlm_tensorflow.models.gpt import GPT
+from hvdlm_tensorflow.models.rnn import RNN
+
+KINDS = {"gpt": GPT, "rnn": RNN}
+
+
+def make_model(spec: ModelSpec) -> Any:
+    """Return the architecture of ``spec``, its parameters not yet bound."""
+    if spec.kind not in KINDS:
+        raise HvdlmError(f"the tensorflow plugin has no architecture {spec.kind!r}, it has {', '.join(KINDS)}.")
+    return KINDS[spec.kind](spec.settings)

@@ -72,13 +72,17 @@ class RNN:
         """Return {layer.which: float32 ``[rows, hidden]``} of a carried state."""
         return {f"{i}.{j}": t.float().cpu().numpy() for i, state in enumerate(carry) for j, t in enumerate(state)}
 
-    def carry_tensors(self, arrays: Mapping[str, np.ndarray], micro: int | None, device: torch.device) -> dict[int, Carry]:
+    def carry_tensors(
+        self, arrays: Mapping[str, np.ndarray], micro: int | None, device: torch.device
+    ) -> dict[int, Carry]:
         """Return the carried state of every micro-batch of ``micro`` rows from that of all rows."""
         if not arrays:
             return {}
         rows = len(next(iter(arrays.values())))
         cuts = range(0, rows, micro or rows)
-        return {number: self._slice(arrays, start, start + (micro or rows), device) for number, start in enumerate(cuts)}
+        return {
+            number: self._slice(arrays, start, start + (micro or rows), device) for number, start in enumerate(cuts)
+        }
 
     def _slice(self, arrays: Mapping[str, np.ndarray], start: int, stop: int, device: torch.device) -> Carry:
         def tensor(i: int, j: int) -> Any:

@@ -1,0 +1,119 @@
+"""Which tokens make the global batch of a step: a function of seed and step alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+_MASK = np.uint64(0xFFFFFFFFFFFFFFFF)
+
+
+def _mix(value: np.ndarray, key: np.uint64) -> np.ndarray:
+    """Return a well-mixed uint64 of each value (the finaliser of splitmix64, Steele et al. 2014)."""
+    with np.errstate(over="ignore"):
+        z = value + key * np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+
+def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:
+    """Return where a pseudo-random permutation of ``range(size)``, chosen by ``key``, sends each index.
+
+    A Feistel network of six rounds on the next even power of two, walked until the value falls below ``size`` (Black
+    and Rogaway 2002, section 3): no table, so memory doesn't grow with the corpus.
+    """
+    half = np.uint64(max(1, (max(1, size - 1).bit_length() + 1) // 2))
+    low = (np.uint64(1) << half) - np.uint64(1)
+    value = np.asarray(index, np.uint64).copy()
+    pending = np.arange(len(value))
+    while len(pending):
+        left, right = value[pending] >> half, value[pending] & low
+        for number in range(6):
+            round_key = np.uint64((key * 6 + number + 1) & int(_MASK))
+            left, right = right, left ^ (_mix(right, round_key) & low)
+        value[pending] = (left << half) | right
+        pending = pending[value[pending] >= size]
+    return value.astype(np.int64)
+
+
+class ShuffledSampler:
+    """Every window of ``context + 1`` tokens once an epoch, in random order, each epoch cut at another offset."""
+
+    def __init__(self, tokens: np.ndarray, context: int, batch_size: int, seed: int) -> None:
+        self._tokens, self._context, self._batch, self._seed = tokens, context, batch_size, seed
+        # One window less than fit without an offset, so that every offset below the context fits.
+        self.windows = max(1, (len(tokens) - 1) // context - 1)
+
+    def rows(self, step: int, first: int, last: int) -> tuple[np.ndarray, np.ndarray, bool]:
+        """Return int32 inputs and targets ``[last - first, context]`` of the rows of ``step``, and reset: always."""
+        place = np.arange(step * self._batch + first, step * self._batch + last)
+        starts = np.empty(len(place), np.int64)
+        for epoch in np.unique(place // self.windows):
+            chosen = place // self.windows == epoch
+            key = int(np.random.SeedSequence([self._seed, int(epoch)]).generate_state(1, np.uint64)[0])
+            spare = len(self._tokens) - 1 - self.windows * self._context
+            offset = key % (min(spare, self._context - 1) + 1)
+            starts[chosen] = offset + permute(place[chosen] % self.windows, self.windows, key) * self._context
+        windows = np.stack([self._tokens[s : s + self._context + 1] for s in starts]).astype(np.int32)
+        return np.ascontiguousarray(windows[:, :-1]), np.ascontiguousarray(windows[:, 1:]), True
+
+
+class SequentialSampler:
+    """Row b reads the b-th part of the corpus window after window, so that recurrent state can be carried."""
+
+    def __init__(self, tokens: np.ndarray, context: int, batch_size: int) -> None:
+        self._tokens, self._context = tokens, context
+        self._part = (len(tokens) - 1) // batch_size
+        self.windows = self._part // context
+
+    def rows(self, step: int, first: int, last: int) -> tuple[np.ndarray, np.ndarray, bool]:
+        """Return int32 inputs and targets ``[last - first, context]``, and whether a new pass begins."""
+        window = step % self.windows
+        starts = np.arange(first, last) * self._part + window * self._context
+        windows = np.stack([self._tokens[s : s + self._context + 1] for s in starts]).astype(np.int32)
+        return np.ascontiguousarray(windows[:, :-1]), np.ascontiguousarray(windows[:, 1:]), window == 0
+
+
+Piece = tuple[np.ndarray, np.ndarray, np.ndarray | None, bool]
+
+
+def independent_windows(tokens: np.ndarray, context: int, rows: int, rank: int, size: int) -> Iterator[Piece]:
+    """Yield ``rank``'s share of a split: (inputs, targets, weights, reset), every target predicted exactly once.
+
+    Windows are dealt out in contiguous shares; the last window of the split is padded, its padding weighs 0.
+    """
+    targets = len(tokens) - 1
+    windows = -(-targets // context)
+    first, last = windows * rank // size, windows * (rank + 1) // size
+    for start in range(first, last, rows):
+        stop = min(start + rows, last)
+        part = np.asarray(tokens[start * context : min(stop * context, targets) + 1], np.int32)
+        missing = (stop - start) * context + 1 - len(part)
+        padded = np.concatenate([part, np.zeros(missing, np.int32)])
+        counted = np.ones((stop - start) * context, np.float32)
+        counted[counted.size - missing :] = 0
+        weights = counted.reshape(-1, context) if missing else None
+        yield padded[:-1].reshape(-1, context), padded[1:].reshape(-1, context), weights, True
+
+
+def parallel_streams(tokens: np.ndarray, context: int, streams: int, rank: int, size: int) -> Iterator[Piece]:
+    """Yield ``rank``'s share of a split read as ``streams`` parallel streams with carried state; targets once each."""
+    streams = max(1, min(streams, (len(tokens) - 1) // 2))
+    first, last = streams * rank // size, streams * (rank + 1) // size
+    if first == last:
+        return
+    edges = np.arange(streams + 1) * (len(tokens) - 1) // streams
+    longest = int((edges[1:] - edges[:-1]).max())
+    for start in range(0, longest, context):
+        width = min(context, longest - start)
+        inputs = np.zeros((last - first, width), np.int32)
+        targets, weights = np.zeros_like(inputs), np.zeros((last - first, width), np.float32)
+        for row, stream in enumerate(range(first, last)):
+            begin = edges[stream] + start
+            count = max(0, min(width, edges[stream + 1] - begin))
+            inputs[row, :count] = tokens[begin : begin + count]
+            targets[row, :count] = tokens[begin + 1 : begin + 1 + count]
+            weights[row, :count] = 1
+        yield inputs, targets, (None if weights.all() else weights), start == 0

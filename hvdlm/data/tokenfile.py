@@ -1,0 +1,187 @@
+"""Token folders: memory-mapped ids with a JSON header, written once by one process and shared by all."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hvdlm.config import DataConfig
+from hvdlm.data import sources, tokenizers
+from hvdlm.interfaces import HvdlmError
+
+FORMAT = "hvdlm-tokens-1"
+_DTYPES: dict[str, np.dtype] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+_LIMIT = 1 << 26  # header and tokenizer files beyond this are none of ours
+
+
+@dataclass(frozen=True)
+class TokenData:
+    """An open token folder: ids of the training and validation split, memory-mapped, ``[n]`` uint16 or uint32."""
+
+    folder: Path
+    tokenizer: tokenizers.Tokenizer
+    train: np.ndarray
+    validation: np.ndarray
+    validation_bytes: int
+
+
+def prepare(config: DataConfig, output: str | None = None) -> TokenData:
+    """Return the tokens of ``config``, from the cache where they are, else tokenized and written there.
+
+    Raises:
+        HvdlmError: a source can't be used, or the folder can't be written.
+    """
+    paths = config.paths
+    if len(paths) == 1 and (Path(paths[0]) / "header.json").is_file():
+        return open_tokens(Path(paths[0]))
+    check_sources(config)
+    folder = Path(output) if output else _cache(config) / _key(config)
+    try:
+        with _lock(folder):
+            if not (folder / "header.json").is_file():
+                _write(config, folder)
+    except OSError as error:
+        raise HvdlmError(
+            f"the token files can't be written to {folder}: {error.strerror or error}"
+            ": free space or choose another folder (--data.cache FOLDER)."
+        ) from error
+    return open_tokens(folder)
+
+
+def check_sources(config: DataConfig) -> None:
+    """Check quickly that every source and the tokenizer are there and readable.
+
+    Raises:
+        HvdlmError: one isn't.
+    """
+    if len(config.paths) == 1 and (Path(config.paths[0]) / "header.json").is_file():
+        return
+    tokenizers.check(config.tokenizer)
+    for path in sources.expand([*config.paths, *(config.validation_paths)]):
+        if path not in ("embedded", "-") and os.path.getsize(path) == 0:
+            raise HvdlmError(f"data.path {path}: the file is empty: give a file with text.")
+
+
+def _cache(config: DataConfig) -> Path:
+    if config.cache:
+        return Path(config.cache)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hvdlm" / "tokens"
+
+
+def _key(config: DataConfig) -> str:
+    settings: list[Any] = [FORMAT, config.tokenizer, config.vocab_size, config.validation_share]
+    for group in (config.paths, config.validation_paths):
+        for source in sources.expand(group):
+            settings.append(_identity(source))
+        settings.append("|")
+    if os.path.isfile(config.tokenizer):
+        settings.append(_identity(config.tokenizer))
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:24]
+
+
+def _identity(source: str) -> list[Any]:
+    if source == "embedded":
+        return [source, hashlib.sha256(sources.embedded().encode()).hexdigest()]
+    if source == "-":
+        raise HvdlmError(
+            "data.path -: standard input can be read once only: python -m hvdlm prepare --output FOLDER first."
+        )
+    status = os.stat(source)
+    return [os.path.abspath(source), status.st_size, status.st_mtime_ns]
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.parent / f".{folder.name}.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _write(config: DataConfig, folder: Path) -> None:
+    text = sources.read(config.paths)
+    held_out = sources.read(config.validation_paths) if config.validation_paths else ""
+    tokenizer = tokenizers.train(config.tokenizer, config.vocab_size, [text, held_out] if held_out else [text])
+    ids = tokenizer.encode(text)
+    if held_out:
+        train, validation, size = ids, tokenizer.encode(held_out), len(held_out.encode())
+    else:
+        cut = int(len(ids) * (1 - config.validation_share))
+        train, validation = ids[:cut], ids[cut:]
+        size = len(tokenizer.decode(validation.tolist()).encode())
+    name = "uint16" if tokenizer.vocab <= 1 << 16 else "uint32"
+    header = {
+        "format": FORMAT,
+        "dtype": name,
+        "train": len(train),
+        "validation": len(validation),
+        "validation_bytes": size,
+        "tokenizer": tokenizer.hash,
+        "sources": [*config.paths, *(config.validation_paths)],
+    }
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".partial-"))
+    try:
+        _put(temporary / "tokens.bin", np.concatenate([train, validation]).astype(_DTYPES[name]).tobytes())
+        _put(temporary / "tokenizer.json", json.dumps(tokenizer.to_json()).encode())
+        _put(temporary / "header.json", json.dumps(header, indent=1).encode())
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _put(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def open_tokens(folder: Path) -> TokenData:
+    """Return the token folder, checked.
+
+    Raises:
+        HvdlmError: it is damaged or foreign.
+    """
+    try:
+        header = _read_json(folder / "header.json")
+        if header["format"] != FORMAT:
+            raise ValueError(f"its format is {header['format']!r}, not {FORMAT!r}")
+        dtype, counts = _DTYPES[header["dtype"]], [int(header["train"]), int(header["validation"])]
+        size = (folder / "tokens.bin").stat().st_size
+        if min(counts) < 0 or size != sum(counts) * dtype.itemsize:
+            raise ValueError(f"tokens.bin has {size} bytes, the header says {sum(counts)} tokens of {dtype.itemsize}")
+        tokenizer = tokenizers.from_json(_read_json(folder / "tokenizer.json"))
+        if tokenizer.hash != header["tokenizer"]:
+            raise ValueError("the tokenizer isn't the one that the tokens were made with")
+        tokens: np.ndarray = np.memmap(folder / "tokens.bin", dtype, "r") if size else np.zeros(0, dtype)
+        train, validation = tokens[: counts[0]], tokens[counts[0] :]
+        return TokenData(folder, tokenizer, train, validation, int(header["validation_bytes"]))
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise HvdlmError(f"token folder {folder} is damaged or foreign: {error}: prepare it anew.") from error
+
+
+def _read_json(path: Path) -> Any:
+    if path.stat().st_size > _LIMIT:
+        raise ValueError(f"{path.name} is too large")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def require_length(tokens: np.ndarray, context: int, split: str) -> None:
+    """Check that a split holds one window at least."""
+    if len(tokens) < context + 1:
+        raise HvdlmError(
+            f"the {split} split has {len(tokens)} tokens, fewer than data.context + 1 = {context + 1}: "
+            "give more text or a smaller --data.context."
+        )

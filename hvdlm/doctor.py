@@ -1,0 +1,206 @@
+"""``python -m hvdlm doctor``: what is installed, what fits together, and how to mend what doesn't.
+
+Facts are gathered first (``hvdlm.probes``) and judged here, so that every trap can be tested on a sound machine.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from hvdlm.probes import BUILT, GPUS, THREADS, Facts, gather
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the table: ``level`` is ok, warning or problem; ``text`` says what is, and how to mend it."""
+
+    level: str
+    subject: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """All findings about this machine."""
+
+    findings: tuple[Finding, ...]
+
+    @property
+    def healthy(self) -> bool:
+        """Whether nothing was found that keeps a run from working."""
+        return all(finding.level != "problem" for finding in self.findings)
+
+    def table(self) -> str:
+        """Return the findings as aligned lines and a closing count."""
+        width = max(len(f.subject) for f in self.findings)
+        lines = [f"{f.level:<8} {f.subject:<{width}}  {f.text}" for f in self.findings]
+        counts = {level: sum(f.level == level for f in self.findings) for level in ("problem", "warning")}
+        return "\n".join([*lines, f"{counts['problem']} problem(s), {counts['warning']} warning(s)"])
+
+
+def main() -> int:
+    """Print the table; return 0 where no problem was found, else 1."""
+    report = diagnose()
+    print(report.table(), flush=True)
+    return 0 if report.healthy else 1
+
+
+def diagnose(facts: Facts | None = None) -> Report:
+    """Return what is to be said about this machine, or about ``facts`` as ``gather`` returns them."""
+    facts = gather() if facts is None else facts
+    judges = (_python, _frameworks, _horovod, _mpi, _one_mpi, _launchers, _cores, _settings, _disk)
+    return Report(tuple(finding for judge in judges for finding in judge(facts)))
+
+
+def _python(facts: Facts) -> Iterator[Finding]:
+    yield Finding("ok", "hvdlm", facts["installed"]["hvdlm"] or "not installed, run from its sources")
+    fits = (3, 10) <= sys.version_info[:2] <= (3, 13)
+    advice = "" if fits else ": hvdlm is tested on 3.10 to 3.13, make setup PYTHON=/path/to/python3.11"
+    yield Finding("ok" if fits else "warning", "Python", f"{platform.python_version()} ({sys.executable}){advice}")
+
+
+def _frameworks(facts: Facts) -> Iterator[Finding]:
+    present = [name for name in GPUS if "version" in facts[name]]
+    for name in GPUS:
+        mend = f'make setup FRAMEWORKS="{name}"' if present else 'make setup FRAMEWORKS="torch tensorflow"'
+        if name in present:
+            keras = f", Keras {facts['installed']['keras']}" if name == "tensorflow" else ""
+            yield Finding("ok", name, f"{facts[name]['version']}{keras}, {facts[name].get('gpus', 0)} GPU(s)")
+        else:
+            error = facts[name].get("error", "")
+            said = "is not installed" if "ModuleNotFoundError" in error else f"does not import ({error})"
+            yield Finding("warning" if present else "problem", name, f"{said}: {mend}")
+
+
+def _horovod(facts: Facts) -> Iterator[Finding]:
+    for name in GPUS:
+        found, subject = facts[name], f"horovod.{name}"
+        if "version" not in found:
+            continue
+        if "mpi_built" not in found:
+            said = "does not import" if facts["installed"]["horovod"] else "is not installed"
+            text = f'{said} ({found.get("error", "")}), so only one process can train: make setup FRAMEWORKS="{name}"'
+            yield Finding("problem", subject, text)
+            continue
+        built = ", ".join(f"{b.split('_')[0].upper()} {'yes' if found[b] else 'no'}" for b in BUILT)
+        yield Finding("ok", subject, f"Horovod {facts['installed']['horovod']}, built with: {built}")
+        if not (found["mpi_built"] or found["gloo_built"]):
+            yield Finding("problem", subject, "has neither MPI nor Gloo, so ranks cannot meet: make setup")
+        if found.get("gpus") and not found["nccl_built"]:
+            text = "GPUs are here but NCCL is not built in: HOROVOD_GPU_OPERATIONS=NCCL make setup"
+            yield Finding("warning", subject, text)
+        yield from _started(found, subject)
+
+
+def _started(found: Facts, subject: str) -> Iterator[Finding]:
+    if "mpi_threads_supported" not in found:
+        text = f"cannot start as a single process ({found.get('error', '')}): check that mpirun is its MPI's"
+        yield Finding("warning", subject, text)
+    elif found["mpi_threads_supported"] is False:
+        text = "MPI runs without thread support, so do not mix Horovod and mpi4py calls: rebuild MPI with threads"
+        yield Finding("warning", subject, text)
+
+
+def _mpi(facts: Facts) -> Iterator[Finding]:
+    mpi4py, mpirun = facts["mpi4py"], facts["mpirun"]
+    if "version" in mpi4py:
+        library = mpi4py["library"].replace("\x00", "").strip().splitlines()[0].split(", ")[0]
+        yield Finding("ok", "mpi4py", f"{mpi4py['version']} on {library}")
+    else:
+        text = f"does not import ({mpi4py.get('error', '')}), and the mpi backend needs it: make setup"
+        yield Finding("problem", "mpi4py", text)
+    if not mpirun:
+        text = "is not on PATH, so only horovodrun --gloo or srun can start ranks: activate .venv or load your MPI"
+        yield Finding("warning", "mpirun", text)
+        return
+    yield Finding("ok", "mpirun", f"{mpirun['version']} ({mpirun['path']})")
+    ours, theirs = _mpi_version(mpirun["version"]), _mpi_version(mpi4py.get("library", ""))
+    if ours and theirs and ours != theirs:
+        text = (
+            f"belongs to {ours}, mpi4py was built for {theirs}, and ranks would not find each other: "
+            "put the MPI of make setup first on PATH, or make clean, load the MPI you want and make setup"
+        )
+        yield Finding("problem", "mpirun", text)
+
+
+def _mpi_version(text: str) -> str:
+    """Return for example ``Open MPI 4.1``: patch releases of one series work together."""
+    found = re.search(r"Open MPI\)? v?(\d+\.\d+)", text) or re.search(r"Open RTE\) (\d+\.\d+)", text)
+    return f"Open MPI {found[1]}" if found else ""
+
+
+def _one_mpi(facts: Facts) -> Iterator[Finding]:
+    users = {"mpi4py": facts["mpi4py"].get("libmpi")}
+    users |= {f"horovod.{name}": facts[name].get("libmpi") for name in GPUS if facts[name].get("mpi_built")}
+    loaded = {user: libraries for user, libraries in users.items() if libraries}
+    if len(loaded) < 2:
+        return
+    distinct = {library for libraries in loaded.values() for library in libraries}
+    if len(distinct) == 1:
+        yield Finding("ok", "one MPI", f"{' and '.join(loaded)} share {distinct.pop()}")
+        return
+    said = "; ".join(f"{user}: {', '.join(libraries)}" for user, libraries in loaded.items())
+    text = f"two MPI libraries in one process crash or hang ({said}): make setup builds both against one"
+    yield Finding("problem", "one MPI", text)
+
+
+def _launchers(facts: Facts) -> Iterator[Finding]:
+    version = _mpi_version(facts["mpirun"].get("version", ""))
+    if not version:
+        return
+    if int(version.split()[-1].split(".")[0]) >= 5:
+        text = (
+            f'{version} refuses horovodrun\'s binding options ("Executable: none"): '
+            'horovodrun --binding-args="--bind-to none --map-by slot" ..., or mpirun'
+        )
+        yield Finding("warning", "horovodrun", text)
+    allowed = all(facts["environment"].get(f"OMPI_ALLOW_RUN_AS_ROOT{end}") == "1" for end in ("", "_CONFIRM"))
+    if facts["root"] and not allowed:
+        text = (
+            "plain mpirun refuses to start as root: mpirun --allow-run-as-root, or set OMPI_ALLOW_RUN_AS_ROOT=1 "
+            "and OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 (horovodrun does so itself)"
+        )
+        yield Finding("warning", "root", text)
+
+
+def _cores(facts: Facts) -> Iterator[Finding]:
+    cores, quota = facts["cores"], facts["quota"]
+    shares = "; ".join(f"{n} rank(s): {_share(cores, n)}" for n in (1, 2, 4))
+    yield Finding("ok", "cores", f"{cores}. {shares}")
+    if quota is not None and quota < cores:
+        text = f"this container may use the time of {quota:g} of {cores} cores: set --train.threads accordingly"
+        yield Finding("warning", "cores", text)
+    for name in THREADS:
+        value = facts["environment"].get(name)
+        if value is None:
+            continue
+        if value.isdigit() and int(value) > cores:
+            text = f"{value} threads per rank on {cores} cores slow every step down: unset {name}, hvdlm then sets it"
+            yield Finding("warning", name, text)
+        else:
+            yield Finding("ok", name, f"{value} (for every rank; unset, hvdlm divides the cores by the local ranks)")
+
+
+def _share(cores: int, ranks: int) -> str:
+    return f"{cores // ranks} each" if ranks <= cores else f"shared by {ranks}, mpirun needs --oversubscribe"
+
+
+def _settings(facts: Facts) -> Iterator[Finding]:
+    settings = {name: value for name, value in facts["environment"].items() if name.startswith("HOROVOD_")}
+    for name, value in settings.items():
+        if name == "HOROVOD_DYNAMIC_PROCESS_SETS" and value not in ("", "0"):
+            text = "dynamic process sets end a run over Gloo with PyTorch, and hvdlm needs none: unset it"
+            yield Finding("warning", name, text)
+        else:
+            yield Finding("ok", name, value)
+
+
+def _disk(facts: Facts) -> Iterator[Finding]:
+    free = facts["free_bytes"]
+    level = "problem" if free < 1e8 else "warning" if free < 2e9 else "ok"
+    advice = "" if level == "ok" else ": free some, or point XDG_CACHE_HOME to a larger disk"
+    yield Finding(level, "disk", f"{free / 1e9:.1f} GB free for the cache ({facts['cache']}){advice}")

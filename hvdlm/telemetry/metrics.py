@@ -1,0 +1,94 @@
+"""``RUN/metrics.jsonl``, one JSON object per logged step and per evaluation, and ``RUN/summary.json``."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from hvdlm import hookimpl
+from hvdlm.config import Config
+from hvdlm.interfaces import StepResult, World
+
+
+class Metrics:
+    """Writes the files that other programs read."""
+
+    def __init__(self, config: Config) -> None:
+        self._folder, self._every = Path(config.log.run), config.log.every
+        self._file: TextIO | None = None
+
+    @hookimpl
+    def hvdlm_run_started(self, config: Config, world: World, info: Mapping[str, Any]) -> None:
+        """Open the file; of an earlier run, keep what lies before the step that is resumed."""
+        if world.rank == 0:
+            path = self._folder / "metrics.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _keep_until(path, int(info["start_step"]))
+            self._file = path.open("a", encoding="utf-8")
+
+    @hookimpl
+    def hvdlm_step_ended(self, step: int, result: StepResult, learning_rate: float, seconds: float) -> None:
+        """Write the step where it is due."""
+        if self._file and (step == 1 or step % self._every == 0):
+            self._write(
+                step=step,
+                loss=result.loss,
+                learning_rate=learning_rate,
+                tokens=result.tokens,
+                tokens_per_second=result.tokens / seconds,
+                grad_norm=result.grad_norm,
+                seconds=seconds,
+                comm_seconds=result.comm_seconds,
+                comm_bytes=result.comm_bytes,
+                **result.extra,
+            )
+
+    @hookimpl
+    def hvdlm_evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write the evaluation."""
+        if self._file:
+            self._write(step=step, **metrics)
+
+    @hookimpl
+    def hvdlm_run_ended(self, summary: Mapping[str, Any]) -> None:
+        """Write the summary and close."""
+        if self._file:
+            self._file.close()
+            self._file = None
+            _replace(self._folder / "summary.json", json.dumps(_finite(summary), indent=1) + "\n")
+
+    def _write(self, **values: Any) -> None:
+        assert self._file is not None
+        self._file.write(json.dumps(_finite(values)) + "\n")
+        self._file.flush()
+
+
+def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values with null for what JSON can't write (not a number, infinite)."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+
+
+def _keep_until(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue  # a line that a killed run left half-written
+    _replace(path, "".join(kept))
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.partial")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

@@ -1,0 +1,115 @@
+"""What rank 0 shows: a progress bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from hvdlm import hookimpl
+from hvdlm.config import Config
+from hvdlm.interfaces import StepResult, World
+
+
+class Progress:
+    """Shows loss, learning rate, tokens per second, share of time in communication and time left."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._bar: Any = None
+        self._active = False
+        self._shown = float("-inf")
+        self._forget()
+
+    @hookimpl
+    def hvdlm_run_started(self, config: Config, world: World, info: Mapping[str, Any]) -> None:
+        """Say what is trained, and open the bar."""
+        self._active = world.rank == 0
+        if not self._active:
+            return
+        print(
+            f"hvdlm: {config.model.name}, {info['parameters']:,} parameters, {info['framework']}, {world.size} rank(s) "
+            f"over {info['backend']}, {config.train.threads} thread(s) each, "
+            f"steps {info['start_step']} to {info['steps']}",
+            flush=True,
+        )
+        if sys.stdout.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=info["steps"], initial=info["start_step"], unit="step", file=sys.stdout)
+
+    @hookimpl
+    def hvdlm_step_ended(self, step: int, result: StepResult, learning_rate: float, seconds: float) -> None:
+        """Show the step."""
+        if not self._active:
+            return
+        self._steps += 1
+        self._tokens += result.tokens
+        self._seconds += seconds
+        self._comm += result.comm_seconds
+        text = (
+            f"loss {result.loss:.4f}, lr {learning_rate:.2e}, {self._tokens / self._seconds:,.0f} tokens/s, "
+            f"comm {100 * self._comm / self._seconds:.1f}%"
+        )
+        if self._bar is not None:
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update()
+            if step % self._config.log.every == 0:
+                self._forget()
+        elif self._is_due(step):
+            left = (self._config.train.steps - step) * self._seconds / self._steps
+            print(f"step {step}: {text}, {_clock(left)} left", flush=True)
+            self._forget()
+
+    def _forget(self) -> None:
+        """Begin a new interval, over which rates are smoothed."""
+        self._tokens = self._seconds = self._comm = 0.0
+        self._steps = 0
+
+    def _is_due(self, step: int) -> bool:
+        """A line at the first and last step, and at those logged, but not more than one in two seconds."""
+        now = time.monotonic()
+        if step in (1, self._config.train.steps) or (step % self._config.log.every == 0 and now - self._shown >= 2):
+            self._shown = now
+            return True
+        return False
+
+    @hookimpl
+    def hvdlm_evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Show the evaluation."""
+        self._say(f"step {step}: " + ", ".join(_figure(*item) for item in metrics.items()))
+
+    @hookimpl
+    def hvdlm_checkpoint_saved(self, step: int, path: str, seconds: float) -> None:
+        """Show where the checkpoint is."""
+        self._say(f"step {step}: saved {path} in {seconds:.2f} s")
+
+    @hookimpl
+    def hvdlm_run_ended(self, summary: Mapping[str, Any]) -> None:
+        """Close the bar and show the result."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+        if "perplexity" in summary:
+            self._say(
+                f"done: validation perplexity {summary['perplexity']:.3f} (loss {summary['val_loss']:.4f}), "
+                f"{summary['tokens_per_second']:,.0f} tokens/s"
+            )
+
+    def _say(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stdout)
+        elif self._active:
+            print(text, flush=True)
+
+
+def _figure(name: str, value: float) -> str:
+    """Losses differ in the fourth decimal; what follows from them is readable with two."""
+    return f"{name} {value:.4f}" if name.endswith("loss") else f"{name} {value:.2f}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,76 @@
+"""TensorBoard events, written without TensorFlow or torch. Rank 0 writes into ``RUN/tensorboard``."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hvdlm import hookimpl
+from hvdlm.config import Config
+from hvdlm.interfaces import StepResult, World
+
+
+class TensorBoard:
+    """Writes scalars: train/*, comm/*, val/*."""
+
+    def __init__(self, config: Config) -> None:
+        self._folder, self._every = Path(config.log.run) / "tensorboard", config.log.every
+        self._writer: Any = None
+
+    @hookimpl
+    def hvdlm_run_started(self, config: Config, world: World, info: Mapping[str, Any]) -> None:
+        """Open the event file."""
+        if world.rank == 0:
+            from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+            from tensorboard.summary.writer.record_writer import RecordWriter
+
+            # tensorboard's own EventFileWriter would import TensorFlow.
+            self._folder.mkdir(parents=True, exist_ok=True)
+            # The process number keeps a run that is resumed within the same second from writing over its events.
+            name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+            self._writer = RecordWriter((self._folder / name).open("wb"))
+            self._writer.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
+            # A start event makes TensorBoard drop what an interrupted run wrote beyond the checkpoint.
+            start = Event(wall_time=time.time(), step=info["start_step"] + 1)
+            start.session_log.status = SessionLog.START
+            self._writer.write(start.SerializeToString())
+
+    @hookimpl
+    def hvdlm_step_ended(self, step: int, result: StepResult, learning_rate: float, seconds: float) -> None:
+        """Write the step where it is due."""
+        if self._writer is not None and (step == 1 or step % self._every == 0):
+            figures = {
+                "train/loss": result.loss,
+                "train/learning_rate": learning_rate,
+                "train/grad_norm": result.grad_norm,
+                "train/tokens_per_second": result.tokens / seconds,
+                "comm/share": result.comm_seconds / seconds,
+                "comm/bytes": float(result.comm_bytes),
+            }
+            self._write(step, figures)
+
+    @hookimpl
+    def hvdlm_evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write the evaluation."""
+        if self._writer is not None:
+            self._write(step, {f"val/{name.removeprefix('val_')}": value for name, value in metrics.items()})
+
+    @hookimpl
+    def hvdlm_run_ended(self, summary: Mapping[str, Any]) -> None:
+        """Close the event file."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _write(self, step: int, figures: Mapping[str, float]) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in figures.items()]
+        event = Event(wall_time=time.time(), step=step, summary=Summary(value=values))
+        self._writer.write(event.SerializeToString())
+        self._writer.flush()  # a rank that is ended by another one's failure never closes its file

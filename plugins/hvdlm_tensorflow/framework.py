@@ -1,0 +1,46 @@
+"""TensorFlow as hvdlm's framework: picks the device and builds Trainables."""
+
+from __future__ import annotations
+
+import contextlib
+
+import tensorflow as tf
+
+from hvdlm.config import Config
+from hvdlm.interfaces import Exchange, HvdlmError, World
+from hvdlm.models.spec import ModelSpec
+from hvdlm.topology import Mesh
+from hvdlm_tensorflow.models import make_model
+from hvdlm_tensorflow.trainable import TensorFlowTrainable
+
+
+class TensorFlowFramework:
+    """The framework ``tensorflow``."""
+
+    name = "tensorflow"
+
+    def build(
+        self, model: ModelSpec, mesh: Mesh, world: World, exchange: Exchange, config: Config
+    ) -> TensorFlowTrainable:
+        """Return the model at its initial values on this rank's device; see ``interfaces.Framework``."""
+        if config.train.threads:
+            with contextlib.suppress(RuntimeError):  # TensorFlow has started already: its threads stay as they are
+                tf.config.threading.set_intra_op_parallelism_threads(config.train.threads)
+                tf.config.threading.set_inter_op_parallelism_threads(config.train.threads)
+        _choose_device(world, config)
+        place = mesh.coordinates(world.rank)["data"]
+        return TensorFlowTrainable(model, make_model(model), exchange, config, place)
+
+
+def _choose_device(world: World, config: Config) -> None:
+    devices = tf.config.list_physical_devices("GPU")
+    if devices:
+        if world.local_rank >= len(devices):
+            raise HvdlmError(
+                f"local rank {world.local_rank} has no GPU of its own: this node has {len(devices)}. "
+                "Start as many ranks per node as it has GPUs, or hide them with CUDA_VISIBLE_DEVICES=''."
+            )
+        tf.config.set_visible_devices(devices[world.local_rank], "GPU")
+        tf.config.experimental.set_memory_growth(devices[world.local_rank], True)
+    elif config.train.precision == "fp16":
+        raise HvdlmError("train.precision fp16 needs a GPU, none is visible here: use bf16 or fp32.")

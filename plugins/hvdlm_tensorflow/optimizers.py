@@ -1,0 +1,77 @@
+"""Update rules on flat vectors: TensorFlow's own fused operations, with weight decay on the masked elements.
+
+AdamW (Loshchilov and Hutter 2019, algorithm 2), SGD with momentum (Sutskever et al. 2013) and Nesterov's variant,
+Adagrad (Duchi et al. 2011), in the form in which torch writes them: the torch plugin follows the same equations.
+"""
+
+from __future__ import annotations
+
+import tensorflow as tf
+
+from hvdlm.config import TrainConfig
+
+# What each rule remembers: the names in checkpoints.
+KINDS = {"adamw": ("first_moment", "second_moment"), "sgd": ("momentum",), "adagrad": ("sum_of_squares",)}
+
+
+class FlatOptimizer:
+    """One update rule over a flat float32 parameter vector ``[size]``."""
+
+    def __init__(self, config: TrainConfig, parameter: tf.Variable, mask: tf.Tensor) -> None:
+        self._config, self._parameter, self._mask = config, parameter, mask
+        kinds = () if config.optimizer == "sgd" and not config.momentum else KINDS[config.optimizer]
+        self._memory = {kind: tf.Variable(tf.zeros_like(parameter), trainable=False) for kind in kinds}
+
+    @property
+    def memory(self) -> dict[str, tf.Variable]:
+        """What the rule remembers, by kind: flat float32 ``[size]``."""
+        return self._memory
+
+    def update(self, gradient: tf.Tensor, learning_rate: tf.Tensor, step: tf.Tensor) -> None:
+        """Apply ``gradient`` ``[size]`` as update number ``step`` (from 0), in a graph."""
+        c = self._config
+        if c.weight_decay and c.optimizer == "adamw":
+            self._parameter.assign_sub(learning_rate * c.weight_decay * self._mask * self._parameter)
+        elif c.weight_decay:
+            gradient += c.weight_decay * self._mask * self._parameter
+        getattr(self, f"_{c.optimizer}")(gradient, learning_rate, tf.cast(step + 1, tf.float64))
+
+    def _adamw(self, gradient: tf.Tensor, learning_rate: tf.Tensor, count: tf.Tensor) -> None:
+        c = self._config
+        power1, power2 = c.beta1**count, c.beta2**count
+        # The operation adds epsilon before the bias correction of the second moment; torch adds it after.
+        epsilon = tf.cast(c.epsilon * tf.sqrt(1.0 - power2), tf.float32)
+        tf.raw_ops.ResourceApplyAdam(
+            var=self._parameter.handle,
+            m=self._memory["first_moment"].handle,
+            v=self._memory["second_moment"].handle,
+            beta1_power=tf.cast(power1, tf.float32),
+            beta2_power=tf.cast(power2, tf.float32),
+            lr=learning_rate,
+            beta1=c.beta1,
+            beta2=c.beta2,
+            epsilon=epsilon,
+            grad=gradient,
+        )
+
+    def _sgd(self, gradient: tf.Tensor, learning_rate: tf.Tensor, count: tf.Tensor) -> None:
+        if not self._config.momentum:
+            self._parameter.assign_sub(learning_rate * gradient)
+            return
+        tf.raw_ops.ResourceApplyMomentum(
+            var=self._parameter.handle,
+            accum=self._memory["momentum"].handle,
+            lr=learning_rate,
+            grad=gradient,
+            momentum=self._config.momentum,
+            use_nesterov=self._config.nesterov,
+        )
+
+    def _adagrad(self, gradient: tf.Tensor, learning_rate: tf.Tensor, count: tf.Tensor) -> None:
+        tf.raw_ops.ResourceApplyAdagradV2(
+            var=self._parameter.handle,
+            accum=self._memory["sum_of_squares"].handle,
+            lr=learning_rate,
+            epsilon=self._config.epsilon,
+            grad=gradient,
+        )

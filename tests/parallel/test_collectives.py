@@ -1,0 +1,109 @@
+"""World and Group on real ranks: what every backend promises for either framework."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import numpy as np
+import pytest
+
+from hvdlm.config import ParallelConfig
+from hvdlm.interfaces import Group, HvdlmError, World
+from hvdlm.topology import make_mesh
+
+
+def everyone(world: World) -> Group:
+    return world.group(range(world.size))
+
+
+def values(rank: int, count: int = 12, dtype: str = "float32") -> np.ndarray:
+    return (np.arange(count) + 100 * rank).astype(dtype)
+
+
+def test_the_launcher_started_as_many_ranks_as_meet(world: World) -> None:
+    assert world.size == int(os.environ["HVDLM_TEST_RANKS"])
+    assert world.gather_objects(world.rank) == list(range(world.size))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "int32", "int64"])
+def test_all_reduce_sums_over_all_ranks(world: World, tensor, dtype: str) -> None:
+    reduced = everyone(world).all_reduce_async(tensor(values(world.rank, dtype=dtype)), f"sum.{dtype}").wait()
+    expected = sum(values(rank, dtype=dtype) for rank in range(world.size))
+    np.testing.assert_array_equal(np.asarray(reduced), expected)
+
+
+def test_grouped_all_reduce_keeps_order_and_shapes(world: World, tensor) -> None:
+    mine = [tensor(values(world.rank, n).reshape(shape)) for n, shape in ((4, (2, 2)), (3, (3,)), (6, (1, 6)))]
+    reduced = everyone(world).all_reduce(mine, "grouped")
+    for n, result, sent in zip((4, 3, 6), reduced, mine, strict=True):
+        expected = sum(values(rank, n) for rank in range(world.size)).reshape(tuple(sent.shape))
+        np.testing.assert_array_equal(np.asarray(result), expected)
+
+
+def test_all_gather_takes_uneven_parts_in_rank_order(world: World, tensor) -> None:
+    gathered = everyone(world).all_gather(tensor(values(world.rank, world.rank + 1)), "gather")
+    expected = np.concatenate([values(rank, rank + 1) for rank in range(world.size)])
+    np.testing.assert_array_equal(np.asarray(gathered), expected)
+
+
+def test_reduce_scatter_gives_each_rank_its_part_of_the_sum(world: World, tensor) -> None:
+    part = everyone(world).reduce_scatter(tensor(values(world.rank)), "scatter")
+    expected = np.split(sum(values(rank) for rank in range(world.size)), world.size)[world.rank]
+    np.testing.assert_array_equal(np.asarray(part), expected)
+
+
+def test_broadcast_gives_the_roots_tensor(world: World, tensor) -> None:
+    root = world.size - 1
+    received = everyone(world).broadcast(tensor(values(world.rank)), root, "broadcast")
+    np.testing.assert_array_equal(np.asarray(received), values(root))
+
+
+def test_all_to_all_exchanges_equal_parts(world: World, tensor) -> None:
+    received = everyone(world).all_to_all(tensor(values(world.rank)), "all_to_all")
+    expected = np.concatenate([np.split(values(rank), world.size)[world.rank] for rank in range(world.size)])
+    np.testing.assert_array_equal(np.asarray(received), expected)
+
+
+def test_barrier_waits_for_the_slowest(world: World) -> None:
+    started = time.monotonic()
+    if world.rank == world.size - 1:
+        time.sleep(0.5)
+    everyone(world).barrier()
+    slowest = max(world.gather_objects(time.monotonic() - started))
+    assert time.monotonic() - started >= 0.45 or slowest >= 0.45
+
+
+def test_bytes_and_calls_are_counted(world: World, tensor) -> None:
+    group = everyone(world)
+    before = group.traffic["all_reduce"].bytes if "all_reduce" in group.traffic else 0
+    calls = group.traffic["all_reduce"].calls if "all_reduce" in group.traffic else 0
+    group.all_reduce_async(tensor(values(world.rank, 1000)), "counted").wait()
+    assert group.traffic["all_reduce"].bytes - before == 4000
+    assert group.traffic["all_reduce"].calls - calls == 1
+
+
+def test_objects_travel_whole(world: World) -> None:
+    said = {"rank": world.rank, "text": "é" * (world.rank + 1), "figure": 0.1 + world.rank}
+    expected = [{"rank": r, "text": "é" * (r + 1), "figure": 0.1 + r} for r in range(world.size)]
+    assert world.gather_objects(said) == expected
+    assert world.broadcast_object(said, root=1) == expected[1]
+    assert world.any(world.rank == 1) is True
+    assert world.any(False) is False
+
+
+def test_groups_along_the_mesh_reduce_among_their_members_only(world: World, tensor) -> None:
+    mesh = make_mesh(world.size, ParallelConfig(tensor=2 if world.size == 4 else 1))
+    for axis in ("data", "tensor"):
+        ranks = mesh.group(axis, world.rank)
+        reduced = world.group(ranks).all_reduce_async(tensor(values(world.rank)), f"axis.{axis}").wait()
+        np.testing.assert_array_equal(np.asarray(reduced), sum(values(rank) for rank in ranks))
+
+
+def test_a_group_that_was_not_declared_is_refused(world: World) -> None:
+    if world.size < 4:
+        with pytest.raises(HvdlmError, match="no group"):
+            world.group((0, 5))
+    else:
+        with pytest.raises(HvdlmError, match="no group"):
+            world.group((0, 1, 2))
