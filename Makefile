@@ -35,7 +35,7 @@ test:  ## check, then all tests, on real ranks under the real launchers
 
 check:  ## format, lint, types and import walls
 	@$(PYTHON) scripts/setup_environment.py
-	@ruff format --check -q . && ruff check -q . && mypy -q && python -m pytest -q tests/test_walls.py
+	@ruff format --check -q . && ruff check -q . && mypy --no-error-summary && python -m pytest -q tests/test_walls.py
 
 format:  ## format and repair what the linter can
 	@ruff format -q . && ruff check -q --fix .

