@@ -57,12 +57,11 @@ def prepare(launch: Launch | None, threads: int | None, cycle_ms: float | None, 
     threads = threads or max(1, cores() // local_size)
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ.setdefault(name, str(threads))
-    oversubscribed = local_size > cores()
-    if oversubscribed:
-        # A rank that waits must give its core to one that computes: 43 ms against 1.1 ms for 4 KB, 4 ranks on 2 cores.
+    if local_size > 1 and local_size * threads >= cores():
+        # No core is idle, so whoever waits must give its core to one that computes: with 2 ranks on 2 cores, a step of
+        # a small GPT took 77 ms instead of 109 ms with PyTorch, 85 ms instead of 137 ms with TensorFlow.
         os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
-    if cycle_ms is not None:
-        os.environ["HOROVOD_CYCLE_TIME"] = str(cycle_ms)
+        os.environ.setdefault("HOROVOD_CYCLE_TIME", "2")
     os.environ.setdefault("HOROVOD_STALL_CHECK_TIME_SECONDS", str(max(1, round(timeout / 2))))
     os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", str(max(2, round(timeout))))
     return threads

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
 _MASK = np.uint64(0xFFFFFFFFFFFFFFFF)
+_BLOCK = 4096  # rows whose places are drawn at a time
 
 
 def _mix(value: np.ndarray, key: np.uint64) -> np.ndarray:
@@ -42,13 +43,24 @@ class ShuffledSampler:
     """Every window of ``context + 1`` tokens once an epoch, in random order, each epoch cut at another offset."""
 
     def __init__(self, tokens: np.ndarray, context: int, batch_size: int, seed: int) -> None:
-        self._tokens, self._context, self._batch, self._seed = tokens, context, batch_size, seed
+        self._tokens = np.asarray(tokens)  # slices of a memmap cost more than those of a plain array over it
+        self._context, self._batch, self._seed = context, batch_size, seed
         # One window less than fit without an offset, so that every offset below the context fits.
         self.windows = max(1, (len(tokens) - 1) // context - 1)
+        self._starts: dict[int, list[int]] = {}
 
     def rows(self, step: int, first: int, last: int) -> tuple[np.ndarray, np.ndarray, bool]:
         """Return int32 inputs and targets ``[last - first, context]`` of the rows of ``step``, and reset: always."""
-        place = np.arange(step * self._batch + first, step * self._batch + last)
+        place = step * self._batch + first, step * self._batch + last
+        blocks = range(place[0] // _BLOCK, (place[1] - 1) // _BLOCK + 1)
+        self._starts = {block: self._starts.get(block) or self._draw(block) for block in blocks}
+        known = [start for block in blocks for start in self._starts[block]]
+        skipped = blocks[0] * _BLOCK
+        return _windows(self._tokens, known[place[0] - skipped : place[1] - skipped], self._context) + (True,)
+
+    def _draw(self, block: int) -> list[int]:
+        """Return where the windows of a block of rows begin: many at once, since a step alone has too few for numpy."""
+        place = np.arange(block * _BLOCK, (block + 1) * _BLOCK)
         starts = np.empty(len(place), np.int64)
         for epoch in np.unique(place // self.windows):
             chosen = place // self.windows == epoch
@@ -56,15 +68,20 @@ class ShuffledSampler:
             spare = len(self._tokens) - 1 - self.windows * self._context
             offset = key % (min(spare, self._context - 1) + 1)
             starts[chosen] = offset + permute(place[chosen] % self.windows, self.windows, key) * self._context
-        windows = np.stack([self._tokens[s : s + self._context + 1] for s in starts]).astype(np.int32)
-        return np.ascontiguousarray(windows[:, :-1]), np.ascontiguousarray(windows[:, 1:]), True
+        return starts.tolist()
+
+
+def _windows(tokens: np.ndarray, starts: Iterable[int], context: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return int32 inputs and targets ``[rows, context]`` of the windows that begin at ``starts``."""
+    windows = np.stack([tokens[start : start + context + 1] for start in starts]).astype(np.int32)
+    return np.ascontiguousarray(windows[:, :-1]), np.ascontiguousarray(windows[:, 1:])
 
 
 class SequentialSampler:
     """Row b reads the b-th part of the corpus window after window, so that recurrent state can be carried."""
 
     def __init__(self, tokens: np.ndarray, context: int, batch_size: int) -> None:
-        self._tokens, self._context = tokens, context
+        self._tokens, self._context = np.asarray(tokens), context
         self._part = (len(tokens) - 1) // batch_size
         self.windows = self._part // context
 
@@ -72,8 +89,7 @@ class SequentialSampler:
         """Return int32 inputs and targets ``[last - first, context]``, and whether a new pass begins."""
         window = step % self.windows
         starts = np.arange(first, last) * self._part + window * self._context
-        windows = np.stack([self._tokens[s : s + self._context + 1] for s in starts]).astype(np.int32)
-        return np.ascontiguousarray(windows[:, :-1]), np.ascontiguousarray(windows[:, 1:]), window == 0
+        return _windows(self._tokens, starts, self._context) + (window == 0,)
 
 
 Piece = tuple[np.ndarray, np.ndarray, np.ndarray | None, bool]

@@ -96,13 +96,15 @@ class TensorFlowTrainable:
         self, inputs: Any, targets: Any, weights: Any, carry: Any, seed: Any, scale: Any, loss_sum: Any, figures: Any
     ) -> tuple[tf.Tensor, Any]:
         loss, carry, gradients = self._backward_part(self._pieces(), inputs, targets, weights, carry, seed, scale)
-        metrics = self._exchange.start_metrics(tf.stack([loss_sum + loss, figures[2]]))
         buckets = [tf.concat(gradients[first:last], 0) for first, last in self.layout.buckets]
         if self._gradient is not None:
             ranges = [self.layout.bucket_range(i) for i in range(len(buckets))]
             buckets = [b + self._gradient[start:stop] for b, (start, stop) in zip(buckets, ranges, strict=True)]
         with tf.control_dependencies(buckets):
+            # Not right after the forward pass: Horovod's thread would take a core from the backward pass.
+            totals = tf.stack([loss_sum + loss, figures[2]])
             ready = tf.timestamp()
+        metrics = self._exchange.start_metrics(totals)
         handles = [self._exchange.start(bucket, index) for index, bucket in enumerate(buckets)]
         reduced = [handle.wait() for handle in handles]
         with tf.control_dependencies(reduced):

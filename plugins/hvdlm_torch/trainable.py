@@ -78,9 +78,10 @@ class TorchTrainable:
             loss_sum += losses.detach().sum(dtype=torch.float64)
             if number + 1 == len(micro_batches):
                 totals = torch.stack([loss_sum, loss_sum.new_tensor(tokens)])
-                metrics = self._exchange.start_metrics(totals)
                 self._missing = [last - first for first, last in self.layout.buckets]
             (losses.sum() * (self._scale / self._normaliser)).backward()
+        # Not right after the forward pass: Horovod's thread would take a core from the backward pass.
+        metrics = self._exchange.start_metrics(totals)
         waited = self._wait()
         totals = metrics.wait()
         loss_sum_value, total = totals.tolist()
