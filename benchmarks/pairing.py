@@ -51,9 +51,7 @@ def report(title: str, rounds: Rounds) -> float:
     median = statistics.median(ratios)
     low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
     first, second = (statistics.median(part) for part in zip(*rounds, strict=True))
-    print(
-        f"{title}: ratio {median:.3f} (quartiles {low:.3f} to {high:.3f}, {len(ratios)} rounds; medians {first:.4g} and "
-        f"{second:.4g}; load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores)",
-        flush=True,
-    )
+    machine = f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
+    spread = f"quartiles {low:.3f} to {high:.3f}, {len(ratios)} rounds"
+    print(f"{title}: ratio {median:.3f} ({spread}; medians {first:.4g} and {second:.4g}; {machine})", flush=True)
     return median

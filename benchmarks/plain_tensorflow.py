@@ -57,9 +57,7 @@ class PlainLoop:
         context = self._c.data.context
         starts = self._random.integers(0, len(self._tokens) - context - 1, self._rows)
         windows = np.stack([self._tokens[s : s + context + 1] for s in starts]).astype(np.int32)
-        self._optimizer.learning_rate.assign(
-            1e-4 + 4.5e-4 * (1 + math.cos(math.pi * min(1.0, self._step / 1000)))
-        )
+        self._optimizer.learning_rate.assign(1e-4 + 4.5e-4 * (1 + math.cos(math.pi * min(1.0, self._step / 1000))))
         loss = self._graph(tf.constant(windows[:, :-1]), tf.constant(windows[:, 1:]))
         self._step += 1
         if self._step % 10 == 0:

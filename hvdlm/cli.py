@@ -61,18 +61,21 @@ def _launch_rank() -> int:
     return 0
 
 
-def _guard(run: Any, action: Callable[[], Any], debug: bool = True) -> int:
+def _guard(run: Any, action: Callable[[], Any]) -> int:
     """Do what all ranks compute; an error on this rank ends all of them with its message."""
     try:
         action()
     except KeyboardInterrupt:
         print(f"hvdlm: rank {run.world.rank}: interrupted", file=sys.stderr, flush=True)
         run.world.abort(130)
+    except HvdlmError as error:
+        error.world = run.world  # type: ignore[attr-defined]
+        raise
     except Exception as error:
-        if not isinstance(error, (RankError, HvdlmError)):
+        if not isinstance(error, RankError):
             traceback.print_exc()
         print(f"hvdlm: rank {run.world.rank} failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        run.world.abort(2 if isinstance(error, HvdlmError) else 1)
+        run.world.abort(1)
     run.world.close()
     return 0
 
@@ -147,31 +150,30 @@ def generate(arguments: list[str]) -> int:
     from hvdlm.generate import Sampling
 
     sampling = Sampling(values.temperature, values.top_k, values.top_p, values.seed)
+    if values.tokens < 1:
+        raise HvdlmError(f"--tokens: got {values.tokens}, expected 1 or more.")
     run = _open(values, rest)
     prompt = sys.stdin.read() if values.prompt == "-" else values.prompt
     return _guard(run, lambda: _write(run, prompt, values.tokens, sampling))
 
 
 def _write(run: Any, prompt: str, count: int, sampling: Any) -> None:
-    """Print ``prompt`` and what follows it, on rank 0, as it comes."""
-    from hvdlm.generate import generate as tokens_after
+    """Print ``prompt`` and what follows it, on rank 0: as it comes on a terminal, by whole lines elsewhere."""
+    from hvdlm.generate import encode, generate_text
 
-    tokenizer = run.task.tokenizer
-    ids = tokenizer.encode(prompt)
-    if not len(ids):
-        raise HvdlmError("the prompt is empty: give at least one character (--prompt).")
+    ids = encode(run.task.tokenizer, prompt)
     if run.world.rank != 0:
         return
     context = getattr(run.spec.settings, "context", sys.maxsize)
-    written, shown = [int(i) for i in ids], 0
-    for token in tokens_after(run.trainable, ids, count, context, sampling):
-        written.append(token)
-        text = tokenizer.decode(written)
-        # A character of several tokens is shown when it is whole.
-        if not text.endswith("\ufffd"):
-            print(text[shown:], end="", flush=True)
-            shown = len(text)
-    print(flush=True)
+    waiting = ""
+    for piece in generate_text(run.trainable, run.task.tokenizer, ids, count, context, sampling):
+        waiting += piece
+        # Launchers put a rank's number before every write, so that parts of a line would be torn apart.
+        ready = len(waiting) if sys.stdout.isatty() else waiting.rfind("\n") + 1
+        if ready:
+            print(waiting[:ready], end="", flush=True)
+            waiting = waiting[ready:]
+    print(waiting, flush=True)
 
 
 def prepare(arguments: list[str]) -> int:

@@ -7,7 +7,7 @@ described there. YAML files have the same structure: ``model: {layers: 6}`` is `
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass
@@ -220,6 +220,7 @@ class Config:
         backend: how ranks meet: auto, local, mpi or gloo
         task: what is learnt
         plugins: installed plugins to use besides those that the other options name
+        plugin_options: the options of plugins, by section
     """
 
     framework: str = "torch"
@@ -233,7 +234,9 @@ class Config:
     communication: CommunicationConfig = field(default_factory=CommunicationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    plugin_options: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict:
         """Return plain dictionaries, as YAML and JSON take them."""
-        return asdict(self)
+        whole = asdict(self)
+        return whole | whole.pop("plugin_options")

@@ -75,3 +75,34 @@ def generate(trainable: Trainable, prompt: np.ndarray, count: int, context: int,
 def _read(trainable: Trainable, tokens: list[int]) -> tuple[np.ndarray, Any, int]:
     scores, cache = trainable.logits(np.array([tokens], np.int32), None)
     return scores, cache, len(tokens)
+
+
+def encode(tokenizer: Any, prompt: str) -> np.ndarray:
+    """Return the prompt's ids, int32 ``[time]``.
+
+    Raises:
+        HvdlmError: it is empty, or can't be written with this vocabulary.
+    """
+    ids = tokenizer.encode(prompt)
+    if not len(ids):
+        raise HvdlmError("the prompt is empty: give at least one character (--prompt, or --log.sample_prompt).")
+    return ids
+
+
+def generate_text(
+    trainable: Trainable, tokenizer: Any, prompt: np.ndarray, count: int, context: int, sampling: Sampling
+) -> Iterator[str]:
+    """Yield the prompt and what ``generate`` adds, as pieces of text.
+
+    A piece is decoded together with the one before it, since blanks and characters of several bytes depend on their
+    neighbours, and is held back until its last character is whole.
+    """
+    written = [int(i) for i in prompt]
+    first, read = 0, len(written)
+    yield tokenizer.decode(written)
+    for token in generate(trainable, prompt, count, context, sampling):
+        written.append(token)
+        before, after = tokenizer.decode(written[first:read]), tokenizer.decode(written[first:])
+        if not after.endswith("\ufffd"):
+            yield after[len(before) :]
+            first, read = read, len(written)

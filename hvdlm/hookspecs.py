@@ -47,6 +47,12 @@ def hvdlm_models() -> Mapping[str, ModelMaker]:
 
 
 @hookspec
+def hvdlm_options() -> Mapping[str, type]:
+    """Return {section: dataclass}: options of the plugin's own, ``--section.field``, typed and in ``--help``."""
+    raise NotImplementedError
+
+
+@hookspec
 def hvdlm_run_started(config: Config, world: World, info: Mapping[str, Any]) -> None:
     """Hear that all ranks are ready: ``info`` has parameters, flops_per_token, start_step, versions."""
 

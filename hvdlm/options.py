@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jsonargparse
 
+from hvdlm import schema
 from hvdlm.config import Config, DataConfig
 from hvdlm.interfaces import HvdlmError
 
 
 class _Parser(jsonargparse.ArgumentParser):
-    """A parser whose errors are HvdlmErrors."""
+    """A parser whose errors are HvdlmErrors; ``known`` maps every option to its type."""
+
+    known: Mapping[str, Any] = {}
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise the message as one sentence."""
@@ -23,40 +25,48 @@ class _Parser(jsonargparse.ArgumentParser):
 
     def sentence(self, message: str) -> str:
         """Return jsonargparse's message as: what is wrong, where, what to do."""
-        known = [action.dest for action in self._actions if action.dest not in ("help", "print_config")]
-        unknown = re.search(r"[Uu]nrecognized arguments?: +(?:--)?([\w.\-]+)", message) or re.search(
-            r"(?:No action for key|Key|key|Group|Option) ['\"]([\w.]+)['\"]", message
+        known = self.known or {a.dest: a.type for a in self._actions if a.dest not in ("help", "print_config")}
+        missing = re.search(r"[Uu]nrecognized arguments?: +(-*)([\w.\-]+)", message) or re.search(
+            r"()(?:No action for key|[Kk]ey|Group|Option) ['\"]([\w.]+)['\"]", message
         )
-        if unknown and unknown[1] not in known:
-            key = unknown[1]
-            close = difflib.get_close_matches(key, known, 1, 0.5)
-            advice = f"did you mean --{close[0]}?" if close else "python -m hvdlm --help lists all options."
-            return f"--{key}: there is no such option; {advice}"
-        key = re.search(r'key ["\']([\w.]+)["\']', message)
-        text = " ".join(message.replace("Parser key", "key").split())
-        text = re.sub(r"^Validation failed: ", "", text)
-        if key:
-            detail = re.sub(r'^.*?key ["\'][\w.]+["\']:? *', "", text)
-            return f"--{key[1]}: {_expectation(detail)}"
-        return text
-
-
-def _expectation(detail: str) -> str:
-    detail = re.sub(r"Problem with given class_path.*", "", detail).strip()
-    return detail + ("" if detail.endswith(".") else ".")
+        section = re.search(r"argument --(\w+)|key \"(\w+)\"|--(\w+):? Unable", message)
+        name = section and next(filter(None, section.groups()))
+        if name and name not in known and any(key.startswith(f"{name}.") for key in known):
+            return f"--{name} is a section, it takes no value itself: write for example {schema.example(name, known)}."
+        if missing and missing[2] not in known:
+            if missing[1]:
+                return schema.unknown(missing[2], known)
+            return (
+                f"{missing[2]!r} belongs to no option: write --OPTION VALUE; python -m hvdlm --help lists all options."
+            )
+        key = re.search(r'key ["\']([\w.]+)["\']', message) or re.search(r"argument --([\w.]+)", message)
+        if not key:
+            return " ".join(message.split())
+        if "expected one argument" in message:
+            return f"--{key[1]}: the value is missing, expected {schema.expectation(known.get(key[1]))}."
+        value = re.search(r"(?:Got|Given) value:\s*(.*)\Z", message, re.S)
+        return schema.wrong_value(key[1], value[1].strip() if value else "", known.get(key[1]))
 
 
 def _parser(command: str, description: str, epilog: str | None = None) -> _Parser:
-    parser = _Parser(prog=f"python -m hvdlm {command}", description=description, epilog=epilog, allow_abbrev=False)
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return parser
+    epilog = (epilog + " " if epilog else "") + "With --debug, every command shows the traceback of an error."
+    return _Parser(prog=f"python -m hvdlm {command}", description=description, epilog=epilog, allow_abbrev=False)
 
 
-def _config_parser(command: str, description: str, epilog: str | None = None) -> _Parser:
+def _config_parser(command: str, description: str, plugins: Mapping[str, type], epilog: str | None = None) -> _Parser:
     parser = _parser(command, description, epilog)
     parser.add_argument("--config", action="config", help="a YAML file of options; later options override it")
-    parser.add_class_arguments(Config)
+    parser.add_class_arguments(Config, skip={"plugin_options"})
+    for section, kind in plugins.items():
+        parser.add_class_arguments(kind, section)
+    parser.known = _known(plugins)
     return parser
+
+
+def _known(plugins: Mapping[str, type]) -> dict[str, Any]:
+    known = schema.types_of({"": Config, **plugins})
+    del known["plugin_options"]
+    return known
 
 
 def parse_config(arguments: list[str], commands: Mapping[str, str]) -> Config:
@@ -65,26 +75,70 @@ def parse_config(arguments: list[str], commands: Mapping[str, str]) -> Config:
     Raises:
         HvdlmError: an unknown option, a wrong type, or an unreadable file.
     """
-    listing = "commands: " + "; ".join(f"{name}: {text}" for name, text in commands.items())
-    parser = _config_parser("[train]", "Train a language model, on one process or under an MPI launcher.", listing)
-    return _instantiate(parser, arguments)
+    listing = "commands: " + "; ".join(f"{name}: {text}" for name, text in commands.items()) + "."
+    description = "Train a language model, on one process or under an MPI launcher."
+    return _parse("[train]", description, arguments, listing)
 
 
-def _instantiate(parser: _Parser, arguments: list[str]) -> Config:
-    _check_files(arguments)
+def _parse(command: str, description: str, arguments: list[str], epilog: str | None = None) -> Config:
+    files = {name: read_yaml(Path(name)) for name in _values("--config", arguments)}
+    plugins = _plugin_options(arguments, files.values())
+    for name, content in files.items():
+        schema.check_mapping(content, _known(plugins), f"--config {name}")
+    parser = _config_parser(command, description, plugins, epilog)
     parsed = parser.instantiate_classes(parser.parse_args(arguments))
-    fields = Config.__dataclass_fields__
-    return Config(**{name: parsed[name] for name in fields})
+    options = {section: parsed[section] for section in plugins}
+    return Config(
+        **{n: parsed[n] for n in Config.__dataclass_fields__ if n != "plugin_options"}, plugin_options=options
+    )
 
 
-def _check_files(arguments: list[str]) -> None:
+def _values(name: str, arguments: list[str]) -> list[str]:
+    """Return every value that option ``name`` is given."""
+    found = []
     for index, argument in enumerate(arguments):
-        if argument == "--config" or argument.startswith("--config="):
-            name = argument.partition("=")[2] or (arguments[index + 1] if index + 1 < len(arguments) else "")
-            check_yaml(Path(name))
+        if argument.partition("=")[0].rstrip("+") == name:
+            follows = arguments[index + 1] if index + 1 < len(arguments) else ""
+            found.append(argument.partition("=")[2] or follows)
+    return found
 
 
-def check_yaml(path: Path) -> dict[str, Any]:
+def _plugin_options(arguments: list[str], files: Iterable[Mapping[str, Any]]) -> dict[str, type]:
+    """Return {section: dataclass} of the plugins that ``--plugins`` or a file's ``plugins:`` name.
+
+    Raises:
+        HvdlmError: one is not installed, does not import, or names a section that is taken.
+    """
+    import yaml
+
+    named: list[str] = []
+    for text in _values("--plugins", arguments):
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            continue  # the parser will say what is wrong with it
+        named += value if isinstance(value, list) else [text]
+    for content in files:
+        value = content.get("plugins") or []
+        named += value if isinstance(value, list) else []
+    if not named:
+        return {}
+    from hvdlm import plugins
+
+    names = [str(name) for name in named]
+    plugins.require(names)
+    found: dict[str, type] = {}
+    for more in plugins.load(names).hook.hvdlm_options():
+        for section, kind in more.items():
+            if section in Config.__dataclass_fields__ or section in found:
+                raise HvdlmError(
+                    f"plugins: the section {section!r} of a plugin's options is taken: leave one plugin out."
+                )
+            found[section] = kind
+    return found
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
     """Return the mapping in a YAML file.
 
     Raises:
@@ -92,6 +146,8 @@ def check_yaml(path: Path) -> dict[str, Any]:
     """
     import yaml
 
+    if not str(path) or str(path) == ".":
+        raise HvdlmError("--config: the value is missing, expected the path of a YAML file.")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -109,8 +165,7 @@ def run_config(run: str, arguments: list[str]) -> Config:
     path = Path(run) / "config.yaml"
     if not path.is_file():
         raise HvdlmError(f"--run {run}: there is no run (no config.yaml): name the folder given as --log.run.")
-    parser = _config_parser("", "")
-    return _instantiate(parser, ["--config", str(path), *arguments])
+    return _parse("", "", ["--config", str(path), *arguments])
 
 
 def _parse_known(parser: _Parser, arguments: list[str]) -> tuple[Any, list[str]]:
@@ -163,6 +218,7 @@ def parse_prepare(arguments: list[str]) -> Any:
     parser = _parser("prepare", "Turn text into token files, which --data.path then takes.")
     parser.add_class_arguments(DataConfig, "data")
     parser.add_argument("--output", type=str, default=None, help="folder of the token files; default: the cache")
+    parser.known = {**schema.types_of({"data": DataConfig}), "output": str}
     return parser.instantiate_classes(parser.parse_args(arguments))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib.metadata
 import importlib.util
 import os
@@ -16,6 +17,8 @@ import pluggy
 from hvdlm import checkpoint, plugins, validate
 from hvdlm.checkpoint import Checkpoint
 from hvdlm.config import Config
+from hvdlm.data.tokenfile import without_stdin
+from hvdlm.generate import encode
 from hvdlm.interfaces import HvdlmError, Task, Trainable, World, nearest
 from hvdlm.models.spec import ModelSpec
 from hvdlm.topology import Mesh, make_mesh
@@ -79,9 +82,17 @@ def plan(config: Config, *, fresh: bool = True) -> Plan:
     config.backend = backend_name
     mesh = make_mesh(size, config.parallel)
     validate.layout(config, mesh)
+    if size > 1 and "-" in (*config.data.paths, *config.data.validation_paths):
+        raise HvdlmError(
+            "data.path -: a launcher gives standard input to one rank only: python -m hvdlm prepare --output FOLDER "
+            "first, then --data.path FOLDER."
+        )
     validate.model(config, plugins.models(manager))
     require_framework(config.framework, size)
     found = _find_checkpoint(config) if fresh else None
+    # Kept in a file, which the run's config.yaml names, so that it can be resumed, evaluated and continued.
+    config.data = without_stdin(config.data)
+    asked = dataclasses.replace(asked, data=config.data)
     return Plan(config, asked, manager, backend, mesh, rank, found)
 
 
@@ -137,6 +148,8 @@ def start(plan: Plan) -> Run:
     config, manager = plan.config, plan.manager
     task = plugins.make(manager, "task", config.task, config=config)
     spec = plugins.models(manager)[config.model.name](config.model, task.vocab, config.data.context)
+    if config.log.sample_tokens:
+        encode(task.tokenizer, config.log.sample_prompt)
     if plan.checkpoint:
         _check_tokenizer(plan.checkpoint, task)
     framework = plugins.make(manager, "framework", config.framework)

@@ -16,7 +16,7 @@ ABOVE = {"hvdlm_torch", "hvdlm_tensorflow", "hvdlm_backends", "hvdlm_compression
 FLOORS = {
     0: ["interfaces", "hookspecs", "config", "topology", "schedule", "models", "data", "tasks", "validate"],
     1: ["loop", "run", "checkpoint", "telemetry", "plugins", "exchange", "generate", "doctor"],
-    3: ["cli", "options", "__main__"],
+    3: ["cli", "options", "schema", "__main__"],
 }
 
 

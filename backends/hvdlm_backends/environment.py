@@ -61,7 +61,6 @@ def prepare(launch: Launch | None, threads: int | None, cycle_ms: float | None, 
         # No core is idle, so whoever waits must give its core to one that computes: with 2 ranks on 2 cores, a step of
         # a small GPT took 77 ms instead of 109 ms with PyTorch, 85 ms instead of 137 ms with TensorFlow.
         os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
-        os.environ.setdefault("HOROVOD_CYCLE_TIME", "2")
     os.environ.setdefault("HOROVOD_STALL_CHECK_TIME_SECONDS", str(max(1, round(timeout / 2))))
     os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", str(max(2, round(timeout))))
     return threads

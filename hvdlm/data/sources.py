@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import codecs
 import glob
 import gzip
+import hashlib
 import os
 import sys
+import tempfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from hvdlm.interfaces import HvdlmError
 
@@ -30,7 +35,7 @@ def expand(paths: Sequence[str]) -> list[str]:
     """
     found: list[str] = []
     for path in paths:
-        if path in ("embedded", "-"):
+        if path == "embedded":
             found.append(path)
         elif os.path.isdir(path):
             files = sorted(str(p) for p in Path(path).rglob("*") if p.is_file() and p.suffix in _SUFFIXES)
@@ -45,7 +50,7 @@ def expand(paths: Sequence[str]) -> list[str]:
                 raise HvdlmError(f"data.path {path}: there is no such file, folder or match: check --data.path.")
             found += matches
     for source in found:
-        if source not in ("embedded", "-") and not os.access(source, os.R_OK):
+        if source != "embedded" and not os.access(source, os.R_OK):
             raise HvdlmError(f"data.path {source}: this user can't read it: change its permissions or path.")
     return found
 
@@ -56,31 +61,87 @@ def chunks(source: str) -> Iterator[bytes]:
         yield embedded().encode()
         return
     try:
-        with (
-            sys.stdin.buffer
-            if source == "-"
-            else gzip.open(source)
-            if source.endswith(".gz")
-            else open(source, "rb") as f
-        ):
-            while chunk := f.read(_CHUNK):
+        with gzip.open(source) if source.endswith(".gz") else open(source, "rb") as file:
+            while chunk := file.read(_CHUNK):
                 yield chunk
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise HvdlmError(f"data.path {source}: can't be read: {error}.") from error
 
 
-def read(paths: Sequence[str]) -> str:
-    """Return the text of all sources."""
-    texts = []
+def texts(paths: Sequence[str], digests: dict[str, str] | None = None) -> Iterator[str]:
+    """Yield the text of all sources in pieces of about a megabyte that end at a line's end, or at a blank.
+
+    Memory doesn't grow with the corpus. ``digests`` takes the SHA-256 of every source as it lies on disk, unpacked.
+
+    Raises:
+        HvdlmError: a source can't be read or is not UTF-8, or there is no text at all.
+    """
+    empty = True
     for source in expand(paths):
-        data = b"".join(chunks(source))
-        try:
-            texts.append(data.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise HvdlmError(
-                f"data.path {source}: byte {error.start} is not UTF-8: convert it, for example with iconv -t UTF-8."
-            ) from error
-    text = "".join(texts)
-    if not text:
+        hashed = hashlib.sha256()
+        for piece in _pieces(_decoded(source, hashed)):
+            empty = False
+            yield piece
+        if digests is not None:
+            digests[source] = hashed.hexdigest()
+    if empty:
         raise HvdlmError(f"data.path {', '.join(paths)}: the corpus is empty: give a file with text.")
-    return text
+
+
+def _decoded(source: str, hashed: Any) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    done = 0
+    try:
+        for chunk in chunks(source):
+            hashed.update(chunk)
+            pending = len(decoder.getstate()[0])
+            yield decoder.decode(chunk)
+            done += len(chunk)
+        pending = 0
+        yield decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        raise HvdlmError(
+            f"data.path {source}: byte {done - pending + error.start} is not UTF-8: convert it, for example with "
+            "iconv -t UTF-8."
+        ) from error
+
+
+def _pieces(texts: Iterator[str]) -> Iterator[str]:
+    """Cut where a word can't be torn apart; a word longer than any language's is cut all the same."""
+    rest = ""
+    for text in texts:
+        rest += text
+        cut = rest.rfind("\n") + 1 or rest.rfind(" ") + 1 or (len(rest) if len(rest) > 16 * _CHUNK else 0)
+        if cut:
+            yield rest[:cut]
+            rest = rest[cut:]
+    if rest:
+        yield rest
+
+
+def spool(folder: Path) -> str:
+    """Copy standard input to a file in ``folder``, named by its content, and return its path.
+
+    Raises:
+        HvdlmError: there is nothing on it, or the folder can't be written.
+    """
+    if sys.stdin is None or sys.stdin.isatty():
+        raise HvdlmError("data.path -: standard input is a terminal: pipe a text into it, or give a file.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        hashed = hashlib.sha256()
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".stdin-", delete=False) as file:
+            while chunk := sys.stdin.buffer.read(_CHUNK):
+                hashed.update(chunk)
+                file.write(chunk)
+        path = folder / f"stdin-{hashed.hexdigest()[:24]}.txt"
+        if not path.exists():
+            os.replace(file.name, path)
+        else:
+            os.unlink(file.name)
+    except OSError as error:
+        raise HvdlmError(
+            f"data.path -: standard input can't be kept in {folder}: {error.strerror}: free space or choose another "
+            "folder (--data.cache FOLDER)."
+        ) from error
+    return str(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import fcntl
 import hashlib
 import json
@@ -10,9 +11,9 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from hvdlm.config import DataConfig
 from hvdlm.data import sources, tokenizers
 from hvdlm.interfaces import HvdlmError
 
-FORMAT = "hvdlm-tokens-1"
+FORMAT = "hvdlm-tokens-2"
 _DTYPES: dict[str, np.dtype] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 _LIMIT = 1 << 26  # header and tokenizer files beyond this are none of ours
 
@@ -45,8 +46,11 @@ def prepare(config: DataConfig, output: str | None = None) -> TokenData:
     paths = config.paths
     if len(paths) == 1 and (Path(paths[0]) / "header.json").is_file():
         return open_tokens(Path(paths[0]))
+    config = without_stdin(config)
     check_sources(config)
     folder = Path(output) if output else _cache(config) / _key(config)
+    if output and folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise HvdlmError(f"--output {folder}: it exists and is no empty folder: name one that doesn't exist yet.")
     try:
         with _lock(folder):
             if not (folder / "header.json").is_file():
@@ -59,6 +63,16 @@ def prepare(config: DataConfig, output: str | None = None) -> TokenData:
     return open_tokens(folder)
 
 
+def without_stdin(config: DataConfig) -> DataConfig:
+    """Return ``config`` with standard input kept in a file: it is read twice, and found again when a run resumes."""
+    paths, held_out = config.paths, config.validation_paths
+    if "-" not in (*paths, *held_out):
+        return config
+    kept = sources.spool(_cache(config))
+    paths, held_out = ([kept if path == "-" else path for path in group] for group in (paths, held_out))
+    return replace(config, path=paths, validation_path=held_out or None)
+
+
 def check_sources(config: DataConfig) -> None:
     """Check quickly that every source and the tokenizer are there and readable.
 
@@ -69,7 +83,7 @@ def check_sources(config: DataConfig) -> None:
         return
     tokenizers.check(config.tokenizer)
     for path in sources.expand([*config.paths, *(config.validation_paths)]):
-        if path not in ("embedded", "-") and os.path.getsize(path) == 0:
+        if path != "embedded" and os.path.getsize(path) == 0:
             raise HvdlmError(f"data.path {path}: the file is empty: give a file with text.")
 
 
@@ -93,10 +107,6 @@ def _key(config: DataConfig) -> str:
 def _identity(source: str) -> list[Any]:
     if source == "embedded":
         return [source, hashlib.sha256(sources.embedded().encode()).hexdigest()]
-    if source == "-":
-        raise HvdlmError(
-            "data.path -: standard input can be read once only: python -m hvdlm prepare --output FOLDER first."
-        )
     status = os.stat(source)
     return [os.path.abspath(source), status.st_size, status.st_mtime_ns]
 
@@ -110,35 +120,71 @@ def _lock(folder: Path) -> Iterator[None]:
 
 
 def _write(config: DataConfig, folder: Path) -> None:
-    text = sources.read(config.paths)
-    held_out = sources.read(config.validation_paths) if config.validation_paths else ""
-    tokenizer = tokenizers.train(config.tokenizer, config.vocab_size, [text, held_out] if held_out else [text])
-    ids = tokenizer.encode(text)
-    if held_out:
-        train, validation, size = ids, tokenizer.encode(held_out), len(held_out.encode())
-    else:
-        cut = int(len(ids) * (1 - config.validation_share))
-        train, validation = ids[:cut], ids[cut:]
-        size = len(tokenizer.decode(validation.tolist()).encode())
+    """Read the sources twice, once for the tokenizer and once to encode, piece by piece."""
+    paths, held_out = config.paths, config.validation_paths
+    digests: dict[str, str] = {}
+    tokenizer = tokenizers.train(config.tokenizer, config.vocab_size, sources.texts([*paths, *held_out], digests))
+    if not digests:  # a tokenizer that needs no training has not looked at the text
+        for _ in sources.texts([*paths, *held_out], digests):
+            pass
     name = "uint16" if tokenizer.vocab <= 1 << 16 else "uint32"
-    header = {
-        "format": FORMAT,
-        "dtype": name,
-        "train": len(train),
-        "validation": len(validation),
-        "validation_bytes": size,
-        "tokenizer": tokenizer.hash,
-        "sources": [*config.paths, *(config.validation_paths)],
-    }
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".partial-"))
     try:
-        _put(temporary / "tokens.bin", np.concatenate([train, validation]).astype(_DTYPES[name]).tobytes())
+        with (temporary / "tokens.bin").open("wb") as file:
+            places = _encode(tokenizer, paths, file, _DTYPES[name])
+            train, validation = places[-1].tokens, 0
+            if held_out:
+                held = _encode(tokenizer, held_out, file, _DTYPES[name])
+                validation, size = held[-1].tokens, held[-1].bytes
+            else:
+                train = int(train * (1 - config.validation_share))
+                validation, size = places[-1].tokens - train, 0
+            file.flush()
+            os.fsync(file.fileno())
+        if not held_out:
+            size = places[-1].bytes - _bytes_before(temporary / "tokens.bin", _DTYPES[name], tokenizer, places, train)
+        header = {
+            "format": FORMAT,
+            "dtype": name,
+            "train": train,
+            "validation": validation,
+            # Words decode to one blank between them and <unk>: bits per byte of the text are not defined.
+            "validation_bytes": 0 if config.tokenizer == "word" else size,
+            "tokenizer": tokenizer.hash,
+            "sources": digests,
+        }
         _put(temporary / "tokenizer.json", json.dumps(tokenizer.to_json()).encode())
         _put(temporary / "header.json", json.dumps(header, indent=1).encode())
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+class _Place(NamedTuple):
+    """How many tokens, made of how many bytes of text, have been written after a piece."""
+
+    tokens: int
+    bytes: int
+
+
+def _encode(tokenizer: tokenizers.Tokenizer, paths: list[str], file: BinaryIO, dtype: np.dtype) -> list[_Place]:
+    """Append the tokens of ``paths`` to ``file``; return the place after every piece."""
+    places = [_Place(0, 0)]
+    for text in sources.texts(paths):
+        ids = tokenizer.encode(text)
+        file.write(ids.astype(dtype).tobytes())
+        places.append(_Place(places[-1].tokens + len(ids), places[-1].bytes + len(text.encode())))
+    return places
+
+
+def _bytes_before(
+    path: Path, dtype: np.dtype, tokenizer: tokenizers.Tokenizer, places: list[_Place], count: int
+) -> int:
+    """Return of how many bytes of text the first ``count`` tokens are made."""
+    index = bisect.bisect_right([place.tokens for place in places], count) - 1
+    ids = np.fromfile(path, dtype, count - places[index].tokens, offset=places[index].tokens * dtype.itemsize)
+    return places[index].bytes + len(tokenizer.decode(ids.tolist()).encode())
 
 
 def _put(path: Path, data: bytes) -> None:
@@ -169,7 +215,9 @@ def open_tokens(folder: Path) -> TokenData:
         train, validation = tokens[: counts[0]], tokens[counts[0] :]
         return TokenData(folder, tokenizer, train, validation, int(header["validation_bytes"]))
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise HvdlmError(f"token folder {folder} is damaged or foreign: {error}: prepare it anew.") from error
+        raise HvdlmError(
+            f"token folder {folder} is damaged or foreign: {error}: delete it and prepare it anew."
+        ) from error
 
 
 def _read_json(path: Path) -> Any:
