@@ -29,7 +29,7 @@ class ModelConfig:
         dropout: share of activations dropped while training
         rotary_base: base of the rotary positions' wavelengths
         norm_epsilon: added to the variance in normalisations
-        initial_scale: standard deviation of a GPT's initial weights (recurrent ones: uniform within 1/sqrt(width))
+        initial_scale: standard deviation of a GPT's initial weights; None: the preset's, or sqrt(2 / (5 width))
     """
 
     name: str = "gpt"
@@ -46,7 +46,7 @@ class ModelConfig:
     dropout: float = 0.0
     rotary_base: float = 10000.0
     norm_epsilon: float = 1e-5
-    initial_scale: float = 0.02
+    initial_scale: float | None = None
 
 
 @dataclass

@@ -29,8 +29,8 @@ class _Parser(jsonargparse.ArgumentParser):
         missing = re.search(r"[Uu]nrecognized arguments?: +(-*)([\w.\-]+)", message) or re.search(
             r"()(?:No action for key|[Kk]ey|Group|Option) ['\"]([\w.]+)['\"]", message
         )
-        section = re.search(r"argument --(\w+)|key \"(\w+)\"|--(\w+):? Unable", message)
-        name = section and next(filter(None, section.groups()))
+        section = re.search(r'(?:argument --|key "|--)(\w+)(?![\w.])', message)
+        name = section[1] if section else ""
         if name and name not in known and any(key.startswith(f"{name}.") for key in known):
             return f"--{name} is a section, it takes no value itself: write for example {schema.example(name, known)}."
         if missing and missing[2] not in known:

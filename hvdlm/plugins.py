@@ -65,8 +65,13 @@ def make(manager: pluggy.PluginManager, kind: str, name: str, **arguments: Any) 
     """
     made = getattr(manager.hook, f"hvdlm_make_{kind}")(name=name, **arguments)
     if made is None:
-        raise HvdlmError(f"{kind}: no plugin provides {name!r}; {nearest(name, installed())}")
+        raise unknown(kind, name)
     return made
+
+
+def unknown(kind: str, name: str) -> HvdlmError:
+    """Return the error about a name that no plugin provides."""
+    return HvdlmError(f"{kind}: no plugin provides {name!r}; {nearest(name, installed())}")
 
 
 def models(manager: pluggy.PluginManager) -> Mapping[str, ModelMaker]:

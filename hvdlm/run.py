@@ -74,6 +74,8 @@ def plan(config: Config, *, fresh: bool = True) -> Plan:
     validate.values(config)
     plugins.require(config.plugins)
     backend_name = choose_backend() if config.backend == "auto" else config.backend
+    if config.communication.exchange not in plugins.installed() and not config.plugins:
+        raise plugins.unknown("exchange", config.communication.exchange)
     names = [config.framework, backend_name, config.task, config.communication.exchange, *config.plugins]
     manager = plugins.load(names)
     backend = plugins.make(manager, "backend", backend_name)

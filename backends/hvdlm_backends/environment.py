@@ -34,12 +34,25 @@ class Launch(NamedTuple):
 
 def detect(environ: Mapping[str, str] = os.environ) -> Launch | None:
     """Return what the launcher's environment tells, or None where no launcher started this process."""
-    for launcher, (rank, size, local_rank, local_size) in _LAUNCHERS.items():
+    for launcher, names in _LAUNCHERS.items():
+        rank, size, local_rank, local_size = names
         if rank in environ and size in environ:
-            total = int(environ[size])
-            first = environ.get(local_size, str(total)).split("(")[0].split(",")[0]  # Slurm writes 4(x2),3
-            return Launch(launcher, int(environ[rank]), total, int(environ.get(local_rank, environ[rank])), int(first))
+            total, place = _number(environ, size), _number(environ, rank)
+            local = _number(environ, local_rank) if local_rank in environ else place
+            return Launch(
+                launcher, place, total, local, _number(environ, local_size) if local_size in environ else total
+            )
     return None
+
+
+def _number(environ: Mapping[str, str], name: str) -> int:
+    first = environ[name].split("(")[0].split(",")[0]  # Slurm writes 4(x2),3
+    if not first.isdigit():
+        raise HvdlmError(
+            f"the environment variable {name} is {environ[name]!r}, expected a whole number as launchers set it: unset "
+            "it, or start with horovodrun, mpirun or srun."
+        )
+    return int(first)
 
 
 def cores() -> int:

@@ -38,6 +38,8 @@ def expand(paths: Sequence[str]) -> list[str]:
         if path == "embedded":
             found.append(path)
         elif os.path.isdir(path):
+            if not os.access(path, os.R_OK | os.X_OK):
+                raise HvdlmError(f"data.path {path}: this user can't read it: change its permissions or path.")
             files = sorted(str(p) for p in Path(path).rglob("*") if p.is_file() and p.suffix in _SUFFIXES)
             if not files:
                 raise HvdlmError(f"data.path {path}: the folder holds no {', '.join(_SUFFIXES)} file.")

@@ -212,12 +212,21 @@ def open_tokens(folder: Path) -> TokenData:
         if tokenizer.hash != header["tokenizer"]:
             raise ValueError("the tokenizer isn't the one that the tokens were made with")
         tokens: np.ndarray = np.memmap(folder / "tokens.bin", dtype, "r") if size else np.zeros(0, dtype)
+        if (highest := _highest(tokens)) >= tokenizer.vocab:
+            raise ValueError(f"tokens.bin holds the id {highest}, the vocabulary has {tokenizer.vocab} entries")
         train, validation = tokens[: counts[0]], tokens[counts[0] :]
         return TokenData(folder, tokenizer, train, validation, int(header["validation_bytes"]))
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise HvdlmError(
             f"token folder {folder} is damaged or foreign: {error}: delete it and prepare it anew."
         ) from error
+
+
+def _highest(tokens: np.ndarray) -> int:
+    """Return the highest of the ids, in a large file of those in 64 blocks of it: opening must not take long."""
+    block = 1 << 16
+    starts = np.unique(np.linspace(0, max(0, len(tokens) - block), 64, dtype=np.int64))
+    return max((int(tokens[start : start + block].max()) for start in starts if len(tokens)), default=-1)
 
 
 def _read_json(path: Path) -> Any:

@@ -62,6 +62,7 @@ def make_gpt(
     activation: str = "gelu",
     bias: bool = True,
     tie_embeddings: bool = True,
+    initial_scale: float | None = None,
 ) -> ModelSpec:
     """Return the description of a GPT; the keyword arguments are a preset's choices, which ``config`` overrides.
 
@@ -92,7 +93,9 @@ def make_gpt(
     )
     if s.positions == "rotary" and s.head_width % 2:
         raise HvdlmError(f"model.width / model.heads is {s.head_width}: rotary positions need an even width per head.")
-    params = _params(s, config.initial_scale)
+    # GPT-2's 0.02 is small for narrow models; sqrt(2 / (5 width)): Nguyen and Salazar 2019, section 3.1.
+    scale = config.initial_scale or initial_scale or (2 / (5 * s.width)) ** 0.5
+    params = _params(s, scale)
     return ModelSpec("gpt", s, params, _flops_per_token(s, params))
 
 
@@ -156,7 +159,7 @@ def _flops_per_token(s: GPTSettings, params: tuple[ParamSpec, ...]) -> float:
 
 PRESETS: dict[str, ModelMaker] = {
     "gpt": make_gpt,
-    "gpt2": make_gpt,
+    "gpt2": partial(make_gpt, initial_scale=0.02),
     "llama": partial(
         make_gpt, positions="rotary", norm="rmsnorm", activation="swiglu", bias=False, tie_embeddings=False
     ),

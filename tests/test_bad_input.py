@@ -1,0 +1,323 @@
+"""What a user can get wrong: each answered by one sentence (what, where, what to do) and exit code 2.
+
+The cases of the table run the command in this process: what is found wrong here is found before a framework is
+imported and before any rank computes. The last tests run the real command, and real ranks.
+"""
+
+from __future__ import annotations
+
+import gzip
+import importlib.metadata
+import importlib.util
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hvdlm import checkpoint, cli, plugins
+from hvdlm_backends.local import LocalWorld
+from launching import ROOT, environment, launch
+
+TEXT = "The quick brown fox jumps over the lazy dog.\n" * 200
+Setup = Callable[[pytest.MonkeyPatch], Any]
+
+
+@pytest.fixture(autouse=True)
+def _untouched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Run in a folder of its own, with a corpus; put the environment back."""
+    before = dict(os.environ)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    Path("corpus.txt").write_text(TEXT)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def write(name: str, content: str | bytes) -> Setup:
+    """Return a set-up that writes a file."""
+
+    def action(_: pytest.MonkeyPatch) -> None:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    return action
+
+
+def env(**values: str) -> Setup:
+    """Return a set-up of environment variables."""
+    return lambda patch: [patch.setenv(name, value) for name, value in values.items()]
+
+
+def unreadable(name: str, mode: int) -> Setup:
+    """Return a set-up that denies access to ``name``; root is denied nothing, so that it is told so here."""
+
+    def action(patch: pytest.MonkeyPatch) -> None:
+        real = os.access
+        patch.setattr(os, "access", lambda path, m: False if Path(path).name == name and m & mode else real(path, m))
+
+    return action
+
+
+def saved(change: Callable[[Path], None] | None = None) -> Setup:
+    """Return a set-up of a run folder with a checkpoint, perhaps damaged afterwards."""
+
+    def action(_: pytest.MonkeyPatch) -> None:
+        Path("old").mkdir()
+        Path("old/config.yaml").write_text("train: {steps: 5}\n")
+        state = {"parameters/w": np.ones(3, np.float32)}
+        path = checkpoint.save(Path("old/checkpoints"), 5, state, {"tokenizer": "x"}, LocalWorld())
+        if change:
+            change(path)
+
+    return action
+
+
+def edit(key: str, value: Any) -> Callable[[Path], None]:
+    """Return a damage: one entry of the manifest is changed."""
+
+    def action(path: Path) -> None:
+        manifest = json.loads((path / "manifest.json").read_text())
+        (path / "manifest.json").write_text(json.dumps(manifest | {key: value}))
+
+    return action
+
+
+def cut(name: str) -> Callable[[Path], None]:
+    """Return a damage: a file of the checkpoint loses its last byte."""
+    return lambda path: (path / name).write_bytes((path / name).read_bytes()[:-1])
+
+
+def tokens(change: Callable[[Path], None]) -> Setup:
+    """Return a set-up of a token folder ``tokens``, damaged."""
+
+    def action(_: pytest.MonkeyPatch) -> None:
+        assert cli.main(["prepare", "--data.path", "corpus.txt", "--output", "tokens"]) == 0
+        change(Path("tokens"))
+
+    return action
+
+
+def header(**values: Any) -> Callable[[Path], None]:
+    """Return a damage: entries of the header are changed."""
+
+    def action(path: Path) -> None:
+        content = json.loads((path / "header.json").read_text())
+        (path / "header.json").write_text(json.dumps(content | values))
+
+    return action
+
+
+def framework_missing(patch: pytest.MonkeyPatch) -> None:
+    """Set up a machine without torch."""
+    real = importlib.util.find_spec
+    patch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "torch" else real(name, *more))
+
+
+def horovod_without_torch(patch: pytest.MonkeyPatch) -> None:
+    """Set up a Horovod whose folder holds no library for torch, under a launcher of two ranks."""
+    Path("horovod/torch").mkdir(parents=True)
+    Path("horovod/__init__.py").write_text("")
+    real = importlib.util.find_spec
+    fake = importlib.util.spec_from_file_location("horovod", "horovod/__init__.py")
+    patch.setattr(importlib.util, "find_spec", lambda name, *more: fake if name == "horovod" else real(name, *more))
+    two_ranks(patch)
+
+
+def two_ranks(patch: pytest.MonkeyPatch) -> None:
+    """Set up the environment of rank 0 of 2 under Open MPI."""
+    for name, value in {"RANK": "0", "SIZE": "2", "LOCAL_RANK": "0", "LOCAL_SIZE": "2"}.items():
+        patch.setenv(f"OMPI_COMM_WORLD_{name}", value)
+
+
+def broken_plugin(patch: pytest.MonkeyPatch) -> None:
+    """Set up an installed plugin whose module fails."""
+    Path("broken_plugin.py").write_text("import nothing_of_this_name\n")
+    patch.syspath_prepend(str(Path.cwd()))
+    entry = importlib.metadata.EntryPoint("broken", "broken_plugin", "hvdlm")
+    real = plugins.installed
+    patch.setattr(plugins, "installed", lambda: {**real(), "broken": entry})
+
+
+CASES: list[tuple[str, list[str], Setup | None, str]] = [
+    # The command line
+    ("a command misspelt", ["trian"], None, "did you mean train?"),
+    ("an option misspelt", ["--model.layer", "6"], None, "--model.layer: there is no such option; did you mean"),
+    ("a section forgotten", ["--layers", "6"], None, "did you mean --model.layers?"),
+    ("an option that is nothing like any", ["--xyz", "1"], None, "--help lists all options"),
+    ("a stray word", ["--train.steps", "5", "fast"], None, "'fast' belongs to no option"),
+    ("no value", ["--model.layers"], None, "--model.layers: the value is missing, expected a whole number"),
+    ("text for a whole number", ["--model.layers", "six"], None, "--model.layers: got 'six', expected a whole number"),
+    ("a fraction for a whole number", ["--model.layers", "2.5"], None, "expected a whole number"),
+    ("text for a number", ["--train.learning_rate", "fast"], None, "--train.learning_rate: got 'fast', expected a num"),
+    ("text for a switch", ["--train.nesterov", "maybe"], None, "got 'maybe', expected true or false"),
+    ("null where it can't be", ["--train.steps", "null"], None, "--train.steps: got null, expected a whole number"),
+    ("an unknown choice", ["--train.optimizer", "adam"], None, "one of adamw, sgd, adagrad; did you mean adamw?"),
+    ("a value for a section", ["--model", "5"], None, "--model is a section"),
+    # YAML files
+    ("no such file", ["--config", "no.yaml"], None, "--config no.yaml: No such file or directory"),
+    ("no YAML", ["--config", "a.yaml"], write("a.yaml", "model: [1"), "a.yaml: is no valid YAML"),
+    ("binary", ["--config", "a.yaml"], write("a.yaml", b"\xff\xfe\x00"), "a.yaml: is no valid YAML"),
+    ("no mapping", ["--config", "a.yaml"], write("a.yaml", "- 1\n"), "a.yaml: holds no options"),
+    ("a key misspelt", ["--config", "a.yaml"], write("a.yaml", "model: {layer: 6}"), "did you mean --model.layers?"),
+    ("a section misspelt", ["--config", "a.yaml"], write("a.yaml", "modle: {layers: 6}"), "did you mean --model?"),
+    ("a section without options", ["--config", "a.yaml"], write("a.yaml", "model: 5"), "model is a section, got 5"),
+    ("a type in YAML", ["--config", "a.yaml"], write("a.yaml", "train: {steps: many}"), "--train.steps: got 'many'"),
+    ("null in YAML", ["--config", "a.yaml"], write("a.yaml", "train: {steps: null}"), "--train.steps: got null"),
+    ("a Python object", ["--config", "a.yaml"], write("a.yaml", "a: !!python/name:os.system"), "is no valid YAML"),
+    # Figures out of range, and figures that don't fit together
+    ("no layers", ["--model.layers", "0"], None, "model.layers is 0, expected 1 or more"),
+    ("dropout of all", ["--model.dropout", "1.0"], None, "model.dropout is 1.0, expected at least 0 and below 1"),
+    ("not a number", ["--train.learning_rate", ".inf"], None, "train.learning_rate is inf, expected above 0"),
+    ("a negative seed", ["--train.seed", "-1"], None, "train.seed is -1, expected 0 or more"),
+    ("warm-up of 1.5 steps", ["--train.warmup", "1.5"], None, "whole steps, or a share"),
+    ("rising decay", ["--train.min_learning_rate", "1"], None, "train.min_learning_rate 1.0 is above"),
+    ("Nesterov without momentum", ["--train.nesterov", "true"], None, "train.nesterov needs train.momentum"),
+    ("width not divisible", ["--model.width", "130"], None, "--model.width 132"),
+    ("heads not divisible", ["--model.kv_heads", "3"], None, "not a multiple of model.kv_heads 3"),
+    ("odd rotary width", ["--model.name", "llama", "--model.width", "12"], None, "rotary positions need an even width"),
+    ("an unknown model", ["--model.name", "gtp"], None, "model.name: no model 'gtp'; did you mean gpt?"),
+    ("tensor parallel", ["--parallel.tensor", "2"], None, "not supported yet: leave both at 1"),
+    ("more data ranks than ranks", ["--parallel.data", "3"], None, "3 x 1 x 1 (data x pipeline x tensor)"),
+    ("micro-batch", ["--train.micro_batch_size", "5"], None, "choose one of 1, 2, 4, 8, 16, 32"),
+    ("batch over ranks", ["--train.batch_size", "7"], two_ranks, "can't be split over 2 data ranks: choose 6 or 8"),
+    # Plugins, frameworks, backends
+    ("an unknown plugin", ["--plugins", "[spikes]"], None, "no plugin 'spikes' is installed"),
+    ("plugins without brackets", ["--plugins", "torch"], None, "--plugins: got 'torch', expected a list such as"),
+    ("a broken plugin", ["--plugins", "[broken]"], broken_plugin, "plugin broken (broken_plugin) does not import"),
+    ("an unknown framework", ["--framework", "pytorch"], None, "no plugin provides 'pytorch'; did you mean torch?"),
+    ("an unknown backend", ["--backend", "mpl"], None, "backend: no plugin provides 'mpl'; did you mean mpi?"),
+    ("an unknown exchange", ["--communication.exchange", "ring"], None, "exchange: no plugin provides 'ring'"),
+    ("an unknown task", ["--task", "translate"], None, "task: no plugin provides 'translate'"),
+    ("a missing framework", [], framework_missing, 'torch is not installed here: make setup FRAMEWORKS="torch"'),
+    ("Horovod without torch", [], horovod_without_torch, "Horovod was built without torch, and 2 ranks need it"),
+    ("local under a launcher", ["--backend", "local"], two_ranks, "but Open MPI started 2"),
+    ("a launcher's nonsense", [], env(OMPI_COMM_WORLD_RANK="x", OMPI_COMM_WORLD_SIZE="2"),
+     "OMPI_COMM_WORLD_RANK is 'x'"),
+    # The corpus
+    ("no such corpus", ["--data.path", "no.txt"], None, "data.path no.txt: there is no such file, folder or match"),
+    ("a glob without match", ["--data.path", "*.text"], None, "there is no such file, folder or match"),
+    ("an empty corpus", ["--data.path", "e.txt"], write("e.txt", ""), "data.path e.txt: the file is empty"),
+    ("an empty folder", ["--data.path", "f"], lambda _: Path("f").mkdir(), "data.path f: the folder holds no .txt"),
+    ("an unreadable file", ["--data.path", "corpus.txt"], unreadable("corpus.txt", os.R_OK), "this user can't read it"),
+    ("an unreadable folder", ["--data.path", "f"], unreadable("f", os.R_OK), "data.path f: this user can't read it"),
+    ("no UTF-8", ["--data.path", "l.txt"], write("l.txt", b"abc\n\xe9t\xe9\n"), "byte 4 is not UTF-8"),
+    ("no gzip", ["--data.path", "a.gz"], write("a.gz", b"not packed"), "data.path a.gz: can't be read"),
+    ("half a gzip", ["--data.path", "a.gz"], write("a.gz", gzip.compress(TEXT.encode())[:-9]), "a.gz: can't be read"),
+    ("shorter than the context", ["--data.path", "s.txt"], write("s.txt", "short text"), "fewer than data.context + 1"),
+    ("no validation", ["--data.path", "corpus.txt", "--data.validation_share", "0.0001"], None, "2 are needed"),
+    ("no such validation text", ["--data.validation_path", "no.txt"], None, "no.txt: there is no such file"),
+    ("a validation share of all", ["--data.validation_share", "1"], None,
+     "data.validation_share is 1.0, expected above"),
+    ("standard input on ranks", ["--data.path", "-"], two_ranks, "a launcher gives standard input to one rank only"),
+    ("an unknown tokenizer", ["--data.tokenizer", "chars"], None, "data.tokenizer 'chars' is neither byte, char, word"),
+    ("a foreign tokenizer", ["--data.tokenizer", "t.json"], write("t.json", "{}"), "no Hugging Face tokenizer.json"),
+    # Token folders
+    ("tokens cut off", ["--data.path", "tokens"], tokens(cut("tokens.bin")), "tokens.bin has"),
+    ("tokens of another tokenizer", ["--data.path", "tokens"], tokens(header(tokenizer="x")), "isn't the one"),
+    ("tokens of another format", ["--data.path", "tokens"], tokens(header(format="y")), "its format is 'y'"),
+    ("tokens of a strange type", ["--data.path", "tokens"], tokens(header(dtype="int9")), "damaged or foreign: 'int9'"),
+    ("tokens beyond the vocabulary", ["--data.path", "tokens"],
+     tokens(lambda p: (p / "tokens.bin").write_bytes(b"\xff" * (p / "tokens.bin").stat().st_size)), "vocabulary"),
+    ("a header that is no JSON", ["--data.path", "tokens"], tokens(lambda p: (p / "header.json").write_text("{")),
+     "damaged or foreign"),
+    ("prepare over a folder", ["prepare", "--output", "."], None, "it exists and is no empty folder"),
+    # Runs and checkpoints
+    ("a run folder that is a file", ["--log.run", "corpus.txt"], None, "corpus.txt is a file, not a folder"),
+    ("a run folder not writable", ["--log.run", "r/x"], unreadable("r", os.W_OK), "can't be written by this user"),
+    ("an occupied run folder", ["--log.run", "old"], saved(), "holds a run already: go on with it"),
+    ("no such checkpoint", ["--checkpoint.resume", "no"], None, "no is no hvdlm checkpoint"),
+    ("a run without checkpoints", ["--checkpoint.resume", "f"], lambda _: Path("f/checkpoints").mkdir(parents=True),
+     "yet"),
+    ("a foreign checkpoint", ["--log.run", "old", "--checkpoint.resume", "auto"], saved(edit("format", "pt")),
+     "'pt'"),
+    ("a checkpoint cut off", ["--log.run", "old", "--checkpoint.resume", "auto"], saved(cut("model.safetensors")),
+     "bytes"),
+    ("a path in a manifest", ["--log.run", "old", "--checkpoint.resume", "auto"],
+     saved(edit("files", {"../x.safetensors": {"bytes": 1}})), "it names a file '../x.safetensors'"),
+    ("another tokenizer", ["--log.run", "old", "--checkpoint.resume", "auto", "--data.path", "corpus.txt"], saved(),
+     "another tokenizer or vocabulary"),
+    ("no such run", ["generate", "--run", "no"], None, "--run no: there is no run"),
+    ("a run that has saved nothing", ["evaluate", "--run", "r"], write("r/config.yaml", "{train: {steps: 5}}"), "yet"),
+    ("a negative temperature", ["generate", "--temperature", "-1"], None, "temperature is -1.0, expected 0 or more"),
+    ("a top_p of 2", ["generate", "--top_p", "2"], None, "top_p is 2.0, expected above 0 and at most 1"),
+    ("no tokens", ["generate", "--tokens", "0"], None, "--tokens: got 0, expected 1 or more"),
+    ("an unknown character", ["--data.path", "corpus.txt", "--log.sample_tokens", "5", "--log.sample_prompt", "é"],
+     None,
+     "character 'é' is not among the"),
+    ("an empty prompt", ["--data.path", "corpus.txt", "--log.sample_tokens", "5", "--log.sample_prompt", ""], None,
+     "the prompt is empty"),
+]  # fmt: skip
+
+
+def _stop(real: Any, manager: Any, kind: str, *arguments: Any, **named: Any) -> Any:
+    assert kind != "framework" or arguments[0] == "pytorch", "nothing was found wrong"
+    return real(manager, kind, *arguments, **named)
+
+
+@pytest.mark.parametrize("arguments, setup, words", [case[1:] for case in CASES], ids=[case[0] for case in CASES])
+def test_one_sentence_and_exit_code_2(
+    arguments: list[str],
+    setup: Setup | None,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if "f" in arguments and setup and "unreadable" in setup.__qualname__:
+        write("f/a.txt", TEXT)(monkeypatch)
+    if "r/x" in arguments:
+        Path("r").mkdir()
+    if setup:
+        setup(monkeypatch)
+    real = plugins.make
+    monkeypatch.setattr(plugins, "make", lambda manager, kind, *a, **k: _stop(real, manager, kind, *a, **k))
+    capsys.readouterr()
+    before = {path for path in Path().rglob("*") if "cache" not in path.parts}
+    assert cli.main(arguments) == 2
+    said = capsys.readouterr()
+    sentence = said.err.strip()
+    assert words in sentence and sentence.startswith("hvdlm: ") and "\n" not in sentence, sentence
+    assert len(sentence) < 400 and "Traceback" not in sentence and said.out == ""
+    assert {path for path in Path().rglob("*") if "cache" not in path.parts} == before
+
+
+def test_the_table_is_long_enough() -> None:
+    assert len({case[0] for case in CASES}) == len(CASES) >= 40
+
+
+def test_the_real_command_exits_with_2_and_no_traceback() -> None:
+    done = launch("", 1, ["-m", "hvdlm", "--model.layer", "6"])
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr == "hvdlm: --model.layer: there is no such option; did you mean --model.layers?\n"
+    with_trace = launch("", 1, ["-m", "hvdlm", "--model.layer", "6", "--debug"])
+    assert with_trace.returncode == 2 and "Traceback" in with_trace.stderr
+
+
+def test_ranks_say_it_once_and_end() -> None:
+    done = launch("mpirun", 2, ["-m", "hvdlm", "--train.batch_size", "7"])
+    assert done.returncode == 2
+    assert done.stderr.count("can't be split over 2 data ranks") == 1, done.stderr
+
+
+def test_a_full_disk_is_named_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    """The limit on file sizes stands for the disk: the kernel refuses to write more in the same way."""
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+
+    (tmp_path / "corpus.txt").write_text(TEXT * 10)
+    command = [sys.executable, "-m", "hvdlm", "--data.path", str(tmp_path / "corpus.txt")]
+    variables = environment(XDG_CACHE_HOME=str(tmp_path / "cache"), PYTHONDONTWRITEBYTECODE="1")
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, preexec_fn=limit)
+    assert done.returncode == 2, done.stderr
+    assert "token files can't be written to" in done.stderr and "free space or choose another folder" in done.stderr
+    assert not list((tmp_path / "cache").rglob("tokens.bin")) and not list((tmp_path / "cache").rglob(".partial*"))
