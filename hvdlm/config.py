@@ -123,7 +123,7 @@ class TrainConfig:
     learning_rate: float = 1e-3
     min_learning_rate: float = 1e-4
     schedule: Literal["constant", "linear", "cosine", "inverse_sqrt", "step"] = "cosine"
-    warmup: float = 100
+    warmup: float = 100.0
     decay_every: int = 1000
     decay_factor: float = 0.5
     weight_decay: float = 0.1

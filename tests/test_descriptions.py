@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -63,7 +64,7 @@ def test_layout_puts_the_last_layer_first_and_cuts_full_buckets() -> None:
     assert [slot.name for slot in layout.slots] == [p.name for p in reversed(gpt.params)]
     ranges = [layout.bucket_range(i) for i in range(len(layout.buckets))]
     assert ranges[0][0] == 0 and ranges[-1][1] == layout.size == gpt.parameters
-    assert all(a[1] == b[0] for a, b in zip(ranges, ranges[1:], strict=False))
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(ranges))
     assert all(4 * (stop - start) >= 20_000 for start, stop in ranges[:-1])
     values = gpt.initial(1)
     again = layout.unflatten(layout.flatten(values))

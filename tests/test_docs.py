@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from hvdlm import hookspecs
+from launching import launch
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -62,6 +63,34 @@ def test_the_readme_s_plugin_works_as_printed(capsys: pytest.CaptureFixture[str]
         result = SimpleNamespace(loss=loss)
         manager.hook.hvdlm_step_ended(step=step, result=result, learning_rate=0.1, seconds=1.0)
     assert capsys.readouterr().out == "step 3: loss 9.000 is far above its mean 2.000\n"
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder into which the worked plugin of docs/plugins.md has been installed, with its options."""
+    text = (ROOT / "docs" / "plugins.md").read_text()
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("target")
+    (source / "pyproject.toml").write_text(re.findall(r"```toml\n(.*?)```", text, re.S)[0])
+    (source / "loss_spike.py").write_text("\n".join(re.findall(r"```python\n(.*?)```", text, re.S)))
+    command = ["-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index", "--target", str(target)]
+    done = launch("", 1, [*command, str(source)], PIP_DISABLE_PIP_VERSION_CHECK="1", PIP_ROOT_USER_ACTION="ignore")
+    assert done.returncode == 0, done.stderr
+    return target
+
+
+def test_the_worked_plugin_installs_is_listed_and_runs_with_its_options(installed: Path, tmp_path: Path) -> None:
+    listed = launch("", 1, ["-m", "hvdlm", "plugins"], PYTHONPATH=str(installed))
+    assert re.search(r"loss_spike +loss-spike 0.1 +loss_spike +options, run_started, step_ended", listed.stdout)
+    command = ["-m", "hvdlm", "--plugins", "[loss_spike]"]
+    helped = launch("", 1, [*command, "--help"], PYTHONPATH=str(installed))
+    assert "--spikes.factor" in helped.stdout and "how far above its running mean" in helped.stdout
+    wrong = launch("", 1, [*command, "--spikes.factor", "high"], PYTHONPATH=str(installed))
+    assert wrong.returncode == 2 and "--spikes.factor: got 'high', expected a number" in wrong.stderr
+    small = ["--model.layers", "1", "--model.width", "8", "--model.heads", "1", "--train.steps", "3"]
+    small += ["--train.batch_size", "2", "--log.run", str(tmp_path / "run"), "--spikes.factor", "2.5"]
+    done = launch("", 1, [*command, *small], PYTHONPATH=str(installed))
+    assert done.returncode == 0, done.stderr
+    assert "spikes:\n  factor: 2.5" in (tmp_path / "run" / "config.yaml").read_text()
 
 
 def test_the_licence_is_whole() -> None:

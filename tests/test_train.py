@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
-from launching import launch
+from launching import DATA, launch
 
 SMALL = ["--model.layers", "2", "--model.width", "32", "--model.heads", "2"]
 SMALL += ["--train.batch_size", "8", "--data.context", "32", "--log.every", "1"]
@@ -36,20 +37,30 @@ def curve(tmp_path_factory):
     return train
 
 
-KILLED_AFTER_STEP_25 = """
-import os, signal, sys
+WITH_A_PLUGIN = """
+import os, signal, sys, time
 from hvdlm import cli, hookimpl, telemetry
 
-class Killer:
+class Meddler:
     @hookimpl
+    def hvdlm_run_started(self, world):
+        self.world = world
+
+    @hookimpl(trylast=True)
     def hvdlm_step_ended(self, step):
-        if step == 25:
-            os.kill(os.getpid(), signal.SIGKILL)
+        {action}
 
 plugins = telemetry.default_plugins
-telemetry.default_plugins = lambda config: [*plugins(config), Killer()]
+telemetry.default_plugins = lambda config: [*plugins(config), Meddler()]
 sys.exit(cli.main())
 """
+
+
+def meddled(action: str) -> list[str]:
+    """Return the arguments that run ``python -m hvdlm`` with ``action`` at the end of every step."""
+    return ["-c", WITH_A_PLUGIN.format(action=action)]
+
+
 STEPS = ("--train.steps", "30", "--train.warmup", "5")
 
 
@@ -70,12 +81,107 @@ def test_both_frameworks_follow_one_curve(curve, model: str) -> None:
     assert max(abs(a - b) for a, b in zip(torch, tensorflow, strict=True)) < 1e-3
 
 
-def test_a_resumed_run_goes_on_bit_for_bit(curve, tmp_path: Path) -> None:
-    whole = losses(curve("torch", 2, *STEPS))
-    run = tmp_path / "run"
+@pytest.fixture(scope="session")
+def killed(tmp_path_factory) -> Path:
+    """Return the folder of a run of torch on 2 ranks that was killed after step 25, its last checkpoint at step 20."""
+    run = tmp_path_factory.mktemp("killed") / "run"
     options = ["--log.run", str(run), *SMALL, *STEPS, "--checkpoint.every", "10"]
-    killed = launch("mpirun", 2, ["-c", KILLED_AFTER_STEP_25, *options])
-    assert killed.returncode != 0
-    finished = launch("mpirun", 2, ["-m", "hvdlm", *options, "--checkpoint.resume", "auto"])
-    assert finished.returncode == 0, finished.stderr[-3000:]
-    assert losses(run) == whole
+    done = launch("mpirun", 2, [*meddled("step == 25 and os.kill(os.getpid(), signal.SIGKILL)"), *options])
+    assert done.returncode != 0
+    return run
+
+
+def resume(killed: Path, folder: Path, ranks: int, *options: str) -> list[float]:
+    """Go on with a copy of a killed run; return all its losses."""
+    shutil.copytree(killed, folder)
+    arguments = ["--log.run", str(folder), *SMALL, *STEPS, "--checkpoint.resume", "auto", *options]
+    done = launch("mpirun", ranks, ["-m", "hvdlm", *arguments])
+    assert done.returncode == 0, done.stderr[-3000:]
+    return losses(folder)
+
+
+def test_a_resumed_run_goes_on_bit_for_bit(curve, killed: Path, tmp_path: Path) -> None:
+    assert resume(killed, tmp_path / "run", 2) == losses(curve("torch", 2, *STEPS))
+
+
+def test_a_checkpoint_goes_on_in_the_other_framework_on_another_number_of_ranks(
+    curve, killed: Path, tmp_path: Path
+) -> None:
+    whole = losses(curve("torch", 2, *STEPS))
+    resumed = resume(killed, tmp_path / "run", 1, "--framework", "tensorflow")
+    assert resumed[:20] == whole[:20] and len(resumed) == len(whole)
+    assert max(abs(a - b) for a, b in zip(whole, resumed, strict=True)) < 1e-3
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"tinyshakespeare.txt is not in {DATA}: set HVDLM_DATA")
+def test_the_first_100_losses_of_the_shakespeare_example_agree(tmp_path: Path) -> None:
+    found = {}
+    for framework, ranks in (("torch", 1), ("torch", 2), ("tensorflow", 1), ("tensorflow", 2)):
+        run = tmp_path / f"{framework}{ranks}"
+        options = ["--config", "examples/shakespeare_char.yaml", "--data.path", str(DATA / "tinyshakespeare.txt")]
+        stopped = meddled("step == 100 and (self.world.gather_objects(0), time.sleep(0.5), os._exit(0))")
+        arguments = [*stopped, *options, "--framework", framework, "--log.run", str(run)]
+        done = launch("mpirun", ranks, arguments)
+        found[framework, ranks] = losses(run)
+        assert len(found[framework, ranks]) == 100, done.stderr[-3000:]
+
+    def apart(a: tuple[str, int], b: tuple[str, int]) -> float:
+        return max(abs(x - y) for x, y in zip(found[a], found[b], strict=True))
+
+    assert apart(("torch", 1), ("tensorflow", 1)) < 1e-3
+    assert apart(("torch", 1), ("torch", 2)) < 1e-4
+    assert apart(("tensorflow", 1), ("tensorflow", 2)) < 1e-4
+    assert found["torch", 1][-1] < 2.9 < found["torch", 1][0]
+
+
+@pytest.mark.parametrize("framework", ["torch", "tensorflow"])
+@pytest.mark.parametrize("launcher", ["mpirun", "horovodrun --gloo"])
+def test_a_failure_on_one_rank_ends_all_with_its_message(launcher: str, framework: str, tmp_path: Path) -> None:
+    failing = meddled("if step == 3 and self.world.rank == 1: raise ValueError('the lamp is out')")
+    options = ["--framework", framework, "--log.run", str(tmp_path / "run"), *SMALL, "--train.steps", "100000"]
+    done = launch(launcher, 2, [*failing, *options], timeout=120)
+    assert done.returncode != 0
+    assert "rank 1 failed: ValueError: the lamp is out" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("framework", ["torch", "tensorflow"])
+def test_a_hung_rank_ends_the_run_with_every_ranks_stack(framework: str, tmp_path: Path) -> None:
+    hanging = meddled("step == 3 and self.world.rank == 1 and time.sleep(1000)")
+    options = ["--framework", framework, "--log.run", str(tmp_path / "run"), *SMALL, "--communication.timeout", "6"]
+    done = launch("mpirun", 2, [*hanging, *options], timeout=120)
+    said = done.stdout + done.stderr
+    assert done.returncode != 0
+    assert "in hvdlm_step_ended" in said, said[-3000:]  # where rank 1 hangs
+    assert "in train_step" in said or "in wait" in said, said[-3000:]  # where rank 0 waits for it
+
+
+def test_a_run_is_evaluated_and_writes_text_in_either_framework(curve) -> None:
+    run = curve("torch", 1, *STEPS)
+    summary = json.loads((run / "summary.json").read_text())
+    texts = set()
+    for framework in ("torch", "tensorflow"):
+        done = launch("", 1, ["-m", "hvdlm", "evaluate", "--run", str(run), "--framework", framework])
+        figures = json.loads(done.stdout.splitlines()[-1])
+        assert figures["step"] == 30 and abs(figures["val_loss"] - summary["val_loss"]) < 1e-5
+        command = ["generate", "--run", str(run), "--framework", framework, "--prompt", "The ", "--tokens", "80"]
+        done = launch("", 1, ["-m", "hvdlm", *command, "--top_k", "5", "--seed", "7"])
+        assert done.returncode == 0 and done.stdout.startswith("The ") and len(done.stdout) == 85, done.stderr
+        texts.add(done.stdout)
+    assert len(texts) == 1
+
+
+def test_a_summary_has_every_figure(curve) -> None:
+    summary = json.loads((curve("torch", 2, *STEPS) / "summary.json").read_text())
+    expected = """train_loss val_loss perplexity bits_per_byte tokens_per_second seconds steps world_size framework
+        backend parameters bytes_communicated peak_memory_bytes"""
+    assert set(expected.split()) <= set(summary)
+    assert (summary["steps"], summary["world_size"], summary["backend"]) == (30, 2, "mpi")
+    # Every gradient as float32, and two float64 figures, from each rank in each step.
+    assert summary["bytes_communicated"] == 30 * 2 * (4 * summary["parameters"] + 16)
+
+
+def test_the_printed_configuration_is_one_that_can_be_given(tmp_path: Path) -> None:
+    printed = launch("", 1, ["-m", "hvdlm", "--model.layers", "7", "--print_config"])
+    (tmp_path / "a.yaml").write_text(printed.stdout)
+    again = launch("", 1, ["-m", "hvdlm", "--config", str(tmp_path / "a.yaml"), "--print_config"])
+    assert "layers: 7" in printed.stdout and again.stdout == printed.stdout

@@ -63,8 +63,9 @@ def assert_close(a: dict[str, np.ndarray], b: dict[str, np.ndarray], tolerance: 
 @both
 @pytest.mark.parametrize("model", MODELS)
 def test_micro_batches_with_padding_give_the_same_update_as_one_batch(framework: str, model: str) -> None:
-    whole = build(framework, model)
-    cut = build(framework, model, {"micro_batch_size": 2})
+    # Without biases: a key's bias has no effect, and rules that divide by its gradient's size follow the rounding.
+    whole = build(framework, model, bias=False)
+    cut = build(framework, model, {"micro_batch_size": 2}, bias=False)
     for a, b in zip(train(whole, 3, weights=True), train(cut, 3, micro=2, weights=True), strict=True):
         assert a.tokens == b.tokens
         assert abs(a.loss - b.loss) < 1e-5 and abs(a.grad_norm - b.grad_norm) < 1e-4 * a.grad_norm
@@ -75,7 +76,7 @@ def test_micro_batches_with_padding_give_the_same_update_as_one_batch(framework:
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "adagrad"])
 def test_both_frameworks_make_the_same_updates(model: str, optimizer: str) -> None:
     options = {"optimizer": optimizer, "momentum": 0.9 if optimizer == "sgd" else 0.0}
-    one, other = (build(framework, model, options, dropout=0.0) for framework in ("torch", "tensorflow"))
+    one, other = (build(framework, model, options, bias=False) for framework in ("torch", "tensorflow"))
     for a, b in zip(train(one, 5), train(other, 5), strict=True):
         assert abs(a.loss - b.loss) < 1e-5 and abs(a.grad_norm - b.grad_norm) < 1e-4 * max(1.0, a.grad_norm)
     assert one.state().keys() == other.state().keys()

@@ -1,0 +1,95 @@
+"""Who started us, with how many threads, and whether the ranks found each other."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from hvdlm.interfaces import HvdlmError
+from hvdlm.run import choose_backend
+from hvdlm_backends import environment
+from hvdlm_backends.local import LocalBackend
+from launching import launch
+
+LAUNCHERS = {
+    "Open MPI": dict(zip(("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"), "5814", strict=True)),
+    "MPICH": {"PMI_RANK": "5", "PMI_SIZE": "8", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "4"},
+    "srun": {
+        "SLURM_PROCID": "5",
+        "SLURM_STEP_NUM_TASKS": "8",
+        "SLURM_LOCALID": "1",
+        "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+    },
+    "horovodrun --gloo": {
+        "HOROVOD_RANK": "5",
+        "HOROVOD_SIZE": "8",
+        "HOROVOD_LOCAL_RANK": "1",
+        "HOROVOD_LOCAL_SIZE": "4",
+        "HOROVOD_GLOO_RENDEZVOUS_ADDR": "127.0.0.1",
+    },
+}
+LAUNCHERS["Open MPI"] = {f"OMPI_COMM_WORLD_{name}": value for name, value in LAUNCHERS["Open MPI"].items()}
+
+
+@pytest.fixture(autouse=True)
+def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith(("OMPI_", "PMI_", "SLURM_", "HOROVOD_", "MPI_")) or name.endswith("_NUM_THREADS"):
+            monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_every_launcher_is_recognised(launcher: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in LAUNCHERS[launcher].items():
+        monkeypatch.setenv(name, value)
+    found = environment.detect()
+    assert found is not None and tuple(found[1:]) == (5, 8, 1, 4)
+    assert choose_backend() == ("gloo" if "gloo" in launcher else "mpi")
+
+
+def test_without_a_launcher_one_process_trains_alone() -> None:
+    assert environment.detect() is None and choose_backend() == "local"
+    assert LocalBackend().launch_shape() == (0, 1, 0, 1)
+
+
+def test_an_mpirun_inside_a_slurm_allocation_is_an_mpirun(monkeypatch: pytest.MonkeyPatch) -> None:
+    for launcher in ("srun", "Open MPI"):
+        for name, value in LAUNCHERS[launcher].items():
+            monkeypatch.setenv(name, value)
+    assert environment.detect().launcher == "Open MPI"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("local_size, expected", [(1, 8), (4, 2), (3, 2), (16, 1)])
+def test_threads_are_cores_divided_by_local_ranks(
+    local_size: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "cores", lambda: 8)
+    started = environment.Launch("Open MPI", 0, local_size, 0, local_size)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "environ", dict(os.environ))
+        assert environment.prepare(started, None, None, 300) == expected
+        assert os.environ["OMP_NUM_THREADS"] == str(expected)
+        # Ranks that fill the cores give way to each other while they wait.
+        assert ("OMPI_MCA_mpi_yield_when_idle" in os.environ) == (local_size in (4, 16))
+
+
+def test_what_the_user_set_in_the_environment_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "environ", {**os.environ, "OMP_NUM_THREADS": "3", "HOROVOD_STALL_CHECK_TIME_SECONDS": "7"})
+        environment.prepare(environment.Launch("srun", 0, 2, 0, 2), None, None, 300)
+        assert os.environ["OMP_NUM_THREADS"] == "3" and os.environ["HOROVOD_STALL_CHECK_TIME_SECONDS"] == "7"
+
+
+def test_local_refuses_to_be_one_of_many_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in LAUNCHERS["srun"].items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(HvdlmError, match="srun started 8"):
+        LocalBackend().launch_shape()
+
+
+def test_ranks_that_a_launcher_started_but_mpi_does_not_find_are_refused() -> None:
+    """The silent world size 1: ``srun`` without a PMI plugin starts N processes that each believe to be alone."""
+    done = launch("", 1, ["-m", "hvdlm"], SLURM_PROCID="0", SLURM_STEP_NUM_TASKS="2")
+    assert done.returncode == 2, done.stderr
+    assert "srun started 2 ranks but MPI found 1: each would train on its own; use srun --mpi=pmix" in done.stderr
