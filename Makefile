@@ -12,6 +12,10 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 
+# horovodrun begins what a rank writes with the rank's number, and TensorFlow, at which it looks, greets with notes.
+UNTAG := sed -u -E 's/\[[0-9]+,[0-9]+\]<std(out|err)>://g; \
+    /^WARNING: All log messages before absl|^I0000 .*(port|cpu_feature_guard)\.cc|^To enable the following instr/d'
+
 .PHONY: help setup demo test check format bench clean
 
 help:  ## list the targets
@@ -26,7 +30,8 @@ setup:  ## set up .venv: FRAMEWORKS, MPI, Horovod, hvdlm; seconds where all is t
 demo:  ## train on the embedded corpus with NP ranks and FRAMEWORK, then write text
 	@$(PYTHON) scripts/setup_environment.py $(FRAMEWORK)
 	@horovodrun -np $(NP) python -m hvdlm --config examples/demo.yaml --framework $(FRAMEWORK) \
-	    --log.run runs/demo-$(FRAMEWORK) --log.overwrite true 2> >(grep -v cuda >&2) | sed -u -E 's/^\[[0-9]+,[0-9]+\]<std(out|err)>://'
+	    --log.run runs/demo-$(FRAMEWORK) --log.overwrite true \
+	    2> >($(UNTAG) >&2) > >($(UNTAG))
 
 test:  ## check, then all tests, on real ranks under the real launchers
 	@$(PYTHON) scripts/setup_environment.py torch tensorflow

@@ -10,6 +10,7 @@ and take turns by SIGSTOP and SIGCONT, so that neither's threads disturb the oth
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import struct
@@ -53,19 +54,19 @@ class Job:
     def send(self, number: int) -> None:
         """Send a signal to every rank."""
         for counter in self._counters:
-            os.kill(self._read(counter)[0], number)
+            self.send_to(counter, number)
+
+    def send_to(self, counter: Path, number: int) -> None:
+        """Send a signal to the rank that keeps ``counter``, where it has begun to count."""
+        if (process := self._read(counter)[0]) > 0:
+            os.kill(process, number)
 
     def end(self) -> None:
         """End it, stopped or not."""
-        self._process.terminate()
-        self._process.kill() if self._process.poll() is None and len(self._counters) == 1 else None
         for counter in self._counters:
-            pid = self._read(counter)[0]
-            if pid:
-                try:
-                    os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
+            with contextlib.suppress(ProcessLookupError):
+                self.send_to(counter, signal.SIGKILL)
+        self._process.kill()
         self._process.wait(30)
 
 

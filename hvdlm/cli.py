@@ -160,6 +160,7 @@ def generate(arguments: list[str]) -> int:
 def _write(run: Any, prompt: str, count: int, sampling: Any) -> None:
     """Print ``prompt`` and what follows it, on rank 0: as it comes on a terminal, by whole lines elsewhere."""
     from hvdlm.generate import encode, generate_text
+    from hvdlm.telemetry.progress import on_terminal
 
     ids = encode(run.task.tokenizer, prompt)
     if run.world.rank != 0:
@@ -169,7 +170,7 @@ def _write(run: Any, prompt: str, count: int, sampling: Any) -> None:
     for piece in generate_text(run.trainable, run.task.tokenizer, ids, count, context, sampling):
         waiting += piece
         # Launchers put a rank's number before every write, so that parts of a line would be torn apart.
-        ready = len(waiting) if sys.stdout.isatty() else waiting.rfind("\n") + 1
+        ready = len(waiting) if on_terminal() else waiting.rfind("\n") + 1
         if ready:
             print(waiting[:ready], end="", flush=True)
             waiting = waiting[ready:]

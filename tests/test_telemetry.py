@@ -114,6 +114,7 @@ def test_plain_lines_are_rare_and_readable(config: Config, capsys: pytest.Captur
 
 def test_a_terminal_gets_a_bar(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.delenv("OMPI_COMM_WORLD_SIZE", raising=False)
     progress = Progress(config)
     start(progress, config, step=10)
     steps(progress, 11, 14)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -34,7 +35,7 @@ class Progress:
             f"steps {info['start_step']} to {info['steps']}",
             flush=True,
         )
-        if sys.stdout.isatty():
+        if on_terminal():
             from tqdm import tqdm
 
             self._bar = tqdm(total=info["steps"], initial=info["start_step"], unit="step", file=sys.stdout)
@@ -102,6 +103,15 @@ class Progress:
             self._bar.write(text, file=sys.stdout)
         elif self._active:
             print(text, flush=True)
+
+
+def on_terminal() -> bool:
+    """Return whether a person looks at standard output as it comes: launchers hand every rank a terminal of their own.
+
+    What they pass on from it may end in a file, and ``horovodrun`` puts the rank's number before every write.
+    """
+    launched = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "HOROVOD_SIZE", "SLURM_STEP_NUM_TASKS")
+    return sys.stdout.isatty() and not any(name in os.environ for name in launched)
 
 
 def _figure(name: str, value: float) -> str:
