@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import os
 from typing import Any
 
 from hvdlm import hookimpl
@@ -14,9 +13,8 @@ def hvdlm_make_framework(name: str) -> Any:
     """Return the framework when it is asked for."""
     if name != "tensorflow":
         return None
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    # Its notes about oneDNN and CPU instructions tell a user nothing; warnings and errors still come.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
+    # Its notes about oneDNN, CPU instructions and absent GPUs tell a user nothing; errors still come.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from hvdlm_tensorflow.framework import TensorFlowFramework
 
     return TensorFlowFramework()
