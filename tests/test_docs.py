@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from hvdlm import hookspecs
-from launching import launch
+from launching import environment, launch
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -91,6 +92,29 @@ def test_the_worked_plugin_installs_is_listed_and_runs_with_its_options(installe
     done = launch("", 1, [*command, *small], PYTHONPATH=str(installed))
     assert done.returncode == 0, done.stderr
     assert "spikes:\n  factor: 2.5" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_the_readme_s_first_own_corpus_works_as_printed(tmp_path: Path) -> None:
+    block = (ROOT / "README.md").read_text().split("## Your own corpus in five lines")[1].split("```sh\n")[1]
+    commands = block.split("```")[0]
+    assert "--train.steps 2000" in commands
+    (tmp_path / "my.txt").write_text("Once upon a time there was a small model that read one book.\n" * 400)
+    quicker = commands.replace("2000", "5").replace("200", "20")
+    command = ["bash", "-euc", quicker]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert done.stdout.splitlines()[-1].startswith("Once") or "\nOnce" in done.stdout
+    assert (tmp_path / "runs" / "mine" / "summary.json").is_file()
+
+
+def test_make_demo_ends_with_the_perplexity_and_text() -> None:
+    done = subprocess.run(["make", "demo"], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    ends = [i for i, line in enumerate(lines) if line.startswith("done: validation perplexity ")]
+    assert ends and float(lines[ends[0]].split()[3]) < 6, lines[-20:]
+    assert lines[ends[0] + 1].startswith("The ") and len("\n".join(lines[ends[0] + 1 :])) > 250
+    assert "<stdout>" not in done.stdout
 
 
 def test_the_licence_is_whole() -> None:

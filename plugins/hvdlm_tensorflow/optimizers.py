@@ -31,7 +31,11 @@ class FlatOptimizer:
         """Apply ``gradient`` ``[size]`` as update number ``step`` (from 0), in a graph."""
         c = self._config
         if c.weight_decay and c.optimizer == "adamw":
-            self._parameter.assign_sub(learning_rate * c.weight_decay * self._mask * self._parameter)
+            tf.raw_ops.ResourceApplyGradientDescent(
+                var=self._parameter.handle,
+                alpha=learning_rate * c.weight_decay,
+                delta=self._mask * self._parameter,
+            )
         elif c.weight_decay:
             gradient += c.weight_decay * self._mask * self._parameter
         getattr(self, f"_{c.optimizer}")(gradient, learning_rate, tf.cast(step + 1, tf.float64))
