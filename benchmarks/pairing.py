@@ -11,6 +11,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from hvdlm.probes import THREADS
+
 FOLDER = Path(__file__).resolve().parent
 FRAMEWORKS = ["torch", "tensorflow"]
 ROWS = 16  # sequences of a rank
@@ -28,7 +30,7 @@ def command(script: str, ranks: int, *options: str) -> list[str]:
 
 def environment() -> dict[str, str]:
     """Return this environment, without thread counts, for containers too."""
-    env = {k: v for k, v in os.environ.items() if not k.endswith("_NUM_THREADS")}
+    env = {k: v for k, v in os.environ.items() if k not in THREADS}
     return env | {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
 
 

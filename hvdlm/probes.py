@@ -18,7 +18,13 @@ from typing import Any
 
 Facts = dict[str, Any]
 
-THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+THREADS = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "TF_NUM_INTRAOP_THREADS",
+    "TF_NUM_INTEROP_THREADS",
+)
 BUILT = ("mpi_built", "gloo_built", "nccl_built")
 
 # Every probe writes JSON objects, a line each: those before a crash still count.

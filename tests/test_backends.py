@@ -7,6 +7,7 @@ import os
 import pytest
 
 from hvdlm.interfaces import HvdlmError
+from hvdlm.probes import THREADS
 from hvdlm.run import choose_backend
 from hvdlm_backends import environment
 from hvdlm_backends.local import LocalBackend
@@ -35,7 +36,7 @@ LAUNCHERS["Open MPI"] = {f"OMPI_COMM_WORLD_{name}": value for name, value in LAU
 @pytest.fixture(autouse=True)
 def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
-        if name.startswith(("OMPI_", "PMI_", "SLURM_", "HOROVOD_", "MPI_")) or name.endswith("_NUM_THREADS"):
+        if name.startswith(("OMPI_", "PMI_", "SLURM_", "HOROVOD_", "MPI_")) or name in THREADS:
             monkeypatch.delenv(name)
 
 
@@ -69,7 +70,7 @@ def test_threads_are_cores_divided_by_local_ranks(
     with monkeypatch.context() as patch:
         patch.setattr(os, "environ", dict(os.environ))
         assert environment.prepare(started, None, None, 300) == expected
-        assert os.environ["OMP_NUM_THREADS"] == str(expected)
+        assert [os.environ[name] for name in THREADS] == [str(expected)] * len(THREADS)
         # Ranks that fill the cores give way to each other while they wait.
         assert ("OMPI_MCA_mpi_yield_when_idle" in os.environ) == (local_size in (4, 16))
 
@@ -79,6 +80,15 @@ def test_what_the_user_set_in_the_environment_stands(monkeypatch: pytest.MonkeyP
         patch.setattr(os, "environ", {**os.environ, "OMP_NUM_THREADS": "3", "HOROVOD_STALL_CHECK_TIME_SECONDS": "7"})
         environment.prepare(environment.Launch("srun", 0, 2, 0, 2), None, None, 300)
         assert os.environ["OMP_NUM_THREADS"] == "3" and os.environ["HOROVOD_STALL_CHECK_TIME_SECONDS"] == "7"
+
+
+def test_the_cycle_time_reaches_horovod(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "environ", {**os.environ, "HOROVOD_CYCLE_TIME": "9"})
+        environment.prepare(None, None, None, 300)
+        assert os.environ["HOROVOD_CYCLE_TIME"] == "9"
+        environment.prepare(None, None, 2.5, 300)
+        assert os.environ["HOROVOD_CYCLE_TIME"] == "2.5"
 
 
 def test_local_refuses_to_be_one_of_many_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,17 +20,22 @@ from hvdlm.interfaces import Group, Handle, HvdlmError, Traffic
 from hvdlm_backends.environment import Launch
 from hvdlm_backends.local import AloneGroup, Done
 
+_POLL_SECONDS = 5e-5
+
 
 class _Waiting:
     """A torch collective under way; waiting for it is timed."""
 
-    def __init__(self, synchronize: Callable[[Any], Any], handle: Any, traffic: Traffic) -> None:
-        self._synchronize, self._handle, self._traffic = synchronize, handle, traffic
+    def __init__(self, hvd: ModuleType, handle: Any, traffic: Traffic) -> None:
+        self._hvd, self._handle, self._traffic = hvd, handle, traffic
 
     def wait(self) -> Any:
         """Return the result."""
         started = time.perf_counter()
-        result = self._synchronize(self._handle)
+        # synchronize alone spins, and takes the core from the thread that communicates.
+        while not self._hvd.poll(self._handle):
+            time.sleep(_POLL_SECONDS)
+        result = self._hvd.synchronize(self._handle)
         self._traffic.seconds += time.perf_counter() - started
         return result
 
@@ -61,7 +66,7 @@ class HorovodGroup:
             reduced = self._hvd.allreduce(tensor, op=self._hvd.Sum, name=name, process_set=self._set, **self._named)
             return Done(reduced)
         handle = self._hvd.allreduce_async_(tensor, op=self._hvd.Sum, name=name, process_set=self._set)
-        return _Waiting(self._hvd.synchronize, handle, traffic)
+        return _Waiting(self._hvd, handle, traffic)
 
     def _timed(self, operation: str, tensors: Sequence[Any], call: Callable[[], Any]) -> Any:
         traffic = self._count(operation, *tensors)
@@ -200,6 +205,10 @@ def start(framework: str, groups: Sequence[tuple[int, ...]], launch: Launch | No
         ) from error
     size = launch.size if launch else 1
     sets = {ranks: hvd.ProcessSet(list(ranks)) for ranks in groups if len(ranks) < size}
+    if not sets:
+        # Horovod as make setup builds it (scripts/horovod_patches.py): its thread sleeps until there is a tensor to
+        # send. With process sets, a set's tensor would wait for the thread of ranks outside of it.
+        os.environ.setdefault("HOROVOD_IDLE_CYCLE_TIME", "10")
     hvd.init(process_sets=list(sets.values()))
     if hvd.size() != size:
         raise HvdlmError(

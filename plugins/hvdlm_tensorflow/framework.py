@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import tensorflow as tf
 
 from hvdlm.config import Config
@@ -23,10 +21,6 @@ class TensorFlowFramework:
         self, model: ModelSpec, mesh: Mesh, world: World, exchange: Exchange, config: Config
     ) -> TensorFlowTrainable:
         """Return the model at its initial values on this rank's device; see ``interfaces.Framework``."""
-        if config.train.threads:
-            with contextlib.suppress(RuntimeError):  # TensorFlow has started already: its threads stay as they are
-                tf.config.threading.set_intra_op_parallelism_threads(config.train.threads)
-                tf.config.threading.set_inter_op_parallelism_threads(config.train.threads)
         _choose_device(world, config)
         place = mesh.coordinates(world.rank)["data"]
         return TensorFlowTrainable(model, make_model(model), exchange, config, place)
