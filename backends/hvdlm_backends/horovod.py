@@ -208,7 +208,7 @@ def start(framework: str, groups: Sequence[tuple[int, ...]], launch: Launch | No
     if not sets:
         # Horovod as make setup builds it (scripts/horovod_patches.py): its thread sleeps until there is a tensor to
         # send. With process sets, a set's tensor would wait for the thread of ranks outside of it.
-        os.environ.setdefault("HOROVOD_IDLE_CYCLE_TIME", "10")
+        os.environ.setdefault("HOROVOD_IDLE_CYCLE_TIME", "50")
     hvd.init(process_sets=list(sets.values()))
     if hvd.size() != size:
         raise HvdlmError(
