@@ -157,20 +157,96 @@ class ParallelConfig:
 
 
 @dataclass
+class CompressionConfig:
+    """What makes gradients, or the parameter differences of rarer synchronisation, small for their journey.
+
+    Args:
+        algorithm: none, fp16, bf16, top_k, random_k, power_sgd, scaled_sign, sign_majority, qsgd, int8, dgc, a plugin's
+        ratio: share of the elements that top_k, random_k and dgc send; None: 0.01, random_k 0.1
+        rank: rank of power_sgd's factors
+        bits: bits of an element in qsgd, its sign included
+        block: elements that share a scale in scaled_sign, sign_majority, qsgd and int8
+        momentum: dgc's momentum correction, in place of SGD's own momentum
+        clip: dgc's largest norm of a rank's gradient, divided by the root of the ranks; 0: no clipping
+        warmup: steps in which dgc's share falls from 25% to ratio
+        error_feedback: what was left out is added to the next gradient; None: where the algorithm is biased
+        min_elements: tensors smaller than this stay dense
+        min_compression: tensors that would not shrink by this factor stay dense
+        start_after_steps: steps with dense gradients before compression begins
+    """
+
+    algorithm: str = "none"
+    ratio: float | None = None
+    rank: int = 4
+    bits: Literal[2, 4, 8] = 4
+    block: int = 256
+    momentum: float = 0.0
+    clip: float = 0.0
+    warmup: int = 0
+    error_feedback: bool | None = None
+    min_elements: int = 1024
+    min_compression: float = 1.2
+    start_after_steps: int = 0
+
+
+@dataclass
+class LocalConfig:
+    """Rarer synchronisation, for the exchanges local_sgd and diloco.
+
+    Args:
+        steps: optimizer steps of each rank by itself between two synchronisations
+        outer_learning_rate: what the mean parameter difference is multiplied by; None: diloco 0.7, local_sgd 1
+        outer_momentum: Nesterov momentum of the mean parameter difference; None: diloco 0.9, local_sgd 0
+        warmup: first steps, in which gradients are summed at every step
+    """
+
+    steps: int = 50
+    outer_learning_rate: float | None = None
+    outer_momentum: float | None = None
+    warmup: int = 0
+
+
+@dataclass
 class CommunicationConfig:
     """How gradients travel.
 
     Args:
-        exchange: all_reduce, or one that a plugin brings
+        exchange: all_reduce (every step), local_sgd or diloco (rarer), or one that a plugin brings
+        reduction: how ranks' gradients become one: average (over tokens), sum (average x ranks), adasum (MPI only)
+        predivide: gradients are divided by this before their sum and multiplied after it, against overflow in fp16
         bucket_bytes: gradients are summed in flat buckets of at least this size (bytes)
+        fusion_bytes: Horovod's fusion buffer (bytes); None: Horovod's default, 128 MB
         cycle_ms: milliseconds between two looks of Horovod's background thread; None: by the machine
+        cache_capacity: responses that Horovod remembers instead of negotiating them anew; None: 1024; 0: none
+        hierarchical_all_reduce: sum within nodes first, then between them; None: Horovod's choice
+        hierarchical_all_gather: gather within nodes first, then between them; None: Horovod's choice
+        autotune: let Horovod search fusion_bytes and cycle_ms while it runs
+        autotune_log: file (CSV) of what autotune tried
+        thread_affinity: cores for the background threads of the local ranks, for example 0,2,4,6
+        timeline: file (JSON) in which Horovod writes when each tensor waited and travelled; chrome://tracing shows it
+        stall_check: seconds until Horovod names the ranks that are missing; None: half of timeout
         timeout: seconds until ranks that wait for a missing one give up and end the run
+        compression: what makes them small
+        local: how rarely they travel
     """
 
     exchange: str = "all_reduce"
+    reduction: Literal["average", "sum", "adasum"] = "average"
+    predivide: float = 1.0
     bucket_bytes: int = 4_000_000
+    fusion_bytes: int | None = None
     cycle_ms: float | None = None
+    cache_capacity: int | None = None
+    hierarchical_all_reduce: bool | None = None
+    hierarchical_all_gather: bool | None = None
+    autotune: bool = False
+    autotune_log: str | None = None
+    thread_affinity: str | None = None
+    timeline: str | None = None
+    stall_check: float | None = None
     timeout: float = 300.0
+    compression: CompressionConfig = field(default_factory=CompressionConfig)
+    local: LocalConfig = field(default_factory=LocalConfig)
 
 
 @dataclass

@@ -13,8 +13,8 @@ import pluggy
 
 if TYPE_CHECKING:
     from hvdlm.config import Config
-    from hvdlm.interfaces import Backend, Exchange, Framework, Group, StepResult, Task, World
-    from hvdlm.models.spec import ModelMaker
+    from hvdlm.interfaces import Backend, CompressorMaker, Exchange, Framework, Group, StepResult, Task, World
+    from hvdlm.models.spec import ModelMaker, ModelSpec
 
 hookspec = pluggy.HookspecMarker("hvdlm")
 hookimpl = pluggy.HookimplMarker("hvdlm")
@@ -31,8 +31,13 @@ def hvdlm_make_backend(name: str) -> Backend | None:
 
 
 @hookspec(firstresult=True)
-def hvdlm_make_exchange(name: str, group: Group, config: Config) -> Exchange | None:
-    """Return the exchange of this name over ``group``, the ranks of the data axis."""
+def hvdlm_make_exchange(
+    name: str, group: Group, config: Config, compressors: Mapping[str, CompressorMaker], place: int
+) -> Exchange | None:
+    """Return the exchange of this name over ``group``, the ranks of the data axis, of which this is number ``place``.
+
+    ``compressors``: all that the registered plugins bring.
+    """
 
 
 @hookspec(firstresult=True)
@@ -44,6 +49,20 @@ def hvdlm_make_task(name: str, config: Config) -> Task | None:
 def hvdlm_models() -> Mapping[str, ModelMaker]:
     """Return models by the names that ``model.name`` takes."""
     raise NotImplementedError  # a specification: pluggy never calls it
+
+
+@hookspec
+def hvdlm_compressors() -> Mapping[str, CompressorMaker]:
+    """Return compressors by the names that ``communication.compression.algorithm`` takes; called before keras is."""
+    raise NotImplementedError
+
+
+@hookspec
+def hvdlm_check(config: Config, spec: ModelSpec) -> None:
+    """Raise HvdlmError with one sentence where settings don't fit together, before ranks meet.
+
+    ``spec``: the model with a stand-in vocabulary of 256.
+    """
 
 
 @hookspec

@@ -9,14 +9,15 @@ Shapes: ``rows`` counts sequences, ``time`` counts tokens in a sequence.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from hvdlm.config import Config
+    from hvdlm.config import CompressionConfig, Config
+    from hvdlm.models.layout import FlatLayout
     from hvdlm.models.spec import ModelSpec
     from hvdlm.topology import Mesh
 
@@ -88,7 +89,7 @@ class StepResult:
 
 @dataclass
 class Traffic:
-    """What one kind of collective moved so far: calls, bytes handed to the library, seconds waited for it."""
+    """What one kind of collective moved so far for one purpose: calls, bytes handed to the library, seconds waited."""
 
     calls: int = 0
     bytes: int = 0
@@ -102,20 +103,38 @@ class Handle(Protocol):
         """Return the result; block until it is there (a TensorFlow graph's edge does the waiting itself)."""
 
 
+class Done:
+    """A handle that needs no waiting: its result is there."""
+
+    def __init__(self, result: Tensor) -> None:
+        self._result = result
+
+    def wait(self) -> Tensor:
+        """Return the result."""
+        return self._result
+
+
 @runtime_checkable
 class Group(Protocol):
     """An ordered set of ranks and the collectives among them, on the active framework's tensors.
 
     Every member calls the same operations in the same order with the same names. With one member
     every operation is the identity and no library is called. Sums, never averages: who sums knows the weights.
-    dtypes: float32, float64, float16, int32, int64; others raise HvdlmError.
+    dtypes of sums: float32, float64, float16, int32, int64. What only travels may be int8, uint8 and int16 as well.
+    A name begins with its purpose and a dot (``gradients.3``); ``traffic`` is counted by ``purpose/operation``.
     """
 
     ranks: tuple[int, ...]
     traffic: dict[str, Traffic]
 
-    def all_reduce_async(self, tensor: Tensor, name: str) -> Handle:
-        """Start the sum over members, shape ``[...]`` kept; torch sums in place."""
+    def all_reduce_async(self, tensor: Tensor, name: str, op: str = "sum") -> Handle:
+        """Start the sum over members, shape ``[...]`` kept; torch sums in place. ``op`` adasum: Maleki et al. 2020."""
+
+    def all_gather_async(self, tensor: Tensor, name: str) -> Handle:
+        """Start ``all_gather``."""
+
+    def all_to_all_async(self, tensor: Tensor, name: str) -> Handle:
+        """Start ``all_to_all``."""
 
     def all_reduce(self, tensors: Sequence[Tensor], name: str) -> list[Tensor]:
         """Return the sums over members of every tensor, as one fused operation."""
@@ -226,8 +245,26 @@ class Exchange(Protocol):
     """Turns this rank's gradients into those that the optimizer applies.
 
     The framework hands over its gradients in flat buckets, in the order in which the backward pass finishes them, and
-    the exchange answers with handles, so that communication overlaps with the rest of the backward pass.
+    the exchange answers with handles, so that communication overlaps with the rest of the backward pass. One step is:
+    ``begin``, ``start`` for every bucket and ``start_metrics``, waiting for all, the update, ``finish``.
+
+    Attributes:
+        size: ranks along the data axis.
+        apart: whether ranks' parameters and optimizer states differ between steps (rarer synchronisation).
+        stands_for: for how many ranks this step's metrics stand: 1 where they were summed over all.
+        traffic: the group's counters.
     """
+
+    size: int
+    apart: bool
+    stands_for: int
+    traffic: dict[str, Traffic]
+
+    def open(self, layout: FlatLayout, parameters: np.ndarray) -> None:
+        """Begin from flat float32 ``parameters`` ``[size]``; again whenever they are replaced. All ranks call."""
+
+    def begin(self, step: int) -> Hashable:
+        """Prepare for ``step``; return its phase: steps of one phase call the same collectives (and share a graph)."""
 
     def start(self, bucket: Tensor, index: int) -> Handle:
         """Begin to sum flat ``bucket`` ``[elements]`` over the data axis; ``index`` numbers the buckets of a step."""
@@ -235,11 +272,64 @@ class Exchange(Protocol):
     def start_metrics(self, values: Tensor) -> Handle:
         """Begin to sum float64 ``[n]`` (loss sum, valid tokens) over the data axis."""
 
+    def finish(self, parameters: Tensor) -> Tensor | None:
+        """Return what the updated flat ``parameters`` ``[size]`` are replaced by; None: they stay."""
+
     def state(self) -> dict[str, np.ndarray]:
         """Return what the exchange remembers from step to step (error feedback), for the checkpoint."""
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
-        """Take over what ``state()`` returned."""
+        """Take over what ``state()`` returned; missing entries start afresh."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One round's collective in ``Compressor.reduce``: ``kind`` is all_reduce, all_gather or all_to_all.
+
+    The answer is a list as long as ``tensors``: their sums; or members' tensors as ``[size, ...]``; or, for
+    all_to_all of ``[size * n]``, the parts meant for this member as ``[size, n]``.
+    """
+
+    kind: str
+    tensors: Sequence[Tensor]
+
+
+Reduced = tuple[Tensor, Callable[[], Tensor]]
+"""What all ranks' tensors sum up to, and a function that returns this rank's contribution as the others see it."""
+
+
+class Compressor(Protocol):
+    """Makes tensors small for their journey; written once for both frameworks, on ``keras.ops``.
+
+    ``hvdlm_compression.base.Compressor`` needs only ``compress`` and ``decompress``, and makes the rest of them.
+
+    Attributes:
+        matrices: takes one float32 ``[rows, columns]`` after the other; else all of a bucket as one ``[n]``.
+        biased: whether error feedback is on by default.
+        feeds_back: whether the algorithm keeps what it left out itself: no error feedback is then added.
+    """
+
+    matrices: bool
+    biased: bool
+    feeds_back: bool
+
+    def begin(self, step: int) -> Hashable:
+        """Prepare for ``step``; return its phase, see ``Exchange.begin``."""
+
+    def payload_bytes(self, shape: tuple[int, ...]) -> int:
+        """Return the bytes that a tensor of ``shape`` hands to collectives in a step."""
+
+    def memory(self, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
+        """Return what is remembered from step to step for a tensor of ``shape``, at its start."""
+
+    def reduce(
+        self, tensor: Tensor, memory: Mapping[str, Any], step: Tensor
+    ) -> Generator[Request, list[Tensor], Reduced]:
+        """Yield each round's request, be sent its answer, and return the sum; ``memory`` holds keras Variables."""
+
+
+CompressorMaker = Callable[["CompressionConfig", int, int, int], Compressor]
+"""(settings, seed, place of this rank, ranks) -> Compressor; may import keras."""
 
 
 class Task(Protocol):
@@ -259,6 +349,3 @@ class Task(Protocol):
 
     def metrics(self, loss_sum: float, tokens: float) -> dict[str, float]:
         """Return named figures (``val_loss``, ``perplexity``, ...) from sums over all ranks."""
-
-
-Generator = Callable[[str], Iterator[str]]

@@ -10,7 +10,7 @@ from typing import Any
 import pluggy
 
 from hvdlm import hookspecs
-from hvdlm.interfaces import HvdlmError, nearest
+from hvdlm.interfaces import CompressorMaker, HvdlmError, nearest
 from hvdlm.models.spec import ModelMaker, builtin_models
 
 
@@ -82,6 +82,11 @@ def models(manager: pluggy.PluginManager) -> Mapping[str, ModelMaker]:
     return found
 
 
+def compressors(manager: pluggy.PluginManager) -> Mapping[str, CompressorMaker]:
+    """Return every compressor of the registered plugins by name."""
+    return {name: maker for more in manager.hook.hvdlm_compressors() for name, maker in more.items()}
+
+
 def describe() -> list[tuple[str, str, str, str]]:
     """Return (name, distribution and version, module, what it provides) of every plugin; broken ones say why."""
     rows = []
@@ -90,8 +95,15 @@ def describe() -> list[tuple[str, str, str, str]]:
         try:
             plugin = _import(entry)
             hooks = sorted(h.removeprefix("hvdlm_") for h in dir(plugin) if h.startswith("hvdlm_"))
-            provides = ", ".join(hooks) or "nothing"
+            provides = ", ".join(_with_names(plugin, hook) for hook in hooks) or "nothing"
         except HvdlmError as error:
             provides = f"BROKEN: {error}"
         rows.append((name, origin, entry.value, provides))
     return rows
+
+
+def _with_names(plugin: Any, hook: str) -> str:
+    """Return a hook's name, and of a hook that brings a collection what it holds."""
+    if hook not in ("models", "compressors", "options"):
+        return hook
+    return f"{hook} ({', '.join(getattr(plugin, f'hvdlm_{hook}')())})"

@@ -77,6 +77,8 @@ def plan(config: Config, *, fresh: bool = True) -> Plan:
     if config.communication.exchange not in plugins.installed() and not config.plugins:
         raise plugins.unknown("exchange", config.communication.exchange)
     names = [config.framework, backend_name, config.task, config.communication.exchange, *config.plugins]
+    if config.communication.compression.algorithm != "none":
+        names.append("compression")
     manager = plugins.load(names)
     backend = plugins.make(manager, "backend", backend_name)
     rank, size, _, _ = backend.launch_shape()
@@ -89,7 +91,8 @@ def plan(config: Config, *, fresh: bool = True) -> Plan:
             "data.path -: a launcher gives standard input to one rank only: python -m hvdlm prepare --output FOLDER "
             "first, then --data.path FOLDER."
         )
-    validate.model(config, plugins.models(manager))
+    manager.hook.hvdlm_check(config=config, spec=validate.model(config, plugins.models(manager)))
+    validate.communication(config, size, backend_name, plugins.compressors(manager))
     require_framework(config.framework, size)
     found = _find_checkpoint(config) if fresh else None
     # Kept in a file, which the run's config.yaml names, so that it can be resumed, evaluated and continued.
@@ -159,7 +162,8 @@ def start(plan: Plan) -> Run:
     try:
         _agree(world, config, task)
         group = world.group(plan.mesh.group("data", world.rank))
-        exchange = plugins.make(manager, "exchange", config.communication.exchange, group=group, config=config)
+        more = {"compressors": plugins.compressors(manager), "place": group.ranks.index(world.rank)}
+        exchange = plugins.make(manager, "exchange", config.communication.exchange, group=group, config=config, **more)
         trainable = framework.build(spec, plan.mesh, world, exchange, config)
         if plan.checkpoint:
             trainable.load_state(checkpoint.load(plan.checkpoint, world.rank, world.size))

@@ -11,12 +11,15 @@ from typing import Any
 
 from hvdlm.config import Config
 from hvdlm.interfaces import HvdlmError, nearest
+from hvdlm.models.spec import ModelSpec
 from hvdlm.topology import Mesh
 
 _POSITIVE = """
     model.layers model.width model.heads model.kv_heads model.mlp_width data.vocab_size data.context train.steps
     train.batch_size train.micro_batch_size train.decay_every train.eval_batch_size train.threads parallel.data
-    parallel.pipeline parallel.tensor communication.bucket_bytes checkpoint.keep log.every
+    parallel.pipeline parallel.tensor communication.bucket_bytes communication.fusion_bytes
+    communication.compression.rank communication.compression.min_elements communication.local.steps checkpoint.keep
+    log.every
 """
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     **{key: (lambda v: v >= 1, "1 or more") for key in _POSITIVE.split()},
@@ -39,6 +42,19 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "train.eval_every": (lambda v: v >= 0, "0 (only at the end) or more"),
     "communication.cycle_ms": (lambda v: v > 0, "above 0"),
     "communication.timeout": (lambda v: v > 0, "above 0"),
+    "communication.stall_check": (lambda v: v >= 1, "1 or more"),
+    "communication.predivide": (lambda v: v > 0, "above 0"),
+    "communication.cache_capacity": (lambda v: v >= 0, "0 (none) or more"),
+    "communication.compression.ratio": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
+    "communication.compression.block": (lambda v: v >= 8 and v % 8 == 0, "a multiple of 8"),
+    "communication.compression.momentum": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
+    "communication.compression.clip": (lambda v: v >= 0, "0 (no clipping) or more"),
+    "communication.compression.warmup": (lambda v: v >= 0, "0 or more"),
+    "communication.compression.min_compression": (lambda v: v >= 1, "1 or more"),
+    "communication.compression.start_after_steps": (lambda v: v >= 0, "0 or more"),
+    "communication.local.outer_learning_rate": (lambda v: v > 0, "above 0"),
+    "communication.local.outer_momentum": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
+    "communication.local.warmup": (lambda v: v >= 0, "0 or more"),
     "checkpoint.every": (lambda v: v >= 0, "0 (only at the end) or more"),
     "log.sample_tokens": (lambda v: v >= 0, "0 (none) or more"),
 }
@@ -94,12 +110,36 @@ def layout(config: Config, mesh: Mesh) -> None:
         )
 
 
-def model(config: Config, known: Mapping[str, Any]) -> None:
-    """Check the model's name and sizes, with a stand-in vocabulary.
+def model(config: Config, known: Mapping[str, Any]) -> ModelSpec:
+    """Check the model's name and sizes; return it with a stand-in vocabulary.
 
     Raises:
         HvdlmError: an unknown name, or sizes that don't fit together.
     """
     if config.model.name not in known:
         raise HvdlmError(f"model.name: no model {config.model.name!r}; {nearest(config.model.name, known)}")
-    known[config.model.name](config.model, 256, config.data.context)
+    return known[config.model.name](config.model, 256, config.data.context)
+
+
+def communication(config: Config, size: int, backend: str, compressors: Mapping[str, Any]) -> None:
+    """Check how gradients travel against the ranks and the backend.
+
+    Raises:
+        HvdlmError: an unknown algorithm, or a reduction that this backend or this number of ranks doesn't have.
+    """
+    options = config.communication
+    if options.compression.algorithm not in {"none", *compressors}:
+        raise HvdlmError(
+            f"communication.compression.algorithm: no plugin provides {options.compression.algorithm!r}; "
+            f"{nearest(options.compression.algorithm, ('none', *compressors))}"
+        )
+    if options.reduction == "adasum":
+        if backend == "gloo":
+            raise HvdlmError("communication.reduction adasum needs MPI, Gloo has no Adasum: use --backend mpi.")
+        if size & (size - 1):
+            raise HvdlmError(
+                f"communication.reduction adasum combines ranks pair by pair, {size} is no power of two: start "
+                f"{2 ** (size.bit_length() - 1)} or {2 ** size.bit_length()} ranks."
+            )
+    if options.autotune_log and not options.autotune:
+        raise HvdlmError("communication.autotune_log needs --communication.autotune true.")

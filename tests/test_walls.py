@@ -61,6 +61,14 @@ def test_a_framework_plugin_knows_its_own_framework_only(folder: str, allowed: s
             assert name.split(".")[0] not in forbidden - {allowed, Path(folder).name}, f"{path}:{line} imports {name}"
 
 
+def test_compression_is_written_once_for_both_frameworks() -> None:
+    for path in sources("plugins/hvdlm_compression"):
+        for line, name in imports(path):
+            assert name.split(".")[0] not in (TRANSPORTS | ABOVE) - {"keras", "hvdlm_compression"}, (
+                f"{path}:{line} imports {name}"
+            )
+
+
 def test_backends_know_no_plugin() -> None:
     for path in sources("backends"):
         for line, name in imports(path):

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from hvdlm.interfaces import Group, Handle, HvdlmError, Traffic
+from hvdlm.interfaces import Done, Group, Handle, HvdlmError, Traffic
 from hvdlm_backends.environment import Launch
-from hvdlm_backends.local import AloneGroup, Done
+from hvdlm_backends.local import AloneGroup
 
 _POLL_SECONDS = 5e-5
 
@@ -35,7 +35,7 @@ class _Waiting:
         # synchronize alone spins, and takes the core from the thread that communicates.
         while not self._hvd.poll(self._handle):
             time.sleep(_POLL_SECONDS)
-        result = self._hvd.synchronize(self._handle)
+        result = _first(self._hvd.synchronize(self._handle))
         self._traffic.seconds += time.perf_counter() - started
         return result
 
@@ -53,23 +53,36 @@ class HorovodGroup:
         # TensorFlow's operations take this to keep the same name in every graph; torch's don't know it.
         self._named = {"ignore_name_scope": True} if hvd.__name__.endswith("tensorflow") else {}
 
-    def _count(self, operation: str, *tensors: Any) -> Traffic:
-        traffic = self.traffic.setdefault(operation, Traffic())
+    def _count(self, operation: str, name: str, *tensors: Any) -> Traffic:
+        traffic = self.traffic.setdefault(f"{name.partition('.')[0]}/{operation}", Traffic())
         traffic.calls += 1
         traffic.bytes += sum(_bytes(tensor) for tensor in tensors)
         return traffic
 
-    def all_reduce_async(self, tensor: Any, name: str) -> Handle:
-        """Start the sum; see ``interfaces.Group``."""
-        traffic = self._count("all_reduce", tensor)
+    def _start(self, operation: str, tensor: Any, name: str, **options: Any) -> Handle:
+        """Call Horovod's asynchronous form in torch; in TensorFlow the graph makes every operation asynchronous."""
+        traffic = self._count(operation, name, tensor)
+        options = {"name": name, "process_set": self._set, **self._named, **options}
+        call = operation.replace("_", "")
         if self._named:
-            reduced = self._hvd.allreduce(tensor, op=self._hvd.Sum, name=name, process_set=self._set, **self._named)
-            return Done(reduced)
-        handle = self._hvd.allreduce_async_(tensor, op=self._hvd.Sum, name=name, process_set=self._set)
-        return _Waiting(self._hvd, handle, traffic)
+            return Done(_first(getattr(self._hvd, call)(tensor, **options)))
+        in_place = "_async_" if operation == "all_reduce" else "_async"
+        return _Waiting(self._hvd, getattr(self._hvd, call + in_place)(tensor, **options), traffic)
 
-    def _timed(self, operation: str, tensors: Sequence[Any], call: Callable[[], Any]) -> Any:
-        traffic = self._count(operation, *tensors)
+    def all_reduce_async(self, tensor: Any, name: str, op: str = "sum") -> Handle:
+        """Start the sum; see ``interfaces.Group``."""
+        return self._start("all_reduce", tensor, name, op=self._hvd.Adasum if op == "adasum" else self._hvd.Sum)
+
+    def all_gather_async(self, tensor: Any, name: str) -> Handle:
+        """Start the concatenation; see ``interfaces.Group``."""
+        return self._start("all_gather", tensor, name)
+
+    def all_to_all_async(self, tensor: Any, name: str) -> Handle:
+        """Start the exchange of parts; see ``interfaces.Group``."""
+        return self._start("all_to_all", tensor, name)
+
+    def _timed(self, operation: str, name: str, tensors: Sequence[Any], call: Callable[[], Any]) -> Any:
+        traffic = self._count(operation, name, *tensors)
         started = time.perf_counter()
         result = call()
         traffic.seconds += time.perf_counter() - started
@@ -79,42 +92,41 @@ class HorovodGroup:
         """Return the sums; see ``interfaces.Group``."""
         hvd = self._hvd
         options = {"op": hvd.Sum, "name": name, "process_set": self._set, **self._named}
-        return self._timed("all_reduce", tensors, lambda: list(hvd.grouped_allreduce(list(tensors), **options)))
+        return self._timed("all_reduce", name, tensors, lambda: list(hvd.grouped_allreduce(list(tensors), **options)))
 
     def all_gather(self, tensor: Any, name: str) -> Any:
         """Return the concatenation; see ``interfaces.Group``."""
-        options = {"name": name, "process_set": self._set, **self._named}
-        return self._timed("all_gather", [tensor], lambda: self._hvd.allgather(tensor, **options))
+        return self.all_gather_async(tensor, name).wait()
 
     def reduce_scatter(self, tensor: Any, name: str) -> Any:
         """Return this member's part of the sum; see ``interfaces.Group``."""
         options = {"op": self._hvd.Sum, "name": name, "process_set": self._set, **self._named}
-        return self._timed("reduce_scatter", [tensor], lambda: self._hvd.reducescatter(tensor, **options))
+        return self._timed("reduce_scatter", name, [tensor], lambda: self._hvd.reducescatter(tensor, **options))
 
     def broadcast(self, tensor: Any, root: int, name: str) -> Any:
         """Return the root's tensor; see ``interfaces.Group``."""
         options = {"name": name, "process_set": self._set, **self._named}
-        return self._timed("broadcast", [tensor], lambda: self._hvd.broadcast(tensor, self.ranks[root], **options))
+        root_rank = self.ranks[root]
+        return self._timed("broadcast", name, [tensor], lambda: self._hvd.broadcast(tensor, root_rank, **options))
 
     def all_to_all(self, tensor: Any, name: str) -> Any:
         """Return the exchanged parts; see ``interfaces.Group``."""
-        options = {"name": name, "process_set": self._set, **self._named}
-
-        def exchange() -> Any:
-            result = self._hvd.alltoall(tensor, **options)
-            return result[0] if isinstance(result, tuple) else result
-
-        return self._timed("all_to_all", [tensor], exchange)
+        return self.all_to_all_async(tensor, name).wait()
 
     def barrier(self) -> None:
         """Wait for all members."""
         if not self._named:
-            self._timed("barrier", [], lambda: self._hvd.barrier(process_set=self._set))
+            self._timed("barrier", "barrier", [], lambda: self._hvd.barrier(process_set=self._set))
             return
         # horovod.tensorflow has no barrier: a sum that every member awaits is one.
         token = sys.modules["tensorflow"].zeros(1)
         options = {"op": self._hvd.Sum, "name": "barrier", "process_set": self._set, **self._named}
-        self._timed("barrier", [], lambda: self._hvd.allreduce(token, **options).numpy())
+        self._timed("barrier", "barrier", [], lambda: self._hvd.allreduce(token, **options).numpy())
+
+
+def _first(result: Any) -> Any:
+    """Return the tensor of an all-to-all's (tensor, splits); any other tensor as it is."""
+    return result[0] if isinstance(result, tuple) else result
 
 
 def _bytes(tensor: Any) -> int:

@@ -9,19 +9,8 @@ from typing import Any
 
 from hvdlm import hookimpl
 from hvdlm.config import Config
-from hvdlm.interfaces import Group, HvdlmError, Traffic
+from hvdlm.interfaces import Done, Group, HvdlmError, Traffic
 from hvdlm_backends import environment
-
-
-class Done:
-    """A collective that needs no waiting: its result is there."""
-
-    def __init__(self, result: Any) -> None:
-        self._result = result
-
-    def wait(self) -> Any:
-        """Return the result."""
-        return self._result
 
 
 class AloneGroup:
@@ -31,7 +20,15 @@ class AloneGroup:
         self.ranks: tuple[int, ...] = (rank,)
         self.traffic: dict[str, Traffic] = {}
 
-    def all_reduce_async(self, tensor: Any, name: str) -> Done:
+    def all_reduce_async(self, tensor: Any, name: str, op: str = "sum") -> Done:
+        """Return the tensor, done."""
+        return Done(tensor)
+
+    def all_gather_async(self, tensor: Any, name: str) -> Done:
+        """Return the tensor, done."""
+        return Done(tensor)
+
+    def all_to_all_async(self, tensor: Any, name: str) -> Done:
         """Return the tensor, done."""
         return Done(tensor)
 

@@ -15,6 +15,8 @@ def hvdlm_make_framework(name: str) -> Any:
         return None
     # Its notes about oneDNN, CPU instructions and absent GPUs tell a user nothing; errors still come.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # keras, on which compression is written, reads this once.
+    os.environ["KERAS_BACKEND"] = "tensorflow"
     from hvdlm_tensorflow.framework import TensorFlowFramework
 
     return TensorFlowFramework()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from hvdlm.config import Config
-from hvdlm.interfaces import Batch, Exchange, HvdlmError, StepResult
+from hvdlm.exchange import add, since, snapshot, total_bytes
+from hvdlm.interfaces import Batch, Exchange, HvdlmError, StepResult, Traffic
 from hvdlm.models.layout import make_layout
 from hvdlm.models.spec import ModelSpec
 from hvdlm_tensorflow.optimizers import FlatOptimizer
@@ -30,8 +31,10 @@ class TensorFlowTrainable:
         self._carry: dict[int, Any] = {}
         self._eval_carry: Any = None
         self._scale, self._steps_unscaled = (2.0**16 if config.train.precision == "fp16" else 1.0), 0
-        self._bytes_per_step: int | None = None
+        # What a graph's run moves, by phase: its collectives are counted when it is traced, and then with every run.
+        self._moved: dict[Hashable, dict[str, Traffic]] = {}
         model.dtype = _HALF.get(config.train.precision, tf.float32)
+        exchange.open(self.layout, self._flat.numpy())
         self._accumulate_graph = tf.function(self._accumulate)
         self._step_graph = tf.function(self._step)
         self._eval_graph = tf.function(self._evaluate)
@@ -58,14 +61,26 @@ class TensorFlowTrainable:
         last = len(micro_batches) - 1
         carry, seed = self._start(last, micro_batches[last], step)
         figures = tf.constant([learning_rate, step, tokens], tf.float64)
-        sent = getattr(self._exchange, "bytes", 0)
+        phase, earlier = self._exchange.begin(step), snapshot(self._exchange.traffic)
         arguments = (*_tensors(micro_batches[last]), carry, seed, self._scale_tensor(), loss_sum, figures)
-        totals, self._carry[last] = self._step_graph(*arguments)
-        if self._bytes_per_step is None:  # collectives are counted when the graph is traced, each run sends the same
-            self._bytes_per_step = getattr(self._exchange, "bytes", 0) - sent
+        totals, self._carry[last] = self._step_graph(phase, *arguments)
         loss_sum_value, total, norm, waited = totals.numpy().tolist()
+        sent = self._count(phase, earlier, waited)
         self._rescale(norm)
-        return StepResult(loss_sum_value / total, total, norm, waited, self._bytes_per_step)
+        return StepResult(loss_sum_value / total, total * self._exchange.stands_for, norm, waited, sent)
+
+    def _count(self, phase: Hashable, earlier: Mapping[str, Traffic], waited: float) -> int:
+        """Count what the graph's run moved, which is what was counted when it was traced; return the bytes."""
+        traced = since(self._exchange.traffic, earlier)
+        if traced or phase not in self._moved:
+            self._moved[phase] = traced
+        else:
+            add(self._exchange.traffic, self._moved[phase])
+        for key in self._moved[phase]:  # a graph tells the time of all, not of each
+            if not key.startswith("metrics"):
+                self._exchange.traffic[key].seconds += waited
+                break
+        return total_bytes(self._moved[phase])
 
     def _start(self, number: int, batch: Batch, step: int) -> tuple[Any, tf.Tensor]:
         carry = None if batch.reset else self._carry.get(number)
@@ -93,7 +108,16 @@ class TensorFlowTrainable:
         return loss, carry
 
     def _step(
-        self, inputs: Any, targets: Any, weights: Any, carry: Any, seed: Any, scale: Any, loss_sum: Any, figures: Any
+        self,
+        phase: Hashable,
+        inputs: Any,
+        targets: Any,
+        weights: Any,
+        carry: Any,
+        seed: Any,
+        scale: Any,
+        loss_sum: Any,
+        figures: Any,
     ) -> tuple[tf.Tensor, Any]:
         loss, carry, gradients = self._backward_part(self._pieces(), inputs, targets, weights, carry, seed, scale)
         buckets = [tf.concat(gradients[first:last], 0) for first, last in self.layout.buckets]
@@ -108,9 +132,16 @@ class TensorFlowTrainable:
         handles = [self._exchange.start(bucket, index) for index, bucket in enumerate(buckets)]
         reduced = [handle.wait() for handle in handles]
         with tf.control_dependencies(reduced):
-            waited = tf.maximum(tf.timestamp() - ready, 0.0) if getattr(self._exchange, "size", 1) > 1 else ready * 0.0
+            waited = tf.maximum(tf.timestamp() - ready, 0.0) if self._exchange.size > 1 else ready * 0.0
         totals = metrics.wait()
         norm = self._apply(tf.concat(reduced, 0), totals[1], scale, figures)
+        with tf.control_dependencies([norm]):
+            ready = tf.timestamp()
+        replaced = self._exchange.finish(self._flat.read_value())
+        if replaced is not None:
+            with tf.control_dependencies([replaced]):
+                waited += tf.maximum(tf.timestamp() - ready, 0.0)
+            self._flat.assign(replaced)
         return tf.stack([totals[0], totals[1], norm, waited]), carry
 
     def _apply(self, gradient: tf.Tensor, tokens: tf.Tensor, loss_scale: tf.Tensor, figures: tf.Tensor) -> tf.Tensor:
@@ -182,7 +213,10 @@ class TensorFlowTrainable:
         unflatten = self.layout.unflatten
         state = {f"parameters/{n}": a for n, a in unflatten(self._flat.numpy()).items()}
         for kind, flat in self._optimizer.memory.items():
-            state.update({f"optimizer/{kind}/{n}": a for n, a in unflatten(flat.numpy()).items()})
+            arrays = unflatten(flat.numpy())
+            state.update({f"optimizer/{kind}/{n}": a for n, a in arrays.items()})
+            if self._exchange.apart:
+                state.update({f"exchange/own/{kind}/{n}": a for n, a in arrays.items()})
         if self._config.train.precision == "fp16":
             state["optimizer/loss_scale"] = np.array([self._scale, self._steps_unscaled])
         state.update({f"exchange/{n}": a for n, a in self._exchange.state().items()})
@@ -197,9 +231,11 @@ class TensorFlowTrainable:
         self._take(self._flat, "parameters", state, required=True)
         for kind, flat in self._optimizer.memory.items():
             self._take(flat, f"optimizer/{kind}", state, required=False)
+            self._take(flat, f"exchange/own/{kind}", state, required=False)
         if "optimizer/loss_scale" in state:
             scale, steps = state["optimizer/loss_scale"]
             self._scale, self._steps_unscaled = float(scale), int(steps)
+        self._exchange.open(self.layout, self._flat.numpy())
         self._exchange.load_state({k[9:]: v for k, v in state.items() if k.startswith("exchange/")})
         carried = {k[6:]: v for k, v in state.items() if k.startswith("carry/")}
         self._carry = self._model.carry_tensors(carried, self._config.train.micro_batch_size)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from hvdlm.config import Config
+from hvdlm.exchange import total_bytes
 from hvdlm.interfaces import Batch, Exchange, Handle, HvdlmError, StepResult
 from hvdlm.models.layout import Slot, make_layout
 from hvdlm.models.spec import ModelSpec
@@ -40,7 +41,8 @@ class TorchTrainable:
         self._missing: list[int] | None = None
         self._scale, self._steps_unscaled = (2.0**16 if config.train.precision == "fp16" else 1.0), 0
         self._forward = torch.compile(self._losses) if config.train.compile else self._losses
-        if getattr(exchange, "size", 1) > 1:
+        exchange.open(self.layout, self._flat.cpu().numpy())
+        if exchange.size > 1:
             self._start_early()
 
     def _leaf(self, slot: Slot) -> torch.nn.Parameter:
@@ -67,7 +69,8 @@ class TorchTrainable:
 
     def train_step(self, micro_batches: Sequence[Batch], learning_rate: float, step: int) -> StepResult:
         """Do one optimizer step; see ``interfaces.Trainable``."""
-        sent = getattr(self._exchange, "bytes", 0)
+        sent = total_bytes(self._exchange.traffic)
+        self._exchange.begin(step)
         self._gradient.zero_()
         if self._config.model.dropout:
             torch.manual_seed(_seed(self._config.train.seed, self._place, step))
@@ -86,9 +89,21 @@ class TorchTrainable:
         totals = metrics.wait()
         loss_sum_value, total = totals.tolist()
         norm = self._apply(learning_rate, step, self._normaliser / (total * self._scale))
-        sent = getattr(self._exchange, "bytes", 0) - sent
-        return StepResult(loss_sum_value / total, total, norm, waited, sent)
+        waited += self._finish()
+        sent = total_bytes(self._exchange.traffic) - sent
+        return StepResult(loss_sum_value / total, total * self._exchange.stands_for, norm, waited, sent)
 
+    @torch.no_grad()
+    def _finish(self) -> float:
+        """Let the exchange replace the updated parameters; return the seconds that this took."""
+        started = time.perf_counter()
+        replaced = self._exchange.finish(self._flat)
+        if replaced is None:
+            return 0.0
+        self._flat.copy_(replaced)
+        return time.perf_counter() - started
+
+    @torch.no_grad()
     def _wait(self) -> float:
         """Start what has not started, wait for all buckets; return the seconds that this took."""
         self._missing = None
@@ -168,7 +183,10 @@ class TorchTrainable:
         unflatten = self.layout.unflatten
         state = {f"parameters/{n}": a for n, a in unflatten(self._flat.cpu().numpy()).items()}
         for kind, flat in self._optimizer.memory.items():
-            state.update({f"optimizer/{kind}/{n}": a for n, a in unflatten(flat.cpu().numpy()).items()})
+            arrays = unflatten(flat.cpu().numpy())
+            state.update({f"optimizer/{kind}/{n}": a for n, a in arrays.items()})
+            if self._exchange.apart:
+                state.update({f"exchange/own/{kind}/{n}": a for n, a in arrays.items()})
         if self._config.train.precision == "fp16":
             state["optimizer/loss_scale"] = np.array([self._scale, self._steps_unscaled])
         state.update({f"exchange/{n}": a for n, a in self._exchange.state().items()})
@@ -184,11 +202,13 @@ class TorchTrainable:
         self._take(self._flat, "parameters", state, required=True)
         for kind, flat in self._optimizer.memory.items():
             self._take(flat, f"optimizer/{kind}", state, required=False)
+            self._take(flat, f"exchange/own/{kind}", state, required=False)
         if "optimizer/loss_scale" in state:
             self._scale, self._steps_unscaled = (
                 float(state["optimizer/loss_scale"][0]),
                 int(state["optimizer/loss_scale"][1]),
             )
+        self._exchange.open(self.layout, self._flat.cpu().numpy())
         self._exchange.load_state({k[9:]: v for k, v in state.items() if k.startswith("exchange/")})
         carried = {k[6:]: v for k, v in state.items() if k.startswith("carry/")}
         self._carry = self._model.carry_tensors(carried, self._config.train.micro_batch_size, self._device)

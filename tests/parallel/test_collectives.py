@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from hvdlm.config import ParallelConfig
+from hvdlm.exchange import since, snapshot
 from hvdlm.interfaces import Group, HvdlmError, World
 from hvdlm.topology import make_mesh
 
@@ -76,11 +77,15 @@ def test_barrier_waits_for_the_slowest(world: World) -> None:
 
 def test_bytes_and_calls_are_counted(world: World, tensor) -> None:
     group = everyone(world)
-    before = group.traffic["all_reduce"].bytes if "all_reduce" in group.traffic else 0
-    calls = group.traffic["all_reduce"].calls if "all_reduce" in group.traffic else 0
-    group.all_reduce_async(tensor(values(world.rank, 1000)), "counted").wait()
-    assert group.traffic["all_reduce"].bytes - before == 4000
-    assert group.traffic["all_reduce"].calls - calls == 1
+    before = snapshot(group.traffic)
+    group.all_reduce_async(tensor(values(world.rank, 1000)), "counted.first").wait()
+    group.all_reduce_async(tensor(values(world.rank, 500)), "counted.second").wait()
+    group.all_gather(tensor(values(world.rank, 10)), "fetched")
+    moved = since(group.traffic, before)
+    assert {key: (entry.calls, entry.bytes) for key, entry in moved.items()} == {
+        "counted/all_reduce": (2, 6000),
+        "fetched/all_gather": (1, 40),
+    }
 
 
 def test_objects_travel_whole(world: World) -> None:

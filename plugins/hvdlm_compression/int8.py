@@ -1,0 +1,20 @@
+"""8-bit block quantisation (Dettmers 2016), with stochastic rounding."""
+
+from __future__ import annotations
+
+from keras import ops
+
+from hvdlm.interfaces import Tensor
+from hvdlm_compression.qsgd import QSGD
+
+
+class Int8(QSGD):
+    """8 bits an element, scaled by the block's largest magnitude."""
+
+    def bits(self) -> int:
+        """Return 8."""
+        return 8
+
+    def scale(self, rows: Tensor) -> Tensor:
+        """Return the largest magnitude of every block."""
+        return ops.max(ops.abs(rows), axis=1, keepdims=True)

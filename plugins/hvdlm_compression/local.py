@@ -1,0 +1,98 @@
+"""Rarer synchronisation: ranks train by themselves and agree every H steps (local SGD and DiLoCo)."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+
+import numpy as np
+from keras import Variable, ops
+
+from hvdlm.config import LocalConfig
+from hvdlm.exchange import AllReduceExchange
+from hvdlm.interfaces import Done, Group, Handle, Tensor
+from hvdlm.models.layout import FlatLayout
+
+
+class LocalExchange(AllReduceExchange):
+    """Every ``steps`` steps, the outer optimizer moves the parameters by the mean of the ranks' differences.
+
+    DiLoCo (Douillard et al. 2023, algorithm 1): d = mean(theta_before - theta_rank); Nesterov momentum on d:
+    m = mu m + d; theta = theta_before - lr (mu m + d). With lr = 1 and mu = 0 that is the mean of the parameters:
+    local SGD (Stich 2019, algorithm 1). The differences travel through ``inner``, which may compress them.
+    """
+
+    apart = True
+
+    def __init__(
+        self, group: Group, inner: AllReduceExchange, settings: LocalConfig, rate: float, momentum: float, last: int
+    ) -> None:
+        super().__init__(group)
+        self._inner, self._every, self._warmup, self._last = inner, settings.steps, settings.warmup, last
+        self._rate, self._momentum = rate, momentum
+        self._phase = "local"
+        self._ready = False
+
+    def open(self, layout: FlatLayout, parameters: np.ndarray) -> None:
+        """Begin a round from ``parameters``; forget the outer momentum."""
+        self._inner.open(layout, parameters)
+        self._layout = layout
+        if not self._ready:
+            self._anchor = Variable(parameters, trainable=False)
+            self._velocity = Variable(np.zeros_like(parameters), trainable=False) if self._momentum else None
+            self._ready = True
+        self._anchor.assign(parameters)
+        if self._velocity is not None:
+            self._velocity.assign(np.zeros_like(parameters))
+
+    def begin(self, step: int) -> Hashable:
+        """Return ``every`` in the warm-up, ``sync`` where a round (or the run) ends, else ``local``."""
+        done = step + 1
+        self._phase = "every" if step < self._warmup else "local"
+        if self._phase == "local" and (done % self._every == 0 or done == self._last):
+            self._phase = "sync"
+        self.stands_for = 1 if self._phase == "every" else self.size
+        return (self._phase, self._inner.begin(step) if self._phase == "sync" else None)
+
+    def start(self, bucket: Tensor, index: int) -> Handle:
+        """Sum the gradient in the warm-up; else leave it this rank's own."""
+        return super().start(bucket, index) if self._phase == "every" else Done(bucket)
+
+    def start_metrics(self, values: Tensor) -> Handle:
+        """Sum the metrics in the warm-up; else leave them this rank's own."""
+        return super().start_metrics(values) if self._phase == "every" else Done(values)
+
+    def finish(self, parameters: Tensor) -> Tensor | None:
+        """Where a round ends, return the parameters that all ranks go on from."""
+        if self._phase == "local":
+            return None
+        if self._phase == "every":
+            self._anchor.assign(parameters)
+            return None
+        anchor = ops.convert_to_tensor(self._anchor)
+        difference = anchor - parameters
+        ranges = [self._layout.bucket_range(index) for index in range(len(self._layout.buckets))]
+        handles = [self._inner.start(difference[a:b], index) for index, (a, b) in enumerate(ranges)]
+        mean = ops.concatenate([handle.wait() for handle in handles]) * (1.0 / self.size)
+        if self._velocity is not None:
+            velocity = ops.convert_to_tensor(self._velocity) * self._momentum + mean
+            self._velocity.assign(velocity)
+            mean = velocity * self._momentum + mean
+        agreed = anchor - mean * self._rate
+        self._anchor.assign(agreed)
+        return agreed
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Return the outer momentum and what ``inner`` remembers."""
+        found = dict(self._inner.state())
+        if self._velocity is not None:
+            arrays = self._layout.unflatten(np.array(ops.convert_to_numpy(self._velocity)))
+            found.update({f"outer_momentum/{name}": array for name, array in arrays.items()})
+        return found
+
+    def load_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """Take over what ``state`` returned; what is missing starts afresh."""
+        self._inner.load_state(state)
+        if self._velocity is not None:
+            zeros = self._layout.unflatten(np.zeros(self._layout.size, np.float32))
+            saved = {name: state.get(f"outer_momentum/{name}", zero) for name, zero in zeros.items()}
+            self._velocity.assign(self._layout.flatten(saved))

@@ -1,0 +1,78 @@
+"""The entry point: names the algorithms and makes the exchanges; only then keras is imported."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from hvdlm import hookimpl
+from hvdlm.config import CompressionConfig, Config
+from hvdlm.interfaces import Compressor, CompressorMaker, Group
+from hvdlm_compression import settings
+
+ALGORITHMS = {
+    "fp16": "fp16.Float16",
+    "bf16": "bf16.BFloat16",
+    "top_k": "top_k.TopK",
+    "random_k": "random_k.RandomK",
+    "power_sgd": "power_sgd.PowerSGD",
+    "scaled_sign": "scaled_sign.ScaledSign",
+    "sign_majority": "sign_majority.SignMajority",
+    "qsgd": "qsgd.QSGD",
+    "int8": "int8.Int8",
+    "dgc": "dgc.DGC",
+}
+
+
+def _maker(path: str) -> CompressorMaker:
+    module, name = path.split(".")
+
+    def make(options: CompressionConfig, seed: int, place: int, ranks: int) -> Compressor:
+        kind = getattr(importlib.import_module(f"hvdlm_compression.{module}"), name)
+        return kind(options, seed, place, ranks)
+
+    return make
+
+
+@hookimpl
+def hvdlm_compressors() -> Mapping[str, CompressorMaker]:
+    """Return the built-in algorithms."""
+    return {name: _maker(path) for name, path in ALGORITHMS.items()}
+
+
+@hookimpl
+def hvdlm_check(config: Config, spec: Any) -> None:
+    """Refuse settings that don't fit together."""
+    settings.check_compression(config, spec)
+
+
+@hookimpl(tryfirst=True)
+def hvdlm_make_exchange(
+    name: str, group: Group, config: Config, compressors: Mapping[str, CompressorMaker], place: int
+) -> Any:
+    """Answer to ``all_reduce``, before the core does, where gradients are compressed."""
+    return make_compressed(group, config, compressors, place) if name == "all_reduce" else None
+
+
+def make_compressed(group: Group, config: Config, compressors: Mapping[str, CompressorMaker], place: int) -> Any:
+    """Return the exchange that compresses as ``config`` says, or None."""
+    options = config.communication
+    if options.compression.algorithm == "none":
+        return None
+    from hvdlm_compression.exchange import CompressedExchange
+
+    maker = compressors[options.compression.algorithm]
+    compressor = maker(options.compression, config.train.seed, place, len(group.ranks))
+    return CompressedExchange(group, compressor, options)
+
+
+def make_local(name: str, group: Group, config: Config, compressors: Mapping[str, CompressorMaker], place: int) -> Any:
+    """Return the exchange of rarer synchronisation, its differences compressed where ``config`` says so."""
+    from hvdlm.exchange import AllReduceExchange
+    from hvdlm_compression.local import LocalExchange
+
+    options = config.communication
+    inner = make_compressed(group, config, compressors, place) or AllReduceExchange(group, options)
+    rate, momentum = settings.outer(options, name)
+    return LocalExchange(group, inner, options.local, rate, momentum, config.train.steps)

@@ -1,0 +1,35 @@
+"""Scaled sign: one bit an element (Karimireddy et al. 2019, "Error feedback fixes SignSGD")."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from keras import ops
+
+from hvdlm.interfaces import Tensor
+from hvdlm_compression.base import Compressor, blocks
+from hvdlm_compression.bits import pack, unpack
+
+
+class ScaledSign(Compressor):
+    """C(x) = (||x||_1 / n) sign(x) (Karimireddy et al. 2019, algorithm 1), block by block; zero counts as positive."""
+
+    def compress(self, tensor: Tensor, step: Tensor) -> Sequence[Tensor]:
+        """Return [scales float32 ``[blocks]``, signs uint8 ``[blocks, block / 8]``]."""
+        width = self.settings.block
+        rows = blocks(tensor, width)
+        counts = np.full(rows.shape[0], width, np.float32)
+        counts[-1] = tensor.shape[0] - width * (rows.shape[0] - 1)
+        scales = ops.sum(ops.abs(rows), axis=1) / ops.convert_to_tensor(counts)
+        return [scales, pack(ops.cast(rows >= 0.0, "float32"), 1)]
+
+    def decompress(self, payload: Sequence[Tensor], shape: tuple[int, ...], step: Tensor) -> Tensor:
+        """Return float32 ``[n]``."""
+        scales, packed = payload
+        return ops.reshape(signs(packed) * ops.expand_dims(scales, -1), (-1,))[: shape[0]]
+
+
+def signs(packed: Tensor) -> Tensor:
+    """Return -1 or 1 as float32 ``[..., n]`` from packed bits."""
+    return 2.0 * unpack(packed, 1) - 1.0
