@@ -69,7 +69,7 @@ class Batch:
 
 @dataclass
 class StepResult:
-    """What one optimizer step did. Every figure is the same on all ranks, but ``comm_seconds`` is this rank's.
+    """What one optimizer step did. Seconds and bytes are this rank's, all else is the same on all ranks.
 
     Attributes:
         loss: mean loss over all valid tokens of the global batch, in nats, before the update.
@@ -77,6 +77,7 @@ class StepResult:
         grad_norm: global L2 norm of the averaged gradient before clipping.
         comm_seconds: time the step stood still for communication (what the backward pass did not hide).
         comm_bytes: bytes this rank handed to collectives.
+        transfer_seconds: time that collectives took in the background, hidden or not; None: not known. The loop's.
     """
 
     loss: float
@@ -84,6 +85,7 @@ class StepResult:
     grad_norm: float
     comm_seconds: float = 0.0
     comm_bytes: int = 0
+    transfer_seconds: float | None = None
     extra: dict[str, float] = field(default_factory=dict)
 
 
@@ -174,6 +176,9 @@ class World(Protocol):
 
     def any(self, flag: bool) -> bool:
         """Return whether any rank's flag is set. All ranks call."""
+
+    def transfer_seconds(self) -> float | None:
+        """Return the seconds that this rank's collectives took so far, in the background or not; None: not known."""
 
     def abort(self, code: int) -> None:
         """End all ranks at once with this exit code; does not return."""

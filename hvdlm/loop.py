@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from hvdlm import checkpoint
-from hvdlm.interfaces import Batch, RankError
+from hvdlm.interfaces import Batch, RankError, StepResult
 from hvdlm.run import Run, clear, versions
 from hvdlm.schedule import make_schedule
+from hvdlm.telemetry.interval import Interval
 
 
 def train(run: Run) -> dict[str, Any]:
@@ -21,15 +22,17 @@ def train(run: Run) -> dict[str, Any]:
     started_at = run.checkpoint.step if run.checkpoint else 0
     _open_folder(run)
     hook.hvdlm_run_started(config=config, world=run.world, info=describe(run, started_at))
-    meter = Meter()
+    meter = Meter(run.spec.parameters)
     watchdog = Watchdog(config.communication.timeout)
     metrics: dict[str, float] = {}
     evaluated = saved = None
     for step in range(started_at, config.train.steps):
         watchdog.rearm()
-        began = time.perf_counter()
+        began, busy = time.perf_counter(), run.world.transfer_seconds()
         result = run.trainable.train_step(micro_batches(run, step), rate(step), step)
         seconds = time.perf_counter() - began
+        if busy is not None:
+            result.transfer_seconds = run.world.transfer_seconds() - busy  # type: ignore[operator]
         meter.add(result, seconds)
         done = step + 1
         hook.hvdlm_step_ended(step=done, result=result, learning_rate=rate(step), seconds=seconds)
@@ -124,20 +127,21 @@ def describe(run: Run, start_step: int) -> dict[str, Any]:
 
 
 class Meter:
-    """Totals over the steps of this process."""
+    """Totals over the steps of this process. The first is left out of rates: frameworks build their graphs in it."""
 
-    def __init__(self) -> None:
-        self.tokens = self.seconds = self.last_loss = 0.0
+    def __init__(self, parameters: int) -> None:
         self.bytes = self.steps = 0
+        self.last_loss = self.seconds = 0.0
+        self.rates = Interval(parameters)
 
-    def add(self, result: Any, seconds: float) -> None:
-        """Add one step. The first is left out of the rate: frameworks build their graphs in it."""
+    def add(self, result: StepResult, seconds: float) -> None:
+        """Add one step."""
         self.steps += 1
         self.bytes += result.comm_bytes
         self.last_loss = result.loss
         if self.steps > 1:
-            self.tokens += result.tokens
             self.seconds += seconds
+            self.rates.add(result, seconds)
 
 
 class Watchdog:
@@ -163,12 +167,14 @@ def summarise(run: Run, meter: Meter, metrics: Mapping[str, float]) -> dict[str,
     """Return what ``summary.json`` holds; bytes and memory are those of the rank with the most. All ranks call."""
     from hvdlm.telemetry.memory import peak_memory_bytes
 
-    mine = [meter.bytes, peak_memory_bytes()]
-    everyone = run.world.gather_objects(mine)
+    group = run.world.group(run.mesh.group("data", run.world.rank))
+    traffic = {key: [entry.calls, entry.bytes, entry.seconds] for key, entry in sorted(group.traffic.items())}
+    everyone = run.world.gather_objects([meter.bytes, peak_memory_bytes(), traffic])
+    rates = meter.rates
     return {
         "train_loss": meter.last_loss,
         **metrics,
-        "tokens_per_second": meter.tokens / meter.seconds if meter.seconds else 0.0,
+        "tokens_per_second": rates.tokens_per_second if rates.steps else 0.0,
         "seconds": meter.seconds,
         "steps": run.config.train.steps,
         "world_size": run.world.size,
@@ -176,5 +182,17 @@ def summarise(run: Run, meter: Meter, metrics: Mapping[str, float]) -> dict[str,
         "backend": run.config.backend,
         "parameters": run.spec.parameters,
         "bytes_communicated": sum(part[0] for part in everyone),
+        "compression": rates.compression,
+        "comm_share": rates.comm_share if rates.steps else 0.0,
+        "overlap": rates.overlap,
+        "traffic": _over_ranks([part[2] for part in everyone]),
         "peak_memory_bytes": max(part[1] for part in everyone),
+    }
+
+
+def _over_ranks(parts: list[dict[str, list[float]]]) -> dict[str, dict[str, float]]:
+    """Return the sums over ranks, by ``purpose/operation``."""
+    return {
+        key: {name: sum(part[key][i] for part in parts) for i, name in enumerate(("calls", "bytes", "seconds"))}
+        for key in parts[0]
     }

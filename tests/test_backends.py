@@ -6,11 +6,14 @@ import os
 
 import pytest
 
+from hvdlm.config import CommunicationConfig, Config
 from hvdlm.interfaces import HvdlmError
 from hvdlm.probes import THREADS
 from hvdlm.run import choose_backend
 from hvdlm_backends import environment
+from hvdlm_backends.gloo import GlooBackend
 from hvdlm_backends.local import LocalBackend
+from hvdlm_backends.mpi import MPIBackend
 from launching import launch
 
 LAUNCHERS = {
@@ -69,7 +72,7 @@ def test_threads_are_cores_divided_by_local_ranks(
     started = environment.Launch("Open MPI", 0, local_size, 0, local_size)
     with monkeypatch.context() as patch:
         patch.setattr(os, "environ", dict(os.environ))
-        assert environment.prepare(started, None, None, 300) == expected
+        assert environment.prepare(started, Config()) == expected
         assert [os.environ[name] for name in THREADS] == [str(expected)] * len(THREADS)
         # Ranks that fill the cores give way to each other while they wait.
         assert ("OMPI_MCA_mpi_yield_when_idle" in os.environ) == (local_size in (4, 16))
@@ -78,17 +81,46 @@ def test_threads_are_cores_divided_by_local_ranks(
 def test_what_the_user_set_in_the_environment_stands(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(os, "environ", {**os.environ, "OMP_NUM_THREADS": "3", "HOROVOD_STALL_CHECK_TIME_SECONDS": "7"})
-        environment.prepare(environment.Launch("srun", 0, 2, 0, 2), None, None, 300)
+        environment.prepare(environment.Launch("srun", 0, 2, 0, 2), Config())
         assert os.environ["OMP_NUM_THREADS"] == "3" and os.environ["HOROVOD_STALL_CHECK_TIME_SECONDS"] == "7"
 
 
-def test_the_cycle_time_reaches_horovod(monkeypatch: pytest.MonkeyPatch) -> None:
+SETTINGS = {
+    "fusion_bytes": (1_000_000, "HOROVOD_FUSION_THRESHOLD", "1000000"),
+    "cycle_ms": (2.5, "HOROVOD_CYCLE_TIME", "2.5"),
+    "cache_capacity": (0, "HOROVOD_CACHE_CAPACITY", "0"),
+    "hierarchical_all_reduce": (True, "HOROVOD_HIERARCHICAL_ALLREDUCE", "1"),
+    "hierarchical_all_gather": (False, "HOROVOD_HIERARCHICAL_ALLGATHER", "0"),
+    "autotune": (True, "HOROVOD_AUTOTUNE", "1"),
+    "autotune_log": ("tried.csv", "HOROVOD_AUTOTUNE_LOG", "tried.csv"),
+    "thread_affinity": ("0,1", "HOROVOD_THREAD_AFFINITY", "0,1"),
+    "timeline": ("timeline.json", "HOROVOD_TIMELINE", "timeline.json"),
+    "stall_check": (12.0, "HOROVOD_STALL_CHECK_TIME_SECONDS", "12"),
+    "timeout": (40.0, "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", "40"),
+}
+
+
+@pytest.mark.parametrize("backend", [LocalBackend, MPIBackend, GlooBackend])
+@pytest.mark.parametrize("field", SETTINGS)
+def test_communication_settings_reach_horovod(field: str, backend: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    value, variable, expected = SETTINGS[field]
+    for launched in LAUNCHERS["horovodrun --gloo"] if backend is GlooBackend else ():
+        monkeypatch.setenv(launched, LAUNCHERS["horovodrun --gloo"][launched])
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "environ", dict(os.environ))
+        backend().prepare(Config())
+        assert os.environ.get(variable) != expected
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "environ", dict(os.environ))
+        backend().prepare(Config(communication=CommunicationConfig(**{field: value})))
+        assert os.environ[variable] == expected
+
+
+def test_a_setting_that_was_left_alone_leaves_the_users_environment_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(os, "environ", {**os.environ, "HOROVOD_CYCLE_TIME": "9"})
-        environment.prepare(None, None, None, 300)
+        environment.prepare(None, Config())
         assert os.environ["HOROVOD_CYCLE_TIME"] == "9"
-        environment.prepare(None, None, 2.5, 300)
-        assert os.environ["HOROVOD_CYCLE_TIME"] == "2.5"
 
 
 def test_local_refuses_to_be_one_of_many_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ def config(tmp_path: Path) -> Config:
 
 
 def start(plugin: Any, config: Config, step: int = 0, rank: int = 0) -> None:
-    info = {"parameters": 10, "flops_per_token": 60, "start_step": step, "framework": "torch", "backend": "local"}
+    info = {"parameters": 2000, "flops_per_token": 60, "start_step": step, "framework": "torch", "backend": "local"}
     world = SimpleNamespace(rank=rank, size=2)
     plugin.hvdlm_run_started(config, world, {**info, "versions": {}, "vocab": 5, "steps": config.train.steps})
 
@@ -53,6 +53,35 @@ def test_metrics_hold_the_first_and_every_logged_step_in_full_precision(config: 
     assert [line["step"] for line in found] == [1, 5, 10, 10]
     assert found[0]["loss"] == 1.0 / 3.0 and found[0]["tokens_per_second"] == 200 and found[0]["comm_bytes"] == 4000
     assert found[-1] == {"step": 10, "val_loss": 2.5}
+
+
+def test_rates_cover_the_steps_between_two_lines(config: Config) -> None:
+    """Where only every fourth step communicates, the logged steps alone would tell all or nothing."""
+    metrics = Metrics(config)
+    start(metrics, config)
+    for step in range(1, 11):
+        speaks = step % 4 == 0
+        result = StepResult(1.0, 100.0, 0.5, 0.2 if speaks else 0.0, 8000 if speaks else 0, transfer_seconds=0.1)
+        metrics.hvdlm_step_ended(step, result, 1e-3, 1.0 if speaks else 0.25)
+    first, second, third = lines(config)
+    assert first["comm_bytes"] == 0 and first["compression"] is None and first["overlap"] == 1.0
+    assert second["comm_bytes"] == 2000 and second["compression"] == 4.0  # steps 2 to 5: one of four speaks
+    assert second["comm_share"] == pytest.approx(0.2 / 1.75) and second["overlap"] == pytest.approx(0.5)
+    assert third["step"] == 10 and third["comm_bytes"] == 1600 and third["tokens_per_second"] == pytest.approx(250)
+
+
+def test_overlap_is_left_out_where_the_backend_cannot_tell(config: Config) -> None:
+    metrics = Metrics(config)
+    start(metrics, config)
+    metrics.hvdlm_step_ended(1, StepResult(1.0, 100.0, 0.5, 0.1, 4000), 1e-3, 0.5)
+    assert lines(config)[0]["overlap"] is None
+
+
+def test_one_rank_says_nothing_of_communication(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress(config)
+    start(progress, config)
+    progress.hvdlm_step_ended(1, StepResult(1.0, 100.0, 0.5), 1e-3, 0.5)
+    assert "comm" not in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_resuming_drops_later_lines_and_a_half_written_one(config: Config) -> None:
@@ -106,7 +135,7 @@ def test_plain_lines_are_rare_and_readable(config: Config, capsys: pytest.Captur
     progress.hvdlm_checkpoint_saved(20, "run/checkpoints/20", 0.25)
     said = capsys.readouterr().out.splitlines()[1:]
     # The steps here take no time, so that only the first and the last one are due.
-    assert said[0] == "step 1: loss 0.3333, lr 1.00e-03, 200 tokens/s, comm 20.0%, 0:10 left"
+    assert said[0] == "step 1: loss 0.3333, lr 1.00e-03, 200 tokens/s, comm 20.0%, 4 KB/step (1/2.0), 0:10 left"
     assert said[1].startswith("step 20: ") and said[1].endswith("0:00 left")
     assert said[2] == "step 20: val_loss 1.9012, perplexity 6.69, bits_per_byte 2.74"
     assert said[3] == "step 20: saved run/checkpoints/20 in 0.25 s"
@@ -144,7 +173,7 @@ def test_tensorboard_events_need_no_framework(tmp_path: Path) -> None:
         "import sys; from types import SimpleNamespace as N; from hvdlm.config import Config\n"
         "from hvdlm.telemetry.tensorboard import TensorBoard\n"
         f"config = Config(); config.log.run = {str(tmp_path)!r}; board = TensorBoard(config)\n"
-        "board.hvdlm_run_started(config, N(rank=0), {'start_step': 0}); board.hvdlm_evaluated(1, {'val_loss': 1.0})\n"
+        "board.hvdlm_run_started(config, N(rank=0), {'start_step': 0, 'parameters': 1}); board.hvdlm_evaluated(1, {'val_loss': 1.0})\n"
         "board.hvdlm_run_ended({}); bad = {'torch', 'tensorflow', 'keras'} & set(sys.modules); assert not bad, bad"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -27,8 +27,7 @@ class GlooBackend:
         """Set thread counts and settings before anything reads them; return framework threads per rank."""
         os.environ["HOROVOD_CONTROLLER"] = os.environ["HOROVOD_CPU_OPERATIONS"] = "gloo"
         os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", str(max(30, round(config.communication.timeout))))
-        c = config.communication
-        return environment.prepare(environment.detect(), config.train.threads, c.cycle_ms, c.timeout)
+        return environment.prepare(environment.detect(), config)
 
     def start(self, framework: str, groups: Sequence[tuple[int, ...]], config: Config) -> horovod.HorovodWorld:
         """Start Horovod on Gloo."""

@@ -5,6 +5,7 @@ Only raw collectives are used. Process sets are declared when Horovod starts: ma
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import os
@@ -137,6 +138,14 @@ def _bytes(tensor: Any) -> int:
     return (elements or 0) * tensor.dtype.size
 
 
+def _busy_counter(hvd: ModuleType) -> Callable[[], float] | None:
+    library = importlib.import_module(f"{hvd.__name__}.mpi_ops")._basics.MPI_LIB_CTYPES
+    function = getattr(library, "horovod_transfer_seconds", None)
+    if function is not None:
+        function.restype = ctypes.c_double
+    return function
+
+
 class HorovodWorld:
     """A world of Horovod's ranks. Small objects travel as JSON, through mpi4py where there is MPI."""
 
@@ -147,6 +156,7 @@ class HorovodWorld:
         self._hvd, self._communicator = hvd, communicator
         self._groups: dict[tuple[int, ...], Group] = {everyone: HorovodGroup(hvd, everyone, hvd.global_process_set)}
         self._sets = sets
+        self._busy = _busy_counter(hvd)
 
     def group(self, ranks: Sequence[int]) -> Group:
         """Return the group of these ranks; see ``interfaces.World``."""
@@ -188,6 +198,11 @@ class HorovodWorld:
     def any(self, flag: bool) -> bool:
         """Return whether any rank's flag is set."""
         return any(self.gather_objects(bool(flag)))
+
+    def transfer_seconds(self) -> float | None:
+        """Return what Horovod as make setup builds it (scripts/horovod_patches.py) counts; None for any other build."""
+        seconds = self._busy() if self._busy else -1.0
+        return seconds if seconds >= 0 else None
 
     def abort(self, code: int) -> None:
         """End all ranks: MPI's launcher is told; horovodrun ends the others when one exits with an error."""

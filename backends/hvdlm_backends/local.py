@@ -75,6 +75,10 @@ class LocalWorld:
         """Return [value]."""
         return [value]
 
+    def transfer_seconds(self) -> float | None:
+        """Return None: one rank has nobody to talk to."""
+        return None
+
     def any(self, flag: bool) -> bool:
         """Return the flag."""
         return flag
@@ -101,7 +105,7 @@ class LocalBackend:
 
     def prepare(self, config: Config) -> int:
         """Set thread counts; return framework threads per rank."""
-        return environment.prepare(None, config.train.threads, None, config.communication.timeout)
+        return environment.prepare(None, config)
 
     def start(self, framework: str, groups: Sequence[tuple[int, ...]], config: Config) -> LocalWorld:
         """Return the world of this process."""

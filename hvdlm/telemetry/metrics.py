@@ -12,6 +12,7 @@ from typing import Any, TextIO
 from hvdlm import hookimpl
 from hvdlm.config import Config
 from hvdlm.interfaces import StepResult, World
+from hvdlm.telemetry.interval import Interval
 
 
 class Metrics:
@@ -20,6 +21,7 @@ class Metrics:
     def __init__(self, config: Config) -> None:
         self._folder, self._every = Path(config.log.run), config.log.every
         self._file: TextIO | None = None
+        self._interval = Interval(0)
 
     @hookimpl
     def hvdlm_run_started(self, config: Config, world: World, info: Mapping[str, Any]) -> None:
@@ -27,25 +29,31 @@ class Metrics:
         if world.rank == 0:
             path = self._folder / "metrics.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
+            self._interval = Interval(info["parameters"])
             _keep_until(path, int(info["start_step"]))
             self._file = path.open("a", encoding="utf-8")
 
     @hookimpl
     def hvdlm_step_ended(self, step: int, result: StepResult, learning_rate: float, seconds: float) -> None:
-        """Write the step where it is due."""
+        """Write the step where it is due; rates, seconds and bytes are means over the steps since the last line."""
+        self._interval.add(result, seconds)
         if self._file and (step == 1 or step % self._every == 0):
             self._write(
                 step=step,
                 loss=result.loss,
                 learning_rate=learning_rate,
                 tokens=result.tokens,
-                tokens_per_second=result.tokens / seconds,
+                tokens_per_second=self._interval.tokens_per_second,
                 grad_norm=result.grad_norm,
-                seconds=seconds,
-                comm_seconds=result.comm_seconds,
-                comm_bytes=result.comm_bytes,
+                seconds=self._interval.seconds,
+                comm_seconds=self._interval.comm_seconds,
+                comm_share=self._interval.comm_share,
+                comm_bytes=self._interval.comm_bytes,
+                compression=self._interval.compression,
+                overlap=self._interval.overlap,
                 **result.extra,
             )
+            self._interval.forget()
 
     @hookimpl
     def hvdlm_evaluated(self, step: int, metrics: Mapping[str, float]) -> None:

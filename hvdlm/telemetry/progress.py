@@ -11,17 +11,18 @@ from typing import Any
 from hvdlm import hookimpl
 from hvdlm.config import Config
 from hvdlm.interfaces import StepResult, World
+from hvdlm.telemetry.interval import Interval
 
 
 class Progress:
-    """Shows loss, learning rate, tokens per second, share of time in communication and time left."""
+    """Shows loss, learning rate, tokens per second, what communication moves and costs, and time left."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
         self._bar: Any = None
         self._active = False
         self._shown = float("-inf")
-        self._forget()
+        self._interval = Interval(0)
 
     @hookimpl
     def hvdlm_run_started(self, config: Config, world: World, info: Mapping[str, Any]) -> None:
@@ -29,6 +30,7 @@ class Progress:
         self._active = world.rank == 0
         if not self._active:
             return
+        self._interval = Interval(info["parameters"])
         print(
             f"hvdlm: {config.model.name}, {info['parameters']:,} parameters, {info['framework']}, {world.size} rank(s) "
             f"over {info['backend']}, {config.train.threads} thread(s) each, "
@@ -45,28 +47,20 @@ class Progress:
         """Show the step."""
         if not self._active:
             return
-        self._steps += 1
-        self._tokens += result.tokens
-        self._seconds += seconds
-        self._comm += result.comm_seconds
+        self._interval.add(result, seconds)
         text = (
-            f"loss {result.loss:.4f}, lr {learning_rate:.2e}, {self._tokens / self._seconds:,.0f} tokens/s, "
-            f"comm {100 * self._comm / self._seconds:.1f}%"
+            f"loss {result.loss:.4f}, lr {learning_rate:.2e}, {self._interval.tokens_per_second:,.0f} tokens/s"
+            f"{_communication(self._interval)}"
         )
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update()
             if step % self._config.log.every == 0:
-                self._forget()
+                self._interval.forget()
         elif self._is_due(step):
-            left = (self._config.train.steps - step) * self._seconds / self._steps
+            left = (self._config.train.steps - step) * self._interval.seconds
             print(f"step {step}: {text}, {_clock(left)} left", flush=True)
-            self._forget()
-
-    def _forget(self) -> None:
-        """Begin a new interval, over which rates are smoothed."""
-        self._tokens = self._seconds = self._comm = 0.0
-        self._steps = 0
+            self._interval.forget()
 
     def _is_due(self, step: int) -> bool:
         """A line at the first and last step, and at those logged, but not more than one in two seconds."""
@@ -112,6 +106,25 @@ def on_terminal() -> bool:
     """
     launched = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "HOROVOD_SIZE", "SLURM_STEP_NUM_TASKS")
     return sys.stdout.isatty() and not any(name in os.environ for name in launched)
+
+
+def _communication(interval: Interval) -> str:
+    """Return what is to be said where anything is communicated, for example comm 3.1%, 67 KB/step (1/46.7)."""
+    if not interval.comm_bytes:
+        return ""
+    text = f", comm {interval.comm_share:.1%}, {_size(interval.comm_bytes)}/step"
+    if interval.compression and interval.compression > 1.05:
+        text += f" (1/{interval.compression:.1f})"
+    return text if interval.overlap is None else f"{text}, {interval.overlap:.0%} hidden"
+
+
+def _size(count: float) -> str:
+    """Return a number of bytes in the unit that leaves few digits."""
+    for unit in ("B", "KB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
 
 
 def _figure(name: str, value: float) -> str:

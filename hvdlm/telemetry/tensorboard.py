@@ -12,6 +12,7 @@ from typing import Any
 from hvdlm import hookimpl
 from hvdlm.config import Config
 from hvdlm.interfaces import StepResult, World
+from hvdlm.telemetry.interval import Interval
 
 
 class TensorBoard:
@@ -20,6 +21,7 @@ class TensorBoard:
     def __init__(self, config: Config) -> None:
         self._folder, self._every = Path(config.log.run) / "tensorboard", config.log.every
         self._writer: Any = None
+        self._interval = Interval(0)
 
     @hookimpl
     def hvdlm_run_started(self, config: Config, world: World, info: Mapping[str, Any]) -> None:
@@ -28,6 +30,7 @@ class TensorBoard:
             from tensorboard.compat.proto.event_pb2 import Event, SessionLog
             from tensorboard.summary.writer.record_writer import RecordWriter
 
+            self._interval = Interval(info["parameters"])
             # tensorboard's own EventFileWriter would import TensorFlow.
             self._folder.mkdir(parents=True, exist_ok=True)
             # The process number keeps a run that is resumed within the same second from writing over its events.
@@ -41,17 +44,21 @@ class TensorBoard:
 
     @hookimpl
     def hvdlm_step_ended(self, step: int, result: StepResult, learning_rate: float, seconds: float) -> None:
-        """Write the step where it is due."""
+        """Write the step where it is due; rates and bytes are means over the steps since the last one written."""
+        self._interval.add(result, seconds)
         if self._writer is not None and (step == 1 or step % self._every == 0):
             figures = {
                 "train/loss": result.loss,
                 "train/learning_rate": learning_rate,
                 "train/grad_norm": result.grad_norm,
-                "train/tokens_per_second": result.tokens / seconds,
-                "comm/share": result.comm_seconds / seconds,
-                "comm/bytes": float(result.comm_bytes),
+                "train/tokens_per_second": self._interval.tokens_per_second,
+                "comm/share": self._interval.comm_share,
+                "comm/bytes": self._interval.comm_bytes,
+                "comm/compression": self._interval.compression,
+                "comm/overlap": self._interval.overlap,
             }
-            self._write(step, figures)
+            self._write(step, {tag: value for tag, value in figures.items() if value is not None})
+            self._interval.forget()
 
     @hookimpl
     def hvdlm_evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
