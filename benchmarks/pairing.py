@@ -41,10 +41,15 @@ def turns(framework: str, ranks: int, threads: int, rounds: int = 40) -> Rounds:
         options = [part for name, value in sizes.items() for part in (f"--{name}", str(value))]
         worker = command("paired_worker.py", ranks, "--framework", framework, "--folder", folder, *options)
         done = subprocess.run(worker, env=environment(), capture_output=True, text=True, timeout=1200)
+    return parse_rounds(done)[0][3:]
+
+
+def parse_rounds(done: subprocess.CompletedProcess[str]) -> list[Rounds]:
+    """Return what a worker printed behind ROUNDS, line by line."""
     lines = [line for line in done.stdout.splitlines() if line.startswith("ROUNDS ")]
-    if not lines:
+    if done.returncode or not lines:
         sys.exit(f"the worker failed:\n{done.stdout[-1000:]}{done.stderr[-3000:]}")
-    return json.loads(lines[0].removeprefix("ROUNDS "))[3:]
+    return [json.loads(line.removeprefix("ROUNDS ")) for line in lines]
 
 
 def report(title: str, rounds: Rounds) -> float:

@@ -1,4 +1,4 @@
-"""The command line: ``python -m hvdlm [train|evaluate|generate|prepare|plugins|doctor] [options]``."""
+"""The command line: ``python -m hvdlm [train|evaluate|generate|prepare|plugins|doctor|bench] [options]``."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ COMMANDS = {
     "prepare": "turn text into token files",
     "plugins": "list what is installed, what it provides and its version",
     "doctor": "examine this machine's MPI, Horovod and frameworks",
+    "bench": "measure what collectives cost between the ranks of this launch",
 }
 
 
@@ -210,6 +211,21 @@ def doctor(arguments: list[str]) -> int:
     return examination.main()
 
 
+def bench(arguments: list[str]) -> int:
+    """``python -m hvdlm bench``."""
+    values, config = options.parse_bench(arguments)
+    from hvdlm import bench as benchmark
+    from hvdlm import run as runs
+
+    chosen = values.collectives or benchmark.COLLECTIVES
+    for name in chosen:
+        if name not in benchmark.COLLECTIVES:
+            raise HvdlmError(f"--collectives: no collective {name!r}; {nearest(name, benchmark.COLLECTIVES)}")
+    counts = benchmark.sizes(values.smallest, values.largest)
+    run = runs.meet(config)
+    return _guard(run, lambda: benchmark.main(run.world, run.framework, chosen, counts, _path(values.output)))
+
+
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "evaluate": evaluate,
@@ -217,4 +233,5 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "prepare": prepare,
     "plugins": plugins,
     "doctor": doctor,
+    "bench": bench,
 }

@@ -158,12 +158,13 @@ class Group(Protocol):
 
 
 class World(Protocol):
-    """One run's ranks. Started by a Backend, ended by the loop."""
+    """One run's ranks. Started by a Backend, ended by the loop. ``transport``: the library that moves the bytes."""
 
     rank: int
     size: int
     local_rank: int
     local_size: int
+    transport: str
 
     def group(self, ranks: Sequence[int]) -> Group:
         """Return the group of these ranks, made at the start from the mesh; HvdlmError for any other."""
@@ -176,6 +177,12 @@ class World(Protocol):
 
     def any(self, flag: bool) -> bool:
         """Return whether any rank's flag is set. All ranks call."""
+
+    def raw(self, collective: str, array: np.ndarray) -> Callable[[], Any] | None:
+        """Return a function that does the transport's own collective on flat ``array``, nothing of hvdlm in between.
+
+        ``collective`` is the name of a Group's method; None where the transport can't be called. For measurements.
+        """
 
     def transfer_seconds(self) -> float | None:
         """Return the seconds that this rank's collectives took so far, in the background or not; None: not known."""
@@ -244,6 +251,9 @@ class Framework(Protocol):
 
     def build(self, model: ModelSpec, mesh: Mesh, world: World, exchange: Exchange, config: Config) -> Trainable:
         """Return the model at its initial values (``ModelSpec.initial``), ready to train. No communication."""
+
+    def tensor(self, array: np.ndarray) -> Tensor:
+        """Return ``array`` on this rank's device; may share its memory."""
 
 
 class Exchange(Protocol):

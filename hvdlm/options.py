@@ -222,6 +222,18 @@ def parse_prepare(arguments: list[str]) -> Any:
     return parser.instantiate_classes(parser.parse_args(arguments))
 
 
+def parse_bench(arguments: list[str]) -> tuple[Any, Config]:
+    """Return the options of ``bench`` and the configuration of the run whose transport it measures."""
+    description = "Measure latency and bandwidth of every collective, next to raw MPI. Start it with a launcher."
+    parser = _parser("bench", description, "--framework, --backend and options with a dot are those of train.")
+    parser.add_argument("--smallest", type=int, default=1024, help="bytes of a rank")
+    parser.add_argument("--largest", type=int, default=2**28, help="bytes of a rank")
+    parser.add_argument("--collectives", type=list[str], default=None, help="some of them, for example [all_reduce]")
+    parser.add_argument("--output", type=str, default="bench.json", help="file to write; the plot lies beside it")
+    values, rest = _parse_known(parser, arguments)
+    return values, _parse("bench", description, rest)
+
+
 def parse_none(command: str, description: str, arguments: list[str]) -> None:
     """Accept nothing but --help."""
     _parser(command, description).parse_args(arguments)

@@ -19,7 +19,7 @@ from hvdlm.checkpoint import Checkpoint
 from hvdlm.config import Config
 from hvdlm.data.tokenfile import without_stdin
 from hvdlm.generate import encode
-from hvdlm.interfaces import HvdlmError, Task, Trainable, World, nearest
+from hvdlm.interfaces import Framework, HvdlmError, Task, Trainable, World, nearest
 from hvdlm.models.spec import ModelSpec
 from hvdlm.topology import Mesh, make_mesh
 
@@ -171,6 +171,21 @@ def start(plan: Plan) -> Run:
         error.world = world  # type: ignore[attr-defined]
         raise
     return Run(config, plan.asked, manager, world, plan.mesh, task, spec, trainable, plan.checkpoint)
+
+
+@dataclass
+class Meeting:
+    """Ranks that met to measure, not to train."""
+
+    world: World
+    framework: Framework
+
+
+def meet(config: Config) -> Meeting:
+    """Meet the other ranks as a run with ``config`` would, without data or a model."""
+    found = plan(config, fresh=False)
+    framework = plugins.make(found.manager, "framework", config.framework)
+    return Meeting(found.backend.start(config.framework, found.mesh.groups(), found.config), framework)
 
 
 def _check_tokenizer(found: Checkpoint, task: Any) -> None:

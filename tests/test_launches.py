@@ -1,18 +1,60 @@
-"""Starts the multi-rank tests under the real launchers: pytest runs on every rank."""
+"""Starts the tests that need a process of their own: those on every rank, and those of one framework alone."""
 
 from __future__ import annotations
+
+import json
+from pathlib import Path
 
 import pytest
 
 from launching import launch
 
+FRAMEWORKS = ["torch", "tensorflow"]
 LAUNCHES = [("mpirun", 2), ("mpirun", 4), ("horovodrun", 2), ("horovodrun --gloo", 2)]
+PYTEST = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
 
 
-@pytest.mark.parametrize("framework", ["torch", "tensorflow"])
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder where launches leave their losses (tests/parallel/test_compression.py)."""
+    return tmp_path_factory.mktemp("told")
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
 @pytest.mark.parametrize("launcher, ranks", LAUNCHES)
-def test_every_rank_passes(launcher: str, ranks: int, framework: str) -> None:
-    command = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/parallel"]
-    done = launch(launcher, ranks, command, HVDLM_TEST_FRAMEWORK=framework, HVDLM_TEST_RANKS=str(ranks))
+def test_every_rank_passes(launcher: str, ranks: int, framework: str, told: Path) -> None:
+    output = told / f"{launcher.replace(' ', '')}-{ranks}-{framework}.json"
+    tests = {"HVDLM_TEST_FRAMEWORK": framework, "HVDLM_TEST_RANKS": str(ranks), "HVDLM_TEST_OUTPUT": str(output)}
+    done = launch(launcher, ranks, [*PYTEST, "tests/parallel"], **tests)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
     assert done.stdout.count(" passed") == ranks, done.stdout[-3000:]
+
+
+def losses(told: Path, name: str) -> dict[str, list[float]]:
+    path = told / f"{name}.json"
+    assert path.exists(), f"test_every_rank_passes left no {path.name}"
+    return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("launch", ["mpirun-2", "mpirun-4", "horovodrun-2", "horovodrun--gloo-2"])
+def test_frameworks_train_alike_under_every_exchange(told: Path, launch: str) -> None:
+    first, second = (losses(told, f"{launch}-{framework}") for framework in FRAMEWORKS)
+    assert len(first) >= 14
+    for name, curve in first.items():
+        # An element on the border of two levels falls to either side: quantisation sees rounding errors grow.
+        assert curve == pytest.approx(second[name], abs=2e-4 if name in ("int8", "qsgd", "bf16") else 1e-5), name
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_four_ranks_train_like_two_where_compression_is_linear(told: Path, framework: str) -> None:
+    """Of a sum: random_k and PowerSGD compress the ranks' sum; casts only round it."""
+    two, four = (losses(told, f"mpirun-{ranks}-{framework}") for ranks in (2, 4))
+    for name, tolerance in (("dense", 1e-5), ("random_k", 1e-5), ("power_sgd", 1e-4), ("fp16", 1e-4), ("bf16", 5e-3)):
+        assert two[name] == pytest.approx(four[name], abs=tolerance), name
+    assert two["top_k"] != pytest.approx(four["top_k"], abs=1e-5)
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_compressors_hold_their_properties(framework: str) -> None:
+    done = launch("", 1, [*PYTEST, "tests/alone"], HVDLM_TEST_FRAMEWORK=framework, CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]

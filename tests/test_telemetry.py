@@ -173,7 +173,8 @@ def test_tensorboard_events_need_no_framework(tmp_path: Path) -> None:
         "import sys; from types import SimpleNamespace as N; from hvdlm.config import Config\n"
         "from hvdlm.telemetry.tensorboard import TensorBoard\n"
         f"config = Config(); config.log.run = {str(tmp_path)!r}; board = TensorBoard(config)\n"
-        "board.hvdlm_run_started(config, N(rank=0), {'start_step': 0, 'parameters': 1}); board.hvdlm_evaluated(1, {'val_loss': 1.0})\n"
+        "board.hvdlm_run_started(config, N(rank=0), {'start_step': 0, 'parameters': 1})\n"
+        "board.hvdlm_evaluated(1, {'val_loss': 1.0})\n"
         "board.hvdlm_run_ended({}); bad = {'torch', 'tensorflow', 'keras'} & set(sys.modules); assert not bad, bad"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -15,7 +15,7 @@ TRANSPORTS = {"torch", "tensorflow", "keras", "horovod", "mpi4py"}
 ABOVE = {"hvdlm_torch", "hvdlm_tensorflow", "hvdlm_backends", "hvdlm_compression", "hvdlm_sharding"}
 FLOORS = {
     0: ["interfaces", "hookspecs", "config", "topology", "schedule", "models", "data", "tasks", "validate"],
-    1: ["loop", "run", "checkpoint", "telemetry", "plugins", "exchange", "generate", "doctor"],
+    1: ["loop", "run", "checkpoint", "telemetry", "plugins", "exchange", "generate", "doctor", "bench"],
     3: ["cli", "options", "schema", "__main__"],
 }
 

@@ -157,6 +157,7 @@ class HorovodWorld:
         self._groups: dict[tuple[int, ...], Group] = {everyone: HorovodGroup(hvd, everyone, hvd.global_process_set)}
         self._sets = sets
         self._busy = _busy_counter(hvd)
+        self.transport = "gloo" if communicator is None else "mpi"
 
     def group(self, ranks: Sequence[int]) -> Group:
         """Return the group of these ranks; see ``interfaces.World``."""
@@ -198,6 +199,22 @@ class HorovodWorld:
     def any(self, flag: bool) -> bool:
         """Return whether any rank's flag is set."""
         return any(self.gather_objects(bool(flag)))
+
+    def raw(self, collective: str, array: np.ndarray) -> Callable[[], Any] | None:
+        """Return mpi4py's collective on buffers made here; None where ranks met without MPI."""
+        if self._communicator is None:
+            return None
+        comm, parts = self._communicator, self.size
+        received = np.zeros(array.size * (parts if collective == "all_gather" else 1), array.dtype)
+        if collective == "reduce_scatter":
+            received = received[: array.size // parts].copy()
+        return {
+            "all_reduce": lambda: comm.Allreduce(array, received),
+            "all_gather": lambda: comm.Allgather(array, received),
+            "reduce_scatter": lambda: comm.Reduce_scatter_block(array, received),
+            "broadcast": lambda: comm.Bcast(array, 0),
+            "all_to_all": lambda: comm.Alltoall(array, received),
+        }[collective]
 
     def transfer_seconds(self) -> float | None:
         """Return what Horovod as make setup builds it (scripts/horovod_patches.py) counts; None for any other build."""

@@ -60,6 +60,7 @@ class LocalWorld:
     """A world of one rank."""
 
     rank, size, local_rank, local_size = 0, 1, 0, 1
+    transport = "none"
 
     def group(self, ranks: Sequence[int]) -> Group:
         """Return the group of rank 0."""
@@ -74,6 +75,9 @@ class LocalWorld:
     def gather_objects(self, value: Any) -> list[Any]:
         """Return [value]."""
         return [value]
+
+    def raw(self, collective: str, array: Any) -> None:
+        """Return None: there is no transport."""
 
     def transfer_seconds(self) -> float | None:
         """Return None: one rank has nobody to talk to."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Hashable, Mapping, Sequence
+from collections.abc import Generator, Hashable, Mapping
 from typing import Any
 
 import numpy as np
 from keras import ops
 
 from hvdlm.interfaces import Reduced, Request, Tensor
-from hvdlm_compression.top_k import RATIO, TopK, scattered, sparse
+from hvdlm_compression.top_k import TopK, largest
 
 
 class DGC(TopK):
@@ -22,13 +22,13 @@ class DGC(TopK):
 
     def begin(self, step: int) -> Hashable:
         """Choose the step's share: 25%, 6.25%, ... in four stages of warm-up (section 3.4)."""
-        final, warmup = self.settings.ratio or RATIO, self.settings.warmup
+        final, warmup = self.settings.ratio or 0.01, self.settings.warmup
         self.ratio = max(final, 0.25 ** (1 + 4 * step // warmup)) if step < warmup else final
         return self.ratio
 
-    def decompress(self, payload: Sequence[Tensor], shape: tuple[int, ...], step: Tensor) -> Tensor:
-        """Return float32 ``[n]``, zero but at the step's places."""
-        return scattered(payload, shape[0], self.ratio)
+    def payload_bytes(self, shape: tuple[int, ...]) -> int:
+        """Return the bytes after warm-up."""
+        return 8 * max(1, round(shape[0] * (self.settings.ratio or 0.01)))
 
     def memory(self, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
         """Return the velocity u and the accumulated velocity v, of ``shape``."""
@@ -45,8 +45,9 @@ class DGC(TopK):
         velocity = ops.convert_to_tensor(memory["velocity"]) * self.settings.momentum + tensor
         accumulated = ops.convert_to_tensor(memory["accumulated"]) + velocity
         shape = tuple(tensor.shape)
-        payload = sparse(accumulated, self.ratio)
-        kept = 1.0 - self.decompress([ops.ones_like(payload[0]), payload[1]], shape, step)
+        places = largest(accumulated, self.ratio)
+        payload = [ops.take(accumulated, places), places]
+        kept = 1.0 - self.decompress([ops.ones_like(payload[0]), places], shape, step)
         memory["velocity"].assign(velocity * kept)
         memory["accumulated"].assign(accumulated * kept)
         answer = yield Request("all_gather", payload)

@@ -44,11 +44,17 @@ class PowerSGD(Compressor):
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """Return ``matrix`` ``[rows, rank]`` with orthonormal columns, by modified Gram-Schmidt."""
-    columns = [matrix[:, i] for i in range(matrix.shape[1])]
+    """Return ``matrix`` ``[rows, rank]`` with orthonormal columns, by modified Gram-Schmidt.
+
+    A column of which the others leave nothing but rounding errors becomes zero: they point anywhere, and what is not
+    orthogonal is no projection.
+    """
     done: list[Tensor] = []
-    for column in columns:
+    for index in range(matrix.shape[1]):
+        column = matrix[:, index]
+        before = ops.sum(column * column)
         for other in done:
             column = column - ops.sum(column * other) * other
-        done.append(column / (ops.sqrt(ops.sum(column * column)) + 1e-12))
+        after = ops.sum(column * column)
+        done.append(column * ops.where(after > 1e-9 * before, ops.rsqrt(ops.maximum(after, 1e-38)), 0.0))
     return ops.stack(done, axis=1)

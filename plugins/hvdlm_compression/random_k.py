@@ -10,6 +10,7 @@ from keras import ops
 from hvdlm.interfaces import Tensor
 from hvdlm_compression.base import Compressor
 from hvdlm_compression.noise import uniform
+from hvdlm_compression.top_k import share
 
 
 class RandomK(Compressor):
@@ -29,7 +30,7 @@ class RandomK(Compressor):
         return ops.segment_sum(payload[0], self._places(shape[0], step), num_segments=shape[0])
 
     def _places(self, count: int, step: Tensor) -> Tensor:
-        strata = max(1, round(count * (self.settings.ratio or 0.1)))
+        strata = share(count, self.settings.ratio or 0.1)
         edges = np.arange(strata + 1) * count // strata
         widths = ops.convert_to_tensor(np.diff(edges).astype(np.float32))
         inside = ops.cast(ops.floor(uniform(strata, step, self.seed) * widths), "int32")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import tensorflow as tf
 
 from hvdlm.config import Config
@@ -24,6 +25,10 @@ class TensorFlowFramework:
         _choose_device(world, config)
         place = mesh.coordinates(world.rank)["data"]
         return TensorFlowTrainable(model, make_model(model), exchange, config, place)
+
+    def tensor(self, array: np.ndarray) -> tf.Tensor:
+        """Return a copy of ``array`` on the device."""
+        return tf.constant(array)
 
 
 def _choose_device(world: World, config: Config) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from hvdlm.config import Config
@@ -24,6 +25,10 @@ class TorchFramework:
         device = _device(world, config)
         place = mesh.coordinates(world.rank)["data"]
         return TorchTrainable(model, make_model(model), exchange, config, device, place)
+
+    def tensor(self, array: np.ndarray) -> torch.Tensor:
+        """Return ``array`` on the device that is current; on a CPU, its memory is shared."""
+        return torch.from_numpy(array).to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _device(world: World, config: Config) -> torch.device:
