@@ -78,7 +78,7 @@ def plan(config: Config, *, fresh: bool = True) -> Plan:
         raise plugins.unknown("exchange", config.communication.exchange)
     names = [config.framework, backend_name, config.task, config.communication.exchange, *config.plugins]
     if config.communication.compression.algorithm != "none":
-        names.append("compression")
+        names += ["compression", config.communication.compression.algorithm]  # a plugin's own may carry its name
     manager = plugins.load(names)
     backend = plugins.make(manager, "backend", backend_name)
     rank, size, _, _ = backend.launch_shape()

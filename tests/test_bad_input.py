@@ -27,6 +27,7 @@ from hvdlm_backends.local import LocalWorld
 from launching import ROOT, environment, launch
 
 TEXT = "The quick brown fox jumps over the lazy dog.\n" * 200
+COMPRESSION = "--communication.compression"
 Setup = Callable[[pytest.MonkeyPatch], Any]
 
 
@@ -138,6 +139,19 @@ def two_ranks(patch: pytest.MonkeyPatch) -> None:
         patch.setenv(f"OMPI_COMM_WORLD_{name}", value)
 
 
+def six_ranks(patch: pytest.MonkeyPatch) -> None:
+    """Set up the environment of rank 0 of 6 under Open MPI."""
+    two_ranks(patch)
+    patch.setenv("OMPI_COMM_WORLD_SIZE", "6")
+
+
+def gloo(patch: pytest.MonkeyPatch) -> None:
+    """Set up the environment of rank 0 of 2 under horovodrun --gloo."""
+    for name, value in {"RANK": "0", "SIZE": "2", "LOCAL_RANK": "0", "LOCAL_SIZE": "2"}.items():
+        patch.setenv(f"HOROVOD_{name}", value)
+    patch.setenv("HOROVOD_GLOO_RENDEZVOUS_ADDR", "127.0.0.1")
+
+
 def broken_plugin(patch: pytest.MonkeyPatch) -> None:
     """Set up an installed plugin whose module fails."""
     Path("broken_plugin.py").write_text("import nothing_of_this_name\n")
@@ -189,6 +203,31 @@ CASES: list[tuple[str, list[str], Setup | None, str]] = [
     ("more data ranks than ranks", ["--parallel.data", "3"], None, "3 x 1 x 1 (data x pipeline x tensor)"),
     ("micro-batch", ["--train.micro_batch_size", "5"], None, "choose one of 1, 2, 4, 8, 16, 32"),
     ("batch over ranks", ["--train.batch_size", "7"], two_ranks, "can't be split over 2 data ranks: choose 6 or 8"),
+    # Communication
+    ("a ratio of 0", [f"{COMPRESSION}.ratio", "0"], None, "ratio is 0.0, expected above 0 and at most 1"),
+    ("a ratio of 2", [f"{COMPRESSION}.ratio", "2"], None, "ratio is 2.0, expected above 0 and at most 1"),
+    ("an unknown algorithm", [f"{COMPRESSION}.algorithm", "topk"], None, "provides 'topk'; did you mean top_k"),
+    ("a rank above the matrices'", [f"{COMPRESSION}.algorithm", "power_sgd", f"{COMPRESSION}.rank", "5000"], None,
+     "rank 5000 is larger than the rank of every matrix"),
+    ("3 bits", [f"{COMPRESSION}.bits", "3"], None, "expected one of 2, 4, 8"),
+    ("an odd block", [f"{COMPRESSION}.block", "100"], None, "block is 100, expected a multiple of 8"),
+    ("compression and Adasum", [f"{COMPRESSION}.algorithm", "top_k", "--communication.reduction", "adasum"], two_ranks,
+     "adasum combines whole gradients"),
+    ("DiLoCo and Adasum", ["--communication.exchange", "diloco", "--communication.reduction", "adasum"], two_ranks,
+     "adasum combines whole gradients"),
+    ("Adasum over Gloo", ["--communication.reduction", "adasum"], gloo, "adasum needs MPI"),
+    ("Adasum on 6 ranks", ["--communication.reduction", "adasum", "--train.batch_size", "6"], six_ranks,
+     "6 is no power of two: start 4 or 8 ranks"),
+    ("momentum counted twice", [f"{COMPRESSION}.algorithm", "dgc", f"{COMPRESSION}.momentum", "0.9",
+     "--train.optimizer", "sgd", "--train.momentum", "0.9"], None, "both would count it twice"),
+    ("evaluation between rounds", ["--communication.exchange", "diloco", "--communication.local.steps", "50",
+     "--train.eval_every", "120"], None, "train.eval_every 120 falls between two synchronisations of diloco"),
+    ("a checkpoint between rounds", ["--communication.exchange", "local_sgd", "--communication.local.steps", "30",
+     "--train.eval_every", "0"], None, "checkpoint.every 500 falls between two synchronisations"),
+    ("no steps of a round", ["--communication.local.steps", "0"], None, "local.steps is 0, expected 1 or more"),
+    ("an autotune log without autotune", ["--communication.autotune_log", "a.csv"], None, "--communication.autotune"),
+    ("a bench of no size", ["bench", "--smallest", "10"], None, "expected 1024 <= smallest <= largest"),
+    ("a bench of no collective", ["bench", "--collectives", "[allreduce]"], None, "did you mean all_reduce?"),
     # Plugins, frameworks, backends
     ("an unknown plugin", ["--plugins", "[spikes]"], None, "no plugin 'spikes' is installed"),
     ("plugins without brackets", ["--plugins", "torch"], None, "--plugins: got 'torch', expected a list such as"),

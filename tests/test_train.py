@@ -104,6 +104,27 @@ def test_a_resumed_run_goes_on_bit_for_bit(curve, killed: Path, tmp_path: Path) 
     assert resume(killed, tmp_path / "run", 2) == losses(curve("torch", 2, *STEPS))
 
 
+REMEMBERING = {
+    "top_k": ["--communication.compression.algorithm", "top_k"],
+    "power_sgd": ["--communication.compression.algorithm", "power_sgd", "--communication.bucket_bytes", "30000"],
+    "diloco": ["--communication.exchange", "diloco", "--communication.local.steps", "5", "--train.eval_every", "0"],
+}
+
+
+@pytest.mark.parametrize("framework", ["torch", "tensorflow"])
+@pytest.mark.parametrize("what", REMEMBERING)
+def test_a_killed_run_that_remembers_goes_on_bit_for_bit(curve, what: str, framework: str, tmp_path: Path) -> None:
+    """Error feedback, PowerSGD's factors, DiLoCo's momentum and each rank's own optimizer state are in checkpoints."""
+    options = [*SMALL, *STEPS, "--checkpoint.every", "10", "--framework", framework, *REMEMBERING[what]]
+    whole = losses(curve(framework, 2, *STEPS, "--checkpoint.every", "10", *REMEMBERING[what]))
+    options += ["--log.run", str(tmp_path)]
+    done = launch("mpirun", 2, [*meddled("step == 25 and os.kill(os.getpid(), signal.SIGKILL)"), *options])
+    assert done.returncode != 0 and len(losses(tmp_path)) == 25
+    done = launch("mpirun", 2, ["-m", "hvdlm", *options, "--checkpoint.resume", "auto"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(tmp_path) == whole
+
+
 def test_a_checkpoint_goes_on_in_the_other_framework_on_another_number_of_ranks(
     curve, killed: Path, tmp_path: Path
 ) -> None:
