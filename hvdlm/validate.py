@@ -134,8 +134,8 @@ def communication(config: Config, size: int, backend: str, compressors: Mapping[
             f"{nearest(options.compression.algorithm, ('none', *compressors))}"
         )
     if options.reduction == "adasum":
-        if backend == "gloo":
-            raise HvdlmError("communication.reduction adasum needs MPI, Gloo has no Adasum: use --backend mpi.")
+        if backend in ("gloo", "nccl"):
+            raise HvdlmError(f"communication.reduction adasum needs MPI, {backend} has no Adasum: use --backend mpi.")
         if size & (size - 1):
             raise HvdlmError(
                 f"communication.reduction adasum combines ranks pair by pair, {size} is no power of two: start "

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
 import pytest
 
 from hvdlm.config import CommunicationConfig, Config
 from hvdlm.interfaces import HvdlmError
 from hvdlm.probes import THREADS
 from hvdlm.run import choose_backend
-from hvdlm_backends import environment
+from hvdlm_backends import environment, nccl
 from hvdlm_backends.gloo import GlooBackend
 from hvdlm_backends.local import LocalBackend
 from hvdlm_backends.mpi import MPIBackend
@@ -135,3 +136,52 @@ def test_ranks_that_a_launcher_started_but_mpi_does_not_find_are_refused() -> No
     done = launch("", 1, ["-m", "hvdlm"], SLURM_PROCID="0", SLURM_STEP_NUM_TASKS="2")
     assert done.returncode == 2, done.stderr
     assert "srun started 2 ranks but MPI found 1: each would train on its own; use srun --mpi=pmix" in done.stderr
+
+
+class FakeWorld:
+    """Ranks whose sum is what a test says."""
+
+    rank, size = 0, 3
+
+    def __init__(self, total: float) -> None:
+        self._total = total
+
+    def group(self, ranks: object) -> FakeWorld:
+        return self
+
+    def all_reduce(self, tensors: list[np.ndarray], name: str) -> list[np.ndarray]:
+        return [np.full_like(tensors[0], self._total)]
+
+
+def test_nccl_refuses_a_horovod_without_it() -> None:
+    for framework in ("torch", "tensorflow"):
+        done = launch("mpirun", 2, ["-m", "hvdlm", "--framework", framework, "--backend", "nccl"])
+        assert done.returncode == 2 and f"Horovod was built without NCCL for {framework}" in done.stderr, done.stderr
+
+
+def test_nccl_wants_a_gpu_for_every_local_rank() -> None:
+    nccl.check_devices(4, 4)
+    with pytest.raises(HvdlmError, match=r"4 ranks would share 2 GPU\(s\) on this node.*start 2 per node"):
+        nccl.check_devices(2, 4)
+    with pytest.raises(HvdlmError, match="shows no GPU"):
+        nccl.check_devices(0, 1)
+
+
+def test_nccl_looks_at_its_first_sum() -> None:
+    nccl.self_check(FakeWorld(6.0), np.ones(4, np.float32))  # type: ignore[arg-type]
+    with pytest.raises(HvdlmError, match=r"gave 5\.0, expected 6"):
+        nccl.self_check(FakeWorld(5.0), np.ones(4, np.float32))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("launcher, controller", [("Open MPI", "mpi"), ("horovodrun --gloo", "gloo")])
+def test_nccl_takes_the_controller_that_the_launcher_brings(
+    launcher: str, controller: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in LAUNCHERS[launcher].items():
+        monkeypatch.setenv(name, value)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "environ", dict(os.environ))
+        backend = nccl.NCCLBackend()
+        assert backend.launch_shape() == (5, 8, 1, 4)
+        backend.prepare(Config())
+        assert os.environ["HOROVOD_CONTROLLER"] == controller

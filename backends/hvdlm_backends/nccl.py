@@ -1,0 +1,124 @@
+"""GPUs that talk through NCCL; ranks meet through MPI, or through Gloo under ``horovodrun --gloo``.
+
+A Horovod built with NCCL uses it for every tensor on a GPU, whatever the backend's name: this one makes sure of it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from hvdlm import hookimpl
+from hvdlm.config import Config
+from hvdlm.interfaces import HvdlmError, World
+from hvdlm_backends.gloo import GlooBackend
+from hvdlm_backends.local import LocalWorld
+from hvdlm_backends.mpi import MPIBackend
+
+
+class NCCLBackend:
+    """The backend ``nccl``: one GPU for each local rank."""
+
+    name = "nccl"
+
+    def __init__(self) -> None:
+        self._controller = GlooBackend() if "HOROVOD_GLOO_RENDEZVOUS_ADDR" in os.environ else MPIBackend()
+
+    def launch_shape(self) -> tuple[int, int, int, int]:
+        """Return what the launcher tells."""
+        return self._controller.launch_shape()
+
+    def prepare(self, config: Config) -> int:
+        """Set thread counts and settings before anything reads them; return framework threads per rank."""
+        return self._controller.prepare(config)
+
+    def start(self, framework: str, groups: Sequence[tuple[int, ...]], config: Config) -> World:
+        """Check GPUs and Horovod's build, meet, and sum once on the GPUs.
+
+        Raises:
+            HvdlmError: Horovod has no NCCL, ranks would share a GPU, or NCCL sums wrongly.
+        """
+        _, size, local_rank, local_size = self.launch_shape()
+        check_build(importlib.import_module(f"horovod.{framework}"), framework)
+        check_devices(devices(framework), local_size)
+        if size == 1:
+            return LocalWorld()
+        bind(framework, local_rank)
+        world = self._controller.start(framework, groups, config)
+        world.transport = "nccl"
+        self_check(world, on_gpu(framework, np.full(1024, world.rank + 1, np.float32), local_rank))
+        return world
+
+
+def check_build(hvd: Any, framework: str) -> None:
+    """Refuse a Horovod without NCCL."""
+    if not hvd.nccl_built():
+        raise HvdlmError(
+            f"backend nccl: Horovod was built without NCCL for {framework}: where CUDA and NCCL are, "
+            "HOROVOD_GPU_OPERATIONS=NCCL make setup; elsewhere --backend mpi."
+        )
+
+
+def check_devices(count: int, local_size: int) -> None:
+    """Refuse ranks without a GPU of their own: NCCL hangs or fails where two share one."""
+    if count == 0:
+        raise HvdlmError("backend nccl: this node shows no GPU to the framework: use --backend mpi, or see nvidia-smi.")
+    if local_size > count:
+        raise HvdlmError(
+            f"backend nccl: {local_size} ranks would share {count} GPU(s) on this node, and NCCL needs one for each: "
+            f"start {count} per node, or --backend mpi."
+        )
+
+
+def devices(framework: str) -> int:
+    """Return how many GPUs the framework sees."""
+    if framework == "torch":
+        return sys.modules["torch"].cuda.device_count()
+    return len(sys.modules["tensorflow"].config.list_physical_devices("GPU"))
+
+
+def bind(framework: str, local_rank: int) -> None:
+    """Bind this rank to its GPU before NCCL makes a communicator on whatever is current."""
+    if framework == "torch":
+        sys.modules["torch"].cuda.set_device(local_rank)
+        return
+    tensorflow = sys.modules["tensorflow"]
+    gpus = tensorflow.config.list_physical_devices("GPU")
+    tensorflow.config.set_visible_devices(gpus[local_rank], "GPU")
+    tensorflow.config.experimental.set_memory_growth(gpus[local_rank], True)
+
+
+def on_gpu(framework: str, array: np.ndarray, local_rank: int) -> Any:
+    """Return ``array`` on this rank's GPU."""
+    if framework == "torch":
+        return sys.modules["torch"].from_numpy(array).cuda(local_rank)
+    tensorflow = sys.modules["tensorflow"]
+    with tensorflow.device("GPU:0"):
+        return tensorflow.constant(array)
+
+
+def self_check(world: World, tensor: Any) -> None:
+    """Sum ``tensor``, which holds rank + 1 everywhere, and look at the result. All ranks call.
+
+    Raises:
+        HvdlmError: the sum is wrong.
+    """
+    total = world.group(range(world.size)).all_reduce([tensor], "nccl.self_check")[0]
+    found = np.asarray(total.cpu() if hasattr(total, "cpu") else total)
+    expected = world.size * (world.size + 1) / 2
+    if not np.all(found == expected):
+        raise HvdlmError(
+            f"backend nccl: a sum over the GPUs gave {found.reshape(-1)[0]}, expected {expected}: run with "
+            "NCCL_DEBUG=INFO, or --backend mpi."
+        )
+
+
+@hookimpl
+def hvdlm_make_backend(name: str) -> NCCLBackend | None:
+    """Answer to ``nccl``."""
+    return NCCLBackend() if name == "nccl" else None
