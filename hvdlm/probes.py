@@ -41,7 +41,8 @@ _FRAMEWORK = """
 import {name} as f
 tell(version=f.__version__, gpus={gpus})
 import horovod.{name} as hvd
-tell(libmpi=libmpi(), **{{name: bool(getattr(hvd, name)()) for name in {built}}})
+patched = hasattr(hvd.mpi_ops._basics.MPI_LIB_CTYPES, 'horovod_transfer_seconds')
+tell(libmpi=libmpi(), patched=patched, **{{name: bool(getattr(hvd, name)()) for name in {built}}})
 hvd.init()
 tell(mpi_threads_supported=bool(hvd.mpi_threads_supported()) if hvd.mpi_built() else None)
 hvd.shutdown()
@@ -62,7 +63,7 @@ def gather(timeout: float = 120.0) -> Facts:
         probes = dict(zip(codes, pool.map(lambda code: probe(code, timeout), codes.values()), strict=True))
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hvdlm"
     existing = next(folder for folder in (cache, *cache.parents) if folder.exists())
-    shown = ("HOROVOD_", "OMPI_ALLOW_RUN_AS_ROOT", *THREADS)
+    shown = ("HOROVOD_", "OMPI_ALLOW_RUN_AS_ROOT", "OMPI_MCA_mpi_yield_when_idle", *THREADS)
     return {
         **probes,
         "installed": {name: _version(name) for name in ("hvdlm", "keras", "horovod")},

@@ -14,6 +14,7 @@ LIBRARY = "/env/lib/libmpi.so.40"
 
 def framework(version: str) -> dict[str, Any]:
     built = {"mpi_built": True, "gloo_built": True, "nccl_built": False, "mpi_threads_supported": True}
+    built["patched"] = True
     return {"version": version, "gpus": 0, "libmpi": [LIBRARY], **built}
 
 
@@ -53,6 +54,12 @@ TRAPS = [
     ({"quota": 1.0}, "warning", "cores", "1 of 2 cores"),
     ({"environment": {"OMP_NUM_THREADS": "64"}}, "warning", "OMP_NUM_THREADS", "unset"),
     ({"environment": {"HOROVOD_DYNAMIC_PROCESS_SETS": "1"}}, "warning", "HOROVOD_DYNAMIC_PROCESS_SETS", "unset"),
+    ({"environment": {"HOROVOD_STALL_CHECK_DISABLE": "1"}}, "warning", "HOROVOD_STALL_CHECK_DISABLE", "in silence"),
+    ({"environment": {"HOROVOD_FUSION_THRESHOLD": "0"}}, "warning", "HOROVOD_FUSION_THRESHOLD", "nothing is fused"),
+    ({"environment": {"HOROVOD_CYCLE_TIME": "0.1"}}, "warning", "HOROVOD_CYCLE_TIME", "unset it"),
+    ({"environment": {"HOROVOD_CACHE_CAPACITY": "0"}}, "warning", "HOROVOD_CACHE_CAPACITY", "negotiates"),
+    ({"environment": {"OMPI_MCA_mpi_yield_when_idle": "0"}}, "warning", "OMPI_MCA_mpi_yield_when_idle", "where needed"),
+    ({"torch": {**framework("2"), "patched": False}}, "warning", "horovod.torch", "not the one of make setup"),
     ({"free_bytes": 1e6}, "problem", "disk", "free some"),
 ]
 

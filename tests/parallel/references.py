@@ -55,11 +55,12 @@ def random_k(vectors: np.ndarray, step: int) -> Answer:
     """One place of each of k strata, the same on all ranks (the seed is 1)."""
     n = vectors.shape[1]
     k = max(1, round(0.1 * n))
-    random = uniform(k, step, 1)
+    edges = [stratum * n // k for stratum in range(k + 1)]
+    first = np.random.Generator(np.random.Philox(key=1)).integers(0, np.diff(edges))
     seen = np.zeros_like(vectors)
     for stratum in range(k):
-        low, high = stratum * n // k, (stratum + 1) * n // k
-        place = low + min(high - low - 1, int(random[stratum] * np.float32(high - low)))
+        low, high = edges[stratum], edges[stratum + 1]
+        place = low + (first[stratum] + step) % (high - low)
         seen[:, place] = vectors[:, place]
     return seen, seen.sum(0)
 
