@@ -90,8 +90,8 @@ def _horovod(facts: Facts) -> Iterator[Finding]:
         yield Finding("ok", subject, f"Horovod {facts['installed']['horovod']}, built with: {built}")
         if not found.get("patched"):
             text = (
-                "is not the one of make setup: its idle thread takes up to half a core of every rank, and overlap can't "
-                "be measured"
+                "is not the one of make setup: its idle thread takes up to half a core of every rank, and overlap "
+                "can't be measured"
             )
             yield Finding("warning", subject, text)
         if not (found["mpi_built"] or found["gloo_built"]):
@@ -211,7 +211,7 @@ _TRAPS: dict[str, tuple[Callable[[str], bool], str]] = {
     ),
     "HOROVOD_CYCLE_TIME": (
         lambda value: _below(value, 0.5),
-        "looking for work this often takes core time from the computation on CPU nodes: unset it, 1 (ms) is the default",
+        "looking for work this often takes core time from the computation on CPUs: unset it, 1 (ms) is the default",
     ),
     "HOROVOD_CACHE_CAPACITY": (
         lambda value: value.strip() == "0",
