@@ -98,7 +98,7 @@ def measure(world: World, framework: Framework, collectives: Sequence[str], coun
             elements = max(world.size, count // 4 // world.size * world.size)
             array = np.ones(elements, np.float32)
             tensor = framework.tensor(array)
-            raw = world.raw(collective, array.copy())
+            raw = world.raw(collective, array.copy(), framework.in_place)
             ours, theirs = paired(world, group, [partial(call, group, collective, tensor), raw])
             assert ours is not None
             found.append(Timing(collective, 4 * elements, ours, theirs))

@@ -139,7 +139,7 @@ class Group(Protocol):
         """Start ``all_to_all``."""
 
     def all_reduce(self, tensors: Sequence[Tensor], name: str) -> list[Tensor]:
-        """Return the sums over members of every tensor, as one fused operation."""
+        """Return the sums over members of every tensor, as one fused operation; ``tensors`` may be overwritten."""
 
     def all_gather(self, tensor: Tensor, name: str) -> Tensor:
         """Return ``[sum of n_i, ...]`` from members' ``[n_i, ...]``, in rank order."""
@@ -178,10 +178,11 @@ class World(Protocol):
     def any(self, flag: bool) -> bool:
         """Return whether any rank's flag is set. All ranks call."""
 
-    def raw(self, collective: str, array: np.ndarray) -> Callable[[], Any] | None:
+    def raw(self, collective: str, array: np.ndarray, in_place: bool = False) -> Callable[[], Any] | None:
         """Return a function that does the transport's own collective on flat ``array``, nothing of hvdlm in between.
 
-        ``collective`` is the name of a Group's method; None where the transport can't be called. For measurements.
+        ``collective`` is the name of a Group's method, ``in_place`` whether a sum replaces what was summed; None where
+        the transport can't be called. For measurements.
         """
 
     def transfer_seconds(self) -> float | None:
@@ -245,9 +246,10 @@ class Trainable(Protocol):
 
 
 class Framework(Protocol):
-    """A deep-learning framework: builds Trainables from descriptions."""
+    """A deep-learning framework: builds Trainables from descriptions. ``in_place``: whether it sums in place."""
 
     name: str
+    in_place: bool
 
     def build(self, model: ModelSpec, mesh: Mesh, world: World, exchange: Exchange, config: Config) -> Trainable:
         """Return the model at its initial values (``ModelSpec.initial``), ready to train. No communication."""

@@ -181,6 +181,59 @@ EDITS += (
     ),
 )
 
+# synchronize() in PyTorch spins until the collective is done: the core that it takes is the one that the background
+# thread needs where ranks fill all cores. It sleeps instead, and lets Python see a Control-C.
+_WAIT = "horovod_torch_wait_and_clear sleeps until the background thread is done; horovod_torch_wait_sleeps tells so."
+EDITS += (
+    Edit(
+        "horovod/torch/handle_manager.h",
+        "#include <atomic>\n",
+        "#include <atomic>\n#include <chrono>\n#include <condition_variable>\n",
+        _WAIT,
+    ),
+    Edit(
+        "horovod/torch/handle_manager.h",
+        "  bool PollHandle(int handle);\n",
+        "  bool PollHandle(int handle);\n"
+        "  bool WaitHandle(int handle, std::chrono::milliseconds limit); // whether it is done\n",
+        _WAIT,
+    ),
+    Edit(
+        "horovod/torch/handle_manager.h",
+        "  std::mutex mutex_;\n",
+        "  std::mutex mutex_;\n  std::condition_variable done_;\n",
+        _WAIT,
+    ),
+    Edit(
+        "horovod/torch/handle_manager.cc",
+        "  results_[handle] = std::make_shared<Status>(status);\n}\n",
+        "  results_[handle] = std::make_shared<Status>(status);\n"
+        "  done_.notify_all();\n}\n\n"
+        "bool HandleManager::WaitHandle(int handle, std::chrono::milliseconds limit) {\n"
+        "  std::unique_lock<std::mutex> guard(mutex_);\n"
+        "  auto ended = [&] {\n"
+        "    auto found = results_.find(handle);\n"
+        "    return found == results_.end() || found->second != nullptr;\n"
+        "  };\n"
+        "  return done_.wait_for(guard, limit, ended);\n}\n",
+        _WAIT,
+    ),
+    Edit(
+        "horovod/torch/mpi_ops_v2.cc",
+        "      py::gil_scoped_release release_python_gil;\n      std::this_thread::yield();\n    }\n",
+        "      py::gil_scoped_release release_python_gil;\n"
+        "      handle_manager.WaitHandle(handle, std::chrono::milliseconds(100));\n    }\n"
+        "    if (PyErr_CheckSignals() != 0) throw py::error_already_set();\n",
+        _WAIT,
+    ),
+    Edit(
+        "horovod/torch/mpi_ops_v2.cc",
+        '  m.def("horovod_torch_reset", &Reset);\n',
+        '  m.def("horovod_torch_reset", &Reset);\n  m.attr("horovod_torch_wait_sleeps") = true;\n',
+        _WAIT,
+    ),
+)
+
 
 def digest() -> str:
     """Return a short hash of all edits: part of the key of the wheel cache."""

@@ -81,7 +81,9 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_worked_plugin_installs_is_listed_and_runs_with_its_options(installed: Path, tmp_path: Path) -> None:
     listed = launch("", 1, ["-m", "hvdlm", "plugins"], PYTHONPATH=str(installed))
-    assert re.search(r"loss_spike +loss-spike 0.1 +loss_spike +options, run_started, step_ended", listed.stdout)
+    assert re.search(
+        r"loss_spike +loss-spike 0.1 +loss_spike +options \(spikes\), run_started, step_ended", listed.stdout
+    )
     command = ["-m", "hvdlm", "--plugins", "[loss_spike]"]
     helped = launch("", 1, [*command, "--help"], PYTHONPATH=str(installed))
     assert "--spikes.factor" in helped.stdout and "how far above its running mean" in helped.stdout

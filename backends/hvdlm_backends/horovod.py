@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -21,7 +22,7 @@ from hvdlm.interfaces import Done, Group, Handle, HvdlmError, Traffic
 from hvdlm_backends.environment import Launch
 from hvdlm_backends.local import AloneGroup
 
-_POLL_SECONDS = 5e-5
+_POLL_SECONDS, _POLL_SHARE = 5e-5, 0.03  # of the time waited so far: long waits are looked at rarely
 
 
 class _Waiting:
@@ -29,13 +30,15 @@ class _Waiting:
 
     def __init__(self, hvd: ModuleType, handle: Any, traffic: Traffic) -> None:
         self._hvd, self._handle, self._traffic = hvd, handle, traffic
+        self._sleeps = hasattr(hvd.mpi_ops.mpi_lib, "horovod_torch_wait_sleeps")
 
     def wait(self) -> Any:
         """Return the result."""
         started = time.perf_counter()
-        # synchronize alone spins, and takes the core from the thread that communicates.
-        while not self._hvd.poll(self._handle):
-            time.sleep(_POLL_SECONDS)
+        # synchronize spins where Horovod is not the one of make setup (scripts/horovod_patches.py), and takes the core
+        # from the thread that communicates; so does looking too often.
+        while not (self._sleeps or self._hvd.poll(self._handle)):
+            time.sleep(max(_POLL_SECONDS, _POLL_SHARE * (time.perf_counter() - started)))
         result = _first(self._hvd.synchronize(self._handle))
         self._traffic.seconds += time.perf_counter() - started
         return result
@@ -91,9 +94,21 @@ class HorovodGroup:
 
     def all_reduce(self, tensors: Sequence[Any], name: str) -> list[Any]:
         """Return the sums; see ``interfaces.Group``."""
-        hvd = self._hvd
-        options = {"op": hvd.Sum, "name": name, "process_set": self._set, **self._named}
-        return self._timed("all_reduce", name, tensors, lambda: list(hvd.grouped_allreduce(list(tensors), **options)))
+        if len(tensors) == 1:
+            return [self.all_reduce_async(tensors[0], name).wait()]
+        if self._named:
+            options = {"op": self._hvd.Sum, "name": name, "process_set": self._set, **self._named}
+            call = partial(self._hvd.grouped_allreduce, list(tensors), **options)
+            return self._timed("all_reduce", name, tensors, lambda: list(call()))
+        # One tensor costs Horovod far less than its own fusing of many, each with a handle.
+        utils, found = sys.modules["torch._utils"], list(tensors)
+        for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):  # in the same order on all ranks
+            places = [i for i, tensor in enumerate(tensors) if tensor.dtype == dtype]
+            parts = [tensors[i] for i in places]
+            whole = self.all_reduce_async(utils._flatten_dense_tensors(parts), f"{name}.{dtype}").wait()
+            for i, part in zip(places, utils._unflatten_dense_tensors(whole, parts), strict=True):
+                found[i] = part
+        return found
 
     def all_gather(self, tensor: Any, name: str) -> Any:
         """Return the concatenation; see ``interfaces.Group``."""
@@ -200,16 +215,17 @@ class HorovodWorld:
         """Return whether any rank's flag is set."""
         return any(self.gather_objects(bool(flag)))
 
-    def raw(self, collective: str, array: np.ndarray) -> Callable[[], Any] | None:
+    def raw(self, collective: str, array: np.ndarray, in_place: bool = False) -> Callable[[], Any] | None:
         """Return mpi4py's collective on buffers made here; None where ranks met without MPI."""
         if self._communicator is None:
             return None
         comm, parts = self._communicator, self.size
         received = np.zeros(array.size * (parts if collective == "all_gather" else 1), array.dtype)
+        in_place_marker = sys.modules["mpi4py.MPI"].IN_PLACE
         if collective == "reduce_scatter":
             received = received[: array.size // parts].copy()
         return {
-            "all_reduce": lambda: comm.Allreduce(array, received),
+            "all_reduce": lambda: comm.Allreduce(in_place_marker if in_place else array, received),
             "all_gather": lambda: comm.Allgather(array, received),
             "reduce_scatter": lambda: comm.Reduce_scatter_block(array, received),
             "broadcast": lambda: comm.Bcast(array, 0),

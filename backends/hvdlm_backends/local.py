@@ -76,7 +76,7 @@ class LocalWorld:
         """Return [value]."""
         return [value]
 
-    def raw(self, collective: str, array: Any) -> None:
+    def raw(self, collective: str, array: Any, in_place: bool = False) -> None:
         """Return None: there is no transport."""
 
     def transfer_seconds(self) -> float | None:

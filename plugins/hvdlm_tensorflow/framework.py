@@ -16,7 +16,7 @@ from hvdlm_tensorflow.trainable import TensorFlowTrainable
 class TensorFlowFramework:
     """The framework ``tensorflow``."""
 
-    name = "tensorflow"
+    name, in_place = "tensorflow", False
 
     def build(
         self, model: ModelSpec, mesh: Mesh, world: World, exchange: Exchange, config: Config

@@ -16,7 +16,7 @@ from hvdlm_torch.trainable import TorchTrainable
 class TorchFramework:
     """The framework ``torch``."""
 
-    name = "torch"
+    name, in_place = "torch", True
 
     def build(self, model: ModelSpec, mesh: Mesh, world: World, exchange: Exchange, config: Config) -> TorchTrainable:
         """Return the model at its initial values on this rank's device; see ``interfaces.Framework``."""
