@@ -170,7 +170,7 @@ def _plot(timings: Sequence[Timing], path: Path) -> str:
     try:
         import matplotlib
     except ImportError:
-        return " (no plot: pip install matplotlib)"
+        return " (no plot: pip install 'hvdlm[plot]')"
     matplotlib.use("svg")
     from matplotlib import pyplot
 

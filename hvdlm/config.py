@@ -165,7 +165,7 @@ class CompressionConfig:
         ratio: share of the elements that top_k, random_k and dgc send; None: 0.01, random_k 0.1
         rank: rank of power_sgd's factors
         bits: bits of an element in qsgd, its sign included
-        block: elements that share a scale in scaled_sign, sign_majority, qsgd and int8
+        block: elements that share a scale in qsgd, int8, scaled_sign, sign_majority; None: qsgd 64, else 256
         momentum: dgc's momentum correction, in place of SGD's own momentum
         clip: dgc's largest norm of a rank's gradient, divided by the root of the ranks; 0: no clipping
         warmup: steps in which dgc's share falls from 25% to ratio
@@ -179,7 +179,7 @@ class CompressionConfig:
     ratio: float | None = None
     rank: int = 4
     bits: Literal[2, 4, 8] = 4
-    block: int = 256
+    block: int | None = None
     momentum: float = 0.0
     clip: float = 0.0
     warmup: int = 0
@@ -196,7 +196,7 @@ class LocalConfig:
     Args:
         steps: optimizer steps of each rank by itself between two synchronisations
         outer_learning_rate: what the mean parameter difference is multiplied by; None: diloco 0.7, local_sgd 1
-        outer_momentum: Nesterov momentum of the mean parameter difference; None: diloco 0.9, local_sgd 0
+        outer_momentum: Nesterov momentum of the mean parameter difference; None: diloco 0.8, local_sgd 0
         warmup: first steps, in which gradients are summed at every step
     """
 

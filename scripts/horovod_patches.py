@@ -235,6 +235,45 @@ EDITS += (
 )
 
 
+# TensorFlow allocates an operation's result anew on each call, and a large result anew from the kernel: touching its
+# 4 KB pages one after the other takes a tenth of the time of summing it. Of 2 MB pages there are few.
+_PAGES = "The result of a large all-reduce on a CPU lies in huge pages where the kernel grants them (madvise)."
+EDITS += (
+    Edit(
+        "horovod/tensorflow/mpi_ops.cc",
+        "#include <unordered_map>\n",
+        "#include <unordered_map>\n#include <sys/mman.h>\n",
+        _PAGES,
+    ),
+    Edit(
+        "horovod/tensorflow/mpi_ops.cc",
+        "namespace {\n\n::tensorflow::DataType GetTFDataType(",
+        "namespace {\n\n"
+        "void AdviseHugePages(const ::tensorflow::Tensor& tensor, int device) {\n"
+        "#ifdef MADV_HUGEPAGE\n"
+        "  const uintptr_t page = 1 << 21;\n"
+        "  auto data = tensor.tensor_data();\n"
+        "  auto first = (reinterpret_cast<uintptr_t>(data.data()) + page - 1) & ~(page - 1);\n"
+        "  auto last = (reinterpret_cast<uintptr_t>(data.data()) + data.size()) & ~(page - 1);\n"
+        "  if (device == CPU_DEVICE_ID && last > first + 3 * page) {\n"
+        "    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE); // a refusal costs speed alone\n"
+        "  }\n"
+        "#endif\n"
+        "}\n\n"
+        "::tensorflow::DataType GetTFDataType(",
+        _PAGES,
+    ),
+    Edit(
+        "horovod/tensorflow/mpi_ops.cc",
+        "    OP_REQUIRES_OK_ASYNC(\n        context, context->allocate_output(0, tensor.shape(), &output), done);\n",
+        "    OP_REQUIRES_OK_ASYNC(\n"
+        "        context, context->allocate_output(0, tensor.shape(), &output), done);\n"
+        "    AdviseHugePages(*output, device);\n",
+        _PAGES,
+    ),
+)
+
+
 def digest() -> str:
     """Return a short hash of all edits: part of the key of the wheel cache."""
     return hashlib.sha256(repr((VERSION, EDITS)).encode()).hexdigest()[:12]

@@ -18,16 +18,19 @@ class Compressor:
 
     Attributes:
         collective: all_reduce where payloads add up, all_gather where every rank has to decompress them all.
+        default_block: elements that share a scale where ``communication.compression.block`` doesn't say.
         matrices, biased, feeds_back: see ``interfaces.Compressor``.
     """
 
     collective: Literal["all_reduce", "all_gather"] = "all_gather"
+    default_block = 256
     matrices = False
     biased = True
     feeds_back = False
 
     def __init__(self, settings: CompressionConfig, seed: int = 1, place: int = 0, ranks: int = 1) -> None:
         self.settings, self.seed, self.place, self.ranks = settings, seed, place, ranks
+        self.block = settings.block or self.default_block
 
     def begin(self, step: int) -> Hashable:
         """Return the one phase there is; see ``interfaces.Compressor``."""

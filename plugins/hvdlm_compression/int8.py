@@ -11,6 +11,8 @@ from hvdlm_compression.qsgd import QSGD
 class Int8(QSGD):
     """8 bits an element, scaled by the block's largest magnitude."""
 
+    default_block = 256
+
     def bits(self) -> int:
         """Return 8."""
         return 8

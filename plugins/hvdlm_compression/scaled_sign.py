@@ -17,7 +17,7 @@ class ScaledSign(Compressor):
 
     def compress(self, tensor: Tensor, step: Tensor) -> Sequence[Tensor]:
         """Return [scales float32 ``[blocks]``, signs uint8 ``[blocks, block / 8]``]."""
-        width = self.settings.block
+        width = self.block
         rows = blocks(tensor, width)
         counts = np.full(rows.shape[0], width, np.float32)
         counts[-1] = tensor.shape[0] - width * (rows.shape[0] - 1)

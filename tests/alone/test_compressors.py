@@ -29,7 +29,7 @@ def tensor() -> Any:
 
 
 def compressor(algorithm: str, seed: int = 1, **options: Any) -> Any:
-    return MAKERS[algorithm](CompressionConfig(algorithm=algorithm, **options), seed, 0, 1)
+    return MAKERS[algorithm](CompressionConfig(algorithm=algorithm, block=references.BLOCK, **options), seed, 0, 1)
 
 
 def seen(compressor: Any, vector: np.ndarray, tensor: Any, step: int = 0) -> np.ndarray:

@@ -49,8 +49,8 @@ def make(manager: Any, world: World, name: str = "all_reduce", **options: Any) -
 
 
 def compression(algorithm: str, **more: Any) -> CompressionConfig:
-    extra = {"momentum": 0.9, "clip": 3.0, "warmup": 2} if algorithm == "dgc" else {}
-    return CompressionConfig(algorithm=algorithm, **{**extra, **more})
+    extra: dict[str, Any] = {"momentum": 0.9, "clip": 3.0, "warmup": 2} if algorithm == "dgc" else {}
+    return CompressionConfig(algorithm=algorithm, **{"block": references.BLOCK, **extra, **more})
 
 
 def gradients(ranks: int, count: int) -> np.ndarray:
