@@ -302,6 +302,10 @@ def _stop(real: Any, manager: Any, kind: str, *arguments: Any, **named: Any) -> 
     return real(manager, kind, *arguments, **named)
 
 
+def _files() -> set[Path]:
+    return {path for path in Path().rglob("*") if not {"cache", "__pycache__"} & set(path.parts)}
+
+
 @pytest.mark.parametrize("arguments, setup, words", [case[1:] for case in CASES], ids=[case[0] for case in CASES])
 def test_one_sentence_and_exit_code_2(
     arguments: list[str],
@@ -319,13 +323,13 @@ def test_one_sentence_and_exit_code_2(
     real = plugins.make
     monkeypatch.setattr(plugins, "make", lambda manager, kind, *a, **k: _stop(real, manager, kind, *a, **k))
     capsys.readouterr()
-    before = {path for path in Path().rglob("*") if "cache" not in path.parts}
+    before = _files()
     assert cli.main(arguments) == 2
     said = capsys.readouterr()
     sentence = said.err.strip()
     assert words in sentence and sentence.startswith("hvdlm: ") and "\n" not in sentence, sentence
     assert len(sentence) < 400 and "Traceback" not in sentence and said.out == ""
-    assert {path for path in Path().rglob("*") if "cache" not in path.parts} == before
+    assert _files() == before
 
 
 def test_the_table_is_long_enough() -> None:
