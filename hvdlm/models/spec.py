@@ -43,6 +43,16 @@ class ParamSpec:
         """Number of elements."""
         return int(np.prod(self.shape))
 
+    def initial_box(self, seed: int, box: tuple[slice, ...]) -> np.ndarray:
+        """Return the float32 initial values of ``box``; never makes much more than what it returns."""
+        rows, columns = box[0], (slice(None), *box[1:])
+        out = np.empty([s.stop - s.start for s in box], np.float32)
+        step = max(1, _CHUNK * self.shape[0] // self.size)
+        for start in range(rows.start, rows.stop, step):
+            stop = min(start + step, rows.stop)
+            out[start - rows.start : stop - rows.start] = self.initial(seed, slice(start, stop))[columns]
+        return out
+
     def initial(self, seed: int, rows: slice = slice(None)) -> np.ndarray:
         """Return the float32 initial values of ``rows`` along the first dimension, without making the others.
 
