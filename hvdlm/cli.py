@@ -1,4 +1,4 @@
-"""The command line: ``python -m hvdlm [train|evaluate|generate|prepare|plugins|doctor|bench] [options]``."""
+"""The command line: ``python -m hvdlm [train|evaluate|generate|convert|prepare|plugins|doctor|bench] [options]``."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ COMMANDS = {
     "train": "train a model (the default)",
     "evaluate": "compute a run's figures on the whole validation split",
     "generate": "write text with a run's model",
+    "convert": "merge a checkpoint into one safetensors file",
     "prepare": "turn text into token files",
     "plugins": "list what is installed, what it provides and its version",
     "doctor": "examine this machine's MPI, Horovod and frameworks",
@@ -106,20 +107,25 @@ def train(arguments: list[str]) -> int:
 
 def _open(values: Any, arguments: list[str]) -> Any:
     """Open a trained run on this machine, with the options of its config.yaml and those given after them."""
-    from hvdlm import checkpoint
     from hvdlm import run as runs
 
     config = options.run_config(values.run, arguments)
     config.checkpoint.resume = "none"
     plan = runs.plan(config, fresh=False)
-    plan.checkpoint = (
-        checkpoint.find(_path(values.run), "auto")
-        if values.checkpoint is None
-        else (checkpoint.open_checkpoint(_path(values.checkpoint)))
-    )
-    if plan.checkpoint is None:
-        raise HvdlmError(f"{values.run} holds no checkpoint yet: train first, or name another run with --run.")
+    plan.checkpoint = _checkpoint(values)
     return runs.start(plan)
+
+
+def _checkpoint(values: Any) -> Any:
+    """Open the checkpoint that --checkpoint names, or the newest of --run."""
+    from hvdlm import checkpoint
+
+    if values.checkpoint is not None:
+        return checkpoint.open_checkpoint(_path(values.checkpoint))
+    found = checkpoint.find(_path(values.run), "auto")
+    if found is None:
+        raise HvdlmError(f"{values.run} holds no checkpoint yet: train first, or name another run with --run.")
+    return found
 
 
 def _path(text: str) -> Any:
@@ -154,28 +160,45 @@ def generate(arguments: list[str]) -> int:
     if values.tokens < 1:
         raise HvdlmError(f"--tokens: got {values.tokens}, expected 1 or more.")
     run = _open(values, rest)
-    prompt = sys.stdin.read() if values.prompt == "-" else values.prompt
+    prompt = values.prompt
+    if prompt == "-":  # a launcher gives standard input to rank 0 only
+        prompt = run.world.broadcast_object(sys.stdin.read() if run.world.rank == 0 else None)
     return _guard(run, lambda: _write(run, prompt, values.tokens, sampling))
 
 
 def _write(run: Any, prompt: str, count: int, sampling: Any) -> None:
-    """Print ``prompt`` and what follows it, on rank 0: as it comes on a terminal, by whole lines elsewhere."""
+    """Print ``prompt`` and what follows it, on rank 0: as it comes on a terminal, by whole lines elsewhere.
+
+    The ranks that hold a copy of the model together with rank 0 compute with it.
+    """
     from hvdlm.generate import encode, generate_text
     from hvdlm.telemetry.progress import on_terminal
 
     ids = encode(run.task.tokenizer, prompt)
-    if run.world.rank != 0:
+    if run.mesh.coordinates(run.world.rank)["data"] != 0:
         return
     context = getattr(run.spec.settings, "context", sys.maxsize)
-    waiting = ""
+    waiting, shown = "", run.world.rank == 0
     for piece in generate_text(run.trainable, run.task.tokenizer, ids, count, context, sampling):
-        waiting += piece
+        waiting += piece if shown else ""
         # Launchers put a rank's number before every write, so that parts of a line would be torn apart.
         ready = len(waiting) if on_terminal() else waiting.rfind("\n") + 1
         if ready:
             print(waiting[:ready], end="", flush=True)
             waiting = waiting[ready:]
-    print(waiting, flush=True)
+    if shown:
+        print(waiting, flush=True)
+
+
+def convert(arguments: list[str]) -> int:
+    """``python -m hvdlm convert --run RUN --output FILE.safetensors``."""
+    values = options.parse_convert(arguments)
+    from hvdlm.convert import convert as merge
+
+    found = _checkpoint(values)
+    count = merge(found, _path(values.output))
+    print(f"{values.output}: {count:,} parameters of {found.path}")
+    return 0
 
 
 def prepare(arguments: list[str]) -> int:
@@ -230,6 +253,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "evaluate": evaluate,
     "generate": generate,
+    "convert": convert,
     "prepare": prepare,
     "plugins": plugins,
     "doctor": doctor,

@@ -149,11 +149,17 @@ class ParallelConfig:
         data: ranks along the data axis; None: what the other axes leave
         pipeline: pipeline stages
         tensor: ranks that share every layer
+        sequence: tensor ranks also share the positions between layers, which saves memory (Transformers only)
+        zero: what data ranks share: 0 nothing, 1 the optimizer's state, 2 its state and the gradients
+        schedule: the order of a pipeline stage's passes: 1f1b (one forward, one backward) or gpipe
     """
 
     data: int | None = None
     pipeline: int = 1
     tensor: int = 1
+    sequence: bool = False
+    zero: Literal[0, 1, 2] = 0
+    schedule: Literal["1f1b", "gpipe"] = "1f1b"
 
 
 @dataclass

@@ -5,7 +5,7 @@ Also what every exchange shares: its group's counters, and how those of a Tensor
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from copy import copy
 
 import numpy as np
@@ -21,13 +21,14 @@ class AllReduceExchange:
 
     apart = False
     stands_for = 1
+    part, parts, scatters_every = 0, 1, False
 
     def __init__(self, group: Group, options: CommunicationConfig | None = None) -> None:
         options = options or CommunicationConfig()
         self._group = group
         self.size = len(group.ranks)
         self._before = 1.0 / options.predivide
-        self._after = options.predivide * (self.size if options.reduction == "sum" else 1.0)
+        self._after: float = options.predivide * (self.size if options.reduction == "sum" else 1.0)
 
     @property
     def traffic(self) -> dict[str, Traffic]:
@@ -45,12 +46,19 @@ class AllReduceExchange:
         """Begin to sum the flat bucket; see ``interfaces.Exchange``."""
         if self._before != 1.0:
             bucket = bucket * self._before
-        handle = self._group.all_reduce_async(bucket, f"gradients.{index}")
+        return self.scaled(self._group.all_reduce_async(bucket, f"gradients.{index}"))
+
+    def scaled(self, handle: Handle) -> Handle:
+        """Return ``handle``, its answer multiplied by what the settings ask for."""
         return handle if self._after == 1.0 else _Scaled(handle, self._after)
 
     def start_metrics(self, values: Tensor) -> Handle:
         """Begin to sum the metrics; see ``interfaces.Exchange``."""
         return self._group.all_reduce_async(values, "metrics")
+
+    def gather(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Return the parts: every rank updates all."""
+        return list(parts)
 
     def finish(self, parameters: Tensor) -> Tensor | None:
         """Leave the parameters as they are."""
@@ -82,6 +90,28 @@ class AdasumExchange(AllReduceExchange):
         """Begin to combine the flat bucket: orthogonal gradients add up, parallel ones average."""
         # A rank's bucket is its share of the mean: times the ranks it is the mean over its own rows.
         return self._group.all_reduce_async(bucket * float(self.size), f"gradients.{index}", op="adasum")
+
+
+AXIS_OF = {
+    "gradients": "data",
+    "parameters": "data",
+    "metrics": "data",
+    "tensor": "tensor",
+    "pipeline": "pipeline",
+    "tied": "pipeline",
+    "norm": "model",
+}
+"""The axis of a collective's purpose (the first word of its name); ``model``: all ranks that hold a copy together."""
+
+
+def by_axis(traffic: Mapping[str, Traffic]) -> dict[str, int]:
+    """Return the bytes handed to collectives along every axis of the mesh."""
+    found: dict[str, int] = {}
+    for key, entry in traffic.items():
+        axis = AXIS_OF.get(key.partition("/")[0])
+        if axis:
+            found[axis] = found.get(axis, 0) + entry.bytes
+    return found
 
 
 def total_bytes(traffic: Mapping[str, Traffic]) -> int:

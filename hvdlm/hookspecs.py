@@ -13,8 +13,19 @@ import pluggy
 
 if TYPE_CHECKING:
     from hvdlm.config import Config
-    from hvdlm.interfaces import Backend, CompressorMaker, Exchange, Framework, Group, StepResult, Task, World
+    from hvdlm.interfaces import (
+        Backend,
+        CompressorMaker,
+        Exchange,
+        Framework,
+        Group,
+        Prediction,
+        StepResult,
+        Task,
+        World,
+    )
     from hvdlm.models.spec import ModelMaker, ModelSpec
+    from hvdlm.topology import Mesh
 
 hookspec = pluggy.HookspecMarker("hvdlm")
 hookimpl = pluggy.HookimplMarker("hvdlm")
@@ -63,6 +74,11 @@ def hvdlm_check(config: Config, spec: ModelSpec) -> None:
 
     ``spec``: the model with a stand-in vocabulary of 256.
     """
+
+
+@hookspec(firstresult=True)
+def hvdlm_predict(config: Config, spec: ModelSpec, mesh: Mesh, rank: int) -> Prediction | None:
+    """Return what a step of ``rank`` needs by closed forms, or None where there are none for this model."""
 
 
 @hookspec

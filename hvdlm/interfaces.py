@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from hvdlm.config import CompressionConfig, Config
-    from hvdlm.models.layout import FlatLayout
+    from hvdlm.models.layout import FlatLayout, Piece
     from hvdlm.models.spec import ModelSpec
     from hvdlm.topology import Mesh
 
@@ -78,6 +78,8 @@ class StepResult:
         comm_seconds: time the step stood still for communication (what the backward pass did not hide).
         comm_bytes: bytes this rank handed to collectives.
         transfer_seconds: time that collectives took in the background, hidden or not; None: not known. The loop's.
+        idle_seconds: time in which this rank waited for other pipeline stages' results (part of comm_seconds).
+        axis_bytes: comm_bytes by the axis of the mesh along which they travelled (``exchange.AXIS_OF``).
     """
 
     loss: float
@@ -86,7 +88,24 @@ class StepResult:
     comm_seconds: float = 0.0
     comm_bytes: int = 0
     transfer_seconds: float | None = None
+    idle_seconds: float = 0.0
+    axis_bytes: dict[str, int] = field(default_factory=dict)
     extra: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What closed forms say of one rank.
+
+    Attributes:
+        memory: bytes of parameters, gradients, optimizer and activations.
+        bytes: bytes that a step hands to collectives, by axis (``exchange.AXIS_OF``); None: sums aren't dense.
+        idle_share: share of a step in which a pipeline stage waits.
+    """
+
+    memory: dict[str, int]
+    bytes: dict[str, int] | None
+    idle_share: float
 
 
 @dataclass
@@ -134,6 +153,12 @@ class Group(Protocol):
 
     def all_gather_async(self, tensor: Tensor, name: str) -> Handle:
         """Start ``all_gather``."""
+
+    def reduce_scatter_async(self, tensor: Tensor, name: str) -> Handle:
+        """Start ``reduce_scatter``."""
+
+    def broadcast_async(self, tensor: Tensor, root: int, name: str) -> Handle:
+        """Start ``broadcast``; goes on in the background in both frameworks (not inside a TensorFlow graph)."""
 
     def all_to_all_async(self, tensor: Tensor, name: str) -> Handle:
         """Start ``all_to_all``."""
@@ -222,14 +247,28 @@ class Trainable(Protocol):
         """Do one optimizer step on this rank's rows of the global batch. All ranks call, with equally many."""
 
     def eval_step(self, batch: Batch) -> tuple[float, float]:
-        """Return (sum of losses over valid tokens in nats, valid tokens) of this rank's rows; no communication."""
+        """Return (sum of losses over valid tokens in nats, valid tokens) of this rank's rows.
+
+        No communication along the data axis. The losses are right on the ranks of the last pipeline stage.
+        """
 
     def logits(self, tokens: np.ndarray, cache: Any = None) -> tuple[np.ndarray, Any]:
         """Continue ``cache`` (None: from the start) by ``tokens`` int32 ``[rows, time]``.
 
+        All ranks that hold a copy of the model call, with the same tokens.
+
         Returns:
             float32 ``[rows, vocab]``: the scores of what follows the last token; and the grown cache.
         """
+
+    def memory(self) -> dict[str, int]:
+        """Return the bytes that this rank holds for parameters, gradients, optimizer and activations.
+
+        Activations: the most that was kept at once for the backward pass, as measured in the first step.
+        """
+
+    def traffic(self) -> dict[str, Traffic]:
+        """Return what the collectives of all groups of this rank moved so far, by ``purpose/operation``."""
 
     def state(self) -> dict[str, np.ndarray]:
         """Return copies of all that training goes on from, under global names.
@@ -237,6 +276,9 @@ class Trainable(Protocol):
         ``parameters/NAME`` as in the ModelSpec, ``optimizer/KIND/NAME`` of the parameter's shape, ``exchange/...``,
         and ``carry/...`` of recurrent models.
         """
+
+    def pieces(self) -> dict[str, Piece]:
+        """Return which part of the global array every entry of ``state()`` holds, but for ``exchange/``."""
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
         """Take over what ``state()`` returned, perhaps in the other framework or on another number of ranks.
@@ -269,12 +311,17 @@ class Exchange(Protocol):
         size: ranks along the data axis.
         apart: whether ranks' parameters and optimizer states differ between steps (rarer synchronisation).
         stands_for: for how many ranks this step's metrics stand: 1 where they were summed over all.
+        part, parts: this rank updates part number ``part`` of ``parts`` equal parts of every bucket (ZeRO); 0, 1: all.
+        scatters_every: whether every micro-batch's gradients are scattered, so that none are kept whole (ZeRO-2).
         traffic: the group's counters.
     """
 
     size: int
     apart: bool
     stands_for: int
+    part: int
+    parts: int
+    scatters_every: bool
     traffic: dict[str, Traffic]
 
     def open(self, layout: FlatLayout, parameters: np.ndarray) -> None:
@@ -284,10 +331,16 @@ class Exchange(Protocol):
         """Prepare for ``step``; return its phase: steps of one phase call the same collectives (and share a graph)."""
 
     def start(self, bucket: Tensor, index: int) -> Handle:
-        """Begin to sum flat ``bucket`` ``[elements]`` over the data axis; ``index`` numbers the buckets of a step."""
+        """Begin to sum flat ``bucket`` ``[elements]`` over the data axis; ``index`` numbers the buckets of a step.
+
+        The answer is this rank's part of the sum, ``[elements / parts]``.
+        """
 
     def start_metrics(self, values: Tensor) -> Handle:
         """Begin to sum float64 ``[n]`` (loss sum, valid tokens) over the data axis."""
+
+    def gather(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Return every bucket's updated parameters, ``[elements]``, from this rank's parts of them."""
 
     def finish(self, parameters: Tensor) -> Tensor | None:
         """Return what the updated flat ``parameters`` ``[size]`` are replaced by; None: they stay."""

@@ -13,6 +13,7 @@ from hvdlm.interfaces import Batch, RankError, StepResult
 from hvdlm.run import Run, clear, versions
 from hvdlm.schedule import make_schedule
 from hvdlm.telemetry.interval import Interval
+from hvdlm.topology import AXES
 
 
 def train(run: Run) -> dict[str, Any]:
@@ -70,13 +71,14 @@ def micro_batches(run: Run, step: int) -> list[Batch]:
 
 
 def evaluate(run: Run) -> dict[str, float]:
-    """Return the task's figures on the whole validation split, each rank doing its share. All ranks call."""
-    place = run.mesh.coordinates(run.world.rank)["data"]
+    """Return the task's figures on the whole validation split, each data rank doing its share. All ranks call."""
+    at = run.mesh.coordinates(run.world.rank)
+    place, counts = at["data"], at["tensor"] == 0 and at["pipeline"] == run.mesh.pipeline - 1
     loss_sum = tokens = 0.0
     for batch in run.task.validation(place, run.mesh.data):
         part_loss, part_tokens = run.trainable.eval_step(batch)
         loss_sum, tokens = loss_sum + part_loss, tokens + part_tokens
-    sums = run.world.gather_objects([loss_sum, tokens])
+    sums = run.world.gather_objects([loss_sum, tokens] if counts else [0.0, 0.0])
     return run.task.metrics(sum(s[0] for s in sums), sum(s[1] for s in sums))
 
 
@@ -88,9 +90,10 @@ def save(run: Run, done: int) -> int:
         "config": run.asked.to_dict(),
         "tokenizer": run.task.tokenizer.hash,
         "vocab": run.task.vocab,
+        "mesh": run.mesh.shape,
         "versions": versions(run.config.framework),
     }
-    path = checkpoint.save(folder, done, run.trainable.state(), meta, run.world)
+    path = checkpoint.save(folder, done, run.trainable.state(), meta, run.world, run.trainable.pieces())
     if run.world.rank == 0:
         checkpoint.prune(folder, run.config.checkpoint.keep)
     seconds = time.perf_counter() - began
@@ -131,7 +134,8 @@ class Meter:
 
     def __init__(self, parameters: int) -> None:
         self.bytes = self.steps = 0
-        self.last_loss = self.seconds = 0.0
+        self.last_loss = self.seconds = self.idle = 0.0
+        self.axis_bytes: dict[str, int] = {}
         self.rates = Interval(parameters)
 
     def add(self, result: StepResult, seconds: float) -> None:
@@ -139,8 +143,10 @@ class Meter:
         self.steps += 1
         self.bytes += result.comm_bytes
         self.last_loss = result.loss
+        self.axis_bytes = result.axis_bytes
         if self.steps > 1:
             self.seconds += seconds
+            self.idle += result.idle_seconds
             self.rates.add(result, seconds)
 
 
@@ -164,12 +170,20 @@ class Watchdog:
 
 
 def summarise(run: Run, meter: Meter, metrics: Mapping[str, float]) -> dict[str, Any]:
-    """Return what ``summary.json`` holds; bytes and memory are those of the rank with the most. All ranks call."""
+    """Return what ``summary.json`` holds. All ranks call.
+
+    Peak memory is that of the rank with the most; ``ranks`` tells of every rank what it holds and what a step of it
+    moved along every axis, each beside what closed forms predict; ``idle_share`` is the mean over ranks.
+    """
     from hvdlm.telemetry.memory import peak_memory_bytes
 
-    group = run.world.group(run.mesh.group("data", run.world.rank))
-    traffic = {key: [entry.calls, entry.bytes, entry.seconds] for key, entry in sorted(group.traffic.items())}
-    everyone = run.world.gather_objects([meter.bytes, peak_memory_bytes(), traffic])
+    traffic = {key: [entry.calls, entry.bytes, entry.seconds] for key, entry in sorted(run.trainable.traffic().items())}
+    predicted = run.manager.hook.hvdlm_predict(config=run.config, spec=run.spec, mesh=run.mesh, rank=run.world.rank)
+    own: dict[str, Any] = {"memory": run.trainable.memory(), "step_bytes": meter.axis_bytes}
+    if predicted:
+        own |= {"predicted_memory": predicted.memory, "predicted_step_bytes": predicted.bytes}
+    idle = meter.idle / meter.seconds if meter.seconds else 0.0
+    everyone = run.world.gather_objects([meter.bytes, peak_memory_bytes(), traffic, own, idle])
     rates = meter.rates
     return {
         "train_loss": meter.last_loss,
@@ -178,6 +192,7 @@ def summarise(run: Run, meter: Meter, metrics: Mapping[str, float]) -> dict[str,
         "seconds": meter.seconds,
         "steps": run.config.train.steps,
         "world_size": run.world.size,
+        "mesh": dict(zip(AXES, run.mesh.shape, strict=True)),
         "framework": run.config.framework,
         "backend": run.config.backend,
         "parameters": run.spec.parameters,
@@ -185,14 +200,21 @@ def summarise(run: Run, meter: Meter, metrics: Mapping[str, float]) -> dict[str,
         "compression": rates.compression,
         "comm_share": rates.comm_share if rates.steps else 0.0,
         "overlap": rates.overlap,
+        "idle_share": sum(part[4] for part in everyone) / len(everyone),
+        "predicted_idle_share": predicted.idle_share if predicted else None,
         "traffic": _over_ranks([part[2] for part in everyone]),
         "peak_memory_bytes": max(part[1] for part in everyone),
+        "ranks": [part[3] for part in everyone],
     }
 
 
 def _over_ranks(parts: list[dict[str, list[float]]]) -> dict[str, dict[str, float]]:
     """Return the sums over ranks, by ``purpose/operation``."""
+    names = sorted({key for part in parts for key in part})
     return {
-        key: {name: sum(part[key][i] for part in parts) for i, name in enumerate(("calls", "bytes", "seconds"))}
-        for key in parts[0]
+        key: {
+            name: sum(part[key][i] for part in parts if key in part)
+            for i, name in enumerate(("calls", "bytes", "seconds"))
+        }
+        for key in names
     }

@@ -162,10 +162,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def run_config(run: str, arguments: list[str]) -> Config:
     """Return the configuration that a run was trained with, ``arguments`` overriding it."""
+    return _parse("", "", ["--config", str(_run_file(run)), *arguments])
+
+
+def _run_file(run: str) -> Path:
     path = Path(run) / "config.yaml"
     if not path.is_file():
         raise HvdlmError(f"--run {run}: there is no run (no config.yaml): name the folder given as --log.run.")
-    return _parse("", "", ["--config", str(path), *arguments])
+    return path
 
 
 def _parse_known(parser: _Parser, arguments: list[str]) -> tuple[Any, list[str]]:
@@ -189,8 +193,11 @@ def _parse_known(parser: _Parser, arguments: list[str]) -> tuple[Any, list[str]]
     return parser.parse_args(own), rest
 
 
-def _run_parser(command: str, description: str) -> _Parser:
-    parser = _parser(command, description, "Options with a dot, --framework and --backend override the run's own.")
+_OVERRIDES = "Options with a dot, --framework and --backend override the run's own."
+
+
+def _run_parser(command: str, description: str, epilog: str | None = _OVERRIDES) -> _Parser:
+    parser = _parser(command, description, epilog)
     parser.add_argument("--run", type=str, default="runs/default", help="the run's folder")
     parser.add_argument("--checkpoint", type=str, default=None, help="a checkpoint folder; default: the run's newest")
     return parser
@@ -211,6 +218,22 @@ def parse_generate(arguments: list[str]) -> tuple[Any, list[str]]:
     parser.add_argument("--top_p", type=float, default=1.0, help="draw among the likeliest that sum to this share")
     parser.add_argument("--seed", type=int, default=1, help="everything random follows from it")
     return _parse_known(parser, arguments)
+
+
+def parse_convert(arguments: list[str]) -> Any:
+    """Return ``run``, ``checkpoint`` and ``output`` of ``convert``.
+
+    Raises:
+        HvdlmError: there is no such run, and no checkpoint is named; or no output is.
+    """
+    parser = _run_parser("convert", "Merge a checkpoint's parameters into one safetensors file.", epilog=None)
+    parser.add_argument("--output", type=str, default=None, help="the file to write; what is there is replaced")
+    values = parser.parse_args(arguments)
+    if not values.output:
+        raise HvdlmError("--output: the value is missing, expected a file to write, for example model.safetensors.")
+    if values.checkpoint is None:
+        _run_file(values.run)
+    return values
 
 
 def parse_prepare(arguments: list[str]) -> Any:

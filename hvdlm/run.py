@@ -76,7 +76,7 @@ def plan(config: Config, *, fresh: bool = True) -> Plan:
     backend_name = choose_backend() if config.backend == "auto" else config.backend
     if config.communication.exchange not in plugins.installed() and not config.plugins:
         raise plugins.unknown("exchange", config.communication.exchange)
-    names = [config.framework, backend_name, config.task, config.communication.exchange, *config.plugins]
+    names = [config.framework, backend_name, config.task, config.communication.exchange, "sharding", *config.plugins]
     if config.communication.compression.algorithm != "none":
         names += ["compression", config.communication.compression.algorithm]  # a plugin's own may carry its name
     manager = plugins.load(names)
@@ -166,11 +166,18 @@ def start(plan: Plan) -> Run:
         exchange = plugins.make(manager, "exchange", config.communication.exchange, group=group, config=config, **more)
         trainable = framework.build(spec, plan.mesh, world, exchange, config)
         if plan.checkpoint:
-            trainable.load_state(checkpoint.load(plan.checkpoint, world.rank, world.size))
+            trainable.load_state(_load(plan.checkpoint, trainable, world, plan.mesh))
     except HvdlmError as error:
         error.world = world  # type: ignore[attr-defined]
         raise
     return Run(config, plan.asked, manager, world, plan.mesh, task, spec, trainable, plan.checkpoint)
+
+
+def _load(found: Checkpoint, trainable: Trainable, world: World, mesh: Mesh) -> dict[str, Any]:
+    """Return this rank's part of a checkpoint; what a rank alone knew is of use where ranks hold the same parts."""
+    state = checkpoint.load(found, trainable.pieces(), world.rank, world.size)
+    same = tuple(found.manifest.get("mesh", ())) == mesh.shape
+    return {name: array for name, array in state.items() if same or not name.startswith("exchange/")}
 
 
 @dataclass

@@ -43,14 +43,28 @@ class Mesh:
         here = self.coordinates(rank)
         return tuple(self._rank({**here, axis: place}) for place in range(getattr(self, axis)))
 
+    def model_group(self, rank: int) -> tuple[int, ...]:
+        """Return the ranks that together hold one copy of the model: those with the data coordinate of ``rank``."""
+        first = self.coordinates(rank)["data"] * self.pipeline * self.tensor
+        return tuple(range(first, first + self.pipeline * self.tensor))
+
+    def pair(self, rank: int, stage: int) -> tuple[int, int]:
+        """Return the ranks of ``stage`` and of the one after it (the last one's: the first) in the line of ``rank``."""
+        line = self.group("pipeline", rank)
+        a, b = line[stage], line[(stage + 1) % len(line)]
+        return (min(a, b), max(a, b))
+
     def groups(self) -> list[tuple[int, ...]]:
-        """Return all groups of two ranks or more, each once, in an order that is the same on every rank."""
+        """Return all groups of two ranks or more, each once: the same list on every rank."""
         found: dict[tuple[int, ...], None] = {}
         for axis, rank in product(AXES, range(self.size)):
-            ranks = self.group(axis, rank)
-            if len(ranks) > 1:
-                found.setdefault(ranks)
-        return list(found)
+            found.setdefault(self.group(axis, rank))
+        for rank in range(self.size):
+            found.setdefault(self.model_group(rank))
+        if self.pipeline > 1:
+            for rank, stage in product(range(self.size), range(self.pipeline)):
+                found.setdefault(self.pair(rank, stage))
+        return [ranks for ranks in found if len(ranks) > 1]
 
     def _rank(self, at: dict[str, int]) -> int:
         return (at["data"] * self.pipeline + at["pipeline"]) * self.tensor + at["tensor"]

@@ -77,8 +77,6 @@ def values(config: Config) -> None:
         )
     if config.train.nesterov and not config.train.momentum:
         raise HvdlmError("train.nesterov needs train.momentum above 0, for example --train.momentum 0.9.")
-    if config.parallel.pipeline > 1 or config.parallel.tensor > 1:
-        raise HvdlmError("parallel.pipeline and parallel.tensor are not supported yet: leave both at 1.")
     writable(Path(config.log.run), "log.run")
 
 

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import json
+import tempfile
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.numpy import load_file
 
-from hvdlm import checkpoint
+from hvdlm import checkpoint, cli
+from hvdlm.convert import convert
 from hvdlm.interfaces import HvdlmError, RankError
+from hvdlm.models.layout import Piece, whole
 from hvdlm_backends.local import LocalWorld
 
 STATE = {
@@ -19,27 +30,77 @@ STATE = {
 }
 
 
-class OneOfTwo(LocalWorld):
-    """Rank ``rank`` of two, whose other rank says the same, with its own files."""
+WANTED = {name: whole(array.shape) for name, array in STATE.items()}
+W = WANTED["parameters/w"]
 
-    size = 2
 
-    def __init__(self, rank: int, other: dict | None = None) -> None:
-        self.rank, self._other = rank, other  # type: ignore[misc]
+class Ranks:
+    """Ranks that are threads of this process."""
 
-    def gather_objects(self, value):  # type: ignore[no-untyped-def]
-        """Return both ranks' values."""
-        other = self._other if isinstance(value, dict) and self._other else value
-        return [value, other] if self.rank == 0 else [other, value]
+    def __init__(self, size: int) -> None:
+        self.size, self._said = size, [None] * size
+        self._barrier = threading.Barrier(size, timeout=20)
+
+    def world(self, rank: int) -> Any:
+        """Return the world as ``rank`` sees it."""
+        world = LocalWorld()
+        world.rank, world.size = rank, self.size  # type: ignore[misc]
+        world.gather_objects = lambda value: self._gather(rank, value)  # type: ignore[method-assign]
+        return world
+
+    def _gather(self, rank: int, value: Any) -> list[Any]:
+        self._said[rank] = json.loads(json.dumps(value))
+        self._barrier.wait()
+        said = list(self._said)
+        self._barrier.wait()
+        return said
+
+    def run(self, action: Callable[[Any], Any]) -> list[Any]:
+        """Return what ``action(world)`` returned or raised on every rank."""
+
+        def guarded(rank: int) -> Any:
+            try:
+                return action(self.world(rank))
+            except (RankError, HvdlmError) as error:
+                return error
+
+        with ThreadPoolExecutor(self.size) as pool:
+            return list(pool.map(guarded, range(self.size)))
+
+
+def cut(array: np.ndarray, piece: Piece) -> np.ndarray:
+    box = array[(..., *piece.slices)]
+    return box if piece.flat is None else box.reshape(-1)[slice(*piece.flat)]
 
 
 def save(folder: Path, step: int = 5) -> Path:
     return checkpoint.save(folder, step, STATE, {"tokenizer": "t"}, LocalWorld())
 
 
+def save_cut(folder: Path, arrays: dict[str, np.ndarray], cuts: list[dict[str, Piece]]) -> Path:
+    """Save ``arrays`` from as many ranks as there are ``cuts``, each with its pieces."""
+
+    def action(world: Any) -> Path:
+        pieces = cuts[world.rank]
+        state = {name: cut(arrays[name], piece) for name, piece in pieces.items()}
+        return checkpoint.save(folder, 5, state, {}, world, pieces)
+
+    return Ranks(len(cuts)).run(action)[0]
+
+
+def rows(shape: tuple[int, ...], first: int, last: int) -> Piece:
+    return Piece(shape, (first, 0), (last - first, shape[1]))
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    manifest = json.loads((path / "manifest.json").read_text())
+    change(manifest)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
 def test_what_is_saved_is_loaded_bit_for_bit(tmp_path: Path) -> None:
     found = checkpoint.open_checkpoint(save(tmp_path))
-    loaded = checkpoint.load(found, 0, 1)
+    loaded = checkpoint.load(found, WANTED, 0, 1)
     assert found.step == 5 and found.manifest["tokenizer"] == "t" and loaded.keys() == STATE.keys()
     for name, array in STATE.items():
         np.testing.assert_array_equal(loaded[name], array)
@@ -48,8 +109,138 @@ def test_what_is_saved_is_loaded_bit_for_bit(tmp_path: Path) -> None:
 
 def test_carried_state_is_dealt_out_anew_on_another_number_of_ranks(tmp_path: Path) -> None:
     found = checkpoint.open_checkpoint(save(tmp_path))
-    parts = [checkpoint.load(found, rank, 2)["carry/0.0"] for rank in range(2)]
+    wanted = [{"carry/0.0": rows((4, 2), 2 * rank, 2 * rank + 2)} for rank in range(2)]
+    parts = [checkpoint.load(found, wanted[rank], rank, 2)["carry/0.0"] for rank in range(2)]
     np.testing.assert_array_equal(np.concatenate(parts), STATE["carry/0.0"])
+
+
+@st.composite
+def boxes(draw: st.DrawFn, shape: tuple[int, ...]) -> list[Piece]:
+    """Return pieces that together are an array of ``shape``: boxes, some of them cut again into flat ranges."""
+    found = [whole(shape)]
+    for _ in range(draw(st.integers(0, 4))):
+        piece = found.pop(draw(st.integers(0, len(found) - 1)))
+        size = int(np.prod(piece.extent))
+        if not shape or piece.flat or draw(st.booleans()):
+            low, high = piece.flat or (0, size)
+            middle = draw(st.integers(low, high))
+            halves = [Piece(shape, piece.start, piece.extent, flat) for flat in ((low, middle), (middle, high))]
+        else:
+            axis = draw(st.integers(0, len(shape) - 1))
+            middle = draw(st.integers(0, piece.extent[axis]))
+            halves = []
+            for begin, end in ((0, middle), (middle, piece.extent[axis])):
+                start, extent = list(piece.start), list(piece.extent)
+                start[axis], extent[axis] = start[axis] + begin, end - begin
+                halves.append(Piece(shape, tuple(start), tuple(extent)))
+        found += halves
+    return list(dict.fromkeys(found))
+
+
+@st.composite
+def saved_and_wanted(draw: st.DrawFn) -> tuple[tuple[int, ...], list[dict[str, Piece]], list[Piece]]:
+    """Return a shape, which pieces of arrays of that shape each of some ranks holds, and other pieces."""
+    shape = tuple(draw(st.lists(st.integers(0, 6), max_size=3)))
+    size = draw(st.integers(1, 3))
+    ranks: list[dict[str, Piece]] = [{} for _ in range(size)]
+    # A rank holds one piece of a tensor: what is left over goes to further ranks.
+    for name in ("parameters/a", "optimizer/m/a", "carry/a"):
+        for number, piece in enumerate(draw(st.permutations(draw(boxes(shape))))):
+            if number == len(ranks):
+                ranks.append({})
+            ranks[number][name] = piece
+    for rank in ranks:  # and some hold what another holds too
+        for name in ("parameters/a", "optimizer/m/a", "carry/a"):
+            if name not in rank and draw(st.booleans()):
+                rank[name] = draw(st.sampled_from([other[name] for other in ranks if name in other]))
+    return shape, ranks, draw(boxes(shape))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(saved_and_wanted(), st.sampled_from(["float32", "float64", "int64"]))
+def test_any_cut_of_an_array_is_loaded_in_any_other_bit_for_bit(
+    case: tuple[tuple[int, ...], list[dict[str, Piece]], list[Piece]], dtype: str
+) -> None:
+    shape, ranks, wanted = case
+    bits = np.random.default_rng(1).integers(0, 2**60, shape, "int64")
+    arrays = {name: np.asarray(bits + i).astype(dtype) for i, name in enumerate(("parameters/a", "optimizer/m/a"))}
+    arrays["carry/a"] = arrays["parameters/a"] * 2
+    with tempfile.TemporaryDirectory() as folder:
+        found = checkpoint.open_checkpoint(save_cut(Path(folder), arrays, ranks))
+        for piece in wanted:
+            loaded = checkpoint.load(found, dict.fromkeys(arrays, piece), 0, 9)
+            for name, array in arrays.items():
+                assert loaded[name].shape == piece.held and loaded[name].dtype == array.dtype
+                assert loaded[name].tobytes() == cut(array, piece).tobytes()
+        assert convert(found, Path(folder) / "merged") == bits.size
+        merged = load_file(Path(folder) / "merged")
+        assert merged["a"].shape == shape and merged["a"].tobytes() == arrays["parameters/a"].tobytes()
+
+
+def test_what_several_ranks_hold_the_lowest_writes_alone(tmp_path: Path) -> None:
+    shape = (4, 3)
+    array = np.arange(12, dtype=np.float32).reshape(shape)
+    cuts = [{"parameters/w": rows(shape, 2 * (r // 2), 2 * (r // 2) + 2), "optimizer/m/w": whole(shape)}
+            for r in range(4)]  # fmt: skip
+    path = save_cut(tmp_path, {"parameters/w": array, "optimizer/m/w": array}, cuts)
+    names = {p.name for p in path.iterdir()}
+    assert names == {
+        "manifest.json",
+        "model-0000.safetensors",
+        "model-0002.safetensors",
+        "optimizer.safetensors",
+    }
+    with safe_open(str(path / "model-0002.safetensors"), framework="numpy") as file:
+        np.testing.assert_array_equal(file.get_tensor("w"), array[2:])
+
+
+def test_what_a_rank_alone_knows_goes_back_to_it_and_to_no_other_number_of_ranks(tmp_path: Path) -> None:
+    def action(world: Any) -> Path:
+        mine = {"exchange/error": np.full(2, world.rank, np.float32), "optimizer/loss_scale": np.float32(8)}
+        return checkpoint.save(tmp_path, 5, STATE | {k: np.asarray(v) for k, v in mine.items()}, {}, world)
+
+    found = checkpoint.open_checkpoint(Ranks(2).run(action)[0])
+    for rank in range(2):
+        loaded = checkpoint.load(found, {"parameters/w": W}, rank, 2)
+        assert loaded["exchange/error"].tolist() == [rank, rank]
+        assert loaded["optimizer/loss_scale"].shape == () and loaded["optimizer/loss_scale"] == 8
+    assert "exchange/error" not in checkpoint.load(found, {"parameters/w": W}, 0, 1)
+
+
+def test_only_files_that_overlap_are_read(tmp_path: Path) -> None:
+    shape = (4, 3)
+    array = np.arange(12, dtype=np.float32).reshape(shape)
+    path = save_cut(
+        tmp_path, {"parameters/w": array}, [{"parameters/w": rows(shape, 2 * r, 2 * r + 2)} for r in (0, 1)]
+    )
+    flip(path / "model-0001.safetensors")
+    found = checkpoint.open_checkpoint(path)
+    loaded = checkpoint.load(found, {"parameters/w": rows(shape, 1, 2)}, 0, 2)
+    np.testing.assert_array_equal(loaded["parameters/w"], array[1:2])
+    loaded["parameters/w"] += 1  # it is the caller's own
+    with pytest.raises(HvdlmError, match=r"model-0001\.safetensors has another SHA-256"):
+        checkpoint.load(found, {"parameters/w": rows(shape, 1, 3)}, 0, 2)
+
+
+def test_a_model_of_other_settings_is_told_what_does_not_fit(tmp_path: Path) -> None:
+    found = checkpoint.open_checkpoint(save(tmp_path))
+    with pytest.raises(HvdlmError, match=r"parameters/v is missing, expected \[2\]\. Use the model settings"):
+        checkpoint.load(found, {"parameters/v": whole((2,))}, 0, 1)
+    with pytest.raises(HvdlmError, match=r"parameters/w has shape \[2, 3\], expected \[3, 3\]"):
+        checkpoint.load(found, {"parameters/w": whole((3, 3))}, 0, 1)
+    afresh = {"optimizer/second/w": W, "carry/0.0": whole((6, 2))}
+    assert checkpoint.load(found, afresh, 0, 1) == {}
+
+
+def test_a_missing_slice_is_told(tmp_path: Path) -> None:
+    path = save_cut(tmp_path, {n: STATE[n] for n in WANTED}, [{n: rows(p.shape, 0, 1) for n, p in WANTED.items()}])
+    found = checkpoint.open_checkpoint(path)
+    with pytest.raises(HvdlmError, match=f"checkpoint {path} is damaged: a slice of parameters/w is missing"):
+        checkpoint.load(found, {"parameters/w": W}, 0, 1)
+    assert checkpoint.load(found, {"carry/0.0": WANTED["carry/0.0"]}, 0, 1) == {}
+    with pytest.raises(HvdlmError, match=r"a slice of parameters/w is missing"):
+        convert(found, tmp_path / "merged")
+    assert not list(tmp_path.glob("*merged*"))
 
 
 def test_auto_takes_the_newest_whole_one(tmp_path: Path) -> None:
@@ -74,25 +265,78 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
 def test_saving_the_same_step_again_replaces_it(tmp_path: Path) -> None:
     save(tmp_path)
     checkpoint.save(tmp_path, 5, {"parameters/w": np.zeros(1, np.float32)}, {}, LocalWorld())
-    loaded = checkpoint.load(checkpoint.open_checkpoint(tmp_path / "step-00000005"), 0, 1)
+    found = checkpoint.open_checkpoint(tmp_path / "step-00000005")
+    loaded = checkpoint.load(found, {"parameters/w": whole((1,))}, 0, 1)
     assert list(loaded) == ["parameters/w"] and loaded["parameters/w"].tolist() == [0]
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
 
 
 def test_a_flipped_bit_is_noticed_before_anything_is_loaded(tmp_path: Path) -> None:
     path = save(tmp_path)
-    data = bytearray((path / "model.safetensors").read_bytes())
-    data[-1] ^= 1
-    (path / "model.safetensors").write_bytes(data)
+    flip(path / "model.safetensors")
     with pytest.raises(HvdlmError, match=r"model\.safetensors has another SHA-256"):
-        checkpoint.load(checkpoint.open_checkpoint(path), 0, 1)
+        checkpoint.load(checkpoint.open_checkpoint(path), WANTED, 0, 1)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"format": "other"}', '{"format": "hvdlm-checkpoint-1"}', "\x00"])
+@pytest.mark.parametrize(
+    "content",
+    ["{", "[]", '{"format": "other"}', '{"format": "hvdlm-checkpoint-1"}', '{"format": "hvdlm-checkpoint-2"}', "\x00"]
+    + ["[" * 100_000],
+)
 def test_a_damaged_manifest_is_refused_with_its_path(tmp_path: Path, content: str) -> None:
     path = save(tmp_path)
     (path / "manifest.json").write_text(content)
     with pytest.raises(HvdlmError, match=f"checkpoint {path} is damaged or foreign"):
         checkpoint.open_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"file": "other.safetensors"}, "is said to be in"),
+        ({"file": "optimizer.safetensors"}, "is said to be in"),
+        ({"file": ["model.safetensors"]}, "unhashable"),
+        ({"dtype": "F33"}, "dtype"),
+        ({"start": [1, 0]}, "outside"),
+        ({"start": [-1, 0]}, "is cut at"),
+        ({"start": [False, 0]}, "is cut at"),
+        ({"start": [0]}, "outside"),
+        ({"extent": [2, 2.0]}, "is cut at"),
+        ({"flat": [0, 7]}, "outside"),
+        ({"flat": [3, 2]}, "outside"),
+        ({"flat": [3]}, "unpack"),
+        ({"shape": [10**9, 10**9], "extent": [10**9, 10**9]}, "too small"),
+        ({"shape": None}, "is cut at"),
+    ],
+)
+def test_a_manifest_that_lies_about_a_slice_is_refused(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    path = save(tmp_path)
+    edit(path, lambda manifest: manifest["tensors"]["parameters/w"][0].update(change))
+    with pytest.raises(HvdlmError, match=f"damaged or foreign: .*{said}"):
+        checkpoint.open_checkpoint(path)
+
+
+@pytest.mark.parametrize("tensors", [[], {"w": []}, {"parameters/w": []}, {"parameters/w": [{}]}, {"carry/a": 1}])
+def test_a_manifest_without_proper_tensors_is_refused(tmp_path: Path, tensors: Any) -> None:
+    path = save(tmp_path)
+    edit(path, lambda manifest: manifest.update(tensors=tensors))
+    with pytest.raises(HvdlmError, match="is damaged or foreign"):
+        checkpoint.open_checkpoint(path)
+
+
+def test_a_manifest_that_promises_more_than_the_file_holds_takes_no_memory(tmp_path: Path) -> None:
+    path = save(tmp_path)
+    edit(path, lambda manifest: manifest["tensors"]["parameters/w"][0].update(shape=[10**9, 10**9]))
+    with pytest.raises(HvdlmError, match="a slice of parameters/w is missing"):
+        convert(checkpoint.open_checkpoint(path), tmp_path / "merged")
+    edit(path, lambda manifest: manifest["tensors"]["parameters/w"][0].update(shape=[3, 2], extent=[3, 2]))
+    with pytest.raises(HvdlmError, match=r"parameters/w in model\.safetensors is not what the manifest says"):
+        convert(checkpoint.open_checkpoint(path), tmp_path / "merged")
 
 
 @pytest.mark.parametrize("failing", ["model.safetensors", "manifest.json"])
@@ -115,10 +359,27 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(
     assert not (tmp_path / "step-00000010").exists()
 
 
-def test_another_ranks_failure_is_told_on_this_one(tmp_path: Path) -> None:
-    other = {"error": "No space left on device (x)", "files": {}}
-    with pytest.raises(RankError, match="rank 1 could not write the checkpoint"):
-        checkpoint.save(tmp_path, 5, STATE, {}, OneOfTwo(0, other))
+@pytest.mark.parametrize("failing, rank", [("model-0001.safetensors", 1), ("manifest.json", 0)])
+def test_every_rank_is_told_of_one_rank_s_failure(
+    tmp_path: Path, failing: str, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = checkpoint._write_synced
+
+    def full(path: Path, data: bytes) -> None:
+        if path.name == failing:
+            raise OSError(28, "No space left on device", str(path))
+        real(path, data)
+
+    monkeypatch.setattr(checkpoint, "_write_synced", full)
+
+    def action(world: Any) -> Path:
+        piece = rows((2, 3), world.rank, world.rank + 1)
+        state = {"parameters/w": cut(STATE["parameters/w"], piece)}
+        return checkpoint.save(tmp_path, 5, state, {}, world, {"parameters/w": piece})
+
+    told = Ranks(2).run(action)
+    assert len(told) == 2 and all(isinstance(error, RankError) for error in told)
+    assert all(f"rank {rank} could not" in str(error) and "No space left" in str(error) for error in told)
     assert not list(tmp_path.glob("step-*"))
 
 
@@ -126,3 +387,69 @@ def test_the_manifest_is_plain_json_and_names_every_file(tmp_path: Path) -> None
     path = save(tmp_path)
     manifest = json.loads((path / "manifest.json").read_text())
     assert set(manifest["files"]) == {p.name for p in path.iterdir()} - {"manifest.json"}
+
+
+def cut_run(folder: Path) -> dict[str, np.ndarray]:
+    """Write a run whose checkpoint four ranks cut; return its parameters."""
+    (folder / "run").mkdir()
+    (folder / "run" / "config.yaml").write_text("train: {steps: 5}\n")
+    arrays = {
+        "parameters/w": np.random.default_rng(1).normal(size=(8, 6)).astype(np.float32),
+        "parameters/norm": np.arange(6.0),
+        "parameters/scale": np.asarray(np.float32(3)),
+    }
+    cuts = [
+        {name: whole(array.shape) for name, array in arrays.items()}
+        | {"parameters/w": Piece((8, 6), (0, 3 * (r % 2)), (8, 3), (12 * (r // 2), 12 * (r // 2) + 12))}
+        for r in range(4)
+    ]
+    save_cut(folder / "run" / "checkpoints", arrays, cuts)
+    return {name.removeprefix("parameters/"): array for name, array in arrays.items()}
+
+
+def test_convert_merges_what_many_ranks_wrote_into_one_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    expected = cut_run(tmp_path)
+    output = tmp_path / "merged.safetensors"
+    output.write_text("something older")
+    assert cli.main(["convert", "--run", str(tmp_path / "run"), "--output", str(output)]) == 0
+    assert "55 parameters" in capsys.readouterr().out
+    found = load_file(output)
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        assert found[name].dtype == array.dtype and found[name].shape == array.shape
+        np.testing.assert_array_equal(found[name], array)
+    with safe_open(str(output), framework="numpy") as file:
+        assert file.metadata() == {"format": "hvdlm", "step": "5"}
+    step = tmp_path / "run" / "checkpoints" / "step-00000005"
+    assert cli.main(["convert", "--checkpoint", str(step), "--output", str(tmp_path / "again")]) == 0
+    assert (tmp_path / "again").read_bytes() == output.read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["again", "merged.safetensors", "run"]
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--run", "no", "--output", "x"], "--run no: there is no run"),
+        (["--run", "run"], "--output: the value is missing"),
+        (["--run", "run", "--output", "no/x"], "--output no/x: No such file or directory"),
+        (["--run", "run", "--output", "run"], "--output run: Is a directory"),
+        (["--run", "run", "--output", "."], "--output .: "),
+        (["--run", "empty", "--output", "x"], "empty holds no checkpoint yet"),
+        (["--checkpoint", "no", "--output", "x"], "no is no hvdlm checkpoint"),
+    ],
+)
+def test_convert_refuses_with_a_sentence(
+    tmp_path: Path,
+    arguments: list[str],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    cut_run(Path("."))
+    Path("empty").mkdir()
+    Path("empty/config.yaml").write_text("train: {steps: 5}\n")
+    assert cli.main(["convert", *arguments]) == 2
+    told = capsys.readouterr().err
+    assert said in told and told.count("\n") == 1, told
+    assert sorted(p.name for p in Path(".").iterdir()) == ["empty", "run"]

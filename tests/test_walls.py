@@ -15,7 +15,20 @@ TRANSPORTS = {"torch", "tensorflow", "keras", "horovod", "mpi4py"}
 ABOVE = {"hvdlm_torch", "hvdlm_tensorflow", "hvdlm_backends", "hvdlm_compression", "hvdlm_sharding"}
 FLOORS = {
     0: ["interfaces", "hookspecs", "config", "topology", "schedule", "models", "data", "tasks", "validate"],
-    1: ["loop", "run", "checkpoint", "telemetry", "plugins", "exchange", "generate", "doctor", "bench"],
+    1: [
+        "loop",
+        "run",
+        "checkpoint",
+        "pieces",
+        "convert",
+        "telemetry",
+        "plugins",
+        "exchange",
+        "loss_scale",
+        "generate",
+        "doctor",
+        "bench",
+    ],
     3: ["cli", "options", "schema", "__main__"],
 }
 
@@ -54,11 +67,18 @@ def test_core_knows_no_framework_no_transport_and_nothing_above_its_floor(path: 
 @pytest.mark.parametrize(
     "folder, allowed", [("plugins/hvdlm_torch", "torch"), ("plugins/hvdlm_tensorflow", "tensorflow")]
 )
-def test_a_framework_plugin_knows_its_own_framework_only(folder: str, allowed: str) -> None:
-    forbidden = TRANSPORTS | ABOVE - {Path(folder).name}
+def test_a_framework_plugin_knows_its_own_framework_and_how_models_are_cut(folder: str, allowed: str) -> None:
+    forbidden = TRANSPORTS | ABOVE
     for path in sources(folder):
         for line, name in imports(path):
-            assert name.split(".")[0] not in forbidden - {allowed, Path(folder).name}, f"{path}:{line} imports {name}"
+            known = {allowed, Path(folder).name, "hvdlm_sharding"}
+            assert name.split(".")[0] not in forbidden - known, f"{path}:{line} imports {name}"
+
+
+def test_sharding_knows_no_framework() -> None:
+    for path in sources("plugins/hvdlm_sharding"):
+        for line, name in imports(path):
+            assert name.split(".")[0] not in (TRANSPORTS | ABOVE) - {"hvdlm_sharding"}, f"{path}:{line} imports {name}"
 
 
 def test_compression_is_written_once_for_both_frameworks() -> None:

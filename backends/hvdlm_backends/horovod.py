@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -40,6 +41,23 @@ class _Waiting:
         while not (self._sleeps or self._hvd.poll(self._handle)):
             time.sleep(max(_POLL_SECONDS, _POLL_SHARE * (time.perf_counter() - started)))
         result = _first(self._hvd.synchronize(self._handle))
+        self._traffic.seconds += time.perf_counter() - started
+        return result
+
+
+_THREADS = ThreadPoolExecutor(16, "hvdlm-broadcast")
+
+
+class _Threaded:
+    """A TensorFlow collective under way in a thread of its own; waiting for it is timed."""
+
+    def __init__(self, call: Callable[[], Any], traffic: Traffic) -> None:
+        self._future, self._traffic = _THREADS.submit(call), traffic
+
+    def wait(self) -> Any:
+        """Return the result."""
+        started = time.perf_counter()
+        result = self._future.result()
         self._traffic.seconds += time.perf_counter() - started
         return result
 
@@ -85,6 +103,19 @@ class HorovodGroup:
         """Start the exchange of parts; see ``interfaces.Group``."""
         return self._start("all_to_all", tensor, name)
 
+    def reduce_scatter_async(self, tensor: Any, name: str) -> Handle:
+        """Start the sum and its scattering; see ``interfaces.Group``."""
+        return self._start("reduce_scatter", tensor, name, op=self._hvd.Sum)
+
+    def broadcast_async(self, tensor: Any, root: int, name: str) -> Handle:
+        """Start the broadcast; see ``interfaces.Group``."""
+        if not self._named:
+            return self._start("broadcast", tensor, name, root_rank=self.ranks[root])
+        # Outside of a graph, TensorFlow's operations block: a thread waits instead.
+        traffic = self._count("broadcast", name, tensor)
+        options = {"name": name, "process_set": self._set, **self._named}
+        return _Threaded(partial(self._hvd.broadcast, tensor, self.ranks[root], **options), traffic)
+
     def _timed(self, operation: str, name: str, tensors: Sequence[Any], call: Callable[[], Any]) -> Any:
         traffic = self._count(operation, name, *tensors)
         started = time.perf_counter()
@@ -116,8 +147,7 @@ class HorovodGroup:
 
     def reduce_scatter(self, tensor: Any, name: str) -> Any:
         """Return this member's part of the sum; see ``interfaces.Group``."""
-        options = {"op": self._hvd.Sum, "name": name, "process_set": self._set, **self._named}
-        return self._timed("reduce_scatter", name, [tensor], lambda: self._hvd.reducescatter(tensor, **options))
+        return self.reduce_scatter_async(tensor, name).wait()
 
     def broadcast(self, tensor: Any, root: int, name: str) -> Any:
         """Return the root's tensor; see ``interfaces.Group``."""

@@ -9,7 +9,8 @@ from hvdlm.config import Config
 from hvdlm.interfaces import Exchange, HvdlmError, World
 from hvdlm.models.spec import ModelSpec
 from hvdlm.topology import Mesh
-from hvdlm_tensorflow.models import make_model
+from hvdlm_sharding.axes import make_axes
+from hvdlm_sharding.rules import share
 from hvdlm_tensorflow.trainable import TensorFlowTrainable
 
 
@@ -23,8 +24,9 @@ class TensorFlowFramework:
     ) -> TensorFlowTrainable:
         """Return the model at its initial values on this rank's device; see ``interfaces.Framework``."""
         _choose_device(world, config)
-        place = mesh.coordinates(world.rank)["data"]
-        return TensorFlowTrainable(model, make_model(model), exchange, config, place)
+        part = share(model, mesh, world.rank, config.parallel)
+        axes = make_axes(world, mesh, part)
+        return TensorFlowTrainable(model, part, axes, exchange, config, mesh, world.rank)
 
     def tensor(self, array: np.ndarray) -> tf.Tensor:
         """Return a copy of ``array`` on the device."""

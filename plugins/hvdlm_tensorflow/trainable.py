@@ -9,11 +9,20 @@ import numpy as np
 import tensorflow as tf
 
 from hvdlm.config import Config
-from hvdlm.exchange import add, since, snapshot, total_bytes
-from hvdlm.interfaces import Batch, Exchange, HvdlmError, StepResult, Traffic
-from hvdlm.models.layout import make_layout
+from hvdlm.exchange import by_axis
+from hvdlm.interfaces import Batch, Exchange, StepResult, Traffic
+from hvdlm.models.layout import Piece
 from hvdlm.models.spec import ModelSpec
+from hvdlm.topology import Mesh
+from hvdlm_sharding.axes import Axes, Wire
+from hvdlm_sharding.rules import Share
+from hvdlm_sharding.state import ShardedState, carried, joined
+from hvdlm_tensorflow.collectives import Collectives
+from hvdlm_tensorflow.counted import CountedGraph
+from hvdlm_tensorflow.memory import Kept
+from hvdlm_tensorflow.models import make_model
 from hvdlm_tensorflow.optimizers import FlatOptimizer
+from hvdlm_tensorflow.pipeline import Pipeline
 
 _HALF = {"bf16": tf.bfloat16, "fp16": tf.float16}
 
@@ -21,91 +30,173 @@ _HALF = {"bf16": tf.bfloat16, "fp16": tf.float16}
 class TensorFlowTrainable:
     """Parameters lie in one flat variable; a step is one graph, in which buckets travel while others are computed."""
 
-    def __init__(self, spec: ModelSpec, model: Any, exchange: Exchange, config: Config, place: int) -> None:
-        self._model, self._exchange, self._config, self._place = model, exchange, config, place
-        self.layout = make_layout(spec.params, config.communication.bucket_bytes)
-        self._flat = tf.Variable(self.layout.flatten(spec.initial(config.train.seed)))
-        self._gradient: Any = tf.Variable(tf.zeros_like(self._flat)) if self._accumulates() else None
-        self._optimizer = FlatOptimizer(config.train, self._flat, tf.constant(self.layout.decay_mask()))
-        self._normaliser = float(config.train.batch_size * config.data.context)
+    def __init__(
+        self, spec: ModelSpec, share: Share, axes: Axes, exchange: Exchange, config: Config, mesh: Mesh, rank: int
+    ) -> None:
+        self._sharded = state = ShardedState(spec, share, exchange, config, mesh, rank)
+        self._spec, self._share, self._axes, self._exchange = spec, share, axes, exchange
+        self._config, self.layout = config, state.layout
+        self._collectives = Collectives(axes.tensor, share)
+        self._model = make_model(spec, share, self._collectives)
+        initial = state.initial()
+        self._flat = tf.Variable(initial)
+        # What this rank updates: the flat variable itself, or its part of every bucket.
+        self._own = self._flat if exchange.parts == 1 else tf.Variable(state.own(initial))
+        self._gradient = self._make_gradient()
+        self._optimizer = FlatOptimizer(config.train, self._own, tf.constant(state.own(self.layout.decay_mask())))
+        self._model.dtype = _HALF.get(config.train.precision, tf.float32)
+        self._pipeline = Pipeline(share, axes, config.parallel.schedule, rank, self._model.dtype)
+        self._wire = Wire(axes, exchange)
         self._carry: dict[int, Any] = {}
         self._eval_carry: Any = None
-        self._scale, self._steps_unscaled = (2.0**16 if config.train.precision == "fp16" else 1.0), 0
-        # What a graph's run moves, by phase: its collectives are counted when it is traced, and then with every run.
-        self._moved: dict[Hashable, dict[str, Traffic]] = {}
-        model.dtype = _HALF.get(config.train.precision, tf.float32)
-        exchange.open(self.layout, self._flat.numpy())
-        self._accumulate_graph = tf.function(self._accumulate)
-        self._step_graph = tf.function(self._step)
-        self._eval_graph = tf.function(self._evaluate)
-        self._extend_graph = tf.function(self._extend, reduce_retracing=True)
-        self._backward_part = tf.function(self._backward, jit_compile=True) if config.train.compile else self._backward
+        self._kept = Kept()
+        exchange.open(self.layout, initial)
+        self._make_graphs()
 
-    def _accumulates(self) -> bool:
-        return self._config.train.micro_batch_size is not None
+    def _make_gradient(self) -> Any:
+        """Return what micro-batches' gradients add up in: this rank's parts of them, all of them, or nothing."""
+        if self._exchange.scatters_every:
+            return tf.Variable(tf.zeros_like(self._own), trainable=False)
+        several = self._config.train.micro_batch_size is not None or self._share.stage.count > 1
+        return tf.Variable(tf.zeros_like(self._flat), trainable=False) if several else None
 
-    def _pieces(self) -> dict[str, tf.Tensor]:
+    def _make_graphs(self) -> None:
+        self._accumulate_graph = CountedGraph(self._accumulate, self._wire)
+        self._step_graph = CountedGraph(self._step, self._wire)
+        self._stage_graph = CountedGraph(self._stage, self._wire)
+        self._add_graph = CountedGraph(self._add, self._wire)
+        self._finish_graph = CountedGraph(self._finish, self._wire)
+        self._eval_graph = CountedGraph(self._evaluate, self._wire)
+        self._extend_graph = CountedGraph(self._extend, self._wire, reduce_retracing=True)
+        compiled = self._config.train.compile
+        self._backward_part = tf.function(self._backward, jit_compile=True) if compiled else self._backward
+
+    def _parameters(self) -> dict[str, tf.Tensor]:
         """Return every parameter as a part of the flat vector."""
-        parts = tf.split(self._flat, [slot.stop - slot.start for slot in self.layout.slots])
-        return {s.name: tf.reshape(part, s.shape) for s, part in zip(self.layout.slots, parts, strict=True)}
+        slots, lengths, place = self.layout.slots, [], 0
+        for slot in slots:
+            lengths += [slot.start - place, slot.stop - slot.start]  # between buckets there may be zeros
+            place = slot.stop
+        parts = tf.split(self._flat, [*lengths, self.layout.size - place])
+        return {s.name: tf.reshape(part, s.shape) for s, part in zip(slots, parts[1::2], strict=True)}
 
     def train_step(self, micro_batches: Sequence[Batch], learning_rate: float, step: int) -> StepResult:
         """Do one optimizer step; see ``interfaces.Trainable``."""
-        loss_sum, tokens = tf.zeros((), tf.float64), sum(batch.tokens for batch in micro_batches)
+        before = by_axis(self._wire.traffic())
+        tokens = sum(batch.tokens for batch in micro_batches)
+        figures = tf.constant([learning_rate, step, tokens], tf.float64)
+        phase = self._exchange.begin(step)
         if self._gradient is not None:
             self._gradient.assign(tf.zeros_like(self._gradient))
+        if self._share.stage.count > 1:
+            loss_sum = self._pass_all(micro_batches, step)
+            graph, totals = self._finish_graph, self._finish_graph(phase, phase, loss_sum, self._scale(), figures)
+        else:
+            graph, totals = self._step_graph, self._run_all(micro_batches, step, phase, figures)
+        loss_sum_value, total, squared, waited = totals.numpy().tolist()
+        self._wire.waited(graph.last, waited)
+        norm = squared**0.5
+        self._sharded.loss_scale.update(norm)
+        idle = self._pipeline.waited
+        after = by_axis(self._wire.traffic())
+        moved = {axis: count - before.get(axis, 0) for axis, count in after.items()}
+        return StepResult(
+            loss_sum_value / total,
+            total * self._exchange.stands_for,
+            norm,
+            waited + idle,
+            sum(moved.values()),
+            idle_seconds=idle,
+            axis_bytes=moved,
+        )
+
+    def _run_all(self, micro_batches: Sequence[Batch], step: int, phase: Hashable, figures: tf.Tensor) -> tf.Tensor:
+        """Do a step without stages; return what ``_update`` does."""
+        loss_sum = tf.zeros((), tf.float64)
         for number, batch in enumerate(micro_batches[:-1]):
             carry, seed = self._start(number, batch, step)
-            loss, self._carry[number] = self._accumulate_graph(*_tensors(batch), carry, seed, self._scale_tensor())
+            arguments = (*_tensors(batch), carry, seed, self._scale())
+            loss, self._carry[number] = self._accumulate_graph(phase, phase, *arguments)
             loss_sum += loss
         last = len(micro_batches) - 1
         carry, seed = self._start(last, micro_batches[last], step)
-        figures = tf.constant([learning_rate, step, tokens], tf.float64)
-        phase, earlier = self._exchange.begin(step), snapshot(self._exchange.traffic)
-        arguments = (*_tensors(micro_batches[last]), carry, seed, self._scale_tensor(), loss_sum, figures)
-        totals, self._carry[last] = self._step_graph(phase, *arguments)
-        loss_sum_value, total, norm, waited = totals.numpy().tolist()
-        sent = self._count(phase, earlier, waited)
-        self._rescale(norm)
-        return StepResult(loss_sum_value / total, total * self._exchange.stands_for, norm, waited, sent)
+        arguments = (*_tensors(micro_batches[last]), carry, seed, self._scale(), loss_sum, figures)
+        totals, self._carry[last] = self._step_graph(phase, phase, *arguments)
+        return totals
 
-    def _count(self, phase: Hashable, earlier: Mapping[str, Traffic], waited: float) -> int:
-        """Count what the graph's run moved, which is what was counted when it was traced; return the bytes."""
-        traced = since(self._exchange.traffic, earlier)
-        if traced or phase not in self._moved:
-            self._moved[phase] = traced
-        else:
-            add(self._exchange.traffic, self._moved[phase])
-        for key in self._moved[phase]:  # a graph tells the time of all, not of each
-            if not key.startswith("metrics"):
-                self._exchange.traffic[key].seconds += waited
-                break
-        return total_bytes(self._moved[phase])
+    def _pass_all(self, micro_batches: Sequence[Batch], step: int) -> tf.Tensor:
+        """Do this stage's forward and backward passes; return the sum of losses, float64."""
+        loss_sum = tf.zeros((), tf.float64)
+
+        def compute(number: int, batch: Batch, x: tf.Tensor | None) -> tf.Tensor:
+            nonlocal loss_sum
+            carry, seed = self._start(number, batch, step)
+            made, loss, self._carry[number] = self._stage_graph(None, x, *_tensors(batch), carry, seed, self._scale())
+            loss_sum += loss
+            return made
+
+        width = self._spec.settings.width
+        self._pipeline.run(micro_batches, width, self._flat, compute, lambda gradient: self._add_graph(None, gradient))
+        return loss_sum
 
     def _start(self, number: int, batch: Batch, step: int) -> tuple[Any, tf.Tensor]:
         carry = None if batch.reset else self._carry.get(number)
         carry = self._model.cache(len(batch.inputs)) if carry is None else carry
-        return carry, tf.constant(_seed(self._config.train.seed, self._place, step, number), tf.int32)
+        words = self._sharded.seed(step, number).generate_state(2, np.uint32).astype(np.int32)
+        return carry, tf.constant(words, tf.int32)
 
-    def _scale_tensor(self) -> tf.Tensor:
-        return tf.constant(self._scale, tf.float32)
+    def _scale(self) -> tf.Tensor:
+        return tf.constant(self._sharded.loss_scale.value, tf.float32)
+
+    def _stage(
+        self, x: Any, inputs: Any, targets: Any, weights: Any, carry: Any, seed: Any, scale: Any
+    ) -> tuple[tf.Tensor, tf.Tensor, Any]:
+        """Return what this stage makes (the last: the scaled loss), the sum of losses (float64), the carried state."""
+        made, carry = self._losses(self._parameters(), inputs, x, targets, weights, carry, seed, True)
+        if not self._share.stage.last:
+            return made, tf.zeros((), tf.float64), carry
+        scaled = tf.reduce_sum(made) * (scale / self._sharded.normaliser)
+        return scaled, tf.reduce_sum(tf.cast(made, tf.float64)), carry
 
     def _backward(
-        self, pieces: Any, inputs: Any, targets: Any, weights: Any, carry: Any, seed: Any, scale: Any
+        self, parameters: Any, inputs: Any, targets: Any, weights: Any, carry: Any, seed: Any, scale: Any
     ) -> tuple[tf.Tensor, Any, list[tf.Tensor]]:
         """Return the loss sum (float64), the carried state, and the gradient of every slot, dense and flat."""
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(pieces)
-            losses, carry = self._losses(pieces, inputs, targets, weights, carry, seed, True)
-            scaled = tf.reduce_sum(losses) * (scale / self._normaliser)
-        gradients = tape.gradient(scaled, [pieces[slot.name] for slot in self.layout.slots])
+        with self._kept.forward(parameters), tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(parameters)
+            losses, carry = self._losses(parameters, inputs, None, targets, weights, carry, seed, True)
+            scaled = tf.reduce_sum(losses) * (scale / self._sharded.normaliser)
+        gradients = tape.gradient(scaled, [parameters[slot.name] for slot in self.layout.slots])
+        self._kept.backward()
         flat = [tf.reshape(tf.convert_to_tensor(g), [-1]) for g in gradients]
         return tf.reduce_sum(tf.cast(losses, tf.float64)), carry, flat
 
-    def _accumulate(self, inputs: Any, targets: Any, weights: Any, carry: Any, seed: Any, scale: Any) -> Any:
-        loss, carry, gradients = self._backward_part(self._pieces(), inputs, targets, weights, carry, seed, scale)
-        self._gradient.assign_add(tf.concat(gradients, 0))
+    def _buckets(self, gradients: list[tf.Tensor]) -> list[tf.Tensor]:
+        """Return flat buckets from the gradients of slots, zeros at their ends where the layout has them."""
+        found = []
+        for index, (first, last) in enumerate(self.layout.buckets):
+            rest = self.layout.bucket_range(index)[1] - self.layout.slots[last - 1].stop
+            found.append(tf.concat([*gradients[first:last], *([tf.zeros(rest)] if rest else [])], 0))
+        return found
+
+    def _cut(self, flat: tf.Tensor) -> list[tf.Tensor]:
+        """Return flat buckets of a flat gradient ``[size]``."""
+        ranges = [self.layout.bucket_range(i) for i in range(len(self.layout.buckets))]
+        return [flat[start:stop] for start, stop in ranges]
+
+    def _accumulate(
+        self, phase: Hashable, inputs: Any, targets: Any, weights: Any, carry: Any, seed: Any, scale: Any
+    ) -> Any:
+        loss, carry, gradients = self._backward_part(self._parameters(), inputs, targets, weights, carry, seed, scale)
+        self._add(tf.concat(self._buckets(gradients), 0))
         return loss, carry
+
+    def _add(self, gradient: tf.Tensor) -> None:
+        """Add a micro-batch's gradient ``[size]``, or, where none is kept whole, this rank's part of its sum."""
+        if self._exchange.scatters_every:
+            handles = [self._exchange.start(bucket, index) for index, bucket in enumerate(self._cut(gradient))]
+            gradient = tf.concat([handle.wait() for handle in handles], 0)
+        self._gradient.assign_add(gradient)
 
     def _step(
         self,
@@ -119,35 +210,84 @@ class TensorFlowTrainable:
         loss_sum: Any,
         figures: Any,
     ) -> tuple[tf.Tensor, Any]:
-        loss, carry, gradients = self._backward_part(self._pieces(), inputs, targets, weights, carry, seed, scale)
-        buckets = [tf.concat(gradients[first:last], 0) for first, last in self.layout.buckets]
-        if self._gradient is not None:
-            ranges = [self.layout.bucket_range(i) for i in range(len(buckets))]
-            buckets = [b + self._gradient[start:stop] for b, (start, stop) in zip(buckets, ranges, strict=True)]
-        with tf.control_dependencies(buckets):
+        """Do the last micro-batch and the update."""
+        loss, carry, gradients = self._backward_part(self._parameters(), inputs, targets, weights, carry, seed, scale)
+        buckets = self._buckets(gradients)
+        if self._gradient is not None and not self._exchange.scatters_every:
+            buckets = [b + before for b, before in zip(buckets, self._cut(self._gradient), strict=True)]
+        return self._update(buckets, loss_sum + loss, scale, figures), carry
+
+    def _finish(self, phase: Hashable, loss_sum: Any, scale: Any, figures: Any) -> tf.Tensor:
+        """Do the update after all stages' passes."""
+        buckets = None if self._exchange.scatters_every else self._cut(tf.identity(self._gradient))
+        return self._update(buckets, loss_sum, scale, figures)
+
+    def _update(
+        self, buckets: list[tf.Tensor] | None, loss_sum: tf.Tensor, scale: tf.Tensor, figures: tf.Tensor
+    ) -> tf.Tensor:
+        """Sum the buckets (None: all sums lie in ``self._gradient``) and apply them.
+
+        Returns:
+            float64 ``[4]``: the loss sum, tokens and squared gradient norm of the global batch, the seconds waited.
+        """
+        exchange = self._exchange
+        with tf.control_dependencies(buckets or []):
             # Not right after the forward pass: Horovod's thread would take a core from the backward pass.
-            totals = tf.stack([loss_sum + loss, figures[2]])
+            totals = tf.stack([loss_sum, figures[2]])
             ready = tf.timestamp()
-        metrics = self._exchange.start_metrics(totals)
-        handles = [self._exchange.start(bucket, index) for index, bucket in enumerate(buckets)]
+        metrics = exchange.start_metrics(totals) if exchange.parts == 1 else None
+        handles = [exchange.start(bucket, index) for index, bucket in enumerate(buckets or [])]
         reduced = [handle.wait() for handle in handles]
+        if exchange.scatters_every:
+            before = [self._gradient[a:b] for a, b in self._sharded.places]
+            reduced = [r + b for r, b in zip(reduced, before, strict=True)] if reduced else before
+        if self._axes.ends is not None:
+            for index in self._sharded.tied:
+                reduced[index] = self._axes.ends.all_reduce_async(reduced[index], "tied").wait()
         with tf.control_dependencies(reduced):
-            waited = tf.maximum(tf.timestamp() - ready, 0.0) if self._exchange.size > 1 else ready * 0.0
-        totals = metrics.wait()
-        norm = self._apply(tf.concat(reduced, 0), totals[1], scale, figures)
+            busy = exchange.size > 1 or self._axes.ends is not None
+            waited = tf.maximum(tf.timestamp() - ready, 0.0) if busy else ready * 0.0
+        own = tf.concat(reduced, 0)
+        squares = self._squares(own)
+        if metrics is None:
+            totals = exchange.start_metrics(tf.concat([totals, squares], 0)).wait()
+        else:
+            totals = tf.concat([metrics.wait(), squares], 0)
+        totals = self._over_model(totals)
+        true_scale = self._sharded.normaliser / (totals[1] * tf.cast(scale, tf.float64))
+        norm = tf.sqrt(totals[2]) * true_scale
+        self._apply(own, norm, true_scale, figures)
         with tf.control_dependencies([norm]):
             ready = tf.timestamp()
-        replaced = self._exchange.finish(self._flat.read_value())
+        replaced = self._replaced()
         if replaced is not None:
             with tf.control_dependencies([replaced]):
                 waited += tf.maximum(tf.timestamp() - ready, 0.0)
             self._flat.assign(replaced)
-        return tf.stack([totals[0], totals[1], norm, waited]), carry
+        return tf.stack([totals[0], totals[1], tf.square(norm), waited])
 
-    def _apply(self, gradient: tf.Tensor, tokens: tf.Tensor, loss_scale: tf.Tensor, figures: tf.Tensor) -> tf.Tensor:
-        """Rescale, clip and apply the summed gradient; return its norm before clipping."""
-        scale = self._normaliser / (tokens * tf.cast(loss_scale, tf.float64))
-        norm = tf.cast(tf.norm(gradient), tf.float64) * scale
+    def _squares(self, own: tf.Tensor) -> tf.Tensor:
+        """Return the squared norm of the gradients that this rank counts, float64 ``[1]``."""
+        norms = [tf.cast(tf.norm(own[a:b]), tf.float64) for a, b in self._sharded.counted]
+        return tf.reduce_sum(tf.square(tf.stack(norms)), keepdims=True) if norms else tf.zeros(1, tf.float64)
+
+    def _over_model(self, totals: tf.Tensor) -> tf.Tensor:
+        """Return (loss sum, tokens, squared norm) of the whole model from this rank's, float64 ``[3]``."""
+        if len(self._axes.model.ranks) == 1:
+            return totals
+        if not (self._share.stage.last and self._share.place == 0):
+            totals *= tf.constant([0.0, 0.0, 1.0], tf.float64)
+        return self._axes.model.all_reduce_async(totals, "norm").wait()
+
+    def _replaced(self) -> tf.Tensor | None:
+        """Return what the flat vector is replaced by: what all ranks updated, or what the exchange makes of it."""
+        if self._exchange.parts == 1:
+            return self._exchange.finish(self._flat.read_value())
+        own = self._own.read_value()
+        return tf.concat(self._exchange.gather([own[a:b] for a, b in self._sharded.places]), 0)
+
+    def _apply(self, gradient: tf.Tensor, norm: tf.Tensor, scale: tf.Tensor, figures: tf.Tensor) -> None:
+        """Rescale, clip and apply the summed gradient, whose ``norm`` is in true scale."""
         clip = self._config.train.clip
         factor = scale * tf.minimum(tf.constant(1.0, tf.float64), clip / (norm + 1e-6)) if clip else scale
         learning_rate, step = tf.cast(figures[0], tf.float32), figures[1]
@@ -156,111 +296,110 @@ class TensorFlowTrainable:
             self._optimizer.update(gradient * tf.cast(factor, tf.float32), learning_rate, step)
             return tf.constant(True)
 
-        if self._config.train.precision == "fp16":
+        if self._sharded.loss_scale.active:
             tf.cond(tf.math.is_finite(norm), update, lambda: tf.constant(False))
         else:
             update()
-        return norm
-
-    def _rescale(self, norm: float) -> None:
-        """Adapt fp16's loss scale (Micikevicius et al. 2018, section 3.2)."""
-        if self._config.train.precision != "fp16":
-            return
-        if not np.isfinite(norm):
-            self._scale, self._steps_unscaled = max(1.0, self._scale / 2), 0
-            return
-        self._steps_unscaled += 1
-        if self._steps_unscaled == 2000:
-            self._scale, self._steps_unscaled = min(2.0**24, self._scale * 2), 0
 
     def _losses(
-        self, pieces: Any, inputs: Any, targets: Any, weights: Any, carry: Any, seed: Any, training: bool
+        self, parameters: Any, inputs: Any, x: Any, targets: Any, weights: Any, carry: Any, seed: Any, training: bool
     ) -> tuple[tf.Tensor, Any]:
-        """Return the losses ``[rows, time]`` in nats, 0 where the target doesn't count, and the carried state."""
-        self._model.bind(pieces)
+        """Return the losses ``[rows, time]`` in nats, 0 where the target doesn't count, and the carried state.
+
+        In a stage but the last: what it passes on, instead of losses.
+        """
+        self._model.bind(parameters)
         checkpointing = self._config.train.activation_checkpointing
-        hidden, carry = self._model.hidden(inputs, carry, training, checkpointing, seed)
-        scores = tf.cast(self._model.scores(hidden), tf.float32)  # [rows, time, vocab]
-        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=targets, logits=scores)
+        hidden, carry = self._model.hidden(inputs, x, carry, training, checkpointing, seed)
+        if not self._share.stage.last:
+            return hidden, carry
+        scores = tf.cast(self._model.scores(hidden), tf.float32)  # [rows, time, vocab / tensor ranks]
+        losses = self._collectives.cross_entropy(scores, targets)
         return (losses if weights is None else losses * weights), carry
 
     def eval_step(self, batch: Batch) -> tuple[float, float]:
         """Return (loss sum, tokens); see ``interfaces.Trainable``."""
         fresh = batch.reset or self._eval_carry is None
         carry = self._model.cache(len(batch.inputs)) if fresh else self._eval_carry
-        loss, self._eval_carry = self._eval_graph(*_tensors(batch), carry)
-        return float(loss), batch.tokens
 
-    def _evaluate(self, inputs: Any, targets: Any, weights: Any, carry: Any) -> tuple[tf.Tensor, Any]:
-        losses, carry = self._losses(self._pieces(), inputs, targets, weights, carry, tf.constant([0, 0]), False)
-        return tf.reduce_sum(tf.cast(losses, tf.float64)), carry
+        def compute(x: tf.Tensor | None) -> tf.Tensor:
+            made, self._eval_carry = self._eval_graph(None, x, *_tensors(batch), carry)
+            return made
+
+        made = self._pipeline.relay(self._pipeline.shape(batch, self._spec.settings.width), compute)
+        return (float(made) if self._share.stage.last else 0.0), batch.tokens
+
+    def _evaluate(self, x: Any, inputs: Any, targets: Any, weights: Any, carry: Any) -> tuple[tf.Tensor, Any]:
+        seed = tf.constant([0, 0])
+        made, carry = self._losses(self._parameters(), inputs, x, targets, weights, carry, seed, False)
+        return (tf.reduce_sum(tf.cast(made, tf.float64)) if self._share.stage.last else made), carry
 
     def logits(self, tokens: np.ndarray, cache: Any = None) -> tuple[np.ndarray, Any]:
         """Return the scores of the next token and the cache; see ``interfaces.Trainable``."""
         inputs = tf.constant(tokens, tf.int32)
         cache = self._model.decoding_cache(len(tokens)) if cache is None else cache
         self._model.check_length(cache, tokens.shape[1])
-        scores, cache = self._extend_graph(inputs, cache)
-        return scores.numpy(), cache
+        settings, stage = self._spec.settings, self._share.stage
 
-    def _extend(self, inputs: tf.Tensor, cache: Any) -> tuple[tf.Tensor, Any]:
-        self._model.bind(self._pieces())
-        hidden, cache = self._model.extend(inputs, cache)
-        return tf.cast(self._model.scores(hidden[:, -1]), tf.float32), cache
+        def compute(x: tf.Tensor | None) -> tf.Tensor:
+            nonlocal cache
+            made, cache = self._extend_graph(None, inputs, x, cache)
+            return made
+
+        made = self._pipeline.relay((*tokens.shape, settings.width), compute)
+        if stage.count > 1:
+            scores = made if stage.last else tf.zeros((len(tokens), settings.vocab))
+            made = self._axes.model.broadcast(scores, (stage.count - 1) * self._share.tensor, "pipeline.scores")
+        return made.numpy(), cache
+
+    def _extend(self, inputs: tf.Tensor, x: Any, cache: Any) -> tuple[tf.Tensor, Any]:
+        self._model.bind(self._parameters())
+        hidden, cache = self._model.extend(inputs, x, cache)
+        if not self._share.stage.last:
+            return hidden, cache
+        return tf.cast(self._collectives.all_scores(self._model.scores(hidden[:, -1])), tf.float32), cache
+
+    def memory(self) -> dict[str, int]:
+        """Return the bytes that this rank holds; see ``interfaces.Trainable``.
+
+        Of gradients and activations, those that the step's graph makes; of stages, what a trace of one pass tells.
+        """
+        size, own = self.layout.size, int(self._own.shape[0])
+        ranges = [self.layout.bucket_range(i) for i in range(len(self.layout.buckets))]
+        passing = max(b - a for a, b in ranges) if self._exchange.scatters_every else size
+        return {
+            "parameters": 4 * (size + (own if self._own is not self._flat else 0)),
+            "gradients": 4 * (passing + (own if self._exchange.parts > 1 else 0)),
+            "optimizer": sum(4 * int(flat.shape[0]) for flat in self._optimizer.memory.values()),
+            "activations": self._kept.bytes,
+        }
+
+    def traffic(self) -> dict[str, Traffic]:
+        """Return what all collectives moved; see ``interfaces.Trainable``."""
+        return self._wire.traffic()
 
     def state(self) -> dict[str, np.ndarray]:
         """Return everything that training goes on from; see ``interfaces.Trainable``."""
-        unflatten = self.layout.unflatten
-        state = {f"parameters/{n}": a for n, a in unflatten(self._flat.numpy()).items()}
-        for kind, flat in self._optimizer.memory.items():
-            arrays = unflatten(flat.numpy())
-            state.update({f"optimizer/{kind}/{n}": a for n, a in arrays.items()})
-            if self._exchange.apart:
-                state.update({f"exchange/own/{kind}/{n}": a for n, a in arrays.items()})
-        if self._config.train.precision == "fp16":
-            state["optimizer/loss_scale"] = np.array([self._scale, self._steps_unscaled])
-        state.update({f"exchange/{n}": a for n, a in self._exchange.state().items()})
-        return state | {f"carry/{n}": a for n, a in self._carried().items()}
+        memory = {kind: flat.numpy() for kind, flat in self._optimizer.memory.items()}
+        carry = joined([self._model.carry_arrays(self._carry[number]) for number in sorted(self._carry)])
+        return self._sharded.arrays(self._flat.numpy(), memory) | carry
 
-    def _carried(self) -> dict[str, np.ndarray]:
-        parts = [self._model.carry_arrays(self._carry[number]) for number in sorted(self._carry)]
-        return {name: np.concatenate([part[name] for part in parts]) for name in (parts[0] if parts else ())}
+    def pieces(self) -> dict[str, Piece]:
+        """Return which part of the global array an entry of the state is; see ``interfaces.Trainable``."""
+        return self._sharded.pieces(self._optimizer.memory)
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
         """Take over a state; see ``interfaces.Trainable``."""
-        self._take(self._flat, "parameters", state, required=True)
-        for kind, flat in self._optimizer.memory.items():
-            self._take(flat, f"optimizer/{kind}", state, required=False)
-            self._take(flat, f"exchange/own/{kind}", state, required=False)
-        if "optimizer/loss_scale" in state:
-            scale, steps = state["optimizer/loss_scale"]
-            self._scale, self._steps_unscaled = float(scale), int(steps)
-        self._exchange.open(self.layout, self._flat.numpy())
-        self._exchange.load_state({k[9:]: v for k, v in state.items() if k.startswith("exchange/")})
-        carried = {k[6:]: v for k, v in state.items() if k.startswith("carry/")}
-        self._carry = self._model.carry_tensors(carried, self._config.train.micro_batch_size)
-
-    def _take(self, flat: tf.Variable, prefix: str, state: Mapping[str, np.ndarray], required: bool) -> None:
-        values = flat.numpy()
-        for slot in self.layout.slots:
-            array = state.get(f"{prefix}/{slot.name}")
-            if array is None and not required:
-                continue
-            if array is None or array.shape != slot.shape:
-                found = "is missing" if array is None else f"has shape {list(array.shape)}"
-                raise HvdlmError(
-                    f"the checkpoint doesn't fit the model: {prefix}/{slot.name} {found}, expected {list(slot.shape)}. "
-                    "Use the model settings it was trained with (RUN/config.yaml)."
-                )
-            values[slot.start : slot.stop] = array.reshape(-1)
-        flat.assign(values)
+        memory = {kind: flat.numpy() for kind, flat in self._optimizer.memory.items()}
+        flat, memory = self._sharded.take(state, self._flat.numpy(), memory)
+        self._flat.assign(flat)
+        if self._own is not self._flat:
+            self._own.assign(self._sharded.own(flat))
+        for kind, array in memory.items():
+            self._optimizer.memory[kind].assign(array)
+        self._carry = self._model.carry_tensors(carried(state), self._config.train.micro_batch_size)
 
 
 def _tensors(batch: Batch) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor | None]:
     weights = None if batch.weights is None else tf.constant(batch.weights)
     return tf.constant(batch.inputs), tf.constant(batch.targets), weights
-
-
-def _seed(seed: int, place: int, step: int, number: int) -> np.ndarray:
-    """Return int32 ``[2]``, of its own for every data rank, step and micro-batch."""
-    return np.random.SeedSequence([seed, place, step, number]).generate_state(2, np.uint32).astype(np.int32)

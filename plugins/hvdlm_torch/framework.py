@@ -9,7 +9,8 @@ from hvdlm.config import Config
 from hvdlm.interfaces import Exchange, HvdlmError, World
 from hvdlm.models.spec import ModelSpec
 from hvdlm.topology import Mesh
-from hvdlm_torch.models import make_model
+from hvdlm_sharding.axes import make_axes
+from hvdlm_sharding.rules import share
 from hvdlm_torch.trainable import TorchTrainable
 
 
@@ -23,8 +24,9 @@ class TorchFramework:
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
         device = _device(world, config)
-        place = mesh.coordinates(world.rank)["data"]
-        return TorchTrainable(model, make_model(model), exchange, config, device, place)
+        part = share(model, mesh, world.rank, config.parallel)
+        axes = make_axes(world, mesh, part)
+        return TorchTrainable(model, part, axes, exchange, config, device, mesh, world.rank)
 
     def tensor(self, array: np.ndarray) -> torch.Tensor:
         """Return ``array`` on the device that is current; on a CPU, its memory is shared."""

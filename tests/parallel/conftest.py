@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
+from itertools import product
 
 import pytest
 
@@ -11,9 +13,14 @@ from hvdlm import plugins
 from hvdlm.config import Config
 from hvdlm.interfaces import World
 from hvdlm.run import choose_backend
-from hvdlm.topology import make_mesh
+from hvdlm.topology import Mesh
 
 FRAMEWORK = os.environ.get("HVDLM_TEST_FRAMEWORK", "torch")
+
+
+def meshes(size: int) -> list[Mesh]:
+    """Return every mesh of ``size`` ranks."""
+    return [Mesh(*shape) for shape in product(range(1, size + 1), repeat=3) if math.prod(shape) == size]
 
 
 @pytest.fixture(scope="session")
@@ -24,15 +31,15 @@ def config() -> Config:
 
 @pytest.fixture(scope="session")
 def world(config: Config) -> Iterator[World]:
-    """Return this launch's world; with four ranks, it has groups along the axes of a 2 x 1 x 2 mesh as well."""
+    """Return this launch's world, with the groups of every mesh of its size."""
     name = choose_backend()
     assert name != "local", "start these tests under a launcher: see tests/test_launches.py"
     backend = plugins.make(plugins.load([name]), "backend", name)
     _, size, _, _ = backend.launch_shape()
     config.train.threads = backend.prepare(config)
-    config.parallel.tensor = 2 if size == 4 else 1
+    groups = {ranks: None for mesh in meshes(size) for ranks in mesh.groups()}
     plugins.make(plugins.load([FRAMEWORK]), "framework", FRAMEWORK)
-    world = backend.start(FRAMEWORK, make_mesh(size, config.parallel).groups(), config)
+    world = backend.start(FRAMEWORK, list(groups), config)
     yield world
     world.close()
 
@@ -47,3 +54,11 @@ def tensor():
     import tensorflow
 
     return tensorflow.constant
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """End all ranks with the first failure of any: the others would wait for its collectives."""
+    if report.failed:
+        print(report.nodeid, report.longreprtext, flush=True)
+        os._exit(1)

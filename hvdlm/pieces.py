@@ -1,0 +1,245 @@
+"""Pieces of global arrays on disk: what a checkpoint's manifest says of them, and how other pieces are put together.
+
+What was saved by ranks that cut arrays in one way is read by ranks that cut them in another: every wanted piece is
+assembled from the stored ones that overlap it, one tensor at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hvdlm.interfaces import HvdlmError
+from hvdlm.models.layout import Piece
+
+KINDS = {"parameters/": "model", "optimizer/": "optimizer", "carry/": "carry"}
+"""Which files hold tensors whose names begin so."""
+
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BOOL": "bool"} | {
+    f"{letter}{bits}": f"{name}{bits}" for letter, name in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)
+}
+_NAMES = {numpy: name for name, numpy in _DTYPES.items()}
+_CHUNK = 2**20
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A piece of a global array in a file. ``dtype``: as safetensors calls it (``F32``)."""
+
+    file: str
+    dtype: str
+    piece: Piece
+
+    @property
+    def numpy(self) -> np.dtype[Any]:
+        """The dtype as numpy's."""
+        return np.dtype(_DTYPES[self.dtype])
+
+
+def kind(name: str) -> str:
+    """Return the first word of the files that hold the tensor ``name``."""
+    return KINDS[name.partition("/")[0] + "/"]
+
+
+def key(name: str) -> str:
+    """Return what the tensor ``name`` is called in its file."""
+    return name.removeprefix("parameters/")
+
+
+def to_json(array: np.ndarray, piece: Piece) -> dict[str, Any]:
+    """Return the manifest's entry, but for its file, of ``array``, which is ``piece`` of a global array."""
+    if array.shape != piece.held:
+        raise ValueError(f"an array of shape {array.shape} is said to be {piece}")
+    flat = None if piece.flat is None else list(piece.flat)
+    cut = {"shape": list(piece.shape), "start": list(piece.start), "extent": list(piece.extent), "flat": flat}
+    return {"dtype": _NAMES[array.dtype.name], **cut}
+
+
+def from_json(tensors: Mapping[str, Any], files: Mapping[str, Any]) -> dict[str, list[Stored]]:
+    """Return a manifest's ``tensors``, which may hold anything, checked against each other and ``files``.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: it is no manifest of ours.
+    """
+    found = {}
+    for name, entries in tensors.items():
+        if not name.startswith(tuple(KINDS)):
+            raise ValueError(f"it names a tensor {name!r}")
+        stored = [_stored(name, entry, files) for entry in entries]
+        if len({(s.piece.shape, s.dtype) for s in stored}) != 1 or len({s.piece for s in stored}) != len(stored):
+            raise ValueError(f"the slices of {name} contradict each other")
+        found[name] = stored
+    return found
+
+
+def _stored(name: str, entry: Mapping[str, Any], files: Mapping[str, Any]) -> Stored:
+    file, dtype, flat = entry["file"], entry["dtype"], entry["flat"]
+    shape, start, extent = (_numbers(name, entry[what]) for what in ("shape", "start", "extent"))
+    piece = Piece(shape, start, extent, None if flat is None else _pair(name, flat))
+    if file not in files or not file.startswith(kind(name)):
+        raise ValueError(f"{name} is said to be in {file!r}")
+    if dtype not in _DTYPES:
+        raise ValueError(f"{name} has the dtype {dtype!r}")
+    inside = len(shape) == len(start) == len(extent) and all(
+        a + n <= whole for a, n, whole in zip(start, extent, shape, strict=True)
+    )
+    if not inside or (piece.flat and not piece.flat[0] <= piece.flat[1] <= math.prod(extent)):
+        raise ValueError(f"a slice of {name} lies outside of it")
+    stored = Stored(file, dtype, piece)
+    if math.prod(piece.held) * stored.numpy.itemsize > files[file]["bytes"]:
+        raise ValueError(f"{file} is too small for its slice of {name}")
+    return stored
+
+
+def _numbers(name: str, value: Any) -> tuple[int, ...]:
+    # bool is an int to isinstance, and no number here.
+    if not isinstance(value, list) or not all(type(n) is int and n >= 0 for n in value):
+        raise ValueError(f"a slice of {name} is cut at {value!r}")
+    return tuple(value)
+
+
+def _pair(name: str, value: Any) -> tuple[int, int]:
+    first, last = _numbers(name, value)
+    return first, last
+
+
+class Reader:
+    """Reads pieces from a checkpoint's files; verifies a file's SHA-256 before anything of it is used."""
+
+    def __init__(self, folder: Path, files: Mapping[str, Any], tensors: Mapping[str, Sequence[Stored]]) -> None:
+        self._folder, self._files, self._tensors = folder, files, tensors
+        self._opened: dict[str, Any] = {}
+
+    def piece(self, name: str, wanted: Piece) -> np.ndarray:
+        """Return ``wanted`` of the tensor ``name``, of shape ``wanted.held``.
+
+        Raises:
+            HvdlmError: the stored slices don't cover it, or a file is damaged.
+        """
+        found = self.covered(name, wanted)
+        if found is None:
+            raise self._damaged(f"a slice of {name} is missing")
+        return found
+
+    def covered(self, name: str, wanted: Piece) -> np.ndarray | None:
+        """Return what ``piece`` returns, or None where the stored slices don't cover it."""
+        stored = self._tensors[name]
+        same = next((s for s in stored if s.piece == wanted), None)
+        if same:
+            return self._read(name, same)
+        # Before memory is taken for what a manifest only claims to be there.
+        if sum(math.prod(s.piece.held) for s in stored) < math.prod(wanted.held):
+            return None
+        target = _narrowed(wanted)
+        box = np.empty(target.extent, stored[0].numpy)
+        lacks = _elements(target)
+        for one in stored:
+            self._fill(box, lacks, target, name, one)
+        if lacks.any():
+            return None
+        return box if target.flat is None else box.reshape(-1)[slice(*target.flat)].copy()
+
+    def _fill(self, box: np.ndarray, lacks: np.ndarray, target: Piece, name: str, stored: Stored) -> None:
+        """Copy into ``box`` what ``stored`` has of it, where it still ``lacks`` something."""
+        source = _narrowed(stored.piece)
+        common = [
+            (max(a, b), min(a + n, b + m))
+            for a, n, b, m in zip(target.start, target.extent, source.start, source.extent, strict=True)
+        ]
+        if any(low >= high for low, high in common):
+            return
+        # An ellipsis keeps the part of an array without dimensions an array.
+        into: tuple[Any, ...] = (
+            ...,
+            *(slice(low - a, high - a) for (low, high), a in zip(common, target.start, strict=True)),
+        )
+        out_of: tuple[Any, ...] = (
+            ...,
+            *(slice(low - a, high - a) for (low, high), a in zip(common, source.start, strict=True)),
+        )
+        take = lacks[into] & _elements(source)[out_of]
+        if not take.any():
+            return
+        if source.flat is None:
+            np.copyto(box[into], self._read(name, stored, out_of[1:]), where=take)
+        else:
+            values = np.empty(source.extent, box.dtype)
+            values.reshape(-1)[slice(*source.flat)] = self._read(name, stored)
+            np.copyto(box[into], values[out_of], where=take)
+        lacks[into] &= ~take
+
+    def _read(self, name: str, stored: Stored, part: tuple[Any, ...] = ()) -> np.ndarray:
+        from safetensors import SafetensorError
+
+        file = self._open(stored.file)
+        try:
+            found = file.get_slice(key(name))
+            if (found.get_dtype(), tuple(found.get_shape())) != (stored.dtype, stored.piece.held):
+                raise self._damaged(f"{name} in {stored.file} is not what the manifest says")
+            return found[part] if part else file.get_tensor(key(name))
+        except SafetensorError as error:
+            raise self._damaged(f"{stored.file}: {error}") from error
+
+    def all(self, name: str) -> dict[str, np.ndarray]:
+        """Return all tensors of a file; none where the checkpoint has no such file."""
+        if name not in self._files:
+            return {}
+        from safetensors import SafetensorError
+
+        file = self._open(name)
+        try:
+            return {tensor: file.get_tensor(tensor) for tensor in file.keys()}
+        except SafetensorError as error:
+            raise self._damaged(f"{name}: {error}") from error
+
+    def _open(self, name: str) -> Any:
+        from safetensors import SafetensorError, safe_open
+
+        if name not in self._opened:
+            try:
+                if _sha256(self._folder / name) != self._files[name]["sha256"]:
+                    raise self._damaged(f"{name} has another SHA-256")
+                self._opened[name] = safe_open(str(self._folder / name), framework="numpy")
+            except (OSError, SafetensorError) as error:
+                raise self._damaged(f"{name}: {error}") from error
+        return self._opened[name]
+
+    def _damaged(self, why: str) -> HvdlmError:
+        return HvdlmError(f"checkpoint {self._folder} is damaged: {why}. Resume from another one.")
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _narrowed(piece: Piece) -> Piece:
+    """Return the same elements as a piece of the smallest box of whole rows (of the first dimension)."""
+    if piece.flat is None or not piece.extent:
+        return piece
+    row = max(1, math.prod(piece.extent[1:]))
+    first, last = piece.flat[0] // row, -(-piece.flat[1] // row)
+    return replace(
+        piece,
+        start=(piece.start[0] + first, *piece.start[1:]),
+        extent=(max(0, last - first), *piece.extent[1:]),
+        flat=(piece.flat[0] - first * row, piece.flat[1] - first * row),
+    )
+
+
+def _elements(piece: Piece) -> np.ndarray:
+    """Return bool ``[*extent]``: which elements of its box a piece holds."""
+    if piece.flat is None:
+        return np.ones(piece.extent, bool)
+    mask = np.zeros(piece.extent, bool)
+    mask.reshape(-1)[slice(*piece.flat)] = True
+    return mask

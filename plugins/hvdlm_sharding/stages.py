@@ -1,0 +1,78 @@
+"""Pipeline stages: a model's layers cut so that the slowest stage is as fast as can be."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+from hvdlm.models.spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: ``layers`` (first, last exclusive) of the model, before them the embedding, after them the head."""
+
+    number: int
+    count: int
+    layers: tuple[int, int]
+
+    @property
+    def first(self) -> bool:
+        """Whether it embeds the tokens."""
+        return self.number == 0
+
+    @property
+    def last(self) -> bool:
+        """Whether it computes the loss."""
+        return self.number == self.count - 1
+
+    def holds(self, name: str) -> bool:
+        """Return whether the parameter ``name`` belongs to this stage."""
+        kind, _, rest = name.partition(".")
+        if kind == "embed":
+            return self.first
+        if kind == "layers":
+            return self.layers[0] <= int(rest.partition(".")[0]) < self.layers[1]
+        return self.last
+
+
+def layer_flops(spec: ModelSpec) -> tuple[list[float], float]:
+    """Return the cost of every layer and of the head, in multiplications and additions of a step per token."""
+    s = spec.settings
+    costs = [0.0] * s.layers
+    for param in spec.params:
+        kind, _, rest = param.name.partition(".")
+        if kind == "layers" and len(param.shape) > 1:
+            costs[int(rest.partition(".")[0])] += 6.0 * param.size
+    attention = 12.0 * s.width * s.context if hasattr(s, "context") else 0.0
+    return [cost + attention for cost in costs], 6.0 * s.vocab * s.width
+
+
+def cut(spec: ModelSpec, stages: int) -> list[Stage]:
+    """Return ``stages`` stages whose most expensive one costs least; of equals, the cut with the earliest ends.
+
+    Raises:
+        ValueError: fewer layers than stages.
+    """
+    costs, head = layer_flops(spec)
+    layers = len(costs)
+    if layers < stages:
+        raise ValueError(f"{layers} layers are fewer than {stages} stages")
+
+    @cache
+    def best(first: int, left: int) -> tuple[float, tuple[int, ...]]:
+        """Return (cost of the slowest, ends) of layers ``first`` onwards in ``left`` stages."""
+        if left == 1:
+            return sum(costs[first:]) + head, (layers,)
+        found: tuple[float, tuple[int, ...]] = (math.inf, ())
+        for end in range(first + 1, layers - left + 2):
+            slowest, ends = best(end, left - 1)
+            slowest = max(slowest, sum(costs[first:end]))
+            if slowest < found[0]:
+                found = (slowest, (end, *ends))
+        return found
+
+    ends = best(0, stages)[1]
+    starts = (0, *ends[:-1])
+    return [Stage(i, stages, (a, b)) for i, (a, b) in enumerate(zip(starts, ends, strict=True))]

@@ -1,0 +1,270 @@
+"""Data, tensor and pipeline ranks in every combination train as one unsharded rank does."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hvdlm import plugins
+from hvdlm.checkpoint import load, open_checkpoint, save
+from hvdlm.config import Config, ModelConfig, ParallelConfig, TrainConfig
+from hvdlm.exchange import AllReduceExchange
+from hvdlm.interfaces import Batch, StepResult, World
+from hvdlm.models.spec import builtin_models
+from hvdlm.topology import Mesh
+from hvdlm_backends.local import AloneGroup, LocalWorld
+from hvdlm_sharding.predict import predict
+
+
+from conftest import FRAMEWORK, meshes
+
+SIZE = int(os.environ.get("HVDLM_TEST_RANKS", "1"))
+VOCAB, CONTEXT, ROWS, STEPS = 51, 16, 8, 50
+TOLERANCE = {"torch": 1e-4, "tensorflow": 2e-4}[FRAMEWORK]
+GPT = {"name": "gpt", "layers": 4, "width": 32, "heads": 4, "kv_heads": 2, "bias": False}
+
+
+def configured(mesh: Mesh, model: dict[str, Any], **options: Any) -> Config:
+    """Return the configuration of a small model on ``mesh``; ``options`` of train, parallel and communication."""
+    config = Config(framework=FRAMEWORK, model=ModelConfig(**model))
+    config.data.context = CONTEXT
+    train = {"batch_size": ROWS, "micro_batch_size": 2, "warmup": 0, "steps": STEPS}
+    config.train = TrainConfig(**train | options.get("train", {}))
+    config.parallel = ParallelConfig(*mesh.shape, **options.get("parallel", {}))
+    config.communication = replace(config.communication, bucket_bytes=20_000, **options.get("communication", {}))
+    return config
+
+
+def build(world: World, mesh: Mesh, config: Config) -> Any:
+    """Return a trainable on this rank of ``mesh``."""
+    maker = plugins.load([FRAMEWORK, "all_reduce", "sharding", "compression"])
+    spec = builtin_models()[config.model.name](config.model, VOCAB, CONTEXT)
+    maker.hook.hvdlm_check(config=config, spec=spec)
+    group = world.group(mesh.group("data", world.rank))
+    more = {"compressors": plugins.compressors(maker), "place": group.ranks.index(world.rank)}
+    exchange = plugins.make(maker, "exchange", "all_reduce", group=group, config=config, **more)
+    return plugins.make(maker, "framework", FRAMEWORK).build(spec, mesh, world, exchange, config)
+
+
+def batch(step: int) -> Batch:
+    """Return rows in which most tokens follow from the one before; some targets don't count."""
+    random = np.random.default_rng(step)
+    tokens = random.integers(0, VOCAB, (ROWS, CONTEXT + 1)).astype(np.int32)
+    for place in range(CONTEXT):
+        follows = random.random(ROWS) < 0.8
+        tokens[follows, place + 1] = (5 * tokens[follows, place] + 3) % VOCAB
+    mask = (random.random((ROWS, CONTEXT)) < 0.8).astype(np.float32)
+    return Batch(tokens[:, :-1].copy(), tokens[:, 1:].copy(), mask, step % 10 == 0)
+
+
+def train(trainable: Any, mesh: Mesh, rank: int, steps: range, config: Config) -> list[StepResult]:
+    """Return the results of ``steps`` steps on this rank's rows."""
+    share = ROWS // mesh.data
+    first = mesh.coordinates(rank)["data"] * share
+    micro, found = config.train.micro_batch_size or share, []
+    for step in steps:
+        whole = batch(step).rows(first, first + share)
+        parts = [whole.rows(start, start + micro) for start in range(0, share, micro)]
+        found.append(trainable.train_step(parts, config.train.learning_rate, step))
+    return found
+
+
+_REFERENCES: dict[str, Any] = {}
+
+
+def reference(world: World, model: dict[str, Any], **options: Any) -> tuple[list[float], list[float], dict[str, Any]]:
+    """Return (losses, gradient norms, parameters) of one unsharded rank, which rank 0 computes."""
+    key = repr((model, options))
+    if key not in _REFERENCES:
+        told = None
+        if world.rank == 0:
+            mesh = Mesh(1, 1, 1)
+            config = configured(mesh, model, **options)
+            spec = builtin_models()[config.model.name](config.model, VOCAB, CONTEXT)
+            maker = plugins.make(plugins.load([FRAMEWORK]), "framework", FRAMEWORK)
+            alone = maker.build(spec, mesh, LocalWorld(), AllReduceExchange(AloneGroup()), config)
+            results = train(alone, mesh, 0, range(STEPS), config)
+            state = {k: v.tolist() for k, v in alone.state().items() if k.startswith("parameters/")}
+            told = [[r.loss for r in results], [r.grad_norm for r in results], state]
+        losses, norms, state = world.broadcast_object(told)
+        _REFERENCES[key] = losses, norms, {k: np.array(v, np.float32) for k, v in state.items()}
+    return _REFERENCES[key]
+
+
+def agree(world: World, mesh: Mesh, model: dict[str, Any], **options: Any) -> Any:
+    """Train ``STEPS`` steps on ``mesh`` and compare with one unsharded rank; return the trainable."""
+    alone = {section: dict(values) for section, values in options.items() if section == "train"}
+    losses, norms, parameters = reference(world, model, **alone)
+    config = configured(mesh, model, **options)
+    trainable = build(world, mesh, config)
+    results = train(trainable, mesh, world.rank, range(STEPS), config)
+    assert max(abs(r.loss - expected) for r, expected in zip(results, losses, strict=True)) < TOLERANCE
+    assert max(abs(r.grad_norm - expected) for r, expected in zip(results, norms, strict=True)) < TOLERANCE
+    state, pieces = trainable.state(), trainable.pieces()
+    for name in (n for n in state if n.startswith("parameters/")):
+        np.testing.assert_allclose(state[name], parameters[name][pieces[name].slices], rtol=0, atol=1e-4, err_msg=name)
+    assert len(set(losses)) == STEPS
+    return trainable, results
+
+
+def cases(size: int) -> list[tuple[Mesh, int]]:
+    return [(mesh, zero) for mesh in meshes(size) for zero in ((0, 1, 2) if mesh.data > 1 else (0,))]
+
+
+def named(case: Any) -> str:
+    mesh, zero = case
+    return f"{'x'.join(map(str, mesh.shape))}-zero{zero}"
+
+
+@pytest.mark.parametrize("case", cases(SIZE), ids=named)
+def test_every_layout_follows_the_curve_of_one_rank(world: World, case: tuple[Mesh, int]) -> None:
+    mesh, zero = case
+    trainable, results = agree(world, mesh, GPT, parallel={"zero": zero})
+    _moves_what_is_predicted(world, mesh, configured(mesh, GPT, parallel={"zero": zero}), results)
+    _holds_what_is_predicted(world, mesh, configured(mesh, GPT, parallel={"zero": zero}), trainable)
+
+
+def _predicted(world: World, mesh: Mesh, config: Config) -> Any:
+    spec = builtin_models()[config.model.name](config.model, VOCAB, CONTEXT)
+    return predict(config, spec, mesh, world.rank)
+
+
+def _moves_what_is_predicted(world: World, mesh: Mesh, config: Config, results: list[StepResult]) -> None:
+    expected = _predicted(world, mesh, config).bytes
+    for result in (results[0], results[-1]):
+        assert result.axis_bytes == expected and result.comm_bytes == sum(expected.values())
+
+
+def _holds_what_is_predicted(world: World, mesh: Mesh, config: Config, trainable: Any) -> None:
+    held, expected = trainable.memory(), _predicted(world, mesh, config).memory
+    for kind in ("parameters", "optimizer"):
+        assert held[kind] == expected[kind], kind
+    # ZeRO-2's buckets are under way for as long as the others take.
+    assert held["gradients"] <= expected["gradients"] * (1.0 if config.parallel.zero < 2 else 1.5)
+
+
+SGD = {"optimizer": "sgd", "learning_rate": 0.3, "momentum": 0.9, "weight_decay": 0.1, "clip": 0.5}
+LLAMA = {"name": "llama", "layers": 2, "width": 32, "heads": 4, "kv_heads": 1}
+VARIANTS: list[tuple[str, tuple[int, int, int], dict[str, Any], dict[str, Any]]] = [
+    ("llama", (1, 1, 4), LLAMA, {}),
+    ("llama-sequence", (1, 1, 4), LLAMA, {"parallel": {"sequence": True}}),
+    ("biases-sequence", (2, 1, 2), {**GPT, "bias": True}, {"parallel": {"sequence": True, "zero": 1}, "train": SGD}),
+    ("stages-sequence", (1, 2, 2), {**GPT, "bias": True}, {"parallel": {"sequence": True}, "train": SGD}),
+    ("gpipe", (1, 4, 1), GPT, {"parallel": {"schedule": "gpipe"}}),
+    ("stages-zero2", (2, 2, 1), {**GPT, "tie_embeddings": False}, {"parallel": {"zero": 2}}),
+    ("recomputed", (1, 2, 2), GPT, {"train": {"activation_checkpointing": True}}),
+    ("whole-batches", (2, 1, 2), GPT, {"train": {"micro_batch_size": None}, "parallel": {"zero": 2}}),
+    ("lstm", (1, 2, 2), {"name": "lstm", "layers": 2, "width": 32}, {"train": SGD}),
+    ("gru", (2, 1, 2), {"name": "gru", "layers": 1, "width": 32}, {"parallel": {"zero": 1}, "train": SGD}),
+    ("rnn", (1, 1, 4), {"name": "rnn", "layers": 2, "width": 32, "tie_embeddings": True}, {"train": SGD}),
+]
+
+
+@pytest.mark.skipif(SIZE != 4, reason="layouts of four ranks")
+@pytest.mark.parametrize("name, shape, model, options", VARIANTS, ids=[variant[0] for variant in VARIANTS])
+def test_models_and_switches_follow_the_curve_of_one_rank(
+    world: World, name: str, shape: tuple[int, int, int], model: dict[str, Any], options: dict[str, Any]
+) -> None:
+    mesh = Mesh(*shape)
+    _, results = agree(world, mesh, model, **options)
+    _moves_what_is_predicted(world, mesh, configured(mesh, model, **options), results)
+
+
+@pytest.mark.skipif(SIZE != 4, reason="layouts of four ranks")
+def test_a_rank_holds_little_more_than_its_share(world: World) -> None:
+    def held(shape: tuple[int, int, int], kind: str, zero: int = 0) -> float:
+        mesh = Mesh(*shape)
+        model = {"name": "gpt", "layers": 8, "width": 64, "heads": 4, "tie_embeddings": False}
+        trainable = build(world, mesh, configured(mesh, model, parallel={"zero": zero}))
+        return max(world.gather_objects(trainable.memory()[kind]))
+
+    whole = held((4, 1, 1), "parameters")
+    assert held((1, 1, 4), "parameters") <= 0.30 * whole
+    assert held((1, 4, 1), "parameters") <= 0.35 * whole
+    assert held((4, 1, 1), "optimizer", 1) <= 0.27 * held((4, 1, 1), "optimizer")
+
+
+@pytest.mark.skipif(SIZE != 4, reason="layouts of four ranks")
+@pytest.mark.parametrize("shape", [(1, 1, 4), (2, 1, 2), (1, 2, 2), (2, 2, 1)], ids=str)
+@pytest.mark.parametrize(
+    "model", [{**GPT, "bias": True}, {"name": "lstm", "layers": 2, "width": 32}], ids=["gpt", "lstm"]
+)
+def test_evaluation_and_generation_say_what_one_rank_says(
+    world: World, shape: tuple[int, int, int], model: dict[str, Any]
+) -> None:
+    mesh, one = Mesh(*shape), Mesh(1, 1, 1)
+    sequence = {"sequence": model["name"] == "gpt" and mesh.tensor > 1}
+    trainable = build(world, mesh, configured(mesh, model, parallel=sequence))
+    at = mesh.coordinates(world.rank)
+    rows = batch(3)
+    # An uneven last batch, of fewer rows and of a length that tensor ranks can't share.
+    short = Batch(rows.inputs[:3, :13].copy(), rows.targets[:3, :13].copy(), None, True)
+    found = [trainable.eval_step(b) for b in (replace(rows, reset=True), short)]
+    scores, cache = trainable.logits(rows.inputs[:1, :5])
+    said = [scores.tolist()]
+    for token in (7, 50, 0):
+        scores, cache = trainable.logits(np.array([[token]], np.int32), cache)
+        said.append(scores.tolist())
+    if world.rank == 0:
+        config = configured(one, model)
+        spec = builtin_models()[config.model.name](config.model, VOCAB, CONTEXT)
+        maker = plugins.make(plugins.load([FRAMEWORK]), "framework", FRAMEWORK)
+        alone = maker.build(spec, one, LocalWorld(), AllReduceExchange(AloneGroup()), config)
+        losses = [alone.eval_step(b) for b in (replace(rows, reset=True), short)]
+        expected, cache = alone.logits(rows.inputs[:1, :5])
+        whole = [expected.tolist()]
+        for token in (7, 50, 0):
+            expected, cache = alone.logits(np.array([[token]], np.int32), cache)
+            whole.append(expected.tolist())
+    else:
+        losses = whole = None
+    losses, whole = world.broadcast_object([losses, whole])
+    np.testing.assert_allclose(said, whole, rtol=1e-4, atol=1e-5)
+    if at["pipeline"] == mesh.pipeline - 1:
+        np.testing.assert_allclose(found, losses, rtol=1e-5)
+
+
+@pytest.mark.skipif(SIZE != 4, reason="layouts of four ranks")
+@pytest.mark.parametrize("algorithm", ["fp16", "int8", "top_k", "power_sgd"])
+def test_compression_on_the_data_axis_joins_tensor_and_pipeline_ranks(world: World, algorithm: str) -> None:
+    for shape in ((2, 1, 2), (2, 2, 1)):
+        mesh = Mesh(*shape)
+        config = configured(mesh, GPT)
+        config.communication.compression.algorithm = algorithm
+        config.communication.compression.ratio = 0.25
+        config.communication.compression.min_elements = 64
+        results = train(build(world, mesh, config), mesh, world.rank, range(STEPS), config)
+        losses, _, _ = reference(world, GPT)
+        dense = configured(mesh, GPT)
+        assert abs(results[0].loss - losses[0]) < 1e-5
+        assert results[-1].axis_bytes["data"] < _predicted(world, mesh, dense).bytes["data"]
+        assert math.isfinite(results[-1].loss) and results[-1].loss < losses[0]
+        assert len({r.loss for r in results}) == STEPS
+        assert world.gather_objects([r.loss for r in results]) == [[r.loss for r in results]] * world.size
+
+
+@pytest.mark.skipif(SIZE != 4, reason="layouts of four ranks")
+@pytest.mark.parametrize("model", [GPT, {"name": "lstm", "layers": 2, "width": 32}], ids=["gpt", "lstm"])
+def test_a_checkpoint_of_one_layout_goes_on_in_others(
+    world: World, model: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = Path(world.broadcast_object(str(tmp_path_factory.mktemp("layouts")) if world.rank == 0 else None))
+    losses, _, _ = reference(world, model)
+    start, others = Mesh(2, 1, 2), [(Mesh(1, 2, 2), 0), (Mesh(4, 1, 1), 2), (Mesh(1, 1, 4), 0), (Mesh(2, 2, 1), 1)]
+    config = configured(start, model, parallel={"zero": 1})
+    first = build(world, start, config)
+    train(first, start, world.rank, range(25), config)
+    path = save(folder, 25, first.state(), {}, world, first.pieces())
+    found = open_checkpoint(path)
+    for mesh, zero in others:
+        config = configured(mesh, model, parallel={"zero": zero})
+        trainable = build(world, mesh, config)
+        trainable.load_state(load(found, trainable.pieces(), world.rank, world.size))
+        again = train(trainable, mesh, world.rank, range(25, STEPS), config)
+        assert max(abs(r.loss - expected) for r, expected in zip(again, losses[25:], strict=True)) < TOLERANCE
