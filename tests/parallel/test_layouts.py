@@ -41,10 +41,10 @@ def configured(mesh: Mesh, model: dict[str, Any], **options: Any) -> Config:
     return config
 
 
-def build(world: World, mesh: Mesh, config: Config) -> Any:
+def build(world: World, mesh: Mesh, config: Config, vocab: int = VOCAB) -> Any:
     """Return a trainable on this rank of ``mesh``."""
     maker = plugins.load([FRAMEWORK, "all_reduce", "sharding", "compression"])
-    spec = builtin_models()[config.model.name](config.model, VOCAB, CONTEXT)
+    spec = builtin_models()[config.model.name](config.model, vocab, config.data.context)
     maker.hook.hvdlm_check(config=config, spec=spec)
     group = world.group(mesh.group("data", world.rank))
     more = {"compressors": plugins.compressors(maker), "place": group.ranks.index(world.rank)}
