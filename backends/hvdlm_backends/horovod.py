@@ -73,6 +73,7 @@ class HorovodGroup:
         self.traffic: dict[str, Traffic] = {}
         self._hvd, self._set = hvd, process_set
         # TensorFlow's operations take this to keep the same name in every graph; torch's don't know it.
+        self._broadcasts: dict[tuple[str, int], Callable[[Any], Any]] = {}
         self._named = {"ignore_name_scope": True} if hvd.__name__.endswith("tensorflow") else {}
 
     def _count(self, operation: str, name: str, *tensors: Any) -> Traffic:
@@ -81,10 +82,18 @@ class HorovodGroup:
         traffic.bytes += sum(_bytes(tensor) for tensor in tensors)
         return traffic
 
+    def _label(self, operation: str, name: str) -> str:
+        """Return the name that ranks agree on; torch adds the operation itself.
+
+        TensorFlow numbers names that its own operations have taken. A reduce-scatter of a name that an all-reduce had
+        before ends Horovod's thread.
+        """
+        return f"hvdlm.{operation}.{name}" if self._named else name
+
     def _start(self, operation: str, tensor: Any, name: str, **options: Any) -> Handle:
         """Call Horovod's asynchronous form in torch; in TensorFlow the graph makes every operation asynchronous."""
         traffic = self._count(operation, name, tensor)
-        options = {"name": name, "process_set": self._set, **self._named, **options}
+        options = {"name": self._label(operation, name), "process_set": self._set, **self._named, **options}
         call = operation.replace("_", "")
         if self._named:
             return Done(_first(getattr(self._hvd, call)(tensor, **options)))
@@ -113,8 +122,20 @@ class HorovodGroup:
             return self._start("broadcast", tensor, name, root_rank=self.ranks[root])
         # Outside of a graph, TensorFlow's operations block: a thread waits instead.
         traffic = self._count("broadcast", name, tensor)
-        options = {"name": name, "process_set": self._set, **self._named}
-        return _Threaded(partial(self._hvd.broadcast, tensor, self.ranks[root], **options), traffic)
+        return _Threaded(partial(self._broadcast(name, root), tensor), traffic)
+
+    def _broadcast(self, name: str, root: int) -> Callable[[Any], Any]:
+        """Return the broadcast of this name, in a graph of its own where the framework is TensorFlow.
+
+        Outside of graphs, TensorFlow takes an operation that it has made before even if that had another name.
+        """
+        options = {"name": self._label("broadcast", name), "process_set": self._set, **self._named}
+        call = partial(self._hvd.broadcast, root_rank=self.ranks[root], **options)
+        if not self._named:
+            return call
+        if (name, root) not in self._broadcasts:
+            self._broadcasts[name, root] = sys.modules["tensorflow"].function(call)
+        return self._broadcasts[name, root]
 
     def _timed(self, operation: str, name: str, tensors: Sequence[Any], call: Callable[[], Any]) -> Any:
         traffic = self._count(operation, name, *tensors)
@@ -128,7 +149,12 @@ class HorovodGroup:
         if len(tensors) == 1:
             return [self.all_reduce_async(tensors[0], name).wait()]
         if self._named:
-            options = {"op": self._hvd.Sum, "name": name, "process_set": self._set, **self._named}
+            options = {
+                "op": self._hvd.Sum,
+                "name": self._label("all_reduce", name),
+                "process_set": self._set,
+                **self._named,
+            }
             call = partial(self._hvd.grouped_allreduce, list(tensors), **options)
             return self._timed("all_reduce", name, tensors, lambda: list(call()))
         # One tensor costs Horovod far less than its own fusing of many, each with a handle.
@@ -151,9 +177,7 @@ class HorovodGroup:
 
     def broadcast(self, tensor: Any, root: int, name: str) -> Any:
         """Return the root's tensor; see ``interfaces.Group``."""
-        options = {"name": name, "process_set": self._set, **self._named}
-        root_rank = self.ranks[root]
-        return self._timed("broadcast", name, [tensor], lambda: self._hvd.broadcast(tensor, root_rank, **options))
+        return self._timed("broadcast", name, [tensor], partial(self._broadcast(name, root), tensor))
 
     def all_to_all(self, tensor: Any, name: str) -> Any:
         """Return the exchanged parts; see ``interfaces.Group``."""

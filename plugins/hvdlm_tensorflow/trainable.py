@@ -115,8 +115,8 @@ class TensorFlowTrainable:
         loss_sum = tf.zeros((), tf.float64)
         for number, batch in enumerate(micro_batches[:-1]):
             carry, seed = self._start(number, batch, step)
-            arguments = (*_tensors(batch), carry, seed, self._scale())
-            loss, self._carry[number] = self._accumulate_graph(phase, phase, *arguments)
+            given = (*_tensors(batch), carry, seed, self._scale())
+            loss, self._carry[number] = self._accumulate_graph(phase, phase, *given)
             loss_sum += loss
         last = len(micro_batches) - 1
         carry, seed = self._start(last, micro_batches[last], step)

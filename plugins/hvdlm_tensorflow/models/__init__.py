@@ -6,14 +6,16 @@ from typing import Any
 
 from hvdlm.interfaces import HvdlmError
 from hvdlm.models.spec import ModelSpec
+from hvdlm_sharding.rules import Share
+from hvdlm_tensorflow.collectives import Collectives
 from hvdlm_tensorflow.models.gpt import GPT
 from hvdlm_tensorflow.models.rnn import RNN
 
 KINDS = {"gpt": GPT, "rnn": RNN}
 
 
-def make_model(spec: ModelSpec) -> Any:
-    """Return the architecture of ``spec``, its parameters not yet bound."""
+def make_model(spec: ModelSpec, share: Share, collectives: Collectives) -> Any:
+    """Return the architecture of ``spec``, of which this rank computes ``share``, its parameters not yet bound."""
     if spec.kind not in KINDS:
         raise HvdlmError(f"the tensorflow plugin has no architecture {spec.kind!r}, it has {', '.join(KINDS)}.")
-    return KINDS[spec.kind](spec.settings)
+    return KINDS[spec.kind](spec.settings, share, collectives)

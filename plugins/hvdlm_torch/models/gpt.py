@@ -55,7 +55,7 @@ class GPT:
         self._p = dict(parameters)
         prefixes = [f"layers.{i}." for i in self._share.layers]
         self._layers = [{n[len(p) :]: t for n, t in self._p.items() if n.startswith(p)} for p in prefixes]
-        self._head = self._p.get("embed.tokens" if self.s.tie_embeddings else "head.weight")
+        self._head: Any = self._p.get("embed.tokens" if self.s.tie_embeddings else "head.weight")
         few = [name for name in self._layers[0] if self._few and name.startswith(_KV)]
         # What all ranks hold, but whose gradient each has only a part of: {positions shared: names}.
         self._partial = {False: few, True: few + [name for name in _BETWEEN if name in self._layers[0]]}

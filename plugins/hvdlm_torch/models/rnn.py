@@ -32,7 +32,7 @@ class RNN:
     def bind(self, parameters: Mapping[str, torch.Tensor]) -> None:
         """Take these tensors as parameters."""
         self._p = dict(parameters)
-        self._head = self._p.get("embed.tokens" if self.s.tie_embeddings else "head.weight")
+        self._head: Any = self._p.get("embed.tokens" if self.s.tie_embeddings else "head.weight")
 
     def hidden(
         self, tokens: torch.Tensor, x: torch.Tensor | None, carry: Carry | None, training: bool, checkpointing: bool
