@@ -84,7 +84,12 @@ def _guard(run: Any, action: Callable[[], Any]) -> int:
 
 def train(arguments: list[str]) -> int:
     """``python -m hvdlm train``."""
-    config = options.parse_config(arguments, COMMANDS)
+    dry = "--dry_run" in arguments
+    config = options.parse_config([a for a in arguments if a != "--dry_run"], COMMANDS)
+    if dry:
+        from hvdlm import dryrun
+
+        return dryrun.main(config)
     from hvdlm import run as runs
 
     plan = runs.plan(config)

@@ -114,6 +114,11 @@ def by_axis(traffic: Mapping[str, Traffic]) -> dict[str, int]:
     return found
 
 
+def grown(now: Mapping[str, int], earlier: Mapping[str, int]) -> dict[str, int]:
+    """Return what ``by_axis`` counts more now than earlier, of the axes where it does."""
+    return {axis: count - earlier.get(axis, 0) for axis, count in now.items() if count > earlier.get(axis, 0)}
+
+
 def total_bytes(traffic: Mapping[str, Traffic]) -> int:
     """Return the bytes handed to all collectives."""
     return sum(entry.bytes for entry in traffic.values())

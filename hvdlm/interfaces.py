@@ -101,11 +101,15 @@ class Prediction:
         memory: bytes of parameters, gradients, optimizer and activations.
         bytes: bytes that a step hands to collectives, by axis (``exchange.AXIS_OF``); None: sums aren't dense.
         idle_share: share of a step in which a pipeline stage waits.
+        layers: (first, last exclusive) of the layers that it computes.
+        micro_batches: micro-batches of a step.
     """
 
     memory: dict[str, int]
     bytes: dict[str, int] | None
     idle_share: float
+    layers: tuple[int, int]
+    micro_batches: int
 
 
 @dataclass

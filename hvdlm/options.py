@@ -77,6 +77,7 @@ def parse_config(arguments: list[str], commands: Mapping[str, str]) -> Config:
     """
     listing = "commands: " + "; ".join(f"{name}: {text}" for name, text in commands.items()) + "."
     description = "Train a language model, on one process or under an MPI launcher."
+    listing = "With --dry_run, train prints what it would need of every rank, and starts nothing. " + listing
     return _parse("[train]", description, arguments, listing)
 
 

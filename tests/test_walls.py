@@ -25,6 +25,7 @@ FLOORS = {
         "plugins",
         "exchange",
         "loss_scale",
+        "dryrun",
         "generate",
         "doctor",
         "bench",

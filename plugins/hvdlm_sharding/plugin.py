@@ -6,8 +6,10 @@ from typing import Any
 
 from hvdlm import hookimpl
 from hvdlm.config import Config
-from hvdlm.interfaces import Group, HvdlmError
+from hvdlm.interfaces import Group, HvdlmError, Prediction
 from hvdlm.models.spec import ModelSpec
+from hvdlm.topology import Mesh
+from hvdlm_sharding.predict import predict
 from hvdlm_sharding.zero import ZeroExchange
 
 
@@ -17,6 +19,12 @@ def hvdlm_make_exchange(name: str, group: Group, config: Config, place: int) -> 
     if name != "all_reduce" or not config.parallel.zero or len(group.ranks) == 1:
         return None
     return ZeroExchange(group, config.communication, place, config.parallel.zero)
+
+
+@hookimpl
+def hvdlm_predict(config: Config, spec: ModelSpec, mesh: Mesh, rank: int) -> Prediction | None:
+    """Return what a step of ``rank`` needs by closed forms."""
+    return predict(config, spec, mesh, rank)
 
 
 @hookimpl

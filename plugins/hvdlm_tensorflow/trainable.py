@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from hvdlm.config import Config
-from hvdlm.exchange import by_axis
+from hvdlm.exchange import by_axis, grown
 from hvdlm.interfaces import Batch, Exchange, StepResult, Traffic
 from hvdlm.models.layout import Piece
 from hvdlm.models.spec import ModelSpec
@@ -98,8 +98,7 @@ class TensorFlowTrainable:
         norm = squared**0.5
         self._sharded.loss_scale.update(norm)
         idle = self._pipeline.waited
-        after = by_axis(self._wire.traffic())
-        moved = {axis: count - before.get(axis, 0) for axis, count in after.items()}
+        moved = grown(by_axis(self._wire.traffic()), before)
         return StepResult(
             loss_sum_value / total,
             total * self._exchange.stands_for,
@@ -366,7 +365,8 @@ class TensorFlowTrainable:
         """
         size, own = self.layout.size, int(self._own.shape[0])
         ranges = [self.layout.bucket_range(i) for i in range(len(self.layout.buckets))]
-        passing = max(b - a for a, b in ranges) if self._exchange.scatters_every else size
+        following = zip(ranges, [*ranges[1:], ranges[-1]], strict=True)
+        passing = max(b - a for (a, _), (_, b) in following) if self._exchange.scatters_every else size
         return {
             "parameters": 4 * (size + (own if self._own is not self._flat else 0)),
             "gradients": 4 * (passing + (own if self._exchange.parts > 1 else 0)),

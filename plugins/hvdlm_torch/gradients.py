@@ -86,7 +86,8 @@ class ScatteredGradients:
         self._handles: dict[int, Handle] = {}
         self._missing = [0] * len(layout.buckets)
         self._waited = 0.0
-        self._flying = self._most = 0
+        self._flying: dict[int, int] = {}
+        self._most = 0
         _tell(layout, parameters, self._arrived)
 
     def begin(self) -> None:
@@ -96,7 +97,7 @@ class ScatteredGradients:
 
     def micro_batch(self, last: bool) -> None:
         """Hear that the backward pass of a micro-batch begins: what the one before scattered is added up."""
-        self._land()
+        self._land_all()
         self._missing = [stop - first for first, stop in self._layout.buckets]
 
     @torch.no_grad()
@@ -106,6 +107,8 @@ class ScatteredGradients:
             self._start(index)
 
     def _start(self, index: int) -> None:
+        for earlier in list(self._handles)[:-1]:  # one travels while the next one fills: no more are kept
+            self._land(earlier)
         start, stop = self._layout.bucket_range(index)
         bucket = self.own.new_zeros(stop - start)
         first, last = self._layout.buckets[index]
@@ -114,17 +117,21 @@ class ScatteredGradients:
             if parameter.grad is not None:
                 bucket[slot.start - start : slot.stop - start] = parameter.grad.flatten()
                 parameter.grad = None
-        self._flying += len(bucket)
-        self._most = max(self._most, self._flying)
+        self._flying[index] = len(bucket)
+        self._most = max(self._most, sum(self._flying.values()))
         self._handles[index] = self._exchange.start(bucket, index)
 
-    def _land(self) -> None:
+    def _land(self, index: int) -> None:
+        """Wait for a bucket that is under way, and add this rank's part of it."""
         started = time.perf_counter()
-        for index in sorted(self._handles):
-            part = self._handles.pop(index).wait()
-            self.own[self._places[index] : self._places[index] + len(part)] += part
-        self._flying = 0
+        part = self._handles.pop(index).wait()
+        self.own[self._places[index] : self._places[index] + len(part)] += part
+        del self._flying[index]
         self._waited += time.perf_counter() - started
+
+    def _land_all(self) -> None:
+        for index in list(self._handles):
+            self._land(index)
 
     @torch.no_grad()
     def wait(self) -> float:
@@ -132,7 +139,7 @@ class ScatteredGradients:
         for index, missing in enumerate(self._missing):
             if missing:
                 self._start(index)
-        self._land()
+        self._land_all()
         return self._waited
 
     def bytes(self) -> int:

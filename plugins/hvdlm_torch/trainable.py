@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from hvdlm.config import Config
-from hvdlm.exchange import by_axis
+from hvdlm.exchange import by_axis, grown
 from hvdlm.interfaces import Batch, Exchange, StepResult, Traffic
 from hvdlm.models.layout import Piece, Slot
 from hvdlm.models.spec import ModelSpec
@@ -90,8 +90,7 @@ class TorchTrainable:
         norm = self._apply(learning_rate, step, squared**0.5, scale)
         waited += self._finish()
         idle = self._pipeline.waited
-        after = by_axis(self._wire.traffic())
-        moved = {axis: count - before.get(axis, 0) for axis, count in after.items()}
+        moved = grown(by_axis(self._wire.traffic()), before)
         return StepResult(
             loss_sum_value / total,
             total * self._exchange.stands_for,

@@ -16,13 +16,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import test_layouts as layouts
 
 from hvdlm.interfaces import Batch, World
 from hvdlm.models.layout import Piece
 from hvdlm.topology import Mesh
-
-import test_layouts as layouts
-
 
 SIZE = int(os.environ.get("HVDLM_TEST_RANKS", "1"))
 ETA, TIME, WORDS = 0.5, 5, 11

@@ -1,0 +1,191 @@
+"""How a model is cut, scheduled and planned: described without a framework, here against closed forms."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hvdlm import plugins
+from hvdlm.config import Config, ModelConfig, ParallelConfig, TrainConfig
+from hvdlm.exchange import AllReduceExchange
+from hvdlm.interfaces import Batch
+from hvdlm.models.spec import ModelSpec, builtin_models
+from hvdlm.topology import Mesh, make_mesh
+from hvdlm_backends.local import AloneGroup, LocalWorld
+from hvdlm_sharding.predict import predict
+from hvdlm_sharding.rules import bounds, share
+from hvdlm_sharding.schedules import idle_share, kept, make_schedule
+from hvdlm_sharding.stages import cut, layer_flops
+from launching import ROOT, launch
+
+
+def spec(name: str = "gpt", vocab: int = 51, context: int = 16, **sizes: Any) -> ModelSpec:
+    sizes = {"layers": 4, "width": 32, "heads": 4} | sizes
+    return builtin_models()[name](ModelConfig(name=name, **sizes), vocab, context)
+
+
+@given(st.sampled_from([1, 2, 4]), st.integers(1, 4), st.sampled_from(["gpt", "llama", "lstm"]), st.integers(40, 60))
+@settings(max_examples=30, deadline=None)
+def test_every_element_is_counted_by_exactly_one_rank(tensor: int, pipeline: int, name: str, vocab: int) -> None:
+    model, mesh = spec(name, vocab, kv_heads=2), Mesh(1, pipeline, tensor)
+    counts = {p.name: np.zeros(p.shape, int) for p in model.params}
+    for rank in range(mesh.size):
+        for param in share(model, mesh, rank, ParallelConfig(1, pipeline, tensor)).params:
+            counts[param.spec.name][param.piece.slices] += param.counted
+    assert all((count == 1).all() for count in counts.values())
+
+
+def test_parts_of_an_axis_differ_by_one_at_most() -> None:
+    for length, parts in ((51, 4), (8, 8), (7, 3)):
+        found = [bounds(length, parts, place) for place in range(parts)]
+        assert found[0][0] == 0 and found[-1][1] == length
+        assert all(a[1] == b[0] for a, b in itertools.pairwise(found))
+        assert max(b - a for a, b in found) - min(b - a for a, b in found) <= 1
+
+
+def test_initial_values_are_slices_of_the_unsharded_models() -> None:
+    model = spec("llama", kv_heads=2)
+    whole = model.initial(7)
+    for rank in range(4):
+        for param in share(model, Mesh(1, 1, 4), rank, ParallelConfig(1, 1, 4)).params:
+            found = param.spec.initial_box(7, param.piece.slices)
+            np.testing.assert_array_equal(found, whole[param.spec.name][param.piece.slices])
+
+
+def test_stages_are_cut_by_the_cost_of_their_layers_and_head() -> None:
+    model = spec(vocab=20_000, layers=8)
+    costs, head = layer_flops(model)
+    stages = cut(model, 2)
+    assert [stage.layers[0] for stage in stages] == [0, stages[0].layers[1]] and stages[-1].layers[1] == 8
+    slowest = max(sum(costs[slice(*s.layers)]) + (head if s.last else 0) for s in stages)
+    others = [max(sum(costs[:end]), sum(costs[end:]) + head) for end in range(1, 8)]
+    assert slowest == min(others)
+    assert stages[0].layers[1] > 4  # the head is work too
+
+
+@given(st.integers(1, 6), st.integers(1, 9), st.sampled_from(["gpipe", "1f1b"]))
+@settings(deadline=None)
+def test_no_schedule_deadlocks(stages: int, micro_batches: int, name: str) -> None:
+    """Sends go on in the background, receives block: as the plugins do it."""
+    queues = [list(make_schedule(name, stage, stages, micro_batches)) for stage in range(stages)]
+    done: set[tuple[int, str, int]] = set()
+    moved = True
+    while moved:
+        moved = False
+        for stage, queue in enumerate(queues):
+            while queue:
+                kind, n = queue[0]
+                needs = (stage - 1, kind, n) if kind == "forward" else (stage + 1, kind, n)
+                outside = not 0 <= needs[0] < stages
+                if not (outside or needs in done) or (kind == "backward" and (stage, "forward", n) not in done):
+                    break
+                done.add((stage, kind, n))
+                queue.pop(0)
+                moved = True
+    assert not any(queues)
+
+
+def test_one_forward_one_backward_keeps_few_micro_batches_and_idles_as_long() -> None:
+    assert [kept("1f1b", stage, 4, 16) for stage in range(4)] == [4, 3, 2, 1]
+    assert [kept("gpipe", stage, 4, 16) for stage in range(4)] == [16] * 4
+    assert idle_share(4, 16) == 3 / 19 and idle_share(1, 5) == 0
+    for stage in range(4):
+        order = [n for kind, n in make_schedule("1f1b", stage, 4, 16) if kind == "backward"]
+        assert order == list(range(16))
+
+
+def configured(mesh: tuple[int, int, int], model: str = "gpt", **train: Any) -> Config:
+    config = Config(model=ModelConfig(name=model))
+    config.train = TrainConfig(**{"batch_size": 8, "micro_batch_size": 2} | train)
+    config.data.context = 16
+    config.parallel = ParallelConfig(*mesh)
+    return config
+
+
+def test_memory_in_closed_form() -> None:
+    model = spec(bias=False, tie_embeddings=False, vocab=52)
+    layer, ends = 12 * 32 * 32 + 2 * 32, (52 + 16) * 32 + 52 * 32 + 32
+    assert model.parameters == 4 * layer + ends
+
+    def memory(mesh: tuple[int, int, int], rank: int = 0, zero: int = 0) -> dict[str, int]:
+        config = configured(mesh)
+        config.parallel.zero = zero  # type: ignore[assignment]
+        found = predict(config, model, Mesh(*mesh), rank)
+        assert found is not None
+        return {kind: count // 4 for kind, count in found.memory.items()}
+
+    one = memory((1, 1, 1))
+    assert one["parameters"] == one["gradients"] == one["optimizer"] // 2 == model.parameters
+    tensor = memory((1, 1, 4))
+    assert tensor["parameters"] == 4 * (3 * 32 * 32 + 2 * 32) + (13 + 13 + 16) * 32 + 32
+    assert memory((1, 4, 1), 1)["parameters"] == layer
+    size = 4 * math.ceil(model.parameters / 4)
+    assert memory((4, 1, 1), zero=1)["optimizer"] == 2 * size // 4
+    assert memory((4, 1, 1), zero=1)["gradients"] == size + size // 4
+    assert memory((4, 1, 1), zero=2)["gradients"] <= size + size // 4
+
+
+@pytest.mark.parametrize("name", ["gpt", "llama", "rnn", "gru", "lstm"])
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_predicted_activations_are_near_what_torch_keeps(name: str, recomputed: bool) -> None:
+    config = configured((1, 1, 1), name, micro_batch_size=None, activation_checkpointing=recomputed)
+    config.model = ModelConfig(name=name, layers=3, width=64, heads=4)
+    model, mesh = builtin_models()[name](config.model, 97, 16), Mesh(1, 1, 1)
+    maker = plugins.make(plugins.load(["torch"]), "framework", "torch")
+    trainable = maker.build(model, mesh, LocalWorld(), AllReduceExchange(AloneGroup()), config)
+    tokens = np.random.default_rng(0).integers(0, 97, (8, 17)).astype(np.int32)
+    trainable.train_step([Batch(tokens[:, :-1].copy(), tokens[:, 1:].copy(), None, True)], 1e-3, 0)
+    predicted = predict(config, model, mesh, 0)
+    assert predicted is not None
+    assert predicted.memory["activations"] == pytest.approx(trainable.memory()["activations"], rel=0.10)
+
+
+def test_a_dry_run_plans_64_gpus_and_touches_nothing(tmp_path: Path) -> None:
+    plan = str(ROOT / "examples" / "plan_7b.yaml")
+    done = launch("", 1, ["-m", "hvdlm", "--config", plan, "--dry_run", "--log.run", str(tmp_path / "run")])
+    assert done.returncode == 0, done.stderr
+    assert "6,738,415,616 parameters" in done.stdout and "64: 16 x 2 x 2" in done.stdout
+    assert f"idle share {100 * 1 / 33:.1f}%" in done.stdout
+    # Half of the layers' and the embedding's elements, over two tensor ranks, and ZeRO's own sixteenth of them.
+    half = (6_738_415_616 - 65 * 4096) / 4 + 32 * 4096
+    assert f"{4 * half * 17 / 16 / 2**30:.2f} GiB" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+BAD = [
+    (["--parallel.tensor", "3"], "model.heads 4 can't be split over parallel.tensor 3 ranks"),
+    (["--parallel.pipeline", "5"], "parallel.pipeline 5 is more than model.layers 4"),
+    (["--parallel.sequence", "true"], "parallel.sequence shares positions among tensor ranks"),
+    (["--parallel.tensor", "2", "--parallel.sequence", "true", "--data.context", "63"], "data.context 63"),
+    (["--parallel.tensor", "2", "--model.name", "lstm", "--model.width", "33"], "model.width 33"),
+    (["--parallel.tensor", "2", "--model.name", "lstm", "--parallel.sequence", "true"], "is for Transformers"),
+    (["--parallel.tensor", "4", "--model.heads", "12", "--model.width", "48", "--model.kv_heads", "6"], "kv_heads 6"),
+    (["--parallel.tensor", "2", "--train.compile", "true"], "train.compile can't compile across"),
+    (["--parallel.data", "2", "--parallel.zero", "1", "--communication.exchange", "diloco"], "which diloco doesn't"),
+    (["--parallel.data", "2", "--parallel.zero", "2", "--communication.compression.algorithm", "int8"], "int8"),
+]
+
+
+@pytest.mark.parametrize("options, said", BAD, ids=[" ".join(options) for options, _ in BAD])
+def test_what_cannot_be_cut_ends_with_a_sentence(
+    options: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from hvdlm.cli import main
+
+    assert main(["--dry_run", *options]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+def test_a_mesh_of_too_many_ranks_names_those_that_fit() -> None:
+    from hvdlm.interfaces import HvdlmError
+
+    with pytest.raises(HvdlmError, match="possible: 1x1x4, 1x2x2, 1x4x1, 2x1x2, 2x2x1"):
+        make_mesh(4, ParallelConfig(3, 2, 1))
