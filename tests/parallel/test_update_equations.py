@@ -125,7 +125,10 @@ def expected(world: World, before: dict[str, np.ndarray], n: int) -> dict[str, n
     return _EXPECTED[n]
 
 
-@pytest.mark.parametrize("case", layouts.cases(SIZE), ids=layouts.named)
+CASES = [case for case in layouts.cases(SIZE) if case[1] == 0 or layouts.FRAMEWORK == "torch"]
+
+
+@pytest.mark.parametrize("case", CASES, ids=layouts.named)
 def test_a_step_is_the_papers_equation(world: World, case: tuple[Mesh, int]) -> None:
     mesh, zero = case
     before, after = stepped(world, mesh, zero)
