@@ -96,7 +96,11 @@ class HorovodGroup:
         options = {"name": self._label(operation, name), "process_set": self._set, **self._named, **options}
         call = operation.replace("_", "")
         if self._named:
-            return Done(_first(getattr(self._hvd, call)(tensor, **options)))
+            result = _first(getattr(self._hvd, call)(tensor, **options))
+            if operation == "reduce_scatter" and tensor.shape[0] and tensor.shape[0] % len(self.ranks) == 0:
+                # A graph has to know, so that what is then done with the part can be counted.
+                result.set_shape([tensor.shape[0] // len(self.ranks), *tensor.shape[1:]])
+            return Done(result)
         in_place = "_async_" if operation == "all_reduce" else "_async"
         return _Waiting(self._hvd, getattr(self._hvd, call + in_place)(tensor, **options), traffic)
 

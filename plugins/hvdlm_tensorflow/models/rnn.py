@@ -99,7 +99,8 @@ class RNN:
             after = self._cell(now, tf.matmul(before[0], recurrent) + recurrent_bias, *before[1:])
             return (joined(after[0]), *after)
 
-        both = (joined(state[0]), *state)
+        # No gradient flows into the batch before: cut here, so that none is summed over ranks for it.
+        both = (state[0] if self._c.size == 1 else tf.stop_gradient(joined(state[0])), *state)
         if x.shape[1] is not None:
             outputs = []
             for now in tf.unstack(a, x.shape[1], 1):
