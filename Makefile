@@ -48,7 +48,7 @@ format:  ## format and repair what the linter can
 bench:  ## the paired benchmarks (minutes)
 	@$(PYTHON) scripts/setup_environment.py torch tensorflow
 	@python benchmarks/loop_overhead.py && python benchmarks/communication_cost.py
-	@python benchmarks/all_reduce_cost.py && python benchmarks/slow_network.py
+	@python benchmarks/all_reduce_cost.py && python benchmarks/slow_network.py && python benchmarks/parallel.py
 
 clean:  ## delete runs and caches of this checkout; the user's wheel cache stays
 	@rm -rf runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
