@@ -4,10 +4,11 @@ from hvdlm import hookimpl
 
 
 def make(settings, seed, place, ranks):
+    from keras import ops
+
     from hvdlm_compression.base import Compressor, blocks
     from hvdlm_compression.bits import pack, unpack
     from hvdlm_compression.noise import uniform
-    from keras import ops
 
     class Ternary(Compressor):
         biased = False
