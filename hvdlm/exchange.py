@@ -119,11 +119,6 @@ def grown(now: Mapping[str, int], earlier: Mapping[str, int]) -> dict[str, int]:
     return {axis: count - earlier.get(axis, 0) for axis, count in now.items() if count > earlier.get(axis, 0)}
 
 
-def total_bytes(traffic: Mapping[str, Traffic]) -> int:
-    """Return the bytes handed to all collectives."""
-    return sum(entry.bytes for entry in traffic.values())
-
-
 def snapshot(traffic: Mapping[str, Traffic]) -> dict[str, Traffic]:
     """Return the counters as they stand."""
     return {key: copy(entry) for key, entry in traffic.items()}

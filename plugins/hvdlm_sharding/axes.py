@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hvdlm.exchange import add, since, snapshot, total_bytes
+from hvdlm.exchange import add, since, snapshot
 from hvdlm.interfaces import Exchange, Group, Traffic, World
 from hvdlm.topology import Mesh
 from hvdlm_sharding.rules import Share
@@ -47,10 +47,6 @@ class Wire:
         groups = (axes.tensor, axes.model, axes.before, axes.after, axes.ends)
         counters = [exchange.traffic, *(group.traffic for group in groups if group is not None)]
         self._counters = list({id(counter): counter for counter in counters}.values())
-
-    def bytes(self) -> int:
-        """Return the bytes handed over so far."""
-        return sum(total_bytes(counter) for counter in self._counters)
 
     def snapshot(self) -> list[dict[str, Traffic]]:
         """Return the counters as they stand."""
