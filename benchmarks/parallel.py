@@ -3,8 +3,9 @@
 python benchmarks/parallel.py [torch tensorflow] [--rounds 6] [--output parallel.png]
 
 On 2 ranks all layouts run in turns in the same processes, and the ratio of tensor=2 to data=2 is the median over
-rounds; on 4 ranks every layout is a launch of its own. Pipelines' idle share stands beside (p - 1) / (m + p - 1), which
-knows no transfers: it is judged on 2 ranks, a core each, with micro-batches of 8 sequences, beside which they are small.
+rounds; on 4 ranks every layout is a launch of its own. Pipelines' idle share stands beside (p - 1) / (m + p - 1),
+which knows no transfers: it is judged on 2 ranks, a core each, with micro-batches of 8 sequences, beside which they
+are small.
 """
 
 from __future__ import annotations

@@ -56,6 +56,12 @@ class Wire:
         """Return what has been counted since ``earlier``."""
         return [since(counter, before) for counter, before in zip(self._counters, earlier, strict=True)]
 
+    def restore(self, earlier: list[dict[str, Traffic]]) -> None:
+        """Forget what has been counted since ``earlier``."""
+        for counter, before in zip(self._counters, earlier, strict=True):
+            counter.clear()
+            counter.update(before)
+
     def add(self, more: list[dict[str, Traffic]]) -> None:
         """Count ``more``."""
         for counter, part in zip(self._counters, more, strict=True):

@@ -16,6 +16,7 @@ from hvdlm.models.spec import ModelSpec
 from hvdlm.topology import Mesh
 from hvdlm_sharding.axes import Axes, Wire
 from hvdlm_sharding.rules import Share
+from hvdlm_sharding.schedules import kept
 from hvdlm_sharding.state import ShardedState, carried, joined
 from hvdlm_tensorflow.collectives import Collectives
 from hvdlm_tensorflow.counted import CountedGraph
@@ -50,6 +51,7 @@ class TensorFlowTrainable:
         self._carry: dict[int, Any] = {}
         self._eval_carry: Any = None
         self._kept = Kept()
+        self._stage_given: Any = None
         exchange.open(self.layout, initial)
         self._make_graphs()
 
@@ -130,7 +132,9 @@ class TensorFlowTrainable:
         def compute(number: int, batch: Batch, x: tf.Tensor | None) -> tf.Tensor:
             nonlocal loss_sum
             carry, seed = self._start(number, batch, step)
-            made, loss, self._carry[number] = self._stage_graph(None, x, *_tensors(batch), carry, seed, self._scale())
+            given = (x, *_tensors(batch), carry, seed, self._scale())
+            made, loss, self._carry[number] = self._stage_graph(None, *given)
+            self._stage_given = self._stage_given or given
             loss_sum += loss
             return made
 
@@ -361,7 +365,8 @@ class TensorFlowTrainable:
     def memory(self) -> dict[str, int]:
         """Return the bytes that this rank holds; see ``interfaces.Trainable``.
 
-        Of gradients and activations, those that the step's graph makes; of stages, what a trace of one pass tells.
+        Of gradients and activations, those that the step's graph makes; of a stage, what a trace of its passes tells,
+        for as many micro-batches as the schedule has under way.
         """
         size, own = self.layout.size, int(self._own.shape[0])
         ranges = [self.layout.bucket_range(i) for i in range(len(self.layout.buckets))]
@@ -371,8 +376,32 @@ class TensorFlowTrainable:
             "parameters": 4 * (size + (own if self._own is not self._flat else 0)),
             "gradients": 4 * (passing + (own if self._exchange.parts > 1 else 0)),
             "optimizer": sum(4 * int(flat.shape[0]) for flat in self._optimizer.memory.values()),
-            "activations": self._kept.bytes,
+            "activations": self._activations(),
         }
+
+    def _activations(self) -> int:
+        """Return the bytes kept for backward passes, of all micro-batches that are under way at once."""
+        stage, train = self._share.stage, self._config.train
+        if stage.count == 1:
+            return self._kept.bytes
+        if self._stage_given is not None and not self._kept.bytes:
+            before = self._wire.snapshot()
+            tf.function(self._passes).get_concrete_function(*self._stage_given)
+            self._wire.restore(before)  # traced, never run
+        rows = train.batch_size // self._sharded.mesh.data
+        count = rows // (train.micro_batch_size or rows)
+        return self._kept.bytes * kept(self._config.parallel.schedule, stage.number, stage.count, count)
+
+    def _passes(self, x: Any, *given: Any) -> list[tf.Tensor]:
+        """Return the gradients of a stage's pass, for counting what they read of it."""
+        parameters = self._parameters()
+        inputs, targets, weights, carry, seed, _ = given
+        with self._kept.forward(parameters), tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(parameters)
+            made, _ = self._losses(parameters, inputs, x, targets, weights, carry, seed, True)
+        gradients = tape.gradient(made, list(parameters.values()), output_gradients=tf.ones_like(made))
+        self._kept.backward()
+        return [tf.convert_to_tensor(gradient) for gradient in gradients]
 
     def traffic(self) -> dict[str, Traffic]:
         """Return what all collectives moved; see ``interfaces.Trainable``."""
