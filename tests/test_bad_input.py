@@ -199,7 +199,7 @@ CASES: list[tuple[str, list[str], Setup | None, str]] = [
     ("heads not divisible", ["--model.kv_heads", "3"], None, "not a multiple of model.kv_heads 3"),
     ("odd rotary width", ["--model.name", "llama", "--model.width", "12"], None, "rotary positions need an even width"),
     ("an unknown model", ["--model.name", "gtp"], None, "model.name: no model 'gtp'; did you mean gpt?"),
-    ("tensor parallel", ["--parallel.tensor", "2"], None, "not supported yet: leave both at 1"),
+    ("tensor parallel", ["--parallel.tensor", "2"], None, "1 x 1 x 2 (data x pipeline x tensor) is not the 1 rank(s)"),
     ("more data ranks than ranks", ["--parallel.data", "3"], None, "3 x 1 x 1 (data x pipeline x tensor)"),
     ("micro-batch", ["--train.micro_batch_size", "5"], None, "choose one of 1, 2, 4, 8, 16, 32"),
     ("batch over ranks", ["--train.batch_size", "7"], two_ranks, "can't be split over 2 data ranks: choose 6 or 8"),
