@@ -16,7 +16,7 @@ export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 UNTAG := sed -u -E 's/\[[0-9]+,[0-9]+\]<std(out|err)>://g; \
     /^WARNING: All log messages before absl|^I0000 .*(port|cpu_feature_guard)\.cc|^To enable the following instr/d'
 
-.PHONY: help setup demo test check format bench clean
+.PHONY: help setup demo test check format bench chaos clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -45,10 +45,16 @@ check:  ## format, lint, types and import walls
 format:  ## format and repair what the linter can
 	@ruff format -q . && ruff check -q --fix .
 
+chaos:  ## break runs at random moments, and compare what comes out (about an hour)
+	@$(PYTHON) scripts/setup_environment.py torch tensorflow
+	@python benchmarks/chaos.py
+	@HVDLM_CHAOS=1 python -m pytest tests/test_faults.py tests/test_stops.py
+
 bench:  ## the paired benchmarks (minutes)
 	@$(PYTHON) scripts/setup_environment.py torch tensorflow
 	@python benchmarks/loop_overhead.py && python benchmarks/communication_cost.py
 	@python benchmarks/all_reduce_cost.py && python benchmarks/slow_network.py && python benchmarks/parallel.py
+	@python benchmarks/save_cost.py
 
 clean:  ## delete runs and caches of this checkout; the user's wheel cache stays
 	@rm -rf runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

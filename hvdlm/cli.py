@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from hvdlm import options
-from hvdlm.interfaces import HvdlmError, RankError, nearest
+from hvdlm.interfaces import HvdlmError, nearest
 
 COMMANDS = {
     "train": "train a model (the default)",
@@ -19,16 +19,18 @@ COMMANDS = {
     "convert": "merge a checkpoint into one safetensors file",
     "prepare": "turn text into token files",
     "plugins": "list what is installed, what it provides and its version",
-    "doctor": "examine this machine's MPI, Horovod and frameworks",
+    "doctor": "examine this machine's MPI, Horovod and frameworks, or why a run (--run) hung or died",
     "bench": "measure what collectives cost between the ranks of this launch",
+    "supervise": "start a run, and start it again from its newest checkpoint where it fails",
 }
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; return the process's exit code: 0 done, 1 failed while computing, 2 bad input."""
+    """Run one command; return the exit code: 0 done, 1 failed while computing, 2 bad input, 75 stopped and saved."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in arguments
-    arguments = [a for a in arguments if a != "--debug"]
+    own = arguments.index("--") if "--" in arguments else len(arguments)  # what follows is supervise's command
+    debug = "--debug" in arguments[:own]
+    arguments = [a for a in arguments[:own] if a != "--debug"] + arguments[own:]
     command = arguments.pop(0) if arguments and arguments[0] in COMMANDS else "train"
     try:
         if arguments and not arguments[0].startswith("-"):
@@ -49,10 +51,13 @@ def _refuse(error: HvdlmError, debug: bool) -> int:
         # Rank 0 most often has the same to say: it says it, and the launcher then ends this rank.
         time.sleep(3)
     prefix = f"hvdlm: rank {rank}: " if rank else "hvdlm: "
-    print(prefix + str(error), file=sys.stderr, flush=True)
     world = getattr(error, "world", None)
-    if world is not None and world.size > 1:
-        world.abort(2)
+    if world is None or world.size == 1:
+        print(prefix + str(error), file=sys.stderr, flush=True)
+        return 2
+    from hvdlm import failures
+
+    failures.refuse(world, error, prefix)
     return 2
 
 
@@ -64,7 +69,7 @@ def _launch_rank() -> int:
 
 
 def _guard(run: Any, action: Callable[[], Any]) -> int:
-    """Do what all ranks compute; an error on this rank ends all of them with its message."""
+    """Do what all ranks compute; an error on this rank ends all of them with its message, told once."""
     try:
         action()
     except KeyboardInterrupt:
@@ -74,11 +79,11 @@ def _guard(run: Any, action: Callable[[], Any]) -> int:
         error.world = run.world  # type: ignore[attr-defined]
         raise
     except Exception as error:
-        if not isinstance(error, RankError):
-            traceback.print_exc()
-        print(f"hvdlm: rank {run.world.rank} failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        run.world.abort(1)
+        from hvdlm import failures
+
+        failures.end(run.world, error)
     run.world.close()
+    run.world.ledger.discard()
     return 0
 
 
@@ -91,23 +96,46 @@ def train(arguments: list[str]) -> int:
 
         return dryrun.main(config)
     from hvdlm import run as runs
+    from hvdlm.control import STOPPED, Signals
 
     plan = runs.plan(config)
-    run = runs.start(plan)
+    signals = Signals(plan.rank).listen()
+    run = _started(plan)
     from hvdlm.loop import train as loop
     from hvdlm.telemetry import default_plugins
 
     for plugin in default_plugins(run.config):
         run.manager.register(plugin)
 
+    stopped = False
+
     def action() -> None:
-        loop(run)
-        if config.log.sample_tokens:
+        nonlocal stopped
+        stopped = bool(loop(run, signals)["stopped"])
+        if config.log.sample_tokens and not stopped:
             from hvdlm.generate import Sampling
 
             _write(run, config.log.sample_prompt, config.log.sample_tokens, Sampling(seed=config.train.seed))
+        signals.ignore()
 
-    return _guard(run, action)
+    return _guard(run, action) or (STOPPED if stopped else 0)
+
+
+def _started(plan: Any) -> Any:
+    """Start the run; an error on this rank, once ranks have met, ends all of them with its message, told once."""
+    from hvdlm import run as runs
+
+    try:
+        return runs.start(plan)
+    except HvdlmError:
+        raise
+    except Exception as error:
+        world = getattr(error, "world", None)
+        if world is None:
+            raise
+        from hvdlm import failures
+
+        failures.end(world, error)
 
 
 def _open(values: Any, arguments: list[str]) -> Any:
@@ -117,8 +145,8 @@ def _open(values: Any, arguments: list[str]) -> Any:
     config = options.run_config(values.run, arguments)
     config.checkpoint.resume = "none"
     plan = runs.plan(config, fresh=False)
-    plan.checkpoint = _checkpoint(values)
-    return runs.start(plan)
+    plan.resume = str(_checkpoint(values).path)
+    return _started(plan)
 
 
 def _checkpoint(values: Any) -> Any:
@@ -232,11 +260,11 @@ def plugins(arguments: list[str]) -> int:
 
 
 def doctor(arguments: list[str]) -> int:
-    """``python -m hvdlm doctor``."""
-    options.parse_none("doctor", COMMANDS["doctor"], arguments)
+    """``python -m hvdlm doctor``, or of a run: ``doctor --run RUN``."""
+    values = options.parse_doctor(COMMANDS["doctor"], arguments)
     from hvdlm import doctor as examination
 
-    return examination.main()
+    return examination.main() if values.run is None else examination.tell_run(_path(values.run))
 
 
 def bench(arguments: list[str]) -> int:
@@ -254,6 +282,14 @@ def bench(arguments: list[str]) -> int:
     return _guard(run, lambda: benchmark.main(run.world, run.framework, chosen, counts, _path(values.output)))
 
 
+def supervise(arguments: list[str]) -> int:
+    """``python -m hvdlm supervise -- COMMAND``."""
+    settings, command = options.parse_supervise(arguments)
+    from hvdlm.supervise import supervise as watch
+
+    return watch(settings, command, lambda given: options.parse_config(given, COMMANDS))
+
+
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "evaluate": evaluate,
@@ -263,4 +299,5 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "plugins": plugins,
     "doctor": doctor,
     "bench": bench,
+    "supervise": supervise,
 }

@@ -113,6 +113,10 @@ class TrainConfig:
         eval_every: steps between evaluations; 0: only at the end
         eval_batch_size: sequences a rank evaluates at a time
         threads: framework threads per rank; None: cores divided by local ranks
+        max_seconds: wall-clock seconds after which the run saves and stops, exit code 75; None: no limit
+        spike: a step whose gradient norm is above this times its running mean is skipped; 0: only where not finite
+        max_skips: skipped steps in a row after which the run goes back to its newest checkpoint, without their batches
+        replica_check_every: steps between two comparisons of the data ranks' parameters; 0: never
     """
 
     steps: int = 1000
@@ -139,6 +143,10 @@ class TrainConfig:
     eval_every: int = 500
     eval_batch_size: int = 64
     threads: int | None = None
+    max_seconds: float | None = None
+    spike: float = 0.0
+    max_skips: int = 3
+    replica_check_every: int = 500
 
 
 @dataclass
@@ -261,13 +269,17 @@ class CheckpointConfig:
 
     Args:
         every: steps between checkpoints; 0: only at the end
-        keep: how many checkpoints are kept
-        resume: auto (the run folder's newest), none, or the path of a checkpoint
+        keep: how many checkpoints are kept, the newest
+        keep_best: how many are kept besides, those with the lowest val_loss
+        resume: auto (the run folder's newest whole one), none, or the path of a checkpoint
+        asynchronous: training goes on while a checkpoint is written; it stands still only for the copy
     """
 
     every: int = 500
     keep: int = 2
+    keep_best: int = 0
     resume: str = "none"
+    asynchronous: bool = True
 
 
 @dataclass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import math
 import os
 from pathlib import Path
@@ -11,8 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from hvdlm.checkpoint import Checkpoint
+from hvdlm.disk import sync_folder, write_tensors
 from hvdlm.interfaces import HvdlmError
 from hvdlm.models.layout import whole
+from hvdlm.pieces import key
 
 
 def convert(checkpoint: Checkpoint, output: Path) -> int:
@@ -32,11 +33,7 @@ def convert(checkpoint: Checkpoint, output: Path) -> int:
             os.replace(temporary, output)
         finally:
             temporary.unlink(missing_ok=True)
-        descriptor = os.open(output.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync_folder(output.parent)
     except OSError as error:
         raise HvdlmError(
             f"--output {output}: {error.strerror or error}: name a file in a folder that is there, can be written and "
@@ -46,30 +43,12 @@ def convert(checkpoint: Checkpoint, output: Path) -> int:
 
 
 def _write(checkpoint: Checkpoint, path: Path) -> int:
-    """Write https://github.com/huggingface/safetensors#format: the header's length, the header, the arrays."""
-    # Wider numbers first, so that all lie at multiples of their size.
-    stored = {name: s[0] for name, s in checkpoint.tensors.items() if name.startswith("parameters/")}
-    names = sorted(stored, key=lambda name: (-stored[name].numpy.itemsize, name))
-    header: dict[str, object] = {"__metadata__": {"format": "hvdlm", "step": str(checkpoint.step)}}
-    end = count = 0
-    for name in names:
-        shape = stored[name].piece.shape
-        begin, end = end, end + math.prod(shape) * stored[name].numpy.itemsize
-        count += math.prod(shape)
-        header[name.removeprefix("parameters/")] = {
-            "dtype": stored[name].dtype,
-            "shape": list(shape),
-            "data_offsets": [begin, end],
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    stored = {key(name): found[0] for name, found in checkpoint.tensors.items() if name.startswith("parameters/")}
+    tensors = {name: (one.dtype, one.piece.shape) for name, one in stored.items()}
     reader = checkpoint.reader()
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
-            array = reader.piece(name, whole(stored[name].piece.shape))
-            # Little-endian is what the format asks for.
-            file.write(np.ascontiguousarray(array, array.dtype.newbyteorder("<")).data.cast("B") if array.size else b"")
-        file.flush()
-        os.fsync(file.fileno())
-    return count
+
+    def array(name: str) -> np.ndarray:
+        return reader.piece(f"parameters/{name}", whole(stored[name].piece.shape))
+
+    write_tensors(path, tensors, array, {"format": "hvdlm", "step": str(checkpoint.step)})
+    return sum(math.prod(shape) for _, shape in tensors.values())

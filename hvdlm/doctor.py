@@ -1,4 +1,4 @@
-"""``python -m hvdlm doctor``: what is installed, what fits together, and how to mend what doesn't.
+"""``python -m hvdlm doctor``: what is installed, what fits together, and how to mend what doesn't; why a run ended.
 
 Facts are gathered first (``hvdlm.probes``) and judged here, so that every trap can be tested on a sound machine.
 """
@@ -10,7 +10,10 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
+from hvdlm import diagnosis, evidence
+from hvdlm.interfaces import HvdlmError
 from hvdlm.probes import BUILT, GPUS, THREADS, Facts, gather
 
 
@@ -47,6 +50,21 @@ def main() -> int:
     report = diagnose()
     print(report.table(), flush=True)
     return 0 if report.healthy else 1
+
+
+def tell_run(run: Path) -> int:
+    """Print what the ranks of a run that hung or died left behind: each one's end, and where they differ; return 0.
+
+    Raises:
+        HvdlmError: they left nothing that can be read.
+    """
+    folder = evidence.ledger_folder(run)
+    scene = evidence.read_scene(folder)
+    if not scene.views:
+        said = scene.unreadable[0] if scene.unreadable else "it ended in good order, or its ranks never met."
+        raise HvdlmError(f"--run {run}: there is no ledger of collectives in {folder}: {said}")
+    print(diagnosis.report(scene), flush=True)
+    return 0
 
 
 def diagnose(facts: Facts | None = None) -> Report:

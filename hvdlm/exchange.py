@@ -20,6 +20,7 @@ class AllReduceExchange:
     """Sums gradients as they are: no compression, nothing left out, nothing remembered."""
 
     apart = False
+    agreed = True
     stands_for = 1
     part, parts, scatters_every = 0, 1, False
 

@@ -6,7 +6,7 @@ Events are told to every plugin on every rank; what only one rank should do (wri
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pluggy
@@ -103,8 +103,13 @@ def hvdlm_evaluated(step: int, metrics: Mapping[str, float]) -> None:
 
 
 @hookspec
-def hvdlm_checkpoint_saved(step: int, path: str, seconds: float) -> None:
-    """Hear that the checkpoint in ``path`` is whole, and how long training stood still for it."""
+def hvdlm_checkpoint_saved(step: int, path: str, seconds: float, total_seconds: float) -> None:
+    """Hear that the checkpoint in ``path`` is whole; of its ``total_seconds``, training stood still for ``seconds``."""
+
+
+@hookspec
+def hvdlm_rolled_back(step: int, to_step: int, batches: Sequence[int]) -> None:
+    """Hear that after ``step`` the run went back to the checkpoint of ``to_step``, and leaves out these batches."""
 
 
 @hookspec

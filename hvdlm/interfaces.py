@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from hvdlm.config import CompressionConfig, Config
+    from hvdlm.ledger import Ledger
     from hvdlm.models.layout import FlatLayout, Piece
     from hvdlm.models.spec import ModelSpec
     from hvdlm.topology import Mesh
@@ -80,6 +81,7 @@ class StepResult:
         transfer_seconds: time that collectives took in the background, hidden or not; None: not known. The loop's.
         idle_seconds: time in which this rank waited for other pipeline stages' results (part of comm_seconds).
         axis_bytes: comm_bytes by the axis of the mesh along which they travelled (``exchange.AXIS_OF``).
+        skipped: the update was left out, because the gradients were not finite or their norm above the limit.
     """
 
     loss: float
@@ -90,6 +92,7 @@ class StepResult:
     transfer_seconds: float | None = None
     idle_seconds: float = 0.0
     axis_bytes: dict[str, int] = field(default_factory=dict)
+    skipped: bool = False
     extra: dict[str, float] = field(default_factory=dict)
 
 
@@ -187,13 +190,19 @@ class Group(Protocol):
 
 
 class World(Protocol):
-    """One run's ranks. Started by a Backend, ended by the loop. ``transport``: the library that moves the bytes."""
+    """One run's ranks. Started by a Backend, ended by the loop.
+
+    Attributes:
+        transport: the library that moves the bytes.
+        ledger: what collectives this rank has called, for whoever has to explain a hang.
+    """
 
     rank: int
     size: int
     local_rank: int
     local_size: int
     transport: str
+    ledger: Ledger
 
     def group(self, ranks: Sequence[int]) -> Group:
         """Return the group of these ranks, made at the start from the mesh; HvdlmError for any other."""
@@ -206,6 +215,16 @@ class World(Protocol):
 
     def any(self, flag: bool) -> bool:
         """Return whether any rank's flag is set. All ranks call."""
+
+    def agree(self, counts: Sequence[int]) -> Handle:
+        """Start to add up every rank's ``counts`` (small whole numbers), the same number of them on all ranks.
+
+        Travels in the background: waited for a step later, it costs next to nothing. ``wait`` returns ``list[int]``.
+        All ranks call, and one agreement is under way at a time.
+        """
+
+    def broadcast_bytes(self, data: bytes | None, root: int) -> bytes:
+        """Return rank ``root``'s ``data`` (below 2 GB) on all ranks. All ranks call; the others' is ignored."""
 
     def raw(self, collective: str, array: np.ndarray, in_place: bool = False) -> Callable[[], Any] | None:
         """Return a function that does the transport's own collective on flat ``array``, nothing of hvdlm in between.
@@ -247,8 +266,13 @@ class Backend(Protocol):
 class Trainable(Protocol):
     """A model on this rank with its optimizer: computes, exchanges gradients, updates."""
 
-    def train_step(self, micro_batches: Sequence[Batch], learning_rate: float, step: int) -> StepResult:
-        """Do one optimizer step on this rank's rows of the global batch. All ranks call, with equally many."""
+    def train_step(
+        self, micro_batches: Sequence[Batch], learning_rate: float, step: int, limit: float = float("inf")
+    ) -> StepResult:
+        """Do one optimizer step on this rank's rows of the global batch. All ranks call, with equally many.
+
+        Gradients that are not finite, or whose norm is above ``limit``, are not applied (``StepResult.skipped``).
+        """
 
     def eval_step(self, batch: Batch) -> tuple[float, float]:
         """Return (sum of losses over valid tokens in nats, valid tokens) of this rank's rows.
@@ -263,6 +287,12 @@ class Trainable(Protocol):
 
         Returns:
             float32 ``[rows, vocab]``: the scores of what follows the last token; and the grown cache.
+        """
+
+    def fingerprints(self) -> dict[str, int]:
+        """Return a CRC-32 of every parameter (of this rank's part of it), by global name.
+
+        Equal on all ranks of the data axis; empty where their parameters may differ now (rarer synchronisation).
         """
 
     def memory(self) -> dict[str, int]:
@@ -314,6 +344,7 @@ class Exchange(Protocol):
     Attributes:
         size: ranks along the data axis.
         apart: whether ranks' parameters and optimizer states differ between steps (rarer synchronisation).
+        agreed: whether all ranks have the same parameters now, after the last step.
         stands_for: for how many ranks this step's metrics stand: 1 where they were summed over all.
         part, parts: this rank updates part number ``part`` of ``parts`` equal parts of every bucket (ZeRO); 0, 1: all.
         scatters_every: whether every micro-batch's gradients are scattered, so that none are kept whole (ZeRO-2).
@@ -322,6 +353,7 @@ class Exchange(Protocol):
 
     size: int
     apart: bool
+    agreed: bool
     stands_for: int
     part: int
     parts: int
@@ -350,7 +382,7 @@ class Exchange(Protocol):
         """Return what the updated flat ``parameters`` ``[size]`` are replaced by; None: they stay."""
 
     def state(self) -> dict[str, np.ndarray]:
-        """Return what the exchange remembers from step to step (error feedback), for the checkpoint."""
+        """Return copies of what the exchange remembers from step to step (error feedback), for the checkpoint."""
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
         """Take over what ``state()`` returned; missing entries start afresh."""
@@ -407,13 +439,20 @@ CompressorMaker = Callable[["CompressionConfig", int, int, int], Compressor]
 
 
 class Task(Protocol):
-    """What a batch, a loss and a metric are; ``tokenizer`` turns text into ids below ``vocab``."""
+    """What a batch, a loss and a metric are; ``tokenizer`` turns text into ids below ``vocab``.
+
+    ``fingerprint``: says which data it is, the same on all ranks that have the same.
+    """
 
     tokenizer: Any
     vocab: int
+    fingerprint: str
 
-    def batch(self, step: int, first: int, last: int) -> Batch:
-        """Return rows ``first:last`` of the global batch of ``step``: depends on nothing but seed and step."""
+    def batch(self, number: int, first: int, last: int) -> Batch:
+        """Return rows ``first:last`` of global batch ``number``: depends on nothing but the seed and the number.
+
+        Rows count on into the next batch, where a run goes on with another batch size.
+        """
 
     def validation(self, rank: int, size: int) -> Iterator[Batch]:
         """Yield the whole validation split, ``rank``'s share of it, in a fixed order.

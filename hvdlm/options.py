@@ -9,9 +9,12 @@ from typing import Any, NoReturn
 
 import jsonargparse
 
-from hvdlm import schema
+from hvdlm import plain_yaml, schema, untrusted
 from hvdlm.config import Config, DataConfig
 from hvdlm.interfaces import HvdlmError
+
+_SENTENCE = 1000  # characters: what was given may be long
+_CONFIG_LIMIT = 2**18  # bytes: a configuration beyond this is none
 
 
 class _Parser(jsonargparse.ArgumentParser):
@@ -21,7 +24,7 @@ class _Parser(jsonargparse.ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise the message as one sentence."""
-        raise HvdlmError(self.sentence(str(message))) from ex
+        raise HvdlmError(untrusted.shown(self.sentence(str(message)), _SENTENCE)) from ex
 
     def sentence(self, message: str) -> str:
         """Return jsonargparse's message as: what is wrong, where, what to do."""
@@ -143,19 +146,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Return the mapping in a YAML file.
 
     Raises:
-        HvdlmError: it can't be read, isn't YAML or is no mapping.
+        HvdlmError: it can't be read, isn't YAML, is no mapping, or holds more than plain values.
     """
-    import yaml
-
     if not str(path) or str(path) == ".":
         raise HvdlmError("--config: the value is missing, expected the path of a YAML file.")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = plain_yaml.load(str(untrusted.read(path, _CONFIG_LIMIT), "utf-8"), jsonargparse.get_loader("yaml"))
     except OSError as error:
         raise HvdlmError(f"--config {path}: {error.strerror}: give a readable YAML file.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        where = " ".join(str(error).split())
-        raise HvdlmError(f"--config {path}: is no valid YAML: {where}.") from error
+    except ValueError as error:
+        raise HvdlmError(f"--config {path}: is no valid YAML: {untrusted.shown(str(error), 250)}.") from error
     if not isinstance(content, dict):
         raise HvdlmError(f"--config {path}: holds no options; write for example: model: {{layers: 6}}.")
     return content
@@ -256,6 +256,28 @@ def parse_bench(arguments: list[str]) -> tuple[Any, Config]:
     parser.add_argument("--output", type=str, default="bench.json", help="file to write; the plot lies beside it")
     values, rest = _parse_known(parser, arguments)
     return values, _parse("bench", description, rest)
+
+
+def parse_supervise(arguments: list[str]) -> tuple[Any, list[str]]:
+    """Return the settings (``supervised.Settings``) and the command after ``--``."""
+    from hvdlm.supervised import Settings
+
+    description = (
+        "python -m hvdlm supervise [OPTIONS] -- COMMAND...: start a run (COMMAND ends with the options of python -m "
+        "hvdlm train), and start it again from its newest checkpoint where it fails."
+    )
+    parser = _parser("supervise", description, "Exit codes: 0 done, 1 given up, 2 refused, 75 stopped and saved.")
+    parser.add_class_arguments(Settings)
+    parser.known = schema.types_of({"": Settings})
+    own = arguments.index("--") if "--" in arguments else len(arguments)
+    return Settings(**parser.parse_args(arguments[:own]).as_dict()), arguments[own + 1 :]
+
+
+def parse_doctor(description: str, arguments: list[str]) -> Any:
+    """Return ``run``: the folder of a run that hung or died; None: this machine is examined."""
+    parser = _parser("doctor", description)
+    parser.add_argument("--run", type=str, default=None, help="a run that hung or died: tell why from what it left")
+    return parser.parse_args(arguments)
 
 
 def parse_none(command: str, description: str, arguments: list[str]) -> None:

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from hvdlm import untrusted
 from hvdlm.interfaces import HvdlmError
 from hvdlm.models.layout import Piece
+from hvdlm.untrusted import shown
 
 KINDS = {"parameters/": "model", "optimizer/": "optimizer", "carry/": "carry"}
 """Which files hold tensors whose names begin so."""
@@ -26,6 +28,10 @@ _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BOOL": "bool"}
 }
 _NAMES = {numpy: name for name, numpy in _DTYPES.items()}
 _CHUNK = 2**20
+_HEADER = 100 * 10**6  # the longest header that safetensors allows
+_NAME = 1024  # characters of a tensor's name
+_AXES = 32
+_ELEMENTS = 2**60  # of one array: what is computed from it stays below 2**63
 
 
 @dataclass(frozen=True)
@@ -68,11 +74,18 @@ def from_json(tensors: Mapping[str, Any], files: Mapping[str, Any]) -> dict[str,
         ValueError, KeyError, TypeError, AttributeError: it is no manifest of ours.
     """
     found = {}
+    room = {file: entry["bytes"] for file, entry in files.items()}
     for name, entries in tensors.items():
-        if not name.startswith(tuple(KINDS)):
-            raise ValueError(f"it names a tensor {name!r}")
+        if not name.startswith(tuple(KINDS)) or len(name) > _NAME or not name.isprintable():
+            raise ValueError(f"it names a tensor {shown(repr(name))}")
         stored = [_stored(name, entry, files) for entry in entries]
-        if len({(s.piece.shape, s.dtype) for s in stored}) != 1 or len({s.piece for s in stored}) != len(stored):
+        for one in stored:
+            room[one.file] -= math.prod(one.piece.held) * one.numpy.itemsize
+            if room[one.file] < 0:
+                raise ValueError(f"{one.file} is too small for its slice of {name}")
+        # A file has one array of a name: slices in one file would be the same memory claimed many times.
+        apart = len({s.piece for s in stored}) == len({s.file for s in stored}) == len(stored)
+        if not apart or len({(s.piece.shape, s.dtype) for s in stored}) != 1:
             raise ValueError(f"the slices of {name} contradict each other")
         found[name] = stored
     return found
@@ -83,24 +96,23 @@ def _stored(name: str, entry: Mapping[str, Any], files: Mapping[str, Any]) -> St
     shape, start, extent = (_numbers(name, entry[what]) for what in ("shape", "start", "extent"))
     piece = Piece(shape, start, extent, None if flat is None else _pair(name, flat))
     if file not in files or not file.startswith(kind(name)):
-        raise ValueError(f"{name} is said to be in {file!r}")
+        raise ValueError(f"{name} is said to be in {shown(repr(file))}")
     if dtype not in _DTYPES:
-        raise ValueError(f"{name} has the dtype {dtype!r}")
+        raise ValueError(f"{name} has the dtype {shown(repr(dtype))}")
     inside = len(shape) == len(start) == len(extent) and all(
         a + n <= whole for a, n, whole in zip(start, extent, shape, strict=True)
     )
     if not inside or (piece.flat and not piece.flat[0] <= piece.flat[1] <= math.prod(extent)):
         raise ValueError(f"a slice of {name} lies outside of it")
-    stored = Stored(file, dtype, piece)
-    if math.prod(piece.held) * stored.numpy.itemsize > files[file]["bytes"]:
-        raise ValueError(f"{file} is too small for its slice of {name}")
-    return stored
+    return Stored(file, dtype, piece)
 
 
 def _numbers(name: str, value: Any) -> tuple[int, ...]:
     # bool is an int to isinstance, and no number here.
-    if not isinstance(value, list) or not all(type(n) is int and n >= 0 for n in value):
-        raise ValueError(f"a slice of {name} is cut at {value!r}")
+    if not isinstance(value, list) or not all(type(n) is int and 0 <= n <= _ELEMENTS for n in value):
+        raise ValueError(f"a slice of {name} is cut at {shown(repr(value))}")
+    if len(value) > _AXES or math.prod(n or 1 for n in value) > _ELEMENTS:
+        raise ValueError(f"{name} is said to be larger than any array")
     return tuple(value)
 
 
@@ -110,10 +122,15 @@ def _pair(name: str, value: Any) -> tuple[int, int]:
 
 
 class Reader:
-    """Reads pieces from a checkpoint's files; verifies a file's SHA-256 before anything of it is used."""
+    """Reads pieces from a checkpoint's files; verifies a file's SHA-256 before anything of it is used.
 
-    def __init__(self, folder: Path, files: Mapping[str, Any], tensors: Mapping[str, Sequence[Stored]]) -> None:
-        self._folder, self._files, self._tensors = folder, files, tensors
+    ``verified``: the hashes have been verified already.
+    """
+
+    def __init__(
+        self, folder: Path, files: Mapping[str, Any], tensors: Mapping[str, Sequence[Stored]], verified: bool = False
+    ) -> None:
+        self._folder, self._files, self._tensors, self._verified = folder, files, tensors, verified
         self._opened: dict[str, Any] = {}
 
     def piece(self, name: str, wanted: Piece) -> np.ndarray:
@@ -134,7 +151,7 @@ class Reader:
         if same:
             return self._read(name, same)
         # Before memory is taken for what a manifest only claims to be there.
-        if sum(math.prod(s.piece.held) for s in stored) < math.prod(wanted.held):
+        if sum(math.prod(s.piece.held) for s in stored) < math.prod(stored[0].piece.shape):
             return None
         target = _narrowed(wanted)
         box = np.empty(target.extent, stored[0].numpy)
@@ -175,43 +192,67 @@ class Reader:
         lacks[into] &= ~take
 
     def _read(self, name: str, stored: Stored, part: tuple[Any, ...] = ()) -> np.ndarray:
-        from safetensors import SafetensorError
-
         file = self._open(stored.file)
-        try:
+
+        def read() -> np.ndarray | None:
             found = file.get_slice(key(name))
             if (found.get_dtype(), tuple(found.get_shape())) != (stored.dtype, stored.piece.held):
-                raise self._damaged(f"{name} in {stored.file} is not what the manifest says")
+                return None
             return found[part] if part else file.get_tensor(key(name))
-        except SafetensorError as error:
-            raise self._damaged(f"{stored.file}: {error}") from error
+
+        array = self._guarded(stored.file, read)
+        if array is None:
+            raise self._damaged(f"{name} in {stored.file} is not what the manifest says")
+        return array
 
     def all(self, name: str) -> dict[str, np.ndarray]:
-        """Return all tensors of a file; none where the checkpoint has no such file."""
+        """Return all tensors of a rank's own file, ``exchange/...``; none where the checkpoint has no such file.
+
+        Raises:
+            HvdlmError: it is damaged, or holds anything else.
+        """
         if name not in self._files:
             return {}
-        from safetensors import SafetensorError
-
         file = self._open(name)
-        try:
-            return {tensor: file.get_tensor(tensor) for tensor in file.keys()}
-        except SafetensorError as error:
-            raise self._damaged(f"{name}: {error}") from error
+        tensors = self._guarded(name, lambda: {tensor: file.get_tensor(tensor) for tensor in file.keys()})
+        for tensor in tensors:
+            if not tensor.startswith("exchange/"):
+                raise self._damaged(f"{name} holds {shown(repr(tensor))}")
+        return tensors
 
     def _open(self, name: str) -> Any:
-        from safetensors import SafetensorError, safe_open
-
         if name not in self._opened:
-            try:
-                if _sha256(self._folder / name) != self._files[name]["sha256"]:
-                    raise self._damaged(f"{name} has another SHA-256")
-                self._opened[name] = safe_open(str(self._folder / name), framework="numpy")
-            except (OSError, SafetensorError) as error:
-                raise self._damaged(f"{name}: {error}") from error
+            self._opened[name] = self._guarded(name, lambda: self._opened_file(name))
         return self._opened[name]
+
+    def _opened_file(self, name: str) -> Any:
+        from safetensors import safe_open
+
+        path = self._folder / name
+        # The rules for files are those of the manifest's reader: what lies there now may be another file.
+        size = untrusted.size(path, within=self._folder)
+        if not self._verified and _sha256(path) != self._files[name]["sha256"]:
+            raise self._damaged(f"{name} has another SHA-256")
+        _check_header(path, size)
+        return safe_open(str(path), framework="numpy")
+
+    def _guarded(self, file: str, action: Callable[[], Any]) -> Any:
+        """Return what ``action`` does with ``file``, in which the library may stumble over anything."""
+        try:
+            return untrusted.guarded(action)
+        except ValueError as error:
+            raise self._damaged(f"{file}: {error}") from error
 
     def _damaged(self, why: str) -> HvdlmError:
         return HvdlmError(f"checkpoint {self._folder} is damaged: {why}. Resume from another one.")
+
+
+def _check_header(path: Path, size: int) -> None:
+    """Check the length of the header before the library sees it: https://github.com/huggingface/safetensors#format."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if not 2 <= length <= min(size - 8, _HEADER):
+        raise ValueError(f"its header is said to have {length:,} bytes")
 
 
 def _sha256(path: Path) -> str:

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib.metadata
 import importlib.util
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pluggy
 
-from hvdlm import checkpoint, plugins, validate
+from hvdlm import checkpoint, finding, meeting, plugins, validate
 from hvdlm.checkpoint import Checkpoint
 from hvdlm.config import Config
+from hvdlm.cursor import Cursor
 from hvdlm.data.tokenfile import without_stdin
 from hvdlm.generate import encode
+from hvdlm.guard import Guard
 from hvdlm.interfaces import Framework, HvdlmError, Task, Trainable, World, nearest
 from hvdlm.models.spec import ModelSpec
+from hvdlm.saving import Saver
+from hvdlm.sentinel import Sentinel
 from hvdlm.topology import Mesh, make_mesh
 
 
@@ -37,6 +39,15 @@ class Run:
     spec: ModelSpec
     trainable: Trainable
     checkpoint: Checkpoint | None
+    cursor: Cursor
+    guard: Guard
+    saver: Saver
+    sentinel: Sentinel
+
+    @property
+    def start_step(self) -> int:
+        """Optimizer steps that had been done when the run was opened."""
+        return self.checkpoint.step if self.checkpoint else 0
 
     @property
     def folder(self) -> Path:
@@ -53,7 +64,11 @@ class Run:
 
 @dataclass
 class Plan:
-    """A run that has been checked, before any rank has met another and before a framework is imported."""
+    """A run that has been checked, before any rank has met another and before a framework is imported.
+
+    ``resume``: the checkpoint to go on from, as ``checkpoint.resume`` names it; ``fresh``: whether the run writes its
+    folder.
+    """
 
     config: Config
     asked: Config
@@ -61,7 +76,8 @@ class Plan:
     backend: Any
     mesh: Mesh
     rank: int
-    checkpoint: Checkpoint | None
+    resume: str
+    fresh: bool
 
 
 def plan(config: Config, *, fresh: bool = True) -> Plan:
@@ -94,11 +110,12 @@ def plan(config: Config, *, fresh: bool = True) -> Plan:
     manager.hook.hvdlm_check(config=config, spec=validate.model(config, plugins.models(manager)))
     validate.communication(config, size, backend_name, plugins.compressors(manager))
     require_framework(config.framework, size)
-    found = _find_checkpoint(config) if fresh else None
+    if fresh:
+        _check_folder(config, size)
     # Kept in a file, which the run's config.yaml names, so that it can be resumed, evaluated and continued.
     config.data = without_stdin(config.data)
     asked = dataclasses.replace(asked, data=config.data)
-    return Plan(config, asked, manager, backend, mesh, rank, found)
+    return Plan(config, asked, manager, backend, mesh, rank, config.checkpoint.resume if fresh else "none", fresh)
 
 
 def choose_backend() -> str:
@@ -132,16 +149,17 @@ def require_framework(name: str, size: int) -> None:
             raise HvdlmError(f'Horovod {missing}, and {size} ranks need it: make setup FRAMEWORKS="{name}".')
 
 
-def _find_checkpoint(config: Config) -> Checkpoint | None:
+def _check_folder(config: Config, size: int) -> None:
+    """Check that the run's folder is free, or that there is something to go on from."""
     folder = Path(config.log.run)
-    found = checkpoint.find(folder, config.checkpoint.resume)
+    if size == 1:  # several ranks look together once they have met: a node may lack what others have
+        checkpoint.find(folder, config.checkpoint.resume, warn=False)
     occupied = config.checkpoint.resume == "none" and (folder / "config.yaml").exists()
     if occupied and not config.log.overwrite:
         raise HvdlmError(
             f"{folder} holds a run already: go on with it (--checkpoint.resume auto), choose another folder "
             "(--log.run NAME) or delete it by starting afresh (--log.overwrite true)."
         )
-    return found
 
 
 def start(plan: Plan) -> Run:
@@ -155,29 +173,58 @@ def start(plan: Plan) -> Run:
     spec = plugins.models(manager)[config.model.name](config.model, task.vocab, config.data.context)
     if config.log.sample_tokens:
         encode(task.tokenizer, config.log.sample_prompt)
-    if plan.checkpoint:
-        _check_tokenizer(plan.checkpoint, task)
     framework = plugins.make(manager, "framework", config.framework)
+    folder = Path(config.log.run)
     world = plan.backend.start(config.framework, plan.mesh.groups(), config)
+    sentinel = Sentinel(world, folder / "ledger", config.communication.timeout)
     try:
-        _agree(world, config, task)
+        if plan.fresh and world.size > 1:
+            world.ledger.keep_in(folder / "ledger", world.rank)
+            sentinel.start()
+        meeting.agree(world, config, task)
+        meeting.check_groups(world, framework, plan.mesh)
+        found = finding.choose(folder, plan.resume, world)
+        if found:
+            meeting.check_continuation(found, task, config)
         group = world.group(plan.mesh.group("data", world.rank))
         more = {"compressors": plugins.compressors(manager), "place": group.ranks.index(world.rank)}
         exchange = plugins.make(manager, "exchange", config.communication.exchange, group=group, config=config, **more)
         trainable = framework.build(spec, plan.mesh, world, exchange, config)
-        if plan.checkpoint:
-            trainable.load_state(_load(plan.checkpoint, trainable, world, plan.mesh))
-    except HvdlmError as error:
+        if found:
+            load_state(found, trainable, world, plan.mesh)
+        batch, manifest = config.train.batch_size, found.manifest if found else {}
+        cursor = Cursor.of(manifest, batch) if found else Cursor(batch)
+        guard = Guard(config.train, exchange.apart, manifest.get("guard"))
+        saver = Saver(folder / "checkpoints", world, config.checkpoint)
+    except Exception as error:
         error.world = world  # type: ignore[attr-defined]
         raise
-    return Run(config, plan.asked, manager, world, plan.mesh, task, spec, trainable, plan.checkpoint)
+    parts = (
+        config,
+        plan.asked,
+        manager,
+        world,
+        plan.mesh,
+        task,
+        spec,
+        trainable,
+        found,
+        cursor,
+        guard,
+        saver,
+        sentinel,
+    )
+    return Run(*parts)
 
 
-def _load(found: Checkpoint, trainable: Trainable, world: World, mesh: Mesh) -> dict[str, Any]:
-    """Return this rank's part of a checkpoint; what a rank alone knew is of use where ranks hold the same parts."""
+def load_state(found: Checkpoint, trainable: Trainable, world: World, mesh: Mesh) -> None:
+    """Have ``trainable`` go on from this rank's part of a checkpoint. All ranks call.
+
+    What a rank alone knew is of use only where ranks hold the same parts as then.
+    """
     state = checkpoint.load(found, trainable.pieces(), world.rank, world.size)
     same = tuple(found.manifest.get("mesh", ())) == mesh.shape
-    return {name: array for name, array in state.items() if same or not name.startswith("exchange/")}
+    trainable.load_state({name: a for name, a in state.items() if same or not name.startswith("exchange/")})
 
 
 @dataclass
@@ -193,43 +240,3 @@ def meet(config: Config) -> Meeting:
     found = plan(config, fresh=False)
     framework = plugins.make(found.manager, "framework", config.framework)
     return Meeting(found.backend.start(config.framework, found.mesh.groups(), found.config), framework)
-
-
-def _check_tokenizer(found: Checkpoint, task: Any) -> None:
-    before = found.manifest.get("tokenizer")
-    if before and before != task.tokenizer.hash:
-        raise HvdlmError(
-            f"checkpoint {found.path} was trained with another tokenizer or vocabulary than this run's: use the same "
-            "--data.path and --data.tokenizer, or a new --log.run."
-        )
-
-
-def _agree(world: World, config: Config, task: Any) -> None:
-    """Check that all ranks have the same configuration and vocabulary."""
-    said = world.gather_objects(
-        [repr({**config.to_dict(), "train": {**config.to_dict()["train"], "threads": 0}}), task.tokenizer.hash]
-    )
-    for rank, other in enumerate(said):
-        if other != said[0]:
-            what = "configuration" if other[0] != said[0][0] else "data"
-            raise HvdlmError(f"rank {rank} has another {what} than rank 0: give all ranks the same options and files.")
-
-
-def clear(folder: Path) -> None:
-    """Delete what an earlier run wrote into ``folder``, and nothing else."""
-    for name in ("config.yaml", "metrics.jsonl", "summary.json", "tokenizer.json"):
-        (folder / name).unlink(missing_ok=True)
-    for name in ("checkpoints", "tensorboard"):
-        shutil.rmtree(folder / name, ignore_errors=True)
-
-
-def versions(framework: str) -> dict[str, str]:
-    """Return the versions of what computes, by distribution name."""
-    names = ["hvdlm", framework, "tensorflow-cpu", "horovod", "mpi4py", "numpy"]
-    found = {}
-    for name in names:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

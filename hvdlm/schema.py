@@ -9,8 +9,10 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from hvdlm import untrusted
 from hvdlm.interfaces import HvdlmError
 
+_LONGEST = 80  # characters of a key, of which the nearest known one is searched
 _PHRASES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list such as [a, b]"}
 
 
@@ -49,12 +51,12 @@ def advice(key: str, known: Iterable[str]) -> str:
 
 def unknown(key: str, known: Iterable[str]) -> str:
     """Return the sentence about an option that doesn't exist."""
-    return f"--{key}: there is no such option; {advice(key, known)}"
+    return f"--{untrusted.shown(key)}: there is no such option; {advice(key[:_LONGEST], known)}"
 
 
 def wrong_value(key: str, value: Any, hint: Any) -> str:
     """Return the sentence about a value of the wrong type."""
-    shown = "null" if value in (None, "None") else repr(value) if isinstance(value, str) else value
+    shown = "null" if value in (None, "None") else untrusted.shown(repr(value) if isinstance(value, str) else value)
     near = ""
     if typing.get_origin(hint) is typing.Literal:
         close = difflib.get_close_matches(str(value), [str(a) for a in typing.get_args(hint)], 1)
@@ -72,9 +74,8 @@ def check_mapping(content: Mapping[str, Any], known: Mapping[str, Any], where: s
         key = f"{prefix}{name}"
         if any(other.startswith(f"{key}.") for other in known):
             if not isinstance(value, Mapping):
-                raise HvdlmError(
-                    f"{where}: {key} is a section, got {value!r}: write for example {example(key, known)}."
-                )
+                got = untrusted.shown(repr(value))
+                raise HvdlmError(f"{where}: {key} is a section, got {got}: write for example {example(key, known)}.")
             check_mapping(value, known, where, f"{key}.")
         elif key not in known:
             raise HvdlmError(f"{where}: {unknown(key, known)}")

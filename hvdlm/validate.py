@@ -19,7 +19,7 @@ _POSITIVE = """
     train.batch_size train.micro_batch_size train.decay_every train.eval_batch_size train.threads parallel.data
     parallel.pipeline parallel.tensor communication.bucket_bytes communication.fusion_bytes
     communication.compression.rank communication.compression.min_elements communication.local.steps checkpoint.keep
-    log.every
+    log.every train.max_skips
 """
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     **{key: (lambda v: v >= 1, "1 or more") for key in _POSITIVE.split()},
@@ -39,6 +39,9 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "train.epsilon": (lambda v: v > 0, "above 0"),
     "train.momentum": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
     "train.clip": (lambda v: v >= 0, "0 (no clipping) or more"),
+    "train.max_seconds": (lambda v: v > 0, "above 0"),
+    "train.spike": (lambda v: v == 0 or v > 1, "0 (only what is not finite) or above 1"),
+    "train.replica_check_every": (lambda v: v >= 0, "0 (never) or more"),
     "train.eval_every": (lambda v: v >= 0, "0 (only at the end) or more"),
     "communication.cycle_ms": (lambda v: v > 0, "above 0"),
     "communication.timeout": (lambda v: v > 0, "above 0"),
@@ -56,6 +59,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "communication.local.outer_momentum": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
     "communication.local.warmup": (lambda v: v >= 0, "0 or more"),
     "checkpoint.every": (lambda v: v >= 0, "0 (only at the end) or more"),
+    "checkpoint.keep_best": (lambda v: v >= 0, "0 (none) or more"),
     "log.sample_tokens": (lambda v: v >= 0, "0 (none) or more"),
 }
 

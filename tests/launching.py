@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,11 @@ from hvdlm.probes import THREADS
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("HVDLM_DATA", ROOT.parent / "shared" / "data"))
+
+# Options of a small run that takes seconds.
+SMALL = ["--model.layers", "2", "--model.width", "32", "--model.heads", "2"]
+SMALL += ["--train.batch_size", "8", "--data.context", "32", "--log.every", "1"]
+STEPS = ("--train.steps", "30", "--train.warmup", "5")
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -32,3 +38,33 @@ def launch(
             options += ["--oversubscribe", "--bind-to", "none"]
         command = [name, *options, "-np", str(ranks), *command]
     return subprocess.run(command, cwd=ROOT, env=environment(**more), capture_output=True, text=True, timeout=timeout)
+
+
+def losses(run: Path) -> list[float]:
+    """Return the loss of every step that a run has logged."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+WITH_A_PLUGIN = """
+import os, signal, sys, time
+from hvdlm import cli, hookimpl, telemetry
+
+class Meddler:
+    @hookimpl
+    def hvdlm_run_started(self, world):
+        self.world = world
+
+    @hookimpl(trylast=True)
+    def hvdlm_step_ended(self, step):
+        {action}
+
+plugins = telemetry.default_plugins
+telemetry.default_plugins = lambda config: [*plugins(config), Meddler()]
+sys.exit(cli.main())
+"""
+
+
+def meddled(action: str) -> list[str]:
+    """Return the arguments that run ``python -m hvdlm`` with ``action`` at the end of every step."""
+    return ["-c", WITH_A_PLUGIN.format(action=action)]

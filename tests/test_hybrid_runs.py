@@ -8,9 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from test_train import SMALL, losses, meddled
 
-from launching import launch
+from launching import SMALL, launch, losses, meddled
 
 # Key-value heads enough for two tensor ranks, layers enough for two stages; an uneven last batch in evaluation.
 SIZES = [*SMALL, "--train.micro_batch_size", "2", "--train.eval_batch_size", "7", "--train.warmup", "5"]

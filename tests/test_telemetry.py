@@ -132,13 +132,15 @@ def test_plain_lines_are_rare_and_readable(config: Config, capsys: pytest.Captur
     start(progress, config)
     steps(progress, 1, 20)
     progress.hvdlm_evaluated(20, {"val_loss": 1.90123, "perplexity": 6.6941, "bits_per_byte": 2.7429})
-    progress.hvdlm_checkpoint_saved(20, "run/checkpoints/20", 0.25)
+    progress.hvdlm_checkpoint_saved(20, "run/checkpoints/20", 0.25, 1.5)
+    progress.hvdlm_rolled_back(20, 15, [16, 17])
     said = capsys.readouterr().out.splitlines()[1:]
     # The steps here take no time, so that only the first and the last one are due.
     assert said[0] == "step 1: loss 0.3333, lr 1.00e-03, 200 tokens/s, comm 20.0%, 4 KB/step (1/2.0), 0:10 left"
     assert said[1].startswith("step 20: ") and said[1].endswith("0:00 left")
     assert said[2] == "step 20: val_loss 1.9012, perplexity 6.69, bits_per_byte 2.74"
-    assert said[3] == "step 20: saved run/checkpoints/20 in 0.25 s"
+    assert said[3] == "step 20: saved run/checkpoints/20 in 1.50 s, training stood still for 0.25 s"
+    assert said[4] == "step 20: went back to the checkpoint of step 15; left out: batch 16, 17"
 
 
 def test_a_terminal_gets_a_bar(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

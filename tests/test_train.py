@@ -8,60 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launching import DATA, launch
-
-SMALL = ["--model.layers", "2", "--model.width", "32", "--model.heads", "2"]
-SMALL += ["--train.batch_size", "8", "--data.context", "32", "--log.every", "1"]
-
-
-def losses(run: Path) -> list[float]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
-
-
-@pytest.fixture(scope="session")
-def curve(tmp_path_factory):
-    """Return a function that trains once per set of options and returns the run's folder."""
-    done: dict[tuple, Path] = {}
-
-    def train(framework: str, ranks: int, *options: str, launcher: str = "mpirun") -> Path:
-        key = (framework, ranks, options, launcher)
-        if key not in done:
-            run = tmp_path_factory.mktemp("run")
-            arguments = ["-m", "hvdlm", "--framework", framework, "--log.run", str(run), *SMALL, *options]
-            finished = launch(launcher, ranks, arguments)
-            assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
-            done[key] = run
-        return done[key]
-
-    return train
-
-
-WITH_A_PLUGIN = """
-import os, signal, sys, time
-from hvdlm import cli, hookimpl, telemetry
-
-class Meddler:
-    @hookimpl
-    def hvdlm_run_started(self, world):
-        self.world = world
-
-    @hookimpl(trylast=True)
-    def hvdlm_step_ended(self, step):
-        {action}
-
-plugins = telemetry.default_plugins
-telemetry.default_plugins = lambda config: [*plugins(config), Meddler()]
-sys.exit(cli.main())
-"""
-
-
-def meddled(action: str) -> list[str]:
-    """Return the arguments that run ``python -m hvdlm`` with ``action`` at the end of every step."""
-    return ["-c", WITH_A_PLUGIN.format(action=action)]
-
-
-STEPS = ("--train.steps", "30", "--train.warmup", "5")
+from launching import DATA, SMALL, STEPS, launch, losses, meddled
 
 
 @pytest.mark.parametrize("launcher", ["mpirun", "horovodrun", "horovodrun --gloo"])

@@ -26,7 +26,7 @@ class GlooBackend:
     def prepare(self, config: Config) -> int:
         """Set thread counts and settings before anything reads them; return framework threads per rank."""
         os.environ["HOROVOD_CONTROLLER"] = os.environ["HOROVOD_CPU_OPERATIONS"] = "gloo"
-        os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", str(max(30, round(config.communication.timeout))))
+        os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", str(max(30, round(2 * config.communication.timeout))))
         return environment.prepare(environment.detect(), config)
 
     def start(self, framework: str, groups: Sequence[tuple[int, ...]], config: Config) -> horovod.HorovodWorld:

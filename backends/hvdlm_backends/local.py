@@ -10,6 +10,7 @@ from typing import Any
 from hvdlm import hookimpl
 from hvdlm.config import Config
 from hvdlm.interfaces import Done, Group, HvdlmError, Traffic
+from hvdlm.ledger import Ledger
 from hvdlm_backends import environment
 
 
@@ -70,6 +71,9 @@ class LocalWorld:
     rank, size, local_rank, local_size = 0, 1, 0, 1
     transport = "none"
 
+    def __init__(self) -> None:
+        self.ledger = Ledger()
+
     def group(self, ranks: Sequence[int]) -> Group:
         """Return the group of rank 0."""
         if tuple(ranks) != (0,):
@@ -83,6 +87,14 @@ class LocalWorld:
     def gather_objects(self, value: Any) -> list[Any]:
         """Return [value]."""
         return [value]
+
+    def broadcast_bytes(self, data: bytes | None, root: int) -> bytes:
+        """Return the data."""
+        return data or b""
+
+    def agree(self, counts: Sequence[int]) -> Done:
+        """Return the counts, done."""
+        return Done(list(counts))
 
     def raw(self, collective: str, array: Any, in_place: bool = False) -> None:
         """Return None: there is no transport."""

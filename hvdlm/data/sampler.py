@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 _MASK = np.uint64(0xFFFFFFFFFFFFFFFF)
-_BLOCK = 4096  # rows whose places are drawn at a time
+_BLOCK = 4096  # rows whose places are drawn at a time, at most
 
 
 def _mix(value: np.ndarray, key: np.uint64) -> np.ndarray:
@@ -47,20 +47,22 @@ class ShuffledSampler:
         self._context, self._batch, self._seed = context, batch_size, seed
         # One window less than fit without an offset, so that every offset below the context fits.
         self.windows = max(1, (len(tokens) - 1) // context - 1)
+        # An epoch costs a fixed time to draw: of a short text no more epochs than a batch needs.
+        self._block = min(_BLOCK, max(batch_size, self.windows))
         self._starts: dict[int, list[int]] = {}
 
     def rows(self, step: int, first: int, last: int) -> tuple[np.ndarray, np.ndarray, bool]:
         """Return int32 inputs and targets ``[last - first, context]`` of the rows of ``step``, and reset: always."""
         place = step * self._batch + first, step * self._batch + last
-        blocks = range(place[0] // _BLOCK, (place[1] - 1) // _BLOCK + 1)
+        blocks = range(place[0] // self._block, (place[1] - 1) // self._block + 1)
         self._starts = {block: self._starts.get(block) or self._draw(block) for block in blocks}
         known = [start for block in blocks for start in self._starts[block]]
-        skipped = blocks[0] * _BLOCK
+        skipped = blocks[0] * self._block
         return _windows(self._tokens, known[place[0] - skipped : place[1] - skipped], self._context) + (True,)
 
     def _draw(self, block: int) -> list[int]:
         """Return where the windows of a block of rows begin: many at once, since a step alone has too few for numpy."""
-        place = np.arange(block * _BLOCK, (block + 1) * _BLOCK)
+        place = np.arange(block * self._block, (block + 1) * self._block)
         starts = np.empty(len(place), np.int64)
         for epoch in np.unique(place // self.windows):
             chosen = place // self.windows == epoch

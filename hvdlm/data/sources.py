@@ -6,6 +6,7 @@ import codecs
 import glob
 import gzip
 import hashlib
+import math
 import os
 import sys
 import tempfile
@@ -18,6 +19,8 @@ from hvdlm.interfaces import HvdlmError
 
 _CHUNK = 1 << 20
 _SUFFIXES = (".txt", ".md", ".text", ".gz")
+_RATIO = 100  # text packs 3 to 5 times smaller, the most repetitive log 50 times
+_UNPACKED = 1 << 26  # bytes below which no ratio is too large
 
 
 def embedded() -> str:
@@ -54,6 +57,11 @@ def expand(paths: Sequence[str]) -> list[str]:
     for source in found:
         if source != "embedded" and not os.access(source, os.R_OK):
             raise HvdlmError(f"data.path {source}: this user can't read it: change its permissions or path.")
+        if source != "embedded" and not os.path.isfile(source):
+            raise HvdlmError(
+                f"data.path {source}: is no regular file, and texts are read twice: save it as a file, or pipe it into "
+                "--data.path -."
+            )
     return found
 
 
@@ -62,9 +70,17 @@ def chunks(source: str) -> Iterator[bytes]:
     if source == "embedded":
         yield embedded().encode()
         return
+    packed, done = source.endswith(".gz"), 0
     try:
-        with gzip.open(source) if source.endswith(".gz") else open(source, "rb") as file:
+        limit = max(_UNPACKED, _RATIO * os.path.getsize(source)) if packed else math.inf
+        with gzip.open(source) if packed else open(source, "rb") as file:
             while chunk := file.read(_CHUNK):
+                done += len(chunk)
+                if done > limit:
+                    raise HvdlmError(
+                        f"data.path {source}: unpacks to more than {_RATIO} times its size, as a decompression bomb "
+                        "does: if it is a text all the same, unpack it with gunzip and give that file."
+                    )
                 yield chunk
     except (OSError, EOFError, zlib.error) as error:
         raise HvdlmError(f"data.path {source}: can't be read: {error}.") from error
@@ -131,19 +147,25 @@ def spool(folder: Path) -> str:
         raise HvdlmError("data.path -: standard input is a terminal: pipe a text into it, or give a file.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        hashed = hashlib.sha256()
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".stdin-", delete=False) as file:
-            while chunk := sys.stdin.buffer.read(_CHUNK):
-                hashed.update(chunk)
-                file.write(chunk)
-        path = folder / f"stdin-{hashed.hexdigest()[:24]}.txt"
-        if not path.exists():
-            os.replace(file.name, path)
-        else:
-            os.unlink(file.name)
+        return str(_kept(folder))
     except OSError as error:
         raise HvdlmError(
             f"data.path -: standard input can't be kept in {folder}: {error.strerror}: free space or choose another "
             "folder (--data.cache FOLDER)."
         ) from error
-    return str(path)
+
+
+def _kept(folder: Path) -> Path:
+    hashed = hashlib.sha256()
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".stdin-", delete=False) as file:
+        try:
+            while chunk := sys.stdin.buffer.read(_CHUNK):
+                hashed.update(chunk)
+                file.write(chunk)
+            file.flush()
+            path = folder / f"stdin-{hashed.hexdigest()[:24]}.txt"
+            if not path.exists():
+                os.replace(file.name, path)
+        finally:  # of an endless input nothing stays but the sentence
+            Path(file.name).unlink(missing_ok=True)
+    return path

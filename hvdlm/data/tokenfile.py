@@ -17,24 +17,33 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from hvdlm import untrusted
 from hvdlm.config import DataConfig
 from hvdlm.data import sources, tokenizers
 from hvdlm.interfaces import HvdlmError
+from hvdlm.untrusted import shown
 
 FORMAT = "hvdlm-tokens-2"
 _DTYPES: dict[str, np.dtype] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
-_LIMIT = 1 << 26  # header and tokenizer files beyond this are none of ours
+_LIMIT = 1 << 26  # a header beyond this is none of ours
+_KEYS = {"format", "dtype", "train", "validation", "validation_bytes", "tokenizer", "sources"}
+_COUNT = 1 << 53
+_ALL = 1 << 24  # ids that are all looked at when a folder is opened: some milliseconds
 
 
 @dataclass(frozen=True)
 class TokenData:
-    """An open token folder: ids of the training and validation split, memory-mapped, ``[n]`` uint16 or uint32."""
+    """An open token folder: ids of the training and validation split, memory-mapped, ``[n]`` uint16 or uint32.
+
+    ``fingerprint``: of the texts, the tokenizer and the split; not of the paths, which nodes may call differently.
+    """
 
     folder: Path
     tokenizer: tokenizers.Tokenizer
     train: np.ndarray
     validation: np.ndarray
     validation_bytes: int
+    fingerprint: str
 
 
 def prepare(config: DataConfig, output: str | None = None) -> TokenData:
@@ -201,38 +210,59 @@ def open_tokens(folder: Path) -> TokenData:
         HvdlmError: it is damaged or foreign.
     """
     try:
-        header = _read_json(folder / "header.json")
-        if header["format"] != FORMAT:
-            raise ValueError(f"its format is {header['format']!r}, not {FORMAT!r}")
-        dtype, counts = _DTYPES[header["dtype"]], [int(header["train"]), int(header["validation"])]
-        size = (folder / "tokens.bin").stat().st_size
-        if min(counts) < 0 or size != sum(counts) * dtype.itemsize:
+        header = _header(folder)
+        dtype, counts = _DTYPES[header["dtype"]], [header["train"], header["validation"]]
+        size = untrusted.size(folder / "tokens.bin", within=folder)
+        if size != sum(counts) * dtype.itemsize:
             raise ValueError(f"tokens.bin has {size} bytes, the header says {sum(counts)} tokens of {dtype.itemsize}")
-        tokenizer = tokenizers.from_json(_read_json(folder / "tokenizer.json"))
+        path = folder / "tokenizer.json"
+        tokenizer = tokenizers.from_json(untrusted.read_json(path, tokenizers.LIMIT, folder, tokenizers.SLACK))
         if tokenizer.hash != header["tokenizer"]:
             raise ValueError("the tokenizer isn't the one that the tokens were made with")
         tokens: np.ndarray = np.memmap(folder / "tokens.bin", dtype, "r") if size else np.zeros(0, dtype)
         if (highest := _highest(tokens)) >= tokenizer.vocab:
             raise ValueError(f"tokens.bin holds the id {highest}, the vocabulary has {tokenizer.vocab} entries")
         train, validation = tokens[: counts[0]], tokens[counts[0] :]
-        return TokenData(folder, tokenizer, train, validation, int(header["validation_bytes"]))
-    except (ValueError, KeyError, TypeError, OSError) as error:
+        return TokenData(folder, tokenizer, train, validation, header["validation_bytes"], _fingerprint(header))
+    except (ValueError, OSError, RecursionError, HvdlmError) as error:
+        why = shown(str(error).rstrip("."), 250)
         raise HvdlmError(
-            f"token folder {folder} is damaged or foreign: {error}: delete it and prepare it anew."
+            f"token folder {folder} is damaged or foreign: {why}: delete it and prepare it anew."
         ) from error
+
+
+def _header(folder: Path) -> dict[str, Any]:
+    """Return the header; what is used of it is of the types that ``_write`` gives it."""
+    header = untrusted.read_json(folder / "header.json", _LIMIT, folder)
+    if not isinstance(header, dict):
+        raise ValueError("header.json holds no mapping")
+    if missing := _KEYS - header.keys():
+        raise ValueError(f"its header lacks {', '.join(sorted(missing))}")
+    digests = header["sources"]
+    if not isinstance(digests, dict) or not all(isinstance(digest, str) for digest in digests.values()):
+        raise ValueError(f"its sources are {shown(repr(digests))}")
+    if header["format"] != FORMAT:
+        raise ValueError(f"its format is {shown(repr(header['format']))}, not {FORMAT!r}")
+    if not isinstance(header["dtype"], str) or header["dtype"] not in _DTYPES:
+        raise ValueError(f"{shown(repr(header['dtype']))} is no dtype of tokens")
+    for name in ("train", "validation", "validation_bytes"):
+        if type(header[name]) is not int or not 0 <= header[name] < _COUNT:
+            raise ValueError(f"its {name} is {shown(repr(header[name]))}")
+    return header
+
+
+def _fingerprint(header: dict[str, Any]) -> str:
+    said = [header[name] for name in ("format", "dtype", "train", "validation", "tokenizer")]
+    return hashlib.sha256(json.dumps([said, sorted(header["sources"].values())]).encode()).hexdigest()
 
 
 def _highest(tokens: np.ndarray) -> int:
     """Return the highest of the ids, in a large file of those in 64 blocks of it: opening must not take long."""
+    if len(tokens) <= _ALL:
+        return int(tokens.max(initial=0)) if len(tokens) else -1
     block = 1 << 16
-    starts = np.unique(np.linspace(0, max(0, len(tokens) - block), 64, dtype=np.int64))
-    return max((int(tokens[start : start + block].max()) for start in starts if len(tokens)), default=-1)
-
-
-def _read_json(path: Path) -> Any:
-    if path.stat().st_size > _LIMIT:
-        raise ValueError(f"{path.name} is too large")
-    return json.loads(path.read_text(encoding="utf-8"))
+    starts = np.linspace(0, len(tokens) - block, 64, dtype=np.int64)
+    return max(int(tokens[start : start + block].max()) for start in starts)
 
 
 def require_length(tokens: np.ndarray, context: int, split: str) -> None:

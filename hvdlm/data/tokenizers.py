@@ -5,13 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from hvdlm import untrusted
+from hvdlm.data.growth import growth
 from hvdlm.interfaces import HvdlmError
+from hvdlm.untrusted import shown
+
+LIMIT = 1 << 26  # bytes: a tokenizer's file beyond this is none of ours
+SLACK = 1 << 24  # a vocabulary is many small parts: bytes that reading one may take beside 10 times its file's size
+_TABLE = 1 << 16  # a table of all code points would take 4 MB for a vocabulary of one character
+_GROWTH = 256  # text that grows more while it is prepared for encoding is a bomb
 
 
 class Tokenizer(Protocol):
@@ -68,8 +76,13 @@ class CharTokenizer(_Hashed):
         self._characters = characters
         self.vocab = len(characters)
         points = np.frombuffer(characters.encode("utf-32-le"), np.uint32)
-        self._table = np.full(int(points.max()) + 1, -1, np.int32)
-        self._table[points] = np.arange(self.vocab)
+        self._order = np.argsort(points).astype(np.int32)
+        self._points = points[self._order]
+        if not self.vocab or (self._points[1:] == self._points[:-1]).any():
+            raise ValueError("a vocabulary holds every character once, and one at least")
+        low = points[points < _TABLE]
+        self._table = np.full(int(low.max(initial=0)) + 1, -1, np.int32)
+        self._table[low] = np.flatnonzero(points < _TABLE)
 
     @staticmethod
     def train(texts: Iterable[str]) -> CharTokenizer:
@@ -83,14 +96,21 @@ class CharTokenizer(_Hashed):
         """Return one int32 id per character; raise HvdlmError for one that the corpus doesn't have."""
         points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
         ids = self._table[np.minimum(points, len(self._table) - 1)]
-        bad = (points >= len(self._table)) | (ids < 0)
-        if bad.any():
-            character = text[int(bad.argmax())]
+        high = points >= len(self._table)
+        if high.any():
+            ids[high] = self._searched(points[high])
+        if (ids < 0).any():
+            character = text[int((ids < 0).argmax())]
             raise HvdlmError(
                 f"character {character!r} is not among the {self.vocab} that the model knows: leave it out, or train "
                 "with --data.tokenizer byte, which knows all."
             )
         return ids
+
+    def _searched(self, points: np.ndarray) -> np.ndarray:
+        """Return the ids of code points, -1 where there is none."""
+        places = np.minimum(np.searchsorted(self._points, points), self.vocab - 1)
+        return np.where(self._points[places] == points, self._order[places], np.int32(-1))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids."""
@@ -108,6 +128,8 @@ class WordTokenizer(_Hashed):
         self._words = list(words)
         self._ids = {word: i for i, word in enumerate(words)}
         self.vocab = len(words)
+        if len(self._ids) != self.vocab or "<unk>" not in self._ids:
+            raise ValueError("a vocabulary holds every word once, and <unk>")
         self._unknown = self._ids["<unk>"]
 
     @staticmethod
@@ -140,6 +162,18 @@ def _words(text: str) -> Iterable[str]:
             yield "<eos>"
 
 
+def _vocab(entries: Mapping[str, int]) -> int:
+    """Return how many ids a model needs: a vocabulary may have gaps, but not be made of them.
+
+    Raises:
+        ValueError: it is.
+    """
+    highest = max(entries.values(), default=-1)
+    if highest >= 2 * len(entries) + 1024:
+        raise ValueError(f"it has {len(entries)} entries and the id {highest}")
+    return highest + 1
+
+
 class BPETokenizer(_Hashed):
     """Byte-level byte-pair encoding (Sennrich et al. 2016), trained or loaded by Hugging Face ``tokenizers``."""
 
@@ -147,11 +181,20 @@ class BPETokenizer(_Hashed):
         from tokenizers import Tokenizer as Encoder
 
         try:
-            self._encoder = Encoder.from_str(description)
-        except Exception as error:  # the library raises plain Exception
-            raise HvdlmError(f"the tokenizer file is no Hugging Face tokenizer.json: {error}.") from error
-        self._description = json.loads(description)
-        self.vocab = self._encoder.get_vocab_size()
+            self._description = untrusted.parse_json(description, SLACK)
+            # Written anew: of a key that stands there twice, the library shall see what is looked at here.
+            same = json.dumps(self._description)
+            self._encoder = untrusted.guarded(lambda: Encoder.from_str(same))
+            # What is made for batches of short texts would cut a corpus, or fill it up.
+            self._encoder.no_truncation()
+            self._encoder.no_padding()
+            self.vocab = _vocab(self._encoder.get_vocab())
+            if growth(self._description) > _GROWTH:
+                raise ValueError(f"it makes text more than {_GROWTH} times longer")
+        except (ValueError, RecursionError) as error:
+            raise HvdlmError(
+                f"the tokenizer file is no Hugging Face tokenizer.json: {shown(str(error), 200)}."
+            ) from error
 
     @staticmethod
     def train(texts: Iterable[str], size: int) -> BPETokenizer:
@@ -169,11 +212,22 @@ class BPETokenizer(_Hashed):
 
     def encode(self, text: str) -> np.ndarray:
         """Return int32 ids ``[n]``."""
-        return np.array(self._encoder.encode(text, add_special_tokens=False).ids, np.int32)
+        ids = np.array(self._guarded(lambda: self._encoder.encode(text, add_special_tokens=False).ids), np.int64)
+        if ids.max(initial=0) >= self.vocab:
+            raise HvdlmError(
+                f"the tokenizer gave the id {ids.max()}, its vocabulary has {self.vocab} entries: use another."
+            )
+        return ids.astype(np.int32)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids."""
-        return str(self._encoder.decode([int(i) for i in ids], skip_special_tokens=False))
+        return str(self._guarded(lambda: self._encoder.decode([int(i) for i in ids], skip_special_tokens=False)))
+
+    def _guarded(self, action: Callable[[], Any]) -> Any:
+        try:
+            return untrusted.guarded(action)
+        except ValueError as error:
+            raise HvdlmError(f"the tokenizer fails ({error}): check its tokenizer.json, or use another.") from error
 
     def to_json(self) -> dict[str, Any]:
         """Return kind and the Hugging Face description."""
@@ -190,16 +244,20 @@ def from_json(value: Any) -> Tokenizer:
         kind = value["kind"]
         if kind == "byte":
             return ByteTokenizer()
-        if kind == "char" and isinstance(value["characters"], str) and value["characters"]:
+        if kind == "char" and isinstance(value["characters"], str):
             return CharTokenizer(value["characters"])
-        if kind == "word" and all(isinstance(word, str) for word in value["words"]):
+        if (
+            kind == "word"
+            and isinstance(value["words"], list)
+            and all(isinstance(word, str) for word in value["words"])
+        ):
             return WordTokenizer(value["words"])
         if kind == "bpe":
             return BPETokenizer(json.dumps(value["description"]))
-        raise KeyError(kind)
-    except (KeyError, TypeError) as error:
+        raise ValueError(f"it is of no known kind: {shown(repr(kind))}")
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise HvdlmError(
-            f"the tokenizer description is damaged or foreign ({error}): prepare the data anew."
+            f"the tokenizer description is damaged or foreign ({shown(str(error), 200)}): prepare the data anew."
         ) from error
 
 
@@ -218,7 +276,12 @@ def train(name: str, size: int | None, texts: Iterable[str]) -> Tokenizer:
     if name == "bpe":
         return BPETokenizer.train(texts, size or 4096)
     check(name)
-    return BPETokenizer(Path(name).read_text(encoding="utf-8"))
+    try:
+        return BPETokenizer(str(untrusted.read(Path(name), LIMIT), "utf-8"))
+    except (ValueError, OSError) as error:
+        raise HvdlmError(
+            f"data.tokenizer {name}: can't be read: {error}: give a Hugging Face tokenizer.json."
+        ) from error
 
 
 def check(name: str) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Iterator
 
 from hvdlm import hookimpl
 from hvdlm.config import Config
 from hvdlm.data import sampler
-from hvdlm.data.tokenfile import prepare, require_length
+from hvdlm.data.tokenfile import TokenData, prepare, require_length
 from hvdlm.interfaces import Batch, HvdlmError
 
 
@@ -20,6 +22,7 @@ class LanguageModel:
         self.data = prepare(config.data)
         self.tokenizer = self.data.tokenizer
         self.vocab = self.tokenizer.vocab
+        self.fingerprint = _fingerprint(self.data)
         context, batch = config.data.context, config.train.batch_size
         require_length(self.data.train, context, "training")
         if len(self.data.validation) < 2:
@@ -34,9 +37,9 @@ class LanguageModel:
             require_length(self.data.train, context * batch, "training")
             self._sampler = sampler.SequentialSampler(self.data.train, context, batch)
 
-    def batch(self, step: int, first: int, last: int) -> Batch:
-        """Return rows ``first:last`` of the global batch of ``step``."""
-        inputs, targets, reset = self._sampler.rows(step, first, last)
+    def batch(self, number: int, first: int, last: int) -> Batch:
+        """Return rows ``first:last`` of global batch ``number``."""
+        inputs, targets, reset = self._sampler.rows(number, first, last)
         return Batch(inputs, targets, None, reset)
 
     def validation(self, rank: int, size: int) -> Iterator[Batch]:
@@ -57,6 +60,13 @@ class LanguageModel:
             per_byte = len(self.data.validation) / self.data.validation_bytes
             figures["bits_per_byte"] = loss / math.log(2) * per_byte
         return figures
+
+
+def _fingerprint(data: TokenData) -> str:
+    """Return a hash of what the tokens were made of, wherever they lie."""
+    sources = json.loads((data.folder / "header.json").read_text(encoding="utf-8")).get("sources", {})
+    what = [data.tokenizer.hash, len(data.train), len(data.validation), *sorted(map(str, sources.values()))]
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
 
 @hookimpl

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -20,6 +20,7 @@ class Metrics:
 
     def __init__(self, config: Config) -> None:
         self._folder, self._every = Path(config.log.run), config.log.every
+        self._path = self._folder / "metrics.jsonl"
         self._file: TextIO | None = None
         self._interval = Interval(0)
 
@@ -27,17 +28,20 @@ class Metrics:
     def hvdlm_run_started(self, config: Config, world: World, info: Mapping[str, Any]) -> None:
         """Open the file; of an earlier run, keep what lies before the step that is resumed."""
         if world.rank == 0:
-            path = self._folder / "metrics.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
+            self._folder.mkdir(parents=True, exist_ok=True)
             self._interval = Interval(info["parameters"])
-            _keep_until(path, int(info["start_step"]))
-            self._file = path.open("a", encoding="utf-8")
+            _keep_until(self._path, int(info["start_step"]))
+            self._file = self._path.open("a", encoding="utf-8")
 
     @hookimpl
     def hvdlm_step_ended(self, step: int, result: StepResult, learning_rate: float, seconds: float) -> None:
-        """Write the step where it is due; rates, seconds and bytes are means over the steps since the last line."""
+        """Write the step where it is due; rates, seconds and bytes are means over the steps since the last line.
+
+        A step whose update was left out is always written, with ``skipped``.
+        """
         self._interval.add(result, seconds)
-        if self._file and (step == 1 or step % self._every == 0):
+        if self._file and (step == 1 or step % self._every == 0 or result.skipped):
+            skipped = {"skipped": True} if result.skipped else {}
             self._write(
                 step=step,
                 loss=result.loss,
@@ -52,6 +56,7 @@ class Metrics:
                 compression=self._interval.compression,
                 overlap=self._interval.overlap,
                 **result.extra,
+                **skipped,
             )
             self._interval.forget()
 
@@ -60,6 +65,16 @@ class Metrics:
         """Write the evaluation."""
         if self._file:
             self._write(step=step, **metrics)
+
+    @hookimpl
+    def hvdlm_rolled_back(self, step: int, to_step: int, batches: Sequence[int]) -> None:
+        """Drop what lies behind the checkpoint, and write that it was so."""
+        if self._file:
+            self._file.close()
+            _keep_until(self._path, to_step)
+            self._file = self._path.open("a", encoding="utf-8")
+            self._interval.forget()
+            self._write(step=to_step, rolled_back_from=step, batches_left_out=list(batches))
 
     @hookimpl
     def hvdlm_run_ended(self, summary: Mapping[str, Any]) -> None:

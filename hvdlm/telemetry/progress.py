@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hvdlm import hookimpl
@@ -57,7 +57,9 @@ class Progress:
             self._bar.update()
             if step % self._config.log.every == 0:
                 self._interval.forget()
-        elif self._is_due(step):
+        if result.skipped:
+            self._say(f"step {step}: update skipped, gradient norm {result.grad_norm:.3g}")
+        if self._bar is None and self._is_due(step):
             left = (self._config.train.steps - step) * self._interval.seconds
             print(f"step {step}: {text}, {_clock(left)} left", flush=True)
             self._interval.forget()
@@ -76,9 +78,17 @@ class Progress:
         self._say(f"step {step}: " + ", ".join(_figure(*item) for item in metrics.items()))
 
     @hookimpl
-    def hvdlm_checkpoint_saved(self, step: int, path: str, seconds: float) -> None:
+    def hvdlm_checkpoint_saved(self, step: int, path: str, seconds: float, total_seconds: float) -> None:
         """Show where the checkpoint is."""
-        self._say(f"step {step}: saved {path} in {seconds:.2f} s")
+        self._say(f"step {step}: saved {path} in {total_seconds:.2f} s, training stood still for {seconds:.2f} s")
+
+    @hookimpl
+    def hvdlm_rolled_back(self, step: int, to_step: int, batches: Sequence[int]) -> None:
+        """Show that the run went back."""
+        left_out = ", ".join(map(str, batches))
+        self._say(f"step {step}: went back to the checkpoint of step {to_step}; left out: batch {left_out}")
+        if self._bar is not None:
+            self._bar.n = to_step
 
     @hookimpl
     def hvdlm_run_ended(self, summary: Mapping[str, Any]) -> None:
@@ -86,7 +96,9 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
-        if "perplexity" in summary:
+        if summary.get("stopped"):
+            self._say(f"stopped after step {summary['steps']} ({summary['stopped']}); --checkpoint.resume auto goes on")
+        elif "perplexity" in summary:
             self._say(
                 f"done: validation perplexity {summary['perplexity']:.3f} (loss {summary['val_loss']:.4f}), "
                 f"{summary['tokens_per_second']:,.0f} tokens/s"

@@ -27,7 +27,7 @@ class TensorBoard:
     def hvdlm_run_started(self, config: Config, world: World, info: Mapping[str, Any]) -> None:
         """Open the event file."""
         if world.rank == 0:
-            from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+            from tensorboard.compat.proto.event_pb2 import Event
             from tensorboard.summary.writer.record_writer import RecordWriter
 
             self._interval = Interval(info["parameters"])
@@ -37,10 +37,7 @@ class TensorBoard:
             name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
             self._writer = RecordWriter((self._folder / name).open("wb"))
             self._writer.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
-            # A start event makes TensorBoard drop what an interrupted run wrote beyond the checkpoint.
-            start = Event(wall_time=time.time(), step=info["start_step"] + 1)
-            start.session_log.status = SessionLog.START
-            self._writer.write(start.SerializeToString())
+            self._start_at(info["start_step"] + 1)
 
     @hookimpl
     def hvdlm_step_ended(self, step: int, result: StepResult, learning_rate: float, seconds: float) -> None:
@@ -61,6 +58,12 @@ class TensorBoard:
             self._interval.forget()
 
     @hookimpl
+    def hvdlm_rolled_back(self, to_step: int) -> None:
+        """Have what lies behind the checkpoint dropped."""
+        if self._writer is not None:
+            self._start_at(to_step + 1)
+
+    @hookimpl
     def hvdlm_evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write the evaluation."""
         if self._writer is not None:
@@ -72,6 +75,14 @@ class TensorBoard:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+
+    def _start_at(self, step: int) -> None:
+        """Write a start event, which makes TensorBoard drop what was written of this step and later ones."""
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+        start = Event(wall_time=time.time(), step=step)
+        start.session_log.status = SessionLog.START
+        self._writer.write(start.SerializeToString())
 
     def _write(self, step: int, figures: Mapping[str, float]) -> None:
         from tensorboard.compat.proto.event_pb2 import Event

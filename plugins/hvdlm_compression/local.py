@@ -44,6 +44,11 @@ class LocalExchange(AllReduceExchange):
         if self._velocity is not None:
             self._velocity.assign(np.zeros_like(parameters))
 
+    @property
+    def agreed(self) -> bool:  # type: ignore[override]
+        """Whether a round has just ended."""
+        return self._phase != "local"
+
     def begin(self, step: int) -> Hashable:
         """Return ``every`` in the warm-up, ``sync`` where a round (or the run) ends, else ``local``."""
         done = step + 1

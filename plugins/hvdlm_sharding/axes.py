@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hvdlm.exchange import add, since, snapshot
 from hvdlm.interfaces import Exchange, Group, Traffic, World
+from hvdlm.ledger import Ledger
 from hvdlm.topology import Mesh
 from hvdlm_sharding.rules import Share
 
@@ -19,6 +20,7 @@ class Axes:
         model: all that hold a copy of the model together with this one.
         before, after: this rank and the one of the stage before, or after; None: there is no such stage.
         ends: the ranks of the first and the last stage; None in the stages between them, or where there is one stage.
+        ledger: where this rank's collectives are written down.
     """
 
     tensor: Group
@@ -26,6 +28,7 @@ class Axes:
     before: Group | None = None
     after: Group | None = None
     ends: Group | None = None
+    ledger: Ledger = field(default_factory=Ledger)
 
 
 def make_axes(world: World, mesh: Mesh, share: Share) -> Axes:
@@ -33,17 +36,18 @@ def make_axes(world: World, mesh: Mesh, share: Share) -> Axes:
     rank, stage = world.rank, share.stage
     tensor, model = world.group(mesh.group("tensor", rank)), world.group(mesh.model_group(rank))
     if stage.count == 1:
-        return Axes(tensor, model)
+        return Axes(tensor, model, ledger=world.ledger)
     before = None if stage.first else world.group(mesh.pair(rank, stage.number - 1))
     after = None if stage.last else world.group(mesh.pair(rank, stage.number))
     ends = world.group(mesh.pair(rank, stage.count - 1)) if stage.first or stage.last else None
-    return Axes(tensor, model, before, after, ends)
+    return Axes(tensor, model, before, after, ends, world.ledger)
 
 
 class Wire:
-    """The counters of all groups that a training step uses, as one: a group may serve several axes."""
+    """The counters of all groups that a training step uses, as one: a group may serve several axes; and the ledger."""
 
     def __init__(self, axes: Axes, exchange: Exchange) -> None:
+        self.ledger = axes.ledger
         groups = (axes.tensor, axes.model, axes.before, axes.after, axes.ends)
         counters = [exchange.traffic, *(group.traffic for group in groups if group is not None)]
         self._counters = list({id(counter): counter for counter in counters}.values())

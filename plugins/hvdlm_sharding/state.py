@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -121,6 +122,12 @@ class ShardedState:
         if self.loss_scale.active:
             state["optimizer/loss_scale"] = self.loss_scale.state()
         return state | {f"exchange/{n}": a for n, a in self.exchange.state().items()}
+
+    def fingerprints(self, flat: np.ndarray) -> dict[str, int]:
+        """Return ``Trainable.fingerprints`` of the flat vector ``[size]``."""
+        if self.exchange.apart and not self.exchange.agreed:
+            return {}
+        return {slot.name: zlib.crc32(flat[slot.start : slot.stop].data) for slot in self.layout.slots}
 
     def pieces(self, memory: Mapping[str, Any]) -> dict[str, Piece]:
         """Return ``Trainable.pieces``; ``memory``: what the optimizer remembers, by kind."""

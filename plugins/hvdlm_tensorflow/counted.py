@@ -1,4 +1,4 @@
-"""Graphs whose collectives are counted: a graph calls them once, when it is traced, and runs them ever after."""
+"""Graphs whose collectives are counted and in the ledger: a graph calls them when it is traced, then only runs them."""
 
 from __future__ import annotations
 
@@ -8,23 +8,29 @@ from typing import Any
 import tensorflow as tf
 
 from hvdlm.interfaces import Traffic
+from hvdlm.ledger import Call
 from hvdlm_sharding.axes import Wire
 
 Moved = list[dict[str, Traffic]]
 
 
 class CountedGraph:
-    """A ``tf.function``: what its trace counted, every later run of the same trace counts again."""
+    """A ``tf.function``: what its trace counted and wrote into the ledger, every later run of it does again."""
 
     def __init__(self, function: Callable[..., Any], wire: Wire, **options: Any) -> None:
-        self._graph, self._wire = tf.function(function, **options), wire
+        # Nothing of it needs rewriting by AutoGraph, in whose files call sites would lie.
+        self._graph, self._wire = tf.function(function, autograph=False, **options), wire
         self._moved: dict[Hashable, Moved] = {}
+        self._calls: dict[Hashable, list[Call]] = {}
 
     def __call__(self, key: Hashable, *arguments: Any) -> Any:
         """Run the graph; ``key`` and the arguments' shapes tell which trace it is."""
         key = (key, tuple(str(getattr(a, "shape", None)) for a in tf.nest.flatten(arguments)))
         before = self._wire.snapshot()
-        result = self._graph(*arguments)
+        with self._wire.ledger.graph(self._calls.get(key, ())) as calls:
+            result = self._graph(*arguments)
+        if calls or key not in self._calls:
+            self._calls[key] = calls
         traced = self._wire.since(before)
         if any(traced) or key not in self._moved:
             self._moved[key] = traced

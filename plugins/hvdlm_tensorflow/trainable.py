@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -82,11 +83,13 @@ class TensorFlowTrainable:
         parts = tf.split(self._flat, [*lengths, self.layout.size - place])
         return {s.name: tf.reshape(part, s.shape) for s, part in zip(slots, parts[1::2], strict=True)}
 
-    def train_step(self, micro_batches: Sequence[Batch], learning_rate: float, step: int) -> StepResult:
+    def train_step(
+        self, micro_batches: Sequence[Batch], learning_rate: float, step: int, limit: float = math.inf
+    ) -> StepResult:
         """Do one optimizer step; see ``interfaces.Trainable``."""
         before = by_axis(self._wire.traffic())
         tokens = sum(batch.tokens for batch in micro_batches)
-        figures = tf.constant([learning_rate, step, tokens], tf.float64)
+        figures = tf.constant([learning_rate, step, tokens, limit], tf.float64)
         phase = self._exchange.begin(step)
         if self._gradient is not None:
             self._gradient.assign(tf.zeros_like(self._gradient))
@@ -95,11 +98,12 @@ class TensorFlowTrainable:
             graph, totals = self._finish_graph, self._finish_graph(phase, phase, loss_sum, self._scale(), figures)
         else:
             graph, totals = self._step_graph, self._run_all(micro_batches, step, phase, figures)
-        loss_sum_value, total, squared, waited = totals.numpy().tolist()
+        loss_sum_value, total, squared, waited, drained, applied = totals.numpy().tolist()
         self._wire.waited(graph.last, waited)
         norm = squared**0.5
-        self._sharded.loss_scale.update(norm)
-        idle = self._pipeline.waited
+        usable = self._sharded.loss_scale.update(norm)  # fp16 overflows now and then: no step that went wrong
+        # A stage that has done its passes waits for the others in the first sum over all stages.
+        idle = self._pipeline.waited + drained if self._share.stage.count > 1 else 0.0
         moved = grown(by_axis(self._wire.traffic()), before)
         return StepResult(
             loss_sum_value / total,
@@ -109,6 +113,7 @@ class TensorFlowTrainable:
             sum(moved.values()),
             idle_seconds=idle,
             axis_bytes=moved,
+            skipped=usable and not applied,
         )
 
     def _run_all(self, micro_batches: Sequence[Batch], step: int, phase: Hashable, figures: tf.Tensor) -> tf.Tensor:
@@ -231,7 +236,8 @@ class TensorFlowTrainable:
         """Sum the buckets (None: all sums lie in ``self._gradient``) and apply them.
 
         Returns:
-            float64 ``[4]``: the loss sum, tokens and squared gradient norm of the global batch, the seconds waited.
+            float64 ``[6]``: the loss sum, tokens and squared gradient norm of the global batch; the seconds waited for
+            gradients and for the other stages; 1 where the update was applied.
         """
         exchange = self._exchange
         with tf.control_dependencies(buckets or []):
@@ -244,12 +250,12 @@ class TensorFlowTrainable:
         if exchange.scatters_every:
             before = [self._gradient[a:b] for a, b in self._sharded.places]
             reduced = [r + b for r, b in zip(reduced, before, strict=True)] if reduced else before
+        with tf.control_dependencies(reduced):
+            passed = tf.timestamp()
+            waited = tf.maximum(passed - ready, 0.0) if exchange.size > 1 else ready * 0.0
         if self._axes.ends is not None:
             for index in self._sharded.tied:
                 reduced[index] = self._axes.ends.all_reduce_async(reduced[index], "tied").wait()
-        with tf.control_dependencies(reduced):
-            busy = exchange.size > 1 or self._axes.ends is not None
-            waited = tf.maximum(tf.timestamp() - ready, 0.0) if busy else ready * 0.0
         own = tf.concat(reduced, 0)
         squares = self._squares(own)
         if metrics is None:
@@ -257,9 +263,11 @@ class TensorFlowTrainable:
         else:
             totals = tf.concat([metrics.wait(), squares], 0)
         totals = self._over_model(totals)
+        with tf.control_dependencies([totals]):
+            drained = tf.maximum(tf.timestamp() - passed, 0.0)
         true_scale = self._sharded.normaliser / (totals[1] * tf.cast(scale, tf.float64))
         norm = tf.sqrt(totals[2]) * true_scale
-        self._apply(own, norm, true_scale, figures)
+        applied = self._apply(own, norm, true_scale, figures)
         with tf.control_dependencies([norm]):
             ready = tf.timestamp()
         replaced = self._replaced()
@@ -267,7 +275,7 @@ class TensorFlowTrainable:
             with tf.control_dependencies([replaced]):
                 waited += tf.maximum(tf.timestamp() - ready, 0.0)
             self._flat.assign(replaced)
-        return tf.stack([totals[0], totals[1], tf.square(norm), waited])
+        return tf.stack([totals[0], totals[1], tf.square(norm), waited, drained, tf.cast(applied, tf.float64)])
 
     def _squares(self, own: tf.Tensor) -> tf.Tensor:
         """Return the squared norm of the gradients that this rank counts, float64 ``[1]``."""
@@ -289,8 +297,8 @@ class TensorFlowTrainable:
         own = self._own.read_value()
         return tf.concat(self._exchange.gather([own[a:b] for a, b in self._sharded.places]), 0)
 
-    def _apply(self, gradient: tf.Tensor, norm: tf.Tensor, scale: tf.Tensor, figures: tf.Tensor) -> None:
-        """Rescale, clip and apply the summed gradient, whose ``norm`` is in true scale."""
+    def _apply(self, gradient: tf.Tensor, norm: tf.Tensor, scale: tf.Tensor, figures: tf.Tensor) -> tf.Tensor:
+        """Rescale, clip and apply the summed gradient, whose ``norm`` is in true scale; return whether it was, bool."""
         clip = self._config.train.clip
         factor = scale * tf.minimum(tf.constant(1.0, tf.float64), clip / (norm + 1e-6)) if clip else scale
         learning_rate, step = tf.cast(figures[0], tf.float32), figures[1]
@@ -299,10 +307,8 @@ class TensorFlowTrainable:
             self._optimizer.update(gradient * tf.cast(factor, tf.float32), learning_rate, step)
             return tf.constant(True)
 
-        if self._sharded.loss_scale.active:
-            tf.cond(tf.math.is_finite(norm), update, lambda: tf.constant(False))
-        else:
-            update()
+        good = tf.math.is_finite(norm) & (norm <= figures[3])
+        return tf.cond(good, update, lambda: tf.constant(False))
 
     def _losses(
         self, parameters: Any, inputs: Any, x: Any, targets: Any, weights: Any, carry: Any, seed: Any, training: bool
@@ -362,6 +368,10 @@ class TensorFlowTrainable:
             return hidden, cache
         return tf.cast(self._collectives.all_scores(self._model.scores(hidden[:, -1])), tf.float32), cache
 
+    def fingerprints(self) -> dict[str, int]:
+        """Return a CRC-32 of every parameter; see ``interfaces.Trainable``."""
+        return self._sharded.fingerprints(_host(self._flat))
+
     def memory(self) -> dict[str, int]:
         """Return the bytes that this rank holds; see ``interfaces.Trainable``.
 
@@ -409,9 +419,9 @@ class TensorFlowTrainable:
 
     def state(self) -> dict[str, np.ndarray]:
         """Return everything that training goes on from; see ``interfaces.Trainable``."""
-        memory = {kind: flat.numpy() for kind, flat in self._optimizer.memory.items()}
+        memory = {kind: _host(flat) for kind, flat in self._optimizer.memory.items()}
         carry = joined([self._model.carry_arrays(self._carry[number]) for number in sorted(self._carry)])
-        return self._sharded.arrays(self._flat.numpy(), memory) | carry
+        return self._sharded.arrays(_host(self._flat), memory) | carry
 
     def pieces(self) -> dict[str, Piece]:
         """Return which part of the global array an entry of the state is; see ``interfaces.Trainable``."""
@@ -419,8 +429,8 @@ class TensorFlowTrainable:
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
         """Take over a state; see ``interfaces.Trainable``."""
-        memory = {kind: flat.numpy() for kind, flat in self._optimizer.memory.items()}
-        flat, memory = self._sharded.take(state, self._flat.numpy(), memory)
+        memory = {kind: _host(flat) for kind, flat in self._optimizer.memory.items()}
+        flat, memory = self._sharded.take(state, _host(self._flat), memory)
         self._flat.assign(flat)
         if self._own is not self._flat:
             self._own.assign(self._sharded.own(flat))
@@ -432,3 +442,8 @@ class TensorFlowTrainable:
 def _tensors(batch: Batch) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor | None]:
     weights = None if batch.weights is None else tf.constant(batch.weights)
     return tf.constant(batch.inputs), tf.constant(batch.targets), weights
+
+
+def _host(variable: tf.Variable) -> np.ndarray:
+    """Return a variable's values for reading, not copied where they lie in host memory: ``numpy()`` is slow at that."""
+    return np.asarray(memoryview(variable.read_value()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -67,7 +68,9 @@ class TorchTrainable:
     def _leaf(self, slot: Slot) -> torch.nn.Parameter:
         return torch.nn.Parameter(self._flat[slot.start : slot.stop].view(slot.shape))
 
-    def train_step(self, micro_batches: Sequence[Batch], learning_rate: float, step: int) -> StepResult:
+    def train_step(
+        self, micro_batches: Sequence[Batch], learning_rate: float, step: int, limit: float = math.inf
+    ) -> StepResult:
         """Do one optimizer step; see ``interfaces.Trainable``."""
         before = by_axis(self._wire.traffic())
         self._exchange.begin(step)
@@ -80,16 +83,20 @@ class TorchTrainable:
         totals = torch.stack([loss_sum, loss_sum.new_tensor(tokens)])
         # Not right after the forward pass: Horovod's thread would take a core from the backward pass.
         metrics = self._exchange.start_metrics(totals) if self._exchange.parts == 1 else None
-        waited = self._gradients.wait() + self._add_tied()
+        waited, drained = self._gradients.wait(), self._add_tied()
         squares = self._squares()
         if metrics is None:
             metrics = self._exchange.start_metrics(torch.cat([totals, squares]))
             squares = squares.new_zeros(0)
-        loss_sum_value, total, squared = self._over_model(torch.cat([metrics.wait(), squares]))
+        summed, started = torch.cat([metrics.wait(), squares]), time.perf_counter()
+        loss_sum_value, total, squared = self._over_model(summed)
+        drained += time.perf_counter() - started
         scale = self._sharded.normaliser / (total * self._sharded.loss_scale.value)
-        norm = self._apply(learning_rate, step, squared**0.5, scale)
+        norm = squared**0.5 * scale
+        skipped = self._apply(learning_rate, step, norm, scale, limit)
         waited += self._finish()
-        idle = self._pipeline.waited
+        # A stage that has done its passes waits for the others in the first sum over all stages.
+        idle = self._pipeline.waited + drained if self._share.stage.count > 1 else 0.0
         moved = grown(by_axis(self._wire.traffic()), before)
         return StepResult(
             loss_sum_value / total,
@@ -99,6 +106,7 @@ class TorchTrainable:
             sum(moved.values()),
             idle_seconds=idle,
             axis_bytes=moved,
+            skipped=skipped,
         )
 
     def _passes(self, micro_batches: Sequence[Batch]) -> torch.Tensor:
@@ -169,17 +177,18 @@ class TorchTrainable:
         return time.perf_counter() - started
 
     @torch.no_grad()
-    def _apply(self, learning_rate: float, step: int, norm: float, scale: float) -> float:
-        """Rescale, clip and apply the summed gradient; return its ``norm`` in true scale, before clipping."""
-        norm *= scale
+    def _apply(self, learning_rate: float, step: int, norm: float, scale: float, limit: float) -> bool:
+        """Rescale, clip and apply the summed gradient, whose true ``norm`` is given; return whether it is skipped."""
         if not self._sharded.loss_scale.update(norm):
-            return norm
+            return False  # fp16 overflows now and then: the scale has been halved
+        if not norm <= limit or norm == math.inf:
+            return True
         clip = self._config.train.clip
         factor = scale * min(1.0, clip / (norm + 1e-6)) if clip else scale
         if factor != 1.0:
             self._gradients.own.mul_(factor)
         self._optimizer.update(learning_rate, step)
-        return norm
+        return False
 
     def _losses(
         self,
@@ -238,6 +247,10 @@ class TorchTrainable:
             root = (stage.count - 1) * self._share.tensor
             made = self._axes.model.broadcast(scores, root, "pipeline.scores")
         return made.cpu().numpy(), cache
+
+    def fingerprints(self) -> dict[str, int]:
+        """Return a CRC-32 of every parameter; see ``interfaces.Trainable``."""
+        return self._sharded.fingerprints(self._flat.cpu().numpy())
 
     def memory(self) -> dict[str, int]:
         """Return the bytes that this rank holds; see ``interfaces.Trainable``."""

@@ -1,0 +1,102 @@
+"""Files that outlive a crash: synced to disk, put in place by renaming; and the one writer of safetensors files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+_CHUNK = 4 * 2**20  # what is hashed and written in one go: it stays in the processor's cache between the two
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a file and wait until it is on disk."""
+    with path.open("wb") as file:
+        file.write(data)
+        sync(file)
+
+
+def sync(file: BinaryIO) -> None:
+    """Wait until what was written to an open file is on disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until what was made, renamed and deleted in a folder is on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """Return a file's SHA-256 in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+Described = tuple[str, tuple[int, ...]]
+"""A tensor before it is there: its dtype as safetensors calls it (``F32``), and its shape."""
+
+
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, Described],
+    array: Callable[[str], np.ndarray],
+    metadata: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Write ``array(name)`` of all ``tensors``, one at a time, and sync; return {"bytes", "sha256"} of the file.
+
+    https://github.com/huggingface/safetensors#format: the header's length, the header, the arrays.
+    """
+    # Wider numbers first, so that all lie at multiples of their size.
+    names = sorted(tensors, key=lambda name: (-_bits(tensors[name][0]), name))
+    header = _header({name: tensors[name] for name in names}, metadata)
+    size, digest = len(header), hashlib.sha256(header)
+    with path.open("wb") as file:
+        file.write(header)
+        for name in names:
+            data = _bytes(array(name))
+            size += len(data)
+            for start in range(0, len(data), _CHUNK):
+                digest.update(data[start : start + _CHUNK])
+                file.write(data[start : start + _CHUNK])
+        sync(file)
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def bytes_of(tensor: Described) -> int:
+    """Return the bytes of a tensor's numbers."""
+    return math.prod(tensor[1]) * _bits(tensor[0]) // 8
+
+
+def _bits(dtype: str) -> int:
+    return 8 if dtype == "BOOL" else int(dtype.lstrip("IUF"))
+
+
+def _header(tensors: Mapping[str, Described], metadata: Mapping[str, str] | None) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, (dtype, shape) in tensors.items():
+        begin, end = end, end + bytes_of((dtype, shape))
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _bytes(array: np.ndarray) -> memoryview:
+    """Return an array's numbers in row-major order, little-endian as the format wants, copied if they aren't so."""
+    flat = np.ascontiguousarray(array, array.dtype.newbyteorder("<")).reshape(-1)
+    return flat.view(np.uint8).data if flat.size else memoryview(b"")

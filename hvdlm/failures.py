@@ -1,0 +1,94 @@
+"""One rank's error ends all ranks, and is told once.
+
+A rank that fails by itself leaves word in RUN/ledger and speaks. A rank whose transport tells it of another's end looks
+for that word first, and then has nothing to add. Where the transport refuses what ranks handed over (another shape or
+dtype), all get the same error, and the first of them tells what their ledgers show.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hvdlm import diagnosis, evidence
+from hvdlm.evidence import Failure
+from hvdlm.interfaces import HvdlmError, RankError
+
+_WORD_SECONDS = 3.0  # for which another rank's word is waited for
+_TURN_SECONDS = 1.0  # after which the next rank speaks, where the one before it does not
+_LEAVE_SECONDS = 2.0  # in which the rank that speaks may end all
+_LIBRARY = re.compile(r"horovod|\bmpi_|has been shut down|mismatched \w+ (tensor|operation|data)|gloo/", re.I)
+
+
+def of_transport(error: BaseException) -> bool:
+    """Return whether ``error`` comes from Horovod or MPI, perhaps through a framework, and so may be another rank's."""
+    kinds = {f"{kind.__module__}.{kind.__name__}" for kind in type(error).__mro__}
+    if "mpi4py.MPI.Exception" in kinds or any(kind.endswith(".HorovodInternalError") for kind in kinds):
+        return True
+    if not any(kind.startswith("tensorflow.") or kind == "builtins.RuntimeError" for kind in kinds):
+        return False
+    return bool(_LIBRARY.search(evidence.gist(error)))
+
+
+def end(world: Any, error: BaseException) -> None:
+    """Tell ``error`` once among all ranks, and end them; does not return."""
+    ledger = world.ledger
+    ledger.failing = True
+    ledger.flush()
+    own = not of_transport(error)
+    if own or not _others_word(ledger.folder, world.rank):
+        evidence.write_failure(ledger.folder, evidence.failure_of(world.rank, error, ledger.current_step, own))
+        if not own:
+            time.sleep(_TURN_SECONDS * world.rank)
+        if evidence.mark(ledger.folder, "told"):
+            tell(world, error, own)
+            world.abort(1)
+    time.sleep(_LEAVE_SECONDS)  # whose word it is ends this rank too, most often
+    world.abort(1)
+
+
+def refuse(world: Any, error: HvdlmError, prefix: str) -> None:
+    """Tell ``error``, which is the user's to mend, once among all ranks, and end them with code 2."""
+    ledger = world.ledger
+    ledger.failing = True
+    ledger.flush()
+    evidence.write_failure(ledger.folder, evidence.failure_of(world.rank, error, ledger.current_step, own=True))
+    if evidence.mark(ledger.folder, "told"):
+        evidence.say(ledger.folder, f"{prefix}{error}")
+    else:
+        time.sleep(_LEAVE_SECONDS)
+    world.abort(2)
+
+
+def _others_word(folder: Path | None, rank: int) -> bool:
+    """Return whether another rank failed by itself; it has a moment to say so."""
+
+    def found() -> bool:
+        return any(failure.own for r, failure in evidence.read_failures(folder).items() if r != rank)
+
+    return folder is not None and _wait(found, _WORD_SECONDS)
+
+
+def _wait(until: Callable[[], bool], seconds: float) -> bool:
+    limit = time.monotonic() + seconds
+    while not until():
+        if time.monotonic() > limit:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def tell(world: Any, error: BaseException, own: bool) -> None:
+    """Print what ended this rank; of what the transport refused, what the ledgers show."""
+    if own and not isinstance(error, (RankError, HvdlmError)):
+        traceback.print_exception(error)
+    failure: Failure = evidence.failure_of(world.rank, error, world.ledger.current_step, own)
+    text = f"hvdlm: rank {world.rank} failed: {failure.message}"
+    if not own and world.ledger.folder is not None:
+        scene = evidence.read_scene(world.ledger.folder)
+        text = "\n".join([text, *diagnosis.refused(scene, time.time())])
+    evidence.say(world.ledger.folder, text)

@@ -1,0 +1,52 @@
+"""Small values between ranks, and what of them and of collectives is in the ledger."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hvdlm.interfaces import World
+from hvdlm.ledger_view import read_ledger
+
+
+def test_an_agreement_adds_up_every_ranks_counts_behind_other_work(
+    world: World, tensor: Callable[[np.ndarray], Any]
+) -> None:
+    group = world.group(range(world.size))
+    for number in range(3):
+        handle = world.agree([1, world.rank, number])
+        group.all_reduce([tensor(np.ones(4, np.float32))], "between")
+        assert handle.wait() == [world.size, sum(range(world.size)), number * world.size]
+
+
+@pytest.mark.parametrize("length", [0, 1, 1000, 3_000_001])
+def test_bytes_of_any_rank_reach_all(world: World, length: int) -> None:
+    for root in range(world.size):
+        data = np.random.default_rng(root).integers(0, 256, length, np.uint8).tobytes()
+        assert world.broadcast_bytes(data if world.rank == root else None, root) == data
+
+
+def test_objects_of_any_rank_reach_all(world: World) -> None:
+    for root in range(world.size):
+        assert world.broadcast_object({"rank": world.rank, "é": [1.5, None]}, root) == {"rank": root, "é": [1.5, None]}
+    assert world.gather_objects("x" * world.rank) == ["x" * rank for rank in range(world.size)]
+
+
+def test_the_ledger_has_every_collective_and_its_end(
+    world: World, tensor: Callable[[np.ndarray], Any], tmp_path: Path
+) -> None:
+    world.ledger.keep_in(tmp_path, world.rank)
+    group, before = world.group(range(world.size)), len(read_ledger(tmp_path / f"rank-{world.rank:04d}.ledger").entries)
+    handle = group.all_gather_async(tensor(np.ones((2, 3), np.float32)), "kept")
+    world.gather_objects(0)
+    world.agree([1]).wait()
+    handle.wait()
+    entries = read_ledger(tmp_path / f"rank-{world.rank:04d}.ledger").entries[before:]
+    assert [entry.operation for entry in entries] == ["all_gather", "gather_objects", "agree"]
+    assert all(entry.ended and entry.site.startswith("parallel/test_messages.py:") for entry in entries)
+    assert (entries[0].name, entries[0].shape, entries[0].dtype) == ("kept", "[2,3]", "float32")
+    assert not world.ledger.open  # nothing of any test in this launch is still under way

@@ -1,0 +1,447 @@
+"""Failed runs start again and go on; others don't; nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from hvdlm import cli, hosts
+from hvdlm.config import Config
+from hvdlm.interfaces import HvdlmError
+from hvdlm.launched import MARK
+from hvdlm.standing import Standing, verdict
+from hvdlm.supervised import given, train_arguments
+from launching import ROOT, SMALL, STEPS, environment, launch, losses, meddled
+
+# Stands in for a run: does, in attempt n, the nth statement that it is given.
+FAKE = """
+import json, os, signal, subprocess, sys, time
+from pathlib import Path
+
+run = Path(sys.argv[sys.argv.index("--log.run") + 1])
+run.mkdir(exist_ok=True)
+with (run / "attempts").open("a") as file:
+    file.write(json.dumps(sys.argv[2:]) + "\\n")
+number = len((run / "attempts").read_text().splitlines())
+
+def save(step):
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "manifest.json").write_text("{}")
+
+def status(state, step=0, reason=None):
+    (run / "status.new").write_text(json.dumps({"state": state, "step": step, "reason": reason, "time": time.time()}))
+    os.replace(run / "status.new", run / "status.json")
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def on(number, action):
+    signal.signal(number, lambda *_: action())
+
+exec(json.loads(sys.argv[1])[number - 1])
+"""
+SAVES = "on(signal.SIGUSR1, lambda: (save(7), status('stopped', 7), sys.exit(75))); status('running'); time.sleep(60)"
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> Path:
+    (tmp_path / "fake.py").write_text(FAKE)
+    return tmp_path / "fake.py"
+
+
+class Told:
+    """What a supervised fake run left in its folder."""
+
+    def __init__(self, fake: Path, plan: list[str], options: str = "", *more: str) -> None:
+        self.run = fake.parent / "run"
+        own = ["supervise", "--backoff", "0.05", *shlex.split(options), "--"]
+        self.command = [sys.executable, str(fake), json.dumps(plan), "--log.run", str(self.run), *more]
+        self.arguments = [*own, *self.command]
+
+    def supervise(self) -> int:
+        return cli.main(self.arguments)
+
+    @property
+    def attempts(self) -> list[list[str]]:
+        """The arguments of every attempt, without those that the command had."""
+        lines = (self.run / "attempts").read_text().splitlines()
+        return [json.loads(line)[len(self.command) - 3 :] for line in lines]
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.run / "supervise.jsonl").read_text().splitlines()]
+
+
+AGAIN = ["--checkpoint.resume", "auto", "--log.overwrite", "false"]
+
+
+def test_a_killed_run_goes_on_from_its_newest_checkpoint_and_it_is_told(
+    fake: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    told = Told(fake, ["save(20); print('a word', file=sys.stderr); die()", "save(30); status('done', 30)"])
+    assert told.supervise() == 0
+    assert told.attempts == [[], AGAIN]
+    first, second = told.records
+    assert (first["attempt"], first["code"], first["state"], first["reason"]) == (1, 137, "failed", "SIGKILL")
+    assert (first["step_before"], first["step_after"]) == (0, 20) and first["command"] == told.command
+    assert (second["state"], second["step_before"], second["step_after"]) == ("done", 20, 30)
+    said = capfd.readouterr().err.splitlines()
+    assert said[0] == "a word"
+    assert said[1].startswith("hvdlm supervise: attempt 1 failed after ") and "the checkpoint of step 20" in said[1]
+    assert said[2].startswith("hvdlm supervise: attempt 2 done after ") and len(said) == 3
+
+
+def test_a_run_that_holds_a_checkpoint_is_gone_on_with_and_never_overwritten(fake: Path) -> None:
+    told = Told(fake, ["save(10); die()", "pass"], "--max_failures 1", "--log.overwrite", "true")
+    (told.run / "checkpoints" / "step-00000010").mkdir(parents=True)
+    (told.run / "checkpoints" / "step-00000010" / "manifest.json").write_text("{}")
+    assert told.supervise() == 1
+    assert told.attempts == [AGAIN]
+
+
+def test_a_folder_occupied_before_is_the_runs_own_to_refuse(fake: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    told = Told(fake, ["print('hvdlm: it holds a run already', file=sys.stderr); sys.exit(2)", "pass"])
+    told.run.mkdir()
+    (told.run / "config.yaml").touch()
+    assert told.supervise() == 2
+    assert told.attempts == [[]] and "refused" in capfd.readouterr().err
+    assert (told.records[0]["state"], told.records[0]["reason"]) == ("refused", "it holds a run already")
+
+
+def test_three_failures_without_progress_are_the_end_and_progress_starts_the_count_anew(fake: Path) -> None:
+    plan = ["die()", "die()", "save(5); die()", "die()", "status('failed', 9, 'a lamp is out'); sys.exit(1)"]
+    told = Told(fake, [*plan, "die()", "sys.exit(3)", "die()"])
+    assert told.supervise() == 1
+    delays = [float(record["next"].split()[2]) for record in told.records[:-1]]
+    assert delays == [0.05, 0.1, 0.05, 0.05, 0.05, 0.05, 0.1]
+    assert "given up" in told.records[-1]["next"] and len(told.attempts) == 8
+    assert told.records[4]["reason"] == "a lamp is out"
+
+
+def test_a_run_that_stopped_by_itself_is_left_to_the_scheduler(fake: Path) -> None:
+    told = Told(fake, ["save(3); status('stopped', 3, 'train.max_seconds'); sys.exit(75)", "pass"])
+    assert told.supervise() == 75
+    assert len(told.attempts) == 1 and told.records[0]["reason"] == "train.max_seconds"
+
+
+@pytest.mark.parametrize(
+    "code, status, errors, state",
+    [
+        (0, {}, [], "done"),
+        (75, {}, [], "stopped"),
+        (2, {"state": "running"}, [], "refused"),
+        (0, {"state": "running"}, [], "failed"),
+        (137, {"state": "running"}, [], "failed"),
+        (1, {"state": "stopped"}, [], "stopped"),
+        (1, {"state": "done"}, [], "done"),
+        (1, {"state": "refused"}, [], "refused"),
+        (1, {}, ["Process name: 0", "Exit code: 75"], "stopped"),
+        (1, {}, ["Process name: 0", "Exit code: 2"], "refused"),
+        (1, {}, ["Process name: 0", "Exit code: 1"], "failed"),
+        (1, {"state": ["done"]}, [], "failed"),
+    ],
+)
+def test_what_a_run_came_to_is_seen_through_launchers(
+    code: int, status: dict[str, Any], errors: list[str], state: str
+) -> None:
+    assert verdict(code, status, errors)[0] == state
+
+
+def test_why_a_run_failed_is_told_by_the_last_who_knows() -> None:
+    raised = ["Traceback (most recent call last):", "[1,0]<stderr>:ValueError: the lamp is out", "mpirun has ended it"]
+    own = ["hvdlm: rank 1 failed: RankError: no light", *raised]
+    assert [verdict(1, {}, lines)[1] for lines in ([], raised, own)] == ["", raised[1], own[0][7:]]
+    assert verdict(1, {"state": "failed", "reason": "it is dark"}, own) == ("failed", "it is dark")
+    noticed = "mpirun noticed that process rank 1 with PID 0 on node b exited on signal 9 (Killed)."
+    asked = "hvdlm: rank 0: SIGTERM: the run saves after this step and stops; once more stops at once"
+    assert verdict(137, {}, [*own, asked, noticed])[1] == "rank 1 on b: SIGKILL"
+    assert verdict(137, {}, [asked])[1] == "SIGKILL" and verdict(137, {}, [*own, asked])[1] == own[0][7:]
+    assert verdict(139, {}, [])[1] == "SIGSEGV" and verdict(255, {}, [])[1] == ""
+
+
+def test_what_a_folder_tells_is_read_without_trust(tmp_path: Path) -> None:
+    for name in ("step-00000009", "step-00000010", "step-100000000", "step-00000020", "step-xx"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    for name in ("step-00000009", "step-00000010"):
+        (tmp_path / "checkpoints" / name / "manifest.json").touch()
+    for text in ("[1]", '{"step": "a"}', "{", "[" * 10000, '{"step": true}', " " * 2**21):
+        (tmp_path / "status.json").write_text(text)
+        assert Standing.of(tmp_path).step == 10
+    (tmp_path / "checkpoints" / "step-100000000" / "manifest.json").touch()
+    assert Standing.of(tmp_path).checkpoint == 10**8
+    assert Standing.of(tmp_path / "none") == Standing(None, None, {})
+
+
+def test_a_checkpoint_named_by_the_user_counts_until_a_newer_one_is_written(fake: Path) -> None:
+    told = Told(fake, ["die()", "save(8); die()", "pass"], "", "--checkpoint.resume", "other/run")
+    assert told.supervise() == 0
+    assert told.attempts == [[], AGAIN[2:], AGAIN]
+
+
+def test_options_are_found_in_commands_and_their_files(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("log:\n  run: there\n")
+    assert given(["mpirun", "--log.run", "a", "--log.run=b"], "log.run") == "b"
+    assert given(["x", "--config", str(file)], "log.run") == "there"
+    assert given(["x", f"--config={file}", "--log.run", "here"], "log.run") == "here"
+    assert given(["x", "--log.run", "here", "--config", str(file)], "log.run") == "there"
+    assert given(["x", "--log.run"], "log.run") == "" and given(["x"], "log.run") is None
+    with pytest.raises(HvdlmError, match="No such file"):
+        given(["x", "--config", str(tmp_path / "none.yaml")], "log.run")
+    assert train_arguments(["mpirun", "python", "-m", "hvdlm", "train", "--a"]) == ["--a"]
+    assert train_arguments(["python", "-m", "hvdlm", "--a"]) == ["--a"]
+    assert train_arguments(["python", "-m", "hvdlm", "evaluate"]) is None and train_arguments(["true"]) is None
+
+
+REFUSED = [
+    ("", "no command"),
+    ("--elastic true -- true", "not offered"),
+    ("--max_failures 0 -- true", "--max_failures: got 0"),
+    ("--backoff -1 -- true", "--backoff: got -1.0"),
+    ("--backof 1 -- true", "did you mean --backoff"),
+    ("-- bash -c 'python -m hvdlm'", '"$@"'),
+    ("-- mpirun -np {np} python -m hvdlm", "need --host_discovery_script"),
+    ("--host_discovery_script true -- mpirun python", "neither {np} nor {hosts}"),
+    ("--host_discovery_script /no/script -- mpirun -np {np} python", "there is no such program"),
+    ("--host_discovery_script true -- mpirun -np {np} python -m hvdlm --trian.steps 3", "--train.steps"),
+    ("-- /no/such/program", "can't be started"),
+]
+
+
+@pytest.mark.parametrize("arguments, words", REFUSED)
+def test_bad_input_is_told_in_one_sentence(
+    arguments: str, words: str, capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["supervise", *shlex.split(arguments)]) == 2
+    said = capfd.readouterr().err
+    assert said.startswith("hvdlm: ") and words in said and said.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_supervise_under_a_launcher_is_refused(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    assert cli.main(["supervise", "--", "true"]) == 2
+    assert "not the other way round" in capfd.readouterr().err
+
+
+def marked() -> list[psutil.Process]:
+    """Return all processes that belong to a supervised command."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            found += [process] if MARK in process.environ() else []
+        except (psutil.Error, OSError):
+            continue
+    return found
+
+
+ORPHAN = "orphan = subprocess.Popen(['sleep', '98765'], start_new_session=True); "
+
+
+def test_nothing_that_an_attempt_started_outlives_it(fake: Path) -> None:
+    told = Told(fake, [ORPHAN + "(run / 'pid').write_text(str(orphan.pid)); die()", "pass"], "--max_failures 1")
+    assert told.supervise() == 1
+    pid = int((told.run / "pid").read_text())
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    assert not marked()
+
+
+@pytest.fixture
+def watched(fake: Path) -> Iterator[Any]:
+    """Return a function that supervises a fake run in a process of its own, as soon as it has begun."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*plan: str, begun: str = "status.json", options: str = "") -> tuple[subprocess.Popen[str], Told]:
+        told = Told(fake, list(plan), options)
+        command = [sys.executable, "-m", "hvdlm", *told.arguments]
+        started.append(subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True))
+        until = time.monotonic() + 30
+        while not (told.run / begun).exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        time.sleep(0.3)
+        return started[-1], told
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
+def test_a_signal_has_the_run_save_and_stop(watched: Any, number: signal.Signals) -> None:
+    process, told = watched(SAVES, "pass")
+    process.send_signal(number)
+    process.send_signal(number)  # what comes at once is one signal
+    assert process.wait(20) == 75
+    assert len(told.attempts) == 1 and told.records[0]["step_after"] == 7
+    assert not marked()
+
+
+def test_a_second_signal_ends_the_whole_tree_at_once(watched: Any) -> None:
+    process, told = watched(
+        "on(signal.SIGTERM, int); on(signal.SIGUSR1, int); "
+        + ORPHAN
+        + "status('running'); time.sleep(60); time.sleep(60)"
+    )
+    process.send_signal(signal.SIGTERM)
+    time.sleep(1.3)
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 143
+    assert time.monotonic() - began < 10
+    assert not marked() and told.records[-1]["next"] == "ended at once"
+
+
+def test_a_signal_before_the_run_has_begun_loses_nothing(watched: Any) -> None:
+    process, told = watched("time.sleep(60)", "pass", begun="attempts")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 75
+    assert len(told.attempts) == 1 and "nothing is lost" in told.records[0]["next"]
+    assert not marked()
+
+
+def test_a_signal_between_attempts_ends_at_once(watched: Any) -> None:
+    process, told = watched("status('running'); die()", "pass", begun="supervise.jsonl", options="--backoff 60")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(5) == 75 and len(told.attempts) == 1
+
+
+def test_a_run_that_was_to_stop_and_failed_is_told(watched: Any) -> None:
+    process, told = watched("on(signal.SIGUSR1, lambda: sys.exit(1)); status('running'); time.sleep(60)", "pass")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 1 and "did not save" in told.records[0]["next"]
+
+
+def script(path: Path, text: str) -> Path:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_a_run_starts_on_the_hosts_that_answer(fake: Path) -> None:
+    """The second attempt finds other hosts than the first; c never answers, localhost is not asked."""
+    script(fake.parent / "hosts", f"echo a:2; echo c:8; test -e {fake.parent}/run && echo localhost:1 || echo b:2")
+    options = f"--host_discovery_script {fake.parent}/hosts --probe 'test {{host}} != c'"
+    told = Told(fake, ["die()", "pass"], options, "-H", "{hosts}", "-np", "{np}")
+    told.command = told.command[:-4]
+    assert told.supervise() == 0
+    assert [found[:4] for found in told.attempts] == [
+        ["-H", "a:2,b:2", "-np", "4"],
+        ["-H", "a:2,localhost:1", "-np", "3"],
+    ]
+    assert told.records[1]["hosts"] == {"a": 2, "localhost": 1} and told.records[1]["np"] == 3
+
+
+def test_hosts_are_waited_for_and_given_up(fake: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    script(fake.parent / "hosts", "echo c:8")
+    options = f"--host_discovery_script {fake.parent}/hosts --probe false --max_wait 0.5 --backoff 0.1"
+    told = Told(fake, [], options, "{np}")
+    assert told.supervise() == 1
+    said = capfd.readouterr().err
+    assert said.count("asking again in") == 2 and "giving up: no hosts to start on for 0.5 s" in said
+    assert told.records[-1]["next"] == "given up"
+
+
+def test_hosts_come_in_the_form_that_horovodrun_takes(tmp_path: Path) -> None:
+    def printed(text: str, slots: int | None = None) -> dict[str, int]:
+        return hosts.discover([str(script(tmp_path / "s", text))], slots)
+
+    assert printed("echo a:2; echo; echo ' b.c-d:13 '") == {"a": 2, "b.c-d": 13}
+    assert printed("echo a; echo b:3", 4) == {"a": 4, "b": 3}
+    for text in ("echo a", "echo a:b", "echo -oProxyCommand=x:1", "echo 'a b:1'", "exit 3"):
+        with pytest.raises(hosts.NoHosts, match=r"host-discovery script (printed|ended with code 3)"):
+            printed(text)
+    with pytest.raises(hosts.NoHosts, match="longer than"):
+        hosts.discover([str(script(tmp_path / "s", "sleep 1234 & sleep 1234"))], 1, timeout=0.3)
+    time.sleep(0.1)
+    assert not [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", "1234"]]
+
+
+@pytest.mark.parametrize(
+    "slots, found, options",
+    [
+        (5, 4, {"train.batch_size": 32}),
+        (5, 5, {"train.batch_size": 30}),
+        (7, 6, {"train.batch_size": 12, "parallel.tensor": 2}),
+        (7, 4, {"train.batch_size": 8, "train.micro_batch_size": 2}),
+        (7, 2, {"train.batch_size": 8, "train.micro_batch_size": 4}),
+        (7, 4, {"train.batch_size": 24, "parallel.data": 4}),
+        (7, 4, {"train.batch_size": 60, "communication.reduction": "adasum"}),
+        (1, 0, {"parallel.pipeline": 2}),
+        (3, 0, {"parallel.data": 4}),
+    ],
+)
+def test_the_most_ranks_that_a_run_can_be_cut_into_are_started(slots: int, found: int, options: dict[str, Any]) -> None:
+    config = Config()
+    for key, value in options.items():
+        section, name = key.split(".")
+        setattr(getattr(config, section), name, value)
+    if found:
+        assert hosts.ranks(slots, config, 1) == found
+    else:
+        with pytest.raises(hosts.NoHosts):
+            hosts.ranks(slots, config, 1)
+    with pytest.raises(hosts.NoHosts):
+        hosts.ranks(slots, config, slots + 1)
+    assert hosts.ranks(slots, None, 1) == slots
+
+
+KILLED_ONCE = """if step == 25 and self.world.rank == 1 and not os.path.exists("{marker}"):
+            open("{marker}", "w").close()
+            os.kill(os.getpid(), signal.SIGKILL)"""
+
+
+def test_a_killed_rank_is_survived_bit_for_bit(curve: Any, tmp_path: Path) -> None:
+    script(tmp_path / "hosts", "echo localhost:2")
+    command = ["-m", "hvdlm", "supervise", "--backoff", "0.1", "--host_discovery_script", str(tmp_path / "hosts"), "--"]
+    command += ["mpirun", "--bind-to", "none", "-H", "{hosts}", "-np", "{np}", sys.executable]
+    command += meddled(KILLED_ONCE.format(marker=tmp_path / "killed"))
+    options = [*SMALL, *STEPS, "--checkpoint.every", "10", "--log.run", str(tmp_path / "run")]
+    done = launch("", 1, [*command, *options])
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = [line for line in done.stderr.splitlines() if line.startswith("hvdlm supervise: ")]
+    assert len(said) == 2 and "SIGKILL; again in 0.1 s with the checkpoint of step 20" in said[0], said
+    assert losses(tmp_path / "run") == losses(curve("torch", 2, *STEPS))
+    assert not marked()
+
+
+SRUN = """trap 'touch told; exit {code}' USR1
+echo "$@" > started
+{rest}"""
+
+
+@pytest.mark.parametrize("code, requeued", [(75, True), (0, False), (1, False)])
+@pytest.mark.parametrize("signalled", [True, False])
+def test_the_slurm_script_requeues_itself_exactly_where_the_run_saved(
+    code: int, requeued: bool, signalled: bool, tmp_path: Path
+) -> None:
+    rest = "while :; do sleep 0.05; done" if signalled else f"exit {code}"
+    script(tmp_path / "srun", SRUN.format(code=code, rest=rest))
+    script(tmp_path / "scontrol", 'echo "$@" > requeued')
+    env = environment(SLURM_JOB_ID="17")
+    env["PATH"] = f"{tmp_path}:{env['PATH']}"
+    command = ["bash", str(ROOT / "examples" / "cluster" / "slurm.sbatch"), "--log.run", "runs/a b"]
+    job = subprocess.Popen(command, cwd=tmp_path, env=env)
+    while not (tmp_path / "started").exists():
+        time.sleep(0.02)
+    if signalled:
+        job.send_signal(signal.SIGUSR1)
+    assert job.wait(20) == code
+    assert (tmp_path / "started").read_text().endswith("-m hvdlm --log.run runs/a b --checkpoint.resume auto\n")
+    assert (tmp_path / "told").exists() == signalled
+    assert (tmp_path / "requeued").exists() == requeued
+    assert not requeued or (tmp_path / "requeued").read_text() == "requeue 17\n"
