@@ -20,7 +20,7 @@ from random import Random
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
-ROOM = 2**30  # bytes of address space beside what is taken at the start: what compiled libraries allocate is not traced
+ROOM = 2**27  # bytes of address space beside what is taken at the start: what compiled libraries allocate is not traced
 
 
 def main() -> int:
@@ -30,17 +30,18 @@ def main() -> int:
     parser.add_argument("--seconds", type=int, default=600)
     parser.add_argument("--folder", type=Path, help="working folder: corpus, dictionary, findings; default: a new one")
     parser.add_argument("--longest", type=int, default=8192, help="bytes of an input")
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        return fuzz(options.target, options.folder, options.seconds, options.longest)
+        return fuzz(options.target, options.folder, options.child, options.seconds, options.longest)
     folder = options.folder or Path(tempfile.mkdtemp(prefix=f"fuzz-{options.target}-"))
     print(f"working folder: {folder}", flush=True)
-    more = ["--seconds", str(options.seconds), "--longest", str(options.longest), "--folder", str(folder), "--child"]
-    # libFuzzer ends by itself; where a library's loop can't be interrupted, the time-out does.
-    command = [sys.executable, __file__, options.target, *more]
+    more = ["--seconds", str(options.seconds), "--longest", str(options.longest), "--folder", str(folder)]
     variables = {**os.environ, "RUST_BACKTRACE": "0"}  # a backtrace takes more memory than there is left
-    return subprocess.run(command, env=variables, timeout=options.seconds + 120).returncode
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as work:
+        command = [sys.executable, __file__, options.target, *more, "--child", work]
+        # libFuzzer ends by itself; where a library's loop can't be interrupted, the time-out does.
+        return subprocess.run(command, env=variables, timeout=options.seconds + 120).returncode
 
 
 def prepare(name: str, folder: Path) -> Path:
@@ -57,8 +58,8 @@ def prepare(name: str, folder: Path) -> Path:
     return corpus
 
 
-def fuzz(name: str, folder: Path, seconds: int, longest: int) -> int:
-    """Fuzz in this process, which ends with it."""
+def fuzz(name: str, folder: Path, work: Path, seconds: int, longest: int) -> int:
+    """Fuzz in this process, which ends with it; ``work``: where inputs are written for the readers."""
     import atheris
 
     with atheris.instrument_imports(include=["hvdlm", "json", "yaml"], enable_loader_override=False):
@@ -68,7 +69,6 @@ def fuzz(name: str, folder: Path, seconds: int, longest: int) -> int:
         import yaml  # noqa: F401
 
     corpus = prepare(name, folder)
-    work = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else folder))
     target = hostile.TARGETS[name]
     for data in target.seeds():  # everything that is imported late is imported now
         hostile.check(hostile.Target(target.read, target.seeds, slack=2**30), data, work)

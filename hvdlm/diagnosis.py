@@ -197,7 +197,8 @@ def _difference(difference: Difference) -> str:
         alike.setdefault(_key(entry), []).append(rank)
     parts = [f"  {_ranks(ranks)}: {_did(difference.entries[ranks[0]])}" for ranks in alike.values()]
     whole = len(difference.deviating) == len(difference.entries)
-    who = "who is right can't be told" if whole else f"{_ranks(difference.deviating)} differ(s) from the rule"
+    verb = "differs" if len(difference.deviating) == 1 else "differ"
+    who = "who is right can't be told" if whole else f"{_ranks(difference.deviating)} {verb} from the rule"
     head = f"First difference between the ledgers of ranks {difference.ranks}, at their collective {difference.place}"
     return "\n".join([f"{head}; {who}:", *parts])
 

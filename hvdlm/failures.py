@@ -51,6 +51,12 @@ def end(world: Any, error: BaseException) -> None:
     world.abort(1)
 
 
+def told_elsewhere(ledger: Any) -> bool:
+    """Return whether another rank has failed, or told why all end: a signal is then the launcher's, not the user's."""
+    folder = ledger.folder
+    return evidence.marked(folder, "told") or bool(evidence.read_failures(folder))
+
+
 def refuse(world: Any, error: HvdlmError, prefix: str) -> None:
     """Tell ``error``, which is the user's to mend, once among all ranks, and end them with code 2."""
     ledger = world.ledger

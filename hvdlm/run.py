@@ -67,7 +67,7 @@ class Plan:
     """A run that has been checked, before any rank has met another and before a framework is imported.
 
     ``resume``: the checkpoint to go on from, as ``checkpoint.resume`` names it; ``fresh``: whether the run writes its
-    folder.
+    folder; ``found``: that checkpoint, unless other ranks have to look as well.
     """
 
     config: Config
@@ -78,6 +78,7 @@ class Plan:
     rank: int
     resume: str
     fresh: bool
+    found: Checkpoint | None
 
 
 def plan(config: Config, *, fresh: bool = True) -> Plan:
@@ -110,12 +111,11 @@ def plan(config: Config, *, fresh: bool = True) -> Plan:
     manager.hook.hvdlm_check(config=config, spec=validate.model(config, plugins.models(manager)))
     validate.communication(config, size, backend_name, plugins.compressors(manager))
     require_framework(config.framework, size)
-    if fresh:
-        _check_folder(config, size)
+    found = _check_folder(config, size) if fresh else None
     # Kept in a file, which the run's config.yaml names, so that it can be resumed, evaluated and continued.
     config.data = without_stdin(config.data)
     asked = dataclasses.replace(asked, data=config.data)
-    return Plan(config, asked, manager, backend, mesh, rank, config.checkpoint.resume if fresh else "none", fresh)
+    return Plan(config, asked, manager, backend, mesh, rank, config.checkpoint.resume if fresh else "none", fresh, found)
 
 
 def choose_backend() -> str:
@@ -149,17 +149,18 @@ def require_framework(name: str, size: int) -> None:
             raise HvdlmError(f'Horovod {missing}, and {size} ranks need it: make setup FRAMEWORKS="{name}".')
 
 
-def _check_folder(config: Config, size: int) -> None:
+def _check_folder(config: Config, size: int) -> Checkpoint | None:
     """Check that the run's folder is free, or that there is something to go on from."""
     folder = Path(config.log.run)
-    if size == 1:  # several ranks look together once they have met: a node may lack what others have
-        checkpoint.find(folder, config.checkpoint.resume, warn=False)
+    # Several ranks look together once they have met: a node may lack what others have.
+    found = checkpoint.find(folder, config.checkpoint.resume, warn=False) if size == 1 else None
     occupied = config.checkpoint.resume == "none" and (folder / "config.yaml").exists()
     if occupied and not config.log.overwrite:
         raise HvdlmError(
             f"{folder} holds a run already: go on with it (--checkpoint.resume auto), choose another folder "
             "(--log.run NAME) or delete it by starting afresh (--log.overwrite true)."
         )
+    return found
 
 
 def start(plan: Plan) -> Run:
@@ -173,6 +174,8 @@ def start(plan: Plan) -> Run:
     spec = plugins.models(manager)[config.model.name](config.model, task.vocab, config.data.context)
     if config.log.sample_tokens:
         encode(task.tokenizer, config.log.sample_prompt)
+    if plan.found:
+        meeting.check_continuation(plan.found, task, config)
     framework = plugins.make(manager, "framework", config.framework)
     folder = Path(config.log.run)
     world = plan.backend.start(config.framework, plan.mesh.groups(), config)

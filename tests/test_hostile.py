@@ -344,7 +344,7 @@ def test_a_vocabulary_of_one_far_character_takes_no_table_of_all() -> None:
 
 def test_what_a_description_says_of_batches_is_left_out() -> None:
     """A truncation would cut a corpus off, a padding could fill memory."""
-    padding = {"strategy": {"Fixed": 10**9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+    padding = {"strategy": {"Fixed": 10**6}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
                "pad_type_id": 0, "pad_token": "u"}  # fmt: skip
     truncation = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
     tokenizer = tokenizers.BPETokenizer(described(padding=padding, truncation=truncation))

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Iterator
 
 from hvdlm import hookimpl
 from hvdlm.config import Config
 from hvdlm.data import sampler
-from hvdlm.data.tokenfile import TokenData, prepare, require_length
-from hvdlm.interfaces import Batch, HvdlmError
+from hvdlm.data.tokenfile import prepare, require_length
+from hvdlm.interfaces import Batch, HvdlmError, RankError
 
 
 class LanguageModel:
@@ -22,7 +20,7 @@ class LanguageModel:
         self.data = prepare(config.data)
         self.tokenizer = self.data.tokenizer
         self.vocab = self.tokenizer.vocab
-        self.fingerprint = _fingerprint(self.data)
+        self.fingerprint = self.data.fingerprint
         context, batch = config.data.context, config.train.batch_size
         require_length(self.data.train, context, "training")
         if len(self.data.validation) < 2:
@@ -40,6 +38,11 @@ class LanguageModel:
     def batch(self, number: int, first: int, last: int) -> Batch:
         """Return rows ``first:last`` of global batch ``number``."""
         inputs, targets, reset = self._sampler.rows(number, first, last)
+        highest = max(int(inputs.max()), int(targets.max()))
+        if highest >= self.vocab:  # when it was opened, a large folder was looked at here and there
+            raise RankError(
+                f"{self.data.folder} holds the id {highest}, its vocabulary has {self.vocab} entries: prepare it anew."
+            )
         return Batch(inputs, targets, None, reset)
 
     def validation(self, rank: int, size: int) -> Iterator[Batch]:
@@ -60,13 +63,6 @@ class LanguageModel:
             per_byte = len(self.data.validation) / self.data.validation_bytes
             figures["bits_per_byte"] = loss / math.log(2) * per_byte
         return figures
-
-
-def _fingerprint(data: TokenData) -> str:
-    """Return a hash of what the tokens were made of, wherever they lie."""
-    sources = json.loads((data.folder / "header.json").read_text(encoding="utf-8")).get("sources", {})
-    what = [data.tokenizer.hash, len(data.train), len(data.validation), *sorted(map(str, sources.values()))]
-    return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
 
 @hookimpl
