@@ -25,10 +25,10 @@ from pathlib import Path
 import psutil
 from pairing import FRAMEWORKS, environment
 
-from hvdlm import checkpoint
+from hvdlm.checkpoints import checkpoint
+from hvdlm.checkpoints.disk import sha256
+from hvdlm.checkpoints.keeping import steps
 from hvdlm.control import SIGNALS, STOPPED
-from hvdlm.disk import sha256
-from hvdlm.keeping import steps
 
 RANKS, STEPS, EVERY = 2, 150, 3
 TOLERANCE = {"torch": 0.0, "tensorflow": 1e-5}
@@ -218,20 +218,24 @@ def check_folder(folder: Path, whole: list[float], tolerance: float) -> None:
         raise Broken(f"left behind in the run's folder: {', '.join(left)}")
 
 
-def campaign(framework: str, harm: Harm, blows: int, seed: int) -> int:
-    """Deal out ``blows`` over as many runs as it takes; return how many runs there were."""
-    chance, runs = random.Random(f"{framework} {harm.__name__} {seed}"), 0
+def campaign(framework: str, blows: dict[Harm, int], seed: int) -> None:
+    """Deal out so many blows of every kind over as many runs as it takes.
+
+    Raises:
+        Broken: something was lost, hung or left behind.
+    """
     with tempfile.TemporaryDirectory(prefix="hvdlm-chaos-") as name, nothing_stays():
         undisturbed = Path(name) / "undisturbed"
-        disturbed(framework, undisturbed, harm, 0, chance)
-        whole, began, hits = losses(undisturbed), time.monotonic(), 0
-        while hits < blows:
-            folder, runs = Path(name) / f"run-{runs}", runs + 1
-            hits += disturbed(framework, folder, harm, blows - hits, chance)
-            check_folder(folder, whole, TOLERANCE[framework])
-            spent = time.monotonic() - began
-            print(f"{framework}, {harm.__name__}: {hits} hits, {runs} run(s) came through, {spent:.0f} s", flush=True)
-    return runs
+        disturbed(framework, undisturbed, kill, 0, random.Random(seed))
+        whole, runs = losses(undisturbed), 0
+        for harm, wanted in blows.items():
+            chance, began, hits = random.Random(f"{framework} {harm.__name__} {seed}"), time.monotonic(), 0
+            while hits < wanted:
+                folder, runs = Path(name) / f"run-{runs}", runs + 1
+                hits += disturbed(framework, folder, harm, wanted - hits, chance)
+                check_folder(folder, whole, TOLERANCE[framework])
+                spent = time.monotonic() - began
+                print(f"{framework}, {harm.__name__}: {hits} hits, {runs} run(s) whole, {spent:.0f} s", flush=True)
 
 
 def main() -> int:
@@ -244,13 +248,16 @@ def main() -> int:
     o = parser.parse_args()
     frameworks = o.frameworks or FRAMEWORKS
     print(f"seed {o.seed}", flush=True)
-    for harm, blows in ((kill, o.kills), (stop, o.stops)):
-        for framework in frameworks if blows else ():
-            try:
-                campaign(framework, harm, -(-blows // len(frameworks)), o.seed)
-            except Broken as broken:
-                print(f"{framework}, {harm.__name__}: FAILED: {broken}", flush=True)
-                return 1
+
+    def share(blows: int) -> int:
+        return -(-blows // len(frameworks))
+
+    for framework in frameworks:
+        try:
+            campaign(framework, {kill: share(o.kills), stop: share(o.stops)}, o.seed)
+        except Broken as broken:
+            print(f"{framework}: FAILED: {broken}", flush=True)
+            return 1
     print(f"{o.kills} kills and {o.stops} stops: nothing lost, nothing hung, nothing left behind", flush=True)
     return 0
 

@@ -66,9 +66,9 @@ def turn(saver: Any, world: Any, step: int, arrays: dict[str, Any], pieces: dict
 
 def work(o: argparse.Namespace) -> None:
     """Be one rank: save in turns, print rank 0's rounds and the bytes that all ranks wrote."""
+    from hvdlm.checkpoints.saving import Saver
     from hvdlm.config import CheckpointConfig, Config
     from hvdlm.run import meet
-    from hvdlm.saving import Saver
 
     config = Config()
     config.train.batch_size = 4

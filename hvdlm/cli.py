@@ -55,7 +55,7 @@ def _refuse(error: HvdlmError, debug: bool) -> int:
     if world is None or world.size == 1:
         print(prefix + str(error), file=sys.stderr, flush=True)
         return 2
-    from hvdlm import failures
+    from hvdlm.watch import failures
 
     failures.refuse(world, error, prefix)
     return 2
@@ -79,7 +79,7 @@ def _guard(run: Any, action: Callable[[], Any]) -> int:
         error.world = run.world  # type: ignore[attr-defined]
         raise
     except Exception as error:
-        from hvdlm import failures
+        from hvdlm.watch import failures
 
         failures.end(run.world, error)
     run.world.close()
@@ -133,7 +133,7 @@ def _started(plan: Any) -> Any:
         world = getattr(error, "world", None)
         if world is None:
             raise
-        from hvdlm import failures
+        from hvdlm.watch import failures
 
         failures.end(world, error)
 
@@ -151,7 +151,7 @@ def _open(values: Any, arguments: list[str]) -> Any:
 
 def _checkpoint(values: Any) -> Any:
     """Open the checkpoint that --checkpoint names, or the newest of --run."""
-    from hvdlm import checkpoint
+    from hvdlm.checkpoints import checkpoint
 
     if values.checkpoint is not None:
         return checkpoint.open_checkpoint(_path(values.checkpoint))
@@ -285,7 +285,7 @@ def bench(arguments: list[str]) -> int:
 def supervise(arguments: list[str]) -> int:
     """``python -m hvdlm supervise -- COMMAND``."""
     settings, command = options.parse_supervise(arguments)
-    from hvdlm.supervise import supervise as watch
+    from hvdlm.supervision.supervise import supervise as watch
 
     return watch(settings, command, lambda given: options.parse_config(given, COMMANDS))
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from hvdlm.interfaces import Handle, World
+from hvdlm.watch.failures import told_elsewhere
 
 STOPPED = 75
 """Exit code of a run that was asked to stop and has saved (EX_TEMPFAIL): schedulers may queue it again."""
@@ -57,6 +58,7 @@ class Signals:
     def __init__(self, rank: int) -> None:
         self._rank, self._first, self._over = rank, 0.0, False
         self.abort: Callable[[int], Any] = os._exit
+        self.ends_elsewhere: Callable[[], bool] = lambda: False
 
     @property
     def asked(self) -> bool:
@@ -86,6 +88,8 @@ class Signals:
     def _caught(self, number: int) -> None:
         if self._over:
             return
+        if self.ends_elsewhere():  # another rank has failed and said so: the launcher ends this one
+            os._exit(1)
         now, name, again = time.monotonic(), signal.Signals(number).name, self.asked
         if again and now - self._first < _TOGETHER:
             return
@@ -102,7 +106,7 @@ class Control:
     def __init__(self, world: World, max_seconds: float | None, signals: Signals) -> None:
         self._world, self._began, self._limit, self._signals = world, time.monotonic(), max_seconds, signals
         self._under_way: tuple[int, Handle] | None = None
-        signals.abort = world.abort
+        signals.abort, signals.ends_elsewhere = world.abort, lambda: told_elsewhere(world.ledger)
 
     def stopped_before(self) -> str | None:
         """Return why the run stops before its first step, or None. All ranks call."""

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from hvdlm.checkpoint import Checkpoint
-from hvdlm.disk import sync_folder, write_tensors
+from hvdlm.checkpoints.checkpoint import Checkpoint
+from hvdlm.checkpoints.disk import sync_folder, write_tensors
+from hvdlm.checkpoints.pieces import key
 from hvdlm.interfaces import HvdlmError
 from hvdlm.models.layout import whole
-from hvdlm.pieces import key
 
 
 def convert(checkpoint: Checkpoint, output: Path) -> int:

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from hvdlm import diagnosis, evidence
 from hvdlm.interfaces import HvdlmError
 from hvdlm.probes import BUILT, GPUS, THREADS, Facts, gather
+from hvdlm.watch import diagnosis, evidence
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     import numpy as np
 
     from hvdlm.config import CompressionConfig, Config
-    from hvdlm.ledger import Ledger
     from hvdlm.models.layout import FlatLayout, Piece
     from hvdlm.models.spec import ModelSpec
     from hvdlm.topology import Mesh
+    from hvdlm.watch.ledger import Ledger
 
 Tensor = Any
 """A tensor of the active framework (torch.Tensor or tf.Tensor): the core never looks inside."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from hvdlm.checkpoints.saving import Saved
 from hvdlm.control import STOPPED, Control, Signals
 from hvdlm.interfaces import Batch, StepResult
 from hvdlm.meeting import versions
 from hvdlm.record import Status, open_folder
 from hvdlm.recovery import check_replicas, go_back
 from hvdlm.run import Run
-from hvdlm.saving import Saved
 from hvdlm.schedule import make_schedule
 from hvdlm.summary import Meter, describe, summarise
 
@@ -29,7 +29,7 @@ def train(run: Run, signals: Signals) -> dict[str, Any]:
         hook.hvdlm_run_started(config=config, world=run.world, info=describe(run, step))
         metrics, saved, stopped = take_up(run, step), step, control.stopped_before()
         while step < config.train.steps and not stopped:
-            run.sentinel.step(step)
+            run.sentinel.step(step + 1)
             row = run.cursor.advance()
             result = do_step(run, step, row, rate(step), meter)
             status.step = step = step + 1

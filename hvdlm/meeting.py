@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from hvdlm.checkpoint import Checkpoint
+from hvdlm.checkpoints.checkpoint import Checkpoint
 from hvdlm.config import Config
 from hvdlm.interfaces import Framework, HvdlmError, RankError, Task, World
 from hvdlm.topology import Mesh

@@ -260,7 +260,7 @@ def parse_bench(arguments: list[str]) -> tuple[Any, Config]:
 
 def parse_supervise(arguments: list[str]) -> tuple[Any, list[str]]:
     """Return the settings (``supervised.Settings``) and the command after ``--``."""
-    from hvdlm.supervised import Settings
+    from hvdlm.supervision.supervised import Settings
 
     description = (
         "python -m hvdlm supervise [OPTIONS] -- COMMAND...: start a run (COMMAND ends with the options of python -m "

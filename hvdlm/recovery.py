@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from hvdlm import finding
+from hvdlm.checkpoints import finding
 from hvdlm.cursor import Cursor
 from hvdlm.guard import ADVICE
 from hvdlm.interfaces import RankError

@@ -12,8 +12,10 @@ from typing import Any
 
 import pluggy
 
-from hvdlm import checkpoint, finding, meeting, plugins, validate
-from hvdlm.checkpoint import Checkpoint
+from hvdlm import meeting, plugins, validate
+from hvdlm.checkpoints import checkpoint, finding
+from hvdlm.checkpoints.checkpoint import Checkpoint
+from hvdlm.checkpoints.saving import Saver
 from hvdlm.config import Config
 from hvdlm.cursor import Cursor
 from hvdlm.data.tokenfile import without_stdin
@@ -21,9 +23,9 @@ from hvdlm.generate import encode
 from hvdlm.guard import Guard
 from hvdlm.interfaces import Framework, HvdlmError, Task, Trainable, World, nearest
 from hvdlm.models.spec import ModelSpec
-from hvdlm.saving import Saver
-from hvdlm.sentinel import Sentinel
 from hvdlm.topology import Mesh, make_mesh
+from hvdlm.watch.ledger import clean
+from hvdlm.watch.sentinel import Sentinel
 
 
 @dataclass
@@ -115,7 +117,8 @@ def plan(config: Config, *, fresh: bool = True) -> Plan:
     # Kept in a file, which the run's config.yaml names, so that it can be resumed, evaluated and continued.
     config.data = without_stdin(config.data)
     asked = dataclasses.replace(asked, data=config.data)
-    return Plan(config, asked, manager, backend, mesh, rank, config.checkpoint.resume if fresh else "none", fresh, found)
+    resume = config.checkpoint.resume if fresh else "none"
+    return Plan(config, asked, manager, backend, mesh, rank, resume, fresh, found)
 
 
 def choose_backend() -> str:
@@ -178,6 +181,8 @@ def start(plan: Plan) -> Run:
         meeting.check_continuation(plan.found, task, config)
     framework = plugins.make(manager, "framework", config.framework)
     folder = Path(config.log.run)
+    if plan.fresh and plan.backend.launch_shape()[2] == 0:
+        clean(folder / "ledger")  # of an earlier attempt; before ranks meet, so that nothing of this one goes
     world = plan.backend.start(config.framework, plan.mesh.groups(), config)
     sentinel = Sentinel(world, folder / "ledger", config.communication.timeout)
     try:

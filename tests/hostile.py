@@ -16,12 +16,12 @@ import numpy as np
 from safetensors.numpy import save as to_bytes
 
 from hvdlm import options, schema, untrusted
+from hvdlm.checkpoints.manifest import FORMAT, read_manifest
+from hvdlm.checkpoints.pieces import Reader, Stored, from_json, to_json
 from hvdlm.config import Config
 from hvdlm.data import tokenfile, tokenizers
 from hvdlm.interfaces import HvdlmError
-from hvdlm.manifest import FORMAT, read_manifest
 from hvdlm.models.layout import whole
-from hvdlm.pieces import Reader, Stored, from_json, to_json
 
 CORPUS = Path(__file__).parent / "fuzz_corpus"
 SECONDS = 2.0

@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hvdlm import checkpoint, cli, plugins
+from hvdlm import cli, plugins
+from hvdlm.checkpoints import checkpoint
 from hvdlm_backends.local import LocalWorld
 from launching import ROOT, environment, launch
 

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from hvdlm import checkpoint, cli
+from hvdlm import cli
+from hvdlm.checkpoints import checkpoint
 from hvdlm.convert import convert
 from hvdlm.interfaces import HvdlmError, RankError
 from hvdlm.models.layout import Piece, whole

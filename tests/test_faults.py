@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from test_train import SMALL
 
-from hvdlm import cli, evidence
-from launching import ROOT, environment
+from hvdlm import cli
+from hvdlm.watch import evidence
+from launching import ROOT, SMALL, environment
 
 TIMEOUT = 6.0
 # Rank 1 goes wrong in its fourth step. In TensorFlow a graph is what goes wrong, so that it is traced anew.

@@ -15,7 +15,7 @@ import pytest
 from test_checkpoint import Ranks, cut, edit, flip
 from test_saving import ARRAYS, four_ways, names, nodes, save_as
 
-from hvdlm import checkpoint, finding, pieces
+from hvdlm.checkpoints import checkpoint, finding, pieces
 from hvdlm.interfaces import HvdlmError
 from hvdlm.models.layout import whole
 from hvdlm_backends.local import LocalWorld

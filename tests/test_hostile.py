@@ -22,7 +22,8 @@ from hostile import CORPUS, TARGETS, TEXT, described
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hvdlm import cli, manifest, options, untrusted
+from hvdlm import cli, options, untrusted
+from hvdlm.checkpoints import manifest
 from hvdlm.config import DataConfig
 from hvdlm.data import sources, tokenfile, tokenizers
 from hvdlm.interfaces import HvdlmError

@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 from test_checkpoint import STATE, WANTED, Ranks, cut, rows
 
-from hvdlm import checkpoint, folders, keeping, saving
+from hvdlm.checkpoints import checkpoint, folders, keeping, saving
+from hvdlm.checkpoints.folders import Sharing, meet, too_little
+from hvdlm.checkpoints.saving import Saver
 from hvdlm.config import CheckpointConfig
-from hvdlm.folders import Sharing, meet, too_little
 from hvdlm.interfaces import RankError
 from hvdlm.models.layout import Piece, whole
-from hvdlm.saving import Saver
 from hvdlm_backends.local import LocalWorld
 
 

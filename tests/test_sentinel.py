@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hvdlm import diagnosis, evidence, failures, sentinel
-from hvdlm.evidence import Failure, Scene
 from hvdlm.interfaces import HvdlmError, RankError
-from hvdlm.ledger import RECORDS, Ledger, clean, ranks_in, ranks_text
-from hvdlm.ledger_view import Entry, LedgerView, read_ledger
-from hvdlm.sentinel import Sentinel
+from hvdlm.watch import diagnosis, evidence, failures, sentinel
+from hvdlm.watch.evidence import Failure, Scene
+from hvdlm.watch.ledger import RECORDS, Ledger, clean, ranks_in, ranks_text
+from hvdlm.watch.ledger_view import Entry, LedgerView, read_ledger
+from hvdlm.watch.sentinel import Sentinel
 
 # A rank's abort does not return: here, it ends the thread.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -94,7 +94,7 @@ def test_a_graphs_collectives_are_written_at_every_run(tmp_path: Path) -> None:
 
 def test_a_killed_process_leaves_its_ledger(tmp_path: Path) -> None:
     code = (
-        "import os, signal, sys; from pathlib import Path; from hvdlm.ledger import Ledger\n"
+        "import os, signal, sys; from pathlib import Path; from hvdlm.watch.ledger import Ledger\n"
         "book = Ledger(0, 2); book.keep_in(Path(sys.argv[1]), 0)\n"
         "book.begin('all_reduce', 'last', book.members((0, 1))); os.kill(os.getpid(), signal.SIGKILL)"
     )

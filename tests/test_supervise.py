@@ -15,12 +15,13 @@ from typing import Any
 import psutil
 import pytest
 
-from hvdlm import cli, hosts
+from hvdlm import cli
 from hvdlm.config import Config
 from hvdlm.interfaces import HvdlmError
-from hvdlm.launched import MARK
-from hvdlm.standing import Standing, verdict
-from hvdlm.supervised import given, train_arguments
+from hvdlm.supervision import hosts
+from hvdlm.supervision.launched import MARK
+from hvdlm.supervision.standing import Standing, verdict
+from hvdlm.supervision.supervised import given, train_arguments
 from launching import ROOT, SMALL, STEPS, environment, launch, losses, meddled
 
 # Stands in for a run: does, in attempt n, the nth statement that it is given.

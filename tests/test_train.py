@@ -102,27 +102,6 @@ def test_the_first_100_losses_of_the_shakespeare_example_agree(tmp_path: Path) -
     assert found["torch", 1][-1] < 2.9 < found["torch", 1][0]
 
 
-@pytest.mark.parametrize("framework", ["torch", "tensorflow"])
-@pytest.mark.parametrize("launcher", ["mpirun", "horovodrun --gloo"])
-def test_a_failure_on_one_rank_ends_all_with_its_message(launcher: str, framework: str, tmp_path: Path) -> None:
-    failing = meddled("if step == 3 and self.world.rank == 1: raise ValueError('the lamp is out')")
-    options = ["--framework", framework, "--log.run", str(tmp_path / "run"), *SMALL, "--train.steps", "100000"]
-    done = launch(launcher, 2, [*failing, *options], timeout=120)
-    assert done.returncode != 0
-    assert "rank 1 failed: ValueError: the lamp is out" in done.stdout + done.stderr
-
-
-@pytest.mark.parametrize("framework", ["torch", "tensorflow"])
-def test_a_hung_rank_ends_the_run_with_every_ranks_stack(framework: str, tmp_path: Path) -> None:
-    hanging = meddled("step == 3 and self.world.rank == 1 and time.sleep(1000)")
-    options = ["--framework", framework, "--log.run", str(tmp_path / "run"), *SMALL, "--communication.timeout", "6"]
-    done = launch("mpirun", 2, [*hanging, *options], timeout=120)
-    said = done.stdout + done.stderr
-    assert done.returncode != 0
-    assert "in hvdlm_step_ended" in said, said[-3000:]  # where rank 1 hangs
-    assert "in train_step" in said or "in wait" in said, said[-3000:]  # where rank 0 waits for it
-
-
 def test_a_run_is_evaluated_and_writes_text_in_either_framework(curve) -> None:
     run = curve("torch", 1, *STEPS)
     summary = json.loads((run / "summary.json").read_text())

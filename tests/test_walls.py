@@ -14,12 +14,31 @@ ROOT = Path(__file__).resolve().parent.parent
 TRANSPORTS = {"torch", "tensorflow", "keras", "horovod", "mpi4py"}
 ABOVE = {"hvdlm_torch", "hvdlm_tensorflow", "hvdlm_backends", "hvdlm_compression", "hvdlm_sharding"}
 FLOORS = {
-    0: ["interfaces", "hookspecs", "config", "topology", "schedule", "models", "data", "tasks", "validate"],
+    0: [
+        "interfaces",
+        "hookspecs",
+        "config",
+        "topology",
+        "schedule",
+        "models",
+        "data",
+        "tasks",
+        "validate",
+        "untrusted",
+        "plain_yaml",
+        "watch",
+    ],
     1: [
         "loop",
         "run",
-        "checkpoint",
-        "pieces",
+        "checkpoints",
+        "control",
+        "cursor",
+        "guard",
+        "meeting",
+        "record",
+        "recovery",
+        "summary",
         "convert",
         "telemetry",
         "plugins",
@@ -30,7 +49,7 @@ FLOORS = {
         "doctor",
         "bench",
     ],
-    3: ["cli", "options", "schema", "__main__"],
+    3: ["cli", "options", "schema", "supervision", "__main__"],
 }
 
 

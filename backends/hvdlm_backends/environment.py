@@ -79,7 +79,7 @@ def prepare(launch: Launch | None, config: Config) -> int:
     os.environ.update(horovod_settings(config.communication))
     timeout = config.communication.timeout
     os.environ.setdefault("HOROVOD_STALL_CHECK_TIME_SECONDS", str(max(1, round(timeout / 2))))
-    # Later than hvdlm.sentinel, which knows more to say.
+    # Later than hvdlm.watch.sentinel, which knows more to say.
     os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", str(max(2, round(2 * timeout + 15))))
     return threads
 

@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from hvdlm.interfaces import Done, Handle, Traffic
-from hvdlm.ledger import Ledger
+from hvdlm.watch.ledger import Ledger
 
 _POLL_SECONDS, _POLL_SHARE = 5e-5, 0.03  # of the time waited so far: long waits are looked at rarely
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from hvdlm.interfaces import Group, Handle, HvdlmError
-from hvdlm.ledger import Ledger
+from hvdlm.watch.ledger import Ledger
 from hvdlm_backends.environment import Launch
 from hvdlm_backends.groups import HorovodGroup
 from hvdlm_backends.local import AloneGroup

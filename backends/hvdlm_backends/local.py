@@ -10,7 +10,7 @@ from typing import Any
 from hvdlm import hookimpl
 from hvdlm.config import Config
 from hvdlm.interfaces import Done, Group, HvdlmError, Traffic
-from hvdlm.ledger import Ledger
+from hvdlm.watch.ledger import Ledger
 from hvdlm_backends import environment
 
 

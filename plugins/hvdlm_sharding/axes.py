@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from hvdlm.exchange import add, since, snapshot
 from hvdlm.interfaces import Exchange, Group, Traffic, World
-from hvdlm.ledger import Ledger
 from hvdlm.topology import Mesh
+from hvdlm.watch.ledger import Ledger
 from hvdlm_sharding.rules import Share
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import tensorflow as tf
 
 from hvdlm.interfaces import Traffic
-from hvdlm.ledger import Call
+from hvdlm.watch.ledger import Call
 from hvdlm_sharding.axes import Wire
 
 Moved = list[dict[str, Traffic]]

@@ -13,7 +13,7 @@ import pytest
 from conftest import FRAMEWORK, meshes
 
 from hvdlm import plugins
-from hvdlm.checkpoint import load, open_checkpoint, save
+from hvdlm.checkpoints.checkpoint import load, open_checkpoint, save
 from hvdlm.config import Config, ModelConfig, ParallelConfig, TrainConfig
 from hvdlm.exchange import AllReduceExchange
 from hvdlm.interfaces import Batch, StepResult, World

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from hvdlm.interfaces import World
-from hvdlm.ledger_view import read_ledger
+from hvdlm.watch.ledger_view import read_ledger
 
 
 def test_an_agreement_adds_up_every_ranks_counts_behind_other_work(

@@ -12,9 +12,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from hvdlm.evidence import Scene
-from hvdlm.ledger import ranks_in, ranks_text
-from hvdlm.ledger_view import Entry, LedgerView
+from hvdlm.watch.evidence import Scene
+from hvdlm.watch.ledger import ranks_in, ranks_text
+from hvdlm.watch.ledger_view import Entry, LedgerView
 
 Column = dict[int, Entry]
 """A rank's collectives in one group, by place."""

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hvdlm import hosts
 from hvdlm.interfaces import HvdlmError
 from hvdlm.options import read_yaml
+from hvdlm.supervision import hosts
 
 
 @dataclass

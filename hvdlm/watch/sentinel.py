@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from hvdlm import diagnosis, evidence
 from hvdlm.interfaces import World
+from hvdlm.watch import diagnosis, evidence
 
 _FIRST_SECONDS = 60.0  # by which everything may take longer until the second step begins
 _ANSWER_SECONDS = 5.0  # for which the others' stacks are waited for

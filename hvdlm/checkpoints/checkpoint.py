@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from hvdlm import keeping
+from hvdlm.checkpoints import keeping
+from hvdlm.checkpoints.manifest import read_manifest
+from hvdlm.checkpoints.pieces import Reader, Stored
+from hvdlm.checkpoints.saving import Saver
 from hvdlm.config import CheckpointConfig
 from hvdlm.interfaces import HvdlmError, World
-from hvdlm.manifest import read_manifest
 from hvdlm.models.layout import Piece, whole
-from hvdlm.pieces import Reader, Stored
-from hvdlm.saving import Saver
 
 
 @dataclass(frozen=True)

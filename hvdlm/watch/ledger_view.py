@@ -1,4 +1,4 @@
-"""Reads ledgers of collectives (``hvdlm.ledger``), which may be cut off, damaged or hostile."""
+"""Reads ledgers of collectives (``hvdlm.watch.ledger``), which may be cut off, damaged or hostile."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hvdlm.interfaces import HvdlmError
-from hvdlm.ledger import FIRST, HEADER, IN_GRAPH, MAGIC, RECORD, WHAT
+from hvdlm.watch.ledger import FIRST, HEADER, IN_GRAPH, MAGIC, RECORD, WHAT
 
 _MOST_BYTES = FIRST + 65536 * RECORD.size
 

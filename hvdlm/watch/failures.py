@@ -14,9 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hvdlm import diagnosis, evidence
-from hvdlm.evidence import Failure
 from hvdlm.interfaces import HvdlmError, RankError
+from hvdlm.watch import diagnosis, evidence
+from hvdlm.watch.evidence import Failure
 
 _WORD_SECONDS = 3.0  # for which another rank's word is waited for
 _TURN_SECONDS = 1.0  # after which the next rank speaks, where the one before it does not

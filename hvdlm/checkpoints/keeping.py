@@ -16,10 +16,10 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from hvdlm.disk import sync_folder, write_synced
-from hvdlm.folders import MARKER
+from hvdlm.checkpoints.disk import sync_folder, write_synced
+from hvdlm.checkpoints.folders import MARKER
+from hvdlm.checkpoints.manifest import read_manifest
 from hvdlm.interfaces import HvdlmError
-from hvdlm.manifest import read_manifest
 
 _STEP = re.compile(r"step-(\d{8,15})")
 _HIDDEN = re.compile(r"\.(step-\d{8,15})\.(partial|replaced)")

@@ -1,7 +1,7 @@
 """A rank's ledger of collectives: a ring of fixed-size records in memory, which a file mirrors.
 
-The file is read when ranks no longer answer (``hvdlm.ledger_view``), so that whatever a rank wrote last must be in it:
-it is memory-mapped, and outlives the process.
+The file is read when ranks no longer answer (``ledger_view``), so that whatever a rank wrote last must be in it: it is
+memory-mapped, and outlives the process.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _BYTES = FIRST + RECORDS * RECORD.size
 
 # Who hands a collective on for its caller, so that the call site is the frame before it.
 _BETWEEN = (
-    *("hvdlm_backends.", "hvdlm_compression.", "hvdlm.exchange", "hvdlm.ledger", "hvdlm_tensorflow.counted"),
+    *("hvdlm_backends.", "hvdlm_compression.", "hvdlm.exchange", "hvdlm.watch.ledger", "hvdlm_tensorflow.counted"),
     *("contextlib", "functools", "keras.", "tensorflow.", "torch."),
 )
 

@@ -15,12 +15,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from hvdlm import checkpoint, folders, keeping, untrusted
-from hvdlm.checkpoint import Checkpoint
-from hvdlm.disk import sha256, sync, sync_folder
-from hvdlm.folders import Sharing
+from hvdlm import untrusted
+from hvdlm.checkpoints import checkpoint, folders, keeping
+from hvdlm.checkpoints.checkpoint import Checkpoint
+from hvdlm.checkpoints.disk import sha256, sync, sync_folder
+from hvdlm.checkpoints.folders import Sharing
+from hvdlm.checkpoints.manifest import read_manifest
 from hvdlm.interfaces import HvdlmError, World
-from hvdlm.manifest import read_manifest
 
 _CHUNK = 64 * 2**20  # what travels at a time
 _MANIFEST = "manifest.json"

@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from hvdlm import hosts
 from hvdlm.config import Config
-from hvdlm.launched import Launched
-from hvdlm.standing import CODES, Standing, verdict
-from hvdlm.supervised import Settings, check, given, train_arguments
+from hvdlm.supervision import hosts
+from hvdlm.supervision.launched import Launched
+from hvdlm.supervision.standing import CODES, Standing, verdict
+from hvdlm.supervision.supervised import Settings, check, given, train_arguments
 
 _SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
 _THEN = {"done": "that was it", "refused": "not started again", "stopped": "the same command goes on with it"}

@@ -19,15 +19,15 @@ from typing import Any
 
 import numpy as np
 
-from hvdlm import folders, keeping
+from hvdlm.checkpoints import folders, keeping
+from hvdlm.checkpoints.dealing import ENTRY, Deal, deal_out
+from hvdlm.checkpoints.disk import Described, write_tensors
+from hvdlm.checkpoints.folders import Sharing
+from hvdlm.checkpoints.manifest import FORMAT
+from hvdlm.checkpoints.pieces import key, to_json
 from hvdlm.config import CheckpointConfig
-from hvdlm.dealing import ENTRY, Deal, deal_out
-from hvdlm.disk import Described, write_tensors
-from hvdlm.folders import Sharing
 from hvdlm.interfaces import RankError, World
-from hvdlm.manifest import FORMAT
 from hvdlm.models.layout import Piece, whole
-from hvdlm.pieces import key, to_json
 
 
 @dataclass(frozen=True)

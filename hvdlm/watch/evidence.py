@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Any
 
 from hvdlm.interfaces import HvdlmError
-from hvdlm.ledger_view import LedgerView, read_ledger
+from hvdlm.watch.ledger_view import LedgerView, read_ledger
 
 _MOST_TEXT = 1 << 20  # bytes of a stack or a marker
 _MOST_RANKS = 65536

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from hvdlm import untrusted
+from hvdlm.checkpoints.pieces import Stored, from_json
 from hvdlm.interfaces import HvdlmError
-from hvdlm.pieces import Stored, from_json
 from hvdlm.untrusted import shown
 
 FORMAT = "hvdlm-checkpoint-2"
