@@ -16,7 +16,7 @@ export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 UNTAG := sed -u -E 's/\[[0-9]+,[0-9]+\]<std(out|err)>://g; \
     /^WARNING: All log messages before absl|^I0000 .*(port|cpu_feature_guard)\.cc|^To enable the following instr/d'
 
-.PHONY: help setup demo test check format bench chaos clean
+.PHONY: help setup demo test check format bench chaos fuzz clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -49,6 +49,11 @@ chaos:  ## break runs at random moments, and compare what comes out (about an ho
 	@$(PYTHON) scripts/setup_environment.py torch tensorflow
 	@python benchmarks/chaos.py
 	@HVDLM_CHAOS=1 python -m pytest tests/test_faults.py tests/test_stops.py
+
+fuzz:  ## fuzz every reader of untrusted files for 10 minutes (about an hour)
+	@$(PYTHON) scripts/setup_environment.py
+	@python -m pip install -q -c constraints.txt atheris
+	@for target in manifest shard header tokenizer yaml; do python benchmarks/fuzz.py $$target --seconds 600; done
 
 bench:  ## the paired benchmarks (minutes)
 	@$(PYTHON) scripts/setup_environment.py torch tensorflow

@@ -186,8 +186,9 @@ def start(plan: Plan) -> Run:
     world = plan.backend.start(config.framework, plan.mesh.groups(), config)
     sentinel = Sentinel(world, folder / "ledger", config.communication.timeout)
     try:
-        if plan.fresh and world.size > 1:
-            world.ledger.keep_in(folder / "ledger", world.rank)
+        if plan.fresh:
+            if world.size > 1:
+                world.ledger.keep_in(folder / "ledger", world.rank)
             sentinel.start()
         meeting.agree(world, config, task)
         meeting.check_groups(world, framework, plan.mesh)

@@ -13,7 +13,12 @@ from hvdlm import hookspecs
 from launching import environment, launch
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "CHANGELOG.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+    ROOT / "examples" / "cluster" / "README.md",
+]
 HOOKS = sorted(name for name in vars(hookspecs) if name.startswith("hvdlm_"))
 
 

@@ -68,12 +68,13 @@ class Background:
         """Whether it has ended, well or not."""
         return not self._thread.is_alive()
 
-    def answer(self) -> dict[str, Any]:
-        """Wait for its end; return {"error": text or None, "value": what it returned}."""
-        self._thread.join()
-        return self._answer
+    def answer(self, seconds: float) -> dict[str, Any] | None:
+        """Wait that long for its end; return {"error": text or None, "value": what it returned}, or None before it."""
+        self._thread.join(seconds)
+        return self._answer if self.done else None
 
 
+_TURN_SECONDS = 2.0
 Phases = Generator[Callable[[], Any], list[dict[str, Any]], None]
 
 
@@ -155,11 +156,20 @@ class Saver:
         if self._phases is None or self._task is None:
             return []
         entered = time.perf_counter()
-        self._go_on(self._phases, self._world.gather_objects(self._task.answer()))
+        self._go_on(self._phases, self._answers(self._task))
         now = time.perf_counter()
         self._blocked += now - entered
         path, self._whole = self._whole, None
         return [Saved(self._step, path, self._blocked, now - self._began)] if path else []
+
+    def _answers(self, task: Background) -> list[dict[str, Any]]:
+        """Return all ranks' answers. Who is done hears now and then that others aren't, so that no time-out strikes."""
+        while True:
+            answers = self._world.gather_objects(task.answer(_TURN_SECONDS))
+            found = [answer for answer in answers if answer is not None]
+            if len(found) == len(answers):
+                return found
+            self._world.ledger.alive()
 
     def finish(self) -> list[Saved]:
         """Return when no save is under way any more: what has become whole. All ranks call.
