@@ -45,8 +45,10 @@ def test_frameworks_train_alike_under_every_exchange(told: Path, launch: str) ->
     first, second = (losses(told, f"{launch}-{framework}") for framework in FRAMEWORKS)
     assert len(first) >= 14
     for name, curve in first.items():
-        # An element on the border of two levels falls to either side: quantisation sees rounding errors grow.
-        assert curve == pytest.approx(second[name], abs=2e-4 if name in ("int8", "qsgd", "bf16") else 1e-5), name
+        # An element on the border of two levels falls to either side: quantisation sees rounding errors grow. Of two
+        # levels (scaled_sign), most of all: which elements lie on the border differs from processor to processor.
+        tolerance = {"int8": 2e-4, "qsgd": 2e-4, "bf16": 2e-4, "scaled_sign": 5e-4}.get(name, 1e-5)
+        assert curve == pytest.approx(second[name], abs=tolerance), name
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)

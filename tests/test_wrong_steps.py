@@ -47,12 +47,12 @@ def test_without_a_checkpoint_the_run_ends_with_a_sentence(tmp_path: Path) -> No
     assert "3 step(s) up to step 6 were skipped" in done.stderr and "no checkpoint to go back to" in done.stderr
 
 
-@pytest.mark.parametrize("framework, ranks", [("torch", 4), ("tensorflow", 4)])
-def test_a_flipped_bit_is_told_with_tensor_rank_and_step(framework: str, ranks: int, tmp_path: Path) -> None:
-    options = ["--train.replica_check_every", "5"]
-    done = disturb(tmp_path / "run", framework, ranks, *options, flip=[2, 8])
+@pytest.mark.parametrize("framework", ["torch", "tensorflow"])
+def test_a_flipped_bit_is_told_with_tensor_rank_and_step(framework: str, tmp_path: Path) -> None:
+    options = ["--train.replica_check_every", "5", "--train.batch_size", "6"]
+    done = disturb(tmp_path / "run", framework, 3, *options, flip=[2, 8])
     assert done.returncode == 1
-    expected = "after step 10, rank 2 holds other values than the other 3 data rank(s) of "
+    expected = "after step 10, rank 2 holds other values than the other 2 data rank(s) of "
     assert done.stderr.count(expected) == 1, done.stderr[-3000:]
 
 

@@ -5,6 +5,8 @@ Where tensor ranks share a layer, each computes its hidden units, and after ever
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +21,26 @@ from hvdlm_torch.collectives import Collectives
 
 Carry = list[tuple[torch.Tensor, ...]]  # of every layer: h, and c of an LSTM, each [rows, hidden]
 _LAYERS = {"rnn": torch.rnn_tanh, "gru": torch.gru, "lstm": torch.lstm}
+
+
+def _kernels(device: str) -> contextlib.AbstractContextManager[Any]:
+    """Leave oneDNN out where it has no recurrent layer in half precision for this processor: it fails then."""
+    if device != "cpu" or not torch.is_autocast_enabled("cpu") or _onednn_runs(torch.get_autocast_dtype("cpu")):
+        return contextlib.nullcontext()
+    return torch.backends.mkldnn.flags(enabled=False)
+
+
+@functools.cache
+def _onednn_runs(dtype: torch.dtype) -> bool:
+    """Return whether an LSTM in ``dtype`` can be trained as it is."""
+    try:
+        with torch.enable_grad():
+            x, state = torch.ones(1, 2, 8), (torch.ones(1, 1, 8), torch.ones(1, 1, 8))
+            weights = [torch.ones(32, 8, requires_grad=True) for _ in range(2)]
+            torch.lstm(x, state, [*weights, *(torch.ones(32) for _ in range(2))], True, 1, 0.0, True, False, True)
+    except RuntimeError:
+        return False
+    return dtype is not None
 
 
 class RNN:
@@ -75,7 +97,8 @@ class RNN:
         biases = [p[f"{name}.{part}.bias"].flatten() for part in ("input", "recurrent")]
         first = tuple(t.unsqueeze(0).to(x.dtype) for t in state)
         hx = first if self.s.cell == "lstm" else first[0]
-        out, *last = _LAYERS[self.s.cell](x, hx, [*weights, *biases], True, 1, 0.0, False, False, True)
+        with _kernels(x.device.type):
+            out, *last = _LAYERS[self.s.cell](x, hx, [*weights, *biases], True, 1, 0.0, False, False, True)
         return (out, *(t.squeeze(0) for t in last))
 
     def _shared_layer(self, x: torch.Tensor, number: int, state: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
