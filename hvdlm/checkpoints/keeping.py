@@ -1,7 +1,8 @@
 """What lies in a run's checkpoint folder as time passes: how a checkpoint comes in, is replaced, and goes.
 
 ``step-00000500`` is a checkpoint, ``.step-00000500.partial`` one that is being written, ``.step-00000500.replaced`` one
-that makes way for another of the same step. ``latest`` names the one that was written last.
+that makes way for another of the same step, ``.step-00000500.deleted`` one that goes: what is called a checkpoint is
+whole, also while it is being deleted. ``latest`` names the one that was written last.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from hvdlm.checkpoints.manifest import read_manifest
 from hvdlm.interfaces import HvdlmError
 
 _STEP = re.compile(r"step-(\d{8,15})")
-_HIDDEN = re.compile(r"\.(step-\d{8,15})\.(partial|replaced)")
+_HIDDEN = re.compile(r"\.(step-\d{8,15})\.(partial|replaced|deleted)")
 
 
 def name_of(step: int) -> str:
