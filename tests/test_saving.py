@@ -388,3 +388,16 @@ def test_space_is_added_up_over_those_who_share_a_disk() -> None:
     assert too_little(apart, [60, 40, 60, 41], [one, None, two, None]) == (2, 101, 100)
     assert too_little(apart, [60, 0, 41, 0], [one, None, one | {"free": 120}, None]) == (0, 101, 100)
     assert too_little(alone, [500, 0, 0, 0], [one | {"free": None}, None, None, None]) is None
+
+
+def test_what_is_deleted_is_called_a_checkpoint_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill in the middle of a deletion leaves no damaged checkpoint, and the next run deletes the rest."""
+    for step in (1, 2):
+        (tmp_path / keeping.name_of(step)).mkdir()
+    monkeypatch.setattr(keeping.shutil, "rmtree", lambda path, ignore_errors: None)
+    keeping._drop(tmp_path / keeping.name_of(1))
+    monkeypatch.undo()
+    assert [step for step, _ in keeping.steps(tmp_path)] == [2]
+    assert (tmp_path / ".step-00000001.deleted").is_dir()
+    keeping.sweep(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]

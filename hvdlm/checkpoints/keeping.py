@@ -77,7 +77,7 @@ def withdraw(folder: Path, name: str, published: bool) -> None:
     with contextlib.suppress(OSError):
         (folder / ".latest.partial").unlink(missing_ok=True)
     if published:
-        shutil.rmtree(folder / name, ignore_errors=True)
+        _drop(folder / name)
     with contextlib.suppress(OSError):
         _put_back(folder, name)
 
@@ -105,7 +105,16 @@ def tidy(folder: Path, step: int, keep: int, keep_best: int, complete: bool = Tr
     kept = {*list(whole)[: max(1, keep)], *_best(whole, keep_best)}
     for path in found if whole else ():
         if path not in kept:
-            shutil.rmtree(path, ignore_errors=True)
+            _drop(path)
+
+
+def _drop(path: Path) -> None:
+    """Delete a checkpoint, which is called one no more before the first of its files goes."""
+    hidden = path.with_name(f".{path.name}.deleted")
+    shutil.rmtree(hidden, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        os.rename(path, hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _best(losses: Mapping[Path, float], count: int) -> list[Path]:
