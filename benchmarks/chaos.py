@@ -117,17 +117,19 @@ def training(attempt: Attempt) -> None:
 
 
 def kill(attempt: Attempt, chance: random.Random) -> None:
-    """Kill a random rank: one in ten before it trains, half while a checkpoint is being written."""
-    kind = chance.random()
+    """Kill a random rank: one in ten before it trains, one in ten in its first steps, half while it saves."""
+    kind, before = chance.random(), attempt.step()
     if kind < 0.1:
         wait_for(attempt, lambda: len(attempt.ranks()) == RANKS, 20)
         time.sleep(chance.uniform(0, 4))
     else:
         training(attempt)
+        if kind > 0.2:  # the first step may take long: graphs are built
+            wait_for(attempt, lambda: attempt.step() != before, 60)
         time.sleep(chance.uniform(0, 1.5))
     if kind > 0.5:
         folder = attempt.folder / "checkpoints"
-        wait_for(attempt, lambda: any(folder.glob(".step-*")), 20)
+        wait_for(attempt, lambda: any(folder.glob(".step-*")), 60)
         time.sleep(chance.uniform(0, 0.02))
     strike(attempt, chance, signal.SIGKILL)
 
