@@ -49,7 +49,9 @@ class Attempt:
     def __init__(self, framework: str, folder: Path) -> None:
         self.folder = folder
         python = [sys.executable, "-m", "hvdlm", "--framework", framework, "--log.run", str(folder), *OPTIONS]
-        if steps(folder / "checkpoints"):
+        known = steps(folder / "checkpoints")
+        self.begins = known[0][0] if known else 0  # the step that it goes on from
+        if known:
             python += ["--checkpoint.resume", "auto"]
         elif folder.exists():
             python += ["--log.overwrite", "true"]
@@ -118,18 +120,18 @@ def training(attempt: Attempt) -> None:
 
 def kill(attempt: Attempt, chance: random.Random) -> None:
     """Kill a random rank: one in ten before it trains, one in ten in its first steps, half while it saves."""
-    kind, before = chance.random(), attempt.step()
+    kind = chance.random()
     if kind < 0.1:
         wait_for(attempt, lambda: len(attempt.ranks()) == RANKS, 20)
         time.sleep(chance.uniform(0, 4))
     else:
         training(attempt)
         if kind > 0.2:  # the first step may take long: graphs are built
-            wait_for(attempt, lambda: attempt.step() != before, 60)
+            wait_for(attempt, lambda: attempt.step() > attempt.begins, 60)
         time.sleep(chance.uniform(0, 1.5))
     if kind > 0.5:
         folder = attempt.folder / "checkpoints"
-        wait_for(attempt, lambda: any(folder.glob(".step-*")), 60)
+        wait_for(attempt, lambda: any(folder.glob(".step-*.partial")), 60)
         time.sleep(chance.uniform(0, 0.02))
     strike(attempt, chance, signal.SIGKILL)
 
