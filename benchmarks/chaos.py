@@ -26,9 +26,9 @@ import psutil
 from pairing import FRAMEWORKS, environment
 
 from hvdlm.checkpoints import checkpoint
-from hvdlm.checkpoints.disk import sha256
 from hvdlm.checkpoints.keeping import steps
 from hvdlm.control import SIGNALS, STOPPED
+from hvdlm.disk import sha256
 
 RANKS, STEPS, EVERY = 2, 150, 3
 TOLERANCE = {"torch": 0.0, "tensorflow": 1e-5}

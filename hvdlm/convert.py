@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from hvdlm.checkpoints.checkpoint import Checkpoint
-from hvdlm.checkpoints.disk import sync_folder, write_tensors
 from hvdlm.checkpoints.pieces import key
+from hvdlm.checkpoints.tensors import write_tensors
+from hvdlm.disk import sync_folder
 from hvdlm.interfaces import HvdlmError
 from hvdlm.models.layout import whole
 

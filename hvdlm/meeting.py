@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import platform
 import zlib
@@ -21,7 +22,8 @@ def agree(world: World, config: Config, task: Task) -> None:
     Raises:
         HvdlmError: one has others; the sentence says which rank, and what of it differs.
     """
-    settings = {**config.to_dict(), "train": {**config.to_dict()["train"], "threads": 0}}
+    settings = config.to_dict()
+    settings["train"]["threads"] = 0  # follows from each host's cores
     own = {
         "configuration": zlib.crc32(repr(settings).encode()),
         "tokenizer": task.tokenizer.hash,
@@ -81,6 +83,7 @@ def check_continuation(found: Checkpoint, task: Task, config: Config) -> None:
         )
 
 
+@functools.cache  # searching what is installed takes milliseconds, for which a save would stand still
 def versions(framework: str) -> dict[str, str]:
     """Return the versions of what computes, by distribution name."""
     found = {"python": platform.python_version()}

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from hvdlm.disk import replace
 from hvdlm.run import Run
 
 _FILES = ("config.yaml", "metrics.jsonl", "summary.json", "tokenizer.json", "status.json")
@@ -38,16 +39,6 @@ def clear(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
     for name in ("checkpoints", "tensorboard"):
         shutil.rmtree(folder / name, ignore_errors=True)
-
-
-def replace(path: Path, text: str) -> None:
-    """Write a small file under a temporary name, sync it and rename it."""
-    temporary = path.with_name(f".{path.name}.partial")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 class Status:

@@ -208,22 +208,8 @@ def start(plan: Plan) -> Run:
     except Exception as error:
         error.world = world  # type: ignore[attr-defined]
         raise
-    parts = (
-        config,
-        plan.asked,
-        manager,
-        world,
-        plan.mesh,
-        task,
-        spec,
-        trainable,
-        found,
-        cursor,
-        guard,
-        saver,
-        sentinel,
-    )
-    return Run(*parts)
+    asked, mesh = plan.asked, plan.mesh
+    return Run(config, asked, manager, world, mesh, task, spec, trainable, found, cursor, guard, saver, sentinel)
 
 
 def load_state(found: Checkpoint, trainable: Trainable, world: World, mesh: Mesh) -> None:

@@ -136,7 +136,7 @@ def test_every_file_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     hashed: list[str] = []
     real = finding.sha256
     monkeypatch.setattr(finding, "sha256", lambda path: hashed.append(path.name) or real(path))
-    monkeypatch.setattr(pieces, "_sha256", lambda path: hashed.append(path.name) or real(path))
+    monkeypatch.setattr(pieces, "sha256", lambda path: hashed.append(path.name) or real(path))
     wanted = {name: whole(array.shape) for name, array in ARRAYS.items()}
 
     def action(world: Any) -> None:

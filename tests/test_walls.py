@@ -25,6 +25,7 @@ FLOORS = {
         "tasks",
         "validate",
         "untrusted",
+        "disk",
         "plain_yaml",
         "watch",
     ],

@@ -65,21 +65,37 @@ class MPIMessages:
         return Later(wait)
 
 
-class TorchMessages:
-    """Over ``horovod.torch``."""
+class _HorovodMessages:
+    """Over Horovod's all-gather of bytes, which every framework brings."""
 
     communicator = None
 
     def __init__(self, hvd: ModuleType) -> None:
-        self._hvd, self._torch = hvd, sys.modules["torch"]
+        self._hvd = hvd
+
+    def _all_gather(self, array: np.ndarray, name: str) -> np.ndarray:
+        raise NotImplementedError
 
     def gather(self, data: bytes) -> list[bytes]:
         """Return every rank's bytes; see ``Messages``."""
-        return _gather(self._all_gather, data)
+        sizes = self._all_gather(np.array([len(data)], np.int64), "hvdlm.object_sizes")
+        whole = self._all_gather(np.frombuffer(bytearray(data), np.uint8), "hvdlm.objects").tobytes()
+        ends = np.cumsum(sizes)
+        return [whole[end - size : end] for end, size in zip(ends, sizes, strict=True)]
 
     def broadcast(self, data: bytes | None, root: int) -> bytes:
-        """Return the root's bytes; see ``Messages``."""
-        return _broadcast(self._all_gather, data, root, self._hvd.rank(), self._hvd.size())
+        """Return the root's bytes: each rank sends one more than it has to say, and only the root has something."""
+        own = bytearray((data or b"") if self._hvd.rank() == root else b"") + b"\0"
+        whole = self._all_gather(np.frombuffer(own, np.uint8), "hvdlm.bytes")
+        return whole[root : len(whole) - (self._hvd.size() - root)].tobytes()
+
+
+class TorchMessages(_HorovodMessages):
+    """Over ``horovod.torch``."""
+
+    def __init__(self, hvd: ModuleType) -> None:
+        super().__init__(hvd)
+        self._torch = sys.modules["torch"]
 
     def _all_gather(self, array: np.ndarray, name: str) -> np.ndarray:
         return self._hvd.allgather(self._torch.from_numpy(array), name=name).numpy()
@@ -91,24 +107,15 @@ class TorchMessages:
         return Later(lambda: self._hvd.synchronize(handle).tolist())
 
 
-class TensorFlowMessages:
+class TensorFlowMessages(_HorovodMessages):
     """Over ``horovod.tensorflow``."""
 
-    communicator = None
-
     def __init__(self, hvd: ModuleType) -> None:
-        self._hvd, self._tensorflow = hvd, sys.modules["tensorflow"]
+        super().__init__(hvd)
+        self._tensorflow = sys.modules["tensorflow"]
         # Outside of graphs, TensorFlow takes an operation that it has made before even if that had another name.
         self._add = self._tensorflow.function(self._sum, autograph=False)
         self._thread = ThreadPoolExecutor(1, "hvdlm-agree")
-
-    def gather(self, data: bytes) -> list[bytes]:
-        """Return every rank's bytes; see ``Messages``."""
-        return _gather(self._all_gather, data)
-
-    def broadcast(self, data: bytes | None, root: int) -> bytes:
-        """Return the root's bytes; see ``Messages``."""
-        return _broadcast(self._all_gather, data, root, self._hvd.rank(), self._hvd.size())
 
     def _all_gather(self, array: np.ndarray, name: str) -> np.ndarray:
         return self._hvd.allgather(self._tensorflow.constant(array), name=name).numpy()
@@ -121,23 +128,6 @@ class TensorFlowMessages:
         tensor = self._tensorflow.constant(list(counts), "int32")
         # Outside of a graph's run, TensorFlow's operations block: a thread waits instead.
         return Later(self._thread.submit(lambda: self._add(tensor).numpy().tolist()).result)
-
-
-Gather = Callable[[np.ndarray, str], np.ndarray]
-
-
-def _gather(all_gather: Gather, data: bytes) -> list[bytes]:
-    sizes = all_gather(np.array([len(data)], np.int64), "hvdlm.object_sizes")
-    whole = all_gather(np.frombuffer(bytearray(data), np.uint8), "hvdlm.objects").tobytes()
-    ends = np.cumsum(sizes)
-    return [whole[end - size : end] for end, size in zip(ends, sizes, strict=True)]
-
-
-def _broadcast(all_gather: Gather, data: bytes | None, root: int, rank: int, size: int) -> bytes:
-    """Return the root's bytes: each rank sends one more than it has to say, and only the root has something to say."""
-    own = bytearray((data or b"") if rank == root else b"") + b"\0"
-    whole = all_gather(np.frombuffer(own, np.uint8), "hvdlm.bytes")
-    return whole[root : len(whole) - (size - root)].tobytes()
 
 
 def make_messages(hvd: ModuleType, communicator: Any) -> Messages:

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hvdlm.checkpoints.disk import bytes_of
 from hvdlm.checkpoints.pieces import kind
+from hvdlm.checkpoints.tensors import bytes_of
 
 ENTRY = 512
 """Bytes that a tensor takes, at most, in a header and in the manifest, beside its name and its numbers."""

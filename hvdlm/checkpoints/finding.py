@@ -18,9 +18,9 @@ from typing import Any, BinaryIO
 from hvdlm import untrusted
 from hvdlm.checkpoints import checkpoint, folders, keeping
 from hvdlm.checkpoints.checkpoint import Checkpoint
-from hvdlm.checkpoints.disk import sha256, sync, sync_folder
 from hvdlm.checkpoints.folders import Sharing
 from hvdlm.checkpoints.manifest import read_manifest
+from hvdlm.disk import sha256, sync, sync_folder
 from hvdlm.interfaces import HvdlmError, World
 
 _CHUNK = 64 * 2**20  # what travels at a time

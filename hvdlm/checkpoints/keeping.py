@@ -17,9 +17,9 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from hvdlm.checkpoints.disk import sync_folder, write_synced
 from hvdlm.checkpoints.folders import MARKER
 from hvdlm.checkpoints.manifest import read_manifest
+from hvdlm.disk import sync_folder, write_synced
 from hvdlm.interfaces import HvdlmError
 
 _STEP = re.compile(r"step-(\d{8,15})")

@@ -6,7 +6,6 @@ assembled from the stored ones that overlap it, one tensor at a time.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from hvdlm import untrusted
+from hvdlm.disk import sha256
 from hvdlm.interfaces import HvdlmError
 from hvdlm.models.layout import Piece
 from hvdlm.untrusted import shown
@@ -27,7 +27,6 @@ _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BOOL": "bool"}
     f"{letter}{bits}": f"{name}{bits}" for letter, name in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)
 }
 _NAMES = {numpy: name for name, numpy in _DTYPES.items()}
-_CHUNK = 2**20
 _HEADER = 100 * 10**6  # the longest header that safetensors allows
 _NAME = 1024  # characters of a tensor's name
 _AXES = 32
@@ -231,7 +230,7 @@ class Reader:
         path = self._folder / name
         # The rules for files are those of the manifest's reader: what lies there now may be another file.
         size = untrusted.size(path, within=self._folder)
-        if not self._verified and _sha256(path) != self._files[name]["sha256"]:
+        if not self._verified and sha256(path) != self._files[name]["sha256"]:
             raise self._damaged(f"{name} has another SHA-256")
         _check_header(path, size)
         return safe_open(str(path), framework="numpy")
@@ -253,14 +252,6 @@ def _check_header(path: Path, size: int) -> None:
         length = int.from_bytes(file.read(8), "little")
     if not 2 <= length <= min(size - 8, _HEADER):
         raise ValueError(f"its header is said to have {length:,} bytes")
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _narrowed(piece: Piece) -> Piece:

@@ -21,10 +21,10 @@ import numpy as np
 
 from hvdlm.checkpoints import folders, keeping
 from hvdlm.checkpoints.dealing import ENTRY, Deal, deal_out
-from hvdlm.checkpoints.disk import Described, write_tensors
 from hvdlm.checkpoints.folders import Sharing
 from hvdlm.checkpoints.manifest import FORMAT
 from hvdlm.checkpoints.pieces import key, to_json
+from hvdlm.checkpoints.tensors import Described, write_tensors
 from hvdlm.config import CheckpointConfig
 from hvdlm.interfaces import RankError, World
 from hvdlm.models.layout import Piece, whole

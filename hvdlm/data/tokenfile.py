@@ -20,6 +20,7 @@ import numpy as np
 from hvdlm import untrusted
 from hvdlm.config import DataConfig
 from hvdlm.data import sources, tokenizers
+from hvdlm.disk import write_synced
 from hvdlm.interfaces import HvdlmError
 from hvdlm.untrusted import shown
 
@@ -162,8 +163,8 @@ def _write(config: DataConfig, folder: Path) -> None:
             "tokenizer": tokenizer.hash,
             "sources": digests,
         }
-        _put(temporary / "tokenizer.json", json.dumps(tokenizer.to_json()).encode())
-        _put(temporary / "header.json", json.dumps(header, indent=1).encode())
+        write_synced(temporary / "tokenizer.json", json.dumps(tokenizer.to_json()).encode())
+        write_synced(temporary / "header.json", json.dumps(header, indent=1).encode())
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(temporary, folder)
     finally:
@@ -194,13 +195,6 @@ def _bytes_before(
     index = bisect.bisect_right([place.tokens for place in places], count) - 1
     ids = np.fromfile(path, dtype, count - places[index].tokens, offset=places[index].tokens * dtype.itemsize)
     return places[index].bytes + len(tokenizer.decode(ids.tolist()).encode())
-
-
-def _put(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def open_tokens(folder: Path) -> TokenData:

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-CODES = {"done": 0, "failed": 1, "refused": 2, "stopped": 75}
+from hvdlm.control import STOPPED
+
+CODES = {"done": 0, "failed": 1, "refused": 2, "stopped": STOPPED}
 """What a run came to, and the exit code that says so. ``stopped``: saved, to be gone on with (EX_TEMPFAIL)."""
 
 _STEP = re.compile(r"step-(\d{8,18})")

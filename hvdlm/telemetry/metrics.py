@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from hvdlm import hookimpl
 from hvdlm.config import Config
+from hvdlm.disk import replace
 from hvdlm.interfaces import StepResult, World
 from hvdlm.telemetry.interval import Interval
 
@@ -82,7 +82,7 @@ class Metrics:
         if self._file:
             self._file.close()
             self._file = None
-            _replace(self._folder / "summary.json", json.dumps(_finite(summary), indent=1) + "\n")
+            replace(self._folder / "summary.json", json.dumps(_finite(summary), indent=1) + "\n")
 
     def _write(self, **values: Any) -> None:
         assert self._file is not None
@@ -105,13 +105,4 @@ def _keep_until(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue  # a line that a killed run left half-written
-    _replace(path, "".join(kept))
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    replace(path, "".join(kept))

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -118,6 +119,16 @@ def mark(folder: Path | None, name: str) -> bool:
 def marked(folder: Path | None, name: str) -> bool:
     """Return whether the marker ``name`` is there."""
     return folder is not None and (folder / f"{name}.json").exists()
+
+
+def await_word(until: Callable[[], bool], seconds: float) -> bool:
+    """Wait that long until something is to be seen in the folder; return whether it is."""
+    limit = time.monotonic() + seconds
+    while not until():
+        if time.monotonic() > limit:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def write_failure(folder: Path | None, failure: Failure) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 import time
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,16 +75,7 @@ def _others_word(folder: Path | None, rank: int) -> bool:
     def found() -> bool:
         return any(failure.own for r, failure in evidence.read_failures(folder).items() if r != rank)
 
-    return folder is not None and _wait(found, _WORD_SECONDS)
-
-
-def _wait(until: Callable[[], bool], seconds: float) -> bool:
-    limit = time.monotonic() + seconds
-    while not until():
-        if time.monotonic() > limit:
-            return False
-        time.sleep(0.1)
-    return True
+    return folder is not None and evidence.await_word(found, _WORD_SECONDS)
 
 
 def tell(world: Any, error: BaseException, own: bool) -> None:

@@ -11,7 +11,6 @@ import faulthandler
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from hvdlm.interfaces import World
@@ -87,7 +86,7 @@ class Sentinel:
             return
         answered = self._answers()
         before_us = sum(rank < self._world.rank for rank in answered)
-        self._wait(lambda: evidence.marked(self._folder, "told"), before_us * _TURN_SECONDS)
+        evidence.await_word(lambda: evidence.marked(self._folder, "told"), before_us * _TURN_SECONDS)
         if evidence.mark(self._folder, "told"):
             evidence.say(self._folder, self._diagnosis())
         else:
@@ -96,13 +95,8 @@ class Sentinel:
 
     def _answers(self) -> set[int]:
         """Return the ranks that wrote their stacks, all of them or as many as do in time."""
-        self._wait(lambda: len(evidence.stacked(self._folder)) >= self._world.size, _ANSWER_SECONDS)
+        evidence.await_word(lambda: len(evidence.stacked(self._folder)) >= self._world.size, _ANSWER_SECONDS)
         return evidence.stacked(self._folder)
-
-    def _wait(self, until: Callable[[], bool], seconds: float) -> None:
-        limit = time.monotonic() + seconds
-        while time.monotonic() < limit and not until():
-            time.sleep(0.1)
 
     def _diagnosis(self) -> str:
         scene, run = evidence.read_scene(self._folder), self._folder.parent

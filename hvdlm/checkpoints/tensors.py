@@ -1,49 +1,19 @@
-"""Files that outlive a crash: synced to disk, put in place by renaming; and the one writer of safetensors files."""
+"""The one writer of safetensors files: tensor by tensor, hashed on the way, synced to disk."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
+from hvdlm.disk import sync
+
 _CHUNK = 4 * 2**20  # what is hashed and written in one go: it stays in the processor's cache between the two
-
-
-def write_synced(path: Path, data: bytes) -> None:
-    """Write a file and wait until it is on disk."""
-    with path.open("wb") as file:
-        file.write(data)
-        sync(file)
-
-
-def sync(file: BinaryIO) -> None:
-    """Wait until what was written to an open file is on disk."""
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until what was made, renamed and deleted in a folder is on disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sha256(path: Path) -> str:
-    """Return a file's SHA-256 in hexadecimal digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 Described = tuple[str, tuple[int, ...]]
