@@ -7,7 +7,7 @@ import os
 import numpy as np
 import pytest
 
-from hvdlm.config import CommunicationConfig, Config
+from hvdlm.config import CommunicationConfig, Config, ParallelConfig
 from hvdlm.interfaces import HvdlmError
 from hvdlm.probes import THREADS
 from hvdlm.run import choose_backend
@@ -63,6 +63,17 @@ def test_an_mpirun_inside_a_slurm_allocation_is_an_mpirun(monkeypatch: pytest.Mo
         for name, value in LAUNCHERS[launcher].items():
             monkeypatch.setenv(name, value)
     assert environment.detect().launcher == "Open MPI"  # type: ignore[union-attr]
+
+
+def test_a_pipeline_leaves_tensorflow_a_thread_that_starts_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = environment.Launch("Open MPI", 0, 8, 0, 8)
+    monkeypatch.setattr(environment, "cores", lambda: 8)
+    for stages, expected in ((1, "1"), (2, "2")):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "environ", {k: v for k, v in os.environ.items() if k not in THREADS})
+            environment.prepare(started, Config(parallel=ParallelConfig(pipeline=stages)))
+            assert os.environ["TF_NUM_INTEROP_THREADS"] == expected
+            assert os.environ["TF_NUM_INTRAOP_THREADS"] == "1"
 
 
 @pytest.mark.parametrize("local_size, expected", [(1, 8), (4, 2), (3, 2), (16, 1)])
