@@ -45,9 +45,8 @@ def test_frameworks_train_alike_under_every_exchange(told: Path, launch: str) ->
     first, second = (losses(told, f"{launch}-{framework}") for framework in FRAMEWORKS)
     assert len(first) >= 14
     for name, curve in first.items():
-        # An element on the border of two levels falls to either side: quantisation sees rounding errors grow. Of two
-        # levels (scaled_sign), most of all: which elements lie on the border differs from processor to processor.
-        tolerance = {"int8": 2e-4, "qsgd": 2e-4, "bf16": 2e-4, "scaled_sign": 5e-4}.get(name, 1e-5)
+        # A value on the border of two levels falls to either side: rounding to fewer bits sees rounding errors grow.
+        tolerance = {"int8": 5e-5, "bf16": 5e-5, "fp16": 1e-5}.get(name, 1e-6)
         assert curve == pytest.approx(second[name], abs=tolerance), name
 
 
@@ -55,7 +54,7 @@ def test_frameworks_train_alike_under_every_exchange(told: Path, launch: str) ->
 def test_four_ranks_train_like_two_where_compression_is_linear(told: Path, framework: str) -> None:
     """Of a sum: random_k and PowerSGD compress the ranks' sum; casts only round it."""
     two, four = (losses(told, f"mpirun-{ranks}-{framework}") for ranks in (2, 4))
-    for name, tolerance in (("dense", 1e-5), ("random_k", 1e-5), ("power_sgd", 1e-4), ("fp16", 1e-4), ("bf16", 5e-3)):
+    for name, tolerance in (("dense", 1e-6), ("random_k", 1e-6), ("power_sgd", 1e-6), ("fp16", 1e-4), ("bf16", 5e-3)):
         assert two[name] == pytest.approx(four[name], abs=tolerance), name
     assert two["top_k"] != pytest.approx(four["top_k"], abs=1e-5)
 
