@@ -22,10 +22,12 @@ class Guard:
 
     def __init__(self, options: TrainConfig, apart: bool, state: Mapping[str, Any] | None = None) -> None:
         self._options, self._apart = options, apart
-        state = state or {}
-        self._mean, self._steps = float(state.get("mean_norm", 0.0)), int(state.get("steps", 0))
         self._bad: list[int] = []
         self._returned: dict[int, int] = {}
+        self._load(state or {})
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        self._mean, self._steps = float(state.get("mean_norm", 0.0)), int(state.get("steps", 0))
 
     def state(self) -> dict[str, Any]:
         """Return what a resumed run goes on from."""
@@ -55,13 +57,14 @@ class Guard:
         torn = 0 < heard.skipped < ranks and not self._apart
         return self._bad if torn or len(self._bad) >= self._options.max_skips else []
 
-    def went_back(self, step: int) -> None:
-        """Hear that the run goes back to the checkpoint of ``step``.
+    def go_back(self, step: int, state: Mapping[str, Any]) -> None:
+        """Take over ``state`` from the checkpoint of ``step``, to which the run goes back.
 
         Raises:
             RankError: it has done so too often: something else is wrong than a few batches.
         """
         self._bad = []
+        self._load(state)
         self._returned[step] = self._returned.get(step, 0) + 1
         if self._returned[step] > _RETURNS:
             raise RankError(

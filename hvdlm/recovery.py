@@ -26,7 +26,7 @@ def go_back(run: Run, bad: Sequence[int], step: int) -> int:
             f"{len(bad)} step(s) up to step {step} were skipped, because gradients were not finite or spiked, and "
             f"there is no checkpoint to go back to: {ADVICE}"
         )
-    run.guard.went_back(found.step)
+    run.guard.go_back(found.step, found.manifest.get("guard", {}))
     load_state(found, run.trainable, run.world, run.mesh)
     before = run.cursor.left_out
     run.cursor = Cursor.of(found.manifest, run.config.train.batch_size)

@@ -67,11 +67,11 @@ def full(path: str) -> OSError:
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gate, own = Gate(monkeypatch), saver(tmp_path)
-    assert own.start(5, STATE, {}) == [] and own.active and own.unfinished == 5 and not own.ready()
+    assert own.start(5, STATE, {}) == [] and own.active and not own.ready()
     assert names(tmp_path) == [".step-00000005.partial"]
     gate.opened.set()
     (saved,) = own.finish()
-    assert not own.active and own.unfinished is None and own.ready() and own.finish() == []
+    assert not own.active and own.ready() and own.finish() == []
     assert (saved.step, saved.path) == (5, tmp_path / "step-00000005") and saved.seconds >= saved.blocked_seconds > 0
     assert names(tmp_path) == ["latest", "step-00000005"]
     assert_whole(saved.path)
@@ -94,7 +94,7 @@ def test_a_save_waits_for_the_one_before(tmp_path: Path, monkeypatch: pytest.Mon
     own.start(5, STATE, {})
     threading.Timer(0.1, gate.opened.set).start()
     assert [saved.step for saved in own.start(6, STATE, {})] == [5]
-    assert own.unfinished == 6
+    assert own.active
     assert [saved.step for saved in own.finish()] == [6]
     assert names(tmp_path) == ["latest", "step-00000005", "step-00000006"]
     assert (tmp_path / "latest").read_text() == "step-00000006"

@@ -88,19 +88,30 @@ def test_only_skips_in_a_row_count_and_ranks_that_disagree_go_back_at_once() -> 
     assert guard.heard(Heard(), 2) == []
     assert guard.heard(Heard(0, skipped=2), 2) == [] and guard.heard(Heard(8), 2) == []
     assert guard.heard(Heard(16, skipped=2), 2) == [] and guard.heard(Heard(24, skipped=2), 2) == [16, 24]
-    guard.went_back(1)
+    guard.go_back(1, {})
     assert guard.heard(Heard(32, skipped=1), 2) == [32]
     apart = Guard(TrainConfig(max_skips=2), apart=True)
     assert apart.heard(Heard(32, skipped=1), 2) == []
 
 
+def test_a_run_that_goes_back_judges_spikes_as_it_did_then() -> None:
+    guard = Guard(TrainConfig(spike=4.0), apart=False)
+    for _ in range(60):
+        guard.add(step(2.0))
+    then = guard.state()
+    for _ in range(60):
+        guard.add(step(7.0))
+    guard.go_back(60, then)
+    assert guard.state() == then and guard.limit == pytest.approx(8.0)
+
+
 def test_a_run_that_keeps_going_back_gives_up() -> None:
     guard = Guard(TrainConfig(), apart=False)
     for _ in range(3):
-        guard.went_back(10)
-    guard.went_back(20)
+        guard.go_back(10, {})
+    guard.go_back(20, {})
     with pytest.raises(RankError, match="after 3 returns to the checkpoint of step 10"):
-        guard.went_back(10)
+        guard.go_back(10, {})
 
 
 def test_a_difference_names_the_minority_or_everybody() -> None:

@@ -100,11 +100,6 @@ class Saver:
         """Whether a save is under way: the same on all ranks."""
         return self._phases is not None
 
-    @property
-    def unfinished(self) -> int | None:
-        """The step whose save is under way, for whoever must report that it came to nothing."""
-        return self._step if self.active else None
-
     def ready(self) -> bool:
         """Return whether this rank has done, or failed at, its part of the present phase."""
         return self._task is None or self._task.done
