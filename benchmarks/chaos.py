@@ -136,14 +136,23 @@ def kill(attempt: Attempt, chance: random.Random) -> None:
     strike(attempt, chance, signal.SIGKILL)
 
 
+def listens(rank: psutil.Process) -> bool:
+    """Return whether a process catches signals yet: before that, it is Python that starts."""
+    with contextlib.suppress(OSError):
+        lines = Path(f"/proc/{rank.pid}/status").read_text().splitlines()
+        caught = next(int(line.split()[1], 16) for line in lines if line.startswith("SigCgt:"))
+        return bool(caught >> (signal.SIGUSR1 - 1) & 1)
+    return False
+
+
 def stop(attempt: Attempt, chance: random.Random) -> None:
     """Ask a random rank to stop, at a random moment after the command has started."""
-    wait_for(attempt, lambda: len(attempt.ranks()) == RANKS, 20)
+    wait_for(attempt, lambda: [listens(rank) for rank in attempt.ranks()] == [True] * RANKS, 60)
     if chance.random() < 0.8:
         training(attempt)
         time.sleep(chance.uniform(0, 2))
     else:
-        time.sleep(chance.uniform(1.0, 5))
+        time.sleep(chance.uniform(0, 5))
     strike(attempt, chance, chance.choice(SIGNALS))
 
 

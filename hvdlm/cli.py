@@ -16,7 +16,7 @@ COMMANDS = {
     "train": "train a model (the default)",
     "evaluate": "compute a run's figures on the whole validation split",
     "generate": "write text with a run's model",
-    "convert": "merge a checkpoint into one safetensors file",
+    "convert": "merge a checkpoint into one safetensors file, or a folder for Hugging Face transformers",
     "prepare": "turn text into token files",
     "plugins": "list what is installed, what it provides and its version",
     "doctor": "examine this machine's MPI, Horovod and frameworks, or why a run (--run) hung or died",
@@ -89,18 +89,17 @@ def _guard(run: Any, action: Callable[[], Any]) -> int:
 
 def train(arguments: list[str]) -> int:
     """``python -m hvdlm train``."""
-    dry = "--dry_run" in arguments
-    config = options.parse_config([a for a in arguments if a != "--dry_run"], COMMANDS)
-    if dry:
+    if "--dry_run" in arguments:
         from hvdlm import dryrun
 
-        return dryrun.main(config)
-    from hvdlm import run as runs
+        return dryrun.main(options.parse_config([a for a in arguments if a != "--dry_run"], COMMANDS))
     from hvdlm.control import STOPPED, Signals
 
-    plan = runs.plan(config)
-    signals = Signals(plan.rank).listen()
-    run = _started(plan)
+    signals = Signals(_launch_rank()).listen()  # before what takes time
+    config = options.parse_config(arguments, COMMANDS)
+    from hvdlm import run as runs
+
+    run = _started(runs.plan(config))
     from hvdlm.loop import train as loop
     from hvdlm.telemetry import default_plugins
 
@@ -224,13 +223,19 @@ def _write(run: Any, prompt: str, count: int, sampling: Any) -> None:
 
 
 def convert(arguments: list[str]) -> int:
-    """``python -m hvdlm convert --run RUN --output FILE.safetensors``."""
+    """``python -m hvdlm convert --run RUN --output FILE.safetensors``, or with ``--format huggingface`` a folder."""
     values = options.parse_convert(arguments)
+    found, output = _checkpoint(values), _path(values.output)
+    if values.format == "huggingface":
+        from hvdlm.huggingface.export import export
+
+        count, note = export(found, None if values.checkpoint else _path(values.run) / "tokenizer.json", output)
+        print(f"{output}: {count:,} parameters of {found.path} for transformers; {note}")
+        return 0
     from hvdlm.convert import convert as merge
 
-    found = _checkpoint(values)
-    count = merge(found, _path(values.output))
-    print(f"{values.output}: {count:,} parameters of {found.path}")
+    count = merge(found, output)
+    print(f"{output}: {count:,} parameters of {found.path}")
     return 0
 
 

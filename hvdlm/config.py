@@ -30,6 +30,8 @@ class ModelConfig:
         rotary_base: base of the rotary positions' wavelengths
         norm_epsilon: added to the variance in normalisations
         initial_scale: standard deviation of a GPT's initial weights; None: the preset's, or sqrt(2 / (5 width))
+        vocab: rows of the embedding, at least the tokenizer's vocabulary; None: as many
+        pretrained: a Hugging Face folder of a GPT-2 or Llama: sizes, weights and tokenizer that the run starts from
     """
 
     name: str = "gpt"
@@ -47,6 +49,8 @@ class ModelConfig:
     rotary_base: float = 10000.0
     norm_epsilon: float = 1e-5
     initial_scale: float | None = None
+    vocab: int | None = None
+    pretrained: str | None = None
 
 
 @dataclass

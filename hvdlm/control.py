@@ -76,8 +76,10 @@ class Signals:
         return self
 
     def ignore(self) -> None:
-        """Hear no more: all is saved, and this process ends."""
+        """Hear no more: all is saved, and this process ends; main thread only."""
         self._over = True
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)  # an interpreter that ends gives Python's handlers up
 
     def _wait(self, reading: int) -> None:
         while numbers := os.read(reading, 64):

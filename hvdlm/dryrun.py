@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from hvdlm import plugins, validate
 from hvdlm.config import Config
+from hvdlm.huggingface import folder
 from hvdlm.interfaces import HvdlmError, Prediction
 from hvdlm.models.spec import ModelSpec
 from hvdlm.topology import AXES, Mesh, make_mesh
@@ -21,7 +22,7 @@ def main(config: Config) -> int:
     Raises:
         HvdlmError: the first thing found wrong.
     """
-    config = copy.deepcopy(config)
+    config = copy.deepcopy(folder.resolve(config))
     validate.values(config)
     plugins.require(config.plugins)
     names = [config.task, config.communication.exchange, "sharding", *config.plugins]
@@ -33,7 +34,7 @@ def main(config: Config) -> int:
     validate.layout(config, mesh)
     known = plugins.models(manager)
     validate.model(config, known)
-    vocab = config.data.vocab_size or _VOCAB.get(config.data.tokenizer, 256)
+    vocab = config.model.vocab or config.data.vocab_size or _VOCAB.get(config.data.tokenizer, 256)
     spec = known[config.model.name](config.model, vocab, config.data.context)
     manager.hook.hvdlm_check(config=config, spec=spec)
     # Data ranks need the same, and tensor ranks all but: of those, the one that needs most stands for its stage.
@@ -52,7 +53,7 @@ def _header(config: Config, spec: ModelSpec, mesh: Mesh, first: Prediction, voca
     train, parallel = config.train, config.parallel
     rows = train.micro_batch_size or train.batch_size // mesh.data
     tokens = train.batch_size * config.data.context
-    set_by = "" if config.data.vocab_size else " (data.vocab_size is not set: a stand-in)"
+    set_by = "" if config.model.vocab or config.data.vocab_size else " (data.vocab_size is not set: a stand-in)"
     yield f"model     {config.model.name}: {spec.parameters:,} parameters, vocabulary {vocab:,}{set_by}"
     shape = " x ".join(str(n) for n in mesh.shape)
     switches = [f"zero {parallel.zero}", f"sequence {str(parallel.sequence).lower()}", f"schedule {parallel.schedule}"]

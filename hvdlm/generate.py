@@ -53,8 +53,10 @@ def choose(scores: np.ndarray, sampling: Sampling, random: np.random.Generator) 
     return int(order[random.choice(len(order), p=shares)])
 
 
-def generate(trainable: Trainable, prompt: np.ndarray, count: int, context: int, sampling: Sampling) -> Iterator[int]:
-    """Yield ``count`` tokens that follow ``prompt`` (int32 ``[time]``, at least one).
+def generate(
+    trainable: Trainable, prompt: np.ndarray, count: int, context: int, sampling: Sampling, vocab: int | None = None
+) -> Iterator[int]:
+    """Yield ``count`` tokens below ``vocab`` (None: any) that follow ``prompt`` (int32 ``[time]``, at least one).
 
     When a Transformer's context is full, it is read anew from the last half of it.
     """
@@ -62,7 +64,7 @@ def generate(trainable: Trainable, prompt: np.ndarray, count: int, context: int,
     tokens = [int(t) for t in prompt]
     scores, cache, held = _read(trainable, tokens[-context:])
     for _ in range(count):
-        token = choose(scores[0], sampling, random)
+        token = choose(scores[0, :vocab], sampling, random)
         tokens.append(token)
         yield token
         if held == context:
@@ -100,7 +102,7 @@ def generate_text(
     written = [int(i) for i in prompt]
     first, read = 0, len(written)
     yield tokenizer.decode(written)
-    for token in generate(trainable, prompt, count, context, sampling):
+    for token in generate(trainable, prompt, count, context, sampling, tokenizer.vocab):
         written.append(token)
         before, after = tokenizer.decode(written[first:read]), tokenizer.decode(written[first:])
         if not after.endswith("\ufffd"):

@@ -122,7 +122,7 @@ def save(run: Run, done: int, metrics: dict[str, Any]) -> int:
     meta = {
         "config": run.asked.to_dict(),
         "tokenizer": run.task.tokenizer.hash,
-        "vocab": run.task.vocab,
+        "vocab": run.config.model.vocab or run.task.vocab,
         "data": run.task.fingerprint,
         "mesh": run.mesh.shape,
         "versions": versions(run.config.framework),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import jsonargparse
 
@@ -222,13 +222,19 @@ def parse_generate(arguments: list[str]) -> tuple[Any, list[str]]:
 
 
 def parse_convert(arguments: list[str]) -> Any:
-    """Return ``run``, ``checkpoint`` and ``output`` of ``convert``.
+    """Return ``run``, ``checkpoint``, ``output`` and ``format`` of ``convert``.
 
     Raises:
         HvdlmError: there is no such run, and no checkpoint is named; or no output is.
     """
-    parser = _run_parser("convert", "Merge a checkpoint's parameters into one safetensors file.", epilog=None)
-    parser.add_argument("--output", type=str, default=None, help="the file to write; what is there is replaced")
+    parser = _run_parser("convert", "Merge a checkpoint's parameters into one file, for any reader.", epilog=None)
+    parser.add_argument("--output", type=str, default=None, help="what to write; what is there is replaced")
+    parser.add_argument(
+        "--format",
+        type=Literal["safetensors", "huggingface"],
+        default="safetensors",
+        help="one safetensors file with hvdlm's names, or a folder that transformers loads as GPT-2 or Llama",
+    )
     values = parser.parse_args(arguments)
     if not values.output:
         raise HvdlmError("--output: the value is missing, expected a file to write, for example model.safetensors.")

@@ -21,6 +21,7 @@ from hvdlm.cursor import Cursor
 from hvdlm.data.tokenfile import without_stdin
 from hvdlm.generate import encode
 from hvdlm.guard import Guard
+from hvdlm.huggingface import folder
 from hvdlm.interfaces import Framework, HvdlmError, Task, Trainable, World, nearest
 from hvdlm.models.spec import ModelSpec
 from hvdlm.topology import Mesh, make_mesh
@@ -77,7 +78,6 @@ class Plan:
     manager: pluggy.PluginManager
     backend: Any
     mesh: Mesh
-    rank: int
     resume: str
     fresh: bool
     found: Checkpoint | None
@@ -89,6 +89,7 @@ def plan(config: Config, *, fresh: bool = True) -> Plan:
     Raises:
         HvdlmError: the first thing found wrong.
     """
+    config = folder.resolve(config)
     asked, config = config, copy.deepcopy(config)
     validate.values(config)
     plugins.require(config.plugins)
@@ -100,7 +101,7 @@ def plan(config: Config, *, fresh: bool = True) -> Plan:
         names += ["compression", config.communication.compression.algorithm]  # a plugin's own may carry its name
     manager = plugins.load(names)
     backend = plugins.make(manager, "backend", backend_name)
-    rank, size, _, _ = backend.launch_shape()
+    _, size, _, _ = backend.launch_shape()
     config.train.threads = backend.prepare(config)
     config.backend = backend_name
     mesh = make_mesh(size, config.parallel)
@@ -118,7 +119,7 @@ def plan(config: Config, *, fresh: bool = True) -> Plan:
     config.data = without_stdin(config.data)
     asked = dataclasses.replace(asked, data=config.data)
     resume = config.checkpoint.resume if fresh else "none"
-    return Plan(config, asked, manager, backend, mesh, rank, resume, fresh, found)
+    return Plan(config, asked, manager, backend, mesh, resume, fresh, found)
 
 
 def choose_backend() -> str:
@@ -174,37 +175,45 @@ def start(plan: Plan) -> Run:
     """
     config, manager = plan.config, plan.manager
     task = plugins.make(manager, "task", config.task, config=config)
-    spec = plugins.models(manager)[config.model.name](config.model, task.vocab, config.data.context)
+    vocab = config.model.vocab or task.vocab
+    if vocab < task.vocab:
+        raise HvdlmError(
+            f"model.vocab {vocab} is less than the tokenizer's {task.vocab} entries: --model.vocab {task.vocab} or "
+            "more, or another --data.tokenizer."
+        )
+    spec = plugins.models(manager)[config.model.name](config.model, vocab, config.data.context)
     if config.log.sample_tokens:
         encode(task.tokenizer, config.log.sample_prompt)
     if plan.found:
         meeting.check_continuation(plan.found, task, config)
     framework = plugins.make(manager, "framework", config.framework)
-    folder = Path(config.log.run)
+    place = Path(config.log.run)
     if plan.fresh and plan.backend.launch_shape()[2] == 0:
-        clean(folder / "ledger")  # of an earlier attempt; before ranks meet, so that nothing of this one goes
+        clean(place / "ledger")  # of an earlier attempt; before ranks meet, so that nothing of this one goes
     world = plan.backend.start(config.framework, plan.mesh.groups(), config)
-    sentinel = Sentinel(world, folder / "ledger", config.communication.timeout)
+    sentinel = Sentinel(world, place / "ledger", config.communication.timeout)
     try:
         if plan.fresh:
             if world.size > 1:
-                world.ledger.keep_in(folder / "ledger", world.rank)
+                world.ledger.keep_in(place / "ledger", world.rank)
             sentinel.start()
         meeting.agree(world, config, task)
         meeting.check_groups(world, framework, plan.mesh)
-        found = finding.choose(folder, plan.resume, world)
+        found = finding.choose(place, plan.resume, world)
         if found:
             meeting.check_continuation(found, task, config)
         group = world.group(plan.mesh.group("data", world.rank))
         more = {"compressors": plugins.compressors(manager), "place": group.ranks.index(world.rank)}
         exchange = plugins.make(manager, "exchange", config.communication.exchange, group=group, config=config, **more)
+        if config.model.pretrained and not found:
+            spec = folder.Folder(Path(config.model.pretrained)).attach(spec)
         trainable = framework.build(spec, plan.mesh, world, exchange, config)
         if found:
             load_state(found, trainable, world, plan.mesh)
         batch, manifest = config.train.batch_size, found.manifest if found else {}
         cursor = Cursor.of(manifest, batch) if found else Cursor(batch)
         guard = Guard(config.train, exchange.apart, manifest.get("guard"))
-        saver = Saver(folder / "checkpoints", world, config.checkpoint)
+        saver = Saver(place / "checkpoints", world, config.checkpoint)
     except Exception as error:
         error.world = world  # type: ignore[attr-defined]
         raise

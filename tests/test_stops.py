@@ -64,6 +64,31 @@ def test_a_second_signal_stops_at_once_and_a_time_limit_saves(tmp_path: Path) ->
     assert list((tmp_path / "b" / "checkpoints").glob("step-*")) and "stopped after step" in done.stdout
 
 
+EARLY = """
+import os, signal, sys
+from hvdlm import cli, options
+
+parse = options.parse_config
+
+def parse_config(*arguments):
+    os.kill(os.getpid(), signal.SIGUSR1)
+    return parse(*arguments)
+
+options.parse_config = parse_config
+code = cli.main()
+assert signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN
+sys.exit(code)
+"""
+
+
+def test_a_signal_counts_from_the_first_moment_and_none_kills_a_run_that_ends(tmp_path: Path) -> None:
+    """While options are read; and when an interpreter that ends gives its handlers up."""
+    run = tmp_path / "run"
+    done = launch("", 1, ["-c", EARLY, "--log.run", str(run), *SMALL, *STEPS])
+    assert done.returncode == STOPPED and "SIGUSR1: the run saves after this step and stops" in done.stderr, done.stderr
+    assert (status(run)["state"], status(run)["step"]) == ("stopped", 0)
+
+
 def read_rows(path: Path, ranks: int) -> list[tuple[int, list[tuple[int, int, int]]]]:
     """Return (row, [(first, last, CRC-32) of every rank]) of every step."""
     each = [[json.loads(line) for line in Path(f"{path}.{rank}").read_text().splitlines()] for rank in range(ranks)]

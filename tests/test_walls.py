@@ -41,6 +41,7 @@ FLOORS = {
         "recovery",
         "summary",
         "convert",
+        "huggingface",
         "telemetry",
         "plugins",
         "exchange",

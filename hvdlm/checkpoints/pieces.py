@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from hvdlm import untrusted
+from hvdlm.checkpoints.tensors import open_tensors
 from hvdlm.disk import sha256
 from hvdlm.interfaces import HvdlmError
 from hvdlm.models.layout import Piece
@@ -27,7 +28,6 @@ _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BOOL": "bool"}
     f"{letter}{bits}": f"{name}{bits}" for letter, name in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)
 }
 _NAMES = {numpy: name for name, numpy in _DTYPES.items()}
-_HEADER = 100 * 10**6  # the longest header that safetensors allows
 _NAME = 1024  # characters of a tensor's name
 _AXES = 32
 _ELEMENTS = 2**60  # of one array: what is computed from it stays below 2**63
@@ -225,15 +225,12 @@ class Reader:
         return self._opened[name]
 
     def _opened_file(self, name: str) -> Any:
-        from safetensors import safe_open
-
         path = self._folder / name
         # The rules for files are those of the manifest's reader: what lies there now may be another file.
-        size = untrusted.size(path, within=self._folder)
+        untrusted.size(path, within=self._folder)
         if not self._verified and sha256(path) != self._files[name]["sha256"]:
             raise self._damaged(f"{name} has another SHA-256")
-        _check_header(path, size)
-        return safe_open(str(path), framework="numpy")
+        return open_tensors(path, self._folder)
 
     def _guarded(self, file: str, action: Callable[[], Any]) -> Any:
         """Return what ``action`` does with ``file``, in which the library may stumble over anything."""
@@ -244,14 +241,6 @@ class Reader:
 
     def _damaged(self, why: str) -> HvdlmError:
         return HvdlmError(f"checkpoint {self._folder} is damaged: {why}. Resume from another one.")
-
-
-def _check_header(path: Path, size: int) -> None:
-    """Check the length of the header before the library sees it: https://github.com/huggingface/safetensors#format."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-    if not 2 <= length <= min(size - 8, _HEADER):
-        raise ValueError(f"its header is said to have {length:,} bytes")
 
 
 def _narrowed(piece: Piece) -> Piece:

@@ -1,4 +1,4 @@
-"""The one writer of safetensors files: tensor by tensor, hashed on the way, synced to disk."""
+"""Safetensors files: the one writer (tensor by tensor, hashed on the way, synced to disk), and the one opener."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from hvdlm import untrusted
 from hvdlm.disk import sync
 
+_HEADER = 100 * 10**6  # the longest header that safetensors allows
 _CHUNK = 4 * 2**20  # what is hashed and written in one go: it stays in the processor's cache between the two
 
 
@@ -44,6 +46,22 @@ def write_tensors(
                 file.write(data[start : start + _CHUNK])
         sync(file)
     return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def open_tensors(path: Path, within: Path) -> Any:
+    """Return the open safetensors file ``path``, which may not be a link that leads out of the folder ``within``.
+
+    Raises:
+        ValueError, OSError: it is something else, or the library stumbles over it.
+    """
+    from safetensors import safe_open
+
+    size = untrusted.size(path, within=within)
+    with path.open("rb") as file:  # before the library sees it
+        length = int.from_bytes(file.read(8), "little")
+    if not 2 <= length <= min(size - 8, _HEADER):
+        raise ValueError(f"the header of {path.name} is said to have {length:,} bytes")
+    return untrusted.guarded(lambda: safe_open(str(path), framework="numpy"))
 
 
 def bytes_of(tensor: Described) -> int:

@@ -1,0 +1,179 @@
+"""Writes a checkpoint as a Hugging Face folder: config.json, model.safetensors, and the tokenizer where it can."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hvdlm import untrusted
+from hvdlm.checkpoints.checkpoint import Checkpoint
+from hvdlm.checkpoints.tensors import Described, write_tensors
+from hvdlm.config import ModelConfig
+from hvdlm.data.tokenizers import LIMIT, SLACK, from_json
+from hvdlm.disk import replace, sync_folder
+from hvdlm.huggingface.formats import FORMATS, Format
+from hvdlm.interfaces import HvdlmError
+from hvdlm.models.gpt import GPTSettings
+from hvdlm.models.layout import whole
+from hvdlm.models.spec import ModelSpec, builtin_models
+
+_PARAMETERS = "parameters/"
+
+
+def export(checkpoint: Checkpoint, tokenizer: Path | None, output: Path) -> tuple[int, str]:
+    """Write the folder ``output``, no more than one tensor in memory; return (numbers written, what is to be known).
+
+    ``tokenizer``: the run's tokenizer.json. config.json is written last: without it, it is no model's folder.
+
+    Raises:
+        HvdlmError: it is no model that Hugging Face's GPT-2 or Llama computes, or the folder can't be written.
+    """
+    spec = _spec(checkpoint)
+    chosen = _format(spec)
+    parts = _parts(spec, chosen)
+    tensors = {name: _described(spec, chosen, name, places) for name, places in parts.items()}
+    reader = checkpoint.reader()
+
+    def array(name: str) -> np.ndarray:
+        found = []
+        for param in parts[name]:
+            shape = _shape(spec, param)
+            known = f"{_PARAMETERS}{param}" in checkpoint.tensors
+            one = reader.piece(f"{_PARAMETERS}{param}", whole(shape)) if known else np.zeros(shape, np.float32)
+            found.append(one.T if chosen.place(param).turned else one)
+        return np.concatenate(found, -1) if len(found) > 1 else found[0]
+
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "config.json").unlink(missing_ok=True)
+        temporary = output / ".model.safetensors.partial"
+        try:
+            write_tensors(temporary, tensors, array, {"format": "pt"})
+            os.replace(temporary, output / "model.safetensors")
+        finally:
+            temporary.unlink(missing_ok=True)
+        note = _write_tokenizer(tokenizer, output)
+        replace(output / "config.json", json.dumps({**chosen.config(spec.settings), "dtype": "float32"}, indent=2))
+        sync_folder(output)
+    except OSError as error:
+        raise HvdlmError(
+            f"--output {output}: {error.strerror or error}: name a folder that can be written and has space."
+        ) from error
+    return sum(math.prod(shape) for _, shape in tensors.values()), note
+
+
+def _spec(checkpoint: Checkpoint) -> ModelSpec:
+    """Return the model that a checkpoint's manifest describes, its parameters those that are stored."""
+    config: Any = checkpoint.manifest.get("config") or {}
+    try:
+        model = ModelConfig(**config["model"])
+        vocab, context = checkpoint.manifest["vocab"], config["data"]["context"]
+        spec = builtin_models()[model.name](model, int(vocab), int(context))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise HvdlmError(f"checkpoint {checkpoint.path} doesn't say which built-in model it is: {error}.") from error
+    for param in spec.params:
+        stored = checkpoint.tensors.get(f"{_PARAMETERS}{param.name}")
+        if stored is None or stored[0].piece.shape != param.shape:
+            raise HvdlmError(
+                f"checkpoint {checkpoint.path}: {param.name} is missing or has another shape than it says."
+            )
+    return spec
+
+
+def _format(spec: ModelSpec) -> Format:
+    s = spec.settings
+    if not isinstance(s, GPTSettings):
+        raise HvdlmError(f"Hugging Face has no model like a {spec.kind}: only gpt, gpt2 and llama can be written so.")
+    lacking = {name: one.lacks(s) for name, one in FORMATS.items()}
+    for name, lack in lacking.items():
+        if lack is None:
+            return FORMATS[name]
+    wanted = "; ".join(f"{name} has {lack}" for name, lack in lacking.items())
+    raise HvdlmError(
+        f"this model has {s.positions} positions, {s.norm}, {s.activation} and {s.kv_heads} key-value heads, which no "
+        f"Hugging Face model has together ({wanted}): write it with --format safetensors."
+    )
+
+
+def _parts(spec: ModelSpec, chosen: Format) -> dict[str, list[str]]:
+    """Return {tensor: the parameters that lie in it, in order}; GPT-2 has biases that a model may lack."""
+    found: dict[str, dict[int, str]] = {}
+    names = [param.name for param in spec.params]
+    if chosen.name == "gpt2":
+        more = [n.removesuffix(end) + ".bias" for n in names for end in (".weight", ".scale") if n.endswith(end)]
+        names = list(dict.fromkeys([*names, *(n for n in more if n != "head.bias")]))
+    for name in names:
+        place = chosen.place(name)
+        found.setdefault(place.tensor, {})[place.part[0]] = name
+    return {tensor: [params[i] for i in sorted(params)] for tensor, params in found.items()}
+
+
+def _shape(spec: ModelSpec, name: str) -> tuple[int, ...]:
+    """Return a parameter's shape; a bias that the model lacks has that of its layer's outputs."""
+    known = {param.name: param.shape for param in spec.params}
+    if name in known:
+        return known[name]
+    layer = name.removesuffix(".bias")
+    return known.get(f"{layer}.weight", known.get(f"{layer}.scale", ()))[-1:]
+
+
+def _described(spec: ModelSpec, chosen: Format, tensor: str, params: list[str]) -> Described:
+    shape = _shape(spec, params[0])
+    shape = shape[::-1] if chosen.place(params[0]).turned else shape
+    return "F32", (*shape[:-1], sum(_shape(spec, param)[-1] for param in params) if len(params) > 1 else shape[-1])
+
+
+def _write_tokenizer(path: Path | None, output: Path) -> str:
+    """Write tokenizer.json and tokenizer_config.json; return what is to be known of it."""
+    if path is None or not path.is_file():
+        return "no tokenizer: only a run's folder (--run) has it"
+    try:
+        said = untrusted.read_json(path, LIMIT, slack=SLACK)
+        from_json(said)
+    except ValueError as error:
+        raise HvdlmError(f"{path} is no tokenizer of a run: {error}.") from error
+    make = _TOKENIZERS.get(said.get("kind"))
+    if make is None:
+        return f"no tokenizer: Hugging Face has no {said.get('kind')} tokenizer like hvdlm's"
+    replace(output / "tokenizer.json", json.dumps(make(said), ensure_ascii=False))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    replace(output / "tokenizer_config.json", json.dumps(settings, indent=2))
+    return f"{said['kind']} tokenizer"
+
+
+def _bytes(said: Mapping[str, Any]) -> dict[str, Any]:
+    """Return bytes as a byte-level BPE that merges nothing, ids being the bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    # GPT-2's table of printable characters (openai/gpt-2, encoder.py, bytes_to_unicode).
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    table = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+    tokenizer = Tokenizer(models.BPE({table[b]: b for b in range(256)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return dict(json.loads(tokenizer.to_str()))
+
+
+def _characters(said: Mapping[str, Any]) -> dict[str, Any]:
+    """Return characters as words of one character."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    words = {character: number for number, character in enumerate(said["characters"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token=said["characters"][0]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return dict(json.loads(tokenizer.to_str()))
+
+
+_TOKENIZERS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
+    "byte": _bytes,
+    "char": _characters,
+    "bpe": lambda said: dict(said["description"]),
+}

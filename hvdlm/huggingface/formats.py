@@ -1,0 +1,253 @@
+"""GPT-2 and Llama as Hugging Face transformers names them: what a config.json means, and where parameters lie."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from hvdlm.models.gpt import GPTSettings
+
+Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a parameter lies: all of ``tensor``, or its ``part`` (which, of how many) along the last dimension.
+
+    ``turned``: the file holds ``[outputs, inputs]``.
+    """
+
+    tensor: str
+    turned: bool = False
+    part: tuple[int, int] = (0, 1)
+
+
+class Format(ABC):
+    """One architecture. ``name``: its ``model_type`` and hvdlm's preset; ``prefix``: of the base model's tensors."""
+
+    name: ClassVar[str]
+    prefix: ClassVar[str]
+    architecture: ClassVar[str]
+
+    @abstractmethod
+    def settings(self, config: Config) -> dict[str, Any]:
+        """Return what ``config`` says as values of ``ModelConfig``, and as ``context`` the most positions.
+
+        Raises:
+            ValueError: it asks for what hvdlm's models don't compute; KeyError: it lacks something.
+        """
+
+    @abstractmethod
+    def lacks(self, s: GPTSettings) -> str | None:
+        """Return what keeps a model from being one of these; None: it is one."""
+
+    @abstractmethod
+    def config(self, s: GPTSettings) -> dict[str, Any]:
+        """Return the config.json of a model with these settings."""
+
+    @abstractmethod
+    def place(self, name: str) -> Place:
+        """Return where the parameter ``name`` lies."""
+
+
+class GPT2(Format):
+    """GPT-2 (Radford et al. 2019); its linear layers hold ``[inputs, outputs]``."""
+
+    name, prefix, architecture = "gpt2", "transformer.", "GPT2LMHeadModel"
+    _OUTER: ClassVar = {"embed.tokens": "wte.weight", "embed.positions": "wpe.weight", "head.weight": "lm_head.weight"}
+    _INNER: ClassVar = {
+        "attention_norm": "ln_1",
+        "attention.query": "attn.c_attn",
+        "attention.key": "attn.c_attn",
+        "attention.value": "attn.c_attn",
+        "attention.output": "attn.c_proj",
+        "mlp_norm": "ln_2",
+        "mlp.up": "mlp.c_fc",
+        "mlp.down": "mlp.c_proj",
+    }
+    _PARTS: ClassVar = {"attention.query": (0, 3), "attention.key": (1, 3), "attention.value": (2, 3)}
+
+    def settings(self, config: Config) -> dict[str, Any]:
+        """Return what ``config`` says; see ``Format``."""
+        _expect(config, "activation_function", ("gelu_new", "gelu_pytorch_tanh"), "gelu_new")
+        _expect(config, "scale_attn_weights", (True,), True)
+        _expect(config, "scale_attn_by_inverse_layer_idx", (False,), False)
+        _expect(config, "add_cross_attention", (False,), False)
+        width = _count(config, "n_embd")
+        return {
+            "name": self.name,
+            "vocab": _count(config, "vocab_size"),
+            "layers": _count(config, "n_layer"),
+            "width": width,
+            "heads": _count(config, "n_head"),
+            "kv_heads": None,
+            "mlp_width": _count(config, "n_inner", 4 * width),
+            "positions": "learned",
+            "norm": "layernorm",
+            "activation": "gelu",
+            "bias": True,
+            "tie_embeddings": _switch(config, "tie_word_embeddings", True),
+            "norm_epsilon": _number(config, "layer_norm_epsilon", 1e-5),
+            "context": _count(config, "n_positions"),
+        }
+
+    def lacks(self, s: GPTSettings) -> str | None:
+        """Return what keeps a model from being a GPT-2."""
+        if (s.positions, s.norm, s.activation) != ("learned", "layernorm", "gelu"):
+            return "learned positions, layernorm and gelu"
+        return None if s.kv_heads == s.heads else "as many key-value heads as heads"
+
+    def config(self, s: GPTSettings) -> dict[str, Any]:
+        """Return the config.json; biases that a model lacks are written as zeros."""
+        return {
+            "model_type": self.name,
+            "architectures": [self.architecture],
+            "vocab_size": s.vocab,
+            "n_positions": s.context,
+            "n_embd": s.width,
+            "n_layer": s.layers,
+            "n_head": s.heads,
+            "n_inner": s.mlp_width,
+            "activation_function": "gelu_new",
+            "layer_norm_epsilon": s.norm_epsilon,
+            "tie_word_embeddings": s.tie_embeddings,
+            **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+            **dict.fromkeys(("bos_token_id", "eos_token_id"), None),
+        }
+
+    def place(self, name: str) -> Place:
+        """Return where the parameter ``name`` lies."""
+        if name in self._OUTER:
+            outer = self._OUTER[name]
+            return Place(outer if name == "head.weight" else self.prefix + outer)
+        kind = {"scale": "weight", "weight": "weight", "bias": "bias"}[name.rpartition(".")[2]]
+        if name.startswith("final_norm."):
+            return Place(f"{self.prefix}ln_f.{kind}")
+        _, layer, rest = name.split(".", 2)
+        inner = rest.rpartition(".")[0]
+        part = self._PARTS.get(inner, (0, 1))
+        return Place(f"{self.prefix}h.{layer}.{self._INNER[inner]}.{kind}", part=part)
+
+
+class Llama(Format):
+    """Llama (Touvron et al. 2023); its linear layers hold ``[outputs, inputs]``."""
+
+    name, prefix, architecture = "llama", "model.", "LlamaForCausalLM"
+    _INNER: ClassVar = {
+        "attention_norm": "input_layernorm",
+        "attention.query": "self_attn.q_proj",
+        "attention.key": "self_attn.k_proj",
+        "attention.value": "self_attn.v_proj",
+        "attention.output": "self_attn.o_proj",
+        "mlp_norm": "post_attention_layernorm",
+        "mlp.gate": "mlp.gate_proj",
+        "mlp.up": "mlp.up_proj",
+        "mlp.down": "mlp.down_proj",
+    }
+
+    def settings(self, config: Config) -> dict[str, Any]:
+        """Return what ``config`` says; see ``Format``."""
+        _expect(config, "hidden_act", ("silu",), "silu")
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise ValueError(f"its rope_type is {kind!r}, hvdlm's positions are 'default'")
+        width, heads = _count(config, "hidden_size"), _count(config, "num_attention_heads")
+        if _count(config, "head_dim", width // heads) * heads != width:
+            raise ValueError("its head_dim is not hidden_size / num_attention_heads")
+        bias = _switch(config, "attention_bias", False)
+        if _switch(config, "mlp_bias", False) != bias:
+            raise ValueError("its attention_bias and mlp_bias differ")
+        kv_heads = _count(config, "num_key_value_heads", heads)
+        return {
+            "name": self.name,
+            "vocab": _count(config, "vocab_size"),
+            "layers": _count(config, "num_hidden_layers"),
+            "width": width,
+            "heads": heads,
+            "kv_heads": kv_heads,
+            "mlp_width": _count(config, "intermediate_size"),
+            "positions": "rotary",
+            "norm": "rmsnorm",
+            "activation": "swiglu",
+            "bias": bias,
+            "tie_embeddings": _switch(config, "tie_word_embeddings", False),
+            "rotary_base": _number({**rope, **config}, "rope_theta", 10000.0),
+            "norm_epsilon": _number(config, "rms_norm_eps", 1e-6),
+            "context": _count(config, "max_position_embeddings"),
+        }
+
+    def lacks(self, s: GPTSettings) -> str | None:
+        """Return what keeps a model from being a Llama."""
+        good = (s.positions, s.norm, s.activation) == ("rotary", "rmsnorm", "swiglu")
+        return None if good else "rotary positions, rmsnorm and swiglu"
+
+    def config(self, s: GPTSettings) -> dict[str, Any]:
+        """Return the config.json."""
+        return {
+            "model_type": self.name,
+            "architectures": [self.architecture],
+            "vocab_size": s.vocab,
+            "max_position_embeddings": s.context,
+            "hidden_size": s.width,
+            "num_hidden_layers": s.layers,
+            "num_attention_heads": s.heads,
+            "num_key_value_heads": s.kv_heads,
+            "head_dim": s.head_width,
+            "intermediate_size": s.mlp_width,
+            "hidden_act": "silu",
+            "rms_norm_eps": s.norm_epsilon,
+            "rope_theta": s.rotary_base,
+            "rope_parameters": {"rope_type": "default", "rope_theta": s.rotary_base},
+            "attention_bias": s.bias,
+            "mlp_bias": s.bias,
+            "tie_word_embeddings": s.tie_embeddings,
+            **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), None),
+        }
+
+    def place(self, name: str) -> Place:
+        """Return where the parameter ``name`` lies."""
+        if name == "head.weight":
+            return Place("lm_head.weight")
+        if name == "embed.tokens":
+            return Place(f"{self.prefix}embed_tokens.weight")
+        kind = {"scale": "weight", "weight": "weight", "bias": "bias"}[name.rpartition(".")[2]]
+        if name.startswith("final_norm."):
+            return Place(f"{self.prefix}norm.{kind}")
+        _, layer, rest = name.split(".", 2)
+        turned = name.endswith(".weight")
+        return Place(f"{self.prefix}layers.{layer}.{self._INNER[rest.rpartition('.')[0]]}.{kind}", turned)
+
+
+FORMATS: dict[str, Format] = {one.name: one for one in (GPT2(), Llama())}
+
+
+def _value(config: Config, key: str, kind: Callable[[Any], bool], expected: str, default: Any) -> Any:
+    value = config.get(key)
+    if value is None:
+        if default is None:
+            raise KeyError(key)
+        return default
+    if not kind(value):
+        raise ValueError(f"its {key} is {str(value)[:40]!r}, expected {expected}")
+    return value
+
+
+def _count(config: Config, key: str, default: int | None = None) -> int:
+    return int(_value(config, key, lambda v: type(v) is int and 0 < v < 2**31, "a whole number above 0", default))
+
+
+def _number(config: Config, key: str, default: float) -> float:
+    return float(_value(config, key, lambda v: type(v) in (int, float) and 0 < v < 1e12, "a number above 0", default))
+
+
+def _switch(config: Config, key: str, default: bool) -> bool:
+    return bool(_value(config, key, lambda v: type(v) is bool, "true or false", default))
+
+
+def _expect(config: Config, key: str, allowed: tuple[Any, ...], default: Any) -> None:
+    value = config.get(key, default)
+    if value not in allowed:
+        raise ValueError(f"its {key} is {str(value)[:40]!r}, hvdlm's models have {' or '.join(map(repr, allowed))}")
