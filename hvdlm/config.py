@@ -58,9 +58,12 @@ class DataConfig:
     """The corpus and how it becomes batches.
 
     Args:
-        path: text files, folders, globs, .gz files, - for standard input, a prepared token folder, or "embedded"
+        path: text files, JSON lines, Parquet, folders (also of Hugging Face datasets), globs, .gz files, - for standard
+            input, a prepared token folder, or "embedded"
         validation_path: the validation text, in the same forms; None: the end of the corpus
         validation_share: share of the corpus, from its end, kept for validation where validation_path is None
+        field: of JSON lines, Parquet and data sets: which field is the text
+        separator: what stands after the text of a record
         tokenizer: byte, char, word, bpe, or the path of a Hugging Face tokenizer.json
         vocab_size: most entries of a word or bpe vocabulary; None: 10000 (word), 4096 (bpe)
         context: tokens in a sequence
@@ -71,6 +74,8 @@ class DataConfig:
     path: list[str] | str = field(default_factory=lambda: ["embedded"])
     validation_path: list[str] | str | None = None
     validation_share: float = 0.1
+    field: str = "text"
+    separator: str = "\n"
     tokenizer: str = "char"
     vocab_size: int | None = None
     context: int = 64

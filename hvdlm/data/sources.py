@@ -1,4 +1,4 @@
-"""Text from files, folders, globs, gzip, standard input or the embedded corpus, in bounded memory."""
+"""Text from files, records, folders, globs, gzip, standard input or the embedded corpus, in bounded memory."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from hvdlm.data import documents
+from hvdlm.data.documents import Form
 from hvdlm.interfaces import HvdlmError
 
 _CHUNK = 1 << 20
-_SUFFIXES = (".txt", ".md", ".text", ".gz")
+_SUFFIXES = (".txt", ".md", ".text", ".gz", *documents.SUFFIXES)
 _RATIO = 100  # text packs 3 to 5 times smaller, the most repetitive log 50 times
 _UNPACKED = 1 << 26  # bytes below which no ratio is too large
+_FORM = Form()
 
 
 def embedded() -> str:
@@ -43,7 +46,8 @@ def expand(paths: Sequence[str]) -> list[str]:
         elif os.path.isdir(path):
             if not os.access(path, os.R_OK | os.X_OK):
                 raise HvdlmError(f"data.path {path}: this user can't read it: change its permissions or path.")
-            files = sorted(str(p) for p in Path(path).rglob("*") if p.is_file() and p.suffix in _SUFFIXES)
+            documents.check_folder(Path(path))
+            files = sorted(str(p) for p in Path(path).rglob("*") if p.is_file() and p.name.endswith(_SUFFIXES))
             if not files:
                 raise HvdlmError(f"data.path {path}: the folder holds no {', '.join(_SUFFIXES)} file.")
             found += files
@@ -86,10 +90,11 @@ def chunks(source: str) -> Iterator[bytes]:
         raise HvdlmError(f"data.path {source}: can't be read: {error}.") from error
 
 
-def texts(paths: Sequence[str], digests: dict[str, str] | None = None) -> Iterator[str]:
+def texts(paths: Sequence[str], digests: dict[str, str] | None = None, form: Form = _FORM) -> Iterator[str]:
     """Yield the text of all sources in pieces of about a megabyte that end at a line's end, or at a blank.
 
-    Memory doesn't grow with the corpus. ``digests`` takes the SHA-256 of every source as it lies on disk, unpacked.
+    Of records, ``form`` tells what their text is; pieces end where a record does. Memory doesn't grow with the corpus.
+    ``digests`` takes the SHA-256 of every source as it lies on disk, unpacked.
 
     Raises:
         HvdlmError: a source can't be read or is not UTF-8, or there is no text at all.
@@ -97,21 +102,32 @@ def texts(paths: Sequence[str], digests: dict[str, str] | None = None) -> Iterat
     empty = True
     for source in expand(paths):
         hashed = hashlib.sha256()
-        for piece in _pieces(_decoded(source, hashed)):
+        found = _pieces(_decoded(source, hashed))
+        if documents.is_records(source):
+            found = documents.texts(source, _hashed(source, hashed), form)
+        for piece in found:
             empty = False
             yield piece
         if digests is not None:
+            if source.endswith((".parquet", ".arrow")):  # read in another order than it lies there
+                for _ in _hashed(source, hashed):
+                    pass
             digests[source] = hashed.hexdigest()
     if empty:
         raise HvdlmError(f"data.path {', '.join(paths)}: the corpus is empty: give a file with text.")
+
+
+def _hashed(source: str, hashed: Any) -> Iterator[bytes]:
+    for chunk in chunks(source):
+        hashed.update(chunk)
+        yield chunk
 
 
 def _decoded(source: str, hashed: Any) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")()
     done = 0
     try:
-        for chunk in chunks(source):
-            hashed.update(chunk)
+        for chunk in _hashed(source, hashed):
             pending = len(decoder.getstate()[0])
             yield decoder.decode(chunk)
             done += len(chunk)

@@ -20,6 +20,7 @@ import numpy as np
 from hvdlm import untrusted
 from hvdlm.config import DataConfig
 from hvdlm.data import sources, tokenizers
+from hvdlm.data.documents import Form
 from hvdlm.disk import write_synced
 from hvdlm.interfaces import HvdlmError
 from hvdlm.untrusted import shown
@@ -105,6 +106,7 @@ def _cache(config: DataConfig) -> Path:
 
 def _key(config: DataConfig) -> str:
     settings: list[Any] = [FORMAT, config.tokenizer, config.vocab_size, config.validation_share]
+    settings += [config.field, config.separator]
     for group in (config.paths, config.validation_paths):
         for source in sources.expand(group):
             settings.append(_identity(source))
@@ -131,20 +133,21 @@ def _lock(folder: Path) -> Iterator[None]:
 
 def _write(config: DataConfig, folder: Path) -> None:
     """Read the sources twice, once for the tokenizer and once to encode, piece by piece."""
-    paths, held_out = config.paths, config.validation_paths
+    paths, held_out, form = config.paths, config.validation_paths, Form(config.field, config.separator)
     digests: dict[str, str] = {}
-    tokenizer = tokenizers.train(config.tokenizer, config.vocab_size, sources.texts([*paths, *held_out], digests))
+    every = [*paths, *held_out]
+    tokenizer = tokenizers.train(config.tokenizer, config.vocab_size, sources.texts(every, digests, form))
     if not digests:  # a tokenizer that needs no training has not looked at the text
-        for _ in sources.texts([*paths, *held_out], digests):
+        for _ in sources.texts(every, digests, form):
             pass
     name = "uint16" if tokenizer.vocab <= 1 << 16 else "uint32"
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".partial-"))
     try:
         with (temporary / "tokens.bin").open("wb") as file:
-            places = _encode(tokenizer, paths, file, _DTYPES[name])
+            places = _encode(tokenizer, paths, form, file, _DTYPES[name])
             train, validation = places[-1].tokens, 0
             if held_out:
-                held = _encode(tokenizer, held_out, file, _DTYPES[name])
+                held = _encode(tokenizer, held_out, form, file, _DTYPES[name])
                 validation, size = held[-1].tokens, held[-1].bytes
             else:
                 train = int(train * (1 - config.validation_share))
@@ -178,10 +181,12 @@ class _Place(NamedTuple):
     bytes: int
 
 
-def _encode(tokenizer: tokenizers.Tokenizer, paths: list[str], file: BinaryIO, dtype: np.dtype) -> list[_Place]:
+def _encode(
+    tokenizer: tokenizers.Tokenizer, paths: list[str], form: Form, file: BinaryIO, dtype: np.dtype
+) -> list[_Place]:
     """Append the tokens of ``paths`` to ``file``; return the place after every piece."""
     places = [_Place(0, 0)]
-    for text in sources.texts(paths):
+    for text in sources.texts(paths, form=form):
         ids = tokenizer.encode(text)
         file.write(ids.astype(dtype).tobytes())
         places.append(_Place(places[-1].tokens + len(ids), places[-1].bytes + len(text.encode())))
