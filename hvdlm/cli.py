@@ -1,7 +1,8 @@
-"""The command line: ``python -m hvdlm [train|evaluate|generate|convert|prepare|plugins|doctor|bench] [options]``."""
+"""The command line: ``python -m hvdlm [COMMAND] [options]``; ``COMMANDS`` are the commands, train is the default."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 import time
@@ -17,6 +18,7 @@ COMMANDS = {
     "evaluate": "compute a run's figures on the whole validation split",
     "generate": "write text with a run's model",
     "convert": "merge a checkpoint into one safetensors file, or a folder for Hugging Face transformers",
+    "report": "write a page of one run, or of several side by side",
     "prepare": "turn text into token files",
     "plugins": "list what is installed, what it provides and its version",
     "doctor": "examine this machine's MPI, Horovod and frameworks, or why a run (--run) hung or died",
@@ -33,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = [a for a in arguments[:own] if a != "--debug"] + arguments[own:]
     command = arguments.pop(0) if arguments and arguments[0] in COMMANDS else "train"
     try:
-        if arguments and not arguments[0].startswith("-"):
+        if arguments and not arguments[0].startswith("-") and command != "report":
             raise HvdlmError(f"no command {arguments[0]!r}; {nearest(arguments[0], COMMANDS)}")
         return _COMMANDS[command](arguments)
     except HvdlmError as error:
@@ -100,6 +102,7 @@ def train(arguments: list[str]) -> int:
     from hvdlm import run as runs
 
     run = _started(runs.plan(config))
+    from hvdlm import record
     from hvdlm.loop import train as loop
     from hvdlm.telemetry import default_plugins
 
@@ -114,7 +117,9 @@ def train(arguments: list[str]) -> int:
         if config.log.sample_tokens and not stopped:
             from hvdlm.generate import Sampling
 
-            _write(run, config.log.sample_prompt, config.log.sample_tokens, Sampling(seed=config.train.seed))
+            text = _write(run, config.log.sample_prompt, config.log.sample_tokens, Sampling(seed=config.train.seed))
+            if run.world.rank == 0:
+                record.keep_sample(run, text)
         signals.ignore()
 
     return _guard(run, action) or (STOPPED if stopped else 0)
@@ -189,29 +194,48 @@ def generate(arguments: list[str]) -> int:
     from hvdlm.generate import Sampling
 
     sampling = Sampling(values.temperature, values.top_k, values.top_p, values.seed)
-    if values.tokens < 1:
-        raise HvdlmError(f"--tokens: got {values.tokens}, expected 1 or more.")
+    for name in ("tokens", "num_samples"):
+        if getattr(values, name) < 1:
+            raise HvdlmError(f"--{name}: got {getattr(values, name)}, expected 1 or more.")
+    text = None if values.prompt_file is None else _prompt(values.prompt_file)
     run = _open(values, rest)
-    prompt = values.prompt
+    prompt = values.prompt if text is None else text
     if prompt == "-":  # a launcher gives standard input to rank 0 only
         prompt = run.world.broadcast_object(sys.stdin.read() if run.world.rank == 0 else None)
-    return _guard(run, lambda: _write(run, prompt, values.tokens, sampling))
+
+    def action() -> None:
+        for number in range(values.num_samples):
+            if number and run.world.rank == 0:
+                print("-" * 16, flush=True)
+            _write(run, prompt, values.tokens, dataclasses.replace(sampling, seed=values.seed + number))
+
+    return _guard(run, action)
 
 
-def _write(run: Any, prompt: str, count: int, sampling: Any) -> None:
+def _prompt(name: str) -> str:
+    from hvdlm import untrusted
+
+    try:
+        return str(untrusted.read(_path(name), 2**24), "utf-8")
+    except (OSError, ValueError) as error:
+        raise HvdlmError(f"--prompt_file {name}: {error}: give a readable UTF-8 text.") from error
+
+
+def _write(run: Any, prompt: str, count: int, sampling: Any) -> str:
     """Print ``prompt`` and what follows it, on rank 0: as it comes on a terminal, by whole lines elsewhere.
 
-    The ranks that hold a copy of the model together with rank 0 compute with it.
+    The ranks that hold a copy of the model together with rank 0 compute with it. Returns the text.
     """
     from hvdlm.generate import encode, generate_text
     from hvdlm.telemetry.progress import on_terminal
 
     ids = encode(run.task.tokenizer, prompt)
     if run.mesh.coordinates(run.world.rank)["data"] != 0:
-        return
+        return ""
     context = getattr(run.spec.settings, "context", sys.maxsize)
-    waiting, shown = "", run.world.rank == 0
+    waiting, whole, shown = "", [], run.world.rank == 0
     for piece in generate_text(run.trainable, run.task.tokenizer, ids, count, context, sampling):
+        whole.append(piece)
         waiting += piece if shown else ""
         # Launchers put a rank's number before every write, so that parts of a line would be torn apart.
         ready = len(waiting) if on_terminal() else waiting.rfind("\n") + 1
@@ -220,6 +244,7 @@ def _write(run: Any, prompt: str, count: int, sampling: Any) -> None:
             waiting = waiting[ready:]
     if shown:
         print(waiting, flush=True)
+    return "".join(whole)
 
 
 def convert(arguments: list[str]) -> int:
@@ -236,6 +261,17 @@ def convert(arguments: list[str]) -> int:
 
     count = merge(found, output)
     print(f"{output}: {count:,} parameters of {found.path}")
+    return 0
+
+
+def report(arguments: list[str]) -> int:
+    """``python -m hvdlm report RUN [RUN2 ...]``."""
+    values = options.parse_report(COMMANDS["report"], arguments)
+    from hvdlm.report import page
+
+    for sentence in page.write([_path(run) for run in values.runs], _path(values.output), values.tolerance):
+        print(sentence)
+    print(f"{values.output}: open it in a browser")
     return 0
 
 
@@ -300,6 +336,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "evaluate": evaluate,
     "generate": generate,
     "convert": convert,
+    "report": report,
     "prepare": prepare,
     "plugins": plugins,
     "doctor": doctor,

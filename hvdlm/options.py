@@ -213,7 +213,9 @@ def parse_generate(arguments: list[str]) -> tuple[Any, list[str]]:
     """Return the options of ``generate`` and those that override the run's configuration."""
     parser = _run_parser("generate", "Write text with a run's model.")
     parser.add_argument("--prompt", type=str, default="\n", help="what the text begins with; -: standard input")
+    parser.add_argument("--prompt_file", type=str, default=None, help="a file with what the text begins with")
     parser.add_argument("--tokens", type=int, default=200, help="tokens to write")
+    parser.add_argument("--num_samples", type=int, default=1, help="texts to write, each with a seed of its own")
     parser.add_argument("--temperature", type=float, default=0.8, help="divides the scores; 0: always the likeliest")
     parser.add_argument("--top_k", type=int, default=0, help="draw among the k likeliest; 0: among all")
     parser.add_argument("--top_p", type=float, default=1.0, help="draw among the likeliest that sum to this share")
@@ -240,6 +242,28 @@ def parse_convert(arguments: list[str]) -> Any:
         raise HvdlmError("--output: the value is missing, expected a file to write, for example model.safetensors.")
     if values.checkpoint is None:
         _run_file(values.run)
+    return values
+
+
+def parse_report(description: str, arguments: list[str]) -> Any:
+    """Return ``runs``, ``output`` and ``tolerance`` of ``report``.
+
+    Raises:
+        HvdlmError: no run is named, or too many for one page.
+    """
+    from hvdlm.report.page import MOST
+
+    parser = _parser("report", description)
+    parser.add_argument("runs", type=str, nargs="*", help=f"folders of runs, at most {MOST}")
+    parser.add_argument(
+        "--output", type=str, default="report.html", help="the page to write; what is there is replaced"
+    )
+    parser.add_argument("--tolerance", type=float, default=1e-4, help="losses further apart than this have parted")
+    values = parser.parse_args(arguments)
+    if not 0 < len(values.runs or []) <= MOST:
+        raise HvdlmError(
+            f"report: {len(values.runs or [])} runs are named, expected 1 to {MOST}: report runs/a runs/b."
+        )
     return values
 
 

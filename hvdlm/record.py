@@ -1,4 +1,4 @@
-"""What a run's folder says of it while it runs and afterwards: config.yaml, tokenizer.json, status.json."""
+"""What a run's folder says of it while it runs and afterwards: config.yaml, tokenizer.json, status.json, sample.txt."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import yaml
 from hvdlm.disk import replace
 from hvdlm.run import Run
 
-_FILES = ("config.yaml", "metrics.jsonl", "summary.json", "tokenizer.json", "status.json")
+_FILES = ("config.yaml", "metrics.jsonl", "summary.json", "tokenizer.json", "status.json", "sample.txt")
 
 
 def open_folder(run: Run) -> None:
@@ -31,6 +31,11 @@ def open_folder(run: Run) -> None:
         leftover.unlink(missing_ok=True)
     replace(run.folder / "config.yaml", yaml.safe_dump(run.asked.to_dict(), sort_keys=False))
     replace(run.folder / "tokenizer.json", json.dumps(run.task.tokenizer.to_json()))
+
+
+def keep_sample(run: Run, text: str) -> None:
+    """Keep the text that a run has written at its end. Rank 0 calls."""
+    replace(run.folder / "sample.txt", text)
 
 
 def clear(folder: Path) -> None:

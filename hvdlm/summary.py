@@ -79,6 +79,7 @@ def summarise(
         "mesh": dict(zip(AXES, run.mesh.shape, strict=True)),
         "framework": run.config.framework,
         "backend": run.config.backend,
+        "versions": versions(run.config.framework),
         "parameters": run.spec.parameters,
         "bytes_communicated": sum(part[0] for part in everyone),
         "compression": rates.compression,

@@ -42,6 +42,7 @@ FLOORS = {
         "summary",
         "convert",
         "huggingface",
+        "report",
         "telemetry",
         "plugins",
         "exchange",
