@@ -290,6 +290,8 @@ CASES: list[tuple[str, list[str], Setup | None, str]] = [
     ("a negative temperature", ["generate", "--temperature", "-1"], None, "temperature is -1.0, expected 0 or more"),
     ("a top_p of 2", ["generate", "--top_p", "2"], None, "top_p is 2.0, expected above 0 and at most 1"),
     ("no tokens", ["generate", "--tokens", "0"], None, "--tokens: got 0, expected 1 or more"),
+    ("no samples", ["generate", "--num_samples", "0"], None, "--num_samples: got 0, expected 1 or more"),
+    ("no prompt", ["generate", "--prompt_file", "no.txt"], None, "--prompt_file no.txt: [Errno 2] No such file"),
     ("an unknown character", ["--data.path", "corpus.txt", "--log.sample_tokens", "5", "--log.sample_prompt", "é"],
      None,
      "character 'é' is not among the"),

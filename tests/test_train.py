@@ -102,17 +102,21 @@ def test_the_first_100_losses_of_the_shakespeare_example_agree(tmp_path: Path) -
     assert found["torch", 1][-1] < 2.9 < found["torch", 1][0]
 
 
-def test_a_run_is_evaluated_and_writes_text_in_either_framework(curve) -> None:
+def test_a_run_is_evaluated_and_writes_text_in_either_framework(curve, tmp_path: Path) -> None:
     run = curve("torch", 1, *STEPS)
+    (tmp_path / "prompt.txt").write_text("The ")
     summary = json.loads((run / "summary.json").read_text())
     texts = set()
     for framework in ("torch", "tensorflow"):
         done = launch("", 1, ["-m", "hvdlm", "evaluate", "--run", str(run), "--framework", framework])
         figures = json.loads(done.stdout.splitlines()[-1])
         assert figures["step"] == 30 and abs(figures["val_loss"] - summary["val_loss"]) < 1e-5
-        command = ["generate", "--run", str(run), "--framework", framework, "--prompt", "The ", "--tokens", "80"]
+        command = ["generate", "--run", str(run), "--framework", framework, "--tokens", "80"]
+        command += ["--prompt_file", str(tmp_path / "prompt.txt"), "--num_samples", "2"]
         done = launch("", 1, ["-m", "hvdlm", *command, "--top_k", "5", "--seed", "7"])
-        assert done.returncode == 0 and done.stdout.startswith("The ") and len(done.stdout) == 85, done.stderr
+        first, second = done.stdout.split("----------------\n")
+        assert done.returncode == 0 and len(first) == len(second) == 85 and first != second, done.stderr
+        assert first.startswith("The ") and second.startswith("The ")
         texts.add(done.stdout)
     assert len(texts) == 1
 
