@@ -1,6 +1,6 @@
 """Breaks runs on 2 ranks at random moments, restarts them, and compares what comes out with an undisturbed run.
 
-python benchmarks/chaos.py [torch tensorflow] [--kills 200] [--stops 50] [--seed 1]
+python benchmarks/chaos.py [torch tensorflow] [--kills 200] [--stops 50] [--steps 150] [--seed 1]
 
 A kill is a SIGKILL of a random rank: at any moment, half of them while a checkpoint is being written. A stop is a
 SIGTERM, SIGINT or SIGUSR1 to a random rank, which has to save and end with exit code 75. Every restart has to find a
@@ -30,11 +30,11 @@ from hvdlm.checkpoints.keeping import steps
 from hvdlm.control import SIGNALS, STOPPED
 from hvdlm.disk import sha256
 
-RANKS, STEPS, EVERY = 2, 150, 3
+RANKS, EVERY = 2, 3
 TOLERANCE = {"torch": 0.0, "tensorflow": 1e-5}
 MODEL = ["--model.layers", "2", "--model.width", "64", "--model.heads", "2", "--data.context", "32"]
-OPTIONS = [*MODEL, "--train.batch_size", "16", "--train.steps", str(STEPS), "--train.warmup", "5", "--log.every", "1"]
-OPTIONS += ["--checkpoint.every", str(EVERY), "--train.eval_every", "50", "--train.replica_check_every", "10"]
+OPTIONS = [*MODEL, "--train.batch_size", "16", "--train.warmup", "5", "--log.every", "1"]
+OPTIONS += ["--checkpoint.every", str(EVERY), "--train.eval_every", "40", "--train.replica_check_every", "10"]
 LIMIT = 30.0  # seconds in which a broken run has to be gone
 Harm = Callable[["Attempt", random.Random], None]
 
@@ -44,11 +44,12 @@ class Broken(Exception):
 
 
 class Attempt:
-    """A launch of a run in ``folder``, and its ranks' processes."""
+    """A launch of a run of so many steps in ``folder``, and its ranks' processes."""
 
-    def __init__(self, framework: str, folder: Path) -> None:
+    def __init__(self, framework: str, folder: Path, length: int) -> None:
         self.folder = folder
         python = [sys.executable, "-m", "hvdlm", "--framework", framework, "--log.run", str(folder), *OPTIONS]
+        python += ["--train.steps", str(length)]
         known = steps(folder / "checkpoints")
         self.begins = known[0][0] if known else 0  # the step that it goes on from
         if known:
@@ -185,11 +186,11 @@ def check_checkpoints(folder: Path, newest: int) -> int:
     return step
 
 
-def disturbed(framework: str, folder: Path, harm: Harm, blows: int, chance: random.Random) -> int:
+def disturbed(framework: str, folder: Path, length: int, harm: Harm, blows: int, chance: random.Random) -> int:
     """Run to the end, harmed as long as there are ``blows`` left; return how many hit."""
     hits = newest = 0
     while True:
-        attempt = Attempt(framework, folder)
+        attempt = Attempt(framework, folder, length)
         if hits < blows:
             harm(attempt, chance)
         else:
@@ -231,21 +232,21 @@ def check_folder(folder: Path, whole: list[float], tolerance: float) -> None:
         raise Broken(f"left behind in the run's folder: {', '.join(left)}")
 
 
-def campaign(framework: str, blows: dict[Harm, int], seed: int) -> None:
-    """Deal out so many blows of every kind over as many runs as it takes.
+def campaign(framework: str, length: int, blows: dict[Harm, int], seed: int) -> None:
+    """Deal out so many blows of every kind over as many runs of ``length`` steps as it takes.
 
     Raises:
         Broken: something was lost, hung or left behind.
     """
     with tempfile.TemporaryDirectory(prefix="hvdlm-chaos-") as name, nothing_stays():
         undisturbed = Path(name) / "undisturbed"
-        disturbed(framework, undisturbed, kill, 0, random.Random(seed))
+        disturbed(framework, undisturbed, length, kill, 0, random.Random(seed))
         whole, runs = losses(undisturbed), 0
         for harm, wanted in blows.items():
             chance, began, hits = random.Random(f"{framework} {harm.__name__} {seed}"), time.monotonic(), 0
             while hits < wanted:
                 folder, runs = Path(name) / f"run-{runs}", runs + 1
-                hits += disturbed(framework, folder, harm, wanted - hits, chance)
+                hits += disturbed(framework, folder, length, harm, wanted - hits, chance)
                 check_folder(folder, whole, TOLERANCE[framework])
                 spent = time.monotonic() - began
                 print(f"{framework}, {harm.__name__}: {hits} hits, {runs} run(s) whole, {spent:.0f} s", flush=True)
@@ -257,6 +258,7 @@ def main() -> int:
     parser.add_argument("frameworks", nargs="*", default=FRAMEWORKS)
     parser.add_argument("--kills", type=int, default=200, help="over all frameworks")
     parser.add_argument("--stops", type=int, default=50, help="over all frameworks")
+    parser.add_argument("--steps", type=int, default=150, help="of a run")
     parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(2)))
     o = parser.parse_args()
     frameworks = o.frameworks or FRAMEWORKS
@@ -267,7 +269,7 @@ def main() -> int:
 
     for framework in frameworks:
         try:
-            campaign(framework, {kill: share(o.kills), stop: share(o.stops)}, o.seed)
+            campaign(framework, o.steps, {kill: share(o.kills), stop: share(o.stops)}, o.seed)
         except Broken as broken:
             print(f"{framework}: FAILED: {broken}", flush=True)
             return 1
