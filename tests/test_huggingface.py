@@ -215,7 +215,7 @@ HARMS: dict[str, tuple[Harm, str]] = {
     "no json": (lambda p: (p / "config.json").write_text("{"), "is no folder that hvdlm can read"),
     "no folder": (lambda p: shutil.rmtree(p), "config.json: No such file or directory: name a Hugging Face folder"),
     "no weights": (lambda p: (p / "model.safetensors").unlink(), "has no model.safetensors: pickled weights"),
-    "cut": (lambda p: (p / "model.safetensors").write_bytes(b"\0" * 20), "the header of model.safetensors"),
+    "cut": (lambda p: (p / "model.safetensors").write_bytes(b"\0" * 20), "its header is said to have 0 bytes"),
     "other shapes": (lambda p: changed(p, n_embd=64), "transformer.wte.weight has the shape [64, 32]"),
     "more layers": (lambda p: changed(p, n_layer=4), "there is no tensor transformer.h.3.ln_1.weight"),
     "stray": (

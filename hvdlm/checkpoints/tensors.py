@@ -60,7 +60,7 @@ def open_tensors(path: Path, within: Path) -> Any:
     with path.open("rb") as file:  # before the library sees it
         length = int.from_bytes(file.read(8), "little")
     if not 2 <= length <= min(size - 8, _HEADER):
-        raise ValueError(f"the header of {path.name} is said to have {length:,} bytes")
+        raise ValueError(f"its header is said to have {length:,} bytes")
     return untrusted.guarded(lambda: safe_open(str(path), framework="numpy"))
 
 

@@ -59,7 +59,7 @@ class Folder:
                 f"{self.path}: {place.tensor} has the shape {list(shape)}, its config.json asks for "
                 f"{list(param.shape)}: get the folder anew."
             )
-        return replace(param, source=lambda box: self._read(place, box))
+        return replace(param, source=lambda _, box: self._read(place, box))
 
     def _shape(self, place: Place) -> tuple[int, ...]:
         name, file = self._open(place.tensor)

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-Source = Callable[[tuple[slice, ...]], np.ndarray]
-"""(box of the global array) -> its float32 values."""
+Source = Callable[[int, tuple[slice, ...]], np.ndarray]
+"""(seed, box of the global array) -> its float32 values."""
 
 _CHUNK = 1 << 20  # elements drawn at a time: bounds the memory of making a slice
 
@@ -51,7 +51,7 @@ class ParamSpec:
     def initial_box(self, seed: int, box: tuple[slice, ...]) -> np.ndarray:
         """Return the float32 initial values of ``box``; never makes much more than what it returns."""
         if self.source:
-            return self.source(box)
+            return self.source(seed, box)
         rows, columns = box[0], (slice(None), *box[1:])
         out = np.empty([s.stop - s.start for s in box], np.float32)
         step = max(1, _CHUNK * self.shape[0] // self.size)
@@ -72,7 +72,7 @@ class ParamSpec:
         inner = self.size // self.shape[0]
         shape = (last - first, *self.shape[1:])
         if self.source:
-            return self.source((slice(first, last), *(slice(0, n) for n in self.shape[1:])))
+            return self.source(seed, (slice(first, last), *(slice(0, n) for n in self.shape[1:])))
         if self.init.kind in ("zeros", "ones"):
             return np.full(shape, 0.0 if self.init.kind == "zeros" else 1.0, np.float32)
         key = hashlib.sha256(f"{seed}:{self.name}".encode()).digest()[:16]

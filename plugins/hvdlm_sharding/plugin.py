@@ -40,9 +40,12 @@ def check(config: Config, spec: ModelSpec) -> None:
         HvdlmError: the first thing found wrong.
     """
     p, s = config.parallel, spec.settings
+    if spec.kind == "own":
+        _check_own(config, s)
     if spec.kind not in ("gpt", "rnn") and (p.tensor > 1 or p.pipeline > 1):
+        what = "a plugin's own module" if spec.kind == "own" else f"a {spec.kind}"
         raise HvdlmError(
-            f"model.name {config.model.name}: a {spec.kind} can't be cut into tensor or pipeline ranks: leave "
+            f"model.name {config.model.name}: {what} can't be cut into tensor or pipeline ranks: leave "
             "parallel.tensor and parallel.pipeline at 1."
         )
     if p.tensor > 1:
@@ -59,6 +62,21 @@ def check(config: Config, spec: ModelSpec) -> None:
             "parallel.tensor and parallel.pipeline at 1."
         )
     _check_exchange(config, s)
+
+
+def _check_own(config: Config, s: Any) -> None:
+    if s.framework != config.framework:
+        raise HvdlmError(f"model.name {config.model.name} is a module of {s.framework}: --framework {s.framework}.")
+    if config.train.activation_checkpointing:
+        raise HvdlmError(
+            f"train.activation_checkpointing recomputes layers, which hvdlm doesn't see in {config.model.name}: leave "
+            "it false, and recompute inside of the module."
+        )
+    if config.framework == "tensorflow" and config.train.precision != "fp32":
+        raise HvdlmError(
+            f"train.precision {config.train.precision}: Keras layers have a precision of their own: leave it fp32, and "
+            "give the model's layers dtype='mixed_bfloat16'."
+        )
 
 
 def _check_tensor(config: Config, s: Any, kind: str) -> None:

@@ -174,7 +174,8 @@ class TensorFlowTrainable:
             tape.watch(parameters)
             losses, carry = self._losses(parameters, inputs, None, targets, weights, carry, seed, True)
             scaled = tf.reduce_sum(losses) * (scale / self._sharded.normaliser)
-        gradients = tape.gradient(scaled, [parameters[slot.name] for slot in self.layout.slots])
+        sources, unused = [parameters[slot.name] for slot in self.layout.slots], tf.UnconnectedGradients.ZERO
+        gradients = tape.gradient(scaled, sources, unconnected_gradients=unused)
         self._kept.backward()
         flat = [tf.reshape(tf.convert_to_tensor(g), [-1]) for g in gradients]
         return tf.reduce_sum(tf.cast(losses, tf.float64)), carry, flat

@@ -9,9 +9,10 @@ from hvdlm.models.spec import ModelSpec
 from hvdlm_sharding.rules import Share
 from hvdlm_torch.collectives import Collectives
 from hvdlm_torch.models.gpt import GPT
+from hvdlm_torch.models.own import Own
 from hvdlm_torch.models.rnn import RNN
 
-KINDS = {"gpt": GPT, "rnn": RNN}
+KINDS = {"gpt": GPT, "rnn": RNN, "own": Own}
 
 
 def make_model(spec: ModelSpec, share: Share, collectives: Collectives) -> Any:

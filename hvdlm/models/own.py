@@ -1,0 +1,58 @@
+"""A model that a plugin brings as its framework's own module: hvdlm sees tokens go in and scores come out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hvdlm.models.spec import Init, ModelSpec, ParamSpec
+
+PREFIX = "own."
+"""What the names of such a model's parameters begin with."""
+
+
+@dataclass(frozen=True)
+class OwnSettings:
+    """What hvdlm knows of such a model. ``make``: returns the module; ``framework``: whose module it is."""
+
+    vocab: int
+    context: int
+    framework: str
+    make: Callable[[], Any]
+    layers: int = 1
+    width: int = 1
+
+
+def own_spec(
+    settings: OwnSettings, shapes: Mapping[str, tuple[int, ...]], values: Callable[[int], Iterable[np.ndarray]]
+) -> ModelSpec:
+    """Return the description of a model.
+
+    Args:
+        settings: what hvdlm knows of it.
+        shapes: {name: shape} of its parameters; of matrices, weight decay applies to all.
+        values: their initial values under a seed, in the same order. Those of the seed asked for last are kept.
+    """
+    kept: dict[int, dict[str, np.ndarray]] = {}
+
+    def read(name: str, seed: int, box: tuple[slice, ...]) -> np.ndarray:
+        if seed not in kept:
+            kept.clear()
+            kept[seed] = dict(zip(shapes, values(seed), strict=True))
+        return np.ascontiguousarray(kept[seed][name][box], np.float32)
+
+    params = tuple(
+        ParamSpec(
+            f"{PREFIX}{name}",
+            shape,
+            ("own",) * len(shape),
+            Init("zeros"),
+            decay=len(shape) > 1,
+            source=lambda seed, box, name=name: read(name, seed, box),  # type: ignore[misc]
+        )
+        for name, shape in shapes.items()
+    )
+    return ModelSpec("own", settings, params, 6.0 * sum(p.size for p in params))

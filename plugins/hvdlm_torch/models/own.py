@@ -1,0 +1,83 @@
+"""A plugin's ``torch.nn.Module`` as a model: from int32 tokens ``[rows, time]`` to logits ``[rows, time, vocab]``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from hvdlm.interfaces import HvdlmError
+from hvdlm.models.own import PREFIX, OwnSettings, own_spec
+from hvdlm.models.spec import ModelSpec
+from hvdlm_sharding.rules import Share
+from hvdlm_torch.collectives import Collectives
+
+
+def describe(make: Callable[[], torch.nn.Module], vocab: int, context: int) -> ModelSpec:
+    """Return the description of the module that ``make`` returns, for ``hvdlm_models``.
+
+    Position t of its logits may depend on tokens 0 to t alone. Dropout is drawn anew in every step where its rate is
+    ``model.dropout``. Initial values are those that ``make`` draws under ``train.seed``.
+
+    Raises:
+        HvdlmError: it keeps more than parameters from batch to batch.
+    """
+    module = make()
+    if any(isinstance(part, _BatchNorm) for part in module.modules()):
+        raise HvdlmError(
+            "a module with batch normalisation keeps statistics from batch to batch, which checkpoints don't have: use "
+            "torch.nn.LayerNorm or GroupNorm."
+        )
+
+    def values(seed: int) -> list[np.ndarray]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return [p.detach().float().cpu().numpy() for p in make().parameters()]
+
+    shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
+    return own_spec(OwnSettings(vocab, context, "torch", make), shapes, values)
+
+
+class Own:
+    """The module, its parameters replaced by views of the flat vector."""
+
+    def __init__(self, settings: OwnSettings, share: Share, collectives: Collectives) -> None:
+        self.s, self._module = settings, settings.make()
+        self._p: dict[str, torch.Tensor] = {}
+
+    def bind(self, parameters: Mapping[str, torch.Tensor]) -> None:
+        """Take these tensors as parameters."""
+        self._p = {name.removeprefix(PREFIX): tensor for name, tensor in parameters.items()}
+        self._module.to(next(iter(self._p.values())).device)
+
+    def hidden(
+        self, tokens: torch.Tensor, x: torch.Tensor | None, carry: Any, training: bool, checkpointing: bool
+    ) -> tuple[torch.Tensor, Any]:
+        """Return the logits ``[rows, time, vocab]`` of ``tokens``; nothing is carried."""
+        self._module.train(training)
+        return functional_call(self._module, self._p, (tokens,)), carry
+
+    def scores(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return what ``hidden`` has computed: the logits."""
+        return hidden
+
+    def cache(self, rows: int, device: torch.device) -> torch.Tensor:
+        """Return no tokens yet: they are all read again for each that follows."""
+        return torch.zeros(rows, 0, dtype=torch.int32, device=device)
+
+    def extend(self, tokens: torch.Tensor, x: torch.Tensor | None, cache: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        """Return the logits of tokens that follow those in ``cache``, and all of them."""
+        read = torch.cat([cache, tokens], 1)
+        return self.hidden(read, None, None, False, False)[0], read
+
+    def carry_arrays(self, carry: Any) -> dict[str, np.ndarray]:
+        """Return nothing: nothing is carried from batch to batch."""
+        return {}
+
+    def carry_tensors(self, arrays: Mapping[str, np.ndarray], micro: int | None, device: torch.device) -> dict:
+        """Return nothing."""
+        return {}
