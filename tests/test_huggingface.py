@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from hvdlm import cli, plugins
 from hvdlm.checkpoints.checkpoint import find
@@ -209,6 +210,7 @@ def changed(path: Path, **values: Any) -> None:
 Harm = Callable[[Path], object]
 HARMS: dict[str, tuple[Harm, str]] = {
     "another model": (lambda p: changed(p, model_type="bert"), "holds a 'bert' model, hvdlm reads gpt2 and llama"),
+    "no name": (lambda p: changed(p, model_type=[1]), "holds a [1] model"),
     "activation": (lambda p: changed(p, activation_function="relu"), "its activation_function is 'relu'"),
     "sizes": (lambda p: changed(p, n_layer=-3), "its n_layer is '-3', expected a whole number above 0"),
     "lacking": (lambda p: changed(p, n_head=None), "'n_head' is missing"),
@@ -217,6 +219,10 @@ HARMS: dict[str, tuple[Harm, str]] = {
     "no weights": (lambda p: (p / "model.safetensors").unlink(), "has no model.safetensors: pickled weights"),
     "cut": (lambda p: (p / "model.safetensors").write_bytes(b"\0" * 20), "its header is said to have 0 bytes"),
     "other shapes": (lambda p: changed(p, n_embd=64), "transformer.wte.weight has the shape [64, 32]"),
+    "a figure": (
+        lambda p: save_file({"transformer.wte.weight": np.array(1.0, np.float32)}, p / "model.safetensors"),
+        "transformer.wte.weight has the shape []",
+    ),
     "more layers": (lambda p: changed(p, n_layer=4), "there is no tensor transformer.h.3.ln_1.weight"),
     "stray": (
         lambda p: (p / "model.safetensors.index.json").write_text('{"weight_map": {"wte.weight": "../x"}}'),

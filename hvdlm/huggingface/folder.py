@@ -33,9 +33,9 @@ class Folder:
         self.path = path
         config = self._guarded(lambda: untrusted.read_json(path / "config.json", _CONFIG_LIMIT))
         kind = config.get("model_type") if isinstance(config, dict) else None
-        if kind not in FORMATS:
+        if not isinstance(kind, str) or kind not in FORMATS:
             raise HvdlmError(f"{path} holds a {shown(repr(kind))} model, hvdlm reads {' and '.join(FORMATS)}.")
-        self.format = FORMATS[str(kind)]
+        self.format = FORMATS[kind]
         self.settings = self._guarded(lambda: self.format.settings(config))
         self.context = self.settings.pop("context")
         self._files: dict[str, str] | None = None
@@ -65,6 +65,8 @@ class Folder:
         name, file = self._open(place.tensor)
         shape = tuple(self._guarded(lambda: file.get_slice(name).get_shape()))
         shape = shape[::-1] if place.turned else shape
+        if not shape:
+            return shape
         return (*shape[:-1], shape[-1] // place.part[1])
 
     def _read(self, place: Place, box: Box) -> np.ndarray:
