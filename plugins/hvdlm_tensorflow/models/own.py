@@ -32,9 +32,7 @@ def describe(make: Callable[[], Any], vocab: int, context: int) -> ModelSpec:
         )
 
     def values(seed: int) -> list[np.ndarray]:
-        import keras
-
-        keras.utils.set_random_seed(seed)
+        tf.keras.utils.set_random_seed(seed)
         return [np.asarray(variable) for variable in _built(make, context).trainable_variables]
 
     # Keras numbers layers as they are made: the same model made again has other paths.
@@ -56,7 +54,7 @@ class Own:
     """The model, its parameters replaced by parts of the flat vector."""
 
     def __init__(self, settings: OwnSettings, share: Share, collectives: Collectives) -> None:
-        self.s, self._module, self.dtype = settings, _built(settings.make, settings.context), tf.float32
+        self._module, self.dtype = _built(settings.make, settings.context), tf.float32
         self._p: list[tf.Tensor] = []
 
     def bind(self, parameters: Mapping[str, tf.Tensor]) -> None:
