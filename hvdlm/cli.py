@@ -115,9 +115,9 @@ def train(arguments: list[str]) -> int:
         nonlocal stopped
         stopped = bool(loop(run, signals)["stopped"])
         if config.log.sample_tokens and not stopped:
-            from hvdlm.generate import Sampling
+            from hvdlm.generate import Sampling, write
 
-            text = _write(run, config.log.sample_prompt, config.log.sample_tokens, Sampling(seed=config.train.seed))
+            text = write(run, config.log.sample_prompt, config.log.sample_tokens, Sampling(seed=config.train.seed))
             if run.world.rank == 0:
                 record.keep_sample(run, text)
         signals.ignore()
@@ -191,13 +191,13 @@ def evaluate(arguments: list[str]) -> int:
 def generate(arguments: list[str]) -> int:
     """``python -m hvdlm generate --run RUN --prompt TEXT``."""
     values, rest = options.parse_generate(arguments)
-    from hvdlm.generate import Sampling
+    from hvdlm.generate import Sampling, read_prompt, write
 
     sampling = Sampling(values.temperature, values.top_k, values.top_p, values.seed)
     for name in ("tokens", "num_samples"):
         if getattr(values, name) < 1:
             raise HvdlmError(f"--{name}: got {getattr(values, name)}, expected 1 or more.")
-    text = None if values.prompt_file is None else _prompt(values.prompt_file)
+    text = None if values.prompt_file is None else read_prompt(_path(values.prompt_file))
     run = _open(values, rest)
     prompt = values.prompt if text is None else text
     if prompt == "-":  # a launcher gives standard input to rank 0 only
@@ -207,44 +207,9 @@ def generate(arguments: list[str]) -> int:
         for number in range(values.num_samples):
             if number and run.world.rank == 0:
                 print("-" * 16, flush=True)
-            _write(run, prompt, values.tokens, dataclasses.replace(sampling, seed=values.seed + number))
+            write(run, prompt, values.tokens, dataclasses.replace(sampling, seed=values.seed + number))
 
     return _guard(run, action)
-
-
-def _prompt(name: str) -> str:
-    from hvdlm import untrusted
-
-    try:
-        return str(untrusted.read(_path(name), 2**24), "utf-8")
-    except (OSError, ValueError) as error:
-        raise HvdlmError(f"--prompt_file {name}: {error}: give a readable UTF-8 text.") from error
-
-
-def _write(run: Any, prompt: str, count: int, sampling: Any) -> str:
-    """Print ``prompt`` and what follows it, on rank 0: as it comes on a terminal, by whole lines elsewhere.
-
-    The ranks that hold a copy of the model together with rank 0 compute with it. Returns the text.
-    """
-    from hvdlm.generate import encode, generate_text
-    from hvdlm.telemetry.progress import on_terminal
-
-    ids = encode(run.task.tokenizer, prompt)
-    if run.mesh.coordinates(run.world.rank)["data"] != 0:
-        return ""
-    context = getattr(run.spec.settings, "context", sys.maxsize)
-    waiting, whole, shown = "", [], run.world.rank == 0
-    for piece in generate_text(run.trainable, run.task.tokenizer, ids, count, context, sampling):
-        whole.append(piece)
-        waiting += piece if shown else ""
-        # Launchers put a rank's number before every write, so that parts of a line would be torn apart.
-        ready = len(waiting) if on_terminal() else waiting.rfind("\n") + 1
-        if ready:
-            print(waiting[:ready], end="", flush=True)
-            waiting = waiting[ready:]
-    if shown:
-        print(waiting, flush=True)
-    return "".join(whole)
 
 
 def convert(arguments: list[str]) -> int:

@@ -11,8 +11,7 @@ import numpy as np
 
 from hvdlm.checkpoints.checkpoint import Checkpoint
 from hvdlm.checkpoints.pieces import key
-from hvdlm.checkpoints.tensors import write_tensors
-from hvdlm.disk import sync_folder
+from hvdlm.checkpoints.tensors import replace_tensors
 from hvdlm.interfaces import HvdlmError
 from hvdlm.models.layout import whole
 
@@ -20,27 +19,20 @@ from hvdlm.models.layout import whole
 def convert(checkpoint: Checkpoint, output: Path) -> int:
     """Write the parameters to ``output``, no more than one of them in memory; return how many numbers they are.
 
-    The file is whole or not there: it is written under a temporary name beside it.
+    The file is whole or not there.
 
     Raises:
         HvdlmError: the checkpoint lacks something or is damaged, or the file can't be written.
     """
-    temporary = output.parent / f".{output.name}.partial"
     try:
         if output.is_dir():  # asked before there is much to write, not after
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        try:
-            count = _write(checkpoint, temporary)
-            os.replace(temporary, output)
-        finally:
-            temporary.unlink(missing_ok=True)
-        sync_folder(output.parent)
+        return _write(checkpoint, output)
     except OSError as error:
         raise HvdlmError(
             f"--output {output}: {error.strerror or error}: name a file in a folder that is there, can be written and "
             "has space."
         ) from error
-    return count
 
 
 def _write(checkpoint: Checkpoint, path: Path) -> int:
@@ -51,5 +43,5 @@ def _write(checkpoint: Checkpoint, path: Path) -> int:
     def array(name: str) -> np.ndarray:
         return reader.piece(f"parameters/{name}", whole(stored[name].piece.shape))
 
-    write_tensors(path, tensors, array, {"format": "hvdlm", "step": str(checkpoint.step)})
+    replace_tensors(path, tensors, array, {"format": "hvdlm", "step": str(checkpoint.step)})
     return sum(math.prod(shape) for _, shape in tensors.values())

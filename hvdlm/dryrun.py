@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from hvdlm import plugins, validate
 from hvdlm.config import Config
-from hvdlm.huggingface import folder
+from hvdlm.huggingface import folder as pretrained
 from hvdlm.interfaces import HvdlmError, Prediction
 from hvdlm.models.spec import ModelSpec
 from hvdlm.topology import AXES, Mesh, make_mesh
@@ -22,7 +22,7 @@ def main(config: Config) -> int:
     Raises:
         HvdlmError: the first thing found wrong.
     """
-    config = copy.deepcopy(folder.resolve(config))
+    config = copy.deepcopy(pretrained.resolve(config))
     validate.values(config)
     plugins.require(config.plugins)
     names = [config.task, config.communication.exchange, "sharding", *config.plugins]

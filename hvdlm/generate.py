@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hvdlm import untrusted
 from hvdlm.interfaces import HvdlmError, Trainable
+
+if TYPE_CHECKING:
+    from hvdlm.run import Run
+
+_PROMPT = 2**24  # bytes
 
 
 @dataclass
@@ -108,3 +116,40 @@ def generate_text(
         if not after.endswith("\ufffd"):
             yield after[len(before) :]
             first, read = read, len(written)
+
+
+def read_prompt(path: Path) -> str:
+    """Return the text in a file.
+
+    Raises:
+        HvdlmError: it can't be read, or is no text.
+    """
+    try:
+        return str(untrusted.read(path, _PROMPT), "utf-8")
+    except (OSError, ValueError) as error:
+        raise HvdlmError(f"--prompt_file {path}: {error}: give a readable UTF-8 text.") from error
+
+
+def write(run: Run, prompt: str, count: int, sampling: Sampling) -> str:
+    """Print ``prompt`` and what follows it, on rank 0: as it comes on a terminal, by whole lines elsewhere.
+
+    The ranks that hold a copy of the model together with rank 0 compute with it. Returns the text.
+    """
+    from hvdlm.telemetry.progress import on_terminal
+
+    ids = encode(run.task.tokenizer, prompt)
+    if run.mesh.coordinates(run.world.rank)["data"] != 0:
+        return ""
+    context = getattr(run.spec.settings, "context", sys.maxsize)
+    waiting, whole, shown = "", [], run.world.rank == 0
+    for piece in generate_text(run.trainable, run.task.tokenizer, ids, count, context, sampling):
+        whole.append(piece)
+        waiting += piece if shown else ""
+        # Launchers put a rank's number before every write, so that parts of a line would be torn apart.
+        ready = len(waiting) if on_terminal() else waiting.rfind("\n") + 1
+        if ready:
+            print(waiting[:ready], end="", flush=True)
+            waiting = waiting[ready:]
+    if shown:
+        print(waiting, flush=True)
+    return "".join(whole)

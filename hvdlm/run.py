@@ -21,7 +21,7 @@ from hvdlm.cursor import Cursor
 from hvdlm.data.tokenfile import without_stdin
 from hvdlm.generate import encode
 from hvdlm.guard import Guard
-from hvdlm.huggingface import folder
+from hvdlm.huggingface import folder as pretrained
 from hvdlm.interfaces import Framework, HvdlmError, Task, Trainable, World, nearest
 from hvdlm.models.spec import ModelSpec
 from hvdlm.topology import Mesh, make_mesh
@@ -89,7 +89,7 @@ def plan(config: Config, *, fresh: bool = True) -> Plan:
     Raises:
         HvdlmError: the first thing found wrong.
     """
-    config = folder.resolve(config)
+    config = pretrained.resolve(config)
     asked, config = config, copy.deepcopy(config)
     validate.values(config)
     plugins.require(config.plugins)
@@ -187,33 +187,33 @@ def start(plan: Plan) -> Run:
     if plan.found:
         meeting.check_continuation(plan.found, task, config)
     framework = plugins.make(manager, "framework", config.framework)
-    place = Path(config.log.run)
+    folder = Path(config.log.run)
     if plan.fresh and plan.backend.launch_shape()[2] == 0:
-        clean(place / "ledger")  # of an earlier attempt; before ranks meet, so that nothing of this one goes
+        clean(folder / "ledger")  # of an earlier attempt; before ranks meet, so that nothing of this one goes
     world = plan.backend.start(config.framework, plan.mesh.groups(), config)
-    sentinel = Sentinel(world, place / "ledger", config.communication.timeout)
+    sentinel = Sentinel(world, folder / "ledger", config.communication.timeout)
     try:
         if plan.fresh:
             if world.size > 1:
-                world.ledger.keep_in(place / "ledger", world.rank)
+                world.ledger.keep_in(folder / "ledger", world.rank)
             sentinel.start()
         meeting.agree(world, config, task)
         meeting.check_groups(world, framework, plan.mesh)
-        found = finding.choose(place, plan.resume, world)
+        found = finding.choose(folder, plan.resume, world)
         if found:
             meeting.check_continuation(found, task, config)
         group = world.group(plan.mesh.group("data", world.rank))
         more = {"compressors": plugins.compressors(manager), "place": group.ranks.index(world.rank)}
         exchange = plugins.make(manager, "exchange", config.communication.exchange, group=group, config=config, **more)
         if config.model.pretrained and not found:
-            spec = folder.Folder(Path(config.model.pretrained)).attach(spec)
+            spec = pretrained.Folder(Path(config.model.pretrained)).attach(spec)
         trainable = framework.build(spec, plan.mesh, world, exchange, config)
         if found:
             load_state(found, trainable, world, plan.mesh)
         batch, manifest = config.train.batch_size, found.manifest if found else {}
         cursor = Cursor.of(manifest, batch) if found else Cursor(batch)
         guard = Guard(config.train, exchange.apart, manifest.get("guard"))
-        saver = Saver(place / "checkpoints", world, config.checkpoint)
+        saver = Saver(folder / "checkpoints", world, config.checkpoint)
     except Exception as error:
         error.world = world  # type: ignore[attr-defined]
         raise

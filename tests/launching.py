@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,20 @@ def launch(
             options += ["--oversubscribe", "--bind-to", "none"]
         command = [name, *options, "-np", str(ranks), *command]
     return subprocess.run(command, cwd=ROOT, env=environment(**more), capture_output=True, text=True, timeout=timeout)
+
+
+def install(source: Path, target: Path) -> Path:
+    """Install the package in ``source`` with pip into the folder ``target``, and return that: for ``PYTHONPATH``."""
+    command = ["-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index", "--target", str(target)]
+    done = launch("", 1, [*command, str(source)], PIP_DISABLE_PIP_VERSION_CHECK="1", PIP_ROOT_USER_ACTION="ignore")
+    assert done.returncode == 0, done.stderr
+    return target
+
+
+def install_example(name: str, folder: Path) -> Path:
+    """Install ``examples/plugins/NAME`` below ``folder``; what building leaves behind stays there too."""
+    shutil.copytree(ROOT / "examples" / "plugins" / name, folder / name)
+    return install(folder / name, folder / "installed")
 
 
 def losses(run: Path) -> list[float]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from hvdlm import hookspecs
-from launching import environment, launch
+from launching import environment, install, launch
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [
@@ -78,10 +78,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("target")
     (source / "pyproject.toml").write_text(re.findall(r"```toml\n(.*?)```", text, re.S)[0])
     (source / "loss_spike.py").write_text("\n".join(re.findall(r"```python\n(.*?)```", text, re.S)))
-    command = ["-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index", "--target", str(target)]
-    done = launch("", 1, [*command, str(source)], PIP_DISABLE_PIP_VERSION_CHECK="1", PIP_ROOT_USER_ACTION="ignore")
-    assert done.returncode == 0, done.stderr
-    return target
+    return install(source, target)
 
 
 def test_the_worked_plugin_installs_is_listed_and_runs_with_its_options(installed: Path, tmp_path: Path) -> None:

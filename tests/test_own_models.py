@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from hvdlm.interfaces import HvdlmError
-from launching import ROOT, launch, losses
+from launching import ROOT, install_example, launch, losses
 
 FRAMEWORKS = ["torch", "tensorflow"]
 EXAMPLE = {"torch": ("own_torch", "convolutions"), "tensorflow": ("own_keras", "keras_convolutions")}
@@ -16,21 +17,30 @@ SIZES = ["--model.layers", "3", "--model.width", "32", "--data.context", "32", "
 SIZES += ["--log.every", "1", "--train.warmup", "5", "--train.learning_rate", "0.01"]
 
 
-def run(
-    framework: str, ranks: int, folder: Path, *options: str, code: int = 0, framework_given: str | None = None
-) -> str:
-    """Train the framework's example; return what it said."""
-    plugin, model = EXAMPLE[framework]
-    info = folder.parent / f"{plugin}-0.dist-info"  # what pip would leave of the example's package
-    info.mkdir(exist_ok=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {plugin}\nVersion: 0\n")
-    (info / "entry_points.txt").write_text(f"[hvdlm]\n{plugin} = {plugin}\n")
-    path = f"{ROOT / 'examples' / 'plugins' / plugin}:{folder.parent}"
-    command = ["-m", "hvdlm", "--plugins", f"[{plugin}]", "--model.name", model, "--log.run", str(folder)]
-    command += ["--framework", framework_given or framework, *SIZES, *options]
-    done = launch("mpirun", ranks, command, PYTHONPATH=path)
-    assert done.returncode == code, done.stdout[-2000:] + done.stderr[-3000:]
-    return done.stdout + done.stderr
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder into which pip has installed both examples."""
+    for plugin, _ in EXAMPLE.values():
+        install_example(plugin, tmp_path_factory.getbasetemp())
+    return tmp_path_factory.getbasetemp() / "installed"
+
+
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def run(installed: Path) -> Run:
+    """Return a function that trains a framework's example and returns what it said."""
+
+    def train(framework: str, ranks: int, folder: Path, *options: str, code: int = 0, given: str | None = None) -> str:
+        plugin, model = EXAMPLE[framework]
+        command = ["-m", "hvdlm", "--plugins", f"[{plugin}]", "--model.name", model, "--log.run", str(folder)]
+        command += ["--framework", given or framework, *SIZES, *options]
+        done = launch("mpirun", ranks, command, PYTHONPATH=str(installed))
+        assert done.returncode == code, done.stdout[-2000:] + done.stderr[-3000:]
+        return done.stdout + done.stderr
+
+    return train
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
@@ -40,8 +50,7 @@ def test_the_example_is_short(framework: str) -> None:
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
-def test_data_ranks_follow_one_rank_and_a_checkpoint_goes_on(tmp_path: Path, framework: str) -> None:
-    """Also with dropout in Keras, whose layers draw anew in every step."""
+def test_data_ranks_follow_one_rank_and_a_checkpoint_goes_on(run: Run, tmp_path: Path, framework: str) -> None:
     said = run(framework, 1, tmp_path / "one", "--train.steps", "30", "--log.sample_tokens", "20")
     assert (
         losses(tmp_path / "one")[-1] < losses(tmp_path / "one")[0] - 0.8 and (tmp_path / "one" / "sample.txt").exists()
@@ -56,7 +65,7 @@ def test_data_ranks_follow_one_rank_and_a_checkpoint_goes_on(tmp_path: Path, fra
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
-def test_compression_dropout_and_unlike_ranks(tmp_path: Path, framework: str) -> None:
+def test_compression_dropout_and_unlike_ranks(run: Run, tmp_path: Path, framework: str) -> None:
     options = ["--communication.compression.algorithm", "top_k", "--communication.compression.ratio", "0.2"]
     options += ["--communication.compression.min_elements", "64", "--model.dropout", "0.1"]
     run(framework, 2, tmp_path / "run", "--train.steps", "30", *options)
@@ -73,13 +82,13 @@ def test_compression_dropout_and_unlike_ranks(tmp_path: Path, framework: str) ->
     ],
 )
 def test_what_such_a_model_can_not_is_refused(
-    tmp_path: Path, framework: str, options: list[str], expected: str
+    run: Run, tmp_path: Path, framework: str, options: list[str], expected: str
 ) -> None:
     assert expected in run(framework, 2, tmp_path / "run", "--train.steps", "3", *options, code=2)
 
 
-def test_a_module_of_the_other_framework_is_refused(tmp_path: Path) -> None:
-    said = run("torch", 1, tmp_path / "run", "--train.steps", "3", code=2, framework_given="tensorflow")
+def test_a_module_of_the_other_framework_is_refused(run: Run, tmp_path: Path) -> None:
+    said = run("torch", 1, tmp_path / "run", "--train.steps", "3", code=2, given="tensorflow")
     assert "convolutions is a module of torch: --framework torch" in said
 
 

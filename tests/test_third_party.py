@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import pytest
 
-from launching import ROOT, launch
+from launching import ROOT, install_example, launch
 
 SOURCE = ROOT / "examples" / "plugins" / "ternary"
 
@@ -17,12 +16,7 @@ SOURCE = ROOT / "examples" / "plugins" / "ternary"
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder into which pip has installed the example."""
-    source, target = tmp_path_factory.mktemp("source") / "ternary", tmp_path_factory.mktemp("target")
-    shutil.copytree(SOURCE, source)
-    command = ["-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index", "--target", str(target)]
-    done = launch("", 1, [*command, str(source)], PIP_DISABLE_PIP_VERSION_CHECK="1", PIP_ROOT_USER_ACTION="ignore")
-    assert done.returncode == 0, done.stderr
-    return target
+    return install_example("ternary", tmp_path_factory.mktemp("ternary"))
 
 
 def test_it_is_short() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from hvdlm import untrusted
-from hvdlm.disk import sync
+from hvdlm.disk import sync, sync_folder
 
 _HEADER = 100 * 10**6  # the longest header that safetensors allows
 _CHUNK = 4 * 2**20  # what is hashed and written in one go: it stays in the processor's cache between the two
@@ -46,6 +47,19 @@ def write_tensors(
                 file.write(data[start : start + _CHUNK])
         sync(file)
     return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def replace_tensors(
+    path: Path, tensors: Mapping[str, Described], array: Callable[[str], np.ndarray], metadata: Mapping[str, str]
+) -> None:
+    """Write the file ``path`` as ``write_tensors`` does, under a temporary name beside it: it is whole or not there."""
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        write_tensors(temporary, tensors, array, metadata)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
 
 
 def open_tensors(path: Path, within: Path) -> Any:

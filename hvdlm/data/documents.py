@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -15,7 +14,6 @@ from hvdlm.untrusted import shown
 SUFFIXES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".parquet", ".arrow")
 _LINE = 1 << 26  # bytes: a longer line is no record
 _ROWS = 256  # records of a Parquet file in memory at once
-_RATIO, _UNPACKED = 100, 1 << 26  # as for compressed text (see sources)
 _PIECE = 1 << 20
 
 
@@ -29,6 +27,11 @@ class Form(NamedTuple):
 def is_records(source: str) -> bool:
     """Return whether ``source`` holds records, by its name."""
     return source.endswith(SUFFIXES)
+
+
+def is_table(source: str) -> bool:
+    """Return whether ``source`` holds records column by column, by its name."""
+    return source.endswith((".parquet", ".arrow"))
 
 
 def check_folder(folder: Path) -> None:
@@ -51,10 +54,10 @@ def texts(source: str, lines: Iterable[bytes], form: Form) -> Iterator[str]:
     Raises:
         HvdlmError: a record is damaged or has no such field.
     """
-    packed = source.endswith((".parquet", ".arrow"))
     pieces: list[str] = []
     size = 0
-    for number, text in enumerate(_columns(source, form.field) if packed else _lines(source, lines, form.field), 1):
+    found = _columns(source, form.field) if is_table(source) else _lines(source, lines, form.field)
+    for number, text in enumerate(found, 1):
         if not isinstance(text, str):
             raise HvdlmError(
                 f"data.path {source}: {form.field} of record {number} is {shown(repr(text))}, expected text: choose "
@@ -126,9 +129,9 @@ def _parquet(source: str, field: str) -> Iterator[Any]:
         if field not in names:
             raise _no_field(source, field, names, "the table")
         groups = [file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups)]
-        if sum(groups) > max(_UNPACKED, _RATIO * os.path.getsize(source)):
+        if sum(groups) > untrusted.unpacked_limit(source):
             raise HvdlmError(
-                f"data.path {source}: unpacks to more than {_RATIO} times its size: write it uncompressed."
+                f"data.path {source}: unpacks to more than {untrusted.RATIO} times its size: write it uncompressed."
             )
         for batch in file.iter_batches(_ROWS, columns=[field]):
             yield from batch.column(0).to_pylist()

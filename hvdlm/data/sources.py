@@ -15,14 +15,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from hvdlm import untrusted
 from hvdlm.data import documents
 from hvdlm.data.documents import Form
+from hvdlm.disk import sha256
 from hvdlm.interfaces import HvdlmError
 
 _CHUNK = 1 << 20
 _SUFFIXES = (".txt", ".md", ".text", ".gz", *documents.SUFFIXES)
-_RATIO = 100  # text packs 3 to 5 times smaller, the most repetitive log 50 times
-_UNPACKED = 1 << 26  # bytes below which no ratio is too large
 _FORM = Form()
 
 
@@ -76,14 +76,15 @@ def chunks(source: str) -> Iterator[bytes]:
         return
     packed, done = source.endswith(".gz"), 0
     try:
-        limit = max(_UNPACKED, _RATIO * os.path.getsize(source)) if packed else math.inf
+        limit = untrusted.unpacked_limit(source) if packed else math.inf
         with gzip.open(source) if packed else open(source, "rb") as file:
             while chunk := file.read(_CHUNK):
                 done += len(chunk)
                 if done > limit:
                     raise HvdlmError(
-                        f"data.path {source}: unpacks to more than {_RATIO} times its size, as a decompression bomb "
-                        "does: if it is a text all the same, unpack it with gunzip and give that file."
+                        f"data.path {source}: unpacks to more than {untrusted.RATIO} times its size, as a "
+                        "decompression bomb does: if it is a text all the same, unpack it with gunzip and give "
+                        "that file."
                     )
                 yield chunk
     except (OSError, EOFError, zlib.error) as error:
@@ -109,10 +110,8 @@ def texts(paths: Sequence[str], digests: dict[str, str] | None = None, form: For
             empty = False
             yield piece
         if digests is not None:
-            if source.endswith((".parquet", ".arrow")):  # read in another order than it lies there
-                for _ in _hashed(source, hashed):
-                    pass
-            digests[source] = hashed.hexdigest()
+            # A table is read in another order than it lies there.
+            digests[source] = sha256(Path(source)) if documents.is_table(source) else hashed.hexdigest()
     if empty:
         raise HvdlmError(f"data.path {', '.join(paths)}: the corpus is empty: give a file with text.")
 

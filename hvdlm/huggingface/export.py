@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 
 from hvdlm import untrusted
 from hvdlm.checkpoints.checkpoint import Checkpoint
-from hvdlm.checkpoints.tensors import Described, write_tensors
+from hvdlm.checkpoints.tensors import Described, replace_tensors
 from hvdlm.config import ModelConfig
 from hvdlm.data.tokenizers import LIMIT, SLACK, from_json
 from hvdlm.disk import replace, sync_folder
@@ -36,28 +35,23 @@ def export(checkpoint: Checkpoint, tokenizer: Path | None, output: Path) -> tupl
     """
     spec = _spec(checkpoint)
     chosen = _format(spec)
-    parts = _parts(spec, chosen)
-    tensors = {name: _described(spec, chosen, name, places) for name, places in parts.items()}
+    shapes = _shapes(spec, chosen)
+    parts = _parts(shapes, chosen)
+    tensors = {name: _described(shapes, chosen, params) for name, params in parts.items()}
     reader = checkpoint.reader()
 
     def array(name: str) -> np.ndarray:
         found = []
         for param in parts[name]:
-            shape = _shape(spec, param)
-            known = f"{_PARAMETERS}{param}" in checkpoint.tensors
-            one = reader.piece(f"{_PARAMETERS}{param}", whole(shape)) if known else np.zeros(shape, np.float32)
+            stored, shape = f"{_PARAMETERS}{param}", shapes[param]
+            one = reader.piece(stored, whole(shape)) if stored in checkpoint.tensors else np.zeros(shape, np.float32)
             found.append(one.T if chosen.place(param).turned else one)
         return np.concatenate(found, -1) if len(found) > 1 else found[0]
 
     try:
         output.mkdir(parents=True, exist_ok=True)
         (output / "config.json").unlink(missing_ok=True)
-        temporary = output / ".model.safetensors.partial"
-        try:
-            write_tensors(temporary, tensors, array, {"format": "pt"})
-            os.replace(temporary, output / "model.safetensors")
-        finally:
-            temporary.unlink(missing_ok=True)
+        replace_tensors(output / "model.safetensors", tensors, array, {"format": "pt"})
         note = _write_tokenizer(tokenizer, output)
         replace(output / "config.json", json.dumps({**chosen.config(spec.settings), "dtype": "float32"}, indent=2))
         sync_folder(output)
@@ -101,32 +95,32 @@ def _format(spec: ModelSpec) -> Format:
     )
 
 
-def _parts(spec: ModelSpec, chosen: Format) -> dict[str, list[str]]:
-    """Return {tensor: the parameters that lie in it, in order}; GPT-2 has biases that a model may lack."""
+def _shapes(spec: ModelSpec, chosen: Format) -> dict[str, tuple[int, ...]]:
+    """Return {parameter: shape}, with the biases that the format has and the model may lack."""
+    found = {param.name: param.shape for param in spec.params}
+    if chosen.biased:
+        for param in spec.params:
+            layer, _, kind = param.name.rpartition(".")
+            if kind in ("weight", "scale") and layer != "head":
+                found.setdefault(f"{layer}.bias", param.shape[-1:])
+    return found
+
+
+def _parts(names: Iterable[str], chosen: Format) -> dict[str, list[str]]:
+    """Return {tensor: the parameters that lie in it, in order}."""
     found: dict[str, dict[int, str]] = {}
-    names = [param.name for param in spec.params]
-    if chosen.name == "gpt2":
-        more = [n.removesuffix(end) + ".bias" for n in names for end in (".weight", ".scale") if n.endswith(end)]
-        names = list(dict.fromkeys([*names, *(n for n in more if n != "head.bias")]))
     for name in names:
         place = chosen.place(name)
         found.setdefault(place.tensor, {})[place.part[0]] = name
     return {tensor: [params[i] for i in sorted(params)] for tensor, params in found.items()}
 
 
-def _shape(spec: ModelSpec, name: str) -> tuple[int, ...]:
-    """Return a parameter's shape; a bias that the model lacks has that of its layer's outputs."""
-    known = {param.name: param.shape for param in spec.params}
-    if name in known:
-        return known[name]
-    layer = name.removesuffix(".bias")
-    return known.get(f"{layer}.weight", known.get(f"{layer}.scale", ()))[-1:]
-
-
-def _described(spec: ModelSpec, chosen: Format, tensor: str, params: list[str]) -> Described:
-    shape = _shape(spec, params[0])
-    shape = shape[::-1] if chosen.place(params[0]).turned else shape
-    return "F32", (*shape[:-1], sum(_shape(spec, param)[-1] for param in params) if len(params) > 1 else shape[-1])
+def _described(shapes: Mapping[str, tuple[int, ...]], chosen: Format, params: list[str]) -> Described:
+    """Return the tensor in which ``params`` lie side by side; what is turned lies alone."""
+    shape = shapes[params[0]]
+    if chosen.place(params[0]).turned:
+        return "F32", shape[::-1]
+    return "F32", (*shape[:-1], sum(shapes[param][-1] for param in params))
 
 
 def _write_tokenizer(path: Path | None, output: Path) -> str:

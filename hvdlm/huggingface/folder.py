@@ -114,22 +114,20 @@ class Folder:
     def _guarded(self, action: Callable[[], Value]) -> Value:
         """Return what ``action`` returns; whatever it stumbles over in the folder becomes a sentence."""
 
-        def told() -> Value | HvdlmError:
+        def told() -> Value:
             try:
                 return action()
             except OSError as error:
                 what = f"{error.filename or self.path}: {error.strerror or error}"
-                return HvdlmError(f"model.pretrained {what}: name a Hugging Face folder of a GPT-2 or Llama.")
+                raise HvdlmError(f"model.pretrained {what}: name a Hugging Face folder of a GPT-2 or Llama.") from error
             except KeyError as error:
-                return HvdlmError(f"model.pretrained {self.path}: {error} is missing in what should be there.")
+                text = f"model.pretrained {self.path}: {error} is missing in what should be there."
+                raise HvdlmError(text) from error
 
         try:
-            found = untrusted.guarded(told)
+            return untrusted.guarded(told)
         except ValueError as error:
             raise HvdlmError(f"model.pretrained {self.path} is no folder that hvdlm can read: {error}.") from error
-        if isinstance(found, HvdlmError):
-            raise found
-        return found
 
 
 def resolve(config: Config) -> Config:

@@ -25,11 +25,24 @@ class Place:
 
 
 class Format(ABC):
-    """One architecture. ``name``: its ``model_type`` and hvdlm's preset; ``prefix``: of the base model's tensors."""
+    """One architecture.
+
+    Attributes:
+        name: its ``model_type`` and hvdlm's preset.
+        prefix: what the names of the base model's tensors begin with.
+        architecture: transformers' class.
+        biased: whether all its layers have biases.
+    """
 
     name: ClassVar[str]
     prefix: ClassVar[str]
     architecture: ClassVar[str]
+    biased: ClassVar[bool] = False
+    _outer: ClassVar[Mapping[str, str]]  # hvdlm's name of what lies outside of layers: its name in the base model
+    _layers: ClassVar[str]
+    _inner: ClassVar[Mapping[str, str]]  # the same of what lies in a layer
+    _parts: ClassVar[Mapping[str, tuple[int, int]]] = {}
+    _turned: ClassVar[bool] = False
 
     @abstractmethod
     def settings(self, config: Config) -> dict[str, Any]:
@@ -47,17 +60,28 @@ class Format(ABC):
     def config(self, s: GPTSettings) -> dict[str, Any]:
         """Return the config.json of a model with these settings."""
 
-    @abstractmethod
     def place(self, name: str) -> Place:
         """Return where the parameter ``name`` lies."""
+        if name == "head.weight":
+            return Place("lm_head.weight")
+        if name.startswith("embed."):
+            return Place(f"{self.prefix}{self._outer[name]}.weight")
+        path, _, kind = name.rpartition(".")
+        end = "bias" if kind == "bias" else "weight"
+        if path in self._outer:
+            return Place(f"{self.prefix}{self._outer[path]}.{end}")
+        _, layer, inner = path.split(".", 2)
+        tensor = f"{self.prefix}{self._layers}.{layer}.{self._inner[inner]}.{end}"
+        return Place(tensor, self._turned and kind == "weight", self._parts.get(inner, (0, 1)))
 
 
 class GPT2(Format):
     """GPT-2 (Radford et al. 2019); its linear layers hold ``[inputs, outputs]``."""
 
-    name, prefix, architecture = "gpt2", "transformer.", "GPT2LMHeadModel"
-    _OUTER: ClassVar = {"embed.tokens": "wte.weight", "embed.positions": "wpe.weight", "head.weight": "lm_head.weight"}
-    _INNER: ClassVar = {
+    name, prefix, architecture, biased = "gpt2", "transformer.", "GPT2LMHeadModel", True
+    _outer: ClassVar = {"embed.tokens": "wte", "embed.positions": "wpe", "final_norm": "ln_f"}
+    _layers = "h"
+    _inner: ClassVar = {
         "attention_norm": "ln_1",
         "attention.query": "attn.c_attn",
         "attention.key": "attn.c_attn",
@@ -67,7 +91,7 @@ class GPT2(Format):
         "mlp.up": "mlp.c_fc",
         "mlp.down": "mlp.c_proj",
     }
-    _PARTS: ClassVar = {"attention.query": (0, 3), "attention.key": (1, 3), "attention.value": (2, 3)}
+    _parts: ClassVar = {"attention.query": (0, 3), "attention.key": (1, 3), "attention.value": (2, 3)}
 
     def settings(self, config: Config) -> dict[str, Any]:
         """Return what ``config`` says; see ``Format``."""
@@ -117,25 +141,14 @@ class GPT2(Format):
             **dict.fromkeys(("bos_token_id", "eos_token_id"), None),
         }
 
-    def place(self, name: str) -> Place:
-        """Return where the parameter ``name`` lies."""
-        if name in self._OUTER:
-            outer = self._OUTER[name]
-            return Place(outer if name == "head.weight" else self.prefix + outer)
-        kind = {"scale": "weight", "weight": "weight", "bias": "bias"}[name.rpartition(".")[2]]
-        if name.startswith("final_norm."):
-            return Place(f"{self.prefix}ln_f.{kind}")
-        _, layer, rest = name.split(".", 2)
-        inner = rest.rpartition(".")[0]
-        part = self._PARTS.get(inner, (0, 1))
-        return Place(f"{self.prefix}h.{layer}.{self._INNER[inner]}.{kind}", part=part)
-
 
 class Llama(Format):
     """Llama (Touvron et al. 2023); its linear layers hold ``[outputs, inputs]``."""
 
     name, prefix, architecture = "llama", "model.", "LlamaForCausalLM"
-    _INNER: ClassVar = {
+    _outer: ClassVar = {"embed.tokens": "embed_tokens", "final_norm": "norm"}
+    _layers, _turned = "layers", True
+    _inner: ClassVar = {
         "attention_norm": "input_layernorm",
         "attention.query": "self_attn.q_proj",
         "attention.key": "self_attn.k_proj",
@@ -206,19 +219,6 @@ class Llama(Format):
             "tie_word_embeddings": s.tie_embeddings,
             **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), None),
         }
-
-    def place(self, name: str) -> Place:
-        """Return where the parameter ``name`` lies."""
-        if name == "head.weight":
-            return Place("lm_head.weight")
-        if name == "embed.tokens":
-            return Place(f"{self.prefix}embed_tokens.weight")
-        kind = {"scale": "weight", "weight": "weight", "bias": "bias"}[name.rpartition(".")[2]]
-        if name.startswith("final_norm."):
-            return Place(f"{self.prefix}norm.{kind}")
-        _, layer, rest = name.split(".", 2)
-        turned = name.endswith(".weight")
-        return Place(f"{self.prefix}layers.{layer}.{self._INNER[rest.rpartition('.')[0]]}.{kind}", turned)
 
 
 FORMATS: dict[str, Format] = {one.name: one for one in (GPT2(), Llama())}

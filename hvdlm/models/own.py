@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from hvdlm.models.spec import Init, ModelSpec, ParamSpec
+from hvdlm.models.spec import Init, ModelSpec, ParamSpec, Source
 
 PREFIX = "own."
 """What the names of such a model's parameters begin with."""
@@ -36,13 +37,13 @@ def own_spec(
         shapes: {name: shape} of its parameters; of matrices, weight decay applies to all.
         values: their initial values under a seed, in the same order. Those of the seed asked for last are kept.
     """
-    kept: dict[int, dict[str, np.ndarray]] = {}
 
-    def read(name: str, seed: int, box: tuple[slice, ...]) -> np.ndarray:
-        if seed not in kept:
-            kept.clear()
-            kept[seed] = dict(zip(shapes, values(seed), strict=True))
-        return np.ascontiguousarray(kept[seed][name][box], np.float32)
+    @lru_cache(maxsize=1)
+    def named(seed: int) -> dict[str, np.ndarray]:
+        return dict(zip(shapes, values(seed), strict=True))
+
+    def source(name: str) -> Source:
+        return lambda seed, box: np.ascontiguousarray(named(seed)[name][box], np.float32)
 
     params = tuple(
         ParamSpec(
@@ -51,7 +52,7 @@ def own_spec(
             ("own",) * len(shape),
             Init("zeros"),
             decay=len(shape) > 1,
-            source=lambda seed, box, name=name: read(name, seed, box),  # type: ignore[misc]
+            source=source(name),
         )
         for name, shape in shapes.items()
     )

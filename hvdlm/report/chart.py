@@ -32,7 +32,10 @@ def chart(title: str, unit: str, curves: Mapping[str, Curve], marks: Sequence[in
             f'<text class="tick" text-anchor="middle" x="{x(tick):.1f}" y="{_HEIGHT - 8}">{short(tick)}</text>'
         )
     parts += [f'<line class="mark" x1="{x(s):.1f}" x2="{x(s):.1f}" y1="{_TOP}" y2="{y(low):.1f}"/>' for s in marks]
-    for number, (name, curve) in enumerate(drawn.items()):
+    for number, name in enumerate(curves):  # a run keeps its color where another has no such curve
+        if name not in drawn:
+            continue
+        curve = drawn[name]
         points = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in curve.items())
         last = list(curve.items())[-1]
         told = f"{escape(name)}: {last[1]:.6g} at step {last[0]}"

@@ -77,10 +77,9 @@ def write(folders: Sequence[Path], output: Path, tolerance: float) -> list[str]:
         HvdlmError: there is no run, or the page can't be written.
     """
     runs = [read(folder) for folder in folders]
-    said = [
-        f"{other.name} beside {runs[0].name}: {compare(runs[0], other, tolerance).sentence()}" for other in runs[1:]
-    ]
-    marks = [at for other in runs[1:] if (at := compare(runs[0], other, tolerance).apart) is not None]
+    compared = [(other.name, compare(runs[0], other, tolerance)) for other in runs[1:]]
+    said = [f"{name} beside {runs[0].name}: {comparison.sentence()}" for name, comparison in compared]
+    marks = [comparison.apart for _, comparison in compared if comparison.apart is not None]
     try:
         replace(output, page(runs, said, marks))
     except OSError as error:

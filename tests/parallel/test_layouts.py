@@ -78,12 +78,17 @@ _REFERENCES: dict[str, Any] = {}
 Reference = tuple[list[float], list[float], dict[str, np.ndarray]]
 
 
+def _alone(config: Config) -> Any:
+    """Return a trainable of one unsharded rank."""
+    spec = builtin_models()[config.model.name](config.model, VOCAB, CONTEXT)
+    maker = plugins.make(plugins.load([FRAMEWORK]), "framework", FRAMEWORK)
+    return maker.build(spec, Mesh(1, 1, 1), LocalWorld(), AllReduceExchange(AloneGroup()), config)
+
+
 def _trained_alone(model: dict[str, Any], train_options: dict[str, Any]) -> Any:
     mesh = Mesh(1, 1, 1)
     config = configured(mesh, model, train=train_options)
-    spec = builtin_models()[config.model.name](config.model, VOCAB, CONTEXT)
-    maker = plugins.make(plugins.load([FRAMEWORK]), "framework", FRAMEWORK)
-    alone = maker.build(spec, mesh, LocalWorld(), AllReduceExchange(AloneGroup()), config)
+    alone = _alone(config)
     results = train(alone, mesh, 0, range(config.train.steps), config)
     state = {k: v.tolist() for k, v in alone.state().items() if k.startswith("parameters/")}
     return [[r.loss for r in results], [r.grad_norm for r in results], state]
@@ -232,10 +237,7 @@ def test_evaluation_and_generation_say_what_one_rank_says(
         scores, cache = trainable.logits(np.array([[token]], np.int32), cache)
         said.append(scores.tolist())
     if world.rank == 0:
-        config = configured(one, model)
-        spec = builtin_models()[config.model.name](config.model, VOCAB, CONTEXT)
-        maker = plugins.make(plugins.load([FRAMEWORK]), "framework", FRAMEWORK)
-        alone = maker.build(spec, one, LocalWorld(), AllReduceExchange(AloneGroup()), config)
+        alone = _alone(configured(one, model))
         losses = [alone.eval_step(b) for b in (replace(rows, reset=True), short)]
         expected, cache = alone.logits(rows.inputs[:1, :5])
         whole = [expected.tolist()]

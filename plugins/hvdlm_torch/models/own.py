@@ -46,7 +46,7 @@ class Own:
     """The module, its parameters replaced by views of the flat vector."""
 
     def __init__(self, settings: OwnSettings, share: Share, collectives: Collectives) -> None:
-        self.s, self._module = settings, settings.make()
+        self._module = settings.make()
         self._p: dict[str, torch.Tensor] = {}
 
     def bind(self, parameters: Mapping[str, torch.Tensor]) -> None:
