@@ -76,6 +76,7 @@ def main() -> None:
     manager = plugins.load([o.framework, choose_backend(), "all_reduce", "sharding"])
     backend = plugins.make(manager, "backend", choose_backend())
     backend.prepare(config)
+    manager.hook.hvdlm_prepare(config=config)
     plugins.make(manager, "framework", o.framework)
     groups = {ranks: None for shape in shapes for ranks in Mesh(*map(int, shape.split("x"))).groups()}
     world = backend.start(o.framework, list(groups), config)

@@ -25,10 +25,11 @@ def main(config: Config) -> int:
     config = copy.deepcopy(pretrained.resolve(config))
     validate.values(config)
     plugins.require(config.plugins)
-    names = [config.task, config.communication.exchange, "sharding", *config.plugins]
+    names = [config.framework, config.task, config.communication.exchange, "sharding", *config.plugins]
     if config.communication.compression.algorithm != "none":
         names += ["compression", config.communication.compression.algorithm]
     manager = plugins.load(names)
+    manager.hook.hvdlm_prepare(config=config)
     p = config.parallel
     mesh = make_mesh((p.data or 1) * p.pipeline * p.tensor, p)
     validate.layout(config, mesh)

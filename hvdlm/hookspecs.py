@@ -69,6 +69,11 @@ def hvdlm_compressors() -> Mapping[str, CompressorMaker]:
 
 
 @hookspec
+def hvdlm_prepare(config: Config) -> None:
+    """Set what has to stand in the environment before models are described and frameworks imported; import nothing."""
+
+
+@hookspec
 def hvdlm_check(config: Config, spec: ModelSpec) -> None:
     """Raise HvdlmError with one sentence where settings don't fit together, before ranks meet.
 

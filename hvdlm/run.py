@@ -103,6 +103,7 @@ def plan(config: Config, *, fresh: bool = True) -> Plan:
     backend = plugins.make(manager, "backend", backend_name)
     _, size, _, _ = backend.launch_shape()
     config.train.threads = backend.prepare(config)
+    manager.hook.hvdlm_prepare(config=config)
     config.backend = backend_name
     mesh = make_mesh(size, config.parallel)
     validate.layout(config, mesh)

@@ -6,6 +6,16 @@ import os
 from typing import Any
 
 from hvdlm import hookimpl
+from hvdlm.config import Config
+
+
+@hookimpl
+def hvdlm_prepare(config: Config) -> None:
+    """Have keras, on which compression and models of plugins' own are written, use this framework: it asks once."""
+    if config.framework == "tensorflow":
+        os.environ["KERAS_BACKEND"] = "tensorflow"
+        # TensorFlow's notes about oneDNN, CPU instructions and absent GPUs tell a user nothing; errors still come.
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 
 @hookimpl
@@ -13,10 +23,6 @@ def hvdlm_make_framework(name: str) -> Any:
     """Return the framework when it is asked for."""
     if name != "tensorflow":
         return None
-    # Its notes about oneDNN, CPU instructions and absent GPUs tell a user nothing; errors still come.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    # keras, on which compression is written, reads this once.
-    os.environ["KERAS_BACKEND"] = "tensorflow"
     from hvdlm_tensorflow.framework import TensorFlowFramework
 
     return TensorFlowFramework()

@@ -6,6 +6,14 @@ import os
 from typing import Any
 
 from hvdlm import hookimpl
+from hvdlm.config import Config
+
+
+@hookimpl
+def hvdlm_prepare(config: Config) -> None:
+    """Have keras, on which compression and models of plugins' own are written, use this framework: it asks once."""
+    if config.framework == "torch":
+        os.environ["KERAS_BACKEND"] = "torch"
 
 
 @hookimpl
@@ -13,8 +21,6 @@ def hvdlm_make_framework(name: str) -> Any:
     """Return the framework when it is asked for."""
     if name != "torch":
         return None
-    # keras, on which compression is written, reads this once.
-    os.environ["KERAS_BACKEND"] = "torch"
     from hvdlm_torch.framework import TorchFramework
 
     return TorchFramework()

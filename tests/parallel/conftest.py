@@ -38,7 +38,9 @@ def world(config: Config) -> Iterator[World]:
     _, size, _, _ = backend.launch_shape()
     config.train.threads = backend.prepare(config)
     groups = {ranks: None for mesh in meshes(size) for ranks in mesh.groups()}
-    plugins.make(plugins.load([FRAMEWORK]), "framework", FRAMEWORK)
+    manager = plugins.load([FRAMEWORK])
+    manager.hook.hvdlm_prepare(config=config)
+    plugins.make(manager, "framework", FRAMEWORK)
     world = backend.start(FRAMEWORK, list(groups), config)
     yield world
     world.close()
