@@ -29,7 +29,8 @@ class ModelConfig:
         dropout: share of activations dropped while training
         rotary_base: base of the rotary positions' wavelengths
         norm_epsilon: added to the variance in normalisations
-        initial_scale: standard deviation of a GPT's initial weights; None: the preset's, or sqrt(2 / (5 width))
+        initial_scale: standard deviation of a GPT's initial weights, None: the preset's, or sqrt(2 / (5 width)); bound
+            of a recurrent model's, None: 1 / sqrt(width)
         vocab: rows of the embedding, at least the tokenizer's vocabulary; None: as many
         pretrained: a Hugging Face folder of a GPT-2 or Llama: sizes, weights and tokenizer that the run starts from
     """
@@ -64,7 +65,7 @@ class DataConfig:
         validation_share: share of the corpus, from its end, kept for validation where validation_path is None
         field: of JSON lines, Parquet and data sets: which field is the text
         separator: what stands after the text of a record
-        tokenizer: byte, char, word, bpe, or the path of a Hugging Face tokenizer.json
+        tokenizer: byte, char, word, bpe, or the path of a tokenizer.json, Hugging Face's or a run's
         vocab_size: most entries of a word or bpe vocabulary; None: 10000 (word), 4096 (bpe)
         context: tokens in a sequence
         sampling: shuffled (each window once an epoch) or sequential (consecutive windows, recurrent state carried)
@@ -108,6 +109,7 @@ class TrainConfig:
         schedule: how the learning rate goes on after warm-up
         warmup: steps of linear warm-up, or, below 1, a share of all steps
         decay_every: steps between two falls of the step schedule
+        decay_start: steps after warm-up before its first fall; None: decay_every
         decay_factor: what each fall of the step schedule multiplies by
         weight_decay: decoupled (AdamW) or added to the gradient (SGD, Adagrad); on matrices only
         beta1: AdamW's decay of the first moment
@@ -138,6 +140,7 @@ class TrainConfig:
     schedule: Literal["constant", "linear", "cosine", "inverse_sqrt", "step"] = "cosine"
     warmup: float = 100.0
     decay_every: int = 1000
+    decay_start: int | None = None
     decay_factor: float = 0.5
     weight_decay: float = 0.1
     beta1: float = 0.9

@@ -162,7 +162,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def run_config(run: str, arguments: list[str]) -> Config:
-    """Return the configuration that a run was trained with, ``arguments`` overriding it."""
+    """Return the configuration that a run was trained with, ``arguments`` overriding it; its tokenizer stays."""
+    named = [argument.partition("=")[0] for argument in arguments]
+    kept = Path(run) / "tokenizer.json"
+    if any(name.startswith("--data.") for name in named) and "--data.tokenizer" not in named and kept.is_file():
+        arguments = [*arguments, "--data.tokenizer", str(kept)]
     return _parse("", "", ["--config", str(_run_file(run)), *arguments])
 
 

@@ -18,7 +18,7 @@ def make_schedule(config: TrainConfig) -> Callable[[int], float]:
     """
     peak, low = config.learning_rate, config.min_learning_rate
     warmup = round(config.warmup * config.steps) if 0 < config.warmup < 1 else int(config.warmup)
-    rest = max(1, config.steps - warmup)
+    rest, start = max(1, config.steps - warmup), config.decay_start or config.decay_every
 
     def after(step: int) -> float:
         done = min(1.0, (step - warmup) / rest)
@@ -29,7 +29,7 @@ def make_schedule(config: TrainConfig) -> Callable[[int], float]:
         if config.schedule == "inverse_sqrt":
             return max(low, peak * math.sqrt(max(warmup, 1) / max(step, warmup, 1)))
         if config.schedule == "step":
-            return peak * config.decay_factor ** ((step - warmup) // config.decay_every)
+            return peak * config.decay_factor ** max(0, (step - warmup - start) // config.decay_every + 1)
         return peak
 
     return lambda step: peak * (step + 1) / (warmup + 1) if step < warmup else after(step)

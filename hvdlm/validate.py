@@ -16,7 +16,7 @@ from hvdlm.topology import Mesh
 
 _POSITIVE = """
     model.layers model.width model.heads model.kv_heads model.mlp_width model.vocab data.vocab_size data.context
-    train.steps train.batch_size train.micro_batch_size train.decay_every train.eval_batch_size train.threads
+    train.steps train.batch_size train.micro_batch_size train.decay_every train.decay_start train.eval_batch_size train.threads
     parallel.data parallel.pipeline parallel.tensor communication.bucket_bytes communication.fusion_bytes
     communication.compression.rank communication.compression.min_elements communication.local.steps checkpoint.keep
     log.every train.max_skips

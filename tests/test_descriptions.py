@@ -83,6 +83,8 @@ def test_schedules_follow_their_formulas() -> None:
     assert rates(schedule="linear", warmup=0)[50] == pytest.approx(0.55)
     assert rates(schedule="inverse_sqrt", warmup=9)[36] == pytest.approx(0.5)
     assert rates(schedule="step", warmup=0, decay_every=30)[65] == 0.25
+    later = rates(schedule="step", warmup=0, decay_every=10, decay_start=40)
+    assert [later[step] for step in (0, 39, 40, 49, 50)] == [1.0, 1.0, 0.5, 0.5, 0.25]  # as Zaremba et al. 2014 do
     assert set(rates(schedule="constant", warmup=0)) == {1.0}
     assert rates(schedule="cosine", warmup=0.1) == cosine
 

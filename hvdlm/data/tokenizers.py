@@ -264,6 +264,8 @@ def from_json(value: Any) -> Tokenizer:
 def train(name: str, size: int | None, texts: Iterable[str]) -> Tokenizer:
     """Return the tokenizer ``name`` (see ``DataConfig.tokenizer``), trained on ``texts`` where it needs training.
 
+    A file may be Hugging Face's or a run's own (``to_json``).
+
     Raises:
         HvdlmError: neither a known kind nor a readable tokenizer.json.
     """
@@ -277,7 +279,8 @@ def train(name: str, size: int | None, texts: Iterable[str]) -> Tokenizer:
         return BPETokenizer.train(texts, size or 4096)
     check(name)
     try:
-        return BPETokenizer(str(untrusted.read(Path(name), LIMIT), "utf-8"))
+        value = untrusted.read_json(Path(name), LIMIT, slack=SLACK)
+        return from_json(value) if isinstance(value, dict) and "kind" in value else BPETokenizer(json.dumps(value))
     except (ValueError, OSError) as error:
         raise HvdlmError(
             f"data.tokenizer {name}: can't be read: {error}: give a Hugging Face tokenizer.json."

@@ -52,7 +52,7 @@ class RNNSettings:
 def make_rnn(config: ModelConfig, vocab: int, context: int, *, cell: str) -> ModelSpec:
     """Return the description of a recurrent model with this cell."""
     s = RNNSettings(vocab, config.layers, config.width, cell, bool(config.tie_embeddings), config.dropout)
-    uniform = Init("uniform", s.width**-0.5)
+    uniform = Init("uniform", config.initial_scale or s.width**-0.5)
     params = [ParamSpec("embed.tokens", (vocab, s.width), ("vocab", "embed"), uniform, decay=True)]
     for i in range(s.layers):
         for part, axis in (("input", "embed"), ("recurrent", "hidden_in")):
