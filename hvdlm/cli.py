@@ -24,13 +24,14 @@ COMMANDS = {
     "doctor": "examine this machine's MPI, Horovod and frameworks, or why a run (--run) hung or died",
     "bench": "measure what collectives cost between the ranks of this launch",
     "supervise": "start a run, and start it again from its newest checkpoint where it fails",
+    "launch": "write the job file of a run for Slurm, PBS, LSF or Kubernetes, and submit it",
 }
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; return the exit code: 0 done, 1 failed while computing, 2 bad input, 75 stopped and saved."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    own = arguments.index("--") if "--" in arguments else len(arguments)  # what follows is supervise's command
+    own = arguments.index("--") if "--" in arguments else len(arguments)  # what follows is another command
     debug = "--debug" in arguments[:own]
     arguments = [a for a in arguments[:own] if a != "--debug"] + arguments[own:]
     command = arguments.pop(0) if arguments and arguments[0] in COMMANDS else "train"
@@ -296,6 +297,14 @@ def supervise(arguments: list[str]) -> int:
     return watch(settings, command, lambda given: options.parse_config(given, COMMANDS))
 
 
+def launch(arguments: list[str]) -> int:
+    """``python -m hvdlm launch -- train ...``."""
+    values, job, run = options.parse_launch(COMMANDS["launch"], arguments)
+    from hvdlm.scheduling.launch import launch as queue
+
+    return queue(job, run, lambda given: options.parse_config(given, COMMANDS), values.output, values.submit)
+
+
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "evaluate": evaluate,
@@ -307,4 +316,5 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "doctor": doctor,
     "bench": bench,
     "supervise": supervise,
+    "launch": launch,
 }

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         Framework,
         Group,
         Prediction,
+        Scheduler,
         StepResult,
         Task,
         World,
@@ -89,6 +90,12 @@ def hvdlm_predict(config: Config, spec: ModelSpec, mesh: Mesh, rank: int) -> Pre
 @hookspec
 def hvdlm_options() -> Mapping[str, type]:
     """Return {section: dataclass}: options of the plugin's own, ``--section.field``, typed and in ``--help``."""
+    raise NotImplementedError
+
+
+@hookspec
+def hvdlm_schedulers() -> Mapping[str, Scheduler]:
+    """Return writers of job files by the names that ``launch --scheduler`` takes."""
     raise NotImplementedError
 
 

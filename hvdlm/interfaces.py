@@ -438,6 +438,25 @@ CompressorMaker = Callable[["CompressionConfig", int, int, int], Compressor]
 """(settings, seed, place of this rank, ranks) -> Compressor; may import keras."""
 
 
+class Scheduler(Protocol):
+    """Writes the job files of one scheduler; a module with these two names is one."""
+
+    @property
+    def CLIENT(self) -> Sequence[str]:
+        """The command that submits the job file which it reads from standard input."""
+
+    def write(self, job: Any, arguments: Sequence[str], config: Config) -> str:
+        """Return the job file that trains with ``arguments`` on the ranks of ``job`` (an ``hvdlm.scheduling.job.Job``).
+
+        ``config``: what the arguments mean. The job has to run ``job.setup`` first, to tell the run SIGUSR1
+        ``job.save_seconds`` before its time is over, to train with ``--checkpoint.resume auto``, and to run again where
+        the run ends with code 75. ``hvdlm.scheduling.script`` has the shell for it.
+
+        Raises:
+            HvdlmError: the scheduler can't do what the job asks for.
+        """
+
+
 class Task(Protocol):
     """What a batch, a loss and a metric are; ``tokenizer`` turns text into ids below ``vocab``.
 

@@ -307,6 +307,26 @@ def parse_supervise(arguments: list[str]) -> tuple[Any, list[str]]:
     return Settings(**parser.parse_args(arguments[:own]).as_dict()), arguments[own + 1 :]
 
 
+def parse_launch(description: str, arguments: list[str]) -> tuple[Any, Any, list[str] | None]:
+    """Return ``output`` and ``submit``, the job (``scheduling.job.Job``), and the options of train after ``--``.
+
+    None in place of the latter: there are none, or another command than train stands there.
+    """
+    from hvdlm.scheduling.job import Job
+    from hvdlm.supervision.supervised import train_arguments
+
+    description = f"python -m hvdlm launch [OPTIONS] -- train [OPTIONS of train]: {description}."
+    parser = _parser("launch", description)
+    parser.add_class_arguments(Job)
+    parser.add_argument("--output", type=str, default=None, help="file to write; default: standard output")
+    parser.add_argument("--submit", action="store_true", help="submit the job: sbatch, qsub, bsub or kubectl")
+    parser.known = {**schema.types_of({"": Job}), "output": str, "submit": bool}
+    own = arguments.index("--") if "--" in arguments else len(arguments)
+    values = parser.parse_args(arguments[:own])
+    job = Job(**{name: values[name] for name in Job.__dataclass_fields__})
+    return values, job, train_arguments(["-m", "hvdlm", *arguments[own + 1 :]]) if own < len(arguments) else None
+
+
 def parse_doctor(description: str, arguments: list[str]) -> Any:
     """Return ``run``: the folder of a run that hung or died; None: this machine is examined."""
     parser = _parser("doctor", description)

@@ -43,6 +43,7 @@ FLOORS = {
         "convert",
         "huggingface",
         "report",
+        "scheduling",
         "telemetry",
         "plugins",
         "exchange",
