@@ -12,6 +12,7 @@ import numpy as np
 
 from hvdlm import untrusted
 from hvdlm.interfaces import HvdlmError, Trainable
+from hvdlm.terminal import on_terminal
 
 if TYPE_CHECKING:
     from hvdlm.run import Run
@@ -135,8 +136,6 @@ def write(run: Run, prompt: str, count: int, sampling: Sampling) -> str:
 
     The ranks that hold a copy of the model together with rank 0 compute with it. Returns the text.
     """
-    from hvdlm.telemetry.progress import on_terminal
-
     ids = encode(run.task.tokenizer, prompt)
     if run.mesh.coordinates(run.world.rank)["data"] != 0:
         return ""

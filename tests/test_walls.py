@@ -27,6 +27,7 @@ FLOORS = {
         "untrusted",
         "disk",
         "plain_yaml",
+        "terminal",
         "watch",
     ],
     1: [

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import bisect
+import os
 from collections.abc import Iterable, Iterator
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from hvdlm import untrusted
+from hvdlm.data.pieces import START, Piece, Place, Reading
 from hvdlm.interfaces import HvdlmError
 from hvdlm.untrusted import shown
 
@@ -48,38 +51,52 @@ def check_folder(folder: Path) -> None:
         )
 
 
-def texts(source: str, lines: Iterable[bytes], form: Form) -> Iterator[str]:
-    """Yield the texts of ``source``, about a megabyte at a time; ``lines``: its bytes, where it is JSON lines.
+def lines(source: str, chunks: Iterable[bytes], form: Form, place: Place) -> Iterator[Piece]:
+    """Yield the texts of JSON lines, whose bytes from ``place`` on are ``chunks``, about a megabyte at a time.
 
     Raises:
         HvdlmError: a record is damaged or has no such field.
     """
+    return _gathered(source, _lines(source, chunks, form.field, place), form)
+
+
+def rows(source: str, form: Form, place: Place, reading: Reading) -> Iterator[Piece]:
+    """Yield the texts of a table from ``place`` on, about a megabyte at a time.
+
+    Raises:
+        HvdlmError: it is damaged or has no such field.
+    """
+    found = enumerate(_columns(source, form.field, place.number, reading), place.number + 1)
+    return _gathered(source, ((text, Place(0, number)) for number, text in found), form)
+
+
+def _gathered(source: str, found: Iterable[tuple[Any, Place]], form: Form) -> Iterator[Piece]:
     pieces: list[str] = []
-    size = 0
-    found = _columns(source, form.field) if is_table(source) else _lines(source, lines, form.field)
-    for number, text in enumerate(found, 1):
+    size, end = 0, START
+    for text, end in found:
         if not isinstance(text, str):
             raise HvdlmError(
-                f"data.path {source}: {form.field} of record {number} is {shown(repr(text))}, expected text: choose "
-                "another field (--data.field NAME)."
+                f"data.path {source}: {form.field} of record {end.number} is {shown(repr(text))}, expected text: "
+                "choose another field (--data.field NAME)."
             )
         pieces += [text, form.separator]
         size += len(text)
         if size > _PIECE:
-            yield "".join(pieces)
+            yield Piece("".join(pieces), end)
             pieces, size = [], 0
     if pieces:
-        yield "".join(pieces)
+        yield Piece("".join(pieces), end)
 
 
-def _lines(source: str, chunks: Iterable[bytes], field: str) -> Iterator[Any]:
-    rest, number = b"", 0
+def _lines(source: str, chunks: Iterable[bytes], field: str, place: Place) -> Iterator[tuple[Any, Place]]:
+    """Yield the field of every record with the place behind it; a line's number is its record's."""
+    rest, (offset, number) = b"", place
     for chunk in chain(chunks, [b"\n"]):
         *whole, rest = (rest + chunk).split(b"\n")
         for line in whole:
-            number += 1
+            number, offset = number + 1, offset + len(line) + 1
             if line.strip():
-                yield _field(_record(source, number, line), field, source, number)
+                yield _field(_record(source, number, line), field, source, number), Place(offset, number)
         if len(rest) > _LINE:
             raise HvdlmError(f"data.path {source}: line {number + 1} is longer than {_LINE:,} bytes: is it JSON lines?")
 
@@ -109,35 +126,40 @@ def _no_field(source: str, field: str, names: list[str], where: str) -> HvdlmErr
     )
 
 
-def _columns(source: str, field: str) -> Iterator[Any]:
-    """Yield a column of a Parquet or Arrow file, some rows at a time."""
+def _columns(source: str, field: str, first: int, reading: Reading) -> Iterator[Any]:
+    """Yield a column of a Parquet or Arrow file from row ``first`` on, some rows at a time."""
     try:
         import pyarrow
     except ImportError as error:
         raise HvdlmError(f"data.path {source}: reading it needs pyarrow: pip install pyarrow.") from error
     try:
-        yield from (_parquet if source.endswith(".parquet") else _arrow)(source, field)
+        yield from (_parquet if source.endswith(".parquet") else _arrow)(source, field, first, reading)
     except (pyarrow.ArrowException, OSError) as error:
         raise HvdlmError(f"data.path {source}: can't be read: {shown(str(error), 200)}: write it anew.") from error
 
 
-def _parquet(source: str, field: str) -> Iterator[Any]:
+def _parquet(source: str, field: str, first: int, reading: Reading) -> Iterator[Any]:
     from pyarrow import parquet
 
     with parquet.ParquetFile(source, memory_map=True) as file:
         names = file.schema_arrow.names
         if field not in names:
             raise _no_field(source, field, names, "the table")
-        groups = [file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups)]
-        if sum(groups) > untrusted.unpacked_limit(source):
+        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+        if sum(group.total_byte_size for group in groups) > untrusted.unpacked_limit(source):
             raise HvdlmError(
                 f"data.path {source}: unpacks to more than {untrusted.RATIO} times its size: write it uncompressed."
             )
-        for batch in file.iter_batches(_ROWS, columns=[field]):
-            yield from batch.column(0).to_pylist()
+        ends = list(accumulate(group.num_rows for group in groups))
+        skipped = bisect.bisect_right(ends, first)  # groups that end before
+        row, size = ends[skipped - 1] if skipped else 0, os.path.getsize(source)
+        for batch in file.iter_batches(_ROWS, row_groups=range(skipped, len(groups)), columns=[field]):
+            yield from batch.column(0).slice(max(0, first - row)).to_pylist()
+            row += len(batch)
+            reading.done = size * row // ends[-1]
 
 
-def _arrow(source: str, field: str) -> Iterator[Any]:
+def _arrow(source: str, field: str, first: int, reading: Reading) -> Iterator[Any]:
     import pyarrow
 
     with pyarrow.memory_map(source) as memory, pyarrow.ipc.open_stream(memory) as stream:
@@ -145,5 +167,7 @@ def _arrow(source: str, field: str) -> Iterator[Any]:
             raise _no_field(source, field, stream.schema.names, "the table")
         for batch in stream:
             column = batch.column(stream.schema.get_field_index(field))
-            for start in range(0, len(column), _ROWS):
+            for start in range(min(first, len(column)), len(column), _ROWS):
                 yield from column.slice(start, _ROWS).to_pylist()
+            first = max(0, first - len(column))
+            reading.done = memory.tell()

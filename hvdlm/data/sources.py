@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import glob
 import gzip
 import hashlib
@@ -13,11 +12,11 @@ import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from hvdlm import untrusted
 from hvdlm.data import documents
 from hvdlm.data.documents import Form
+from hvdlm.data.pieces import START, Piece, Place, Reading, behind, cut
 from hvdlm.disk import sha256
 from hvdlm.interfaces import HvdlmError
 
@@ -69,87 +68,85 @@ def expand(paths: Sequence[str]) -> list[str]:
     return found
 
 
-def chunks(source: str) -> Iterator[bytes]:
-    """Yield the bytes of one source."""
+def chunks(source: str, reading: Reading | None = None) -> Iterator[bytes]:
+    """Yield the bytes of one source, unpacked; ``reading`` hears of them."""
+    reading = reading or Reading()
     if source == "embedded":
-        yield embedded().encode()
+        data = embedded().encode()
+        reading.hashed.update(data)
+        reading.done = len(data)
+        yield data
         return
-    packed, done = source.endswith(".gz"), 0
+    packed, count = source.endswith(".gz"), 0
     try:
         limit = untrusted.unpacked_limit(source) if packed else math.inf
-        with gzip.open(source) if packed else open(source, "rb") as file:
+        with open(source, "rb") as lying, gzip.open(lying) if packed else lying as file:
             while chunk := file.read(_CHUNK):
-                done += len(chunk)
-                if done > limit:
+                count += len(chunk)
+                if count > limit:
                     raise HvdlmError(
                         f"data.path {source}: unpacks to more than {untrusted.RATIO} times its size, as a "
                         "decompression bomb does: if it is a text all the same, unpack it with gunzip and give "
                         "that file."
                     )
+                reading.hashed.update(chunk)
+                reading.done = lying.tell()
                 yield chunk
     except (OSError, EOFError, zlib.error) as error:
         raise HvdlmError(f"data.path {source}: can't be read: {error}.") from error
 
 
-def texts(paths: Sequence[str], digests: dict[str, str] | None = None, form: Form = _FORM) -> Iterator[str]:
-    """Yield the text of all sources in pieces of about a megabyte that end at a line's end, or at a blank.
+def pieces(source: str, form: Form = _FORM, place: Place = START, reading: Reading | None = None) -> Iterator[Piece]:
+    """Yield the text of one source from ``place`` on, in pieces that end at a line's end or a blank, or with a record.
 
-    Of records, ``form`` tells what their text is; pieces end where a record does. Memory doesn't grow with the corpus.
-    ``digests`` takes the SHA-256 of every source as it lies on disk, unpacked.
+    What comes before ``place`` is read too, unless it is a table, so that ``reading`` knows its SHA-256 at the end.
+
+    Raises:
+        HvdlmError: it can't be read, is not UTF-8, or a record is damaged.
+    """
+    reading = reading or Reading()
+    if documents.is_table(source):
+        return documents.rows(source, form, place, reading)
+    found = behind(chunks(source, reading), place.offset)
+    if documents.is_records(source):
+        return documents.lines(source, found, form, place)
+    return cut(source, found, place.offset, 16 * _CHUNK)
+
+
+def digest(source: str, reading: Reading) -> str:
+    """Return the SHA-256 of a source that has been read to its end, as it lies on disk, unpacked."""
+    # A table is read in another order than it lies there.
+    return sha256(Path(source)) if documents.is_table(source) else reading.hashed.hexdigest()
+
+
+def size(source: str) -> int:
+    """Return the bytes of a source as it lies on disk."""
+    return len(embedded().encode()) if source == "embedded" else os.path.getsize(source)
+
+
+def texts(paths: Sequence[str], digests: dict[str, str] | None = None, form: Form = _FORM) -> Iterator[str]:
+    """Yield the text of all sources in ``pieces``. Memory doesn't grow with the corpus.
+
+    ``digests`` takes the SHA-256 of every source.
 
     Raises:
         HvdlmError: a source can't be read or is not UTF-8, or there is no text at all.
     """
     empty = True
     for source in expand(paths):
-        hashed = hashlib.sha256()
-        found = _pieces(_decoded(source, hashed))
-        if documents.is_records(source):
-            found = documents.texts(source, _hashed(source, hashed), form)
-        for piece in found:
+        reading = Reading()
+        for piece in pieces(source, form, reading=reading):
             empty = False
-            yield piece
+            yield piece.text
         if digests is not None:
-            # A table is read in another order than it lies there.
-            digests[source] = sha256(Path(source)) if documents.is_table(source) else hashed.hexdigest()
+            digests[source] = digest(source, reading)
     if empty:
-        raise HvdlmError(f"data.path {', '.join(paths)}: the corpus is empty: give a file with text.")
+        raise no_text(paths)
 
 
-def _hashed(source: str, hashed: Any) -> Iterator[bytes]:
-    for chunk in chunks(source):
-        hashed.update(chunk)
-        yield chunk
-
-
-def _decoded(source: str, hashed: Any) -> Iterator[str]:
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    done = 0
-    try:
-        for chunk in _hashed(source, hashed):
-            pending = len(decoder.getstate()[0])
-            yield decoder.decode(chunk)
-            done += len(chunk)
-        pending = 0
-        yield decoder.decode(b"", final=True)
-    except UnicodeDecodeError as error:
-        raise HvdlmError(
-            f"data.path {source}: byte {done - pending + error.start} is not UTF-8: convert it, for example with "
-            "iconv -t UTF-8."
-        ) from error
-
-
-def _pieces(texts: Iterator[str]) -> Iterator[str]:
-    """Cut where a word can't be torn apart; a word longer than any language's is cut all the same."""
-    rest = ""
-    for text in texts:
-        rest += text
-        cut = rest.rfind("\n") + 1 or rest.rfind(" ") + 1 or (len(rest) if len(rest) > 16 * _CHUNK else 0)
-        if cut:
-            yield rest[:cut]
-            rest = rest[cut:]
-    if rest:
-        yield rest
+def no_text(paths: Sequence[str]) -> HvdlmError:
+    """Return what is said where there is no text at all."""
+    return HvdlmError(f"data.path {', '.join(paths)}: the corpus is empty: give a file with text.")
 
 
 def spool(folder: Path) -> str:

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from hvdlm import hookimpl
 from hvdlm.config import Config
 from hvdlm.data import sampler
 from hvdlm.data.tokenfile import prepare, require_length
-from hvdlm.interfaces import Batch, HvdlmError, RankError
+from hvdlm.interfaces import Batch, HvdlmError, RankError, Trainable
+
+
+def loss_figures(sums: Mapping[str, float]) -> dict[str, float]:
+    """Return val_loss (nats per token) and perplexity."""
+    loss = sums["loss"] / sums["tokens"]
+    return {"val_loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
 
 
 class LanguageModel:
     """The task ``language_model``: its corpus open, its tokenizer ready."""
+
+    reads = ()
 
     def __init__(self, config: Config) -> None:
         self._config = config
@@ -55,10 +63,17 @@ class LanguageModel:
         for piece in pieces:
             yield Batch(*piece)
 
-    def metrics(self, loss_sum: float, tokens: float) -> dict[str, float]:
+    def count(self, trainable: Trainable, batch: Batch) -> dict[str, float]:
+        """Return nothing: the loss says all."""
+        return {}
+
+    def respond(self, trainable: Trainable, prompt: str) -> None:
+        """Return None: the prompt is gone on with."""
+
+    def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Return val_loss (nats per token), perplexity, and bits_per_byte (of the UTF-8 text)."""
-        loss = loss_sum / tokens
-        figures = {"val_loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
+        figures = loss_figures(sums)
+        loss = figures["val_loss"]
         if self.data.validation_bytes:
             per_byte = len(self.data.validation) / self.data.validation_bytes
             figures["bits_per_byte"] = loss / math.log(2) * per_byte

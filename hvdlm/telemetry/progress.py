@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from hvdlm import hookimpl
 from hvdlm.config import Config
 from hvdlm.interfaces import StepResult, World
 from hvdlm.telemetry.interval import Interval
+from hvdlm.terminal import clock, on_terminal, size
 
 
 class Progress:
@@ -61,7 +61,7 @@ class Progress:
             self._say(f"step {step}: update skipped, gradient norm {result.grad_norm:.3g}")
         if self._bar is None and self._is_due(step):
             left = (self._config.train.steps - step) * self._interval.seconds
-            print(f"step {step}: {text}, {_clock(left)} left", flush=True)
+            print(f"step {step}: {text}, {clock(left)} left", flush=True)
             self._interval.forget()
 
     def _is_due(self, step: int) -> bool:
@@ -111,40 +111,16 @@ class Progress:
             print(text, flush=True)
 
 
-def on_terminal() -> bool:
-    """Return whether a person looks at standard output as it comes: launchers hand every rank a terminal of their own.
-
-    What they pass on from it may end in a file, and ``horovodrun`` puts the rank's number before every write.
-    """
-    launched = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "HOROVOD_SIZE", "SLURM_STEP_NUM_TASKS")
-    return sys.stdout.isatty() and not any(name in os.environ for name in launched)
-
-
 def _communication(interval: Interval) -> str:
     """Return what is to be said where anything is communicated, for example comm 3.1%, 67 KB/step (1/46.7)."""
     if not interval.comm_bytes:
         return ""
-    text = f", comm {interval.comm_share:.1%}, {_size(interval.comm_bytes)}/step"
+    text = f", comm {interval.comm_share:.1%}, {size(interval.comm_bytes)}/step"
     if interval.compression and interval.compression > 1.05:
         text += f" (1/{interval.compression:.1f})"
     return text if interval.overlap is None else f"{text}, {interval.overlap:.0%} hidden"
 
 
-def _size(count: float) -> str:
-    """Return a number of bytes in the unit that leaves few digits."""
-    for unit in ("B", "KB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} GB"
-
-
 def _figure(name: str, value: float) -> str:
     """Losses differ in the fourth decimal; what follows from them is readable with two."""
     return f"{name} {value:.4f}" if name.endswith("loss") else f"{name} {value:.2f}"
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

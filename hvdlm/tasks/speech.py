@@ -1,0 +1,244 @@
+"""Speech recognition: the characters that are said in a recording (Graves et al. 2006)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hvdlm import hookimpl
+from hvdlm.config import Config
+from hvdlm.data.items import ShuffledItems, share, up_to
+from hvdlm.data.tokenizers import CharTokenizer
+from hvdlm.interfaces import Batch, HvdlmError, Trainable
+from hvdlm.models.ctc import BANDS, READS
+from hvdlm.models.spec import ModelSpec
+from hvdlm.tasks.language_model import loss_figures
+from hvdlm.tasks.mel import HOP, frames_of, log_mel
+from hvdlm.tasks.pairs import padded
+from hvdlm.tasks.recordings import Recording, Recordings, read_recordings, read_sound
+
+_BLANK = "\0"
+_FRAMES, _TARGETS = 64, 16  # frames and characters by which batches differ in length
+
+
+@dataclass
+class SpeechOptions:
+    """Recognising.
+
+    Args:
+        shortest: how many recordings are joined to one utterance to train on, at least
+        longest: at most
+        validation_shortest: how many recordings are joined to one utterance to test on, at least
+        validation_longest: at most
+        gap: longest silence between joined recordings (seconds)
+        masks: how many bands of frequencies, and of times, are hidden while training (Park et al. 2019)
+    """
+
+    shortest: int = 1
+    longest: int = 1
+    validation_shortest: int = 1
+    validation_longest: int = 1
+    gap: float = 0.1
+    masks: int = 1
+
+
+class _Utterances:
+    """Recordings, and how they are joined: utterance number i is a function of the seed and i."""
+
+    def __init__(self, items: Sequence[Recording], rate: int, joined: tuple[int, int], gap: float, seed: int) -> None:
+        self._items, self._rate, self._joined, self._gap, self._seed = items, rate, joined, gap, seed
+
+    def random(self, number: int) -> np.random.Generator:
+        """Return what is drawn of utterance ``number`` is drawn from."""
+        return np.random.default_rng([self._seed, number])
+
+    def parts(self, number: int, first: int) -> tuple[list[int], list[int]]:
+        """Return the recordings of an utterance that begins with ``first``, and the silence after each (samples)."""
+        random = self.random(number)
+        count = int(random.integers(self._joined[0], self._joined[1] + 1))
+        more = random.integers(len(self._items), size=count - 1).tolist()
+        silences = random.integers(int(self._gap * self._rate) + 1, size=count - 1).tolist()
+        return [first, *more], [*silences, 0]
+
+    def size(self, number: int, first: int) -> tuple[int, int]:
+        """Return how many frames and characters it has."""
+        parts, silences = self.parts(number, first)
+        samples = sum(len(self._items[i].sound) for i in parts) + sum(silences)
+        return frames_of(samples, self._rate), len(self.text(parts))
+
+    def text(self, parts: Sequence[int]) -> str:
+        """Return what is said in recordings that follow each other."""
+        return " ".join(self._items[i].text for i in parts)
+
+    def frames(self, parts: Sequence[int], silences: Sequence[int]) -> np.ndarray:
+        """Return its log-mel frames, float32 ``[frames, BANDS]``."""
+        pieces = [np.pad(self._items[i].sound, (0, n)) for i, n in zip(parts, silences, strict=True)]
+        return log_mel(np.concatenate(pieces), self._rate, BANDS)
+
+
+class Speech:
+    """The task ``speech``: held out is ``data.validation_path``, or what the data set holds out, or its last share."""
+
+    reads = READS
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._options: SpeechOptions = config.plugin_options.get("speech") or SpeechOptions()
+        found = read_recordings(config.data.paths, "data.path")
+        train, held, digest = _split(found, config)
+        characters = sorted(set("".join(item.text for item in train)) | {" "})
+        self.tokenizer = CharTokenizer(_BLANK + "".join(characters))
+        self.vocab, self.rate = self.tokenizer.vocab, found.rate
+        o = self._options
+        self.fingerprint = hashlib.sha256(f"{digest} {o}".encode()).hexdigest()
+        seed, joined = config.train.seed, (o.validation_shortest, o.validation_longest)
+        self._train = _Utterances(train, found.rate, (o.shortest, o.longest), o.gap, seed)
+        self._held, self._held_count = _Utterances(held, found.rate, joined, o.gap, 0), len(held)
+        self._items = ShuffledItems(len(train), config.train.batch_size, seed)
+
+    def batch(self, number: int, first: int, last: int) -> Batch:
+        """Return rows ``first:last`` of global batch ``number``."""
+        size = self._config.train.batch_size
+        own, whole = self._items.rows(number, first, last)
+        begin = number * size + first // size * size
+        sizes = [self._train.size(begin + place, int(item)) for place, item in enumerate(whole)]
+        return self._of(self._train, range(number * size + first, number * size + last), own, sizes, True)
+
+    def _of(
+        self,
+        utterances: _Utterances,
+        numbers: Sequence[int],
+        firsts: Sequence[int] | np.ndarray,
+        sizes: Sequence[tuple[int, int]],
+        training: bool,
+    ) -> Batch:
+        """Return utterances as long as the longest of ``sizes``."""
+        frames, characters = (up_to(max(column), step) for column, step in zip(zip(*sizes), (_FRAMES, _TARGETS)))
+        heard, texts = [], []
+        for number, first in zip(numbers, firsts, strict=True):
+            parts, silences = utterances.parts(number, int(first))
+            found = utterances.frames(parts, silences)
+            heard.append(self._masked(found, utterances.random(number)) if training else found)
+            texts.append(self.tokenizer.encode(utterances.text(parts)))
+        targets, weights = padded(texts, characters)
+        return Batch(np.zeros_like(targets), targets, weights, True, _features(heard, frames), np.asarray(numbers))
+
+    def _masked(self, frames: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        """Return ``frames`` with bands of frequencies and times set to their mean."""
+        for _ in range(self._options.masks):
+            wide = int(random.integers(BANDS // 5 + 1))
+            low = int(random.integers(BANDS - wide + 1))
+            long = int(random.integers(min(len(frames) // 5, round(0.1 / HOP)) + 1))
+            start = int(random.integers(len(frames) - long + 1))
+            frames[:, low : low + wide] = 0
+            frames[start : start + long] = 0
+        return frames
+
+    def validation(self, rank: int, size: int) -> Iterator[Batch]:
+        """Yield ``rank``'s share of the held-out utterances."""
+        sizes = [self._held.size(i, i) for i in range(self._held_count)]
+        order = np.argsort([frames for frames, _ in sizes], kind="stable")
+        own, rows = share(self._held_count, rank, size), self._config.train.eval_batch_size
+        for start in range(own.start, own.stop, rows):
+            items = order[start : min(start + rows, own.stop)].tolist()
+            yield self._of(self._held, items, items, [sizes[i] for i in items], False)
+
+    def count(self, trainable: Trainable, batch: Batch) -> dict[str, float]:
+        """Return the words of the batch, those that are wrong, and the utterances, those that are right."""
+        from rapidfuzz.distance import Levenshtein
+
+        said = [text.split() for text in self._heard(trainable, batch)]
+        counted = batch.weights if batch.weights is not None else np.ones_like(batch.targets)
+        rows = zip(batch.targets, counted, strict=True)
+        meant = [self.tokenizer.decode(row[c > 0].tolist()).split() for row, c in rows]
+        pairs = list(zip(said, meant, strict=True))
+        return {
+            "words": float(sum(len(b) for _, b in pairs)),
+            "wrong": float(sum(Levenshtein.distance(a, b) for a, b in pairs)),
+            "rows": float(len(pairs)),
+            "right": float(sum(a == b for a, b in pairs)),
+        }
+
+    def _heard(self, trainable: Trainable, batch: Batch) -> list[str]:
+        """Return the likeliest characters of every row: one of equal neighbours, no blanks."""
+        best = trainable.predict(batch).argmax(-1)
+        lengths = (batch.features["frame_count"] + 1) // 2
+        texts = []
+        for row, length in zip(best, lengths, strict=True):
+            own = row[:length]
+            kept = own[(own != 0) & (own != np.concatenate([[-1], own[:-1]]))]
+            texts.append(self.tokenizer.decode(kept.tolist()))
+        return texts
+
+    def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Return val_loss (nats per character), word_error_rate, and accuracy: the share of utterances without error."""
+        rate, right = sums["wrong"] / sums["words"], sums["right"] / sums["rows"]
+        return {"val_loss": loss_figures(sums)["val_loss"], "word_error_rate": rate, "accuracy": right}
+
+    def respond(self, trainable: Trainable, prompt: str) -> str:
+        """Return what is said in the WAV files whose paths are the lines of ``prompt``."""
+        said = []
+        for path in prompt.split("\n"):
+            if path.strip():
+                frames = log_mel(read_sound(Path(path.strip()), self.rate), self.rate, BANDS)
+                none = np.zeros((1, 1), np.int32)
+                features = _features([frames], up_to(len(frames), _FRAMES))
+                said += self._heard(trainable, Batch(none, none, None, True, features))
+        return "\n".join(said)
+
+
+def _features(heard: Sequence[np.ndarray], frames: int) -> dict[str, np.ndarray]:
+    given = np.zeros((len(heard), frames, BANDS), np.float32)
+    for place, one in enumerate(heard):
+        given[place, : len(one)] = one
+    return {"frames": given, "frame_count": np.array([len(one) for one in heard], np.int32)}
+
+
+def _split(found: Recordings, config: Config) -> tuple[list[Recording], list[Recording], str]:
+    """Return what to train on, what to test on, and the digest of both."""
+    digest = found.digest
+    if config.data.validation_paths:
+        other = read_recordings(config.data.validation_paths, "data.validation_path")
+        if other.rate != found.rate:
+            raise HvdlmError(
+                f"data.validation_path: has {other.rate} samples a second, data.path {found.rate}: convert one of them."
+            )
+        train, held, digest = found.items, other.items, digest + other.digest
+    elif any(item.held_out for item in found.items):
+        train, held = ([i for i in found.items if i.held_out == kind] for kind in (False, True))
+    else:
+        kept = int(len(found.items) * (1 - config.data.validation_share))
+        train, held = found.items[:kept], found.items[kept:]
+    if not train or not held:
+        raise HvdlmError("data.path: no recordings to train on, or none to test on: give more, or a data.validation_path.")
+    return train, held, digest
+
+
+@hookimpl
+def hvdlm_options() -> Mapping[str, type]:
+    """Bring ``--speech.longest`` and its like."""
+    return {"speech": SpeechOptions}
+
+
+@hookimpl
+def hvdlm_check(config: Config, spec: ModelSpec) -> None:
+    """Refuse figures out of their range."""
+    if config.task != "speech":
+        return
+    o = config.plugin_options.get("speech") or SpeechOptions()
+    for low, high in (("shortest", "longest"), ("validation_shortest", "validation_longest")):
+        if not 1 <= getattr(o, low) <= getattr(o, high):
+            raise HvdlmError(f"speech.{low} {getattr(o, low)}: expected 1 or more, and at most speech.{high}.")
+    if o.gap < 0 or o.masks < 0:
+        raise HvdlmError("speech.gap and speech.masks are 0 or more.")
+
+
+@hookimpl
+def hvdlm_make_task(name: str, config: Config) -> Speech | None:
+    """Answer to ``speech``."""
+    return Speech(config) if name == "speech" else None

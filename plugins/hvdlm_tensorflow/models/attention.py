@@ -1,0 +1,118 @@
+"""Transformers that read beside writing, in TensorFlow: the equations of ``hvdlm.models.attention``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from hvdlm.interfaces import HvdlmError
+from hvdlm.models import attention
+from hvdlm_sharding.rules import Share
+from hvdlm_tensorflow.collectives import Collectives
+
+Parameters = Mapping[str, tf.Tensor]
+KeysValues = tuple[tf.Tensor, tf.Tensor]  # each [rows, heads, keys, head]
+_LONGEST = 1 << 14  # positions of a graph that is not traced anew for every length
+
+
+class Reader:
+    """A model that reads features and carries nothing from batch to batch: its layers, and what none of them needs."""
+
+    def __init__(self, settings: Any, share: Share, collectives: Collectives) -> None:
+        self.s, self.dtype = settings, tf.float32
+        self._p: Parameters = {}
+        self._seed, self._drawn, self._rate = tf.constant([0, 0]), 0, 0.0
+
+    def bind(self, parameters: Parameters) -> None:
+        """Take these tensors as parameters."""
+        self._p = {n: t if "norm" in n else tf.cast(t, self.dtype) for n, t in parameters.items()}
+
+    def begin(self, training: bool, seed: tf.Tensor) -> None:
+        """Have dropout draw from ``seed`` int32 ``[2]`` in this pass, where it is one of training."""
+        self._seed, self._drawn, self._rate = seed, 0, self.s.dropout if training else 0.0
+
+    def linear(self, x: tf.Tensor, name: str) -> tf.Tensor:
+        """Return ``x`` ``[..., inputs]`` through a linear layer: ``[..., outputs]``."""
+        weight = self._p[f"{name}.weight"]
+        flat = tf.nn.bias_add(tf.matmul(tf.reshape(x, [-1, weight.shape[0]]), weight), self._p[f"{name}.bias"])
+        return tf.reshape(flat, tf.concat([tf.shape(x)[:-1], [weight.shape[1]]], 0))
+
+    def norm(self, x: tf.Tensor, name: str) -> tf.Tensor:
+        """Return ``x`` ``[..., width]`` normalised."""
+        wide = tf.cast(x, tf.float32)
+        wide -= tf.reduce_mean(wide, -1, keepdims=True)
+        variance = tf.reduce_mean(tf.square(wide), -1, keepdims=True)
+        wide *= tf.math.rsqrt(variance + attention.EPSILON) * self._p[f"{name}.scale"]
+        return tf.cast(wide + self._p[f"{name}.bias"], self.dtype)
+
+    def dropout(self, x: tf.Tensor) -> tf.Tensor:
+        """Return ``x``, parts of it dropped while training."""
+        if not self._rate:
+            return x
+        self._drawn += 1
+        seed = self._seed + tf.constant([0, self._drawn])
+        return tf.nn.experimental.stateless_dropout(x, self._rate, seed=seed)
+
+    def place(self, x: tf.Tensor, start: Any = 0) -> tf.Tensor:
+        """Return ``x`` ``[rows, time, width]`` with the sinusoids of positions from ``start`` added."""
+        time = x.shape[1] if isinstance(start, int) else None
+        if time is not None:
+            return x + tf.constant(attention.positions(start + time, self.s.width)[start:], x.dtype)
+        table = tf.constant(attention.positions(_LONGEST, self.s.width), x.dtype)
+        return x + table[start : start + tf.shape(x)[1]]
+
+    def keys_values(self, y: tf.Tensor, name: str) -> KeysValues:
+        """Return the keys and values of ``y`` ``[rows, keys, width]``."""
+        return self._heads(self.linear(y, f"{name}.key")), self._heads(self.linear(y, f"{name}.value"))
+
+    def attend(self, x: tf.Tensor, kv: KeysValues, mask: tf.Tensor | None, name: str) -> tf.Tensor:
+        """Return what ``x`` ``[rows, time, width]`` finds; ``mask``: bool ``[rows or 1, 1, time or 1, keys]``, True: seen."""
+        q = self._heads(self.linear(x, f"{name}.query"))
+        scores = tf.cast(tf.matmul(q * (self.s.width // self.s.heads) ** -0.5, kv[0], transpose_b=True), tf.float32)
+        if mask is not None:
+            scores += tf.where(mask, 0.0, -np.inf)
+        found = tf.matmul(tf.cast(tf.nn.softmax(scores), self.dtype), kv[1])
+        return self.linear(tf.reshape(tf.transpose(found, [0, 2, 1, 3]), tf.shape(x)), f"{name}.output")
+
+    def mlp(self, x: tf.Tensor, name: str) -> tf.Tensor:
+        """Return ``x`` ``[..., width]`` through a feed-forward layer."""
+        return self.linear(tf.nn.relu(self.linear(x, f"{name}.up")), f"{name}.down")
+
+    def encoder_layer(self, x: tf.Tensor, mask: tf.Tensor, name: str) -> tf.Tensor:
+        """Return ``x`` ``[rows, time, width]`` through a layer whose positions see those of ``mask``."""
+        h = self.norm(x, f"{name}.attention_norm")
+        h = self.attend(h, self.keys_values(h, f"{name}.attention"), mask, f"{name}.attention")
+        x += self.dropout(h)
+        return x + self.dropout(self.mlp(self.norm(x, f"{name}.mlp_norm"), f"{name}.mlp"))
+
+    def _heads(self, x: tf.Tensor) -> tf.Tensor:
+        shape = tf.shape(x)
+        heads = self.s.heads
+        return tf.transpose(tf.reshape(x, [shape[0], shape[1], heads, self.s.width // heads]), [0, 2, 1, 3])
+
+    def cache(self, rows: int) -> tf.Tensor:
+        """Return what training carries: nothing."""
+        return tf.zeros(())
+
+    def decoding_cache(self, rows: int) -> Any:
+        """Refuse to write where nothing has been read."""
+        raise HvdlmError("this model goes on from what it has read, not from a text.")
+
+    def check_length(self, cache: Any, more: int) -> None:
+        """Accept any length."""
+
+    def carry_arrays(self, carry: Any) -> dict[str, Any]:
+        """Return nothing."""
+        return {}
+
+    def carry_tensors(self, arrays: Mapping[str, Any], micro: int | None) -> dict[int, Any]:
+        """Return nothing."""
+        return {}
+
+
+def within(lengths: tf.Tensor, time: Any) -> tf.Tensor:
+    """Return which of ``time`` positions are below a row's length, bool ``[rows, 1, 1, time]``."""
+    return tf.sequence_mask(lengths, time)[:, None, None]

@@ -1,0 +1,45 @@
+"""What hears, in TensorFlow: the equations of ``hvdlm.models.ctc``, in the same order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import tensorflow as tf
+
+from hvdlm_tensorflow.models.attention import Reader, within
+
+
+class CTC(Reader):
+    """Scores of characters for every second frame."""
+
+    def hidden(
+        self,
+        tokens: tf.Tensor,
+        x: Mapping[str, tf.Tensor],
+        carry: Any,
+        training: bool,
+        checkpointing: bool,
+        seed: tf.Tensor,
+    ) -> tuple[tf.Tensor, Any]:
+        """Return ``[rows, T / 2, width]`` of the frames in ``x``; ``tokens`` are not looked at."""
+        self.begin(training, seed)
+        h, lengths = tf.cast(x["frames"], self.dtype), self.lengths(x)
+        for number, stride in ((0, 2), (1, 1)):
+            weight = self._p[f"conv.{number}.weight"]  # [kernel, inputs, width]
+            h = tf.nn.conv1d(tf.pad(h, [[0, 0], [2, 2], [0, 0]]), weight, stride, "VALID")
+            mask = within(lengths, tf.shape(h)[1])
+            h = tf.nn.gelu(tf.nn.bias_add(h, self._p[f"conv.{number}.bias"]), approximate=True)
+            h *= tf.cast(mask[:, 0, 0, :, None], h.dtype)
+        h = self.dropout(self.place(h))
+        for i in range(self.s.layers):
+            h = self.encoder_layer(h, mask, f"encoder.{i}")
+        return self.norm(h, "final_norm"), carry
+
+    def lengths(self, x: Mapping[str, tf.Tensor]) -> tf.Tensor:
+        """Return how many frames have scores, int32 ``[rows]``."""
+        return (x["frame_count"] + 1) // 2
+
+    def scores(self, hidden: tf.Tensor) -> tf.Tensor:
+        """Return logits ``[..., vocab]``."""
+        return self.linear(hidden, "head")

@@ -1,0 +1,83 @@
+"""Transformers that read beside writing, in torch: the equations of ``hvdlm.models.attention``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from hvdlm.models import attention
+from hvdlm_sharding.rules import Share
+from hvdlm_torch.collectives import Collectives
+
+Parameters = Mapping[str, torch.Tensor]
+KeysValues = tuple[torch.Tensor, torch.Tensor]  # each [rows, heads, keys, head]
+
+
+class Reader:
+    """A model that reads features and carries nothing from batch to batch: its layers, and what none of them needs."""
+
+    def __init__(self, settings: Any, share: Share, collectives: Collectives) -> None:
+        self.s = settings
+        self._p: Parameters = {}
+
+    def bind(self, parameters: Parameters) -> None:
+        """Take these tensors as parameters."""
+        self._p = dict(parameters)
+
+    def linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        """Return ``x`` ``[..., inputs]`` through a linear layer: ``[..., outputs]``."""
+        return F.linear(x, self._p[f"{name}.weight"].t(), self._p[f"{name}.bias"])
+
+    def norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        """Return ``x`` ``[..., width]`` normalised."""
+        scale, bias = self._p[f"{name}.scale"], self._p[f"{name}.bias"]
+        return F.layer_norm(x, (self.s.width,), scale, bias, attention.EPSILON)
+
+    def dropout(self, x: torch.Tensor, training: bool) -> torch.Tensor:
+        """Return ``x``, parts of it dropped while training."""
+        return F.dropout(x, self.s.dropout) if training and self.s.dropout else x
+
+    def place(self, x: torch.Tensor, start: int = 0) -> torch.Tensor:
+        """Return ``x`` ``[rows, time, width]`` with the sinusoids of positions from ``start`` added."""
+        table = attention.positions(start + x.shape[1], self.s.width)[start:]
+        return x + torch.from_numpy(table).to(x.device, x.dtype)
+
+    def keys_values(self, y: torch.Tensor, name: str) -> KeysValues:
+        """Return the keys and values of ``y`` ``[rows, keys, width]``."""
+        return self._heads(self.linear(y, f"{name}.key")), self._heads(self.linear(y, f"{name}.value"))
+
+    def attend(self, x: torch.Tensor, kv: KeysValues, mask: torch.Tensor | None, name: str) -> torch.Tensor:
+        """Return what ``x`` ``[rows, time, width]`` finds; ``mask``: bool ``[rows or 1, 1, time or 1, keys]``, True: seen."""
+        q = self._heads(self.linear(x, f"{name}.query"))
+        found = F.scaled_dot_product_attention(q, *(t.to(q.dtype) for t in kv), attn_mask=mask)
+        return self.linear(found.transpose(1, 2).flatten(2), f"{name}.output")
+
+    def mlp(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        """Return ``x`` ``[..., width]`` through a feed-forward layer."""
+        return self.linear(F.relu(self.linear(x, f"{name}.up")), f"{name}.down")
+
+    def encoder_layer(self, x: torch.Tensor, mask: torch.Tensor, name: str, training: bool) -> torch.Tensor:
+        """Return ``x`` ``[rows, time, width]`` through a layer whose positions see those of ``mask``."""
+        h = self.norm(x, f"{name}.attention_norm")
+        h = self.attend(h, self.keys_values(h, f"{name}.attention"), mask, f"{name}.attention")
+        x = x + self.dropout(h, training)
+        return x + self.dropout(self.mlp(self.norm(x, f"{name}.mlp_norm"), f"{name}.mlp"), training)
+
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (self.s.heads, -1)).transpose(1, 2)
+
+    def carry_arrays(self, carry: Any) -> dict[str, Any]:
+        """Return nothing."""
+        return {}
+
+    def carry_tensors(self, arrays: Mapping[str, Any], micro: int | None, device: torch.device) -> dict[int, Any]:
+        """Return nothing."""
+        return {}
+
+
+def within(lengths: torch.Tensor, time: int) -> torch.Tensor:
+    """Return which of ``time`` positions are below a row's length, bool ``[rows, 1, 1, time]``."""
+    return (torch.arange(time, device=lengths.device) < lengths.unsqueeze(1))[:, None, None]

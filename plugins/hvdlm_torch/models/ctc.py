@@ -1,0 +1,43 @@
+"""What hears, in torch: the equations of ``hvdlm.models.ctc``, in the same order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from hvdlm_torch.models.attention import Reader, within
+
+
+class CTC(Reader):
+    """Scores of characters for every second frame."""
+
+    def hidden(
+        self,
+        tokens: torch.Tensor,
+        x: Mapping[str, torch.Tensor],
+        carry: Any,
+        training: bool,
+        checkpointing: bool,
+    ) -> tuple[torch.Tensor, None]:
+        """Return ``[rows, T / 2, width]`` of the frames in ``x``; ``tokens`` are not looked at."""
+        h, lengths = x["frames"], self.lengths(x)
+        for number, stride in ((0, 2), (1, 1)):
+            weight = self._p[f"conv.{number}.weight"].permute(2, 1, 0)  # [width, inputs, kernel]
+            h = F.conv1d(h.transpose(1, 2), weight, self._p[f"conv.{number}.bias"], stride, padding=2).transpose(1, 2)
+            mask = within(lengths, h.shape[1])
+            h = F.gelu(h, approximate="tanh") * mask.flatten(1).unsqueeze(-1)
+        h = self.dropout(self.place(h), training)
+        for i in range(self.s.layers):
+            h = self.encoder_layer(h, mask, f"encoder.{i}", training)
+        return self.norm(h, "final_norm"), None
+
+    def lengths(self, x: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return how many frames have scores, int32 ``[rows]``."""
+        return (x["frame_count"] + 1) // 2
+
+    def scores(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return logits ``[..., vocab]``."""
+        return self.linear(hidden, "head")

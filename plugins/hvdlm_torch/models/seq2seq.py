@@ -1,0 +1,93 @@
+"""Encoder and decoder in torch: the equations of ``hvdlm.models.seq2seq``, in the same order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from hvdlm_torch.models.attention import KeysValues, Reader, within
+
+
+class Cache(NamedTuple):
+    """Keys and values of every decoder layer: of what was read, and of what has been written; and where padding is."""
+
+    read: list[KeysValues]
+    written: list[KeysValues]
+    mask: torch.Tensor
+
+
+class Seq2Seq(Reader):
+    """A Transformer that writes what it has read in another language."""
+
+    def hidden(
+        self,
+        tokens: torch.Tensor,
+        x: Mapping[str, torch.Tensor],
+        carry: Any,
+        training: bool,
+        checkpointing: bool,
+    ) -> tuple[torch.Tensor, None]:
+        """Return ``[rows, time, width]`` of ``tokens`` ``[rows, time]`` that stand after the source ``x``."""
+        read, mask = self._encode(x, training)
+        time = tokens.shape[1]
+        seen = torch.ones(time, time, dtype=torch.bool, device=tokens.device).tril()[None, None]
+        y = self.dropout(self._embed(tokens, 0), training)
+        for i in range(self.s.layers):
+            name = f"decoder.{i}"
+            h = self.norm(y, f"{name}.attention_norm")
+            h = self.attend(h, self.keys_values(h, f"{name}.attention"), seen, f"{name}.attention")
+            y = self._rest(y + self.dropout(h, training), self.keys_values(read, f"{name}.reading"), mask, name, training)
+        return self.norm(y, "final_norm"), None
+
+    def scores(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return logits ``[..., vocab]`` of hidden states ``[..., width]``."""
+        return F.linear(hidden, self._p["embed.tokens" if self.s.tie_embeddings else "head.weight"])
+
+    def read(self, x: Mapping[str, torch.Tensor]) -> Cache:
+        """Return what the decoder needs of the source, nothing written yet."""
+        read, mask = self._encode(x, False)
+        layers = range(self.s.layers)
+        empty = read.new_zeros(len(read), self.s.heads, 0, self.s.width // self.s.heads)
+        return Cache([self.keys_values(read, f"decoder.{i}.reading") for i in layers], [(empty, empty)] * len(layers), mask)
+
+    def select(self, cache: Cache, rows: torch.Tensor) -> Cache:
+        """Return the cache of ``rows`` ``[n]``, in their order."""
+
+        def chosen(kept: list[KeysValues]) -> list[KeysValues]:
+            return [(k.index_select(0, rows), v.index_select(0, rows)) for k, v in kept]
+
+        return Cache(chosen(cache.read), chosen(cache.written), cache.mask.index_select(0, rows))
+
+    def extend(self, tokens: torch.Tensor, x: Any, cache: Cache) -> tuple[torch.Tensor, Cache]:
+        """Return hidden states of one more token a row, ``tokens`` ``[rows, 1]``, and the grown cache."""
+        y, written = self._embed(tokens, cache.written[0][0].shape[2]), []
+        for i, (before, read) in enumerate(zip(cache.written, cache.read, strict=True)):
+            name = f"decoder.{i}"
+            h = self.norm(y, f"{name}.attention_norm")
+            new = self.keys_values(h, f"{name}.attention")
+            written.append((torch.cat([before[0], new[0]], 2), torch.cat([before[1], new[1]], 2)))
+            h = self.attend(h, written[-1], None, f"{name}.attention")
+            y = self._rest(y + h, read, cache.mask, name, False)
+        return self.norm(y, "final_norm"), Cache(cache.read, written, cache.mask)
+
+    def _encode(self, x: Mapping[str, torch.Tensor], training: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what was read ``[rows, S, width]``, and its mask."""
+        mask = within(x["source_length"], x["source"].shape[1])
+        h = self.dropout(self._embed(x["source"], 0), training)
+        for i in range(self.s.layers):
+            h = self.encoder_layer(h, mask, f"encoder.{i}", training)
+        return self.norm(h, "encoder_norm"), mask
+
+    def _embed(self, tokens: torch.Tensor, start: int) -> torch.Tensor:
+        return self.place(F.embedding(tokens, self._p["embed.tokens"]) * self.s.width**0.5, start)
+
+    def _rest(
+        self, y: torch.Tensor, read: KeysValues, mask: torch.Tensor, name: str, training: bool
+    ) -> torch.Tensor:
+        """Return ``y`` through what follows self-attention in a decoder's layer."""
+        h = self.attend(self.norm(y, f"{name}.reading_norm"), read, mask, f"{name}.reading")
+        y = y + self.dropout(h, training)
+        return y + self.dropout(self.mlp(self.norm(y, f"{name}.mlp_norm"), f"{name}.mlp"), training)
