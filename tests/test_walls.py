@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 TRANSPORTS = {"torch", "tensorflow", "keras", "horovod", "mpi4py"}
-ABOVE = {"hvdlm_torch", "hvdlm_tensorflow", "hvdlm_backends", "hvdlm_compression", "hvdlm_sharding"}
+ABOVE = {"hvdlm_torch", "hvdlm_tensorflow", "hvdlm_backends", "hvdlm_compression", "hvdlm_sharding", "hvdlm_trackers"}
 FLOORS = {
     0: [
         "interfaces",
@@ -112,6 +112,12 @@ def test_compression_is_written_once_for_both_frameworks() -> None:
             assert name.split(".")[0] not in (TRANSPORTS | ABOVE) - {"keras", "hvdlm_compression"}, (
                 f"{path}:{line} imports {name}"
             )
+
+
+def test_trackers_know_no_framework_and_no_other_plugin() -> None:
+    for path in sources("plugins/hvdlm_trackers"):
+        for line, name in imports(path):
+            assert name.split(".")[0] not in (TRANSPORTS | ABOVE) - {"hvdlm_trackers"}, f"{path}:{line} imports {name}"
 
 
 def test_backends_know_no_plugin() -> None:

@@ -62,3 +62,20 @@ class Interval:
     def overlap(self) -> float | None:
         """Share of the time in collectives that hid behind computation; None where the backend can't tell."""
         return max(0.0, 1.0 - self._waited / self._busy) if self._busy else None
+
+    def figures(self, result: StepResult, learning_rate: float) -> dict[str, float | None]:
+        """Return what is logged of the step just added: rates, seconds and bytes are means over the interval."""
+        return {
+            "loss": result.loss,
+            "learning_rate": learning_rate,
+            "tokens": result.tokens,
+            "tokens_per_second": self.tokens_per_second,
+            "grad_norm": result.grad_norm,
+            "seconds": self.seconds,
+            "comm_seconds": self.comm_seconds,
+            "comm_share": self.comm_share,
+            "comm_bytes": self.comm_bytes,
+            "compression": self.compression,
+            "overlap": self.overlap,
+            **result.extra,
+        }

@@ -42,22 +42,7 @@ class Metrics:
         self._interval.add(result, seconds)
         if self._file and (step == 1 or step % self._every == 0 or result.skipped):
             skipped = {"skipped": True} if result.skipped else {}
-            self._write(
-                step=step,
-                loss=result.loss,
-                learning_rate=learning_rate,
-                tokens=result.tokens,
-                tokens_per_second=self._interval.tokens_per_second,
-                grad_norm=result.grad_norm,
-                seconds=self._interval.seconds,
-                comm_seconds=self._interval.comm_seconds,
-                comm_share=self._interval.comm_share,
-                comm_bytes=self._interval.comm_bytes,
-                compression=self._interval.compression,
-                overlap=self._interval.overlap,
-                **result.extra,
-                **skipped,
-            )
+            self._write(step=step, **self._interval.figures(result, learning_rate), **skipped)
             self._interval.forget()
 
     @hookimpl

@@ -1,0 +1,1 @@
+"""Experiment trackers as event plugins: MLflow and Weights & Biases."""

@@ -1,0 +1,120 @@
+"""MLflow: ``--plugins [mlflow]``. Needs mlflow-skinny, or for a database of one's own the whole mlflow."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from hvdlm import hookimpl
+from hvdlm.config import Config
+from hvdlm.interfaces import HvdlmError
+from hvdlm.models.spec import ModelSpec
+from hvdlm_trackers.tracker import Figures, Tracker, installed, numbers
+
+_DATABASES = ("sqlite", "mysql", "postgresql", "mssql")
+_LONGEST = 500  # characters of a parameter's value that every MLflow server takes
+
+
+@dataclass
+class MLflowOptions:
+    """Where MLflow keeps the run.
+
+    Args:
+        tracking_uri: a server (http://...), a folder, or a database; None: MLFLOW_TRACKING_URI, else the folder mlruns
+        experiment: the experiment that the run belongs to
+        run_name: the run's name there; None: that of the run's folder
+        wait: seconds that the end of the run waits at most for a slow server
+    """
+
+    tracking_uri: str | None = None
+    experiment: str = "hvdlm"
+    run_name: str | None = None
+    wait: float = 30.0
+
+    @property
+    def place(self) -> str:
+        """Where runs are kept."""
+        return self.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or "mlruns"
+
+
+class MLflow(Tracker):
+    """Parameters, metrics by step, ``config.yaml`` and ``summary.json``; stopped runs end as KILLED."""
+
+    name, package = "mlflow", "mlflow-skinny"
+
+    @hookimpl
+    def hvdlm_options(self) -> Mapping[str, type]:
+        """Bring the section mlflow."""
+        return {"mlflow": MLflowOptions}
+
+    @hookimpl
+    def hvdlm_check(self, config: Config, spec: ModelSpec) -> None:
+        """Refuse what is not installed."""
+        super().hvdlm_check(config, spec)
+        place = config.plugin_options["mlflow"].place
+        if place.startswith(_DATABASES) and not installed("sqlalchemy"):
+            raise HvdlmError(
+                f"mlflow.tracking_uri {place}: databases need the whole MLflow: pip install mlflow, or name a server "
+                "or a folder."
+            )
+
+    def begin(self) -> None:
+        """See ``Tracker``."""
+        place = self.options.place
+        if "://" not in place or place.startswith("file:"):
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # or MLflow sends users of folders elsewhere
+        from mlflow.tracking import MlflowClient
+
+        self._client = MlflowClient(tracking_uri=place)
+        found = self.earlier()
+        if found.get("tracking_uri") == place:
+            self._id = found["run_id"]
+            self._client.update_run(self._id, status="RUNNING")
+        else:
+            self._create(place)
+        self._client.set_tag(self._id, "hvdlm.state", "running")
+        self._client.log_text(self._id, yaml.safe_dump(self.config.to_dict(), sort_keys=False), "config.yaml")
+
+    def _create(self, place: str) -> None:
+        from mlflow.entities import Param, RunTag
+
+        known = self._client.get_experiment_by_name(self.options.experiment)
+        experiment = known.experiment_id if known else self._client.create_experiment(self.options.experiment)
+        name = self.options.run_name or self.folder.name
+        self._id = self._client.create_run(experiment, run_name=name).info.run_id
+        self.keep(run_id=self._id, tracking_uri=place, experiment=self.options.experiment)
+        params = [Param(key, str(value)[:_LONGEST]) for key, value in flat(self.config.to_dict())]
+        for start in range(0, len(params), 100):  # as many as MLflow takes at once
+            self._client.log_batch(self._id, params=params[start : start + 100])
+        tags = [RunTag(f"hvdlm.{key}", str(value)) for key, value in flat(self.info)]
+        self._client.log_batch(self._id, tags=tags)
+
+    def log(self, step: int, figures: Figures) -> None:
+        """See ``Tracker``."""
+        from mlflow.entities import Metric
+
+        now = time.time_ns() // 1_000_000
+        self._client.log_batch(self._id, metrics=[Metric(name, value, now, step) for name, value in figures.items()])
+
+    def end(self, summary: Mapping[str, Any]) -> None:
+        """See ``Tracker``."""
+        self.log(summary["steps"], numbers(summary))
+        self._client.log_dict(self._id, dict(summary), "summary.json")
+        self._client.set_tag(
+            self._id, "hvdlm.state", f"stopped: {summary['stopped']}" if summary["stopped"] else "done"
+        )
+        self._client.set_terminated(self._id, "KILLED" if summary["stopped"] else "FINISHED")
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, value) of nested mappings."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
