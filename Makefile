@@ -16,7 +16,7 @@ export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 UNTAG := sed -u -E 's/\[[0-9]+,[0-9]+\]<std(out|err)>://g; \
     /^WARNING: All log messages before absl|^I0000 .*(port|cpu_feature_guard)\.cc|^To enable the following instr/d'
 
-.PHONY: help setup demo test check format bench chaos fuzz clean
+.PHONY: help setup demo test check format bench chaos fuzz docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -55,6 +55,10 @@ fuzz:  ## fuzz every reader of untrusted files for 10 minutes (about an hour)
 	@python -m pip install -q -c constraints.txt atheris
 	@for target in manifest shard header tokenizer yaml; do python benchmarks/fuzz.py $$target --seconds 600; done
 
+docs:  ## build the site of docs/ into site/, for a browser; a warning ends it
+	@$(PYTHON) scripts/setup_environment.py
+	@NO_MKDOCS_2_WARNING=1 mkdocs build --strict && echo "site/index.html: open it in a browser"
+
 bench:  ## the paired benchmarks (minutes)
 	@$(PYTHON) scripts/setup_environment.py torch tensorflow
 	@python benchmarks/loop_overhead.py && python benchmarks/communication_cost.py
@@ -62,4 +66,4 @@ bench:  ## the paired benchmarks (minutes)
 	@python benchmarks/save_cost.py
 
 clean:  ## delete runs and caches of this checkout; the user's wheel cache stays
-	@rm -rf runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	@rm -rf runs site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -8,10 +8,12 @@ What every framework computes, for tokens ``[batch, time]``, with weights ``[inp
         x = dropout(h)                                            # after the last layer too
     logits = x @ (embed.tokens or head.weight)^T + head.bias      # [batch, time, vocab]
 
-Gates in this order (each ``hidden`` wide; a: input part, b: recurrent part):
+Gates in this order (each ``hidden`` wide; a: input part, b: recurrent part)::
+
     rnn:  h = tanh(a + b)
     gru:  reset, update, new:  r = s(a_r + b_r); z = s(a_z + b_z); n = tanh(a_n + r * b_n); h = (1 - z) n + z h
     lstm: in, forget, cell, out:  c = s(f) c + s(i) tanh(g); h = s(o) tanh(c)
+
 (the order and equations of torch and cuDNN). The state at the end of a batch starts the next one unless
 ``Batch.reset`` is set; no gradient flows through it (truncated back-propagation through time).
 """
