@@ -64,8 +64,8 @@ def find(name: str) -> Scheduler:
 def _check_run(job: Job, config: Config) -> None:
     """Check the run as its ranks would, as far as this machine can tell."""
     config = copy.deepcopy(config)
-    if job.scheduler == "kubernetes":
-        config.log.run = "."  # the pods' folders are not here
+    if job.image is not None:
+        config.log.run = "."  # the container's folders are not here
     if config.log.overwrite:
         raise HvdlmError("log.overwrite: the job goes on in its folder: delete the old run, or name another folder.")
     if "-" in (*config.data.paths, *config.data.validation_paths):

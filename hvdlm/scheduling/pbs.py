@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from hvdlm.config import Config
 from hvdlm.interfaces import HvdlmError
 from hvdlm.scheduling.job import Job, clock
-from hvdlm.scheduling.script import again, mpirun, script, train, wait
+from hvdlm.scheduling.script import again, agent, mpirun, script, train, wait
 
 CLIENT = ("qsub",)
 
@@ -26,9 +26,8 @@ def write(job: Job, arguments: Sequence[str], config: Config) -> str:
         raise HvdlmError(
             "--time: the value is missing, and PBS gives no signal before a queue's own limit: --time 24:00:00."
         )
-    reach = "if command -v pbs_tmrsh >/dev/null; then\n    export OMPI_MCA_plm_rsh_agent=pbs_tmrsh\nfi\n"
     early = f"timeout --foreground --preserve-status --signal=USR1 $(({seconds - job.save_seconds} - SECONDS)) \\\n    "
-    body = 'cd "$PBS_O_WORKDIR" || exit 1\n' + reach
+    body = 'cd "$PBS_O_WORKDIR" || exit 1\n' + agent("pbs_tmrsh")
     body += wait(job, early + train(job, arguments, config, mpirun(job, "$PBS_NODEFILE")), "USR1")
     if job.requeue:
         body += again('[ "$code" -eq 75 ]', 'qsub "$0"')

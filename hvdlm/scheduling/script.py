@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from pathlib import PurePosixPath
 
 from hvdlm.config import Config
 from hvdlm.scheduling.job import Job
@@ -61,8 +62,14 @@ def mpirun(job: Job, hosts: str) -> str:
 
 
 def agent(program: str) -> str:
-    """Return the lines by which Open MPI 4 and 5 reach other hosts through ``program`` where they don't know better."""
-    return f"export OMPI_MCA_plm_rsh_agent={program} PRTE_MCA_plm_ssh_agent={program}\n"
+    """Return the lines by which Open MPI 4 and 5 reach other hosts through ``program`` where they would take ssh.
+
+    By its whole path: on the other hosts they look for it too.
+    """
+    return (
+        f"if agent=$(command -v {program}); then\n"
+        '    export OMPI_MCA_plm_rsh_agent="$agent" PRTE_MCA_plm_ssh_agent="$agent"\nfi\n'
+    )
 
 
 def train(job: Job, arguments: Sequence[str], config: Config, launcher: str, more: str = "") -> str:
@@ -74,9 +81,18 @@ def train(job: Job, arguments: Sequence[str], config: Config, launcher: str, mor
     words = ["python", "-m", "hvdlm", "--train.threads", str(job.cpus_per_rank), *arguments]
     resume = "auto"
     if config.checkpoint.resume not in ("none", "auto"):
-        kept, start = shlex.quote(f"{config.log.run}/checkpoints/latest"), shlex.quote(config.checkpoint.resume)
+        kept = shlex.quote(f"{_outside(job, config.log.run)}/checkpoints/latest")
+        start = shlex.quote(config.checkpoint.resume)
         resume = f'"$([ -e {kept} ] && echo auto || echo {start})"'
     return f"{supervisor}{launcher} \\\n    {_container(job)}{shlex.join(words)}{more} --checkpoint.resume {resume}"
+
+
+def _outside(job: Job, folder: str) -> str:
+    """Return where the job script sees a folder of Apptainer's container."""
+    for what, where in job.mounts if job.scheduler != "kubernetes" else []:
+        if PurePosixPath(folder).is_relative_to(where):
+            return str(PurePosixPath(what) / PurePosixPath(folder).relative_to(where))
+    return folder
 
 
 def _container(job: Job) -> str:
