@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
+
+from hvdlm.interfaces import HvdlmError
 
 Source = Callable[[int, tuple[slice, ...]], np.ndarray]
 """(seed, box of the global array) -> its float32 values."""
@@ -106,12 +109,14 @@ class ModelSpec:
         settings: the architecture's own dataclass (``GPTSettings``, ``RNNSettings``, ...), nothing left open.
         params: every parameter.
         flops_per_token: multiplications and additions of a training step (forward and backward) per token.
+        implementations: of a kind that a plugin brings: {framework: "module:Class"}, the class that computes it there.
     """
 
     kind: str
     settings: Any
     params: tuple[ParamSpec, ...]
     flops_per_token: float
+    implementations: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @property
     def parameters(self) -> int:
@@ -121,6 +126,24 @@ class ModelSpec:
     def initial(self, seed: int) -> dict[str, np.ndarray]:
         """Return {name: float32 initial values} of every parameter."""
         return {p.name: p.initial(seed) for p in self.params}
+
+    def implementation(self, framework: str) -> Any:
+        """Return the class that a plugin brings for this kind, imported now.
+
+        Raises:
+            HvdlmError: it brings none for ``framework``, or one that doesn't import.
+        """
+        if framework not in self.implementations:
+            known = ", ".join(self.implementations) or "no framework"
+            raise HvdlmError(f"the {framework} plugin has no architecture {self.kind!r}, which is there for {known}.")
+        place = self.implementations[framework]
+        try:
+            return pkgutil.resolve_name(place)
+        except Exception as error:  # a third party's module may fail in any way
+            raise HvdlmError(
+                f"the architecture {self.kind!r} for {framework} ({place}) does not import: {type(error).__name__}: "
+                f"{error}. Repair or uninstall its plugin."
+            ) from error
 
 
 ModelMaker = Callable[[Any, int, int], ModelSpec]

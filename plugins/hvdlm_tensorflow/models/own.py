@@ -13,6 +13,7 @@ from hvdlm.models.own import OwnSettings, own_spec
 from hvdlm.models.spec import ModelSpec
 from hvdlm_sharding.rules import Share
 from hvdlm_tensorflow.collectives import Collectives
+from hvdlm_tensorflow.models.plain import Plain
 
 
 def describe(make: Callable[[], Any], vocab: int, context: int) -> ModelSpec:
@@ -50,16 +51,17 @@ def _is_seed(variable: Any) -> bool:
     return str(variable.name) == "seed_generator_state"
 
 
-class Own:
+class Own(Plain):
     """The model, its parameters replaced by parts of the flat vector."""
 
     def __init__(self, settings: OwnSettings, share: Share, collectives: Collectives) -> None:
-        self._module, self.dtype = _built(settings.make, settings.context), tf.float32
-        self._p: list[tf.Tensor] = []
+        super().__init__(settings, share, collectives)
+        self._module = _built(settings.make, settings.context)
+        self._ordered: list[tf.Tensor] = []
 
     def bind(self, parameters: Mapping[str, tf.Tensor]) -> None:
         """Take these tensors as parameters."""
-        self._p = [parameters[name] for name in sorted(parameters)]
+        self._ordered = [parameters[name] for name in sorted(parameters)]
 
     def hidden(
         self, tokens: tf.Tensor, x: tf.Tensor | None, carry: Any, training: bool, checkpointing: bool, seed: tf.Tensor
@@ -68,32 +70,4 @@ class Own:
         # Layers that draw at random get a seed of this step's own, so that a resumed run draws the same.
         drawing = enumerate(self._module.non_trainable_variables)
         seeds = [tf.cast(seed + tf.constant([0, i]), variable.dtype) for i, variable in drawing]
-        return self._module.stateless_call(self._p, seeds, tokens, training=training)[0], carry
-
-    def scores(self, hidden: tf.Tensor) -> tf.Tensor:
-        """Return what ``hidden`` has computed: the logits."""
-        return hidden
-
-    def cache(self, rows: int) -> tf.Tensor:
-        """Return what training carries: nothing."""
-        return tf.zeros(())
-
-    def decoding_cache(self, rows: int) -> tf.Tensor:
-        """Return no tokens yet: they are all read again for each that follows."""
-        return tf.zeros([rows, 0], tf.int32)
-
-    def check_length(self, cache: tf.Tensor, more: int) -> None:
-        """Accept any length."""
-
-    def extend(self, tokens: tf.Tensor, x: tf.Tensor | None, cache: tf.Tensor) -> tuple[tf.Tensor, Any]:
-        """Return the logits of tokens that follow those in ``cache``, and all of them."""
-        read = tf.concat([cache, tokens], 1)
-        return self.hidden(read, None, None, False, False, tf.zeros([2], tf.int32))[0], read
-
-    def carry_arrays(self, carry: Any) -> dict[str, Any]:
-        """Return nothing: nothing is carried from batch to batch."""
-        return {}
-
-    def carry_tensors(self, arrays: Mapping[str, Any], micro: int | None) -> dict[int, Any]:
-        """Return nothing."""
-        return {}
+        return self._module.stateless_call(self._ordered, seeds, tokens, training=training)[0], carry

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from hvdlm.interfaces import HvdlmError
 from hvdlm.models.spec import ModelSpec
 from hvdlm_sharding.rules import Share
 from hvdlm_torch.collectives import Collectives
@@ -20,6 +19,5 @@ KINDS = {"gpt": GPT, "rnn": RNN, "own": Own, "seq2seq": Seq2Seq, "ctc": CTC, "co
 
 def make_model(spec: ModelSpec, share: Share, collectives: Collectives) -> Any:
     """Return the architecture of ``spec``, of which this rank computes ``share``, its parameters not yet bound."""
-    if spec.kind not in KINDS:
-        raise HvdlmError(f"the torch plugin has no architecture {spec.kind!r}, it has {', '.join(KINDS)}.")
-    return KINDS[spec.kind](spec.settings, share, collectives)
+    kind = KINDS[spec.kind] if spec.kind in KINDS else spec.implementation("torch")
+    return kind(spec.settings, share, collectives)

@@ -15,6 +15,7 @@ from hvdlm.models.own import PREFIX, OwnSettings, own_spec
 from hvdlm.models.spec import ModelSpec
 from hvdlm_sharding.rules import Share
 from hvdlm_torch.collectives import Collectives
+from hvdlm_torch.models.plain import Plain
 
 
 def describe(make: Callable[[], torch.nn.Module], vocab: int, context: int) -> ModelSpec:
@@ -42,42 +43,21 @@ def describe(make: Callable[[], torch.nn.Module], vocab: int, context: int) -> M
     return own_spec(OwnSettings(vocab, context, "torch", make), shapes, values)
 
 
-class Own:
+class Own(Plain):
     """The module, its parameters replaced by views of the flat vector."""
 
     def __init__(self, settings: OwnSettings, share: Share, collectives: Collectives) -> None:
+        super().__init__(settings, share, collectives)
         self._module = settings.make()
-        self._p: dict[str, torch.Tensor] = {}
 
     def bind(self, parameters: Mapping[str, torch.Tensor]) -> None:
         """Take these tensors as parameters."""
-        self._p = {name.removeprefix(PREFIX): tensor for name, tensor in parameters.items()}
-        self._module.to(next(iter(self._p.values())).device)
+        self.p = {name.removeprefix(PREFIX): tensor for name, tensor in parameters.items()}
+        self._module.to(next(iter(self.p.values())).device)
 
     def hidden(
         self, tokens: torch.Tensor, x: torch.Tensor | None, carry: Any, training: bool, checkpointing: bool
     ) -> tuple[torch.Tensor, Any]:
         """Return the logits ``[rows, time, vocab]`` of ``tokens``; nothing is carried."""
         self._module.train(training)
-        return functional_call(self._module, self._p, (tokens,)), carry
-
-    def scores(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return what ``hidden`` has computed: the logits."""
-        return hidden
-
-    def cache(self, rows: int, device: torch.device) -> torch.Tensor:
-        """Return no tokens yet: they are all read again for each that follows."""
-        return torch.zeros(rows, 0, dtype=torch.int32, device=device)
-
-    def extend(self, tokens: torch.Tensor, x: torch.Tensor | None, cache: torch.Tensor) -> tuple[torch.Tensor, Any]:
-        """Return the logits of tokens that follow those in ``cache``, and all of them."""
-        read = torch.cat([cache, tokens], 1)
-        return self.hidden(read, None, None, False, False)[0], read
-
-    def carry_arrays(self, carry: Any) -> dict[str, np.ndarray]:
-        """Return nothing: nothing is carried from batch to batch."""
-        return {}
-
-    def carry_tensors(self, arrays: Mapping[str, np.ndarray], micro: int | None, device: torch.device) -> dict:
-        """Return nothing."""
-        return {}
+        return functional_call(self._module, self.p, (tokens,)), carry
