@@ -339,9 +339,23 @@ def test_a_job_whose_time_is_nearly_over_saves_and_goes_back_into_the_queue(
     assert cluster.queued == (again and again.format(job=cluster.folder / "job"))
 
 
+# As the real one, but for the time: it is over as soon as the ranks run.
+TIMEOUT = """echo "$@" > asked
+while case $1 in -*) true;; *) false;; esac; do shift; done
+shift
+"$@" &
+until [ -s started ]; do sleep 0.05; done
+kill -USR1 $!
+wait $!"""
+
+
 def test_pbs_which_gives_no_signal_gets_one_from_the_script(cluster: Cluster) -> None:
-    job = cluster.start(written("pbs", time="00:00:03", save_seconds=2))
+    program(cluster.bin, "timeout", TIMEOUT)
+    job = cluster.start(written("pbs", **TIMED))
     assert job.wait(60) == 75 and cluster.queued == f"qsub {cluster.folder / 'job'}\n"
+    *how, seconds = (cluster.folder / "asked").read_text().split()[:4]
+    assert how == ["--foreground", "--preserve-status", "--signal=USR1"]
+    assert 14280 - 60 < int(seconds) <= 14280, "counted from the job's start, which was a moment ago"
 
 
 @pytest.mark.parametrize("scheduler", ["slurm", "pbs"])
