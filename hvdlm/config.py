@@ -15,8 +15,8 @@ class ModelConfig:
     """The model.
 
     Args:
-        name: a model or preset: gpt, gpt2, llama, rnn, gru, lstm, or one that a plugin brings
-        layers: how many layers
+        name: a model or preset: gpt, gpt2, llama, rnn, gru, lstm; seq2seq, ctc, convnet; or one that a plugin brings
+        layers: how many layers; of a seq2seq, of its encoder and of its decoder
         width: width of the embedding; a recurrent layer's hidden units
         heads: attention heads
         kv_heads: key-value heads (grouped-query attention); None: as many as heads
@@ -118,6 +118,7 @@ class TrainConfig:
         momentum: SGD's momentum
         nesterov: SGD looks ahead
         clip: largest global norm of the gradient; 0: no clipping
+        label_smoothing: share of the target that is spread over the whole vocabulary (Szegedy et al. 2016, section 7)
         precision: fp32, bf16 (weights stay fp32), or fp16 with loss scaling (GPU only)
         compile: torch.compile or XLA; None: where it was measured to be faster
         activation_checkpointing: recompute activations in the backward pass
@@ -148,6 +149,7 @@ class TrainConfig:
     epsilon: float = 1e-8
     momentum: float = 0.0
     nesterov: bool = False
+    label_smoothing: float = 0.0
     clip: float = 1.0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     compile: bool | None = None

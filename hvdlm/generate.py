@@ -134,11 +134,18 @@ def read_prompt(path: Path) -> str:
 def write(run: Run, prompt: str, count: int, sampling: Sampling) -> str:
     """Print ``prompt`` and what follows it, on rank 0: as it comes on a terminal, by whole lines elsewhere.
 
+    Of a task that answers, print the answer.
+
     The ranks that hold a copy of the model together with rank 0 compute with it. Returns the text.
     """
-    ids = encode(run.task.tokenizer, prompt)
     if run.mesh.coordinates(run.world.rank)["data"] != 0:
         return ""
+    answer = run.task.respond(run.trainable, prompt)
+    if answer is not None:
+        if run.world.rank == 0:
+            print(answer, flush=True)
+        return answer
+    ids = encode(run.task.tokenizer, prompt)
     context = getattr(run.spec.settings, "context", sys.maxsize)
     waiting, whole, shown = "", [], run.world.rank == 0
     for piece in generate_text(run.trainable, run.task.tokenizer, ids, count, context, sampling):

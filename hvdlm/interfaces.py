@@ -50,17 +50,23 @@ class Batch:
         targets: int32 ``[rows, time]``, the next token at each position.
         weights: float32 ``[rows, time]``, 1 where the target counts, 0 where it is padding; None: all count.
         reset: whether a recurrent model starts this batch from its zero state.
+        features: what the model reads beside tokens, by the names of its description, each ``[rows, ...]``.
+        items: int64 ``[rows]``, which items of a task's own the rows are; models don't see them.
     """
 
     inputs: np.ndarray
     targets: np.ndarray
     weights: np.ndarray | None = None
     reset: bool = False
+    features: Mapping[str, np.ndarray] = field(default_factory=dict)
+    items: np.ndarray | None = None
 
     def rows(self, start: int, stop: int) -> Batch:
         """Return rows ``start:stop`` as a batch of their own."""
         weights = None if self.weights is None else self.weights[start:stop]
-        return Batch(self.inputs[start:stop], self.targets[start:stop], weights, self.reset)
+        features = {name: array[start:stop] for name, array in self.features.items()}
+        items = None if self.items is None else self.items[start:stop]
+        return Batch(self.inputs[start:stop], self.targets[start:stop], weights, self.reset, features, items)
 
     @property
     def tokens(self) -> float:
@@ -289,6 +295,15 @@ class Trainable(Protocol):
             float32 ``[rows, vocab]``: the scores of what follows the last token; and the grown cache.
         """
 
+    def predict(self, batch: Batch) -> np.ndarray:
+        """Return the scores of everything the batch asks for, float32 ``[rows, time, vocab]``. No communication."""
+
+    def read(self, batch: Batch) -> Any:
+        """Return the cache from which ``logits`` goes on when the model has read the batch's features."""
+
+    def select(self, cache: Any, rows: np.ndarray) -> Any:
+        """Return the cache whose row i is row ``rows[i]`` of ``cache``, of a model that reads features."""
+
     def fingerprints(self) -> dict[str, int]:
         """Return a CRC-32 of every parameter (of this rank's part of it), by global name.
 
@@ -460,12 +475,14 @@ class Scheduler(Protocol):
 class Task(Protocol):
     """What a batch, a loss and a metric are; ``tokenizer`` turns text into ids below ``vocab``.
 
-    ``fingerprint``: says which data it is, the same on all ranks that have the same.
+    ``fingerprint``: says which data it is, the same on all ranks that have the same. ``reads``: the names of its
+    batches' features, those of ``ModelSpec.reads``.
     """
 
     tokenizer: Any
     vocab: int
     fingerprint: str
+    reads: tuple[str, ...]
 
     def batch(self, number: int, first: int, last: int) -> Batch:
         """Return rows ``first:last`` of global batch ``number``: depends on nothing but the seed and the number.
@@ -479,5 +496,17 @@ class Task(Protocol):
         Ranks may get different numbers of batches: nothing in evaluation communicates per batch.
         """
 
-    def metrics(self, loss_sum: float, tokens: float) -> dict[str, float]:
-        """Return named figures (``val_loss``, ``perplexity``, ...) from sums over all ranks."""
+    def count(self, trainable: Trainable, batch: Batch) -> dict[str, float]:
+        """Return what ``metrics`` needs of a validation batch beside its loss: figures that add up over batches."""
+
+    def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Return named figures (``val_loss``, ``perplexity``, ...) from sums over all batches and ranks.
+
+        ``sums``: ``loss`` (nats), ``tokens``, and what ``count`` returned.
+        """
+
+    def respond(self, trainable: Trainable, prompt: str) -> str | None:
+        """Return what the model makes of ``prompt``; None: it goes on with the text, token by token.
+
+        All ranks that hold a copy of the model call.
+        """

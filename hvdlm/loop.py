@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from typing import Any
 
 from hvdlm.checkpoints.saving import Saved
@@ -103,13 +104,15 @@ def evaluate(run: Run, step: int | None = None) -> dict[str, Any]:
     """
     at = run.mesh.coordinates(run.world.rank)
     place, counts = at["data"], at["tensor"] == 0 and at["pipeline"] == run.mesh.pipeline - 1
-    loss_sum = tokens = 0.0
+    own: Counter[str] = Counter()
     for batch in run.task.validation(place, run.mesh.data):
-        part_loss, part_tokens = run.trainable.eval_step(batch)
-        loss_sum, tokens = loss_sum + part_loss, tokens + part_tokens
+        loss, tokens = run.trainable.eval_step(batch)
+        own.update({"loss": loss, "tokens": tokens, **run.task.count(run.trainable, batch)})
         run.sentinel.alive()
-    sums = run.world.gather_objects([loss_sum, tokens] if counts else [0.0, 0.0])
-    metrics = run.task.metrics(sum(s[0] for s in sums), sum(s[1] for s in sums))
+    sums: Counter[str] = Counter()
+    for part in run.world.gather_objects(dict(own) if counts else {}):
+        sums.update(part)
+    metrics = run.task.metrics(sums)
     if step is None:
         return metrics
     run.manager.hook.hvdlm_evaluated(step=step, metrics=metrics)

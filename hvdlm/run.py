@@ -18,7 +18,7 @@ from hvdlm.checkpoints.checkpoint import Checkpoint
 from hvdlm.checkpoints.saving import Saver
 from hvdlm.config import Config
 from hvdlm.cursor import Cursor
-from hvdlm.data.tokenfile import without_stdin
+from hvdlm.data.preparation import without_stdin
 from hvdlm.generate import encode
 from hvdlm.guard import Guard
 from hvdlm.huggingface import folder as pretrained
@@ -183,7 +183,13 @@ def start(plan: Plan) -> Run:
             "more, or another --data.tokenizer."
         )
     spec = plugins.models(manager)[config.model.name](config.model, vocab, config.data.context)
-    if config.log.sample_tokens:
+    if set(spec.reads) != set(task.reads):
+        reads, gives = (", ".join(names) or "tokens alone" for names in (spec.reads, task.reads))
+        raise HvdlmError(
+            f"model.name {config.model.name} reads {reads}, task {config.task} gives {gives}: choose another of the "
+            "two (a seq2seq translates, a ctc hears speech, a convnet sees digits)."
+        )
+    if config.log.sample_tokens and not task.reads:
         encode(task.tokenizer, config.log.sample_prompt)
     if plan.found:
         meeting.check_continuation(plan.found, task, config)

@@ -16,8 +16,8 @@ from hvdlm.topology import Mesh
 
 _POSITIVE = """
     model.layers model.width model.heads model.kv_heads model.mlp_width model.vocab data.vocab_size data.context
-    train.steps train.batch_size train.micro_batch_size train.decay_every train.decay_start train.eval_batch_size train.threads
-    parallel.data parallel.pipeline parallel.tensor communication.bucket_bytes communication.fusion_bytes
+    train.steps train.batch_size train.micro_batch_size train.decay_every train.decay_start train.eval_batch_size
+    train.threads parallel.data parallel.pipeline parallel.tensor communication.bucket_bytes communication.fusion_bytes
     communication.compression.rank communication.compression.min_elements communication.local.steps checkpoint.keep
     log.every train.max_skips
 """
@@ -38,6 +38,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "train.beta2": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
     "train.epsilon": (lambda v: v > 0, "above 0"),
     "train.momentum": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
+    "train.label_smoothing": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
     "train.clip": (lambda v: v >= 0, "0 (no clipping) or more"),
     "train.max_seconds": (lambda v: v > 0, "above 0"),
     "train.spike": (lambda v: v == 0 or v > 1, "0 (only what is not finite) or above 1"),

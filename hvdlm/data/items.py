@@ -18,7 +18,9 @@ class ShuffledItems:
     With ``lengths``, items of like length share a batch: 64 batches at a time are sorted, and come in random order.
     """
 
-    def __init__(self, count: int, batch_size: int, seed: int, lengths: Sequence[int] | np.ndarray | None = None) -> None:
+    def __init__(
+        self, count: int, batch_size: int, seed: int, lengths: Sequence[int] | np.ndarray | None = None
+    ) -> None:
         self._count, self._batch, self._seed = count, batch_size, seed
         self._lengths = None if lengths is None else np.asarray(lengths)
         self._epoch = lru_cache(maxsize=2)(self._draw)
@@ -53,7 +55,7 @@ class ShuffledItems:
         assert self._lengths is not None
         ordered = items[np.argsort(self._lengths[items], kind="stable")]
         whole = len(ordered) // self._batch
-        order = permute(np.arange(whole), whole, key) if whole else []
+        order = permute(np.arange(whole), max(1, whole), key)
         batches = [ordered[i * self._batch : (i + 1) * self._batch] for i in order]
         return np.concatenate([*batches, ordered[whole * self._batch :]])
 

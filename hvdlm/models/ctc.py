@@ -2,7 +2,7 @@
 
 What every framework computes, for the features ``frames`` ``[rows, T, BANDS]`` and ``frame_count`` ``[rows]``::
 
-    x = gelu(conv.0(frames)); x = gelu(conv.1(x))    # kernels of 5 frames, the first in strides of 2: [rows, T/2, width]
+    x = gelu(conv.0(frames)); x = gelu(conv.1(x))    # kernels of 5 frames, first stride 2: [rows, T/2, width]
     x = dropout(x + positions)
     for each layer: x = layer(x), padding masked     # hvdlm.models.attention, an encoder's
     logits = norm(x) @ head.weight + head.bias       # [rows, T/2, vocab], id 0 the blank

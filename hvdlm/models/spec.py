@@ -109,6 +109,9 @@ class ModelSpec:
         settings: the architecture's own dataclass (``GPTSettings``, ``RNNSettings``, ...), nothing left open.
         params: every parameter.
         flops_per_token: multiplications and additions of a training step (forward and backward) per token.
+        loss: cross_entropy of every target's scores, or ctc: minus log of the probability of a row's targets, in any
+            alignment with its frames, id 0 being the blank (Graves et al. 2006, eq. 8).
+        reads: the features of a batch that it reads; none: tokens alone.
         implementations: of a kind that a plugin brings: {framework: "module:Class"}, the class that computes it there.
     """
 
@@ -116,6 +119,8 @@ class ModelSpec:
     settings: Any
     params: tuple[ParamSpec, ...]
     flops_per_token: float
+    loss: Literal["cross_entropy", "ctc"] = "cross_entropy"
+    reads: tuple[str, ...] = ()
     implementations: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @property
@@ -152,9 +157,6 @@ ModelMaker = Callable[[Any, int, int], ModelSpec]
 
 def builtin_models() -> Mapping[str, ModelMaker]:
     """Return the models and presets that come with hvdlm."""
-    from hvdlm.models import gpt, rnn
+    from hvdlm.models import convnet, ctc, gpt, rnn, seq2seq
 
-    models: dict[str, ModelMaker] = {}
-    models.update(gpt.PRESETS)
-    models.update(rnn.PRESETS)
-    return models
+    return {**gpt.PRESETS, **rnn.PRESETS, **seq2seq.PRESETS, **ctc.PRESETS, **convnet.PRESETS}

@@ -30,7 +30,10 @@ class _Row:
         total = (self.scores[:, None] + logs).ravel()
         count = min(2 * self.beams, total.size)
         best = np.argpartition(-total, count - 1)[:count]
-        origins, tokens, scores, grown = [], [], [], []
+        origins: list[int] = []
+        tokens: list[int] = []
+        scores: list[float] = []
+        grown: list[list[int]] = []
         for place in best[np.argsort(-total[best], kind="stable")]:
             beam, token = divmod(int(place), logs.shape[1])
             if not np.isfinite(total[place]):
@@ -71,7 +74,7 @@ def beam_search(
     """Return what the model writes about every row of ``batch``, without the token of the end.
 
     ``beams`` sequences of a row are followed at once (1: always the likeliest token), none longer than ``most`` of its
-    row; ``ends``: the tokens of the beginning and of the end; ``power``: of the length penalty (Wu et al. 2016, eq. 14).
+    row; ``ends``: the tokens of the beginning and of the end; ``power``: of the length penalty (Wu et al. 2016, eq. 14)
     """
     rows = [_Row(beams, limit, power) for limit in most]
     active = list(range(len(rows)))

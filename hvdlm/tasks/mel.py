@@ -18,7 +18,7 @@ def frames_of(samples: int, rate: int) -> int:
 def log_mel(sound: np.ndarray, rate: int, bands: int) -> np.ndarray:
     """Return the log energies of ``sound`` float32 ``[samples]`` in mel bands, float32 ``[frames, bands]``.
 
-    Each band's mean over the sound is 0, its deviation 1. The mel scale is O'Shaughnessy's (1987), 2595 log10(1 + f/700).
+    Each band's mean over the sound is 0, its deviation 1. The mel scale: 2595 log10(1 + f / 700) (O'Shaughnessy 1987).
     """
     window, hop = round(WINDOW * rate), round(HOP * rate)
     sound = np.pad(sound, (0, max(0, window - len(sound))))

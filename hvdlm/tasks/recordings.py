@@ -50,9 +50,13 @@ def read_recordings(paths: list[str], key: str) -> Recordings:
         HvdlmError: one can't be read, is no 16-bit PCM WAV file, or has another rate than the first.
     """
     if len(paths) != 1:
-        raise HvdlmError(f"{key}: the task speech reads one folder, tar file or .jsonl list, not {len(paths)}: name one.")
+        raise HvdlmError(
+            f"{key}: the task speech reads one folder, tar file or .jsonl list, not {len(paths)}: name one."
+        )
     path, items, rate, digest = Path(paths[0]), [], 0, hashlib.sha256()
     for name, content, text, held_out in _sources(path, key):
+        if not text.strip():
+            raise HvdlmError(f"{key} {name}: nothing is said in it: leave it out.")
         sound, own = _samples(name, content)
         if rate and own != rate:
             raise HvdlmError(f"{key} {name}: has {own} samples a second, others {rate}: convert all to the same rate.")
@@ -80,8 +84,8 @@ def _sources(path: Path, key: str) -> Iterator[tuple[str, bytes, str, bool | Non
             with tarfile.open(path) as archive:
                 members = [m for m in archive.getmembers() if m.isfile() and m.size <= _LIMIT]
                 for member in sorted(members, key=lambda m: m.name):
-                    if (match := _DIGIT.fullmatch(Path(member.name).name)) and (file := archive.extractfile(member)):
-                        yield member.name, file.read(), *_digit(match)
+                    if (match := _DIGIT.fullmatch(Path(member.name).name)) and (part := archive.extractfile(member)):
+                        yield member.name, part.read(), *_digit(match)
     except (OSError, ValueError, EOFError, tarfile.TarError) as error:
         raise HvdlmError(f"{key} {path}: {error}: give a .jsonl list, a folder or a tar file.") from error
 

@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -118,7 +117,8 @@ class Speech:
         training: bool,
     ) -> Batch:
         """Return utterances as long as the longest of ``sizes``."""
-        frames, characters = (up_to(max(column), step) for column, step in zip(zip(*sizes), (_FRAMES, _TARGETS)))
+        frames, characters = map(max, zip(*sizes, strict=True))
+        frames, characters = up_to(frames, _FRAMES), up_to(characters, _TARGETS)
         heard, texts = [], []
         for number, first in zip(numbers, firsts, strict=True):
             parts, silences = utterances.parts(number, int(first))
@@ -176,7 +176,7 @@ class Speech:
         return texts
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """Return val_loss (nats per character), word_error_rate, and accuracy: the share of utterances without error."""
+        """Return val_loss (nats per character), word_error_rate, and accuracy: the share of rows without an error."""
         rate, right = sums["wrong"] / sums["words"], sums["right"] / sums["rows"]
         return {"val_loss": loss_figures(sums)["val_loss"], "word_error_rate": rate, "accuracy": right}
 
@@ -215,7 +215,9 @@ def _split(found: Recordings, config: Config) -> tuple[list[Recording], list[Rec
         kept = int(len(found.items) * (1 - config.data.validation_share))
         train, held = found.items[:kept], found.items[kept:]
     if not train or not held:
-        raise HvdlmError("data.path: no recordings to train on, or none to test on: give more, or a data.validation_path.")
+        raise HvdlmError(
+            "data.path: no recordings to train on, or none to test on: give more, or a data.validation_path."
+        )
     return train, held, digest
 
 

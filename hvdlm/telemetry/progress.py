@@ -13,6 +13,8 @@ from hvdlm.interfaces import StepResult, World
 from hvdlm.telemetry.interval import Interval
 from hvdlm.terminal import clock, on_terminal, size
 
+_RESULTS = ("perplexity", "accuracy", "word_error_rate")
+
 
 class Progress:
     """Shows loss, learning rate, tokens per second, what communication moves and costs, and time left."""
@@ -98,11 +100,11 @@ class Progress:
             self._bar = None
         if summary.get("stopped"):
             self._say(f"stopped after step {summary['steps']} ({summary['stopped']}); --checkpoint.resume auto goes on")
-        elif "perplexity" in summary:
-            self._say(
-                f"done: validation perplexity {summary['perplexity']:.3f} (loss {summary['val_loss']:.4f}), "
-                f"{summary['tokens_per_second']:,.0f} tokens/s"
-            )
+        elif found := [name for name in _RESULTS if name in summary]:
+            figure = _figure(found[0], summary[found[0]]) if found[0] != "perplexity" else ""
+            figure = figure or f"perplexity {summary['perplexity']:.3f}"
+            rate = f"{summary['tokens_per_second']:,.0f} tokens/s"
+            self._say(f"done: validation {figure} (loss {summary['val_loss']:.4f}), {rate}")
 
     def _say(self, text: str) -> None:
         if self._bar is not None:
@@ -122,5 +124,5 @@ def _communication(interval: Interval) -> str:
 
 
 def _figure(name: str, value: float) -> str:
-    """Losses differ in the fourth decimal; what follows from them is readable with two."""
-    return f"{name} {value:.4f}" if name.endswith("loss") else f"{name} {value:.2f}"
+    """Losses and shares differ in the fourth decimal; what follows from them is readable with two."""
+    return f"{name} {value:.4f}" if name.endswith(("loss", "accuracy", "rate")) else f"{name} {value:.2f}"

@@ -42,6 +42,13 @@ def check(config: Config, spec: ModelSpec) -> None:
     p, s = config.parallel, spec.settings
     if spec.kind == "own":
         _check_own(config, s)
+    elif spec.kind not in ("gpt", "rnn") and config.train.activation_checkpointing:
+        raise HvdlmError(f"train.activation_checkpointing is for gpt and recurrent models, not for a {spec.kind}.")
+    if config.train.label_smoothing and p.tensor > 1:
+        raise HvdlmError(
+            "train.label_smoothing needs whole rows of scores, which tensor ranks share: set it to 0, or keep "
+            "parallel.tensor at 1."
+        )
     if spec.kind not in ("gpt", "rnn") and (p.tensor > 1 or p.pipeline > 1):
         what = "a plugin's own module" if spec.kind == "own" else f"a {spec.kind}"
         raise HvdlmError(

@@ -92,14 +92,18 @@ class Collectives:
         found = tf.gather(table, tf.where(inside, tokens - first, 0))
         return found * tf.cast(inside, found.dtype)[..., None]
 
-    def cross_entropy(self, scores: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
+    def cross_entropy(self, scores: tf.Tensor, targets: tf.Tensor, smoothing: float = 0.0) -> tf.Tensor:
         """Return losses ``[rows, time]`` in nats from this rank's ``scores`` ``[rows, time, vocab / ranks]``.
 
         Of every target, ranks tell each other three figures: the largest score, the sum of exponentials, the target's
-        score.
+        score. ``smoothing``: the share of a target that is spread over the whole vocabulary; 0 with several ranks.
         """
         if self.size == 1:
-            return tf.nn.sparse_softmax_cross_entropy_with_logits(labels=targets, logits=scores)
+            wanted = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=targets, logits=scores)
+            if not smoothing:
+                return wanted
+            spread = tf.reduce_logsumexp(scores, -1) - tf.reduce_mean(scores, -1)
+            return (1.0 - smoothing) * wanted + smoothing * spread
         first, last = self.share.range_of(self.share.vocab)
         flat, wanted = tf.reshape(scores, [-1, last - first]), tf.reshape(targets, [-1])
         here = (wanted >= first) & (wanted < last)

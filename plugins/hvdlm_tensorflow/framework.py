@@ -23,6 +23,8 @@ class TensorFlowFramework:
         self, model: ModelSpec, mesh: Mesh, world: World, exchange: Exchange, config: Config
     ) -> TensorFlowTrainable:
         """Return the model at its initial values on this rank's device; see ``interfaces.Framework``."""
+        # Batches of few different shapes are traced once each; TensorFlow would warn of that as of a mistake.
+        tf.get_logger().setLevel("ERROR")
         _choose_device(world, config)
         part = share(model, mesh, world.rank, config.parallel)
         axes = make_axes(world, mesh, part)

@@ -21,6 +21,7 @@ from hvdlm_sharding.schedules import kept
 from hvdlm_sharding.state import ShardedState, carried, joined
 from hvdlm_tensorflow.collectives import Collectives
 from hvdlm_tensorflow.counted import CountedGraph
+from hvdlm_tensorflow.losses import ctc
 from hvdlm_tensorflow.memory import Kept
 from hvdlm_tensorflow.models import make_model
 from hvdlm_tensorflow.optimizers import FlatOptimizer
@@ -71,6 +72,8 @@ class TensorFlowTrainable:
         self._finish_graph = CountedGraph(self._finish, self._wire)
         self._eval_graph = CountedGraph(self._evaluate, self._wire)
         self._extend_graph = CountedGraph(self._extend, self._wire, reduce_retracing=True)
+        self._predict_graph = CountedGraph(self._predict, self._wire, reduce_retracing=True)
+        self._read_graph = CountedGraph(self._read, self._wire, reduce_retracing=True)
         compiled = self._config.train.compile
         self._backward_part = tf.function(self._backward, jit_compile=True) if compiled else self._backward
 
@@ -121,12 +124,13 @@ class TensorFlowTrainable:
         loss_sum = tf.zeros((), tf.float64)
         for number, batch in enumerate(micro_batches[:-1]):
             carry, seed = self._start(number, batch, step)
-            given = (*_tensors(batch), carry, seed, self._scale())
+            given = (_features(batch), *_tensors(batch), carry, seed, self._scale())
             loss, self._carry[number] = self._accumulate_graph(phase, phase, *given)
             loss_sum += loss
         last = len(micro_batches) - 1
         carry, seed = self._start(last, micro_batches[last], step)
-        arguments = (*_tensors(micro_batches[last]), carry, seed, self._scale(), loss_sum, figures)
+        read = (_features(micro_batches[last]), *_tensors(micro_batches[last]))
+        arguments = (*read, carry, seed, self._scale(), loss_sum, figures)
         totals, self._carry[last] = self._step_graph(phase, phase, *arguments)
         return totals
 
@@ -137,7 +141,7 @@ class TensorFlowTrainable:
         def compute(number: int, batch: Batch, x: tf.Tensor | None) -> tf.Tensor:
             nonlocal loss_sum
             carry, seed = self._start(number, batch, step)
-            given = (x, *_tensors(batch), carry, seed, self._scale())
+            given = (_features(batch) if x is None else x, *_tensors(batch), carry, seed, self._scale())
             made, loss, self._carry[number] = self._stage_graph(None, *given)
             self._stage_given = self._stage_given or given
             loss_sum += loss
@@ -167,12 +171,12 @@ class TensorFlowTrainable:
         return scaled, tf.reduce_sum(tf.cast(made, tf.float64)), carry
 
     def _backward(
-        self, parameters: Any, inputs: Any, targets: Any, weights: Any, carry: Any, seed: Any, scale: Any
+        self, parameters: Any, x: Any, inputs: Any, targets: Any, weights: Any, carry: Any, seed: Any, scale: Any
     ) -> tuple[tf.Tensor, Any, list[tf.Tensor]]:
         """Return the loss sum (float64), the carried state, and the gradient of every slot, dense and flat."""
         with self._kept.forward(parameters), tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(parameters)
-            losses, carry = self._losses(parameters, inputs, None, targets, weights, carry, seed, True)
+            losses, carry = self._losses(parameters, inputs, x, targets, weights, carry, seed, True)
             scaled = tf.reduce_sum(losses) * (scale / self._sharded.normaliser)
         sources, unused = [parameters[slot.name] for slot in self.layout.slots], tf.UnconnectedGradients.ZERO
         gradients = tape.gradient(scaled, sources, unconnected_gradients=unused)
@@ -194,9 +198,10 @@ class TensorFlowTrainable:
         return [flat[start:stop] for start, stop in ranges]
 
     def _accumulate(
-        self, phase: Hashable, inputs: Any, targets: Any, weights: Any, carry: Any, seed: Any, scale: Any
+        self, phase: Hashable, x: Any, inputs: Any, targets: Any, weights: Any, carry: Any, seed: Any, scale: Any
     ) -> Any:
-        loss, carry, gradients = self._backward_part(self._parameters(), inputs, targets, weights, carry, seed, scale)
+        given = (x, inputs, targets, weights, carry, seed, scale)
+        loss, carry, gradients = self._backward_part(self._parameters(), *given)
         self._add(tf.concat(self._buckets(gradients), 0))
         return loss, carry
 
@@ -210,6 +215,7 @@ class TensorFlowTrainable:
     def _step(
         self,
         phase: Hashable,
+        x: Any,
         inputs: Any,
         targets: Any,
         weights: Any,
@@ -220,7 +226,8 @@ class TensorFlowTrainable:
         figures: Any,
     ) -> tuple[tf.Tensor, Any]:
         """Do the last micro-batch and the update."""
-        loss, carry, gradients = self._backward_part(self._parameters(), inputs, targets, weights, carry, seed, scale)
+        given = (x, inputs, targets, weights, carry, seed, scale)
+        loss, carry, gradients = self._backward_part(self._parameters(), *given)
         buckets = self._buckets(gradients)
         if self._gradient is not None and not self._exchange.scatters_every:
             buckets = [b + before for b, before in zip(buckets, self._cut(self._gradient), strict=True)]
@@ -316,7 +323,8 @@ class TensorFlowTrainable:
     ) -> tuple[tf.Tensor, Any]:
         """Return the losses ``[rows, time]`` in nats, 0 where the target doesn't count, and the carried state.
 
-        In a stage but the last: what it passes on, instead of losses.
+        In a stage but the last: what it passes on, instead of losses. ``x``: what the stage before passed on, in the
+        first stage the batch's features. A loss of whole rows (CTC): ``[rows]``.
         """
         self._model.bind(parameters)
         checkpointing = self._config.train.activation_checkpointing
@@ -324,7 +332,10 @@ class TensorFlowTrainable:
         if not self._share.stage.last:
             return hidden, carry
         scores = tf.cast(self._model.scores(hidden), tf.float32)  # [rows, time, vocab / tensor ranks]
-        losses = self._collectives.cross_entropy(scores, targets)
+        if self._spec.loss == "ctc":
+            return ctc(scores, self._model.lengths(x), targets, weights), carry
+        smoothing = self._config.train.label_smoothing if training else 0.0
+        losses = self._collectives.cross_entropy(scores, targets, smoothing)
         return (losses if weights is None else losses * weights), carry
 
     def eval_step(self, batch: Batch) -> tuple[float, float]:
@@ -333,6 +344,7 @@ class TensorFlowTrainable:
         carry = self._model.cache(len(batch.inputs)) if fresh else self._eval_carry
 
         def compute(x: tf.Tensor | None) -> tf.Tensor:
+            x = _features(batch) if x is None else x
             made, self._eval_carry = self._eval_graph(None, x, *_tensors(batch), carry)
             return made
 
@@ -368,6 +380,27 @@ class TensorFlowTrainable:
         if not self._share.stage.last:
             return hidden, cache
         return tf.cast(self._collectives.all_scores(self._model.scores(hidden[:, -1])), tf.float32), cache
+
+    def predict(self, batch: Batch) -> np.ndarray:
+        """Return all scores of the batch; see ``interfaces.Trainable``."""
+        return self._predict_graph(None, tf.constant(batch.inputs), _features(batch)).numpy()
+
+    def _predict(self, inputs: tf.Tensor, x: Any) -> tf.Tensor:
+        self._model.bind(self._parameters())
+        hidden, _ = self._model.hidden(inputs, x, self._model.cache(0), False, False, tf.constant([0, 0]))
+        return tf.cast(self._model.scores(hidden), tf.float32)
+
+    def read(self, batch: Batch) -> Any:
+        """Return the cache of what the model has read; see ``interfaces.Trainable``."""
+        return self._read_graph(None, _features(batch))
+
+    def _read(self, x: Any) -> Any:
+        self._model.bind(self._parameters())
+        return self._model.read(x)
+
+    def select(self, cache: Any, rows: np.ndarray) -> Any:
+        """Return the cache of these rows; see ``interfaces.Trainable``."""
+        return self._model.select(cache, tf.constant(rows))
 
     def fingerprints(self) -> dict[str, int]:
         """Return a CRC-32 of every parameter; see ``interfaces.Trainable``."""
@@ -438,6 +471,10 @@ class TensorFlowTrainable:
         for kind, array in memory.items():
             self._optimizer.memory[kind].assign(array)
         self._carry = self._model.carry_tensors(carried(state), self._config.train.micro_batch_size)
+
+
+def _features(batch: Batch) -> dict[str, tf.Tensor] | None:
+    return {name: tf.constant(array) for name, array in batch.features.items()} or None
 
 
 def _tensors(batch: Batch) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor | None]:

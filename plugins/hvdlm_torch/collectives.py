@@ -68,10 +68,13 @@ class Collectives:
         outside = (own < 0) | (own >= len(table))
         return F.embedding(own.masked_fill(outside, 0), table).masked_fill(outside.unsqueeze(-1), 0.0)
 
-    def cross_entropy(self, scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Return losses ``[n]`` in nats from this rank's ``scores`` ``[n, vocab / ranks]`` and ``targets`` ``[n]``."""
+    def cross_entropy(self, scores: torch.Tensor, targets: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
+        """Return losses ``[n]`` in nats from this rank's ``scores`` ``[n, vocab / ranks]`` and ``targets`` ``[n]``.
+
+        ``smoothing``: the share of a target that is spread over the whole vocabulary; 0 with several ranks.
+        """
         if self.size == 1:
-            return F.cross_entropy(scores, targets, reduction="none")
+            return F.cross_entropy(scores, targets, reduction="none", label_smoothing=smoothing)
         first, _ = self.share.range_of(self.share.vocab)
         return _CrossEntropy.apply(scores, targets - first, self.group)
 

@@ -21,6 +21,7 @@ from hvdlm_sharding.rules import Share
 from hvdlm_sharding.state import ShardedState, carried, joined
 from hvdlm_torch.collectives import Collectives
 from hvdlm_torch.gradients import make_gradients
+from hvdlm_torch.losses import ctc
 from hvdlm_torch.memory import kept_bytes
 from hvdlm_torch.models import make_model
 from hvdlm_torch.optimizers import FlatOptimizer
@@ -117,6 +118,7 @@ class TorchTrainable:
         def compute(number: int, batch: Batch, x: torch.Tensor | None) -> torch.Tensor:
             nonlocal loss_sum
             carry = None if batch.reset else self._carry.get(number)
+            x = self._features(batch) if x is None else x
             made, self._carry[number] = self._forward(*self._tensors(batch), x, carry, True)
             if not self._share.stage.last:
                 return made.float()
@@ -195,13 +197,14 @@ class TorchTrainable:
         inputs: torch.Tensor,
         targets: torch.Tensor,
         weights: torch.Tensor | None,
-        x: torch.Tensor | None,
+        x: Any,
         carry: Any,
         training: bool,
     ) -> tuple[torch.Tensor, Any]:
         """Return the losses ``[rows * time]`` in nats, 0 where the target doesn't count, and the carried state.
 
-        In a stage but the last: what it passes on, instead of losses.
+        In a stage but the last: what it passes on, instead of losses. ``x``: what the stage before passed on, in the
+        first stage the batch's features. A loss of whole rows (CTC): ``[rows]``.
         """
         half = _HALF.get(self._config.train.precision)
         with torch.autocast(self._device.type, dtype=half, enabled=half is not None):
@@ -209,7 +212,10 @@ class TorchTrainable:
             if not self._share.stage.last:
                 return hidden, carry
             scores = self._model.scores(hidden)  # [rows, time, vocab / tensor ranks]
-        losses = self._collectives.cross_entropy(scores.flatten(0, 1).float(), targets.flatten())
+        if self._spec.loss == "ctc":
+            return ctc(scores.float(), self._model.lengths(x), targets, weights), carry
+        smoothing = self._config.train.label_smoothing if training else 0.0
+        losses = self._collectives.cross_entropy(scores.flatten(0, 1).float(), targets.flatten(), smoothing)
         return (losses if weights is None else losses * weights.flatten()), carry
 
     def _tensors(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -217,12 +223,17 @@ class TorchTrainable:
         targets = torch.from_numpy(batch.targets).to(self._device, torch.int64)
         return torch.from_numpy(batch.inputs).to(self._device), targets, weights
 
+    def _features(self, batch: Batch) -> dict[str, torch.Tensor] | None:
+        features = {name: torch.from_numpy(array).to(self._device) for name, array in batch.features.items()}
+        return features or None
+
     @torch.no_grad()
     def eval_step(self, batch: Batch) -> tuple[float, float]:
         """Return (loss sum, tokens); see ``interfaces.Trainable``."""
         carry = None if batch.reset else self._eval_carry
 
         def compute(x: torch.Tensor | None) -> torch.Tensor:
+            x = self._features(batch) if x is None else x
             made, self._eval_carry = self._losses(*self._tensors(batch), x, carry, False)
             return made if self._share.stage.last else made.float()
 
@@ -247,6 +258,22 @@ class TorchTrainable:
             root = (stage.count - 1) * self._share.tensor
             made = self._axes.model.broadcast(scores, root, "pipeline.scores")
         return made.cpu().numpy(), cache
+
+    @torch.no_grad()
+    def predict(self, batch: Batch) -> np.ndarray:
+        """Return all scores of the batch; see ``interfaces.Trainable``."""
+        inputs, _, _ = self._tensors(batch)
+        hidden, _ = self._model.hidden(inputs, self._features(batch), None, False, False)
+        return self._model.scores(hidden).float().cpu().numpy()
+
+    @torch.no_grad()
+    def read(self, batch: Batch) -> Any:
+        """Return the cache of what the model has read; see ``interfaces.Trainable``."""
+        return self._model.read(self._features(batch))
+
+    def select(self, cache: Any, rows: np.ndarray) -> Any:
+        """Return the cache of these rows; see ``interfaces.Trainable``."""
+        return self._model.select(cache, torch.from_numpy(rows).to(self._device))
 
     def fingerprints(self) -> dict[str, int]:
         """Return a CRC-32 of every parameter; see ``interfaces.Trainable``."""

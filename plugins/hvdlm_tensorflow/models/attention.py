@@ -12,23 +12,23 @@ from hvdlm.interfaces import HvdlmError
 from hvdlm.models import attention
 from hvdlm_sharding.rules import Share
 from hvdlm_tensorflow.collectives import Collectives
+from hvdlm_tensorflow.models.plain import Plain
 
 Parameters = Mapping[str, tf.Tensor]
 KeysValues = tuple[tf.Tensor, tf.Tensor]  # each [rows, heads, keys, head]
 _LONGEST = 1 << 14  # positions of a graph that is not traced anew for every length
 
 
-class Reader:
+class Reader(Plain):
     """A model that reads features and carries nothing from batch to batch: its layers, and what none of them needs."""
 
     def __init__(self, settings: Any, share: Share, collectives: Collectives) -> None:
-        self.s, self.dtype = settings, tf.float32
-        self._p: Parameters = {}
+        super().__init__(settings, share, collectives)
         self._seed, self._drawn, self._rate = tf.constant([0, 0]), 0, 0.0
 
     def bind(self, parameters: Parameters) -> None:
         """Take these tensors as parameters."""
-        self._p = {n: t if "norm" in n else tf.cast(t, self.dtype) for n, t in parameters.items()}
+        self.p = {n: t if "norm" in n else tf.cast(t, self.dtype) for n, t in parameters.items()}
 
     def begin(self, training: bool, seed: tf.Tensor) -> None:
         """Have dropout draw from ``seed`` int32 ``[2]`` in this pass, where it is one of training."""
@@ -36,8 +36,8 @@ class Reader:
 
     def linear(self, x: tf.Tensor, name: str) -> tf.Tensor:
         """Return ``x`` ``[..., inputs]`` through a linear layer: ``[..., outputs]``."""
-        weight = self._p[f"{name}.weight"]
-        flat = tf.nn.bias_add(tf.matmul(tf.reshape(x, [-1, weight.shape[0]]), weight), self._p[f"{name}.bias"])
+        weight = self.p[f"{name}.weight"]
+        flat = tf.nn.bias_add(tf.matmul(tf.reshape(x, [-1, weight.shape[0]]), weight), self.p[f"{name}.bias"])
         return tf.reshape(flat, tf.concat([tf.shape(x)[:-1], [weight.shape[1]]], 0))
 
     def norm(self, x: tf.Tensor, name: str) -> tf.Tensor:
@@ -45,8 +45,8 @@ class Reader:
         wide = tf.cast(x, tf.float32)
         wide -= tf.reduce_mean(wide, -1, keepdims=True)
         variance = tf.reduce_mean(tf.square(wide), -1, keepdims=True)
-        wide *= tf.math.rsqrt(variance + attention.EPSILON) * self._p[f"{name}.scale"]
-        return tf.cast(wide + self._p[f"{name}.bias"], self.dtype)
+        wide *= tf.math.rsqrt(variance + attention.EPSILON) * self.p[f"{name}.scale"]
+        return tf.cast(wide + self.p[f"{name}.bias"], self.dtype)
 
     def dropout(self, x: tf.Tensor) -> tf.Tensor:
         """Return ``x``, parts of it dropped while training."""
@@ -69,7 +69,7 @@ class Reader:
         return self._heads(self.linear(y, f"{name}.key")), self._heads(self.linear(y, f"{name}.value"))
 
     def attend(self, x: tf.Tensor, kv: KeysValues, mask: tf.Tensor | None, name: str) -> tf.Tensor:
-        """Return what ``x`` ``[rows, time, width]`` finds; ``mask``: bool ``[rows or 1, 1, time or 1, keys]``, True: seen."""
+        """Return what ``x`` ``[rows, time, width]`` finds where ``mask`` is true, bool ``[rows, 1, time, keys]``."""
         q = self._heads(self.linear(x, f"{name}.query"))
         scores = tf.cast(tf.matmul(q * (self.s.width // self.s.heads) ** -0.5, kv[0], transpose_b=True), tf.float32)
         if mask is not None:
@@ -93,24 +93,9 @@ class Reader:
         heads = self.s.heads
         return tf.transpose(tf.reshape(x, [shape[0], shape[1], heads, self.s.width // heads]), [0, 2, 1, 3])
 
-    def cache(self, rows: int) -> tf.Tensor:
-        """Return what training carries: nothing."""
-        return tf.zeros(())
-
     def decoding_cache(self, rows: int) -> Any:
         """Refuse to write where nothing has been read."""
         raise HvdlmError("this model goes on from what it has read, not from a text.")
-
-    def check_length(self, cache: Any, more: int) -> None:
-        """Accept any length."""
-
-    def carry_arrays(self, carry: Any) -> dict[str, Any]:
-        """Return nothing."""
-        return {}
-
-    def carry_tensors(self, arrays: Mapping[str, Any], micro: int | None) -> dict[int, Any]:
-        """Return nothing."""
-        return {}
 
 
 def within(lengths: tf.Tensor, time: Any) -> tf.Tensor:

@@ -26,7 +26,7 @@ class Convnet(Reader):
         self.begin(training, seed)
         h = tf.cast(x["images"], self.dtype)[..., None]  # [rows, 28, 28, 1]
         for name in ("conv.0", "conv.1"):
-            h = tf.nn.bias_add(tf.nn.conv2d(h, self._p[f"{name}.weight"], 1, "VALID"), self._p[f"{name}.bias"])
+            h = tf.nn.bias_add(tf.nn.conv2d(h, self.p[f"{name}.weight"], 1, "VALID"), self.p[f"{name}.bias"])
             h = tf.nn.relu(tf.nn.max_pool2d(h, 2, 2, "VALID"))
         h = tf.reshape(h, [tf.shape(h)[0], 4 * 4 * 20])
         return self.dropout(tf.nn.relu(self.linear(h, "dense")))[:, None], carry

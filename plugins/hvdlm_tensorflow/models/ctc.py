@@ -26,10 +26,10 @@ class CTC(Reader):
         self.begin(training, seed)
         h, lengths = tf.cast(x["frames"], self.dtype), self.lengths(x)
         for number, stride in ((0, 2), (1, 1)):
-            weight = self._p[f"conv.{number}.weight"]  # [kernel, inputs, width]
+            weight = self.p[f"conv.{number}.weight"]  # [kernel, inputs, width]
             h = tf.nn.conv1d(tf.pad(h, [[0, 0], [2, 2], [0, 0]]), weight, stride, "VALID")
             mask = within(lengths, tf.shape(h)[1])
-            h = tf.nn.gelu(tf.nn.bias_add(h, self._p[f"conv.{number}.bias"]), approximate=True)
+            h = tf.nn.gelu(tf.nn.bias_add(h, self.p[f"conv.{number}.bias"]), approximate=True)
             h *= tf.cast(mask[:, 0, 0, :, None], h.dtype)
         h = self.dropout(self.place(h))
         for i in range(self.s.layers):

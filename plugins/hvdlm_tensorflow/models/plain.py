@@ -23,7 +23,7 @@ class Plain:
         self.p = {name: tf.cast(tensor, self.dtype) for name, tensor in parameters.items()}
 
     def hidden(
-        self, tokens: tf.Tensor, x: tf.Tensor | None, carry: Any, training: bool, checkpointing: bool, seed: tf.Tensor
+        self, tokens: tf.Tensor, x: Any, carry: Any, training: bool, checkpointing: bool, seed: tf.Tensor
     ) -> tuple[tf.Tensor, Any]:
         """Return the logits ``[rows, time, vocab]`` of ``tokens`` ``[rows, time]``, and ``carry`` as it is.
 

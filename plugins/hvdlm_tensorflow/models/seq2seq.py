@@ -45,7 +45,7 @@ class Seq2Seq(Reader):
 
     def scores(self, hidden: tf.Tensor) -> tf.Tensor:
         """Return logits ``[..., vocab]`` of hidden states ``[..., width]``."""
-        head = self._p["embed.tokens" if self.s.tie_embeddings else "head.weight"]
+        head = self.p["embed.tokens" if self.s.tie_embeddings else "head.weight"]
         flat = tf.matmul(tf.reshape(hidden, [-1, self.s.width]), head, transpose_b=True)
         return tf.reshape(flat, tf.concat([tf.shape(hidden)[:-1], [self.s.vocab]], 0))
 
@@ -55,7 +55,9 @@ class Seq2Seq(Reader):
         read, mask = self._encode(x)
         layers = range(self.s.layers)
         empty = tf.zeros([tf.shape(read)[0], self.s.heads, 0, self.s.width // self.s.heads], self.dtype)
-        return Cache([self.keys_values(read, f"decoder.{i}.reading") for i in layers], [(empty, empty)] * len(layers), mask)
+        return Cache(
+            [self.keys_values(read, f"decoder.{i}.reading") for i in layers], [(empty, empty)] * len(layers), mask
+        )
 
     def select(self, cache: Cache, rows: tf.Tensor) -> Cache:
         """Return the cache of ``rows`` ``[n]``, in their order."""
@@ -83,7 +85,7 @@ class Seq2Seq(Reader):
         return self.norm(h, "encoder_norm"), mask
 
     def _embed(self, tokens: tf.Tensor, start: Any) -> tf.Tensor:
-        return self.place(tf.gather(self._p["embed.tokens"], tokens) * self.s.width**0.5, start)
+        return self.place(tf.gather(self.p["embed.tokens"], tokens) * self.s.width**0.5, start)
 
     def _rest(self, y: tf.Tensor, read: KeysValues, mask: tf.Tensor, name: str) -> tf.Tensor:
         """Return ``y`` through what follows self-attention in a decoder's layer."""

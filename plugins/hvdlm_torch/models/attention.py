@@ -3,37 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from hvdlm.models import attention
-from hvdlm_sharding.rules import Share
-from hvdlm_torch.collectives import Collectives
+from hvdlm_torch.models.plain import Plain
 
 Parameters = Mapping[str, torch.Tensor]
 KeysValues = tuple[torch.Tensor, torch.Tensor]  # each [rows, heads, keys, head]
 
 
-class Reader:
+class Reader(Plain):
     """A model that reads features and carries nothing from batch to batch: its layers, and what none of them needs."""
-
-    def __init__(self, settings: Any, share: Share, collectives: Collectives) -> None:
-        self.s = settings
-        self._p: Parameters = {}
-
-    def bind(self, parameters: Parameters) -> None:
-        """Take these tensors as parameters."""
-        self._p = dict(parameters)
 
     def linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
         """Return ``x`` ``[..., inputs]`` through a linear layer: ``[..., outputs]``."""
-        return F.linear(x, self._p[f"{name}.weight"].t(), self._p[f"{name}.bias"])
+        return F.linear(x, self.p[f"{name}.weight"].t(), self.p[f"{name}.bias"])
 
     def norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
         """Return ``x`` ``[..., width]`` normalised."""
-        scale, bias = self._p[f"{name}.scale"], self._p[f"{name}.bias"]
+        scale, bias = self.p[f"{name}.scale"], self.p[f"{name}.bias"]
         return F.layer_norm(x, (self.s.width,), scale, bias, attention.EPSILON)
 
     def dropout(self, x: torch.Tensor, training: bool) -> torch.Tensor:
@@ -50,9 +40,9 @@ class Reader:
         return self._heads(self.linear(y, f"{name}.key")), self._heads(self.linear(y, f"{name}.value"))
 
     def attend(self, x: torch.Tensor, kv: KeysValues, mask: torch.Tensor | None, name: str) -> torch.Tensor:
-        """Return what ``x`` ``[rows, time, width]`` finds; ``mask``: bool ``[rows or 1, 1, time or 1, keys]``, True: seen."""
+        """Return what ``x`` ``[rows, time, width]`` finds where ``mask`` is true, bool ``[rows, 1, time, keys]``."""
         q = self._heads(self.linear(x, f"{name}.query"))
-        found = F.scaled_dot_product_attention(q, *(t.to(q.dtype) for t in kv), attn_mask=mask)
+        found = F.scaled_dot_product_attention(q, kv[0].to(q.dtype), kv[1].to(q.dtype), mask)
         return self.linear(found.transpose(1, 2).flatten(2), f"{name}.output")
 
     def mlp(self, x: torch.Tensor, name: str) -> torch.Tensor:
@@ -68,14 +58,6 @@ class Reader:
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (self.s.heads, -1)).transpose(1, 2)
-
-    def carry_arrays(self, carry: Any) -> dict[str, Any]:
-        """Return nothing."""
-        return {}
-
-    def carry_tensors(self, arrays: Mapping[str, Any], micro: int | None, device: torch.device) -> dict[int, Any]:
-        """Return nothing."""
-        return {}
 
 
 def within(lengths: torch.Tensor, time: int) -> torch.Tensor:

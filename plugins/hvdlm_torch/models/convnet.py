@@ -25,8 +25,8 @@ class Convnet(Reader):
         """Return ``[rows, 1, 50]`` of the images in ``x``; ``tokens`` are not looked at."""
         h = x["images"].unsqueeze(1)  # [rows, 1, 28, 28]
         for name in ("conv.0", "conv.1"):
-            weight = self._p[f"{name}.weight"].permute(3, 2, 0, 1)  # [kernels, inputs, 5, 5]
-            h = F.relu(F.max_pool2d(F.conv2d(h, weight, self._p[f"{name}.bias"]), 2))
+            weight = self.p[f"{name}.weight"].permute(3, 2, 0, 1)  # [kernels, inputs, 5, 5]
+            h = F.relu(F.max_pool2d(F.conv2d(h, weight, self.p[f"{name}.bias"]), 2))
         h = h.permute(0, 2, 3, 1).flatten(1)  # channels last, as the weight has them
         return self.dropout(F.relu(self.linear(h, "dense")), training).unsqueeze(1), None
 

@@ -25,8 +25,8 @@ class CTC(Reader):
         """Return ``[rows, T / 2, width]`` of the frames in ``x``; ``tokens`` are not looked at."""
         h, lengths = x["frames"], self.lengths(x)
         for number, stride in ((0, 2), (1, 1)):
-            weight = self._p[f"conv.{number}.weight"].permute(2, 1, 0)  # [width, inputs, kernel]
-            h = F.conv1d(h.transpose(1, 2), weight, self._p[f"conv.{number}.bias"], stride, padding=2).transpose(1, 2)
+            weight = self.p[f"conv.{number}.weight"].permute(2, 1, 0)  # [width, inputs, kernel]
+            h = F.conv1d(h.transpose(1, 2), weight, self.p[f"conv.{number}.bias"], stride, padding=2).transpose(1, 2)
             mask = within(lengths, h.shape[1])
             h = F.gelu(h, approximate="tanh") * mask.flatten(1).unsqueeze(-1)
         h = self.dropout(self.place(h), training)

@@ -24,7 +24,7 @@ class Plain:
         self.p = dict(parameters)
 
     def hidden(
-        self, tokens: torch.Tensor, x: torch.Tensor | None, carry: Any, training: bool, checkpointing: bool
+        self, tokens: torch.Tensor, x: Any, carry: Any, training: bool, checkpointing: bool
     ) -> tuple[torch.Tensor, Any]:
         """Return the logits ``[rows, time, vocab]`` of ``tokens`` ``[rows, time]``, and ``carry`` as it is.
 

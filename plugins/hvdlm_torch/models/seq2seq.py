@@ -39,19 +39,23 @@ class Seq2Seq(Reader):
             name = f"decoder.{i}"
             h = self.norm(y, f"{name}.attention_norm")
             h = self.attend(h, self.keys_values(h, f"{name}.attention"), seen, f"{name}.attention")
-            y = self._rest(y + self.dropout(h, training), self.keys_values(read, f"{name}.reading"), mask, name, training)
+            y = self._rest(
+                y + self.dropout(h, training), self.keys_values(read, f"{name}.reading"), mask, name, training
+            )
         return self.norm(y, "final_norm"), None
 
     def scores(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return logits ``[..., vocab]`` of hidden states ``[..., width]``."""
-        return F.linear(hidden, self._p["embed.tokens" if self.s.tie_embeddings else "head.weight"])
+        return F.linear(hidden, self.p["embed.tokens" if self.s.tie_embeddings else "head.weight"])
 
     def read(self, x: Mapping[str, torch.Tensor]) -> Cache:
         """Return what the decoder needs of the source, nothing written yet."""
         read, mask = self._encode(x, False)
         layers = range(self.s.layers)
         empty = read.new_zeros(len(read), self.s.heads, 0, self.s.width // self.s.heads)
-        return Cache([self.keys_values(read, f"decoder.{i}.reading") for i in layers], [(empty, empty)] * len(layers), mask)
+        return Cache(
+            [self.keys_values(read, f"decoder.{i}.reading") for i in layers], [(empty, empty)] * len(layers), mask
+        )
 
     def select(self, cache: Cache, rows: torch.Tensor) -> Cache:
         """Return the cache of ``rows`` ``[n]``, in their order."""
@@ -82,11 +86,9 @@ class Seq2Seq(Reader):
         return self.norm(h, "encoder_norm"), mask
 
     def _embed(self, tokens: torch.Tensor, start: int) -> torch.Tensor:
-        return self.place(F.embedding(tokens, self._p["embed.tokens"]) * self.s.width**0.5, start)
+        return self.place(F.embedding(tokens, self.p["embed.tokens"]) * self.s.width**0.5, start)
 
-    def _rest(
-        self, y: torch.Tensor, read: KeysValues, mask: torch.Tensor, name: str, training: bool
-    ) -> torch.Tensor:
+    def _rest(self, y: torch.Tensor, read: KeysValues, mask: torch.Tensor, name: str, training: bool) -> torch.Tensor:
         """Return ``y`` through what follows self-attention in a decoder's layer."""
         h = self.attend(self.norm(y, f"{name}.reading_norm"), read, mask, f"{name}.reading")
         y = y + self.dropout(h, training)
