@@ -244,9 +244,13 @@ def report(arguments: list[str]) -> int:
 def prepare(arguments: list[str]) -> int:
     """``python -m hvdlm prepare --data.path ... --output FOLDER``."""
     values = options.parse_prepare(arguments)
-    from hvdlm.data.tokenfile import prepare as write
+    from hvdlm.data.preparation import prepare as write
 
-    data = write(values.data, values.output)
+    try:
+        data = write(values.data, values.output, values.workers)
+    except KeyboardInterrupt:
+        print("hvdlm: interrupted; the same command goes on where it was", file=sys.stderr, flush=True)
+        return 130
     print(
         f"{data.folder}: {len(data.train):,} training and {len(data.validation):,} validation tokens, "
         f"vocabulary of {data.tokenizer.vocab:,}"

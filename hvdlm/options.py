@@ -108,7 +108,7 @@ def _values(name: str, arguments: list[str]) -> list[str]:
 
 
 def _plugin_options(arguments: list[str], files: Iterable[Mapping[str, Any]]) -> dict[str, type]:
-    """Return {section: dataclass} of the plugins that ``--plugins`` or a file's ``plugins:`` name.
+    """Return {section: dataclass} of the plugins and the task that the options or a file name.
 
     Raises:
         HvdlmError: one is not installed, does not import, or names a section that is taken.
@@ -125,14 +125,15 @@ def _plugin_options(arguments: list[str], files: Iterable[Mapping[str, Any]]) ->
     for content in files:
         value = content.get("plugins") or []
         named += value if isinstance(value, list) else []
-    if not named:
+    tasks = [*_values("--task", arguments), *(str(content["task"]) for content in files if "task" in content)]
+    if not named and not tasks:
         return {}
     from hvdlm import plugins
 
     names = [str(name) for name in named]
     plugins.require(names)
     found: dict[str, type] = {}
-    for more in plugins.load(names).hook.hvdlm_options():
+    for more in plugins.load([*names, *tasks]).hook.hvdlm_options():
         for section, kind in more.items():
             if section in Config.__dataclass_fields__ or section in found:
                 raise HvdlmError(
@@ -272,12 +273,26 @@ def parse_report(description: str, arguments: list[str]) -> Any:
 
 
 def parse_prepare(arguments: list[str]) -> Any:
-    """Return ``data`` (a DataConfig) and ``output`` (a folder, or None for the cache)."""
-    parser = _parser("prepare", "Turn text into token files, which --data.path then takes.")
+    """Return ``data`` (a DataConfig), ``output`` (a folder, or None for the cache) and ``workers`` (None: by the text).
+
+    Raises:
+        HvdlmError: no worker is asked for.
+    """
+    parser = _parser(
+        "prepare",
+        "Turn text into token files, which --data.path then takes.",
+        "Killed, it goes on when it is given again.",
+    )
     parser.add_class_arguments(DataConfig, "data")
     parser.add_argument("--output", type=str, default=None, help="folder of the token files; default: the cache")
-    parser.known = {**schema.types_of({"data": DataConfig}), "output": str}
-    return parser.instantiate_classes(parser.parse_args(arguments))
+    parser.add_argument(
+        "--workers", type=int | None, default=None, help="processes that encode; default: the cores, of short texts 1"
+    )
+    parser.known = {**schema.types_of({"data": DataConfig}), "output": str, "workers": int}
+    values = parser.instantiate_classes(parser.parse_args(arguments))
+    if values.workers is not None and values.workers < 1:
+        raise HvdlmError(f"--workers: got {values.workers}, expected 1 or more.")
+    return values
 
 
 def parse_bench(arguments: list[str]) -> tuple[Any, Config]:

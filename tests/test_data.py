@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvdlm.config import DataConfig
-from hvdlm.data import sampler, sources, tokenfile, tokenizers
+from hvdlm.data import preparation, sampler, sources, tokenizers
 from hvdlm.interfaces import HvdlmError
 from launching import DATA
 
@@ -63,7 +63,7 @@ def test_a_character_that_the_model_does_not_know_is_named() -> None:
 def test_a_tokenizer_json_of_hugging_face_is_taken(corpus: Path, tmp_path: Path) -> None:
     trained = tokenizers.train("bpe", 320, [TEXT])
     (tmp_path / "tokenizer.json").write_text(json.dumps(trained.to_json()["description"]))
-    data = tokenfile.prepare(config(corpus, tmp_path / "c", tokenizer=str(tmp_path / "tokenizer.json")))
+    data = preparation.prepare(config(corpus, tmp_path / "c", tokenizer=str(tmp_path / "tokenizer.json")))
     assert data.tokenizer.hash == trained.hash
 
 
@@ -90,7 +90,7 @@ def test_pieces_never_tear_a_word_or_a_character(tmp_path: Path, monkeypatch: py
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
     (tmp_path / "large.txt").write_text("the same line again and again\n" * 1_000_000)
     tracemalloc.start()
-    tokenfile.prepare(config(tmp_path / "large.txt", tmp_path / "cache"))
+    preparation.prepare(config(tmp_path / "large.txt", tmp_path / "cache"))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 24e6 < (tmp_path / "large.txt").stat().st_size
@@ -98,16 +98,16 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
 
 def test_standard_input_is_kept_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(TEXT.encode())))
-    kept = tokenfile.without_stdin(config(["-"], tmp_path))
+    kept = preparation.without_stdin(config(["-"], tmp_path))
     assert Path(kept.paths[0]).read_text() == TEXT and kept.paths[0] != "-"
-    data = tokenfile.prepare(kept)
+    data = preparation.prepare(kept)
     assert len(data.train) + len(data.validation) == len(TEXT)
 
 
 def test_the_header_says_what_the_tokens_are(corpus: Path, tmp_path: Path) -> None:
     import hashlib
 
-    data = tokenfile.prepare(config(corpus, tmp_path / "cache"))
+    data = preparation.prepare(config(corpus, tmp_path / "cache"))
     header = json.loads((data.folder / "header.json").read_text())
     assert header["dtype"] == "uint16" and header["tokenizer"] == data.tokenizer.hash
     assert header["sources"] == {str(corpus): hashlib.sha256(corpus.read_bytes()).hexdigest()}
@@ -121,7 +121,7 @@ def test_validation_bytes_are_those_of_the_validation_text(
     corpus: Path, tmp_path: Path, name: str, share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sources, "_CHUNK", 100)
-    data = tokenfile.prepare(config(corpus, tmp_path / "c", tokenizer=name, vocab_size=300, validation_share=share))
+    data = preparation.prepare(config(corpus, tmp_path / "c", tokenizer=name, vocab_size=300, validation_share=share))
     whole = np.concatenate([data.train, data.validation])
     assert data.tokenizer.decode(whole.tolist()) == TEXT
     bytes_ = len(data.tokenizer.decode(data.validation.tolist()).encode())
@@ -130,12 +130,12 @@ def test_validation_bytes_are_those_of_the_validation_text(
 
 def test_a_changed_corpus_or_setting_is_tokenized_anew(corpus: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    first = tokenfile.prepare(config(corpus, cache))
-    assert tokenfile.prepare(config(corpus, cache)).folder == first.folder
-    assert tokenfile.prepare(config(corpus, cache, tokenizer="byte")).folder != first.folder
+    first = preparation.prepare(config(corpus, cache))
+    assert preparation.prepare(config(corpus, cache)).folder == first.folder
+    assert preparation.prepare(config(corpus, cache, tokenizer="byte")).folder != first.folder
     corpus.write_text(TEXT + "more")
     os.utime(corpus, ns=(1, 1))
-    assert tokenfile.prepare(config(corpus, cache)).folder != first.folder
+    assert preparation.prepare(config(corpus, cache)).folder != first.folder
 
 
 @needs_data
@@ -152,7 +152,7 @@ def test_real_corpora_have_the_sizes_that_everybody_reports(
 ) -> None:
     if "validation_path" in more:
         more = {**more, "validation_path": str(DATA / more["validation_path"])}
-    data = tokenfile.prepare(config(DATA / file, tmp_path, **more))
+    data = preparation.prepare(config(DATA / file, tmp_path, **more))
     assert (data.tokenizer.vocab, len(data.train), len(data.validation)) == (vocab, train, validation)
 
 

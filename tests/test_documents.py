@@ -13,7 +13,7 @@ import pytest
 from pyarrow import parquet
 
 from hvdlm.config import DataConfig
-from hvdlm.data import documents, sources, tokenfile
+from hvdlm.data import documents, preparation, sources
 from hvdlm.data.documents import Form
 from hvdlm.interfaces import HvdlmError
 
@@ -63,15 +63,13 @@ def test_records_read_as_one_text(tmp_path: Path, name: str, monkeypatch: pytest
     path.parent.mkdir()
     WRITERS[name](path, TEXTS)
     (path.parent / "state.json").write_text("{}")
-    digests: dict[str, str] = {}
-    assert "".join(sources.texts([str(path)], digests)) == WHOLE
+    assert "".join(sources.texts([str(path)])) == WHOLE
     assert "".join(sources.texts([str(path.parent)])) == WHOLE
-    assert "".join(sources.texts([str(path)], form=Form("text", "<|end|>"))) == "".join(f"{t}<|end|>" for t in TEXTS)
+    assert "".join(sources.texts([str(path)], Form("text", "<|end|>"))) == "".join(f"{t}<|end|>" for t in TEXTS)
     monkeypatch.setattr(sources, "_CHUNK", 7)
     monkeypatch.setattr(documents, "_PIECE", 20)
-    again: dict[str, str] = {}
-    pieces = list(sources.texts([str(path)], again))
-    assert "".join(pieces) == WHOLE and len(pieces) == 2 and again == digests
+    pieces = list(sources.texts([str(path)]))
+    assert "".join(pieces) == WHOLE and len(pieces) == 2
 
 
 @pytest.mark.parametrize("name", list(WRITERS))
@@ -79,7 +77,9 @@ def test_records_become_the_tokens_of_their_text(tmp_path: Path, name: str) -> N
     WRITERS[name](tmp_path / name, TEXTS * 20)
     (tmp_path / "same.txt").write_text(WHOLE * 20)
     made = [
-        tokenfile.prepare(DataConfig(path=[str(path)], tokenizer="bpe", vocab_size=300, cache=str(tmp_path / "cache")))
+        preparation.prepare(
+            DataConfig(path=[str(path)], tokenizer="bpe", vocab_size=300, cache=str(tmp_path / "cache"))
+        )
         for path in (tmp_path / name, tmp_path / "same.txt")
     ]
     first, second = ([*data.train.tolist(), *data.validation.tolist()] for data in made)

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from hvdlm import cli, options, untrusted
 from hvdlm.checkpoints import manifest
 from hvdlm.config import DataConfig
-from hvdlm.data import sources, tokenfile, tokenizers
+from hvdlm.data import preparation, sources, tokenfile, tokenizers
 from hvdlm.interfaces import HvdlmError
 from launching import environment
 
@@ -287,7 +287,7 @@ def test_a_shard_s_header_is_as_long_as_its_file_at_most(length: int, tmp_path: 
 def tokens(tmp_path: Path) -> Path:
     (tmp_path / "corpus.txt").write_text(TEXT * 20)
     data = DataConfig(path=str(tmp_path / "corpus.txt"), tokenizer="byte", cache=str(tmp_path / "cache"))
-    return tokenfile.prepare(data, str(tmp_path / "tokens")).folder
+    return preparation.prepare(data, str(tmp_path / "tokens")).folder
 
 
 @pytest.mark.parametrize("name", ["tokens.bin", "tokenizer.json", "header.json"])

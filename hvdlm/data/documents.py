@@ -171,3 +171,4 @@ def _arrow(source: str, field: str, first: int, reading: Reading) -> Iterator[An
                 yield from column.slice(start, _ROWS).to_pylist()
             first = max(0, first - len(column))
             reading.done = memory.tell()
+        reading.done = memory.size()

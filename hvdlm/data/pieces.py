@@ -37,22 +37,24 @@ START = Place()
 
 
 def behind(chunks: Iterator[bytes], offset: int) -> Iterator[bytes]:
-    """Yield what follows the first ``offset`` bytes."""
+    """Yield what follows the first ``offset`` bytes, first the rest of the chunk in which they end, empty or not."""
     for chunk in chunks:
-        if offset < len(chunk):
+        if offset > len(chunk):
+            offset -= len(chunk)
+        else:
             yield chunk[offset:]
-        offset = max(0, offset - len(chunk))
+            offset = 0
 
 
 def cut(source: str, chunks: Iterator[bytes], offset: int, longest: int) -> Iterator[Piece]:
     """Cut a text from its byte ``offset`` on where no word is torn apart; one of ``longest`` bytes is, all the same.
 
-    A cut lies in the chunk that was read last, so that pieces don't depend on where reading began.
+    A cut lies in the chunk that was read last. What is left of that, ``behind`` yields first where reading goes on.
 
     Raises:
         HvdlmError: it is not UTF-8.
     """
-    rest = b""
+    rest = next(chunks, b"") if offset else b""
     for chunk in chunks:
         rest += chunk
         # Blanks and line ends never are part of another character in UTF-8.

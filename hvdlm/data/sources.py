@@ -10,7 +10,7 @@ import os
 import sys
 import tempfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from hvdlm import untrusted
@@ -124,22 +124,23 @@ def size(source: str) -> int:
     return len(embedded().encode()) if source == "embedded" else os.path.getsize(source)
 
 
-def texts(paths: Sequence[str], digests: dict[str, str] | None = None, form: Form = _FORM) -> Iterator[str]:
+def texts(paths: Sequence[str], form: Form = _FORM, heard: Callable[[int], object] | None = None) -> Iterator[str]:
     """Yield the text of all sources in ``pieces``. Memory doesn't grow with the corpus.
 
-    ``digests`` takes the SHA-256 of every source.
+    ``heard`` is told after every piece how many bytes on disk were read for it.
 
     Raises:
         HvdlmError: a source can't be read or is not UTF-8, or there is no text at all.
     """
     empty = True
     for source in expand(paths):
-        reading = Reading()
+        reading, before = Reading(), 0
         for piece in pieces(source, form, reading=reading):
             empty = False
             yield piece.text
-        if digests is not None:
-            digests[source] = digest(source, reading)
+            if heard:
+                heard(reading.done - before)
+            before = reading.done
     if empty:
         raise no_text(paths)
 

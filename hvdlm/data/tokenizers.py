@@ -212,7 +212,9 @@ class BPETokenizer(_Hashed):
 
     def encode(self, text: str) -> np.ndarray:
         """Return int32 ids ``[n]``."""
-        ids = np.array(self._guarded(lambda: self._encoder.encode(text, add_special_tokens=False).ids), np.int64)
+        # Of a batch, no offsets are computed: a half more tokens per second.
+        (found,) = self._guarded(lambda: self._encoder.encode_batch_fast([text], add_special_tokens=False))
+        ids = np.array(found.ids, np.int64)
         if ids.max(initial=0) >= self.vocab:
             raise HvdlmError(
                 f"the tokenizer gave the id {ids.max()}, its vocabulary has {self.vocab} entries: use another."

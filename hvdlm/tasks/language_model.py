@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping
 from hvdlm import hookimpl
 from hvdlm.config import Config
 from hvdlm.data import sampler
-from hvdlm.data.tokenfile import prepare, require_length
+from hvdlm.data.preparation import prepare
+from hvdlm.data.tokenfile import require_length
 from hvdlm.interfaces import Batch, HvdlmError, RankError, Trainable
 
 
