@@ -55,9 +55,14 @@ def layer(name: str, width: int, mlp_width: int, reads: bool) -> Iterator[ParamS
     yield from linear(f"{name}.mlp.down", mlp_width, width, ("mlp", "embed"))
 
 
+def rates(width: int) -> np.ndarray:
+    """Return the angles by which the sinusoids turn from one position to the next, float64 ``[ceil(width / 2)]``."""
+    return 10000.0 ** (-np.arange(0, width, 2) / width)
+
+
 def positions(length: int, width: int) -> np.ndarray:
     """Return the sinusoids, float32 ``[length, width]``."""
-    angle = np.outer(np.arange(length), 10000.0 ** (-np.arange(0, width, 2) / width))
+    angle = np.outer(np.arange(length), rates(width))
     return np.stack([np.sin(angle), np.cos(angle)], -1).reshape(length, -1)[:, :width].astype(np.float32)
 
 

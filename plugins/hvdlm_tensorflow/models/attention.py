@@ -16,7 +16,6 @@ from hvdlm_tensorflow.models.plain import Plain
 
 Parameters = Mapping[str, tf.Tensor]
 KeysValues = tuple[tf.Tensor, tf.Tensor]  # each [rows, heads, keys, head]
-_LONGEST = 1 << 14  # positions of a graph that is not traced anew for every length
 
 
 class Reader(Plain):
@@ -58,11 +57,10 @@ class Reader(Plain):
 
     def place(self, x: tf.Tensor, start: Any = 0) -> tf.Tensor:
         """Return ``x`` ``[rows, time, width]`` with the sinusoids of positions from ``start`` added."""
-        time = x.shape[1] if isinstance(start, int) else None
-        if time is not None:
-            return x + tf.constant(attention.positions(start + time, self.s.width)[start:], x.dtype)
-        table = tf.constant(attention.positions(_LONGEST, self.s.width), x.dtype)
-        return x + table[start : start + tf.shape(x)[1]]
+        times = tf.cast(tf.range(tf.shape(x)[1]) + start, tf.float64)
+        angle = times[:, None] * attention.rates(self.s.width)[None]
+        table = tf.reshape(tf.stack([tf.sin(angle), tf.cos(angle)], -1), [-1, 2 * angle.shape[1]])
+        return x + tf.cast(table[:, : self.s.width], x.dtype)
 
     def keys_values(self, y: tf.Tensor, name: str) -> KeysValues:
         """Return the keys and values of ``y`` ``[rows, keys, width]``."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
 import tensorflow as tf
 
 from hvdlm_tensorflow.models.attention import KeysValues, Reader, within
@@ -34,7 +33,8 @@ class Seq2Seq(Reader):
         """Return ``[rows, time, width]`` of ``tokens`` ``[rows, time]`` that stand after the source ``x``."""
         self.begin(training, seed)
         read, mask = self._encode(x)
-        seen = tf.constant(np.tril(np.ones([tokens.shape[1]] * 2, bool))[None, None])
+        places = tf.range(tf.shape(tokens)[1])
+        seen = (places[None, :] <= places[:, None])[None, None]
         y = self.dropout(self._embed(tokens, 0))
         for i in range(self.s.layers):
             name = f"decoder.{i}"
