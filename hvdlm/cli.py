@@ -244,17 +244,23 @@ def report(arguments: list[str]) -> int:
 def prepare(arguments: list[str]) -> int:
     """``python -m hvdlm prepare --data.path ... --output FOLDER``."""
     values = options.parse_prepare(arguments)
-    from hvdlm.data.preparation import prepare as write
-
     try:
-        data = write(values.data, values.output, values.workers)
+        if values.data.mixture is None:
+            from hvdlm.data.preparation import prepare as write
+
+            found = {"": write(values.data, values.output, values.workers)}
+        else:
+            from hvdlm.data.mixture import prepare as write_all
+
+            found = write_all(values.data, values.output, values.workers)
     except KeyboardInterrupt:
         print("hvdlm: interrupted; the same command goes on where it was", file=sys.stderr, flush=True)
         return 130
-    print(
-        f"{data.folder}: {len(data.train):,} training and {len(data.validation):,} validation tokens, "
-        f"vocabulary of {data.tokenizer.vocab:,}"
-    )
+    for name, data in found.items():
+        print(
+            f"{name + ': ' if name else ''}{data.folder}: {len(data.train):,} training and "
+            f"{len(data.validation):,} validation tokens, vocabulary of {data.tokenizer.vocab:,}"
+        )
     return 0
 
 

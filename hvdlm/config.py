@@ -61,6 +61,8 @@ class DataConfig:
     Args:
         path: text files, JSON lines, Parquet, folders (also of Hugging Face datasets), globs, .gz files, - for standard
             input, a prepared token folder, or "embedded"
+        mixture: corpora instead of path, each with a weight: "{wiki.txt: 3, books: 1}", or in full
+            "{wiki: {path: [a.txt, b.txt], weight: 3}}", where validation_path, field and separator may stand too
         validation_path: the validation text, in the same forms; None: the end of the corpus
         validation_share: share of the corpus, from its end, kept for validation where validation_path is None
         field: of JSON lines, Parquet and data sets: which field is the text
@@ -73,6 +75,7 @@ class DataConfig:
     """
 
     path: list[str] | str = field(default_factory=lambda: ["embedded"])
+    mixture: dict[str, Any] | None = None
     validation_path: list[str] | str | None = None
     validation_share: float = 0.1
     field: str = "text"

@@ -52,6 +52,7 @@ class Batch:
         reset: whether a recurrent model starts this batch from its zero state.
         features: what the model reads beside tokens, by the names of its description, each ``[rows, ...]``.
         items: int64 ``[rows]``, which items of a task's own the rows are; models don't see them.
+        corpus: of a validation batch, the corpus of a mixture it is of; its sums are then ``CORPUS/loss``, and so on.
     """
 
     inputs: np.ndarray
@@ -60,13 +61,15 @@ class Batch:
     reset: bool = False
     features: Mapping[str, np.ndarray] = field(default_factory=dict)
     items: np.ndarray | None = None
+    corpus: str = ""
 
     def rows(self, start: int, stop: int) -> Batch:
         """Return rows ``start:stop`` as a batch of their own."""
         weights = None if self.weights is None else self.weights[start:stop]
         features = {name: array[start:stop] for name, array in self.features.items()}
         items = None if self.items is None else self.items[start:stop]
-        return Batch(self.inputs[start:stop], self.targets[start:stop], weights, self.reset, features, items)
+        arrays = self.inputs[start:stop], self.targets[start:stop], weights
+        return Batch(*arrays, self.reset, features, items, self.corpus)
 
     @property
     def tokens(self) -> float:

@@ -107,7 +107,8 @@ def evaluate(run: Run, step: int | None = None) -> dict[str, Any]:
     own: Counter[str] = Counter()
     for batch in run.task.validation(place, run.mesh.data):
         loss, tokens = run.trainable.eval_step(batch)
-        own.update({"loss": loss, "tokens": tokens, **run.task.count(run.trainable, batch)})
+        of = f"{batch.corpus}/" if batch.corpus else ""
+        own.update({f"{of}loss": loss, f"{of}tokens": tokens, **run.task.count(run.trainable, batch)})
         run.sentinel.alive()
     sums: Counter[str] = Counter()
     for part in run.world.gather_objects(dict(own) if counts else {}):

@@ -13,7 +13,14 @@ from hvdlm import untrusted
 from hvdlm.interfaces import HvdlmError
 
 _LONGEST = 80  # characters of a key, of which the nearest known one is searched
-_PHRASES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list such as [a, b]"}
+_PHRASES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    list: "a list such as [a, b]",
+    dict: "a mapping such as {a: 1, b: 2}",
+}
 
 
 def types_of(classes: Mapping[str, type]) -> dict[str, Any]:

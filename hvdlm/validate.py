@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hvdlm.config import Config
+from hvdlm.data import mixture
 from hvdlm.interfaces import HvdlmError, nearest
 from hvdlm.models.spec import ModelSpec
 from hvdlm.topology import Mesh
@@ -82,6 +83,10 @@ def values(config: Config) -> None:
         )
     if config.train.nesterov and not config.train.momentum:
         raise HvdlmError("train.nesterov needs train.momentum above 0, for example --train.momentum 0.9.")
+    if config.data.mixture is not None:
+        mixture.read(config.data)
+        if config.task != "language_model":
+            raise HvdlmError(f"data.mixture: the task {config.task} mixes no corpora: give it data.path.")
     writable(Path(config.log.run), "log.run")
 
 

@@ -40,8 +40,8 @@ def prepare(config: DataConfig, output: str | None = None, processes: int | None
     config = without_stdin(config)
     check_sources(config)
     folder = Path(output) if output else cache(config) / key(config)
-    if output and folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise HvdlmError(f"--output {folder}: it exists and is no empty folder: name one that doesn't exist yet.")
+    if output:
+        check_free(folder)
     with writing(folder):
         work = Preparation(config, folder)
         if (folder / "header.json").is_file():
@@ -49,6 +49,16 @@ def prepare(config: DataConfig, output: str | None = None, processes: int | None
         else:
             work.run(processes)
     return open_tokens(folder)
+
+
+def check_free(folder: Path) -> None:
+    """Check that ``--output`` may be written.
+
+    Raises:
+        HvdlmError: something is there.
+    """
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise HvdlmError(f"--output {folder}: it exists and is no empty folder: name one that doesn't exist yet.")
 
 
 def without_stdin(config: DataConfig) -> DataConfig:

@@ -21,7 +21,7 @@ from hvdlm.disk import sha256
 from hvdlm.interfaces import HvdlmError
 
 _CHUNK = 1 << 20
-_SUFFIXES = (".txt", ".md", ".text", ".gz", *documents.SUFFIXES)
+SUFFIXES = (".txt", ".md", ".text", ".gz", *documents.SUFFIXES)
 _FORM = Form()
 
 
@@ -46,9 +46,9 @@ def expand(paths: Sequence[str]) -> list[str]:
             if not os.access(path, os.R_OK | os.X_OK):
                 raise HvdlmError(f"data.path {path}: this user can't read it: change its permissions or path.")
             documents.check_folder(Path(path))
-            files = sorted(str(p) for p in Path(path).rglob("*") if p.is_file() and p.name.endswith(_SUFFIXES))
+            files = sorted(str(p) for p in Path(path).rglob("*") if p.is_file() and p.name.endswith(SUFFIXES))
             if not files:
-                raise HvdlmError(f"data.path {path}: the folder holds no {', '.join(_SUFFIXES)} file.")
+                raise HvdlmError(f"data.path {path}: the folder holds no {', '.join(SUFFIXES)} file.")
             found += files
         elif os.path.exists(path):
             found.append(path)

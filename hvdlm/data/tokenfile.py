@@ -110,6 +110,6 @@ def require_length(tokens: np.ndarray, context: int, split: str) -> None:
     """Check that a split holds one window at least."""
     if len(tokens) < context + 1:
         raise HvdlmError(
-            f"the {split} split has {len(tokens)} tokens, fewer than data.context + 1 = {context + 1}: "
+            f"{split} split has {len(tokens)} tokens, fewer than data.context + 1 = {context + 1}: "
             "give more text or a smaller --data.context."
         )

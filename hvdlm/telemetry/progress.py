@@ -125,4 +125,5 @@ def _communication(interval: Interval) -> str:
 
 def _figure(name: str, value: float) -> str:
     """Losses and shares differ in the fourth decimal; what follows from them is readable with two."""
-    return f"{name} {value:.4f}" if name.endswith(("loss", "accuracy", "rate")) else f"{name} {value:.2f}"
+    kind = name.partition("/")[0]  # a corpus may follow
+    return f"{name} {value:.4f}" if kind.endswith(("loss", "accuracy", "rate")) else f"{name} {value:.2f}"
