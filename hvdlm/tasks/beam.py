@@ -34,12 +34,14 @@ class _Row:
         tokens: list[int] = []
         scores: list[float] = []
         grown: list[list[int]] = []
-        for place in best[np.argsort(-total[best], kind="stable")]:
+        for rank, place in enumerate(best[np.argsort(-total[best], kind="stable")]):
             beam, token = divmod(int(place), logs.shape[1])
             if not np.isfinite(total[place]):
                 break
             if token == end:
-                self.finished.append(Found(total[place] / self._penalty(len(self.tokens[beam]) + 1), self.tokens[beam]))
+                if rank < self.beams:
+                    score = total[place] / self._penalty(len(self.tokens[beam]) + 1)
+                    self.finished.append(Found(score, self.tokens[beam]))
             elif len(tokens) < self.beams:
                 origins.append(beam)
                 tokens.append(token)

@@ -18,15 +18,16 @@ def frames_of(samples: int, rate: int) -> int:
 def log_mel(sound: np.ndarray, rate: int, bands: int) -> np.ndarray:
     """Return the log energies of ``sound`` float32 ``[samples]`` in mel bands, float32 ``[frames, bands]``.
 
-    Each band's mean over the sound is 0, its deviation 1. The mel scale: 2595 log10(1 + f / 700) (O'Shaughnessy 1987).
+    Their mean over the sound is 0, their deviation 1: how loud it is doesn't count, which bands are louder does. The mel
+    scale: 2595 log10(1 + f / 700) (O'Shaughnessy 1987).
     """
     window, hop = round(WINDOW * rate), round(HOP * rate)
     sound = np.pad(sound, (0, max(0, window - len(sound))))
     pieces = np.lib.stride_tricks.sliding_window_view(sound, window)[::hop] * np.hanning(window).astype(np.float32)
     power = np.abs(np.fft.rfft(pieces, _points(window))) ** 2
     logs = np.log(power @ _filters(_points(window), rate, bands) + _FLOOR)
-    logs -= logs.mean(0)
-    return (logs / (logs.std(0) + 1e-3)).astype(np.float32)
+    logs -= logs.mean()
+    return (logs / (logs.std() + 1e-3)).astype(np.float32)
 
 
 def _points(window: int) -> int:
