@@ -64,6 +64,8 @@ class DataConfig:
         mixture: corpora instead of path, each with a weight: "{wiki.txt: 3, books: 1}", or in full
             "{wiki: {path: [a.txt, b.txt], weight: 3}}", where validation_path, field and separator may stand too
         validation_path: the validation text, in the same forms; None: the end of the corpus
+        split: of a Hugging Face data set of several splits, the one to learn from; without a validation_path, its split
+            validation (valid, val, dev) is the validation text
         validation_share: share of the corpus, from its end, kept for validation where validation_path is None
         field: of JSON lines, Parquet and data sets: which field is the text
         separator: what stands after the text of a record
@@ -77,6 +79,7 @@ class DataConfig:
     path: list[str] | str = field(default_factory=lambda: ["embedded"])
     mixture: dict[str, Any] | None = None
     validation_path: list[str] | str | None = None
+    split: str = "train"
     validation_share: float = 0.1
     field: str = "text"
     separator: str = "\n"

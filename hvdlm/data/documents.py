@@ -6,7 +6,6 @@ import bisect
 import os
 from collections.abc import Iterable, Iterator
 from itertools import accumulate, chain
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from hvdlm import untrusted
@@ -35,20 +34,6 @@ def is_records(source: str) -> bool:
 def is_table(source: str) -> bool:
     """Return whether ``source`` holds records column by column, by its name."""
     return source.endswith((".parquet", ".arrow"))
-
-
-def check_folder(folder: Path) -> None:
-    """Refuse a folder of several splits: they'd be read as one text.
-
-    Raises:
-        HvdlmError: it is one.
-    """
-    if (folder / "dataset_dict.json").is_file():
-        splits = sorted(p.name for p in folder.iterdir() if p.is_dir())
-        raise HvdlmError(
-            f"data.path {folder}: holds the splits {shown(', '.join(splits))} of a data set: name one, for example "
-            f"--data.path {folder}/{splits[0] if splits else 'train'}."
-        )
 
 
 def lines(source: str, chunks: Iterable[bytes], form: Form, place: Place) -> Iterator[Piece]:

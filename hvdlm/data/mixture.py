@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hvdlm.config import DataConfig
-from hvdlm.data import preparation, sources
+from hvdlm.data import preparation, sources, splits
 from hvdlm.data.documents import Form
 from hvdlm.data.tokenfile import TokenData, is_prepared, open_tokens
 from hvdlm.disk import replace as write_whole
@@ -167,6 +167,7 @@ def _with_one_tokenizer(config: DataConfig, parts: Sequence[Part]) -> list[Part]
                 )
         chosen = str(first.folder / "tokenizer.json")
     else:
+        parts = [replace(part, config=splits.choose(part.config)) for part in parts]
         for part in parts:
             preparation.check_sources(part.config)
         chosen = _trained(config, parts)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hvdlm.config import DataConfig
-from hvdlm.data import sources, tokenizers, workers
+from hvdlm.data import sources, splits, tokenizers, workers
 from hvdlm.data.documents import Form
 from hvdlm.data.journal import Journal, itemsize
 from hvdlm.data.pieces import START, Place, Reading
@@ -37,7 +37,7 @@ def prepare(config: DataConfig, output: str | None = None, processes: int | None
     """
     if is_prepared(config.paths):
         return open_tokens(Path(config.paths[0]))
-    config = without_stdin(config)
+    config = splits.choose(without_stdin(config))
     check_sources(config)
     folder = Path(output) if output else cache(config) / key(config)
     if output:

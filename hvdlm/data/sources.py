@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from hvdlm import untrusted
-from hvdlm.data import documents
+from hvdlm.data import documents, splits
 from hvdlm.data.documents import Form
 from hvdlm.data.pieces import START, Piece, Place, Reading, behind, cut
 from hvdlm.disk import sha256
@@ -45,8 +45,11 @@ def expand(paths: Sequence[str]) -> list[str]:
         elif os.path.isdir(path):
             if not os.access(path, os.R_OK | os.X_OK):
                 raise HvdlmError(f"data.path {path}: this user can't read it: change its permissions or path.")
-            documents.check_folder(Path(path))
-            files = sorted(str(p) for p in Path(path).rglob("*") if p.is_file() and p.name.endswith(SUFFIXES))
+            splits.check_one(Path(path))
+            left_out = splits.strays(Path(path))
+            files = sorted(
+                str(p) for p in Path(path).rglob("*") if p.is_file() and p.name.endswith(SUFFIXES) and p not in left_out
+            )
             if not files:
                 raise HvdlmError(f"data.path {path}: the folder holds no {', '.join(SUFFIXES)} file.")
             found += files
