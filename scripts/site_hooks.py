@@ -78,7 +78,10 @@ def _page(target: Path) -> str:
 def _shown(target: Path) -> str:
     if target.suffix == ".md":
         return target.read_text()
-    paths = sorted(p for p in target.iterdir() if p.suffix in LANGUAGES) if target.is_dir() else [target]
+    paths = [
+        p for p in sorted(target.rglob("*")) if p.suffix in LANGUAGES and "build" not in p.relative_to(target).parts
+    ]
+    paths = paths or [target]
     blocks = [f"`{p.relative_to(ROOT)}`\n\n~~~~~~{LANGUAGES.get(p.suffix, '')}\n{p.read_text()}~~~~~~\n" for p in paths]
     return "\n".join([f"# {target.relative_to(ROOT)}\n", *blocks])
 
