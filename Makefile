@@ -53,7 +53,7 @@ chaos:  ## break runs at random moments, and compare what comes out (about an ho
 fuzz:  ## fuzz every reader of untrusted files for 10 minutes (about an hour)
 	@$(PYTHON) scripts/setup_environment.py
 	@python -m pip install -q -c constraints.txt atheris
-	@for target in manifest shard header tokenizer yaml; do python benchmarks/fuzz.py $$target --seconds 600; done
+	@for target in manifest shard header journal tokenizer yaml; do python benchmarks/fuzz.py $$target --seconds 600; done
 
 docs:  ## build the site of docs/ into site/, for a browser; a warning ends it
 	@$(PYTHON) scripts/setup_environment.py

@@ -1,9 +1,9 @@
 """Hands mutated files to a reader, guided by coverage (libFuzzer through atheris), until something gives.
 
 ``python benchmarks/fuzz.py TARGET --seconds 600`` (``pip install -e '.[fuzz]'`` first). Targets: manifest, shard,
-header, tokenizer, yaml. It stops at the first input that a reader neither takes nor refuses with a sentence, that takes
-it 2 s, or more memory than 10 times its size and a stated slack; the input is saved, and what is to be kept of those
-that reached something new lies in the working folder. Exit code 0: nothing was found.
+header, journal, tokenizer, yaml. It stops at the first input that a reader neither takes nor refuses with a sentence,
+that takes it 2 s, or more memory than 10 times its size and a stated slack; the input is saved, and what is to be kept
+of those that reached something new lies in the working folder. Exit code 0: nothing was found.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ROOM = 2**27  # bytes of address space beside what is taken at the start: what c
 def main() -> int:
     """Prepare the working folder and fuzz in a process of its own."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("target", choices=["manifest", "shard", "header", "tokenizer", "yaml"])
+    parser.add_argument("target", choices=["manifest", "shard", "header", "journal", "tokenizer", "yaml"])
     parser.add_argument("--seconds", type=int, default=600)
     parser.add_argument("--folder", type=Path, help="working folder: corpus, dictionary, findings; default: a new one")
     parser.add_argument("--longest", type=int, default=8192, help="bytes of an input")

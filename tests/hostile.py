@@ -19,7 +19,7 @@ from hvdlm import options, schema, untrusted
 from hvdlm.checkpoints.manifest import FORMAT, read_manifest
 from hvdlm.checkpoints.pieces import Reader, Stored, from_json, to_json
 from hvdlm.config import Config
-from hvdlm.data import tokenfile, tokenizers
+from hvdlm.data import journal, tokenfile, tokenizers
 from hvdlm.interfaces import HvdlmError
 from hvdlm.models.layout import whole
 
@@ -132,6 +132,22 @@ def read_a_header(data: bytes, folder: Path) -> None:
     assert len(found.train) + len(found.validation) in (20, 40)
 
 
+def read_a_journal(data: bytes, folder: Path) -> None:
+    """Read ``data`` as the journal of a prepare that was killed after two pieces of 40 tokens together."""
+    found = journal.Journal(folder / "name", "i", 2)
+    place = journal.partial(folder / "name")
+    found.tokens.mkdir(parents=True, exist_ok=True)
+    (found.tokens / "tokens.bin").write_bytes(np.arange(40, dtype="<u2").tobytes())
+    (found.tokens / "tokenizer.json").write_text(json.dumps({"kind": "byte"}))
+    (place / "places.bin").write_bytes(np.array([[0, 20, 20], [1, 40, 40]], "<u8").tobytes())
+    (place / "journal.json").write_bytes(data)
+    if found.find() is None:
+        assert not place.exists() and found.state == journal.State()
+    else:
+        counts = (found.state.source, found.state.pieces, found.state.tokens)
+        assert counts in ((0, 0, 0), (0, 1, 20), (1, 2, 40)) and len(found.state.digests) == found.state.source
+
+
 def read_a_tokenizer(data: bytes, folder: Path) -> None:
     """Read ``data`` as a folder's tokenizer.json and as one of Hugging Face; write and read text with it."""
     path = folder / "tokenizer.json"
@@ -174,6 +190,11 @@ def _header() -> dict[str, Any]:
         "tokenizer": tokenizers.ByteTokenizer().hash,
         "sources": {"a.txt": "0" * 64},
     }
+
+
+def _journal() -> dict[str, Any]:
+    state = {"source": 1, "offset": 20, "number": 3, "pieces": 2, "tokens": 40, "bytes": 40, "digests": ["0" * 64]}
+    return {"format": "hvdlm-prepare-1", "identity": "i", "tokenizer": tokenizers.ByteTokenizer().hash, **state}
 
 
 def _shards() -> list[bytes]:
@@ -284,6 +305,7 @@ TARGETS: dict[str, Target] = {
         read_a_shard, _shards, ("dtype", "shape", "data_offsets", "__metadata__", "BF16", "F8_E4M3", "BOOL", "I64")
     ),
     "header": Target(read_a_header, lambda: [json.dumps(_header(), indent=1).encode()], (*_CUT, *_header(), "uint32")),
+    "journal": Target(read_a_journal, lambda: [json.dumps(_journal()).encode()], (*_CUT, *_journal())),
     "tokenizer": Target(
         read_a_tokenizer,
         _descriptions,

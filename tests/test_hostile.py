@@ -57,7 +57,7 @@ def test_every_target_has_a_corpus() -> None:
     assert sum(path.stat().st_size for path in KEPT) < 200_000
 
 
-@pytest.mark.parametrize("name", ["manifest", "shard", "header", "tokenizer"])
+@pytest.mark.parametrize("name", ["manifest", "shard", "header", "journal", "tokenizer"])
 @given(seed=st.integers(0, 2**32), which=st.integers(0, 99))
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_changed_parts_of_a_proper_file(name: str, seed: int, which: int, place: dict[str, Path]) -> None:

@@ -362,6 +362,7 @@ HARMS: dict[str, Callable[[Path], Any]] = {
     "more than all": said(tokens=10**30),
     "a word for a number": said(offset="5"),
     "a truth for a number": said(number=True),
+    "a place before the first piece": said(source=0, pieces=0, tokens=0, bytes=0, digests=[]),
     "no digests": said(digests=None),
     "digests that are none": said(digests=[5]),
     "too many digests": said(digests=["0", "0", "0"]),

@@ -18,7 +18,7 @@ import numpy as np
 
 from hvdlm import disk, untrusted
 from hvdlm.data import tokenizers
-from hvdlm.data.pieces import Place
+from hvdlm.data.pieces import START, Place
 from hvdlm.data.tokenizers import Tokenizer
 from hvdlm.interfaces import HvdlmError
 from hvdlm.untrusted import shown
@@ -78,7 +78,7 @@ class Journal:
         untrusted.inside(self._folder, self._folder.parent)
         said = untrusted.read_json(self._folder / "journal.json", _LIMIT, self._folder)
         state = _state(said)
-        if said["identity"] != self._identity:
+        if said.get("identity") != self._identity:
             raise ValueError("it is of other sources or settings")
         path = self.tokens / "tokenizer.json"
         tokenizer = tokenizers.from_json(untrusted.read_json(path, tokenizers.LIMIT, self._folder, tokenizers.SLACK))
@@ -86,7 +86,7 @@ class Journal:
         for name, size in sizes.items():
             if untrusted.size(self._folder / name, within=self._folder) < size:
                 raise ValueError(f"{name} is too short")
-        if tokenizer.hash != said["tokenizer"]:
+        if tokenizer.hash != said.get("tokenizer"):
             raise ValueError("the tokenizer is another one")
         self._check(state)
         self.state = state
@@ -98,7 +98,7 @@ class Journal:
         last = [state.source, state.tokens, state.bytes]
         if state.source >= self._sources or (np.diff(rows, axis=0) < 0).any() or rows.min(initial=0) < 0:
             raise ValueError("places.bin is damaged")
-        if (rows[-1].tolist() if len(rows) else [0, 0, 0]) != last:
+        if (rows[-1].tolist() if len(rows) else [0, 0, 0]) != last or (not len(rows) and state.place != START):
             raise ValueError("places.bin is of another journal")
 
     def begin(self, tokenizer: Tokenizer) -> None:
