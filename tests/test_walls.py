@@ -54,7 +54,7 @@ FLOORS = {
         "doctor",
         "bench",
     ],
-    3: ["cli", "options", "schema", "supervision", "__main__"],
+    3: ["cli", "options", "schema", "supervision", "conformance", "__main__"],
 }
 
 

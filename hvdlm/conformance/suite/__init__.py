@@ -1,0 +1,1 @@
+"""The tests that ``--hvdlm-plugin`` adds to a run of pytest."""

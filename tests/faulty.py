@@ -1,0 +1,125 @@
+"""Plugins with faults, which ``pytest --hvdlm-plugin`` has to find (test_conformance.py)."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import mpi4py  # noqa: F401
+import numpy as np
+
+from hvdlm import hookimpl
+from hvdlm.interfaces import Batch
+from hvdlm.models.rnn import make_rnn
+
+
+def unsteady(model, vocab, context):
+    """Draw initial values without a seed, and describe a parameter twice."""
+    spec = make_rnn(model, vocab, context, cell="rnn")
+
+    def source(seed, box):
+        return np.random.normal(size=[s.stop - s.start for s in box]).astype(np.float32)
+
+    return replace(spec, params=(*(replace(param, source=source) for param in spec.params), spec.params[0]))
+
+
+def crooked(settings, seed, place, ranks):
+    """Send more than there is, and the opposite of it, with noise from nowhere."""
+    from keras import ops
+
+    from hvdlm_compression.base import Compressor
+
+    class Crooked(Compressor):
+        biased = False
+
+        def compress(self, tensor, step):
+            noise = np.random.normal(scale=1e-3, size=tuple(tensor.shape)).astype(np.float32)
+            return [tensor + ops.convert_to_tensor(noise), tensor]
+
+        def decompress(self, payload, shape, step):
+            return -payload[0]
+
+    return Crooked(settings, seed, place, ranks)
+
+
+class Faulty:
+    @hookimpl
+    def hvdlm_models(self):
+        return {"gpt": unsteady, "unsteady": unsteady}
+
+    @hookimpl
+    def hvdlm_compressors(self):
+        return {"crooked": crooked}
+
+    @hookimpl
+    def hvdlm_run_started(self, world):
+        self.rank = world.rank
+
+    @hookimpl
+    def hvdlm_step_ended(self, step):
+        return step / (1 - self.rank)
+
+
+class Hooks:
+    @hookimpl
+    def hvdlm_step_finished(self, step):
+        pass
+
+    def hvdlm_evaluated(self, step):
+        pass
+
+    @hookimpl
+    def hvdlm_checkpoint_saved(self, where):
+        pass
+
+
+@dataclass
+class Sizes:
+    """Sizes."""
+
+    size: int
+
+
+class Options:
+    @hookimpl
+    def hvdlm_options(self):
+        return {"train": Sizes}
+
+
+class Scribe:
+    @hookimpl
+    def hvdlm_run_started(self, config):
+        (Path(config.log.run) / "notes.txt").write_text("begun")
+
+
+class Letters:
+    """A task that numbers a batch's rows anew for every rank, and evaluates the whole split on each."""
+
+    vocab, fingerprint, reads, tokenizer = 32, "letters", (), SimpleNamespace(hash="none")
+
+    def batch(self, number, first, last):
+        rows = np.arange(last - first)[:, None] + np.arange(8)[None] + number
+        return Batch((rows % 32).astype(np.int32), (rows + 1) % 32)
+
+    def validation(self, rank, size):
+        yield replace(self.batch(0, 0, 4), targets=self.batch(0, 0, 4).targets.astype(np.int32))
+
+    def count(self, trainable, batch):
+        return {}
+
+    def metrics(self, sums):
+        return {"val_loss": sums["loss"] / sums["tokens"]}
+
+    def respond(self, trainable, prompt):
+        return None
+
+
+class Task:
+    @hookimpl
+    def hvdlm_make_task(self, name, config):
+        return Letters() if name == "faulty_task" else None
+
+
+class Backend:
+    @hookimpl
+    def hvdlm_make_backend(self, name):
+        return SimpleNamespace(name="faulty_backend")
