@@ -173,6 +173,18 @@ def test_a_worker_that_dies_ends_all_with_a_sentence_and_the_next_attempt_goes_o
     assert "going on after" in capfd.readouterr().err and left(tmp_path / "tokens") == ["expected", "tokens"]
 
 
+def test_a_full_disk_ends_it_with_a_sentence_and_leaves_nothing(
+    corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: journal.Journal, *more: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(journal.Journal, "add", full)
+    with pytest.raises(HvdlmError, match=r"can't be written to .*tokens: No space left on device: free space"):
+        preparation.prepare(settings(corpus, tmp_path), str(tmp_path / "tokens"), 2)
+    assert not left(tmp_path / "tokens") and not multiprocessing.active_children()
+
+
 def test_workers_import_no_framework(corpus: list[str], tmp_path: Path) -> None:
     for name in ("torch", "tensorflow", "keras", "horovod", "mpi4py"):
         (tmp_path / "fake" / name).mkdir(parents=True)
