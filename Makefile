@@ -16,7 +16,7 @@ export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 UNTAG := sed -u -E 's/\[[0-9]+,[0-9]+\]<std(out|err)>://g; \
     /^WARNING: All log messages before absl|^I0000 .*(port|cpu_feature_guard)\.cc|^To enable the following instr/d'
 
-.PHONY: help setup demo test check format bench chaos fuzz docs clean
+.PHONY: help setup demo test check format bench chaos fuzz docs results clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -64,6 +64,10 @@ bench:  ## the paired benchmarks (minutes)
 	@python benchmarks/loop_overhead.py && python benchmarks/communication_cost.py
 	@python benchmarks/all_reduce_cost.py && python benchmarks/slow_network.py && python benchmarks/parallel.py
 	@python benchmarks/save_cost.py
+
+results:  ## train and test all published results, and write docs/results.md (many hours)
+	@$(PYTHON) scripts/setup_environment.py torch tensorflow
+	@python benchmarks/results.py
 
 clean:  ## delete runs and caches of this checkout; the user's wheel cache stays
 	@rm -rf runs site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

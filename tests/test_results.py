@@ -1,0 +1,32 @@
+"""The short form of every published result: the same examples and commands on the same data, a few steps of each."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launching import DATA, ROOT, environment
+
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the public data is not at {DATA} (set HVDLM_DATA)")
+
+
+@needs_data
+@pytest.mark.parametrize(
+    "framework, names",
+    [
+        ("torch", ["shakespeare", "war_and_peace", "red_chamber", "ptb", "digits", "speech", "translation"]),
+        ("tensorflow", ["ptb", "digits", "translation"]),
+    ],
+)
+def test_every_result_has_a_short_form_that_learns(framework: str, names: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/results.py", "--quick", "--data", str(DATA), "--folder", str(tmp_path)]
+    command += [*names, "--frameworks", framework]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    rows = json.loads((tmp_path / "results.json").read_text())
+    assert [row["result"] for row in rows] == names and all(row["reached"] for row in rows)
+    assert "NOT REACHED" not in done.stdout and "(not reached)" not in (ROOT / "docs" / "results.md").read_text()
