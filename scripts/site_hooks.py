@@ -29,7 +29,7 @@ _LINK = re.compile(r"(\]\()(?![a-z]+:)([^)#\s]+)((?:#[^)]*)?\))")
 
 
 def on_config(config: Any) -> Any:
-    """Replace the patterns of the navigation by the pages that they match; one that matches nothing vanishes."""
+    """Replace the patterns of the navigation by the pages that they match; of one that matches nothing, MkDocs warns."""
     config.nav = _expand(config.nav)
     return config
 
@@ -38,9 +38,9 @@ def _expand(nav: list[Any]) -> list[Any]:
     found: list[Any] = []
     for entry in nav:
         if isinstance(entry, dict):
-            found += [{title: pages} for title, part in entry.items() if (pages := _expand(part))]
+            found += [{title: _expand(part)} for title, part in entry.items()]
         else:
-            found += sorted(str(path.relative_to(DOCS)) for path in DOCS.glob(entry))
+            found += sorted(str(path.relative_to(DOCS)) for path in DOCS.glob(entry)) or [entry]
     return found
 
 
