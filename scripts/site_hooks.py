@@ -29,7 +29,7 @@ _LINK = re.compile(r"(\]\()(?![a-z]+:)([^)#\s]+)((?:#[^)]*)?\))")
 
 
 def on_config(config: Any) -> Any:
-    """Replace the patterns of the navigation by the pages that they match; of one that matches nothing, MkDocs warns."""
+    """Replace the patterns of the navigation by the pages that they match; MkDocs warns of what matches none."""
     config.nav = _expand(config.nav)
     return config
 
