@@ -442,8 +442,10 @@ def test_the_slurm_script_requeues_itself_exactly_where_the_run_saved(
     if signalled:
         job.send_signal(signal.SIGUSR1)
     assert job.wait(20) == code
-    assert (tmp_path / "started").read_text().endswith(
-        "-m hvdlm --train.threads 8 --log.run runs/a b --checkpoint.resume auto\n"
+    assert (
+        (tmp_path / "started")
+        .read_text()
+        .endswith("-m hvdlm --train.threads 8 --log.run runs/a b --checkpoint.resume auto\n")
     )
     assert (tmp_path / "told").exists() == signalled
     assert (tmp_path / "requeued").exists() == requeued

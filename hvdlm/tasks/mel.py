@@ -18,8 +18,8 @@ def frames_of(samples: int, rate: int) -> int:
 def log_mel(sound: np.ndarray, rate: int, bands: int) -> np.ndarray:
     """Return the log energies of ``sound`` float32 ``[samples]`` in mel bands, float32 ``[frames, bands]``.
 
-    Their mean over the sound is 0, their deviation 1: how loud it is doesn't count, which bands are louder does. The mel
-    scale: 2595 log10(1 + f / 700) (O'Shaughnessy 1987).
+    Their mean over the sound is 0, their deviation 1: which bands are louder than others is what counts. The mel scale:
+    2595 log10(1 + f / 700) (O'Shaughnessy 1987).
     """
     window, hop = round(WINDOW * rate), round(HOP * rate)
     sound = np.pad(sound, (0, max(0, window - len(sound))))
