@@ -425,7 +425,7 @@ def test_submit_hands_the_file_to_the_scheduler_s_own_command(
 
 
 def test_a_plugin_s_scheduler_works_as_the_documents_show_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code = re.findall(r"```py\n(.*?)```", (ROOT / "docs" / "plugins.md").read_text(), re.S)
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "plugins.md").read_text(), re.S)
     (tmp_path / "grid_engine.py").write_text(next(text for text in code if "hvdlm_schedulers" in text))
     (tmp_path / "sge-0.1.dist-info").mkdir()
     (tmp_path / "sge-0.1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: sge\nVersion: 0.1\n")
