@@ -6,6 +6,7 @@ PYTHON ?= python3
 FRAMEWORK ?= torch
 FRAMEWORKS ?= torch tensorflow
 NP ?= 2
+JOBS ?= 2
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Open MPI refuses to start as root (containers) unless told twice.
@@ -22,6 +23,7 @@ help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 	@echo
 	@echo 'Variables: FRAMEWORK=torch|tensorflow (demo), FRAMEWORKS="torch tensorflow" (setup), NP=2 (demo),'
+	@echo '           JOBS=2 (test: files that are tested at a time; 0: one after the other in one process),'
 	@echo '           PYTHON=python3, HOROVOD_GPU_OPERATIONS=NCCL (setup with CUDA)'
 
 setup:  ## set up .venv: FRAMEWORKS, MPI, Horovod, hvdlm; seconds where all is there
@@ -36,7 +38,7 @@ demo:  ## train on the embedded corpus with NP ranks and FRAMEWORK, then write t
 test:  ## check, then all tests, on real ranks under the real launchers
 	@$(PYTHON) scripts/setup_environment.py torch tensorflow
 	@$(MAKE) --no-print-directory check
-	@python -m pytest tests
+	@python -m pytest tests -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 check:  ## format, lint, types and import walls
 	@$(PYTHON) scripts/setup_environment.py
