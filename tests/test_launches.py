@@ -29,7 +29,7 @@ def test_every_rank_passes(launcher: str, ranks: int, framework: str, told: Path
     # Layouts don't depend on who starts the ranks, but on what moves the bytes; and TensorFlow traces for long.
     less = ["--ignore-glob=*/test_layouts.py", "--ignore-glob=*/test_update_equations.py"]
     arguments = [*PYTEST, "tests/parallel", *(less if (launcher, framework) in LESS else [])]
-    done = launch(launcher, ranks, arguments, timeout=900, **tests)
+    done = launch(launcher, ranks, arguments, timeout=1800, **tests)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
     assert done.stdout.count(" passed") == ranks, done.stdout[-3000:]
 
