@@ -85,3 +85,8 @@ def make_mesh(size: int, config: ParallelConfig) -> Mesh:
             f"rank(s) that were started; possible: {', '.join(fits[:24])}."
         )
     return Mesh(data, config.pipeline, config.tensor)
+
+
+def bounds(length: int, parts: int, place: int) -> tuple[int, int]:
+    """Return (first, last exclusive) of part ``place`` of ``parts``, which differ by one element at most."""
+    return place * length // parts, (place + 1) * length // parts

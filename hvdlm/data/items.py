@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
 
-from hvdlm.data.sampler import permute
+from hvdlm.data.sampler import permutation_key, permute
+from hvdlm.topology import bounds
 
 _POOL = 64  # batches among which items of like length are put together
 
@@ -43,7 +44,7 @@ class ShuffledItems:
         return found
 
     def _draw(self, epoch: int) -> np.ndarray:
-        key = int(np.random.SeedSequence([self._seed, epoch]).generate_state(1, np.uint64)[0])
+        key = permutation_key(self._seed, epoch)
         order = permute(np.arange(self._count), self._count, key)
         if self._lengths is None:
             return order
@@ -60,9 +61,11 @@ class ShuffledItems:
         return np.concatenate([*batches, ordered[whole * self._batch :]])
 
 
-def share(count: int, rank: int, size: int) -> range:
-    """Return ``rank``'s contiguous share of ``count`` items."""
-    return range(count * rank // size, count * (rank + 1) // size)
+def dealt(items: np.ndarray, rank: int, size: int, rows: int) -> Iterator[np.ndarray]:
+    """Yield ``rank``'s contiguous share of ``items``, ``rows`` at a time."""
+    first, last = bounds(len(items), size, rank)
+    for start in range(first, last, rows):
+        yield items[start : min(start + rows, last)]
 
 
 def up_to(value: int, multiple: int) -> int:

@@ -8,6 +8,8 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
+from hvdlm.topology import bounds
+
 _MASK = np.uint64(0xFFFFFFFFFFFFFFFF)
 Drawn = TypeVar("Drawn")
 _BLOCK = 4096  # rows whose places are drawn at a time, at most
@@ -71,14 +73,15 @@ class ShuffledSampler:
         starts = np.empty(len(place), np.int64)
         for epoch in np.unique(place // self.windows):
             chosen = place // self.windows == epoch
-            key = _key(self._seed, int(epoch), *self._stream)
+            key = permutation_key(self._seed, int(epoch), *self._stream)
             spare = len(self.tokens) - 1 - self.windows * self._context
             offset = key % (min(spare, self._context - 1) + 1)
             starts[chosen] = offset + permute(place[chosen] % self.windows, self.windows, key) * self._context
         return starts
 
 
-def _key(*numbers: int) -> int:
+def permutation_key(*numbers: int) -> int:
+    """Return the key of a permutation of its own for these numbers, a seed first."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
@@ -143,7 +146,7 @@ class MixtureSampler:
         """Return for each row of a block the number of its corpus and where its window begins."""
         before, after = self.counts(first), self.counts(last)
         ends = np.cumsum(after - before)
-        places = permute(np.arange(self._block), self._block, _key(self._seed, first, 0, 0))
+        places = permute(np.arange(self._block), self._block, permutation_key(self._seed, first, 0, 0))
         parts, starts = np.searchsorted(ends, places, "right"), np.empty(self._block, np.int64)
         for number, part in enumerate(self._parts):
             chosen = parts == number
@@ -182,7 +185,7 @@ def independent_windows(tokens: np.ndarray, context: int, rows: int, rank: int, 
     """
     targets = len(tokens) - 1
     windows = -(-targets // context)
-    first, last = windows * rank // size, windows * (rank + 1) // size
+    first, last = bounds(windows, size, rank)
     for start in range(first, last, rows):
         stop = min(start + rows, last)
         part = np.asarray(tokens[start * context : min(stop * context, targets) + 1], np.int32)
@@ -197,7 +200,7 @@ def independent_windows(tokens: np.ndarray, context: int, rows: int, rank: int, 
 def parallel_streams(tokens: np.ndarray, context: int, streams: int, rank: int, size: int) -> Iterator[Piece]:
     """Yield ``rank``'s share of a split read as ``streams`` parallel streams with carried state; targets once each."""
     streams = max(1, min(streams, (len(tokens) - 1) // 2))
-    first, last = streams * rank // size, streams * (rank + 1) // size
+    first, last = bounds(streams, size, rank)
     if first == last:
         return
     edges = np.arange(streams + 1) * (len(tokens) - 1) // streams

@@ -14,6 +14,7 @@ zero after it, so that a row's scores don't depend on the rows beside it. ``gelu
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from hvdlm.config import ModelConfig
 from hvdlm.models import attention
@@ -34,6 +35,11 @@ class CTCSettings:
     heads: int
     mlp_width: int
     dropout: float
+
+
+def scored(frames: Any) -> Any:
+    """Return how many of so many ``frames`` have scores, numbers or any array of them."""
+    return (frames + 1) // 2
 
 
 def make_ctc(config: ModelConfig, vocab: int, context: int) -> ModelSpec:

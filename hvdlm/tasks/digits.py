@@ -13,7 +13,7 @@ import numpy as np
 
 from hvdlm import hookimpl, untrusted
 from hvdlm.config import Config
-from hvdlm.data.items import ShuffledItems, share
+from hvdlm.data.items import ShuffledItems, dealt
 from hvdlm.data.tokenizers import CharTokenizer
 from hvdlm.interfaces import Batch, HvdlmError, Trainable, World
 from hvdlm.models.convnet import READS, SIDE
@@ -56,11 +56,9 @@ class Digits:
         return Batch(np.zeros_like(labels), labels, None, True, {"images": self._images[items]})
 
     def validation(self, rank: int, size: int) -> Iterator[Batch]:
-        """Yield ``rank``'s share of the held-out images."""
+        """Return ``rank``'s share of the held-out images."""
         items, rows = np.arange(self._train, len(self._labels)), self._config.train.eval_batch_size
-        own = share(len(items), rank, size)
-        for start in range(own.start, own.stop, rows):
-            yield self._of(items[start : min(start + rows, own.stop)])
+        return map(self._of, dealt(items, rank, size, rows))
 
     def count(self, trainable: Trainable, batch: Batch) -> dict[str, float]:
         """Return how many of the batch's images are recognised."""

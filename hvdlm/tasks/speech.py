@@ -11,10 +11,10 @@ import numpy as np
 
 from hvdlm import hookimpl
 from hvdlm.config import Config
-from hvdlm.data.items import ShuffledItems, share, up_to
+from hvdlm.data.items import ShuffledItems, dealt, up_to
 from hvdlm.data.tokenizers import CharTokenizer
 from hvdlm.interfaces import Batch, HvdlmError, Trainable
-from hvdlm.models.ctc import BANDS, READS
+from hvdlm.models.ctc import BANDS, READS, scored
 from hvdlm.models.spec import ModelSpec
 from hvdlm.tasks.language_model import loss_figures
 from hvdlm.tasks.mel import HOP, frames_of, log_mel
@@ -143,9 +143,8 @@ class Speech:
         """Yield ``rank``'s share of the held-out utterances."""
         sizes = [self._held.size(i, i) for i in range(self._held_count)]
         order = np.argsort([frames for frames, _ in sizes], kind="stable")
-        own, rows = share(self._held_count, rank, size), self._config.train.eval_batch_size
-        for start in range(own.start, own.stop, rows):
-            items = order[start : min(start + rows, own.stop)].tolist()
+        for found in dealt(order, rank, size, self._config.train.eval_batch_size):
+            items = found.tolist()
             yield self._of(self._held, items, items, [sizes[i] for i in items], False)
 
     def count(self, trainable: Trainable, batch: Batch) -> dict[str, float]:
@@ -167,7 +166,7 @@ class Speech:
     def _heard(self, trainable: Trainable, batch: Batch) -> list[str]:
         """Return the likeliest characters of every row: one of equal neighbours, no blanks."""
         best = trainable.predict(batch).argmax(-1)
-        lengths = (batch.features["frame_count"] + 1) // 2
+        lengths = scored(batch.features["frame_count"])
         texts = []
         for row, length in zip(best, lengths, strict=True):
             own = row[:length]

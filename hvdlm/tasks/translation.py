@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 from hvdlm import hookimpl
 from hvdlm.config import Config
 from hvdlm.data import tokenizers
-from hvdlm.data.items import ShuffledItems, share, up_to
+from hvdlm.data.items import ShuffledItems, dealt, up_to
 from hvdlm.interfaces import Batch, HvdlmError, Trainable
 from hvdlm.models.seq2seq import READS
 from hvdlm.models.spec import ModelSpec
@@ -23,7 +23,6 @@ from hvdlm.tasks.pairs import Sentences, Texts, padded, read_texts
 
 _STEP = 8  # tokens by which batches differ in length
 _EXTRA = 50  # tokens by which a translation may be longer than its source (Vaswani et al. 2017, section 6.1)
-_STATISTICS = ("right", "total")
 
 
 @dataclass
@@ -72,24 +71,22 @@ class Translation:
         items, whole = self._items.rows(number, first, last)
         return self._of(self._train, items, whole)
 
-    def _of(self, pairs: tuple[Sentences, Sentences], items: Sequence[int] | Any, whole: Sequence[int] | Any) -> Batch:
+    def _of(self, pairs: tuple[Sentences, Sentences], items: np.ndarray, whole: np.ndarray) -> Batch:
         """Return the pairs ``items``, as long as the longest of ``whole``."""
         source, target = pairs
-        longest = max(int(side.lengths[list(whole)].max()) for side in pairs)
+        longest = max(int(side.lengths[whole].max()) for side in pairs)
         time = up_to(longest + 1, _STEP)
         read, counted = padded([np.append(source[i], self._end) for i in items], time)
         targets, weights = padded([np.append(target[i], self._end) for i in items], time)
         inputs, _ = padded([np.insert(target[i], 0, self._begin) for i in items], time)
         lengths = counted.sum(1).astype(np.int32)
         features = {"source": read, "source_length": lengths}
-        return Batch(inputs, targets, weights, True, features, np.asarray(items))
+        return Batch(inputs, targets, weights, True, features, items)
 
     def validation(self, rank: int, size: int) -> Iterator[Batch]:
         """Yield ``rank``'s share of the validation pairs, those of like length together."""
         order = np.argsort(self._held[0].lengths, kind="stable")
-        own, rows = share(len(order), rank, size), self._config.train.eval_batch_size
-        for start in range(own.start, own.stop, rows):
-            items = order[start : min(start + rows, own.stop)]
+        for items in dealt(order, rank, size, self._config.train.eval_batch_size):
             yield self._of(self._held, items, items)
 
     def count(self, trainable: Trainable, batch: Batch) -> dict[str, float]:
@@ -106,7 +103,7 @@ class Translation:
         """Return val_loss, perplexity, and bleu (0 to 100; sacrebleu's own tokenization, case counts)."""
         figures = loss_figures(sums)
         if self._bleu is not None:
-            right, total = ([int(sums[f"{kind}.{n}"]) for n in range(4)] for kind in _STATISTICS)
+            right, total = ([int(sums[f"{kind}.{n}"]) for n in range(4)] for kind in ("right", "total"))
             lengths = {"sys_len": int(sums["said"]), "ref_len": int(sums["wanted"])}
             figures["bleu"] = self._bleu.compute_bleu(right, total, **lengths, smooth_method="exp").score
         return figures
@@ -114,10 +111,8 @@ class Translation:
     def respond(self, trainable: Trainable, prompt: str) -> str:
         """Return the translation of every line of ``prompt``."""
         lines = prompt.splitlines() or [""]
-        said, rows = [], self._config.train.eval_batch_size
-        sentences = Sentences(self.tokenizer, lines, self._config.data.context - 1)
-        for start in range(0, len(lines), rows):
-            items = list(range(start, min(start + rows, len(lines))))
+        sentences, said = Sentences(self.tokenizer, lines, self._config.data.context - 1), []
+        for items in dealt(np.arange(len(lines)), 0, 1, self._config.train.eval_batch_size):
             batch = self._of((sentences, sentences), items, items)
             said += [self.tokenizer.decode(ids) for ids in self._translate(trainable, batch)]
         return "\n".join(said)

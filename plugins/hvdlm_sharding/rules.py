@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from hvdlm.config import ParallelConfig
 from hvdlm.models.layout import LocalParam, Piece
 from hvdlm.models.spec import ModelSpec, ParamSpec
-from hvdlm.topology import Mesh
+from hvdlm.topology import Mesh, bounds
 from hvdlm_sharding.stages import Stage, cut
 
 # Logical axis -> mesh axis. "hidden" is what a recurrent cell computes, "hidden_in" what it reads: all of it.
@@ -48,11 +48,6 @@ class Share:
     def range_of(self, length: int) -> tuple[int, int]:
         """Return this rank's (first, last exclusive) of ``length`` elements of an axis that the tensor axis splits."""
         return bounds(length, self.tensor, self.place)
-
-
-def bounds(length: int, parts: int, place: int) -> tuple[int, int]:
-    """Return (first, last exclusive) of part ``place`` of ``parts``, which differ by one element at most."""
-    return place * length // parts, (place + 1) * length // parts
 
 
 def mesh_axis(axis: str, spec: ModelSpec, tensor: int) -> str | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from hvdlm.models.ctc import scored
 from hvdlm_tensorflow.models.attention import Reader, within
 
 
@@ -38,7 +39,7 @@ class CTC(Reader):
 
     def lengths(self, x: Mapping[str, tf.Tensor]) -> tf.Tensor:
         """Return how many frames have scores, int32 ``[rows]``."""
-        return (x["frame_count"] + 1) // 2
+        return scored(x["frame_count"])
 
     def scores(self, hidden: tf.Tensor) -> tf.Tensor:
         """Return logits ``[..., vocab]``."""

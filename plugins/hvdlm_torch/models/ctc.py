@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from hvdlm.models.ctc import scored
 from hvdlm_torch.models.attention import Reader, within
 
 
@@ -36,7 +37,7 @@ class CTC(Reader):
 
     def lengths(self, x: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return how many frames have scores, int32 ``[rows]``."""
-        return (x["frame_count"] + 1) // 2
+        return scored(x["frame_count"])
 
     def scores(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return logits ``[..., vocab]``."""
