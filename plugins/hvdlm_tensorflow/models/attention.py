@@ -33,6 +33,17 @@ class Reader(Plain):
         """Have dropout draw from ``seed`` int32 ``[2]`` in this pass, where it is one of training."""
         self._seed, self._drawn, self._rate = seed, 0, self.s.dropout if training else 0.0
 
+    def hidden(
+        self, tokens: tf.Tensor, x: Any, carry: Any, training: bool, checkpointing: bool, seed: tf.Tensor
+    ) -> tuple[tf.Tensor, Any]:
+        """Return what ``compute`` makes of the batch's features ``x``, and ``carry`` as it is."""
+        self.begin(training, seed)
+        return self.compute(tokens, x), carry
+
+    def compute(self, tokens: tf.Tensor, x: Mapping[str, tf.Tensor]) -> tf.Tensor:
+        """Return ``[rows, time, width]`` of ``tokens`` ``[rows, time]`` and the features ``x``."""
+        raise NotImplementedError
+
     def linear(self, x: tf.Tensor, name: str) -> tf.Tensor:
         """Return ``x`` ``[..., inputs]`` through a linear layer: ``[..., outputs]``."""
         weight = self.p[f"{name}.weight"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import tensorflow as tf
 
@@ -14,17 +13,8 @@ from hvdlm_tensorflow.models.attention import Reader, within
 class CTC(Reader):
     """Scores of characters for every second frame."""
 
-    def hidden(
-        self,
-        tokens: tf.Tensor,
-        x: Mapping[str, tf.Tensor],
-        carry: Any,
-        training: bool,
-        checkpointing: bool,
-        seed: tf.Tensor,
-    ) -> tuple[tf.Tensor, Any]:
+    def compute(self, tokens: tf.Tensor, x: Mapping[str, tf.Tensor]) -> tf.Tensor:
         """Return ``[rows, T / 2, width]`` of the frames in ``x``; ``tokens`` are not looked at."""
-        self.begin(training, seed)
         h, lengths = tf.cast(x["frames"], self.dtype), self.lengths(x)
         for number, stride in ((0, 2), (1, 1)):
             weight = self.p[f"conv.{number}.weight"]  # [kernel, inputs, width]
@@ -35,7 +25,7 @@ class CTC(Reader):
         h = self.dropout(self.place(h))
         for i in range(self.s.layers):
             h = self.encoder_layer(h, mask, f"encoder.{i}")
-        return self.norm(h, "final_norm"), carry
+        return self.norm(h, "final_norm")
 
     def lengths(self, x: Mapping[str, tf.Tensor]) -> tf.Tensor:
         """Return how many frames have scores, int32 ``[rows]``."""

@@ -21,27 +21,16 @@ class Cache(NamedTuple):
 class Seq2Seq(Reader):
     """A Transformer that writes what it has read in another language."""
 
-    def hidden(
-        self,
-        tokens: tf.Tensor,
-        x: Mapping[str, tf.Tensor],
-        carry: Any,
-        training: bool,
-        checkpointing: bool,
-        seed: tf.Tensor,
-    ) -> tuple[tf.Tensor, Any]:
+    def compute(self, tokens: tf.Tensor, x: Mapping[str, tf.Tensor]) -> tf.Tensor:
         """Return ``[rows, time, width]`` of ``tokens`` ``[rows, time]`` that stand after the source ``x``."""
-        self.begin(training, seed)
         read, mask = self._encode(x)
         places = tf.range(tf.shape(tokens)[1])
         seen = (places[None, :] <= places[:, None])[None, None]
         y = self.dropout(self._embed(tokens, 0))
         for i in range(self.s.layers):
-            name = f"decoder.{i}"
-            h = self.norm(y, f"{name}.attention_norm")
-            h = self.attend(h, self.keys_values(h, f"{name}.attention"), seen, f"{name}.attention")
-            y = self._rest(y + self.dropout(h), self.keys_values(read, f"{name}.reading"), mask, name)
-        return self.norm(y, "final_norm"), carry
+            kv = self.keys_values(read, f"decoder.{i}.reading")
+            y, _ = self._layer(y, f"decoder.{i}", None, kv, seen, mask)
+        return self.norm(y, "final_norm")
 
     def scores(self, hidden: tf.Tensor) -> tf.Tensor:
         """Return logits ``[..., vocab]`` of hidden states ``[..., width]``."""
@@ -68,12 +57,8 @@ class Seq2Seq(Reader):
         self.begin(False, tf.constant([0, 0]))
         y, written = self._embed(tokens, tf.shape(cache.written[0][0])[2]), []
         for i, (before, read) in enumerate(zip(cache.written, cache.read, strict=True)):
-            name = f"decoder.{i}"
-            h = self.norm(y, f"{name}.attention_norm")
-            new = self.keys_values(h, f"{name}.attention")
-            written.append((tf.concat([before[0], new[0]], 2), tf.concat([before[1], new[1]], 2)))
-            h = self.attend(h, written[-1], None, f"{name}.attention")
-            y = self._rest(y + h, read, cache.mask, name)
+            y, grown = self._layer(y, f"decoder.{i}", before, read, None, cache.mask)
+            written.append(grown)
         return self.norm(y, "final_norm"), Cache(cache.read, written, cache.mask)
 
     def _encode(self, x: Mapping[str, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
@@ -87,8 +72,21 @@ class Seq2Seq(Reader):
     def _embed(self, tokens: tf.Tensor, start: Any) -> tf.Tensor:
         return self.place(tf.gather(self.p["embed.tokens"], tokens) * self.s.width**0.5, start)
 
-    def _rest(self, y: tf.Tensor, read: KeysValues, mask: tf.Tensor, name: str) -> tf.Tensor:
-        """Return ``y`` through what follows self-attention in a decoder's layer."""
+    def _layer(
+        self,
+        y: tf.Tensor,
+        name: str,
+        before: KeysValues | None,
+        read: KeysValues,
+        seen: tf.Tensor | None,
+        mask: tf.Tensor,
+    ) -> tuple[tf.Tensor, KeysValues]:
+        """Return ``y`` through a decoder's layer, and keys and values of what was written ``before`` and of ``y``."""
+        h = self.norm(y, f"{name}.attention_norm")
+        written = self.keys_values(h, f"{name}.attention")
+        if before is not None:
+            written = (tf.concat([before[0], written[0]], 2), tf.concat([before[1], written[1]], 2))
+        y = y + self.dropout(self.attend(h, written, seen, f"{name}.attention"))
         h = self.attend(self.norm(y, f"{name}.reading_norm"), read, mask, f"{name}.reading")
-        y += self.dropout(h)
-        return y + self.dropout(self.mlp(self.norm(y, f"{name}.mlp_norm"), f"{name}.mlp"))
+        y = y + self.dropout(h)
+        return y + self.dropout(self.mlp(self.norm(y, f"{name}.mlp_norm"), f"{name}.mlp")), written

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,16 @@ KeysValues = tuple[torch.Tensor, torch.Tensor]  # each [rows, heads, keys, head]
 
 class Reader(Plain):
     """A model that reads features and carries nothing from batch to batch: its layers, and what none of them needs."""
+
+    def hidden(
+        self, tokens: torch.Tensor, x: Any, carry: Any, training: bool, checkpointing: bool
+    ) -> tuple[torch.Tensor, Any]:
+        """Return what ``compute`` makes of the batch's features ``x``, and ``carry`` as it is."""
+        return self.compute(tokens, x, training), carry
+
+    def compute(self, tokens: torch.Tensor, x: Mapping[str, torch.Tensor], training: bool) -> torch.Tensor:
+        """Return ``[rows, time, width]`` of ``tokens`` ``[rows, time]`` and the features ``x``."""
+        raise NotImplementedError
 
     def linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
         """Return ``x`` ``[..., inputs]`` through a linear layer: ``[..., outputs]``."""

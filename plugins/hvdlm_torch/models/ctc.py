@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,14 +14,7 @@ from hvdlm_torch.models.attention import Reader, within
 class CTC(Reader):
     """Scores of characters for every second frame."""
 
-    def hidden(
-        self,
-        tokens: torch.Tensor,
-        x: Mapping[str, torch.Tensor],
-        carry: Any,
-        training: bool,
-        checkpointing: bool,
-    ) -> tuple[torch.Tensor, None]:
+    def compute(self, tokens: torch.Tensor, x: Mapping[str, torch.Tensor], training: bool) -> torch.Tensor:
         """Return ``[rows, T / 2, width]`` of the frames in ``x``; ``tokens`` are not looked at."""
         h, lengths = x["frames"], self.lengths(x)
         for number, stride in ((0, 2), (1, 1)):
@@ -33,7 +25,7 @@ class CTC(Reader):
         h = self.dropout(self.place(h), training)
         for i in range(self.s.layers):
             h = self.encoder_layer(h, mask, f"encoder.{i}", training)
-        return self.norm(h, "final_norm"), None
+        return self.norm(h, "final_norm")
 
     def lengths(self, x: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return how many frames have scores, int32 ``[rows]``."""

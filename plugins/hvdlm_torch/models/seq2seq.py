@@ -22,27 +22,16 @@ class Cache(NamedTuple):
 class Seq2Seq(Reader):
     """A Transformer that writes what it has read in another language."""
 
-    def hidden(
-        self,
-        tokens: torch.Tensor,
-        x: Mapping[str, torch.Tensor],
-        carry: Any,
-        training: bool,
-        checkpointing: bool,
-    ) -> tuple[torch.Tensor, None]:
+    def compute(self, tokens: torch.Tensor, x: Mapping[str, torch.Tensor], training: bool) -> torch.Tensor:
         """Return ``[rows, time, width]`` of ``tokens`` ``[rows, time]`` that stand after the source ``x``."""
         read, mask = self._encode(x, training)
         time = tokens.shape[1]
         seen = torch.ones(time, time, dtype=torch.bool, device=tokens.device).tril()[None, None]
         y = self.dropout(self._embed(tokens, 0), training)
         for i in range(self.s.layers):
-            name = f"decoder.{i}"
-            h = self.norm(y, f"{name}.attention_norm")
-            h = self.attend(h, self.keys_values(h, f"{name}.attention"), seen, f"{name}.attention")
-            y = self._rest(
-                y + self.dropout(h, training), self.keys_values(read, f"{name}.reading"), mask, name, training
-            )
-        return self.norm(y, "final_norm"), None
+            kv = self.keys_values(read, f"decoder.{i}.reading")
+            y, _ = self._layer(y, f"decoder.{i}", None, kv, seen, mask, training)
+        return self.norm(y, "final_norm")
 
     def scores(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return logits ``[..., vocab]`` of hidden states ``[..., width]``."""
@@ -69,12 +58,8 @@ class Seq2Seq(Reader):
         """Return hidden states of one more token a row, ``tokens`` ``[rows, 1]``, and the grown cache."""
         y, written = self._embed(tokens, cache.written[0][0].shape[2]), []
         for i, (before, read) in enumerate(zip(cache.written, cache.read, strict=True)):
-            name = f"decoder.{i}"
-            h = self.norm(y, f"{name}.attention_norm")
-            new = self.keys_values(h, f"{name}.attention")
-            written.append((torch.cat([before[0], new[0]], 2), torch.cat([before[1], new[1]], 2)))
-            h = self.attend(h, written[-1], None, f"{name}.attention")
-            y = self._rest(y + h, read, cache.mask, name, False)
+            y, grown = self._layer(y, f"decoder.{i}", before, read, None, cache.mask, False)
+            written.append(grown)
         return self.norm(y, "final_norm"), Cache(cache.read, written, cache.mask)
 
     def _encode(self, x: Mapping[str, torch.Tensor], training: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -88,8 +73,22 @@ class Seq2Seq(Reader):
     def _embed(self, tokens: torch.Tensor, start: int) -> torch.Tensor:
         return self.place(F.embedding(tokens, self.p["embed.tokens"]) * self.s.width**0.5, start)
 
-    def _rest(self, y: torch.Tensor, read: KeysValues, mask: torch.Tensor, name: str, training: bool) -> torch.Tensor:
-        """Return ``y`` through what follows self-attention in a decoder's layer."""
+    def _layer(
+        self,
+        y: torch.Tensor,
+        name: str,
+        before: KeysValues | None,
+        read: KeysValues,
+        seen: torch.Tensor | None,
+        mask: torch.Tensor,
+        training: bool,
+    ) -> tuple[torch.Tensor, KeysValues]:
+        """Return ``y`` through a decoder's layer, and keys and values of what was written ``before`` and of ``y``."""
+        h = self.norm(y, f"{name}.attention_norm")
+        written = self.keys_values(h, f"{name}.attention")
+        if before is not None:
+            written = (torch.cat([before[0], written[0]], 2), torch.cat([before[1], written[1]], 2))
+        y = y + self.dropout(self.attend(h, written, seen, f"{name}.attention"), training)
         h = self.attend(self.norm(y, f"{name}.reading_norm"), read, mask, f"{name}.reading")
         y = y + self.dropout(h, training)
-        return y + self.dropout(self.mlp(self.norm(y, f"{name}.mlp_norm"), f"{name}.mlp"), training)
+        return y + self.dropout(self.mlp(self.norm(y, f"{name}.mlp_norm"), f"{name}.mlp"), training), written
