@@ -5,10 +5,13 @@ All errors are ValueErrors and OSErrors that say what is wrong; the reader of a 
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
 import os
 import stat
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -75,6 +78,26 @@ def read_json(path: Path, limit: int, within: Path | None = None, slack: int = S
 def unpacked_limit(path: str) -> int:
     """Return how many bytes the file ``path`` may unpack to."""
     return max(_UNPACKED, RATIO * os.path.getsize(path))
+
+
+def read_unpacked(path: Path, limit: int) -> bytes:
+    """Return what is in the regular file ``path``, unpacked where its name ends with .gz, at most ``limit`` bytes.
+
+    Raises:
+        ValueError, OSError: it is larger or something else, damaged, a decompression bomb, or not there.
+    """
+    data = read(path, limit)
+    if path.suffix != ".gz":
+        return data
+    most = min(limit, unpacked_limit(str(path)))
+    try:
+        with gzip.open(io.BytesIO(data)) as file:
+            data = file.read(most + 1)
+    except (EOFError, zlib.error) as error:
+        raise ValueError(f"{path.name} can't be unpacked ({error})") from error
+    if len(data) > most:
+        raise ValueError(f"{path.name} unpacks to more than {most:,} bytes")
+    return data
 
 
 def parse_json(text: str, slack: int = SLACK) -> Any:

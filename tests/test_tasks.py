@@ -398,6 +398,12 @@ def test_texts_that_are_no_translation_of_each_other_are_refused(tmp_path: Path)
     assert "data.validation_path: the task" in refused(Translation, path=[a, a])
     assert "give a readable UTF-8 text" in refused(Translation, path=[a, c])
     assert "No such file" in refused(Translation, path=[a, f"{a}x"])
+    packed = gzip.compress(b"eins\nzwei\n" * 1000)
+    for name, content in {"cut": packed[:-9], "torn": packed[:20] + b"\0" * 9 + packed[29:], "no": b"eins"}.items():
+        (tmp_path / f"{name}.gz").write_bytes(content)
+        assert "give a readable UTF-8 text" in refused(Translation, path=[a, str(tmp_path / f"{name}.gz")])
+    (tmp_path / "bomb.gz").write_bytes(gzip.compress(bytes(1 << 29)))
+    assert "unpacks to more than" in refused(Translation, path=[a, str(tmp_path / "bomb.gz")])
 
 
 def test_recordings_that_can_t_be_heard_are_refused(tmp_path: Path) -> None:
@@ -425,6 +431,8 @@ def test_images_that_are_none_are_refused(tmp_path: Path) -> None:
     assert "3 images of t10k have 2 labels" in refused(Digits, path=str(tmp_path))
     (tmp_path / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(b"nonsense"))
     assert "no idx file of 1 dimension" in refused(Digits, path=str(tmp_path))
+    (tmp_path / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes(9999))[:-9])
+    assert "can't be unpacked" in refused(Digits, path=str(tmp_path))
     idx(tmp_path / "t10k-images-idx3-ubyte.gz", np.zeros((2, 40, 28)))
     idx(tmp_path / "t10k-labels-idx1-ubyte.gz", np.zeros(2))
     assert "larger than 28 x 28" in refused(Digits, path=str(tmp_path))

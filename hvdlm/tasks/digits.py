@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import sys
 from collections.abc import Iterator, Mapping
@@ -116,14 +115,11 @@ def _idx(path: Path, rank: int) -> np.ndarray:
         HvdlmError: it can't be read, or is none.
     """
     try:
-        content = bytes(untrusted.read(path, _LIMIT))
-        if path.suffix == ".gz":
-            with gzip.open(path) as file:
-                content = file.read(_LIMIT)
+        content = untrusted.read_unpacked(path, _LIMIT)
         shape = tuple(np.frombuffer(content, ">u4", rank, 4)) if content[:4] == bytes([0, 0, 8, rank]) else None
         if shape is None or len(content) != 4 + 4 * rank + int(np.prod(shape, dtype=np.int64)):
             raise ValueError(f"no idx file of {rank} dimension(s)")
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError) as error:
         raise HvdlmError(f"{path}: {error}: give one of MNIST's files.") from error
     return np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(shape)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -67,15 +66,9 @@ def read_texts(paths: Sequence[str], key: str) -> Texts:
 
 def _lines(path: str, key: str) -> list[str]:
     try:
-        content = untrusted.read(Path(path), _LIMIT)
-        if path.endswith(".gz"):
-            limit = untrusted.unpacked_limit(path)
-            with gzip.open(path) as file:
-                content = file.read(limit + 1)
-            if len(content) > limit:
-                raise ValueError(f"it unpacks to more than {limit:,} bytes")
+        content = untrusted.read_unpacked(Path(path), _LIMIT)
         return str(content, "utf-8").split("\n")[: -1 if content.endswith(b"\n") else None]
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError) as error:
         raise HvdlmError(f"{key} {path}: {error}: give a readable UTF-8 text, .gz or not.") from error
 
 

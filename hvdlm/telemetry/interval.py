@@ -78,4 +78,10 @@ class Interval:
             "compression": self.compression,
             "overlap": self.overlap,
             **result.extra,
+            **({"skipped": True} if result.skipped else {}),
         }
+
+
+def logged(step: int, every: int, result: StepResult) -> bool:
+    """Return whether a step is logged: the first, those due, and any whose update was left out."""
+    return step == 1 or step % every == 0 or result.skipped

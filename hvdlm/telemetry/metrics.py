@@ -12,7 +12,7 @@ from hvdlm import hookimpl
 from hvdlm.config import Config
 from hvdlm.disk import replace
 from hvdlm.interfaces import StepResult, World
-from hvdlm.telemetry.interval import Interval
+from hvdlm.telemetry.interval import Interval, logged
 
 
 class Metrics:
@@ -40,9 +40,8 @@ class Metrics:
         A step whose update was left out is always written, with ``skipped``.
         """
         self._interval.add(result, seconds)
-        if self._file and (step == 1 or step % self._every == 0 or result.skipped):
-            skipped = {"skipped": True} if result.skipped else {}
-            self._write(step=step, **self._interval.figures(result, learning_rate), **skipped)
+        if self._file and logged(step, self._every, result):
+            self._write(step=step, **self._interval.figures(result, learning_rate))
             self._interval.forget()
 
     @hookimpl

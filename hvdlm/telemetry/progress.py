@@ -100,9 +100,9 @@ class Progress:
             self._bar = None
         if summary.get("stopped"):
             self._say(f"stopped after step {summary['steps']} ({summary['stopped']}); --checkpoint.resume auto goes on")
-        elif found := [name for name in _RESULTS if name in summary]:
-            figure = _figure(found[0], summary[found[0]]) if found[0] != "perplexity" else ""
-            figure = figure or f"perplexity {summary['perplexity']:.3f}"
+        elif name := next((name for name in _RESULTS if name in summary), None):
+            value = summary[name]
+            figure = f"perplexity {value:.3f}" if name == "perplexity" else _figure(name, value)
             rate = f"{summary['tokens_per_second']:,.0f} tokens/s"
             self._say(f"done: validation {figure} (loss {summary['val_loss']:.4f}), {rate}")
 

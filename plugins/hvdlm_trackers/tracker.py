@@ -14,7 +14,7 @@ from hvdlm.config import Config
 from hvdlm.disk import replace
 from hvdlm.interfaces import HvdlmError, StepResult, World
 from hvdlm.models.spec import ModelSpec
-from hvdlm.telemetry.interval import Interval
+from hvdlm.telemetry.interval import Interval, logged
 from hvdlm_trackers.sender import Sender
 
 Figures = dict[str, float]
@@ -63,9 +63,8 @@ class Tracker(ABC):
         if self._sender is None:
             return
         self._interval.add(result, seconds)
-        if step == 1 or step % self.config.log.every == 0 or result.skipped:
-            skipped = {"skipped": 1.0} if result.skipped else {}
-            self._log(step, {**self._interval.figures(result, learning_rate), **skipped})
+        if logged(step, self.config.log.every, result):
+            self._log(step, self._interval.figures(result, learning_rate))
             self._interval.forget()
 
     @hookimpl
