@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from hvdlm.checkpoints.saving import Saved
 from hvdlm.control import STOPPED, Control, Signals
-from hvdlm.interfaces import Batch, StepResult
+from hvdlm.interfaces import Batch, StepResult, Task, Trainable, World
 from hvdlm.meeting import versions
 from hvdlm.record import Status, open_folder
 from hvdlm.recovery import check_replicas, go_back
@@ -106,18 +107,28 @@ def evaluate(run: Run, step: int | None = None) -> dict[str, Any]:
     place, counts = at["data"], at["tensor"] == 0 and at["pipeline"] == run.mesh.pipeline - 1
     own: Counter[str] = Counter()
     for batch in run.task.validation(place, run.mesh.data):
-        loss, tokens = run.trainable.eval_step(batch)
-        of = f"{batch.corpus}/" if batch.corpus else ""
-        own.update({f"{of}loss": loss, f"{of}tokens": tokens, **run.task.count(run.trainable, batch)})
+        own.update(sums_of(run.task, run.trainable, batch))
         run.sentinel.alive()
-    sums: Counter[str] = Counter()
-    for part in run.world.gather_objects(dict(own) if counts else {}):
-        sums.update(part)
-    metrics = run.task.metrics(sums)
+    metrics = run.task.metrics(over_ranks(run.world, own if counts else {}))
     if step is None:
         return metrics
     run.manager.hook.hvdlm_evaluated(step=step, metrics=metrics)
     return {"step": step, **metrics}
+
+
+def sums_of(task: Task, trainable: Trainable, batch: Batch) -> dict[str, float]:
+    """Return what ``Task.metrics`` adds up of a validation batch."""
+    loss, tokens = trainable.eval_step(batch)
+    of = f"{batch.corpus}/" if batch.corpus else ""
+    return {f"{of}loss": loss, f"{of}tokens": tokens, **task.count(trainable, batch)}
+
+
+def over_ranks(world: World, own: Mapping[str, float]) -> Counter[str]:
+    """Return the sums over all ranks of what each added up. All ranks call."""
+    sums: Counter[str] = Counter()
+    for part in world.gather_objects(dict(own)):
+        sums.update(part)
+    return sums
 
 
 def save(run: Run, done: int, metrics: dict[str, Any]) -> int:

@@ -55,6 +55,12 @@ tell(version=mpi4py.__version__, library=MPI.Get_library_version(), libmpi=libmp
 """
 
 
+def unpinned() -> dict[str, str]:
+    """Return this process's environment without what pins its threads, or makes it a rank of a launch."""
+    ranks = ("OMPI_", "PMIX_", "HOROVOD_")
+    return {k: v for k, v in os.environ.items() if k not in THREADS and not k.startswith(ranks)}
+
+
 def gather(timeout: float = 120.0) -> Facts:
     """Return what this machine says; the probes run side by side, each for at most ``timeout`` seconds."""
     codes = {name: _FRAMEWORK.format(name=name, gpus=gpus, built=BUILT) for name, gpus in GPUS.items()}

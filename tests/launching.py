@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from hvdlm.probes import THREADS
+from hvdlm.probes import unpinned
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("HVDLM_DATA", ROOT.parent / "shared" / "data"))
@@ -22,7 +22,7 @@ STEPS = ("--train.steps", "30", "--train.warmup", "5")
 
 def environment(**more: str) -> dict[str, str]:
     """Return this process's environment without what pins threads or ranks, with the .venv's programs first."""
-    env = {k: v for k, v in os.environ.items() if k not in THREADS and not k.startswith(("OMPI_", "PMIX_", "HOROVOD_"))}
+    env = unpinned()
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
     env.update(OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1", TF_CPP_MIN_LOG_LEVEL="3")
     return env | more

@@ -14,7 +14,7 @@ from typing import Any
 
 from hvdlm.conformance.subjects import Subject, frameworks
 from hvdlm.interfaces import HvdlmError
-from hvdlm.probes import THREADS
+from hvdlm.probes import unpinned
 from hvdlm.run import require_framework
 
 _TIMEOUT = 900  # seconds of a launch
@@ -130,7 +130,7 @@ def _read(path: Path) -> dict[str, Found]:
 
 def _environment() -> dict[str, str]:
     """Return this process's environment without what pins threads or ranks."""
-    env = {k: v for k, v in os.environ.items() if k not in THREADS and not k.startswith(("OMPI_", "PMIX_", "HOROVOD_"))}
+    env = unpinned()
     for name in ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"):
         env |= {name: os.environ[name]} if name in os.environ else {}
     return env | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass, field
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
-from hvdlm import hookspecs, options
+from hvdlm import hookspecs, options, plugins
 from hvdlm.config import Config
 from hvdlm.interfaces import HvdlmError, nearest
 
@@ -80,7 +80,7 @@ def find(names: list[str], configs: list[str]) -> list[Subject]:
     Raises:
         HvdlmError: one is not installed, or a configuration belongs to none.
     """
-    entries = {entry.name: entry for entry in entry_points(group="hvdlm")}
+    entries = plugins.installed()
     files = dict(config.partition("=")[::2] for config in configs)
     for name in names:
         if name not in entries:

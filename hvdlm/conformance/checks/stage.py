@@ -66,7 +66,7 @@ class Stage:
         backend = plugins.make(manager, "backend", backend_name)
         size = backend.launch_shape()[1]
         config.train.threads = backend.prepare(config)
-        plugins.load([framework]).hook.hvdlm_prepare(config=config)
+        manager.hook.hvdlm_prepare(config=config)
         made = plugins.make(manager, "framework", framework)
         world = backend.start(framework, make_mesh(size, config.parallel).groups(), config)
         try:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from itertools import islice
 
 from hvdlm import plugins
 from hvdlm.conformance.checks.stage import Checked, Stage
 from hvdlm.conformance.subjects import Subject
+from hvdlm.loop import over_ranks, sums_of
 
 _STEPS, _BATCHES = 2, 2
 
@@ -25,13 +27,8 @@ def check_task(stage: Stage, subject: Subject, member: str, checked: Checked) ->
         checked.figures.append(float(trainable.train_step([batch], 1e-4, step).loss))
     checked.require(all(map(math.isfinite, checked.figures)), f"{what}: a loss is not finite: {checked.figures}.")
     own: Counter[str] = Counter()
-    for number, batch in enumerate(task.validation(rank, stage.world.size)):
-        if number < _BATCHES:
-            loss, tokens = trainable.eval_step(batch)
-            own.update({"loss": loss, "tokens": tokens, **task.count(trainable, batch)})
-    sums: Counter[str] = Counter()
-    for part in stage.world.gather_objects(dict(own)):
-        sums.update(part)
-    figures = task.metrics(sums)
+    for batch in islice(task.validation(rank, stage.world.size), _BATCHES):
+        own.update(sums_of(task, trainable, batch))
+    figures = task.metrics(over_ranks(stage.world, own))
     good = figures and all(isinstance(k, str) and isinstance(v, float | int) for k, v in figures.items())
     checked.require(good, f"{what}: metrics returns {figures!r}, expected figures by name.")

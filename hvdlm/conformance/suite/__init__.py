@@ -1,1 +1,11 @@
 """The tests that ``--hvdlm-plugin`` adds to a run of pytest."""
+
+from __future__ import annotations
+
+import pytest
+
+
+def fail(sentences: list[str]) -> None:
+    """Fail with sentences alone, where there are any."""
+    if sentences:
+        pytest.fail("\n".join(sentences), pytrace=False)

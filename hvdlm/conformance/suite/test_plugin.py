@@ -17,6 +17,7 @@ import yaml
 from hvdlm import plugins, schema
 from hvdlm.config import Config
 from hvdlm.conformance.subjects import COLLECTIONS, HOOKS, Subject, find
+from hvdlm.conformance.suite import fail
 from hvdlm.interfaces import nearest
 from hvdlm.models.spec import builtin_models
 
@@ -30,12 +31,6 @@ hook.hvdlm_options(), hook.hvdlm_models(), hook.hvdlm_compressors(), hook.hvdlm_
 hook.hvdlm_prepare(config=Config(framework={name!r}))
 print(json.dumps(sorted({{"torch", "tensorflow", "keras", "horovod", "mpi4py"}} & set(sys.modules))))
 """
-
-
-def fail(sentences: list[str]) -> None:
-    """Fail with sentences alone, where there are any."""
-    if sentences:
-        pytest.fail("\n".join(sentences), pytrace=False)
 
 
 @pytest.mark.provides("everything")

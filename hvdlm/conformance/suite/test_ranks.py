@@ -7,11 +7,11 @@ import pytest
 
 from hvdlm.conformance.launching import Found, Launches
 from hvdlm.conformance.subjects import Subject
+from hvdlm.conformance.suite import fail
 
 
 def _told(found: Found) -> None:
-    if found.faults:
-        pytest.fail("\n".join(found.faults), pytrace=False)
+    fail(found.faults)
     if found.skipped:
         pytest.skip(found.skipped)
 

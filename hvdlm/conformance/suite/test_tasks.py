@@ -14,6 +14,7 @@ import pytest
 from hvdlm import plugins
 from hvdlm.config import Config
 from hvdlm.conformance.subjects import Subject
+from hvdlm.conformance.suite import fail
 from hvdlm.interfaces import Batch, HvdlmError
 
 _SIZES = (1, 2, 3, 5)  # ranks that share the validation split
@@ -54,11 +55,6 @@ def _joined(parts: Iterable[Batch]) -> Batch:
     return Batch(inputs, targets, weights, parts[0].reset, features)
 
 
-def _fail(sentences: list[str]) -> None:
-    if sentences:
-        pytest.fail("\n".join(sentences), pytrace=False)
-
-
 @pytest.mark.provides("hvdlm_make_task")
 def test_a_batch_has_the_shapes_and_dtypes_of_the_contract(subject: Subject, config: Config) -> None:
     task, what = _make(subject, config), f"task {subject.name}"
@@ -80,7 +76,7 @@ def test_a_batch_has_the_shapes_and_dtypes_of_the_contract(subject: Subject, con
     missing = set(getattr(task, "reads", ())) - set(batch.features)
     if missing or any(len(array) != _ROWS for array in batch.features.values()):
         faults.append(f"{what}: batches lack {sorted(missing)}, or features have not as many rows as they.")
-    _fail(faults)
+    fail(faults)
 
 
 @pytest.mark.provides("hvdlm_make_task")
@@ -100,7 +96,7 @@ def test_rows_depend_on_seed_and_number_alone(subject: Subject, config: Config) 
         faults.append(f"{what}: made again with the same seed, it has another batch 1.")
     if all(_same(task.batch(number, 0, _ROWS), whole) for number in (0, 2, 3)):
         faults.append(f"{what}: all its batches are the same.")
-    _fail(faults)
+    fail(faults)
 
 
 def _counted(batches: Iterable[Batch]) -> Counter[int]:
@@ -121,4 +117,4 @@ def test_ranks_share_the_validation_split_and_leave_nothing_out(subject: Subject
         for size, counted in found.items()
         if counted != found[1]
     ]
-    _fail(faults if found[1] else [f"task {subject.name}: its validation split is empty."])
+    fail(faults if found[1] else [f"task {subject.name}: its validation split is empty."])
