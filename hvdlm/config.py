@@ -7,7 +7,9 @@ described there. YAML files have the same structure: ``model: {layers: 6}`` is `
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
+
+Options = TypeVar("Options")
 
 
 @dataclass
@@ -349,6 +351,10 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     plugin_options: dict[str, Any] = field(default_factory=dict)
+
+    def own(self, section: str, kind: type[Options]) -> Options:
+        """Return a plugin's options, the defaults of their dataclass ``kind`` where none were read."""
+        return self.plugin_options.get(section) or kind()
 
     def to_dict(self) -> dict:
         """Return plain dictionaries, as YAML and JSON take them."""

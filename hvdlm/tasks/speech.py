@@ -87,7 +87,7 @@ class Speech:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._options: SpeechOptions = config.plugin_options.get("speech") or SpeechOptions()
+        self._options = config.own("speech", SpeechOptions)
         found = read_recordings(config.data.paths, "data.path")
         train, held, digest = _split(found, config)
         characters = sorted(set("".join(item.text for item in train)) | {" "})
@@ -231,7 +231,7 @@ def hvdlm_check(config: Config, spec: ModelSpec) -> None:
     """Refuse figures out of their range."""
     if config.task != "speech":
         return
-    o = config.plugin_options.get("speech") or SpeechOptions()
+    o = config.own("speech", SpeechOptions)
     for low, high in (("shortest", "longest"), ("validation_shortest", "validation_longest")):
         if not 1 <= getattr(o, low) <= getattr(o, high):
             raise HvdlmError(f"speech.{low} {getattr(o, low)}: expected 1 or more, and at most speech.{high}.")

@@ -48,7 +48,7 @@ class Translation:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._options: TranslationOptions = config.plugin_options.get("translation") or TranslationOptions()
+        self._options = config.own("translation", TranslationOptions)
         train = read_texts(config.data.paths, "data.path")
         held = read_texts(config.data.validation_paths, "data.validation_path")
         tokenizers.check(config.data.tokenizer)
@@ -145,7 +145,7 @@ def hvdlm_check(config: Config, spec: ModelSpec) -> None:
     """Refuse what can't translate, and figures out of their range."""
     if config.task != "translation":
         return
-    options = config.plugin_options.get("translation") or TranslationOptions()
+    options = config.own("translation", TranslationOptions)
     if options.beams < 1 or options.length_penalty < 0:
         raise HvdlmError("translation.beams is 1 or more, translation.length_penalty 0 or more.")
 
