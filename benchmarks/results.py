@@ -4,14 +4,15 @@
     python benchmarks/results.py digits speech --frameworks torch
     python benchmarks/results.py --quick                       the same commands, a few steps of each
 
-A run that was interrupted goes on where it was. What was measured is kept in ``runs/results/results.json``; without
-``--quick`` it becomes the table in docs/results.md.
+A run that was interrupted goes on where it was. What was measured is kept in docs/results.json, of which the table in
+docs/results.md is made; with ``--quick`` in the folder of the runs.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -21,8 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hvdlm.probes import cores
+
 ROOT = Path(__file__).resolve().parent.parent
-PAGE, BEGIN, END = ROOT / "docs" / "results.md", "<!-- measured -->\n", "<!-- end -->\n"
+KEPT, PAGE = ROOT / "docs" / "results.json", ROOT / "docs" / "results.md"
+BEGIN, END = "<!-- measured -->\n", "<!-- end -->\n"
 SIGNS = {"<=": lambda a, b: a <= b, ">=": lambda a, b: a >= b}
 
 
@@ -47,6 +51,8 @@ class Result:
 
     ``files``: options that name data, {} being its folder; ``quick``: those of the short form, whose val_loss has to
     reach ``quick_bar``.
+    ``ranks``: how many train it. With ``beside``, the validation losses of its ``steps`` are compared with those of
+    that result.
     """
 
     config: str
@@ -54,11 +60,16 @@ class Result:
     figures: tuple[Figure, ...]
     quick: tuple[str, ...]
     quick_bar: float
+    ranks: int = 1
+    beside: str = ""
+    steps: int = 0
 
 
 _M30K = ("--data.path", "[{}/multi30k/train.de.gz,{}/multi30k/train.en.gz]", "--data.validation_path")
 _TEST = "[{}/multi30k/test_2016_flickr.de.gz,{}/multi30k/test_2016_flickr.en.gz]"
 _CHARACTERS = ("--train.steps", "40", "--train.warmup", "10", "--data.validation_share", "0.01")
+_PTB = ("--data.path", "{}/ptb/ptb.train.txt", "--data.validation_path", "{}/ptb/ptb.valid.txt")
+_PTB_QUICK = ("--train.steps", "20", "--data.path", "{}/ptb/ptb.valid.txt", "--data.vocab_size", "2000")
 _SEQUENCES = ("--speech.validation_shortest", "3", "--speech.validation_longest", "7")
 RESULTS = {
     "shakespeare": Result(
@@ -84,13 +95,23 @@ RESULTS = {
     ),
     "ptb": Result(
         "ptb_lstm",
-        ("--data.path", "{}/ptb/ptb.train.txt", "--data.validation_path", "{}/ptb/ptb.valid.txt"),
+        _PTB,
         (
             Figure("test", "perplexity", "<=", 116.0, ("--data.validation_path", "{}/ptb/ptb.test.txt"), "115.9"),
             Figure("validation", "perplexity", "<=", 122.0, published="121.4"),
         ),
-        ("--train.steps", "20", "--data.path", "{}/ptb/ptb.valid.txt", "--data.vocab_size", "2000"),
+        _PTB_QUICK,
         7.0,
+    ),
+    "ptb_2_ranks": Result(
+        "ptb_lstm",
+        _PTB,
+        (Figure("2 ranks, after 1 and 2 epochs", "perplexity / that of 1 rank - 1", "<=", 0.01),),
+        _PTB_QUICK,
+        7.0,
+        ranks=2,
+        beside="ptb",
+        steps=4646,
     ),
     "digits": Result(
         "mnist_convnet",
@@ -131,10 +152,12 @@ RESULTS = {
 }
 
 
-def call(arguments: list[str]) -> str:
+def call(arguments: list[str], ranks: int = 1) -> str:
     """Run ``python -m hvdlm`` from the root; return what it printed."""
     command = [sys.executable, "-m", "hvdlm", *arguments]
-    print("$ python -m hvdlm", *arguments, flush=True)
+    if ranks > 1:
+        command = ["horovodrun", "-np", str(ranks), *command]
+    print("$", *(["horovodrun", "-np", str(ranks)] if ranks > 1 else []), "python -m hvdlm", *arguments, flush=True)
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise SystemExit(f"results: that ended with exit code {done.returncode}:\n{done.stdout[-2000:]}")
@@ -146,15 +169,21 @@ def measure(name: str, framework: str, data: Path, folder: Path, quick: bool) ->
     result, run = RESULTS[name], folder / f"{name}-{framework}"
     files = [part.replace("{}", str(data)) for part in result.files]
     options = ["--config", f"examples/{result.config}.yaml", "--framework", framework, *files]
-    options += [part.replace("{}", str(data)) for part in result.quick] if quick else []
+    if quick:
+        options += [part.replace("{}", str(data)) for part in result.quick]
+    elif result.steps:
+        options += ["--train.steps", str(result.steps)]
     resume = "auto" if (run / "checkpoints").is_dir() and not quick else "none"
     kept = ["--log.run", str(run), "--checkpoint.resume", resume, "--log.overwrite", str(resume == "none").lower()]
     began = time.monotonic()
-    call([*options, *kept])
+    call([*options, *kept], result.ranks)
     seconds = time.monotonic() - began
     summary = json.loads((run / "summary.json").read_text())
     for figure in (Figure("validation", "val_loss", "<=", result.quick_bar),) if quick else result.figures:
-        value = tested(figure, run, framework, data, summary)[figure.name]
+        if result.beside and not quick:
+            value = apart(run, folder / f"{result.beside}-{framework}")
+        else:
+            value = tested(figure, run, framework, data, summary)[figure.name]
         yield {
             "result": name,
             "framework": framework,
@@ -168,7 +197,8 @@ def measure(name: str, framework: str, data: Path, folder: Path, quick: bool) ->
             "seconds": round(seconds),
             "resumed": resume == "auto",
             "versions": summary["versions"],
-            "cores": os.cpu_count(),
+            "ranks": result.ranks,
+            "cores": cores(),
         }
 
 
@@ -178,6 +208,20 @@ def tested(figure: Figure, run: Path, framework: str, data: Path, summary: dict[
         return summary
     options = [part.replace("{}", str(data)) for part in figure.options]
     return json.loads(call(["evaluate", "--run", str(run), "--framework", framework, *options]).splitlines()[-1])
+
+
+def apart(run: Path, other: Path) -> float:
+    """Return by how much the validation perplexities of ``run`` differ from those of ``other``, at most: a share."""
+    own, others = validated(run), validated(other)
+    if not own.keys() <= others.keys():
+        raise SystemExit(f"results: {other} has not been validated where {run} was: measure {other.name} first.")
+    return max(abs(math.expm1(loss - others[step])) for step, loss in own.items())
+
+
+def validated(run: Path) -> dict[int, float]:
+    """Return the validation losses of a run by step."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["val_loss"] for row in rows if "val_loss" in row}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -197,12 +241,14 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def keep(rows: list[dict[str, Any]], folder: Path, quick: bool) -> None:
-    """Add rows to results.json, in place of earlier ones of the same figure; write the table."""
-    path = folder / "results.json"
+    """Add rows to those that are kept, in place of earlier ones of the same figure; write the table."""
+    path = folder / "results.json" if quick else KEPT
     known = json.loads(path.read_text()) if path.exists() else []
     new = {(r["result"], r["framework"], r["what"]) for r in rows}
     known = [r for r in known if (r["result"], r["framework"], r["what"]) not in new] + rows
-    path.write_text(json.dumps(known, indent=1))
+    order = list(RESULTS)
+    known.sort(key=lambda row: (order.index(row["result"]), row["framework"]))
+    path.write_text(json.dumps(known, indent=1) + "\n")
     if not quick:
         before, _, rest = PAGE.read_text().partition(BEGIN)
         PAGE.write_text(before + BEGIN + table(known) + END + rest.partition(END)[2])
@@ -214,7 +260,7 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="RESULT", help=f"of {', '.join(RESULTS)}; none: all")
     parser.add_argument("--frameworks", nargs="+", default=["torch", "tensorflow"])
     parser.add_argument("--data", type=Path, default=os.environ.get("HVDLM_DATA", ROOT.parent / "shared" / "data"))
-    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "results", help="runs and results.json")
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "results", help="of the runs")
     parser.add_argument("--quick", action="store_true", help="a few steps of each, with bars of their own")
     o = parser.parse_args()
     if unknown := set(o.names) - set(RESULTS):

@@ -61,6 +61,11 @@ def unpinned() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k not in THREADS and not k.startswith(ranks)}
 
 
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def gather(timeout: float = 120.0) -> Facts:
     """Return what this machine says; the probes run side by side, each for at most ``timeout`` seconds."""
     codes = {name: _FRAMEWORK.format(name=name, gpus=gpus, built=BUILT) for name, gpus in GPUS.items()}
@@ -74,7 +79,7 @@ def gather(timeout: float = 120.0) -> Facts:
         **probes,
         "installed": {name: _version(name) for name in ("hvdlm", "keras", "horovod")},
         "mpirun": _mpirun(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "cores": cores(),
         "quota": _quota(Path("/sys/fs/cgroup/cpu.max")),
         "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(shown)},
         "root": hasattr(os, "geteuid") and os.geteuid() == 0,

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from hvdlm.config import CommunicationConfig, Config
 from hvdlm.interfaces import HvdlmError
-from hvdlm.probes import THREADS
+from hvdlm.probes import THREADS, cores
 
 # Most specific first: Slurm's variables are also there inside an mpirun that runs in a Slurm allocation.
 _LAUNCHERS = {
@@ -55,11 +55,6 @@ def _number(environ: Mapping[str, str], name: str) -> int:
             "it, or start with horovodrun, mpirun or srun."
         )
     return int(first)
-
-
-def cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def prepare(launch: Launch | None, config: Config) -> int:

@@ -18,6 +18,7 @@ import numpy as np
 from hvdlm.data import tokenizers
 from hvdlm.data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer
 from hvdlm.interfaces import HvdlmError
+from hvdlm.probes import cores
 
 Label = TypeVar("Label")
 _SMALL = 1 << 23  # bytes that are encoded before several processes have started
@@ -37,7 +38,7 @@ def choose(asked: int | None, tokenizer: Tokenizer, size: int) -> int:
         return asked
     if size < _SMALL or isinstance(tokenizer, ByteTokenizer | CharTokenizer):
         return 1
-    return len(os.sched_getaffinity(0))
+    return cores()
 
 
 def encoded(

@@ -2,7 +2,8 @@
 
 What every framework computes, for the features ``frames`` ``[rows, T, BANDS]`` and ``frame_count`` ``[rows]``::
 
-    x = gelu(conv.0(frames)); x = gelu(conv.1(x))    # kernels of 5 frames, first stride 2: [rows, T/2, width]
+    x = gelu(conv.0(frames))                         # kernels of 5 frames, this one's stride 2: [rows, T/2, width]
+    for convolutions 1 to 3: x = x + gelu(conv.i(x)) # together they hear 0.25 s at once: a sound and its neighbours
     x = dropout(x + positions)
     for each layer: x = layer(x), padding masked     # hvdlm.models.attention, an encoder's
     logits = norm(x) @ head.weight + head.bias       # [rows, T/2, vocab], id 0 the blank
@@ -22,6 +23,7 @@ from hvdlm.models.spec import Init, ModelMaker, ModelSpec, ParamSpec
 
 BANDS = 40  # mel bands of a frame
 KERNEL = 5
+CONVOLUTIONS = 4
 READS = ("frames", "frame_count")
 
 
@@ -48,7 +50,7 @@ def make_ctc(config: ModelConfig, vocab: int, context: int) -> ModelSpec:
     width, inner = config.width, config.mlp_width or 4 * config.width
     s = CTCSettings(vocab, config.layers, width, config.heads, inner, config.dropout)
     params: list[ParamSpec] = []
-    for number, inputs in enumerate((BANDS, width)):
+    for number, inputs in enumerate((BANDS, *[width] * (CONVOLUTIONS - 1))):
         shape, bound = (KERNEL, inputs, width), (6.0 / (KERNEL * (inputs + width))) ** 0.5
         axes = ("kernel", "embed", "embed")
         params.append(ParamSpec(f"conv.{number}.weight", shape, axes, Init("uniform", bound), decay=True))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import tensorflow as tf
 
-from hvdlm.models.ctc import scored
+from hvdlm.models.ctc import CONVOLUTIONS, scored
 from hvdlm_tensorflow.models.attention import Reader, within
 
 
@@ -16,12 +16,13 @@ class CTC(Reader):
     def compute(self, tokens: tf.Tensor, x: Mapping[str, tf.Tensor]) -> tf.Tensor:
         """Return ``[rows, T / 2, width]`` of the frames in ``x``; ``tokens`` are not looked at."""
         h, lengths = tf.cast(x["frames"], self.dtype), self.lengths(x)
-        for number, stride in ((0, 2), (1, 1)):
-            weight = self.p[f"conv.{number}.weight"]  # [kernel, inputs, width]
-            h = tf.nn.conv1d(tf.pad(h, [[0, 0], [2, 2], [0, 0]]), weight, stride, "VALID")
-            mask = within(lengths, tf.shape(h)[1])
-            h = tf.nn.gelu(tf.nn.bias_add(h, self.p[f"conv.{number}.bias"]), approximate=True)
-            h *= tf.cast(mask[:, 0, 0, :, None], h.dtype)
+        for number in range(CONVOLUTIONS):
+            weight, stride = self.p[f"conv.{number}.weight"], 1 if number else 2  # [kernel, inputs, width]
+            made = tf.nn.conv1d(tf.pad(h, [[0, 0], [2, 2], [0, 0]]), weight, stride, "VALID")
+            mask = within(lengths, tf.shape(made)[1])
+            made = tf.nn.gelu(tf.nn.bias_add(made, self.p[f"conv.{number}.bias"]), approximate=True)
+            made *= tf.cast(mask[:, 0, 0, :, None], h.dtype)
+            h = h + made if number else made
         h = self.dropout(self.place(h))
         for i in range(self.s.layers):
             h = self.encoder_layer(h, mask, f"encoder.{i}")

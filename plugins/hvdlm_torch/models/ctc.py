@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 
-from hvdlm.models.ctc import scored
+from hvdlm.models.ctc import CONVOLUTIONS, scored
 from hvdlm_torch.models.attention import Reader, within
 
 
@@ -17,11 +17,13 @@ class CTC(Reader):
     def compute(self, tokens: torch.Tensor, x: Mapping[str, torch.Tensor], training: bool) -> torch.Tensor:
         """Return ``[rows, T / 2, width]`` of the frames in ``x``; ``tokens`` are not looked at."""
         h, lengths = x["frames"], self.lengths(x)
-        for number, stride in ((0, 2), (1, 1)):
+        for number in range(CONVOLUTIONS):
             weight = self.p[f"conv.{number}.weight"].permute(2, 1, 0)  # [width, inputs, kernel]
-            h = F.conv1d(h.transpose(1, 2), weight, self.p[f"conv.{number}.bias"], stride, padding=2).transpose(1, 2)
-            mask = within(lengths, h.shape[1])
-            h = F.gelu(h, approximate="tanh") * mask.flatten(1).unsqueeze(-1)
+            bias, stride = self.p[f"conv.{number}.bias"], 1 if number else 2
+            made = F.gelu(F.conv1d(h.transpose(1, 2), weight, bias, stride, padding=2), approximate="tanh")
+            mask = within(lengths, made.shape[2])
+            made = made.transpose(1, 2) * mask.flatten(1).unsqueeze(-1)
+            h = h + made if number else made
         h = self.dropout(self.place(h), training)
         for i in range(self.s.layers):
             h = self.encoder_layer(h, mask, f"encoder.{i}", training)
