@@ -233,11 +233,18 @@ def table(rows: list[dict[str, Any]]) -> str:
         for framework in ("torch", "tensorflow"):
             own = [row for row in same if row["framework"] == framework]
             mark = "" if not own or own[-1]["reached"] else " (not reached)"
-            cells.append(f"{own[-1]['value']:.4g}{mark}, {own[-1]['seconds']:,} s" if own else "not measured")
+            cells.append(f"{own[-1]['value']:.4g}{mark}, {took(own[-1])}" if own else "not measured")
         first = same[0]
         what = f"{key[2]}, {key[1]}"
         lines.append(f"| {key[0]} | {what} | {first['expected']} | {first['published']} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def took(row: dict[str, Any]) -> str:
+    """Return how long a run trained, in words."""
+    if row["resumed"]:
+        return "interrupted"  # its seconds are those since it went on
+    return f"{row['seconds']:,} s on {row['cores']} {'core' if row['cores'] == 1 else 'cores'}"
 
 
 def keep(rows: list[dict[str, Any]], folder: Path, quick: bool) -> None:

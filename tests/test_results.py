@@ -18,7 +18,7 @@ needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the public data is n
 @pytest.mark.parametrize(
     "framework, names",
     [
-        ("torch", ["shakespeare", "war_and_peace", "red_chamber", "ptb", "digits", "speech", "translation"]),
+        ("torch", ["shakespeare", "war_and_peace", "red_chamber", "ptb_2_ranks", "digits", "speech", "translation"]),
         ("tensorflow", ["ptb", "digits", "translation"]),
     ],
 )
