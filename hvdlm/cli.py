@@ -220,12 +220,13 @@ def convert(arguments: list[str]) -> int:
     if values.format == "huggingface":
         from hvdlm.huggingface.export import export
 
-        count, note = export(found, None if values.checkpoint else _path(values.run) / "tokenizer.json", output)
+        tokenizer = None if values.checkpoint else _path(values.run) / "tokenizer.json"
+        count, note = export(found, tokenizer, output, values.base)
         print(f"{output}: {count:,} parameters of {found.path} for transformers; {note}")
         return 0
     from hvdlm.convert import convert as merge
 
-    count = merge(found, output)
+    count = merge(found, output, values.base)
     print(f"{output}: {count:,} parameters of {found.path}")
     return 0
 

@@ -57,6 +57,22 @@ class ModelConfig:
 
 
 @dataclass
+class LoRAConfig:
+    """Low-rank adapters, which are trained in place of the weights that they are added to (Hu et al. 2021).
+
+    Args:
+        rank: inner width of an adapter; None: all weights are trained
+        alpha: adapters are multiplied by alpha / rank; None: rank
+        layers: weights that get one, by name or pattern, for example "*.query"; None: those of attention, of recurrent
+            models all layers'
+    """
+
+    rank: int | None = None
+    alpha: float | None = None
+    layers: list[str] | str | None = None
+
+
+@dataclass
 class DataConfig:
     """The corpus and how it becomes batches.
 
@@ -344,6 +360,7 @@ class Config:
     task: str = "language_model"
     plugins: list[str] = field(default_factory=list)
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

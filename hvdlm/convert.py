@@ -7,19 +7,19 @@ import math
 import os
 from pathlib import Path
 
-import numpy as np
-
 from hvdlm.checkpoints.checkpoint import Checkpoint
-from hvdlm.checkpoints.pieces import key
+from hvdlm.checkpoints.described import spec_of
 from hvdlm.checkpoints.tensors import replace_tensors
 from hvdlm.interfaces import HvdlmError
-from hvdlm.models.layout import whole
+from hvdlm.merged import Weights
+from hvdlm.models.spec import builtin_models
 
 
-def convert(checkpoint: Checkpoint, output: Path) -> int:
+def convert(checkpoint: Checkpoint, output: Path, base: str | None = None) -> int:
     """Write the parameters to ``output``, no more than one of them in memory; return how many numbers they are.
 
-    The file is whole or not there.
+    The file is whole or not there. Adapters are added to what they were trained on, which lies in ``base``, or where
+    the checkpoint says.
 
     Raises:
         HvdlmError: the checkpoint lacks something or is damaged, or the file can't be written.
@@ -27,7 +27,8 @@ def convert(checkpoint: Checkpoint, output: Path) -> int:
     try:
         if output.is_dir():  # asked before there is much to write, not after
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        return _write(checkpoint, output)
+        spec = spec_of(checkpoint, builtin_models(), base) if "base" in checkpoint.manifest else None
+        return _write(Weights(checkpoint, spec), checkpoint.step, output)
     except OSError as error:
         raise HvdlmError(
             f"--output {output}: {error.strerror or error}: name a file in a folder that is there, can be written and "
@@ -35,13 +36,6 @@ def convert(checkpoint: Checkpoint, output: Path) -> int:
         ) from error
 
 
-def _write(checkpoint: Checkpoint, path: Path) -> int:
-    stored = {key(name): found[0] for name, found in checkpoint.tensors.items() if name.startswith("parameters/")}
-    tensors = {name: (one.dtype, one.piece.shape) for name, one in stored.items()}
-    reader = checkpoint.reader()
-
-    def array(name: str) -> np.ndarray:
-        return reader.piece(f"parameters/{name}", whole(stored[name].piece.shape))
-
-    replace_tensors(path, tensors, array, {"format": "hvdlm", "step": str(checkpoint.step)})
-    return sum(math.prod(shape) for _, shape in tensors.values())
+def _write(weights: Weights, step: int, path: Path) -> int:
+    replace_tensors(path, weights.tensors, weights.array, {"format": "hvdlm", "step": str(step)})
+    return sum(math.prod(shape) for _, shape in weights.tensors.values())

@@ -9,6 +9,7 @@ from hvdlm import plugins, validate
 from hvdlm.config import Config
 from hvdlm.huggingface import folder as pretrained
 from hvdlm.interfaces import HvdlmError, Prediction
+from hvdlm.models.lora import adapt
 from hvdlm.models.spec import ModelSpec
 from hvdlm.topology import AXES, Mesh, make_mesh
 
@@ -36,7 +37,7 @@ def main(config: Config) -> int:
     known = plugins.models(manager)
     validate.model(config, known)
     vocab = config.model.vocab or config.data.vocab_size or _VOCAB.get(config.data.tokenizer, 256)
-    spec = known[config.model.name](config.model, vocab, config.data.context)
+    spec = adapt(known[config.model.name](config.model, vocab, config.data.context), config.lora)
     manager.hook.hvdlm_check(config=config, spec=spec)
     # Data ranks need the same, and tensor ranks all but: of those, the one that needs most stands for its stage.
     stages = []
@@ -55,7 +56,8 @@ def _header(config: Config, spec: ModelSpec, mesh: Mesh, first: Prediction, voca
     rows = train.micro_batch_size or train.batch_size // mesh.data
     tokens = train.batch_size * config.data.context
     set_by = "" if config.model.vocab or config.data.vocab_size else " (data.vocab_size is not set: a stand-in)"
-    yield f"model     {config.model.name}: {spec.parameters:,} parameters, vocabulary {vocab:,}{set_by}"
+    frozen = f" beside {spec.frozen_parameters:,} frozen ones" if spec.frozen else ""
+    yield f"model     {config.model.name}: {spec.parameters:,} parameters{frozen}, vocabulary {vocab:,}{set_by}"
     shape = " x ".join(str(n) for n in mesh.shape)
     switches = [f"zero {parallel.zero}", f"sequence {str(parallel.sequence).lower()}", f"schedule {parallel.schedule}"]
     yield f"ranks     {mesh.size}: {shape} ({' x '.join(AXES)}); {', '.join(switches)}"

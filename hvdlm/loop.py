@@ -144,6 +144,7 @@ def save(run: Run, done: int, metrics: dict[str, Any]) -> int:
         "cursor": run.cursor.to_json(),
         "guard": run.guard.state(),
         "metrics": metrics,
+        **({"base": run.base} if run.base else {}),
     }
     tell_of(run, run.saver.start(done, run.trainable.state(), meta, run.trainable.pieces(), began))
     return done

@@ -10,14 +10,16 @@ from typing import Any
 
 import numpy as np
 
+from hvdlm.base import Base
+from hvdlm.base import check as check_base
 from hvdlm.checkpoints.checkpoint import Checkpoint
 from hvdlm.config import Config
 from hvdlm.interfaces import Framework, HvdlmError, RankError, Task, World
 from hvdlm.topology import Mesh
 
 
-def agree(world: World, config: Config, task: Task) -> None:
-    """Check that all ranks have the same configuration, data and versions. All ranks call.
+def agree(world: World, config: Config, task: Task, base: Base | None = None) -> None:
+    """Check that all ranks have the same configuration, data, frozen weights and versions. All ranks call.
 
     Raises:
         HvdlmError: one has others; the sentence says which rank, and what of it differs.
@@ -28,6 +30,7 @@ def agree(world: World, config: Config, task: Task) -> None:
         "configuration": zlib.crc32(repr(settings).encode()),
         "tokenizer": task.tokenizer.hash,
         "data": task.fingerprint,
+        "pretrained folder": base and base["weights"],
         **versions(config.framework),
     }
     said = world.gather_objects(own)
@@ -35,7 +38,7 @@ def agree(world: World, config: Config, task: Task) -> None:
         for what, value in said[0].items():
             if other.get(what) == value:
                 continue
-            if what in ("configuration", "tokenizer", "data"):
+            if what in ("configuration", "tokenizer", "data", "pretrained folder"):
                 advice, shown = "give all ranks the same options and files", ""
             else:
                 advice, shown = "install the same on all hosts", f" ({other.get(what)}, not {value})"
@@ -62,12 +65,13 @@ def check_groups(world: World, framework: Framework, mesh: Mesh) -> None:
         group.traffic.clear()
 
 
-def check_continuation(found: Checkpoint, task: Task, config: Config) -> None:
-    """Check that a checkpoint's data goes on with this run's settings.
+def check_continuation(found: Checkpoint, task: Task, config: Config, base: Base | None = None) -> None:
+    """Check that a checkpoint's data and frozen weights go on with this run's settings.
 
     Raises:
-        HvdlmError: it has another tokenizer, or its place in the data has no meaning here.
+        HvdlmError: it has another tokenizer, its place in the data has no meaning here, or its adapters have none.
     """
+    check_base(found, base)
     before = found.manifest.get("tokenizer")
     if before and before != task.tokenizer.hash:
         raise HvdlmError(

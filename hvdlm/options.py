@@ -166,7 +166,8 @@ def run_config(run: str, arguments: list[str]) -> Config:
     """Return the configuration that a run was trained with, ``arguments`` overriding it; its tokenizer stays."""
     named = [argument.partition("=")[0] for argument in arguments]
     kept = Path(run) / "tokenizer.json"
-    if any(name.startswith("--data.") for name in named) and "--data.tokenizer" not in named and kept.is_file():
+    moved = "--model.pretrained" in named or any(name.startswith("--data.") for name in named)
+    if moved and "--data.tokenizer" not in named and kept.is_file():
         arguments = [*arguments, "--data.tokenizer", str(kept)]
     return _parse("", "", ["--config", str(_run_file(run)), *arguments])
 
@@ -229,7 +230,7 @@ def parse_generate(arguments: list[str]) -> tuple[Any, list[str]]:
 
 
 def parse_convert(arguments: list[str]) -> Any:
-    """Return ``run``, ``checkpoint``, ``output`` and ``format`` of ``convert``.
+    """Return ``run``, ``checkpoint``, ``output``, ``format`` and ``base`` of ``convert``.
 
     Raises:
         HvdlmError: there is no such run, and no checkpoint is named; or no output is.
@@ -241,6 +242,9 @@ def parse_convert(arguments: list[str]) -> Any:
         type=Literal["safetensors", "huggingface"],
         default="safetensors",
         help="one safetensors file with hvdlm's names, or a folder that transformers loads as GPT-2 or Llama",
+    )
+    parser.add_argument(
+        "--base", type=str, default=None, help="of a run with adapters: where the folder that it started from lies now"
     )
     values = parser.parse_args(arguments)
     if not values.output:

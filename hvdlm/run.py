@@ -13,6 +13,7 @@ from typing import Any
 import pluggy
 
 from hvdlm import meeting, plugins, validate
+from hvdlm.base import Base, attach
 from hvdlm.checkpoints import checkpoint, finding
 from hvdlm.checkpoints.checkpoint import Checkpoint
 from hvdlm.checkpoints.saving import Saver
@@ -23,6 +24,7 @@ from hvdlm.generate import encode
 from hvdlm.guard import Guard
 from hvdlm.huggingface import folder as pretrained
 from hvdlm.interfaces import Framework, HvdlmError, Task, Trainable, World, nearest
+from hvdlm.models.lora import adapt
 from hvdlm.models.spec import ModelSpec
 from hvdlm.topology import Mesh, make_mesh
 from hvdlm.watch.ledger import clean
@@ -31,7 +33,10 @@ from hvdlm.watch.sentinel import Sentinel
 
 @dataclass
 class Run:
-    """Everything a loop needs, ready on this rank. ``asked``: the configuration before this machine filled it in."""
+    """Everything a loop needs, ready on this rank.
+
+    ``asked``: the configuration before this machine filled it in; ``base``: what adapters are added to.
+    """
 
     config: Config
     asked: Config
@@ -46,6 +51,7 @@ class Run:
     guard: Guard
     saver: Saver
     sentinel: Sentinel
+    base: Base | None = None
 
     @property
     def start_step(self) -> int:
@@ -191,8 +197,9 @@ def start(plan: Plan) -> Run:
         )
     if config.log.sample_tokens and not task.reads:
         encode(task.tokenizer, config.log.sample_prompt)
+    spec, base = attach(adapt(spec, config.lora), config.model.pretrained, config.train.seed)
     if plan.found:
-        meeting.check_continuation(plan.found, task, config)
+        meeting.check_continuation(plan.found, task, config, base)
     framework = plugins.make(manager, "framework", config.framework)
     folder = Path(config.log.run)
     if plan.fresh and plan.backend.launch_shape()[2] == 0:
@@ -204,15 +211,15 @@ def start(plan: Plan) -> Run:
             if world.size > 1:
                 world.ledger.keep_in(folder / "ledger", world.rank)
             sentinel.start()
-        meeting.agree(world, config, task)
+        meeting.agree(world, config, task, base)
         meeting.check_groups(world, framework, plan.mesh)
         found = finding.choose(folder, plan.resume, world)
         if found:
-            meeting.check_continuation(found, task, config)
+            meeting.check_continuation(found, task, config, base)
         group = world.group(plan.mesh.group("data", world.rank))
         more = {"compressors": plugins.compressors(manager), "place": group.ranks.index(world.rank)}
         exchange = plugins.make(manager, "exchange", config.communication.exchange, group=group, config=config, **more)
-        if config.model.pretrained and not found:
+        if config.model.pretrained and not found and base is None:
             spec = pretrained.Folder(Path(config.model.pretrained)).attach(spec)
         trainable = framework.build(spec, plan.mesh, world, exchange, config)
         if found:
@@ -225,7 +232,7 @@ def start(plan: Plan) -> Run:
         error.world = world  # type: ignore[attr-defined]
         raise
     asked, mesh = plan.asked, plan.mesh
-    return Run(config, asked, manager, world, mesh, task, spec, trainable, found, cursor, guard, saver, sentinel)
+    return Run(config, asked, manager, world, mesh, task, spec, trainable, found, cursor, guard, saver, sentinel, base)
 
 
 def load_state(found: Checkpoint, trainable: Trainable, world: World, mesh: Mesh) -> None:

@@ -16,6 +16,7 @@ def describe(run: Run, start_step: int) -> dict[str, Any]:
     """Return what ``hvdlm_run_started`` tells."""
     return {
         "parameters": run.spec.parameters,
+        "frozen_parameters": run.spec.frozen_parameters,
         "flops_per_token": run.spec.flops_per_token,
         "vocab": run.task.vocab,
         "start_step": start_step,
@@ -81,6 +82,7 @@ def summarise(
         "backend": run.config.backend,
         "versions": versions(run.config.framework),
         "parameters": run.spec.parameters,
+        "frozen_parameters": run.spec.frozen_parameters,
         "bytes_communicated": sum(part[0] for part in everyone),
         "compression": rates.compression,
         "comm_share": rates.comm_share if rates.steps else 0.0,

@@ -12,15 +12,16 @@ from typing import Any
 from hvdlm.config import Config
 from hvdlm.data import mixture
 from hvdlm.interfaces import HvdlmError, nearest
+from hvdlm.models.lora import adapt
 from hvdlm.models.spec import ModelSpec
 from hvdlm.topology import Mesh
 
 _POSITIVE = """
-    model.layers model.width model.heads model.kv_heads model.mlp_width model.vocab data.vocab_size data.context
-    train.steps train.batch_size train.micro_batch_size train.decay_every train.decay_start train.eval_batch_size
-    train.threads parallel.data parallel.pipeline parallel.tensor communication.bucket_bytes communication.fusion_bytes
-    communication.compression.rank communication.compression.min_elements communication.local.steps checkpoint.keep
-    log.every train.max_skips
+    model.layers model.width model.heads model.kv_heads model.mlp_width model.vocab lora.rank data.vocab_size
+    data.context train.steps train.batch_size train.micro_batch_size train.decay_every train.decay_start
+    train.eval_batch_size train.threads parallel.data parallel.pipeline parallel.tensor communication.bucket_bytes
+    communication.fusion_bytes communication.compression.rank communication.compression.min_elements
+    communication.local.steps checkpoint.keep log.every train.max_skips
 """
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     **{key: (lambda v: v >= 1, "1 or more") for key in _POSITIVE.split()},
@@ -28,6 +29,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "model.rotary_base": (lambda v: v > 1, "above 1"),
     "model.norm_epsilon": (lambda v: 0 < v < 1, "above 0 and below 1"),
     "model.initial_scale": (lambda v: v > 0, "above 0"),
+    "lora.alpha": (lambda v: v > 0, "above 0"),
     "data.validation_share": (lambda v: 0 < v < 1, "above 0 and below 1"),
     "train.seed": (lambda v: 0 <= v < 2**63, "0 or more"),
     "train.learning_rate": (lambda v: v > 0, "above 0"),
@@ -81,6 +83,8 @@ def values(config: Config) -> None:
             f"train.min_learning_rate {config.train.min_learning_rate} is above train.learning_rate "
             f"{config.train.learning_rate}: lower it (--train.min_learning_rate)."
         )
+    if config.lora.rank is None and (config.lora.alpha is not None or config.lora.layers is not None):
+        raise HvdlmError("lora.alpha and lora.layers are for adapters, which lora.rank asks for: --lora.rank 8.")
     if config.train.nesterov and not config.train.momentum:
         raise HvdlmError("train.nesterov needs train.momentum above 0, for example --train.momentum 0.9.")
     if config.data.mixture is not None:
@@ -119,14 +123,14 @@ def layout(config: Config, mesh: Mesh) -> None:
 
 
 def model(config: Config, known: Mapping[str, Any]) -> ModelSpec:
-    """Check the model's name and sizes; return it with a stand-in vocabulary.
+    """Check the model's name, sizes and adapters; return it with a stand-in vocabulary.
 
     Raises:
-        HvdlmError: an unknown name, or sizes that don't fit together.
+        HvdlmError: an unknown name, or what doesn't fit together.
     """
     if config.model.name not in known:
         raise HvdlmError(f"model.name: no model {config.model.name!r}; {nearest(config.model.name, known)}")
-    return known[config.model.name](config.model, 256, config.data.context)
+    return adapt(known[config.model.name](config.model, 256, config.data.context), config.lora)
 
 
 def communication(config: Config, size: int, backend: str, compressors: Mapping[str, Any]) -> None:

@@ -37,6 +37,8 @@ FLOORS = {
         "control",
         "cursor",
         "guard",
+        "base",
+        "merged",
         "meeting",
         "record",
         "recovery",

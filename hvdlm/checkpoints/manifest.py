@@ -23,6 +23,7 @@ _TYPES: dict[str, tuple[type, str]] = {
     "cursor": (dict, "a mapping"),
     "versions": (dict, "a mapping"),
     "metrics": (dict, "a mapping"),
+    "base": (dict, "a mapping"),
     "tokenizer": (str, "text"),
 }
 

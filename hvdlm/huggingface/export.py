@@ -12,39 +12,37 @@ import numpy as np
 
 from hvdlm import untrusted
 from hvdlm.checkpoints.checkpoint import Checkpoint
+from hvdlm.checkpoints.described import spec_of
 from hvdlm.checkpoints.tensors import Described, replace_tensors
-from hvdlm.config import ModelConfig
 from hvdlm.data.tokenizers import LIMIT, SLACK, from_json
 from hvdlm.disk import replace, sync_folder
 from hvdlm.huggingface.formats import FORMATS, Format
 from hvdlm.interfaces import HvdlmError
+from hvdlm.merged import Weights
 from hvdlm.models.gpt import GPTSettings
-from hvdlm.models.layout import whole
 from hvdlm.models.spec import ModelSpec, builtin_models
 
-_PARAMETERS = "parameters/"
 
-
-def export(checkpoint: Checkpoint, tokenizer: Path | None, output: Path) -> tuple[int, str]:
+def export(checkpoint: Checkpoint, tokenizer: Path | None, output: Path, base: str | None = None) -> tuple[int, str]:
     """Write the folder ``output``, no more than one tensor in memory; return (numbers written, what is to be known).
 
-    ``tokenizer``: the run's tokenizer.json. config.json is written last: without it, it is no model's folder.
+    ``tokenizer``: the run's tokenizer.json; ``base``: see ``spec_of``. config.json is written last: without it, it is
+    no model's folder.
 
     Raises:
         HvdlmError: it is no model that Hugging Face's GPT-2 or Llama computes, or the folder can't be written.
     """
-    spec = _spec(checkpoint)
+    spec = spec_of(checkpoint, builtin_models(), base)
     chosen = _format(spec)
     shapes = _shapes(spec, chosen)
     parts = _parts(shapes, chosen)
     tensors = {name: _described(shapes, chosen, params) for name, params in parts.items()}
-    reader = checkpoint.reader()
+    weights = Weights(checkpoint, spec)
 
     def array(name: str) -> np.ndarray:
         found = []
         for param in parts[name]:
-            stored, shape = f"{_PARAMETERS}{param}", shapes[param]
-            one = reader.piece(stored, whole(shape)) if stored in checkpoint.tensors else np.zeros(shape, np.float32)
+            one = weights.array(param) if param in weights.tensors else np.zeros(shapes[param], np.float32)
             found.append(one.T if chosen.place(param).turned else one)
         return np.concatenate(found, -1) if len(found) > 1 else found[0]
 
@@ -60,24 +58,6 @@ def export(checkpoint: Checkpoint, tokenizer: Path | None, output: Path) -> tupl
             f"--output {output}: {error.strerror or error}: name a folder that can be written and has space."
         ) from error
     return sum(math.prod(shape) for _, shape in tensors.values()), note
-
-
-def _spec(checkpoint: Checkpoint) -> ModelSpec:
-    """Return the model that a checkpoint's manifest describes, its parameters those that are stored."""
-    config: Any = checkpoint.manifest.get("config") or {}
-    try:
-        model = ModelConfig(**config["model"])
-        vocab, context = checkpoint.manifest["vocab"], config["data"]["context"]
-        spec = builtin_models()[model.name](model, int(vocab), int(context))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise HvdlmError(f"checkpoint {checkpoint.path} doesn't say which built-in model it is: {error}.") from error
-    for param in spec.params:
-        stored = checkpoint.tensors.get(f"{_PARAMETERS}{param.name}")
-        if stored is None or stored[0].piece.shape != param.shape:
-            raise HvdlmError(
-                f"checkpoint {checkpoint.path}: {param.name} is missing or has another shape than it says."
-            )
-    return spec
 
 
 def _format(spec: ModelSpec) -> Format:
@@ -97,9 +77,10 @@ def _format(spec: ModelSpec) -> Format:
 
 def _shapes(spec: ModelSpec, chosen: Format) -> dict[str, tuple[int, ...]]:
     """Return {parameter: shape}, with the biases that the format has and the model may lack."""
-    found = {param.name: param.shape for param in spec.params}
+    params = spec.frozen or spec.params
+    found = {param.name: param.shape for param in params}
     if chosen.biased:
-        for param in spec.params:
+        for param in params:
             layer, _, kind = param.name.rpartition(".")
             if kind in ("weight", "scale") and layer != "head":
                 found.setdefault(f"{layer}.bias", param.shape[-1:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 from hvdlm import untrusted
 from hvdlm.checkpoints.tensors import open_tensors
 from hvdlm.config import Config, ModelConfig
+from hvdlm.disk import sha256
 from hvdlm.huggingface.formats import FORMATS, Place
 from hvdlm.interfaces import HvdlmError
 from hvdlm.models.spec import ModelSpec, ParamSpec
@@ -42,12 +44,23 @@ class Folder:
         self._opened: dict[str, Any] = {}
 
     def attach(self, spec: ModelSpec) -> ModelSpec:
-        """Return ``spec`` with this folder's weights as initial values.
+        """Return ``spec`` with this folder's weights as initial values, or as those that are frozen.
 
         Raises:
             HvdlmError: a tensor is missing or has another shape.
         """
+        if spec.frozen:
+            return replace(spec, frozen=tuple(self._attached(param) for param in spec.frozen))
         return replace(spec, params=tuple(self._attached(param) for param in spec.params))
+
+    def fingerprint(self) -> str:
+        """Return a hash of the weights' files, whatever they are called."""
+        self._files = self._list() if self._files is None else self._files
+        names = sorted(set(self._files.values()))
+        for name in names:
+            self._file(name)  # which checks that it is a file of its own
+        digests = sorted(self._guarded(lambda: [sha256(self.path / name) for name in names]))
+        return hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
     def _attached(self, param: ParamSpec) -> ParamSpec:
         place = self.format.place(param.name)
@@ -130,6 +143,19 @@ class Folder:
             raise HvdlmError(f"model.pretrained {self.path} is no folder that hvdlm can read: {error}.") from error
 
 
+def require_base(pretrained: str) -> None:
+    """Check that the folder is there whose weights adapters are added to.
+
+    Raises:
+        HvdlmError: it is not.
+    """
+    if not (Path(pretrained) / "config.json").exists():
+        raise HvdlmError(
+            f"{pretrained}, whose weights adapters are added to, is gone or no folder of a model: put it back, or say "
+            "where it lies now (--model.pretrained FOLDER, and its --data.tokenizer; of convert, --base FOLDER)."
+        )
+
+
 def resolve(config: Config) -> Config:
     """Return ``config`` with the sizes and the tokenizer of ``model.pretrained``; without it, ``config`` itself.
 
@@ -137,6 +163,8 @@ def resolve(config: Config) -> Config:
         HvdlmError: the folder doesn't do, or ``config`` asks for other sizes than its.
     """
     given = config.model.pretrained
+    if given is not None and config.lora.rank is not None:
+        require_base(given)
     if given is None or (config.model.vocab is not None and not (Path(given) / "config.json").exists()):
         return config  # of a run, whose config.yaml has all that was in the folder
     folder = Folder(Path(given))

@@ -101,18 +101,30 @@ def _words(key: bytes, start: int, count: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
+class Adapter:
+    """What is added to the frozen parameter ``weight``: ``factor`` x ``down`` @ ``up``, both names of parameters."""
+
+    weight: str
+    down: str
+    up: str
+    factor: float
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """A model: what kind it is, its resolved settings, its parameters in the order of the forward pass.
 
     Attributes:
         kind: the architecture that a framework plugin implements (``gpt``, ``rnn``, ...).
         settings: the architecture's own dataclass (``GPTSettings``, ``RNNSettings``, ...), nothing left open.
-        params: every parameter.
+        params: every parameter that is trained.
         flops_per_token: multiplications and additions of a training step (forward and backward) per token.
         loss: cross_entropy of every target's scores, or ctc: minus log of the probability of a row's targets, in any
             alignment with its frames, id 0 being the blank (Graves et al. 2006, eq. 8).
         reads: the features of a batch that it reads; none: tokens alone.
         implementations: of a kind that a plugin brings: {framework: "module:Class"}, the class that computes it there.
+        frozen: where only adapters are trained, the model's own parameters (``hvdlm.models.lora``).
+        adapters: what is added to which of them.
     """
 
     kind: str
@@ -122,11 +134,24 @@ class ModelSpec:
     loss: Literal["cross_entropy", "ctc"] = "cross_entropy"
     reads: tuple[str, ...] = ()
     implementations: Mapping[str, str] = field(default_factory=dict, compare=False)
+    frozen: tuple[ParamSpec, ...] = ()
+    adapters: tuple[Adapter, ...] = ()
 
     @property
     def parameters(self) -> int:
-        """How many parameters the model has (tied ones counted once)."""
+        """How many parameters are trained (tied ones counted once)."""
         return sum(p.size for p in self.params)
+
+    @property
+    def frozen_parameters(self) -> int:
+        """How many are frozen."""
+        return sum(p.size for p in self.frozen)
+
+    @property
+    def frozen_bytes(self) -> int:
+        """Bytes of what is frozen, in float32; of what is adapted a second time, with what is added to it."""
+        adapted = {one.weight for one in self.adapters}
+        return 4 * sum(param.size * (2 if param.name in adapted else 1) for param in self.frozen)
 
     def initial(self, seed: int) -> dict[str, np.ndarray]:
         """Return {name: float32 initial values} of every parameter."""

@@ -33,9 +33,10 @@ class Progress:
         if not self._active:
             return
         self._interval = Interval(info["parameters"])
+        frozen = f" beside {info['frozen_parameters']:,} frozen ones" if info.get("frozen_parameters") else ""
         print(
-            f"hvdlm: {config.model.name}, {info['parameters']:,} parameters, {info['framework']}, {world.size} rank(s) "
-            f"over {info['backend']}, {config.train.threads} thread(s) each, "
+            f"hvdlm: {config.model.name}, {info['parameters']:,} parameters{frozen}, {info['framework']}, "
+            f"{world.size} rank(s) over {info['backend']}, {config.train.threads} thread(s) each, "
             f"steps {info['start_step']} to {info['steps']}",
             flush=True,
         )

@@ -55,6 +55,11 @@ def check(config: Config, spec: ModelSpec) -> None:
             f"model.name {config.model.name}: {what} can't be cut into tensor or pipeline ranks: leave "
             "parallel.tensor and parallel.pipeline at 1."
         )
+    if spec.adapters and (p.tensor > 1 or p.pipeline > 1):
+        raise HvdlmError(
+            "lora.rank: adapters are trained by data ranks, each with the whole model: leave parallel.tensor and "
+            "parallel.pipeline at 1 (parallel.zero works)."
+        )
     if p.tensor > 1:
         _check_tensor(config, s, spec.kind)
     if p.pipeline > s.layers:

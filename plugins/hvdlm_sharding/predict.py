@@ -1,8 +1,8 @@
 """What a step needs, by closed forms: memory of a rank, bytes that it hands to collectives, idle share of its stage.
 
 Parameters, gradients and optimizer: Rajbhandari et al. 2020, section 5, for float32. Activations: as Korthikanti et
-al. 2022, section 4, count them, for what torch keeps of this model's layers. The bubble: Narayanan et al. 2021,
-section 2.2.
+al. 2022, section 4, count them, for what torch keeps of this model's layers (of frozen ones, less). The bubble:
+Narayanan et al. 2021, section 2.2.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class _Step:
     """One rank's step: ``rows`` x ``time`` tokens in each of ``count`` micro-batches."""
 
     def __init__(self, config: Config, spec: ModelSpec, mesh: Mesh, rank: int) -> None:
-        self.config, self.s, self.kind, self.mesh = config, spec.settings, spec.kind, mesh
+        self.config, self.spec, self.s, self.kind, self.mesh = config, spec, spec.settings, spec.kind, mesh
         self.part: Share = share(spec, mesh, rank, config.parallel)
         self.zero = config.parallel.zero if mesh.data > 1 else 0
         align = mesh.data if self.zero else 1
@@ -70,7 +70,7 @@ class _Step:
         passing = max(b - a for (a, _), (_, b) in zip(buckets, [*buckets[1:], buckets[-1]], strict=True))
         gradients = {0: size, 1: size + own, 2: own + passing}[self.zero]
         return {
-            "parameters": 4 * (size + (own if self.zero else 0)),
+            "parameters": 4 * (size + (own if self.zero else 0)) + self.spec.frozen_bytes,
             "gradients": 4 * gradients,
             "optimizer": 4 * kinds * (own if self.zero else size),
             "activations": self.activations(),

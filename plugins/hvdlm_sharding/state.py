@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from hvdlm.config import Config
 from hvdlm.interfaces import Exchange, HvdlmError
 from hvdlm.loss_scale import LossScale
-from hvdlm.models.layout import FlatLayout, Piece, Slot, make_layout
+from hvdlm.models.layout import FlatLayout, Piece, Slot, make_layout, whole
 from hvdlm.models.spec import ModelSpec
 from hvdlm.topology import Mesh
 from hvdlm_sharding.rules import Share
@@ -21,8 +21,8 @@ class FlatState:
     """The names and pieces of flat vectors ``[size]``, or ``[size / parts]`` where ``parts`` ranks share one (ZeRO)."""
 
     def __init__(self, layout: FlatLayout, part: int = 0, parts: int = 1) -> None:
-        whole = [(slot, slot.start, (0, slot.stop - slot.start)) for slot in layout.slots]
-        self._places = layout.held(part, parts) if parts > 1 else whole
+        every = [(slot, slot.start, (0, slot.stop - slot.start)) for slot in layout.slots]
+        self._places = layout.held(part, parts) if parts > 1 else every
 
     def arrays(self, flat: np.ndarray, prefix: str) -> dict[str, np.ndarray]:
         """Return {prefix/name: array} as copies of the parts of ``flat``."""
@@ -99,6 +99,11 @@ class ShardedState:
         """Return the flat vector's initial values, float32 ``[size]``."""
         seed = self.config.train.seed
         return self.layout.flatten({p.spec.name: p.spec.initial_box(seed, p.piece.slices) for p in self.share.params})
+
+    def frozen(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield the name and the float32 values of every parameter that adapters are trained in place of."""
+        for param in self.spec.frozen:
+            yield param.name, param.initial_box(self.config.train.seed, whole(param.shape).slices)
 
     def own(self, flat: np.ndarray) -> np.ndarray:
         """Return what this rank updates of ``flat`` ``[size]``, laid end to end."""

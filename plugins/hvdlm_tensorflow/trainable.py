@@ -19,6 +19,7 @@ from hvdlm_sharding.axes import Axes, Wire
 from hvdlm_sharding.rules import Share
 from hvdlm_sharding.schedules import kept
 from hvdlm_sharding.state import ShardedState, carried, joined
+from hvdlm_tensorflow.adapters import Adapters
 from hvdlm_tensorflow.collectives import Collectives
 from hvdlm_tensorflow.counted import CountedGraph
 from hvdlm_tensorflow.losses import ctc
@@ -43,6 +44,7 @@ class TensorFlowTrainable:
         self._model = make_model(spec, share, self._collectives)
         initial = state.initial()
         self._flat = tf.Variable(initial)
+        self._adapters = Adapters(state, self._trained())
         # What this rank updates: the flat variable itself, or its part of every bucket.
         self._own = self._flat if exchange.parts == 1 else tf.Variable(state.own(initial))
         self._gradient = self._make_gradient()
@@ -77,7 +79,11 @@ class TensorFlowTrainable:
         compiled = self._config.train.compile
         self._backward_part = tf.function(self._backward, jit_compile=True) if compiled else self._backward
 
-    def _parameters(self) -> dict[str, tf.Tensor]:
+    def _parameters(self) -> Mapping[str, tf.Tensor]:
+        """Return the weights that the model computes with."""
+        return self._adapters.bound(self._trained())
+
+    def _trained(self) -> dict[str, tf.Tensor]:
         """Return every parameter as a part of the flat vector."""
         slots, lengths, place = self.layout.slots, [], 0
         for slot in slots:
@@ -173,20 +179,20 @@ class TensorFlowTrainable:
     def _backward(
         self, parameters: Any, x: Any, inputs: Any, targets: Any, weights: Any, carry: Any, seed: Any, scale: Any
     ) -> tuple[tf.Tensor, Any, list[tf.Tensor]]:
-        """Return the loss sum (float64), the carried state, and the gradient of every slot, dense and flat."""
+        """Return the loss sum (float64), the carried state, and the gradient of every leaf, dense and flat."""
+        sources, unused = [parameters[name] for name in self._adapters.leaves], tf.UnconnectedGradients.ZERO
         with self._kept.forward(parameters), tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(parameters)
+            tape.watch(sources)
             losses, carry = self._losses(parameters, inputs, x, targets, weights, carry, seed, True)
             scaled = tf.reduce_sum(losses) * (scale / self._sharded.normaliser)
-        sources, unused = [parameters[slot.name] for slot in self.layout.slots], tf.UnconnectedGradients.ZERO
         gradients = tape.gradient(scaled, sources, unconnected_gradients=unused)
         self._kept.backward()
         flat = [tf.reshape(tf.convert_to_tensor(g), [-1]) for g in gradients]
         return tf.reduce_sum(tf.cast(losses, tf.float64)), carry, flat
 
-    def _buckets(self, gradients: list[tf.Tensor]) -> list[tf.Tensor]:
-        """Return flat buckets from the gradients of slots, zeros at their ends where the layout has them."""
-        found = []
+    def _buckets(self, of_leaves: list[tf.Tensor]) -> list[tf.Tensor]:
+        """Return flat buckets from the gradients of leaves, zeros at their ends where the layout has them."""
+        gradients, found = self._adapters.gradients(of_leaves, self._trained()), []
         for index, (first, last) in enumerate(self.layout.buckets):
             rest = self.layout.bucket_range(index)[1] - self.layout.slots[last - 1].stop
             found.append(tf.concat([*gradients[first:last], *([tf.zeros(rest)] if rest else [])], 0))
@@ -283,6 +289,7 @@ class TensorFlowTrainable:
             with tf.control_dependencies([replaced]):
                 waited += tf.maximum(tf.timestamp() - ready, 0.0)
             self._flat.assign(replaced)
+        self._adapters.add(self._trained())
         return tf.stack([totals[0], totals[1], tf.square(norm), waited, drained, tf.cast(applied, tf.float64)])
 
     def _squares(self, own: tf.Tensor) -> tf.Tensor:
@@ -417,7 +424,7 @@ class TensorFlowTrainable:
         following = zip(ranges, [*ranges[1:], ranges[-1]], strict=True)
         passing = max(b - a for (a, _), (_, b) in following) if self._exchange.scatters_every else size
         return {
-            "parameters": 4 * (size + (own if self._own is not self._flat else 0)),
+            "parameters": 4 * (size + (own if self._own is not self._flat else 0)) + self._spec.frozen_bytes,
             "gradients": 4 * (passing + (own if self._exchange.parts > 1 else 0)),
             "optimizer": sum(4 * int(flat.shape[0]) for flat in self._optimizer.memory.values()),
             "activations": self._activations(),
@@ -468,6 +475,7 @@ class TensorFlowTrainable:
         self._flat.assign(flat)
         if self._own is not self._flat:
             self._own.assign(self._sharded.own(flat))
+        self._adapters.add(self._trained())
         for kind, array in memory.items():
             self._optimizer.memory[kind].assign(array)
         self._carry = self._model.carry_tensors(carried(state), self._config.train.micro_batch_size)

@@ -10,6 +10,8 @@ import torch
 from hvdlm.interfaces import Exchange, Handle
 from hvdlm.models.layout import FlatLayout
 
+Parameters = Mapping[str, torch.nn.Parameter]
+
 
 class WholeGradients:
     """All gradients in one flat vector ``[size]``, which parameters' ``grad`` are views of; a bucket is a range of it.
@@ -19,7 +21,7 @@ class WholeGradients:
     """
 
     def __init__(
-        self, layout: FlatLayout, parameters: Mapping[str, torch.nn.Parameter], exchange: Exchange, device: torch.device
+        self, layout: FlatLayout, parameters: Parameters, leaves: Parameters, exchange: Exchange, device: torch.device
     ) -> None:
         self._layout, self._exchange = layout, exchange
         self._flat = torch.zeros(layout.size, device=device)
@@ -30,7 +32,7 @@ class WholeGradients:
         for slot in layout.slots:
             parameters[slot.name].grad = self._flat[slot.start : slot.stop].view(slot.shape)
         if exchange.size > 1:
-            _tell(layout, parameters, self._arrived)
+            _tell(layout, leaves, self._arrived)
 
     def begin(self) -> None:
         """Begin a step."""
@@ -76,7 +78,7 @@ class ScatteredGradients:
     """Of all gradients this rank's parts only (ZeRO-2): a bucket is scattered, and forgotten, once it is full."""
 
     def __init__(
-        self, layout: FlatLayout, parameters: Mapping[str, torch.nn.Parameter], exchange: Exchange, device: torch.device
+        self, layout: FlatLayout, parameters: Parameters, leaves: Parameters, exchange: Exchange, device: torch.device
     ) -> None:
         self._layout, self._parameters, self._exchange = layout, parameters, exchange
         self.own = torch.zeros(layout.size // exchange.parts, device=device)
@@ -88,7 +90,7 @@ class ScatteredGradients:
         self._waited = 0.0
         self._flying: dict[int, int] = {}
         self._most = 0
-        _tell(layout, parameters, self._arrived)
+        _tell(layout, leaves, self._arrived)
 
     def begin(self) -> None:
         """Begin a step."""
@@ -148,15 +150,18 @@ class ScatteredGradients:
 
 
 def make_gradients(
-    layout: FlatLayout, parameters: Mapping[str, torch.nn.Parameter], exchange: Exchange, device: torch.device
+    layout: FlatLayout, parameters: Parameters, leaves: Parameters, exchange: Exchange, device: torch.device
 ) -> WholeGradients | ScatteredGradients:
-    """Return what the exchange asks for."""
+    """Return what the exchange asks for; ``leaves``: what the backward pass reaches when a parameter has its gradient.
+
+    Hooks of the leaves that make parameters' gradients have to be registered before.
+    """
     kind = ScatteredGradients if exchange.scatters_every else WholeGradients
-    return kind(layout, parameters, exchange, device)
+    return kind(layout, parameters, leaves, exchange, device)
 
 
-def _tell(layout: FlatLayout, parameters: Mapping[str, torch.nn.Parameter], arrived: object) -> None:
+def _tell(layout: FlatLayout, leaves: Parameters, arrived: object) -> None:
     """Have ``arrived(bucket)`` called whenever the gradient of one of a bucket's parameters is there."""
     for index, (first, last) in enumerate(layout.buckets):
         for slot in layout.slots[first:last]:
-            parameters[slot.name].register_post_accumulate_grad_hook(lambda _, i=index: arrived(i))  # type: ignore
+            leaves[slot.name].register_post_accumulate_grad_hook(lambda _, i=index: arrived(i))  # type: ignore

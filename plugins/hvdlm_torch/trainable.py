@@ -19,6 +19,7 @@ from hvdlm.topology import Mesh
 from hvdlm_sharding.axes import Axes, Wire
 from hvdlm_sharding.rules import Share
 from hvdlm_sharding.state import ShardedState, carried, joined
+from hvdlm_torch.adapters import Adapters
 from hvdlm_torch.collectives import Collectives
 from hvdlm_torch.gradients import make_gradients
 from hvdlm_torch.losses import ctc
@@ -52,8 +53,9 @@ class TorchTrainable:
         initial = state.initial()
         self._flat = torch.from_numpy(initial).to(device)
         self._parameters = {slot.name: self._leaf(slot) for slot in self.layout.slots}
-        self._model.bind(self._parameters)
-        self._gradients = make_gradients(self.layout, self._parameters, exchange, device)
+        self._adapters = Adapters(state, self._parameters, device)
+        self._model.bind(self._adapters.bound)
+        self._gradients = make_gradients(self.layout, self._parameters, self._adapters.leaves, exchange, device)
         # What this rank updates: the flat vector itself, or its part of every bucket.
         self._own = self._flat if exchange.parts == 1 else torch.from_numpy(state.own(initial)).to(device)
         mask = torch.from_numpy(state.own(self.layout.decay_mask())).to(device)
@@ -96,6 +98,7 @@ class TorchTrainable:
         norm = squared**0.5 * scale
         skipped = self._apply(learning_rate, step, norm, scale, limit)
         waited += self._finish()
+        self._adapters.add()
         # A stage that has done its passes waits for the others in the first sum over all stages.
         idle = self._pipeline.waited + drained if self._share.stage.count > 1 else 0.0
         moved = grown(by_axis(self._wire.traffic()), before)
@@ -127,11 +130,11 @@ class TorchTrainable:
 
         if self._share.stage.count > 1:
             width = self._spec.settings.width
-            with kept_bytes(self, self._parameters.values()):
+            with kept_bytes(self, self._adapters.bound.values()):
                 self._pipeline.run(micro_batches, width, compute, self._gradients.micro_batch)
             return loss_sum
         for number, batch in enumerate(micro_batches):
-            with kept_bytes(self, self._parameters.values()):
+            with kept_bytes(self, self._adapters.bound.values()):
                 loss = compute(number, batch, None)
             self._gradients.micro_batch(number + 1 == len(micro_batches))
             loss.backward()
@@ -283,7 +286,7 @@ class TorchTrainable:
         """Return the bytes that this rank holds; see ``interfaces.Trainable``."""
         own = 0 if self._own is self._flat else 4 * len(self._own)
         return {
-            "parameters": 4 * len(self._flat) + own,
+            "parameters": 4 * len(self._flat) + own + self._spec.frozen_bytes,
             "gradients": self._gradients.bytes(),
             "optimizer": sum(4 * len(flat) for flat in self._optimizer.memory.values()),
             "activations": self._kept or 0,
@@ -311,6 +314,7 @@ class TorchTrainable:
         self._flat.copy_(torch.from_numpy(flat))
         if self._own is not self._flat:
             self._own.copy_(torch.from_numpy(self._sharded.own(flat)))
+        self._adapters.add()
         for kind, array in memory.items():
             self._optimizer.memory[kind].copy_(torch.from_numpy(array))
         micro = self._config.train.micro_batch_size

@@ -14,10 +14,11 @@ from conftest import FRAMEWORK, meshes
 
 from hvdlm import plugins
 from hvdlm.checkpoints.checkpoint import load, open_checkpoint, save
-from hvdlm.config import Config, ModelConfig, ParallelConfig, TrainConfig
+from hvdlm.config import Config, LoRAConfig, ModelConfig, ParallelConfig, TrainConfig
 from hvdlm.exchange import AllReduceExchange
 from hvdlm.interfaces import Batch, StepResult, World
-from hvdlm.models.spec import builtin_models
+from hvdlm.models.lora import adapt
+from hvdlm.models.spec import ModelSpec, builtin_models
 from hvdlm.topology import Mesh
 from hvdlm_backends.local import AloneGroup, LocalWorld
 from hvdlm_sharding.predict import predict
@@ -30,20 +31,25 @@ DEEP = {**GPT, "layers": 4}  # as many as stages can be here
 
 
 def configured(mesh: Mesh, model: dict[str, Any], **options: Any) -> Config:
-    """Return the configuration of a small model on ``mesh``; ``options`` of train, parallel and communication."""
+    """Return the configuration of a small model on ``mesh``; ``options`` of train, parallel, communication and lora."""
     config = Config(framework=FRAMEWORK, model=ModelConfig(**model))
     config.data.context = CONTEXT
     train = {"batch_size": ROWS, "micro_batch_size": 2, "warmup": 0, "steps": STEPS}
     config.train = TrainConfig(**train | options.get("train", {}))
     config.parallel = ParallelConfig(*mesh.shape, **options.get("parallel", {}))
+    config.lora = LoRAConfig(**options.get("lora", {}))
     config.communication = replace(config.communication, bucket_bytes=20_000, **options.get("communication", {}))
     return config
+
+
+def described(config: Config, vocab: int = VOCAB) -> ModelSpec:
+    return adapt(builtin_models()[config.model.name](config.model, vocab, config.data.context), config.lora)
 
 
 def build(world: World, mesh: Mesh, config: Config, vocab: int = VOCAB) -> Any:
     """Return a trainable on this rank of ``mesh``."""
     maker = plugins.load([FRAMEWORK, "all_reduce", "sharding", "compression"])
-    spec = builtin_models()[config.model.name](config.model, vocab, config.data.context)
+    spec = described(config, vocab)
     maker.hook.hvdlm_check(config=config, spec=spec)
     group = world.group(mesh.group("data", world.rank))
     more = {"compressors": plugins.compressors(maker), "place": group.ranks.index(world.rank)}
@@ -80,9 +86,8 @@ Reference = tuple[list[float], list[float], dict[str, np.ndarray]]
 
 def _alone(config: Config) -> Any:
     """Return a trainable of one unsharded rank."""
-    spec = builtin_models()[config.model.name](config.model, VOCAB, CONTEXT)
     maker = plugins.make(plugins.load([FRAMEWORK]), "framework", FRAMEWORK)
-    return maker.build(spec, Mesh(1, 1, 1), LocalWorld(), AllReduceExchange(AloneGroup()), config)
+    return maker.build(described(config), Mesh(1, 1, 1), LocalWorld(), AllReduceExchange(AloneGroup()), config)
 
 
 def _trained_alone(model: dict[str, Any], train_options: dict[str, Any]) -> Any:
@@ -152,8 +157,7 @@ def test_every_layout_follows_the_curve_of_one_rank(world: World, case: tuple[Me
 
 
 def _predicted(world: World, mesh: Mesh, config: Config) -> Any:
-    spec = builtin_models()[config.model.name](config.model, VOCAB, CONTEXT)
-    return predict(config, spec, mesh, world.rank)
+    return predict(config, described(config), mesh, world.rank)
 
 
 def _moves_what_is_predicted(world: World, mesh: Mesh, config: Config, results: list[StepResult]) -> None:
@@ -166,6 +170,24 @@ def _holds_what_is_predicted(world: World, mesh: Mesh, config: Config, trainable
     held, expected = trainable.memory(), _predicted(world, mesh, config).memory
     for kind in ("parameters", "gradients", "optimizer"):
         assert held[kind] == expected[kind], kind
+
+
+@pytest.mark.skipif(SIZE != 2, reason="data ranks alone: two say what four would")
+@pytest.mark.parametrize("zero", [0, 2] if FRAMEWORK == "tensorflow" else [0, 1, 2])
+def test_adapters_follow_the_curve_of_one_rank_and_are_all_that_moves(world: World, zero: int) -> None:
+    mesh, one, more = Mesh(2, 1, 1), Mesh(1, 1, 1), {"lora": {"rank": 2}, "train": {"steps": 8}}
+    config, single = configured(mesh, GPT, parallel={"zero": zero}, **more), configured(one, GPT, **more)
+    expected = train(_alone(single), one, 0, range(8), single)
+    trainable = build(world, mesh, config)
+    results = train(trainable, mesh, world.rank, range(8), config)
+    assert [r.loss for r in results] == pytest.approx([r.loss for r in expected], abs=TOLERANCE)
+    assert [r.grad_norm for r in results] == pytest.approx([r.grad_norm for r in expected], abs=TOLERANCE)
+    _moves_what_is_predicted(world, mesh, config, results)
+    _holds_what_is_predicted(world, mesh, config, trainable)
+    dense = configured(mesh, GPT, parallel={"zero": zero})
+    assert results[-1].comm_bytes < 0.15 * sum(_predicted(world, mesh, dense).bytes.values())
+    if zero == 0:
+        assert results[-1].comm_bytes == 4 * described(config).parameters + 2 * 8
 
 
 SGD = {"optimizer": "sgd", "learning_rate": 0.3, "momentum": 0.9, "weight_decay": 0.1, "clip": 0.5}

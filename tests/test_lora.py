@@ -1,0 +1,343 @@
+"""Low-rank adapters (Hu et al. 2021): what is trained and kept, what stays; one body, parametrised by framework."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_huggingface import TEXT, start_of
+from test_reading_models import MODELS as READING
+from test_reading_models import batch as features
+from test_trainables import CONTEXT, ROWS, VOCAB, both, train
+from test_trainables import batch as tokens
+
+from hvdlm import cli, plugins
+from hvdlm.checkpoints import checkpoint
+from hvdlm.checkpoints.described import spec_of
+from hvdlm.config import Config, LoRAConfig, ModelConfig, ParallelConfig, TrainConfig
+from hvdlm.exchange import AllReduceExchange
+from hvdlm.models.lora import adapt
+from hvdlm.models.spec import ModelSpec, builtin_models
+from hvdlm.topology import make_mesh
+from hvdlm_backends.local import AloneGroup, LocalWorld
+from hvdlm_sharding.predict import predict
+from launching import launch, losses
+
+SGD = {"optimizer": "sgd", "weight_decay": 0.0, "clip": 0.0}
+EVERY: dict[str, Any] = {"layers": "*"}
+ALL = ["gpt", "llama", "gru", "lstm", *READING]
+
+
+def configured(framework: str, model: str, lora: dict[str, Any] | None, **train: Any) -> Config:
+    """Return the configuration of a small model, with adapters where ``lora`` says so."""
+    config = Config(framework=framework, model=ModelConfig(model, 2, 16, 4, initial_scale=0.2, bias=False))
+    config.train = TrainConfig(batch_size=ROWS, warmup=0, **train)
+    config.data.context, config.lora = CONTEXT, LoRAConfig(**lora or {})
+    return config
+
+
+def described(config: Config) -> ModelSpec:
+    return adapt(builtin_models()[config.model.name](config.model, VOCAB, CONTEXT), config.lora)
+
+
+def build(framework: str, spec: ModelSpec, config: Config) -> Any:
+    maker = plugins.make(plugins.load([framework]), "framework", framework)
+    return maker.build(spec, make_mesh(1, ParallelConfig()), LocalWorld(), AllReduceExchange(AloneGroup()), config)
+
+
+def made(framework: str, model: str, lora: dict[str, Any] | None = None, **train: Any) -> Any:
+    config = configured(framework, model, lora, **train)
+    return build(framework, described(config), config)
+
+
+def batch(model: str, step: int = 0) -> Any:
+    return features(model, step) if model in READING else tokens(step)
+
+
+def parameters(trainable: Any) -> dict[str, np.ndarray]:
+    return {k[11:]: v for k, v in trainable.state().items() if k.startswith("parameters/")}
+
+
+def put(trainable: Any, values: Mapping[str, np.ndarray]) -> None:
+    trainable.load_state({**trainable.state(), **{f"parameters/{n}": v.astype(np.float32) for n, v in values.items()}})
+
+
+@both
+@pytest.mark.parametrize("model, micro", [("gpt", 4), ("lstm", None)])
+def test_a_step_of_adapters_follows_from_one_of_the_whole_model(framework: str, model: str, micro: int | None) -> None:
+    """With W = base + s down up, dL/d down = s dL/dW up^T and dL/d up = s down^T dL/dW, for every weight at once."""
+    config = configured(framework, model, {"rank": 3, "alpha": 6.0, **EVERY}, micro_batch_size=micro, **SGD)
+    spec, random = described(config), np.random.default_rng(0)
+    low, full = build(framework, spec, config), made(framework, model, micro_batch_size=micro, **SGD)
+    start = {name: 0.1 * random.normal(size=array.shape) for name, array in parameters(low).items()}
+    whole = parameters(full)
+    for one in spec.adapters:
+        product = start[one.down] @ start[one.up].reshape(3, -1)
+        whole[one.weight] = whole[one.weight] + 2.0 * product.reshape(whole[one.weight].shape)
+    assert len(spec.adapters) == sum(p.name.endswith(("weight", "tokens", "positions")) for p in spec.frozen)
+    put(low, start)
+    put(full, whole)
+    rows = batch(model)
+    assert low.eval_step(rows)[0] == pytest.approx(full.eval_step(rows)[0], rel=1e-5)
+    parts = [rows.rows(i, i + micro) for i in range(0, ROWS, micro)] if micro else [rows]
+    for trainable in (low, full):
+        trainable.train_step(parts, rate := 10.0, 0)
+    after, gradients = parameters(low), {n: (whole[n] - v) / rate for n, v in parameters(full).items()}
+    for one in spec.adapters:
+        gradient = gradients[one.weight].reshape(len(gradients[one.weight]), -1)
+        expected = {
+            one.down: 2.0 * gradient @ start[one.up].reshape(3, -1).T,
+            one.up: 2.0 * start[one.down].T @ gradient,
+        }
+        for name, value in expected.items():
+            found, largest = (start[name] - after[name]).reshape(value.shape) / rate, np.abs(value).max()
+            np.testing.assert_allclose(found, value, rtol=0, atol=1e-3 * largest, err_msg=name)
+            assert largest > 1e-5, name
+
+
+@pytest.mark.parametrize("model", ALL)
+def test_both_frameworks_train_alike_from_the_base_on(model: str) -> None:
+    """Losses within 2e-5 over 5 steps of AdamW; the first is that of the base."""
+    lora = {"rank": 2, **(EVERY if model == "convnet" else {})}
+    one, other = (made(framework, model, lora, epsilon=1e-4) for framework in ("torch", "tensorflow"))
+    base = made("torch", model).eval_step(batch(model))
+    assert one.eval_step(batch(model)) == pytest.approx(base, rel=1e-6)
+    for step in range(5):
+        a, b = (t.train_step([batch(model, step)], 0.03, step) for t in (one, other))
+        assert a.loss == pytest.approx(b.loss, abs=2e-5) and a.grad_norm == pytest.approx(b.grad_norm, rel=2e-4)
+    np.testing.assert_allclose(one.eval_step(batch(model)), other.eval_step(batch(model)), rtol=1e-5)
+    assert one.eval_step(batch(model))[0] != pytest.approx(base[0], rel=1e-4)
+
+
+@both
+@pytest.mark.parametrize("model", ["gpt", "gru"])
+def test_what_is_frozen_is_not_changed_and_adapters_are_all_that_is_held_for_training(
+    framework: str, model: str
+) -> None:
+    config = configured(framework, model, {"rank": 2})
+    spec, trainable, base = described(config), None, made(framework, model)
+    trainable = build(framework, spec, config)
+    train(trainable, 3)
+    small, predicted = sum(p.size for p in spec.params), predict(config, spec, make_mesh(1, ParallelConfig()), 0)
+    assert spec.parameters == small < 0.25 * spec.frozen_parameters == 0.25 * sum(p.size for p in spec.frozen)
+    held = trainable.memory()
+    assert held["optimizer"] == 8 * small and held["gradients"] == 4 * small
+    assert predicted is not None
+    assert {k: held[k] for k in held if k != "activations"} == {
+        k: v for k, v in predicted.memory.items() if k != "activations"
+    }
+    assert {f"parameters/{p.name}" for p in spec.params} == {n for n in trainable.state() if n.startswith("param")}
+    changed = trainable.eval_step(tokens())
+    put(trainable, {n: v * 0 for n, v in parameters(trainable).items()})
+    assert trainable.eval_step(tokens()) == base.eval_step(tokens()) != changed
+
+
+@both
+@pytest.mark.parametrize("options", [{"precision": "bf16"}, {"activation_checkpointing": True}])
+def test_switches_of_training_work_with_adapters(framework: str, options: dict[str, Any]) -> None:
+    plain, other = made(framework, "gpt", {"rank": 2}), made(framework, "gpt", {"rank": 2}, **options)
+    for a, b in zip(train(plain, 3), train(other, 3), strict=True):
+        assert a.loss == pytest.approx(b.loss, abs=0.05 if "precision" in options else 1e-5)
+
+
+@both
+def test_a_state_taken_over_goes_on_bit_for_bit(framework: str) -> None:
+    whole, first, second = (made(framework, "gpt", {"rank": 2}) for _ in range(3))
+    train(first, 3)
+    second.load_state(first.state())
+    expected = train(whole, 6)[3:]
+    assert [second.train_step([tokens(s)], 0.01, s).loss for s in range(3, 6)] == [r.loss for r in expected]
+
+
+def test_layers_are_chosen_by_pattern_and_cost_what_they_compute() -> None:
+    spec = builtin_models()["llama"](ModelConfig("llama"), VOCAB, CONTEXT)
+    usual = adapt(spec, LoRAConfig(4)).adapters
+    assert {one.weight.split(".", 2)[2] for one in usual} == {
+        f"attention.{part}.weight" for part in ("query", "key", "value", "output")
+    }
+    few = adapt(spec, LoRAConfig(4, 8.0, ["layers.1.*.query", "*.mlp.up.weight"]))
+    assert [one.weight for one in few.adapters] == [
+        f"layers.{name}.weight" for name in ("0.mlp.up", "1.attention.query", "1.mlp.up", "2.mlp.up", "3.mlp.up")
+    ]
+    assert few.adapters[0].factor == 2.0 and few.params[0].shape == (128, 4) and few.params[1].shape == (4, 344)
+    assert 0.6 * spec.flops_per_token < few.flops_per_token < adapt(spec, LoRAConfig(4, None, "*")).flops_per_token
+
+
+COMMANDS = "import json, sys; from hvdlm import cli\nfor one in json.loads(sys.argv[1]): assert cli.main(one) == 0, one"
+
+
+@pytest.fixture(scope="module", params=["torch", "tensorflow"])
+def tuned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, str]:
+    """Return (framework, a folder with a start, a run of 4 steps, its second half again; what was printed)."""
+    framework, folder = request.param, tmp_path_factory.mktemp("tuned")
+    start_of({"torch": "gpt2", "tensorflow": "llama"}[framework], folder / "start")
+    (folder / "text.txt").write_text(TEXT)
+    common = ["--framework", framework, "--data.cache", str(folder / "cache"), "--log.every", "1"]
+    run, step = folder / "run", folder / "run" / "checkpoints" / "step-00000002"
+    options = [*common, "--model.pretrained", str(folder / "start"), "--data.path", str(folder / "text.txt")]
+    options += ["--data.context", "16", "--train.batch_size", "8", "--train.steps", "4", "--checkpoint.every", "2"]
+    options += ["--train.learning_rate", "0.01", "--train.warmup", "0", "--lora.rank", "2", "--log.run", str(run)]
+    again = ["--config", str(run / "config.yaml"), "--checkpoint.resume", str(step), "--log.run"]
+    opened = ["--run", str(run), "--data.cache", str(folder / "cache")]
+    goes_on = [[*again, str(folder / "other"), "--framework", "tensorflow"]] if framework == "torch" else []
+    commands = [
+        options,
+        [*again, str(folder / "again")],
+        *goes_on,
+        ["evaluate", *opened],
+        ["generate", *opened, "--prompt", "To be", "--tokens", "5"],
+    ]
+    done = launch("", 1, ["-c", COMMANDS, json.dumps(commands)])
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return framework, folder, done.stdout
+
+
+def test_resuming_is_exact_and_goes_on_in_the_other_framework(tuned: tuple[str, Path, str]) -> None:
+    framework, folder, printed = tuned
+    whole, again = (losses(folder / name) for name in ("run", "again"))
+    assert len(whole) == 4 and whole[0] > whole[-1]
+    assert again == whole[2:]
+    if framework == "torch":
+        assert losses(folder / "other") == pytest.approx(whole[2:], abs=1e-4)
+    summary = json.loads((folder / "run" / "summary.json").read_text())
+    frozen = summary["frozen_parameters"]
+    assert 0 < summary["parameters"] < 0.1 * frozen and f"parameters beside {frozen:,} frozen ones" in printed
+    evaluated = next(json.loads(line) for line in printed.splitlines() if line.startswith('{"step": 4'))
+    assert evaluated["val_loss"] == pytest.approx(summary["val_loss"], rel=1e-6)
+    assert printed.splitlines()[-1].startswith("To be")
+
+
+def test_a_checkpoint_is_as_small_as_its_adapters(tuned: tuple[str, Path, str]) -> None:
+    _, folder, _ = tuned
+    found = checkpoint.find(folder / "run", "auto")
+    assert found is not None
+    files = sum(path.stat().st_size for path in found.path.glob("*.safetensors"))
+    parameters = json.loads((folder / "run" / "summary.json").read_text())["parameters"]
+    assert files < 12 * parameters + 10_000
+    assert files < 0.4 * (folder / "start" / "model.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_the_merged_folder_says_in_transformers_what_the_run_says(
+    tuned: tuple[str, Path, str], tmp_path: Path, moved: bool
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    framework, folder, _ = tuned
+    convert = ["convert", "--run", str(folder / "run"), "--output", str(tmp_path / "out")]
+    if moved:
+        (folder / "start").rename(folder / "elsewhere")
+        convert += ["--base", str(folder / "elsewhere")]
+    try:
+        assert cli.main([*convert, "--format", "huggingface"]) == 0
+        found = checkpoint.find(folder / "run", "auto")
+        assert found is not None
+        spec = spec_of(found, builtin_models(), convert[-1] if moved else None)
+        ours = build(framework, spec, replace(Config(framework=framework), train=TrainConfig(batch_size=1)))
+        ours.load_state(checkpoint.load(found, ours.pieces(), 0, 1))
+    finally:
+        if moved:
+            (folder / "elsewhere").rename(folder / "start")
+    read = np.array([[5, 3, 20, 0, 7, 11, 2, 2, 19]], np.int32)
+    with torch.no_grad():
+        said = [
+            AutoModelForCausalLM.from_pretrained(place)(torch.from_numpy(read).long()).logits[0, -1].numpy()
+            for place in (tmp_path / "out", folder / "start")
+        ]
+    np.testing.assert_allclose(np.asarray(ours.logits(read)[0])[0], said[0], atol=1e-4, rtol=0)
+    assert np.abs(said[0] - said[1]).max() > 1e-2
+
+
+def test_one_safetensors_file_has_the_merged_weights(tuned: tuple[str, Path, str], tmp_path: Path) -> None:
+    from safetensors.numpy import load_file
+
+    _, folder, _ = tuned
+    assert cli.main(["convert", "--run", str(folder / "run"), "--output", str(tmp_path / "all.safetensors")]) == 0
+    found, merged = checkpoint.find(folder / "run", "auto"), load_file(tmp_path / "all.safetensors")
+    assert found is not None
+    spec = spec_of(found, builtin_models())
+    assert set(merged) == {param.name for param in spec.frozen}
+    changed = {param.name for param in spec.frozen if not np.array_equal(merged[param.name], param.initial(0))}
+    assert changed == {one.weight for one in spec.adapters}
+
+
+@pytest.fixture
+def _untouched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    before = dict(os.environ)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(TEXT)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+REFUSED = {
+    "nothing so called": (
+        ["--lora.rank", "8", "--lora.layers", "*.q_proj"],
+        "is called '*.q_proj'; there are",
+    ),
+    "one of several": (["--lora.rank", "8", "--lora.layers", "['*.query','x']"], "is called 'x'; there are"),
+    "no attention": (
+        ["--lora.rank", "8", "--model.name", "convnet"],
+        "a convnet has no attention; there are",
+    ),
+    "rank": (["--lora.rank", "0"], "lora.rank is 0, expected 1 or more"),
+    "alpha": (["--lora.rank", "1", "--lora.alpha", "0"], "lora.alpha is 0.0, expected above 0"),
+    "without a rank": (["--lora.alpha", "4"], "which lora.rank asks for"),
+    "tensor ranks": (
+        ["--lora.rank", "1", "--parallel.tensor", "2", "--dry_run"],
+        "leave parallel.tensor and",
+    ),
+}
+
+
+@pytest.mark.usefixtures("_untouched")
+@pytest.mark.parametrize("arguments, expected", REFUSED.values(), ids=list(REFUSED))
+def test_what_can_not_be_adapted_is_refused_in_a_sentence(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], expected: str
+) -> None:
+    assert cli.main(arguments) == 2
+    said = capsys.readouterr().err
+    assert expected in said and said.count("\n") == 1, said
+
+
+@pytest.mark.usefixtures("_untouched")
+def test_a_base_that_is_gone_or_another_is_refused(
+    tuned: tuple[str, Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, folder, _ = tuned
+    run, start, kept = folder / "run", folder / "start", folder / "kept"
+    opened = ["--run", str(run), "--data.cache", str(folder / "cache")]
+    config = ["--config", str(run / "config.yaml"), "--checkpoint.resume", "auto"]
+    convert = ["convert", "--run", str(run), "--format", "huggingface", "--output", str(tmp_path / "out")]
+    shutil.copytree(start, kept)
+    weights = start / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+
+    def refused(expected: str, *more: list[str]) -> None:
+        for arguments in (["evaluate", *opened], ["generate", *opened], [*config], convert, *more):
+            assert cli.main(arguments) == 2
+            assert expected in capsys.readouterr().err, arguments
+
+    try:
+        weights.write_bytes(data)
+        refused("has adapters to other weights than these: --model.pretrained has to be the folder")
+        shutil.rmtree(start)
+        refused("whose weights adapters are added to, is gone or no folder of a model: put it back, or say")
+        assert cli.main(["evaluate", *opened, "--model.pretrained", str(kept), "--lora.alpha", "9"]) == 2
+        assert "multiplied by 1.0, lora.alpha / lora.rank is 4.5 here" in capsys.readouterr().err
+        assert cli.main(["evaluate", *opened, "--model.pretrained", str(kept), "--lora.rank", "null"]) == 2
+        assert "holds adapters: go on with the lora options" in capsys.readouterr().err
+    finally:
+        shutil.rmtree(start, ignore_errors=True)
+        kept.rename(start)
+    assert not (tmp_path / "out").exists()
