@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         Exchange,
         Framework,
         Group,
+        OpenScorer,
         Prediction,
         Scheduler,
         StepResult,
@@ -53,8 +54,11 @@ def hvdlm_make_exchange(
 
 
 @hookspec(firstresult=True)
-def hvdlm_make_task(name: str, config: Config) -> Task | None:
-    """Return the task of this name, its data opened; runs on every rank, rank 0 first."""
+def hvdlm_make_task(name: str, config: Config, open_scorer: OpenScorer) -> Task | None:
+    """Return the task of this name, its data opened; runs on every rank, before ranks meet.
+
+    ``open_scorer``: opens the run of a language model for a task that one helps.
+    """
 
 
 @hookspec

@@ -513,3 +513,25 @@ class Task(Protocol):
 
         All ranks that hold a copy of the model call.
         """
+
+
+class Scorer(Protocol):
+    """A trained language model beside the one that is trained: says how likely texts are.
+
+    ``fingerprint``: says which model it is, for a task's own. It stands on every rank; nothing communicates.
+    """
+
+    fingerprint: str
+
+    def logs(self, texts: Sequence[str]) -> np.ndarray:
+        """Return the log-probability of each text as a whole line, its end included: float64 ``[texts]``, in nats.
+
+        The first call builds the model: ranks have to have met.
+        """
+
+
+OpenScorer = Callable[[str, str, str], Scorer]
+"""(the option that names it, the folder of its run, the characters of all texts) -> Scorer.
+
+HvdlmError where there is no language model, or its vocabulary can't write these characters. Nothing is computed yet.
+"""

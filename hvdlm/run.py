@@ -12,7 +12,7 @@ from typing import Any
 
 import pluggy
 
-from hvdlm import meeting, plugins, validate
+from hvdlm import meeting, plugins, scoring, validate
 from hvdlm.base import Base, attach
 from hvdlm.checkpoints import checkpoint, finding
 from hvdlm.checkpoints.checkpoint import Checkpoint
@@ -181,7 +181,7 @@ def start(plan: Plan) -> Run:
         HvdlmError: the data or the transport don't do.
     """
     config, manager = plan.config, plan.manager
-    task = plugins.make(manager, "task", config.task, config=config)
+    task = plugins.make(manager, "task", config.task, config=config, open_scorer=scoring.opener(config))
     vocab = config.model.vocab or task.vocab
     if vocab < task.vocab:
         raise HvdlmError(

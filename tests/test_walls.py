@@ -42,6 +42,7 @@ FLOORS = {
         "meeting",
         "record",
         "recovery",
+        "scoring",
         "summary",
         "convert",
         "huggingface",

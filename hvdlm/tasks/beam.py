@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hvdlm.interfaces import Batch, Trainable
+from hvdlm.tasks.likelihood import log_softmax
 
 
 class Found(NamedTuple):
@@ -85,7 +86,7 @@ def beam_search(
     width = 1  # all beams of a row begin as one
     while active:
         scores, cache = trainable.logits(tokens, cache)
-        logs = _log_softmax(scores).reshape(len(active), width, -1)
+        logs = log_softmax(scores).reshape(len(active), width, -1)
         origins, following, going = [], [], []
         for place, number in enumerate(active):
             row = rows[number]
@@ -104,9 +105,3 @@ def beam_search(
             cache = trainable.select(cache, np.array(origins, np.int64))
             tokens = np.array(following, np.int32)[:, None]
     return [row.best() for row in rows]
-
-
-def _log_softmax(scores: np.ndarray) -> np.ndarray:
-    wide = scores.astype(np.float64)
-    wide -= wide.max(-1, keepdims=True)
-    return wide - np.log(np.exp(wide).sum(-1, keepdims=True))

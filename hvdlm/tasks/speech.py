@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +14,16 @@ from hvdlm import hookimpl
 from hvdlm.config import Config
 from hvdlm.data.items import ShuffledItems, dealt, up_to
 from hvdlm.data.tokenizers import CharTokenizer
-from hvdlm.interfaces import Batch, HvdlmError, Trainable
+from hvdlm.interfaces import Batch, HvdlmError, OpenScorer, Scorer, Trainable
 from hvdlm.models.ctc import BANDS, READS, scored
 from hvdlm.models.spec import ModelSpec
+from hvdlm.tasks.ctc_beam import prefix_beam_search
 from hvdlm.tasks.language_model import loss_figures
+from hvdlm.tasks.likelihood import log_softmax
 from hvdlm.tasks.mel import HOP, frames_of, log_mel
 from hvdlm.tasks.pairs import padded
 from hvdlm.tasks.recordings import Recording, Recordings, read_recordings, read_sound
+from hvdlm.tasks.rescoring import likeliest
 
 _BLANK = "\0"
 _FRAMES, _TARGETS = 64, 16  # frames and characters by which batches differ in length
@@ -36,6 +40,10 @@ class SpeechOptions:
         validation_longest: at most
         gap: longest silence between joined recordings (seconds)
         masks: how many bands of frequencies, and of times, are hidden while training (Park et al. 2019)
+        beams: texts of an utterance that are followed when it is recognised; 1: each frame's likeliest character
+        language_model: the folder of a language model's run, which helps to choose among them; None: none does
+        language_model_weight: what its log-probability of a text counts, where that of the sound counts 1
+        word_bonus: what every word of a text adds to its log-probability (nats), since language models prefer few
     """
 
     shortest: int = 1
@@ -44,6 +52,10 @@ class SpeechOptions:
     validation_longest: int = 1
     gap: float = 0.1
     masks: int = 1
+    beams: int = 1
+    language_model: str | None = None
+    language_model_weight: float = 0.5
+    word_bonus: float = 0.0
 
 
 class _Utterances:
@@ -85,7 +97,7 @@ class Speech:
 
     reads = READS
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, open_scorer: OpenScorer | None = None) -> None:
         self._config = config
         self._options = config.own("speech", SpeechOptions)
         found = read_recordings(config.data.paths, "data.path")
@@ -94,7 +106,11 @@ class Speech:
         self.tokenizer = CharTokenizer(_BLANK + "".join(characters))
         self.vocab, self.rate = self.tokenizer.vocab, found.rate
         o = self._options
-        self.fingerprint = hashlib.sha256(f"{digest} {o}".encode()).hexdigest()
+        self._scorer: Scorer | None = None
+        if o.language_model is not None and open_scorer is not None:
+            self._scorer = open_scorer("speech.language_model", o.language_model, "".join(characters))
+        helper = self._scorer.fingerprint if self._scorer else ""
+        self.fingerprint = hashlib.sha256(f"{digest} {o} {helper}".encode()).hexdigest()
         seed, joined = config.train.seed, (o.validation_shortest, o.validation_longest)
         self._train = _Utterances(train, found.rate, (o.shortest, o.longest), o.gap, seed)
         self._held, self._held_count = _Utterances(held, found.rate, joined, o.gap, 0), len(held)
@@ -164,15 +180,16 @@ class Speech:
         }
 
     def _heard(self, trainable: Trainable, batch: Batch) -> list[str]:
-        """Return the likeliest characters of every row: one of equal neighbours, no blanks."""
-        best = trainable.predict(batch).argmax(-1)
-        lengths = scored(batch.features["frame_count"])
-        texts = []
-        for row, length in zip(best, lengths, strict=True):
-            own = row[:length]
-            kept = own[(own != 0) & (own != np.concatenate([[-1], own[:-1]]))]
-            texts.append(self.tokenizer.decode(kept.tolist()))
-        return texts
+        """Return what is said in every row."""
+        scores, lengths, o = trainable.predict(batch), scored(batch.features["frame_count"]), self._options
+        if o.beams == 1:
+            return [self.tokenizer.decode(ids) for ids in _likeliest_frames(scores, lengths)]
+        logs = log_softmax(scores)[..., : self.vocab]
+        found = [
+            [(reading.log, self.tokenizer.decode(reading.ids)) for reading in row]
+            for row in prefix_beam_search(logs, lengths, o.beams)
+        ]
+        return likeliest(found, self._scorer, o.language_model_weight, o.word_bonus)
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Return val_loss (nats per character), word_error_rate, and accuracy: the share of rows without an error."""
@@ -189,6 +206,15 @@ class Speech:
                 features = _features([frames], up_to(len(frames), _FRAMES))
                 said += self._heard(trainable, Batch(none, none, None, True, features))
         return "\n".join(said)
+
+
+def _likeliest_frames(scores: np.ndarray, lengths: np.ndarray) -> list[list[int]]:
+    """Return the likeliest ids of every row's frames: one of equal neighbours, no blanks."""
+    found = []
+    for row, length in zip(scores.argmax(-1), lengths, strict=True):
+        own = row[:length]
+        found.append(own[(own != 0) & (own != np.concatenate([[-1], own[:-1]]))].tolist())
+    return found
 
 
 def _features(heard: Sequence[np.ndarray], frames: int) -> dict[str, np.ndarray]:
@@ -237,9 +263,20 @@ def hvdlm_check(config: Config, spec: ModelSpec) -> None:
             raise HvdlmError(f"speech.{low} {getattr(o, low)}: expected 1 or more, and at most speech.{high}.")
     if o.gap < 0 or o.masks < 0:
         raise HvdlmError("speech.gap and speech.masks are 0 or more.")
+    _check_beams(o)
+
+
+def _check_beams(o: SpeechOptions) -> None:
+    if o.beams < 1:
+        raise HvdlmError(f"speech.beams {o.beams}: expected 1 or more.")
+    if o.beams == 1 and (o.language_model is not None or o.word_bonus):
+        name = "word_bonus" if o.language_model is None else "language_model"
+        raise HvdlmError(f"speech.{name} chooses among several texts: give --speech.beams 16, or leave it out.")
+    if not (math.isfinite(o.language_model_weight) and o.language_model_weight >= 0 and math.isfinite(o.word_bonus)):
+        raise HvdlmError("speech.language_model_weight is 0 or more, speech.word_bonus any number.")
 
 
 @hookimpl
-def hvdlm_make_task(name: str, config: Config) -> Speech | None:
+def hvdlm_make_task(name: str, config: Config, open_scorer: OpenScorer) -> Speech | None:
     """Answer to ``speech``."""
-    return Speech(config) if name == "speech" else None
+    return Speech(config, open_scorer) if name == "speech" else None

@@ -394,7 +394,8 @@ class TensorFlowTrainable:
 
     def _predict(self, inputs: tf.Tensor, x: Any) -> tf.Tensor:
         self._model.bind(self._parameters())
-        hidden, _ = self._model.hidden(inputs, x, self._model.cache(0), False, False, tf.constant([0, 0]))
+        carry, seed = self._model.cache(tf.shape(inputs)[0]), tf.constant([0, 0])
+        hidden, _ = self._model.hidden(inputs, x, carry, False, False, seed)
         return tf.cast(self._model.scores(hidden), tf.float32)
 
     def read(self, batch: Batch) -> Any:

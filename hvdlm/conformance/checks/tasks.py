@@ -10,6 +10,7 @@ from hvdlm import plugins
 from hvdlm.conformance.checks.stage import Checked, Stage
 from hvdlm.conformance.subjects import Subject
 from hvdlm.loop import over_ranks, sums_of
+from hvdlm.scoring import opener
 
 _STEPS, _BATCHES = 2, 2
 
@@ -18,7 +19,7 @@ def check_task(stage: Stage, subject: Subject, member: str, checked: Checked) ->
     """Train the model of the task's configuration for two steps, and evaluate it on a part of the validation split."""
     config = stage.config(subject)
     what = f"task {subject.name} in {stage.framework_name}"
-    task = plugins.make(stage.manager, "task", subject.name, config=config)
+    task = plugins.make(stage.manager, "task", subject.name, config=config, open_scorer=opener(config))
     maker = plugins.models(stage.manager)[config.model.name]
     trainable, _ = stage.build(maker(config.model, config.model.vocab or task.vocab, config.data.context), config)
     share, rank = config.train.batch_size // stage.world.size, stage.world.rank

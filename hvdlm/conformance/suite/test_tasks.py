@@ -16,6 +16,7 @@ from hvdlm.config import Config
 from hvdlm.conformance.subjects import Subject
 from hvdlm.conformance.suite import fail
 from hvdlm.interfaces import Batch, HvdlmError
+from hvdlm.scoring import opener
 
 _SIZES = (1, 2, 3, 5)  # ranks that share the validation split
 _ROWS = 4
@@ -31,7 +32,8 @@ def config(subject: Subject) -> Config:
 
 def _make(subject: Subject, config: Config) -> Any:
     try:
-        return plugins.make(plugins.load([subject.name]), "task", subject.name, config=copy.deepcopy(config))
+        given = {"config": copy.deepcopy(config), "open_scorer": opener(config)}
+        return plugins.make(plugins.load([subject.name]), "task", subject.name, **given)
     except HvdlmError as error:
         hint = "" if subject.config else f" Give it its data: --hvdlm-config {subject.name}=FILE.yaml."
         pytest.fail(f"task {subject.name} is refused: {error}{hint}", pytrace=False)
