@@ -173,7 +173,7 @@ def _holds_what_is_predicted(world: World, mesh: Mesh, config: Config, trainable
 
 
 @pytest.mark.skipif(SIZE != 2, reason="data ranks alone: two say what four would")
-@pytest.mark.parametrize("zero", [0, 2] if FRAMEWORK == "tensorflow" else [0, 1, 2])
+@pytest.mark.parametrize("zero", [0, 1, 2] if FRAMEWORK == "torch" else [2])
 def test_adapters_follow_the_curve_of_one_rank_and_are_all_that_moves(world: World, zero: int) -> None:
     mesh, one, more = Mesh(2, 1, 1), Mesh(1, 1, 1), {"lora": {"rank": 2}, "train": {"steps": 8}}
     config, single = configured(mesh, GPT, parallel={"zero": zero}, **more), configured(one, GPT, **more)
