@@ -64,13 +64,13 @@ class _Utterances:
     def __init__(self, items: Sequence[Recording], rate: int, joined: tuple[int, int], gap: float, seed: int) -> None:
         self._items, self._rate, self._joined, self._gap, self._seed = items, rate, joined, gap, seed
 
-    def random(self, number: int) -> np.random.Generator:
-        """Return what is drawn of utterance ``number`` is drawn from."""
-        return np.random.default_rng([self._seed, number])
+    def random(self, number: int, use: int) -> np.random.Generator:
+        """Return what is drawn of utterance ``number`` is drawn from, for one use: 0 its parts, 1 its masks."""
+        return np.random.default_rng([self._seed, number, use])
 
     def parts(self, number: int, first: int) -> tuple[list[int], list[int]]:
         """Return the recordings of an utterance that begins with ``first``, and the silence after each (samples)."""
-        random = self.random(number)
+        random = self.random(number, 0)
         count = int(random.integers(self._joined[0], self._joined[1] + 1))
         more = random.integers(len(self._items), size=count - 1).tolist()
         silences = random.integers(int(self._gap * self._rate) + 1, size=count - 1).tolist()
@@ -139,7 +139,7 @@ class Speech:
         for number, first in zip(numbers, firsts, strict=True):
             parts, silences = utterances.parts(number, int(first))
             found = utterances.frames(parts, silences)
-            heard.append(self._masked(found, utterances.random(number)) if training else found)
+            heard.append(self._masked(found, utterances.random(number, 1)) if training else found)
             texts.append(self.tokenizer.encode(utterances.text(parts)))
         targets, weights = padded(texts, characters)
         return Batch(np.zeros_like(targets), targets, weights, True, _features(heard, frames), np.asarray(numbers))
