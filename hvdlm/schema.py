@@ -51,7 +51,9 @@ def advice(key: str, known: Iterable[str]) -> str:
     """Return what may have been meant by ``key``."""
     names = sorted({*known, *(name.split(".")[0] for name in known)})
     last = {name.rsplit(".", 1)[-1]: name for name in names}
-    close = difflib.get_close_matches(key, names, 1, 0.6)
+    # A section that was forgotten: of several that have such an option, the first.
+    close = [name for name in known if name.rpartition(".")[2] == key][:1]
+    close = close or difflib.get_close_matches(key, names, 1, 0.6)
     close = close or [last[n] for n in difflib.get_close_matches(key.rsplit(".", 1)[-1], last, 1, 0.6)]
     return f"did you mean --{close[0]}?" if close else "python -m hvdlm --help lists all options."
 
