@@ -11,30 +11,14 @@ from typing import Any
 
 import tensorflow as tf
 
-from hvdlm.interfaces import Group
-from hvdlm_sharding.rules import Share
+from hvdlm_sharding.links import TensorRanks
 
 
-class Collectives:
-    """The collectives of a rank's tensor group; all its ranks call the same ones.
+class Collectives(TensorRanks):
+    """What is said within a tensor group.
 
     A graph runs what doesn't depend on each other at once, so that no two may have the same name at the same time.
-    ``sequence``: whether, outside of the layers' matrix products, a rank has only its part of the positions.
     """
-
-    def __init__(self, group: Group, share: Share, sequence: bool | None = None) -> None:
-        self.group, self.share = group, share
-        self.size, self.place = share.tensor, share.place
-        self.sequence = share.sequence if sequence is None else sequence
-        self._whole = Collectives(group, share, False) if self.sequence else self
-
-    def over(self, time: int) -> Collectives:
-        """Return the collectives for ``time`` positions: they are shared only where they divide."""
-        return self._whole if time % self.size else self
-
-    def alone(self) -> Collectives:
-        """Return the collectives that share no positions, for generation."""
-        return self._whole
 
     def enter(self, x: tf.Tensor, name: str) -> tf.Tensor:
         """Return ``x`` ``[rows, time, embed]`` for a product whose outputs the ranks share: their gradients add up."""

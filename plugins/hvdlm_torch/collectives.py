@@ -13,28 +13,11 @@ import torch
 import torch.nn.functional as F
 
 from hvdlm.interfaces import Group
-from hvdlm_sharding.rules import Share
+from hvdlm_sharding.links import TensorRanks
 
 
-class Collectives:
-    """The collectives of a rank's tensor group; all its ranks call the same ones in the same order.
-
-    ``sequence``: whether, outside of the layers' matrix products, a rank has only its part of the positions.
-    """
-
-    def __init__(self, group: Group, share: Share, sequence: bool | None = None) -> None:
-        self.group, self.share = group, share
-        self.size, self.place = share.tensor, share.place
-        self.sequence = share.sequence if sequence is None else sequence
-        self._whole = Collectives(group, share, False) if self.sequence else self
-
-    def over(self, time: int) -> Collectives:
-        """Return the collectives for ``time`` positions: they are shared only where they divide."""
-        return self._whole if time % self.size else self
-
-    def alone(self) -> Collectives:
-        """Return the collectives that share no positions, for generation."""
-        return self._whole
+class Collectives(TensorRanks):
+    """What is said within a tensor group."""
 
     def enter(self, x: torch.Tensor, name: str) -> torch.Tensor:
         """Return ``x`` ``[rows, time, embed]`` for a product whose outputs the ranks share: their gradients add up."""
