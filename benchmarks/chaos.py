@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import psutil
 from pairing import FRAMEWORKS, environment
@@ -215,15 +216,10 @@ def nothing_stays() -> Iterator[None]:
     Of shared memory, what a living process has mapped is somebody else's, whose run goes on beside this one.
     """
     known, shared = ("ompi", "vader", "sm_segment", "pmix", "hvdlm"), Path("/dev/shm")
-    before, usual = set(shared.glob("*")), os.environ.get("TMPDIR")
+    before = set(shared.glob("*"))
     with tempfile.TemporaryDirectory(prefix="hvdlm-") as name:
-        os.environ["TMPDIR"] = name
-        try:
+        with mock.patch.dict(os.environ, TMPDIR=name):
             yield
-        finally:
-            os.environ.pop("TMPDIR")
-            if usual is not None:
-                os.environ["TMPDIR"] = usual
 
         def left() -> list[Path]:
             new = [path for path in set(shared.glob("*")) - before if path.name.startswith(known)]

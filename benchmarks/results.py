@@ -154,10 +154,9 @@ RESULTS = {
 
 def call(arguments: list[str], ranks: int = 1) -> str:
     """Run ``python -m hvdlm`` from the root; return what it printed."""
-    command = [sys.executable, "-m", "hvdlm", *arguments]
-    if ranks > 1:
-        command = ["horovodrun", "-np", str(ranks), *command]
-    print("$", *(["horovodrun", "-np", str(ranks)] if ranks > 1 else []), "python -m hvdlm", *arguments, flush=True)
+    launcher = ["horovodrun", "-np", str(ranks)] if ranks > 1 else []
+    command = [*launcher, sys.executable, "-m", "hvdlm", *arguments]
+    print("$", *launcher, "python -m hvdlm", *arguments, flush=True)
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise SystemExit(f"results: that ended with exit code {done.returncode}:\n{done.stdout[-2000:]}")

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from hvdlm import plugins, untrusted
+from hvdlm import plugins
 from hvdlm.checkpoints import checkpoint
 from hvdlm.checkpoints.checkpoint import Checkpoint
 from hvdlm.checkpoints.described import spec_of
 from hvdlm.config import Config
-from hvdlm.data.tokenizers import LIMIT, SLACK, Tokenizer, from_json
+from hvdlm.data import tokenizers
+from hvdlm.data.tokenizers import Tokenizer
 from hvdlm.interfaces import HvdlmError, OpenScorer, Trainable
 from hvdlm.models.spec import ModelSpec
 from hvdlm.tasks.likelihood import sequence_logs
@@ -100,6 +101,6 @@ def _read_tokenizer(path: Path) -> Tokenizer:
     if not path.is_file():
         raise HvdlmError("there is no run (no tokenizer.json): name the folder that was given as --log.run.")
     try:
-        return from_json(untrusted.read_json(path, LIMIT, slack=SLACK))
+        return tokenizers.read(path)
     except (OSError, ValueError) as error:
         raise HvdlmError(f"its tokenizer.json can't be read ({error}): train it anew.") from error

@@ -81,7 +81,7 @@ class Journal:
         if said.get("identity") != self._identity:
             raise ValueError("it is of other sources or settings")
         path = self.tokens / "tokenizer.json"
-        tokenizer = tokenizers.from_json(untrusted.read_json(path, tokenizers.LIMIT, self._folder, tokenizers.SLACK))
+        tokenizer = tokenizers.read(path, self._folder)
         sizes = {"places.bin": state.pieces * _ROW.itemsize, "tokens/tokens.bin": state.tokens * itemsize(tokenizer)}
         for name, size in sizes.items():
             if untrusted.size(self._folder / name, within=self._folder) < size:

@@ -57,7 +57,7 @@ def open_tokens(folder: Path) -> TokenData:
         if size != sum(counts) * dtype.itemsize:
             raise ValueError(f"tokens.bin has {size} bytes, the header says {sum(counts)} tokens of {dtype.itemsize}")
         path = folder / "tokenizer.json"
-        tokenizer = tokenizers.from_json(untrusted.read_json(path, tokenizers.LIMIT, folder, tokenizers.SLACK))
+        tokenizer = tokenizers.read(path, folder)
         if tokenizer.hash != header["tokenizer"]:
             raise ValueError("the tokenizer isn't the one that the tokens were made with")
         tokens: np.ndarray = np.memmap(folder / "tokens.bin", dtype, "r") if size else np.zeros(0, dtype)

@@ -263,6 +263,15 @@ def from_json(value: Any) -> Tokenizer:
         ) from error
 
 
+def read(path: Path, within: Path | None = None) -> Tokenizer:
+    """Return the tokenizer of a file that holds what ``to_json`` described; ``within``: a folder it has to lie in.
+
+    Raises:
+        HvdlmError: it is no tokenizer of ours; ValueError, OSError: the file can't be read.
+    """
+    return from_json(untrusted.read_json(path, LIMIT, within, SLACK))
+
+
 def train(name: str, size: int | None, texts: Iterable[str]) -> Tokenizer:
     """Return the tokenizer ``name`` (see ``DataConfig.tokenizer``), trained on ``texts`` where it needs training.
 
