@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import signal
 import subprocess
@@ -239,12 +240,22 @@ def test_supervise_under_a_launcher_is_refused(
     assert "not the other way round" in capfd.readouterr().err
 
 
+OURS = "HVDLM_TEST_PROCESS"
+
+
+@pytest.fixture(autouse=True)
+def ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mark all that these tests start: another process of the suite may supervise something at the same time."""
+    monkeypatch.setenv(OURS, str(os.getpid()))
+
+
 def marked() -> list[psutil.Process]:
-    """Return all processes that belong to a supervised command."""
+    """Return all processes of these tests that belong to a supervised command."""
     found = []
     for process in psutil.process_iter():
         try:
-            found += [process] if MARK in process.environ() else []
+            environ = process.environ()
+            found += [process] if MARK in environ and environ.get(OURS) == str(os.getpid()) else []
         except (psutil.Error, OSError):
             continue
     return found
