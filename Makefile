@@ -12,6 +12,8 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Open MPI refuses to start as root (containers) unless told twice.
 export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
+# A laptop's one GPU can't serve the ranks of a demo or a test: here CPUs compute, unless you name GPUs.
+export CUDA_VISIBLE_DEVICES ?=
 
 # horovodrun begins what a rank writes with the rank's number, and TensorFlow, at which it looks, greets with notes.
 UNTAG := sed -u -E 's/\[[0-9]+,[0-9]+\]<std(out|err)>://g; \

@@ -50,6 +50,14 @@ EDITS = (
         "The TensorFlow wheel lacks a header that this file includes. It holds Horovod's operations inside "
         "XLA programs on GPUs, which hvdlm does not use: it compiles only the parts between collectives.",
     ),
+    Edit(
+        "cmake/Modules/FindPytorch.cmake",
+        'string(TOUPPER "${Pytorch_CUDA}" Pytorch_CUDA)\n',
+        'string(TOUPPER "${Pytorch_CUDA}" Pytorch_CUDA)\n'
+        "if(NOT HAVE_CUDA)\n    set(Pytorch_CUDA FALSE)  # no HOROVOD_GPU_OPERATIONS\nendif()\n",
+        "PyPI's torch knows CUDA, wanted or not. Where a CUDA compiler is on PATH, without all of its libraries or in "
+        "another version, Horovod's build failed, though nobody had asked for GPUs.",
+    ),
 )
 
 # Horovod's background thread looks for work every cycle (1 ms), and at each look all ranks agree by an all-reduce of

@@ -85,6 +85,8 @@ def advice(log: str) -> str:
         "Network is unreachable": "The package index could not be reached: check the network or pip's settings.",
         "Killed signal": "The compiler ran out of memory: set MAKEFLAGS=-j1 and try again.",
         "internal compiler error": "The compiler crashed, most often for lack of memory: set MAKEFLAGS=-j1.",
+        "Could NOT find CUDAToolkit": "HOROVOD_GPU_OPERATIONS needs CUDA's compiler and libraries: HOROVOD_CUDA_HOME.",
+        "Could NOT find NCCL": "HOROVOD_GPU_OPERATIONS=NCCL needs NCCL's header and library: set HOROVOD_NCCL_HOME.",
         "unrecognized command-line option '-std": "The compiler is too old: GCC 11 or Clang 14 at least.",
         "No space left": "The disk is full.",
     }

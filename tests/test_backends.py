@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from hvdlm.config import CommunicationConfig, Config, ParallelConfig
 from hvdlm.interfaces import HvdlmError
 from hvdlm.probes import THREADS
 from hvdlm.run import choose_backend
-from hvdlm_backends import environment, nccl
+from hvdlm_backends import environment, horovod, nccl
 from hvdlm_backends.gloo import GlooBackend
 from hvdlm_backends.local import LocalBackend
 from hvdlm_backends.mpi import MPIBackend
@@ -176,6 +179,20 @@ def test_nccl_wants_a_gpu_for_every_local_rank() -> None:
         nccl.check_devices(2, 4)
     with pytest.raises(HvdlmError, match="shows no GPU"):
         nccl.check_devices(0, 1)
+
+
+@pytest.mark.parametrize("visible, built", [(True, False), (True, True), (False, False)])
+def test_torch_on_a_gpu_needs_a_horovod_that_knows_gpus(
+    visible: bool, built: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyPI's torch sees a laptop's GPU; Horovod as make setup builds it by default knows none."""
+    torch = SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: visible))
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    hvd = SimpleNamespace(cuda_built=lambda: built, rocm_built=lambda: 0)
+    refused = pytest.raises(HvdlmError, match=r"built without CUDA.*CUDA_VISIBLE_DEVICES=''")
+    with refused if visible and not built else nullcontext():
+        horovod.check_gpus(hvd, "torch")  # type: ignore[arg-type]
+    horovod.check_gpus(hvd, "tensorflow")  # type: ignore[arg-type]
 
 
 def test_nccl_looks_at_its_first_sum() -> None:

@@ -141,6 +141,7 @@ def start(framework: str, groups: Sequence[tuple[int, ...]], launch: Launch | No
             f"Horovod has no {framework} operations here ({str(error).splitlines()[0]}): "
             f'build it with make setup FRAMEWORKS="{framework}".'
         ) from error
+    check_gpus(hvd, framework)
     size = launch.size if launch else 1
     sets = {ranks: hvd.ProcessSet(list(ranks)) for ranks in groups if len(ranks) < size}
     if not sets:
@@ -154,3 +155,16 @@ def start(framework: str, groups: Sequence[tuple[int, ...]], launch: Launch | No
             f"each would train on its own. {advice}"
         )
     return hvd, sets
+
+
+def check_gpus(hvd: ModuleType, framework: str) -> None:
+    """Refuse a torch that computes on a GPU beside a Horovod without CUDA; TensorFlow copies to the host by itself.
+
+    Raises:
+        HvdlmError: the first collective would fail.
+    """
+    if framework == "torch" and sys.modules["torch"].cuda.is_available() and not (hvd.cuda_built() or hvd.rocm_built()):
+        raise HvdlmError(
+            "torch sees a GPU, but Horovod was built without CUDA and can't exchange what lies there: "
+            "HOROVOD_GPU_OPERATIONS=NCCL make setup, or hide the GPU and train on CPUs with CUDA_VISIBLE_DEVICES=''."
+        )
