@@ -30,3 +30,18 @@ def test_every_result_has_a_short_form_that_learns(framework: str, names: list[s
     rows = json.loads((tmp_path / "results.json").read_text())
     assert [row["result"] for row in rows] == names and all(row["reached"] for row in rows)
     assert "NOT REACHED" not in done.stdout
+
+
+def test_a_comparison_without_the_other_run_ends_before_it_trains(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "benchmarks/results.py",
+        "ptb_2_ranks",
+        "--frameworks",
+        "torch",
+        "--folder",
+        str(tmp_path),
+    ]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "measure ptb-torch first" in done.stderr, done.stderr
+    assert not list(tmp_path.iterdir())
