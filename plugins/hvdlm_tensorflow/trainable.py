@@ -20,28 +20,21 @@ from hvdlm_sharding.rules import Share
 from hvdlm_sharding.schedules import kept
 from hvdlm_sharding.state import ShardedState, carried, joined
 from hvdlm_tensorflow.adapters import Adapters
-from hvdlm_tensorflow.collectives import Collectives
+from hvdlm_tensorflow.answers import Answering, features, tensors
 from hvdlm_tensorflow.counted import CountedGraph
-from hvdlm_tensorflow.losses import ctc
 from hvdlm_tensorflow.memory import Kept
-from hvdlm_tensorflow.models import make_model
 from hvdlm_tensorflow.optimizers import FlatOptimizer
-from hvdlm_tensorflow.pipeline import Pipeline
-
-_HALF = {"bf16": tf.bfloat16, "fp16": tf.float16}
 
 
-class TensorFlowTrainable:
+class TensorFlowTrainable(Answering):
     """Parameters lie in one flat variable; a step is one graph, in which buckets travel while others are computed."""
 
     def __init__(
         self, spec: ModelSpec, share: Share, axes: Axes, exchange: Exchange, config: Config, mesh: Mesh, rank: int
     ) -> None:
+        super().__init__(spec, share, axes, Wire(axes, exchange), config, rank)
         self._sharded = state = ShardedState(spec, share, exchange, config, mesh, rank)
-        self._spec, self._share, self._axes, self._exchange = spec, share, axes, exchange
-        self._config, self.layout = config, state.layout
-        self._collectives = Collectives(axes.tensor, share)
-        self._model = make_model(spec, share, self._collectives)
+        self._exchange, self.layout = exchange, state.layout
         initial = state.initial()
         self._flat = tf.Variable(initial)
         self._adapters = Adapters(state, self._trained())
@@ -49,11 +42,7 @@ class TensorFlowTrainable:
         self._own = self._flat if exchange.parts == 1 else tf.Variable(state.own(initial))
         self._gradient = self._make_gradient()
         self._optimizer = FlatOptimizer(config.train, self._own, tf.constant(state.own(self.layout.decay_mask())))
-        self._model.dtype = _HALF.get(config.train.precision, tf.float32)
-        self._pipeline = Pipeline(share, axes, config.parallel.schedule, rank, self._model.dtype)
-        self._wire = Wire(axes, exchange)
         self._carry: dict[int, Any] = {}
-        self._eval_carry: Any = None
         self._kept = Kept()
         self._stage_given: Any = None
         exchange.open(self.layout, initial)
@@ -72,10 +61,6 @@ class TensorFlowTrainable:
         self._stage_graph = CountedGraph(self._stage, self._wire)
         self._add_graph = CountedGraph(self._add, self._wire)
         self._finish_graph = CountedGraph(self._finish, self._wire)
-        self._eval_graph = CountedGraph(self._evaluate, self._wire)
-        self._extend_graph = CountedGraph(self._extend, self._wire, reduce_retracing=True)
-        self._predict_graph = CountedGraph(self._predict, self._wire, reduce_retracing=True)
-        self._read_graph = CountedGraph(self._read, self._wire, reduce_retracing=True)
         compiled = self._config.train.compile
         self._backward_part = tf.function(self._backward, jit_compile=True) if compiled else self._backward
 
@@ -130,12 +115,12 @@ class TensorFlowTrainable:
         loss_sum = tf.zeros((), tf.float64)
         for number, batch in enumerate(micro_batches[:-1]):
             carry, seed = self._start(number, batch, step)
-            given = (_features(batch), *_tensors(batch), carry, seed, self._scale())
+            given = (features(batch), *tensors(batch), carry, seed, self._scale())
             loss, self._carry[number] = self._accumulate_graph(phase, phase, *given)
             loss_sum += loss
         last = len(micro_batches) - 1
         carry, seed = self._start(last, micro_batches[last], step)
-        read = (_features(micro_batches[last]), *_tensors(micro_batches[last]))
+        read = (features(micro_batches[last]), *tensors(micro_batches[last]))
         arguments = (*read, carry, seed, self._scale(), loss_sum, figures)
         totals, self._carry[last] = self._step_graph(phase, phase, *arguments)
         return totals
@@ -147,7 +132,7 @@ class TensorFlowTrainable:
         def compute(number: int, batch: Batch, x: tf.Tensor | None) -> tf.Tensor:
             nonlocal loss_sum
             carry, seed = self._start(number, batch, step)
-            given = (_features(batch) if x is None else x, *_tensors(batch), carry, seed, self._scale())
+            given = (features(batch) if x is None else x, *tensors(batch), carry, seed, self._scale())
             made, loss, self._carry[number] = self._stage_graph(None, *given)
             self._stage_given = self._stage_given or given
             loss_sum += loss
@@ -325,91 +310,6 @@ class TensorFlowTrainable:
         good = tf.math.is_finite(norm) & (norm <= figures[3])
         return tf.cond(good, update, lambda: tf.constant(False))
 
-    def _losses(
-        self, parameters: Any, inputs: Any, x: Any, targets: Any, weights: Any, carry: Any, seed: Any, training: bool
-    ) -> tuple[tf.Tensor, Any]:
-        """Return the losses ``[rows, time]`` in nats, 0 where the target doesn't count, and the carried state.
-
-        In a stage but the last: what it passes on, instead of losses. ``x``: what the stage before passed on, in the
-        first stage the batch's features. A loss of whole rows (CTC): ``[rows]``.
-        """
-        self._model.bind(parameters)
-        checkpointing = self._config.train.activation_checkpointing
-        hidden, carry = self._model.hidden(inputs, x, carry, training, checkpointing, seed)
-        if not self._share.stage.last:
-            return hidden, carry
-        scores = tf.cast(self._model.scores(hidden), tf.float32)  # [rows, time, vocab / tensor ranks]
-        if self._spec.loss == "ctc":
-            return ctc(scores, self._model.lengths(x), targets, weights), carry
-        smoothing = self._config.train.label_smoothing if training else 0.0
-        losses = self._collectives.cross_entropy(scores, targets, smoothing)
-        return (losses if weights is None else losses * weights), carry
-
-    def eval_step(self, batch: Batch) -> tuple[float, float]:
-        """Return (loss sum, tokens); see ``interfaces.Trainable``."""
-        fresh = batch.reset or self._eval_carry is None
-        carry = self._model.cache(len(batch.inputs)) if fresh else self._eval_carry
-
-        def compute(x: tf.Tensor | None) -> tf.Tensor:
-            x = _features(batch) if x is None else x
-            made, self._eval_carry = self._eval_graph(None, x, *_tensors(batch), carry)
-            return made
-
-        made = self._pipeline.relay(self._pipeline.shape(batch, self._spec.settings.width), compute)
-        return (float(made) if self._share.stage.last else 0.0), batch.tokens
-
-    def _evaluate(self, x: Any, inputs: Any, targets: Any, weights: Any, carry: Any) -> tuple[tf.Tensor, Any]:
-        seed = tf.constant([0, 0])
-        made, carry = self._losses(self._parameters(), inputs, x, targets, weights, carry, seed, False)
-        return (tf.reduce_sum(tf.cast(made, tf.float64)) if self._share.stage.last else made), carry
-
-    def logits(self, tokens: np.ndarray, cache: Any = None) -> tuple[np.ndarray, Any]:
-        """Return the scores of the next token and the cache; see ``interfaces.Trainable``."""
-        inputs = tf.constant(tokens, tf.int32)
-        cache = self._model.decoding_cache(len(tokens)) if cache is None else cache
-        self._model.check_length(cache, tokens.shape[1])
-        settings, stage = self._spec.settings, self._share.stage
-
-        def compute(x: tf.Tensor | None) -> tf.Tensor:
-            nonlocal cache
-            made, cache = self._extend_graph(None, inputs, x, cache)
-            return made
-
-        made = self._pipeline.relay((*tokens.shape, settings.width), compute)
-        if stage.count > 1:
-            scores = made if stage.last else tf.zeros((len(tokens), settings.vocab))
-            made = self._axes.model.broadcast(scores, (stage.count - 1) * self._share.tensor, "pipeline.scores")
-        return made.numpy(), cache
-
-    def _extend(self, inputs: tf.Tensor, x: Any, cache: Any) -> tuple[tf.Tensor, Any]:
-        self._model.bind(self._parameters())
-        hidden, cache = self._model.extend(inputs, x, cache)
-        if not self._share.stage.last:
-            return hidden, cache
-        return tf.cast(self._collectives.all_scores(self._model.scores(hidden[:, -1])), tf.float32), cache
-
-    def predict(self, batch: Batch) -> np.ndarray:
-        """Return all scores of the batch; see ``interfaces.Trainable``."""
-        return self._predict_graph(None, tf.constant(batch.inputs), _features(batch)).numpy()
-
-    def _predict(self, inputs: tf.Tensor, x: Any) -> tf.Tensor:
-        self._model.bind(self._parameters())
-        carry, seed = self._model.cache(tf.shape(inputs)[0]), tf.constant([0, 0])
-        hidden, _ = self._model.hidden(inputs, x, carry, False, False, seed)
-        return tf.cast(self._model.scores(hidden), tf.float32)
-
-    def read(self, batch: Batch) -> Any:
-        """Return the cache of what the model has read; see ``interfaces.Trainable``."""
-        return self._read_graph(None, _features(batch))
-
-    def _read(self, x: Any) -> Any:
-        self._model.bind(self._parameters())
-        return self._model.read(x)
-
-    def select(self, cache: Any, rows: np.ndarray) -> Any:
-        """Return the cache of these rows; see ``interfaces.Trainable``."""
-        return self._model.select(cache, tf.constant(rows))
-
     def fingerprints(self) -> dict[str, int]:
         """Return a CRC-32 of every parameter; see ``interfaces.Trainable``."""
         return self._sharded.fingerprints(_host(self._flat))
@@ -480,15 +380,6 @@ class TensorFlowTrainable:
         for kind, array in memory.items():
             self._optimizer.memory[kind].assign(array)
         self._carry = self._model.carry_tensors(carried(state), self._config.train.micro_batch_size)
-
-
-def _features(batch: Batch) -> dict[str, tf.Tensor] | None:
-    return {name: tf.constant(array) for name, array in batch.features.items()} or None
-
-
-def _tensors(batch: Batch) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor | None]:
-    weights = None if batch.weights is None else tf.constant(batch.weights)
-    return tf.constant(batch.inputs), tf.constant(batch.targets), weights
 
 
 def _host(variable: tf.Variable) -> np.ndarray:
