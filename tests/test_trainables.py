@@ -103,6 +103,18 @@ def reference(c: TrainConfig, gradients: list[np.ndarray], start: np.ndarray, de
     return p
 
 
+@both
+def test_the_norm_of_a_large_gradient_is_exact(framework: str) -> None:
+    """What is clipped, and compared with a spike's limit: here of 3 M numbers, of which few are large."""
+    trainable = build(framework, "lstm", {"optimizer": "sgd", "weight_decay": 0.0, "clip": 0.0}, width=440)
+    before = parameters(trainable)
+    result = trainable.train_step([batch()], 1.0, 0)
+    after = parameters(trainable)
+    moved = sum(float(np.square(before[name].astype(np.float64) - after[name]).sum()) for name in before)
+    assert sum(array.size for array in before.values()) > 3_000_000
+    assert result.grad_norm == pytest.approx(moved**0.5, rel=1e-6)
+
+
 RULES = [
     {"optimizer": "adamw", "weight_decay": 0.2, "epsilon": 1e-3},
     {"optimizer": "sgd", "weight_decay": 0.0},

@@ -145,8 +145,8 @@ class TorchTrainable(Answering):
     @torch.no_grad()
     def _squares(self) -> torch.Tensor:
         """Return the squared norm of the gradients that this rank counts, float64 ``[1]``."""
-        norms = [torch.linalg.vector_norm(self._gradients.own[a:b]).double() for a, b in self._sharded.counted]
-        return torch.stack(norms).square().sum(0, keepdim=True) if norms else self._flat.new_zeros(1).double()
+        norms = [norm for a, b in self._sharded.counted for norm in _norms(self._gradients.own[a:b])]
+        return torch.cat(norms).double().square().sum(0, keepdim=True) if norms else self._flat.new_zeros(1).double()
 
     def _over_model(self, totals: torch.Tensor) -> list[float]:
         """Return (loss sum, tokens, squared norm) of the whole model from this rank's, float64 ``[3]``."""
@@ -227,3 +227,14 @@ class TorchTrainable(Answering):
             self._optimizer.memory[kind].copy_(torch.from_numpy(array))
         micro = self._config.train.micro_batch_size
         self._carry = self._model.carry_tensors(carried(state), micro, self._device)
+
+
+def _norms(flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the norms of a vector's rows of 1024, and of what is left over.
+
+    torch adds up a long vector on a CPU in a few running sums of its own precision: the norm of 30 M normal numbers
+    came out 6e-4 too small, of these rows 2e-10, in the same time.
+    """
+    whole = len(flat) - len(flat) % 1024
+    rest = torch.linalg.vector_norm(flat[whole:]).reshape(1)
+    return torch.linalg.vector_norm(flat[:whole].view(-1, 1024), dim=1), rest
