@@ -113,6 +113,15 @@ RESULTS = {
         beside="ptb",
         steps=4646,
     ),
+    "ptb_micro_batches": Result(
+        "ptb_lstm",
+        (*_PTB, "--train.micro_batch_size", "10"),
+        (Figure("1 rank, batches cut in two, after 1 and 2 epochs", "perplexity / that of 2 ranks - 1", "<=", 0.0),),
+        _PTB_QUICK,
+        7.0,
+        beside="ptb_2_ranks",
+        steps=4646,
+    ),
     "digits": Result(
         "mnist_convnet",
         ("--data.path", "{}/mnist"),
