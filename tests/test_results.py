@@ -11,6 +11,7 @@ import pytest
 
 from launching import DATA, ROOT, environment
 
+PTB = ["ptb_2_ranks", "ptb_micro_batches"]
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the public data is not at {DATA} (set HVDLM_DATA)")
 
 
@@ -18,8 +19,8 @@ needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the public data is n
 @pytest.mark.parametrize(
     "framework, names",
     [
-        ("torch", ["shakespeare", "war_and_peace", "red_chamber", "ptb_2_ranks", "digits", "speech", "translation"]),
-        ("tensorflow", ["ptb", "digits", "translation"]),
+        ("torch", ["shakespeare", "war_and_peace", "red_chamber", *PTB, "digits", "speech", "translation"]),
+        ("tensorflow", [*PTB, "digits", "translation"]),
     ],
 )
 def test_every_result_has_a_short_form_that_learns(framework: str, names: list[str], tmp_path: Path) -> None:
@@ -30,6 +31,13 @@ def test_every_result_has_a_short_form_that_learns(framework: str, names: list[s
     rows = json.loads((tmp_path / "results.json").read_text())
     assert [row["result"] for row in rows] == names and all(row["reached"] for row in rows)
     assert "NOT REACHED" not in done.stdout
+    two, one = (training_losses(tmp_path / f"{name}-{framework}") for name in PTB)
+    assert len(two) > 1 and two == one  # to the last bit: one rank with batches cut in two adds up as two ranks do
+
+
+def training_losses(run: Path) -> list[float]:
+    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [row["loss"] for row in rows if "loss" in row]
 
 
 def test_a_comparison_without_the_other_run_ends_before_it_trains(tmp_path: Path) -> None:
