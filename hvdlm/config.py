@@ -148,7 +148,7 @@ class TrainConfig:
         activation_checkpointing: recompute activations in the backward pass
         eval_every: steps between evaluations; 0: only at the end
         eval_batch_size: sequences a rank evaluates at a time
-        threads: framework threads per rank; None: cores divided by local ranks
+        threads: framework threads per rank; None: cores divided by local ranks, or those that it is bound to
         max_seconds: wall-clock seconds after which the run saves and stops, exit code 75; None: no limit
         spike: a step whose gradient norm is above this times its running mean is skipped; 0: only where not finite
         max_skips: skipped steps in a row after which the run goes back to its newest checkpoint, without their batches

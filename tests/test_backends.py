@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -10,9 +11,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+import launching
 from hvdlm.config import CommunicationConfig, Config, ParallelConfig
 from hvdlm.interfaces import HvdlmError
-from hvdlm.probes import THREADS
+from hvdlm.probes import THREADS, cores
 from hvdlm.run import choose_backend
 from hvdlm_backends import environment, horovod, nccl
 from hvdlm_backends.gloo import GlooBackend
@@ -70,7 +72,8 @@ def test_an_mpirun_inside_a_slurm_allocation_is_an_mpirun(monkeypatch: pytest.Mo
 
 def test_a_pipeline_leaves_tensorflow_a_thread_that_starts_messages(monkeypatch: pytest.MonkeyPatch) -> None:
     started = environment.Launch("Open MPI", 0, 8, 0, 8)
-    monkeypatch.setattr(environment, "cores", lambda: 8)
+    for name in ("cores", "launcher_cores"):
+        monkeypatch.setattr(environment, name, lambda: 8)
     for stages, expected in ((1, "1"), (2, "2")):
         with monkeypatch.context() as patch:
             patch.setattr(os, "environ", {k: v for k, v in os.environ.items() if k not in THREADS})
@@ -83,7 +86,8 @@ def test_a_pipeline_leaves_tensorflow_a_thread_that_starts_messages(monkeypatch:
 def test_threads_are_cores_divided_by_local_ranks(
     local_size: int, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(environment, "cores", lambda: 8)
+    for name in ("cores", "launcher_cores"):
+        monkeypatch.setattr(environment, name, lambda: 8)
     started = environment.Launch("Open MPI", 0, local_size, 0, local_size)
     with monkeypatch.context() as patch:
         patch.setattr(os, "environ", dict(os.environ))
@@ -91,6 +95,26 @@ def test_threads_are_cores_divided_by_local_ranks(
         assert [os.environ[name] for name in THREADS] == [str(expected)] * len(THREADS)
         # Ranks that fill the cores give way to each other while they wait.
         assert ("OMPI_MCA_mpi_yield_when_idle" in os.environ) == (local_size in (4, 16))
+
+
+@pytest.mark.parametrize("bound, expected", [(8, 8), (32, 16), (64, 16), (1, 1)])
+def test_a_bound_rank_uses_its_own_cores(bound: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """4 ranks on a node of 64 cores, bound to so many each: only what several may use is divided."""
+    monkeypatch.setattr(environment, "cores", lambda: bound)
+    monkeypatch.setattr(environment, "launcher_cores", lambda: 64)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "environ", dict(os.environ))
+        assert environment.prepare(environment.Launch("srun", 0, 4, 0, 4), Config()) == expected
+
+
+@pytest.mark.skipif(cores() < 2, reason="a launcher with one core can't bind a rank to fewer")
+def test_the_launchers_cores_are_found_where_it_has_bound_its_rank() -> None:
+    code = "from hvdlm_backends.environment import cores, launcher_cores; print(cores(), launcher_cores())"
+    bound = ["mpirun", "-np", "1", "--use-hwthread-cpus", "--bind-to", "hwthread"]
+    for shell in ([], ["/bin/sh", "-c", '"$@"; exit $?', "sh"]):
+        command = [*bound, *shell, sys.executable, "-c", code]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=launching.environment())
+        assert done.stdout.split() == ["1", str(cores())], done.stdout + done.stderr
 
 
 def test_what_the_user_set_in_the_environment_stands(monkeypatch: pytest.MonkeyPatch) -> None:
