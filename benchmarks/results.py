@@ -108,21 +108,12 @@ RESULTS = {
     ),
     "ptb_2_ranks": Result(
         "ptb_lstm",
-        (*_PTB, "--train.threads", "1"),  # as many for 2 ranks as for 1: no sum is cut otherwise
+        _PTB,
         (Figure("2 ranks, after 1 and 2 epochs", "perplexity / that of 1 rank - 1", "<=", 0.01),),
         _PTB_QUICK,
         7.0,
         ranks=2,
         beside="ptb",
-        steps=4646,
-    ),
-    "ptb_micro_batches": Result(
-        "ptb_lstm",
-        (*_PTB, "--train.threads", "1", "--train.micro_batch_size", "10"),
-        (Figure("1 rank, batches cut in two, after 1 and 2 epochs", "perplexity / that of 2 ranks - 1", "<=", 1e-12),),
-        _PTB_QUICK,
-        7.0,
-        beside="ptb_2_ranks",
         steps=4646,
     ),
     "digits": Result(
