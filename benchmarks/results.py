@@ -258,8 +258,8 @@ def keep(rows: list[dict[str, Any]], folder: Path, quick: bool) -> None:
     path = folder / "results.json" if quick else KEPT
     known = json.loads(path.read_text()) if path.exists() else []
     new = {(r["result"], r["framework"], r["what"]) for r in rows}
-    known = [r for r in known if (r["result"], r["framework"], r["what"]) not in new] + rows
     order = list(RESULTS)
+    known = [r for r in known if r["result"] in order and (r["result"], r["framework"], r["what"]) not in new] + rows
     known.sort(key=lambda row: (order.index(row["result"]), row["framework"]))
     path.write_text(json.dumps(known, indent=1) + "\n")
     if not quick:
