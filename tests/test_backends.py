@@ -115,6 +115,10 @@ def test_the_launchers_cores_are_found_where_it_has_bound_its_rank() -> None:
         command = [*bound, *shell, sys.executable, "-c", code]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=launching.environment())
         assert done.stdout.split() == ["1", str(cores())], done.stdout + done.stderr
+    # Ranks of horovodrun over Gloo share what it has: no launcher above it counts.
+    command = [*bound, "horovodrun", "--gloo", "-np", "1", sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=launching.environment())
+    assert done.stdout.strip().endswith(":1 1"), done.stdout + done.stderr
 
 
 def test_what_the_user_set_in_the_environment_stands(monkeypatch: pytest.MonkeyPatch) -> None:

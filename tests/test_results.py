@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launching import DATA, ROOT, environment
+from launching import DATA, ROOT, environment, losses
 
 PTB = ["ptb", "ptb_2_ranks"]
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the public data is not at {DATA} (set HVDLM_DATA)")
@@ -31,13 +31,8 @@ def test_every_result_has_a_short_form_that_learns(framework: str, names: list[s
     rows = json.loads((tmp_path / "results.json").read_text())
     assert [row["result"] for row in rows] == names and all(row["reached"] for row in rows)
     assert "NOT REACHED" not in done.stdout
-    one, two = (training_losses(tmp_path / f"{name}-{framework}") for name in PTB)
+    one, two = (losses(tmp_path / f"{name}-{framework}") for name in PTB)
     assert len(one) > 1 and one == two  # to the last bit: a rank takes half a batch at a time, as each of two does
-
-
-def training_losses(run: Path) -> list[float]:
-    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [row["loss"] for row in rows if "loss" in row]
 
 
 def test_a_comparison_without_the_other_run_ends_before_it_trains(tmp_path: Path) -> None:

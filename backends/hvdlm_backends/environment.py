@@ -23,10 +23,9 @@ _LAUNCHERS = {
     "MPICH or Intel MPI": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
     "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
 }
-
-
-# What the processes that start ranks are called. They may bind a rank to some of the cores that they have themselves.
-_STARTERS = ("orte", "mpirun", "mpiexec", "prte", "hydra_", "slurmstepd")
+# What the processes that start ranks are called. All but horovodrun, whose ranks over Gloo share its cores, may bind a
+# rank to some of the cores that they have themselves.
+_STARTERS = ("horovodrun", "orte", "mpirun", "mpiexec", "prte", "hydra_", "slurmstepd")
 
 
 class Launch(NamedTuple):
@@ -92,13 +91,13 @@ def prepare(launch: Launch | None, config: Config) -> int:
 
 def launcher_cores() -> int:
     """Return how many cores the launcher has for its ranks on this node; where none is found, those of this process."""
-    process = os.getppid()
+    own, process = cores(), os.getppid()
     try:
         while process > 1 and not Path(f"/proc/{process}/comm").read_text().startswith(_STARTERS):
             process = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
-        return max(cores(), len(os.sched_getaffinity(process))) if process > 1 else cores()
+        return max(own, len(os.sched_getaffinity(process))) if process > 1 else own
     except (OSError, ValueError, AttributeError):
-        return cores()
+        return own
 
 
 def horovod_settings(options: CommunicationConfig) -> dict[str, str]:

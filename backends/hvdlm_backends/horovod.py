@@ -141,8 +141,9 @@ def start(framework: str, groups: Sequence[tuple[int, ...]], launch: Launch | No
             f"Horovod has no {framework} operations here ({str(error).splitlines()[0]}): "
             f'build it with make setup FRAMEWORKS="{framework}".'
         ) from error
-    check_gpus(hvd, framework)
     size = launch.size if launch else 1
+    if size > 1:
+        check_gpus(hvd, framework)
     sets = {ranks: hvd.ProcessSet(list(ranks)) for ranks in groups if len(ranks) < size}
     if not sets:
         # Horovod as make setup builds it (scripts/horovod_patches.py): its thread sleeps until there is a tensor to
