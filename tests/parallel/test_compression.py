@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -226,7 +224,10 @@ VARIANTS = {
 
 
 def test_training_is_told_to_the_test_that_started_this(manager: Any, world: World) -> None:
-    """Write each variant's losses for tests/test_launches.py, which compares frameworks and numbers of ranks."""
+    """Write each variant's losses and rank 0's parameters after each step for tests/test_launches.py.
+
+    That compares frameworks and numbers of ranks.
+    """
     found = {}
     for name, options in VARIANTS.items():
         config = Config(framework=FRAMEWORK, model=ModelConfig(layers=1, width=32, heads=2, initial_scale=0.2))
@@ -240,16 +241,19 @@ def test_training_is_told_to_the_test_that_started_this(manager: Any, world: Wor
         framework = plugins.make(manager, "framework", FRAMEWORK)
         exchange = make(manager, world, config.communication.exchange, bucket_bytes=20_000, **_options(options))
         trainable = framework.build(spec, mesh, world, exchange, config)
-        losses = []
+        losses, parameters = [], []
         share = 8 // world.size
         for step in range(9):
             tokens = np.random.default_rng(step).integers(0, 50, (8, 13)).astype(np.int32)
             own = Batch(tokens[:, :-1].copy(), tokens[:, 1:].copy()).rows(world.rank * share, (world.rank + 1) * share)
             losses.append(trainable.train_step([own], 0.01, step).loss)
-        found[name] = np.mean(world.gather_objects(losses), axis=0).tolist()
-        assert found[name][-1] < found[name][0], name
+            held = sorted((key, value) for key, value in trainable.state().items() if key.startswith("parameters/"))
+            parameters.append(np.concatenate([value.ravel() for _, value in held]))
+        mean = np.mean(world.gather_objects(losses), axis=0)
+        assert mean[-1] < mean[0], name
+        found |= {f"{name}/losses": mean, f"{name}/parameters": np.stack(parameters)}
     if world.rank == 0 and "HVDLM_TEST_OUTPUT" in os.environ:
-        Path(os.environ["HVDLM_TEST_OUTPUT"]).write_text(json.dumps(found))
+        np.savez(os.environ["HVDLM_TEST_OUTPUT"], **found)
 
 
 def _options(options: dict[str, Any]) -> dict[str, Any]:
