@@ -219,8 +219,9 @@ def test_torch_on_a_gpu_needs_a_horovod_that_knows_gpus(
     hvd = SimpleNamespace(cuda_built=lambda: built, rocm_built=lambda: 0)
     refused = pytest.raises(HvdlmError, match=r"built without CUDA.*CUDA_VISIBLE_DEVICES=''")
     with refused if visible and not built else nullcontext():
-        horovod.check_gpus(hvd, "torch")  # type: ignore[arg-type]
-    horovod.check_gpus(hvd, "tensorflow")  # type: ignore[arg-type]
+        horovod.check_gpus(hvd, "torch", 2)  # type: ignore[arg-type]
+    horovod.check_gpus(hvd, "torch", 1)  # type: ignore[arg-type]
+    horovod.check_gpus(hvd, "tensorflow", 2)  # type: ignore[arg-type]
 
 
 def test_nccl_looks_at_its_first_sum() -> None:

@@ -142,8 +142,7 @@ def start(framework: str, groups: Sequence[tuple[int, ...]], launch: Launch | No
             f'build it with make setup FRAMEWORKS="{framework}".'
         ) from error
     size = launch.size if launch else 1
-    if size > 1:
-        check_gpus(hvd, framework)
+    check_gpus(hvd, framework, size)
     sets = {ranks: hvd.ProcessSet(list(ranks)) for ranks in groups if len(ranks) < size}
     if not sets:
         # Horovod as make setup builds it (scripts/horovod_patches.py): its thread sleeps until there is a tensor to
@@ -158,13 +157,17 @@ def start(framework: str, groups: Sequence[tuple[int, ...]], launch: Launch | No
     return hvd, sets
 
 
-def check_gpus(hvd: ModuleType, framework: str) -> None:
-    """Refuse a torch that computes on a GPU beside a Horovod without CUDA; TensorFlow copies to the host by itself.
+def check_gpus(hvd: ModuleType, framework: str, size: int) -> None:
+    """Refuse ranks of torch that compute on GPUs beside a Horovod without CUDA.
+
+    TensorFlow copies to the host by itself, and one rank exchanges nothing.
 
     Raises:
         HvdlmError: the first collective would fail.
     """
-    if framework == "torch" and sys.modules["torch"].cuda.is_available() and not (hvd.cuda_built() or hvd.rocm_built()):
+    if framework != "torch" or size == 1 or hvd.cuda_built() or hvd.rocm_built():
+        return
+    if sys.modules["torch"].cuda.is_available():
         raise HvdlmError(
             "torch sees a GPU, but Horovod was built without CUDA and can't exchange what lies there: "
             "HOROVOD_GPU_OPERATIONS=NCCL make setup, or hide the GPU and train on CPUs with CUDA_VISIBLE_DEVICES=''."
