@@ -280,7 +280,9 @@ def watched(fake: Path) -> Iterator[Any]:
     def start(*plan: str, begun: str = "status.json", options: str = "") -> tuple[subprocess.Popen[str], Told]:
         told = Told(fake, list(plan), options)
         command = [sys.executable, "-m", "hvdlm", *told.arguments]
+        before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, a child would ignore it as pytest does
         started.append(subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True))
+        signal.signal(signal.SIGHUP, before)
         until = time.monotonic() + 30
         while not (told.run / begun).exists() and time.monotonic() < until:
             time.sleep(0.05)
