@@ -100,11 +100,11 @@ class Attempt:
         return self._errors.read()[-3000:]
 
 
-def wait_for(attempt: Attempt, what: Callable[[], bool], seconds: float) -> None:
-    """Wait until ``what`` is so, the run is over or ``seconds`` are."""
+def wait_for(attempt: Attempt, what: Callable[[], bool], seconds: float, every: float = 0.05) -> None:
+    """Wait until ``what`` is so, the run is over or ``seconds`` are; who looks more often takes a core from the run."""
     end = time.monotonic() + seconds
     while attempt.running() and time.monotonic() < end and not what():
-        time.sleep(0.001)
+        time.sleep(every)
 
 
 def training(attempt: Attempt) -> None:
@@ -133,7 +133,7 @@ def kill(attempt: Attempt, chance: random.Random) -> None:
         time.sleep(chance.uniform(0, 1.5))
     if kind > 0.5:
         folder = attempt.folder / "checkpoints"
-        wait_for(attempt, lambda: any(folder.glob(".step-*.partial")), 60)
+        wait_for(attempt, lambda: any(folder.glob(".step-*.partial")), 60, every=0.001)
         time.sleep(chance.uniform(0, 0.02))
     strike(attempt, chance, signal.SIGKILL)
 
