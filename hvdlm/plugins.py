@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import EntryPoint
 from typing import Any
 
@@ -43,6 +45,22 @@ def _import(entry: EntryPoint) -> Any:
             "Repair or uninstall it."
         ) from error
     return plugin() if isinstance(plugin, type) else plugin
+
+
+@contextlib.contextmanager
+def keras_alone() -> Iterator[None]:
+    """Hide scikit-learn and matplotlib while keras, or TensorFlow, which loads it, is imported.
+
+    keras would load them, where they are installed, for wrappers and pictures of its own, which no run uses: a third of
+    the time in which a rank starts, and thousands of files that all ranks of a cluster read at once.
+    """
+    hidden = [name for name in ("sklearn", "matplotlib") if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None: importing it fails
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del sys.modules[name]
 
 
 def require(names: Iterable[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from hvdlm.interfaces import Batch
 from hvdlm.models.spec import builtin_models
 from hvdlm.topology import make_mesh
 from hvdlm_backends.local import AloneGroup, LocalWorld
+from launching import launch
 
 VOCAB, CONTEXT, ROWS = 50, 12, 8
 MODELS = ["gpt", "llama", "rnn", "gru", "lstm"]
@@ -268,3 +270,26 @@ def test_both_frameworks_write_the_same_text_beyond_the_context(model: str) -> N
         tokens = generate(trainable, np.array([1, 2, 3], np.int32), 30, context, Sampling(temperature=1.0, seed=4))
         written.append(list(tokens))
     assert written[0] == written[1] and len(written[0]) == 30
+
+
+LOADS_KERAS = """
+import sys
+from hvdlm import plugins
+from hvdlm.config import CompressionConfig, Config
+
+manager = plugins.load([{framework!r}, "compression"])
+manager.hook.hvdlm_prepare(config=Config(framework={framework!r}))
+plugins.make(manager, "framework", {framework!r})
+plugins.compressors(manager)["top_k"](CompressionConfig(algorithm="top_k"), 0, 0, 1)
+assert "keras" in sys.modules and not {{"sklearn", "matplotlib"}} & set(sys.modules)
+import matplotlib, sklearn
+"""
+
+
+@both
+def test_keras_loads_nothing_that_no_run_uses_and_a_run_still_can(framework: str, tmp_path: Path) -> None:
+    for name in ("sklearn", "matplotlib"):
+        (tmp_path / f"{name}.py").touch()
+    code = LOADS_KERAS.format(framework=framework)
+    done = launch("", 1, ["-c", code], PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -9,6 +9,7 @@ from typing import Any
 from hvdlm import hookimpl
 from hvdlm.config import CompressionConfig, Config
 from hvdlm.interfaces import Compressor, CompressorMaker, Group
+from hvdlm.plugins import keras_alone
 from hvdlm_compression import settings
 
 ALGORITHMS = {
@@ -29,10 +30,14 @@ def _maker(path: str) -> CompressorMaker:
     module, name = path.split(".")
 
     def make(options: CompressionConfig, seed: int, place: int, ranks: int) -> Compressor:
-        kind = getattr(importlib.import_module(f"hvdlm_compression.{module}"), name)
-        return kind(options, seed, place, ranks)
+        return getattr(_imported(module), name)(options, seed, place, ranks)
 
     return make
+
+
+def _imported(module: str) -> Any:
+    with keras_alone():
+        return importlib.import_module(f"hvdlm_compression.{module}")
 
 
 @hookimpl
@@ -60,19 +65,16 @@ def make_compressed(group: Group, config: Config, compressors: Mapping[str, Comp
     options = config.communication
     if options.compression.algorithm == "none":
         return None
-    from hvdlm_compression.exchange import CompressedExchange
-
     maker = compressors[options.compression.algorithm]
     compressor = maker(options.compression, config.train.seed, place, len(group.ranks))
-    return CompressedExchange(group, compressor, options)
+    return _imported("exchange").CompressedExchange(group, compressor, options)
 
 
 def make_local(name: str, group: Group, config: Config, compressors: Mapping[str, CompressorMaker], place: int) -> Any:
     """Return the exchange of rarer synchronisation, its differences compressed where ``config`` says so."""
     from hvdlm.exchange import AllReduceExchange
-    from hvdlm_compression.local import LocalExchange
 
     options = config.communication
     inner = make_compressed(group, config, compressors, place) or AllReduceExchange(group, options)
     rate, momentum = settings.outer(options, name)
-    return LocalExchange(group, inner, options.local, rate, momentum, config.train.steps)
+    return _imported("local").LocalExchange(group, inner, options.local, rate, momentum, config.train.steps)

@@ -7,6 +7,7 @@ from typing import Any
 
 from hvdlm import hookimpl
 from hvdlm.config import Config
+from hvdlm.plugins import keras_alone
 
 
 @hookimpl
@@ -23,6 +24,7 @@ def hvdlm_make_framework(name: str) -> Any:
     """Return the framework when it is asked for."""
     if name != "tensorflow":
         return None
-    from hvdlm_tensorflow.framework import TensorFlowFramework
+    with keras_alone():
+        from hvdlm_tensorflow.framework import TensorFlowFramework
 
     return TensorFlowFramework()
