@@ -19,14 +19,9 @@ collect_ignore = (
 )
 
 
-# Those that take minutes, the longest first.
-_LONG = ("launches", "train", "chaos", "snippets", "results", "hybrid_runs", "conformance", "stops", "bench", "docs")
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that take longest: where files are shared among processes, nobody then waits for one."""
-    places = {f"test_{name}.py": place for place, name in enumerate(_LONG)}
-    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+    """Begin with the file that takes longest: where files are shared among processes, nobody then waits for it."""
+    items.sort(key=lambda item: item.path.name != "test_launches.py")
 
 
 @pytest.fixture(scope="session")
