@@ -28,7 +28,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
-import horovod_patches
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "backends"))
+from hvdlm_horovod import patches  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
@@ -190,11 +191,11 @@ def build_mpi4py(folder: Path, mpicc: str) -> None:
 
 
 def build_horovod(folder: Path, frameworks: list[str], gpu: str) -> None:
-    say(f"Horovod {horovod_patches.VERSION}: building for {' and '.join(frameworks)} (about 5 minutes on 2 cores)")
+    say(f"Horovod {patches.VERSION}: building for {' and '.join(frameworks)} (about 5 minutes on 2 cores)")
     log = CACHE / "logs" / "horovod.log"
     log.unlink(missing_ok=True)
     sources = folder / "source"
-    requirement = f"horovod=={horovod_patches.VERSION}"
+    requirement = f"horovod=={patches.VERSION}"
     download = [
         "download",
         "--no-deps",
@@ -208,8 +209,8 @@ def build_horovod(folder: Path, frameworks: list[str], gpu: str) -> None:
     run([str(PYTHON), "-m", "pip", *download], log, "Horovod's source distribution", environment())
     with tarfile.open(next(sources.glob("*.tar.gz"))) as archive:
         archive.extractall(sources, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
-    source = sources / f"horovod-{horovod_patches.VERSION}"
-    horovod_patches.apply(source)
+    source = sources / f"horovod-{patches.VERSION}"
+    patches.apply(source)
     env = dict(
         environment(),
         CMAKE_POLICY_VERSION_MINIMUM="3.5",  # CMake 4 no longer reads the bundled Gloo's request for CMake 2.8
@@ -252,6 +253,7 @@ def main() -> None:
     check_machine()
     gpu = os.environ.get("HOROVOD_GPU_OPERATIONS", "")
     inputs = [ROOT / "constraints.txt", ROOT / "setup.cfg", *sorted(Path(__file__).parent.glob("*.py"))]
+    inputs += sorted((ROOT / "backends" / "hvdlm_horovod").glob("*.py"))
     state = {
         "inputs": hashlib.sha256(b"".join(p.read_bytes() for p in inputs)).hexdigest(),
         "gpu": gpu,
@@ -277,7 +279,7 @@ def set_up(frameworks: list[str], gpu: str) -> None:
     common = {"python": f"{sys.implementation.cache_tag}-{platform.machine()}", "mpi": mpi}
     mpi4py_key = {**common, "mpi4py": re.search(r"^mpi4py==(\S+)", (ROOT / "constraints.txt").read_text(), re.M)[1]}
     mpi4py = cached_wheel("mpi4py", mpi4py_key, lambda folder: build_mpi4py(folder, mpicc))
-    horovod_key = {**common, "patches": horovod_patches.digest(), "gpu_operations": gpu}
+    horovod_key = {**common, "patches": patches.digest(), "gpu_operations": gpu}
     for name, package in zip(frameworks, packages, strict=True):
         horovod_key[name] = versions[package]
     if gpu:

@@ -26,7 +26,7 @@ class _Waiting:
     def wait(self) -> Any:
         """Return the result."""
         started = time.perf_counter()
-        # synchronize spins where Horovod is not the one of make setup (scripts/horovod_patches.py), and takes the core
+        # synchronize spins where Horovod is not the one of make setup (hvdlm_horovod.patches), and takes the core
         # from the thread that communicates; so does looking too often.
         while not (self._sleeps or self._hvd.poll(self._handle)):
             time.sleep(max(_POLL_SECONDS, _POLL_SHARE * (time.perf_counter() - started)))

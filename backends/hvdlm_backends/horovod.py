@@ -111,7 +111,7 @@ class HorovodWorld:
         }[collective]
 
     def transfer_seconds(self) -> float | None:
-        """Return what Horovod as make setup builds it (scripts/horovod_patches.py) counts; None for any other build."""
+        """Return what Horovod as make setup builds it (hvdlm_horovod.patches) counts; None for any other build."""
         seconds = self._busy() if self._busy else -1.0
         return seconds if seconds >= 0 else None
 
@@ -145,7 +145,7 @@ def start(framework: str, groups: Sequence[tuple[int, ...]], launch: Launch | No
     check_gpus(hvd, framework, size)
     sets = {ranks: hvd.ProcessSet(list(ranks)) for ranks in groups if len(ranks) < size}
     if not sets:
-        # Horovod as make setup builds it (scripts/horovod_patches.py): its thread sleeps until there is a tensor to
+        # Horovod as make setup builds it (hvdlm_horovod.patches): its thread sleeps until there is a tensor to
         # send. With process sets, a set's tensor would wait for the thread of ranks outside of it.
         os.environ.setdefault("HOROVOD_IDLE_CYCLE_TIME", "50")
     hvd.init(process_sets=list(sets.values()))

@@ -46,7 +46,7 @@ EDITS = (
     Edit(
         "horovod/tensorflow/CMakeLists.txt",
         'list(APPEND TF_SOURCES "${PROJECT_SOURCE_DIR}/horovod/tensorflow/xla_mpi_ops.cc")',
-        "# xla_mpi_ops.cc: left out, see scripts/horovod_patches.py",
+        "# xla_mpi_ops.cc: left out, see hvdlm_horovod.patches",
         "The TensorFlow wheel lacks a header that this file includes. It holds Horovod's operations inside "
         "XLA programs on GPUs, which hvdlm does not use: it compiles only the parts between collectives.",
     ),
