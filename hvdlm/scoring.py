@@ -54,11 +54,11 @@ class RunScorer:
         config.train.optimizer, config.train.compile = "sgd", False  # it is never trained: no moments, no graph for it
         exchange, names = config.communication.exchange, (given.framework, given.backend, "local", "sharding")
         manager = plugins.load([*names, exchange, *given.plugins])
-        world = plugins.make(manager, "backend", "local").start(given.framework, [(0,)], config)
+        framework = plugins.make(manager, "framework", given.framework)
+        world = plugins.make(manager, "backend", "local").start(framework, [(0,)], config)
         world.local_rank = plugins.make(manager, "backend", given.backend).launch_shape()[2]
         more = {"group": world.group((0,)), "config": config, "compressors": {}, "place": 0}
         alone = plugins.make(manager, "exchange", exchange, **more)
-        framework = plugins.make(manager, "framework", given.framework)
         trainable = framework.build(self._spec, make_mesh(1, config.parallel), world, alone, config)
         wanted = {name: piece for name, piece in trainable.pieces().items() if name.startswith("parameters/")}
         state = checkpoint.load(self._found, wanted, 0, 1)

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "backends"))
-from hvdlm_horovod import patches  # noqa: E402
+from hvdlm_horovod import patches
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"

@@ -112,7 +112,9 @@ def test_everything_that_is_provided_was_looked_at(results: dict[str, list[Eleme
             assert f"test_{name}-{framework}]" in names
         assert f"test_a_compressor_keeps_its_promises[compression-dgc-{framework}]" in names
         assert f"test_a_task_is_trained_and_evaluated[speech-{framework}]" in names
-    assert "test_a_backend_moves_what_it_is_given[gloo]" in names
+    for framework in ("torch", "tensorflow"):
+        assert f"test_a_backend_moves_what_it_is_given[gloo-{framework}]" in names
+        assert f"test_a_backend_moves_what_it_is_given[mpi4py-{framework}]" in names
     assert len([name for name in names if "a_model_has_the_same_losses" in name]) == 1
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from hvdlm import hookimpl
 from hvdlm.config import Config
-from hvdlm.interfaces import HvdlmError
+from hvdlm.interfaces import Framework, HvdlmError
 from hvdlm_backends import environment, horovod
 
 
@@ -29,10 +29,10 @@ class GlooBackend:
         os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", str(max(30, round(2 * config.communication.timeout))))
         return environment.prepare(environment.detect(), config)
 
-    def start(self, framework: str, groups: Sequence[tuple[int, ...]], config: Config) -> horovod.HorovodWorld:
+    def start(self, framework: Framework, groups: Sequence[tuple[int, ...]], config: Config) -> horovod.HorovodWorld:
         """Start Horovod on Gloo."""
         hvd, sets = horovod.start(
-            framework, groups, environment.detect(), "Start all ranks with one horovodrun --gloo."
+            framework.name, groups, environment.detect(), "Start all ranks with one horovodrun --gloo."
         )
         return horovod.HorovodWorld(hvd, sets)
 

@@ -1,4 +1,4 @@
-"""A Group over ``horovod.torch`` or ``horovod.tensorflow``: the raw collectives of a process set."""
+"""Groups whose calls are counted and recorded; the one over ``horovod.torch`` or ``horovod.tensorflow``."""
 
 from __future__ import annotations
 
@@ -54,28 +54,40 @@ class _Threaded:
         return result
 
 
-class HorovodGroup:
-    """The collectives of one process set. Calls and bytes are counted, and the ledger written, when a call is made.
+class CountedGroup:
+    """A group that counts calls and bytes, and writes the flight recorder (``Ledger``), when a call is made.
 
     Inside a TensorFlow graph a call is made once, when the graph is traced: who runs the graph counts its runs.
     """
 
-    def __init__(self, hvd: ModuleType, ranks: Sequence[int], process_set: Any, ledger: Ledger | None = None) -> None:
+    def __init__(self, ranks: Sequence[int], ledger: Ledger | None = None) -> None:
         self.ranks = tuple(ranks)
         self.traffic: dict[str, Traffic] = {}
         self._ledger = ledger or Ledger()
         self._members = self._ledger.members(self.ranks)
+
+    def _begin(self, operation: str, name: str, *tensors: Any) -> tuple[Traffic, int]:
+        """Record that a collective begins; return its counter and its number, 0 while a graph is traced."""
+        traffic = self.traffic.setdefault(f"{name.partition('.')[0]}/{operation}", Traffic())
+        traffic.calls += 1
+        traffic.bytes += sum(_bytes(tensor) for tensor in tensors)
+        return traffic, self._ledger.begin(operation, name, self._members, tensors)
+
+
+class HorovodGroup(CountedGroup):
+    """The collectives of one process set."""
+
+    def __init__(self, hvd: ModuleType, ranks: Sequence[int], process_set: Any, ledger: Ledger | None = None) -> None:
+        super().__init__(ranks, ledger)
         self._hvd, self._set = hvd, process_set
         # TensorFlow's operations take this to keep the same name in every graph; torch's don't know it.
         self._broadcasts: dict[tuple[str, int], Callable[[Any], Any]] = {}
         self._named = {"ignore_name_scope": True} if hvd.__name__.endswith("tensorflow") else {}
 
     def _count(self, operation: str, name: str, *tensors: Any) -> tuple[Traffic, Callable[[], None]]:
-        """Write that a collective begins; return its counter, and what is to be called when it has ended."""
-        traffic = self.traffic.setdefault(f"{name.partition('.')[0]}/{operation}", Traffic())
-        traffic.calls += 1
-        traffic.bytes += sum(_bytes(tensor) for tensor in tensors)
-        return traffic, partial(self._ledger.end, self._ledger.begin(operation, name, self._members, tensors))
+        """Record that a collective begins; return its counter, and what is to be called when it has ended."""
+        traffic, number = self._begin(operation, name, *tensors)
+        return traffic, partial(self._ledger.end, number)
 
     def _label(self, operation: str, name: str) -> str:
         """Return the name that ranks agree on; torch adds the operation itself.
@@ -201,8 +213,10 @@ def _first(result: Any) -> Any:
 
 
 def _bytes(tensor: Any) -> int:
-    """Return the bytes of a torch or TensorFlow tensor; 0 where a traced shape is open."""
+    """Return the bytes of a tensor of any framework; 0 where a traced shape is open."""
     if hasattr(tensor, "element_size"):
         return tensor.numel() * tensor.element_size()
+    if not hasattr(tensor.shape, "num_elements"):
+        return int(tensor.nbytes)
     elements = tensor.shape.num_elements()
     return (elements or 0) * tensor.dtype.size

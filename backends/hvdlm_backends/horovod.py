@@ -7,21 +7,18 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
-import numpy as np
-
-from hvdlm.interfaces import Group, Handle, HvdlmError
-from hvdlm.watch.ledger import Ledger
+from hvdlm.interfaces import Group, HvdlmError
 from hvdlm_backends.environment import Launch
 from hvdlm_backends.groups import HorovodGroup
 from hvdlm_backends.local import AloneGroup
-from hvdlm_backends.messages import Later, make_messages
+from hvdlm_backends.messages import make_messages
+from hvdlm_backends.worlds import RanksWorld
 
 
 def _busy_counter(hvd: ModuleType) -> Callable[[], float] | None:
@@ -32,20 +29,16 @@ def _busy_counter(hvd: ModuleType) -> Callable[[], float] | None:
     return function
 
 
-class HorovodWorld:
+class HorovodWorld(RanksWorld):
     """A world of Horovod's ranks. Small objects travel as JSON, through mpi4py where there is MPI."""
 
     def __init__(self, hvd: ModuleType, sets: Mapping[tuple[int, ...], Any], communicator: Any = None) -> None:
-        everyone = tuple(range(hvd.size()))
-        self.rank, self.size = hvd.rank(), hvd.size()
+        super().__init__(hvd.rank(), hvd.size(), make_messages(hvd, communicator), communicator)
         self.local_rank, self.local_size = hvd.local_rank(), hvd.local_size()
-        self._hvd, self._communicator = hvd, communicator
-        self._messages = make_messages(hvd, communicator)
-        self.ledger = Ledger(self.rank, self.size)
-        self._everyone = self.ledger.members(everyone)
+        everyone = tuple(range(self.size))
         whole = HorovodGroup(hvd, everyone, hvd.global_process_set, self.ledger)
+        self._hvd, self._sets = hvd, sets
         self._groups: dict[tuple[int, ...], Group] = {everyone: whole}
-        self._sets = sets
         self._busy = _busy_counter(hvd)
         self.transport = "gloo" if communicator is None else "mpi"
 
@@ -60,68 +53,10 @@ class HorovodWorld:
             self._groups[key] = HorovodGroup(self._hvd, key, self._sets[key], self.ledger)
         return self._groups[key]
 
-    def broadcast_object(self, value: Any, root: int = 0) -> Any:
-        """Return the root's value on all ranks."""
-        if self.size == 1:
-            return value
-        data = json.dumps(value).encode() if self.rank == root else None
-        return json.loads(self._entered("broadcast_object", lambda: self._messages.broadcast(data, root)))
-
-    def gather_objects(self, value: Any) -> list[Any]:
-        """Return every rank's value on all ranks."""
-        data = json.dumps(value).encode()
-        return [json.loads(part) for part in self._entered("gather_objects", lambda: self._messages.gather(data))]
-
-    def broadcast_bytes(self, data: bytes | None, root: int) -> bytes:
-        """Return the root's bytes on all ranks."""
-        return self._entered("broadcast_bytes", lambda: self._messages.broadcast(data, root))
-
-    def agree(self, counts: Sequence[int]) -> Handle:
-        """Start to add up every rank's counts; see ``interfaces.World``."""
-        handle = self._messages.add(counts)
-        # Only waiting for it can hang: until then it may be under way for as long as a step takes.
-        return Later(lambda: self._entered("agree", handle.wait))
-
-    def _entered(self, operation: str, call: Callable[[], Any]) -> Any:
-        """Do what all ranks do, and have it in the ledger."""
-        number = self.ledger.begin(operation, "", self._everyone)
-        result = call()
-        self.ledger.end(number)
-        return result
-
-    def any(self, flag: bool) -> bool:
-        """Return whether any rank's flag is set."""
-        return any(self.gather_objects(bool(flag)))
-
-    def raw(self, collective: str, array: np.ndarray, in_place: bool = False) -> Callable[[], Any] | None:
-        """Return mpi4py's collective on buffers made here; None where ranks met without MPI."""
-        if self._communicator is None:
-            return None
-        comm, parts = self._communicator, self.size
-        received = np.zeros(array.size * (parts if collective == "all_gather" else 1), array.dtype)
-        in_place_marker = sys.modules["mpi4py.MPI"].IN_PLACE
-        if collective == "reduce_scatter":
-            received = received[: array.size // parts].copy()
-        return {
-            "all_reduce": lambda: comm.Allreduce(in_place_marker if in_place else array, received),
-            "all_gather": lambda: comm.Allgather(array, received),
-            "reduce_scatter": lambda: comm.Reduce_scatter_block(array, received),
-            "broadcast": lambda: comm.Bcast(array, 0),
-            "all_to_all": lambda: comm.Alltoall(array, received),
-        }[collective]
-
     def transfer_seconds(self) -> float | None:
         """Return what Horovod as make setup builds it (hvdlm_horovod.patches) counts; None for any other build."""
         seconds = self._busy() if self._busy else -1.0
         return seconds if seconds >= 0 else None
-
-    def abort(self, code: int) -> None:
-        """End all ranks: MPI's launcher is told; horovodrun ends the others when one exits with an error."""
-        sys.stdout.flush()
-        sys.stderr.flush()
-        if self._communicator is not None:
-            self._communicator.Abort(code)
-        os._exit(code)
 
     def close(self) -> None:
         """Shut Horovod down."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from hvdlm import hookimpl
 from hvdlm.config import Config
-from hvdlm.interfaces import Done, Group, HvdlmError, Traffic
+from hvdlm.interfaces import Done, Framework, Group, HvdlmError, Traffic
 from hvdlm.watch.ledger import Ledger
 from hvdlm_backends import environment
 
@@ -131,7 +131,7 @@ class LocalBackend:
         """Set thread counts; return framework threads per rank."""
         return environment.prepare(None, config)
 
-    def start(self, framework: str, groups: Sequence[tuple[int, ...]], config: Config) -> LocalWorld:
+    def start(self, framework: Framework, groups: Sequence[tuple[int, ...]], config: Config) -> LocalWorld:
         """Return the world of this process."""
         return LocalWorld()
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from hvdlm import hookimpl
 from hvdlm.config import Config
-from hvdlm.interfaces import HvdlmError, World
+from hvdlm.interfaces import Framework, HvdlmError, World
 from hvdlm_backends.gloo import GlooBackend
 from hvdlm_backends.local import LocalWorld
 from hvdlm_backends.mpi import MPIBackend
@@ -37,21 +37,21 @@ class NCCLBackend:
         """Set thread counts and settings before anything reads them; return framework threads per rank."""
         return self._controller.prepare(config)
 
-    def start(self, framework: str, groups: Sequence[tuple[int, ...]], config: Config) -> World:
+    def start(self, framework: Framework, groups: Sequence[tuple[int, ...]], config: Config) -> World:
         """Check GPUs and Horovod's build, meet, and sum once on the GPUs.
 
         Raises:
             HvdlmError: Horovod has no NCCL, ranks would share a GPU, or NCCL sums wrongly.
         """
         _, size, local_rank, local_size = self.launch_shape()
-        check_build(importlib.import_module(f"horovod.{framework}"), framework)
-        check_devices(devices(framework), local_size)
+        check_build(importlib.import_module(f"horovod.{framework.name}"), framework.name)
+        check_devices(devices(framework.name), local_size)
         if size == 1:
             return LocalWorld()
-        bind(framework, local_rank)
+        bind(framework.name, local_rank)
         world = self._controller.start(framework, groups, config)
         world.transport = "nccl"
-        self_check(world, on_gpu(framework, np.full(1024, world.rank + 1, np.float32), local_rank))
+        self_check(world, on_gpu(framework.name, np.full(1024, world.rank + 1, np.float32), local_rank))
         return world
 
 

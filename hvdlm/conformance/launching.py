@@ -15,7 +15,7 @@ from typing import Any
 from hvdlm.conformance.subjects import Subject, frameworks
 from hvdlm.interfaces import HvdlmError
 from hvdlm.probes import unpinned
-from hvdlm.run import require_framework
+from hvdlm.run import mpi_backend, require_framework
 
 _TIMEOUT = 900  # seconds of a launch
 RANKS = 2
@@ -65,11 +65,11 @@ class Launches:
         things = [list(thing) for s in self._subjects for thing in _things(s)]
         return self._found(("framework", framework), Order(framework, "", things, {}, ""), [kind, subject.name, member])
 
-    def of_backend(self, subject: Subject) -> Found:
-        """Return what ranks found of a plugin's backend."""
+    def of_backend(self, framework: str, subject: Subject) -> Found:
+        """Return what ranks found of a plugin's backend with this framework's tensors."""
         thing = ["backend", subject.name, ""]
-        order = Order((frameworks() or ["torch"])[0], subject.name, [thing], {}, "")
-        return self._found(("backend", subject.name), order, thing)
+        order = Order(framework, subject.name, [thing], {}, "")
+        return self._found((framework, subject.name), order, thing)
 
     def _found(self, key: tuple[str, str], order: Order, thing: list[str]) -> Found:
         if key not in self._done:
@@ -106,7 +106,7 @@ class Launches:
         if not self.launcher or order.backend == "local":
             return []
         try:
-            require_framework(order.framework, RANKS)
+            require_framework(order.framework, RANKS, order.backend or mpi_backend(order.framework))
         except HvdlmError:
             return []
         return [*self.launcher, "-np", str(RANKS)]

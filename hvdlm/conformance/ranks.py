@@ -34,7 +34,7 @@ def main(path: str) -> int:
         thing = order.things[0]
         _write(output, thing, backends.check_backend(subjects[order.backend], order.framework), 0)
         return 0
-    with Stage.open(order.framework, choose_backend(), known) as stage:
+    with Stage.open(order.framework, choose_backend(order.framework), known) as stage:
         for kind, name, member in order.things:
             _write(output, [kind, name, member], Found(skipped="begun"), stage.world.rank)
             found = _look(stage, kind, subjects[name], member)

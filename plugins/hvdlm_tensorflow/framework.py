@@ -11,6 +11,7 @@ from hvdlm.models.spec import ModelSpec
 from hvdlm.topology import Mesh
 from hvdlm_sharding.axes import make_axes
 from hvdlm_sharding.rules import share
+from hvdlm_tensorflow.host_tensors import TensorFlowHostTensors
 from hvdlm_tensorflow.trainable import TensorFlowTrainable
 
 
@@ -18,6 +19,9 @@ class TensorFlowFramework:
     """The framework ``tensorflow``."""
 
     name, in_place = "tensorflow", False
+
+    def __init__(self) -> None:
+        self.host_tensors = TensorFlowHostTensors()
 
     def build(
         self, model: ModelSpec, mesh: Mesh, world: World, exchange: Exchange, config: Config

@@ -243,8 +243,9 @@ class TensorFlowTrainable(Answering):
             # Not right after the forward pass: Horovod's thread would take a core from the backward pass.
             totals = tf.stack([loss_sum, figures[2]])
             ready = tf.timestamp()
-        metrics = exchange.start_metrics(totals) if exchange.parts == 1 else None
         handles = [exchange.start(bucket, index) for index, bucket in enumerate(buckets or [])]
+        # After the buckets: a transport may start collectives in the order in which they are traced.
+        metrics = exchange.start_metrics(totals) if exchange.parts == 1 else None
         reduced = [handle.wait() for handle in handles]
         if exchange.scatters_every:
             before = [self._gradient[a:b] for a, b in self._sharded.places]

@@ -11,6 +11,7 @@ from hvdlm.models.spec import ModelSpec
 from hvdlm.topology import Mesh
 from hvdlm_sharding.axes import make_axes
 from hvdlm_sharding.rules import share
+from hvdlm_torch.host_tensors import TorchHostTensors
 from hvdlm_torch.trainable import TorchTrainable
 
 
@@ -18,6 +19,9 @@ class TorchFramework:
     """The framework ``torch``."""
 
     name, in_place = "torch", True
+
+    def __init__(self) -> None:
+        self.host_tensors = TorchHostTensors()
 
     def build(self, model: ModelSpec, mesh: Mesh, world: World, exchange: Exchange, config: Config) -> TorchTrainable:
         """Return the model at its initial values on this rank's device; see ``interfaces.Framework``."""

@@ -32,7 +32,7 @@ def config() -> Config:
 @pytest.fixture(scope="session")
 def world(config: Config) -> Iterator[World]:
     """Return this launch's world, with the groups of every mesh of its size."""
-    name = choose_backend()
+    name = os.environ.get("HVDLM_TEST_BACKEND") or choose_backend(FRAMEWORK)
     assert name != "local", "start these tests under a launcher: see tests/test_launches.py"
     backend = plugins.make(plugins.load([name]), "backend", name)
     _, size, _, _ = backend.launch_shape()
@@ -40,8 +40,8 @@ def world(config: Config) -> Iterator[World]:
     groups = {ranks: None for mesh in meshes(size) for ranks in mesh.groups()}
     manager = plugins.load([FRAMEWORK])
     manager.hook.hvdlm_prepare(config=config)
-    plugins.make(manager, "framework", FRAMEWORK)
-    world = backend.start(FRAMEWORK, list(groups), config)
+    framework = plugins.make(manager, "framework", FRAMEWORK)
+    world = backend.start(framework, list(groups), config)
     yield world
     world.close()
 

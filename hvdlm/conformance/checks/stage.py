@@ -68,7 +68,7 @@ class Stage:
         config.train.threads = backend.prepare(config)
         manager.hook.hvdlm_prepare(config=config)
         made = plugins.make(manager, "framework", framework)
-        world = backend.start(framework, make_mesh(size, config.parallel).groups(), config)
+        world = backend.start(made, make_mesh(size, config.parallel).groups(), config)
         try:
             yield cls(framework, made, manager, world, config)
         finally:

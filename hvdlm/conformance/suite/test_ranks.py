@@ -42,13 +42,13 @@ def test_a_task_is_trained_and_evaluated(subject: Subject, framework: str, launc
 
 
 @pytest.mark.provides("hvdlm_make_backend")
-def test_a_backend_moves_what_it_is_given(subject: Subject, launches: Launches) -> None:
+def test_a_backend_moves_what_it_is_given(subject: Subject, framework: str, launches: Launches) -> None:
     made = subject.plugin.hvdlm_make_backend(name=subject.name)
     if made is None or made.name != subject.name:
         pytest.fail(f"hvdlm_make_backend({subject.name!r}) makes {made!r}: it has to answer to the plugin's name.")
     if subject.plugin.hvdlm_make_backend(name="another") is not None:
         pytest.fail(f"{subject.name}: hvdlm_make_backend answers to every name: return None to others than its own.")
-    _told(launches.of_backend(subject))
+    _told(launches.of_backend(framework, subject))
 
 
 def _alike(subject: Subject, kind: str, launches: Launches, member: str = "", tolerance: float = 1e-4) -> None:

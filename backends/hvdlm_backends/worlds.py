@@ -1,0 +1,83 @@
+"""What all worlds of several ranks share: host-side messages, and what is said of them in the flight recorder."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from hvdlm.interfaces import Handle
+from hvdlm.watch.ledger import Ledger
+from hvdlm_backends.messages import Later, Messages
+
+
+class RanksWorld:
+    """Ranks that have met. ``communicator``: mpi4py's, where there is MPI."""
+
+    def __init__(self, rank: int, size: int, messages: Messages, communicator: Any) -> None:
+        self.rank, self.size = rank, size
+        self._messages, self._communicator = messages, communicator
+        self.ledger = Ledger(rank, size)
+        self._everyone = self.ledger.members(tuple(range(size)))
+
+    def broadcast_object(self, value: Any, root: int = 0) -> Any:
+        """Return the root's value on all ranks."""
+        if self.size == 1:
+            return value
+        data = json.dumps(value).encode() if self.rank == root else None
+        return json.loads(self._entered("broadcast_object", lambda: self._messages.broadcast(data, root)))
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Return every rank's value on all ranks."""
+        data = json.dumps(value).encode()
+        return [json.loads(part) for part in self._entered("gather_objects", lambda: self._messages.gather(data))]
+
+    def broadcast_bytes(self, data: bytes | None, root: int) -> bytes:
+        """Return the root's bytes on all ranks."""
+        return self._entered("broadcast_bytes", lambda: self._messages.broadcast(data, root))
+
+    def agree(self, counts: Sequence[int]) -> Handle:
+        """Start to add up every rank's counts; see ``interfaces.World``."""
+        handle = self._messages.add(counts)
+        # Only waiting for it can hang: until then it may be under way for as long as a step takes.
+        return Later(lambda: self._entered("agree", handle.wait))
+
+    def _entered(self, operation: str, call: Callable[[], Any]) -> Any:
+        """Do what all ranks do, and have it in the flight recorder."""
+        number = self.ledger.begin(operation, "", self._everyone)
+        result = call()
+        self.ledger.end(number)
+        return result
+
+    def any(self, flag: bool) -> bool:
+        """Return whether any rank's flag is set."""
+        return any(self.gather_objects(bool(flag)))
+
+    def raw(self, collective: str, array: np.ndarray, in_place: bool = False) -> Callable[[], Any] | None:
+        """Return mpi4py's collective on buffers made here; None where ranks met without MPI."""
+        if self._communicator is None:
+            return None
+        comm, parts = self._communicator, self.size
+        received = np.zeros(array.size * (parts if collective == "all_gather" else 1), array.dtype)
+        in_place_marker = sys.modules["mpi4py.MPI"].IN_PLACE
+        if collective == "reduce_scatter":
+            received = received[: array.size // parts].copy()
+        return {
+            "all_reduce": lambda: comm.Allreduce(in_place_marker if in_place else array, received),
+            "all_gather": lambda: comm.Allgather(array, received),
+            "reduce_scatter": lambda: comm.Reduce_scatter_block(array, received),
+            "broadcast": lambda: comm.Bcast(array, 0),
+            "all_to_all": lambda: comm.Alltoall(array, received),
+        }[collective]
+
+    def abort(self, code: int) -> None:
+        """End all ranks: MPI's launcher is told; horovodrun ends the others when one exits with an error."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if self._communicator is not None:
+            self._communicator.Abort(code)
+        os._exit(code)

@@ -1,0 +1,119 @@
+"""Backend mpi4py: what it does beyond every backend's promises. Other backends skip these."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from hvdlm.interfaces import RankError, World
+
+FRAMEWORK = os.environ.get("HVDLM_TEST_FRAMEWORK", "torch")
+
+
+@pytest.fixture(autouse=True)
+def _only_mpi4py(world: World) -> None:
+    if world.transport != "mpi4py":
+        pytest.skip(f"transport {world.transport} sums no half precision and checks no names")
+
+
+def half(values: np.ndarray, dtype: str):
+    """Return the framework's tensor of 16-bit floats, and a function that returns a tensor's values as float32."""
+    if FRAMEWORK == "torch":
+        import torch
+
+        return torch.from_numpy(values).to(getattr(torch, dtype)), lambda t: t.float().numpy()
+    import tensorflow as tf
+
+    return tf.cast(values, dtype), lambda t: tf.cast(t, tf.float32).numpy()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_added_in_float32_and_rounded_once_per_sum(world: World, dtype: str) -> None:
+    kind = np.dtype(np.float16) if dtype == "float16" else np.dtype(ml_dtypes.bfloat16)
+    parts = [
+        np.random.default_rng(rank).normal(size=5000).astype(kind).astype(np.float32) for rank in range(world.size)
+    ]
+    tensor, wide = half(parts[world.rank], dtype)
+    group = world.group(range(world.size))
+    total = wide(group.all_reduce_async(tensor, f"half.{dtype}").wait())
+    exact = np.sum(np.array(parts, np.float64), 0)
+    step = 2.0**-10 if dtype == "float16" else 2.0**-7
+    assert np.abs(total - exact).max() <= (world.size - 1) * step * np.abs(np.array(parts)).sum(0).max() / 2
+    if world.size == 2:
+        np.testing.assert_array_equal(total, (parts[0] + parts[1]).astype(kind).astype(np.float32))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_travels_unchanged(world: World, dtype: str) -> None:
+    values = (np.arange(8) + 8 * world.rank).astype(np.float32)
+    tensor, wide = half(values, dtype)
+    group = world.group(range(world.size))
+    assert wide(group.all_gather(tensor, f"gather.{dtype}")).tolist() == list(range(8 * world.size))
+    last = world.size - 1
+    assert wide(group.broadcast(tensor, last, f"from.{dtype}")).tolist() == (np.arange(8) + 8 * last).tolist()
+
+
+def test_large_sums_travel_while_the_caller_computes(world: World, tensor) -> None:
+    group, array = world.group(range(world.size)), np.ones(4_000_000, np.float32)
+    handle = group.all_reduce_async(tensor(array), "background")
+    deadline = time.monotonic() + 60
+    before = world.transfer_seconds()
+    while world.transfer_seconds() == before and time.monotonic() < deadline:
+        time.sleep(0.01)  # nobody waits for it
+    assert world.transfer_seconds() > before
+    np.testing.assert_array_equal(np.asarray(handle.wait()), np.full(array.shape, world.size, np.float32))
+
+
+def test_a_rank_that_waits_for_another_sleeps(world: World, tensor) -> None:
+    """Until all ranks are ready, a started sum takes no core from what its rank computes."""
+    group = world.group(range(world.size))
+    group.barrier()
+    if world.rank == world.size - 1:
+        time.sleep(1.0)
+        group.all_reduce_async(tensor(np.ones(4, np.float32)), "late").wait()
+        return
+    handle = group.all_reduce_async(tensor(np.ones(4, np.float32)), "late")
+    began = time.process_time()
+    time.sleep(0.8)
+    used = time.process_time() - began
+    handle.wait()
+    assert used < 0.4, f"{used:.2f} s of core time in 0.8 s"
+
+
+def test_ranks_that_come_to_different_collectives_are_told(world: World, tensor) -> None:
+    group = world.group(range(world.size))
+    name = f"mine.{min(world.rank, 1)}"
+    for call in (lambda t: group.all_reduce_async(t, name).wait(), lambda t: group.all_gather(t, name)):
+        with pytest.raises(RankError, match=r"rank 0: all_\w+ mine\.0 float32.*rank 1: all_\w+ mine\.1 float32"):
+            call(tensor(np.ones(4, np.float32)))
+    shape = (4 + min(world.rank, 1),)
+    with pytest.raises(
+        RankError, match=r"rank 0: all_reduce shapes float32\[4\].*rank 1: all_reduce shapes float32\[5\]"
+    ):
+        group.all_reduce_async(tensor(np.ones(shape, np.float32)), "shapes").wait()
+    total = group.all_reduce_async(tensor(np.ones(4, np.float32)), "afterwards").wait()
+    assert np.asarray(total).tolist() == [world.size] * 4
+
+
+def test_uneven_sums_are_scattered_and_empty_ones_pass(world: World, tensor) -> None:
+    group, size = world.group(range(world.size)), world.size
+    rows = 2 * size + 1
+    values = np.arange(3 * rows, dtype=np.float32).reshape(rows, 3)
+    part = np.asarray(group.reduce_scatter(tensor(values), "uneven"))
+    first = 2 * world.rank + min(world.rank, 1)
+    np.testing.assert_array_equal(part, size * values[first : first + 2 + (world.rank == 0)])
+    empty = group.all_reduce_async(tensor(np.ones(0, np.float32)), "empty").wait()
+    assert np.asarray(empty).shape == (0,)
+    mine = np.ones((world.rank, 2), np.float32)  # rank 0 has nothing
+    assert np.asarray(group.all_gather(tensor(mine), "some")).shape == (sum(range(size)), 2)
+
+
+def test_lanes_leave_no_thread_behind(world: World) -> None:
+    lanes = [thread for thread in threading.enumerate() if thread.name.startswith("hvdlm-lane")]
+    assert len(lanes) <= len({thread.name for thread in lanes})
+    assert all(thread.daemon for thread in lanes)
