@@ -15,7 +15,7 @@ import launching
 from hvdlm.config import CommunicationConfig, Config, ParallelConfig
 from hvdlm.interfaces import HvdlmError
 from hvdlm.probes import THREADS, cores
-from hvdlm.run import choose_backend, require_framework
+from hvdlm.run import choose_backend
 from hvdlm_backends import environment, horovod, nccl
 from hvdlm_backends.gloo import GlooBackend
 from hvdlm_backends.local import LocalBackend

@@ -3,8 +3,8 @@
 Outside of graphs a tensor shares its memory with the array. Inside a graph, one operation starts a collective and
 another waits for it. A graph runs operations that don't depend on each other in any order, and the transport needs the
 same order on all ranks: each start follows the start that was traced before it. A wait follows all starts that were
-traced before it, because TensorFlow may have one thread for operations, which a wait takes. What lies on a GPU is copied
-by TensorFlow itself, through pinned memory, because these operations are placed on the CPU.
+traced before it, because TensorFlow may have one thread for operations, which a wait takes. TensorFlow itself copies
+what lies on a GPU, through pinned memory, because these operations are placed on the CPU.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from hvdlm_sharding.rules import Share
 from hvdlm_sharding.state import ShardedState, carried, joined
 from hvdlm_torch.adapters import Adapters
 from hvdlm_torch.answers import Answering
+from hvdlm_torch.compiler import compiles
 from hvdlm_torch.gradients import make_gradients
 from hvdlm_torch.memory import kept_bytes
 from hvdlm_torch.optimizers import FlatOptimizer
@@ -56,7 +57,8 @@ class TorchTrainable(Answering):
         self._wire = Wire(axes, exchange)
         self._carry: dict[int, Any] = {}
         self._kept: int | None = None
-        self._forward = torch.compile(self._losses) if config.train.compile else self._losses
+        compiled = compiles(config.train.compile, device, rank)
+        self._forward = torch.compile(self._losses) if compiled else self._losses
         exchange.open(self.layout, initial)
 
     def _leaf(self, slot: Slot) -> torch.nn.Parameter:

