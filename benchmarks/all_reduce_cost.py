@@ -1,6 +1,6 @@
 """What hvdlm adds to a sum: ``Group.all_reduce`` against mpi4py's, and 200 small tensors against one large.
 
-python benchmarks/all_reduce_cost.py [torch tensorflow]
+python benchmarks/all_reduce_cost.py [torch tensorflow] [--backend mpi4py]
 
 The first ratio is the time of ``Group.all_reduce`` of 100 MB on 2 ranks to that of mpi4py's ``Allreduce``, call by
 call in turns, in place where the framework sums in place. The second is the time of 200 tensors of 16 KB in one call to
@@ -9,6 +9,7 @@ that of one tensor of the same total.
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 
@@ -17,7 +18,7 @@ from pairing import FRAMEWORKS, Rounds, command, environment, parse_rounds, repo
 BARS = {"100 MB, Group.all_reduce against mpi4py": 1.10, "200 tensors of 16 KB against one of 3.2 MB": 1.50}
 
 
-def work(framework: str) -> None:
+def work(framework: str, backend: str) -> None:
     """Be one rank: measure both ratios, print rank 0's rounds."""
     import json
 
@@ -27,7 +28,7 @@ def work(framework: str) -> None:
     from hvdlm.bench import turns
     from hvdlm.config import Config
 
-    config = Config(framework=framework)
+    config = Config(framework=framework, backend=backend)
     config.train.batch_size = 2
     met = run.meet(config)
     group = met.world.group(range(met.world.size))
@@ -49,15 +50,23 @@ def work(framework: str) -> None:
 
 def main() -> int:
     """Measure both frameworks; return 1 where one is above its bar."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("frameworks", nargs="*", default=FRAMEWORKS)
+    parser.add_argument("--backend", default="mpi", help="mpi or mpi4py")
+    parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
+    o = parser.parse_args()
+    if o.work:
+        work(o.frameworks[0], o.backend)
+        return 0
     good = True
-    for framework in sys.argv[1:] or FRAMEWORKS:
-        worker = command("all_reduce_cost.py", 2, "--work", framework)
+    for framework in o.frameworks:
+        worker = command("all_reduce_cost.py", 2, "--work", "--backend", o.backend, framework)
         done = subprocess.run(worker, env=environment(), capture_output=True, text=True, timeout=600)
         measured: list[Rounds] = parse_rounds(done)
         for (title, bar), rounds in zip(BARS.items(), measured, strict=True):
-            good &= report(f"{title}, {framework}, seconds", rounds) <= bar
+            good &= report(f"{title}, {o.backend}, {framework}, seconds", rounds) <= bar
     return 0 if good else 1
 
 
 if __name__ == "__main__":
-    sys.exit(work(sys.argv[2]) if sys.argv[1:2] == ["--work"] else main())
+    sys.exit(main())

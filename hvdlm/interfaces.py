@@ -358,11 +358,11 @@ class HostTensors(Protocol):
         that of the result, None where it isn't known before.
         """
 
-    def flatten(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Return tensors of one dtype as one, ``[elements]``."""
+    def together(self, tensors: Sequence[Tensor], collective: HostCollective) -> Handle:
+        """Start ``collective`` (a sum) once, on the values of all ``tensors``, which are of one dtype.
 
-    def unflatten(self, flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-        """Return ``flat`` ``[elements]`` as tensors of the shapes of ``like``."""
+        The handle's result is a list of tensors of the same shapes; ``tensors`` may be overwritten.
+        """
 
 
 class Framework(Protocol):

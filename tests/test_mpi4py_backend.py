@@ -115,7 +115,6 @@ def test_a_framework_of_arrays_needs_nothing_of_its_own() -> None:
 
     assert tensors.through(given, doubled, (2, 3)).wait() is given
     assert given.tolist() == [[0, 2, 4], [6, 8, 10]]
-    parts = [np.ones((2, 2), np.float32), np.float32(3.0), np.zeros((0,), np.float32)]
-    flat = tensors.flatten(parts)
-    assert flat.tolist() == [1, 1, 1, 1, 3]
-    assert [part.shape for part in tensors.unflatten(flat, parts)] == [(2, 2), (), (0,)]
+    parts = [np.ones((2, 2), np.float32), np.full((), 3.0, np.float32), np.zeros((0,), np.float32)]
+    sums = tensors.together(parts, doubled).wait()
+    assert [part.tolist() for part in sums] == [[[2, 2], [2, 2]], 6.0, []]

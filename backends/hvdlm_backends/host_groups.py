@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from hvdlm.interfaces import Handle, HostTensors, Traffic
+from hvdlm.interfaces import Handle, HostCollective, HostTensors, Traffic
 from hvdlm.watch.ledger import Ledger
 from hvdlm_backends import mpi_collectives
 from hvdlm_backends.groups import CountedGroup
@@ -50,19 +50,29 @@ class HostGroup(CountedGroup):
     ) -> Handle:
         """Start ``call(array, communicator)``; ``shape``: of the result, None where ranks differ in it."""
         traffic, number = self._begin(operation, name, tensor)
+        handle = self._tensors.through(tensor, self._collective(operation, name, call, now), shape)
+        return _Timed(handle, traffic, partial(self._ledger.end, number)) if number else handle
+
+    def _collective(self, operation: str, name: str, call: Callable[..., np.ndarray], now: bool) -> HostCollective:
+        """Return what hands ``call`` on an array to the lane; ranks compare what they have come to."""
 
         def submit(array: np.ndarray, arrived: Callable[[], None] | None) -> Handle:
             alike = array.shape[1:] if operation == "all_gather" else array.shape
             signature = f"{operation} {name} {array.dtype}{list(alike)}"
             return self._lane.submit(partial(call, array), signature, now, arrived)
 
-        handle = self._tensors.through(tensor, submit, shape)
-        return _Timed(handle, traffic, partial(self._ledger.end, number)) if number else handle
+        return submit
 
     def _all_reduce(self, tensor: Any, name: str, op: str, now: bool) -> Handle:
         summed = mpi_collectives.adasum if op == "adasum" else mpi_collectives.all_reduce
         call = _call(summed, self._in_place)
         return self._start("all_reduce", tensor, name, call, tuple(tensor.shape), now)
+
+    def _sum_together(self, tensors: Sequence[Any], name: str) -> list[Any]:
+        traffic, number = self._begin("all_reduce", name, *tensors)
+        collective = self._collective("all_reduce", name, _call(mpi_collectives.all_reduce, self._in_place), True)
+        handle = self._tensors.together(tensors, collective)
+        return (_Timed(handle, traffic, partial(self._ledger.end, number)) if number else handle).wait()
 
     def _all_gather(self, tensor: Any, name: str, now: bool) -> Handle:
         shape = (None, *tuple(tensor.shape)[1:])
@@ -109,9 +119,8 @@ class HostGroup(CountedGroup):
         for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):  # in the same order on all ranks
             places = [i for i, tensor in enumerate(tensors) if tensor.dtype == dtype]
             members = [tensors[i] for i in places]
-            whole = self._all_reduce(self._tensors.flatten(members), f"{name}.{dtype}", "sum", True).wait()
-            for place, part in zip(places, self._tensors.unflatten(whole, members), strict=True):
-                sums[place] = part
+            for place, total in zip(places, self._sum_together(members, f"{name}.{dtype}"), strict=True):
+                sums[place] = total
         return sums
 
     def all_gather(self, tensor: Any, name: str) -> Any:

@@ -29,19 +29,17 @@ class ArrayTensors:
 
         return Later(wait)
 
-    def flatten(self, tensors: Sequence[Any]) -> Any:
-        """Return tensors of one dtype as one; see ``interfaces.HostTensors``."""
-        return self._framework.tensor(np.concatenate([np.asarray(tensor).reshape(-1) for tensor in tensors]))
+    def together(self, tensors: Sequence[Any], collective: HostCollective) -> Handle:
+        """Start ``collective`` on the values of all ``tensors``; see ``interfaces.HostTensors``."""
+        arrays = [np.asarray(tensor) for tensor in tensors]
+        handle = collective(np.concatenate([array.reshape(-1) for array in arrays]), None)
+        ends = np.cumsum([array.size for array in arrays])[:-1]
 
-    def unflatten(self, flat: Any, like: Sequence[Any]) -> list[Any]:
-        """Return ``flat`` as tensors of the shapes of ``like``; see ``interfaces.HostTensors``."""
-        array, start, found = np.asarray(flat), 0, []
-        for tensor in like:
-            shape = np.shape(tensor)
-            stop = start + int(np.prod(shape, dtype=np.int64))
-            found.append(self._framework.tensor(array[start:stop].reshape(shape)))
-            start = stop
-        return found
+        def wait() -> list[Any]:
+            parts = np.split(handle.wait(), ends)
+            return [self._framework.tensor(p.reshape(a.shape)) for p, a in zip(parts, arrays, strict=True)]
+
+        return Later(wait)
 
 
 def host_tensors(framework: Framework) -> HostTensors:

@@ -38,13 +38,10 @@ class TorchHostTensors:
             pool.append(pinned)
         return _OnGPU(collective(pinned.take(tensor), pinned.arrived), pinned, tensor)
 
-    def flatten(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return tensors of one dtype as one; see ``interfaces.HostTensors``."""
-        return _flatten_dense_tensors(tensors)
-
-    def unflatten(self, flat: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Return ``flat`` as tensors of the shapes of ``like``; see ``interfaces.HostTensors``."""
-        return list(_unflatten_dense_tensors(flat, like))
+    def together(self, tensors: Sequence[torch.Tensor], collective: HostCollective) -> Handle:
+        """Start ``collective`` on the values of all ``tensors``; see ``interfaces.HostTensors``."""
+        flat = _flatten_dense_tensors(tensors)
+        return _Together(self.through(flat, collective, tuple(flat.shape)), tensors)
 
 
 class _OnCPU:
@@ -62,6 +59,17 @@ class _OnCPU:
             with torch.no_grad():
                 self._given.copy_(self._dense)
         return self._given
+
+
+class _Together:
+    """A collective on several tensors as one."""
+
+    def __init__(self, handle: Handle, tensors: Sequence[torch.Tensor]) -> None:
+        self._handle, self._tensors = handle, tensors
+
+    def wait(self) -> list[torch.Tensor]:
+        """Return the results."""
+        return list(_unflatten_dense_tensors(self._handle.wait(), self._tensors))
 
 
 class _Pinned:
