@@ -349,7 +349,7 @@ class Config:
 
     Args:
         framework: torch or tensorflow, or one that a plugin brings
-        backend: how ranks meet: auto, local, mpi, gloo or nccl (GPUs)
+        backend: how ranks meet: auto, local, mpi, gloo, nccl (GPUs) or mpi4py (without Horovod)
         task: what is learnt
         plugins: installed plugins to use besides those that the other options name
         plugin_options: the options of plugins, by section

@@ -174,7 +174,10 @@ class Group(Protocol):
         """Start ``reduce_scatter``."""
 
     def broadcast_async(self, tensor: Tensor, root: int, name: str) -> Handle:
-        """Start ``broadcast``; goes on in the background in both frameworks (not inside a TensorFlow graph)."""
+        """Start ``broadcast`` in the background (not inside a TensorFlow graph).
+
+        Members may start several in different orders: they are matched by name.
+        """
 
     def all_to_all_async(self, tensor: Tensor, name: str) -> Handle:
         """Start ``all_to_all``."""

@@ -14,6 +14,7 @@ from hvdlm.watch.ledger import Ledger
 from hvdlm_backends import mpi_collectives
 from hvdlm_backends.groups import CountedGroup
 from hvdlm_backends.lanes import Lane
+from hvdlm_backends.named_messages import NamedMessages
 
 Shape = tuple[int | None, ...]
 
@@ -40,10 +41,10 @@ class HostGroup(CountedGroup):
     """
 
     def __init__(
-        self, lane: Lane, ranks: Sequence[int], tensors: HostTensors, in_place: bool, ledger: Ledger | None = None
+        self, lane: Lane, messages: NamedMessages, tensors: HostTensors, in_place: bool, ledger: Ledger | None = None
     ) -> None:
-        super().__init__(ranks, ledger)
-        self._lane, self._tensors, self._in_place = lane, tensors, in_place
+        super().__init__(lane.ranks, ledger)
+        self._lane, self._messages, self._tensors, self._in_place = lane, messages, tensors, in_place
 
     def _start(
         self, operation: str, tensor: Any, name: str, call: Callable[..., np.ndarray], shape: Shape, now: bool
@@ -85,8 +86,17 @@ class HostGroup(CountedGroup):
         return self._start("reduce_scatter", tensor, name, mpi_collectives.reduce_scatter, shape, now)
 
     def _broadcast(self, tensor: Any, root: int, name: str, now: bool) -> Handle:
+        traffic, number = self._begin("broadcast", name, tensor)
+
+        def post(array: np.ndarray, arrived: Callable[[], None] | None) -> Handle:
+            if arrived is not None:
+                arrived()
+            return self._messages.broadcast(array, root, name, f"broadcast {name} {array.dtype}{list(array.shape)}")
+
         call = _call(mpi_collectives.broadcast, root)
-        return self._start("broadcast", tensor, name, call, tuple(tensor.shape), now)
+        collective = self._collective("broadcast", name, call, now) if now else post
+        handle = self._tensors.through(tensor, collective, tuple(tensor.shape))
+        return _Timed(handle, traffic, partial(self._ledger.end, number)) if number else handle
 
     def _all_to_all(self, tensor: Any, name: str, now: bool) -> Handle:
         return self._start("all_to_all", tensor, name, mpi_collectives.all_to_all, tuple(tensor.shape), now)

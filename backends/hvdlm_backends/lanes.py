@@ -23,11 +23,23 @@ from hvdlm.interfaces import RankError
 _SHORTEST, _LONGEST, _GROWTH = 2e-5, 1e-3, 1.3  # seconds between looks whether all ranks are ready
 
 
+class Pause:
+    """The pauses of a thread that looks again and again whether something has come: the longer, the longer it waits."""
+
+    def __init__(self) -> None:
+        self._seconds = _SHORTEST
+
+    def sleep(self, awaited: bool) -> None:
+        """Sleep; ``awaited``: its rank has nothing to compute, so that this thread may look whenever it gets a turn."""
+        time.sleep(0.0 if awaited else self._seconds)
+        self._seconds = min(_GROWTH * self._seconds, _LONGEST)
+
+
 class Job:
     """One collective, handed over: ``wait`` returns its array."""
 
     def __init__(
-        self, call: Callable[[Any], Any], signature: str, now: bool, arrived: Callable[[], None] | None
+        self, call: Callable[[Any], Any] | None, signature: str, now: bool, arrived: Callable[[], None] | None
     ) -> None:
         self.call, self.signature, self.now, self.arrived = call, signature, now, arrived
         self.awaited = False
@@ -37,7 +49,7 @@ class Job:
 
     def finish(self, result: Any, error: BaseException | None = None) -> None:
         """Hand the result, or what went wrong, to whoever waits."""
-        self.call, self.arrived = _forgotten, None  # what they hold may be large
+        self.call, self.arrived = None, None  # what they hold may be large
         self._result, self._error = result, error
         self._done.set()
 
@@ -48,10 +60,6 @@ class Job:
         if self._error is not None:
             raise self._error
         return self._result
-
-
-def _forgotten(communicator: Any) -> None:
-    """Stand where a finished job's call stood."""
 
 
 class Lane:
@@ -65,7 +73,7 @@ class Lane:
 
     def __init__(self, communicator: Any, ranks: tuple[int, ...]) -> None:
         self.seconds = 0.0
-        self._communicator, self._ranks = communicator, ranks
+        self._communicator, self.ranks = communicator, ranks
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._guard, self._running = threading.Lock(), threading.Lock()
         self._unfinished = 0
@@ -86,7 +94,7 @@ class Lane:
             if alone:
                 self._running.acquire()
             elif self._thread is None:
-                name = f"hvdlm-lane-{'-'.join(map(str, self._ranks[:4]))}"
+                name = f"hvdlm-lane-{'-'.join(map(str, self.ranks[:4]))}"
                 self._thread = threading.Thread(target=self._work, name=name, daemon=True)
                 self._thread.start()
         if not alone:
@@ -117,6 +125,7 @@ class Lane:
                 job.arrived()
             self._agree(job)
             began = time.perf_counter()
+            assert job.call is not None
             result = job.call(self._communicator)
             self.seconds += time.perf_counter() - began
         except BaseException as raised:  # whoever waits is to see it
@@ -137,12 +146,10 @@ class Lane:
         if job.now:
             self._communicator.Allreduce(sent, largest, mpi.MAX)
         else:
-            request, pause = self._communicator.Iallreduce(sent, largest, mpi.MAX), _SHORTEST
+            request, pause = self._communicator.Iallreduce(sent, largest, mpi.MAX), Pause()
             while not request.Test():
-                # Whoever waits has nothing to compute: then this thread may look as often as it gets a turn.
-                time.sleep(0.0 if job.awaited else pause)
-                pause = min(_GROWTH * pause, _LONGEST)
+                pause.sleep(job.awaited)
         if largest[0] != -largest[1]:
             calls = self._communicator.allgather(job.signature)
-            each = "; ".join(f"rank {rank}: {call}" for rank, call in zip(self._ranks, calls, strict=True))
+            each = "; ".join(f"rank {rank}: {call}" for rank, call in zip(self.ranks, calls, strict=True))
             raise RankError(f"ranks have come to different collectives: {each}.")

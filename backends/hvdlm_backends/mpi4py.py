@@ -19,6 +19,7 @@ from hvdlm_backends.host_tensors import host_tensors
 from hvdlm_backends.lanes import Lane
 from hvdlm_backends.local import AloneGroup, LocalWorld
 from hvdlm_backends.messages import MPIMessages
+from hvdlm_backends.named_messages import NamedMessages
 from hvdlm_backends.worlds import RanksWorld
 
 
@@ -34,15 +35,16 @@ class MPIWorld(RanksWorld):
         super().__init__(rank, size, MPIMessages(communicator), communicator)
         self.local_rank, self.local_size = launch.local_rank, launch.local_size
         tensors = host_tensors(framework)
-        self._lanes: list[Lane] = []
+        self._busy: list[Lane | NamedMessages] = []
         self._groups: dict[tuple[int, ...], Group] = {}
         for number, ranks in enumerate(dict.fromkeys([tuple(range(size)), *map(tuple, groups)])):
             if len(ranks) == 1 or rank not in ranks:
                 continue
             members = communicator.Get_group().Incl(ranks)
-            lane = Lane(communicator.Create_group(members, number), ranks)
-            self._lanes.append(lane)
-            self._groups[ranks] = HostGroup(lane, ranks, tensors, framework.in_place, self.ledger)
+            own = communicator.Create_group(members, number)
+            lane, messages = Lane(own, ranks), NamedMessages(own, f"hvdlm-{number}")
+            self._busy += [lane, messages]
+            self._groups[ranks] = HostGroup(lane, messages, tensors, framework.in_place, self.ledger)
 
     def group(self, ranks: Sequence[int]) -> Group:
         """Return the group of these ranks; see ``interfaces.World``."""
@@ -55,12 +57,12 @@ class MPIWorld(RanksWorld):
 
     def transfer_seconds(self) -> float:
         """Return the seconds that this rank's collectives took, in the background or not."""
-        return sum(lane.seconds for lane in self._lanes)
+        return sum(thread.seconds for thread in self._busy)
 
     def close(self) -> None:
         """Finish what is under way."""
-        for lane in self._lanes:
-            lane.close()
+        for thread in self._busy:
+            thread.close()
 
 
 class MPI4PyBackend:

@@ -104,7 +104,7 @@ def all_gather(array: np.ndarray, communicator: Any) -> np.ndarray:
     lengths = np.empty(communicator.Get_size(), np.int64)
     communicator.Allgather(np.array([array.shape[0]], np.int64), lengths)
     whole = empty((int(lengths.sum()), *array.shape[1:]), array.dtype)
-    sent, received = _movable(array), _movable(whole)
+    sent, received = as_integers(array), as_integers(whole)
     if (lengths == lengths[0]).all():
         communicator.Allgather(sent, received)
     else:
@@ -131,14 +131,14 @@ def broadcast(array: np.ndarray, root: int, communicator: Any) -> np.ndarray:
     received = empty(array.shape, array.dtype)
     if communicator.Get_rank() == root:
         received[...] = array
-    communicator.Bcast(_movable(received), root)
+    communicator.Bcast(as_integers(received), root)
     return received
 
 
 def all_to_all(array: np.ndarray, communicator: Any) -> np.ndarray:
     """Return ``[n, ...]``: part j of every member's equally split ``[n, ...]`` goes to member j."""
     received = empty(array.shape, array.dtype)
-    communicator.Alltoall(_movable(array), _movable(received))
+    communicator.Alltoall(as_integers(array), as_integers(received))
     return received
 
 
@@ -172,7 +172,7 @@ def _summable(array: np.ndarray) -> np.ndarray:
     return flat.view(np.uint16) if flat.dtype.name in _HALF else flat
 
 
-def _movable(array: np.ndarray) -> np.ndarray:
+def as_integers(array: np.ndarray) -> np.ndarray:
     """Return the flat view as integers of the same width, which MPI moves whatever they mean."""
     return array.reshape(-1).view(f"u{array.dtype.itemsize}") if array.dtype.itemsize in (1, 2, 4, 8) else array
 

@@ -113,6 +113,21 @@ def test_uneven_sums_are_scattered_and_empty_ones_pass(world: World, tensor) -> 
     assert np.asarray(group.all_gather(tensor(mine), "some")).shape == (sum(range(size)), 2)
 
 
+def test_broadcasts_in_the_background_are_matched_by_name(world: World, tensor) -> None:
+    """Stages of a pipeline start them in different orders."""
+    group, last = world.group(range(world.size)), world.size - 1
+    names = [f"named.{number}" for number in range(4)]
+    handles = {}
+    for name in names if world.rank else reversed(names):
+        handles[name] = group.broadcast_async(tensor(np.full(5, ord(name[-1]) + world.rank, np.float32)), last, name)
+    for name in names:
+        assert np.asarray(handles[name].wait()).tolist() == [ord(name[-1]) + last] * 5
+    handle = group.broadcast_async(tensor(np.ones(4 if world.rank == last else 6, np.float32)), last, "shapes")
+    if world.rank != last:
+        with pytest.raises(RankError, match=r"broadcast shapes float32.*24 bytes were expected, 16 came"):
+            handle.wait()
+
+
 def test_lanes_leave_no_thread_behind(world: World) -> None:
     lanes = [thread for thread in threading.enumerate() if thread.name.startswith("hvdlm-lane")]
     assert len(lanes) <= len({thread.name for thread in lanes})
