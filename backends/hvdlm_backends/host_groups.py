@@ -28,10 +28,11 @@ class _Timed:
     def wait(self) -> Any:
         """Return the result."""
         started = time.perf_counter()
-        result = self._handle.wait()
-        self._traffic.seconds += time.perf_counter() - started
-        self._ended()
-        return result
+        try:
+            return self._handle.wait()
+        finally:
+            self._traffic.seconds += time.perf_counter() - started
+            self._ended()
 
 
 class HostGroup(CountedGroup):
