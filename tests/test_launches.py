@@ -39,6 +39,25 @@ def test_every_rank_passes(launcher: str, ranks: int, framework: str, told: Path
     assert done.stdout.count(" passed") == ranks, done.stdout[-3000:]
 
 
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_every_rank_passes_without_horovod(framework: str, told: Path) -> None:
+    """Backend mpi4py: what Horovod does, and what it doesn't (tests/parallel/test_host_tensors.py)."""
+    tests = {"HVDLM_TEST_FRAMEWORK": framework, "HVDLM_TEST_RANKS": "2", "HVDLM_TEST_BACKEND": "mpi4py"}
+    output = told / f"mpi4py-2-{framework}.npz"
+    less = LAYOUTS if framework == "tensorflow" else []
+    done = launch("mpirun", 2, [*PYTEST, "tests/parallel", *less], timeout=1800, HVDLM_TEST_OUTPUT=str(output), **tests)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
+    assert done.stdout.count(" passed") == 2, done.stdout[-3000:]
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_every_exchange_has_the_curve_of_mpi_without_horovod(framework: str, told: Path) -> None:
+    without, horovod = (curves(told, f"{name}-2-{framework}") for name in ("mpi4py", "mpirun"))
+    assert without.keys() == horovod.keys() and len(without) >= 14
+    for name, curve in without.items():
+        assert curve == pytest.approx(horovod[name], abs=1e-6), name
+
+
 def curves(told: Path, name: str, what: str = "losses") -> dict[str, np.ndarray]:
     """Return each variant's losses ``[steps]`` or parameters ``[steps, elements]`` in one launch."""
     path = told / f"{name}.npz"
