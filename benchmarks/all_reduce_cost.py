@@ -18,7 +18,7 @@ from pairing import FRAMEWORKS, Rounds, command, environment, parse_rounds, repo
 BARS = {"100 MB, Group.all_reduce against mpi4py": 1.10, "200 tensors of 16 KB against one of 3.2 MB": 1.50}
 
 
-def work(framework: str, backend: str) -> None:
+def work(framework: str, backend: str, most: int) -> None:
     """Be one rank: measure both ratios, print rank 0's rounds."""
     import json
 
@@ -42,7 +42,7 @@ def work(framework: str, backend: str) -> None:
         (lambda: group.all_reduce(small, "small"), lambda: group.all_reduce([one], "one"), 100),
     )
     for first, second, calls in pairs:
-        rounds = turns(met.world, group, [first, second], calls)
+        rounds = turns(met.world, group, [first, second], min(calls, most))
         if met.world.rank == 0:
             print("ROUNDS", json.dumps(list(zip(*rounds, strict=True))), flush=True)
     met.world.close()
@@ -53,14 +53,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("frameworks", nargs="*", default=FRAMEWORKS)
     parser.add_argument("--backend", default="mpi", help="mpi or mpi4py")
+    parser.add_argument("--calls", type=int, default=100, help="of each, at most")
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     o = parser.parse_args()
     if o.work:
-        work(o.frameworks[0], o.backend)
+        work(o.frameworks[0], o.backend, o.calls)
         return 0
     good = True
     for framework in o.frameworks:
-        worker = command("all_reduce_cost.py", 2, "--work", "--backend", o.backend, framework)
+        worker = command("all_reduce_cost.py", 2, "--work", "--backend", o.backend, "--calls", str(o.calls), framework)
         done = subprocess.run(worker, env=environment(), capture_output=True, text=True, timeout=600)
         measured: list[Rounds] = parse_rounds(done)
         for (title, bar), rounds in zip(BARS.items(), measured, strict=True):
