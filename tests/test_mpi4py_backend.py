@@ -13,7 +13,7 @@ from hvdlm import run as runs
 from hvdlm.interfaces import Done, HvdlmError
 from hvdlm_backends.host_tensors import ArrayTensors, host_tensors
 from hvdlm_backends.mpi4py import MPI4PyBackend
-from launching import SMALL, launch, losses
+from launching import SMALL, launch, losses, meddled
 
 FRAMEWORKS = ["torch", "tensorflow"]
 # As in an environment where pip has installed no Horovod.
@@ -52,6 +52,17 @@ def test_it_is_taken_where_there_is_no_horovod_and_says_so_once(tmp_path: Path) 
     assert done.stdout.count(said) == 1, done.stdout
     assert len(curve) == 12
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["backend"] == "mpi4py"
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_a_rank_that_hangs_is_named(framework: str, tmp_path: Path) -> None:
+    sleep = "if step == 4 and self.world.rank == 1: time.sleep(600)"
+    options = ["--train.steps", "30", "--communication.timeout", "5", "--log.run", str(tmp_path / "run")]
+    options += ["--framework", framework, "--backend", "mpi4py"]
+    done = launch("mpirun", 2, [*meddled(sleep), *SMALL, *options], timeout=120)
+    assert done.returncode == 1, done.stderr[-3000:]
+    assert "hvdlm: the run hangs (--communication.timeout 5)" in done.stderr
+    assert "rank 1: nothing so far" in done.stderr, done.stderr[-3000:]
 
 
 def test_a_framework_that_horovod_does_not_know_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
