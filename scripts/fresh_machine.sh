@@ -45,14 +45,16 @@ check() {
         bookworm | trixie | sid) ;;
         *) fail "the first argument is a suite of Debian: bookworm, trixie or sid, not '${1-}'" ;;
     esac
-    [[ $compiler =~ ^(g|clang)\+\+(-[0-9]+)?$ ]] || fail "COMPILER is g++ or clang++, with a version or not, not '$compiler'"
+    [[ $compiler =~ ^(g|clang)\+\+(-[0-9]+)?$ ]] ||
+        fail "COMPILER is g++ or clang++, with a version or not, not '$compiler'"
     [[ $(id -u) == 0 ]] || fail "a root of Debian is made by root alone: call this with sudo"
     for program in debootstrap unshare; do
         command -v $program >/dev/null || fail "$program is needed and not on PATH (Debian: apt-get install $program)"
     done
     unshare --mount --pid --uts --fork true 2>/dev/null ||
         fail "this machine gives no namespaces of mounts and processes, as containers without CAP_SYS_ADMIN"
-    git -C "$(dirname "$0")" rev-parse -q --verify HEAD >/dev/null || fail "the committed tree is copied: call it in a clone"
+    git -C "$(dirname "$0")" rev-parse -q --verify HEAD >/dev/null ||
+        fail "the committed tree is copied: call it in a clone"
 }
 
 mirror() {
@@ -66,20 +68,22 @@ mirror() {
 }
 
 make_root() {  # SUITE ROOT: unpack the stored root, or make it and store it
-    local names stored
+    local names stored update="apt-get -o Acquire::Check-Valid-Until=false update"  # a mirror may be a frozen copy
     names="make python3 python3-dev python3-venv $(packages_of_options | xargs)"
     stored=$STORE/$1-$(sha256sum <<<"$names" | cut -c 1-12).tar
-    if [[ ! -e $stored ]]; then
-        echo "fresh_machine: making a root of $1 with $names"
-        debootstrap --variant=minbase "$1" "$2" ${mirror:+"$mirror"} >"$STORE/debootstrap.log" ||
-            fail "debootstrap failed, see $STORE/debootstrap.log"
-        enter "$2" bash -c "apt-get update && apt-get install -y --no-install-recommends $names && apt-get clean" \
-            >"$STORE/apt.log" || fail "apt-get failed, see $STORE/apt.log"
-        tar -C "$2" --one-file-system -cf "$stored.partial" .
-        mv "$stored.partial" "$stored"
-    else
+    if [[ -e $stored ]]; then
         tar -C "$2" -xf "$stored"
+        mount_kernel "$2"
+        return
     fi
+    echo "fresh_machine: making a root of $1 with $names"
+    debootstrap --variant=minbase "$1" "$2" ${mirror:+"$mirror"} >"$STORE/debootstrap.log" ||
+        fail "debootstrap failed, see $STORE/debootstrap.log"
+    mount_kernel "$2"
+    enter "$2" bash -c "$update && apt-get install -y --no-install-recommends $names && apt-get clean" \
+        >"$STORE/apt.log" 2>&1 || fail "apt-get failed, see $STORE/apt.log"
+    tar -C "$2" --one-file-system -cf "$stored.partial" .
+    mv "$stored.partial" "$stored"
 }
 
 show() {  # ROOT PATH: bind PATH of this machine into ROOT, read-only
@@ -94,12 +98,13 @@ show() {  # ROOT PATH: bind PATH of this machine into ROOT, read-only
     mount -o remount,bind,ro "$1$2"
 }
 
-show_pip() {  # ROOT: the files that pip is configured by, and whatever paths they and the environment name
+show_pip() {  # ROOT: the files that pip is configured by, and the paths that they and the environment name
+    # Of a package index in a folder, .../simple, the files lie beside it.
     local path
     python3 -m pip --version >/dev/null 2>&1 || return 0
     {
         python3 -m pip config debug | sed -n 's/^ *\(.*\), exists: True$/\1/p'
-        python3 -m pip config list | sed -E "s/^[^=]*=//; s/[ '\"]+/\n/g" | sed 's|^file://||'
+        python3 -m pip config list | sed -E "s/^[^=]*=//; s/[ '\"]+/\n/g" | sed -E 's|^file://||; s|/simple/?$||'
         printf '%s\n' "${SSL_CERT_FILE-}" "${REQUESTS_CA_BUNDLE-}"
     } | grep '^/' | sort -u | while read -r path; do show "$1" "$path"; done
 }
@@ -115,7 +120,7 @@ mount_kernel() {  # ROOT
 enter() {  # ROOT COMMAND...: with the environment of a first login, and what pip needs to reach its index
     local root=$1 kept=() name
     shift
-    for name in "${!PIP_@}" http_proxy https_proxy no_proxy HTTP_PROXY HTTPS_PROXY NO_PROXY SSL_CERT_FILE REQUESTS_CA_BUNDLE; do
+    for name in "${!PIP_@}" {http,https,no}_proxy {HTTP,HTTPS,NO}_PROXY SSL_CERT_FILE REQUESTS_CA_BUNDLE; do
         [[ -z ${!name-} ]] || kept+=("$name=${!name}")
     done
     [[ $version == "" ]] || kept+=("CXX=$compiler" "CC=${compiler/g++/gcc}")
@@ -133,7 +138,6 @@ inside() {  # SUITE ROOT [COMMAND]: the part in namespaces of its own
     make_root "$suite" "$root"
     cp /etc/resolv.conf "$root/etc/"
     echo "127.0.0.1 localhost" >"$root/etc/hosts"
-    mount_kernel "$root"
     show_pip "$root"
     if [[ -n ${PYTHON-} && $PYTHON == */* ]]; then
         [[ ! -d $PYTHON ]] || PYTHON=$PYTHON/bin/python3
@@ -149,7 +153,7 @@ inside() {  # SUITE ROOT [COMMAND]: the part in namespaces of its own
     fi
     case $MPI in
         none | openmpi | mpich) ;;
-        *) before="$python -m venv ~/mpi && ~/mpi/bin/python -m pip install -q '$MPI' && export PATH=~/mpi/bin:\$PATH && " ;;
+        *) before="$python -m venv ~/mpi; ~/mpi/bin/pip install -q '$MPI'; export PATH=~/mpi/bin:\$PATH; " ;;
     esac
     # shellcheck disable=SC2016  # the root's shell expands these
     [[ $# -gt 0 ]] || set -- 'for framework in $FRAMEWORKS; do make demo FRAMEWORK=$framework; done; make short'
@@ -177,11 +181,16 @@ child=$!
 clean_up() {
     kill -KILL "$child" 2>/dev/null || true
     wait "$child" 2>/dev/null || true
-    if [[ ${KEEP-} == 1 ]]; then echo "fresh_machine: the root stays in $root"; else rm -rf --one-file-system "$root"; fi
+    if [[ ${KEEP-} == 1 ]]; then
+        echo "fresh_machine: the root stays in $root"
+        return
+    fi
+    rm -rf --one-file-system "$root"
 }
 trap clean_up EXIT
 trap 'exit 130' INT TERM HUP
 code=0
 wait "$child" || code=$?
-echo "fresh_machine: $suite, $COMPILER, MPI $MPI, $FRAMEWORKS: code $code after $(((SECONDS - started) / 60)) min $(((SECONDS - started) % 60)) s"
+took=$((SECONDS - started))
+echo "fresh_machine: $suite, $COMPILER, MPI $MPI, $FRAMEWORKS: code $code after $((took / 60)) min $((took % 60)) s"
 exit "$code"
