@@ -9,7 +9,7 @@ from hvdlm_horovod.edit import Edit
 # for the next look. With HOROVOD_IDLE_CYCLE_TIME (milliseconds; unset: as released) a thread without work sleeps that
 # long, and a tensor that is handed over wakes it at once.
 _IDLE = "HOROVOD_IDLE_CYCLE_TIME: a background thread without work sleeps until a tensor is handed over."
-EDITS = (
+EDITS: tuple[Edit, ...] = (
     Edit("horovod/common/tensor_queue.h", "#include <iostream>\n", "#include <chrono>\n#include <iostream>\n", _IDLE),
     Edit(
         "horovod/common/tensor_queue.h",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hvdlm_horovod.edit import Edit
 
-EDITS = (
+EDITS: tuple[Edit, ...] = (
     Edit(
         "CMakeLists.txt",
         "set(CMAKE_CXX_STANDARD 14)",
