@@ -3,7 +3,7 @@
 #
 #   scripts/fresh_machine.sh bookworm|trixie|sid [COMMAND]
 #
-# The default command is `make demo`, then `make short`, for every framework. Options are environment variables:
+# The default command is `make setup`, `make demo` for every framework, and `make short`. Options are environment variables:
 #   FRAMEWORKS  torch (default), tensorflow, or both
 #   COMPILER    g++ (default), clang++, "clang++ -stdlib=libc++", or one of a version: g++-13
 #   PYTHON      a folder of another Python than Debian's, seen there at the same path, read-only
@@ -156,7 +156,7 @@ inside() {  # SUITE ROOT [COMMAND]: the part in namespaces of its own
         *) before="$python -m venv ~/mpi; ~/mpi/bin/pip install -q '$MPI'; export PATH=~/mpi/bin:\$PATH; " ;;
     esac
     # shellcheck disable=SC2016  # the root's shell expands these
-    [[ $# -gt 0 ]] || set -- 'for framework in $FRAMEWORKS; do make demo FRAMEWORK=$framework; done; make short'
+    [[ $# -gt 0 ]] || set -- 'make setup; for name in $FRAMEWORKS; do make demo FRAMEWORK=$name; done; make short'
     enter "$root" bash -c "$compiler --version | head -n 1; $python --version"
     enter "$root" bash -ec "cd ~/hvdlm && export PYTHON=$python && $before$*"
 }
