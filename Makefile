@@ -48,7 +48,7 @@ SHORT := tests/test_walls.py tests/test_backends.py tests/test_doctor.py tests/t
 
 short:  ## a few minutes of the tests, for FRAMEWORKS: one launch over every backend, and what depends on the machine
 	@$(PYTHON) scripts/setup_environment.py $(FRAMEWORKS)
-	@python -m pytest -q $(SHORT) -k "$(foreach name,torch tensorflow,$(if $(filter $(name),$(or $(FRAMEWORKS),$(name))),,not $(name)))"
+	@python -m pytest -q $(SHORT) -k "$(strip $(foreach name,torch tensorflow,$(if $(filter $(name),$(or $(FRAMEWORKS),$(name))),,not $(name))))"
 
 fresh:  ## make demo and make short on new roots of Debian 12, 13 and unstable (root and debootstrap needed; an hour)
 	@for suite in bookworm trixie sid; do scripts/fresh_machine.sh $$suite; done
