@@ -174,7 +174,7 @@ started=$SECONDS
 root=$(mktemp -d "${TMPDIR:-/var/tmp}/hvdlm-$suite-XXXXXX")
 chmod 755 "$root"
 set -m  # a process group of its own: an interrupt reaches this script alone, which then ends all of the namespace
-mirror=$(mirror) unshare --mount --pid --uts --ipc --fork --kill-child --mount-proc \
+mirror=$(mirror) setpriv --pdeathsig KILL unshare --mount --pid --uts --ipc --fork --kill-child --mount-proc \
     bash "$0" --inside "$suite" "$root" "$@" </dev/null &
 child=$!
 # shellcheck disable=SC2329  # called by the trap
