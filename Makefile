@@ -19,7 +19,7 @@ export CUDA_VISIBLE_DEVICES ?=
 UNTAG := sed -u -E 's/\[[0-9]+,[0-9]+\]<std(out|err)>://g; \
     /^WARNING: All log messages before absl|^I0000 .*(port|cpu_feature_guard)\.cc|^To enable the following instr/d'
 
-.PHONY: help setup demo test check format bench chaos fuzz docs results clean
+.PHONY: help setup demo test short fresh check format bench chaos fuzz docs results clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -41,6 +41,17 @@ test:  ## check, then all tests, on real ranks under the real launchers
 	@$(PYTHON) scripts/setup_environment.py torch tensorflow
 	@$(MAKE) --no-print-directory check
 	@python -m pytest tests -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
+# Unit tests of what depends on the machine, and two ranks of each framework under every launcher.
+SHORT := tests/test_walls.py tests/test_backends.py tests/test_doctor.py tests/test_descriptions.py \
+    tests/test_train.py::test_two_ranks_follow_the_curve_of_one
+
+short:  ## a few minutes of the tests, for FRAMEWORKS: one launch over every backend, and what depends on the machine
+	@$(PYTHON) scripts/setup_environment.py $(FRAMEWORKS)
+	@python -m pytest -q $(SHORT) -k "$(strip $(foreach name,torch tensorflow,$(if $(filter $(name),$(or $(FRAMEWORKS),$(name))),,not $(name))))"
+
+fresh:  ## make demo and make short on new roots of Debian 12, 13 and unstable (root and debootstrap needed; an hour)
+	@for suite in bookworm trixie sid; do scripts/fresh_machine.sh $$suite; done
 
 check:  ## format, lint, types and import walls
 	@$(PYTHON) scripts/setup_environment.py

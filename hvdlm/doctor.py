@@ -176,7 +176,8 @@ def _launchers(facts: Facts) -> Iterator[Finding]:
     version = _mpi_version(facts["mpirun"].get("version", ""))
     if not version:
         return
-    if int(version.split()[-1].split(".")[0]) >= 5:
+    patched = any(facts[name].get("patched") for name in GPUS)
+    if int(version.split()[-1].split(".")[0]) >= 5 and not patched:
         text = (
             f'{version} refuses horovodrun\'s binding options ("Executable: none"): '
             'horovodrun --binding-args="--bind-to none --map-by slot" ..., or mpirun'

@@ -33,6 +33,7 @@ SOUND: dict[str, Any] = {
 }
 MISSING = {"error": "ModuleNotFoundError: No module named 'x'"}
 V5 = {"path": "mpirun", "version": "mpirun (Open MPI) 5.0.11"}
+UNPATCHED = {**framework("2.13.0"), "patched": False}
 OTHER_MPI = {**framework("2.13.0"), "libmpi": ["/usr/lib/libmpi.so.12"]}
 NO_HOROVOD = {"version": "2.13.0", "error": "ImportError: undefined symbol"}
 GPU_WITHOUT_NCCL = {**framework("2.13.0"), "gpus": 1}
@@ -49,7 +50,7 @@ TRAPS = [
     ({"mpi4py": MISSING}, "problem", "mpi4py", "make setup"),
     ({"mpirun": {}}, "warning", "mpirun", "not on PATH"),
     ({"mpirun": V5}, "problem", "mpirun", "belongs to Open MPI 5.0"),
-    ({"mpirun": V5}, "warning", "horovodrun", "--binding-args"),
+    ({"mpirun": V5, "torch": UNPATCHED, "tensorflow": UNPATCHED}, "warning", "horovodrun", "--binding-args"),
     ({"root": True}, "warning", "root", "--allow-run-as-root"),
     ({"quota": 1.0}, "warning", "cores", "1 of 2 cores"),
     ({"environment": {"OMP_NUM_THREADS": "64"}}, "warning", "OMP_NUM_THREADS", "unset"),
