@@ -82,7 +82,7 @@ def _build_horovod(
     source = _source(target, work, log, env)
     patches.apply(source)
     (source / "horovod" / "hvdlm_build.py").write_text(record(key, compiler, request))
-    env = _settings(env, target, request, work)
+    env = _settings(env, request, work)
     if toolkit is not None:
         env = _gpu_settings(env, target, request, toolkit, work)
     wheel = ["-m", "pip", "--disable-pip-version-check", "wheel", "--verbose", "--no-deps", "--no-build-isolation"]
@@ -125,7 +125,7 @@ def _source(target: Target, work: Path, log: Path, env: dict[str, str]) -> Path:
     return work / f"horovod-{patches.VERSION}"
 
 
-def _settings(env: dict[str, str], target: Target, request: Request, work: Path) -> dict[str, str]:
+def _settings(env: dict[str, str], request: Request, work: Path) -> dict[str, str]:
     """Return ``env`` with what Horovod's build reads about MPI and the frameworks."""
     env = dict(
         env,
@@ -135,8 +135,6 @@ def _settings(env: dict[str, str], target: Target, request: Request, work: Path)
         HOROVOD_WITHOUT_MXNET="1",
         HOROVOD_CPU_OPERATIONS="MPI",
         HVDLM_RPATH=";".join(rpath(request)),
-        # Horovod asks distutils for the folder of Python's headers, which Python 3.12 no longer has.
-        CPLUS_INCLUDE_PATH=os.pathsep.join(p for p in (env.get("CPLUS_INCLUDE_PATH", ""), str(target.include)) if p),
         PATH=f"{_wrappers(request.mpi, work / 'bin')}{os.pathsep}{env['PATH']}",
     )
     env.setdefault("MAKEFLAGS", f"-j{max(1, min(os.cpu_count() or 1, 8))}")

@@ -49,7 +49,7 @@ def _parser() -> _Parser:
         "Build Horovod, patched for today's compilers and frameworks, and mpi4py for the Python, the frameworks and "
         "the MPI that are active here (mpicc on PATH; conda, venv, modules), and install both."
     )
-    builder = actions.add_parser("build", description=text, help="build the patched Horovod and install it")
+    builder = _action(actions, "build", text, "build the patched Horovod and install it")
     builder.add_argument(
         "--gpu", choices=sorted(GPU), default=None, help="GPU operations; default: HOROVOD_GPU_OPERATIONS, or none"
     )
@@ -63,8 +63,12 @@ def _parser() -> _Parser:
         help="default: those of torch and tensorflow installed here",
     )
     text = "Say what the installed Horovod can do, whether it is hvdlm's, and whether its MPI is the one on PATH."
-    actions.add_parser("check", description=text, help="say what the installed Horovod can do")
+    _action(actions, "check", text, "say what the installed Horovod can do")
     return parser
+
+
+def _action(actions: argparse._SubParsersAction[_Parser], name: str, description: str, text: str) -> _Parser:
+    return actions.add_parser(name, description=description, help=text, allow_abbrev=False)
 
 
 def _build(values: argparse.Namespace) -> int:

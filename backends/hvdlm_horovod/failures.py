@@ -26,16 +26,17 @@ ENVIRONMENT = (
     ),
     Kind(r"fatal error: Killed signal|virtual memory exhausted|std::bad_alloc|out of memory", _MEMORY),
 )
-# How compilers, CMake, linkers and nvcc write an error; the first line of the output that is one is the cause.
+# How compilers, CMake, linkers and nvcc write an error; the first line of the output that is one is the cause. pip
+# indents what a build prints.
 ERRORS = (
-    r"^(?P<file>[^\s:()]+):(?P<line>\d+):(?:\d+:)? (?:fatal |internal compiler )?error: (?P<text>.+)$",  # GCC, Clang
-    r"^(?P<file>[^\s:()]+)\((?P<line>\d+)\): (?:catastrophic |internal )?error\b[^:]*: (?P<text>.+)$",  # nvcc
-    r"^CMake Error at (?P<file>[^:]+):(?P<line>\d+) .*\n+(?P<text>.+)$",
-    r"^(?P<text>CMake Error: .+)$",
-    r"^(?:nvcc )?(?P<text>(?:fatal   : |\S*(?:\+\+|cc|clang)\S*: (?:fatal )?error: ).+)$",
-    r"^(?P<text>(?:\S*/)?(?:ld|lld|ld\.\w+): (?:error: )?(?:cannot find|undefined|unable to find).+)$",
-    r"^(?P<text>.*: undefined reference to .+)$",
-    r"^(?P<text>.*: error while loading shared libraries: .+)$",
+    r"^ *(?P<file>[^\s:()]+):(?P<line>\d+):(?:\d+:)? (?:fatal |internal compiler )?error: (?P<text>.+)$",  # GCC, Clang
+    r"^ *(?P<file>[^\s:()]+)\((?P<line>\d+)\): (?:catastrophic |internal )?error\b[^:]*: (?P<text>.+)$",  # nvcc
+    r"^ *CMake Error at (?P<file>[^:]+):(?P<line>\d+) .*\n+(?P<text>.+)$",
+    r"^ *(?P<text>CMake Error: .+)$",
+    r"^ *(?:nvcc )?(?P<text>(?:fatal   : |\S*(?:\+\+|cc|clang)\S*: (?:fatal )?error: ).+)$",
+    r"^ *(?P<text>(?:\S*/)?(?:ld|lld|ld\.\w+): (?:error: )?(?:cannot find|undefined|unable to find).+)$",
+    r"^ *(?P<text>.*: undefined reference to .+)$",
+    r"^ *(?P<text>.*: error while loading shared libraries: .+)$",
 )
 # Of what such an error says; the first that fits is what to do.
 COMPILER = (
@@ -98,7 +99,7 @@ PIP = (
     Kind(r"(?P<text>Permission denied: .+|Read-only file system.*)", "Use an environment that you may write to."),
     Kind(r"ERROR: (?P<text>Could not install packages due to .+)", "See the log."),
 )
-_PYTHON = r"^(?P<text>\w*(?:Error|Exception): .+)$"
+_PYTHON = r"^ *(?P<text>\w*(?:Error|Exception): .+)$"
 
 
 def explain(output: str, log: Path, python: str = "", compiler: str = "") -> str:
