@@ -36,7 +36,8 @@ setup:  ## set up .venv: FRAMEWORKS, MPI, Horovod, hvdlm; seconds where all is t
 
 demo:  ## train on the embedded corpus with NP ranks and FRAMEWORK, then write text
 	@$(PYTHON) scripts/setup_environment.py $(FRAMEWORK)
-	@horovodrun -np $(NP) python -m hvdlm --config examples/demo.yaml --framework $(FRAMEWORK) \
+	@launcher='mpirun --bind-to none'; [ ! -x $(BIN)/horovodrun ] || launcher=horovodrun; \
+	$$launcher -np $(NP) python -m hvdlm --config examples/demo.yaml --framework $(FRAMEWORK) \
 	    --log.run runs/demo-$(FRAMEWORK) --log.overwrite true \
 	    2> >($(UNTAG) >&2) > >($(UNTAG))
 

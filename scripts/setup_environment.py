@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "backends"))
 from hvdlm_horovod import build, cache, check, mpi, target, toolchain  # noqa: E402
-from hvdlm_horovod.console import BuildError, say  # noqa: E402
+from hvdlm_horovod.console import BuildError, NoCompilerError, say  # noqa: E402
 from hvdlm_horovod.target import FRAMEWORKS, Target  # noqa: E402
 
 VENV = ROOT / ".venv"
@@ -58,14 +58,30 @@ def _main(named: list[str], package: str) -> None:
     package = package or before.get("mpi", "")
     state = {"inputs": _inputs(), "gpu": gpu, "root": str(ROOT), "mpi": package}
     frameworks = [name for name in FRAMEWORKS if name in wanted or name in before.get("frameworks", [])]
-    if PYTHON.exists() and before == {**state, "frameworks": frameworks}:
-        return
-    toolchain.find()
+    state["frameworks"] = frameworks
+    # Without a compiler the environment is complete but for Horovod, which is built when there is one.
+    if PYTHON.exists() and {**before, "horovod": True} == {**state, "horovod": True}:
+        if before["horovod"] or not _compiler():
+            return
+    _compiler()
     _make_venv()
     with cache.lock("environment"):
-        _set_up(tuple(frameworks), gpu, package)
-    STAMP.write_text(json.dumps({**state, "frameworks": frameworks}))
-    say("everything is in place")
+        built = _set_up(tuple(frameworks), gpu, package)
+    STAMP.write_text(json.dumps({**state, "horovod": built}))
+    say("everything is in place" + ("" if built else f", but Horovod: {toolchain.NO_COMPILER_NEEDED}"))
+
+
+def _compiler() -> bool:
+    """Whether there is a C++ compiler.
+
+    Raises:
+        BuildError: there is one that can't build Horovod.
+    """
+    try:
+        toolchain.find()
+    except NoCompilerError:
+        return False
+    return True
 
 
 def _check_python() -> None:
@@ -121,9 +137,11 @@ def _make_venv() -> None:
         )
 
 
-def _set_up(frameworks: tuple[str, ...], gpu: str, package: str) -> None:
+def _set_up(frameworks: tuple[str, ...], gpu: str, package: str) -> bool:
+    """Install everything; return whether Horovod is there, which needs a compiler or a wheel in the cache."""
     venv = target.inspect(str(PYTHON))
-    toolchain.check_headers(venv)
+    if _compiler():
+        toolchain.check_headers(venv)
     log = cache.log("pip")
     constraints = _constraints(gpu)
     tensorflow = "tensorflow" if gpu else "tensorflow-cpu"
@@ -132,12 +150,22 @@ def _set_up(frameworks: tuple[str, ...], gpu: str, package: str) -> None:
     venv.pip(basis, log, f"packages for {' and '.join(frameworks)}", cwd=ROOT)
     chosen = _mpi(venv, package, constraints)
     venv = target.inspect(str(PYTHON))
-    request = build.Request(frameworks, chosen, gpu)
-    build.install(venv, [build.mpi4py(venv, chosen), build.horovod(venv, request)])
+    built = True
+    try:
+        wheels = [build.mpi4py(venv, chosen), build.horovod(venv, build.Request(frameworks, chosen, gpu))]
+        build.install(venv, wheels)
+    except NoCompilerError as error:
+        if gpu:
+            raise
+        built = False
+        say(f"without Horovod: {error}")
+        venv.pip(["install", "-c", constraints, "mpi4py"], log, "mpi4py from PyPI", cwd=ROOT)
     extras = ",".join(["dev", *(["tensorflow-gpu"] if gpu and "tensorflow" in frameworks else [])])
     editable = ["install", "-c", constraints, "--no-build-isolation", "-e", f".[{extras}]"]
     venv.pip(editable, log, "hvdlm and its own requirements", cwd=ROOT)
-    check.verify(venv, frameworks, gpu)
+    if built:
+        check.verify(venv, frameworks, gpu)
+    return built
 
 
 def _constraints(gpu: str) -> str:

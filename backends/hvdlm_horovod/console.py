@@ -16,6 +16,10 @@ class BuildError(Exception):
     """One sentence, or a few lines, about what keeps Horovod from being built here and what to do."""
 
 
+class NoCompilerError(BuildError):
+    """No C++ compiler is here."""
+
+
 def say(text: str) -> None:
     """Print a line of progress."""
     print(f"hvdlm: {text}", flush=True)

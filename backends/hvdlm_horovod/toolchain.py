@@ -10,7 +10,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from hvdlm_horovod.console import BuildError, first_line, output_of
+from hvdlm_horovod.console import BuildError, NoCompilerError, first_line, output_of
 from hvdlm_horovod.target import Target
 
 NO_COMPILER_NEEDED = "training with --backend mpi4py needs no Horovod and no compiler"
@@ -68,7 +68,7 @@ def find(path: str | None = None) -> Toolchain:
     named = shlex.split(os.environ.get("CXX", ""))
     command = named or [name for name in _CANDIDATES if shutil.which(name, path=path)][:1]
     if not command:
-        raise BuildError(
+        raise NoCompilerError(
             "Horovod needs a C++ compiler, and none is on PATH: install one (Debian: g++, Fedora: gcc-c++, conda: "
             f"cxx-compiler); {NO_COMPILER_NEEDED}"
         )
