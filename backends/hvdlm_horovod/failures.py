@@ -34,6 +34,7 @@ ERRORS = (
     r"^ *CMake Error at (?P<file>[^:]+):(?P<line>\d+) .*\n+(?P<text>.+)$",
     r"^ *(?P<text>CMake Error: .+)$",
     r"^ *(?:nvcc )?(?P<text>(?:fatal   : |\S*(?:\+\+|cc|clang)\S*: (?:fatal )?error: ).+)$",
+    r"^ *(?P<text>fatal error: .+|error: (?:invalid value|unknown argument|unsupported option|unable to) .+)$",  # Clang
     r"^ *(?P<text>(?:\S*/)?(?:ld|lld|ld\.\w+): (?:error: )?(?:cannot find|undefined|unable to find).+)$",
     r"^ *(?P<text>.*: undefined reference to .+)$",
     r"^ *(?P<text>.*: error while loading shared libraries: .+)$",
