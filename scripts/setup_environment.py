@@ -33,6 +33,7 @@ STAMP = VENV / "hvdlm-setup.json"
 OLDEST = (3, 10)
 # Measured: packages of the development environment with both frameworks; PyPI's torch with CUDA takes 5 GB of its own.
 VENV_BYTES = 4_000_000_000
+CUDA_VENV_BYTES = 10_000_000_000
 
 
 def main() -> int:
@@ -57,7 +58,8 @@ def _main(named: list[str], package: str) -> None:
     before = json.loads(STAMP.read_text()) if STAMP.exists() else {}
     package = package or before.get("mpi", "")
     state = {"inputs": _inputs(), "gpu": gpu, "root": str(ROOT), "mpi": package}
-    frameworks = [name for name in FRAMEWORKS if name in wanted or name in before.get("frameworks", [])]
+    kept = before.get("frameworks", []) if before.get("gpu") == gpu else []
+    frameworks = [name for name in FRAMEWORKS if name in wanted or name in kept]
     state["frameworks"] = frameworks
     # Without a compiler the environment is complete but for Horovod, which is built when there is one.
     if PYTHON.exists() and {**before, "horovod": True} == {**state, "horovod": True}:
@@ -109,6 +111,12 @@ def _wanted(named: list[str]) -> list[str]:
             )
     if named:
         return named
+    if os.environ.get("HOROVOD_GPU_OPERATIONS"):
+        # Their wheels are built for CUDA 13.0 and 12.5, and one Horovod is built with one CUDA.
+        say(
+            "with GPU operations for torch alone: TensorFlow's wheel is of another CUDA and wants an environment of its own"
+        )
+        return ["torch"]
     usable = [name for name in FRAMEWORKS if not target.no_wheels(name, version)]
     for name in FRAMEWORKS:
         if name not in usable:
@@ -127,7 +135,8 @@ def _make_venv() -> None:
     if PYTHON.exists():
         return
     say(f"making {VENV} with Python {platform.python_version()}")
-    toolchain.check_disk(VENV, VENV_BYTES, "the environment", "no variable, but clone hvdlm")
+    needed = CUDA_VENV_BYTES if os.environ.get("HOROVOD_GPU_OPERATIONS") else VENV_BYTES
+    toolchain.check_disk(VENV, needed, "the environment", "clone hvdlm to a larger disk")
     done = subprocess.run([sys.executable, "-m", "venv", str(VENV)], capture_output=True, text=True)
     if done.returncode:
         shutil.rmtree(VENV, ignore_errors=True)
@@ -144,7 +153,7 @@ def _set_up(frameworks: tuple[str, ...], gpu: str, package: str) -> bool:
         toolchain.check_headers(venv)
     log = cache.log("pip")
     constraints = _constraints(gpu)
-    tensorflow = "tensorflow" if gpu else "tensorflow-cpu"
+    tensorflow = "tensorflow[and-cuda]" if gpu else "tensorflow-cpu"
     packages = [tensorflow if name == "tensorflow" else name for name in frameworks]
     basis = ["install", "-c", constraints, "setuptools", "wheel", *build.RUNTIME, *packages]
     venv.pip(basis, log, f"packages for {' and '.join(frameworks)}", cwd=ROOT)

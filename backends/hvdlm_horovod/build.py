@@ -53,7 +53,8 @@ def horovod_key(target: Target, request: Request, toolkit: cuda.Cuda | None) -> 
         key[name] = installed[1]
     if toolkit is not None:
         key["cuda"] = f"{toolkit.home} {toolkit.version} {os.environ.get('HOROVOD_BUILD_CUDA_CC_LIST', '')}"
-        key["nccl"] = os.environ.get("HOROVOD_NCCL_HOME", "") or target.packages.get("nvidia-nccl-cu13", "")
+        packages = [f"{name} {version}" for name, version in target.packages.items() if name.startswith("nvidia-nccl")]
+        key["nccl"] = os.environ.get("HOROVOD_NCCL_HOME") or ", ".join(packages)
     return key
 
 

@@ -142,7 +142,8 @@ def check(target: Target, folder: Path, gpu: bool) -> None:
         raise BuildError("make is needed to build Horovod, and is not on PATH: install it (Debian and Fedora: make)")
     check_headers(target)
     check_disk(folder, CUDA_BUILD_BYTES if gpu else BUILD_BYTES, "building Horovod")
-    check_disk(Path(tempfile.gettempdir()), TEMPORARY_BYTES, "the compiler's temporary files", "TMPDIR")
+    advice = "set TMPDIR to a folder on a larger disk"
+    check_disk(Path(tempfile.gettempdir()), TEMPORARY_BYTES, "the compiler's temporary files", advice)
 
 
 def check_headers(target: Target) -> None:
@@ -161,7 +162,9 @@ def check_headers(target: Target) -> None:
         )
 
 
-def check_disk(folder: Path, needed: int, purpose: str, variable: str = "XDG_CACHE_HOME") -> None:
+def check_disk(
+    folder: Path, needed: int, purpose: str, advice: str = "set XDG_CACHE_HOME to a folder on a larger disk"
+) -> None:
     """Check that the file system of ``folder``, which need not exist yet, has ``needed`` bytes free.
 
     Raises:
@@ -172,5 +175,5 @@ def check_disk(folder: Path, needed: int, purpose: str, variable: str = "XDG_CAC
     if free < needed:
         raise BuildError(
             f"no disk space: {purpose} needs {needed / 1e9:.1f} GB in {existing}, {free / 1e9:.2f} GB are free: free "
-            f"some, or set {variable} to a folder on a larger disk"
+            f"some, or {advice}"
         )
