@@ -113,9 +113,7 @@ def _wanted(named: list[str]) -> list[str]:
         return named
     if os.environ.get("HOROVOD_GPU_OPERATIONS"):
         # Their wheels are built for CUDA 13.0 and 12.5, and one Horovod is built with one CUDA.
-        say(
-            "with GPU operations for torch alone: TensorFlow's wheel is of another CUDA and wants an environment of its own"
-        )
+        say("GPU operations for torch alone: TensorFlow's wheel is of another CUDA and wants an environment of its own")
         return ["torch"]
     usable = [name for name in FRAMEWORKS if not target.no_wheels(name, version)]
     for name in FRAMEWORKS:
