@@ -31,6 +31,14 @@ GCC_12 = """\
 make[2]: *** [horovod/torch/CMakeFiles/pytorch.dir/build.make:76: group_table.cc.o] Error 1
 ERROR: Failed building wheel for horovod
 """
+GCC_16 = """\
+gt.h:5:56: error: ‘string’ is not a member of ‘std’
+    5 | class GroupTable { void RegisterGroup(std::vector<std::string>&& tensor_names); };
+      |                                                        ^~~~~~
+gt.h:4:1: note: ‘std::string’ is defined in header ‘<string>’; this is probably fixable by adding ‘#include <string>’
+    3 | #include <unordered_map>
+  +++ |+#include <string>
+"""
 CLANG_14 = """\
 a.cc:2:29: error: no member named 'strin' in namespace 'std'
 struct T { std::vector<std::strin> names; };
@@ -114,6 +122,7 @@ OSError(28, 'No space left on device'))
     [
         (GCC_12, "horovod/common/group_table.h:2: ‘strin’ is not a member of ‘std’", "CXX="),
         (NO_HEADERS, "b.cc:1: Python.h: No such file or directory", "python3-dev"),
+        (GCC_16, "gt.h:5: ‘string’ is not a member of ‘std’", "CXX="),
         (CLANG_14, "a.cc:2: no member named 'strin' in namespace 'std'", "CXX="),
         (CLANG_NO_HEADERS, "b.cc:1: 'Python.h' file not found", "python3-dev"),
         (CLANG_LINKER, "undefined reference to `missing()'", "libstdc++"),
