@@ -24,7 +24,11 @@ ENVIRONMENT = (
         r"No space left on device|Disk quota exceeded",
         "The disk is full: free some space, or set TMPDIR and XDG_CACHE_HOME to folders on a larger disk.",
     ),
-    Kind(r"fatal error: Killed signal|virtual memory exhausted|std::bad_alloc|out of memory", _MEMORY),
+    Kind(
+        r"fatal error: Killed signal|virtual memory exhausted|(?:cc1plus|LLVM ERROR|nvcc).*: out of memory|"
+        r"throwing an instance of 'std::bad_alloc'",
+        _MEMORY,
+    ),
 )
 # How compilers, CMake, linkers and nvcc write an error; the first line of the output that is one is the cause. pip
 # indents what a build prints.
@@ -70,11 +74,11 @@ COMPILER = (
         "The compiler is too old: GCC 11 or Clang 14 at least; CXX=/path/to/g++ names one.",
     ),
     Kind(r"internal compiler error|Segmentation fault", _MEMORY),
+    Kind(r"cannot find -lstdc\+\+", "Install GCC's standard library (Debian: libstdc++-dev, or g++)."),
     Kind(
         r"cannot find -l|error while loading shared libraries|unable to find library",
         "Install the library that is named, or put its folder on LIBRARY_PATH and LD_LIBRARY_PATH.",
     ),
-    Kind(r"cannot find -lstdc\+\+", "Install GCC's standard library (Debian: libstdc++-dev, or g++)."),
     Kind(
         r"undefined reference",
         "Compiler and framework disagree about the C++ library: build with the compiler that the framework was built "
