@@ -21,6 +21,12 @@ GCC_12 = """\
 make[2]: *** [horovod/torch/CMakeFiles/pytorch.dir/build.make:76: group_table.cc.o] Error 1
 ERROR: Failed building wheel for horovod
 """
+GCC_14 = """\
+span.cc: In member function ‘span<T>& span<T>::operator=(const span<T>&)’:
+span.cc:2:106: error: assignment of read-only member ‘span<T>::count_’
+    2 | template <class T> class span { public: span& operator=(const span& other) { data_ = other.data_; count_ =
+      |                                                                                                   ~~~~~~~^
+"""
 GCC_16 = """\
 gt.h:5:56: error: ‘string’ is not a member of ‘std’
     5 | class GroupTable { void RegisterGroup(std::vector<std::string>&& tensor_names); };
@@ -112,6 +118,7 @@ OSError(28, 'No space left on device'))
     [
         (GCC_12, "horovod/common/group_table.h:2: ‘strin’ is not a member of ‘std’", "CXX="),
         (NO_HEADERS, "b.cc:1: Python.h: No such file or directory", "python3-dev"),
+        (GCC_14, "span.cc:2: assignment of read-only member ‘span<T>::count_’", "CXX="),
         (GCC_16, "gt.h:5: ‘string’ is not a member of ‘std’", "CXX="),
         (CLANG_14, "a.cc:2: no member named 'strin' in namespace 'std'", "CXX="),
         (CLANG_NO_HEADERS, "b.cc:1: 'Python.h' file not found", "python3-dev"),
