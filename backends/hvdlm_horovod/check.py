@@ -140,9 +140,14 @@ def report(target: Target) -> list[Line]:
 
 def _horovod_line(framework: str, facts: dict[str, Any]) -> Line:
     """Return the line about one framework."""
-    built = ", ".join(f"{name} {'yes' if facts[part] else 'no'}" for part, name in _PARTS.items())
+    built = ", ".join(f"{name} {_shown(facts[part])}" for part, name in _PARTS.items())
     text = f"Horovod {facts['version']} for {framework} {facts['framework']}: {built}; {_origin(facts)}"
     return Line(f"horovod.{framework}", text, bool(facts["mpi"] or facts["gloo"]))
+
+
+def _shown(built: int) -> str:
+    """Return whether Horovod was built with a library; of NCCL Horovod tells the version: 23007 is 2.30.7."""
+    return f"{built // 10000}.{built // 100 % 100}.{built % 100}" if built > 10000 else "yes" if built else "no"
 
 
 _PARTS = {"mpi": "MPI", "gloo": "Gloo", "nccl": "NCCL"}
