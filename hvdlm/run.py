@@ -6,6 +6,8 @@ import copy
 import dataclasses
 import importlib.util
 import os
+import platform
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -171,6 +173,9 @@ def require_framework(name: str, size: int, backend: str) -> None:
         raise HvdlmError(f"framework: no plugin provides {name!r}; {nearest(name, ('torch', 'tensorflow'))}")
     if name in ("torch", "tensorflow") and importlib.util.find_spec(name) is None:
         other = "tensorflow" if name == "torch" else "torch"
+        if name == "tensorflow" and sys.version_info >= (3, 14):
+            version = platform.python_version()
+            raise HvdlmError(f"framework tensorflow has no wheel for Python {version}: use 3.10 to 3.13, or torch.")
         raise HvdlmError(
             f'framework {name} is not installed here: make setup FRAMEWORKS="{name}", or --framework {other}.'
         )

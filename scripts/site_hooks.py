@@ -143,10 +143,11 @@ def _default(field: Field) -> str:
 
 def commands() -> str:
     """Return what every command's ``--help`` says; that of ``train`` is the configuration."""
+    from hvdlm import plugins
     from hvdlm.cli import COMMANDS
 
     parts = []
-    for name, what in COMMANDS.items():
+    for name, what in (COMMANDS | plugins.describe_commands()).items():
         said = "" if name == "train" else f"```text\n{_help(name)}\n```\n"
         more = "Its options are those of the [configuration](configuration.md).\n" if name == "train" else ""
         parts.append(f"## {name}\n\n{what[0].upper()}{what[1:]}. {more}\n{said}")

@@ -12,7 +12,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 TRANSPORTS = {"torch", "tensorflow", "keras", "horovod", "mpi4py"}
-ABOVE = {"hvdlm_torch", "hvdlm_tensorflow", "hvdlm_backends", "hvdlm_compression", "hvdlm_sharding", "hvdlm_trackers"}
+ABOVE = {
+    "hvdlm_torch",
+    "hvdlm_tensorflow",
+    "hvdlm_backends",
+    "hvdlm_horovod",
+    "hvdlm_compression",
+    "hvdlm_sharding",
+    "hvdlm_trackers",
+}
 FLOORS = {
     0: [
         "interfaces",
@@ -124,9 +132,16 @@ def test_trackers_know_no_framework_and_no_other_plugin() -> None:
 
 
 def test_backends_know_no_plugin() -> None:
-    for path in sources("backends"):
+    for path in sources("backends/hvdlm_backends"):
         for line, name in imports(path):
             assert name.split(".")[0] not in ABOVE - {"hvdlm_backends"}, f"{path}:{line} imports {name}"
+
+
+def test_what_builds_horovod_needs_the_standard_library_alone() -> None:
+    for path in sources("backends/hvdlm_horovod"):
+        for line, name in imports(path):
+            package = name.split(".")[0]
+            assert package in sys.stdlib_module_names | {"hvdlm_horovod"}, f"{path}:{line} imports {name}"
 
 
 def test_the_walls_are_tested_against_a_breach(tmp_path: Path) -> None:

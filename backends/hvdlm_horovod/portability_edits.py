@@ -14,9 +14,10 @@ EDITS: tuple[Edit, ...] = (
     Edit(
         "CMakeLists.txt",
         "set(CMAKE_CXX_STANDARD_REQUIRED ON)",
-        'set(CMAKE_CXX_STANDARD_REQUIRED ON)\nset(CMAKE_BUILD_RPATH "\\$ORIGIN/../../../..")',
-        "The wheel is cached and installed into other virtual environments. Where MPI is the PyPI package, "
-        "libmpi lies in the environment's lib folder, four levels above horovod/torch/mpi_lib_v2.so.",
+        "set(CMAKE_CXX_STANDARD_REQUIRED ON)\nset(CMAKE_BUILD_WITH_INSTALL_RPATH ON)\n"
+        'set(CMAKE_INSTALL_RPATH "$ENV{HVDLM_RPATH}")',
+        "The wheel is installed into other environments and on other machines: it looks for MPI, PyTorch and NCCL "
+        "where the build says (hvdlm_horovod.build.rpath), not in the folders of the environment that built it.",
     ),
     Edit(
         "horovod/torch/CMakeLists.txt",

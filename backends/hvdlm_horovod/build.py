@@ -1,0 +1,236 @@
+"""Builds the patched Horovod, and mpi4py against the same MPI, into wheels, and installs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+import tarfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from hvdlm_horovod import cache, cuda, failures, patches, toolchain
+from hvdlm_horovod.console import BuildError, run, say
+from hvdlm_horovod.mpi import Mpi
+from hvdlm_horovod.target import Target
+
+TOOLS = Path(__file__).parent / "build_tools.txt"
+RUNTIME = ("cloudpickle", "psutil", "PyYAML", "packaging", "cffi")  # what Horovod imports
+_BUILD_NAMES = {"torch": "PYTORCH", "tensorflow": "TENSORFLOW"}
+_MPI4PY = "4.1.2"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a wheel is built for: the frameworks, the MPI, and the value of HOROVOD_GPU_OPERATIONS, or empty."""
+
+    frameworks: tuple[str, ...]
+    mpi: Mpi
+    gpu: str = ""
+
+
+def horovod(target: Target, request: Request) -> Path:
+    """Return the wheel of the patched Horovod for ``request``, from the cache or built.
+
+    Raises:
+        BuildError: something is missing, or the build failed.
+    """
+    toolkit = cuda.find() if request.gpu else None
+    if toolkit is not None:
+        cuda.check_frameworks(target, request.frameworks, toolkit)
+    key = horovod_key(target, request, toolkit)
+    return cache.wheel("horovod", key, lambda folder: _build_horovod(folder, target, request, toolkit, key))
+
+
+def horovod_key(target: Target, request: Request, toolkit: cuda.Cuda | None) -> dict[str, str]:
+    """Return all that a wheel of Horovod depends on."""
+    key = _common_key(target, request.mpi) | {"patches": patches.digest(), "gpu_operations": request.gpu}
+    for name in request.frameworks:
+        installed = target.framework(name)
+        assert installed is not None
+        key[name] = installed[1]
+    if toolkit is not None:
+        key["cuda"] = f"{toolkit.home} {toolkit.version} {os.environ.get('HOROVOD_BUILD_CUDA_CC_LIST', '')}"
+        packages = [f"{name} {version}" for name, version in target.packages.items() if name.startswith("nvidia-nccl")]
+        key["nccl"] = os.environ.get("HOROVOD_NCCL_HOME") or ", ".join(packages)
+    return key
+
+
+def _common_key(target: Target, mpi: Mpi) -> dict[str, str]:
+    key = {"python": target.tag, "libc": target.libc, "mpi": mpi.identity}
+    if os.environ.get("CXX"):
+        key["compiler"] = os.environ["CXX"]
+    return key
+
+
+def _build_horovod(
+    folder: Path, target: Target, request: Request, toolkit: cuda.Cuda | None, key: dict[str, str]
+) -> None:
+    compiler = toolchain.find(target.environment()["PATH"])
+    toolchain.check(target, folder, bool(request.gpu))
+    log = cache.log("horovod")
+    log.unlink(missing_ok=True)
+    gpu = f" with {request.gpu} on GPUs (CUDA {toolkit.version})" if toolkit else ""
+    say(
+        f"Horovod {patches.VERSION}: building for {' and '.join(request.frameworks)}{gpu}, {request.mpi.version}, "
+        f"{compiler.version} (about 5 minutes on 2 cores)"
+    )
+    work = folder / "work"
+    work.mkdir()
+    env = compiler.environment(_tools(target, work, log))
+    source = _source(target, work, log, env)
+    patches.apply(source)
+    (source / "horovod" / "hvdlm_build.py").write_text(record(key, compiler, request))
+    env = _settings(env, request, work)
+    if toolkit is not None:
+        env = _gpu_settings(env, target, request, toolkit, work)
+    wheel = ["-m", "pip", "--disable-pip-version-check", "wheel", "--verbose", "--no-deps", "--no-build-isolation"]
+    run(
+        [target.python, *wheel, "-w", str(folder), str(source)],
+        log,
+        "Horovod",
+        lambda output: failures.explain(output, log, target.version, compiler.shown),
+        env,
+    )
+    shutil.rmtree(work)
+
+
+def _tools(target: Target, work: Path, log: Path) -> dict[str, str]:
+    """Install the build's own tools into a folder; return an environment in which they come first.
+
+    The environment's own setuptools, which may be too new for Horovod's setup.py, is left as it is.
+    """
+    tools = work / "tools"
+    target.pip(
+        ["install", "--target", str(tools), "-r", str(TOOLS)], log, "the build's tools, in a folder of their own"
+    )
+    env = target.environment()
+    env["PYTHONPATH"] = os.pathsep.join(p for p in (str(tools), env.get("PYTHONPATH", "")) if p)
+    cmake = tools / "cmake" / "data" / "bin" / "cmake"
+    if cmake.is_file():
+        env.setdefault("HOROVOD_CMAKE", str(cmake))
+    return env
+
+
+def _source(target: Target, work: Path, log: Path, env: dict[str, str]) -> Path:
+    """Download and unpack Horovod's source distribution."""
+    download = ["download", "--no-deps", "--no-binary", ":all:", "--no-build-isolation", "-d", str(work)]
+    target.pip([*download, f"horovod=={patches.VERSION}"], log, "Horovod's source distribution", env)
+    with tarfile.open(next(work.glob("*.tar.gz"))) as archive:
+        if hasattr(tarfile, "data_filter"):
+            archive.extractall(work, filter="data")
+        else:
+            archive.extractall(work)
+    return work / f"horovod-{patches.VERSION}"
+
+
+def _settings(env: dict[str, str], request: Request, work: Path) -> dict[str, str]:
+    """Return ``env`` with what Horovod's build reads about MPI and the frameworks."""
+    env = dict(
+        env,
+        CMAKE_POLICY_VERSION_MINIMUM="3.5",  # CMake 4 no longer reads the bundled Gloo's request for CMake 2.8
+        HOROVOD_WITH_MPI="1",
+        HOROVOD_WITH_GLOO="1",
+        HOROVOD_WITHOUT_MXNET="1",
+        HOROVOD_CPU_OPERATIONS="MPI",
+        HVDLM_RPATH=";".join(rpath(request)),
+        PATH=f"{_wrappers(request.mpi, work / 'bin')}{os.pathsep}{env['PATH']}",
+    )
+    env.setdefault("MAKEFLAGS", f"-j{max(1, min(os.cpu_count() or 1, 8))}")
+    env.pop("HOROVOD_GPU_OPERATIONS", None)
+    for name, build_name in _BUILD_NAMES.items():
+        for word in ("WITH", "WITHOUT"):
+            env.pop(f"HOROVOD_{word}_{build_name}", None)
+        env[f"HOROVOD_{'WITH' if name in request.frameworks else 'WITHOUT'}_{build_name}"] = "1"
+    return env
+
+
+def rpath(request: Request) -> list[str]:
+    """Return where Horovod's libraries look for MPI and PyTorch: nothing in the environment that they are built in."""
+    return [*request.mpi.rpath, *(["$ORIGIN/../../torch/lib"] if "torch" in request.frameworks else [])]
+
+
+def _wrappers(mpi: Mpi, folder: Path) -> Path:
+    """Make a folder with the chosen MPI's programs, for CMake, which takes the first on PATH."""
+    folder.mkdir()
+    for name, program in (
+        ("mpicc", mpi.mpicc),
+        ("mpicxx", mpi.mpicxx),
+        ("mpirun", mpi.mpirun),
+        ("mpiexec", mpi.mpirun),
+    ):
+        script = folder / name
+        script.write_text(f'#!/bin/sh\nexec "{program}" "$@"\n')
+        script.chmod(script.stat().st_mode | stat.S_IXUSR | stat.S_IXGRP | stat.S_IXOTH)
+    return folder
+
+
+def _gpu_settings(
+    env: dict[str, str], target: Target, request: Request, toolkit: cuda.Cuda, work: Path
+) -> dict[str, str]:
+    library = cuda.nccl(target, toolkit, work) if request.gpu == "NCCL" else None
+    codes = cuda.architectures(toolkit)
+    origin = f", NCCL: {library.origin}" if library else ""
+    say(f"  CUDA {toolkit.version} ({toolkit.home}), architectures {codes}{origin}")
+    env = cuda.environment(env, request.gpu, toolkit, library, codes)
+    env["HVDLM_RPATH"] = ";".join([*(library.rpath if library else ()), env["HVDLM_RPATH"]])
+    return env
+
+
+def record(key: dict[str, str], compiler: toolchain.Toolchain, request: Request) -> str:
+    """Return the module that goes into the wheel: it tells ``horovod check`` that the wheel is ours, and of what."""
+    facts = {**key, "compiler": compiler.version, "mpi": request.mpi.version, "built": time.strftime("%Y-%m-%d")}
+    return f'"""What hvdlm built this Horovod for."""\n\nBUILD = {json.dumps(facts, indent=4, sort_keys=True)}\n'
+
+
+def mpi4py(target: Target, mpi: Mpi) -> Path:
+    """Return a wheel of mpi4py built against ``mpi``, from the cache or built.
+
+    The wheels on PyPI take any libmpi at run time, which may be another one than Horovod's.
+
+    Raises:
+        BuildError: the build failed.
+    """
+    key = _common_key(target, mpi) | {"mpi4py": _MPI4PY}
+    return cache.wheel("mpi4py", key, lambda folder: _build_mpi4py(folder, target, mpi))
+
+
+def _build_mpi4py(folder: Path, target: Target, mpi: Mpi) -> None:
+    say(f"mpi4py {_MPI4PY}: building against the same MPI")
+    compiler = toolchain.find(target.environment()["PATH"])
+    toolchain.check_headers(target)
+    log = cache.log("mpi4py")
+    log.unlink(missing_ok=True)
+    env = dict(target.environment(), MPICC=mpi.mpicc)
+    rpaths = ["$ORIGIN/../../.." if entry.startswith("$ORIGIN") else entry for entry in mpi.rpath]
+    if rpaths:
+        env["LDFLAGS"] = " ".join([env.get("LDFLAGS", ""), *(f"-Wl,-rpath,'{entry}'" for entry in rpaths)]).strip()
+    # pip's own cache knows nothing of the MPI that a wheel was built against.
+    command = [target.python, "-m", "pip", "--disable-pip-version-check", "--no-cache-dir", "wheel", "--no-deps"]
+    run(
+        [*command, "--no-binary", "mpi4py", "-w", str(folder), f"mpi4py=={_MPI4PY}"],
+        log,
+        "mpi4py",
+        lambda output: failures.explain(output, log, target.version, compiler.shown),
+        env,
+    )
+
+
+def install(target: Target, wheels: list[Path], output: Path | None = None) -> None:
+    """Install the wheels and what Horovod imports; copy the wheels to ``output`` where it is named.
+
+    Raises:
+        BuildError: pip failed.
+    """
+    if output is not None:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            copies = [str(shutil.copy(wheel, output)) for wheel in wheels]
+        except OSError as error:
+            raise BuildError(f"--output {output}: {error.strerror}: name a folder that can be written") from error
+        say(f"copied to {', '.join(copies)}")
+    log = cache.log("pip")
+    target.pip(["install", *RUNTIME], log, "what Horovod imports")
+    target.pip(["install", "--force-reinstall", "--no-deps", *map(str, wheels)], log, "mpi4py and Horovod")

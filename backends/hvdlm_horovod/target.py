@@ -1,0 +1,108 @@
+"""The Python environment that Horovod is built for: the interpreter, its folders and what is installed in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from hvdlm_horovod import failures
+from hvdlm_horovod.console import BuildError, first_line, run, search_path
+
+# The distributions by which a framework may be installed; the first is that of the extra of the same name.
+FRAMEWORKS = {
+    "torch": ("torch",),
+    "tensorflow": ("tensorflow-cpu", "tensorflow", "tensorflow-gpu", "tensorflow-rocm", "intel-tensorflow"),
+}
+TENSORFLOW_LAST = (3, 13)  # the newest Python that the pinned TensorFlow has wheels for
+_FACTS = """
+import importlib.metadata, json, os, platform, sys, sysconfig
+packages = {}
+for one in importlib.metadata.distributions():
+    name = (one.metadata or {}).get("Name")
+    if name: packages.setdefault(name.lower().replace("_", "-"), one.version)
+stdlib = sysconfig.get_path("stdlib")
+print(json.dumps({
+    "prefix": sys.prefix, "include": sysconfig.get_path("include"), "version": platform.python_version(),
+    "tag": f"{sys.implementation.cache_tag}-{platform.machine()}", "site": sysconfig.get_path("platlib"),
+    "libc": "-".join(platform.libc_ver()), "packages": packages,
+    "managed": sys.prefix == sys.base_prefix and os.path.exists(os.path.join(stdlib, "EXTERNALLY-MANAGED")),
+}))
+"""
+
+
+@dataclass(frozen=True)
+class Target:
+    """An environment with ``python``; ``packages`` maps the names of distributions to their versions."""
+
+    python: str
+    prefix: Path
+    include: Path
+    site: Path
+    version: str
+    tag: str
+    libc: str
+    packages: dict[str, str]
+    managed: bool
+
+    @property
+    def scripts(self) -> Path:
+        """The folder of the interpreter and of the environment's programs."""
+        return Path(self.python).parent
+
+    def environment(self) -> dict[str, str]:
+        """Return the environment of commands: the target's programs come first on PATH."""
+        env = dict(os.environ, PATH=search_path(self.scripts))
+        env.pop("PYTHONHOME", None)
+        if self.prefix.joinpath("pyvenv.cfg").exists():
+            env["VIRTUAL_ENV"] = str(self.prefix)
+        return env
+
+    def framework(self, name: str) -> tuple[str, str] | None:
+        """Return the distribution and version by which a framework is installed, or None."""
+        return next(((d, self.packages[d]) for d in FRAMEWORKS[name] if d in self.packages), None)
+
+    def pip(
+        self, arguments: list[str], log: Path, what: str, env: dict[str, str] | None = None, cwd: Path | None = None
+    ) -> None:
+        """Run pip in the target.
+
+        Raises:
+            BuildError: it failed; the text says why and what to do.
+        """
+        command = [self.python, "-m", "pip", "--disable-pip-version-check", *arguments]
+        env = env or self.environment()
+        run(command, log, what, lambda output: failures.explain(output, log, self.version), env, cwd)
+
+    def code(self, code: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        """Run a piece of Python in the target and return what it printed."""
+        command = [self.python, "-c", code]
+        return subprocess.run(command, capture_output=True, text=True, errors="replace", env=env or self.environment())
+
+
+def inspect(python: str) -> Target:
+    """Return the environment of the interpreter ``python``.
+
+    Raises:
+        BuildError: it does not start.
+    """
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONHOME"}
+    try:
+        done = subprocess.run([python, "-c", _FACTS], capture_output=True, text=True, errors="replace", env=env)
+    except OSError as error:
+        raise BuildError(f"{python} does not start: {error.strerror}") from error
+    if done.returncode:
+        raise BuildError(f"{python} does not start: {first_line(done.stderr[-300:])}")
+    facts = json.loads(done.stdout)
+    facts |= {name: Path(facts[name]) for name in ("prefix", "include", "site")}
+    return Target(python=python, **facts)
+
+
+def no_wheels(framework: str, python: str) -> str:
+    """Return what to add to a sentence about a framework without wheels for this Python; empty: it has wheels."""
+    if framework == "tensorflow" and tuple(map(int, python.split(".")[:2])) > TENSORFLOW_LAST:
+        newest = ".".join(map(str, TENSORFLOW_LAST))
+        return f"; TensorFlow has no wheel for Python {python} (3.10 to {newest} have): use one of these, or PyTorch"
+    return ""
