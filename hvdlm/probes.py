@@ -27,8 +27,8 @@ THREADS = (
     "TF_NUM_INTRAOP_THREADS",
     "TF_NUM_INTEROP_THREADS",
 )
-# How threads wait for each other: of GCC's libgomp, of every OpenMP library, of LLVM's and Intel's.
-WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
+# How threads of OpenMP wait for each other: GCC's library reads both, the first one overrides the second.
+WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 BUILT = ("mpi_built", "gloo_built", "nccl_built")
 
 # Every probe writes JSON objects, a line each: those before a crash still count.

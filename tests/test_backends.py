@@ -133,7 +133,6 @@ def test_threads_that_wait_soon_sleep_unless_the_user_says_how(monkeypatch: pyte
         ({}, "1000"),
         ({"GOMP_SPINCOUNT": "7"}, "7"),
         ({"OMP_WAIT_POLICY": "active"}, None),  # GOMP_SPINCOUNT would override it
-        ({"KMP_BLOCKTIME": "200"}, None),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(os, "environ", {**os.environ, **given})

@@ -20,15 +20,15 @@ EDITS: tuple[Edit, ...] = (
         "  auto dev = CreateDevice(device_attr);\n"
         "\n"
         "  global_ctx = global_context.ctx;\n",
-        "Process sets, the global one too, ignored the interface that horovodrun --gloo chose and bound to the address of "
-        "the host name: without one (no line in /etc/hosts) every rank aborted, and on a machine with several "
-        "networks it could be that of another one.",
+        "Process sets, the global one too, ignored the interface that horovodrun --gloo chose and bound to the host "
+        "name's address: without one (no line in /etc/hosts) every rank aborted, and with several networks it could be "
+        "that of another one.",
     ),
     Edit(
         "horovod/runner/launch.py",
         "    if not args.disable_cache:\n",
         "    if not args.disable_cache and os.access(os.path.expanduser('~'), os.W_OK):\n",
-        "horovodrun ended with a PermissionError where the home folder can't be written (it is / in containers that run "
-        "with any user id), and made a folder called ~ where there is none. The cache only saves checks of other hosts.",
+        "horovodrun ended with a PermissionError where the home folder can't be written (/ in containers that run with "
+        "any user id), and made a folder called ~ where there is none. The cache only saves checks of other hosts.",
     ),
 )
