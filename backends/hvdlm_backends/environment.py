@@ -30,7 +30,7 @@ _STARTERS = ("horovodrun", "orte", "mpirun", "mpiexec", "prte", "hydra_", "slurm
 
 
 # For how many iterations of a few nanoseconds a thread of GCC's OpenMP library (PyTorch) waits for the others before it
-# sleeps; its own default, 300,000, takes the core from what the thread is waiting for (docs/decisions/0008).
+# sleeps; its own default, 300,000, takes the core from what the thread is waiting for (docs/decisions/0009).
 _SPIN_COUNT = "1000"
 
 
