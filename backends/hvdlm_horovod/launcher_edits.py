@@ -31,4 +31,12 @@ EDITS: tuple[Edit, ...] = (
         "horovodrun ended with a PermissionError where the home folder can't be written (/ in containers that run with "
         "any user id), and made a folder called ~ where there is none. The cache only saves checks of other hosts.",
     ),
+    Edit(
+        "horovod/runner/launch.py",
+        "CACHE_FOLDER = os.path.join(os.path.expanduser('~'), '.horovod')\n",
+        "if os.path.expanduser('~') == '~':\n"
+        "    os.environ['HOME'] = '/'\n"
+        "CACHE_FOLDER = os.path.join(os.path.expanduser('~'), '.horovod')\n",
+        "mpirun of Open MPI crashes where HOME is unset and the user id has no entry in /etc/passwd.",
+    ),
 )
