@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hvdlm.interfaces import HvdlmError
-from hvdlm.probes import BUILT, GPUS, THREADS, WAITING, Facts, gather
+from hvdlm.probes import BUILT, GPUS, SPIN_COUNT, THREADS, WAITING, Facts, gather
 from hvdlm.watch import diagnosis, evidence
 
 
@@ -229,10 +229,12 @@ def _cores(facts: Facts) -> Iterator[Finding]:
             yield Finding("warning", name, text)
         else:
             yield Finding("ok", name, f"{value} (for every rank; unset, hvdlm divides the cores by the local ranks)")
-    for name in WAITING:
-        if name in facts["environment"]:
-            text = f"{facts['environment'][name]} (how threads wait for each other; unset, hvdlm lets them sleep soon)"
-            yield Finding("ok", name, text)
+    chosen = {name: facts["environment"][name] for name in WAITING if name in facts["environment"]}
+    for name, value in chosen.items():
+        yield Finding("ok", name, f"{value} (how threads wait for each other; unset, hvdlm lets them sleep soon)")
+    if not chosen:
+        text = f"unset: hvdlm sets {SPIN_COUNT}, so that waiting threads leave their cores to other programs"
+        yield Finding("ok", WAITING[0], text)
 
 
 def _share(cores: int, ranks: int) -> str:

@@ -88,6 +88,12 @@ def test_each_trap_is_named_with_its_mending(change: dict[str, Any], level: str,
     assert report.healthy == all(f.level != "problem" for f in report.findings)
 
 
+@pytest.mark.parametrize("chosen, shown", [({}, "unset: hvdlm sets 1000"), ({"GOMP_SPINCOUNT": "7"}, "7 (how")])
+def test_the_doctor_shows_how_threads_wait(chosen: dict[str, str], shown: str) -> None:
+    findings = doctor.diagnose({**copy.deepcopy(SOUND), "environment": chosen}).findings
+    assert [f.text.startswith(shown) for f in findings if f.subject == "GOMP_SPINCOUNT"] == [True]
+
+
 def test_root_that_is_allowed_is_no_trap() -> None:
     allowed = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     assert "root" not in [f.subject for f in doctor.diagnose({**SOUND, "root": True, "environment": allowed}).findings]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from hvdlm.config import CommunicationConfig, Config
 from hvdlm.interfaces import HvdlmError
-from hvdlm.probes import THREADS, WAITING, cores
+from hvdlm.probes import SPIN_COUNT, THREADS, WAITING, cores
 
 # Most specific first: Slurm's variables are also there inside an mpirun that runs in a Slurm allocation.
 _LAUNCHERS = {
@@ -27,11 +27,6 @@ _LAUNCHERS = {
 # What the processes that start ranks are called. All but horovodrun, whose ranks over Gloo share its cores, may bind a
 # rank to some of the cores that they have themselves.
 _STARTERS = ("horovodrun", "orte", "mpirun", "mpiexec", "prte", "hydra_", "slurmstepd")
-
-
-# For how many iterations of a few nanoseconds a thread of GCC's OpenMP library (PyTorch) waits for the others before it
-# sleeps; its own default, 300,000, takes the core from what the thread is waiting for (docs/decisions/0009).
-_SPIN_COUNT = "1000"
 
 
 class Launch(NamedTuple):
@@ -84,7 +79,7 @@ def prepare(launch: Launch | None, config: Config) -> int:
     for name in THREADS:
         os.environ.setdefault(name, str(threads))
     if not any(name in os.environ for name in WAITING):
-        os.environ["GOMP_SPINCOUNT"] = _SPIN_COUNT
+        os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
     if local_size > 1 and local_size * threads >= node:
         # No core is idle, so whoever waits must give its core to one that computes: with 2 ranks on 2 cores, a step of
         # a small GPT took 77 ms instead of 109 ms with PyTorch, 85 ms instead of 137 ms with TensorFlow.
