@@ -13,6 +13,12 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Open MPI refuses to start as root (containers) unless told twice.
 export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
+# Open MPI 4 starts no rank, not even here, without an ssh client or another program that is named in its place.
+ifeq ($(shell command -v ssh rsh),)
+export OMPI_MCA_plm_rsh_agent ?= false
+endif
+# Open MPI crashes where the user id has no entry in /etc/passwd and HOME is unset (containers with any user id).
+export HOME ?= $(shell echo ~)
 # A laptop's one GPU can't serve the ranks of a demo or a test: here CPUs compute, unless you name GPUs.
 export CUDA_VISIBLE_DEVICES ?=
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from hvdlm import hookimpl, loop, run, telemetry
 from hvdlm.config import Config
+from hvdlm.control import Signals
 
 
 class Turns:
@@ -60,7 +61,7 @@ def main() -> None:
     turns = Turns(opened, plain, o.block)
     for plugin in (*telemetry.default_plugins(opened.config), turns):
         opened.manager.register(plugin)
-    loop.train(opened)
+    loop.train(opened, Signals(opened.world.rank))
     if opened.world.rank == 0:
         print("ROUNDS " + json.dumps(turns.rounds), flush=True)
     opened.world.close()

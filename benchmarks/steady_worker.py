@@ -10,6 +10,7 @@ from pathlib import Path
 
 from hvdlm import hookimpl, loop, run, telemetry
 from hvdlm.config import Config
+from hvdlm.control import Signals
 
 
 class Counter:
@@ -40,7 +41,7 @@ def main() -> None:
     opened = run.start(run.plan(config))
     for plugin in (*telemetry.default_plugins(opened.config), Counter(o.folder / f"count-{opened.world.rank}")):
         opened.manager.register(plugin)
-    loop.train(opened)
+    loop.train(opened, Signals(opened.world.rank))
 
 
 if __name__ == "__main__":

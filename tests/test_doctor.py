@@ -28,6 +28,9 @@ SOUND: dict[str, Any] = {
     "quota": None,
     "environment": {},
     "root": False,
+    "home": True,
+    "remote_shell": "ssh",
+    "host": {"name": "node1"},
     "cache": "/home/user/.cache/hvdlm",
     "free_bytes": 50e9,
 }
@@ -38,6 +41,9 @@ OTHER_MPI = {**framework("2.13.0"), "libmpi": ["/usr/lib/libmpi.so.12"]}
 NO_HOROVOD = {"version": "2.13.0", "error": "ImportError: undefined symbol"}
 GPU_WITHOUT_NCCL = {**framework("2.13.0"), "gpus": 1}
 CRASHED = {k: v for k, v in framework("2.13.0").items() if k != "mpi_threads_supported"}
+
+NO_SSH = {"path": "mpirun", "version": "mpirun (Open MPI) 4.1.8", "start_error": "-----\n plm_rsh_agent: ssh : rsh"}
+BROKEN_MPIRUN = {"path": "mpirun", "version": "mpirun (Open MPI) 4.1.8", "start_error": "------\nall slots are taken"}
 
 TRAPS = [
     ({"tensorflow": MISSING}, "warning", "tensorflow", 'make setup FRAMEWORKS="tensorflow"'),
@@ -52,6 +58,11 @@ TRAPS = [
     ({"mpirun": V5}, "problem", "mpirun", "belongs to Open MPI 5.0"),
     ({"mpirun": V5, "torch": UNPATCHED, "tensorflow": UNPATCHED}, "warning", "horovodrun", "--binding-args"),
     ({"root": True}, "warning", "root", "--allow-run-as-root"),
+    ({"remote_shell": ""}, "warning", "ssh", "only ranks on several hosts need it"),
+    ({"mpirun": NO_SSH}, "problem", "mpirun", "export OMPI_MCA_plm_rsh_agent=false"),
+    ({"mpirun": BROKEN_MPIRUN}, "problem", "mpirun", "(all slots are taken)"),
+    ({"home": False}, "warning", "home folder", "export HOME"),
+    ({"host": {"name": "node1", "error": "gaierror"}}, "warning", "host name", '"127.0.0.1 node1" to /etc/hosts'),
     ({"quota": 1.0}, "warning", "cores", "1 of 2 cores"),
     ({"environment": {"OMP_NUM_THREADS": "64"}}, "warning", "OMP_NUM_THREADS", "unset"),
     ({"environment": {"HOROVOD_DYNAMIC_PROCESS_SETS": "1"}}, "warning", "HOROVOD_DYNAMIC_PROCESS_SETS", "unset"),
@@ -76,6 +87,12 @@ def test_each_trap_is_named_with_its_mending(change: dict[str, Any], level: str,
     report = doctor.diagnose({**copy.deepcopy(SOUND), **change})
     assert any(f.level == level and f.subject == subject and words in f.text for f in report.findings), report.table()
     assert report.healthy == all(f.level != "problem" for f in report.findings)
+
+
+@pytest.mark.parametrize("chosen, shown", [({}, "unset: hvdlm sets 1000"), ({"GOMP_SPINCOUNT": "7"}, "7 (how")])
+def test_the_doctor_shows_how_threads_wait(chosen: dict[str, str], shown: str) -> None:
+    findings = doctor.diagnose({**copy.deepcopy(SOUND), "environment": chosen}).findings
+    assert [f.text.startswith(shown) for f in findings if f.subject == "GOMP_SPINCOUNT"] == [True]
 
 
 def test_root_that_is_allowed_is_no_trap() -> None:

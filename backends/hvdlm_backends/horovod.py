@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from hvdlm.interfaces import Group, HvdlmError
-from hvdlm_backends.environment import Launch
+from hvdlm_backends.environment import Launch, check_host_name
 from hvdlm_backends.groups import HorovodGroup
 from hvdlm_backends.local import AloneGroup
 from hvdlm_backends.messages import make_messages
@@ -78,6 +78,8 @@ def start(framework: str, groups: Sequence[tuple[int, ...]], launch: Launch | No
         ) from error
     size = launch.size if launch else 1
     check_gpus(hvd, framework, size)
+    if size > 1 and os.environ.get("HOROVOD_CONTROLLER") == "gloo" and _busy_counter(hvd) is None:
+        check_host_name()
     sets = {ranks: hvd.ProcessSet(list(ranks)) for ranks in groups if len(ranks) < size}
     if not sets:
         # Horovod as make setup builds it (hvdlm_horovod.patches): its thread sleeps until there is a tensor to

@@ -25,6 +25,7 @@ from hvdlm.data.tokenizers import Tokenizer, WordTokenizer
 from hvdlm.data.workers import WorkerDied
 from hvdlm.disk import write_synced
 from hvdlm.interfaces import HvdlmError
+from hvdlm_horovod.user_folders import user_cache
 
 
 def prepare(config: DataConfig, output: str | None = None, processes: int | None = None) -> TokenData:
@@ -87,7 +88,7 @@ def cache(config: DataConfig) -> Path:
     """Return the folder of prepared token folders."""
     if config.cache:
         return Path(config.cache)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hvdlm" / "tokens"
+    return user_cache() / "tokens"
 
 
 def key(*configs: DataConfig) -> str:

@@ -1,0 +1,51 @@
+"""The user's cache folder, also where there is no home folder. Standard library only: ``make setup`` begins here."""
+
+from __future__ import annotations
+
+import functools
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+
+def user_cache() -> Path:
+    """Return hvdlm's folder in the user's cache folder: in ``XDG_CACHE_HOME``, or else ``~/.cache``.
+
+    Without a home folder that can be written (containers run with any user id), it is a private folder below the
+    temporary folder, the same one for every process of this user.
+    """
+    if os.environ.get("XDG_CACHE_HOME"):
+        return Path(os.environ["XDG_CACHE_HOME"]) / "hvdlm"
+    try:
+        cache = Path.home() / ".cache" / "hvdlm"
+    except (RuntimeError, KeyError):  # HOME is unset and the user id has no passwd entry
+        return _temporary()
+    return cache if can_write(cache) else _temporary()
+
+
+def can_write(folder: Path) -> bool:
+    """Return whether ``folder`` can be written, or made where it does not exist."""
+    existing = next(f for f in (folder, *folder.parents) if f.exists())
+    return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+
+
+def read_only(checkout: Path) -> str | None:
+    """Return what to do where ``checkout`` can't be written, else None: ``make`` keeps its environment there."""
+    if os.access(checkout, os.W_OK):
+        return None
+    return (
+        f"{checkout} can't be written, and make sets up .venv and writes runs there: run it in a copy of the folder: "
+        f"cp -r {checkout} NEW_FOLDER && cd NEW_FOLDER && make setup"
+    )
+
+
+@functools.cache
+def _temporary() -> Path:
+    folder = Path(tempfile.gettempdir()) / f"hvdlm-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    status = folder.lstat()
+    if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022:
+        return folder
+    # Somebody else has made a folder of this name: what lies there must not be installed or trained on.
+    return Path(tempfile.mkdtemp(prefix="hvdlm-"))
