@@ -23,7 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "backends"))
-from hvdlm_horovod import build, cache, check, mpi, target, toolchain  # noqa: E402
+from hvdlm_horovod import build, cache, check, local_launch, mpi, target, toolchain, user_folders  # noqa: E402
 from hvdlm_horovod.console import BuildError, NoCompilerError, say  # noqa: E402
 from hvdlm_horovod.target import FRAMEWORKS, Target  # noqa: E402
 
@@ -53,6 +53,8 @@ def main() -> int:
 
 def _main(named: list[str], package: str) -> None:
     _check_python()
+    if unwritable := user_folders.read_only(ROOT):
+        raise BuildError(unwritable)
     wanted = _wanted(named)
     gpu = os.environ.get("HOROVOD_GPU_OPERATIONS", "")
     before = json.loads(STAMP.read_text()) if STAMP.exists() else {}
@@ -167,6 +169,7 @@ def _set_up(frameworks: tuple[str, ...], gpu: str, package: str) -> bool:
         built = False
         say(f"without Horovod: {error}")
         venv.pip(["install", "-c", constraints, "mpi4py"], log, "mpi4py from PyPI", cwd=ROOT)
+        local_launch.allow_without_ssh(VENV)
     extras = ",".join(["dev", *(["tensorflow-gpu"] if gpu and "tensorflow" in frameworks else [])])
     editable = ["install", "-c", constraints, "--no-build-isolation", "-e", f".[{extras}]"]
     venv.pip(editable, log, "hvdlm and its own requirements", cwd=ROOT)

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from hvdlm_horovod import patches
 from hvdlm_horovod.edit import Edit
-
 from launching import environment
 
 TWO = (Edit("a.txt", "one", "1", "digits"), Edit("a.txt", "two", "2", "digits"))

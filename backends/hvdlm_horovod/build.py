@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from hvdlm_horovod import cache, cuda, failures, patches, toolchain
+from hvdlm_horovod import cache, cuda, failures, local_launch, patches, toolchain
 from hvdlm_horovod.console import BuildError, run, say
 from hvdlm_horovod.mpi import Mpi
 from hvdlm_horovod.target import Target
@@ -234,3 +234,4 @@ def install(target: Target, wheels: list[Path], output: Path | None = None) -> N
     log = cache.log("pip")
     target.pip(["install", *RUNTIME], log, "what Horovod imports")
     target.pip(["install", "--force-reinstall", "--no-deps", *map(str, wheels)], log, "mpi4py and Horovod")
+    local_launch.allow_without_ssh(target.prefix)

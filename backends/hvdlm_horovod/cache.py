@@ -13,34 +13,19 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from hvdlm_horovod.console import say
-
-
-def folder() -> Path:
-    """Return ``$XDG_CACHE_HOME/hvdlm`` or ``~/.cache/hvdlm``, or a temporary folder where neither can be written."""
-    for base in (os.environ.get("XDG_CACHE_HOME"), os.path.expanduser("~/.cache")):
-        if base and os.path.isabs(base) and _writable(Path(base) / "hvdlm"):
-            return Path(base) / "hvdlm"
-    return Path(tempfile.gettempdir()) / f"hvdlm-cache-{os.getuid()}"
-
-
-def _writable(path: Path) -> bool:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return False
-    return os.access(path, os.W_OK | os.X_OK)
+from hvdlm_horovod.user_folders import user_cache
 
 
 def log(name: str) -> Path:
     """Return the path of a log."""
-    return folder() / "logs" / f"{name}.log"
+    return user_cache() / "logs" / f"{name}.log"
 
 
 @contextlib.contextmanager
 def lock(name: str) -> Iterator[None]:
     """Let one process at a time build ``name``; a second one then takes the cached wheel."""
-    folder().mkdir(parents=True, exist_ok=True)
-    with (folder() / f"{name}.lock").open("w") as file:
+    user_cache().mkdir(parents=True, exist_ok=True)
+    with (user_cache() / f"{name}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -48,7 +33,7 @@ def lock(name: str) -> Iterator[None]:
 def wheel(name: str, key: Mapping[str, str], build: Callable[[Path], None]) -> Path:
     """Return the wheel ``name`` for ``key``; ``build(folder)`` writes it where the cache has none."""
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    kept = folder() / "wheels" / f"{name}-{digest}"
+    kept = user_cache() / "wheels" / f"{name}-{digest}"
     with lock(kept.name):
         if not list(kept.glob("*.whl")):
             kept.parent.mkdir(parents=True, exist_ok=True)
