@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from hvdlm_horovod.user_folders import user_cache
+from hvdlm.io.user_folders import user_cache
 
 Facts = dict[str, Any]
 

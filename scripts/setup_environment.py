@@ -22,8 +22,9 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "backends"))
-from hvdlm_horovod import build, cache, check, local_launch, mpi, target, toolchain, user_folders  # noqa: E402
+sys.path[:0] = [str(ROOT), str(ROOT / "backends")]
+from hvdlm.io import user_folders  # noqa: E402
+from hvdlm_horovod import build, cache, check, local_launch, mpi, target, toolchain  # noqa: E402
 from hvdlm_horovod.console import BuildError, NoCompilerError, say  # noqa: E402
 from hvdlm_horovod.target import FRAMEWORKS, Target  # noqa: E402
 
@@ -127,6 +128,7 @@ def _wanted(named: list[str]) -> list[str]:
 def _inputs() -> str:
     """Return a digest of all files that the environment depends on."""
     files = [ROOT / "constraints.txt", ROOT / "constraints-gpu.txt", ROOT / "setup.cfg"]
+    files += [ROOT / "hvdlm" / "io" / "user_folders.py"]
     files += sorted(Path(__file__).parent.glob("*.py")) + sorted((ROOT / "backends" / "hvdlm_horovod").glob("*.*"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files if path.is_file())).hexdigest()
 

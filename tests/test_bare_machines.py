@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from hvdlm_horovod import local_launch, user_folders
+from hvdlm.io import user_folders
+from hvdlm_horovod import local_launch
 from launching import ROOT, SMALL, environment
 
 RUN = ["-m", "hvdlm", *SMALL, "--train.steps", "2"]
@@ -130,7 +131,7 @@ def test_a_folder_that_cannot_be_written_is_refused_in_a_sentence(folder: Path) 
     folder.chmod(0o755)
     done = start([*STRANGER, sys.executable, *RUN], folder, HOME=None)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "can't be written" in done.stderr, done.stderr
-    check = "import sys; from pathlib import Path; from hvdlm_horovod import user_folders as f; "
+    check = "import sys; from pathlib import Path; from hvdlm.io import user_folders as f; "
     done = start([*STRANGER, sys.executable, "-c", f"{check}print(f.read_only(Path('.')))"], folder)
     assert "can't be written" in done.stdout and "cp -r" in done.stdout
     folder.chmod(0o777)

@@ -34,6 +34,7 @@ FLOORS = {
         "validate",
         "untrusted",
         "disk",
+        "io",
         "plain_yaml",
         "terminal",
         "watch",
@@ -138,10 +139,13 @@ def test_backends_know_no_plugin() -> None:
 
 
 def test_what_builds_horovod_needs_the_standard_library_alone() -> None:
-    for path in sources("backends/hvdlm_horovod"):
+    own = {"hvdlm_horovod", "hvdlm.io.user_folders", "hvdlm.io.user_folders.user_cache"}
+    for path in [*sources("backends/hvdlm_horovod"), ROOT / "hvdlm" / "io" / "user_folders.py"]:
         for line, name in imports(path):
-            package = name.split(".")[0]
-            assert package in sys.stdlib_module_names | {"hvdlm_horovod"}, f"{path}:{line} imports {name}"
+            known = name in own or name.split(".")[0] in sys.stdlib_module_names | {"hvdlm_horovod"}
+            assert known, f"{path}:{line} imports {name}"
+    code = f"import sys; sys.path[:0] = [{str(ROOT)!r}]; import hvdlm.io.user_folders"
+    subprocess.run([sys.executable, "-I", "-S", "-c", code], check=True)  # no package is there
 
 
 def test_the_walls_are_tested_against_a_breach(tmp_path: Path) -> None:

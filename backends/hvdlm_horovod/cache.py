@@ -12,8 +12,8 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from hvdlm.io.user_folders import user_cache
 from hvdlm_horovod.console import say
-from hvdlm_horovod.user_folders import user_cache
 
 
 def log(name: str) -> Path:

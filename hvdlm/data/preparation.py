@@ -25,7 +25,7 @@ from hvdlm.data.tokenizers import Tokenizer, WordTokenizer
 from hvdlm.data.workers import WorkerDied
 from hvdlm.disk import write_synced
 from hvdlm.interfaces import HvdlmError
-from hvdlm_horovod.user_folders import user_cache
+from hvdlm.io.user_folders import user_cache
 
 
 def prepare(config: DataConfig, output: str | None = None, processes: int | None = None) -> TokenData:

@@ -1,0 +1,1 @@
+"""Files and folders: where they may lie, and how they are read and written."""
