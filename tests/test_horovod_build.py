@@ -183,3 +183,15 @@ def test_libcxx_is_replaced_by_the_standard_library_that_the_frameworks_were_bui
     monkeypatch.setenv("CXX", f"{clang} -stdlib=libc++")
     found = toolchain.find()
     assert found.command == (clang,) and found.environment({})["CXXFLAGS"] == "-stdlib=libstdc++"
+
+
+@pytest.mark.parametrize(
+    "flags, jobs",
+    [("-j1", 1), (" -j3 --jobserver-auth=3,4", 3), ("", None), (" -- FRAMEWORKS=torch", None), ("w", None)],
+)
+def test_files_are_compiled_as_make_says_or_as_the_machine_allows(
+    flags: str, jobs: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
+    monkeypatch.setattr(os, "sysconf", lambda name: 4096 if name == "SC_PAGE_SIZE" else 10 * 2**30 // 4096)
+    assert build._jobs(flags) == (5 if jobs is None else jobs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import stat
 import tarfile
@@ -19,6 +20,7 @@ from hvdlm_horovod.target import Target
 TOOLS = Path(__file__).parent / "build_tools.txt"
 RUNTIME = ("cloudpickle", "psutil", "PyYAML", "packaging", "cffi")  # what Horovod imports
 _BUILD_NAMES = {"torch": "PYTORCH", "tensorflow": "TENSORFLOW"}
+_FILE_BYTES = 2 * 2**30  # the compiler's memory for the largest files
 _MPI4PY = "4.1.2"
 
 
@@ -138,13 +140,26 @@ def _settings(env: dict[str, str], request: Request, work: Path) -> dict[str, st
         HVDLM_RPATH=";".join(rpath(request)),
         PATH=f"{_wrappers(request.mpi, work / 'bin')}{os.pathsep}{env['PATH']}",
     )
-    env.setdefault("MAKEFLAGS", f"-j{max(1, min(os.cpu_count() or 1, 8))}")
+    env["MAKEFLAGS"] = f"-j{_jobs(env.get('MAKEFLAGS', ''))}"
     env.pop("HOROVOD_GPU_OPERATIONS", None)
     for name, build_name in _BUILD_NAMES.items():
         for word in ("WITH", "WITHOUT"):
             env.pop(f"HOROVOD_{word}_{build_name}", None)
         env[f"HOROVOD_{'WITH' if name in request.frameworks else 'WITHOUT'}_{build_name}"] = "1"
     return env
+
+
+def _jobs(flags: str) -> int:
+    """Return how many files are compiled at a time: as MAKEFLAGS says, else as cores and memory allow.
+
+    Called by make, MAKEFLAGS is there, perhaps empty, and Horovod's build would then compile 8 files at a time, or one.
+    """
+    named = re.search(r"(?:^|\s)-j(\d+)", flags)
+    if named:
+        return int(named[1])
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(1, min(cores, 8, memory // _FILE_BYTES))
 
 
 def rpath(request: Request) -> list[str]:
