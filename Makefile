@@ -22,8 +22,9 @@ export HOME ?= $(shell echo ~)
 # A laptop's one GPU can't serve the ranks of a demo or a test: here CPUs compute, unless you name GPUs.
 export CUDA_VISIBLE_DEVICES ?=
 
-# horovodrun begins what a rank writes with the rank's number, and TensorFlow, at which it looks, greets with notes.
-UNTAG := sed -u -E 's/\[[0-9]+,[0-9]+\]<std(out|err)>://g; \
+# horovodrun begins what a rank writes with the rank's number, as `[1,0]<stdout>:` (Open MPI; 5.0 adds a space) or `[0] `
+# (MPICH), and TensorFlow, at which it looks, greets with notes.
+UNTAG := sed -u -E 's/\[[0-9]+,[0-9]+\]<std(out|err)>: ?//g; s/^\[[0-9]+\] ?//; \
     /^WARNING: All log messages before absl|^I0000 .*(port|cpu_feature_guard)\.cc|^To enable the following instr/d'
 
 .PHONY: help setup demo test short fresh check format bench chaos fuzz docs results clean

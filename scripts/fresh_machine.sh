@@ -3,7 +3,7 @@
 #
 #   scripts/fresh_machine.sh bookworm|trixie|sid [COMMAND]
 #
-# The default command is `make setup`, `make demo` for every framework, and `make short`. Options are environment variables:
+# The default command is `make setup`, `make demo` for every framework, and `make short`. Options, by the environment:
 #   FRAMEWORKS  torch (default), tensorflow, or both
 #   COMPILER    g++ (default), clang++, "clang++ -stdlib=libc++", or one of a version: g++-13
 #   PYTHON      a folder of another Python than Debian's, seen there at the same path, read-only
