@@ -213,9 +213,9 @@ def mpi4py(target: Target, mpi: Mpi) -> Path:
 
 
 def _build_mpi4py(folder: Path, target: Target, mpi: Mpi) -> None:
-    say(f"mpi4py {_MPI4PY}: building against the same MPI")
     compiler = toolchain.find(target.environment()["PATH"])
     toolchain.check_headers(target)
+    say(f"mpi4py {_MPI4PY}: building against the same MPI")
     log = cache.log("mpi4py")
     log.unlink(missing_ok=True)
     env = dict(target.environment(), MPICC=mpi.mpicc)
