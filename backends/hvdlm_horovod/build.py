@@ -72,7 +72,7 @@ def _build_horovod(
 ) -> None:
     compiler = toolchain.find(target.environment()["PATH"])
     toolchain.check(target, folder, bool(request.gpu))
-    log = cache.log("horovod")
+    log = cache.log("horovod", key)
     log.unlink(missing_ok=True)
     gpu = f" with {request.gpu} on GPUs (CUDA {toolkit.version})" if toolkit else ""
     say(
@@ -209,14 +209,13 @@ def mpi4py(target: Target, mpi: Mpi) -> Path:
         BuildError: the build failed.
     """
     key = _common_key(target, mpi) | {"mpi4py": _MPI4PY}
-    return cache.wheel("mpi4py", key, lambda folder: _build_mpi4py(folder, target, mpi))
+    return cache.wheel("mpi4py", key, lambda folder: _build_mpi4py(folder, target, mpi, cache.log("mpi4py", key)))
 
 
-def _build_mpi4py(folder: Path, target: Target, mpi: Mpi) -> None:
+def _build_mpi4py(folder: Path, target: Target, mpi: Mpi, log: Path) -> None:
     compiler = toolchain.find(target.environment()["PATH"])
     toolchain.check_headers(target)
     say(f"mpi4py {_MPI4PY}: building against the same MPI")
-    log = cache.log("mpi4py")
     log.unlink(missing_ok=True)
     env = dict(target.environment(), MPICC=mpi.mpicc)
     rpaths = ["$ORIGIN/../../.." if entry.startswith("$ORIGIN") else entry for entry in mpi.rpath]
@@ -246,7 +245,7 @@ def install(target: Target, wheels: list[Path], output: Path | None = None) -> N
         except OSError as error:
             raise BuildError(f"--output {output}: {error.strerror}: name a folder that can be written") from error
         say(f"copied to {', '.join(copies)}")
-    log = cache.log("pip")
+    log = cache.log("pip", target.key)
     target.pip(["install", *RUNTIME], log, "what Horovod imports")
     target.pip(["install", "--force-reinstall", "--no-deps", *map(str, wheels)], log, "mpi4py and Horovod")
     local_launch.allow_without_ssh(target.prefix)

@@ -16,9 +16,14 @@ from hvdlm.io.user_folders import user_cache
 from hvdlm_horovod.console import say
 
 
-def log(name: str) -> Path:
-    """Return the path of a log."""
-    return user_cache() / "logs" / f"{name}.log"
+def named(name: str, key: Mapping[str, str]) -> str:
+    """Return ``name`` with a digest of ``key``."""
+    return f"{name}-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]}"
+
+
+def log(name: str, key: Mapping[str, str]) -> Path:
+    """Return the path of a log; what is built or set up at the same time has other keys, and logs of its own."""
+    return user_cache() / "logs" / f"{named(name, key)}.log"
 
 
 @contextlib.contextmanager
@@ -32,8 +37,7 @@ def lock(name: str) -> Iterator[None]:
 
 def wheel(name: str, key: Mapping[str, str], build: Callable[[Path], None]) -> Path:
     """Return the wheel ``name`` for ``key``; ``build(folder)`` writes it where the cache has none."""
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    kept = user_cache() / "wheels" / f"{name}-{digest}"
+    kept = user_cache() / "wheels" / named(name, key)
     with lock(kept.name):
         if not list(kept.glob("*.whl")):
             kept.parent.mkdir(parents=True, exist_ok=True)

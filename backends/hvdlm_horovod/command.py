@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from hvdlm_horovod import build, cache, check, mpi, target, toolchain
+from hvdlm_horovod import build, check, mpi, target, toolchain
 from hvdlm_horovod.console import BuildError, say
 from hvdlm_horovod.target import FRAMEWORKS, Target
 
@@ -93,8 +93,7 @@ def _shown(here: Target, framework: str) -> str:
 
 def _wheels(here: Target, request: build.Request) -> list[Path]:
     """Return the wheels of Horovod and mpi4py."""
-    with cache.lock("horovod-build"):
-        return [build.mpi4py(here, request.mpi), build.horovod(here, request)]
+    return [build.mpi4py(here, request.mpi), build.horovod(here, request)]
 
 
 def _check_writable(here: Target) -> None:

@@ -60,6 +60,11 @@ class Target:
             env["VIRTUAL_ENV"] = str(self.prefix)
         return env
 
+    @property
+    def key(self) -> dict[str, str]:
+        """What names the environment's log and lock."""
+        return {"prefix": str(self.prefix)}
+
     def framework(self, name: str) -> tuple[str, str] | None:
         """Return the distribution and version by which a framework is installed, or None."""
         return next(((d, self.packages[d]) for d in FRAMEWORKS[name] if d in self.packages), None)
