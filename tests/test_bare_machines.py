@@ -139,6 +139,15 @@ def test_a_folder_that_cannot_be_written_is_refused_in_a_sentence(folder: Path) 
 
 
 @stranger
+def test_another_users_home_is_no_cache(folder: Path) -> None:
+    """As after ``sudo -u`` without ``-H``: HOME is a folder that this user must not even look into."""
+    (folder / "home").mkdir(mode=0o700)
+    code = ["-c", "from hvdlm import probes; print(probes.user_cache())"]
+    done = start([*STRANGER, sys.executable, *code], folder, HOME=str(folder / "home"), TMPDIR=str(folder))
+    assert done.stdout == f"{folder}/hvdlm-54321\n", done.stderr
+
+
+@stranger
 def test_horovodrun_works_where_the_home_folder_cannot_be_written(folder: Path) -> None:
     done = start([*STRANGER, "horovodrun", "-np", "2", "python", *RUN], folder, HOME="/")
     assert done.returncode == 0 and "done: validation perplexity" in done.stdout, done.stdout + done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import stat
@@ -26,8 +27,8 @@ def user_cache() -> Path:
 
 def can_write(folder: Path) -> bool:
     """Return whether ``folder`` can be written, or made where it does not exist."""
-    existing = next(f for f in (folder, *folder.parents) if f.exists())
-    return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+    existing = next(f for f in (folder, *folder.parents) if os.path.exists(f))  # Path.exists may raise PermissionError
+    return os.path.isdir(existing) and os.access(existing, os.W_OK | os.X_OK)
 
 
 def read_only(checkout: Path) -> str | None:
@@ -43,7 +44,8 @@ def read_only(checkout: Path) -> str | None:
 @functools.cache
 def _temporary() -> Path:
     folder = Path(tempfile.gettempdir()) / f"hvdlm-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
     status = folder.lstat()
     if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022:
         return folder
