@@ -73,8 +73,8 @@ def start(framework: str, groups: Sequence[tuple[int, ...]], launch: Launch | No
         hvd = importlib.import_module(f"horovod.{framework}")
     except ImportError as error:
         raise HvdlmError(
-            f"Horovod has no {framework} operations here ({str(error).splitlines()[0]}): "
-            f'build it with make setup FRAMEWORKS="{framework}".'
+            f"Horovod has no {framework} operations here ({str(error).splitlines()[0]}): python -m hvdlm horovod "
+            "build, or --backend mpi4py."
         ) from error
     size = launch.size if launch else 1
     check_gpus(hvd, framework, size)
@@ -107,5 +107,6 @@ def check_gpus(hvd: ModuleType, framework: str, size: int) -> None:
     if sys.modules["torch"].cuda.is_available():
         raise HvdlmError(
             "torch sees a GPU, but Horovod was built without CUDA and can't exchange what lies there: "
-            "HOROVOD_GPU_OPERATIONS=NCCL make setup, or hide the GPU and train on CPUs with CUDA_VISIBLE_DEVICES=''."
+            "HOROVOD_GPU_OPERATIONS=NCCL make setup (python -m hvdlm horovod build --gpu nccl), --backend mpi4py, "
+            "which copies through host memory, or CUDA_VISIBLE_DEVICES='', which hides the GPU."
         )

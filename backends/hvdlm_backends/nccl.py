@@ -60,7 +60,8 @@ def check_build(hvd: Any, framework: str) -> None:
     if not hvd.nccl_built():
         raise HvdlmError(
             f"backend nccl: Horovod was built without NCCL for {framework}: where CUDA and NCCL are, "
-            "HOROVOD_GPU_OPERATIONS=NCCL make setup; elsewhere --backend mpi."
+            "HOROVOD_GPU_OPERATIONS=NCCL make setup, or python -m hvdlm horovod build --gpu nccl; elsewhere "
+            "--backend mpi."
         )
 
 
