@@ -163,8 +163,7 @@ def _set_up(frameworks: tuple[str, ...], gpu: str, package: str) -> bool:
     venv = target.inspect(str(PYTHON))
     built = True
     try:
-        wheels = [build.mpi4py(venv, chosen), build.horovod(venv, build.Request(frameworks, chosen, gpu))]
-        build.install(venv, wheels)
+        build.install(venv, build.wheels(venv, build.Request(frameworks, chosen, gpu)))
     except NoCompilerError as error:
         if gpu:
             raise

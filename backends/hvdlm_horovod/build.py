@@ -33,15 +33,31 @@ class Request:
     gpu: str = ""
 
 
-def horovod(target: Target, request: Request) -> Path:
+def wheels(target: Target, request: Request) -> list[Path]:
+    """Return the wheels of mpi4py and of the patched Horovod, from the cache or built.
+
+    Raises:
+        BuildError: something is missing, or a build failed.
+    """
+    toolkit = _toolkit(target, request)
+    return [mpi4py(target, request.mpi), horovod(target, request, toolkit)]
+
+
+def _toolkit(target: Target, request: Request) -> cuda.Cuda | None:
+    """Return the CUDA toolkit of a build with GPU operations, after a look at the frameworks' CUDA; else None."""
+    if not request.gpu:
+        return None
+    toolkit = cuda.find()
+    cuda.check_frameworks(target, request.frameworks, toolkit)
+    return toolkit
+
+
+def horovod(target: Target, request: Request, toolkit: cuda.Cuda | None = None) -> Path:
     """Return the wheel of the patched Horovod for ``request``, from the cache or built.
 
     Raises:
         BuildError: something is missing, or the build failed.
     """
-    toolkit = cuda.find() if request.gpu else None
-    if toolkit is not None:
-        cuda.check_frameworks(target, request.frameworks, toolkit)
     key = horovod_key(target, request, toolkit)
     return cache.wheel("horovod", key, lambda folder: _build_horovod(folder, target, request, toolkit, key))
 

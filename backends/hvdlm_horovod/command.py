@@ -78,8 +78,7 @@ def _build(values: argparse.Namespace) -> int:
     names = _frameworks(here, values.frameworks)
     found = _mpi(here)
     say(f"Python {here.version} ({here.prefix}), {', '.join(_shown(here, n) for n in names)}, {found.version}")
-    wheels = _wheels(here, build.Request(names, found, gpu))
-    build.install(here, wheels, values.output)
+    build.install(here, build.wheels(here, build.Request(names, found, gpu)), values.output)
     here = target.inspect(sys.executable)
     check.verify(here, names, gpu)
     print(check.table(check.report(here)), flush=True)
@@ -89,11 +88,6 @@ def _build(values: argparse.Namespace) -> int:
 def _shown(here: Target, framework: str) -> str:
     distribution, version = here.framework(framework) or ("", "")
     return f"{distribution} {version}"
-
-
-def _wheels(here: Target, request: build.Request) -> list[Path]:
-    """Return the wheels of Horovod and mpi4py."""
-    return [build.mpi4py(here, request.mpi), build.horovod(here, request)]
 
 
 def _check_writable(here: Target) -> None:
