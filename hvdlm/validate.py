@@ -153,5 +153,11 @@ def communication(config: Config, size: int, backend: str, compressors: Mapping[
                 f"communication.reduction adasum combines ranks pair by pair, {size} is no power of two: start "
                 f"{2 ** (size.bit_length() - 1)} or {2 ** size.bit_length()} ranks."
             )
+    horovods = {"autotune": options.autotune, "timeline": options.timeline}
+    for name, value in horovods.items():
+        if value and backend == "mpi4py":
+            raise HvdlmError(
+                f"communication.{name} is Horovod's, which backend mpi4py does without: leave it out, or use --backend mpi."
+            )
     if options.autotune_log and not options.autotune:
         raise HvdlmError("communication.autotune_log needs --communication.autotune true.")

@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 
 from hvdlm import run as runs
+from hvdlm import validate
+from hvdlm.config import CommunicationConfig, Config
 from hvdlm.interfaces import Done, HvdlmError
+from hvdlm_backends import mpi_collectives
 from hvdlm_backends.host_tensors import ArrayTensors, host_tensors
 from hvdlm_backends.mpi4py import MPI4PyBackend
 from launching import SMALL, launch, losses, meddled
@@ -93,6 +96,18 @@ def test_ranks_that_gloo_started_are_refused(monkeypatch: pytest.MonkeyPatch) ->
         MPI4PyBackend().launch_shape()
 
 
+@pytest.mark.parametrize("option", [{"autotune": True}, {"timeline": "timeline.json"}])
+def test_what_only_horovod_has_is_refused(option: dict) -> None:
+    config = Config(communication=CommunicationConfig(**option))
+    validate.communication(config, 2, "mpi", {})
+    with pytest.raises(HvdlmError, match=f"communication.{next(iter(option))} is Horovod's.*--backend mpi"):
+        validate.communication(config, 2, "mpi4py", {})
+
+
+def test_adasum_needs_no_horovod() -> None:
+    validate.communication(Config(communication=CommunicationConfig(reduction="adasum")), 2, "mpi4py", {})
+
+
 def test_compiling_is_off_without_a_compiler(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     options = [*SMALL, "--train.steps", "2", "--log.run", str(tmp_path / "run"), "--train.compile", "true"]
@@ -129,3 +144,22 @@ def test_a_framework_of_arrays_needs_nothing_of_its_own() -> None:
     parts = [np.ones((2, 2), np.float32), np.full((), 3.0, np.float32), np.zeros((0,), np.float32)]
     sums = tensors.together(parts, doubled).wait()
     assert [part.tolist() for part in sums] == [[[2, 2], [2, 2]], 6.0, []]
+
+
+def test_memory_of_results_is_used_again_only_when_nobody_refers_to_it() -> None:
+    float32, shape = np.dtype(np.float32), (1000, 1000)
+    first = mpi_collectives.empty(shape, float32)
+    place = first.ctypes.data
+    assert place % 64 == 0 and first.flags.writeable
+    second = mpi_collectives.empty(shape, float32)
+    view = first[3:].T
+    del first
+    third = mpi_collectives.empty(shape, float32)
+    assert len({place, second.ctypes.data, third.ctypes.data}) == 3  # a view still shows it
+    capsule = view.__dlpack__()
+    del view
+    fourth = mpi_collectives.empty(shape, float32)
+    assert fourth.ctypes.data != place  # and so does another framework's tensor
+    del capsule
+    assert mpi_collectives.empty(shape, float32).ctypes.data == place
+    assert mpi_collectives.empty((0, 3), float32).shape == (0, 3)

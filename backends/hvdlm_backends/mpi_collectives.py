@@ -17,6 +17,7 @@ import numpy as np
 _ALIGNMENT = 64  # bytes: what TensorFlow and DLPack ask of memory that they take over without a copy
 _MOST = 2**30  # elements of one call: MPI counts in 32 bits
 _REUSED = 2**20  # bytes from which memory is kept for later results
+_LARGEST = 2**29  # bytes up to which it is: what is kept takes no more than 16 of these
 _KEPT = 16  # of the newest results
 _UNUSED = 3  # references to memory that nobody uses: the list's, the loop's and getrefcount's
 _HALF = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -31,7 +32,7 @@ class Memory:
 
     def take(self, size: int) -> np.ndarray:
         """Return ``size`` bytes that nobody else refers to, aligned for every framework."""
-        if size < _REUSED:
+        if not _REUSED <= size <= _LARGEST:
             return _aligned(size)
         with self._lock:
             for place in range(len(self._kept)):
