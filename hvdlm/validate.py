@@ -157,7 +157,8 @@ def communication(config: Config, size: int, backend: str, compressors: Mapping[
     for name, value in horovods.items():
         if value and backend == "mpi4py":
             raise HvdlmError(
-                f"communication.{name} is Horovod's, which backend mpi4py does without: leave it out, or use --backend mpi."
+                f"communication.{name} is Horovod's, which backend mpi4py does without: leave it out, or use "
+                "--backend mpi."
             )
     if options.autotune_log and not options.autotune:
         raise HvdlmError("communication.autotune_log needs --communication.autotune true.")
