@@ -76,9 +76,9 @@ def diagnose(facts: Facts | None = None) -> Report:
 
 def _python(facts: Facts) -> Iterator[Finding]:
     yield Finding("ok", "hvdlm", facts["installed"]["hvdlm"] or "not installed, run from its sources")
-    fits = (3, 10) <= sys.version_info[:2] <= (3, 13)
-    advice = "" if fits else ": hvdlm is tested on 3.10 to 3.13, make setup PYTHON=/path/to/python3.11"
-    yield Finding("ok" if fits else "warning", "Python", f"{platform.python_version()} ({sys.executable}){advice}")
+    newer = sys.version_info[:2] > (3, 13)
+    advice = ": newer than what hvdlm is tested with, 3.10 to 3.13; TensorFlow has no wheels for it" if newer else ""
+    yield Finding("warning" if newer else "ok", "Python", f"{platform.python_version()} ({sys.executable}){advice}")
 
 
 def _frameworks(facts: Facts) -> Iterator[Finding]:
