@@ -153,6 +153,7 @@ def test_the_openmp_library_of_torch_reads_the_spin_count() -> None:
 
 
 def test_a_host_name_without_address_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment.socket, "gethostname", lambda: "localhost")
     environment.check_host_name()
     monkeypatch.setattr(environment.socket, "gethostname", lambda: "no-such-host.invalid")
     with pytest.raises(HvdlmError, match=r"no-such-host.invalid has no address.*/etc/hosts"):
