@@ -227,10 +227,10 @@ class FakeWorld:
         return [np.full_like(tensors[0], self._total)]
 
 
-def test_nccl_refuses_a_horovod_without_it() -> None:
-    for framework in ("torch", "tensorflow"):
-        done = launch("mpirun", 2, ["-m", "hvdlm", "--framework", framework, "--backend", "nccl"])
-        assert done.returncode == 2 and f"Horovod was built without NCCL for {framework}" in done.stderr, done.stderr
+@pytest.mark.parametrize("framework", ["torch", "tensorflow"])
+def test_nccl_refuses_a_horovod_without_it(framework: str) -> None:
+    done = launch("mpirun", 2, ["-m", "hvdlm", "--framework", framework, "--backend", "nccl"])
+    assert done.returncode == 2 and f"Horovod was built without NCCL for {framework}" in done.stderr, done.stderr
 
 
 def test_nccl_wants_a_gpu_for_every_local_rank() -> None:
