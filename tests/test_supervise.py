@@ -414,7 +414,9 @@ def test_the_most_ranks_that_a_run_can_be_cut_into_are_started(slots: int, found
     assert hosts.ranks(slots, None, 1) == slots
 
 
-KILLED_ONCE = """if step == 25 and self.world.rank == 1 and not os.path.exists("{marker}"):
+# Once the checkpoint of step 20 has been published, which takes some steps.
+KILLED_ONCE = """published = os.path.isdir("{run}/checkpoints/step-00000020")
+        if step >= 25 and published and self.world.rank == 1 and not os.path.exists("{marker}"):
             open("{marker}", "w").close()
             os.kill(os.getpid(), signal.SIGKILL)"""
 
@@ -423,7 +425,7 @@ def test_a_killed_rank_is_survived_bit_for_bit(curve: Any, tmp_path: Path) -> No
     script(tmp_path / "hosts", "echo localhost:2")
     command = ["-m", "hvdlm", "supervise", "--backoff", "0.1", "--host_discovery_script", str(tmp_path / "hosts"), "--"]
     command += ["mpirun", "--bind-to", "none", "-H", "{hosts}", "-np", "{np}", sys.executable]
-    command += meddled(KILLED_ONCE.format(marker=tmp_path / "killed"))
+    command += meddled(KILLED_ONCE.format(marker=tmp_path / "killed", run=tmp_path / "run"))
     options = [*SMALL, *STEPS, "--checkpoint.every", "10", "--log.run", str(tmp_path / "run")]
     done = launch("", 1, [*command, *options])
     assert done.returncode == 0, done.stderr[-3000:]
