@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,9 @@ import pytest
 
 from hvdlm import run as runs
 from hvdlm import validate
-from hvdlm.config import CommunicationConfig, Config
+from hvdlm.config import CommunicationConfig, Config, TrainConfig
 from hvdlm.interfaces import Done, HvdlmError
+from hvdlm.probes import THREADS
 from hvdlm_backends import mpi_collectives
 from hvdlm_backends.host_tensors import ArrayTensors, host_tensors
 from hvdlm_backends.mpi4py import MPI4PyBackend
@@ -88,6 +90,17 @@ def test_what_is_missing_is_told_before_ranks_meet(monkeypatch: pytest.MonkeyPat
             with pytest.raises(HvdlmError, match=sentence):
                 runs.require_framework("torch", 2, backend)
             runs.require_framework("torch", 1, backend)
+
+
+@pytest.mark.parametrize("chosen, expected", [(None, "3"), ("1", "1")])
+def test_tensorflow_has_a_thread_that_starts_collectives(
+    chosen: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        kept = {k: v for k, v in os.environ.items() if k not in THREADS}
+        patch.setattr(os, "environ", kept | ({"TF_NUM_INTEROP_THREADS": chosen} if chosen else {}))
+        assert MPI4PyBackend().prepare(Config(train=TrainConfig(threads=2))) == 2
+        assert os.environ["TF_NUM_INTEROP_THREADS"] == expected
 
 
 def test_ranks_that_gloo_started_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,7 +82,12 @@ class MPI4PyBackend:
     def prepare(self, config: Config) -> int:
         """Set thread counts and settings before anything reads them; return framework threads per rank."""
         mpi.find_installation()
-        return environment.prepare(environment.detect(), config)
+        chosen = os.environ.get("TF_NUM_INTEROP_THREADS")
+        threads = environment.prepare(environment.detect(), config)
+        if chosen is None:
+            # A thread that computes gets to what starts a collective at the end of the backward pass only.
+            os.environ["TF_NUM_INTEROP_THREADS"] = str(threads + 1)
+        return threads
 
     def start(self, framework: Framework, groups: Sequence[tuple[int, ...]], config: Config) -> World:
         """Start MPI, and a lane for each group.

@@ -239,12 +239,13 @@ class TensorFlowTrainable(Answering):
             gradients and for the other stages; 1 where the update was applied.
         """
         exchange = self._exchange
+        # Traced first: TensorFlow runs stateful operations (timestamps, collectives of some transports) in the order of
+        # the trace, and what follows here waits for all buckets.
+        handles = [exchange.start(bucket, index) for index, bucket in enumerate(buckets or [])]
         with tf.control_dependencies(buckets or []):
             # Not right after the forward pass: Horovod's thread would take a core from the backward pass.
             totals = tf.stack([loss_sum, figures[2]])
             ready = tf.timestamp()
-        handles = [exchange.start(bucket, index) for index, bucket in enumerate(buckets or [])]
-        # After the buckets: a transport may start collectives in the order in which they are traced.
         metrics = exchange.start_metrics(totals) if exchange.parts == 1 else None
         reduced = [handle.wait() for handle in handles]
         if exchange.scatters_every:
