@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -73,6 +74,8 @@ def work(o: argparse.Namespace) -> None:
 
     from hvdlm.interfaces import Batch
 
+    # What mpi4py sets for TensorFlow, for both: the first of them to prepare would decide.
+    os.environ.setdefault("TF_NUM_INTEROP_THREADS", "2")
     both = [Trained(backend, o) for backend in BACKENDS]
     world = both[0].world
     tokens = (
