@@ -91,8 +91,8 @@ def work(o: argparse.Namespace) -> None:
         rounds.append([seconds[id(trained)] for trained in both])
     if world.rank == 0:
         print("ROUNDS", json.dumps(rounds[1:]), flush=True)
-        told = {"hidden": [trained.hidden() for trained in both], "losses": [trained.losses for trained in both]}
-        print("TOLD", json.dumps(told), flush=True)
+        figures = {"hidden": [trained.hidden() for trained in both], "losses": [trained.losses for trained in both]}
+        print("FIGURES", json.dumps(figures), flush=True)
     for trained in reversed(both):
         trained.world.close()
 
@@ -114,14 +114,14 @@ def main() -> int:
         worker = command("without_horovod.py", 2, "--framework", framework, *options)
         done = subprocess.run(worker, env=environment(), capture_output=True, text=True, timeout=1800)
         ratio = report(f"tokens/s of mpi4py to mpi, {framework}", parse_rounds(done)[0])
-        told = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("TOLD "))[5:])
+        figures = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("FIGURES "))[8:])
         shares = ", ".join(
             f"{name} {'unknown' if share is None else f'{share:.0%}'}"
-            for name, share in zip(BACKENDS, told["hidden"], strict=True)
+            for name, share in zip(BACKENDS, figures["hidden"], strict=True)
         )
-        apart = max(abs(a - b) for a, b in zip(*told["losses"], strict=True))
+        apart = max(abs(a - b) for a, b in zip(*figures["losses"], strict=True))
         print(
-            f"  communication hidden: {shares}; losses differ by {apart:.1e} at most in {len(told['losses'][0])} steps"
+            f"  communication hidden: {shares}; losses differ by {apart:.1e} at most in {len(figures['losses'][0])} steps"
         )
         good &= ratio >= BAR
     return 0 if good else 1

@@ -53,8 +53,8 @@ def test_the_curve_is_that_of_mpi(framework: str, tmp_path: Path) -> None:
 def test_it_is_taken_where_there_is_no_horovod_and_says_so_once(tmp_path: Path) -> None:
     done, curve = train(tmp_path / "run", start=("-c", WITHOUT_HOROVOD))
     assert done.returncode == 0, done.stderr[-3000:]
-    said = "backend mpi4py carries this run, since Horovod is not installed (python -m hvdlm horovod build)"
-    assert done.stdout.count(said) == 1, done.stdout
+    line = "backend mpi4py carries this run, since Horovod is not installed (python -m hvdlm horovod build)"
+    assert done.stdout.count(line) == 1, done.stdout
     assert len(curve) == 12
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["backend"] == "mpi4py"
 
