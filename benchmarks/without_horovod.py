@@ -120,9 +120,8 @@ def main() -> int:
             for name, share in zip(BACKENDS, figures["hidden"], strict=True)
         )
         apart = max(abs(a - b) for a, b in zip(*figures["losses"], strict=True))
-        print(
-            f"  communication hidden: {shares}; losses differ by {apart:.1e} at most in {len(figures['losses'][0])} steps"
-        )
+        steps = len(figures["losses"][0])
+        print(f"  communication hidden: {shares}; losses differ by {apart:.1e} at most in {steps} steps")
         good &= ratio >= BAR
     return 0 if good else 1
 
