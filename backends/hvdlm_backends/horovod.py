@@ -13,10 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
-from hvdlm.interfaces import Group, HvdlmError
+from hvdlm.interfaces import HvdlmError
 from hvdlm_backends.environment import Launch, check_host_name
 from hvdlm_backends.groups import HorovodGroup
-from hvdlm_backends.local import AloneGroup
 from hvdlm_backends.messages import make_messages
 from hvdlm_backends.worlds import RanksWorld
 
@@ -35,23 +34,11 @@ class HorovodWorld(RanksWorld):
     def __init__(self, hvd: ModuleType, sets: Mapping[tuple[int, ...], Any], communicator: Any = None) -> None:
         super().__init__(hvd.rank(), hvd.size(), make_messages(hvd, communicator), communicator)
         self.local_rank, self.local_size = hvd.local_rank(), hvd.local_size()
-        everyone = tuple(range(self.size))
-        whole = HorovodGroup(hvd, everyone, hvd.global_process_set, self.ledger)
-        self._hvd, self._sets = hvd, sets
-        self._groups: dict[tuple[int, ...], Group] = {everyone: whole}
+        self._hvd = hvd
+        for ranks, process_set in {tuple(range(self.size)): hvd.global_process_set, **sets}.items():
+            self._groups[ranks] = HorovodGroup(hvd, ranks, process_set, self.ledger)
         self._busy = _busy_counter(hvd)
         self.transport = "gloo" if communicator is None else "mpi"
-
-    def group(self, ranks: Sequence[int]) -> Group:
-        """Return the group of these ranks; see ``interfaces.World``."""
-        key = tuple(ranks)
-        if len(key) == 1:
-            return AloneGroup(key[0])
-        if key not in self._groups:
-            if key not in self._sets:
-                raise HvdlmError(f"ranks {key} are no group of this run's mesh: groups are declared at the start.")
-            self._groups[key] = HorovodGroup(self._hvd, key, self._sets[key], self.ledger)
-        return self._groups[key]
 
     def transfer_seconds(self) -> float | None:
         """Return what Horovod as make setup builds it (hvdlm_horovod.patches) counts; None for any other build."""

@@ -12,12 +12,12 @@ from typing import Any
 
 from hvdlm import hookimpl
 from hvdlm.config import Config
-from hvdlm.interfaces import Framework, Group, HvdlmError, World
+from hvdlm.interfaces import Framework, HvdlmError, World
 from hvdlm_backends import environment, mpi
 from hvdlm_backends.host_groups import HostGroup
 from hvdlm_backends.host_tensors import host_tensors
 from hvdlm_backends.lanes import Lane
-from hvdlm_backends.local import AloneGroup, LocalWorld
+from hvdlm_backends.local import LocalWorld
 from hvdlm_backends.messages import MPIMessages
 from hvdlm_backends.named_messages import NamedMessages
 from hvdlm_backends.worlds import RanksWorld
@@ -36,7 +36,6 @@ class MPIWorld(RanksWorld):
         self.local_rank, self.local_size = launch.local_rank, launch.local_size
         tensors = host_tensors(framework)
         self._busy: list[Lane | NamedMessages] = []
-        self._groups: dict[tuple[int, ...], Group] = {}
         for number, ranks in enumerate(dict.fromkeys([tuple(range(size)), *map(tuple, groups)])):
             if len(ranks) == 1 or rank not in ranks:
                 continue
@@ -45,15 +44,6 @@ class MPIWorld(RanksWorld):
             lane, messages = Lane(own, ranks), NamedMessages(own, f"hvdlm-{number}")
             self._busy += [lane, messages]
             self._groups[ranks] = HostGroup(lane, messages, tensors, framework.in_place, self.ledger)
-
-    def group(self, ranks: Sequence[int]) -> Group:
-        """Return the group of these ranks; see ``interfaces.World``."""
-        key = tuple(ranks)
-        if len(key) == 1:
-            return AloneGroup(key[0])
-        if key not in self._groups:
-            raise HvdlmError(f"ranks {key} are no group of this run's mesh: groups are declared at the start.")
-        return self._groups[key]
 
     def transfer_seconds(self) -> float:
         """Return the seconds that this rank's collectives took, in the background or not."""

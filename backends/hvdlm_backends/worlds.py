@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from hvdlm.interfaces import Handle
+from hvdlm.interfaces import Group, Handle, HvdlmError
 from hvdlm.watch.ledger import Ledger
+from hvdlm_backends.local import AloneGroup
 from hvdlm_backends.messages import Later, Messages
 
 
@@ -22,7 +23,17 @@ class RanksWorld:
         self.rank, self.size = rank, size
         self._messages, self._communicator = messages, communicator
         self.ledger = Ledger(rank, size)
+        self._groups: dict[tuple[int, ...], Group] = {}
         self._everyone = self.ledger.members(tuple(range(size)))
+
+    def group(self, ranks: Sequence[int]) -> Group:
+        """Return the group of these ranks; see ``interfaces.World``."""
+        key = tuple(ranks)
+        if len(key) == 1:
+            return AloneGroup(key[0])
+        if key not in self._groups:
+            raise HvdlmError(f"ranks {key} are no group of this run's mesh: groups are declared at the start.")
+        return self._groups[key]
 
     def broadcast_object(self, value: Any, root: int = 0) -> Any:
         """Return the root's value on all ranks."""

@@ -130,7 +130,7 @@ def test_broadcasts_in_the_background_are_matched_by_name(world: World, tensor) 
         handle.wait()
 
 
-def test_lanes_leave_no_thread_behind(world: World) -> None:
+def test_a_lane_has_one_thread_at_most_which_ends_with_the_process(world: World) -> None:
     lanes = [thread for thread in threading.enumerate() if thread.name.startswith("hvdlm-lane")]
     assert len(lanes) <= len({thread.name for thread in lanes})
     assert all(thread.daemon for thread in lanes)
