@@ -24,9 +24,9 @@ def work(framework: str, backend: str, most: int) -> None:
 
     import numpy as np
 
-    from hvdlm import run
-    from hvdlm.bench import turns
+    from hvdlm.communication.collective_benchmark import turns
     from hvdlm.config import Config
+    from hvdlm.training import run
 
     config = Config(framework=framework, backend=backend)
     config.train.batch_size = 2

@@ -26,10 +26,11 @@ from unittest import mock
 import psutil
 from pairing import FRAMEWORKS, environment
 
-from hvdlm.checkpoints import checkpoint
-from hvdlm.checkpoints.keeping import steps
-from hvdlm.control import SIGNALS, STOPPED
-from hvdlm.disk import sha256
+from hvdlm.checkpoints import load
+from hvdlm.checkpoints.retention import steps
+from hvdlm.errors import STOPPED
+from hvdlm.io.atomic_files import sha256
+from hvdlm.training.signals import SIGNALS
 
 RANKS, EVERY = 2, 3
 TOLERANCE = {"torch": 0.0, "tensorflow": 1e-5}
@@ -176,7 +177,7 @@ def check_checkpoints(folder: Path, newest: int) -> int:
     """Return the step of the newest checkpoint, all of whose files have been read; none may have been lost."""
     if newest and not (folder / "checkpoints").is_dir():
         raise Broken(f"{folder} has lost its checkpoints")
-    found = [checkpoint.open_checkpoint(path) for _, path in steps(folder / "checkpoints")]
+    found = [load.open_checkpoint(path) for _, path in steps(folder / "checkpoints")]
     for one in found:
         for name, entry in one.manifest["files"].items():
             if sha256(one.path / name) != entry["sha256"]:
@@ -247,7 +248,7 @@ def check_folder(folder: Path, whole: list[float], tolerance: float) -> None:
     apart = max((abs(a - b) for a, b in zip(found, whole, strict=True)), default=0.0)
     if apart > tolerance:
         raise Broken(f"losses are {apart:.3g} away from the undisturbed run's, allowed: {tolerance:g}")
-    left = [str(p.relative_to(folder)) for p in folder.rglob(".*")] + [p.name for p in folder.glob("ledger")]
+    left = [str(p.relative_to(folder)) for p in folder.rglob(".*")] + [p.name for p in folder.glob("flight_recorder")]
     if left:
         raise Broken(f"left behind in the run's folder: {', '.join(left)}")
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from hvdlm import plugins
 from hvdlm.config import Config, ModelConfig, ParallelConfig
+from hvdlm.configuration.availability import choose_backend
 from hvdlm.models.spec import builtin_models
-from hvdlm.run import choose_backend
-from hvdlm.topology import Mesh
+from hvdlm.parallel.mesh import Mesh
 
 BLOCK = 3
 
@@ -35,7 +35,7 @@ class Layout:
         self.config = configured(o, self.mesh)
         self.spec = builtin_models()["gpt"](self.config.model, o.vocab, o.context)
         group = world.group(self.mesh.group("data", world.rank))
-        more: dict[str, Any] = {"compressors": {}, "place": group.ranks.index(world.rank)}
+        more: dict[str, Any] = {"compressors": {}, "index": group.ranks.index(world.rank)}
         exchange = plugins.make(manager, "exchange", "all_reduce", group=group, config=self.config, **more)
         framework = plugins.make(manager, "framework", o.framework)
         self.trainable = framework.build(self.spec, self.mesh, world, exchange, self.config)
@@ -62,7 +62,7 @@ def main() -> None:
     """Print every round's seconds per layout, and what each layout holds and moves."""
     import numpy as np
 
-    from hvdlm.interfaces import Batch
+    from hvdlm.protocols.types import Batch
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--framework")
@@ -74,7 +74,7 @@ def main() -> None:
     shapes = o.layouts.split(",")
     config = configured(o, Mesh(*map(int, shapes[0].split("x"))))
     name = choose_backend(o.framework)
-    manager = plugins.load([o.framework, name, "all_reduce", "sharding"])
+    manager = plugins.load([o.framework, name, "all_reduce"])
     backend = plugins.make(manager, "backend", name)
     backend.prepare(config)
     manager.hook.hvdlm_prepare(config=config)

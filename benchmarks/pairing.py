@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from hvdlm.probes import THREADS
+from hvdlm.diagnostics.probes import THREADS
 
 FOLDER = Path(__file__).resolve().parent
 FRAMEWORKS = ["torch", "tensorflow"]

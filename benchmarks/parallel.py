@@ -18,7 +18,7 @@ from typing import Any
 
 from pairing import FRAMEWORKS, command, environment, parse_rounds, report
 
-from hvdlm_sharding.schedules import idle_share
+from hvdlm.parallel.pipeline_schedules import idle_share
 
 BAR, NEAR = 0.80, 0.15
 MICRO_BATCHES = 8

@@ -12,7 +12,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from hvdlm.run import Run
+from hvdlm.training.run import Run
 from hvdlm_tensorflow.models import make_model
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from hvdlm.run import Run
+from hvdlm.training.run import Run
 from hvdlm_torch.models import make_model
 
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hvdlm.probes import cores
+from hvdlm.diagnostics.probes import cores
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT, PAGE = ROOT / "docs" / "results.json", ROOT / "docs" / "results.md"

@@ -41,22 +41,22 @@ def parts(parameters: int, rank: int, size: int) -> tuple[dict[str, Any], dict[s
     """Return the arrays of which a rank of ``size`` holds the rows, and which pieces they are, by global name."""
     import numpy as np
 
-    from hvdlm.models.layout import Piece
+    from hvdlm.parallel.flat_layout import Shard
 
     rows = LAYER[0] // size
-    piece = Piece(LAYER, (rank * rows, 0), (rows, WIDTH))
+    shard = Shard(LAYER, (rank * rows, 0), (rows, WIDTH))
     layers = max(1, round(parameters / (LAYER[0] * LAYER[1])))
     names = [kind.format(f"layers.{layer}") for layer in range(layers) for kind in KINDS]
-    return {name: np.random.default_rng(1).random(piece.held, np.float32) for name in names}, dict.fromkeys(
-        names, piece
+    return {name: np.random.default_rng(1).random(shard.held, np.float32) for name in names}, dict.fromkeys(
+        names, shard
     )
 
 
-def turn(saver: Any, world: Any, step: int, arrays: dict[str, Any], pieces: dict[str, Any]) -> float:
+def turn(saver: Any, world: Any, step: int, arrays: dict[str, Any], shards: dict[str, Any]) -> float:
     """Save once, looking every few milliseconds whether it goes on, as steps do; return the slowest rank's seconds."""
     world.gather_objects(0)
     began = time.perf_counter()
-    done = saver.start(step, {name: array.copy() for name, array in arrays.items()}, {}, pieces, began)
+    done = saver.start(step, {name: array.copy() for name, array in arrays.items()}, {}, shards, began)
     while saver.active:
         time.sleep(0.01)
         if not world.any(not saver.ready()):
@@ -66,18 +66,18 @@ def turn(saver: Any, world: Any, step: int, arrays: dict[str, Any], pieces: dict
 
 def work(o: argparse.Namespace) -> None:
     """Be one rank: save in turns, print rank 0's rounds and the bytes that all ranks wrote."""
-    from hvdlm.checkpoints.saving import Saver
+    from hvdlm.checkpoints.save import Saver
     from hvdlm.config import CheckpointConfig, Config
-    from hvdlm.run import meet
+    from hvdlm.training.run import meet
 
     config = Config()
     config.train.batch_size = 4
     world = meet(config).world
-    arrays, pieces = parts(o.parameters, world.rank, world.size)
+    arrays, shards = parts(o.parameters, world.rank, world.size)
     savers = [Saver(o.folder, world, CheckpointConfig(keep=1, asynchronous=mode)) for mode in (True, False)]
     rounds = []
     for number in range(o.rounds + 1):  # the first isn't counted
-        rounds.append([turn(saver, world, 2 * number + i, arrays, pieces) for i, saver in enumerate(savers)])
+        rounds.append([turn(saver, world, 2 * number + i, arrays, shards) for i, saver in enumerate(savers)])
     held = sum(world.gather_objects(sum(array.nbytes for array in arrays.values())))
     if world.rank == 0:
         files = list(o.folder.glob("step-*/*.safetensors"))

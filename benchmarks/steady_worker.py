@@ -8,9 +8,10 @@ import os
 import struct
 from pathlib import Path
 
-from hvdlm import hookimpl, loop, run, telemetry
+from hvdlm import hookimpl, telemetry
 from hvdlm.config import Config
-from hvdlm.control import Signals
+from hvdlm.training import loop, run
+from hvdlm.training.signals import Signals
 
 
 class Counter:

@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from hvdlm.probes import THREADS, WAITING
+from hvdlm.diagnostics.probes import THREADS, WAITING
 
 WORKER = Path(__file__).with_name("waiting_worker.py")
 # An empty setting is hvdlm's default; libgomp's own is 300,000 iterations.

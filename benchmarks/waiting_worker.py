@@ -11,9 +11,10 @@ import sys
 import tempfile
 import time
 
-from hvdlm import hookimpl, loop, run
+from hvdlm import hookimpl
 from hvdlm.config import Config
-from hvdlm.control import Signals
+from hvdlm.training import loop, run
+from hvdlm.training.signals import Signals
 
 
 class Turns:

@@ -33,12 +33,12 @@ class Trained:
         from hvdlm import plugins
         from hvdlm.config import Config, ModelConfig
         from hvdlm.models.spec import builtin_models
-        from hvdlm.topology import make_mesh
+        from hvdlm.parallel.mesh import make_mesh
 
         config = Config(framework=o.framework, backend=backend)
         config.model = ModelConfig(layers=o.layers, width=o.width, heads=6, bias=False)
         config.data.context, config.train.batch_size, config.train.threads = o.context, o.rows, 1
-        manager = plugins.load([o.framework, backend, "all_reduce", "sharding"])
+        manager = plugins.load([o.framework, backend, "all_reduce"])
         made = plugins.make(manager, "backend", backend)
         made.prepare(config)
         manager.hook.hvdlm_prepare(config=config)
@@ -46,7 +46,7 @@ class Trained:
         mesh = make_mesh(made.launch_shape()[1], config.parallel)
         self.world = made.start(framework, mesh.groups(), config)
         group = self.world.group(mesh.group("data", self.world.rank))
-        more: dict[str, Any] = {"compressors": {}, "place": self.world.rank}
+        more: dict[str, Any] = {"compressors": {}, "index": self.world.rank}
         exchange = plugins.make(manager, "exchange", "all_reduce", group=group, config=config, **more)
         spec = builtin_models()["gpt"](config.model, VOCAB, o.context)
         self.trainable = framework.build(spec, mesh, self.world, exchange, config)
@@ -72,7 +72,7 @@ def work(o: argparse.Namespace) -> None:
     """Be one rank: let both backends train in turns; rank 0 prints."""
     import numpy as np
 
-    from hvdlm.interfaces import Batch
+    from hvdlm.protocols.types import Batch
 
     # What mpi4py sets for TensorFlow, for both: the first of them to prepare would decide.
     os.environ.setdefault("TF_NUM_INTEROP_THREADS", "2")

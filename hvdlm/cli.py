@@ -10,8 +10,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from hvdlm import options
-from hvdlm.interfaces import HvdlmError, nearest
+from hvdlm.configuration import parsing
+from hvdlm.errors import HvdlmError, nearest
 
 COMMANDS = {
     "train": "train a model (the default)",
@@ -69,9 +69,9 @@ def _refuse(error: HvdlmError, debug: bool) -> int:
     if world is None or world.size == 1:
         print(prefix + str(error), file=sys.stderr, flush=True)
         return 2
-    from hvdlm.watch import failures
+    from hvdlm.diagnostics import abort
 
-    failures.refuse(world, error, prefix)
+    abort.refuse(world, error, prefix)
     return 2
 
 
@@ -93,30 +93,31 @@ def _guard(run: Any, action: Callable[[], Any]) -> int:
         error.world = run.world  # type: ignore[attr-defined]
         raise
     except Exception as error:
-        from hvdlm.watch import failures
+        from hvdlm.diagnostics import abort
 
-        failures.end(run.world, error)
+        abort.end(run.world, error)
     run.world.close()
-    run.world.ledger.discard()
+    run.world.recorder.discard()
     return 0
 
 
 def train(arguments: list[str]) -> int:
     """``python -m hvdlm train``."""
     if "--dry_run" in arguments:
-        from hvdlm import dryrun
+        from hvdlm.commands import plan
 
-        return dryrun.main(options.parse_config([a for a in arguments if a != "--dry_run"], COMMANDS))
-    from hvdlm.control import STOPPED, Signals
+        return plan.main(parsing.parse_config([a for a in arguments if a != "--dry_run"], COMMANDS))
+    from hvdlm.errors import STOPPED
+    from hvdlm.training.signals import Signals
 
     signals = Signals(_launch_rank()).listen()  # before what takes time
-    config = options.parse_config(arguments, _all_commands(arguments))
-    from hvdlm import run as runs
+    config = parsing.parse_config(arguments, _all_commands(arguments))
+    from hvdlm.training import run as runs
 
     run = _started(runs.plan(config))
-    from hvdlm import record
-    from hvdlm.loop import train as loop
     from hvdlm.telemetry import default_plugins
+    from hvdlm.training import run_folder
+    from hvdlm.training.loop import train as loop
 
     for plugin in default_plugins(run.config):
         run.manager.register(plugin)
@@ -127,11 +128,12 @@ def train(arguments: list[str]) -> int:
         nonlocal stopped
         stopped = bool(loop(run, signals)["stopped"])
         if config.log.sample_tokens and not stopped:
-            from hvdlm.generate import Sampling, write
+            from hvdlm.inference.generation import write
+            from hvdlm.inference.sampling import Sampling
 
             text = write(run, config.log.sample_prompt, config.log.sample_tokens, Sampling(seed=config.train.seed))
             if run.world.rank == 0:
-                record.keep_sample(run, text)
+                run_folder.keep_sample(run, text)
         signals.ignore()
 
     return _guard(run, action) or (STOPPED if stopped else 0)
@@ -139,7 +141,7 @@ def train(arguments: list[str]) -> int:
 
 def _started(plan: Any) -> Any:
     """Start the run; an error on this rank, once ranks have met, ends all of them with its message, told once."""
-    from hvdlm import run as runs
+    from hvdlm.training import run as runs
 
     try:
         return runs.start(plan)
@@ -149,16 +151,16 @@ def _started(plan: Any) -> Any:
         world = getattr(error, "world", None)
         if world is None:
             raise
-        from hvdlm.watch import failures
+        from hvdlm.diagnostics import abort
 
-        failures.end(world, error)
+        abort.end(world, error)
 
 
 def _open(values: Any, arguments: list[str]) -> Any:
     """Open a trained run on this machine, with the options of its config.yaml and those given after them."""
-    from hvdlm import run as runs
+    from hvdlm.training import run as runs
 
-    config = options.run_config(values.run, arguments)
+    config = parsing.run_config(values.run, arguments)
     config.checkpoint.resume = "none"
     plan = runs.plan(config, fresh=False)
     plan.resume = str(_checkpoint(values).path)
@@ -167,11 +169,11 @@ def _open(values: Any, arguments: list[str]) -> Any:
 
 def _checkpoint(values: Any) -> Any:
     """Open the checkpoint that --checkpoint names, or the newest of --run."""
-    from hvdlm.checkpoints import checkpoint
+    from hvdlm.checkpoints import load
 
     if values.checkpoint is not None:
-        return checkpoint.open_checkpoint(_path(values.checkpoint))
-    found = checkpoint.find(_path(values.run), "auto")
+        return load.open_checkpoint(_path(values.checkpoint))
+    found = load.find(_path(values.run), "auto")
     if found is None:
         raise HvdlmError(f"{values.run} holds no checkpoint yet: train first, or name another run with --run.")
     return found
@@ -185,13 +187,13 @@ def _path(text: str) -> Any:
 
 def evaluate(arguments: list[str]) -> int:
     """``python -m hvdlm evaluate --run RUN``."""
-    values, rest = options.parse_evaluate(arguments)
+    values, rest = parsing.parse_evaluate(arguments)
     run = _open(values, rest)
 
     def action() -> None:
         import json
 
-        from hvdlm.loop import evaluate as figures
+        from hvdlm.training.loop import evaluate as figures
 
         found = figures(run)
         if run.world.rank == 0:
@@ -202,8 +204,9 @@ def evaluate(arguments: list[str]) -> int:
 
 def generate(arguments: list[str]) -> int:
     """``python -m hvdlm generate --run RUN --prompt TEXT``."""
-    values, rest = options.parse_generate(arguments)
-    from hvdlm.generate import Sampling, read_prompt, write
+    values, rest = parsing.parse_generate(arguments)
+    from hvdlm.inference.generation import read_prompt, write
+    from hvdlm.inference.sampling import Sampling
 
     sampling = Sampling(values.temperature, values.top_k, values.top_p, values.seed)
     for name in ("tokens", "num_samples"):
@@ -226,16 +229,16 @@ def generate(arguments: list[str]) -> int:
 
 def convert(arguments: list[str]) -> int:
     """``python -m hvdlm convert --run RUN --output FILE.safetensors``, or with ``--format huggingface`` a folder."""
-    values = options.parse_convert(arguments)
+    values = parsing.parse_convert(arguments)
     found, output = _checkpoint(values), _path(values.output)
     if values.format == "huggingface":
-        from hvdlm.huggingface.export import export
+        from hvdlm_huggingface.export import export
 
         tokenizer = None if values.checkpoint else _path(values.run) / "tokenizer.json"
         count, note = export(found, tokenizer, output, values.base)
         print(f"{output}: {count:,} parameters of {found.path} for transformers; {note}")
         return 0
-    from hvdlm.convert import convert as merge
+    from hvdlm.checkpoints.merge import convert as merge
 
     count = merge(found, output, values.base)
     print(f"{output}: {count:,} parameters of {found.path}")
@@ -244,8 +247,8 @@ def convert(arguments: list[str]) -> int:
 
 def report(arguments: list[str]) -> int:
     """``python -m hvdlm report RUN [RUN2 ...]``."""
-    values = options.parse_report(COMMANDS["report"], arguments)
-    from hvdlm.report import page
+    values = parsing.parse_report(COMMANDS["report"], arguments)
+    from hvdlm_report import page
 
     for sentence in page.write([_path(run) for run in values.runs], _path(values.output), values.tolerance):
         print(sentence)
@@ -255,7 +258,7 @@ def report(arguments: list[str]) -> int:
 
 def prepare(arguments: list[str]) -> int:
     """``python -m hvdlm prepare --data.path ... --output FOLDER``."""
-    values = options.parse_prepare(arguments)
+    values = parsing.parse_prepare(arguments)
     try:
         if values.data.mixture is None:
             from hvdlm.data.preparation import prepare as write
@@ -278,7 +281,7 @@ def prepare(arguments: list[str]) -> int:
 
 def plugins(arguments: list[str]) -> int:
     """``python -m hvdlm plugins``."""
-    options.parse_none("plugins", COMMANDS["plugins"], arguments)
+    parsing.parse_none("plugins", COMMANDS["plugins"], arguments)
     from hvdlm.plugins import describe
 
     rows = [("plugin", "from", "module", "provides"), *describe()]
@@ -290,17 +293,17 @@ def plugins(arguments: list[str]) -> int:
 
 def doctor(arguments: list[str]) -> int:
     """``python -m hvdlm doctor``, or of a run: ``doctor --run RUN``."""
-    values = options.parse_doctor(COMMANDS["doctor"], arguments)
-    from hvdlm import doctor as examination
+    values = parsing.parse_doctor(COMMANDS["doctor"], arguments)
+    from hvdlm.commands import doctor as examination
 
     return examination.main() if values.run is None else examination.tell_run(_path(values.run))
 
 
 def bench(arguments: list[str]) -> int:
     """``python -m hvdlm bench``."""
-    values, config = options.parse_bench(arguments)
-    from hvdlm import bench as benchmark
-    from hvdlm import run as runs
+    values, config = parsing.parse_bench(arguments)
+    from hvdlm.communication import collective_benchmark as benchmark
+    from hvdlm.training import run as runs
 
     chosen = values.collectives or benchmark.COLLECTIVES
     for name in chosen:
@@ -313,18 +316,18 @@ def bench(arguments: list[str]) -> int:
 
 def supervise(arguments: list[str]) -> int:
     """``python -m hvdlm supervise -- COMMAND``."""
-    settings, command = options.parse_supervise(arguments)
-    from hvdlm.supervision.supervise import supervise as watch
+    settings, command = parsing.parse_supervise(arguments)
+    from hvdlm_launchers.supervise import supervise as watch
 
-    return watch(settings, command, lambda given: options.parse_config(given, COMMANDS))
+    return watch(settings, command, lambda given: parsing.parse_config(given, COMMANDS))
 
 
 def launch(arguments: list[str]) -> int:
     """``python -m hvdlm launch -- train ...``."""
-    values, job, run = options.parse_launch(COMMANDS["launch"], arguments)
-    from hvdlm.scheduling.launch import launch as queue
+    values, job, run = parsing.parse_launch(COMMANDS["launch"], arguments)
+    from hvdlm_launchers.launch import launch as queue
 
-    return queue(job, run, lambda given: options.parse_config(given, COMMANDS), values.output, values.submit)
+    return queue(job, run, lambda given: parsing.parse_config(given, COMMANDS), values.output, values.submit)
 
 
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {

@@ -7,11 +7,11 @@ import math
 import os
 from pathlib import Path
 
-from hvdlm.checkpoints.checkpoint import Checkpoint
-from hvdlm.checkpoints.described import spec_of
-from hvdlm.checkpoints.tensors import replace_tensors
-from hvdlm.interfaces import HvdlmError
-from hvdlm.merged import Weights
+from hvdlm.checkpoints.load import Checkpoint
+from hvdlm.checkpoints.merge import Weights
+from hvdlm.checkpoints.rebuild_spec import spec_of
+from hvdlm.checkpoints.safetensors_io import replace_tensors
+from hvdlm.errors import HvdlmError
 from hvdlm.models.spec import builtin_models
 
 

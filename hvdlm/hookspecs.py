@@ -13,21 +13,17 @@ import pluggy
 
 if TYPE_CHECKING:
     from hvdlm.config import Config
-    from hvdlm.interfaces import (
-        Backend,
-        CompressorMaker,
-        Exchange,
-        Framework,
-        Group,
-        OpenScorer,
-        Prediction,
-        Scheduler,
-        StepResult,
-        Task,
-        World,
-    )
     from hvdlm.models.spec import ModelMaker, ModelSpec
-    from hvdlm.topology import Mesh
+    from hvdlm.parallel.mesh import Mesh
+    from hvdlm.protocols.backend import Backend
+    from hvdlm.protocols.compressor import CompressorMaker
+    from hvdlm.protocols.exchange import Exchange
+    from hvdlm.protocols.framework import Framework
+    from hvdlm.protocols.group import Group
+    from hvdlm.protocols.scheduler import Scheduler
+    from hvdlm.protocols.task import OpenScorer, Task
+    from hvdlm.protocols.types import Prediction, StepResult
+    from hvdlm.protocols.world import World
 
 hookspec = pluggy.HookspecMarker("hvdlm")
 hookimpl = pluggy.HookimplMarker("hvdlm")

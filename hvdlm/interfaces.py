@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     import numpy as np
 
     from hvdlm.config import CompressionConfig, Config
-    from hvdlm.models.layout import FlatLayout, Piece
+    from hvdlm.diagnostics.flight_recorder import FlightRecorder
     from hvdlm.models.spec import ModelSpec
-    from hvdlm.topology import Mesh
-    from hvdlm.watch.ledger import Ledger
+    from hvdlm.parallel.flat_layout import FlatLayout, Shard
+    from hvdlm.parallel.mesh import Mesh
 
 Tensor = Any
 """A tensor of the active framework (torch.Tensor or tf.Tensor): the core never looks inside."""
@@ -214,7 +214,7 @@ class World(Protocol):
     local_rank: int
     local_size: int
     transport: str
-    ledger: Ledger
+    recorder: FlightRecorder
 
     def group(self, ranks: Sequence[int]) -> Group:
         """Return the group of these ranks, made at the start from the mesh; HvdlmError for any other."""
@@ -332,7 +332,7 @@ class Trainable(Protocol):
         and ``carry/...`` of recurrent models.
         """
 
-    def pieces(self) -> dict[str, Piece]:
+    def shards(self) -> dict[str, Shard]:
         """Return which part of the global array every entry of ``state()`` holds, but for ``exchange/``."""
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
@@ -497,11 +497,11 @@ class Scheduler(Protocol):
         """The command that submits the job file which it reads from standard input."""
 
     def write(self, job: Any, arguments: Sequence[str], config: Config) -> str:
-        """Return the job file that trains with ``arguments`` on the ranks of ``job`` (an ``hvdlm.scheduling.job.Job``).
+        """Return the job file that trains with ``arguments`` on the ranks of ``job`` (an ``hvdlm_launchers.schedulers.job.Job``).
 
         ``config``: what the arguments mean. The job has to run ``job.setup`` first, to tell the run SIGUSR1
         ``job.save_seconds`` before its time is over, to train with ``--checkpoint.resume auto``, and to run again where
-        the run ends with code 75. ``hvdlm.scheduling.script`` has the shell for it.
+        the run ends with code 75. ``hvdlm_launchers.schedulers.script`` has the shell for it.
 
         Raises:
             HvdlmError: the scheduler can't do what the job asks for.

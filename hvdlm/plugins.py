@@ -12,8 +12,9 @@ from typing import Any
 import pluggy
 
 from hvdlm import hookspecs
-from hvdlm.interfaces import CompressorMaker, HvdlmError, nearest
+from hvdlm.errors import HvdlmError, nearest
 from hvdlm.models.spec import ModelMaker, builtin_models
+from hvdlm.protocols.compressor import CompressorMaker
 
 
 def installed() -> dict[str, EntryPoint]:

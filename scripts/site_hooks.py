@@ -129,7 +129,7 @@ def _section(name: str, kind: type) -> Iterator[str]:
 
 
 def _takes(hint: Any) -> str:
-    from hvdlm.schema import expectation
+    from hvdlm.configuration.schema import expectation
 
     return expectation(hint).removeprefix("one of ")
 

@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from hvdlm import cli, loop
+from hvdlm import cli
+from hvdlm.training import loop
 
 WHAT = json.loads(os.environ["HVDLM_TEST_DISTURB"])
 do_step, micro_batches = loop.do_step, loop.micro_batches

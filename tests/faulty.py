@@ -8,8 +8,8 @@ import mpi4py  # noqa: F401
 import numpy as np
 
 from hvdlm import hookimpl
-from hvdlm.interfaces import Batch
 from hvdlm.models.rnn import make_rnn
+from hvdlm.protocols.types import Batch
 
 
 def unsteady(model, vocab, context):

@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save as to_bytes
 
-from hvdlm import options, schema, untrusted
 from hvdlm.checkpoints.manifest import FORMAT, read_manifest
-from hvdlm.checkpoints.pieces import Reader, Stored, from_json, to_json
+from hvdlm.checkpoints.shards import Reader, Stored, from_json, to_json
 from hvdlm.config import Config
-from hvdlm.data import journal, tokenfile, tokenizers
-from hvdlm.interfaces import HvdlmError
-from hvdlm.models.layout import whole
+from hvdlm.configuration import parsing, schema
+from hvdlm.data import prepare_progress, token_files, tokenizers
+from hvdlm.errors import HvdlmError
+from hvdlm.io import untrusted_input
+from hvdlm.parallel.flat_layout import whole
 
 CORPUS = Path(__file__).parent / "fuzz_corpus"
 SECONDS = 2.0
@@ -50,7 +51,7 @@ class Target:
     read: Callable[[bytes, Path], Any]
     seeds: Callable[[], list[bytes]]
     words: tuple[str, ...] = ()
-    slack: int = untrusted.SLACK
+    slack: int = untrusted_input.SLACK
 
 
 def entry(data: bytes) -> dict[str, Any]:
@@ -95,9 +96,9 @@ def read_a_manifest(data: bytes, folder: Path) -> None:
 
 
 def _read_any(reader: Reader, name: str, stored: list[Stored]) -> None:
-    shape = stored[0].piece.shape
-    for wanted in (whole(shape), stored[-1].piece):
-        _attempt(lambda wanted=wanted: reader.piece(name, wanted))
+    shape = stored[0].shard.shape
+    for wanted in (whole(shape), stored[-1].shard):
+        _attempt(lambda wanted=wanted: reader.shard(name, wanted))
         _attempt(lambda wanted=wanted: reader.covered(name, wanted))
 
 
@@ -128,23 +129,23 @@ def read_a_header(data: bytes, folder: Path) -> None:
         (path / "tokens.bin").write_bytes(np.arange(40, dtype="<u2").tobytes())
         (path / "tokenizer.json").write_text(json.dumps({"kind": "byte"}))
     (path / "header.json").write_bytes(data)
-    found = tokenfile.open_tokens(path)
+    found = token_files.open_tokens(path)
     assert len(found.train) + len(found.validation) in (20, 40)
 
 
 def read_a_journal(data: bytes, folder: Path) -> None:
     """Read ``data`` as the journal of a prepare that was killed after two pieces of 40 tokens together."""
-    found = journal.Journal(folder / "name", "i", 2)
-    place = journal.partial(folder / "name")
+    found = prepare_progress.Journal(folder / "name", "i", 2)
+    place = prepare_progress.partial(folder / "name")
     found.tokens.mkdir(parents=True, exist_ok=True)
     (found.tokens / "tokens.bin").write_bytes(np.arange(40, dtype="<u2").tobytes())
     (found.tokens / "tokenizer.json").write_text(json.dumps({"kind": "byte"}))
     (place / "places.bin").write_bytes(np.array([[0, 20, 20], [1, 40, 40]], "<u8").tobytes())
     (place / "journal.json").write_bytes(data)
     if found.find() is None:
-        assert not place.exists() and found.state == journal.State()
+        assert not place.exists() and found.state == prepare_progress.State()
     else:
-        counts = (found.state.source, found.state.pieces, found.state.tokens)
+        counts = (found.state.source, found.state.shards, found.state.tokens)
         assert counts in ((0, 0, 0), (0, 1, 20), (1, 2, 40)) and len(found.state.digests) == found.state.source
 
 
@@ -158,7 +159,7 @@ def read_a_tokenizer(data: bytes, folder: Path) -> None:
 
 def _ours(path: Path) -> tokenizers.Tokenizer:
     try:
-        value = untrusted.read_json(path, tokenizers.LIMIT, slack=tokenizers.SLACK)
+        value = untrusted_input.read_json(path, tokenizers.LIMIT, slack=tokenizers.SLACK)
     except ValueError as error:
         raise HvdlmError(str(error)) from error
     return tokenizers.from_json(value)
@@ -174,7 +175,7 @@ def read_a_configuration(data: bytes, folder: Path) -> None:
     """Read ``data`` as --config, and look at its sections and options."""
     path = folder / "config.yaml"
     path.write_bytes(data)
-    schema.check_mapping(options.read_yaml(path), _KNOWN, "--config")
+    schema.check_mapping(parsing.read_yaml(path), _KNOWN, "--config")
 
 
 _KNOWN = {k: v for k, v in schema.types_of({"": Config}).items() if k != "plugin_options"}
@@ -182,7 +183,7 @@ _KNOWN = {k: v for k, v in schema.types_of({"": Config}).items() if k != "plugin
 
 def _header() -> dict[str, Any]:
     return {
-        "format": tokenfile.FORMAT,
+        "format": token_files.FORMAT,
         "dtype": "uint16",
         "train": 30,
         "validation": 10,
@@ -342,5 +343,5 @@ def check(target: Target, data: bytes, folder: Path) -> None:
         if not tracing:
             tracemalloc.stop()
     assert seconds < SECONDS, f"{len(data)} bytes took {seconds:.1f} s"
-    allowed = untrusted.FACTOR * len(data) + target.slack + SETTLED
+    allowed = untrusted_input.FACTOR * len(data) + target.slack + SETTLED
     assert peak <= allowed, f"{len(data)} bytes took {peak} bytes of memory"

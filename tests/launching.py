@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from hvdlm.probes import unpinned
+from hvdlm.diagnostics.probes import unpinned
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("HVDLM_DATA", ROOT.parent / "shared" / "data"))

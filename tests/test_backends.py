@@ -13,9 +13,9 @@ import pytest
 
 import launching
 from hvdlm.config import CommunicationConfig, Config, ParallelConfig
-from hvdlm.interfaces import HvdlmError
-from hvdlm.probes import THREADS, WAITING, cores
-from hvdlm.run import choose_backend
+from hvdlm.configuration.availability import choose_backend
+from hvdlm.diagnostics.probes import THREADS, WAITING, cores
+from hvdlm.errors import HvdlmError
 from hvdlm_backends import environment, horovod, nccl
 from hvdlm_backends.gloo import GlooBackend
 from hvdlm_backends.local import LocalBackend

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 
 from hvdlm import cli, plugins
-from hvdlm.checkpoints import checkpoint
+from hvdlm.checkpoints import load
 from hvdlm_backends.local import LocalWorld
 from launching import ROOT, environment, launch
 
@@ -76,7 +76,7 @@ def saved(change: Callable[[Path], None] | None = None) -> Setup:
         Path("old").mkdir()
         Path("old/config.yaml").write_text("train: {steps: 5}\n")
         state = {"parameters/w": np.ones(3, np.float32)}
-        path = checkpoint.save(Path("old/checkpoints"), 5, state, {"tokenizer": "x"}, LocalWorld())
+        path = load.save(Path("old/checkpoints"), 5, state, {"tokenizer": "x"}, LocalWorld())
         if change:
             change(path)
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hvdlm_tasks.beam import beam_search
 
-from hvdlm.interfaces import Batch
-from hvdlm.tasks.beam import beam_search
+from hvdlm.protocols.types import Batch
 
 VOCAB, BEGIN, END, MOST = 4, 2, 3, 4
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from hvdlm import bench
-from hvdlm.interfaces import HvdlmError
+from hvdlm.communication import collective_benchmark
+from hvdlm.errors import HvdlmError
 from launching import ROOT, launch
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -21,18 +21,21 @@ FRAMEWORKS = ["torch", "tensorflow"]
 
 
 def test_sizes_are_each_four_times_the_one_before() -> None:
-    assert bench.sizes(1024, 65536) == [1024, 4096, 16384, 65536]
-    assert bench.sizes(1024, 20000) == [1024, 4096, 16384]
+    assert collective_benchmark.sizes(1024, 65536) == [1024, 4096, 16384, 65536]
+    assert collective_benchmark.sizes(1024, 20000) == [1024, 4096, 16384]
     for wrong in ((0, 4096), (4096, 1024)):
         with pytest.raises(HvdlmError, match="expected 1024 <= smallest <= largest"):
-            bench.sizes(*wrong)
+            collective_benchmark.sizes(*wrong)
 
 
 def test_the_fit_finds_latency_and_inverse_bandwidth() -> None:
-    points = [(size, 2e-5 + size * 1e-9) for size in bench.sizes(1024, 1 << 28)]
-    found = bench.fit(points)
+    points = [(size, 2e-5 + size * 1e-9) for size in collective_benchmark.sizes(1024, 1 << 28)]
+    found = collective_benchmark.fit(points)
     assert found.alpha == pytest.approx(2e-5, rel=1e-6) and found.beta == pytest.approx(1e-9, rel=1e-6)
-    flat, steep = bench.fit([(1024, 1e-3), (4096, 9e-4)]), bench.fit([(1024, 1e-6), (4096, 5e-6)])
+    flat, steep = (
+        collective_benchmark.fit([(1024, 1e-3), (4096, 9e-4)]),
+        collective_benchmark.fit([(1024, 1e-6), (4096, 5e-6)]),
+    )
     assert flat.beta == 0.0 and flat.alpha > 0.0
     assert steep.alpha == 0.0 and steep.beta > 0.0
 
@@ -45,7 +48,7 @@ def test_bench_measures_every_collective_beside_raw_mpi(framework: str, tmp_path
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(output.read_text())
     assert (found["framework"], found["ranks"]) == (framework, 2)
-    assert list(found["collectives"]) == list(bench.COLLECTIVES)
+    assert list(found["collectives"]) == list(collective_benchmark.COLLECTIVES)
     for entry in found["collectives"].values():
         assert [size["bytes"] for size in entry["sizes"]] == [1024, 4096, 16384, 65536]
         assert all(size["seconds"] > 0 and size["raw_seconds"] > 0 for size in entry["sizes"])

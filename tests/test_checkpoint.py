@@ -18,10 +18,10 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from hvdlm import cli
-from hvdlm.checkpoints import checkpoint
-from hvdlm.convert import convert
-from hvdlm.interfaces import HvdlmError, RankError
-from hvdlm.models.layout import Piece, whole
+from hvdlm.checkpoints import load
+from hvdlm.checkpoints.merge import convert
+from hvdlm.errors import HvdlmError, RankError
+from hvdlm.parallel.flat_layout import Shard, whole
 from hvdlm_backends.local import LocalWorld
 
 STATE = {
@@ -75,28 +75,28 @@ class Ranks:
             return list(pool.map(guarded, range(self.size)))
 
 
-def cut(array: np.ndarray, piece: Piece) -> np.ndarray:
-    box = array[(..., *piece.slices)]
-    return box if piece.flat is None else box.reshape(-1)[slice(*piece.flat)]
+def cut(array: np.ndarray, shard: Shard) -> np.ndarray:
+    box = array[(..., *shard.slices)]
+    return box if shard.flat is None else box.reshape(-1)[slice(*shard.flat)]
 
 
 def save(folder: Path, step: int = 5) -> Path:
-    return checkpoint.save(folder, step, STATE, {"tokenizer": "t"}, LocalWorld())
+    return load.save(folder, step, STATE, {"tokenizer": "t"}, LocalWorld())
 
 
-def save_cut(folder: Path, arrays: dict[str, np.ndarray], cuts: list[dict[str, Piece]]) -> Path:
+def save_cut(folder: Path, arrays: dict[str, np.ndarray], cuts: list[dict[str, Shard]]) -> Path:
     """Save ``arrays`` from as many ranks as there are ``cuts``, each with its pieces."""
 
     def action(world: Any) -> Path:
-        pieces = cuts[world.rank]
-        state = {name: cut(arrays[name], piece) for name, piece in pieces.items()}
-        return checkpoint.save(folder, 5, state, {}, world, pieces)
+        shards = cuts[world.rank]
+        state = {name: cut(arrays[name], shard) for name, shard in shards.items()}
+        return load.save(folder, 5, state, {}, world, shards)
 
     return Ranks(len(cuts)).run(action)[0]
 
 
-def rows(shape: tuple[int, ...], first: int, last: int) -> Piece:
-    return Piece(shape, (first, 0), (last - first, shape[1]))
+def rows(shape: tuple[int, ...], first: int, last: int) -> Shard:
+    return Shard(shape, (first, 0), (last - first, shape[1]))
 
 
 def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -106,8 +106,8 @@ def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 
 def test_what_is_saved_is_loaded_bit_for_bit(tmp_path: Path) -> None:
-    found = checkpoint.open_checkpoint(save(tmp_path))
-    loaded = checkpoint.load(found, WANTED, 0, 1)
+    found = load.open_checkpoint(save(tmp_path))
+    loaded = load.load(found, WANTED, 0, 1)
     assert found.step == 5 and found.manifest["tokenizer"] == "t" and loaded.keys() == STATE.keys()
     for name, array in STATE.items():
         np.testing.assert_array_equal(loaded[name], array)
@@ -115,47 +115,47 @@ def test_what_is_saved_is_loaded_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_carried_state_is_dealt_out_anew_on_another_number_of_ranks(tmp_path: Path) -> None:
-    found = checkpoint.open_checkpoint(save(tmp_path))
+    found = load.open_checkpoint(save(tmp_path))
     wanted = [{"carry/0.0": rows((4, 2), 2 * rank, 2 * rank + 2)} for rank in range(2)]
-    parts = [checkpoint.load(found, wanted[rank], rank, 2)["carry/0.0"] for rank in range(2)]
+    parts = [load.load(found, wanted[rank], rank, 2)["carry/0.0"] for rank in range(2)]
     np.testing.assert_array_equal(np.concatenate(parts), STATE["carry/0.0"])
 
 
 @st.composite
-def boxes(draw: st.DrawFn, shape: tuple[int, ...]) -> list[Piece]:
+def boxes(draw: st.DrawFn, shape: tuple[int, ...]) -> list[Shard]:
     """Return pieces that together are an array of ``shape``: boxes, some of them cut again into flat ranges."""
     found = [whole(shape)]
     for _ in range(draw(st.integers(0, 4))):
-        piece = found.pop(draw(st.integers(0, len(found) - 1)))
-        size = int(np.prod(piece.extent))
-        if not shape or piece.flat or draw(st.booleans()):
-            low, high = piece.flat or (0, size)
+        shard = found.pop(draw(st.integers(0, len(found) - 1)))
+        size = int(np.prod(shard.extent))
+        if not shape or shard.flat or draw(st.booleans()):
+            low, high = shard.flat or (0, size)
             middle = draw(st.integers(low, high))
-            halves = [Piece(shape, piece.start, piece.extent, flat) for flat in ((low, middle), (middle, high))]
+            halves = [Shard(shape, shard.start, shard.extent, flat) for flat in ((low, middle), (middle, high))]
         else:
             axis = draw(st.integers(0, len(shape) - 1))
-            middle = draw(st.integers(0, piece.extent[axis]))
+            middle = draw(st.integers(0, shard.extent[axis]))
             halves = []
-            for begin, end in ((0, middle), (middle, piece.extent[axis])):
-                start, extent = list(piece.start), list(piece.extent)
+            for begin, end in ((0, middle), (middle, shard.extent[axis])):
+                start, extent = list(shard.start), list(shard.extent)
                 start[axis], extent[axis] = start[axis] + begin, end - begin
-                halves.append(Piece(shape, tuple(start), tuple(extent)))
+                halves.append(Shard(shape, tuple(start), tuple(extent)))
         found += halves
     return list(dict.fromkeys(found))
 
 
 @st.composite
-def saved_and_wanted(draw: st.DrawFn) -> tuple[tuple[int, ...], list[dict[str, Piece]], list[Piece]]:
+def saved_and_wanted(draw: st.DrawFn) -> tuple[tuple[int, ...], list[dict[str, Shard]], list[Shard]]:
     """Return a shape, which pieces of arrays of that shape each of some ranks holds, and other pieces."""
     shape = tuple(draw(st.lists(st.integers(0, 6), max_size=3)))
     size = draw(st.integers(1, 3))
-    ranks: list[dict[str, Piece]] = [{} for _ in range(size)]
+    ranks: list[dict[str, Shard]] = [{} for _ in range(size)]
     # A rank holds one piece of a tensor: what is left over goes to further ranks.
     for name in ("parameters/a", "optimizer/m/a", "carry/a"):
-        for number, piece in enumerate(draw(st.permutations(draw(boxes(shape))))):
+        for number, shard in enumerate(draw(st.permutations(draw(boxes(shape))))):
             if number == len(ranks):
                 ranks.append({})
-            ranks[number][name] = piece
+            ranks[number][name] = shard
     for rank in ranks:  # and some hold what another holds too
         for name in ("parameters/a", "optimizer/m/a", "carry/a"):
             if name not in rank and draw(st.booleans()):
@@ -166,19 +166,19 @@ def saved_and_wanted(draw: st.DrawFn) -> tuple[tuple[int, ...], list[dict[str, P
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(saved_and_wanted(), st.sampled_from(["float32", "float64", "int64"]))
 def test_any_cut_of_an_array_is_loaded_in_any_other_bit_for_bit(
-    case: tuple[tuple[int, ...], list[dict[str, Piece]], list[Piece]], dtype: str
+    case: tuple[tuple[int, ...], list[dict[str, Shard]], list[Shard]], dtype: str
 ) -> None:
     shape, ranks, wanted = case
     bits = np.random.default_rng(1).integers(0, 2**60, shape, "int64")
     arrays = {name: np.asarray(bits + i).astype(dtype) for i, name in enumerate(("parameters/a", "optimizer/m/a"))}
     arrays["carry/a"] = arrays["parameters/a"] * 2
     with tempfile.TemporaryDirectory() as folder:
-        found = checkpoint.open_checkpoint(save_cut(Path(folder), arrays, ranks))
-        for piece in wanted:
-            loaded = checkpoint.load(found, dict.fromkeys(arrays, piece), 0, 9)
+        found = load.open_checkpoint(save_cut(Path(folder), arrays, ranks))
+        for shard in wanted:
+            loaded = load.load(found, dict.fromkeys(arrays, shard), 0, 9)
             for name, array in arrays.items():
-                assert loaded[name].shape == piece.held and loaded[name].dtype == array.dtype
-                assert loaded[name].tobytes() == cut(array, piece).tobytes()
+                assert loaded[name].shape == shard.held and loaded[name].dtype == array.dtype
+                assert loaded[name].tobytes() == cut(array, shard).tobytes()
         assert convert(found, Path(folder) / "merged") == bits.size
         merged = load_file(Path(folder) / "merged")
         assert merged["a"].shape == shape and merged["a"].tobytes() == arrays["parameters/a"].tobytes()
@@ -204,14 +204,14 @@ def test_what_several_ranks_hold_the_lowest_writes_alone(tmp_path: Path) -> None
 def test_what_a_rank_alone_knows_goes_back_to_it_and_to_no_other_number_of_ranks(tmp_path: Path) -> None:
     def action(world: Any) -> Path:
         mine = {"exchange/error": np.full(2, world.rank, np.float32), "optimizer/loss_scale": np.float32(8)}
-        return checkpoint.save(tmp_path, 5, STATE | {k: np.asarray(v) for k, v in mine.items()}, {}, world)
+        return load.save(tmp_path, 5, STATE | {k: np.asarray(v) for k, v in mine.items()}, {}, world)
 
-    found = checkpoint.open_checkpoint(Ranks(2).run(action)[0])
+    found = load.open_checkpoint(Ranks(2).run(action)[0])
     for rank in range(2):
-        loaded = checkpoint.load(found, {"parameters/w": W}, rank, 2)
+        loaded = load.load(found, {"parameters/w": W}, rank, 2)
         assert loaded["exchange/error"].tolist() == [rank, rank]
         assert loaded["optimizer/loss_scale"].shape == () and loaded["optimizer/loss_scale"] == 8
-    assert "exchange/error" not in checkpoint.load(found, {"parameters/w": W}, 0, 1)
+    assert "exchange/error" not in load.load(found, {"parameters/w": W}, 0, 1)
 
 
 def test_only_files_that_overlap_are_read(tmp_path: Path) -> None:
@@ -221,30 +221,30 @@ def test_only_files_that_overlap_are_read(tmp_path: Path) -> None:
         tmp_path, {"parameters/w": array}, [{"parameters/w": rows(shape, 2 * r, 2 * r + 2)} for r in (0, 1)]
     )
     flip(path / "model-0001.safetensors")
-    found = checkpoint.open_checkpoint(path)
-    loaded = checkpoint.load(found, {"parameters/w": rows(shape, 1, 2)}, 0, 2)
+    found = load.open_checkpoint(path)
+    loaded = load.load(found, {"parameters/w": rows(shape, 1, 2)}, 0, 2)
     np.testing.assert_array_equal(loaded["parameters/w"], array[1:2])
     loaded["parameters/w"] += 1  # it is the caller's own
     with pytest.raises(HvdlmError, match=r"model-0001\.safetensors has another SHA-256"):
-        checkpoint.load(found, {"parameters/w": rows(shape, 1, 3)}, 0, 2)
+        load.load(found, {"parameters/w": rows(shape, 1, 3)}, 0, 2)
 
 
 def test_a_model_of_other_settings_is_told_what_does_not_fit(tmp_path: Path) -> None:
-    found = checkpoint.open_checkpoint(save(tmp_path))
+    found = load.open_checkpoint(save(tmp_path))
     with pytest.raises(HvdlmError, match=r"parameters/v is missing, expected \[2\]\. Use the model settings"):
-        checkpoint.load(found, {"parameters/v": whole((2,))}, 0, 1)
+        load.load(found, {"parameters/v": whole((2,))}, 0, 1)
     with pytest.raises(HvdlmError, match=r"parameters/w has shape \[2, 3\], expected \[3, 3\]"):
-        checkpoint.load(found, {"parameters/w": whole((3, 3))}, 0, 1)
+        load.load(found, {"parameters/w": whole((3, 3))}, 0, 1)
     afresh = {"optimizer/second/w": W, "carry/0.0": whole((6, 2))}
-    assert checkpoint.load(found, afresh, 0, 1) == {}
+    assert load.load(found, afresh, 0, 1) == {}
 
 
 def test_a_missing_slice_is_told(tmp_path: Path) -> None:
     path = save_cut(tmp_path, {n: STATE[n] for n in WANTED}, [{n: rows(p.shape, 0, 1) for n, p in WANTED.items()}])
-    found = checkpoint.open_checkpoint(path)
+    found = load.open_checkpoint(path)
     with pytest.raises(HvdlmError, match=f"checkpoint {path} is damaged: a slice of parameters/w is missing"):
-        checkpoint.load(found, {"parameters/w": W}, 0, 1)
-    assert checkpoint.load(found, {"carry/0.0": WANTED["carry/0.0"]}, 0, 1) == {}
+        load.load(found, {"parameters/w": W}, 0, 1)
+    assert load.load(found, {"carry/0.0": WANTED["carry/0.0"]}, 0, 1) == {}
     with pytest.raises(HvdlmError, match=r"a slice of parameters/w is missing"):
         convert(found, tmp_path / "merged")
     assert not list(tmp_path.glob("*merged*"))
@@ -252,14 +252,14 @@ def test_a_missing_slice_is_told(tmp_path: Path) -> None:
 
 def test_auto_takes_the_newest_whole_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "checkpoints"
-    assert checkpoint.find(tmp_path, "auto") is None
+    assert load.find(tmp_path, "auto") is None
     save(folder, 10)
     save(folder, 20)
     (folder / "step-00000030").mkdir()
     (folder / ".step-00000040.partial").mkdir()
-    assert checkpoint.find(tmp_path, "auto").step == 20  # type: ignore[union-attr]
-    assert checkpoint.find(tmp_path, str(folder / "step-00000010")).step == 10  # type: ignore[union-attr]
-    assert checkpoint.find(tmp_path / "elsewhere", str(tmp_path)).step == 20  # type: ignore[union-attr]
+    assert load.find(tmp_path, "auto").step == 20  # type: ignore[union-attr]
+    assert load.find(tmp_path, str(folder / "step-00000010")).step == 10  # type: ignore[union-attr]
+    assert load.find(tmp_path / "elsewhere", str(tmp_path)).step == 20  # type: ignore[union-attr]
     path = folder / "step-00000030"
     assert (
         capsys.readouterr().err == f"hvdlm: checkpoint {path} is damaged (it has no manifest.json): it is skipped\n" * 2
@@ -267,14 +267,14 @@ def test_auto_takes_the_newest_whole_one(tmp_path: Path, capsys: pytest.CaptureF
     for step in (10, 20):
         (folder / f"step-{step:08d}" / "model.safetensors").unlink()
     with pytest.raises(HvdlmError, match="holds damaged checkpoints only, the newest because it has no manifest"):
-        checkpoint.find(tmp_path, "auto")
+        load.find(tmp_path, "auto")
 
 
 def test_saving_the_same_step_again_replaces_it(tmp_path: Path) -> None:
     save(tmp_path)
-    checkpoint.save(tmp_path, 5, {"parameters/w": np.zeros(1, np.float32)}, {}, LocalWorld())
-    found = checkpoint.open_checkpoint(tmp_path / "step-00000005")
-    loaded = checkpoint.load(found, {"parameters/w": whole((1,))}, 0, 1)
+    load.save(tmp_path, 5, {"parameters/w": np.zeros(1, np.float32)}, {}, LocalWorld())
+    found = load.open_checkpoint(tmp_path / "step-00000005")
+    loaded = load.load(found, {"parameters/w": whole((1,))}, 0, 1)
     assert list(loaded) == ["parameters/w"] and loaded["parameters/w"].tolist() == [0]
 
 
@@ -288,7 +288,7 @@ def test_a_flipped_bit_is_noticed_before_anything_is_loaded(tmp_path: Path) -> N
     path = save(tmp_path)
     flip(path / "model.safetensors")
     with pytest.raises(HvdlmError, match=r"model\.safetensors has another SHA-256"):
-        checkpoint.load(checkpoint.open_checkpoint(path), WANTED, 0, 1)
+        load.load(load.open_checkpoint(path), WANTED, 0, 1)
 
 
 @pytest.mark.parametrize(
@@ -300,7 +300,7 @@ def test_a_damaged_manifest_is_refused_with_its_path(tmp_path: Path, content: st
     path = save(tmp_path)
     (path / "manifest.json").write_text(content)
     with pytest.raises(HvdlmError, match=f"checkpoint {path} is damaged or foreign"):
-        checkpoint.open_checkpoint(path)
+        load.open_checkpoint(path)
 
 
 @pytest.mark.parametrize(
@@ -326,7 +326,7 @@ def test_a_manifest_that_lies_about_a_slice_is_refused(tmp_path: Path, change: d
     path = save(tmp_path)
     edit(path, lambda manifest: manifest["tensors"]["parameters/w"][0].update(change))
     with pytest.raises(HvdlmError, match=f"damaged or foreign: .*{said}"):
-        checkpoint.open_checkpoint(path)
+        load.open_checkpoint(path)
 
 
 @pytest.mark.parametrize("tensors", [[], {"w": []}, {"parameters/w": []}, {"parameters/w": [{}]}, {"carry/a": 1}])
@@ -334,17 +334,17 @@ def test_a_manifest_without_proper_tensors_is_refused(tmp_path: Path, tensors: A
     path = save(tmp_path)
     edit(path, lambda manifest: manifest.update(tensors=tensors))
     with pytest.raises(HvdlmError, match="is damaged or foreign"):
-        checkpoint.open_checkpoint(path)
+        load.open_checkpoint(path)
 
 
 def test_a_manifest_that_promises_more_than_the_file_holds_takes_no_memory(tmp_path: Path) -> None:
     path = save(tmp_path)
     edit(path, lambda manifest: manifest["tensors"]["parameters/w"][0].update(shape=[10**9, 10**9]))
     with pytest.raises(HvdlmError, match="a slice of parameters/w is missing"):
-        convert(checkpoint.open_checkpoint(path), tmp_path / "merged")
+        convert(load.open_checkpoint(path), tmp_path / "merged")
     edit(path, lambda manifest: manifest["tensors"]["parameters/w"][0].update(shape=[3, 2], extent=[3, 2]))
     with pytest.raises(HvdlmError, match=r"parameters/w in model\.safetensors is not what the manifest says"):
-        convert(checkpoint.open_checkpoint(path), tmp_path / "merged")
+        convert(load.open_checkpoint(path), tmp_path / "merged")
 
 
 def test_the_manifest_is_plain_json_and_names_every_file(tmp_path: Path) -> None:
@@ -368,7 +368,7 @@ def cut_run(folder: Path) -> dict[str, np.ndarray]:
     }
     cuts = [
         {name: whole(array.shape) for name, array in arrays.items()}
-        | {"parameters/w": Piece((8, 6), (0, 3 * (r % 2)), (8, 3), (12 * (r // 2), 12 * (r // 2) + 12))}
+        | {"parameters/w": Shard((8, 6), (0, 3 * (r % 2)), (8, 3), (12 * (r // 2), 12 * (r // 2) + 12))}
         for r in range(4)
     ]
     save_cut(folder / "run" / "checkpoints", arrays, cuts)

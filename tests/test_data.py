@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from hvdlm.config import DataConfig
 from hvdlm.data import preparation, sampler, sources, tokenizers
-from hvdlm.interfaces import HvdlmError
+from hvdlm.errors import HvdlmError
 from launching import DATA
 
 TEXT = "To be, or not to be:\nthat is the question.\n红楼梦，石头记。\n" * 40

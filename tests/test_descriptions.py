@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvdlm.config import ModelConfig, ParallelConfig, TrainConfig
-from hvdlm.interfaces import HvdlmError
-from hvdlm.models.layout import make_layout
+from hvdlm.errors import HvdlmError
 from hvdlm.models.spec import Init, ParamSpec, builtin_models
-from hvdlm.schedule import make_schedule
-from hvdlm.topology import AXES, make_mesh
+from hvdlm.parallel.flat_layout import make_layout
+from hvdlm.parallel.mesh import AXES, make_mesh
+from hvdlm.training.lr_schedule import make_schedule
 
 
 def spec(name: str, vocab: int = 256, context: int = 64, **sizes: object):  # type: ignore[no-untyped-def]

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from hvdlm import doctor, probes
+from hvdlm.commands import doctor
+from hvdlm.diagnostics import probes
 
 LIBRARY = "/env/lib/libmpi.so.40"
 

@@ -16,7 +16,7 @@ from pyarrow import parquet
 from hvdlm.config import DataConfig
 from hvdlm.data import documents, preparation, sources
 from hvdlm.data.documents import Form
-from hvdlm.interfaces import HvdlmError
+from hvdlm.errors import HvdlmError
 
 TEXTS = ["To be, or not to be", "that is the question:\nwhether", "红楼梦", ""]
 WHOLE = "".join(f"{text}\n" for text in TEXTS)

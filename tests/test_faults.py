@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from hvdlm import cli
-from hvdlm.watch import evidence
+from hvdlm.diagnostics import failure_files
 from launching import ROOT, SMALL, environment
 
 TIMEOUT = 6.0
@@ -24,7 +24,7 @@ MEDDLER = """
 import os, signal, sys, time
 from pathlib import Path
 from hvdlm import cli, hookimpl, telemetry
-from hvdlm.interfaces import Done
+from hvdlm.protocols.group import Done
 from hvdlm_backends.horovod import HorovodGroup
 
 FAULT, FRAMEWORK = {fault!r}, {framework!r}
@@ -82,7 +82,7 @@ def all_reduce_async(self, tensor, name, op="sum"):
 def install():
     HorovodGroup.all_reduce_async = all_reduce_async
     if FRAMEWORK == "tensorflow":
-        from hvdlm_tensorflow.counted import CountedGraph
+        from hvdlm_tensorflow.counted_graph import CountedGraph
         run = CountedGraph.__call__
         def call(self, key, *arguments):
             self.__init__(self._graph.python_function, self._wire)
@@ -184,4 +184,6 @@ def test_a_fault_is_told_once_with_rank_and_call_site(
     assert cli.main(["doctor", "--run", str(ended.run)]) == 0
     told = capsys.readouterr().out
     assert "rank 0: step" in told and "rank 1: step" in told
-    assert set(evidence.read_failures(evidence.ledger_folder(ended.run))) >= ({1} if fault == "raise" else set())
+    assert set(failure_files.read_failures(failure_files.ledger_folder(ended.run))) >= (
+        {1} if fault == "raise" else set()
+    )

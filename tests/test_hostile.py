@@ -22,11 +22,13 @@ from hostile import CORPUS, TARGETS, TEXT, described
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hvdlm import cli, options, untrusted
+from hvdlm import cli
 from hvdlm.checkpoints import manifest
 from hvdlm.config import DataConfig
-from hvdlm.data import preparation, sources, tokenfile, tokenizers
-from hvdlm.interfaces import HvdlmError
+from hvdlm.configuration import parsing
+from hvdlm.data import preparation, sources, token_files, tokenizers
+from hvdlm.errors import HvdlmError
+from hvdlm.io import untrusted_input
 from launching import environment
 
 KEPT = sorted(path for name in TARGETS for path in (CORPUS / name).glob("*"))
@@ -128,7 +130,7 @@ def test_json_of_many_small_parts_takes_ten_times_its_size_at_most(part: str, tm
     text = "[" + "".join(part % i if "%" in part else part for i in range(2_000_000 // len(part))) + "0]"
     (tmp_path / "manifest.json").write_text(text, encoding="utf-8")
     size = (tmp_path / "manifest.json").stat().st_size
-    assert peak(lambda: manifest.read_manifest(tmp_path)) <= untrusted.FACTOR * size + untrusted.SLACK
+    assert peak(lambda: manifest.read_manifest(tmp_path)) <= untrusted_input.FACTOR * size + untrusted_input.SLACK
 
 
 def test_a_manifest_of_a_large_model_is_taken(tmp_path: Path) -> None:
@@ -149,7 +151,7 @@ def test_a_manifest_of_a_large_model_is_taken(tmp_path: Path) -> None:
     assert size > 1_500_000
     found: list[Any] = []
     most = peak(lambda: found.append(manifest.read_manifest(path)))
-    assert len(found[0][1]) == 8_003 and most <= untrusted.FACTOR * size + untrusted.SLACK
+    assert len(found[0][1]) == 8_003 and most <= untrusted_input.FACTOR * size + untrusted_input.SLACK
 
 
 # Checkpoints
@@ -194,7 +196,7 @@ def test_a_shard_that_became_a_link_after_the_manifest_was_read(tmp_path: Path) 
     moved(path / "model.safetensors", tmp_path / "outside")
     reader = hostile.Reader(path, found["files"], tensors, verified=True)
     with pytest.raises(HvdlmError, match=r"model\.safetensors: .*leads out of its folder"):
-        reader.piece("parameters/w", hostile.whole((2, 3)))
+        reader.shard("parameters/w", hostile.whole((2, 3)))
 
 
 def test_a_shard_that_is_no_file_does_not_hang(tmp_path: Path) -> None:
@@ -250,9 +252,9 @@ def test_memory_claimed_many_times_over_is_not_given(tmp_path: Path) -> None:
     found, tensors = manifest.read_manifest(path := checkpoint(tmp_path, boxes))
     reader = hostile.Reader(path, found["files"], tensors)
     wanted = hostile.whole((2, 2**40))
-    assert peak(lambda: reader.piece("optimizer/m/w", wanted)) < 2**20
+    assert peak(lambda: reader.shard("optimizer/m/w", wanted)) < 2**20
     with pytest.raises(HvdlmError, match="a slice of optimizer/m/w is missing"):
-        reader.piece("optimizer/m/w", wanted)
+        reader.shard("optimizer/m/w", wanted)
 
     def claims(said: dict[str, Any]) -> None:
         entry = said["tensors"]["parameters/w"][0]
@@ -294,7 +296,7 @@ def tokens(tmp_path: Path) -> Path:
 def test_links_in_a_token_folder_stay_in_it(name: str, tokens: Path) -> None:
     moved(tokens / name, tokens.parent / "outside")
     with pytest.raises(HvdlmError, match=f"{name} is a symbolic link that leads out of its folder: delete it"):
-        tokenfile.open_tokens(tokens)
+        token_files.open_tokens(tokens)
 
 
 @pytest.mark.parametrize(
@@ -312,7 +314,7 @@ def test_a_header_that_says_odd_things(change: dict[str, Any], words: str, token
     said = json.loads((tokens / "header.json").read_text())
     (tokens / "header.json").write_text(json.dumps(said | change))
     with pytest.raises(HvdlmError, match=f"damaged or foreign: {words}"):
-        tokenfile.open_tokens(tokens)
+        token_files.open_tokens(tokens)
 
 
 @pytest.mark.parametrize(
@@ -403,7 +405,7 @@ def test_a_tokenizer_file_that_is_none(content: bytes, tmp_path: Path) -> None:
 def test_a_decompression_bomb_ends_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.gz").write_bytes(gzip.compress(b"the same line\n" * 10**6))
     assert sum(map(len, sources.chunks(str(tmp_path / "a.gz")))) == 14 * 10**6  # far below the least that is a bomb
-    monkeypatch.setattr(untrusted, "_UNPACKED", 10**6)
+    monkeypatch.setattr(untrusted_input, "_UNPACKED", 10**6)
     given = []
     with pytest.raises(HvdlmError, match=r"unpacks to more than 100 times its size.*unpack it with gunzip"):
         given += [len(chunk) for chunk in sources.chunks(str(tmp_path / "a.gz"))]
@@ -465,7 +467,7 @@ LAUGHS = "a: &a [x, x]\n" + "".join(
 )
 def test_a_configuration_that_is_none(text: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(text)
-    for read in (lambda: options.parse_config(["--config", str(tmp_path / "a.yaml")], {}), lambda: run(tmp_path)):
+    for read in (lambda: parsing.parse_config(["--config", str(tmp_path / "a.yaml")], {}), lambda: run(tmp_path)):
         (tmp_path / "config.yaml").write_text(text)
         with pytest.raises(HvdlmError, match=words) as caught:
             read()
@@ -473,13 +475,13 @@ def test_a_configuration_that_is_none(text: str, words: str, tmp_path: Path) -> 
 
 
 def run(folder: Path) -> None:
-    options.run_config(str(folder), [])
+    parsing.run_config(str(folder), [])
 
 
 def test_what_a_configuration_may_hold_is_taken(tmp_path: Path) -> None:
     text = "log: {run: 2026-11-24, sample_prompt: '*ROMEO*: [ & {'}\ntrain: {learning_rate: 1e-3}\n"
     (tmp_path / "a.yaml").write_text(text + "data: {path: [a*.txt, 'b&c']}\n")
-    found = options.parse_config(["--config", str(tmp_path / "a.yaml")], {})
+    found = parsing.parse_config(["--config", str(tmp_path / "a.yaml")], {})
     assert found.log.run == "2026-11-24" and found.log.sample_prompt == "*ROMEO*: [ & {"
     assert found.train.learning_rate == 1e-3 and found.data.paths == ["a*.txt", "b&c"]
 

@@ -11,19 +11,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hvdlm_huggingface import folder
+from hvdlm_huggingface.export import _characters
 from safetensors.numpy import save_file
 
 from hvdlm import cli, plugins
-from hvdlm.checkpoints.checkpoint import find
+from hvdlm.checkpoints.load import find
+from hvdlm.communication.all_reduce import AllReduceExchange
 from hvdlm.config import Config
 from hvdlm.data.tokenizers import from_json
-from hvdlm.exchange import AllReduceExchange
-from hvdlm.huggingface import folder
-from hvdlm.huggingface.export import _characters
-from hvdlm.interfaces import HvdlmError
-from hvdlm.models.layout import whole
+from hvdlm.errors import HvdlmError
 from hvdlm.models.spec import ModelSpec, builtin_models
-from hvdlm.topology import Mesh
+from hvdlm.parallel.flat_layout import whole
+from hvdlm.parallel.mesh import Mesh
 from hvdlm_backends.local import AloneGroup, LocalWorld
 from launching import ROOT, environment, launch, losses
 
@@ -152,7 +152,7 @@ def test_what_is_trained_here_says_the_same_in_transformers(
     reader = trained.reader()
     for param in spec.params:
         if f"parameters/{param.name}" in trained.tensors:
-            stored = reader.piece(f"parameters/{param.name}", whole(param.shape))
+            stored = reader.shard(f"parameters/{param.name}", whole(param.shape))
             np.testing.assert_array_equal(param.initial(0), stored, err_msg=param.name)
 
 

@@ -19,17 +19,17 @@ from test_trainables import CONTEXT, ROWS, VOCAB, both, train
 from test_trainables import batch as tokens
 
 from hvdlm import cli, plugins
-from hvdlm.base import attach, check
-from hvdlm.checkpoints import checkpoint
-from hvdlm.checkpoints.described import spec_of
+from hvdlm.checkpoints import load
+from hvdlm.checkpoints.base_weights import attach, check
+from hvdlm.checkpoints.rebuild_spec import spec_of
+from hvdlm.communication.all_reduce import AllReduceExchange
 from hvdlm.config import Config, LoRAConfig, ModelConfig, ParallelConfig, TrainConfig
-from hvdlm.exchange import AllReduceExchange
-from hvdlm.interfaces import HvdlmError
+from hvdlm.errors import HvdlmError
 from hvdlm.models.lora import adapt
 from hvdlm.models.spec import ModelSpec, builtin_models
-from hvdlm.topology import make_mesh
+from hvdlm.parallel.mesh import make_mesh
+from hvdlm.planning.closed_forms import closed_form
 from hvdlm_backends.local import AloneGroup, LocalWorld
-from hvdlm_sharding.predict import predict
 from launching import launch, losses
 
 SGD = {"optimizer": "sgd", "weight_decay": 0.0, "clip": 0.0}
@@ -128,7 +128,7 @@ def test_what_is_frozen_is_not_changed_and_adapters_are_all_that_is_held_for_tra
     spec, trainable, base = described(config), None, made(framework, model)
     trainable = build(framework, spec, config)
     train(trainable, 3)
-    small, predicted = sum(p.size for p in spec.params), predict(config, spec, make_mesh(1, ParallelConfig()), 0)
+    small, predicted = sum(p.size for p in spec.params), closed_form(config, spec, make_mesh(1, ParallelConfig()), 0)
     assert spec.parameters == small < 0.25 * spec.frozen_parameters == 0.25 * sum(p.size for p in spec.frozen)
     held = trainable.memory()
     assert held["optimizer"] == 8 * small and held["gradients"] == 4 * small
@@ -219,7 +219,7 @@ def test_resuming_is_exact_and_goes_on_in_the_other_framework(tuned: tuple[str, 
 
 def test_a_checkpoint_is_as_small_as_its_adapters(tuned: tuple[str, Path, str]) -> None:
     _, folder, _ = tuned
-    found = checkpoint.find(folder / "run", "auto")
+    found = load.find(folder / "run", "auto")
     assert found is not None
     files = sum(path.stat().st_size for path in found.path.glob("*.safetensors"))
     parameters = json.loads((folder / "run" / "summary.json").read_text())["parameters"]
@@ -241,11 +241,11 @@ def test_the_merged_folder_says_in_transformers_what_the_run_says(
         convert += ["--base", str(folder / "elsewhere")]
     try:
         assert cli.main([*convert, "--format", "huggingface"]) == 0
-        found = checkpoint.find(folder / "run", "auto")
+        found = load.find(folder / "run", "auto")
         assert found is not None
         spec = spec_of(found, builtin_models(), convert[-1] if moved else None)
         ours = build(framework, spec, replace(Config(framework=framework), train=TrainConfig(batch_size=1)))
-        ours.load_state(checkpoint.load(found, ours.pieces(), 0, 1))
+        ours.load_state(load.load(found, ours.shards(), 0, 1))
     finally:
         if moved:
             (folder / "elsewhere").rename(folder / "start")
@@ -264,7 +264,7 @@ def test_one_safetensors_file_has_the_merged_weights(tuned: tuple[str, Path, str
 
     _, folder, _ = tuned
     assert cli.main(["convert", "--run", str(folder / "run"), "--output", str(tmp_path / "all.safetensors")]) == 0
-    found, merged = checkpoint.find(folder / "run", "auto"), load_file(tmp_path / "all.safetensors")
+    found, merged = load.find(folder / "run", "auto"), load_file(tmp_path / "all.safetensors")
     assert found is not None
     spec = spec_of(found, builtin_models())
     assert set(merged) == {param.name for param in spec.frozen}
@@ -332,21 +332,21 @@ def test_a_manifest_that_says_other_adapters_than_it_holds_is_refused(tmp_path: 
     spec = adapt(builtin_models()["gpt"](config.model, VOCAB, config.data.context), config.lora)
     meta = {"config": config.to_dict(), "vocab": VOCAB, "base": attach(spec, None, config.train.seed)[1]}
     state = {f"parameters/{param.name}": param.initial(1) for param in spec.params}
-    good = checkpoint.save(tmp_path / "checkpoints", 1, state, meta, LocalWorld())
-    assert spec_of(checkpoint.open_checkpoint(good), builtin_models()).adapters == spec.adapters
+    good = load.save(tmp_path / "checkpoints", 1, state, meta, LocalWorld())
+    assert spec_of(load.open_checkpoint(good), builtin_models()).adapters == spec.adapters
     said, base = dict(said), said.get("base", meta["base"])
     said.pop("base", None)
     meta |= {"base": base, "config": {**config.to_dict(), "lora": said}}
-    path = checkpoint.save(tmp_path / "checkpoints", 2, state, meta, LocalWorld())
+    path = load.save(tmp_path / "checkpoints", 2, state, meta, LocalWorld())
     with pytest.raises(HvdlmError) as caught:
-        spec_of(checkpoint.open_checkpoint(path), builtin_models())
+        spec_of(load.open_checkpoint(path), builtin_models())
     assert str(path) in str(caught.value) or "lora.layers" in str(caught.value)
 
 
 def test_whole_weights_and_adapters_are_told_apart(tmp_path: Path) -> None:
-    path = checkpoint.save(tmp_path / "checkpoints", 1, {"parameters/w": np.ones(2, np.float32)}, {}, LocalWorld())
+    path = load.save(tmp_path / "checkpoints", 1, {"parameters/w": np.ones(2, np.float32)}, {}, LocalWorld())
     with pytest.raises(HvdlmError, match=r"holds whole weights and no adapters: leave --lora\.rank out"):
-        check(checkpoint.open_checkpoint(path), {"weights": "x", "factor": 1.0})
+        check(load.open_checkpoint(path), {"weights": "x", "factor": 1.0})
 
 
 @pytest.mark.usefixtures("_untouched")

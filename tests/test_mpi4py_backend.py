@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hvdlm import run as runs
-from hvdlm import validate
 from hvdlm.config import CommunicationConfig, Config, TrainConfig
-from hvdlm.interfaces import Done, HvdlmError
-from hvdlm.probes import THREADS
+from hvdlm.configuration import availability, validation
+from hvdlm.diagnostics.probes import THREADS
+from hvdlm.errors import HvdlmError
+from hvdlm.protocols.group import Done
 from hvdlm_backends import mpi_collectives
 from hvdlm_backends.host_tensors import ArrayTensors, host_tensors
 from hvdlm_backends.mpi4py import MPI4PyBackend
@@ -72,10 +72,10 @@ def test_a_rank_that_hangs_is_named(framework: str, tmp_path: Path) -> None:
 
 def test_a_framework_that_horovod_does_not_know_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
-    assert runs.choose_backend("torch") == "mpi"
-    assert runs.choose_backend("a_framework_of_a_plugin") == "mpi4py"
+    assert availability.choose_backend("torch") == "mpi"
+    assert availability.choose_backend("a_framework_of_a_plugin") == "mpi4py"
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "1")
-    assert runs.choose_backend("a_framework_of_a_plugin") == "local"
+    assert availability.choose_backend("a_framework_of_a_plugin") == "local"
 
 
 def test_what_is_missing_is_told_before_ranks_meet(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,8 +88,8 @@ def test_what_is_missing_is_told_before_ranks_meet(monkeypatch: pytest.MonkeyPat
             hidden = lambda name, *rest, gone=missing: None if name == gone else find(name, *rest)  # noqa: E731
             patch.setattr(importlib.util, "find_spec", hidden)
             with pytest.raises(HvdlmError, match=sentence):
-                runs.require_framework("torch", 2, backend)
-            runs.require_framework("torch", 1, backend)
+                availability.require_framework("torch", 2, backend)
+            availability.require_framework("torch", 1, backend)
 
 
 @pytest.mark.parametrize("chosen, expected", [(None, "3"), ("1", "1")])
@@ -112,13 +112,13 @@ def test_ranks_that_gloo_started_are_refused(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("option", [{"autotune": True}, {"timeline": "timeline.json"}])
 def test_what_only_horovod_has_is_refused(option: dict) -> None:
     config = Config(communication=CommunicationConfig(**option))
-    validate.communication(config, 2, "mpi", {})
+    validation.communication(config, 2, "mpi", {})
     with pytest.raises(HvdlmError, match=f"communication.{next(iter(option))} is Horovod's.*--backend mpi"):
-        validate.communication(config, 2, "mpi4py", {})
+        validation.communication(config, 2, "mpi4py", {})
 
 
 def test_adasum_needs_no_horovod() -> None:
-    validate.communication(Config(communication=CommunicationConfig(reduction="adasum")), 2, "mpi4py", {})
+    validation.communication(Config(communication=CommunicationConfig(reduction="adasum")), 2, "mpi4py", {})
 
 
 def test_compiling_is_off_without_a_compiler(tmp_path: Path) -> None:

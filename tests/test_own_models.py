@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hvdlm.interfaces import HvdlmError
+from hvdlm.errors import HvdlmError
 from launching import ROOT, install_example, launch, losses
 
 FRAMEWORKS = ["torch", "tensorflow"]
@@ -98,8 +98,8 @@ def test_what_keeps_statistics_is_refused() -> None:
     import keras
     import torch
 
-    from hvdlm_tensorflow.models import own as of_keras
-    from hvdlm_torch.models import own as of_torch
+    from hvdlm_tensorflow.models import custom_module as of_keras
+    from hvdlm_torch.models import custom_module as of_torch
 
     with pytest.raises(HvdlmError, match="batch normalisation keeps statistics"):
         of_torch.describe(lambda: torch.nn.Sequential(torch.nn.Embedding(5, 4), torch.nn.BatchNorm1d(4)), 5, 4)
@@ -112,8 +112,8 @@ def test_initial_values_follow_the_seed_and_nothing_else() -> None:
     import keras
     import torch
 
-    from hvdlm_tensorflow.models import own as of_keras
-    from hvdlm_torch.models import own as of_torch
+    from hvdlm_tensorflow.models import custom_module as of_keras
+    from hvdlm_torch.models import custom_module as of_torch
 
     made = (
         of_torch.describe(lambda: torch.nn.Sequential(torch.nn.Embedding(5, 4), torch.nn.Linear(4, 5)), 5, 4),

@@ -20,12 +20,13 @@ from typing import Any
 import pytest
 from test_documents import WRITERS
 
-from hvdlm import cli, options
+from hvdlm import cli
 from hvdlm.config import DataConfig
-from hvdlm.data import documents, journal, preparation, progress, sources, tokenizers, workers
-from hvdlm.data.pieces import Reading
+from hvdlm.configuration import parsing
+from hvdlm.data import documents, preparation, prepare_progress, progress, sources, tokenizers, workers
+from hvdlm.data.source_chunks import Reading
 from hvdlm.data.workers import WorkerDied
-from hvdlm.interfaces import HvdlmError
+from hvdlm.errors import HvdlmError
 from launching import environment
 
 LINES = [f"the line number {i} says {'much ' * (i % 7)}红楼梦" for i in range(3000)]
@@ -155,20 +156,20 @@ def test_a_text_that_fails_in_a_worker_ends_all_with_its_sentence_and_leaves_not
 def test_a_worker_that_dies_ends_all_with_a_sentence_and_the_next_attempt_goes_on(
     corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    add, config = journal.Journal.add, settings(corpus, tmp_path)
+    add, config = prepare_progress.Journal.add, settings(corpus, tmp_path)
     expected = files(preparation.prepare(config, str(tmp_path / "expected")).folder)
-    monkeypatch.setattr(journal, "_EVERY", 0)
+    monkeypatch.setattr(prepare_progress, "_EVERY", 0)
 
-    def killing(self: journal.Journal, *more: Any) -> None:
+    def killing(self: prepare_progress.Journal, *more: Any) -> None:
         add(self, *more)
         if self.state.pieces == 5:
             os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
 
-    monkeypatch.setattr(journal.Journal, "add", killing)
+    monkeypatch.setattr(prepare_progress.Journal, "add", killing)
     with pytest.raises(WorkerDied, match=r"a worker that encodes died: .*--workers 1.*goes on"):
         preparation.prepare(config, str(tmp_path / "tokens"), 2)
     assert not multiprocessing.active_children() and not (tmp_path / "tokens").exists()
-    monkeypatch.setattr(journal.Journal, "add", add)
+    monkeypatch.setattr(prepare_progress.Journal, "add", add)
     assert files(preparation.prepare(config, str(tmp_path / "tokens")).folder) == expected
     assert "going on after" in capfd.readouterr().err and left(tmp_path / "tokens") == ["expected", "tokens"]
 
@@ -176,10 +177,10 @@ def test_a_worker_that_dies_ends_all_with_a_sentence_and_the_next_attempt_goes_o
 def test_a_full_disk_ends_it_with_a_sentence_and_leaves_nothing(
     corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(self: journal.Journal, *more: Any) -> None:
+    def full(self: prepare_progress.Journal, *more: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(journal.Journal, "add", full)
+    monkeypatch.setattr(prepare_progress.Journal, "add", full)
     with pytest.raises(HvdlmError, match=r"can't be written to .*tokens: No space left on device: free space"):
         preparation.prepare(settings(corpus, tmp_path), str(tmp_path / "tokens"), 2)
     assert not left(tmp_path / "tokens") and not multiprocessing.active_children()
@@ -297,18 +298,18 @@ def test_workers_end_with_the_process_that_started_them(corpus: list[str], tmp_p
 def test_an_interruption_says_how_to_go_on(
     corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    add = journal.Journal.add
+    add = prepare_progress.Journal.add
 
-    def interrupting(self: journal.Journal, *more: Any) -> None:
+    def interrupting(self: prepare_progress.Journal, *more: Any) -> None:
         add(self, *more)
         if self.state.pieces == 9:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(journal.Journal, "add", interrupting)
-    monkeypatch.setattr(journal, "_EVERY", 0)
+    monkeypatch.setattr(prepare_progress.Journal, "add", interrupting)
+    monkeypatch.setattr(prepare_progress, "_EVERY", 0)
     assert cli.main(command(corpus, tmp_path, 1)) == 130
     assert capsys.readouterr().err == "hvdlm: interrupted; the same command goes on where it was\n"
-    monkeypatch.setattr(journal.Journal, "add", add)
+    monkeypatch.setattr(prepare_progress.Journal, "add", add)
     assert cli.main(command(corpus, tmp_path, 1)) == 0
     assert "going on after" in capsys.readouterr().err
 
@@ -335,7 +336,7 @@ def begun(corpus: list[str], tmp_path: Path) -> Path:
     code = KILLED.format(moment=MOMENTS["in the JSON lines"], arguments=command(corpus, tmp_path, 1))
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    return journal.partial(tmp_path / "tokens")
+    return prepare_progress.partial(tmp_path / "tokens")
 
 
 def said(**changes: Any) -> Callable[[Path], Any]:
@@ -410,8 +411,8 @@ def test_damaged_work_is_begun_anew(
 ) -> None:
     place, expected = killed
     (tmp_path / "elsewhere").write_bytes(b"keep me" * 100_000)
-    shutil.copytree(journal.partial(place / "tokens"), journal.partial(tmp_path / "tokens"))
-    HARMS[harm](journal.partial(tmp_path / "tokens"))
+    shutil.copytree(prepare_progress.partial(place / "tokens"), prepare_progress.partial(tmp_path / "tokens"))
+    HARMS[harm](prepare_progress.partial(tmp_path / "tokens"))
     config = settings([str(place / "corpus")], place)
     assert files(preparation.prepare(config, str(tmp_path / "tokens")).folder) == expected
     assert "going on" not in capsys.readouterr().err and left(tmp_path / "tokens") == ["elsewhere", "tokens"]
@@ -422,7 +423,7 @@ def test_undamaged_work_is_gone_on_with(
     killed: tuple[Path, dict[str, str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     place, expected = killed
-    shutil.copytree(journal.partial(place / "tokens"), journal.partial(tmp_path / "tokens"))
+    shutil.copytree(prepare_progress.partial(place / "tokens"), prepare_progress.partial(tmp_path / "tokens"))
     config = settings([str(place / "corpus")], place)
     assert files(preparation.prepare(config, str(tmp_path / "tokens")).folder) == expected
     assert "going on after" in capsys.readouterr().err
@@ -431,7 +432,7 @@ def test_undamaged_work_is_gone_on_with(
 def test_a_partial_folder_that_is_a_link_is_not_followed(tmp_path: Path, corpus: list[str]) -> None:
     begun(corpus, tmp_path).rename(tmp_path / "corpus" / "there")
     before = files(tmp_path / "corpus" / "there" / "tokens")
-    journal.partial(tmp_path / "tokens").symlink_to(tmp_path / "corpus" / "there")
+    prepare_progress.partial(tmp_path / "tokens").symlink_to(tmp_path / "corpus" / "there")
     assert cli.main(command([str(tmp_path / "corpus" / "a.txt")], tmp_path, 1)) == 0
     assert files(tmp_path / "corpus" / "there" / "tokens") == before
 
@@ -493,4 +494,4 @@ def test_a_number_of_workers_that_is_none_is_refused(corpus: list[str], tmp_path
     for value, sentence in (("0", "--workers: got 0, expected 1 or more."), ("two", "--workers: got 'two', expected")):
         arguments = [*command(corpus, tmp_path, 1), "--workers", value]
         with pytest.raises(HvdlmError, match=sentence):
-            options.parse_prepare(arguments[1:])
+            parsing.parse_prepare(arguments[1:])

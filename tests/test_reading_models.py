@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hvdlm_tasks.models.ctc import BANDS
 
 from hvdlm import plugins
+from hvdlm.communication.all_reduce import AllReduceExchange
 from hvdlm.config import Config, ModelConfig, ParallelConfig, TrainConfig
-from hvdlm.exchange import AllReduceExchange
-from hvdlm.interfaces import Batch
-from hvdlm.models.ctc import BANDS
 from hvdlm.models.spec import builtin_models
-from hvdlm.topology import make_mesh
+from hvdlm.parallel.mesh import make_mesh
+from hvdlm.protocols.types import Batch
 from hvdlm_backends.local import AloneGroup, LocalWorld
 
 VOCAB, ROWS = 11, 4

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hvdlm_report.chart import chart, short, thinned, ticks
+from hvdlm_report.runs import compare, read
 
 from hvdlm import cli
-from hvdlm.report.chart import chart, short, thinned, ticks
-from hvdlm.report.runs import compare, read
 from launching import STEPS
 
 BROWSER = next((p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None)

@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 from test_checkpoint import STATE, WANTED, Ranks, cut, rows
 
-from hvdlm.checkpoints import checkpoint, folders, keeping, saving
-from hvdlm.checkpoints.folders import Sharing, meet, too_little
-from hvdlm.checkpoints.saving import Saver
+from hvdlm.checkpoints import load, retention, save, shared_folders
+from hvdlm.checkpoints.save import Saver
+from hvdlm.checkpoints.shared_folders import Sharing, meet, too_little
 from hvdlm.config import CheckpointConfig
-from hvdlm.interfaces import RankError
-from hvdlm.models.layout import Piece, whole
+from hvdlm.errors import RankError
+from hvdlm.parallel.flat_layout import Shard, whole
 from hvdlm_backends.local import LocalWorld
 
 
@@ -42,7 +42,7 @@ def names(folder: Path) -> list[str]:
 
 
 def assert_whole(path: Path) -> None:
-    loaded = checkpoint.load(checkpoint.open_checkpoint(path), WANTED, 0, 1)
+    loaded = load.load(load.open_checkpoint(path), WANTED, 0, 1)
     for name, array in STATE.items():
         np.testing.assert_array_equal(loaded[name], array)
 
@@ -51,8 +51,8 @@ class Gate:
     """A disk that takes nothing until it is opened. ``failing``: the file that it then refuses, and how."""
 
     def __init__(self, patch: pytest.MonkeyPatch, failing: str = "", error: Exception | None = None) -> None:
-        self.opened, self._real, self._failing, self._error = threading.Event(), saving.write_tensors, failing, error
-        patch.setattr(saving, "write_tensors", self._write)
+        self.opened, self._real, self._failing, self._error = threading.Event(), save.write_tensors, failing, error
+        patch.setattr(save, "write_tensors", self._write)
 
     def _write(self, path: Path, *arguments: Any) -> Any:
         assert self.opened.wait(20)
@@ -113,10 +113,10 @@ def test_standing_still_counts_from_before_the_copy_and_the_wait_for_an_earlier_
     assert second.blocked_seconds < 0.25
 
 
-def four_ways(arrays: dict[str, np.ndarray]) -> list[dict[str, Piece]]:
+def four_ways(arrays: dict[str, np.ndarray]) -> list[dict[str, Shard]]:
     """Return the pieces of four ranks: parameters cut in two (two ranks hold each half), the optimizer in four."""
     halves = [rows((8, 6), 4 * (rank // 2), 4 * (rank // 2) + 4) for rank in range(4)]
-    quarters = [Piece((8, 6), (0, 0), (8, 6), (12 * rank, 12 * rank + 12)) for rank in range(4)]
+    quarters = [Shard((8, 6), (0, 0), (8, 6), (12 * rank, 12 * rank + 12)) for rank in range(4)]
     return [{"parameters/w": a, "optimizer/m/w": b} for a, b in zip(halves, quarters, strict=True)]
 
 
@@ -125,9 +125,9 @@ ARRAYS = {"parameters/w": np.arange(48.0).reshape(8, 6), "optimizer/m/w": np.one
 
 def save_as(world: Any, folder: Path, step: int = 5, **options: Any) -> Saver:
     """Begin to save this rank's part of ``ARRAYS``."""
-    pieces = four_ways(ARRAYS)[world.rank]
+    shards = four_ways(ARRAYS)[world.rank]
     own = Saver(folder, world, CheckpointConfig(**options))
-    own.start(step, {name: cut(ARRAYS[name], piece) for name, piece in pieces.items()}, {"rank": world.rank}, pieces)
+    own.start(step, {name: cut(ARRAYS[name], shard) for name, shard in shards.items()}, {"rank": world.rank}, shards)
     return own
 
 
@@ -142,9 +142,9 @@ def test_four_ranks_write_each_byte_once(tmp_path: Path) -> None:
     files = list((tmp_path / "step-00000005").glob("*.safetensors"))
     assert len(files) == 6 and not list(tmp_path.glob(".*"))
     assert sum(payload(path) for path in files) == sum(array.nbytes for array in ARRAYS.values())
-    found = checkpoint.open_checkpoint(tmp_path / "step-00000005")
+    found = load.open_checkpoint(tmp_path / "step-00000005")
     for name, array in ARRAYS.items():
-        np.testing.assert_array_equal(found.reader().piece(name, whole(array.shape)), array)
+        np.testing.assert_array_equal(found.reader().shard(name, whole(array.shape)), array)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_what_fails_on_one_rank_is_told_on_all_and_damages_nothing(
     before = {path: path.read_bytes() for path in (tmp_path / "step-00000005").iterdir()}
     Gate(monkeypatch, failing, full(failing)).opened.set()
 
-    def write(path: Path, data: bytes, real: Callable[..., Any] = keeping.write_synced) -> None:
+    def write(path: Path, data: bytes, real: Callable[..., Any] = retention.write_synced) -> None:
         if path.name == failing:
             raise full(failing)
         real(path, data)
@@ -173,7 +173,7 @@ def test_what_fails_on_one_rank_is_told_on_all_and_damages_nothing(
             raise full(failing)
         real(old, new)
 
-    monkeypatch.setattr(keeping, "write_synced", write)
+    monkeypatch.setattr(retention, "write_synced", write)
     monkeypatch.setattr(os, "rename", rename)
     for step in (5, 6):  # in place of an older one, and as a new one
         errors = Ranks(4).run(lambda world, step=step: save_as(world, tmp_path, step).finish())
@@ -224,7 +224,7 @@ def test_a_disk_that_becomes_full_meanwhile_leaves_what_is_older(
 ) -> None:
     before = save(small_disk, 4)
     (small_disk / "others").write_bytes(bytes(500_000))
-    monkeypatch.setattr(folders, "room", lambda folder: {"host": "", "device": 1, "free": 10**9})
+    monkeypatch.setattr(shared_folders, "room", lambda folder: {"host": "", "device": 1, "free": 10**9})
     own = saver(small_disk)
     own.start(5, LARGE, {})
     with pytest.raises(RankError, match=r"rank 0 could not write .*No space left on device.*are untouched"):
@@ -274,9 +274,9 @@ def test_a_folder_that_is_removed_meanwhile_is_told_and_made_anew(
 def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
     for step, loss in enumerate([3.0, 1.0, float("nan"), None, 2.0, 1.0, 4.0, 5.0], 1):
         save(tmp_path, step, loss, keep=2, keep_best=2)
-    assert [step for step, _ in keeping.steps(tmp_path)] == [8, 7, 6, 2]
+    assert [step for step, _ in retention.steps(tmp_path)] == [8, 7, 6, 2]
     save(tmp_path, 9, keep=1)
-    assert [step for step, _ in keeping.steps(tmp_path)] == [9]
+    assert [step for step, _ in retention.steps(tmp_path)] == [9]
 
 
 def test_damaged_ones_count_as_none_and_those_of_later_steps_stay(tmp_path: Path) -> None:
@@ -285,17 +285,17 @@ def test_damaged_ones_count_as_none_and_those_of_later_steps_stay(tmp_path: Path
     for step in (2, 3):
         (tmp_path / f"step-{step:08d}" / "model.safetensors").write_bytes(b"")
     (tmp_path / "step-00000004" / "manifest.json").write_text('{"metrics": {"val_loss": 0}}')
-    keeping.tidy(tmp_path, 4, 2, 2)
-    assert [step for step, _ in keeping.steps(tmp_path)] == [9, 1]
+    retention.tidy(tmp_path, 4, 2, 2)
+    assert [step for step, _ in retention.steps(tmp_path)] == [9, 1]
     save(tmp_path, 2, keep=1)  # the run went back and goes on
-    assert [step for step, _ in keeping.steps(tmp_path)] == [9, 2]
+    assert [step for step, _ in retention.steps(tmp_path)] == [9, 2]
 
 
 def test_where_none_is_whole_none_is_deleted(tmp_path: Path) -> None:
     for path in [save(tmp_path, step) for step in (1, 2)]:
         (path / "model.safetensors").unlink()
-    keeping.tidy(tmp_path, 2, 1, 0)
-    assert [step for step, _ in keeping.steps(tmp_path)] == [2, 1]
+    retention.tidy(tmp_path, 2, 1, 0)
+    assert [step for step, _ in retention.steps(tmp_path)] == [2, 1]
 
 
 def test_a_checkpoint_is_there_all_the_time_while_it_is_replaced(
@@ -324,7 +324,7 @@ def test_what_a_killed_run_left_is_put_in_order(tmp_path: Path) -> None:
     outside = tmp_path.parent / f"{tmp_path.name}-outside"
     shutil.copytree(tmp_path / "step-00000006", outside)
     (tmp_path / ".step-00000008.replaced").symlink_to(outside)
-    keeping.sweep(tmp_path)
+    retention.sweep(tmp_path)
     assert names(tmp_path) == [".mine", "latest", "step-00000005", "step-00000006"]
     assert_whole(tmp_path / "step-00000005")
     assert_whole(outside)
@@ -364,12 +364,12 @@ def test_what_one_node_could_not_publish_no_node_keeps(tmp_path: Path, monkeypat
     place = nodes(tmp_path, 2)
     Ranks(4).run(lambda world: save_as(world, place(world)).finish())
 
-    def publish(folder: Path, *arguments: Any, real: Callable[..., Any] = keeping.publish) -> None:
+    def publish(folder: Path, *arguments: Any, real: Callable[..., Any] = retention.publish) -> None:
         if "node1" in str(folder):
             raise full("manifest.json")
         real(folder, *arguments)
 
-    monkeypatch.setattr(keeping, "publish", publish)
+    monkeypatch.setattr(retention, "publish", publish)
     for step in (5, 6):
         errors = Ranks(4).run(lambda world, step=step: save_as(world, place(world), step).finish())
         assert all("rank 2 could not publish" in str(error) for error in errors)
@@ -393,11 +393,11 @@ def test_space_is_added_up_over_those_who_share_a_disk() -> None:
 def test_what_is_deleted_is_called_a_checkpoint_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kill in the middle of a deletion leaves no damaged checkpoint, and the next run deletes the rest."""
     for step in (1, 2):
-        (tmp_path / keeping.name_of(step)).mkdir()
-    monkeypatch.setattr(keeping.shutil, "rmtree", lambda path, ignore_errors: None)
-    keeping._drop(tmp_path / keeping.name_of(1))
+        (tmp_path / retention.name_of(step)).mkdir()
+    monkeypatch.setattr(retention.shutil, "rmtree", lambda path, ignore_errors: None)
+    retention._drop(tmp_path / retention.name_of(1))
     monkeypatch.undo()
-    assert [step for step, _ in keeping.steps(tmp_path)] == [2]
+    assert [step for step, _ in retention.steps(tmp_path)] == [2]
     assert (tmp_path / ".step-00000001.deleted").is_dir()
-    keeping.sweep(tmp_path)
+    retention.sweep(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]

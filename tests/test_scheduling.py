@@ -18,12 +18,12 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
+from hvdlm_launchers.launch import find
+from hvdlm_launchers.schedulers.job import Job, check
 from mpijob_schema import MPIJOB
 
 from hvdlm import cli
 from hvdlm.config import Config
-from hvdlm.scheduling.job import Job, check
-from hvdlm.scheduling.launch import find
 from launching import ROOT, SMALL, environment, install, launch, losses
 
 CLUSTER = ROOT / "examples" / "cluster"

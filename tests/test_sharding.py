@@ -13,16 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvdlm import plugins
+from hvdlm.communication.all_reduce import AllReduceExchange
 from hvdlm.config import Config, ModelConfig, ParallelConfig, TrainConfig
-from hvdlm.exchange import AllReduceExchange
-from hvdlm.interfaces import Batch
 from hvdlm.models.spec import ModelSpec, builtin_models
-from hvdlm.topology import Mesh, make_mesh
+from hvdlm.parallel.mesh import Mesh, make_mesh
+from hvdlm.parallel.pipeline_schedules import idle_share, kept_micro_batches, make_pipeline_schedule
+from hvdlm.parallel.pipeline_stages import cut_into_stages, layer_flops
+from hvdlm.parallel.sharding_rules import bounds, make_model_shard
+from hvdlm.planning.closed_forms import closed_form
+from hvdlm.protocols.types import Batch
 from hvdlm_backends.local import AloneGroup, LocalWorld
-from hvdlm_sharding.predict import predict
-from hvdlm_sharding.rules import bounds, share
-from hvdlm_sharding.schedules import idle_share, kept, make_schedule
-from hvdlm_sharding.stages import cut, layer_flops
 from launching import ROOT, launch
 
 
@@ -37,8 +37,8 @@ def test_every_element_is_counted_by_exactly_one_rank(tensor: int, pipeline: int
     model, mesh = spec(name, vocab, kv_heads=2), Mesh(1, pipeline, tensor)
     counts = {p.name: np.zeros(p.shape, int) for p in model.params}
     for rank in range(mesh.size):
-        for param in share(model, mesh, rank, ParallelConfig(1, pipeline, tensor)).params:
-            counts[param.spec.name][param.piece.slices] += param.counted
+        for param in make_model_shard(model, mesh, rank, ParallelConfig(1, pipeline, tensor)).params:
+            counts[param.spec.name][param.shard.slices] += param.counted
     assert all((count == 1).all() for count in counts.values())
 
 
@@ -54,15 +54,15 @@ def test_initial_values_are_slices_of_the_unsharded_models() -> None:
     model = spec("llama", kv_heads=2)
     whole = model.initial(7)
     for rank in range(4):
-        for param in share(model, Mesh(1, 1, 4), rank, ParallelConfig(1, 1, 4)).params:
-            found = param.spec.initial_box(7, param.piece.slices)
-            np.testing.assert_array_equal(found, whole[param.spec.name][param.piece.slices])
+        for param in make_model_shard(model, Mesh(1, 1, 4), rank, ParallelConfig(1, 1, 4)).params:
+            found = param.spec.initial_box(7, param.shard.slices)
+            np.testing.assert_array_equal(found, whole[param.spec.name][param.shard.slices])
 
 
 def test_stages_are_cut_by_the_cost_of_their_layers_and_head() -> None:
     model = spec(vocab=20_000, layers=8)
     costs, head = layer_flops(model)
-    stages = cut(model, 2)
+    stages = cut_into_stages(model, 2)
     assert [stage.layers[0] for stage in stages] == [0, stages[0].layers[1]] and stages[-1].layers[1] == 8
     slowest = max(sum(costs[slice(*s.layers)]) + (head if s.last else 0) for s in stages)
     others = [max(sum(costs[:end]), sum(costs[end:]) + head) for end in range(1, 8)]
@@ -74,7 +74,7 @@ def test_stages_are_cut_by_the_cost_of_their_layers_and_head() -> None:
 @settings(deadline=None)
 def test_no_schedule_deadlocks(stages: int, micro_batches: int, name: str) -> None:
     """Sends go on in the background, receives block: as the plugins do it."""
-    queues = [list(make_schedule(name, stage, stages, micro_batches)) for stage in range(stages)]
+    queues = [list(make_pipeline_schedule(name, stage, stages, micro_batches)) for stage in range(stages)]
     done: set[tuple[int, str, int]] = set()
     moved = True
     while moved:
@@ -93,11 +93,11 @@ def test_no_schedule_deadlocks(stages: int, micro_batches: int, name: str) -> No
 
 
 def test_one_forward_one_backward_keeps_few_micro_batches_and_idles_as_long() -> None:
-    assert [kept("1f1b", stage, 4, 16) for stage in range(4)] == [4, 3, 2, 1]
-    assert [kept("gpipe", stage, 4, 16) for stage in range(4)] == [16] * 4
+    assert [kept_micro_batches("1f1b", stage, 4, 16) for stage in range(4)] == [4, 3, 2, 1]
+    assert [kept_micro_batches("gpipe", stage, 4, 16) for stage in range(4)] == [16] * 4
     assert idle_share(4, 16) == 3 / 19 and idle_share(1, 5) == 0
     for stage in range(4):
-        order = [n for kind, n in make_schedule("1f1b", stage, 4, 16) if kind == "backward"]
+        order = [n for kind, n in make_pipeline_schedule("1f1b", stage, 4, 16) if kind == "backward"]
         assert order == list(range(16))
 
 
@@ -117,7 +117,7 @@ def test_memory_in_closed_form() -> None:
     def memory(mesh: tuple[int, int, int], rank: int = 0, zero: int = 0) -> dict[str, int]:
         config = configured(mesh)
         config.parallel.zero = zero  # type: ignore[assignment]
-        found = predict(config, model, Mesh(*mesh), rank)
+        found = closed_form(config, model, Mesh(*mesh), rank)
         assert found is not None
         return {kind: count // 4 for kind, count in found.memory.items()}
 
@@ -142,7 +142,7 @@ def test_predicted_activations_are_near_what_torch_keeps(name: str, recomputed: 
     trainable = maker.build(model, mesh, LocalWorld(), AllReduceExchange(AloneGroup()), config)
     tokens = np.random.default_rng(0).integers(0, 97, (8, 17)).astype(np.int32)
     trainable.train_step([Batch(tokens[:, :-1].copy(), tokens[:, 1:].copy(), None, True)], 1e-3, 0)
-    predicted = predict(config, model, mesh, 0)
+    predicted = closed_form(config, model, mesh, 0)
     assert predicted is not None
     assert predicted.memory["activations"] == pytest.approx(trainable.memory()["activations"], rel=0.10)
 
@@ -162,13 +162,13 @@ def test_a_dry_run_plans_64_gpus_and_touches_nothing(tmp_path: Path) -> None:
 BAD = [
     (["--parallel.tensor", "3"], "model.heads 4 can't be split over parallel.tensor 3 ranks"),
     (["--parallel.pipeline", "5"], "parallel.pipeline 5 is more than model.layers 4"),
-    (["--parallel.sequence", "true"], "parallel.sequence shares positions among tensor ranks"),
+    (["--parallel.sequence", "true"], "parallel.sequence shards positions over tensor ranks"),
     (["--parallel.tensor", "2", "--parallel.sequence", "true", "--data.context", "63"], "data.context 63"),
     (["--parallel.tensor", "2", "--model.name", "lstm", "--model.width", "33"], "model.width 33"),
     (["--parallel.tensor", "2", "--model.name", "lstm", "--parallel.sequence", "true"], "is for Transformers"),
     (["--parallel.tensor", "4", "--model.heads", "12", "--model.width", "48", "--model.kv_heads", "6"], "kv_heads 6"),
     (["--parallel.tensor", "2", "--train.compile", "true"], "train.compile can't compile across"),
-    (["--parallel.data", "2", "--parallel.zero", "1", "--communication.exchange", "diloco"], "which diloco doesn't"),
+    (["--parallel.data", "2", "--parallel.zero", "1", "--communication.exchange", "diloco"], "and diloco has none"),
     (["--parallel.data", "2", "--parallel.zero", "2", "--communication.compression.algorithm", "int8"], "int8"),
 ]
 
@@ -185,7 +185,7 @@ def test_what_cannot_be_cut_ends_with_a_sentence(
 
 
 def test_a_mesh_of_too_many_ranks_names_those_that_fit() -> None:
-    from hvdlm.interfaces import HvdlmError
+    from hvdlm.errors import HvdlmError
 
     with pytest.raises(HvdlmError, match="possible: 1x1x4, 1x2x2, 1x4x1, 2x1x2, 2x2x1"):
         make_mesh(4, ParallelConfig(3, 2, 1))

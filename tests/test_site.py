@@ -12,8 +12,9 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from hvdlm import cli, hookspecs, schema
+from hvdlm import cli, hookspecs
 from hvdlm.config import Config
+from hvdlm.configuration import schema
 from launching import ROOT, environment
 
 BROWSER = next((p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None)

@@ -19,7 +19,8 @@ from pathlib import Path
 
 import pytest
 
-from hvdlm import cli, options
+from hvdlm import cli
+from hvdlm.configuration import parsing
 from launching import ROOT, environment, launch, meddled
 
 DOCUMENTS = [
@@ -169,7 +170,7 @@ def _die(run: Path) -> None:
     arguments = [*meddled("step == 4 and os.kill(os.getpid(), signal.SIGKILL)"), "--log.run", str(run)]
     arguments += ["--checkpoint.every", "2", "--checkpoint.asynchronous", "false"]
     done = launch("mpirun", 2, [*arguments, *SMALLER.split(), *SMALLER_MODEL.split()])
-    assert done.returncode and (run / "ledger").is_dir() and list(run.glob("checkpoints/step-*")), done.stderr
+    assert done.returncode and (run / "flight_recorder").is_dir() and list(run.glob("checkpoints/step-*")), done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +240,7 @@ YAML = [(page, block) for page in BLOCKS for block in to_run(page) if block.lang
 @pytest.mark.parametrize("page, block", YAML, ids=[f"{page}:{block.line}" for page, block in YAML])
 def test_yaml_is_a_configuration(page: str, block: Block, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(block.code)
-    assert options.parse_config(["--config", str(tmp_path / "run.yaml")], cli.COMMANDS)
+    assert parsing.parse_config(["--config", str(tmp_path / "run.yaml")], cli.COMMANDS)
 
 
 PLUGINS = {

@@ -13,23 +13,24 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hvdlm_tasks.ctc_beam import Reading, prefix_beam_search
+from hvdlm_tasks.models.ctc import scored
+from hvdlm_tasks.rescoring import likeliest
+from hvdlm_tasks.speech import SpeechOptions
 
-from hvdlm import cli, plugins, scoring
-from hvdlm.base import attach
-from hvdlm.checkpoints import checkpoint
+from hvdlm import cli, plugins
+from hvdlm.checkpoints import load
+from hvdlm.checkpoints.base_weights import attach
+from hvdlm.communication.all_reduce import AllReduceExchange
 from hvdlm.config import Config, LoRAConfig, ModelConfig, ParallelConfig
 from hvdlm.data.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer
-from hvdlm.exchange import AllReduceExchange
-from hvdlm.interfaces import Batch
-from hvdlm.models.ctc import scored
+from hvdlm.inference import scorer
 from hvdlm.models.lora import adapt
 from hvdlm.models.spec import builtin_models
+from hvdlm.parallel.mesh import make_mesh
+from hvdlm.protocols.types import Batch
 from hvdlm.tasks import likelihood
-from hvdlm.tasks.ctc_beam import Reading, prefix_beam_search
 from hvdlm.tasks.likelihood import log_softmax, sequence_logs
-from hvdlm.tasks.rescoring import likeliest
-from hvdlm.tasks.speech import SpeechOptions
-from hvdlm.topology import make_mesh
 from hvdlm_backends.local import AloneGroup, LocalWorld
 from launching import launch
 
@@ -196,7 +197,7 @@ def train(folder: Path, framework: str, model: str, tokenizer: Tokenizer) -> Pat
         trainable.train_step([Batch(windows[:, :-1], windows[:, 1:], None, True)], 0.02, step)
     meta = {"config": config.to_dict(), "tokenizer": tokenizer.hash, "vocab": tokenizer.vocab}
     meta |= {"base": base} if base else {}
-    checkpoint.save(folder / "checkpoints", STEPS, trainable.state(), meta, world, trainable.pieces())
+    load.save(folder / "checkpoints", STEPS, trainable.state(), meta, world, trainable.shards())
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer.to_json()))
     return folder
 
@@ -211,7 +212,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @cache
 def scorer(framework: str, run: Path) -> Any:
     config = Config(framework=framework, backend="local")
-    return scoring.opener(config)("speech.language_model", str(run), " abcdenorst")
+    return scorer.opener(config)("speech.language_model", str(run), " abcdenorst")
 
 
 @pytest.mark.parametrize("model", TOKENIZERS)
@@ -279,7 +280,7 @@ def task(recordings: Path, framework: str, **options: Any) -> Any:
     config = Config(task="speech", framework=framework, backend="local")
     config.data.path, config.data.validation_share, config.train.eval_batch_size = str(recordings), 0.1, 8
     config.plugin_options = {"speech": SpeechOptions(**options)}
-    return plugins.make(plugins.load(["speech"]), "task", "speech", config=config, open_scorer=scoring.opener(config))
+    return plugins.make(plugins.load(["speech"]), "task", "speech", config=config, open_scorer=scorer.opener(config))
 
 
 @both
@@ -378,7 +379,7 @@ def broken(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> P
         state = {f"parameters/{n}": a for n, a in (spec.initial(1) | more).items()}
         if saved is not None:
             meta = {"config": config.to_dict(), "tokenizer": saved.hash, "vocab": kept.vocab}
-            checkpoint.save(run / "checkpoints", 1, state, meta, LocalWorld())
+            load.save(run / "checkpoints", 1, state, meta, LocalWorld())
         run.mkdir(exist_ok=True)
         (run / "tokenizer.json").write_text(json.dumps(kept.to_json()))
 

@@ -15,19 +15,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvdlm.config import Config, DataConfig
-from hvdlm.control import STOPPED, Control, Heard, Signals
-from hvdlm.cursor import Cursor
-from hvdlm.interfaces import HvdlmError
+from hvdlm.errors import STOPPED, HvdlmError
 from hvdlm.tasks.language_model import LanguageModel
+from hvdlm.training.consensus import Consensus, Votes
+from hvdlm.training.data_cursor import DataCursor
+from hvdlm.training.signals import Signals
 from hvdlm_backends.local import LocalWorld
 from launching import SMALL, STEPS, launch, losses
 
 OPTIONS = [*SMALL, *STEPS, "--checkpoint.every", "20"]
 
 
-def disturb(folder: Path, framework: str, ranks: int, *options: str, **what: object):
+def disturb(folder: Path, framework: str, ranks: int, *parsing: str, **what: object):
     """Run with something done to it (see disturbed.py) in ``folder``."""
-    command = ["tests/disturbed.py", "--framework", framework, "--log.run", str(folder), *OPTIONS, *options]
+    command = ["tests/disturbed.py", "--framework", framework, "--log.run", str(folder), *OPTIONS, *parsing]
     return launch("mpirun", ranks, command, HVDLM_TEST_DISTURB=json.dumps(what))
 
 
@@ -50,7 +51,7 @@ def test_a_signal_to_any_rank_stops_all_which_go_on_bit_for_bit(
     done = disturb(run, framework, 2, "--checkpoint.resume", "auto")
     assert done.returncode == 0 and status(run)["state"] == "done", done.stderr[-3000:]
     assert losses(run) == losses(curve(framework, 2, *STEPS))
-    assert not list(run.rglob(".*")) and not (run / "ledger").exists()
+    assert not list(run.rglob(".*")) and not (run / "flight_recorder").exists()
 
 
 def test_a_second_signal_stops_at_once_and_a_time_limit_saves(tmp_path: Path) -> None:
@@ -66,7 +67,8 @@ def test_a_second_signal_stops_at_once_and_a_time_limit_saves(tmp_path: Path) ->
 
 EARLY = """
 import os, signal, sys
-from hvdlm import cli, options
+from hvdlm import cli
+from hvdlm.configuration import parsing
 
 parse = options.parse_config
 
@@ -133,7 +135,7 @@ class Text:
         return cls.known[key]
 
 
-def consumed(task: LanguageModel, cursor: Cursor, batch: int, steps: int, ranks: int) -> list[bytes]:
+def consumed(task: LanguageModel, cursor: DataCursor, batch: int, steps: int, ranks: int) -> list[bytes]:
     """Return what ``steps`` steps on ``ranks`` ranks read, sequence by sequence."""
     found = []
     for _ in range(steps):
@@ -158,10 +160,10 @@ def test_what_is_read_is_the_same_wherever_a_run_stops(
     folder = Path(tmp_path_factory.getbasetemp()) / "text"
     folder.mkdir(exist_ok=True)
     task = Text.task(folder, seed, batch, 8, sampling)
-    whole = consumed(task, Cursor(batch), batch, sum(steps for steps, _ in stops), 1)
-    found, manifest = [], {"cursor": Cursor(batch).to_json()}
+    whole = consumed(task, DataCursor(batch), batch, sum(steps for steps, _ in stops), 1)
+    found, manifest = [], {"cursor": DataCursor(batch).to_json()}
     for steps, ranks in stops:
-        cursor = Cursor.of(json.loads(json.dumps(manifest)), batch)
+        cursor = DataCursor.of(json.loads(json.dumps(manifest)), batch)
         found += consumed(task, cursor, batch, steps, ranks)
         manifest = {"cursor": cursor.to_json()}
     assert found == whole
@@ -169,19 +171,19 @@ def test_what_is_read_is_the_same_wherever_a_run_stops(
 
 def test_another_batch_size_goes_on_with_the_next_sequence(tmp_path: Path) -> None:
     small, large = (Text.task(tmp_path, 3, batch, 8, "shuffled") for batch in (4, 6))
-    first, cursor = consumed(small, before := Cursor(4), 4, 5, 1), Cursor.of({"cursor": before.to_json()}, 6)
-    assert first + consumed(large, cursor, 6, 5, 2) == consumed(small, Cursor(4), 4, 13, 1)[:50]
+    first, cursor = consumed(small, before := DataCursor(4), 4, 5, 1), DataCursor.of({"cursor": before.to_json()}, 6)
+    assert first + consumed(large, cursor, 6, 5, 2) == consumed(small, DataCursor(4), 4, 13, 1)[:50]
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.integers(1, 5), st.lists(st.integers(0, 20), max_size=6), st.integers(1, 25))
 def test_rows_that_are_left_out_are_never_read_and_no_others_lost(batch: int, bad: list[int], steps: int) -> None:
-    cursor = Cursor(batch)
+    cursor = DataCursor(batch)
     cursor.leave_out([batch * number for number in bad])
     read = [cursor.advance() for _ in range(steps)]
     expected = (batch * n for n in itertools.count() if n not in bad)
     assert read == list(itertools.islice(expected, steps))
-    assert Cursor.of({"cursor": cursor.to_json()}, batch).advance() == next(expected)
+    assert DataCursor.of({"cursor": cursor.to_json()}, batch).advance() == next(expected)
 
 
 @pytest.mark.parametrize(
@@ -189,19 +191,19 @@ def test_rows_that_are_left_out_are_never_read_and_no_others_lost(batch: int, ba
 )
 def test_a_damaged_cursor_is_refused(cursor: object) -> None:
     with pytest.raises(HvdlmError, match="data cursor is damaged"):
-        Cursor.of({"cursor": cursor}, 8)
+        DataCursor.of({"cursor": cursor}, 8)
 
 
 def test_ranks_hear_at_the_end_of_a_step_what_was_told_in_the_one_before() -> None:
     signals = Signals(0)
-    control = Control(LocalWorld(), None, signals)
-    assert control.hear() == Heard() and control.stopped_before() is None
-    control.tell(row=8, ready=True, skipped=False)
+    consensus = Consensus(LocalWorld(), None, signals)
+    assert consensus.result() == Votes() and consensus.stopped_before() is None
+    consensus.vote(row=8, ready=True, skipped=False)
     signals._caught(signal.SIGTERM)
-    assert control.hear() == Heard(8, 0, 0, 1, 0) and control.hear().row is None
-    control.tell(row=16, ready=False, skipped=True)
-    heard = control.hear()
-    assert heard == Heard(16, 1, 0, 0, 1) and heard.reason == "signal" and control.stopped_before() == "signal"
-    late = Control(LocalWorld(), 1e-9, SimpleNamespace(asked=False, abort=None))  # type: ignore[arg-type]
+    assert consensus.result() == Votes(8, 0, 0, 1, 0) and consensus.result().row is None
+    consensus.vote(row=16, ready=False, skipped=True)
+    heard = consensus.result()
+    assert heard == Votes(16, 1, 0, 0, 1) and heard.stop_reason == "signal" and consensus.stopped_before() == "signal"
+    late = Consensus(LocalWorld(), 1e-9, SimpleNamespace(asked=False, abort=None))  # type: ignore[arg-type]
     late.tell(0, False, False)
     assert late.hear().reason == "train.max_seconds"

@@ -15,14 +15,14 @@ from typing import Any
 
 import psutil
 import pytest
+from hvdlm_launchers import hosts
+from hvdlm_launchers.process_tree import MARK
+from hvdlm_launchers.run_status import Standing, verdict
+from hvdlm_launchers.settings import given, train_arguments
 
 from hvdlm import cli
 from hvdlm.config import Config
-from hvdlm.interfaces import HvdlmError
-from hvdlm.supervision import hosts
-from hvdlm.supervision.launched import MARK
-from hvdlm.supervision.standing import Standing, verdict
-from hvdlm.supervision.supervised import given, train_arguments
+from hvdlm.errors import HvdlmError
 from launching import ROOT, SMALL, STEPS, environment, launch, losses, meddled
 
 # Stands in for a run: does, in attempt n, the nth statement that it is given.

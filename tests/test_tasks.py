@@ -12,15 +12,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hvdlm_tasks.digits import Digits
+from hvdlm_tasks.items import ShuffledItems
+from hvdlm_tasks.mel import frames_of, log_mel
+from hvdlm_tasks.recordings import WORDS, read_recordings
+from hvdlm_tasks.speech import Speech, SpeechOptions
+from hvdlm_tasks.translation import Translation, TranslationOptions
 
 from hvdlm.config import Config
-from hvdlm.data.items import ShuffledItems
-from hvdlm.interfaces import Batch, HvdlmError
-from hvdlm.tasks.digits import Digits
-from hvdlm.tasks.mel import frames_of, log_mel
-from hvdlm.tasks.recordings import WORDS, read_recordings
-from hvdlm.tasks.speech import Speech, SpeechOptions
-from hvdlm.tasks.translation import Translation, TranslationOptions
+from hvdlm.errors import HvdlmError
+from hvdlm.protocols.types import Batch
 from launching import launch, losses
 
 RATE = 8000

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from hvdlm.config import Config
-from hvdlm.interfaces import StepResult
+from hvdlm.protocols.types import StepResult
 from hvdlm.telemetry import default_plugins
 from hvdlm.telemetry.memory import peak_memory_bytes
 from hvdlm.telemetry.metrics import Metrics

@@ -16,7 +16,8 @@ import yaml
 
 from hvdlm import plugins
 from hvdlm.config import Config
-from hvdlm.interfaces import HvdlmError, StepResult
+from hvdlm.errors import HvdlmError
+from hvdlm.protocols.types import StepResult
 from hvdlm_trackers import tracker
 from hvdlm_trackers.mlflow import MLflow, MLflowOptions
 from hvdlm_trackers.sender import Sender

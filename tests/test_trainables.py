@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from hvdlm import plugins
+from hvdlm.communication.all_reduce import AllReduceExchange
 from hvdlm.config import Config, ModelConfig, ParallelConfig, TrainConfig
-from hvdlm.exchange import AllReduceExchange
-from hvdlm.generate import Sampling, choose, generate
-from hvdlm.interfaces import Batch
+from hvdlm.inference.generation import generate
+from hvdlm.inference.sampling import Sampling, choose
 from hvdlm.models.spec import builtin_models
-from hvdlm.topology import make_mesh
+from hvdlm.parallel.mesh import make_mesh
+from hvdlm.protocols.types import Batch
 from hvdlm_backends.local import AloneGroup, LocalWorld
 from launching import launch
 

@@ -11,10 +11,11 @@ import pytest
 from test_stops import disturb, read_rows
 
 from hvdlm.config import TrainConfig
-from hvdlm.control import Heard
-from hvdlm.guard import Guard
-from hvdlm.interfaces import RankError, StepResult
-from hvdlm.recovery import difference
+from hvdlm.errors import RankError
+from hvdlm.protocols.types import StepResult
+from hvdlm.training.consensus import Votes
+from hvdlm.training.rollback import difference
+from hvdlm.training.step_guard import StepGuard
 from launching import STEPS, losses
 
 
@@ -68,7 +69,7 @@ def step(norm: float, skipped: bool = False) -> StepResult:
 
 
 def test_a_spike_is_a_norm_far_above_the_mean_of_those_that_were_applied() -> None:
-    guard = Guard(TrainConfig(spike=4.0), apart=False)
+    guard = StepGuard(TrainConfig(spike=4.0), replicas_diverge=False)
     for _ in range(49):
         guard.add(step(2.0))
     assert guard.limit == math.inf
@@ -79,39 +80,39 @@ def test_a_spike_is_a_norm_far_above_the_mean_of_those_that_were_applied() -> No
     assert guard.limit == pytest.approx(8.0)
     guard.add(step(3.0))
     assert guard.limit == pytest.approx(4 * (2.0 + 0.02))
-    assert Guard(TrainConfig(spike=4.0), False, json.loads(json.dumps(guard.state()))).limit == guard.limit
-    assert Guard(TrainConfig(), False, guard.state()).limit == math.inf
+    assert StepGuard(TrainConfig(spike=4.0), False, json.loads(json.dumps(guard.state()))).limit == guard.limit
+    assert StepGuard(TrainConfig(), False, guard.state()).limit == math.inf
 
 
 def test_only_skips_in_a_row_count_and_ranks_that_disagree_go_back_at_once() -> None:
-    guard = Guard(TrainConfig(max_skips=2), apart=False)
-    assert guard.heard(Heard(), 2) == []
-    assert guard.heard(Heard(0, skipped=2), 2) == [] and guard.heard(Heard(8), 2) == []
-    assert guard.heard(Heard(16, skipped=2), 2) == [] and guard.heard(Heard(24, skipped=2), 2) == [16, 24]
-    guard.go_back(1, {})
-    assert guard.heard(Heard(32, skipped=1), 2) == [32]
-    apart = Guard(TrainConfig(max_skips=2), apart=True)
-    assert apart.heard(Heard(32, skipped=1), 2) == []
+    guard = StepGuard(TrainConfig(max_skips=2), replicas_diverge=False)
+    assert guard.bad_rows(Votes(), 2) == []
+    assert guard.bad_rows(Votes(0, skipped=2), 2) == [] and guard.bad_rows(Votes(8), 2) == []
+    assert guard.bad_rows(Votes(16, skipped=2), 2) == [] and guard.bad_rows(Votes(24, skipped=2), 2) == [16, 24]
+    guard.rolled_back(1, {})
+    assert guard.bad_rows(Votes(32, skipped=1), 2) == [32]
+    replicas_diverge = StepGuard(TrainConfig(max_skips=2), replicas_diverge=True)
+    assert replicas_diverge.bad_rows(Votes(32, skipped=1), 2) == []
 
 
 def test_a_run_that_goes_back_judges_spikes_as_it_did_then() -> None:
-    guard = Guard(TrainConfig(spike=4.0), apart=False)
+    guard = StepGuard(TrainConfig(spike=4.0), replicas_diverge=False)
     for _ in range(60):
         guard.add(step(2.0))
     then = guard.state()
     for _ in range(60):
         guard.add(step(7.0))
-    guard.go_back(60, then)
+    guard.rolled_back(60, then)
     assert guard.state() == then and guard.limit == pytest.approx(8.0)
 
 
 def test_a_run_that_keeps_going_back_gives_up() -> None:
-    guard = Guard(TrainConfig(), apart=False)
+    guard = StepGuard(TrainConfig(), replicas_diverge=False)
     for _ in range(3):
-        guard.go_back(10, {})
-    guard.go_back(20, {})
+        guard.rolled_back(10, {})
+    guard.rolled_back(20, {})
     with pytest.raises(RankError, match="after 3 returns to the checkpoint of step 10"):
-        guard.go_back(10, {})
+        guard.rolled_back(10, {})
 
 
 def test_a_difference_names_the_minority_or_everybody() -> None:

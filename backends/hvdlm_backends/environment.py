@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hvdlm.config import CommunicationConfig, Config
-from hvdlm.interfaces import HvdlmError
-from hvdlm.probes import SPIN_COUNT, THREADS, WAITING, cores
+from hvdlm.diagnostics.probes import SPIN_COUNT, THREADS, WAITING, cores
+from hvdlm.errors import HvdlmError
 
 # Most specific first: Slurm's variables are also there inside an mpirun that runs in a Slurm allocation.
 _LAUNCHERS = {
@@ -87,7 +87,7 @@ def prepare(launch: Launch | None, config: Config) -> int:
     os.environ.update(horovod_settings(config.communication))
     timeout = config.communication.timeout
     os.environ.setdefault("HOROVOD_STALL_CHECK_TIME_SECONDS", str(max(1, round(timeout / 2))))
-    # Later than hvdlm.watch.sentinel, which knows more to say.
+    # Later than hvdlm.diagnostics.watchdog, which knows more to say.
     os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", str(max(2, round(2 * timeout + 15))))
     return threads
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from hvdlm import hookimpl
 from hvdlm.config import Config
-from hvdlm.interfaces import Framework, HvdlmError
+from hvdlm.errors import HvdlmError
+from hvdlm.protocols.framework import Framework
 from hvdlm_backends import environment, horovod
 
 

@@ -10,8 +10,9 @@ from functools import partial
 from types import ModuleType
 from typing import Any
 
-from hvdlm.interfaces import Done, Handle, Traffic
-from hvdlm.watch.ledger import Ledger
+from hvdlm.diagnostics.flight_recorder import FlightRecorder
+from hvdlm.protocols.group import Done, Handle
+from hvdlm.protocols.types import Traffic
 
 _POLL_SECONDS, _POLL_SHARE = 5e-5, 0.03  # of the time waited so far: long waits are looked at rarely
 
@@ -60,25 +61,27 @@ class CountedGroup:
     Inside a TensorFlow graph a call is made once, when the graph is traced: who runs the graph counts its runs.
     """
 
-    def __init__(self, ranks: Sequence[int], ledger: Ledger | None = None) -> None:
+    def __init__(self, ranks: Sequence[int], recorder: FlightRecorder | None = None) -> None:
         self.ranks = tuple(ranks)
         self.traffic: dict[str, Traffic] = {}
-        self._ledger = ledger or Ledger()
-        self._members = self._ledger.members(self.ranks)
+        self._recorder = recorder or FlightRecorder()
+        self._members = self._recorder.members(self.ranks)
 
     def _begin(self, operation: str, name: str, *tensors: Any) -> tuple[Traffic, int]:
         """Record that a collective begins; return its counter and its number, 0 while a graph is traced."""
         traffic = self.traffic.setdefault(f"{name.partition('.')[0]}/{operation}", Traffic())
         traffic.calls += 1
         traffic.bytes += sum(_bytes(tensor) for tensor in tensors)
-        return traffic, self._ledger.begin(operation, name, self._members, tensors)
+        return traffic, self._recorder.begin(operation, name, self._members, tensors)
 
 
 class HorovodGroup(CountedGroup):
     """The collectives of one process set."""
 
-    def __init__(self, hvd: ModuleType, ranks: Sequence[int], process_set: Any, ledger: Ledger | None = None) -> None:
-        super().__init__(ranks, ledger)
+    def __init__(
+        self, hvd: ModuleType, ranks: Sequence[int], process_set: Any, recorder: FlightRecorder | None = None
+    ) -> None:
+        super().__init__(ranks, recorder)
         self._hvd, self._set = hvd, process_set
         # TensorFlow's operations take this to keep the same name in every graph; torch's don't know it.
         self._broadcasts: dict[tuple[str, int], Callable[[Any], Any]] = {}
@@ -87,7 +90,7 @@ class HorovodGroup(CountedGroup):
     def _count(self, operation: str, name: str, *tensors: Any) -> tuple[Traffic, Callable[[], None]]:
         """Record that a collective begins; return its counter, and what is to be called when it has ended."""
         traffic, number = self._begin(operation, name, *tensors)
-        return traffic, partial(self._ledger.end, number)
+        return traffic, partial(self._recorder.end, number)
 
     def _label(self, operation: str, name: str) -> str:
         """Return the name that ranks agree on; torch adds the operation itself.

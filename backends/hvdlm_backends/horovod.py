@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
-from hvdlm.interfaces import HvdlmError
+from hvdlm.errors import HvdlmError
 from hvdlm_backends.environment import Launch, check_host_name
 from hvdlm_backends.groups import HorovodGroup
 from hvdlm_backends.messages import make_messages
@@ -36,7 +36,7 @@ class HorovodWorld(RanksWorld):
         self.local_rank, self.local_size = hvd.local_rank(), hvd.local_size()
         self._hvd = hvd
         for ranks, process_set in {tuple(range(self.size)): hvd.global_process_set, **sets}.items():
-            self._groups[ranks] = HorovodGroup(hvd, ranks, process_set, self.ledger)
+            self._groups[ranks] = HorovodGroup(hvd, ranks, process_set, self.recorder)
         self._busy = _busy_counter(hvd)
         self.transport = "gloo" if communicator is None else "mpi"
 

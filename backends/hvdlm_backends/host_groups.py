@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from hvdlm.interfaces import Handle, HostCollective, HostTensors, Traffic
-from hvdlm.watch.ledger import Ledger
+from hvdlm.diagnostics.flight_recorder import FlightRecorder
+from hvdlm.protocols.framework import HostCollective, HostTensors
+from hvdlm.protocols.group import Handle
+from hvdlm.protocols.types import Traffic
 from hvdlm_backends import mpi_collectives
 from hvdlm_backends.groups import CountedGroup
 from hvdlm_backends.lanes import Lane
@@ -42,9 +44,14 @@ class HostGroup(CountedGroup):
     """
 
     def __init__(
-        self, lane: Lane, messages: NamedMessages, tensors: HostTensors, in_place: bool, ledger: Ledger | None = None
+        self,
+        lane: Lane,
+        messages: NamedMessages,
+        tensors: HostTensors,
+        in_place: bool,
+        recorder: FlightRecorder | None = None,
     ) -> None:
-        super().__init__(lane.ranks, ledger)
+        super().__init__(lane.ranks, recorder)
         self._lane, self._messages, self._tensors, self._in_place = lane, messages, tensors, in_place
 
     def _start(
@@ -53,7 +60,7 @@ class HostGroup(CountedGroup):
         """Start ``call(array, communicator)``; ``shape``: of the result, None where ranks differ in it."""
         traffic, number = self._begin(operation, name, tensor)
         handle = self._tensors.through(tensor, self._collective(operation, name, call, now), shape)
-        return _Timed(handle, traffic, partial(self._ledger.end, number)) if number else handle
+        return _Timed(handle, traffic, partial(self._recorder.end, number)) if number else handle
 
     def _collective(self, operation: str, name: str, call: Callable[..., np.ndarray], now: bool) -> HostCollective:
         """Return what hands ``call`` on an array to the lane; ranks compare what they have come to."""
@@ -74,7 +81,7 @@ class HostGroup(CountedGroup):
         traffic, number = self._begin("all_reduce", name, *tensors)
         collective = self._collective("all_reduce", name, _call(mpi_collectives.all_reduce, self._in_place), True)
         handle = self._tensors.together(tensors, collective)
-        return (_Timed(handle, traffic, partial(self._ledger.end, number)) if number else handle).wait()
+        return (_Timed(handle, traffic, partial(self._recorder.end, number)) if number else handle).wait()
 
     def _all_gather(self, tensor: Any, name: str, now: bool) -> Handle:
         shape = (None, *tuple(tensor.shape)[1:])
@@ -97,7 +104,7 @@ class HostGroup(CountedGroup):
         call = _call(mpi_collectives.broadcast, root)
         collective = self._collective("broadcast", name, call, now) if now else post
         handle = self._tensors.through(tensor, collective, tuple(tensor.shape))
-        return _Timed(handle, traffic, partial(self._ledger.end, number)) if number else handle
+        return _Timed(handle, traffic, partial(self._recorder.end, number)) if number else handle
 
     def _all_to_all(self, tensor: Any, name: str, now: bool) -> Handle:
         return self._start("all_to_all", tensor, name, mpi_collectives.all_to_all, tuple(tensor.shape), now)
@@ -154,7 +161,7 @@ class HostGroup(CountedGroup):
         """Wait for all members."""
         traffic, number = self._begin("barrier", "barrier")
         job = self._lane.submit(mpi_collectives.barrier, "barrier", True)
-        _Timed(job, traffic, partial(self._ledger.end, number)).wait()
+        _Timed(job, traffic, partial(self._recorder.end, number)).wait()
 
 
 def _call(function: Callable[..., np.ndarray], setting: Any) -> Callable[..., np.ndarray]:

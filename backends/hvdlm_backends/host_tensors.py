@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from hvdlm.interfaces import Framework, Handle, HostCollective, HostTensors
+from hvdlm.protocols.framework import Framework, HostCollective, HostTensors
+from hvdlm.protocols.group import Handle
 from hvdlm_backends.messages import Later
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from hvdlm.interfaces import RankError
+from hvdlm.errors import RankError
 
 _SHORTEST, _LONGEST, _GROWTH = 2e-5, 1e-3, 1.3  # seconds between looks whether all ranks are ready
 

@@ -9,8 +9,11 @@ from typing import Any
 
 from hvdlm import hookimpl
 from hvdlm.config import Config
-from hvdlm.interfaces import Done, Framework, Group, HvdlmError, Traffic
-from hvdlm.watch.ledger import Ledger
+from hvdlm.diagnostics.flight_recorder import FlightRecorder
+from hvdlm.errors import HvdlmError
+from hvdlm.protocols.framework import Framework
+from hvdlm.protocols.group import Done, Group
+from hvdlm.protocols.types import Traffic
 from hvdlm_backends import environment
 
 
@@ -72,7 +75,7 @@ class LocalWorld:
     transport = "none"
 
     def __init__(self) -> None:
-        self.ledger = Ledger()
+        self.recorder = FlightRecorder()
 
     def group(self, ranks: Sequence[int]) -> Group:
         """Return the group of rank 0."""

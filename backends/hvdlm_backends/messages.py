@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from hvdlm.interfaces import Handle
+from hvdlm.protocols.group import Handle
 
 
 class Messages(Protocol):

@@ -10,7 +10,9 @@ from typing import Any
 
 from hvdlm import hookimpl
 from hvdlm.config import Config
-from hvdlm.interfaces import Framework, HvdlmError, World
+from hvdlm.errors import HvdlmError
+from hvdlm.protocols.framework import Framework
+from hvdlm.protocols.world import World
 from hvdlm_backends import environment, horovod
 from hvdlm_backends.environment import Launch
 from hvdlm_backends.local import LocalWorld

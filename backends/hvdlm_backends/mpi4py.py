@@ -12,7 +12,9 @@ from typing import Any
 
 from hvdlm import hookimpl
 from hvdlm.config import Config
-from hvdlm.interfaces import Framework, HvdlmError, World
+from hvdlm.errors import HvdlmError
+from hvdlm.protocols.framework import Framework
+from hvdlm.protocols.world import World
 from hvdlm_backends import environment, mpi
 from hvdlm_backends.host_groups import HostGroup
 from hvdlm_backends.host_tensors import host_tensors
@@ -43,7 +45,7 @@ class MPIWorld(RanksWorld):
             own = communicator.Create_group(members, number)
             lane, messages = Lane(own, ranks), NamedMessages(own, f"hvdlm-{number}")
             self._busy += [lane, messages]
-            self._groups[ranks] = HostGroup(lane, messages, tensors, framework.in_place, self.ledger)
+            self._groups[ranks] = HostGroup(lane, messages, tensors, framework.in_place, self.recorder)
 
     def transfer_seconds(self) -> float:
         """Return the seconds that this rank's collectives took, in the background or not."""

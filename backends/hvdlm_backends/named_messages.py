@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from hvdlm.interfaces import RankError
+from hvdlm.errors import RankError
 from hvdlm_backends.lanes import Job, Pause
 from hvdlm_backends.mpi_collectives import as_integers, empty
 

@@ -15,7 +15,9 @@ import numpy as np
 
 from hvdlm import hookimpl
 from hvdlm.config import Config
-from hvdlm.interfaces import Framework, HvdlmError, World
+from hvdlm.errors import HvdlmError
+from hvdlm.protocols.framework import Framework
+from hvdlm.protocols.world import World
 from hvdlm_backends.gloo import GlooBackend
 from hvdlm_backends.local import LocalWorld
 from hvdlm_backends.mpi import MPIBackend

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from hvdlm.interfaces import Group, Handle, HvdlmError
-from hvdlm.watch.ledger import Ledger
+from hvdlm.diagnostics.flight_recorder import FlightRecorder
+from hvdlm.errors import HvdlmError
+from hvdlm.protocols.group import Group, Handle
 from hvdlm_backends.local import AloneGroup
 from hvdlm_backends.messages import Later, Messages
 
@@ -22,9 +23,9 @@ class RanksWorld:
     def __init__(self, rank: int, size: int, messages: Messages, communicator: Any) -> None:
         self.rank, self.size = rank, size
         self._messages, self._communicator = messages, communicator
-        self.ledger = Ledger(rank, size)
+        self.recorder = FlightRecorder(rank, size)
         self._groups: dict[tuple[int, ...], Group] = {}
-        self._everyone = self.ledger.members(tuple(range(size)))
+        self._everyone = self.recorder.members(tuple(range(size)))
 
     def group(self, ranks: Sequence[int]) -> Group:
         """Return the group of these ranks; see ``interfaces.World``."""
@@ -59,9 +60,9 @@ class RanksWorld:
 
     def _entered(self, operation: str, call: Callable[[], Any]) -> Any:
         """Do what all ranks do, and have it in the flight recorder."""
-        number = self.ledger.begin(operation, "", self._everyone)
+        number = self.recorder.begin(operation, "", self._everyone)
         result = call()
-        self.ledger.end(number)
+        self.recorder.end(number)
         return result
 
     def any(self, flag: bool) -> bool:

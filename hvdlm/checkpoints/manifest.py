@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hvdlm import untrusted
-from hvdlm.checkpoints.pieces import Stored, from_json
-from hvdlm.interfaces import HvdlmError
-from hvdlm.untrusted import shown
+from hvdlm.checkpoints.shards import Stored, from_json
+from hvdlm.errors import HvdlmError
+from hvdlm.io import untrusted_input
+from hvdlm.io.untrusted_input import shown
 
 FORMAT = "hvdlm-checkpoint-2"
 _LIMIT = 64 * 2**20  # a manifest larger than this is none of ours
@@ -43,8 +43,8 @@ def read_manifest(path: Path, complete: bool = True) -> tuple[dict[str, Any], di
         )
     try:
         if path.is_symlink():
-            untrusted.inside(path, path.parent)
-        manifest = untrusted.read_json(path / "manifest.json", _LIMIT, within=path)
+            untrusted_input.inside(path, path.parent)
+        manifest = untrusted_input.read_json(path / "manifest.json", _LIMIT, within=path)
         _check(manifest)
         _check_files(path, manifest["files"], complete)
         return manifest, from_json(manifest["tensors"], manifest["files"])
@@ -100,7 +100,7 @@ def _check_files(path: Path, files: Mapping[str, Any], complete: bool) -> None:
             raise ValueError(f"it names a file {shown(repr(name))}")
         _count(entry["bytes"], f"the size of {name}")
         here = complete or os.path.lexists(path / name)
-        if here and untrusted.size(path / name, within=path) != entry["bytes"]:
+        if here and untrusted_input.size(path / name, within=path) != entry["bytes"]:
             raise ValueError(f"{name} has not the {entry['bytes']} bytes it was written with")
         if not isinstance(entry["sha256"], str) or not _SHA256.fullmatch(entry["sha256"]):
             raise ValueError(f"it has no SHA-256 of {name}")

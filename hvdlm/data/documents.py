@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator
 from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
-from hvdlm import untrusted
-from hvdlm.data.pieces import START, Piece, Place, Reading
-from hvdlm.interfaces import HvdlmError
-from hvdlm.untrusted import shown
+from hvdlm.data.source_chunks import START, Piece, Place, Reading
+from hvdlm.errors import HvdlmError
+from hvdlm.io import untrusted_input
+from hvdlm.io.untrusted_input import shown
 
 SUFFIXES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".parquet", ".arrow")
 _LINE = 1 << 26  # bytes: a longer line is no record
@@ -88,7 +88,7 @@ def _lines(source: str, chunks: Iterable[bytes], field: str, place: Place) -> It
 
 def _record(source: str, number: int, line: bytes) -> dict[str, Any]:
     try:
-        record = untrusted.parse_json(str(line, "utf-8"))
+        record = untrusted_input.parse_json(str(line, "utf-8"))
         if not isinstance(record, dict):
             raise ValueError("it is no object")
         return record
@@ -131,9 +131,9 @@ def _parquet(source: str, field: str, first: int, reading: Reading) -> Iterator[
         if field not in names:
             raise _no_field(source, field, names, "the table")
         groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
-        if sum(group.total_byte_size for group in groups) > untrusted.unpacked_limit(source):
+        if sum(group.total_byte_size for group in groups) > untrusted_input.unpacked_limit(source):
             raise HvdlmError(
-                f"data.path {source}: unpacks to more than {untrusted.RATIO} times its size: write it uncompressed."
+                f"data.path {source}: unpacks to more than {untrusted_input.RATIO} times its size: write it uncompressed."
             )
         ends = list(accumulate(group.num_rows for group in groups))
         skipped = bisect.bisect_right(ends, first)  # groups that end before

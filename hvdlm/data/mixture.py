@@ -15,10 +15,10 @@ from typing import Any
 from hvdlm.config import DataConfig
 from hvdlm.data import preparation, sources, splits
 from hvdlm.data.documents import Form
-from hvdlm.data.tokenfile import TokenData, is_prepared, open_tokens
-from hvdlm.disk import replace as write_whole
-from hvdlm.interfaces import HvdlmError, nearest
-from hvdlm.untrusted import shown
+from hvdlm.data.token_files import TokenData, is_prepared, open_tokens
+from hvdlm.errors import HvdlmError, nearest
+from hvdlm.io.atomic_files import replace as write_whole
+from hvdlm.io.untrusted_input import shown
 
 _KEYS = ("path", "weight", "validation_path", "field", "separator")
 _EXAMPLE = "write for example --data.mixture '{wiki.txt: 3, books.txt: 1}'"

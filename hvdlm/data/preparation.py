@@ -17,14 +17,14 @@ import numpy as np
 from hvdlm.config import DataConfig
 from hvdlm.data import sources, splits, tokenizers, workers
 from hvdlm.data.documents import Form
-from hvdlm.data.journal import Journal, itemsize
-from hvdlm.data.pieces import START, Place, Reading
+from hvdlm.data.prepare_progress import Journal, itemsize
 from hvdlm.data.progress import Progress, say
-from hvdlm.data.tokenfile import FORMAT, TokenData, is_prepared, open_tokens
+from hvdlm.data.source_chunks import START, Place, Reading
+from hvdlm.data.token_files import FORMAT, TokenData, is_prepared, open_tokens
 from hvdlm.data.tokenizers import Tokenizer, WordTokenizer
 from hvdlm.data.workers import WorkerDied
-from hvdlm.disk import write_synced
-from hvdlm.interfaces import HvdlmError
+from hvdlm.errors import HvdlmError
+from hvdlm.io.atomic_files import write_synced
 from hvdlm.io.user_folders import user_cache
 
 

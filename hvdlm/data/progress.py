@@ -6,7 +6,7 @@ import sys
 import time
 from typing import Any
 
-from hvdlm.terminal import clock, on_terminal, size
+from hvdlm.io.terminal import clock, on_terminal, size
 
 _FIRST = 1.0  # seconds until the bar shows: what is done by then needs none
 _EVERY = 10.0  # seconds between two lines where there is no bar

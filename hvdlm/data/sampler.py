@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from hvdlm.topology import bounds
+from hvdlm.parallel.mesh import bounds
 
 _MASK = np.uint64(0xFFFFFFFFFFFFFFFF)
 Drawn = TypeVar("Drawn")

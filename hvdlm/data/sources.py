@@ -13,12 +13,12 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from hvdlm import untrusted
 from hvdlm.data import documents, splits
 from hvdlm.data.documents import Form
-from hvdlm.data.pieces import START, Piece, Place, Reading, behind, cut
-from hvdlm.disk import sha256
-from hvdlm.interfaces import HvdlmError
+from hvdlm.data.source_chunks import START, Piece, Place, Reading, behind, cut
+from hvdlm.errors import HvdlmError
+from hvdlm.io import untrusted_input
+from hvdlm.io.atomic_files import sha256
 
 _CHUNK = 1 << 20
 SUFFIXES = (".txt", ".md", ".text", ".gz", *documents.SUFFIXES)
@@ -82,13 +82,13 @@ def chunks(source: str, reading: Reading | None = None) -> Iterator[bytes]:
         return
     packed, count = source.endswith(".gz"), 0
     try:
-        limit = untrusted.unpacked_limit(source) if packed else math.inf
+        limit = untrusted_input.unpacked_limit(source) if packed else math.inf
         with open(source, "rb") as lying, gzip.open(lying) if packed else lying as file:
             while chunk := file.read(_CHUNK):
                 count += len(chunk)
                 if count > limit:
                     raise HvdlmError(
-                        f"data.path {source}: unpacks to more than {untrusted.RATIO} times its size, as a "
+                        f"data.path {source}: unpacks to more than {untrusted_input.RATIO} times its size, as a "
                         "decompression bomb does: if it is a text all the same, unpack it with gunzip and give "
                         "that file."
                     )

@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hvdlm import untrusted
 from hvdlm.config import DataConfig
-from hvdlm.interfaces import HvdlmError, nearest
-from hvdlm.untrusted import shown
+from hvdlm.errors import HvdlmError, nearest
+from hvdlm.io import untrusted_input
+from hvdlm.io.untrusted_input import shown
 
 VALIDATION = ("validation", "valid", "val", "dev")  # as the library calls it, the first that is there
 _LIMIT = 1 << 24
@@ -84,7 +84,7 @@ def check_one(folder: Path) -> None:
 def _read(path: Path, key: str, name: str | None = None) -> list[str]:
     """Return the names in a list of one of the library's JSON files."""
     try:
-        said: Any = untrusted.read_json(path, _LIMIT).get(key, [])
+        said: Any = untrusted_input.read_json(path, _LIMIT).get(key, [])
         names = [one if name is None else one[name] for one in said]
         if not all(isinstance(one, str) and Path(one).name == one and one not in ("", "..") for one in names):
             raise ValueError(f"its {key} are {shown(repr(said))}")

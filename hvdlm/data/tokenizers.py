@@ -11,10 +11,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from hvdlm import untrusted
-from hvdlm.data.growth import growth
-from hvdlm.interfaces import HvdlmError
-from hvdlm.untrusted import shown
+from hvdlm.data.tokenizer_expansion import growth
+from hvdlm.errors import HvdlmError
+from hvdlm.io import untrusted_input
+from hvdlm.io.untrusted_input import shown
 
 LIMIT = 1 << 26  # bytes: a tokenizer's file beyond this is none of ours
 SLACK = 1 << 24  # a vocabulary is many small parts: bytes that reading one may take beside 10 times its file's size
@@ -181,10 +181,10 @@ class BPETokenizer(_Hashed):
         from tokenizers import Tokenizer as Encoder
 
         try:
-            self._description = untrusted.parse_json(description, SLACK)
+            self._description = untrusted_input.parse_json(description, SLACK)
             # Written anew: of a key that stands there twice, the library shall see what is looked at here.
             same = json.dumps(self._description)
-            self._encoder = untrusted.guarded(lambda: Encoder.from_str(same))
+            self._encoder = untrusted_input.guarded(lambda: Encoder.from_str(same))
             # What is made for batches of short texts would cut a corpus, or fill it up.
             self._encoder.no_truncation()
             self._encoder.no_padding()
@@ -227,7 +227,7 @@ class BPETokenizer(_Hashed):
 
     def _guarded(self, action: Callable[[], Any]) -> Any:
         try:
-            return untrusted.guarded(action)
+            return untrusted_input.guarded(action)
         except ValueError as error:
             raise HvdlmError(f"the tokenizer fails ({error}): check its tokenizer.json, or use another.") from error
 
@@ -269,7 +269,7 @@ def read(path: Path, within: Path | None = None) -> Tokenizer:
     Raises:
         HvdlmError: it is no tokenizer of ours; ValueError, OSError: the file can't be read.
     """
-    return from_json(untrusted.read_json(path, LIMIT, within, SLACK))
+    return from_json(untrusted_input.read_json(path, LIMIT, within, SLACK))
 
 
 def train(name: str, size: int | None, texts: Iterable[str]) -> Tokenizer:
@@ -290,7 +290,7 @@ def train(name: str, size: int | None, texts: Iterable[str]) -> Tokenizer:
         return BPETokenizer.train(texts, size or 4096)
     check(name)
     try:
-        value = untrusted.read_json(Path(name), LIMIT, slack=SLACK)
+        value = untrusted_input.read_json(Path(name), LIMIT, slack=SLACK)
         return from_json(value) if isinstance(value, dict) and "kind" in value else BPETokenizer(json.dumps(value))
     except (ValueError, OSError) as error:
         raise HvdlmError(

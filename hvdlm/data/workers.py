@@ -17,8 +17,8 @@ import numpy as np
 
 from hvdlm.data import tokenizers
 from hvdlm.data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer
-from hvdlm.interfaces import HvdlmError
-from hvdlm.probes import cores
+from hvdlm.diagnostics.probes import cores
+from hvdlm.errors import HvdlmError
 
 Label = TypeVar("Label")
 _SMALL = 1 << 23  # bytes that are encoded before several processes have started

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from hvdlm.config import ModelConfig
-from hvdlm.interfaces import HvdlmError
+from hvdlm.errors import HvdlmError
 from hvdlm.models.spec import Init, ModelMaker, ModelSpec, ParamSpec
 
 

@@ -18,7 +18,7 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from hvdlm.config import LoRAConfig
-from hvdlm.interfaces import HvdlmError
+from hvdlm.errors import HvdlmError
 from hvdlm.models.spec import Adapter, Init, ModelSpec, ParamSpec
 
 USUAL = ("*.attention.*", "*.reading.*", "*.input.*", "*.recurrent.*")

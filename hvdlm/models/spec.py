@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from hvdlm.interfaces import HvdlmError
+from hvdlm.errors import HvdlmError
 
 Source = Callable[[int, tuple[slice, ...]], np.ndarray]
 """(seed, box of the global array) -> its float32 values."""
@@ -182,6 +182,8 @@ ModelMaker = Callable[[Any, int, int], ModelSpec]
 
 def builtin_models() -> Mapping[str, ModelMaker]:
     """Return the models and presets that come with hvdlm."""
-    from hvdlm.models import convnet, ctc, gpt, rnn, seq2seq
+    from hvdlm_tasks.models import convnet, ctc, seq2seq
+
+    from hvdlm.models import gpt, rnn
 
     return {**gpt.PRESETS, **rnn.PRESETS, **seq2seq.PRESETS, **ctc.PRESETS, **convnet.PRESETS}

@@ -9,8 +9,10 @@ from hvdlm import hookimpl
 from hvdlm.config import Config
 from hvdlm.data import mixture, sampler
 from hvdlm.data.mixture import Corpus
-from hvdlm.data.tokenfile import require_length
-from hvdlm.interfaces import Batch, HvdlmError, RankError, Trainable
+from hvdlm.data.token_files import require_length
+from hvdlm.errors import HvdlmError, RankError
+from hvdlm.protocols.trainable import Trainable
+from hvdlm.protocols.types import Batch
 
 
 def loss_figures(sums: Mapping[str, float]) -> dict[str, float]:

@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from hvdlm_tasks.items import up_to
+from hvdlm_tasks.pairs import padded
 
-from hvdlm.data.items import up_to
-from hvdlm.interfaces import Batch, Trainable
-from hvdlm.tasks.pairs import padded
+from hvdlm.protocols.trainable import Trainable
+from hvdlm.protocols.types import Batch
 
 _STEP = 16  # tokens by which batches differ in length
 _SCORES = 1 << 22  # scores that are computed at once

@@ -10,9 +10,10 @@ from typing import Any, TextIO
 
 from hvdlm import hookimpl
 from hvdlm.config import Config
-from hvdlm.disk import replace
-from hvdlm.interfaces import StepResult, World
-from hvdlm.telemetry.interval import Interval, logged
+from hvdlm.io.atomic_files import replace
+from hvdlm.protocols.types import StepResult
+from hvdlm.protocols.world import World
+from hvdlm.telemetry.rates import Interval, logged
 
 
 class Metrics:

@@ -9,9 +9,10 @@ from typing import Any
 
 from hvdlm import hookimpl
 from hvdlm.config import Config
-from hvdlm.interfaces import StepResult, World
-from hvdlm.telemetry.interval import Interval
-from hvdlm.terminal import clock, on_terminal, size
+from hvdlm.io.terminal import clock, on_terminal, size
+from hvdlm.protocols.types import StepResult
+from hvdlm.protocols.world import World
+from hvdlm.telemetry.rates import Interval
 
 _RESULTS = ("perplexity", "accuracy", "word_error_rate")
 

@@ -11,8 +11,9 @@ from typing import Any
 
 from hvdlm import hookimpl
 from hvdlm.config import Config
-from hvdlm.interfaces import StepResult, World
-from hvdlm.telemetry.interval import Interval
+from hvdlm.protocols.types import StepResult
+from hvdlm.protocols.world import World
+from hvdlm.telemetry.rates import Interval
 
 
 class TensorBoard:

@@ -10,7 +10,8 @@ import numpy as np
 from keras import ops
 
 from hvdlm.config import CompressionConfig
-from hvdlm.interfaces import Reduced, Request, Tensor
+from hvdlm.protocols.compressor import Reduced, Request
+from hvdlm.protocols.types import Tensor
 
 
 class Compressor:

@@ -7,7 +7,8 @@ from typing import Any
 
 from keras import ops
 
-from hvdlm.interfaces import Reduced, Request, Tensor
+from hvdlm.protocols.compressor import Reduced, Request
+from hvdlm.protocols.types import Tensor
 from hvdlm_compression.base import Compressor
 
 

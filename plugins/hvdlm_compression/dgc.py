@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from hvdlm.interfaces import Reduced, Request, Tensor
+from hvdlm.protocols.compressor import Reduced, Request
+from hvdlm.protocols.types import Tensor
 from hvdlm_compression.top_k import TopK, largest
 
 

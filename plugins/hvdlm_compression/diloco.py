@@ -7,7 +7,8 @@ from typing import Any
 
 from hvdlm import hookimpl
 from hvdlm.config import Config
-from hvdlm.interfaces import CompressorMaker, Group
+from hvdlm.protocols.compressor import CompressorMaker
+from hvdlm.protocols.group import Group
 from hvdlm_compression import plugin, settings
 
 
@@ -19,7 +20,7 @@ def hvdlm_check(config: Config, spec: Any) -> None:
 
 @hookimpl
 def hvdlm_make_exchange(
-    name: str, group: Group, config: Config, compressors: Mapping[str, CompressorMaker], place: int
+    name: str, group: Group, config: Config, compressors: Mapping[str, CompressorMaker], index: int
 ) -> Any:
     """Answer to ``diloco``."""
-    return plugin.make_local(name, group, config, compressors, place) if name == "diloco" else None
+    return plugin.make_local(name, group, config, compressors, index) if name == "diloco" else None

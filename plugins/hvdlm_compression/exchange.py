@@ -9,10 +9,13 @@ from typing import Any
 import numpy as np
 from keras import Variable, ops
 
+from hvdlm.communication.all_reduce import AllReduceExchange
 from hvdlm.config import CommunicationConfig
-from hvdlm.exchange import AllReduceExchange
-from hvdlm.interfaces import Compressor, Group, Handle, HvdlmError, Tensor
-from hvdlm.models.layout import FlatLayout, Slot
+from hvdlm.errors import HvdlmError
+from hvdlm.parallel.flat_layout import FlatLayout, Slot
+from hvdlm.protocols.compressor import Compressor
+from hvdlm.protocols.group import Group, Handle
+from hvdlm.protocols.types import Tensor
 from hvdlm_compression.rounds import Rounds, dense
 
 

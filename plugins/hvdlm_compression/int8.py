@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from keras import ops
 
-from hvdlm.interfaces import Tensor
+from hvdlm.protocols.types import Tensor
 from hvdlm_compression.qsgd import QSGD
 
 

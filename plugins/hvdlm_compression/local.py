@@ -7,10 +7,11 @@ from collections.abc import Hashable, Mapping
 import numpy as np
 from keras import Variable, ops
 
+from hvdlm.communication.all_reduce import AllReduceExchange
 from hvdlm.config import LocalConfig
-from hvdlm.exchange import AllReduceExchange
-from hvdlm.interfaces import Done, Group, Handle, Tensor
-from hvdlm.models.layout import FlatLayout
+from hvdlm.parallel.flat_layout import FlatLayout
+from hvdlm.protocols.group import Done, Group, Handle
+from hvdlm.protocols.types import Tensor
 
 
 class LocalExchange(AllReduceExchange):
@@ -21,7 +22,7 @@ class LocalExchange(AllReduceExchange):
     local SGD (Stich 2019, algorithm 1). The differences travel through ``inner``, which may compress them.
     """
 
-    apart = True
+    replicas_diverge = True
 
     def __init__(
         self, group: Group, inner: AllReduceExchange, settings: LocalConfig, rate: float, momentum: float, last: int

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from keras import ops
 
-from hvdlm.interfaces import Tensor
+from hvdlm.protocols.types import Tensor
 
 
 def uniform(count: int, step: Tensor, seed: int) -> Tensor:

@@ -8,8 +8,9 @@ from typing import Any
 
 from hvdlm import hookimpl
 from hvdlm.config import CompressionConfig, Config
-from hvdlm.interfaces import Compressor, CompressorMaker, Group
 from hvdlm.plugins import keras_alone
+from hvdlm.protocols.compressor import Compressor, CompressorMaker
+from hvdlm.protocols.group import Group
 from hvdlm_compression import settings
 
 ALGORITHMS = {
@@ -29,7 +30,7 @@ ALGORITHMS = {
 def _maker(path: str) -> CompressorMaker:
     module, name = path.split(".")
 
-    def make(options: CompressionConfig, seed: int, place: int, ranks: int) -> Compressor:
+    def make(options: CompressionConfig, seed: int, index: int, ranks: int) -> Compressor:
         return getattr(_imported(module), name)(options, seed, place, ranks)
 
     return make
@@ -54,13 +55,13 @@ def hvdlm_check(config: Config, spec: Any) -> None:
 
 @hookimpl(tryfirst=True)
 def hvdlm_make_exchange(
-    name: str, group: Group, config: Config, compressors: Mapping[str, CompressorMaker], place: int
+    name: str, group: Group, config: Config, compressors: Mapping[str, CompressorMaker], index: int
 ) -> Any:
     """Answer to ``all_reduce``, before the core does, where gradients are compressed."""
-    return make_compressed(group, config, compressors, place) if name == "all_reduce" else None
+    return make_compressed(group, config, compressors, index) if name == "all_reduce" else None
 
 
-def make_compressed(group: Group, config: Config, compressors: Mapping[str, CompressorMaker], place: int) -> Any:
+def make_compressed(group: Group, config: Config, compressors: Mapping[str, CompressorMaker], index: int) -> Any:
     """Return the exchange that compresses as ``config`` says, or None."""
     options = config.communication
     if options.compression.algorithm == "none":
@@ -70,11 +71,11 @@ def make_compressed(group: Group, config: Config, compressors: Mapping[str, Comp
     return _imported("exchange").CompressedExchange(group, compressor, options)
 
 
-def make_local(name: str, group: Group, config: Config, compressors: Mapping[str, CompressorMaker], place: int) -> Any:
+def make_local(name: str, group: Group, config: Config, compressors: Mapping[str, CompressorMaker], index: int) -> Any:
     """Return the exchange of rarer synchronisation, its differences compressed where ``config`` says so."""
-    from hvdlm.exchange import AllReduceExchange
+    from hvdlm.communication.all_reduce import AllReduceExchange
 
     options = config.communication
-    inner = make_compressed(group, config, compressors, place) or AllReduceExchange(group, options)
+    inner = make_compressed(group, config, compressors, index) or AllReduceExchange(group, options)
     rate, momentum = settings.outer(options, name)
     return _imported("local").LocalExchange(group, inner, options.local, rate, momentum, config.train.steps)

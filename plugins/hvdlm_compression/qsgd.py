@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from keras import ops
 
-from hvdlm.interfaces import Tensor
+from hvdlm.protocols.types import Tensor
 from hvdlm_compression.base import Compressor, blocks
 from hvdlm_compression.bits import pack, unpack
 from hvdlm_compression.noise import dither

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from keras import ops
 
-from hvdlm.interfaces import Tensor
+from hvdlm.protocols.types import Tensor
 from hvdlm_compression.base import Compressor
 
 

@@ -7,7 +7,9 @@ from typing import Any
 
 from keras import backend, ops
 
-from hvdlm.interfaces import Group, Handle, Request, Tensor
+from hvdlm.protocols.compressor import Request
+from hvdlm.protocols.group import Group, Handle
+from hvdlm.protocols.types import Tensor
 from hvdlm_compression.base import itemsize
 
 Job = Generator[Request, list[Tensor], Tensor]

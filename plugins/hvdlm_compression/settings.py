@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from hvdlm.config import CommunicationConfig, Config
-from hvdlm.interfaces import HvdlmError
+from hvdlm.errors import HvdlmError
 from hvdlm.models.spec import ModelSpec
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from keras import ops
 
-from hvdlm.interfaces import Tensor
+from hvdlm.protocols.types import Tensor
 from hvdlm_compression.scaled_sign import ScaledSign, signs
 
 

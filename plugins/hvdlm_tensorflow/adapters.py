@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import tensorflow as tf
 
 from hvdlm.models.spec import Adapter
-from hvdlm_sharding.state import ShardedState
+from hvdlm.parallel.sharded_state import ShardedState
 
 
 @dataclass

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from hvdlm.communication.traffic import TrafficCounters
 from hvdlm.config import Config
-from hvdlm.interfaces import Batch
 from hvdlm.models.spec import ModelSpec
-from hvdlm_sharding.axes import Axes, Wire
-from hvdlm_sharding.rules import Share
+from hvdlm.parallel.axis_groups import Axes
+from hvdlm.parallel.sharding_rules import ModelShard
+from hvdlm.protocols.types import Batch
 from hvdlm_tensorflow.collectives import Collectives
-from hvdlm_tensorflow.counted import CountedGraph
+from hvdlm_tensorflow.counted_graph import CountedGraph
 from hvdlm_tensorflow.losses import ctc
 from hvdlm_tensorflow.models import make_model
 from hvdlm_tensorflow.pipeline import Pipeline
@@ -26,17 +27,25 @@ _HALF = {"bf16": tf.bfloat16, "fp16": tf.float16}
 class Answering(ABC):
     """This rank's share of the model; every answer is one graph."""
 
-    def __init__(self, spec: ModelSpec, share: Share, axes: Axes, wire: Wire, config: Config, rank: int) -> None:
-        self._spec, self._share, self._axes, self._wire, self._config = spec, share, axes, wire, config
-        self._collectives = Collectives(axes.tensor, share)
-        self._model = make_model(spec, share, self._collectives)
+    def __init__(
+        self, spec: ModelSpec, model_shard: ModelShard, axes: Axes, counters: TrafficCounters, config: Config, rank: int
+    ) -> None:
+        self._spec, self._model_shard, self._axes, self._counters, self._config = (
+            spec,
+            model_shard,
+            axes,
+            counters,
+            config,
+        )
+        self._collectives = Collectives(axes.tensor, model_shard)
+        self._model = make_model(spec, model_shard, self._collectives)
         self._model.dtype = _HALF.get(config.train.precision, tf.float32)
-        self._pipeline = Pipeline(share, axes, config.parallel.schedule, rank, self._model.dtype)
+        self._pipeline = Pipeline(model_shard, axes, config.parallel.schedule, rank, self._model.dtype)
         self._eval_carry: Any = None
-        self._eval_graph = CountedGraph(self._evaluate, wire)
-        self._extend_graph = CountedGraph(self._extend, wire, reduce_retracing=True)
-        self._predict_graph = CountedGraph(self._predict, wire, reduce_retracing=True)
-        self._read_graph = CountedGraph(self._read, wire, reduce_retracing=True)
+        self._eval_graph = CountedGraph(self._evaluate, counters)
+        self._extend_graph = CountedGraph(self._extend, counters, reduce_retracing=True)
+        self._predict_graph = CountedGraph(self._predict, counters, reduce_retracing=True)
+        self._read_graph = CountedGraph(self._read, counters, reduce_retracing=True)
 
     @abstractmethod
     def _parameters(self) -> Mapping[str, tf.Tensor]:
@@ -53,7 +62,7 @@ class Answering(ABC):
         self._model.bind(parameters)
         checkpointing = self._config.train.activation_checkpointing
         hidden, carry = self._model.hidden(inputs, x, carry, training, checkpointing, seed)
-        if not self._share.stage.last:
+        if not self._model_shard.stage.last:
             return hidden, carry
         scores = tf.cast(self._model.scores(hidden), tf.float32)  # [rows, time, vocab / tensor ranks]
         if self._spec.loss == "ctc":
@@ -73,19 +82,19 @@ class Answering(ABC):
             return made
 
         made = self._pipeline.relay(self._pipeline.shape(batch, self._spec.settings.width), compute)
-        return (float(made) if self._share.stage.last else 0.0), batch.tokens
+        return (float(made) if self._model_shard.stage.last else 0.0), batch.tokens
 
     def _evaluate(self, x: Any, inputs: Any, targets: Any, weights: Any, carry: Any) -> tuple[tf.Tensor, Any]:
         seed = tf.constant([0, 0])
         made, carry = self._losses(self._parameters(), inputs, x, targets, weights, carry, seed, False)
-        return (tf.reduce_sum(tf.cast(made, tf.float64)) if self._share.stage.last else made), carry
+        return (tf.reduce_sum(tf.cast(made, tf.float64)) if self._model_shard.stage.last else made), carry
 
     def logits(self, tokens: np.ndarray, cache: Any = None) -> tuple[np.ndarray, Any]:
         """Return the scores of the next token and the cache; see ``interfaces.Trainable``."""
         inputs = tf.constant(tokens, tf.int32)
         cache = self._model.decoding_cache(len(tokens)) if cache is None else cache
         self._model.check_length(cache, tokens.shape[1])
-        settings, stage = self._spec.settings, self._share.stage
+        settings, stage = self._spec.settings, self._model_shard.stage
 
         def compute(x: tf.Tensor | None) -> tf.Tensor:
             nonlocal cache
@@ -95,13 +104,13 @@ class Answering(ABC):
         made = self._pipeline.relay((*tokens.shape, settings.width), compute)
         if stage.count > 1:
             scores = made if stage.last else tf.zeros((len(tokens), settings.vocab))
-            made = self._axes.model.broadcast(scores, (stage.count - 1) * self._share.tensor, "pipeline.scores")
+            made = self._axes.model.broadcast(scores, (stage.count - 1) * self._model_shard.tensor, "pipeline.scores")
         return made.numpy(), cache
 
     def _extend(self, inputs: tf.Tensor, x: Any, cache: Any) -> tuple[tf.Tensor, Any]:
         self._model.bind(self._parameters())
         hidden, cache = self._model.extend(inputs, x, cache)
-        if not self._share.stage.last:
+        if not self._model_shard.stage.last:
             return hidden, cache
         return tf.cast(self._collectives.all_scores(self._model.scores(hidden[:, -1])), tf.float32), cache
 

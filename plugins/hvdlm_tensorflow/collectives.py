@@ -11,7 +11,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from hvdlm_sharding.links import TensorRanks
+from hvdlm.parallel.tensor_parallel import TensorRanks
 
 
 class Collectives(TensorRanks):
@@ -71,7 +71,7 @@ class Collectives(TensorRanks):
         """Return rows of a table of which this rank has a range, zeros where a token is none of them."""
         if self.size == 1:
             return tf.gather(table, tokens)
-        first, last = self.share.range_of(self.share.vocab)
+        first, last = self.model_shard.range_of(self.model_shard.vocab)
         inside = (tokens >= first) & (tokens < last)
         found = tf.gather(table, tf.where(inside, tokens - first, 0))
         return found * tf.cast(inside, found.dtype)[..., None]
@@ -88,7 +88,7 @@ class Collectives(TensorRanks):
                 return wanted
             spread = tf.reduce_logsumexp(scores, -1) - tf.reduce_mean(scores, -1)
             return (1.0 - smoothing) * wanted + smoothing * spread
-        first, last = self.share.range_of(self.share.vocab)
+        first, last = self.model_shard.range_of(self.model_shard.vocab)
         flat, wanted = tf.reshape(scores, [-1, last - first]), tf.reshape(targets, [-1])
         here = (wanted >= first) & (wanted < last)
         hot = tf.one_hot(tf.where(here, wanted - first, -1), last - first)  # [n, vocab / ranks], -1: zeros

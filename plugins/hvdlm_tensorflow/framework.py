@@ -6,11 +6,13 @@ import numpy as np
 import tensorflow as tf
 
 from hvdlm.config import Config
-from hvdlm.interfaces import Exchange, HvdlmError, World
+from hvdlm.errors import HvdlmError
 from hvdlm.models.spec import ModelSpec
-from hvdlm.topology import Mesh
-from hvdlm_sharding.axes import make_axes
-from hvdlm_sharding.rules import share
+from hvdlm.parallel.axis_groups import make_axes
+from hvdlm.parallel.mesh import Mesh
+from hvdlm.parallel.sharding_rules import make_model_shard
+from hvdlm.protocols.exchange import Exchange
+from hvdlm.protocols.world import World
 from hvdlm_tensorflow.host_tensors import TensorFlowHostTensors
 from hvdlm_tensorflow.trainable import TensorFlowTrainable
 
@@ -30,7 +32,7 @@ class TensorFlowFramework:
         # Batches of few different shapes are traced once each; TensorFlow would warn of that as of a mistake.
         tf.get_logger().setLevel("ERROR")
         _choose_device(world, config)
-        part = share(model, mesh, world.rank, config.parallel)
+        part = make_model_shard(model, mesh, world.rank, config.parallel)
         axes = make_axes(world, mesh, part)
         return TensorFlowTrainable(model, part, axes, exchange, config, mesh, world.rank)
 

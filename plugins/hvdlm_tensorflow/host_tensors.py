@@ -17,7 +17,8 @@ import ml_dtypes
 import numpy as np
 import tensorflow as tf
 
-from hvdlm.interfaces import Handle, HostCollective
+from hvdlm.protocols.framework import HostCollective
+from hvdlm.protocols.group import Handle
 
 Shape = tuple[int | None, ...]
 _LAST = "hvdlm_last_start"  # where a graph keeps the operation that starts its newest collective

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
-from hvdlm.interfaces import Batch
-from hvdlm_sharding.axes import Axes
-from hvdlm_sharding.links import PipelineStage
-from hvdlm_sharding.rules import Share
+from hvdlm.parallel.axis_groups import Axes
+from hvdlm.parallel.sharding_rules import ModelShard
+from hvdlm.parallel.stage_runner import PipelineStage
+from hvdlm.protocols.types import Batch
 
 Compute = Callable[[int, Batch, "tf.Tensor | None"], tf.Tensor]
 """(number, micro-batch, what the stage before made of it) -> what this stage makes of it; the last one's: a scalar."""
@@ -19,8 +19,8 @@ Apply = Callable[[tf.Tensor], None]
 class Pipeline(PipelineStage):
     """One stage, whose activations are of ``dtype``."""
 
-    def __init__(self, share: Share, axes: Axes, schedule: str, rank: int, dtype: tf.DType) -> None:
-        super().__init__(share, axes, schedule, rank)
+    def __init__(self, model_shard: ModelShard, axes: Axes, schedule: str, rank: int, dtype: tf.DType) -> None:
+        super().__init__(model_shard, axes, schedule, rank)
         self._dtype = dtype
 
     def run(

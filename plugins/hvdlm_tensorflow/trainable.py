@@ -9,19 +9,20 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from hvdlm.communication.traffic import by_axis, grown
 from hvdlm.config import Config
-from hvdlm.exchange import by_axis, grown
-from hvdlm.interfaces import Batch, Exchange, StepResult, Traffic
-from hvdlm.models.layout import Piece
 from hvdlm.models.spec import ModelSpec
-from hvdlm.topology import Mesh
-from hvdlm_sharding.axes import Axes, Wire
-from hvdlm_sharding.rules import Share
-from hvdlm_sharding.schedules import kept
-from hvdlm_sharding.state import ShardedState, carried, joined
+from hvdlm.parallel.axis_groups import Axes, count_traffic
+from hvdlm.parallel.flat_layout import Shard
+from hvdlm.parallel.mesh import Mesh
+from hvdlm.parallel.pipeline_schedules import kept_micro_batches
+from hvdlm.parallel.sharded_state import ShardedState, recurrent_entries, recurrent_state
+from hvdlm.parallel.sharding_rules import ModelShard
+from hvdlm.protocols.exchange import Exchange
+from hvdlm.protocols.types import Batch, StepResult, Traffic
 from hvdlm_tensorflow.adapters import Adapters
 from hvdlm_tensorflow.answers import Answering, features, tensors
-from hvdlm_tensorflow.counted import CountedGraph
+from hvdlm_tensorflow.counted_graph import CountedGraph
 from hvdlm_tensorflow.memory import Kept
 from hvdlm_tensorflow.optimizers import FlatOptimizer
 
@@ -30,18 +31,27 @@ class TensorFlowTrainable(Answering):
     """Parameters lie in one flat variable; a step is one graph, in which buckets travel while others are computed."""
 
     def __init__(
-        self, spec: ModelSpec, share: Share, axes: Axes, exchange: Exchange, config: Config, mesh: Mesh, rank: int
+        self,
+        spec: ModelSpec,
+        model_shard: ModelShard,
+        axes: Axes,
+        exchange: Exchange,
+        config: Config,
+        mesh: Mesh,
+        rank: int,
     ) -> None:
-        super().__init__(spec, share, axes, Wire(axes, exchange), config, rank)
-        self._sharded = state = ShardedState(spec, share, exchange, config, mesh, rank)
+        super().__init__(spec, model_shard, axes, count_traffic(axes, exchange), config, rank)
+        self._sharded = state = ShardedState(spec, model_shard, exchange, config, mesh, rank)
         self._exchange, self.layout = exchange, state.layout
         initial = state.initial()
         self._flat = tf.Variable(initial)
         self._adapters = Adapters(state, self._trained())
         # What this rank updates: the flat variable itself, or its part of every bucket.
-        self._own = self._flat if exchange.parts == 1 else tf.Variable(state.own(initial))
+        self._own = self._flat if exchange.zero_size == 1 else tf.Variable(state.update_shard(initial))
         self._gradient = self._make_gradient()
-        self._optimizer = FlatOptimizer(config.train, self._own, tf.constant(state.own(self.layout.decay_mask())))
+        self._optimizer = FlatOptimizer(
+            config.train, self._own, tf.constant(state.update_shard(self.layout.decay_mask()))
+        )
         self._carry: dict[int, Any] = {}
         self._kept = Kept()
         self._stage_given: Any = None
@@ -52,15 +62,15 @@ class TensorFlowTrainable(Answering):
         """Return what micro-batches' gradients add up in: this rank's parts of them, all of them, or nothing."""
         if self._exchange.scatters_every:
             return tf.Variable(tf.zeros_like(self._own), trainable=False)
-        several = self._config.train.micro_batch_size is not None or self._share.stage.count > 1
+        several = self._config.train.micro_batch_size is not None or self._model_shard.stage.count > 1
         return tf.Variable(tf.zeros_like(self._flat), trainable=False) if several else None
 
     def _make_graphs(self) -> None:
-        self._accumulate_graph = CountedGraph(self._accumulate, self._wire)
-        self._step_graph = CountedGraph(self._step, self._wire)
-        self._stage_graph = CountedGraph(self._stage, self._wire)
-        self._add_graph = CountedGraph(self._add, self._wire)
-        self._finish_graph = CountedGraph(self._finish, self._wire)
+        self._accumulate_graph = CountedGraph(self._accumulate, self._counters)
+        self._step_graph = CountedGraph(self._step, self._counters)
+        self._stage_graph = CountedGraph(self._stage, self._counters)
+        self._add_graph = CountedGraph(self._add, self._counters)
+        self._finish_graph = CountedGraph(self._finish, self._counters)
         compiled = self._config.train.compile
         self._backward_part = tf.function(self._backward, jit_compile=True) if compiled else self._backward
 
@@ -81,24 +91,24 @@ class TensorFlowTrainable(Answering):
         self, micro_batches: Sequence[Batch], learning_rate: float, step: int, limit: float = math.inf
     ) -> StepResult:
         """Do one optimizer step; see ``interfaces.Trainable``."""
-        before = by_axis(self._wire.traffic())
+        before = by_axis(self._counters.traffic())
         tokens = sum(batch.tokens for batch in micro_batches)
         figures = tf.constant([learning_rate, step, tokens, limit], tf.float64)
         phase = self._exchange.begin(step)
         if self._gradient is not None:
             self._gradient.assign(tf.zeros_like(self._gradient))
-        if self._share.stage.count > 1:
+        if self._model_shard.stage.count > 1:
             loss_sum = self._pass_all(micro_batches, step)
             graph, totals = self._finish_graph, self._finish_graph(phase, phase, loss_sum, self._scale(), figures)
         else:
             graph, totals = self._step_graph, self._run_all(micro_batches, step, phase, figures)
         loss_sum_value, total, squared, waited, drained, applied = totals.numpy().tolist()
-        self._wire.waited(graph.last, waited)
+        self._counters.waited(graph.last, waited)
         norm = squared**0.5
         usable = self._sharded.loss_scale.update(norm)  # fp16 overflows now and then: no step that went wrong
         # A stage that has done its passes waits for the others in the first sum over all stages.
-        idle = self._pipeline.waited + drained if self._share.stage.count > 1 else 0.0
-        moved = grown(by_axis(self._wire.traffic()), before)
+        idle = self._pipeline.waited + drained if self._model_shard.stage.count > 1 else 0.0
+        moved = grown(by_axis(self._counters.traffic()), before)
         return StepResult(
             loss_sum_value / total,
             total * self._exchange.stands_for,
@@ -156,9 +166,9 @@ class TensorFlowTrainable(Answering):
     ) -> tuple[tf.Tensor, tf.Tensor, Any]:
         """Return what this stage makes (the last: the scaled loss), the sum of losses (float64), the carried state."""
         made, carry = self._losses(self._parameters(), inputs, x, targets, weights, carry, seed, True)
-        if not self._share.stage.last:
+        if not self._model_shard.stage.last:
             return made, tf.zeros((), tf.float64), carry
-        scaled = tf.reduce_sum(made) * (scale / self._sharded.normaliser)
+        scaled = tf.reduce_sum(made) * (scale / self._sharded.loss_divisor)
         return scaled, tf.reduce_sum(tf.cast(made, tf.float64)), carry
 
     def _backward(
@@ -169,7 +179,7 @@ class TensorFlowTrainable(Answering):
         with self._kept.forward(parameters), tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(sources)
             losses, carry = self._losses(parameters, inputs, x, targets, weights, carry, seed, True)
-            scaled = tf.reduce_sum(losses) * (scale / self._sharded.normaliser)
+            scaled = tf.reduce_sum(losses) * (scale / self._sharded.loss_divisor)
         gradients = tape.gradient(scaled, sources, unconnected_gradients=unused)
         self._kept.backward()
         flat = [tf.reshape(tf.convert_to_tensor(g), [-1]) for g in gradients]
@@ -246,16 +256,16 @@ class TensorFlowTrainable(Answering):
             # Not right after the forward pass: Horovod's thread would take a core from the backward pass.
             totals = tf.stack([loss_sum, figures[2]])
             ready = tf.timestamp()
-        metrics = exchange.start_metrics(totals) if exchange.parts == 1 else None
+        metrics = exchange.start_metrics(totals) if exchange.zero_size == 1 else None
         reduced = [handle.wait() for handle in handles]
         if exchange.scatters_every:
-            before = [self._gradient[a:b] for a, b in self._sharded.places]
+            before = [self._gradient[a:b] for a, b in self._sharded.shard_ranges]
             reduced = [r + b for r, b in zip(reduced, before, strict=True)] if reduced else before
         with tf.control_dependencies(reduced):
             passed = tf.timestamp()
             waited = tf.maximum(passed - ready, 0.0) if exchange.size > 1 else ready * 0.0
         if self._axes.ends is not None:
-            for index in self._sharded.tied:
+            for index in self._sharded.tied_buckets:
                 reduced[index] = self._axes.ends.all_reduce_async(reduced[index], "tied").wait()
         own = tf.concat(reduced, 0)
         squares = self._squares(own)
@@ -266,7 +276,7 @@ class TensorFlowTrainable(Answering):
         totals = self._over_model(totals)
         with tf.control_dependencies([totals]):
             drained = tf.maximum(tf.timestamp() - passed, 0.0)
-        true_scale = self._sharded.normaliser / (totals[1] * tf.cast(scale, tf.float64))
+        true_scale = self._sharded.loss_divisor / (totals[1] * tf.cast(scale, tf.float64))
         norm = tf.sqrt(totals[2]) * true_scale
         applied = self._apply(own, norm, true_scale, figures)
         with tf.control_dependencies([norm]):
@@ -281,23 +291,23 @@ class TensorFlowTrainable(Answering):
 
     def _squares(self, own: tf.Tensor) -> tf.Tensor:
         """Return the squared norm of the gradients that this rank counts, float64 ``[1]``."""
-        norms = [tf.cast(tf.norm(own[a:b]), tf.float64) for a, b in self._sharded.counted]
+        norms = [tf.cast(tf.norm(own[a:b]), tf.float64) for a, b in self._sharded.norm_ranges]
         return tf.reduce_sum(tf.square(tf.stack(norms)), keepdims=True) if norms else tf.zeros(1, tf.float64)
 
     def _over_model(self, totals: tf.Tensor) -> tf.Tensor:
         """Return (loss sum, tokens, squared norm) of the whole model from this rank's, float64 ``[3]``."""
         if len(self._axes.model.ranks) == 1:
             return totals
-        if not (self._share.stage.last and self._share.place == 0):
+        if not (self._model_shard.stage.last and self._model_shard.index == 0):
             totals *= tf.constant([0.0, 0.0, 1.0], tf.float64)
         return self._axes.model.all_reduce_async(totals, "norm").wait()
 
     def _replaced(self) -> tf.Tensor | None:
         """Return what the flat vector is replaced by: what all ranks updated, or what the exchange makes of it."""
-        if self._exchange.parts == 1:
+        if self._exchange.zero_size == 1:
             return self._exchange.finish(self._flat.read_value())
         own = self._own.read_value()
-        return tf.concat(self._exchange.gather([own[a:b] for a, b in self._sharded.places]), 0)
+        return tf.concat(self._exchange.gather([own[a:b] for a, b in self._sharded.shard_ranges]), 0)
 
     def _apply(self, gradient: tf.Tensor, norm: tf.Tensor, scale: tf.Tensor, figures: tf.Tensor) -> tf.Tensor:
         """Rescale, clip and apply the summed gradient, whose ``norm`` is in true scale; return whether it was, bool."""
@@ -328,23 +338,23 @@ class TensorFlowTrainable(Answering):
         passing = max(b - a for (a, _), (_, b) in following) if self._exchange.scatters_every else size
         return {
             "parameters": 4 * (size + (own if self._own is not self._flat else 0)) + self._spec.frozen_bytes,
-            "gradients": 4 * (passing + (own if self._exchange.parts > 1 else 0)),
+            "gradients": 4 * (passing + (own if self._exchange.zero_size > 1 else 0)),
             "optimizer": sum(4 * int(flat.shape[0]) for flat in self._optimizer.memory.values()),
             "activations": self._activations(),
         }
 
     def _activations(self) -> int:
         """Return the bytes kept for backward passes, of all micro-batches that are under way at once."""
-        stage, train = self._share.stage, self._config.train
+        stage, train = self._model_shard.stage, self._config.train
         if stage.count == 1:
             return self._kept.bytes
         if self._stage_given is not None and not self._kept.bytes:
-            before = self._wire.snapshot()
+            before = self._counters.snapshot()
             tf.function(self._passes).get_concrete_function(*self._stage_given)
-            self._wire.restore(before)  # traced, never run
+            self._counters.restore(before)  # traced, never run
         rows = train.batch_size // self._sharded.mesh.data
         count = rows // (train.micro_batch_size or rows)
-        return self._kept.bytes * kept(self._config.parallel.schedule, stage.number, stage.count, count)
+        return self._kept.bytes * kept_micro_batches(self._config.parallel.schedule, stage.number, stage.count, count)
 
     def _passes(self, x: Any, *given: Any) -> list[tf.Tensor]:
         """Return the gradients of a stage's pass, for counting what they read of it."""
@@ -359,29 +369,29 @@ class TensorFlowTrainable(Answering):
 
     def traffic(self) -> dict[str, Traffic]:
         """Return what all collectives moved; see ``interfaces.Trainable``."""
-        return self._wire.traffic()
+        return self._counters.traffic()
 
     def state(self) -> dict[str, np.ndarray]:
         """Return everything that training goes on from; see ``interfaces.Trainable``."""
         memory = {kind: _host(flat) for kind, flat in self._optimizer.memory.items()}
-        carry = joined([self._model.carry_arrays(self._carry[number]) for number in sorted(self._carry)])
+        carry = recurrent_entries([self._model.carry_arrays(self._carry[number]) for number in sorted(self._carry)])
         return self._sharded.arrays(_host(self._flat), memory) | carry
 
-    def pieces(self) -> dict[str, Piece]:
+    def shards(self) -> dict[str, Shard]:
         """Return which part of the global array an entry of the state is; see ``interfaces.Trainable``."""
-        return self._sharded.pieces(self._optimizer.memory)
+        return self._sharded.shards(self._optimizer.memory)
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
         """Take over a state; see ``interfaces.Trainable``."""
         memory = {kind: _host(flat) for kind, flat in self._optimizer.memory.items()}
-        flat, memory = self._sharded.take(state, _host(self._flat), memory)
+        flat, memory = self._sharded.restore(state, _host(self._flat), memory)
         self._flat.assign(flat)
         if self._own is not self._flat:
-            self._own.assign(self._sharded.own(flat))
+            self._own.assign(self._sharded.update_shard(flat))
         self._adapters.add(self._trained())
         for kind, array in memory.items():
             self._optimizer.memory[kind].assign(array)
-        self._carry = self._model.carry_tensors(carried(state), self._config.train.micro_batch_size)
+        self._carry = self._model.carry_tensors(recurrent_state(state), self._config.train.micro_batch_size)
 
 
 def _host(variable: tf.Variable) -> np.ndarray:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hvdlm_sharding.state import ShardedState
+from hvdlm.parallel.sharded_state import ShardedState
 
 
 @dataclass

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 
 from hvdlm.config import Config
-from hvdlm.interfaces import Batch
 from hvdlm.models.spec import ModelSpec
-from hvdlm_sharding.axes import Axes
-from hvdlm_sharding.rules import Share
+from hvdlm.parallel.axis_groups import Axes
+from hvdlm.parallel.sharding_rules import ModelShard
+from hvdlm.protocols.types import Batch
 from hvdlm_torch.collectives import Collectives
 from hvdlm_torch.losses import ctc
 from hvdlm_torch.models import make_model
@@ -24,13 +24,13 @@ class Answering:
     """This rank's share of the model; whoever holds its parameters binds them."""
 
     def __init__(
-        self, spec: ModelSpec, share: Share, axes: Axes, config: Config, device: torch.device, rank: int
+        self, spec: ModelSpec, model_shard: ModelShard, axes: Axes, config: Config, device: torch.device, rank: int
     ) -> None:
-        self._spec, self._share, self._axes = spec, share, axes
+        self._spec, self._model_shard, self._axes = spec, model_shard, axes
         self._config, self._device = config, device
-        self._collectives = Collectives(axes.tensor, share)
-        self._model = make_model(spec, share, self._collectives)
-        self._pipeline = Pipeline(share, axes, config.parallel.schedule, rank, device)
+        self._collectives = Collectives(axes.tensor, model_shard)
+        self._model = make_model(spec, model_shard, self._collectives)
+        self._pipeline = Pipeline(model_shard, axes, config.parallel.schedule, rank, device)
         self._eval_carry: Any = None
 
     def _losses(
@@ -50,7 +50,7 @@ class Answering:
         half = _HALF.get(self._config.train.precision)
         with torch.autocast(self._device.type, dtype=half, enabled=half is not None):
             hidden, carry = self._model.hidden(inputs, x, carry, training, self._config.train.activation_checkpointing)
-            if not self._share.stage.last:
+            if not self._model_shard.stage.last:
                 return hidden, carry
             scores = self._model.scores(hidden)  # [rows, time, vocab / tensor ranks]
         if self._spec.loss == "ctc":
@@ -76,17 +76,17 @@ class Answering:
         def compute(x: torch.Tensor | None) -> torch.Tensor:
             x = self._features(batch) if x is None else x
             made, self._eval_carry = self._losses(*self._tensors(batch), x, carry, False)
-            return made if self._share.stage.last else made.float()
+            return made if self._model_shard.stage.last else made.float()
 
         made = self._pipeline.relay(self._pipeline.shape(batch, self._spec.settings.width), compute)
-        return (float(made.sum(dtype=torch.float64)) if self._share.stage.last else 0.0), batch.tokens
+        return (float(made.sum(dtype=torch.float64)) if self._model_shard.stage.last else 0.0), batch.tokens
 
     @torch.no_grad()
     def logits(self, tokens: np.ndarray, cache: Any = None) -> tuple[np.ndarray, Any]:
         """Return the scores of the next token and the cache; see ``interfaces.Trainable``."""
         inputs = torch.from_numpy(np.ascontiguousarray(tokens, np.int32)).to(self._device)
         cache = self._model.cache(len(tokens), self._device) if cache is None else cache
-        settings, stage = self._spec.settings, self._share.stage
+        settings, stage = self._spec.settings, self._model_shard.stage
 
         def compute(x: torch.Tensor | None) -> torch.Tensor:
             nonlocal cache
@@ -96,7 +96,7 @@ class Answering:
         made = self._pipeline.relay((*tokens.shape, settings.width), compute)
         if stage.count > 1:
             scores = made.contiguous() if stage.last else torch.empty(len(tokens), settings.vocab, device=self._device)
-            root = (stage.count - 1) * self._share.tensor
+            root = (stage.count - 1) * self._model_shard.tensor
             made = self._axes.model.broadcast(scores, root, "pipeline.scores")
         return made.cpu().numpy(), cache
 

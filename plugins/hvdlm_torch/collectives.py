@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from hvdlm.interfaces import Group
-from hvdlm_sharding.links import TensorRanks
+from hvdlm.parallel.tensor_parallel import TensorRanks
+from hvdlm.protocols.group import Group
 
 
 class Collectives(TensorRanks):
@@ -46,7 +46,7 @@ class Collectives(TensorRanks):
         """Return rows of a table of which this rank has a range, zeros where a token is none of them."""
         if self.size == 1:
             return F.embedding(tokens, table)
-        first, _ = self.share.range_of(self.share.vocab)
+        first, _ = self.model_shard.range_of(self.model_shard.vocab)
         own = tokens - first
         outside = (own < 0) | (own >= len(table))
         return F.embedding(own.masked_fill(outside, 0), table).masked_fill(outside.unsqueeze(-1), 0.0)
@@ -58,7 +58,7 @@ class Collectives(TensorRanks):
         """
         if self.size == 1:
             return F.cross_entropy(scores, targets, reduction="none", label_smoothing=smoothing)
-        first, _ = self.share.range_of(self.share.vocab)
+        first, _ = self.model_shard.range_of(self.model_shard.vocab)
         return _CrossEntropy.apply(scores, targets - first, self.group)
 
     def all_scores(self, scores: torch.Tensor) -> torch.Tensor:

@@ -6,11 +6,13 @@ import numpy as np
 import torch
 
 from hvdlm.config import Config
-from hvdlm.interfaces import Exchange, HvdlmError, World
+from hvdlm.errors import HvdlmError
 from hvdlm.models.spec import ModelSpec
-from hvdlm.topology import Mesh
-from hvdlm_sharding.axes import make_axes
-from hvdlm_sharding.rules import share
+from hvdlm.parallel.axis_groups import make_axes
+from hvdlm.parallel.mesh import Mesh
+from hvdlm.parallel.sharding_rules import make_model_shard
+from hvdlm.protocols.exchange import Exchange
+from hvdlm.protocols.world import World
 from hvdlm_torch.host_tensors import TorchHostTensors
 from hvdlm_torch.trainable import TorchTrainable
 
@@ -28,7 +30,7 @@ class TorchFramework:
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
         device = _device(world, config)
-        part = share(model, mesh, world.rank, config.parallel)
+        part = make_model_shard(model, mesh, world.rank, config.parallel)
         axes = make_axes(world, mesh, part)
         return TorchTrainable(model, part, axes, exchange, config, device, mesh, world.rank)
 

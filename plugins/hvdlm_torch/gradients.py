@@ -7,8 +7,9 @@ from collections.abc import Mapping
 
 import torch
 
-from hvdlm.interfaces import Exchange, Handle
-from hvdlm.models.layout import FlatLayout
+from hvdlm.parallel.flat_layout import FlatLayout
+from hvdlm.protocols.exchange import Exchange
+from hvdlm.protocols.group import Handle
 
 Parameters = Mapping[str, torch.nn.Parameter]
 
@@ -25,7 +26,9 @@ class WholeGradients:
     ) -> None:
         self._layout, self._exchange = layout, exchange
         self._flat = torch.zeros(layout.size, device=device)
-        self.own = self._flat if exchange.parts == 1 else torch.zeros(layout.size // exchange.parts, device=device)
+        self.own = (
+            self._flat if exchange.zero_size == 1 else torch.zeros(layout.size // exchange.zero_size, device=device)
+        )
         self._ranges = [layout.bucket_range(i) for i in range(len(layout.buckets))]
         self._handles: dict[int, Handle] = {}
         self._missing: list[int] | None = None
@@ -81,8 +84,8 @@ class ScatteredGradients:
         self, layout: FlatLayout, parameters: Parameters, leaves: Parameters, exchange: Exchange, device: torch.device
     ) -> None:
         self._layout, self._parameters, self._exchange = layout, parameters, exchange
-        self.own = torch.zeros(layout.size // exchange.parts, device=device)
-        starts = layout.parts(exchange.part, exchange.parts)
+        self.own = torch.zeros(layout.size // exchange.zero_size, device=device)
+        starts = layout.zero_ranges(exchange.zero_rank, exchange.zero_size)
         lengths = [stop - start for start, stop in starts]
         self._places = [sum(lengths[:i]) for i in range(len(lengths))]
         self._handles: dict[int, Handle] = {}

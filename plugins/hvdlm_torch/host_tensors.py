@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from hvdlm.interfaces import Handle, HostCollective
+from hvdlm.protocols.framework import HostCollective
+from hvdlm.protocols.group import Handle
 
 
 class TorchHostTensors:

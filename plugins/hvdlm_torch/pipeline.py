@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from hvdlm.interfaces import Batch
-from hvdlm_sharding.axes import Axes
-from hvdlm_sharding.links import PipelineStage
-from hvdlm_sharding.rules import Share
+from hvdlm.parallel.axis_groups import Axes
+from hvdlm.parallel.sharding_rules import ModelShard
+from hvdlm.parallel.stage_runner import PipelineStage
+from hvdlm.protocols.types import Batch
 
 Compute = Callable[[int, Batch, torch.Tensor | None], torch.Tensor]
 """(number, micro-batch, what the stage before made of it) -> what this stage makes of it; the last one's: a scalar."""
@@ -18,8 +18,8 @@ Compute = Callable[[int, Batch, torch.Tensor | None], torch.Tensor]
 class Pipeline(PipelineStage):
     """One stage, on its device."""
 
-    def __init__(self, share: Share, axes: Axes, schedule: str, rank: int, device: torch.device) -> None:
-        super().__init__(share, axes, schedule, rank)
+    def __init__(self, model_shard: ModelShard, axes: Axes, schedule: str, rank: int, device: torch.device) -> None:
+        super().__init__(model_shard, axes, schedule, rank)
         self._device = device
 
     def run(

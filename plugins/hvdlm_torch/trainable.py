@@ -10,15 +10,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from hvdlm.communication.traffic import by_axis, grown
 from hvdlm.config import Config
-from hvdlm.exchange import by_axis, grown
-from hvdlm.interfaces import Batch, Exchange, StepResult, Traffic
-from hvdlm.models.layout import Piece, Slot
 from hvdlm.models.spec import ModelSpec
-from hvdlm.topology import Mesh
-from hvdlm_sharding.axes import Axes, Wire
-from hvdlm_sharding.rules import Share
-from hvdlm_sharding.state import ShardedState, carried, joined
+from hvdlm.parallel.axis_groups import Axes, count_traffic
+from hvdlm.parallel.flat_layout import Shard, Slot
+from hvdlm.parallel.mesh import Mesh
+from hvdlm.parallel.sharded_state import ShardedState, recurrent_entries, recurrent_state
+from hvdlm.parallel.sharding_rules import ModelShard
+from hvdlm.protocols.exchange import Exchange
+from hvdlm.protocols.types import Batch, StepResult, Traffic
 from hvdlm_torch.adapters import Adapters
 from hvdlm_torch.answers import Answering
 from hvdlm_torch.compiler import compiles
@@ -33,7 +34,7 @@ class TorchTrainable(Answering):
     def __init__(
         self,
         spec: ModelSpec,
-        share: Share,
+        model_shard: ModelShard,
         axes: Axes,
         exchange: Exchange,
         config: Config,
@@ -41,8 +42,8 @@ class TorchTrainable(Answering):
         mesh: Mesh,
         rank: int,
     ) -> None:
-        super().__init__(spec, share, axes, config, device, rank)
-        self._sharded = state = ShardedState(spec, share, exchange, config, mesh, rank)
+        super().__init__(spec, model_shard, axes, config, device, rank)
+        self._sharded = state = ShardedState(spec, model_shard, exchange, config, mesh, rank)
         self._exchange, self.layout = exchange, state.layout
         initial = state.initial()
         self._flat = torch.from_numpy(initial).to(device)
@@ -51,10 +52,10 @@ class TorchTrainable(Answering):
         self._model.bind(self._adapters.bound)
         self._gradients = make_gradients(self.layout, self._parameters, self._adapters.leaves, exchange, device)
         # What this rank updates: the flat vector itself, or its part of every bucket.
-        self._own = self._flat if exchange.parts == 1 else torch.from_numpy(state.own(initial)).to(device)
-        mask = torch.from_numpy(state.own(self.layout.decay_mask())).to(device)
+        self._own = self._flat if exchange.zero_size == 1 else torch.from_numpy(state.update_shard(initial)).to(device)
+        mask = torch.from_numpy(state.update_shard(self.layout.decay_mask())).to(device)
         self._optimizer = FlatOptimizer(config.train, self._own, self._gradients.own, mask)
-        self._wire = Wire(axes, exchange)
+        self._counters = count_traffic(axes, exchange)
         self._carry: dict[int, Any] = {}
         self._kept: int | None = None
         compiled = compiles(config.train.compile, device, rank)
@@ -68,7 +69,7 @@ class TorchTrainable(Answering):
         self, micro_batches: Sequence[Batch], learning_rate: float, step: int, limit: float = math.inf
     ) -> StepResult:
         """Do one optimizer step; see ``interfaces.Trainable``."""
-        before = by_axis(self._wire.traffic())
+        before = by_axis(self._counters.traffic())
         self._exchange.begin(step)
         self._gradients.begin()
         if self._config.model.dropout:
@@ -78,7 +79,7 @@ class TorchTrainable(Answering):
         loss_sum = self._passes(micro_batches)
         totals = torch.stack([loss_sum, loss_sum.new_tensor(tokens)])
         # Not right after the forward pass: Horovod's thread would take a core from the backward pass.
-        metrics = self._exchange.start_metrics(totals) if self._exchange.parts == 1 else None
+        metrics = self._exchange.start_metrics(totals) if self._exchange.zero_size == 1 else None
         waited, drained = self._gradients.wait(), self._add_tied()
         squares = self._squares()
         if metrics is None:
@@ -87,14 +88,14 @@ class TorchTrainable(Answering):
         summed, started = torch.cat([metrics.wait(), squares]), time.perf_counter()
         loss_sum_value, total, squared = self._over_model(summed)
         drained += time.perf_counter() - started
-        scale = self._sharded.normaliser / (total * self._sharded.loss_scale.value)
+        scale = self._sharded.loss_divisor / (total * self._sharded.loss_scale.value)
         norm = squared**0.5 * scale
         skipped = self._apply(learning_rate, step, norm, scale, limit)
         waited += self._finish()
         self._adapters.add()
         # A stage that has done its passes waits for the others in the first sum over all stages.
-        idle = self._pipeline.waited + drained if self._share.stage.count > 1 else 0.0
-        moved = grown(by_axis(self._wire.traffic()), before)
+        idle = self._pipeline.waited + drained if self._model_shard.stage.count > 1 else 0.0
+        moved = grown(by_axis(self._counters.traffic()), before)
         return StepResult(
             loss_sum_value / total,
             total * self._exchange.stands_for,
@@ -109,19 +110,19 @@ class TorchTrainable(Answering):
     def _passes(self, micro_batches: Sequence[Batch]) -> torch.Tensor:
         """Do all forward and backward passes; return the sum of losses, float64."""
         loss_sum = torch.zeros((), dtype=torch.float64, device=self._device)
-        factor = self._sharded.loss_scale.value / self._sharded.normaliser
+        factor = self._sharded.loss_scale.value / self._sharded.loss_divisor
 
         def compute(number: int, batch: Batch, x: torch.Tensor | None) -> torch.Tensor:
             nonlocal loss_sum
             carry = None if batch.reset else self._carry.get(number)
             x = self._features(batch) if x is None else x
             made, self._carry[number] = self._forward(*self._tensors(batch), x, carry, True)
-            if not self._share.stage.last:
+            if not self._model_shard.stage.last:
                 return made.float()
             loss_sum += made.detach().sum(dtype=torch.float64)
             return made.sum() * factor
 
-        if self._share.stage.count > 1:
+        if self._model_shard.stage.count > 1:
             width = self._spec.settings.width
             with kept_bytes(self, self._adapters.bound.values()):
                 self._pipeline.run(micro_batches, width, compute, self._gradients.micro_batch)
@@ -137,8 +138,8 @@ class TorchTrainable(Answering):
         """Add up the gradients of what the first and the last stage both hold; return the seconds that this took."""
         started = time.perf_counter()
         if self._axes.ends is not None:
-            for index in self._sharded.tied:
-                own = self._gradients.own[slice(*self._sharded.places[index])]
+            for index in self._sharded.tied_buckets:
+                own = self._gradients.own[slice(*self._sharded.shard_ranges[index])]
                 total = self._axes.ends.all_reduce_async(own, "tied").wait()
                 if total.data_ptr() != own.data_ptr():
                     own.copy_(total)
@@ -147,13 +148,13 @@ class TorchTrainable(Answering):
     @torch.no_grad()
     def _squares(self) -> torch.Tensor:
         """Return the squared norm of the gradients that this rank counts, float64 ``[1]``."""
-        norms = [norm for a, b in self._sharded.counted for norm in _norms(self._gradients.own[a:b])]
+        norms = [norm for a, b in self._sharded.norm_ranges for norm in _norms(self._gradients.own[a:b])]
         return torch.cat(norms).double().square().sum(0, keepdim=True) if norms else self._flat.new_zeros(1).double()
 
     def _over_model(self, totals: torch.Tensor) -> list[float]:
         """Return (loss sum, tokens, squared norm) of the whole model from this rank's, float64 ``[3]``."""
         if len(self._axes.model.ranks) > 1:
-            if not (self._share.stage.last and self._share.place == 0):
+            if not (self._model_shard.stage.last and self._model_shard.index == 0):
                 totals[:2] = 0.0
             totals = self._axes.model.all_reduce_async(totals, "norm").wait()
         return totals.tolist()
@@ -162,8 +163,8 @@ class TorchTrainable(Answering):
     def _finish(self) -> float:
         """Gather what other ranks updated, or let the exchange replace it; return the seconds that this took."""
         started = time.perf_counter()
-        if self._exchange.parts > 1:
-            own = [self._own[a:b] for a, b in self._sharded.places]
+        if self._exchange.zero_size > 1:
+            own = [self._own[a:b] for a, b in self._sharded.shard_ranges]
             for index, bucket in enumerate(self._exchange.gather(own)):
                 start, stop = self.layout.bucket_range(index)
                 self._flat[start:stop].copy_(bucket)
@@ -204,31 +205,31 @@ class TorchTrainable(Answering):
 
     def traffic(self) -> dict[str, Traffic]:
         """Return what all collectives moved; see ``interfaces.Trainable``."""
-        return self._wire.traffic()
+        return self._counters.traffic()
 
     def state(self) -> dict[str, np.ndarray]:
         """Return everything that training goes on from; see ``interfaces.Trainable``."""
         memory = {kind: flat.cpu().numpy() for kind, flat in self._optimizer.memory.items()}
-        carry = joined([self._model.carry_arrays(self._carry[number]) for number in sorted(self._carry)])
+        carry = recurrent_entries([self._model.carry_arrays(self._carry[number]) for number in sorted(self._carry)])
         return self._sharded.arrays(self._flat.cpu().numpy(), memory) | carry
 
-    def pieces(self) -> dict[str, Piece]:
+    def shards(self) -> dict[str, Shard]:
         """Return which part of the global array an entry of the state is; see ``interfaces.Trainable``."""
-        return self._sharded.pieces(self._optimizer.memory)
+        return self._sharded.shards(self._optimizer.memory)
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
         """Take over a state; see ``interfaces.Trainable``."""
         memory = {kind: flat.cpu().numpy() for kind, flat in self._optimizer.memory.items()}
-        flat, memory = self._sharded.take(state, self._flat.cpu().numpy(), memory)
+        flat, memory = self._sharded.restore(state, self._flat.cpu().numpy(), memory)
         self._flat.copy_(torch.from_numpy(flat))
         if self._own is not self._flat:
-            self._own.copy_(torch.from_numpy(self._sharded.own(flat)))
+            self._own.copy_(torch.from_numpy(self._sharded.update_shard(flat)))
         self._adapters.add()
         for kind, array in memory.items():
             self._optimizer.memory[kind].copy_(torch.from_numpy(array))
         micro = self._config.train.micro_batch_size
-        self._carry = self._model.carry_tensors(carried(state), micro, self._device)
+        self._carry = self._model.carry_tensors(recurrent_state(state), micro, self._device)
 
 
 def _norms(flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,7 +12,7 @@ import yaml
 
 from hvdlm import hookimpl
 from hvdlm.config import Config
-from hvdlm.interfaces import HvdlmError
+from hvdlm.errors import HvdlmError
 from hvdlm.models.spec import ModelSpec
 from hvdlm_trackers.tracker import Figures, Tracker, installed, numbers
 

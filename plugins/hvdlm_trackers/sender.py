@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from queue import SimpleQueue
 
-from hvdlm.untrusted import shown
+from hvdlm.io.untrusted_input import shown
 
 _SENTENCE = 300  # characters: servers answer with whole pages
 

@@ -11,10 +11,12 @@ from typing import Any
 
 from hvdlm import hookimpl
 from hvdlm.config import Config
-from hvdlm.disk import replace
-from hvdlm.interfaces import HvdlmError, StepResult, World
+from hvdlm.errors import HvdlmError
+from hvdlm.io.atomic_files import replace
 from hvdlm.models.spec import ModelSpec
-from hvdlm.telemetry.interval import Interval, logged
+from hvdlm.protocols.types import StepResult
+from hvdlm.protocols.world import World
+from hvdlm.telemetry.rates import Interval, logged
 from hvdlm_trackers.sender import Sender
 
 Figures = dict[str, float]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from hvdlm import hookimpl
-from hvdlm.control import STOPPED
+from hvdlm.errors import STOPPED
 from hvdlm_trackers.tracker import Figures, Tracker, numbers
 
 

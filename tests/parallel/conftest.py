@@ -11,9 +11,9 @@ import pytest
 
 from hvdlm import plugins
 from hvdlm.config import Config
-from hvdlm.interfaces import World
-from hvdlm.run import choose_backend
-from hvdlm.topology import Mesh
+from hvdlm.configuration.availability import choose_backend
+from hvdlm.parallel.mesh import Mesh
+from hvdlm.protocols.world import World
 
 FRAMEWORK = os.environ.get("HVDLM_TEST_FRAMEWORK", "torch")
 

@@ -8,10 +8,12 @@ import time
 import numpy as np
 import pytest
 
+from hvdlm.communication.traffic import since, snapshot
 from hvdlm.config import ParallelConfig
-from hvdlm.exchange import since, snapshot
-from hvdlm.interfaces import Group, HvdlmError, World
-from hvdlm.topology import make_mesh
+from hvdlm.errors import HvdlmError
+from hvdlm.parallel.mesh import make_mesh
+from hvdlm.protocols.group import Group
+from hvdlm.protocols.world import World
 
 
 def everyone(world: World) -> Group:

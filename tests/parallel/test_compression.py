@@ -12,12 +12,13 @@ import references
 from parallel.conftest import FRAMEWORK
 
 from hvdlm import plugins
+from hvdlm.communication.traffic import by_axis, since, snapshot
 from hvdlm.config import CommunicationConfig, CompressionConfig, Config, LocalConfig, ModelConfig, TrainConfig
-from hvdlm.exchange import by_axis, since, snapshot
-from hvdlm.interfaces import Batch, World
-from hvdlm.models.layout import FlatLayout, make_layout
 from hvdlm.models.spec import Init, ParamSpec, builtin_models
-from hvdlm.topology import make_mesh
+from hvdlm.parallel.flat_layout import FlatLayout, make_layout
+from hvdlm.parallel.mesh import make_mesh
+from hvdlm.protocols.types import Batch
+from hvdlm.protocols.world import World
 
 # A matrix that is compressed, one that is not square, and a bias that stays dense.
 SHAPES = {"wide": (40, 60), "bias": (60,), "tall": (90, 30)}
@@ -42,7 +43,7 @@ def make(manager: Any, world: World, name: str = "all_reduce", **options: Any) -
     """Return an exchange over all ranks."""
     config = Config(framework=FRAMEWORK, communication=CommunicationConfig(exchange=name, **options))
     config.train = TrainConfig(steps=STEPS, seed=1)
-    more = {"compressors": plugins.compressors(manager), "place": world.rank}
+    more = {"compressors": plugins.compressors(manager), "index": world.rank}
     return plugins.make(manager, "exchange", name, group=world.group(range(world.size)), config=config, **more)
 
 

@@ -10,7 +10,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from hvdlm.interfaces import RankError, World
+from hvdlm.errors import RankError
+from hvdlm.protocols.world import World
 
 FRAMEWORK = os.environ.get("HVDLM_TEST_FRAMEWORK", "torch")
 

@@ -13,15 +13,16 @@ import pytest
 from conftest import FRAMEWORK, meshes
 
 from hvdlm import plugins
-from hvdlm.checkpoints.checkpoint import load, open_checkpoint, save
+from hvdlm.checkpoints.load import load, open_checkpoint, save
+from hvdlm.communication.all_reduce import AllReduceExchange
 from hvdlm.config import Config, LoRAConfig, ModelConfig, ParallelConfig, TrainConfig
-from hvdlm.exchange import AllReduceExchange
-from hvdlm.interfaces import Batch, StepResult, World
 from hvdlm.models.lora import adapt
 from hvdlm.models.spec import ModelSpec, builtin_models
-from hvdlm.topology import Mesh
+from hvdlm.parallel.mesh import Mesh
+from hvdlm.planning.closed_forms import closed_form
+from hvdlm.protocols.types import Batch, StepResult
+from hvdlm.protocols.world import World
 from hvdlm_backends.local import AloneGroup, LocalWorld
-from hvdlm_sharding.predict import predict
 
 SIZE = int(os.environ.get("HVDLM_TEST_RANKS", "1"))
 VOCAB, CONTEXT, ROWS, STEPS = 51, 16, 8, 50
@@ -48,11 +49,11 @@ def described(config: Config, vocab: int = VOCAB) -> ModelSpec:
 
 def build(world: World, mesh: Mesh, config: Config, vocab: int = VOCAB) -> Any:
     """Return a trainable on this rank of ``mesh``."""
-    maker = plugins.load([FRAMEWORK, "all_reduce", "sharding", "compression"])
+    maker = plugins.load([FRAMEWORK, "all_reduce", "compression"])
     spec = described(config, vocab)
     maker.hook.hvdlm_check(config=config, spec=spec)
     group = world.group(mesh.group("data", world.rank))
-    more = {"compressors": plugins.compressors(maker), "place": group.ranks.index(world.rank)}
+    more = {"compressors": plugins.compressors(maker), "index": group.ranks.index(world.rank)}
     exchange = plugins.make(maker, "exchange", "all_reduce", group=group, config=config, **more)
     return plugins.make(maker, "framework", FRAMEWORK).build(spec, mesh, world, exchange, config)
 
@@ -131,9 +132,9 @@ def agree(world: World, mesh: Mesh, model: dict[str, Any], **options: Any) -> An
     results = train(trainable, mesh, world.rank, range(config.train.steps), config)
     assert max(abs(r.loss - expected) for r, expected in zip(results, losses, strict=True)) < TOLERANCE
     assert max(abs(r.grad_norm - expected) for r, expected in zip(results, norms, strict=True)) < TOLERANCE
-    state, pieces = trainable.state(), trainable.pieces()
+    state, shards = trainable.state(), trainable.shards()
     for name in (n for n in state if n.startswith("parameters/")):
-        np.testing.assert_allclose(state[name], parameters[name][pieces[name].slices], rtol=0, atol=1e-4, err_msg=name)
+        np.testing.assert_allclose(state[name], parameters[name][shards[name].slices], rtol=0, atol=1e-4, err_msg=name)
     assert len(set(losses)) == config.train.steps
     return trainable, results
 
@@ -157,7 +158,7 @@ def test_every_layout_follows_the_curve_of_one_rank(world: World, case: tuple[Me
 
 
 def _predicted(world: World, mesh: Mesh, config: Config) -> Any:
-    return predict(config, described(config), mesh, world.rank)
+    return closed_form(config, described(config), mesh, world.rank)
 
 
 def _moves_what_is_predicted(world: World, mesh: Mesh, config: Config, results: list[StepResult]) -> None:
@@ -307,11 +308,11 @@ def test_a_checkpoint_of_one_layout_goes_on_in_others(
     first = build(world, start, config)
     half = steps // 2
     train(first, start, world.rank, range(half), config)
-    path = save(folder, half, first.state(), {}, world, first.pieces())
+    path = save(folder, half, first.state(), {}, world, first.shards())
     found = open_checkpoint(path)
     for mesh, zero in others:
         config = configured(mesh, model, parallel={"zero": zero}, **options)
         trainable = build(world, mesh, config)
-        trainable.load_state(load(found, trainable.pieces(), world.rank, world.size))
+        trainable.load_state(load(found, trainable.shards(), world.rank, world.size))
         again = train(trainable, mesh, world.rank, range(half, steps), config)
         assert max(abs(r.loss - expected) for r, expected in zip(again, losses[half:], strict=True)) < TOLERANCE

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hvdlm.interfaces import World
-from hvdlm.watch.ledger_view import read_ledger
+from hvdlm.diagnostics.recorder_reader import read_recorder
+from hvdlm.protocols.world import World
 
 
 def test_an_agreement_adds_up_every_ranks_counts_behind_other_work(
@@ -39,14 +39,14 @@ def test_objects_of_any_rank_reach_all(world: World) -> None:
 def test_the_ledger_has_every_collective_and_its_end(
     world: World, tensor: Callable[[np.ndarray], Any], tmp_path: Path
 ) -> None:
-    world.ledger.keep_in(tmp_path, world.rank)
-    group, path = world.group(range(world.size)), tmp_path / f"rank-{world.rank:04d}.ledger"
-    before = max((entry.sequence for entry in read_ledger(path).entries), default=0)
+    world.recorder.keep_in(tmp_path, world.rank)
+    group, path = world.group(range(world.size)), tmp_path / f"rank-{world.rank:04d}.recorder"
+    before = max((entry.sequence for entry in read_recorder(path).entries), default=0)
     handle = group.all_gather_async(tensor(np.ones((2, 3), np.float32)), "kept")
     world.gather_objects(0)
     world.agree([1]).wait()
     handle.wait()
-    entries = [entry for entry in read_ledger(path).entries if entry.sequence > before]
+    entries = [entry for entry in read_recorder(path).entries if entry.sequence > before]
     assert [entry.operation for entry in entries] == ["all_gather", "gather_objects", "agree"]
     assert all(entry.ended and entry.site.startswith("parallel/test_messages.py:") for entry in entries)
     assert (entries[0].name, entries[0].shape, entries[0].dtype) == ("kept", "[2,3]", "float32")
@@ -54,4 +54,4 @@ def test_the_ledger_has_every_collective_and_its_end(
 
 def test_nothing_that_was_waited_for_is_still_under_way(world: World) -> None:
     """Of all tests of this launch so far: what stayed open would be taken for a hang."""
-    assert not world.ledger.open
+    assert not world.recorder.open

@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 import test_layouts as layouts
 
-from hvdlm.interfaces import Batch, World
-from hvdlm.models.layout import Piece
-from hvdlm.topology import Mesh
+from hvdlm.parallel.flat_layout import Shard
+from hvdlm.parallel.mesh import Mesh
+from hvdlm.protocols.types import Batch
+from hvdlm.protocols.world import World
 
 SIZE = int(os.environ.get("HVDLM_TEST_RANKS", "1"))
 ETA, TIME, WORDS = 0.5, 5, 11
@@ -78,12 +79,12 @@ def assembled(parts: list[dict[str, Any]]) -> dict[str, np.ndarray]:
     """Return whole parameters from all ranks' {name: (slice, array)}; those that hold the same have to agree."""
     found: dict[str, np.ndarray] = {}
     for part in parts:
-        for name, (piece, array) in part.items():
-            piece = Piece(*(tuple(n) for n in piece))
-            whole = found.setdefault(name, np.full(piece.shape, np.nan))
-            known = whole[piece.slices]
+        for name, (shard, array) in part.items():
+            shard = Shard(*(tuple(n) for n in shard))
+            whole = found.setdefault(name, np.full(shard.shape, np.nan))
+            known = whole[shard.slices]
             assert np.all(np.isnan(known) | (np.abs(known - array) < 1e-6)), name
-            whole[piece.slices] = array
+            whole[shard.slices] = array
     assert not any(np.isnan(whole).any() for whole in found.values())
     return found
 
@@ -100,9 +101,9 @@ def stepped(world: World, mesh: Mesh, zero: int) -> tuple[dict[str, np.ndarray],
     for done in (False, True):
         if done:
             trainable.train_step([rows().rows(i, i + 1) for i in range(first, first + share)], ETA, 0)
-        state, pieces = trainable.state(), trainable.pieces()
+        state, shards = trainable.state(), trainable.shards()
         mine = {
-            n.removeprefix("parameters/"): [[pieces[n].shape, pieces[n].start, pieces[n].extent], a.tolist()]
+            n.removeprefix("parameters/"): [[shards[n].shape, shards[n].start, shards[n].extent], a.tolist()]
             for n, a in state.items()
             if n.startswith("parameters/")
         }

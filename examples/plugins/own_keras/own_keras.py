@@ -7,7 +7,7 @@ def make(model, vocab, context):
     import keras
     from keras import layers
 
-    from hvdlm_tensorflow.models.own import describe
+    from hvdlm_tensorflow.models.custom_module import describe
 
     def convolutions():
         tokens = keras.Input([None], dtype="int32")  # [rows, time] -> [rows, time, vocab]

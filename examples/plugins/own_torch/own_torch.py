@@ -7,7 +7,7 @@ def make(model, vocab, context):
     import torch
     from torch import nn
 
-    from hvdlm_torch.models.own import describe
+    from hvdlm_torch.models.custom_module import describe
 
     class Convolutions(nn.Module):
         def __init__(self):

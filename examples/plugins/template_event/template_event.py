@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hvdlm import hookimpl
-from hvdlm.interfaces import HvdlmError
+from hvdlm.errors import HvdlmError
 
 
 @dataclass

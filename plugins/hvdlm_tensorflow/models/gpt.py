@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from hvdlm.interfaces import HvdlmError
+from hvdlm.errors import HvdlmError
 from hvdlm.models.gpt import GPTSettings
-from hvdlm_sharding.rules import Share
+from hvdlm.parallel.sharding_rules import ModelShard
 from hvdlm_tensorflow.collectives import Collectives
 
 Layer = Mapping[str, tf.Tensor]
@@ -35,17 +35,17 @@ class Cache(NamedTuple):
 class GPT:
     """A decoder-only Transformer over parameters by name."""
 
-    def __init__(self, settings: GPTSettings, share: Share, collectives: Collectives) -> None:
-        self.s, self.dtype, self._share, self._collectives = settings, tf.float32, share, collectives
+    def __init__(self, settings: GPTSettings, model_shard: ModelShard, collectives: Collectives) -> None:
+        self.s, self.dtype, self._model_shard, self._collectives = settings, tf.float32, model_shard, collectives
         # Fewer key-value heads than ranks: all ranks hold all, each uses the one that its query heads need.
-        self._few = settings.kv_heads % share.tensor > 0
-        self._kv_heads = 1 if self._few else settings.kv_heads // share.tensor
+        self._few = settings.kv_heads % model_shard.tensor > 0
+        self._kv_heads = 1 if self._few else settings.kv_heads // model_shard.tensor
         self._cos, self._sin = _angles(settings)
 
     def bind(self, parameters: Mapping[str, tf.Tensor]) -> None:
         """Take these tensors as parameters."""
         self._p = {n: tf.cast(t, self.dtype) if _is_matrix(n) else t for n, t in parameters.items()}
-        prefixes = [f"layers.{i}." for i in self._share.layers]
+        prefixes = [f"layers.{i}." for i in self._model_shard.layers]
         self._layers = [{n[len(p) :]: t for n, t in self._p.items() if n.startswith(p)} for p in prefixes]
         self._head: Any = self._p.get("embed.tokens" if self.s.tie_embeddings else "head.weight")
         few = [name for name in self._layers[0] if self._few and name.startswith(_KV)]
@@ -69,7 +69,7 @@ class GPT:
         c = self._collectives.over(tokens.shape[1])
         x = self._embed(tokens, 0, dropout, c) if x is None else x
         mask = _causal(tokens.shape[1])
-        for number, layer in zip(self._share.layers, self._layers, strict=True):
+        for number, layer in zip(self._model_shard.layers, self._layers, strict=True):
             names = list(layer)
 
             def compute(x: tf.Tensor, *tensors: tf.Tensor, i: int = number, names: list[str] = names) -> tf.Tensor:
@@ -80,7 +80,7 @@ class GPT:
         return self._finish(x, c), carry
 
     def _finish(self, x: tf.Tensor, c: Collectives) -> tf.Tensor:
-        if not self._share.stage.last:
+        if not self._model_shard.stage.last:
             return x
         names = [n for n in self._p if n.startswith("final_norm.")] if c.sequence else []
         return c.enter(self._norm(x, c.shared(self._p, names, "final"), "final_norm"), "head")
@@ -97,7 +97,7 @@ class GPT:
     def decoding_cache(self, rows: int) -> Cache:
         """Return an empty key-value cache."""
         s = self.s
-        shape = (len(self._share.layers), 2, rows, self._kv_heads, s.context, s.head_width)
+        shape = (len(self._model_shard.layers), 2, rows, self._kv_heads, s.context, s.head_width)
         return Cache(tf.zeros(shape, self.dtype), tf.constant(0))
 
     def check_length(self, cache: Cache, more: int) -> None:
@@ -114,7 +114,7 @@ class GPT:
         seen = tf.range(self.s.context)[None, :] <= start + tf.range(time)[:, None]
         mask = tf.where(seen, 0.0, -np.inf)  # [time, context]
         stores = []
-        for index, (number, layer) in enumerate(zip(self._share.layers, self._layers, strict=True)):
+        for index, (number, layer) in enumerate(zip(self._model_shard.layers, self._layers, strict=True)):
             store = cache.store[index]
 
             def remember(k: tf.Tensor, v: tf.Tensor, store: tf.Tensor = store) -> tuple[tf.Tensor, tf.Tensor]:
@@ -132,7 +132,7 @@ class GPT:
         if self.s.positions == "learned":
             p = c.shared(self._p, ["embed.positions"] if c.sequence else [], "positions")
             time = tf.shape(x)[1]
-            first = start + c.place * time if c.sequence else start
+            first = start + c.index * time if c.sequence else start
             x += p["embed.positions"][first : first + time]
         return dropout(x, 0)
 
@@ -173,7 +173,7 @@ class GPT:
 
     def _own_head(self, p: Layer) -> Layer:
         """Return ``p`` with the columns of the one key-value head that this rank's query heads use."""
-        first = self._share.place * self.s.kv_heads // self._share.tensor * self.s.head_width
+        first = self._model_shard.index * self.s.kv_heads // self._model_shard.tensor * self.s.head_width
         own = slice(first, first + self.s.head_width)
         return {n: t[..., own] if n.startswith(_KV) else t for n, t in p.items()}
 

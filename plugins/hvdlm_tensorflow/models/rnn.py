@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from hvdlm.models.rnn import RNNSettings
-from hvdlm_sharding.rules import Share
+from hvdlm.parallel.sharding_rules import ModelShard
 from hvdlm_tensorflow.collectives import Collectives
 
 Carry = list[tuple[tf.Tensor, ...]]  # of every layer: h, and c of an LSTM, each [rows, hidden]
@@ -23,8 +23,8 @@ Dropout = Callable[[tf.Tensor, int], tf.Tensor]
 class RNN:
     """A recurrent language model over parameters by name."""
 
-    def __init__(self, settings: RNNSettings, share: Share, collectives: Collectives) -> None:
-        self.s, self.dtype, self._share, self._c = settings, tf.float32, share, collectives
+    def __init__(self, settings: RNNSettings, model_shard: ModelShard, collectives: Collectives) -> None:
+        self.s, self.dtype, self._model_shard, self._c = settings, tf.float32, model_shard, collectives
         cells: dict[str, Callable[..., Any]] = {"rnn": _tanh, "gru": _gru, "lstm": _lstm}
         self._cell = cells[settings.cell]
 
@@ -51,7 +51,7 @@ class RNN:
             x = self._c.enter(self._c.leave(self._c.embedding(tokens, self._p["embed.tokens"]), "embed"), "embed")
             x = dropout(x, 0)
         after: Carry = []
-        for number, state in zip(self._share.layers, carry, strict=True):
+        for number, state in zip(self._model_shard.layers, carry, strict=True):
             parts = [self._p[f"layers.{number}.{n}.{k}"] for n in ("input", "recurrent") for k in ("weight", "bias")]
             layer: Callable[..., Any] = partial(self._layer, number)
             layer = tf.recompute_grad(layer) if checkpointing and training else layer
@@ -67,8 +67,8 @@ class RNN:
 
     def cache(self, rows: int) -> Carry:
         """Return the zero state of this rank's layers and hidden units."""
-        zeros = tf.zeros((rows, self.s.width // self._share.tensor))
-        return [(zeros,) * self.s.carries for _ in self._share.layers]
+        zeros = tf.zeros((rows, self.s.width // self._model_shard.tensor))
+        return [(zeros,) * self.s.carries for _ in self._model_shard.layers]
 
     decoding_cache = cache
 
@@ -83,7 +83,7 @@ class RNN:
         self, number: int, x: tf.Tensor, w: Any, b: Any, recurrent: Any, recurrent_bias: Any, *state: Any
     ) -> Any:
         """Return ``[rows, time, hidden]`` of all ranks and this rank's state ``[rows, hidden / ranks]``."""
-        width, units = self.s.width, self.s.gates * (self.s.width // self._share.tensor)
+        width, units = self.s.width, self.s.gates * (self.s.width // self._model_shard.tensor)
         rows = tf.shape(x)[0]
         # All input parts at once: one large product instead of one per token.
         a = tf.matmul(tf.reshape(x, [-1, width]), tf.reshape(w, [width, -1])) + tf.reshape(b, [-1])
@@ -114,7 +114,7 @@ class RNN:
         """Return {layer.which: float32 ``[rows, hidden / ranks]``} of a carried state."""
         return {
             f"{i}.{j}": t.numpy()
-            for i, state in zip(self._share.layers, carry, strict=True)
+            for i, state in zip(self._model_shard.layers, carry, strict=True)
             for j, t in enumerate(state)
         }
 
@@ -129,7 +129,7 @@ class RNN:
     def _slice(self, arrays: Mapping[str, np.ndarray], start: int, stop: int) -> Carry:
         return [
             tuple(tf.constant(arrays[f"{i}.{j}"][start:stop]) for j in range(self.s.carries))
-            for i in self._share.layers
+            for i in self._model_shard.layers
         ]
 
 

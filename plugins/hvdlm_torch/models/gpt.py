@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from hvdlm.interfaces import HvdlmError
+from hvdlm.errors import HvdlmError
 from hvdlm.models.gpt import GPTSettings
-from hvdlm_sharding.rules import Share
+from hvdlm.parallel.sharding_rules import ModelShard
 from hvdlm_torch.collectives import Collectives
 
 Layer = Mapping[str, torch.Tensor]
@@ -43,17 +43,17 @@ class Cache:
 class GPT:
     """A decoder-only Transformer over parameters by name."""
 
-    def __init__(self, settings: GPTSettings, share: Share, collectives: Collectives) -> None:
-        self.s, self._share, self._collectives = settings, share, collectives
+    def __init__(self, settings: GPTSettings, model_shard: ModelShard, collectives: Collectives) -> None:
+        self.s, self._model_shard, self._collectives = settings, model_shard, collectives
         # Fewer key-value heads than ranks: all ranks hold all, each uses the one that its query heads need.
-        self._few = settings.kv_heads % share.tensor > 0
-        self._kv_heads = 1 if self._few else settings.kv_heads // share.tensor
+        self._few = settings.kv_heads % model_shard.tensor > 0
+        self._kv_heads = 1 if self._few else settings.kv_heads // model_shard.tensor
         self._rotary: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def bind(self, parameters: Mapping[str, torch.Tensor]) -> None:
         """Take these tensors as parameters; a layer's are looked up once, here."""
         self._p = dict(parameters)
-        prefixes = [f"layers.{i}." for i in self._share.layers]
+        prefixes = [f"layers.{i}." for i in self._model_shard.layers]
         self._layers = [{n[len(p) :]: t for n, t in self._p.items() if n.startswith(p)} for p in prefixes]
         self._head: Any = self._p.get("embed.tokens" if self.s.tie_embeddings else "head.weight")
         few = [name for name in self._layers[0] if self._few and name.startswith(_KV)]
@@ -69,7 +69,7 @@ class GPT:
         """
         c = self._collectives.over(tokens.shape[1])
         x = self._embed(tokens, 0, training, c) if x is None else x
-        for number, layer in zip(self._share.layers, self._layers, strict=True):
+        for number, layer in zip(self._model_shard.layers, self._layers, strict=True):
             if checkpointing and training:
                 x = checkpoint(self._layer, x, number, layer, training, None, c, use_reentrant=False)
             else:
@@ -77,7 +77,7 @@ class GPT:
         return self._finish(x, c), None
 
     def _finish(self, x: torch.Tensor, c: Collectives) -> torch.Tensor:
-        if not self._share.stage.last:
+        if not self._model_shard.stage.last:
             return x
         names = [n for n in self._p if n.startswith("final_norm.")] if c.sequence else []
         return c.enter(self._norm(x, c.shared(self._p, names, "final"), "final_norm"), "head")
@@ -96,7 +96,7 @@ class GPT:
             raise HvdlmError(f"{cache.length + tokens.shape[1]} tokens are more than the context of {self.s.context}.")
         c = self._collectives.alone()
         x = self._embed(tokens, cache.length, False, c) if x is None else x
-        for number, layer in zip(self._share.layers, self._layers, strict=True):
+        for number, layer in zip(self._model_shard.layers, self._layers, strict=True):
             x = self._layer(x, number, layer, False, cache, c)
         cache.length += tokens.shape[1]
         return self._finish(x, c), cache
@@ -105,7 +105,7 @@ class GPT:
         x = c.leave(c.embedding(tokens, self._p["embed.tokens"]), "embed")
         if self.s.positions == "learned":
             p = c.shared(self._p, ["embed.positions"] if c.sequence else [], "positions")
-            own = c.place * x.shape[1] if c.sequence else 0
+            own = c.index * x.shape[1] if c.sequence else 0
             x = x + p["embed.positions"][start + own : start + own + x.shape[1]]
         return self._dropout(x, training)
 
@@ -131,7 +131,7 @@ class GPT:
             q, k = self._rotate(q, start), self._rotate(k, start)
         mask = None
         if cache:
-            k, v = cache.extend(number - self._share.layers.start, k, v)
+            k, v = cache.extend(number - self._model_shard.layers.start, k, v)
             mask = torch.ones(time, k.shape[2], dtype=torch.bool, device=h.device).tril(k.shape[2] - time)
         grouped = q.shape[1] != k.shape[1]
         a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=cache is None, enable_gqa=grouped)
@@ -139,7 +139,7 @@ class GPT:
 
     def _own_head(self, p: Layer) -> Layer:
         """Return ``p`` with the columns of the one key-value head that this rank's query heads use."""
-        first = self._share.place * self.s.kv_heads // self._share.tensor * self.s.head_width
+        first = self._model_shard.index * self.s.kv_heads // self._model_shard.tensor * self.s.head_width
         own = slice(first, first + self.s.head_width)
         return {n: t[..., own] if n.startswith(_KV) else t for n, t in p.items()}
 

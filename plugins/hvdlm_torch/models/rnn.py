@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from hvdlm.models.rnn import RNNSettings
-from hvdlm_sharding.rules import Share
+from hvdlm.parallel.sharding_rules import ModelShard
 from hvdlm_torch.collectives import Collectives
 
 Carry = list[tuple[torch.Tensor, ...]]  # of every layer: h, and c of an LSTM, each [rows, hidden]
@@ -46,8 +46,8 @@ def _onednn_runs(dtype: torch.dtype) -> bool:
 class RNN:
     """A recurrent language model over parameters by name."""
 
-    def __init__(self, settings: RNNSettings, share: Share, collectives: Collectives) -> None:
-        self.s, self._share, self._c = settings, share, collectives
+    def __init__(self, settings: RNNSettings, model_shard: ModelShard, collectives: Collectives) -> None:
+        self.s, self._model_shard, self._c = settings, model_shard, collectives
         cells: dict[str, Callable[..., Any]] = {"rnn": _tanh, "gru": _gru, "lstm": _lstm}
         self._cell = cells[settings.cell]
 
@@ -69,7 +69,7 @@ class RNN:
             x = self._dropout(x, training)
         layer = self._layer if self._c.size == 1 else self._shared_layer
         after: Carry = []
-        for number, state in zip(self._share.layers, carry, strict=True):
+        for number, state in zip(self._model_shard.layers, carry, strict=True):
             if checkpointing and training:
                 x, *last = checkpoint(layer, x, number, state, use_reentrant=False)
             else:
@@ -84,8 +84,8 @@ class RNN:
 
     def cache(self, rows: int, device: torch.device) -> Carry:
         """Return the zero state of this rank's layers and hidden units."""
-        zeros = torch.zeros(rows, self.s.width // self._share.tensor, device=device)
-        return [(zeros,) * self.s.carries for _ in self._share.layers]
+        zeros = torch.zeros(rows, self.s.width // self._model_shard.tensor, device=device)
+        return [(zeros,) * self.s.carries for _ in self._model_shard.layers]
 
     def extend(self, tokens: torch.Tensor, x: torch.Tensor | None, cache: Carry) -> tuple[torch.Tensor, Carry]:
         """Return what this stage makes of tokens that follow the state ``cache``; see ``hidden``."""
@@ -122,7 +122,7 @@ class RNN:
         """Return {layer.which: float32 ``[rows, hidden / ranks]``} of a carried state."""
         return {
             f"{i}.{j}": t.float().cpu().numpy()
-            for i, state in zip(self._share.layers, carry, strict=True)
+            for i, state in zip(self._model_shard.layers, carry, strict=True)
             for j, t in enumerate(state)
         }
 
@@ -142,7 +142,7 @@ class RNN:
         def tensor(i: int, j: int) -> Any:
             return torch.from_numpy(arrays[f"{i}.{j}"][start:stop].copy()).to(device)
 
-        return [tuple(tensor(i, j) for j in range(self.s.carries)) for i in self._share.layers]
+        return [tuple(tensor(i, j) for j in range(self.s.carries)) for i in self._model_shard.layers]
 
 
 def _tanh(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], h: torch.Tensor) -> tuple[torch.Tensor]:

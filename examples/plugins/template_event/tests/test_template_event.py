@@ -7,7 +7,7 @@ import pytest
 from template_event import SlowSteps, SlowStepsOptions
 
 from hvdlm.config import Config
-from hvdlm.interfaces import HvdlmError
+from hvdlm.errors import HvdlmError
 
 
 def tell(config, seconds, rank=0):

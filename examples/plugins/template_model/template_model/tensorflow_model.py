@@ -2,11 +2,11 @@
 
 import tensorflow as tf
 
-from hvdlm_tensorflow.models.plain import Plain
+from hvdlm_tensorflow.models.base import ModelBase
 from template_model import ORDER
 
 
-class NGram(Plain):
+class NGram(ModelBase):
     """See ``template_model``."""
 
     def hidden(self, tokens, x, carry, training, checkpointing, seed):

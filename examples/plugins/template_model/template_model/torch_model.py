@@ -3,11 +3,11 @@
 import torch
 import torch.nn.functional as F
 
-from hvdlm_torch.models.plain import Plain
+from hvdlm_torch.models.base import ModelBase
 from template_model import ORDER
 
 
-class NGram(Plain):
+class NGram(ModelBase):
     """See ``template_model``."""
 
     def hidden(self, tokens, x, carry, training, checkpointing):

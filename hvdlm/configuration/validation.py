@@ -1,0 +1,164 @@
+"""What can be wrong in a configuration, checked before any rank computes: each answer is one sentence."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+from hvdlm.config import Config
+from hvdlm.data import mixture
+from hvdlm.errors import HvdlmError, nearest
+from hvdlm.models.lora import adapt
+from hvdlm.models.spec import ModelSpec
+from hvdlm.parallel.mesh import Mesh
+
+_POSITIVE = """
+    model.layers model.width model.heads model.kv_heads model.mlp_width model.vocab lora.rank data.vocab_size
+    data.context train.steps train.batch_size train.micro_batch_size train.decay_every train.decay_start
+    train.eval_batch_size train.threads parallel.data parallel.pipeline parallel.tensor communication.bucket_bytes
+    communication.fusion_bytes communication.compression.rank communication.compression.min_elements
+    communication.local.steps checkpoint.keep log.every train.max_skips
+"""
+_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    **{key: (lambda v: v >= 1, "1 or more") for key in _POSITIVE.split()},
+    "model.dropout": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
+    "model.rotary_base": (lambda v: v > 1, "above 1"),
+    "model.norm_epsilon": (lambda v: 0 < v < 1, "above 0 and below 1"),
+    "model.initial_scale": (lambda v: v > 0, "above 0"),
+    "lora.alpha": (lambda v: v > 0, "above 0"),
+    "data.validation_share": (lambda v: 0 < v < 1, "above 0 and below 1"),
+    "train.seed": (lambda v: 0 <= v < 2**63, "0 or more"),
+    "train.learning_rate": (lambda v: v > 0, "above 0"),
+    "train.min_learning_rate": (lambda v: v >= 0, "0 or more"),
+    "train.warmup": (lambda v: v >= 0 and (v < 1 or v == int(v)), "whole steps, or a share between 0 and 1"),
+    "train.decay_factor": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
+    "train.weight_decay": (lambda v: v >= 0, "0 or more"),
+    "train.beta1": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
+    "train.beta2": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
+    "train.epsilon": (lambda v: v > 0, "above 0"),
+    "train.momentum": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
+    "train.label_smoothing": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
+    "train.clip": (lambda v: v >= 0, "0 (no clipping) or more"),
+    "train.max_seconds": (lambda v: v > 0, "above 0"),
+    "train.spike": (lambda v: v == 0 or v > 1, "0 (only what is not finite) or above 1"),
+    "train.replica_check_every": (lambda v: v >= 0, "0 (never) or more"),
+    "train.eval_every": (lambda v: v >= 0, "0 (only at the end) or more"),
+    "communication.cycle_ms": (lambda v: v > 0, "above 0"),
+    "communication.timeout": (lambda v: v > 0, "above 0"),
+    "communication.stall_check": (lambda v: v >= 1, "1 or more"),
+    "communication.predivide": (lambda v: v > 0, "above 0"),
+    "communication.cache_capacity": (lambda v: v >= 0, "0 (none) or more"),
+    "communication.compression.ratio": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
+    "communication.compression.block": (lambda v: v >= 8 and v % 8 == 0, "a multiple of 8"),
+    "communication.compression.momentum": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
+    "communication.compression.clip": (lambda v: v >= 0, "0 (no clipping) or more"),
+    "communication.compression.warmup": (lambda v: v >= 0, "0 or more"),
+    "communication.compression.min_compression": (lambda v: v >= 1, "1 or more"),
+    "communication.compression.start_after_steps": (lambda v: v >= 0, "0 or more"),
+    "communication.local.outer_learning_rate": (lambda v: v > 0, "above 0"),
+    "communication.local.outer_momentum": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
+    "communication.local.warmup": (lambda v: v >= 0, "0 or more"),
+    "checkpoint.every": (lambda v: v >= 0, "0 (only at the end) or more"),
+    "checkpoint.keep_best": (lambda v: v >= 0, "0 (none) or more"),
+    "log.sample_tokens": (lambda v: v >= 0, "0 (none) or more"),
+}
+
+
+def values(config: Config) -> None:
+    """Check every figure by itself, and the run's folder.
+
+    Raises:
+        HvdlmError: the first that is out of its range.
+    """
+    for key, (good, expected) in _RANGES.items():
+        value: Any = reduce(getattr, key.split("."), config)
+        if value is not None and (not math.isfinite(value) or not good(value)):
+            raise HvdlmError(f"{key} is {value}, expected {expected}: set --{key}.")
+    if config.train.min_learning_rate > config.train.learning_rate:
+        raise HvdlmError(
+            f"train.min_learning_rate {config.train.min_learning_rate} is above train.learning_rate "
+            f"{config.train.learning_rate}: lower it (--train.min_learning_rate)."
+        )
+    if config.lora.rank is None and (config.lora.alpha is not None or config.lora.layers is not None):
+        raise HvdlmError("lora.alpha and lora.layers are for adapters, which lora.rank asks for: --lora.rank 8.")
+    if config.train.nesterov and not config.train.momentum:
+        raise HvdlmError("train.nesterov needs train.momentum above 0, for example --train.momentum 0.9.")
+    if config.data.mixture is not None:
+        mixture.read(config.data)
+        if config.task != "language_model":
+            raise HvdlmError(f"data.mixture: the task {config.task} mixes no corpora: give it data.path.")
+    writable(Path(config.log.run), "log.run")
+
+
+def writable(folder: Path, key: str) -> None:
+    """Check that ``folder`` is, or can become, a folder that this user can write."""
+    nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not nearest.is_dir():
+        raise HvdlmError(f"{key} {folder}: {nearest} is a file, not a folder: choose another folder (--{key}).")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise HvdlmError(f"{key} {folder}: {nearest} can't be written by this user: choose another folder (--{key}).")
+
+
+def layout(config: Config, mesh: Mesh) -> None:
+    """Check that the batch divides over data ranks and micro-batches.
+
+    Raises:
+        HvdlmError: it doesn't; the sentence names sizes that do.
+    """
+    batch, data = config.train.batch_size, mesh.data
+    if batch % data:
+        low, high = batch // data * data, -(-batch // data) * data
+        sizes = f"{low} or {high}" if low else str(high)
+        raise HvdlmError(f"train.batch_size {batch} can't be split over {data} data ranks: choose {sizes}.")
+    share, micro = batch // data, config.train.micro_batch_size or batch // data
+    if share % micro:
+        divisors = ", ".join(str(n) for n in range(1, share + 1) if share % n == 0)
+        raise HvdlmError(
+            f"train.micro_batch_size {micro} doesn't divide the {share} sequences of a rank: choose one of {divisors}."
+        )
+
+
+def model(config: Config, known: Mapping[str, Any]) -> ModelSpec:
+    """Check the model's name, sizes and adapters; return it with a stand-in vocabulary.
+
+    Raises:
+        HvdlmError: an unknown name, or what doesn't fit together.
+    """
+    if config.model.name not in known:
+        raise HvdlmError(f"model.name: no model {config.model.name!r}; {nearest(config.model.name, known)}")
+    return adapt(known[config.model.name](config.model, 256, config.data.context), config.lora)
+
+
+def communication(config: Config, size: int, backend: str, compressors: Mapping[str, Any]) -> None:
+    """Check how gradients travel against the ranks and the backend.
+
+    Raises:
+        HvdlmError: an unknown algorithm, or a reduction that this backend or this number of ranks doesn't have.
+    """
+    options = config.communication
+    if options.compression.algorithm not in {"none", *compressors}:
+        raise HvdlmError(
+            f"communication.compression.algorithm: no plugin provides {options.compression.algorithm!r}; "
+            f"{nearest(options.compression.algorithm, ('none', *compressors))}"
+        )
+    if options.reduction == "adasum":
+        if backend in ("gloo", "nccl"):
+            raise HvdlmError(f"communication.reduction adasum needs MPI, {backend} has no Adasum: use --backend mpi.")
+        if size & (size - 1):
+            raise HvdlmError(
+                f"communication.reduction adasum combines ranks pair by pair, {size} is no power of two: start "
+                f"{2 ** (size.bit_length() - 1)} or {2 ** size.bit_length()} ranks."
+            )
+    horovods = {"autotune": options.autotune, "timeline": options.timeline}
+    for name, value in horovods.items():
+        if value and backend == "mpi4py":
+            raise HvdlmError(
+                f"communication.{name} is Horovod's, which backend mpi4py does without: leave it out, or use "
+                "--backend mpi."
+            )
+    if options.autotune_log and not options.autotune:
+        raise HvdlmError("communication.autotune_log needs --communication.autotune true.")

@@ -1,0 +1,144 @@
+"""The entry point: refuses layouts that a model can't take, and makes the exchange of sharded optimizers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hvdlm import hookimpl
+from hvdlm.config import Config
+from hvdlm.errors import HvdlmError
+from hvdlm.models.spec import ModelSpec
+from hvdlm.parallel.mesh import Mesh
+from hvdlm.parallel.zero import ZeroExchange
+from hvdlm.planning.closed_forms import closed_form
+from hvdlm.protocols.group import Group
+from hvdlm.protocols.types import Prediction
+
+
+@hookimpl(tryfirst=True)
+def hvdlm_make_exchange(name: str, group: Group, config: Config, place: int) -> Any:
+    """Answer to ``all_reduce``, before the core does, where data ranks share the optimizer."""
+    if name != "all_reduce" or not config.parallel.zero or len(group.ranks) == 1:
+        return None
+    return ZeroExchange(group, config.communication, place, config.parallel.zero)
+
+
+@hookimpl
+def hvdlm_predict(config: Config, spec: ModelSpec, mesh: Mesh, rank: int) -> Prediction | None:
+    """Return what a step of ``rank`` needs by closed forms."""
+    return closed_form(config, spec, mesh, rank)
+
+
+@hookimpl
+def hvdlm_check(config: Config, spec: ModelSpec) -> None:
+    """Refuse settings that don't fit together."""
+    check(config, spec)
+
+
+def check(config: Config, spec: ModelSpec) -> None:
+    """Refuse what a model can't be cut into.
+
+    Raises:
+        HvdlmError: the first thing found wrong.
+    """
+    p, s = config.parallel, spec.settings
+    if spec.kind == "own":
+        _check_own(config, s)
+    elif spec.kind not in ("gpt", "rnn") and config.train.activation_checkpointing:
+        raise HvdlmError(f"train.activation_checkpointing is for gpt and recurrent models, not for a {spec.kind}.")
+    if config.train.label_smoothing and p.tensor > 1:
+        raise HvdlmError(
+            "train.label_smoothing needs whole rows of scores, which tensor ranks share: set it to 0, or keep "
+            "parallel.tensor at 1."
+        )
+    if spec.kind not in ("gpt", "rnn") and (p.tensor > 1 or p.pipeline > 1):
+        what = "a plugin's own module" if spec.kind == "own" else f"a {spec.kind}"
+        raise HvdlmError(
+            f"model.name {config.model.name}: {what} can't be cut into tensor or pipeline ranks: leave "
+            "parallel.tensor and parallel.pipeline at 1."
+        )
+    if spec.adapters and (p.tensor > 1 or p.pipeline > 1):
+        raise HvdlmError(
+            "lora.rank: adapters are trained by data ranks, each with the whole model: leave parallel.tensor and "
+            "parallel.pipeline at 1 (parallel.zero works)."
+        )
+    if p.tensor > 1:
+        _check_tensor(config, s, spec.kind)
+    if p.pipeline > s.layers:
+        raise HvdlmError(
+            f"parallel.pipeline {p.pipeline} is more than model.layers {s.layers}: a stage needs a layer at least."
+        )
+    if p.sequence and p.tensor == 1:
+        raise HvdlmError("parallel.sequence shares positions among tensor ranks: set --parallel.tensor 2 or more.")
+    if config.train.compile and p.tensor * p.pipeline > 1:
+        raise HvdlmError(
+            "train.compile can't compile across the collectives of tensor and pipeline ranks: leave it false, or keep "
+            "parallel.tensor and parallel.pipeline at 1."
+        )
+    _check_exchange(config, s)
+
+
+def _check_own(config: Config, s: Any) -> None:
+    if s.framework != config.framework:
+        raise HvdlmError(f"model.name {config.model.name} is a module of {s.framework}: --framework {s.framework}.")
+    if config.train.activation_checkpointing:
+        raise HvdlmError(
+            f"train.activation_checkpointing recomputes layers, which hvdlm doesn't see in {config.model.name}: leave "
+            "it false, and recompute inside of the module."
+        )
+    if config.framework == "tensorflow" and config.train.precision != "fp32":
+        raise HvdlmError(
+            f"train.precision {config.train.precision}: Keras layers have a precision of their own: leave it fp32, and "
+            "give the model's layers dtype='mixed_bfloat16'."
+        )
+
+
+def _check_tensor(config: Config, s: Any, kind: str) -> None:
+    tensor = config.parallel.tensor
+    if kind == "rnn":
+        _divides("model.width", s.width, tensor)
+        if config.parallel.sequence:
+            raise HvdlmError(
+                "parallel.sequence is for Transformers: a recurrent model computes one position after the other."
+            )
+        return
+    _divides("model.heads", s.heads, tensor)
+    _divides("model.mlp_width", s.mlp_width, tensor)
+    if s.kv_heads % tensor and tensor % s.kv_heads:
+        raise HvdlmError(
+            f"model.kv_heads {s.kv_heads} and parallel.tensor {tensor}: one has to divide the other, so that every "
+            "rank's query heads find their key-value heads."
+        )
+    if config.parallel.sequence:
+        _divides("data.context", config.data.context, tensor)
+
+
+def _divides(key: str, value: int, tensor: int) -> None:
+    if value % tensor:
+        raise HvdlmError(
+            f"{key} {value} can't be split over parallel.tensor {tensor} ranks: choose a multiple of {tensor}, for "
+            f"example {-(-value // tensor) * tensor}."
+        )
+
+
+def _check_exchange(config: Config, s: Any) -> None:
+    p, c = config.parallel, config.communication
+    if p.zero:
+        other = c.exchange if c.exchange != "all_reduce" else ""
+        other = other or (f"compression {c.compression.algorithm}" if c.compression.algorithm != "none" else "")
+        other = other or ("communication.reduction adasum" if c.reduction == "adasum" else "")
+        if other:
+            raise HvdlmError(
+                f"parallel.zero {p.zero} scatters sums of whole gradients, which {other} doesn't make: leave one out."
+            )
+    if c.reduction == "adasum" and p.pipeline > 1 and getattr(s, "tie_embeddings", False):
+        raise HvdlmError(
+            "communication.reduction adasum combines whole gradients, and two stages each have a part of that of the "
+            "tied embedding: --model.tie_embeddings false, or --communication.reduction average."
+        )
+    apart = c.exchange != "all_reduce" and c.compression.algorithm != "none"
+    if apart and p.pipeline > 1 and getattr(s, "tie_embeddings", False):
+        raise HvdlmError(
+            f"{c.exchange} with compression would let the two stages' copies of the tied embedding drift apart: "
+            "--model.tie_embeddings false, or --communication.compression.algorithm none."
+        )

@@ -1,0 +1,92 @@
+"""Ranks on a (data, pipeline, tensor) mesh, and the groups of ranks along each axis."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+
+from hvdlm.config import ParallelConfig
+from hvdlm.errors import HvdlmError
+
+AXES = ("data", "pipeline", "tensor")
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """``size`` ranks as a box; rank r lies at the coordinates of r in row-major order.
+
+    The tensor axis is the last, so that neighbours (on one node, as launchers number them) share it.
+    """
+
+    data: int
+    pipeline: int
+    tensor: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Ranks along (data, pipeline, tensor)."""
+        return (self.data, self.pipeline, self.tensor)
+
+    @property
+    def size(self) -> int:
+        """All ranks."""
+        return self.data * self.pipeline * self.tensor
+
+    def coordinates(self, rank: int) -> dict[str, int]:
+        """Return {axis: place of ``rank`` along it}."""
+        rest, tensor = divmod(rank, self.tensor)
+        data, pipeline = divmod(rest, self.pipeline)
+        return {"data": data, "pipeline": pipeline, "tensor": tensor}
+
+    def group(self, axis: str, rank: int) -> tuple[int, ...]:
+        """Return the ranks that differ from ``rank`` at most along ``axis``, in order of their place on it."""
+        here = self.coordinates(rank)
+        return tuple(self._rank({**here, axis: place}) for place in range(getattr(self, axis)))
+
+    def model_group(self, rank: int) -> tuple[int, ...]:
+        """Return the ranks that together hold one copy of the model: those with the data coordinate of ``rank``."""
+        first = self.coordinates(rank)["data"] * self.pipeline * self.tensor
+        return tuple(range(first, first + self.pipeline * self.tensor))
+
+    def pair(self, rank: int, stage: int) -> tuple[int, int]:
+        """Return the ranks of ``stage`` and of the one after it (the last one's: the first) in the line of ``rank``."""
+        line = self.group("pipeline", rank)
+        a, b = line[stage], line[(stage + 1) % len(line)]
+        return (min(a, b), max(a, b))
+
+    def groups(self) -> list[tuple[int, ...]]:
+        """Return all groups of two ranks or more, each once: the same list on every rank."""
+        found: dict[tuple[int, ...], None] = {}
+        for axis, rank in product(AXES, range(self.size)):
+            found.setdefault(self.group(axis, rank))
+        for rank in range(self.size):
+            found.setdefault(self.model_group(rank))
+        if self.pipeline > 1:
+            for rank, stage in product(range(self.size), range(self.pipeline)):
+                found.setdefault(self.pair(rank, stage))
+        return [ranks for ranks in found if len(ranks) > 1]
+
+    def _rank(self, at: dict[str, int]) -> int:
+        return (at["data"] * self.pipeline + at["pipeline"]) * self.tensor + at["tensor"]
+
+
+def make_mesh(size: int, config: ParallelConfig) -> Mesh:
+    """Return the mesh of ``size`` ranks that ``config`` asks for.
+
+    Raises:
+        HvdlmError: the axes don't multiply to ``size``; the sentence lists the shapes that do.
+    """
+    model = config.pipeline * config.tensor
+    data = config.data if config.data is not None else max(1, size // model)
+    if data * model != size:
+        fits = [f"{d}x{p}x{t}" for d, p, t in product(range(1, size + 1), repeat=3) if d * p * t == size]
+        raise HvdlmError(
+            f"parallel: {data} x {config.pipeline} x {config.tensor} (data x pipeline x tensor) is not the {size} "
+            f"rank(s) that were started; possible: {', '.join(fits[:24])}."
+        )
+    return Mesh(data, config.pipeline, config.tensor)
+
+
+def bounds(length: int, parts: int, place: int) -> tuple[int, int]:
+    """Return (first, last exclusive) of part ``place`` of ``parts``, which differ by one element at most."""
+    return place * length // parts, (place + 1) * length // parts

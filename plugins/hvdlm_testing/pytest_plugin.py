@@ -1,0 +1,32 @@
+"""The entry point of pytest: two options, and nothing more where they are not given."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def pytest_addoption(parser: Any) -> None:
+    """Add the options."""
+    group = parser.getgroup("hvdlm", "hvdlm: conformance of plugins")
+    group.addoption(
+        "--hvdlm-plugin",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="test the installed hvdlm plugin of this name against hvdlm's contracts; may be given several times",
+    )
+    group.addoption(
+        "--hvdlm-config",
+        action="append",
+        default=[],
+        metavar="NAME=FILE.yaml",
+        help="options (YAML) that plugin NAME is tested with, where it can't do with the defaults: a task's data.path",
+    )
+
+
+def pytest_configure(config: Any) -> None:
+    """Add the suite where a plugin is named."""
+    if config.getoption("hvdlm_plugin"):
+        from hvdlm_testing import collection
+
+        collection.add_suite(config)
