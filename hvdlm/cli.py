@@ -1,345 +1,138 @@
-"""The command line: ``python -m hvdlm [COMMAND] [options]``; ``COMMANDS`` are the commands, train is the default."""
+"""The command line: ``python -m hvdlm [COMMAND] [OPTIONS]``; dispatches to ``hvdlm.commands`` and to added commands."""
 
 from __future__ import annotations
 
-import dataclasses
-import os
+import importlib
+import importlib.metadata
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from importlib.metadata import EntryPoint
 from typing import Any
 
-from hvdlm.configuration import parsing
-from hvdlm.errors import HvdlmError, nearest
+from hvdlm.errors import BAD_INPUT, HvdlmError, nearest
+from hvdlm.io import launcher_env
 
 COMMANDS = {
     "train": "train a model (the default)",
-    "evaluate": "compute a run's figures on the whole validation split",
-    "generate": "write text with a run's model",
-    "convert": "merge a checkpoint into one safetensors file, or a folder for Hugging Face transformers",
-    "report": "write a page of one run, or of several side by side",
-    "prepare": "turn text into token files",
-    "plugins": "list what is installed, what it provides and its version",
-    "doctor": "examine this machine's MPI, Horovod and frameworks, or why a run (--run) hung or died",
-    "bench": "measure what collectives cost between the ranks of this launch",
-    "supervise": "start a run, and start it again from its newest checkpoint where it fails",
-    "launch": "write the job file of a run for Slurm, PBS, LSF or Kubernetes, and submit it",
+    "evaluate": "compute a run's metrics on the whole validation split",
+    "generate": "generate text with a run's model",
+    "convert": "merge a checkpoint into one safetensors file or a Hugging Face folder",
+    "prepare": "tokenize text into token files",
+    "plan": "predict the memory and communication of every rank, without starting a run",
+    "plugins": "list installed plugins, what they provide and their versions",
 }
+"""The commands of the core, each a module ``hvdlm.commands.NAME`` with ``main(arguments) -> exit code``."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; return the exit code: 0 done, 1 failed while computing, 2 bad input, 75 stopped and saved."""
+    """Run one command; return its exit code: 0 done, 1 failed while computing, 2 bad input, 75 stopped and saved."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    own = arguments.index("--") if "--" in arguments else len(arguments)  # what follows is another command
-    debug = "--debug" in arguments[:own]
-    arguments = [a for a in arguments[:own] if a != "--debug"] + arguments[own:]
-    command = arguments.pop(0) if arguments and arguments[0] in COMMANDS else ""
+    end = arguments.index("--") if "--" in arguments else len(arguments)  # what follows is another command's
+    debug = "--debug" in arguments[:end]
+    arguments = [a for a in arguments[:end] if a != "--debug"] + arguments[end:]
     try:
-        if arguments and not arguments[0].startswith("-") and command != "report":
-            from hvdlm import plugins as installed
-
-            return installed.run_command(arguments[0], arguments[1:], COMMANDS, added=not command)
-        return _COMMANDS[command or "train"](arguments)
+        return run(arguments)
     except HvdlmError as error:
-        return _refuse(error, debug)
+        return refuse(error, debug)
     except BrokenPipeError:
         return 0
 
 
-def _all_commands(arguments: list[str]) -> dict[str, str]:
-    """Return what ``--help`` lists: of packages that add commands, modules are imported, so only where it is asked."""
-    if not {"--help", "-h"} & set(arguments):
-        return COMMANDS
-    from hvdlm import plugins as installed
+def run(arguments: list[str]) -> int:
+    """Run the command that ``arguments`` begin with, or train.
 
-    return COMMANDS | installed.describe_commands()
+    Raises:
+        HvdlmError: there is no such command, or the command refuses its input.
+    """
+    name, rest = "train", arguments
+    if arguments and not arguments[0].startswith("-"):
+        name, rest = arguments[0], arguments[1:]
+    if name in COMMANDS:
+        if rest and not rest[0].startswith("-"):
+            raise HvdlmError(f"no command {rest[0]!r}; {nearest(rest[0], COMMANDS)}")
+        if name == "train" and (rest[:1] == ["--help"] or rest[:1] == ["-h"]) and len(rest) == 1:
+            print(help_text())
+            return 0
+        return int(importlib.import_module(f"hvdlm.commands.{name}").main(rest))
+    entries = added_commands()
+    if name not in entries:
+        raise HvdlmError(f"no command {name!r}; {nearest(name, [*COMMANDS, *entries])}")
+    return int(_load(entries[name]).main(rest))
 
 
-def _refuse(error: HvdlmError, debug: bool) -> int:
-    """Print the sentence once and end with code 2."""
+def added_commands() -> dict[str, EntryPoint]:
+    """Return {name: entry point} of the commands that installed packages add (group ``hvdlm.commands``)."""
+    return {entry.name: entry for entry in importlib.metadata.entry_points(group="hvdlm.commands")}
+
+
+def describe_added_commands() -> dict[str, str]:
+    """Return {name: first line of its module's docstring} of the commands that installed packages add."""
+    described = {}
+    for name, entry in sorted(added_commands().items()):
+        try:
+            line = str(_load(entry).__doc__ or "").strip().partition("\n")[0].rstrip(".")
+            described[name] = line[:1].lower() + line[1:]
+        except HvdlmError as error:
+            described[name] = f"BROKEN: {error}"
+    return described
+
+
+def _load(entry: EntryPoint) -> Any:
+    try:
+        return entry.load()
+    except Exception as error:  # a third party's module may fail in any way
+        raise HvdlmError(
+            f"command {entry.name} ({entry.value}) does not import: {type(error).__name__}: {error}. "
+            "Repair or uninstall it."
+        ) from error
+
+
+def help_text() -> str:
+    """Return the first screen: commands, examples and the sections of options."""
+    from hvdlm.config import SECTIONS
+
+    commands = COMMANDS | describe_added_commands()
+    width = max(map(len, [*commands, *SECTIONS])) + 2
+    return "\n".join(
+        [
+            "usage: python -m hvdlm [COMMAND] [OPTIONS]",
+            "",
+            "Train language models on one process or, under horovodrun, mpirun or srun, on many ranks.",
+            "",
+            "commands (python -m hvdlm COMMAND --help):",
+            *(f"  {name.ljust(width)}{text}" for name, text in commands.items()),
+            "",
+            "examples:",
+            "  python -m hvdlm --data.path my.txt --log.run runs/mine",
+            "  horovodrun -np 2 python -m hvdlm --config run.yaml --checkpoint.resume auto",
+            "  python -m hvdlm generate --run runs/mine --prompt 'Once' --tokens 200",
+            "",
+            "options of train, by section (python -m hvdlm --help SECTION, or --help all):",
+            *(f"  {name.ljust(width)}{text}" for name, text in SECTIONS.items()),
+            "",
+            "  --config FILE         YAML file of options; options given later override earlier ones",
+            "  --print_config        print the resulting configuration and exit",
+            "  --debug               show the traceback of an error (every command)",
+        ]
+    )
+
+
+def refuse(error: HvdlmError, debug: bool) -> int:
+    """Print the error once, on one rank, and return exit code 2."""
+    from hvdlm.diagnostics.rank_errors import ConnectedError
+
     if debug:
         traceback.print_exception(error)
-    rank = _launch_rank()
+    rank = launcher_env.rank_for_messages()
     if rank:
-        # Rank 0 most often has the same to say: it says it, and the launcher then ends this rank.
+        # Rank 0 usually has the same error: it reports it, and the launcher then ends this rank.
         time.sleep(3)
     prefix = f"hvdlm: rank {rank}: " if rank else "hvdlm: "
-    world = getattr(error, "world", None)
-    if world is None or world.size == 1:
+    if isinstance(error, ConnectedError) and error.world.size > 1:
+        from hvdlm.diagnostics import abort
+
+        abort.refuse(error.world, error, prefix)
+    else:
         print(prefix + str(error), file=sys.stderr, flush=True)
-        return 2
-    from hvdlm.diagnostics import abort
-
-    abort.refuse(world, error, prefix)
-    return 2
-
-
-def _launch_rank() -> int:
-    for name in ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"):
-        if os.environ.get(name, "").isdigit():
-            return int(os.environ[name])
-    return 0
-
-
-def _guard(run: Any, action: Callable[[], Any]) -> int:
-    """Do what all ranks compute; an error on this rank ends all of them with its message, told once."""
-    try:
-        action()
-    except KeyboardInterrupt:
-        print(f"hvdlm: rank {run.world.rank}: interrupted", file=sys.stderr, flush=True)
-        run.world.abort(130)
-    except HvdlmError as error:
-        error.world = run.world  # type: ignore[attr-defined]
-        raise
-    except Exception as error:
-        from hvdlm.diagnostics import abort
-
-        abort.end(run.world, error)
-    run.world.close()
-    run.world.recorder.discard()
-    return 0
-
-
-def train(arguments: list[str]) -> int:
-    """``python -m hvdlm train``."""
-    if "--dry_run" in arguments:
-        from hvdlm.commands import plan
-
-        return plan.main(parsing.parse_config([a for a in arguments if a != "--dry_run"], COMMANDS))
-    from hvdlm.errors import STOPPED
-    from hvdlm.training.signals import Signals
-
-    signals = Signals(_launch_rank()).listen()  # before what takes time
-    config = parsing.parse_config(arguments, _all_commands(arguments))
-    from hvdlm.training import run as runs
-
-    run = _started(runs.plan(config))
-    from hvdlm.telemetry import default_plugins
-    from hvdlm.training import run_folder
-    from hvdlm.training.loop import train as loop
-
-    for plugin in default_plugins(run.config):
-        run.manager.register(plugin)
-
-    stopped = False
-
-    def action() -> None:
-        nonlocal stopped
-        stopped = bool(loop(run, signals)["stopped"])
-        if config.log.sample_tokens and not stopped:
-            from hvdlm.inference.generation import write
-            from hvdlm.inference.sampling import Sampling
-
-            text = write(run, config.log.sample_prompt, config.log.sample_tokens, Sampling(seed=config.train.seed))
-            if run.world.rank == 0:
-                run_folder.keep_sample(run, text)
-        signals.ignore()
-
-    return _guard(run, action) or (STOPPED if stopped else 0)
-
-
-def _started(plan: Any) -> Any:
-    """Start the run; an error on this rank, once ranks have met, ends all of them with its message, told once."""
-    from hvdlm.training import run as runs
-
-    try:
-        return runs.start(plan)
-    except HvdlmError:
-        raise
-    except Exception as error:
-        world = getattr(error, "world", None)
-        if world is None:
-            raise
-        from hvdlm.diagnostics import abort
-
-        abort.end(world, error)
-
-
-def _open(values: Any, arguments: list[str]) -> Any:
-    """Open a trained run on this machine, with the options of its config.yaml and those given after them."""
-    from hvdlm.training import run as runs
-
-    config = parsing.run_config(values.run, arguments)
-    config.checkpoint.resume = "none"
-    plan = runs.plan(config, fresh=False)
-    plan.resume = str(_checkpoint(values).path)
-    return _started(plan)
-
-
-def _checkpoint(values: Any) -> Any:
-    """Open the checkpoint that --checkpoint names, or the newest of --run."""
-    from hvdlm.checkpoints import load
-
-    if values.checkpoint is not None:
-        return load.open_checkpoint(_path(values.checkpoint))
-    found = load.find(_path(values.run), "auto")
-    if found is None:
-        raise HvdlmError(f"{values.run} holds no checkpoint yet: train first, or name another run with --run.")
-    return found
-
-
-def _path(text: str) -> Any:
-    from pathlib import Path
-
-    return Path(text)
-
-
-def evaluate(arguments: list[str]) -> int:
-    """``python -m hvdlm evaluate --run RUN``."""
-    values, rest = parsing.parse_evaluate(arguments)
-    run = _open(values, rest)
-
-    def action() -> None:
-        import json
-
-        from hvdlm.training.loop import evaluate as figures
-
-        found = figures(run)
-        if run.world.rank == 0:
-            print(json.dumps({"step": run.checkpoint.step, **found}), flush=True)
-
-    return _guard(run, action)
-
-
-def generate(arguments: list[str]) -> int:
-    """``python -m hvdlm generate --run RUN --prompt TEXT``."""
-    values, rest = parsing.parse_generate(arguments)
-    from hvdlm.inference.generation import read_prompt, write
-    from hvdlm.inference.sampling import Sampling
-
-    sampling = Sampling(values.temperature, values.top_k, values.top_p, values.seed)
-    for name in ("tokens", "num_samples"):
-        if getattr(values, name) < 1:
-            raise HvdlmError(f"--{name}: got {getattr(values, name)}, expected 1 or more.")
-    text = None if values.prompt_file is None else read_prompt(_path(values.prompt_file))
-    run = _open(values, rest)
-    prompt = values.prompt if text is None else text
-    if prompt == "-":  # a launcher gives standard input to rank 0 only
-        prompt = run.world.broadcast_object(sys.stdin.read() if run.world.rank == 0 else None)
-
-    def action() -> None:
-        for number in range(values.num_samples):
-            if number and run.world.rank == 0:
-                print("-" * 16, flush=True)
-            write(run, prompt, values.tokens, dataclasses.replace(sampling, seed=values.seed + number))
-
-    return _guard(run, action)
-
-
-def convert(arguments: list[str]) -> int:
-    """``python -m hvdlm convert --run RUN --output FILE.safetensors``, or with ``--format huggingface`` a folder."""
-    values = parsing.parse_convert(arguments)
-    found, output = _checkpoint(values), _path(values.output)
-    if values.format == "huggingface":
-        from hvdlm_huggingface.export import export
-
-        tokenizer = None if values.checkpoint else _path(values.run) / "tokenizer.json"
-        count, note = export(found, tokenizer, output, values.base)
-        print(f"{output}: {count:,} parameters of {found.path} for transformers; {note}")
-        return 0
-    from hvdlm.checkpoints.merge import convert as merge
-
-    count = merge(found, output, values.base)
-    print(f"{output}: {count:,} parameters of {found.path}")
-    return 0
-
-
-def report(arguments: list[str]) -> int:
-    """``python -m hvdlm report RUN [RUN2 ...]``."""
-    values = parsing.parse_report(COMMANDS["report"], arguments)
-    from hvdlm_report import page
-
-    for sentence in page.write([_path(run) for run in values.runs], _path(values.output), values.tolerance):
-        print(sentence)
-    print(f"{values.output}: open it in a browser")
-    return 0
-
-
-def prepare(arguments: list[str]) -> int:
-    """``python -m hvdlm prepare --data.path ... --output FOLDER``."""
-    values = parsing.parse_prepare(arguments)
-    try:
-        if values.data.mixture is None:
-            from hvdlm.data.preparation import prepare as write
-
-            found = {"": write(values.data, values.output, values.workers)}
-        else:
-            from hvdlm.data.mixture import prepare as write_all
-
-            found = write_all(values.data, values.output, values.workers)
-    except KeyboardInterrupt:
-        print("hvdlm: interrupted; the same command goes on where it was", file=sys.stderr, flush=True)
-        return 130
-    for name, data in found.items():
-        print(
-            f"{name + ': ' if name else ''}{data.folder}: {len(data.train):,} training and "
-            f"{len(data.validation):,} validation tokens, vocabulary of {data.tokenizer.vocab:,}"
-        )
-    return 0
-
-
-def plugins(arguments: list[str]) -> int:
-    """``python -m hvdlm plugins``."""
-    parsing.parse_none("plugins", COMMANDS["plugins"], arguments)
-    from hvdlm.plugins import describe
-
-    rows = [("plugin", "from", "module", "provides"), *describe()]
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)) + "  " + row[3])
-    return 0
-
-
-def doctor(arguments: list[str]) -> int:
-    """``python -m hvdlm doctor``, or of a run: ``doctor --run RUN``."""
-    values = parsing.parse_doctor(COMMANDS["doctor"], arguments)
-    from hvdlm.commands import doctor as examination
-
-    return examination.main() if values.run is None else examination.tell_run(_path(values.run))
-
-
-def bench(arguments: list[str]) -> int:
-    """``python -m hvdlm bench``."""
-    values, config = parsing.parse_bench(arguments)
-    from hvdlm.communication import collective_benchmark as benchmark
-    from hvdlm.training import run as runs
-
-    chosen = values.collectives or benchmark.COLLECTIVES
-    for name in chosen:
-        if name not in benchmark.COLLECTIVES:
-            raise HvdlmError(f"--collectives: no collective {name!r}; {nearest(name, benchmark.COLLECTIVES)}")
-    counts = benchmark.sizes(values.smallest, values.largest)
-    run = runs.meet(config)
-    return _guard(run, lambda: benchmark.main(run.world, run.framework, chosen, counts, _path(values.output)))
-
-
-def supervise(arguments: list[str]) -> int:
-    """``python -m hvdlm supervise -- COMMAND``."""
-    settings, command = parsing.parse_supervise(arguments)
-    from hvdlm_launchers.supervise import supervise as watch
-
-    return watch(settings, command, lambda given: parsing.parse_config(given, COMMANDS))
-
-
-def launch(arguments: list[str]) -> int:
-    """``python -m hvdlm launch -- train ...``."""
-    values, job, run = parsing.parse_launch(COMMANDS["launch"], arguments)
-    from hvdlm_launchers.launch import launch as queue
-
-    return queue(job, run, lambda given: parsing.parse_config(given, COMMANDS), values.output, values.submit)
-
-
-_COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "train": train,
-    "evaluate": evaluate,
-    "generate": generate,
-    "convert": convert,
-    "report": report,
-    "prepare": prepare,
-    "plugins": plugins,
-    "doctor": doctor,
-    "bench": bench,
-    "supervise": supervise,
-    "launch": launch,
-}
+    return BAD_INPUT

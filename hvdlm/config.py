@@ -1,7 +1,8 @@
-"""Everything a user can set, with units and defaults.
+"""All options of the core, with units and defaults.
 
-A field's help text is the line under it in the class's docstring; ``--help`` prints it. None means: chosen by what is
-described there. YAML files have the same structure: ``model: {layers: 6}`` is ``--model.layers 6``.
+The docstring of a class has the help texts of its fields, which ``--help SECTION`` prints. None is written ``null``
+in files, on the command line and in help texts, which say what it stands for.
+YAML files have the same structure: ``model: {layers: 6}`` is ``--model.layers 6``.
 """
 
 from __future__ import annotations
@@ -14,27 +15,28 @@ Options = TypeVar("Options")
 
 @dataclass
 class ModelConfig:
-    """The model.
+    """Model architecture and sizes.
 
     Args:
-        name: a model or preset: gpt, gpt2, llama, rnn, gru, lstm; seq2seq, ctc, convnet; or one that a plugin brings
-        layers: how many layers; of a seq2seq, of its encoder and of its decoder
-        width: width of the embedding; a recurrent layer's hidden units
-        heads: attention heads
-        kv_heads: key-value heads (grouped-query attention); None: as many as heads
-        mlp_width: width of the feed-forward layer; None: 4 x width, SwiGLU: 8/3 x width rounded up to 8
-        positions: how positions enter; None: the preset's
-        norm: normalisation; None: the preset's
-        activation: feed-forward activation; None: the preset's
-        bias: biases in linear and normalisation layers; None: the preset's
-        tie_embeddings: input embedding is also the output layer; None: the preset's
-        dropout: share of activations dropped while training
-        rotary_base: base of the rotary positions' wavelengths
-        norm_epsilon: added to the variance in normalisations
-        initial_scale: standard deviation of a GPT's initial weights, None: the preset's, or sqrt(2 / (5 width)); bound
-            of a recurrent model's, None: 1 / sqrt(width)
-        vocab: rows of the embedding, at least the tokenizer's vocabulary; None: as many
-        pretrained: a Hugging Face folder of a GPT-2 or Llama: sizes, weights and tokenizer that the run starts from
+        name: model or preset: gpt, gpt2, llama, rnn, gru, lstm, seq2seq, ctc, convnet, or one provided by a plugin
+        layers: number of layers; seq2seq: of the encoder and of the decoder each
+        width: embedding width; recurrent models: hidden units per layer
+        heads: number of attention heads
+        kv_heads: number of key-value heads (grouped-query attention); null: as many as heads
+        mlp_width: width of the feed-forward layer; null: 4 x width, with SwiGLU 8/3 x width, rounded up to a multiple
+            of 8
+        positions: position encoding; null: the preset's
+        norm: normalisation layer; null: the preset's
+        activation: activation of the feed-forward layer; null: the preset's
+        bias: use biases in linear and normalisation layers; null: the preset's
+        tie_embeddings: share weights between the input embedding and the output layer; null: the preset's
+        dropout: dropout rate
+        rotary_base: base of the rotary position frequencies
+        norm_epsilon: epsilon added to the variance in normalisation layers
+        initial_scale: scale of the initial weights; GPT: standard deviation, null: the preset's, or sqrt(2 / (5
+            width)); recurrent models: bound of a uniform distribution, null: 1 / sqrt(width)
+        vocab: number of embedding rows, at least the tokenizer's vocabulary size; null: equal to it
+        pretrained: Hugging Face folder of a GPT-2 or Llama from which sizes, weights and tokenizer are taken
     """
 
     name: str = "gpt"
@@ -58,13 +60,13 @@ class ModelConfig:
 
 @dataclass
 class LoRAConfig:
-    """Low-rank adapters, which are trained in place of the weights that they are added to (Hu et al. 2021).
+    """Low-rank adapters (LoRA, Hu et al. 2021) on frozen weights.
 
     Args:
-        rank: inner width of an adapter; None: all weights are trained
-        alpha: adapters are multiplied by alpha / rank; None: rank
-        layers: weights that get one, by name or pattern, for example "*.query"; None: those of attention, of recurrent
-            models all layers'
+        rank: rank of the adapters; null: no adapters, all weights are trained
+        alpha: scale of the adapters, which are multiplied by alpha / rank; null: rank
+        layers: names or patterns of the weights to adapt, for example "*.query"; null: those of attention layers, or of
+            all recurrent layers
     """
 
     rank: int | None = None
@@ -74,24 +76,25 @@ class LoRAConfig:
 
 @dataclass
 class DataConfig:
-    """The corpus and how it becomes batches.
+    """Corpus, tokenizer and sampling.
 
     Args:
-        path: text files, JSON lines, Parquet, folders (also of Hugging Face datasets), globs, .gz files, - for standard
-            input, a prepared token folder, or "embedded"
-        mixture: corpora instead of path, each with a weight: "{wiki.txt: 3, books: 1}", or in full
-            "{wiki: {path: [a.txt, b.txt], weight: 3}}", where validation_path, field and separator may stand too
-        validation_path: the validation text, in the same forms; None: the end of the corpus
-        split: of a Hugging Face data set of several splits, the one to learn from; without a validation_path, its split
-            validation (valid, val, dev) is the validation text
-        validation_share: share of the corpus, from its end, kept for validation where validation_path is None
-        field: of JSON lines, Parquet and data sets: which field is the text
-        separator: what stands after the text of a record
-        tokenizer: byte, char, word, bpe, or the path of a tokenizer.json, Hugging Face's or a run's
-        vocab_size: most entries of a word or bpe vocabulary; None: 10000 (word), 4096 (bpe)
-        context: tokens in a sequence
-        sampling: shuffled (each window once an epoch) or sequential (consecutive windows, recurrent state carried)
-        cache: folder of prepared token files; None: hvdlm/tokens in the user's cache folder
+        path: corpus: text files, JSON lines, Parquet, folders (also of Hugging Face datasets), globs, .gz files, - for
+            standard input, a prepared token folder, or "embedded"
+        mixture: weighted corpora instead of path: "{wiki.txt: 3, books: 1}", or "{wiki: {path: [a.txt, b.txt], weight:
+            3}}" with optional validation_path, field and separator
+        validation_path: validation text, in the forms of path; null: the end of the corpus
+        split: split of a Hugging Face data set to train on; its split validation (valid, val, dev) is used for
+            validation unless validation_path is given
+        validation_share: fraction of the corpus, taken from its end, held out for validation if validation_path is null
+        field: name of the text field in JSON lines, Parquet and Hugging Face data sets
+        separator: text appended to every record
+        tokenizer: byte, char, word, bpe, or the path of a tokenizer.json (Hugging Face's or a run's)
+        vocab_size: maximum vocabulary size of word and bpe; null: 10000 (word), 4096 (bpe)
+        context: context length in tokens
+        sampling: shuffled (each window once per epoch) or sequential (consecutive windows; recurrent state is carried
+            over)
+        cache: cache folder of token files; null: hvdlm/tokens in the user's cache folder
     """
 
     path: list[str] | str = field(default_factory=lambda: ["embedded"])
@@ -120,39 +123,43 @@ class DataConfig:
 
 @dataclass
 class TrainConfig:
-    """Optimization.
+    """Optimization, precision, evaluation and limits of training.
 
     Args:
-        steps: optimizer steps
-        batch_size: sequences in the global batch, over all ranks
-        micro_batch_size: sequences a rank computes at a time; None: its whole share (no accumulation)
-        seed: everything random follows from it
-        optimizer: the update rule
-        learning_rate: its peak, after warm-up
-        min_learning_rate: where decaying schedules end
-        schedule: how the learning rate goes on after warm-up
-        warmup: steps of linear warm-up, or, below 1, a share of all steps
-        decay_every: steps between two falls of the step schedule
-        decay_start: steps after warm-up before its first fall; None: decay_every
-        decay_factor: what each fall of the step schedule multiplies by
-        weight_decay: decoupled (AdamW) or added to the gradient (SGD, Adagrad); on matrices only
-        beta1: AdamW's decay of the first moment
-        beta2: AdamW's decay of the second moment
-        epsilon: AdamW's and Adagrad's denominator term
-        momentum: SGD's momentum
-        nesterov: SGD looks ahead
-        clip: largest global norm of the gradient; 0: no clipping
-        label_smoothing: share of the target that is spread over the whole vocabulary (Szegedy et al. 2016, section 7)
+        steps: number of optimizer steps
+        batch_size: global batch size in sequences, over all ranks
+        micro_batch_size: sequences per rank in one forward and backward pass; null: the rank's whole batch (no gradient
+            accumulation)
+        seed: random seed
+        optimizer: optimizer
+        learning_rate: peak learning rate, reached after warm-up
+        min_learning_rate: final learning rate of decaying schedules
+        schedule: learning-rate schedule after warm-up
+        warmup: steps of linear warm-up, or, if below 1, a fraction of all steps
+        decay_every: step schedule: steps between decays
+        decay_start: step schedule: steps after warm-up before the first decay; null: decay_every
+        decay_factor: step schedule: factor of each decay
+        weight_decay: weight decay of matrices: decoupled (AdamW) or added to the gradient (SGD, Adagrad)
+        beta1: AdamW: decay rate of the first moment
+        beta2: AdamW: decay rate of the second moment
+        epsilon: AdamW and Adagrad: term added to the denominator
+        momentum: SGD: momentum
+        nesterov: SGD: use Nesterov momentum
+        clip: maximum global norm of the gradient; 0: no clipping
+        label_smoothing: share of the target probability spread over the vocabulary (Szegedy et al. 2016, section 7)
         precision: fp32, bf16 (weights stay fp32), or fp16 with loss scaling (GPU only)
-        compile: torch.compile or XLA; None: where it was measured to be faster
+        compile: use torch.compile or XLA; null: where it was measured to be faster
         activation_checkpointing: recompute activations in the backward pass
         eval_every: steps between evaluations; 0: only at the end
-        eval_batch_size: sequences a rank evaluates at a time
-        threads: framework threads per rank; None: cores divided by local ranks, or those that it is bound to
-        max_seconds: wall-clock seconds after which the run saves and stops, exit code 75; None: no limit
-        spike: a step whose gradient norm is above this times its running mean is skipped; 0: only where not finite
-        max_skips: skipped steps in a row after which the run goes back to its newest checkpoint, without their batches
-        replica_check_every: steps between two comparisons of the data ranks' parameters; 0: never
+        eval_batch_size: sequences per rank in an evaluation batch
+        threads: framework threads per rank; null: the node's cores divided by its ranks, or the cores that the rank is
+            bound to
+        max_seconds: wall-clock seconds after which the run saves and stops with exit code 75; null: no limit
+        spike: skip a step whose gradient norm exceeds this multiple of its running mean; 0: skip only non-finite
+            gradients
+        max_skips: consecutive skipped steps after which the run rolls back to its newest checkpoint and leaves out
+            their batches
+        replica_check_every: steps between checksums of the data-parallel replicas, which detect divergence; 0: never
     """
 
     steps: int = 1000
@@ -189,15 +196,16 @@ class TrainConfig:
 
 @dataclass
 class ParallelConfig:
-    """How ranks share the work: data x pipeline x tensor ranks in all.
+    """Parallel layout: data x pipeline x tensor ranks.
 
     Args:
-        data: ranks along the data axis; None: what the other axes leave
-        pipeline: pipeline stages
-        tensor: ranks that share every layer
-        sequence: tensor ranks also share the positions between layers, which saves memory (Transformers only)
-        zero: what data ranks share: 0 nothing, 1 the optimizer's state, 2 its state and the gradients
-        schedule: the order of a pipeline stage's passes: 1f1b (one forward, one backward) or gpipe
+        data: data-parallel ranks; null: all ranks divided by pipeline x tensor
+        pipeline: pipeline-parallel ranks (stages)
+        tensor: tensor-parallel ranks, which shard every layer
+        sequence: sequence parallelism: tensor-parallel ranks also shard the positions between layers (Transformers
+            only)
+        zero: ZeRO stage: data-parallel ranks shard nothing (0), the optimizer state (1), or also the gradients (2)
+        schedule: pipeline schedule: 1f1b (one forward, one backward) or gpipe
     """
 
     data: int | None = None
@@ -210,21 +218,21 @@ class ParallelConfig:
 
 @dataclass
 class CompressionConfig:
-    """What makes gradients, or the parameter differences of rarer synchronisation, small for their journey.
+    """Compression of gradients, or of the parameter differences of local SGD and DiLoCo.
 
     Args:
-        algorithm: none, fp16, bf16, top_k, random_k, power_sgd, scaled_sign, sign_majority, qsgd, int8, dgc, a plugin's
-        ratio: share of the elements that top_k, random_k and dgc send; None: 0.01, random_k 0.1
-        rank: rank of power_sgd's factors
-        bits: bits of an element in qsgd, its sign included
-        block: elements that share a scale in qsgd, int8, scaled_sign, sign_majority; None: qsgd 64, else 256
-        momentum: dgc's momentum correction, in place of SGD's own momentum
-        clip: dgc's largest norm of a rank's gradient, divided by the root of the ranks; 0: no clipping
-        warmup: steps in which dgc's share falls from 25% to ratio
-        error_feedback: what was left out is added to the next gradient; None: where the algorithm is biased
-        min_elements: tensors smaller than this stay dense
-        min_compression: tensors that would not shrink by this factor stay dense
-        start_after_steps: steps with dense gradients before compression begins
+        algorithm: none, or a compressor (int8, power_sgd, ...) that python -m hvdlm plugins lists
+        ratio: top_k, random_k, dgc: fraction of the elements that is sent; null: 0.01, random_k 0.1
+        rank: power_sgd: rank of the factors
+        bits: qsgd: bits per element, including the sign
+        block: qsgd, int8, scaled_sign, sign_majority: elements per scale; null: qsgd 64, others 256
+        momentum: dgc: momentum correction, in place of SGD's momentum
+        clip: dgc: maximum norm of a rank's gradient, divided by the square root of the number of ranks; 0: no clipping
+        warmup: dgc: steps over which the sent fraction falls from 25% to ratio
+        error_feedback: add the compression error to the next gradient; null: if the algorithm is biased
+        min_elements: tensors with fewer elements are not compressed
+        min_compression: tensors that would not shrink by this factor are not compressed
+        start_after_steps: number of initial steps without compression
     """
 
     algorithm: str = "none"
@@ -243,13 +251,14 @@ class CompressionConfig:
 
 @dataclass
 class LocalConfig:
-    """Rarer synchronisation, for the exchanges local_sgd and diloco.
+    """Local SGD and DiLoCo.
 
     Args:
-        steps: optimizer steps of each rank by itself between two synchronisations
-        outer_learning_rate: what the mean parameter difference is multiplied by; None: diloco 0.7, local_sgd 1
-        outer_momentum: Nesterov momentum of the mean parameter difference; None: diloco 0.8, local_sgd 0
-        warmup: first steps, in which gradients are summed at every step
+        steps: optimizer steps between synchronisations
+        outer_learning_rate: outer learning rate, applied to the mean parameter difference; null: diloco 0.7, local_sgd
+            1
+        outer_momentum: outer Nesterov momentum; null: diloco 0.8, local_sgd 0
+        warmup: number of initial steps with an all-reduce at every step
     """
 
     steps: int = 50
@@ -260,26 +269,28 @@ class LocalConfig:
 
 @dataclass
 class CommunicationConfig:
-    """How gradients travel.
+    """Communication of gradients between ranks.
 
     Args:
-        exchange: all_reduce (every step), local_sgd or diloco (rarer), or one that a plugin brings
-        reduction: how ranks' gradients become one: average (over tokens), sum (average x ranks), adasum (MPI only)
-        predivide: gradients are divided by this before their sum and multiplied after it, against overflow in fp16
-        bucket_bytes: gradients are summed in flat buckets of at least this size (bytes)
-        fusion_bytes: Horovod's fusion buffer (bytes); None: Horovod's default, 128 MB
-        cycle_ms: milliseconds between two looks of Horovod's background thread; None: by the machine
-        cache_capacity: responses that Horovod remembers instead of negotiating them anew; None: 1024; 0: none
-        hierarchical_all_reduce: sum within nodes first, then between them; None: Horovod's choice
-        hierarchical_all_gather: gather within nodes first, then between them; None: Horovod's choice
-        autotune: let Horovod search fusion_bytes and cycle_ms while it runs
-        autotune_log: file (CSV) of what autotune tried
-        thread_affinity: cores for the background threads of the local ranks, for example 0,2,4,6
-        timeline: file (JSON) in which Horovod writes when each tensor waited and travelled; chrome://tracing shows it
-        stall_check: seconds until Horovod names the ranks that are missing; None: half of timeout
-        timeout: seconds until ranks that wait for a missing one give up and end the run
-        compression: what makes them small
-        local: how rarely they travel
+        exchange: all_reduce (at every step), local_sgd or diloco (infrequent synchronisation), or one provided by a
+            plugin
+        reduction: how the ranks' gradients are combined: average (over tokens), sum (average x ranks) or adasum (MPI
+            only)
+        predivide: divisor applied before the reduction and undone after it, against overflow in fp16
+        bucket_bytes: minimum size of a gradient bucket (bytes)
+        fusion_bytes: size of Horovod's fusion buffer (bytes); null: Horovod's default, 128 MB
+        cycle_ms: cycle time of Horovod's background thread (milliseconds); null: Horovod's default, 1
+        cache_capacity: capacity of Horovod's response cache; null: 1024; 0: no cache
+        hierarchical_all_reduce: reduce within nodes first, then between them; null: Horovod's choice
+        hierarchical_all_gather: gather within nodes first, then between them; null: Horovod's choice
+        autotune: let Horovod tune fusion_bytes and cycle_ms during the run
+        autotune_log: CSV file for the settings that autotune tried
+        thread_affinity: cores of the local ranks' background threads, for example 0,2,4,6
+        timeline: JSON file for Horovod's timeline of tensors; view it in chrome://tracing
+        stall_check: seconds before Horovod reports missing ranks; null: half of timeout
+        timeout: seconds that a collective may take before the watchdog ends the run
+        compression: gradient compression
+        local: local SGD and DiLoCo
     """
 
     exchange: str = "all_reduce"
@@ -303,14 +314,14 @@ class CommunicationConfig:
 
 @dataclass
 class CheckpointConfig:
-    """What is kept on disk.
+    """Checkpoints.
 
     Args:
         every: steps between checkpoints; 0: only at the end
-        keep: how many checkpoints are kept, the newest
-        keep_best: how many are kept besides, those with the lowest val_loss
-        resume: auto (the run folder's newest whole one), none, or the path of a checkpoint
-        asynchronous: training goes on while a checkpoint is written; it stands still only for the copy
+        keep: number of newest checkpoints to keep
+        keep_best: number of additional checkpoints to keep, those with the lowest val_loss
+        resume: auto (the newest complete checkpoint of the run folder), none, or the path of a checkpoint
+        asynchronous: write checkpoints in the background; training is paused only for the copy
     """
 
     every: int = 500
@@ -322,16 +333,16 @@ class CheckpointConfig:
 
 @dataclass
 class LogConfig:
-    """What a run tells.
+    """Run folder, progress and metrics.
 
     Args:
-        run: the run's folder
-        overwrite: start afresh in a folder that holds an earlier run, which is deleted
-        every: steps between two lines of metrics.jsonl
-        progress: a progress bar on a terminal, plain lines elsewhere
+        run: run folder
+        overwrite: delete an earlier run in the folder and start from scratch
+        every: steps between lines of metrics.jsonl
+        progress: show a progress bar on a terminal, plain lines elsewhere
         tensorboard: write TensorBoard events
-        sample_tokens: tokens of text generated at the end; 0: none
-        sample_prompt: what the sample begins with
+        sample_tokens: number of tokens of the sample generated at the end; 0: none
+        sample_prompt: prompt of the sample
     """
 
     run: str = "runs/default"
@@ -345,13 +356,13 @@ class LogConfig:
 
 @dataclass
 class Config:
-    """One run.
+    """Framework, backend, task and plugins.
 
     Args:
-        framework: torch or tensorflow, or one that a plugin brings
-        backend: how ranks meet: auto, local, mpi, gloo, nccl (GPUs) or mpi4py (without Horovod)
-        task: what is learnt
-        plugins: installed plugins to use besides those that the other options name
+        framework: torch, tensorflow, or one provided by a plugin
+        backend: communication backend: auto, local, mpi, gloo, nccl (GPUs), or mpi4py (MPI without Horovod)
+        task: language_model, translation, speech, digits, or one provided by a plugin
+        plugins: installed plugins to load in addition to those that other options name
         plugin_options: the options of plugins, by section
     """
 
@@ -370,10 +381,27 @@ class Config:
     plugin_options: dict[str, Any] = field(default_factory=dict)
 
     def own(self, section: str, kind: type[Options]) -> Options:
-        """Return a plugin's options, the defaults of their dataclass ``kind`` where none were read."""
+        """Return a plugin's options, by default those of their dataclass ``kind``."""
         return self.plugin_options.get(section) or kind()
 
     def to_dict(self) -> dict:
-        """Return plain dictionaries, as YAML and JSON take them."""
+        """Return nested dictionaries for YAML and JSON."""
         whole = asdict(self)
         return whole | whole.pop("plugin_options")
+
+
+SECTION_CLASSES: dict[str, type] = {
+    "run": Config,
+    "model": ModelConfig,
+    "lora": LoRAConfig,
+    "data": DataConfig,
+    "train": TrainConfig,
+    "parallel": ParallelConfig,
+    "communication": CommunicationConfig,
+    "checkpoint": CheckpointConfig,
+    "log": LogConfig,
+}
+"""The sections of options; ``run`` stands for those without a section."""
+
+SECTIONS = {name: str(kind.__doc__).partition("\n")[0].rstrip(".") for name, kind in SECTION_CLASSES.items()}
+"""One line on every section, for ``--help``."""

@@ -1,7 +1,7 @@
 """Every hook of hvdlm, on one page. A plugin implements those it wants with ``@hvdlm.hookimpl``.
 
-Makers answer with what they make when the name is theirs and with None otherwise; the first answer counts.
-Events are told to every plugin on every rank; what only one rank should do (write a file), rank 0 does.
+Factory hooks (``hvdlm_make_...``) return an object for a name of their own and None for others; the first result other
+than None is used. Event hooks are called in every plugin on every rank; plugins that write files do so on rank 0.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from hvdlm.config import Config
     from hvdlm.models.spec import ModelMaker, ModelSpec
     from hvdlm.parallel.mesh import Mesh
@@ -20,10 +22,12 @@ if TYPE_CHECKING:
     from hvdlm.protocols.exchange import Exchange
     from hvdlm.protocols.framework import Framework
     from hvdlm.protocols.group import Group
+    from hvdlm.protocols.pretrained import PretrainedFolder
     from hvdlm.protocols.scheduler import Scheduler
     from hvdlm.protocols.task import OpenScorer, Task
     from hvdlm.protocols.types import Prediction, StepResult
     from hvdlm.protocols.world import World
+    from hvdlm.telemetry.rates import Rates
 
 hookspec = pluggy.HookspecMarker("hvdlm")
 hookimpl = pluggy.HookimplMarker("hvdlm")
@@ -41,19 +45,19 @@ def hvdlm_make_backend(name: str) -> Backend | None:
 
 @hookspec(firstresult=True)
 def hvdlm_make_exchange(
-    name: str, group: Group, config: Config, compressors: Mapping[str, CompressorMaker], place: int
+    name: str, group: Group, config: Config, compressors: Mapping[str, CompressorMaker], index: int
 ) -> Exchange | None:
-    """Return the exchange of this name over ``group``, the ranks of the data axis, of which this is number ``place``.
+    """Return the exchange of this name over ``group``, the ranks of the data axis, in which this rank has ``index``.
 
-    ``compressors``: all that the registered plugins bring.
+    ``compressors``: those of all registered plugins.
     """
 
 
 @hookspec(firstresult=True)
 def hvdlm_make_task(name: str, config: Config, open_scorer: OpenScorer) -> Task | None:
-    """Return the task of this name, its data opened; runs on every rank, before ranks meet.
+    """Return the task of this name with its data opened; called on every rank, before ranks are connected.
 
-    ``open_scorer``: opens the run of a language model for a task that one helps.
+    ``open_scorer``: opens the run of a language model, for tasks that rescore with one.
     """
 
 
@@ -65,18 +69,18 @@ def hvdlm_models() -> Mapping[str, ModelMaker]:
 
 @hookspec
 def hvdlm_compressors() -> Mapping[str, CompressorMaker]:
-    """Return compressors by the names that ``communication.compression.algorithm`` takes; called before keras is."""
+    """Return compressors by the names that ``communication.compression.algorithm`` takes; keras isn't imported yet."""
     raise NotImplementedError
 
 
 @hookspec
 def hvdlm_prepare(config: Config) -> None:
-    """Set what has to stand in the environment before models are described and frameworks imported; import nothing."""
+    """Set environment variables before models are described and frameworks imported; must not import a framework."""
 
 
 @hookspec
 def hvdlm_check(config: Config, spec: ModelSpec) -> None:
-    """Raise HvdlmError with one sentence where settings don't fit together, before ranks meet.
+    """Raise HvdlmError with one sentence where settings contradict each other, before ranks are connected.
 
     ``spec``: the model with a stand-in vocabulary of 256.
     """
@@ -84,13 +88,29 @@ def hvdlm_check(config: Config, spec: ModelSpec) -> None:
 
 @hookspec(firstresult=True)
 def hvdlm_predict(config: Config, spec: ModelSpec, mesh: Mesh, rank: int) -> Prediction | None:
-    """Return what a step of ``rank`` needs by closed forms, or None where there are none for this model."""
+    """Return the closed-form costs of a step of ``rank``, or None for an unknown architecture."""
 
 
 @hookspec
 def hvdlm_options() -> Mapping[str, type]:
-    """Return {section: dataclass}: options of the plugin's own, ``--section.field``, typed and in ``--help``."""
+    """Return {section: dataclass}, the plugin's options: typed, and explained by ``--help SECTION``."""
     raise NotImplementedError
+
+
+@hookspec(firstresult=True)
+def hvdlm_open_pretrained(path: Path) -> PretrainedFolder | None:
+    """Return the opened folder that ``model.pretrained`` names, or None for another kind of folder."""
+
+
+@hookspec(firstresult=True)
+def hvdlm_export(
+    name: str, checkpoint: Any, tokenizer: Path | None, output: Path, base: str | None
+) -> tuple[int, str] | None:
+    """Write a checkpoint to ``output`` in the format ``name``; return the number of parameters and a note to print.
+
+    ``checkpoint``: an open ``hvdlm.checkpoints.load.Checkpoint``; ``tokenizer``: the run's tokenizer.json;
+    ``base``: the folder of the base weights of adapters, None: the one that the checkpoint names.
+    """
 
 
 @hookspec
@@ -101,29 +121,32 @@ def hvdlm_schedulers() -> Mapping[str, Scheduler]:
 
 @hookspec
 def hvdlm_run_started(config: Config, world: World, info: Mapping[str, Any]) -> None:
-    """Hear that all ranks are ready: ``info`` has parameters, flops_per_token, start_step, versions."""
+    """Called when all ranks are ready. ``info``: parameters, flops_per_token, start_step, versions, ..."""
 
 
 @hookspec
-def hvdlm_step_ended(step: int, result: StepResult, learning_rate: float, seconds: float) -> None:
-    """Hear of optimizer step number ``step`` (the first is 1), which took ``seconds`` with its batch."""
+def hvdlm_step_ended(step: int, result: StepResult, learning_rate: float, seconds: float, rates: Rates) -> None:
+    """Called after optimizer step ``step`` (the first is 1), which took ``seconds``, fetching its batch included.
+
+    ``rates``: sums over all steps of this process, from which the rates of any interval follow.
+    """
 
 
 @hookspec
 def hvdlm_evaluated(step: int, metrics: Mapping[str, float]) -> None:
-    """Hear the task's figures on the whole validation split after ``step`` steps."""
+    """Called with the task's metrics on the whole validation split after ``step`` steps."""
 
 
 @hookspec
 def hvdlm_checkpoint_saved(step: int, path: str, seconds: float, total_seconds: float) -> None:
-    """Hear that the checkpoint in ``path`` is whole; of its ``total_seconds``, training stood still for ``seconds``."""
+    """Called when the checkpoint in ``path`` is complete; of its ``total_seconds``, ``seconds`` blocked training."""
 
 
 @hookspec
 def hvdlm_rolled_back(step: int, to_step: int, batches: Sequence[int]) -> None:
-    """Hear that after ``step`` the run went back to the checkpoint of ``to_step``, and leaves out these batches."""
+    """Called after a rollback from ``step`` to the checkpoint of ``to_step``; ``batches`` will be left out."""
 
 
 @hookspec
 def hvdlm_run_ended(summary: Mapping[str, Any]) -> None:
-    """Hear that training is over: ``summary`` is what ``summary.json`` holds."""
+    """Called at the end of training with the content of ``summary.json``."""

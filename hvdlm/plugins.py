@@ -1,4 +1,4 @@
-"""Finds plugins by entry point (group ``hvdlm``) and imports only those that a run names."""
+"""Discovers plugins by entry point (group ``hvdlm``) and imports only those that a run uses."""
 
 from __future__ import annotations
 
@@ -20,39 +20,6 @@ from hvdlm.protocols.compressor import CompressorMaker
 def installed() -> dict[str, EntryPoint]:
     """Return {name: entry point} of every installed plugin, nothing imported."""
     return {entry.name: entry for entry in importlib.metadata.entry_points(group="hvdlm")}
-
-
-def commands() -> dict[str, EntryPoint]:
-    """Return {name: entry point} of the commands that installed packages add (group ``hvdlm.commands``)."""
-    return {entry.name: entry for entry in importlib.metadata.entry_points(group="hvdlm.commands")}
-
-
-def run_command(name: str, arguments: list[str], own: Iterable[str], added: bool = True) -> int:
-    """Call ``main(arguments)`` of the module that an added command's entry point names; return its exit code.
-
-    Args:
-        own: the names of hvdlm's own commands, for the error.
-        added: False: only one of these can stand here.
-
-    Raises:
-        HvdlmError: no package adds such a command, or its module can't be imported.
-    """
-    entries = commands() if added else {}
-    if name not in entries:
-        raise HvdlmError(f"no command {name!r}; {nearest(name, [*own, *entries])}")
-    return int(_import(entries[name]).main(arguments))
-
-
-def describe_commands() -> dict[str, str]:
-    """Return {name: first line of its module's docstring} of the commands of installed packages."""
-    described = {}
-    for name, entry in sorted(commands().items()):
-        try:
-            text = str(_import(entry).__doc__ or "").strip().partition("\n")[0].rstrip(".")
-            described[name] = text[:1].lower() + text[1:]
-        except HvdlmError as error:
-            described[name] = f"BROKEN: {error}"
-    return described
 
 
 def load(names: Iterable[str]) -> pluggy.PluginManager:
@@ -83,13 +50,15 @@ def _import(entry: EntryPoint) -> Any:
 
 @contextlib.contextmanager
 def keras_alone() -> Iterator[None]:
-    """Hide scikit-learn and matplotlib while keras, or TensorFlow, which loads it, is imported.
+    """Hide scikit-learn and matplotlib while keras, or TensorFlow, which imports it, is imported.
 
-    keras would load them, where they are installed, for wrappers and pictures of its own, which no run uses: a third of
-    the time in which a rank starts, and thousands of files that all ranks of a cluster read at once.
+    keras imports them, where they are installed, for wrappers and plots that no run uses: a third of the time in which
+    a rank starts, and thousands of files that all ranks of a cluster read at once.
     """
     hidden = [name for name in ("sklearn", "matplotlib") if name not in sys.modules]
-    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None: importing it fails
+    # None makes imports fail and importlib.util.find_spec return None, as torch expects where a package is not
+    # installed; a finder on sys.meta_path can't do both.
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
     try:
         yield
     finally:
@@ -128,10 +97,31 @@ def unknown(kind: str, name: str) -> HvdlmError:
 
 def models(manager: pluggy.PluginManager) -> Mapping[str, ModelMaker]:
     """Return every model by name: the built-in ones and those of the registered plugins."""
-    found = dict(builtin_models())
-    for more in manager.hook.hvdlm_models():
-        found.update(more)
-    return found
+    known = dict(builtin_models())
+    for makers in manager.hook.hvdlm_models():
+        known.update(makers)
+    return known
+
+
+def find_model(manager: pluggy.PluginManager, name: str) -> ModelMaker:
+    """Return the maker of the model ``name``.
+
+    Raises:
+        HvdlmError: neither hvdlm nor a registered plugin has it; the sentence names the nearest.
+    """
+    known = models(manager)
+    if name not in known:
+        raise HvdlmError(f"model.name: no model {name!r}; {nearest(name, {*known, *_named_like_models()})}")
+    return known[name]
+
+
+def _named_like_models() -> Iterator[str]:
+    """Yield the names of installed plugins that bring a model of the same name: ``model.name`` alone loads those."""
+    for name, entry in installed().items():
+        with contextlib.suppress(Exception):  # a third party's module may fail in any way
+            plugin = _import(entry)
+            if hasattr(plugin, "hvdlm_models") and name in plugin.hvdlm_models():
+                yield name
 
 
 def compressors(manager: pluggy.PluginManager) -> Mapping[str, CompressorMaker]:

@@ -1,77 +1,131 @@
-"""What adapters are added to: the weights that a run starts from, which its checkpoints name and don't hold.
+"""The frozen base weights of LoRA adapters, which checkpoints identify by a hash and don't store.
 
-A Hugging Face folder, or initial values that follow from the seed. They have to be the same whenever a run goes on.
+They come from a Hugging Face folder, or are initial values that follow from the seed, and have to be the same whenever
+a run is resumed.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hvdlm_huggingface.folder import Folder, require_base
-
+from hvdlm import plugins
 from hvdlm.checkpoints.load import Checkpoint
+from hvdlm.config import Config
 from hvdlm.errors import HvdlmError
 from hvdlm.models.spec import ModelSpec, ParamSpec
+from hvdlm.protocols.pretrained import PretrainedFolder
 
 Base = Mapping[str, Any]
-"""As it stands in a checkpoint's manifest: ``weights``, a hash, and ``factor``, what adapters are multiplied by."""
+"""An entry of a checkpoint's manifest: ``weights``, a hash, and ``factor``, by which adapters are multiplied."""
 
 
-def attach(spec: ModelSpec, pretrained: str | None, seed: int) -> tuple[ModelSpec, Base | None]:
-    """Return ``spec`` with its frozen weights read from where they lie, and what tells them from others.
-
-    Without adapters: ``spec`` itself and None. A folder is read once, for its hash.
+def resolve(config: Config) -> Config:
+    """Return ``config`` with the sizes and the tokenizer of ``model.pretrained``; without it, ``config`` itself.
 
     Raises:
-        HvdlmError: the folder is gone, or is damaged.
+        HvdlmError: no plugin reads the folder, or ``config`` asks for other sizes than its.
+    """
+    path = config.model.pretrained
+    if path is None:
+        return config
+    folder = _find_folder(path, config.plugins)
+    if folder is not None:
+        return folder.resolve(config)
+    if config.lora.rank is not None:
+        raise _missing_base(path)
+    if config.model.vocab is None:
+        raise _unreadable(path)
+    return config  # of a run, whose config.yaml has all that was in the folder
+
+
+def open_pretrained(path: str, named: Iterable[str] = ()) -> PretrainedFolder:
+    """Return the opened folder ``path`` of ``model.pretrained``; ``named``: the run's ``plugins``.
+
+    Raises:
+        HvdlmError: no plugin reads it.
+    """
+    folder = _find_folder(path, named)
+    if folder is None:
+        raise _unreadable(path)
+    return folder
+
+
+def _find_folder(path: str, named: Iterable[str]) -> PretrainedFolder | None:
+    """Return the folder as the first plugin opens it that reads it; ``huggingface`` is asked last."""
+    return plugins.load(["huggingface", *named]).hook.hvdlm_open_pretrained(path=Path(path))
+
+
+def _unreadable(path: str) -> HvdlmError:
+    return HvdlmError(
+        f"model.pretrained {path}: no plugin finds a model there: name a Hugging Face folder of a GPT-2 or Llama, with "
+        "its config.json."
+    )
+
+
+def _missing_base(path: str) -> HvdlmError:
+    return HvdlmError(
+        f"{path}, whose weights adapters are added to, is gone or no folder of a model: put it back, or say "
+        "where it lies now (--model.pretrained FOLDER, and its --data.tokenizer; of convert, --base FOLDER)."
+    )
+
+
+def attach(
+    spec: ModelSpec, pretrained: str | None, seed: int, named: Iterable[str] = ()
+) -> tuple[ModelSpec, Base | None]:
+    """Return ``spec`` with sources for its frozen weights, and the manifest's entry that identifies them.
+
+    Without adapters: ``spec`` itself and None. A folder is read once, for its hash. ``named``: the run's ``plugins``.
+
+    Raises:
+        HvdlmError: the folder is missing or damaged.
     """
     if not spec.adapters:
         return spec, None
     if not isinstance(pretrained, str):
-        drawn = repr([seed, *((param.name, param.shape, param.init) for param in spec.frozen)])
-        weights = hashlib.sha256(drawn.encode()).hexdigest()
-        spec = replace(spec, frozen=tuple(_drawn(param, seed) for param in spec.frozen))
+        initial = repr([seed, *((param.name, param.shape, param.init) for param in spec.frozen)])
+        weights = hashlib.sha256(initial.encode()).hexdigest()
+        spec = replace(spec, frozen=tuple(_initialised(param, seed) for param in spec.frozen))
     else:
-        require_base(pretrained)
-        folder = Folder(Path(pretrained))
+        folder = _find_folder(pretrained, named)
+        if folder is None:
+            raise _missing_base(pretrained)
         spec, weights = folder.attach(spec), folder.fingerprint()
     return spec, {"weights": weights, "factor": spec.adapters[0].factor}
 
 
-def _drawn(param: ParamSpec, seed: int) -> ParamSpec:
+def _initialised(param: ParamSpec, seed: int) -> ParamSpec:
     return replace(param, source=lambda _, box: param.initial_box(seed, box))
 
 
-def check(found: Checkpoint, base: Base | None) -> None:
-    """Check that a checkpoint's adapters are added to what they were trained on.
+def check(checkpoint: Checkpoint, base: Base | None) -> None:
+    """Check that a checkpoint's adapters belong to the base weights of this run.
 
     Raises:
-        HvdlmError: they would be added to other weights; or either of the two has none.
+        HvdlmError: they were trained on other weights, or only one of the two has adapters.
     """
-    before: Any = found.manifest.get("base")
+    before: Any = checkpoint.manifest.get("base")
     if before is None and base is None:
         return
     if before is None:
         raise HvdlmError(
-            f"checkpoint {found.path} holds whole weights and no adapters: leave --lora.rank out, or write it as a "
-            "folder (convert --format huggingface) and start from that (--model.pretrained)."
+            f"checkpoint {checkpoint.path} holds whole weights and no adapters: leave --lora.rank out, or write it as "
+            "a folder (convert --format huggingface) and start from that (--model.pretrained)."
         )
     if base is None:
         raise HvdlmError(
-            f"checkpoint {found.path} holds adapters: go on with the lora options of its run (RUN/config.yaml)."
+            f"checkpoint {checkpoint.path} holds adapters: use the lora options of its run (RUN/config.yaml)."
         )
     if before.get("weights") != base["weights"]:
         raise HvdlmError(
-            f"checkpoint {found.path} has adapters to other weights than these: --model.pretrained has to be the "
-            "folder that its run started from, unchanged; without one, train.seed and the model's sizes have to be "
-            "the same."
+            f"checkpoint {checkpoint.path} has adapters of other base weights: --model.pretrained has to be the folder "
+            "that its run started from, unchanged; without one, train.seed and the model's sizes have to be the same."
         )
     if before.get("factor") != base["factor"]:
         raise HvdlmError(
-            f"checkpoint {found.path} has adapters that are multiplied by {before.get('factor')}, lora.alpha / "
-            f"lora.rank is {base['factor']} here: use those of its run (RUN/config.yaml)."
+            f"checkpoint {checkpoint.path} has adapters that are multiplied by {before.get('factor')}, and lora.alpha "
+            f"/ lora.rank is {base['factor']} here: use those of its run (RUN/config.yaml)."
         )

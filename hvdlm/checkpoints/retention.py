@@ -1,8 +1,8 @@
-"""What lies in a run's checkpoint folder as time passes: how a checkpoint comes in, is replaced, and goes.
+"""Publishes, replaces and deletes checkpoints in a run's folder, by renaming whole folders.
 
 ``step-00000500`` is a checkpoint, ``.step-00000500.partial`` one that is being written, ``.step-00000500.replaced`` one
-that makes way for another of the same step, ``.step-00000500.deleted`` one that goes: what is called a checkpoint is
-whole, also while it is being deleted. ``latest`` names the one that was written last.
+that another of the same step replaces, ``.step-00000500.deleted`` one that is being deleted: a folder under a
+checkpoint's name is whole at all times. ``latest`` names the one that was written last.
 """
 
 from __future__ import annotations
@@ -17,51 +17,36 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from hvdlm.checkpoints.manifest import read_manifest
+from hvdlm.checkpoints.discovery import STEP_PATTERN, step_folders, step_name
+from hvdlm.checkpoints.errors import CheckpointError
+from hvdlm.checkpoints.manifest import MANIFEST, read_manifest
 from hvdlm.checkpoints.shared_folders import MARKER
-from hvdlm.errors import HvdlmError
 from hvdlm.io.atomic_files import sync_folder, write_synced
 
-_STEP = re.compile(r"step-(\d{8,15})")
-_HIDDEN = re.compile(r"\.(step-\d{8,15})\.(partial|replaced|deleted)")
-
-
-def name_of(step: int) -> str:
-    """Return what the checkpoint of ``step`` is called."""
-    return f"step-{step:08d}"
+_HIDDEN = re.compile(rf"\.({STEP_PATTERN})\.(partial|replaced|deleted)")
+_LATEST_PARTIAL = ".latest.partial"
 
 
 def partial(folder: Path, name: str) -> Path:
-    """Return where the checkpoint ``name`` is written before it is whole."""
+    """Return the folder in which the checkpoint ``name`` is written before it is whole."""
     return folder / f".{name}.partial"
 
 
-def _aside(folder: Path, name: str) -> Path:
+def _replaced(folder: Path, name: str) -> Path:
     return folder / f".{name}.replaced"
 
 
-def steps(folder: Path) -> list[tuple[int, Path]]:
-    """Return (step, path) of everything that is called a checkpoint, the newest first; nothing where no folder is."""
-    try:
-        found = [(_STEP.fullmatch(path.name), path) for path in folder.iterdir()]
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
-
-
 def publish(folder: Path, name: str, manifest: Mapping[str, Any]) -> None:
-    """Write the manifest, the last of a checkpoint's files, and put the checkpoint in place.
+    """Write the manifest, the last of a checkpoint's files, and rename the checkpoint's folder to its final name.
 
-    One of the same name is kept aside until ``tidy``.
+    An earlier checkpoint of the same name is set aside until ``delete_old``.
     """
-    temporary, final, old, latest = (
-        partial(folder, name),
-        folder / name,
-        _aside(folder, name),
-        folder / ".latest.partial",
-    )
-    write_synced(temporary / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True).encode())
-    write_synced(latest, name.encode())  # before anything is moved: from here on no more space is needed
+    temporary = partial(folder, name)
+    final = folder / name
+    old = _replaced(folder, name)
+    latest = folder / _LATEST_PARTIAL
+    write_synced(temporary / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True).encode())
+    write_synced(latest, name.encode())  # before any rename: from here on no more space is needed
     sync_folder(temporary)
     if final.exists():
         shutil.rmtree(old, ignore_errors=True)
@@ -72,44 +57,45 @@ def publish(folder: Path, name: str, manifest: Mapping[str, Any]) -> None:
 
 
 def withdraw(folder: Path, name: str, published: bool) -> None:
-    """Take back what a save that failed on another node, or here, left here; ``published``: here it had succeeded."""
+    """Undo a save in this folder that failed on some node; ``published``: in this folder it had succeeded."""
     shutil.rmtree(partial(folder, name), ignore_errors=True)
     with contextlib.suppress(OSError):
-        (folder / ".latest.partial").unlink(missing_ok=True)
+        (folder / _LATEST_PARTIAL).unlink(missing_ok=True)
     if published:
-        _drop(folder / name)
+        _delete_checkpoint(folder / name)
     with contextlib.suppress(OSError):
-        _put_back(folder, name)
+        _restore(folder, name)
 
 
-def _put_back(folder: Path, name: str) -> None:
-    old, final = _aside(folder, name), folder / name
+def _restore(folder: Path, name: str) -> None:
+    old, final = _replaced(folder, name), folder / name
     if old.is_dir() and not old.is_symlink() and not final.exists():
         os.rename(old, final)
 
 
-def tidy(folder: Path, step: int, keep: int, keep_best: int, complete: bool = True) -> None:
-    """Delete what the checkpoint of ``step``, which is whole everywhere, makes superfluous.
+def delete_old(folder: Path, step: int, keep: int, keep_best: int, complete: bool = True) -> None:
+    """Delete the checkpoints that are no longer kept, now that the one of ``step`` is whole on all nodes.
 
-    The newest ``keep`` up to ``step`` stay, and the ``keep_best`` with the lowest ``val_loss``. Those of later steps
-    stay too: the run was taken up from an earlier one, and will replace them. Damaged ones count as none and go with
-    those that are too many. ``complete``: all of a checkpoint's files must be here.
+    The newest ``keep`` up to ``step`` are kept, and the ``keep_best`` with the lowest ``val_loss``. Those of later
+    steps are kept too: the run was resumed from an earlier one, and will replace them. Damaged ones don't count and are
+    deleted. ``complete``: a checkpoint counts only if all of its files are in this folder.
     """
-    shutil.rmtree(_aside(folder, name_of(step)), ignore_errors=True)
-    found = [path for number, path in steps(folder) if number <= step]
-    whole: dict[Path, float] = {}
-    for path in found:
-        if len(whole) < max(1, keep) or keep_best:  # no more are read than must be
+    shutil.rmtree(_replaced(folder, step_name(step)), ignore_errors=True)
+    paths = [path for number, path in step_folders(folder) if number <= step]
+    losses: dict[Path, float] = {}
+    for path in paths:
+        if len(losses) < max(1, keep) or keep_best:  # a manifest takes time to read: no more than needed
             loss = _val_loss(path, complete)
-            whole |= {path: loss} if loss is not None else {}
-    kept = {*list(whole)[: max(1, keep)], *_best(whole, keep_best)}
-    for path in found if whole else ():
+            if loss is not None:
+                losses[path] = loss
+    kept = {*list(losses)[: max(1, keep)], *_best(losses, keep_best)}
+    for path in paths if losses else ():
         if path not in kept:
-            _drop(path)
+            _delete_checkpoint(path)
 
 
-def _drop(path: Path) -> None:
-    """Delete a checkpoint, which is called one no more before the first of its files goes."""
+def _delete_checkpoint(path: Path) -> None:
+    """Delete a checkpoint, renaming it first, so that no incomplete folder ever has a checkpoint's name."""
     hidden = path.with_name(f".{path.name}.deleted")
     shutil.rmtree(hidden, ignore_errors=True)
     with contextlib.suppress(OSError):
@@ -118,9 +104,9 @@ def _drop(path: Path) -> None:
 
 
 def _best(losses: Mapping[Path, float], count: int) -> list[Path]:
-    """Return the ``count`` with the lowest figures, of equals the first; those without a finite one never count."""
-    known = [path for path, loss in losses.items() if math.isfinite(loss)]
-    return sorted(known, key=lambda path: losses[path])[:count]
+    """Return the ``count`` paths with the lowest finite losses, of equal ones the first."""
+    finite = [path for path, loss in losses.items() if math.isfinite(loss)]
+    return sorted(finite, key=lambda path: losses[path])[:count]
 
 
 def _val_loss(path: Path, complete: bool) -> float | None:
@@ -129,35 +115,36 @@ def _val_loss(path: Path, complete: bool) -> float | None:
         manifest, _ = read_manifest(path, complete)
         loss = manifest.get("metrics", {}).get("val_loss")
         return math.inf if loss is None else float(loss)
-    except (HvdlmError, OverflowError, OSError):
+    except (CheckpointError, OverflowError, OSError):
         return None
 
 
-def sweep(folder: Path, wanted: Collection[str] = ()) -> None:
-    """Put in order what a run that was killed left behind.
+def clean_up(folder: Path, whole: Collection[str] = ()) -> None:
+    """Clean up what a killed run left behind in ``folder``.
 
-    What was set aside comes back where nothing came in its place. What was half-written goes, unless its name is
-    ``wanted``, because on another node it has become whole: then all of its files had been written here too.
+    A checkpoint that was set aside is restored where no other took its name. A partial one is deleted, unless its name
+    is in ``whole``, the checkpoints that were published on another node: then all of its files had been written in this
+    folder, too, and it is published.
     """
     if not folder.is_dir():
         return
     for path in sorted(folder.iterdir()):
         hidden = _HIDDEN.fullmatch(path.name)
-        if not hidden and not path.name.startswith(MARKER) and path.name != ".latest.partial":
+        if not hidden and not path.name.startswith(MARKER) and path.name != _LATEST_PARTIAL:
             continue
         with contextlib.suppress(OSError):
             if hidden and hidden[2] == "replaced":
-                _put_back(folder, hidden[1])
-            elif hidden and hidden[1] in wanted and not (folder / hidden[1]).exists():
+                _restore(folder, hidden[1])
+            elif hidden and hidden[1] in whole and not (folder / hidden[1]).exists():
                 os.rename(path, folder / hidden[1])
             _delete(path)
 
 
-def put_back(folder: Path) -> None:
-    """Bring back every checkpoint that was set aside and not replaced."""
+def restore_replaced(folder: Path) -> None:
+    """Restore every checkpoint that was set aside and whose name no other took."""
     for path in folder.glob(".step-*.replaced") if folder.is_dir() else ():
         with contextlib.suppress(OSError):
-            _put_back(folder, path.name[1:].removesuffix(".replaced"))
+            _restore(folder, path.name[1:].removesuffix(".replaced"))
 
 
 def _delete(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Safetensors files: the one writer (tensor by tensor, hashed on the way, synced to disk), and the one opener."""
+"""Writes safetensors files (tensor by tensor, hashed while writing, synced to disk) and opens untrusted ones."""
 
 from __future__ import annotations
 
@@ -15,25 +15,24 @@ import numpy as np
 from hvdlm.io import untrusted_input
 from hvdlm.io.atomic_files import sync, sync_folder
 
-_HEADER = 100 * 10**6  # the longest header that safetensors allows
-_CHUNK = 4 * 2**20  # what is hashed and written in one go: it stays in the processor's cache between the two
+_MAX_HEADER = 100 * 10**6  # bytes; the limit of the safetensors library
+_CHUNK = 4 * 2**20  # bytes that are hashed and then written: they stay in the processor's cache between the two
 
-
-Described = tuple[str, tuple[int, ...]]
-"""A tensor before it is there: its dtype as safetensors calls it (``F32``), and its shape."""
+TensorInfo = tuple[str, tuple[int, ...]]
+"""A tensor's dtype, by its name in safetensors (``F32``), and its shape."""
 
 
 def write_tensors(
     path: Path,
-    tensors: Mapping[str, Described],
+    tensors: Mapping[str, TensorInfo],
     array: Callable[[str], np.ndarray],
     metadata: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Write ``array(name)`` of all ``tensors``, one at a time, and sync; return {"bytes", "sha256"} of the file.
+    """Write ``array(name)`` for all ``tensors``, one at a time, and sync; return {"bytes", "sha256"} of the file.
 
     https://github.com/huggingface/safetensors#format: the header's length, the header, the arrays.
     """
-    # Wider numbers first, so that all lie at multiples of their size.
+    # Wider elements first, so that every array is aligned to its element size.
     names = sorted(tensors, key=lambda name: (-_bits(tensors[name][0]), name))
     header = _header({name: tensors[name] for name in names}, metadata)
     size, digest = len(header), hashlib.sha256(header)
@@ -50,9 +49,9 @@ def write_tensors(
 
 
 def replace_tensors(
-    path: Path, tensors: Mapping[str, Described], array: Callable[[str], np.ndarray], metadata: Mapping[str, str]
+    path: Path, tensors: Mapping[str, TensorInfo], array: Callable[[str], np.ndarray], metadata: Mapping[str, str]
 ) -> None:
-    """Write the file ``path`` as ``write_tensors`` does, under a temporary name beside it: it is whole or not there."""
+    """Write the file ``path`` as ``write_tensors`` does, atomically, under a temporary name beside it."""
     temporary = path.with_name(f".{path.name}.partial")
     try:
         write_tensors(temporary, tensors, array, metadata)
@@ -63,23 +62,23 @@ def replace_tensors(
 
 
 def open_tensors(path: Path, within: Path) -> Any:
-    """Return the open safetensors file ``path``, which may not be a link that leads out of the folder ``within``.
+    """Return the open safetensors file ``path``, which may not be a link to a file outside of the folder ``within``.
 
     Raises:
-        ValueError, OSError: it is something else, or the library stumbles over it.
+        ValueError, OSError: it is not a regular file, or the library fails on it.
     """
     from safetensors import safe_open
 
     size = untrusted_input.size(path, within=within)
-    with path.open("rb") as file:  # before the library sees it
+    with path.open("rb") as file:  # checked before the library allocates what the header asks for
         length = int.from_bytes(file.read(8), "little")
-    if not 2 <= length <= min(size - 8, _HEADER):
-        raise ValueError(f"its header is said to have {length:,} bytes")
+    if not 2 <= length <= min(size - 8, _MAX_HEADER):
+        raise ValueError(f"its header claims to have {length:,} bytes")
     return untrusted_input.guarded(lambda: safe_open(str(path), framework="numpy"))
 
 
-def bytes_of(tensor: Described) -> int:
-    """Return the bytes of a tensor's numbers."""
+def bytes_of(tensor: TensorInfo) -> int:
+    """Return the size of a tensor's elements in bytes."""
     return math.prod(tensor[1]) * _bits(tensor[0]) // 8
 
 
@@ -87,7 +86,7 @@ def _bits(dtype: str) -> int:
     return 8 if dtype == "BOOL" else int(dtype.lstrip("IUF"))
 
 
-def _header(tensors: Mapping[str, Described], metadata: Mapping[str, str] | None) -> bytes:
+def _header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None) -> bytes:
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, (dtype, shape) in tensors.items():
@@ -99,6 +98,6 @@ def _header(tensors: Mapping[str, Described], metadata: Mapping[str, str] | None
 
 
 def _bytes(array: np.ndarray) -> memoryview:
-    """Return an array's numbers in row-major order, little-endian as the format wants, copied if they aren't so."""
+    """Return an array's elements in row-major order and little-endian, as the format wants, copied if need be."""
     flat = np.ascontiguousarray(array, array.dtype.newbyteorder("<")).reshape(-1)
     return flat.view(np.uint8).data if flat.size else memoryview(b"")

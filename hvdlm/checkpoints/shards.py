@@ -1,41 +1,41 @@
-"""Pieces of global arrays on disk: what a checkpoint's manifest says of them, and how other pieces are put together.
+"""Stored shards of global arrays: their entries in the manifest, and the reader that reshards them.
 
-What was saved by ranks that cut arrays in one way is read by ranks that cut them in another: every wanted piece is
-assembled from the stored ones that overlap it, one tensor at a time.
+Ranks may shard arrays differently from the ranks that saved them: a wanted shard is assembled from the stored shards
+that overlap it, one tensor at a time.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from hvdlm.checkpoints.errors import CheckpointError
 from hvdlm.checkpoints.safetensors_io import open_tensors
-from hvdlm.errors import HvdlmError
 from hvdlm.io import untrusted_input
 from hvdlm.io.atomic_files import sha256
 from hvdlm.io.untrusted_input import shown
 from hvdlm.parallel.flat_layout import Shard
 
 KINDS = {"parameters/": "model", "optimizer/": "optimizer", "carry/": "carry"}
-"""Which files hold tensors whose names begin so."""
+"""Prefix of a tensor's name: prefix of the files that hold it."""
 
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BOOL": "bool"} | {
     f"{letter}{bits}": f"{name}{bits}" for letter, name in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)
 }
 _NAMES = {numpy: name for name, numpy in _DTYPES.items()}
-_NAME = 1024  # characters of a tensor's name
-_AXES = 32
-_ELEMENTS = 2**60  # of one array: what is computed from it stays below 2**63
+_MAX_NAME = 1024  # characters of a tensor's name
+_MAX_AXES = 32
+_MAX_ELEMENTS = 2**60  # of one array; offsets and sizes in bytes stay below 2**63
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A piece of a global array in a file. ``dtype``: as safetensors calls it (``F32``)."""
+    """A shard of a global array in a file. ``dtype``: its name in safetensors (``F32``)."""
 
     file: str
     dtype: str
@@ -43,59 +43,63 @@ class Stored:
 
     @property
     def numpy(self) -> np.dtype[Any]:
-        """The dtype as numpy's."""
+        """The numpy dtype."""
         return np.dtype(_DTYPES[self.dtype])
 
 
 def kind(name: str) -> str:
-    """Return the first word of the files that hold the tensor ``name``."""
+    """Return the prefix of the files that hold the tensor ``name``."""
     return KINDS[name.partition("/")[0] + "/"]
 
 
 def key(name: str) -> str:
-    """Return what the tensor ``name`` is called in its file."""
+    """Return the name that the tensor ``name`` has in its file."""
     return name.removeprefix("parameters/")
 
 
 def to_json(array: np.ndarray, shard: Shard) -> dict[str, Any]:
-    """Return the manifest's entry, but for its file, of ``array``, which is ``piece`` of a global array."""
+    """Return the manifest's entry, without its file, of ``array``, which holds ``shard`` of a global array."""
     if array.shape != shard.held:
-        raise ValueError(f"an array of shape {array.shape} is said to be {shard}")
-    flat = None if shard.flat is None else list(shard.flat)
-    cut = {"shape": list(shard.shape), "start": list(shard.start), "extent": list(shard.extent), "flat": flat}
-    return {"dtype": _NAMES[array.dtype.name], **cut}
+        raise ValueError(f"an array of shape {array.shape} can't hold {shard}")
+    return {
+        "dtype": _NAMES[array.dtype.name],
+        "shape": list(shard.shape),
+        "start": list(shard.start),
+        "extent": list(shard.extent),
+        "flat": None if shard.flat is None else list(shard.flat),
+    }
 
 
 def from_json(tensors: Mapping[str, Any], files: Mapping[str, Any]) -> dict[str, list[Stored]]:
-    """Return a manifest's ``tensors``, which may hold anything, checked against each other and ``files``.
+    """Return a manifest's ``tensors``, which is untrusted input, checked against itself and ``files``.
 
     Raises:
-        ValueError, KeyError, TypeError, AttributeError: it is no manifest of ours.
+        ValueError, KeyError, TypeError, AttributeError: hvdlm didn't write it.
     """
-    found = {}
-    room = {file: entry["bytes"] for file, entry in files.items()}
+    checked = {}
+    bytes_left = {file: entry["bytes"] for file, entry in files.items()}
     for name, entries in tensors.items():
-        if not name.startswith(tuple(KINDS)) or len(name) > _NAME or not name.isprintable():
+        if not name.startswith(tuple(KINDS)) or len(name) > _MAX_NAME or not name.isprintable():
             raise ValueError(f"it names a tensor {shown(repr(name))}")
         stored = [_stored(name, entry, files) for entry in entries]
-        for one in stored:
-            room[one.file] -= math.prod(one.shard.held) * one.numpy.itemsize
-            if room[one.file] < 0:
-                raise ValueError(f"{one.file} is too small for its slice of {name}")
+        for candidate in stored:
+            bytes_left[candidate.file] -= math.prod(candidate.shard.held) * candidate.numpy.itemsize
+            if bytes_left[candidate.file] < 0:
+                raise ValueError(f"{candidate.file} is too small for its slice of {name}")
         # A file has one array of a name: slices in one file would be the same memory claimed many times.
-        apart = len({s.shard for s in stored}) == len({s.file for s in stored}) == len(stored)
-        if not apart or len({(s.shard.shape, s.dtype) for s in stored}) != 1:
+        distinct = len({s.shard for s in stored}) == len({s.file for s in stored}) == len(stored)
+        if not distinct or len({(s.shard.shape, s.dtype) for s in stored}) != 1:
             raise ValueError(f"the slices of {name} contradict each other")
-        found[name] = stored
-    return found
+        checked[name] = stored
+    return checked
 
 
 def _stored(name: str, entry: Mapping[str, Any], files: Mapping[str, Any]) -> Stored:
     file, dtype, flat = entry["file"], entry["dtype"], entry["flat"]
-    shape, start, extent = (_numbers(name, entry[what]) for what in ("shape", "start", "extent"))
+    shape, start, extent = (_numbers(name, entry[field]) for field in ("shape", "start", "extent"))
     shard = Shard(shape, start, extent, None if flat is None else _pair(name, flat))
     if file not in files or not file.startswith(kind(name)):
-        raise ValueError(f"{name} is said to be in {shown(repr(file))}")
+        raise ValueError(f"{name} is claimed to be in {shown(repr(file))}")
     if dtype not in _DTYPES:
         raise ValueError(f"{name} has the dtype {shown(repr(dtype))}")
     inside = len(shape) == len(start) == len(extent) and all(
@@ -107,11 +111,11 @@ def _stored(name: str, entry: Mapping[str, Any], files: Mapping[str, Any]) -> St
 
 
 def _numbers(name: str, value: Any) -> tuple[int, ...]:
-    # bool is an int to isinstance, and no number here.
-    if not isinstance(value, list) or not all(type(n) is int and 0 <= n <= _ELEMENTS for n in value):
+    # isinstance would take a bool for an int.
+    if not isinstance(value, list) or not all(type(n) is int and 0 <= n <= _MAX_ELEMENTS for n in value):
         raise ValueError(f"a slice of {name} is cut at {shown(repr(value))}")
-    if len(value) > _AXES or math.prod(n or 1 for n in value) > _ELEMENTS:
-        raise ValueError(f"{name} is said to be larger than any array")
+    if len(value) > _MAX_AXES or math.prod(n or 1 for n in value) > _MAX_ELEMENTS:
+        raise ValueError(f"{name} is claimed to be larger than any array")
     return tuple(value)
 
 
@@ -121,7 +125,7 @@ def _pair(name: str, value: Any) -> tuple[int, int]:
 
 
 class Reader:
-    """Reads pieces from a checkpoint's files; verifies a file's SHA-256 before anything of it is used.
+    """Reads shards from a checkpoint's files, each file's SHA-256 verified before anything in it is used.
 
     ``verified``: the hashes have been verified already.
     """
@@ -129,86 +133,83 @@ class Reader:
     def __init__(
         self, folder: Path, files: Mapping[str, Any], tensors: Mapping[str, Sequence[Stored]], verified: bool = False
     ) -> None:
-        self._folder, self._files, self._tensors, self._verified = folder, files, tensors, verified
+        self._folder = folder
+        self._files = files
+        self._tensors = tensors
+        self._verified = verified
         self._opened: dict[str, Any] = {}
 
-    def shard(self, name: str, wanted: Shard) -> np.ndarray:
-        """Return ``wanted`` of the tensor ``name``, of shape ``wanted.held``.
+    def read(self, name: str, wanted: Shard) -> np.ndarray:
+        """Return the shard ``wanted`` of the tensor ``name``, of shape ``wanted.held``.
 
         Raises:
-            HvdlmError: the stored slices don't cover it, or a file is damaged.
+            CheckpointError: the stored slices don't cover it, or a file is damaged.
         """
-        found = self.covered(name, wanted)
-        if found is None:
+        array = self.read_if_covered(name, wanted)
+        if array is None:
             raise self._damaged(f"a slice of {name} is missing")
-        return found
+        return array
 
-    def covered(self, name: str, wanted: Shard) -> np.ndarray | None:
-        """Return what ``piece`` returns, or None where the stored slices don't cover it."""
+    def read_if_covered(self, name: str, wanted: Shard) -> np.ndarray | None:
+        """Return what ``read`` returns, or None where the stored slices don't cover it."""
         stored = self._tensors[name]
         same = next((s for s in stored if s.shard == wanted), None)
         if same:
-            return self._read(name, same)
-        # Before memory is taken for what a manifest only claims to be there.
+            return self._read_slice(name, same)
+        # Checked before memory is allocated for elements that the manifest only claims to have.
         if sum(math.prod(s.shard.held) for s in stored) < math.prod(stored[0].shard.shape):
             return None
         target = _narrowed(wanted)
         box = np.empty(target.extent, stored[0].numpy)
-        lacks = _elements(target)
-        for one in stored:
-            self._fill(box, lacks, target, name, one)
-        if lacks.any():
+        missing = _elements(target)
+        for candidate in stored:
+            self._fill(box, missing, target, name, candidate)
+        if missing.any():
             return None
         return box if target.flat is None else box.reshape(-1)[slice(*target.flat)].copy()
 
-    def _fill(self, box: np.ndarray, lacks: np.ndarray, target: Shard, name: str, stored: Stored) -> None:
-        """Copy into ``box`` what ``stored`` has of it, where it still ``lacks`` something."""
+    def _fill(self, box: np.ndarray, missing: np.ndarray, target: Shard, name: str, stored: Stored) -> None:
+        """Copy the ``missing`` elements of ``target`` that ``stored`` has into ``box``."""
         source = _narrowed(stored.shard)
-        common = [
+        overlap = [
             (max(a, b), min(a + n, b + m))
             for a, n, b, m in zip(target.start, target.extent, source.start, source.extent, strict=True)
         ]
-        if any(low >= high for low, high in common):
+        if any(low >= high for low, high in overlap):
             return
-        # An ellipsis keeps the part of an array without dimensions an array.
-        into: tuple[Any, ...] = (
-            ...,
-            *(slice(low - a, high - a) for (low, high), a in zip(common, target.start, strict=True)),
-        )
-        out_of: tuple[Any, ...] = (
-            ...,
-            *(slice(low - a, high - a) for (low, high), a in zip(common, source.start, strict=True)),
-        )
-        take = lacks[into] & _elements(source)[out_of]
-        if not take.any():
+        # The ellipsis keeps a slice of a zero-dimensional array an array.
+        in_target: tuple[Any, ...] = (..., *_within(overlap, target.start))
+        in_source: tuple[Any, ...] = (..., *_within(overlap, source.start))
+        copied = missing[in_target] & _elements(source)[in_source]
+        if not copied.any():
             return
         if source.flat is None:
-            np.copyto(box[into], self._read(name, stored, out_of[1:]), where=take)
+            np.copyto(box[in_target], self._read_slice(name, stored, in_source[1:]), where=copied)
         else:
             values = np.empty(source.extent, box.dtype)
-            values.reshape(-1)[slice(*source.flat)] = self._read(name, stored)
-            np.copyto(box[into], values[out_of], where=take)
-        lacks[into] &= ~take
+            values.reshape(-1)[slice(*source.flat)] = self._read_slice(name, stored)
+            np.copyto(box[in_target], values[in_source], where=copied)
+        missing[in_target] &= ~copied
 
-    def _read(self, name: str, stored: Stored, part: tuple[Any, ...] = ()) -> np.ndarray:
+    def _read_slice(self, name: str, stored: Stored, index: tuple[Any, ...] = ()) -> np.ndarray:
         file = self._open(stored.file)
 
         def read() -> np.ndarray | None:
-            found = file.get_slice(key(name))
-            if (found.get_dtype(), tuple(found.get_shape())) != (stored.dtype, stored.shard.held):
+            tensor = file.get_slice(key(name))
+            if (tensor.get_dtype(), tuple(tensor.get_shape())) != (stored.dtype, stored.shard.held):
                 return None
-            return found[part] if part else file.get_tensor(key(name))
+            return tensor[index] if index else file.get_tensor(key(name))
 
         array = self._guarded(stored.file, read)
         if array is None:
             raise self._damaged(f"{name} in {stored.file} is not what the manifest says")
         return array
 
-    def all(self, name: str) -> dict[str, np.ndarray]:
-        """Return all tensors of a rank's own file, ``exchange/...``; none where the checkpoint has no such file.
+    def read_rank_file(self, name: str) -> dict[str, np.ndarray]:
+        """Return all tensors of the file of a single rank, ``exchange/...``; none where there is no such file.
 
         Raises:
-            HvdlmError: it is damaged, or holds anything else.
+            CheckpointError: it is damaged, or holds anything else.
         """
         if name not in self._files:
             return {}
@@ -221,30 +222,30 @@ class Reader:
 
     def _open(self, name: str) -> Any:
         if name not in self._opened:
-            self._opened[name] = self._guarded(name, lambda: self._opened_file(name))
+            self._opened[name] = self._guarded(name, lambda: self._open_file(name))
         return self._opened[name]
 
-    def _opened_file(self, name: str) -> Any:
+    def _open_file(self, name: str) -> Any:
         path = self._folder / name
-        # The rules for files are those of the manifest's reader: what lies there now may be another file.
+        # Checked as the manifest's reader did: the file may have been replaced since.
         untrusted_input.size(path, within=self._folder)
         if not self._verified and sha256(path) != self._files[name]["sha256"]:
             raise self._damaged(f"{name} has another SHA-256")
         return open_tensors(path, self._folder)
 
     def _guarded(self, file: str, action: Callable[[], Any]) -> Any:
-        """Return what ``action`` does with ``file``, in which the library may stumble over anything."""
+        """Return the result of ``action``, which reads ``file``; the library may fail in any way on its content."""
         try:
             return untrusted_input.guarded(action)
         except ValueError as error:
             raise self._damaged(f"{file}: {error}") from error
 
-    def _damaged(self, why: str) -> HvdlmError:
-        return HvdlmError(f"checkpoint {self._folder} is damaged: {why}. Resume from another one.")
+    def _damaged(self, reason: str) -> CheckpointError:
+        return CheckpointError(self._folder, reason)
 
 
 def _narrowed(shard: Shard) -> Shard:
-    """Return the same elements as a piece of the smallest box of whole rows (of the first dimension)."""
+    """Return the same elements as a shard of the smallest box of whole rows (of the first dimension)."""
     if shard.flat is None or not shard.extent:
         return shard
     row = max(1, math.prod(shard.extent[1:]))
@@ -258,9 +259,15 @@ def _narrowed(shard: Shard) -> Shard:
 
 
 def _elements(shard: Shard) -> np.ndarray:
-    """Return bool ``[*extent]``: which elements of its box a piece holds."""
+    """Return bool ``[*extent]``: the elements of its box that a shard holds."""
     if shard.flat is None:
         return np.ones(shard.extent, bool)
     mask = np.zeros(shard.extent, bool)
     mask.reshape(-1)[slice(*shard.flat)] = True
     return mask
+
+
+def _within(overlap: list[tuple[int, int]], start: Sequence[int]) -> Iterator[slice]:
+    """Yield the slices of ``overlap`` in a box that begins at ``start``."""
+    for (low, high), first in zip(overlap, start, strict=True):
+        yield slice(low - first, high - first)

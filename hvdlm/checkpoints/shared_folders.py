@@ -1,7 +1,7 @@
-"""Which ranks' checkpoint folders are one and the same, and how much room there is: found out, never asked for.
+"""Detects which ranks share a checkpoint folder, and how much disk space each folder has.
 
-A run's folder may be shared by all ranks or be another one on every node; ranks that see each other's markers share
-it. The lowest of them leads: what is done once to a folder, it does.
+A run's folder may be shared by all ranks or be local to every node; ranks that see each other's marker files share it.
+The lowest of them leads: it does what is done once per folder.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from typing import Any
 from hvdlm.protocols.world import World
 
 MARKER = ".rank-"
-"""How a marker's name begins."""
+"""Prefix of a marker file's name."""
 
 
 @dataclass(frozen=True)
 class Sharing:
-    """Who shares a folder with ``rank``. ``leaders``: for every rank the lowest one whose folder is the same."""
+    """The ranks that share a folder with ``rank``. ``leaders``: for every rank the lowest one with the same folder."""
 
     rank: int
     leaders: tuple[int, ...]
 
     @property
     def leads(self) -> bool:
-        """Whether this rank does what is done once to its folder."""
+        """Whether this rank does what is done once per folder."""
         return self.leaders[self.rank] == self.rank
 
     @property
@@ -44,11 +44,11 @@ class Sharing:
 
 
 def meet(folder: Path, world: World) -> Sharing:
-    """Return who shares ``folder``, which is made where it is missing. All ranks call.
+    """Return which ranks share ``folder``, which is created where it is missing. All ranks call.
 
-    Every rank leaves a marker and looks for all others' by name: names that nobody has asked for before are answered
-    by network file systems without their caches. Where a marker can't be left (a folder that is only read), folders
-    count as one where they are the same directory of one host.
+    Every rank creates a marker file and looks up all others by name: names that were never looked up before are not in
+    the caches of network file systems. Where a marker can't be created (the folder is read-only), folders are the same
+    where they are the same directory of the same host.
     """
     if world.size == 1:
         attempt(lambda: folder.mkdir(parents=True, exist_ok=True))
@@ -56,35 +56,34 @@ def meet(folder: Path, world: World) -> Sharing:
     token = world.broadcast_object(secrets.token_hex(8) if world.rank == 0 else None)
     names = [f"{MARKER}{rank:04d}-{token}" for rank in range(world.size)]
 
-    def leave() -> None:
+    def create_marker() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / names[world.rank]).touch()
 
-    said = world.gather_objects([attempt(leave), _identity(folder)])
-    seen = [rank for rank, name in enumerate(names) if (folder / name).exists()]
-    everyone = world.gather_objects(seen)
+    answers = world.gather_objects([attempt(create_marker), _identity(folder)])
+    visible = world.gather_objects([rank for rank, name in enumerate(names) if (folder / name).exists()])
     attempt(lambda: (folder / names[world.rank]).unlink(missing_ok=True))
-    if any(error for error, _ in said):
-        identities = [identity or [rank] for rank, (_, identity) in enumerate(said)]
+    if any(error for error, _ in answers):
+        identities = [identity or [rank] for rank, (_, identity) in enumerate(answers)]
         return Sharing(world.rank, tuple(identities.index(identity) for identity in identities))
     leaders: list[int] = []
-    for rank, own in enumerate(everyone):
-        lowest = min((other for other in own if rank in everyone[other]), default=rank)
+    for rank, others in enumerate(visible):
+        lowest = min((other for other in others if rank in visible[other]), default=rank)
         leaders.append(leaders[lowest] if lowest < rank else rank)
     return Sharing(world.rank, tuple(leaders))
 
 
 def _identity(folder: Path) -> list[Any] | None:
-    """Return what names a directory on all ranks of one host; None where there is none."""
+    """Return what identifies a directory on all ranks of one host; None where there is none."""
     try:
-        found = folder.stat()
+        stat = folder.stat()
     except OSError:
         return None
-    return [host(), found.st_dev, found.st_ino]
+    return [host(), stat.st_dev, stat.st_ino]
 
 
 def host() -> str:
-    """Return a name of this machine that no other one has."""
+    """Return a unique name of this machine."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
@@ -93,41 +92,41 @@ def host() -> str:
 
 
 def attempt(action: Callable[[], Any]) -> str | None:
-    """Do it; return what went wrong with a file, or None."""
+    """Call ``action``; return the description of its OSError, or None."""
     try:
         action()
     except OSError as error:
-        return explain(error)
+        return describe(error)
     return None
 
 
-def explain(error: OSError) -> str:
-    """Return what went wrong with a file, and with which."""
+def describe(error: OSError) -> str:
+    """Return what failed, and with which file."""
     return f"{error.strerror or error} ({error.filename or 'the checkpoint'})"
 
 
-def room(folder: Path) -> dict[str, Any]:
-    """Return the host, the device and the free bytes of a folder's file system; None where it doesn't tell."""
+def disk_space(folder: Path) -> dict[str, Any]:
+    """Return the host, the device and the free bytes of a folder's file system; free is None where it is unknown."""
     stats = os.statvfs(folder)
     free = stats.f_bavail * stats.f_frsize if stats.f_blocks else None
     return {"host": host(), "device": folder.stat().st_dev, "free": free}
 
 
-def too_little(
-    sharing: Sharing, needs: Sequence[int], rooms: Sequence[Mapping[str, Any] | None]
+def insufficient_space(
+    sharing: Sharing, needs: Sequence[int], spaces: Sequence[Mapping[str, Any] | None]
 ) -> tuple[int, int, int] | None:
     """Return (leader, bytes needed, bytes free) of the first file system that lacks space, or None.
 
-    ``needs``: what every rank will write; ``rooms``: what every leader found (``room``). Ranks that share a folder
-    share its file system, and so may folders of one host.
+    ``needs``: the bytes that every rank will write; ``spaces``: every leader's ``disk_space``. Ranks that share a
+    folder share its file system, and folders of one host may share one, too.
     """
     systems: dict[tuple[Any, ...], tuple[int, int, int]] = {}
     for rank, need in enumerate(needs):
         leader = sharing.leaders[rank]
-        found = rooms[leader]
-        if found is None or found["free"] is None:
+        space = spaces[leader]
+        if space is None or space["free"] is None:
             continue
-        system = (found["host"], found["device"])
-        first, sum_of, free = systems.get(system, (leader, 0, found["free"]))
-        systems[system] = (first, sum_of + need, min(free, found["free"]))
-    return next((found for found in systems.values() if found[1] > found[2]), None)
+        system = (space["host"], space["device"])
+        first, needed, free = systems.get(system, (leader, 0, space["free"]))
+        systems[system] = (first, needed + need, min(free, space["free"]))
+    return next((system for system in systems.values() if system[1] > system[2]), None)

@@ -1,4 +1,4 @@
-"""Who writes what of a checkpoint: every piece of every tensor once, by the lowest rank that holds it."""
+"""Plans which rank writes what of a checkpoint: every shard of every tensor once, by the lowest rank that holds it."""
 
 from __future__ import annotations
 
@@ -11,46 +11,48 @@ from typing import Any
 from hvdlm.checkpoints.safetensors_io import bytes_of
 from hvdlm.checkpoints.shards import kind
 
-ENTRY = 512
-"""Bytes that a tensor takes, at most, in a header and in the manifest, beside its name and its numbers."""
+ENTRY_BYTES = 512
+"""Upper bound of a tensor's bytes in a header and in the manifest, beside its name and its elements."""
 
 
 @dataclass(frozen=True)
-class Deal:
-    """Who writes what.
+class WritePlan:
+    """Which rank writes what.
 
     Attributes:
-        parts: what every rank writes, {file: names}.
+        files: for every rank the files that it writes, {file: names of tensors}.
         tensors: the manifest's ``tensors``.
-        bytes: what every rank's part takes on disk, at most.
+        bytes: for every rank an upper bound of the bytes that it writes.
     """
 
-    parts: list[dict[str, list[str]]]
+    files: list[dict[str, list[str]]]
     tensors: dict[str, list[Any]]
     bytes: list[int]
 
 
-def deal_out(held: Sequence[Mapping[str, Any]]) -> Deal:
-    """Return who writes what, from what every rank holds: ``pieces.to_json`` by global name."""
+def make_write_plan(held: Sequence[Mapping[str, Any]]) -> WritePlan:
+    """Return the plan for the shards that every rank holds: {global name: ``shards.to_json``} for each rank."""
     written: list[tuple[int, str, Any]] = []
-    taken = set()
+    seen = set()
     for rank, entries in enumerate(held):
         for name, entry in entries.items():
-            what = (name, json.dumps([entry["start"], entry["extent"], entry["flat"]]))
-            if what not in taken:
-                taken.add(what)
+            identity = (name, json.dumps([entry["start"], entry["extent"], entry["flat"]]))
+            if identity not in seen:
+                seen.add(identity)
                 written.append((rank, name, entry))
     writers = {(kind(name), rank) for rank, name, _ in written}
-    alone = {first for first, count in Counter(first for first, _ in writers).items() if count == 1}
-    deal = Deal([{} for _ in held], {}, [0] * len(held))
+    writers_of_kind = Counter(kind_ for kind_, _ in writers)
+    plan = WritePlan([{} for _ in held], {}, [0] * len(held))
     for rank, name, entry in written:
-        file = f"{kind(name)}.safetensors" if kind(name) in alone else f"{kind(name)}-{rank:04d}.safetensors"
-        deal.parts[rank].setdefault(file, []).append(name)
-        deal.tensors.setdefault(name, []).append({"file": file, **entry})
-        deal.bytes[rank] += bytes_of((entry["dtype"], _extent(entry))) + ENTRY + len(name)
-    return deal
+        file = f"{kind(name)}.safetensors"
+        if writers_of_kind[kind(name)] > 1:
+            file = f"{kind(name)}-{rank:04d}.safetensors"
+        plan.files[rank].setdefault(file, []).append(name)
+        plan.tensors.setdefault(name, []).append({"file": file, **entry})
+        plan.bytes[rank] += bytes_of((entry["dtype"], _held_shape(entry))) + ENTRY_BYTES + len(name)
+    return plan
 
 
-def _extent(entry: Mapping[str, Any]) -> tuple[int, ...]:
+def _held_shape(entry: Mapping[str, Any]) -> tuple[int, ...]:
     flat = entry["flat"]
     return tuple(entry["extent"]) if flat is None else (flat[1] - flat[0],)

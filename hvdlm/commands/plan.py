@@ -1,57 +1,60 @@
-"""``--dry_run``: what a run would need of every rank, by closed forms, without ranks, data or a framework."""
+"""Predict the memory and communication of every rank: ``python -m hvdlm plan [OPTIONS of train]``."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 
-from hvdlm_huggingface import folder as pretrained
-
 from hvdlm import plugins
+from hvdlm.checkpoints.base_weights import resolve
 from hvdlm.config import Config
 from hvdlm.configuration import validation
+from hvdlm.configuration.parsing import parse_config
 from hvdlm.errors import HvdlmError
 from hvdlm.models.lora import adapt
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.mesh import AXES, Mesh, make_mesh
+from hvdlm.planning.closed_forms import predict_costs
 from hvdlm.protocols.types import Prediction
+from hvdlm.training.run import load_plugins
 
 _MEMORY = ("parameters", "gradients", "optimizer", "activations")
-_VOCAB = {"word": 10_000, "bpe": 4096}  # what data.vocab_size means where it is not set
+_VOCAB = {"word": 10_000, "bpe": 4096}  # defaults of data.vocab_size
 
 
-def main(config: Config) -> int:
-    """Print the plan of ``config``; its ranks are the product of the parallel options.
+def main(arguments: list[str]) -> int:
+    """Print the plan of the run that ``arguments``, options of train, describe."""
+    print(describe(parse_config(arguments, "plan")))
+    return 0
+
+
+def describe(config: Config) -> str:
+    """Return the plan of ``config``, whose number of ranks is the product of the parallel options.
 
     Raises:
-        HvdlmError: the first thing found wrong.
+        HvdlmError: the first problem.
     """
-    config = copy.deepcopy(pretrained.resolve(config))
+    config = resolve(config)
     validation.values(config)
-    plugins.require(config.plugins)
-    names = [config.framework, config.task, config.communication.exchange, "sharding", *config.plugins]
-    if config.communication.compression.algorithm != "none":
-        names += ["compression", config.communication.compression.algorithm]
-    manager = plugins.load(names)
+    manager = load_plugins(config)
     manager.hook.hvdlm_prepare(config=config)
     p = config.parallel
     mesh = make_mesh((p.data or 1) * p.pipeline * p.tensor, p)
     validation.layout(config, mesh)
-    known = plugins.models(manager)
-    validation.model(config, known)
+    validation.model(config, manager)
     vocab = config.model.vocab or config.data.vocab_size or _VOCAB.get(config.data.tokenizer, 256)
-    spec = adapt(known[config.model.name](config.model, vocab, config.data.context), config.lora)
-    manager.hook.hvdlm_check(config=config, spec=spec)
-    # Data ranks need the same, and tensor ranks all but: of those, the one that needs most stands for its stage.
+    maker = plugins.find_model(manager, config.model.name)
+    spec = adapt(maker(config.model, vocab, config.data.context), config.lora)
+    # Data ranks have equal costs, and tensor ranks nearly so: the one with the highest stands for its stage.
     stages = []
     for stage in range(mesh.pipeline):
-        ranks = range(stage * mesh.tensor, (stage + 1) * mesh.tensor)
-        found = [manager.hook.hvdlm_predict(config=config, spec=spec, mesh=mesh, rank=rank) for rank in ranks]
-        if None in found:
-            raise HvdlmError(f"model.name {config.model.name}: no plugin predicts what a {spec.kind} needs.")
-        stages.append(max(found, key=lambda prediction: sum(prediction.memory.values())))
-    print("\n".join([*_header(config, spec, mesh, stages[0], vocab), "", *_memory(stages), "", *_bytes(stages)]))
-    return 0
+        predictions = []
+        for rank in range(stage * mesh.tensor, (stage + 1) * mesh.tensor):
+            prediction = predict_costs(manager, config, spec, mesh, rank)
+            if prediction is None:
+                raise HvdlmError(f"model.name {config.model.name}: no plugin predicts the costs of a {spec.kind}.")
+            predictions.append(prediction)
+        stages.append(max(predictions, key=lambda prediction: sum(prediction.memory.values())))
+    return "\n".join([*_header(config, spec, mesh, stages[0], vocab), "", *_memory(stages), "", *_bytes(stages)])
 
 
 def _header(config: Config, spec: ModelSpec, mesh: Mesh, first: Prediction, vocab: int) -> Iterable[str]:
@@ -86,7 +89,7 @@ def _bytes(stages: list[Prediction]) -> Iterable[str]:
     yield "bytes of a rank's step".ljust(24) + "".join(name.rjust(14) for name in (*axes, "total"))
     for number, stage in enumerate(stages):
         if stage.bytes is None:
-            yield _label(number, stage) + "  not every step sums whole gradients: see docs/compression.md"
+            yield _label(number, stage) + "  gradients are not summed whole at every step: see docs/compression.md"
             continue
         figures = [stage.bytes.get(axis, 0) for axis in axes]
         yield _label(number, stage) + "".join(_size(count).rjust(14) for count in (*figures, sum(figures)))

@@ -1,4 +1,4 @@
-"""What options there are and what each takes, read off the dataclasses: for errors that say what to write instead."""
+"""The names and types of all options, from the dataclasses, for errors that say what to write instead."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from hvdlm.errors import HvdlmError
 from hvdlm.io import untrusted_input
 
-_LONGEST = 80  # characters of a key, of which the nearest known one is searched
+_LONGEST = 80  # characters of an unknown key that are compared with known ones
 _PHRASES = {
     int: "a whole number",
     float: "a number",
@@ -25,19 +25,19 @@ _PHRASES = {
 
 def types_of(classes: Mapping[str, type]) -> dict[str, Any]:
     """Return {key: its type} of every option; ``classes`` maps a section ("" for the top level) to its dataclass."""
-    found: dict[str, Any] = {}
+    types_by_key: dict[str, Any] = {}
     for section, kind in classes.items():
         for name, hint in typing.get_type_hints(kind).items():
             key = f"{section}.{name}" if section else name
             if dataclasses.is_dataclass(hint):
-                found.update(types_of({key: typing.cast(type, hint)}))
+                types_by_key.update(types_of({key: typing.cast(type, hint)}))
             else:
-                found[key] = hint
-    return found
+                types_by_key[key] = hint
+    return types_by_key
 
 
 def expectation(hint: Any) -> str:
-    """Return what an option of this type takes, as part of a sentence."""
+    """Return a description of the values that an option of this type takes."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Literal:
         return f"one of {', '.join(map(str, arguments))}"
@@ -48,23 +48,23 @@ def expectation(hint: Any) -> str:
 
 
 def advice(key: str, known: Iterable[str]) -> str:
-    """Return what may have been meant by ``key``."""
+    """Return a suggestion for the unknown ``key``."""
     names = sorted({*known, *(name.split(".")[0] for name in known)})
     last = {name.rsplit(".", 1)[-1]: name for name in names}
     # A section that was forgotten: of several that have such an option, the first.
     close = [name for name in known if name.rpartition(".")[2] == key][:1]
     close = close or difflib.get_close_matches(key, names, 1, 0.6)
     close = close or [last[n] for n in difflib.get_close_matches(key.rsplit(".", 1)[-1], last, 1, 0.6)]
-    return f"did you mean --{close[0]}?" if close else "python -m hvdlm --help lists all options."
+    return f"did you mean --{close[0]}?" if close else "python -m hvdlm --help all lists all options."
 
 
 def unknown(key: str, known: Iterable[str]) -> str:
-    """Return the sentence about an option that doesn't exist."""
+    """Return the error about an option that doesn't exist."""
     return f"--{untrusted_input.shown(key)}: there is no such option; {advice(key[:_LONGEST], known)}"
 
 
 def wrong_value(key: str, value: Any, hint: Any) -> str:
-    """Return the sentence about a value of the wrong type."""
+    """Return the error about a value of the wrong type."""
     shown = (
         "null" if value in (None, "None") else untrusted_input.shown(repr(value) if isinstance(value, str) else value)
     )
@@ -92,6 +92,8 @@ def check_mapping(content: Mapping[str, Any], known: Mapping[str, Any], where: s
             raise HvdlmError(f"{where}: {unknown(key, known)}")
         elif value is None and "null" not in expectation(known[key]):
             raise HvdlmError(f"{where}: {wrong_value(key, None, known[key])}")
+        elif not isinstance(value, str | None) and expectation(known[key]) in ("text", "text or null"):
+            raise HvdlmError(f"{where}: {wrong_value(key, value, known[key])}")
 
 
 def example(section: str, known: Mapping[str, Any]) -> str:

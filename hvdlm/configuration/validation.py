@@ -1,4 +1,4 @@
-"""What can be wrong in a configuration, checked before any rank computes: each answer is one sentence."""
+"""Validation of a configuration before any rank computes; every problem is one sentence."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
+import pluggy
+
+from hvdlm import plugins
 from hvdlm.config import Config
 from hvdlm.data import mixture
 from hvdlm.errors import HvdlmError, nearest
 from hvdlm.models.lora import adapt
-from hvdlm.models.spec import ModelSpec
+from hvdlm.parallel import layout_checks
 from hvdlm.parallel.mesh import Mesh
 
+_STAND_IN_VOCAB = 256  # checks run before the data is opened
 _POSITIVE = """
     model.layers model.width model.heads model.kv_heads model.mlp_width model.vocab lora.rank data.vocab_size
     data.context train.steps train.batch_size train.micro_batch_size train.decay_every train.decay_start
@@ -69,10 +73,10 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
 
 
 def values(config: Config) -> None:
-    """Check every figure by itself, and the run's folder.
+    """Check every number against its range, and the run's folder.
 
     Raises:
-        HvdlmError: the first that is out of its range.
+        HvdlmError: the first problem.
     """
     for key, (good, expected) in _RANGES.items():
         value: Any = reduce(getattr, key.split("."), config)
@@ -84,23 +88,23 @@ def values(config: Config) -> None:
             f"{config.train.learning_rate}: lower it (--train.min_learning_rate)."
         )
     if config.lora.rank is None and (config.lora.alpha is not None or config.lora.layers is not None):
-        raise HvdlmError("lora.alpha and lora.layers are for adapters, which lora.rank asks for: --lora.rank 8.")
+        raise HvdlmError("lora.alpha and lora.layers configure adapters, which lora.rank enables: --lora.rank 8.")
     if config.train.nesterov and not config.train.momentum:
         raise HvdlmError("train.nesterov needs train.momentum above 0, for example --train.momentum 0.9.")
     if config.data.mixture is not None:
         mixture.read(config.data)
         if config.task != "language_model":
-            raise HvdlmError(f"data.mixture: the task {config.task} mixes no corpora: give it data.path.")
+            raise HvdlmError(f"data.mixture: the task {config.task} doesn't support mixtures: give it data.path.")
     writable(Path(config.log.run), "log.run")
 
 
 def writable(folder: Path, key: str) -> None:
     """Check that ``folder`` is, or can become, a folder that this user can write."""
-    nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not nearest.is_dir():
-        raise HvdlmError(f"{key} {folder}: {nearest} is a file, not a folder: choose another folder (--{key}).")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise HvdlmError(f"{key} {folder}: {nearest} can't be written by this user: choose another folder (--{key}).")
+    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not existing.is_dir():
+        raise HvdlmError(f"{key} {folder}: {existing} is a file, not a folder: choose another folder (--{key}).")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise HvdlmError(f"{key} {folder}: {existing} can't be written by this user: choose another folder (--{key}).")
 
 
 def layout(config: Config, mesh: Mesh) -> None:
@@ -114,30 +118,33 @@ def layout(config: Config, mesh: Mesh) -> None:
         low, high = batch // data * data, -(-batch // data) * data
         sizes = f"{low} or {high}" if low else str(high)
         raise HvdlmError(f"train.batch_size {batch} can't be split over {data} data ranks: choose {sizes}.")
-    share, micro = batch // data, config.train.micro_batch_size or batch // data
-    if share % micro:
-        divisors = ", ".join(str(n) for n in range(1, share + 1) if share % n == 0)
+    rows = batch // data
+    micro_batch = config.train.micro_batch_size or rows
+    if rows % micro_batch:
+        divisors = ", ".join(str(n) for n in range(1, rows + 1) if rows % n == 0)
         raise HvdlmError(
-            f"train.micro_batch_size {micro} doesn't divide the {share} sequences of a rank: choose one of {divisors}."
+            f"train.micro_batch_size {micro_batch} doesn't divide the {rows} sequences of a rank: choose one of "
+            f"{divisors}."
         )
 
 
-def model(config: Config, known: Mapping[str, Any]) -> ModelSpec:
-    """Check the model's name, sizes and adapters; return it with a stand-in vocabulary.
+def model(config: Config, manager: pluggy.PluginManager) -> None:
+    """Check the model's name, sizes and adapters, its layout, and what plugins check (``hvdlm_check``).
 
     Raises:
-        HvdlmError: an unknown name, or what doesn't fit together.
+        HvdlmError: the first problem.
     """
-    if config.model.name not in known:
-        raise HvdlmError(f"model.name: no model {config.model.name!r}; {nearest(config.model.name, known)}")
-    return adapt(known[config.model.name](config.model, 256, config.data.context), config.lora)
+    maker = plugins.find_model(manager, config.model.name)
+    spec = adapt(maker(config.model, _STAND_IN_VOCAB, config.data.context), config.lora)
+    layout_checks.check(config, spec)
+    manager.hook.hvdlm_check(config=config, spec=spec)
 
 
 def communication(config: Config, size: int, backend: str, compressors: Mapping[str, Any]) -> None:
-    """Check how gradients travel against the ranks and the backend.
+    """Check the exchange of gradients against the number of ranks and the backend.
 
     Raises:
-        HvdlmError: an unknown algorithm, or a reduction that this backend or this number of ranks doesn't have.
+        HvdlmError: an unknown algorithm, or a reduction that this backend or this number of ranks doesn't support.
     """
     options = config.communication
     if options.compression.algorithm not in {"none", *compressors}:
@@ -153,11 +160,11 @@ def communication(config: Config, size: int, backend: str, compressors: Mapping[
                 f"communication.reduction adasum combines ranks pair by pair, {size} is no power of two: start "
                 f"{2 ** (size.bit_length() - 1)} or {2 ** size.bit_length()} ranks."
             )
-    horovods = {"autotune": options.autotune, "timeline": options.timeline}
-    for name, value in horovods.items():
+    horovod_settings = {"autotune": options.autotune, "timeline": options.timeline}
+    for name, value in horovod_settings.items():
         if value and backend == "mpi4py":
             raise HvdlmError(
-                f"communication.{name} is Horovod's, which backend mpi4py does without: leave it out, or use "
+                f"communication.{name} is a setting of Horovod, which backend mpi4py doesn't use: leave it out, or use "
                 "--backend mpi."
             )
     if options.autotune_log and not options.autotune:

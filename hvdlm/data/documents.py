@@ -1,4 +1,4 @@
-"""Texts out of records: JSON lines, Parquet files, and the folders of Hugging Face ``datasets``; in bounded memory."""
+"""Reads texts from records (JSON lines, Parquet and Arrow files, Hugging Face ``datasets``) in bounded memory."""
 
 from __future__ import annotations
 
@@ -8,93 +8,98 @@ from collections.abc import Iterable, Iterator
 from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
-from hvdlm.data.source_chunks import START, Piece, Place, Reading
+from hvdlm.data.source_chunks import START, ReadProgress, SourceChunk, SourcePosition
 from hvdlm.errors import HvdlmError
 from hvdlm.io import untrusted_input
 from hvdlm.io.untrusted_input import shown
 
 SUFFIXES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".parquet", ".arrow")
-_LINE = 1 << 26  # bytes: a longer line is no record
-_ROWS = 256  # records of a Parquet file in memory at once
-_PIECE = 1 << 20
+_MAX_LINE = 1 << 26  # bytes of a record
+_ROWS = 256  # records of a table in memory at once
+_CHUNK = 1 << 20  # characters
 
 
 class Form(NamedTuple):
-    """What of a record is its text (``field``), and what stands after it (``separator``)."""
+    """The ``field`` of a record that holds its text, and the ``separator`` that is appended to the text."""
 
     field: str = "text"
     separator: str = "\n"
 
 
 def is_records(source: str) -> bool:
-    """Return whether ``source`` holds records, by its name."""
+    """Return whether ``source`` holds records, judged by its name."""
     return source.endswith(SUFFIXES)
 
 
 def is_table(source: str) -> bool:
-    """Return whether ``source`` holds records column by column, by its name."""
+    """Return whether ``source`` is a table (stored by column), judged by its name."""
     return source.endswith((".parquet", ".arrow"))
 
 
-def lines(source: str, chunks: Iterable[bytes], form: Form, place: Place) -> Iterator[Piece]:
-    """Yield the texts of JSON lines, whose bytes from ``place`` on are ``chunks``, about a megabyte at a time.
+def lines(source: str, chunks: Iterable[bytes], form: Form, start: SourcePosition) -> Iterator[SourceChunk]:
+    """Yield the texts of JSON lines, whose bytes from ``start`` on are ``chunks``, about a megabyte at a time.
 
     Raises:
         HvdlmError: a record is damaged or has no such field.
     """
-    return _gathered(source, _lines(source, chunks, form.field, place), form)
+    return _joined(source, _lines(source, chunks, form.field, start), form)
 
 
-def rows(source: str, form: Form, place: Place, reading: Reading) -> Iterator[Piece]:
-    """Yield the texts of a table from ``place`` on, about a megabyte at a time.
+def rows(source: str, form: Form, start: SourcePosition, progress: ReadProgress) -> Iterator[SourceChunk]:
+    """Yield the texts of a table from ``start`` on, about a megabyte at a time.
 
     Raises:
         HvdlmError: it is damaged or has no such field.
     """
-    found = enumerate(_columns(source, form.field, place.number, reading), place.number + 1)
-    return _gathered(source, ((text, Place(0, number)) for number, text in found), form)
+    numbered = enumerate(_columns(source, form.field, start.number, progress), start.number + 1)
+    return _joined(source, ((text, SourcePosition(0, number)) for number, text in numbered), form)
 
 
-def _gathered(source: str, found: Iterable[tuple[Any, Place]], form: Form) -> Iterator[Piece]:
-    pieces: list[str] = []
+def _joined(source: str, texts: Iterable[tuple[Any, SourcePosition]], form: Form) -> Iterator[SourceChunk]:
+    """Yield the texts of records, joined to chunks; ``texts``: what the field of each holds, and the record's end."""
+    buffered: list[str] = []
     size, end = 0, START
-    for text, end in found:
+    for text, end in texts:
         if not isinstance(text, str):
             raise HvdlmError(
                 f"data.path {source}: {form.field} of record {end.number} is {shown(repr(text))}, expected text: "
                 "choose another field (--data.field NAME)."
             )
-        pieces += [text, form.separator]
+        buffered += [text, form.separator]
         size += len(text)
-        if size > _PIECE:
-            yield Piece("".join(pieces), end)
-            pieces, size = [], 0
-    if pieces:
-        yield Piece("".join(pieces), end)
+        if size > _CHUNK:
+            yield SourceChunk("".join(buffered), end)
+            buffered, size = [], 0
+    if buffered:
+        yield SourceChunk("".join(buffered), end)
 
 
-def _lines(source: str, chunks: Iterable[bytes], field: str, place: Place) -> Iterator[tuple[Any, Place]]:
-    """Yield the field of every record with the place behind it; a line's number is its record's."""
-    rest, (offset, number) = b"", place
+def _lines(
+    source: str, chunks: Iterable[bytes], field: str, start: SourcePosition
+) -> Iterator[tuple[Any, SourcePosition]]:
+    """Yield the field of every record with the position of its end; a record's number is its line's."""
+    rest, (offset, number) = b"", start
     for chunk in chain(chunks, [b"\n"]):
         *whole, rest = (rest + chunk).split(b"\n")
         for line in whole:
             number, offset = number + 1, offset + len(line) + 1
             if line.strip():
-                yield _field(_record(source, number, line), field, source, number), Place(offset, number)
-        if len(rest) > _LINE:
-            raise HvdlmError(f"data.path {source}: line {number + 1} is longer than {_LINE:,} bytes: is it JSON lines?")
+                yield _field(_record(source, number, line), field, source, number), SourcePosition(offset, number)
+        if len(rest) > _MAX_LINE:
+            raise HvdlmError(
+                f"data.path {source}: line {number + 1} is longer than {_MAX_LINE:,} bytes: is it JSON lines?"
+            )
 
 
 def _record(source: str, number: int, line: bytes) -> dict[str, Any]:
     try:
         record = untrusted_input.parse_json(str(line, "utf-8"))
         if not isinstance(record, dict):
-            raise ValueError("it is no object")
+            raise ValueError("it is not an object")
         return record
     except ValueError as error:
         raise HvdlmError(
-            f"data.path {source}: line {number} is no JSON record ({shown(str(error))}): a line of JSON lines is "
+            f"data.path {source}: line {number} is not a JSON record ({shown(str(error))}): a line of JSON lines is "
             'like {"text": "..."}.'
         ) from error
 
@@ -111,19 +116,19 @@ def _no_field(source: str, field: str, names: list[str], where: str) -> HvdlmErr
     )
 
 
-def _columns(source: str, field: str, first: int, reading: Reading) -> Iterator[Any]:
-    """Yield a column of a Parquet or Arrow file from row ``first`` on, some rows at a time."""
+def _columns(source: str, field: str, first: int, progress: ReadProgress) -> Iterator[Any]:
+    """Yield the values of a column of a Parquet or Arrow file from row ``first`` on."""
     try:
         import pyarrow
     except ImportError as error:
         raise HvdlmError(f"data.path {source}: reading it needs pyarrow: pip install pyarrow.") from error
     try:
-        yield from (_parquet if source.endswith(".parquet") else _arrow)(source, field, first, reading)
+        yield from (_parquet if source.endswith(".parquet") else _arrow)(source, field, first, progress)
     except (pyarrow.ArrowException, OSError) as error:
-        raise HvdlmError(f"data.path {source}: can't be read: {shown(str(error), 200)}: write it anew.") from error
+        raise HvdlmError(f"data.path {source}: can't be read: {shown(str(error), 200)}: write it again.") from error
 
 
-def _parquet(source: str, field: str, first: int, reading: Reading) -> Iterator[Any]:
+def _parquet(source: str, field: str, first: int, progress: ReadProgress) -> Iterator[Any]:
     from pyarrow import parquet
 
     with parquet.ParquetFile(source, memory_map=True) as file:
@@ -133,18 +138,19 @@ def _parquet(source: str, field: str, first: int, reading: Reading) -> Iterator[
         groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
         if sum(group.total_byte_size for group in groups) > untrusted_input.unpacked_limit(source):
             raise HvdlmError(
-                f"data.path {source}: unpacks to more than {untrusted_input.RATIO} times its size: write it uncompressed."
+                f"data.path {source}: unpacks to more than {untrusted_input.RATIO} times its size: "
+                "write it uncompressed."
             )
         ends = list(accumulate(group.num_rows for group in groups))
-        skipped = bisect.bisect_right(ends, first)  # groups that end before
+        skipped = bisect.bisect_right(ends, first)  # row groups that end before ``first``
         row, size = ends[skipped - 1] if skipped else 0, os.path.getsize(source)
         for batch in file.iter_batches(_ROWS, row_groups=range(skipped, len(groups)), columns=[field]):
             yield from batch.column(0).slice(max(0, first - row)).to_pylist()
             row += len(batch)
-            reading.done = size * row // ends[-1]
+            progress.bytes_read = size * row // ends[-1]
 
 
-def _arrow(source: str, field: str, first: int, reading: Reading) -> Iterator[Any]:
+def _arrow(source: str, field: str, first: int, progress: ReadProgress) -> Iterator[Any]:
     import pyarrow
 
     with pyarrow.memory_map(source) as memory, pyarrow.ipc.open_stream(memory) as stream:
@@ -155,5 +161,5 @@ def _arrow(source: str, field: str, first: int, reading: Reading) -> Iterator[An
             for start in range(min(first, len(column)), len(column), _ROWS):
                 yield from column.slice(start, _ROWS).to_pylist()
             first = max(0, first - len(column))
-            reading.done = memory.tell()
-        reading.done = memory.size()
+            progress.bytes_read = memory.tell()
+        progress.bytes_read = memory.size()

@@ -1,4 +1,4 @@
-"""Corpora mixed by weight: what ``data.mixture`` says, one tokenizer for all, a token folder for each."""
+"""Mixtures of corpora by weight (``data.mixture``): one tokenizer for all, a token folder for each."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _EXAMPLE = "write for example --data.mixture '{wiki.txt: 3, books.txt: 1}'"
 
 @dataclass(frozen=True)
 class Corpus:
-    """One corpus of a mixture, open; ``share`` is its weight divided by all. The only one of no mixture has no name."""
+    """An open corpus; ``share``: its weight divided by the sum of all. Outside of a mixture it has no name."""
 
     name: str
     share: float
@@ -34,22 +34,21 @@ class Corpus:
 
 
 @dataclass(frozen=True)
-class Part:
-    """What a mixture says of one corpus: ``config`` has its paths."""
+class CorpusConfig:
+    """The settings of one corpus of a mixture; ``config``: the data options, with the paths of this corpus."""
 
     name: str
     weight: float
     config: DataConfig
 
 
-def read(config: DataConfig) -> list[Part]:
-    """Return the parts of ``data.mixture`` in the order of their names, which doesn't depend on how they were given.
+def read(config: DataConfig) -> list[CorpusConfig]:
+    """Return the corpora of ``data.mixture``, sorted by name, so that the order of the options has no effect.
 
     Raises:
-        HvdlmError: it is no mixture.
+        HvdlmError: the mixture is not valid.
     """
-    said = config.mixture
-    if not said:
+    if not config.mixture:
         raise HvdlmError(f"data.mixture: it holds no corpus: {_EXAMPLE}.")
     if config.path != DataConfig().path or config.validation_path is not None:
         raise HvdlmError(
@@ -58,43 +57,44 @@ def read(config: DataConfig) -> list[Part]:
         )
     if config.sampling != "shuffled":
         raise HvdlmError(
-            f"data.mixture: corpora can't be read one window after the other by turns: data.sampling is "
-            f"{config.sampling}, --data.sampling shuffled mixes them."
+            f"data.mixture: corpora can only be mixed in shuffled order, and data.sampling is {config.sampling}: use "
+            "--data.sampling shuffled."
         )
-    parts = sorted((_part(config, key, value) for key, value in said.items()), key=lambda part: part.name)
-    for first, second in pairwise(parts):
+    corpora = sorted((_corpus(config, key, value) for key, value in config.mixture.items()), key=lambda c: c.name)
+    for first, second in pairwise(corpora):
         if first.name == second.name:
             raise HvdlmError(
                 f"data.mixture: two corpora are called {first.name}: name them, for example "
                 "{first: {path: ..., weight: 1}, second: {path: ..., weight: 1}}."
             )
-    return parts
+    return corpora
 
 
-def _part(config: DataConfig, key: str, value: Any) -> Part:
-    said = {"weight": value} if not isinstance(value, Mapping) else value
+def _corpus(config: DataConfig, key: str, value: Any) -> CorpusConfig:
+    settings = value if isinstance(value, Mapping) else {"weight": value}
     where = f"data.mixture {shown(key)}"
-    for name in said:
+    for name in settings:
         if name not in _KEYS:
             raise HvdlmError(f"{where}: there is no {shown(repr(name))}; {nearest(str(name), _KEYS)}")
-    weight = said.get("weight", 1)
+    weight = settings.get("weight", 1)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
         raise HvdlmError(f"{where}: the weight is {shown(repr(weight))}, expected a number above 0: {_EXAMPLE}.")
-    texts = {name: said[name] for name in ("field", "separator") if name in said}
+    texts = {name: settings[name] for name in ("field", "separator") if name in settings}
     for name, text in texts.items():
         if not isinstance(text, str):
             raise HvdlmError(f"{where}: {name} is {shown(repr(text))}, expected text.")
-    path, held_out = _paths(said.get("path", key), f"{where}: path"), said.get("validation_path")
+    path = _paths(settings.get("path", key), f"{where}: path")
+    held_out = settings.get("validation_path")
     if held_out is not None:
         held_out = _paths(held_out, f"{where}: validation_path")
-    name = key if "path" in said else _called(key)
+    name = key if "path" in settings else _name_of(key)
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise HvdlmError(
-            f"{where}: a name is made of letters, digits, -, _ and dots: name it, for example "
+            f"{where}: a name consists of letters, digits, -, _ and dots: name it, for example "
             f"{{name: {{path: {shown(json.dumps(path))}, weight: {weight}}}}}."
         )
-    own = replace(config, mixture=None, path=path, validation_path=held_out, **texts)
-    return Part(name, float(weight), own)
+    config = replace(config, mixture=None, path=path, validation_path=held_out, **texts)
+    return CorpusConfig(name, float(weight), config)
 
 
 def _paths(value: Any, where: str) -> list[str]:
@@ -106,24 +106,22 @@ def _paths(value: Any, where: str) -> list[str]:
     return paths
 
 
-def _called(path: str) -> str:
-    """Return the name of a corpus that is called by its path: the last part of it, without what tells its kind."""
+def _name_of(path: str) -> str:
+    """Return the name of a corpus that is given by its path alone: the file name without its suffix."""
     name = Path(path).name
     suffix = max((suffix for suffix in sources.SUFFIXES if name.endswith(suffix)), key=len, default="")
     return name.removesuffix(suffix).removesuffix(".txt")
 
 
 def open_corpora(config: DataConfig) -> list[Corpus]:
-    """Return the corpora of ``config``, tokenized where they are not yet; one without a name where there is no mixture.
+    """Return the corpora of ``data.mixture``, tokenized where they are not yet.
 
     Raises:
         HvdlmError: a source can't be used, or the token folders can't be written.
     """
-    if config.mixture is None:
-        return [Corpus("", 1.0, preparation.prepare(config))]
-    parts = _with_one_tokenizer(config, read(config))
-    total = math.fsum(part.weight for part in parts)
-    return [Corpus(part.name, part.weight / total, preparation.prepare(part.config)) for part in parts]
+    corpora = _with_one_tokenizer(config, read(config))
+    total = math.fsum(corpus.weight for corpus in corpora)
+    return [Corpus(corpus.name, corpus.weight / total, preparation.prepare(corpus.config)) for corpus in corpora]
 
 
 def prepare(config: DataConfig, output: str | None, workers: int | None) -> dict[str, TokenData]:
@@ -132,59 +130,61 @@ def prepare(config: DataConfig, output: str | None, workers: int | None) -> dict
     Raises:
         HvdlmError: a source can't be used, or the folders can't be written.
     """
-    parts = _with_one_tokenizer(config, read(config))
+    corpora = _with_one_tokenizer(config, read(config))
     if output is None:
-        return {part.name: preparation.prepare(part.config, None, workers) for part in parts}
+        return {corpus.name: preparation.prepare(corpus.config, None, workers) for corpus in corpora}
     folder = Path(output)
     preparation.check_free(folder)
-    for part in parts:
-        if is_prepared(part.config.paths):
-            raise HvdlmError(f"--output {folder}: data.mixture {part.name} is prepared already: leave it out.")
-    begun = folder.parent / f".{folder.name}.{preparation.key(*(part.config for part in parts))}"
+    for corpus in corpora:
+        if is_prepared(corpus.config.paths):
+            raise HvdlmError(f"--output {folder}: data.mixture {corpus.name} is prepared already: leave it out.")
+    partial = folder.parent / f".{folder.name}.{preparation.key(*(corpus.config for corpus in corpora))}"
     with preparation.writing(folder):
-        begun.mkdir(exist_ok=True)
-        for part in parts:
-            if not is_prepared([str(begun / part.name)]):
-                preparation.prepare(part.config, str(begun / part.name), workers)
-        for lock in begun.glob(".*.lock"):
+        partial.mkdir(exist_ok=True)
+        for corpus in corpora:
+            if not is_prepared([str(partial / corpus.name)]):
+                preparation.prepare(corpus.config, str(partial / corpus.name), workers)
+        for lock in partial.glob(".*.lock"):
             lock.unlink()
         if folder.is_dir():
             folder.rmdir()
-        begun.rename(folder)
-    return {part.name: open_tokens(folder / part.name) for part in parts}
+        partial.rename(folder)
+    return {corpus.name: open_tokens(folder / corpus.name) for corpus in corpora}
 
 
-def _with_one_tokenizer(config: DataConfig, parts: Sequence[Part]) -> list[Part]:
-    """Return the parts with the tokenizer of those that are prepared, else with one trained on the text of all."""
-    prepared = {part.name: open_tokens(Path(part.config.paths[0])) for part in parts if is_prepared(part.config.paths)}
+def _with_one_tokenizer(config: DataConfig, corpora: Sequence[CorpusConfig]) -> list[CorpusConfig]:
+    """Return the corpora with the tokenizer of those that are prepared, else with one trained on the text of all."""
+    prepared = {
+        corpus.name: open_tokens(Path(corpus.config.paths[0])) for corpus in corpora if is_prepared(corpus.config.paths)
+    }
     if prepared:
         name, first = next(iter(prepared.items()))
         for other, data in prepared.items():
             if data.tokenizer.hash != first.tokenizer.hash:
                 raise HvdlmError(
-                    f"data.mixture {other}: its tokenizer is another than {name}'s: prepare both together, or one "
+                    f"data.mixture {other}: its tokenizer differs from {name}'s: prepare both together, or one "
                     f"with --data.tokenizer {first.folder / 'tokenizer.json'}."
                 )
         chosen = str(first.folder / "tokenizer.json")
     else:
-        parts = [replace(part, config=splits.choose(part.config)) for part in parts]
-        for part in parts:
-            preparation.check_sources(part.config)
-        chosen = _trained(config, parts)
-    return [replace(part, config=replace(part.config, tokenizer=chosen)) for part in parts]
+        corpora = [replace(corpus, config=splits.choose(corpus.config)) for corpus in corpora]
+        for corpus in corpora:
+            preparation.check_sources(corpus.config)
+        chosen = _trained(config, corpora)
+    return [replace(corpus, config=replace(corpus.config, tokenizer=chosen)) for corpus in corpora]
 
 
-def _trained(config: DataConfig, parts: Sequence[Part]) -> str:
-    """Return the path of the tokenizer of all texts, or the name of one that needs none."""
+def _trained(config: DataConfig, corpora: Sequence[CorpusConfig]) -> str:
+    """Return the path of a tokenizer trained on all texts, or the name of a kind that needs no training."""
     if config.tokenizer not in ("char", "word", "bpe"):
         return config.tokenizer
-    path = preparation.cache(config) / f"tokenizer-{preparation.key(*(part.config for part in parts))}.json"
+    path = preparation.cache(config) / f"tokenizer-{preparation.key(*(corpus.config for corpus in corpora))}.json"
     with preparation.writing(path):
         if not path.is_file():
             groups = [
-                (paths, Form(part.config.field, part.config.separator))
-                for part in parts
-                for paths in (part.config.paths, part.config.validation_paths)
+                (paths, Form(corpus.config.field, corpus.config.separator))
+                for corpus in corpora
+                for paths in (corpus.config.paths, corpus.config.validation_paths)
                 if paths
             ]
             write_whole(path, json.dumps(preparation.train_tokenizer(config, groups).to_json()))
@@ -192,8 +192,6 @@ def _trained(config: DataConfig, parts: Sequence[Part]) -> str:
 
 
 def fingerprint(corpora: Sequence[Corpus]) -> str:
-    """Return what tells the data of all corpora, their names and shares."""
-    if len(corpora) == 1 and not corpora[0].name:
-        return corpora[0].data.fingerprint
-    said = [[corpus.name, corpus.share, corpus.data.fingerprint] for corpus in corpora]
-    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+    """Return a hash of the data, names and shares of all corpora."""
+    identity = [[corpus.name, corpus.share, corpus.data.fingerprint] for corpus in corpora]
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()

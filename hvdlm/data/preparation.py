@@ -1,4 +1,4 @@
-"""Text becomes a token folder: written once by one process, which others wait for, and gone on with where it was."""
+"""Prepares token folders from text: one process writes, others wait, and an interrupted preparation is resumed."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from hvdlm.config import DataConfig
 from hvdlm.data import sources, splits, tokenizers, workers
 from hvdlm.data.documents import Form
 from hvdlm.data.prepare_progress import Journal, itemsize
-from hvdlm.data.progress import Progress, say
-from hvdlm.data.source_chunks import START, Place, Reading
+from hvdlm.data.progress_bar import ProgressBar, print_line
+from hvdlm.data.source_chunks import START, ReadProgress, SourcePosition
 from hvdlm.data.token_files import FORMAT, TokenData, is_prepared, open_tokens
 from hvdlm.data.tokenizers import Tokenizer, WordTokenizer
 from hvdlm.data.workers import WorkerDied
@@ -29,9 +29,9 @@ from hvdlm.io.user_folders import user_cache
 
 
 def prepare(config: DataConfig, output: str | None = None, processes: int | None = None) -> TokenData:
-    """Return the tokens of ``config``, from the cache where they are, else tokenized and written there.
+    """Return the tokens of ``config``, from the cache, or else tokenized and written there.
 
-    Where that was killed before, it goes on. The result is the same whatever the number of ``processes`` that encode.
+    Interrupted work is resumed. The result doesn't depend on the number of ``processes`` that encode.
 
     Raises:
         HvdlmError: a source can't be used, or the folder can't be written.
@@ -46,7 +46,7 @@ def prepare(config: DataConfig, output: str | None = None, processes: int | None
     with writing(folder):
         work = Preparation(config, folder)
         if (folder / "header.json").is_file():
-            work.journal.discard()  # of one that was killed when its work was done
+            work.journal.discard()  # left behind by a process that was killed after publishing
         else:
             work.run(processes)
     return open_tokens(folder)
@@ -56,27 +56,27 @@ def check_free(folder: Path) -> None:
     """Check that ``--output`` may be written.
 
     Raises:
-        HvdlmError: something is there.
+        HvdlmError: it exists and isn't an empty folder.
     """
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise HvdlmError(f"--output {folder}: it exists and is no empty folder: name one that doesn't exist yet.")
+        raise HvdlmError(f"--output {folder}: it exists and is not an empty folder: name one that doesn't exist yet.")
 
 
 def without_stdin(config: DataConfig) -> DataConfig:
-    """Return ``config`` with standard input kept in a file: it is read twice, and found again when a run resumes."""
+    """Return ``config`` with standard input saved to a file: it is read twice, and again when a run is resumed."""
     paths, held_out = config.paths, config.validation_paths
     if "-" not in (*paths, *held_out):
         return config
-    kept = sources.spool(cache(config))
-    paths, held_out = ([kept if path == "-" else path for path in group] for group in (paths, held_out))
+    saved = sources.spool(cache(config))
+    paths, held_out = ([saved if path == "-" else path for path in group] for group in (paths, held_out))
     return replace(config, path=paths, validation_path=held_out or None)
 
 
 def check_sources(config: DataConfig) -> None:
-    """Check quickly that every source and the tokenizer are there and readable.
+    """Check quickly that every source and the tokenizer exist and are readable.
 
     Raises:
-        HvdlmError: one isn't.
+        HvdlmError: one doesn't or isn't.
     """
     tokenizers.check(config.tokenizer)
     for path in sources.expand([*config.paths, *config.validation_paths]):
@@ -85,14 +85,14 @@ def check_sources(config: DataConfig) -> None:
 
 
 def cache(config: DataConfig) -> Path:
-    """Return the folder of prepared token folders."""
+    """Return the folder of cached token folders."""
     if config.cache:
         return Path(config.cache)
     return user_cache() / "tokens"
 
 
 def key(*configs: DataConfig) -> str:
-    """Return a name for what is made of these texts with these settings."""
+    """Return a hash of these texts and settings, the name of what is made of them."""
     settings: list[Any] = [FORMAT]
     for config in configs:
         settings += [config.tokenizer, config.vocab_size, config.validation_share, config.field, config.separator]
@@ -112,7 +112,7 @@ def _identity(source: str) -> list[Any]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Be the only process that writes ``path``, when those before are done; an OSError becomes a sentence."""
+    """Wait for and hold the lock on writing ``path``; an OSError inside becomes an HvdlmError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path.parent / f".{path.name}.lock", "w") as file:
@@ -128,35 +128,41 @@ def writing(path: Path) -> Iterator[None]:
 def train_tokenizer(config: DataConfig, groups: Sequence[tuple[Sequence[str], Form]]) -> Tokenizer:
     """Return the tokenizer of ``config``, trained on the texts of all ``groups`` of paths where it needs training."""
     total = sum(sources.size(source) for paths, _ in groups for source in sources.expand(paths))
-    with Progress("training the tokenizer", total) as progress:
-        found = (text for paths, form in groups for text in sources.texts(paths, form, progress.advance))
-        return tokenizers.train(config.tokenizer, config.vocab_size, found)
+    with ProgressBar("training the tokenizer", total) as progress:
+        texts = (text for paths, form in groups for text in sources.texts(paths, form, progress.advance))
+        return tokenizers.train(config.tokenizer, config.vocab_size, texts)
 
 
 class _Label(NamedTuple):
-    """Where a text comes from: the number of its source, the place in it where it ends, and how many bytes it has.
+    """The origin of a text.
 
-    ``read``: bytes of the source as it lies on disk that were read for it.
+    Attributes:
+        source: number of its source.
+        end: position of its end in the source.
+        bytes: bytes of the text.
+        bytes_read: bytes on disk that were read for it.
     """
 
     source: int
-    end: Place
+    end: SourcePosition
     bytes: int
-    read: int
+    bytes_read: int
 
 
 class Preparation:
-    """One token folder in the making: its sources in order, those of the validation text last."""
+    """The preparation of one token folder from its sources in order, those of the validation text last."""
 
     def __init__(self, config: DataConfig, folder: Path) -> None:
-        self._config, self._folder = config, folder
+        self._config = config
+        self._folder = folder
         self._form = Form(config.field, config.separator)
-        self._paths, self._held_out = sources.expand(config.paths), sources.expand(config.validation_paths)
-        self._sources = self._paths + self._held_out
+        self._paths = sources.expand(config.paths)
+        self._validation_paths = sources.expand(config.validation_paths)
+        self._sources = self._paths + self._validation_paths
         self.journal = Journal(folder, key(config), len(self._sources))
 
     def run(self, processes: int | None) -> None:
-        """Write the folder, from where an earlier attempt was."""
+        """Write the folder, resuming earlier work."""
         try:
             tokenizer = self._tokenizer()
             self._encode(tokenizer, processes)
@@ -164,16 +170,16 @@ class Preparation:
         except WorkerDied:
             self.journal.close()
             raise
-        except (HvdlmError, OSError):  # it would fail again
+        except (HvdlmError, OSError):  # resuming would fail again
             self.journal.discard()
             raise
 
     def _tokenizer(self) -> Tokenizer:
-        """Return the tokenizer, of the earlier attempt where there is one."""
-        if found := self.journal.find():
-            say(f"hvdlm: going on after {self.journal.state.tokens:,} tokens of an earlier prepare")
-            return found
-        groups = [(paths, self._form) for paths in (self._paths, self._held_out) if paths]
+        """Return the tokenizer: that of earlier work, or a new one."""
+        if resumed := self.journal.resume():
+            print_line(f"hvdlm: resuming after {self.journal.state.tokens:,} tokens of an earlier prepare")
+            return resumed
+        groups = [(paths, self._form) for paths in (self._paths, self._validation_paths) if paths]
         tokenizer = train_tokenizer(self._config, groups)
         self.journal.begin(tokenizer)
         return tokenizer
@@ -182,52 +188,52 @@ class Preparation:
         sizes, state = [sources.size(source) for source in self._sources], self.journal.state
         self.journal.open(tokenizer)
         count = workers.choose(processes, tokenizer, sum(sizes))
-        with Progress("encoding", sum(sizes), sum(sizes[: state.source]), state.tokens) as progress:
+        with ProgressBar("encoding", sum(sizes), sum(sizes[: state.source]), state.tokens) as progress:
             for label, ids in workers.encoded(tokenizer, self._labelled(), count):
                 self.journal.add(label.source, label.end, ids, label.bytes)
-                progress.advance(label.read, state.tokens)
+                progress.advance(label.bytes_read, state.tokens)
 
     def _labelled(self) -> Iterator[tuple[str, _Label]]:
-        """Yield every text that is still to be encoded; a source's digest is known when the next one begins."""
-        begun, place = self.journal.state.source, self.journal.state.place
-        for number, source in enumerate(self._sources[begun:], begun):
-            reading, before = Reading(), 0
-            for text, end in sources.pieces(source, self._form, place, reading):
-                yield text, _Label(number, end, len(text.encode()), reading.done - before)
-                before = reading.done
-            self.journal.state.digests.append(sources.digest(source, reading))
-            place = START
+        """Yield every text that is still to be encoded; add each source's digest to the journal at its end."""
+        first, start = self.journal.state.source, self.journal.state.position
+        for number, source in enumerate(self._sources[first:], first):
+            progress, before = ReadProgress(), 0
+            for text, end in sources.text_chunks(source, self._form, start, progress):
+                yield text, _Label(number, end, len(text.encode()), progress.bytes_read - before)
+                before = progress.bytes_read
+            self.journal.state.digests.append(sources.digest(source, progress))
+            start = START
 
     def _finish(self, tokenizer: Tokenizer) -> None:
-        """Write the header, and give the folder its name."""
-        places = self.journal.finish()
-        edge = int(np.searchsorted(places[:, 0], len(self._paths)))  # pieces of the training text
-        for pieces, paths in ((edge, self._paths), (len(places) - edge, self._held_out)):
-            if paths and not pieces:
+        """Write the header, and rename the folder to its final name."""
+        chunks = self.journal.finish()
+        train_chunks = int(np.searchsorted(chunks[:, 0], len(self._paths)))
+        for count, paths in ((train_chunks, self._paths), (len(chunks) - train_chunks, self._validation_paths)):
+            if paths and not count:
                 raise sources.no_text(paths)
-        (tokens, size), train = places[-1, 1:].tolist(), int(places[edge - 1, 1])
-        if self._held_out:
-            before = int(places[edge - 1, 2])
+        tokens, size = chunks[-1, 1:].tolist()
+        if self._validation_paths:
+            train, train_bytes = (int(value) for value in chunks[train_chunks - 1, 1:])
         else:
             train = int(tokens * (1 - self._config.validation_share))
-            before = self._bytes_before(tokenizer, places, train)
+            train_bytes = self._bytes_before(tokenizer, chunks, train)
         header = {
             "format": FORMAT,
             "dtype": f"uint{8 * itemsize(tokenizer)}",
             "train": train,
             "validation": tokens - train,
-            # Words decode to one blank between them and <unk>: bits per byte of the text are not defined.
-            "validation_bytes": 0 if isinstance(tokenizer, WordTokenizer) else size - before,
+            # Words decode to single blanks and <unk>: bits per byte of the text are not defined.
+            "validation_bytes": 0 if isinstance(tokenizer, WordTokenizer) else size - train_bytes,
             "tokenizer": tokenizer.hash,
             "sources": dict(zip(self._sources, self.journal.state.digests, strict=True)),
         }
         write_synced(self.journal.tokens / "header.json", json.dumps(header, indent=1).encode())
-        self.journal.put_in_place(self._folder)
+        self.journal.publish(self._folder)
 
-    def _bytes_before(self, tokenizer: Tokenizer, places: np.ndarray, count: int) -> int:
-        """Return of how many bytes of text the first ``count`` tokens are made."""
-        index = int(np.searchsorted(places[:, 1], count, "right"))
-        _, first, size = places[index - 1].tolist() if index else (0, 0, 0)
+    def _bytes_before(self, tokenizer: Tokenizer, chunks: np.ndarray, count: int) -> int:
+        """Return the bytes of text of the first ``count`` tokens."""
+        index = int(np.searchsorted(chunks[:, 1], count, "right"))
+        _, first, size = chunks[index - 1].tolist() if index else (0, 0, 0)
         dtype = np.dtype(f"<u{itemsize(tokenizer)}")
         ids = np.fromfile(self.journal.tokens / "tokens.bin", dtype, count - first, offset=first * dtype.itemsize)
         return size + len(tokenizer.decode(ids.tolist()).encode())

@@ -1,8 +1,8 @@
-"""How far a ``prepare`` has come, on disk: killed at any moment, the same command goes on from there.
+"""The progress of ``prepare`` on disk: killed at any moment, the same command resumes from there.
 
-The folder ``.NAME.partial`` beside the token folder NAME holds ``tokens/``, which takes that name when it is whole,
-``places.bin`` with a row for every piece, and ``journal.json``, which says how much of both counts: it is written when
-that much is on disk, and what lies behind it is cut off when the work goes on.
+The folder ``.NAME.partial`` beside the token folder NAME holds ``tokens/``, which is renamed to NAME when it is whole,
+``places.bin`` with a row for every chunk, and ``journal.json``, which says how much of both is valid: it is written
+when that much is on disk, and anything beyond is cut off on resuming.
 """
 
 from __future__ import annotations
@@ -17,25 +17,31 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from hvdlm.data import tokenizers
-from hvdlm.data.source_chunks import START, Place
+from hvdlm.data.source_chunks import START, SourcePosition
 from hvdlm.data.tokenizers import Tokenizer
 from hvdlm.errors import HvdlmError
 from hvdlm.io import atomic_files, untrusted_input
 from hvdlm.io.untrusted_input import shown
 
 _FORMAT = "hvdlm-prepare-1"
-_LIMIT = 1 << 28  # bytes: a digest for each of millions of sources
-_COUNT = 1 << 53
-_EVERY = 5.0  # seconds of work that are lost at most
-_ROW = np.dtype(("<u8", 3))  # of a piece: the number of its source; tokens and bytes of text at its end
+_LIMIT = 1 << 28  # bytes: room for the digests of millions of sources
+_COUNT = 1 << 53  # JSON readers keep integers exact up to here
+_SAVE_SECONDS = 5.0  # of work that are lost at most
+_ROW = np.dtype(("<u8", 3))  # of a chunk: the number of its source; tokens and bytes of text up to its end
 
 
 @dataclass
-class State:
-    """What is on disk.
+class JournalState:
+    """The valid progress on disk; the names of its fields are those of journal.json.
 
-    ``source``: the number of the source that is read; ``offset`` and ``number``: where in it; ``pieces``, ``tokens``
-    and ``bytes`` (of text) of all sources together; ``digests`` of the sources before, and perhaps of some behind.
+    Attributes:
+        source: number of the source that is being read.
+        offset: see ``SourcePosition``.
+        number: see ``SourcePosition``.
+        pieces: chunks of all sources.
+        tokens: tokens of all sources.
+        bytes: bytes of text of all sources.
+        digests: of the sources before ``source``, and perhaps of some after it.
     """
 
     source: int = 0
@@ -47,38 +53,51 @@ class State:
     digests: list[str] = field(default_factory=list)
 
     @property
-    def place(self) -> Place:
-        """Where in its source reading goes on."""
-        return Place(self.offset, self.number)
+    def position(self) -> SourcePosition:
+        """Where reading of the source resumes."""
+        return SourcePosition(self.offset, self.number)
 
 
 class Journal:
-    """The partial folder of a token folder made of so many ``sources``; ``identity`` tells of them and the settings."""
+    """The partial folder of a token folder.
+
+    Args:
+        folder: the token folder.
+        identity: a hash of the sources and the settings.
+        sources: the number of sources.
+
+    Attributes:
+        tokens: the folder that becomes the token folder.
+        state: the progress so far.
+    """
 
     def __init__(self, folder: Path, identity: str, sources: int) -> None:
-        self._folder, self._identity, self._sources = partial(folder), identity, sources
-        self.tokens, self.state = self._folder / "tokens", State()
+        self._folder = partial(folder)
+        self._identity = identity
+        self._sources = sources
+        self.tokens = self._folder / "tokens"
+        self.state = JournalState()
         self._files: list[BinaryIO] = []
 
-    def find(self) -> Tokenizer | None:
-        """Return the tokenizer of the work that was begun here, ``state`` being how far it came; None: it begins anew.
+    def resume(self) -> Tokenizer | None:
+        """Read the ``state`` of earlier work and return its tokenizer; None where there is none.
 
-        Work on other sources, with other settings, or that is damaged, is thrown away.
+        Work on other sources, with other settings, or that is damaged, is deleted.
         """
         try:
-            return self._found()
+            return self._read()
         except (ValueError, OSError, RecursionError, HvdlmError):
-            self.state = State()
+            self.state = JournalState()
             if self._folder.is_symlink():
                 self._folder.unlink()
             shutil.rmtree(self._folder, ignore_errors=True)
             return None
 
-    def _found(self) -> Tokenizer:
+    def _read(self) -> Tokenizer:
         untrusted_input.inside(self._folder, self._folder.parent)
-        said = untrusted_input.read_json(self._folder / "journal.json", _LIMIT, self._folder)
-        state = _state(said)
-        if said.get("identity") != self._identity:
+        journal = untrusted_input.read_json(self._folder / "journal.json", _LIMIT, self._folder)
+        state = _parse_state(journal)
+        if journal.get("identity") != self._identity:
             raise ValueError("it is of other sources or settings")
         path = self.tokens / "tokenizer.json"
         tokenizer = tokenizers.read(path, self._folder)
@@ -86,31 +105,32 @@ class Journal:
         for name, size in sizes.items():
             if untrusted_input.size(self._folder / name, within=self._folder) < size:
                 raise ValueError(f"{name} is too short")
-        if tokenizer.hash != said.get("tokenizer"):
+        if tokenizer.hash != journal.get("tokenizer"):
             raise ValueError("the tokenizer is another one")
         self._check(state)
         self.state = state
         return tokenizer
 
-    def _check(self, state: State) -> None:
-        """Check that the pieces on disk are those that the journal tells of."""
+    def _check(self, state: JournalState) -> None:
+        """Check that places.bin agrees with the journal."""
         rows = np.fromfile(self._folder / "places.bin", _ROW, state.pieces).astype(np.int64)
         last = [state.source, state.tokens, state.bytes]
         if state.source >= self._sources or (np.diff(rows, axis=0) < 0).any() or rows.min(initial=0) < 0:
             raise ValueError("places.bin is damaged")
-        if (rows[-1].tolist() if len(rows) else [0, 0, 0]) != last or (not len(rows) and state.place != START):
+        if (rows[-1].tolist() if len(rows) else [0, 0, 0]) != last or (not len(rows) and state.position != START):
             raise ValueError("places.bin is of another journal")
 
     def begin(self, tokenizer: Tokenizer) -> None:
-        """Begin anew, with a tokenizer that is ready."""
+        """Start from scratch with a trained tokenizer."""
         self.tokens.mkdir(parents=True)
         atomic_files.write_synced(self.tokens / "tokenizer.json", json.dumps(tokenizer.to_json()).encode())
         for name in ("places.bin", "tokens/tokens.bin"):
             (self._folder / name).touch()
 
     def open(self, tokenizer: Tokenizer) -> None:
-        """Open both files where the work goes on."""
-        self._hash, self._dtype = tokenizer.hash, f"<u{itemsize(tokenizer)}"
+        """Open both files for writing after the valid progress, and cut off what follows it."""
+        self._hash = tokenizer.hash
+        self._dtype = f"<u{itemsize(tokenizer)}"
         for name, size in (("places.bin", _ROW.itemsize * self.state.pieces), ("tokens/tokens.bin", self._size())):
             file = (self._folder / name).open("r+b")
             self._files.append(file)
@@ -121,27 +141,30 @@ class Journal:
     def _size(self) -> int:
         return self.state.tokens * np.dtype(self._dtype).itemsize
 
-    def add(self, source: int, end: Place, ids: np.ndarray, count: int) -> None:
-        """Write a piece of ``source``, made of ``count`` bytes."""
+    def add(self, source: int, end: SourcePosition, ids: np.ndarray, count: int) -> None:
+        """Write the ids of a chunk of ``source`` that has ``count`` bytes and ends at ``end``."""
         state, (places, tokens) = self.state, self._files
-        state.source, (state.offset, state.number) = source, end
-        state.pieces, state.tokens, state.bytes = state.pieces + 1, state.tokens + len(ids), state.bytes + count
+        state.source = source
+        state.offset, state.number = end
+        state.pieces += 1
+        state.tokens += len(ids)
+        state.bytes += count
         tokens.write(ids.astype(self._dtype).tobytes())
         places.write(np.array([source, state.tokens, state.bytes], "<u8").tobytes())
-        if time.monotonic() - self._saved >= _EVERY:
+        if time.monotonic() - self._saved >= _SAVE_SECONDS:
             self._save()
 
     def _save(self) -> None:
         for file in self._files:
             atomic_files.sync(file)
-        said = {"format": _FORMAT, "identity": self._identity, "tokenizer": self._hash, **asdict(self.state)}
-        said["digests"] = self.state.digests[: self.state.source]
-        atomic_files.replace(self._folder / "journal.json", json.dumps(said))
+        journal = {"format": _FORMAT, "identity": self._identity, "tokenizer": self._hash, **asdict(self.state)}
+        journal["digests"] = self.state.digests[: self.state.source]
+        atomic_files.replace(self._folder / "journal.json", json.dumps(journal))
         atomic_files.sync_folder(self._folder)
         self._saved = time.monotonic()
 
     def finish(self) -> np.ndarray:
-        """Save for the last time; return what ``places.bin`` holds, ``[pieces, 3]``."""
+        """Save and close; return the content of ``places.bin``, ``[chunks, 3]``."""
         self._save()
         self.close()
         return np.fromfile(self._folder / "places.bin", _ROW)
@@ -151,8 +174,8 @@ class Journal:
         while self._files:
             self._files.pop().close()
 
-    def put_in_place(self, folder: Path) -> None:
-        """Give the whole token folder its name."""
+    def publish(self, folder: Path) -> None:
+        """Rename the whole token folder to its final name."""
         atomic_files.sync_folder(self.tokens)
         shutil.rmtree(folder, ignore_errors=True)
         self.tokens.rename(folder)
@@ -160,13 +183,13 @@ class Journal:
         self.discard()
 
     def discard(self) -> None:
-        """Delete what there is of the work."""
+        """Delete the partial folder."""
         self.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def partial(folder: Path) -> Path:
-    """Return where the work on a token folder lies until that is whole."""
+    """Return the folder of a token folder's work until that is whole."""
     return folder.parent / f".{folder.name}.partial"
 
 
@@ -175,13 +198,13 @@ def itemsize(tokenizer: Tokenizer) -> int:
     return 2 if tokenizer.vocab <= 1 << 16 else 4
 
 
-def _state(said: Any) -> State:
-    """Return the state that a journal tells of; what is used of it is of the types that ``_save`` gives it."""
-    if not isinstance(said, dict) or said.get("format") != _FORMAT:
+def _parse_state(journal: Any) -> JournalState:
+    """Return the state in a journal, which is untrusted, after checking the types of all fields that are used."""
+    if not isinstance(journal, dict) or journal.get("format") != _FORMAT:
         raise ValueError("it is no journal")
     names = ("source", "offset", "number", "pieces", "tokens", "bytes")
-    counts: dict[str, Any] = {name: said.get(name) for name in names}
-    digests = said.get("digests")
+    counts: dict[str, Any] = {name: journal.get(name) for name in names}
+    digests = journal.get("digests")
     for name, value in counts.items():
         if type(value) is not int or not 0 <= value < _COUNT:
             raise ValueError(f"its {name} is {shown(repr(value))}")
@@ -189,4 +212,4 @@ def _state(said: Any) -> State:
         raise ValueError(f"its digests are {shown(repr(digests))}")
     if len(digests) != counts["source"]:
         raise ValueError("its digests are not those of the sources before")
-    return State(**counts, digests=digests)
+    return JournalState(**counts, digests=digests)

@@ -1,4 +1,4 @@
-"""How a source is read: in pieces, each of which says where the next one begins."""
+"""A source's text in chunks, each with its end position, from which reading can resume."""
 
 from __future__ import annotations
 
@@ -9,34 +9,35 @@ from typing import NamedTuple
 from hvdlm.errors import HvdlmError
 
 
-class Place(NamedTuple):
-    """A place between two pieces of a source. What is read from there on is the same whether or not it was left there.
+class SourcePosition(NamedTuple):
+    """A position between two chunks of a source: reading resumed there gives the same chunks as reading on.
 
-    ``offset``: bytes before it (unpacked), of texts and JSON lines; ``number``: records before it, of records.
+    ``offset``: unpacked bytes before it, for texts and JSON lines; ``number``: records before it, for records.
     """
 
     offset: int = 0
     number: int = 0
 
 
-class Piece(NamedTuple):
-    """Some text of a source, about a megabyte, and the place where it ends."""
+class SourceChunk(NamedTuple):
+    """Some text of a source, about a megabyte, and the position of its end."""
 
     text: str
-    end: Place
+    end: SourcePosition
 
 
-class Reading:
-    """How far a source has been read: ``hashed`` of its unpacked bytes, ``done`` bytes of it as it lies on disk."""
+class ReadProgress:
+    """How far a source has been read: ``hash`` of the unpacked bytes so far, ``bytes_read`` of the file on disk."""
 
     def __init__(self) -> None:
-        self.hashed, self.done = hashlib.sha256(), 0
+        self.hash = hashlib.sha256()
+        self.bytes_read = 0
 
 
-START = Place()
+START = SourcePosition()
 
 
-def behind(chunks: Iterator[bytes], offset: int) -> Iterator[bytes]:
+def skip_bytes(chunks: Iterator[bytes], offset: int) -> Iterator[bytes]:
     """Yield what follows the first ``offset`` bytes, first the rest of the chunk in which they end, empty or not."""
     for chunk in chunks:
         if offset > len(chunk):
@@ -46,10 +47,10 @@ def behind(chunks: Iterator[bytes], offset: int) -> Iterator[bytes]:
             offset = 0
 
 
-def cut(source: str, chunks: Iterator[bytes], offset: int, longest: int) -> Iterator[Piece]:
-    """Cut a text from its byte ``offset`` on where no word is torn apart; one of ``longest`` bytes is, all the same.
+def split_text(source: str, chunks: Iterator[bytes], offset: int, longest: int) -> Iterator[SourceChunk]:
+    """Split a text from its byte ``offset`` on between words, or inside a word of more than ``longest`` bytes.
 
-    A cut lies in the chunk that was read last. What is left of that, ``behind`` yields first where reading goes on.
+    A split lies in the raw chunk that was read last: when reading resumes, ``skip_bytes`` yields its rest first.
 
     Raises:
         HvdlmError: it is not UTF-8.
@@ -57,18 +58,18 @@ def cut(source: str, chunks: Iterator[bytes], offset: int, longest: int) -> Iter
     rest = next(chunks, b"") if offset else b""
     for chunk in chunks:
         rest += chunk
-        # Blanks and line ends never are part of another character in UTF-8.
+        # In UTF-8, the bytes of blanks and line ends occur in no other character.
         size = rest.rfind(b"\n") + 1 or rest.rfind(b" ") + 1 or (_whole(rest) if len(rest) > longest else 0)
         if size:
             text, rest = _decoded(source, rest[:size], offset), rest[size:]
             offset += size
-            yield Piece(text, Place(offset))
+            yield SourceChunk(text, SourcePosition(offset))
     if rest:
-        yield Piece(_decoded(source, rest, offset), Place(offset + len(rest)))
+        yield SourceChunk(_decoded(source, rest, offset), SourcePosition(offset + len(rest)))
 
 
 def _whole(data: bytes) -> int:
-    """Return how many of the bytes are whole characters."""
+    """Return the number of bytes up to the end of the last whole character."""
     last = next((i for i in range(1, 5) if data[-i] & 0xC0 != 0x80), 1)
     return len(data) - last
 

@@ -1,4 +1,4 @@
-"""Text from files, records, folders, globs, gzip, standard input or the embedded corpus, in bounded memory."""
+"""Reads text from files, records, folders, globs, gzip, standard input or the embedded corpus, in bounded memory."""
 
 from __future__ import annotations
 
@@ -15,163 +15,174 @@ from pathlib import Path
 
 from hvdlm.data import documents, splits
 from hvdlm.data.documents import Form
-from hvdlm.data.source_chunks import START, Piece, Place, Reading, behind, cut
+from hvdlm.data.source_chunks import (
+    START,
+    ReadProgress,
+    SourceChunk,
+    SourcePosition,
+    skip_bytes,
+    split_text,
+)
 from hvdlm.errors import HvdlmError
 from hvdlm.io import untrusted_input
 from hvdlm.io.atomic_files import sha256
 
-_CHUNK = 1 << 20
+_CHUNK = 1 << 20  # bytes that are read at a time
 SUFFIXES = (".txt", ".md", ".text", ".gz", *documents.SUFFIXES)
 _FORM = Form()
 
 
 def embedded() -> str:
-    """Return the prose of the Python language reference that ships with every Python."""
+    """Return the text of the Python language reference that ships with every Python."""
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
 def expand(paths: Sequence[str]) -> list[str]:
-    """Return every source that ``paths`` name: files in order, "embedded" and "-" as they are.
+    """Return all sources that ``paths`` name: files in order, "embedded" and "-" unchanged.
 
     Raises:
-        HvdlmError: one names nothing readable.
+        HvdlmError: a path names nothing readable.
     """
-    found: list[str] = []
+    expanded: list[str] = []
     for path in paths:
         if path == "embedded":
-            found.append(path)
+            expanded.append(path)
         elif os.path.isdir(path):
             if not os.access(path, os.R_OK | os.X_OK):
                 raise HvdlmError(f"data.path {path}: this user can't read it: change its permissions or path.")
             splits.check_one(Path(path))
-            left_out = splits.strays(Path(path))
+            unrelated = splits.unrelated_files(Path(path))
             files = sorted(
-                str(p) for p in Path(path).rglob("*") if p.is_file() and p.name.endswith(SUFFIXES) and p not in left_out
+                str(p)
+                for p in Path(path).rglob("*")
+                if p.is_file() and p.name.endswith(SUFFIXES) and p not in unrelated
             )
             if not files:
                 raise HvdlmError(f"data.path {path}: the folder holds no {', '.join(SUFFIXES)} file.")
-            found += files
+            expanded += files
         elif os.path.exists(path):
-            found.append(path)
+            expanded.append(path)
         else:
             matches = sorted(p for p in glob.glob(path, recursive=True) if os.path.isfile(p))
             if not matches:
                 raise HvdlmError(f"data.path {path}: there is no such file, folder or match: check --data.path.")
-            found += matches
-    for source in found:
+            expanded += matches
+    for source in expanded:
         if source != "embedded" and not os.access(source, os.R_OK):
             raise HvdlmError(f"data.path {source}: this user can't read it: change its permissions or path.")
         if source != "embedded" and not os.path.isfile(source):
             raise HvdlmError(
-                f"data.path {source}: is no regular file, and texts are read twice: save it as a file, or pipe it into "
+                f"data.path {source}: not a regular file, and texts are read twice: save it as a file, or pipe it into "
                 "--data.path -."
             )
-    return found
+    return expanded
 
 
-def chunks(source: str, reading: Reading | None = None) -> Iterator[bytes]:
-    """Yield the bytes of one source, unpacked; ``reading`` hears of them."""
-    reading = reading or Reading()
+def raw_chunks(source: str, progress: ReadProgress | None = None) -> Iterator[bytes]:
+    """Yield the bytes of one source, unpacked, and update ``progress``."""
+    progress = progress or ReadProgress()
     if source == "embedded":
         data = embedded().encode()
-        reading.hashed.update(data)
-        reading.done = len(data)
+        progress.hash.update(data)
+        progress.bytes_read = len(data)
         yield data
         return
     packed, count = source.endswith(".gz"), 0
     try:
         limit = untrusted_input.unpacked_limit(source) if packed else math.inf
-        with open(source, "rb") as lying, gzip.open(lying) if packed else lying as file:
+        with open(source, "rb") as on_disk, gzip.open(on_disk) if packed else on_disk as file:
             while chunk := file.read(_CHUNK):
                 count += len(chunk)
                 if count > limit:
                     raise HvdlmError(
                         f"data.path {source}: unpacks to more than {untrusted_input.RATIO} times its size, as a "
-                        "decompression bomb does: if it is a text all the same, unpack it with gunzip and give "
-                        "that file."
+                        "decompression bomb does: if it is a text nevertheless, unpack it with gunzip and give that "
+                        "file."
                     )
-                reading.hashed.update(chunk)
-                reading.done = lying.tell()
+                progress.hash.update(chunk)
+                progress.bytes_read = on_disk.tell()
                 yield chunk
     except (OSError, EOFError, zlib.error) as error:
         raise HvdlmError(f"data.path {source}: can't be read: {error}.") from error
 
 
-def pieces(source: str, form: Form = _FORM, place: Place = START, reading: Reading | None = None) -> Iterator[Piece]:
-    """Yield the text of one source from ``place`` on, in pieces that end at a line's end or a blank, or with a record.
+def text_chunks(
+    source: str, form: Form = _FORM, start: SourcePosition = START, progress: ReadProgress | None = None
+) -> Iterator[SourceChunk]:
+    """Yield the text of one source from ``start`` on, in chunks that end at a line's end, a blank or a record's end.
 
-    What comes before ``place`` is read too, unless it is a table, so that ``reading`` knows its SHA-256 at the end.
+    The bytes before ``start`` are read too, except for tables, so that ``progress`` has the SHA-256 of all at the end.
 
     Raises:
         HvdlmError: it can't be read, is not UTF-8, or a record is damaged.
     """
-    reading = reading or Reading()
+    progress = progress or ReadProgress()
     if documents.is_table(source):
-        return documents.rows(source, form, place, reading)
-    found = behind(chunks(source, reading), place.offset)
+        return documents.rows(source, form, start, progress)
+    raw = skip_bytes(raw_chunks(source, progress), start.offset)
     if documents.is_records(source):
-        return documents.lines(source, found, form, place)
-    return cut(source, found, place.offset, 16 * _CHUNK)
+        return documents.lines(source, raw, form, start)
+    return split_text(source, raw, start.offset, 16 * _CHUNK)
 
 
-def digest(source: str, reading: Reading) -> str:
-    """Return the SHA-256 of a source that has been read to its end, as it lies on disk, unpacked."""
-    # A table is read in another order than it lies there.
-    return sha256(Path(source)) if documents.is_table(source) else reading.hashed.hexdigest()
+def digest(source: str, progress: ReadProgress) -> str:
+    """Return the SHA-256 of the unpacked bytes of a source that has been read to its end."""
+    # A table's bytes are not read in the order of the file.
+    return sha256(Path(source)) if documents.is_table(source) else progress.hash.hexdigest()
 
 
 def size(source: str) -> int:
-    """Return the bytes of a source as it lies on disk."""
+    """Return a source's size on disk in bytes."""
     return len(embedded().encode()) if source == "embedded" else os.path.getsize(source)
 
 
-def texts(paths: Sequence[str], form: Form = _FORM, heard: Callable[[int], object] | None = None) -> Iterator[str]:
-    """Yield the text of all sources in ``pieces``. Memory doesn't grow with the corpus.
+def texts(paths: Sequence[str], form: Form = _FORM, on_read: Callable[[int], object] | None = None) -> Iterator[str]:
+    """Yield the text of all sources in chunks, in bounded memory.
 
-    ``heard`` is told after every piece how many bytes on disk were read for it.
+    ``on_read`` is called after every chunk with the bytes on disk that were read for it.
 
     Raises:
         HvdlmError: a source can't be read or is not UTF-8, or there is no text at all.
     """
     empty = True
     for source in expand(paths):
-        reading, before = Reading(), 0
-        for piece in pieces(source, form, reading=reading):
+        progress, before = ReadProgress(), 0
+        for chunk in text_chunks(source, form, progress=progress):
             empty = False
-            yield piece.text
-            if heard:
-                heard(reading.done - before)
-            before = reading.done
+            yield chunk.text
+            if on_read:
+                on_read(progress.bytes_read - before)
+            before = progress.bytes_read
     if empty:
         raise no_text(paths)
 
 
 def no_text(paths: Sequence[str]) -> HvdlmError:
-    """Return what is said where there is no text at all."""
+    """Return the error of a corpus without any text."""
     return HvdlmError(f"data.path {', '.join(paths)}: the corpus is empty: give a file with text.")
 
 
 def spool(folder: Path) -> str:
-    """Copy standard input to a file in ``folder``, named by its content, and return its path.
+    """Copy standard input to a file in ``folder``, named by its content's hash, and return its path.
 
     Raises:
-        HvdlmError: there is nothing on it, or the folder can't be written.
+        HvdlmError: it is a terminal, or the folder can't be written.
     """
     if sys.stdin is None or sys.stdin.isatty():
         raise HvdlmError("data.path -: standard input is a terminal: pipe a text into it, or give a file.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return str(_kept(folder))
+        return str(_copy_stdin(folder))
     except OSError as error:
         raise HvdlmError(
-            f"data.path -: standard input can't be kept in {folder}: {error.strerror}: free space or choose another "
+            f"data.path -: standard input can't be saved in {folder}: {error.strerror}: free space or choose another "
             "folder (--data.cache FOLDER)."
         ) from error
 
 
-def _kept(folder: Path) -> Path:
+def _copy_stdin(folder: Path) -> Path:
     hashed = hashlib.sha256()
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".stdin-", delete=False) as file:
         try:
@@ -182,6 +193,6 @@ def _kept(folder: Path) -> Path:
             path = folder / f"stdin-{hashed.hexdigest()[:24]}.txt"
             if not path.exists():
                 os.replace(file.name, path)
-        finally:  # of an endless input nothing stays but the sentence
+        finally:  # an input that fills the disk leaves no file behind
             Path(file.name).unlink(missing_ok=True)
     return path

@@ -1,4 +1,4 @@
-"""Data sets of Hugging Face as they lie on disk: which files are theirs, and which of them are which split."""
+"""Hugging Face data sets on disk: finds the files of their splits."""
 
 from __future__ import annotations
 
@@ -12,66 +12,68 @@ from hvdlm.errors import HvdlmError, nearest
 from hvdlm.io import untrusted_input
 from hvdlm.io.untrusted_input import shown
 
-VALIDATION = ("validation", "valid", "val", "dev")  # as the library calls it, the first that is there
-_LIMIT = 1 << 24
+VALIDATION = ("validation", "valid", "val", "dev")
+"""Names of a validation split in the library, in the order of preference."""
+
+_LIMIT = 1 << 24  # bytes of a JSON file
 _SHARD = re.compile(r"(\w[\w.]*)-\d{5}-of-\d{5}(-\w+)?\.parquet")
 
 
 def choose(config: DataConfig) -> DataConfig:
-    """Return ``config`` with the splits that it means in place of data sets of several.
+    """Return ``config`` with the paths of the selected splits in place of data sets that have several.
 
     Raises:
-        HvdlmError: there is no such split.
+        HvdlmError: a data set lacks the split.
     """
     paths, held_out = [], list(config.validation_paths)
     for path in config.paths:
-        found = _splits(Path(path))
-        if found and config.split not in found:
+        splits = _splits(Path(path))
+        if splits and config.split not in splits:
             raise HvdlmError(
-                f"data.path {path}: it has no split {config.split!r} (--data.split); {nearest(config.split, found)}"
+                f"data.path {path}: it has no split {config.split!r} (--data.split); {nearest(config.split, splits)}"
             )
-        paths += found[config.split] if found else [path]
+        paths += splits[config.split] if splits else [path]
         if config.validation_path is None:
-            names = [name for name in VALIDATION if name in found and name != config.split]
-            held_out += found[names[0]] if names else []
-    held_out = [split for path in held_out for split in _held_out(path)]
+            names = [name for name in VALIDATION if name in splits and name != config.split]
+            held_out += splits[names[0]] if names else []
+    held_out = [split for path in held_out for split in _validation_split(path)]
     return replace(config, path=paths, validation_path=held_out or None)
 
 
-def _held_out(path: str) -> list[str]:
-    """Return the validation split of a data set that was named as validation text."""
-    found = _splits(Path(path))
-    names = [name for name in VALIDATION if name in found]
-    return found[names[0]] if names else [path]
+def _validation_split(path: str) -> list[str]:
+    """Return the paths of the validation split of a data set, or ``path`` where it has none."""
+    splits = _splits(Path(path))
+    names = [name for name in VALIDATION if name in splits]
+    return splits[names[0]] if names else [path]
 
 
 def _splits(folder: Path) -> dict[str, list[str]]:
-    """Return the paths of each split: of what ``DatasetDict.save_to_disk`` wrote, or shards named by their split."""
+    """Return the paths of each split: folders of ``DatasetDict.save_to_disk``, or shard files named by their split."""
     if (folder / "dataset_dict.json").is_file():
-        said = _read(folder / "dataset_dict.json", "splits")
-        return {name: [str(folder / name)] for name in said if (folder / name).is_dir()}
-    found: dict[str, list[str]] = {}
+        names = _read(folder / "dataset_dict.json", "splits")
+        return {name: [str(folder / name)] for name in names if (folder / name).is_dir()}
+    shards: dict[str, list[str]] = {}
     for path in sorted(folder.rglob("*.parquet")) if folder.is_dir() else []:
         if match := _SHARD.fullmatch(path.name):
-            found.setdefault(match[1], []).append(str(path))
-    return found if len(found) > 1 else {}
+            shards.setdefault(match[1], []).append(str(path))
+    return shards if len(shards) > 1 else {}
 
 
-def strays(folder: Path) -> set[Path]:
-    """Return Arrow files that lie beside a data set without being of it: caches, or of what was saved there before."""
-    found: set[Path] = set()
+def unrelated_files(folder: Path) -> set[Path]:
+    """Return the Arrow files in a data set's folder that it doesn't list: caches, or left from an earlier save."""
+    unrelated: set[Path] = set()
     for state in folder.rglob("state.json"):
         files = set(state.parent.glob("*.arrow"))
-        if files and (said := _read(state, "_data_files", "filename")):
-            found |= files - {state.parent / name for name in said}
-    return found
+        if files and (names := _read(state, "_data_files", "filename")):
+            unrelated |= files - {state.parent / name for name in names}
+    return unrelated
 
 
 def check_one(folder: Path) -> None:
-    """Refuse a folder with several splits below it: they'd be read as one text.
+    """Check that a folder doesn't contain a data set of several splits, which would be read as one text.
 
     Raises:
-        HvdlmError: it is one.
+        HvdlmError: it does.
     """
     for path in sorted(folder.rglob("dataset_dict.json")):
         names = sorted(p.name for p in path.parent.iterdir() if p.is_dir())
@@ -82,14 +84,14 @@ def check_one(folder: Path) -> None:
 
 
 def _read(path: Path, key: str, name: str | None = None) -> list[str]:
-    """Return the names in a list of one of the library's JSON files."""
+    """Return the file names that a JSON file of the library lists under ``key``; ``name``: their key in its entries."""
     try:
-        said: Any = untrusted_input.read_json(path, _LIMIT).get(key, [])
-        names = [one if name is None else one[name] for one in said]
-        if not all(isinstance(one, str) and Path(one).name == one and one not in ("", "..") for one in names):
-            raise ValueError(f"its {key} are {shown(repr(said))}")
+        entries: Any = untrusted_input.read_json(path, _LIMIT).get(key, [])
+        names = [entry if name is None else entry[name] for entry in entries]
+        if not all(isinstance(n, str) and Path(n).name == n and n not in ("", "..") for n in names):
+            raise ValueError(f"its {key} are {shown(repr(entries))}")
         return names
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise HvdlmError(
-            f"data.path {path}: is damaged or not of a data set of Hugging Face ({shown(repr(error))}): save it anew."
+            f"data.path {path}: is damaged or not of a Hugging Face data set ({shown(repr(error))}): save it again."
         ) from error

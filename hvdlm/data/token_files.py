@@ -1,4 +1,4 @@
-"""Token folders: memory-mapped ids with a JSON header."""
+"""Token folders: memory-mapped token ids with a JSON header and a tokenizer."""
 
 from __future__ import annotations
 
@@ -18,17 +18,23 @@ from hvdlm.io.untrusted_input import shown
 
 FORMAT = "hvdlm-tokens-2"
 DTYPES: dict[str, np.dtype] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
-_LIMIT = 1 << 26  # a header beyond this is none of ours
+_LIMIT = 1 << 26  # bytes; hvdlm writes no larger header
 _KEYS = {"format", "dtype", "train", "validation", "validation_bytes", "tokenizer", "sources"}
-_COUNT = 1 << 53
-_ALL = 1 << 24  # ids that are all looked at when a folder is opened: some milliseconds
+_COUNT = 1 << 53  # JSON readers keep integers exact up to here
+_CHECKED = 1 << 24  # ids; checking so many when a folder is opened takes some milliseconds
 
 
 @dataclass(frozen=True)
 class TokenData:
-    """An open token folder: ids of the training and validation split, memory-mapped, ``[n]`` uint16 or uint32.
+    """An open token folder.
 
-    ``fingerprint``: of the texts, the tokenizer and the split; not of the paths, which nodes may call differently.
+    Attributes:
+        folder: its path.
+        tokenizer: the tokenizer of its ids.
+        train: memory-mapped ids of the training split, ``[n]`` uint16 or uint32.
+        validation: those of the validation split.
+        validation_bytes: bytes of the validation text; 0 where the tokenizer doesn't preserve the text.
+        fingerprint: hash of the texts, the tokenizer and the split; not of the paths, which may differ between nodes.
     """
 
     folder: Path
@@ -45,7 +51,7 @@ def is_prepared(paths: Sequence[str]) -> bool:
 
 
 def open_tokens(folder: Path) -> TokenData:
-    """Return the token folder, checked.
+    """Open a token folder and check it.
 
     Raises:
         HvdlmError: it is damaged or foreign.
@@ -59,24 +65,24 @@ def open_tokens(folder: Path) -> TokenData:
         path = folder / "tokenizer.json"
         tokenizer = tokenizers.read(path, folder)
         if tokenizer.hash != header["tokenizer"]:
-            raise ValueError("the tokenizer isn't the one that the tokens were made with")
+            raise ValueError("its tokenizer isn't the one that encoded its tokens")
         tokens: np.ndarray = np.memmap(folder / "tokens.bin", dtype, "r") if size else np.zeros(0, dtype)
         if (highest := _highest(tokens)) >= tokenizer.vocab:
             raise ValueError(f"tokens.bin holds the id {highest}, the vocabulary has {tokenizer.vocab} entries")
         train, validation = tokens[: counts[0]], tokens[counts[0] :]
         return TokenData(folder, tokenizer, train, validation, header["validation_bytes"], _fingerprint(header))
     except (ValueError, OSError, RecursionError, HvdlmError) as error:
-        why = shown(str(error).rstrip("."), 250)
+        reason = shown(str(error).rstrip("."), 250)
         raise HvdlmError(
-            f"token folder {folder} is damaged or foreign: {why}: delete it and prepare it anew."
+            f"token folder {folder} is damaged or foreign: {reason}: delete it and prepare it again."
         ) from error
 
 
 def _header(folder: Path) -> dict[str, Any]:
-    """Return the header; what is used of it is of the types that ``preparation`` gives it."""
+    """Return the header, which is untrusted, after checking the types of all entries that are used."""
     header = untrusted_input.read_json(folder / "header.json", _LIMIT, folder)
     if not isinstance(header, dict):
-        raise ValueError("header.json holds no mapping")
+        raise ValueError("header.json is not a mapping")
     if missing := _KEYS - header.keys():
         raise ValueError(f"its header lacks {', '.join(sorted(missing))}")
     digests = header["sources"]
@@ -85,7 +91,7 @@ def _header(folder: Path) -> dict[str, Any]:
     if header["format"] != FORMAT:
         raise ValueError(f"its format is {shown(repr(header['format']))}, not {FORMAT!r}")
     if not isinstance(header["dtype"], str) or header["dtype"] not in DTYPES:
-        raise ValueError(f"{shown(repr(header['dtype']))} is no dtype of tokens")
+        raise ValueError(f"{shown(repr(header['dtype']))} is not a dtype of tokens")
     for name in ("train", "validation", "validation_bytes"):
         if type(header[name]) is not int or not 0 <= header[name] < _COUNT:
             raise ValueError(f"its {name} is {shown(repr(header[name]))}")
@@ -93,13 +99,13 @@ def _header(folder: Path) -> dict[str, Any]:
 
 
 def _fingerprint(header: dict[str, Any]) -> str:
-    said = [header[name] for name in ("format", "dtype", "train", "validation", "tokenizer")]
-    return hashlib.sha256(json.dumps([said, sorted(header["sources"].values())]).encode()).hexdigest()
+    settings = [header[name] for name in ("format", "dtype", "train", "validation", "tokenizer")]
+    return hashlib.sha256(json.dumps([settings, sorted(header["sources"].values())]).encode()).hexdigest()
 
 
 def _highest(tokens: np.ndarray) -> int:
-    """Return the highest of the ids, in a large file of those in 64 blocks of it: opening must not take long."""
-    if len(tokens) <= _ALL:
+    """Return the highest id; in a large file only 64 blocks are checked, since opening must be fast."""
+    if len(tokens) <= _CHECKED:
         return int(tokens.max(initial=0)) if len(tokens) else -1
     block = 1 << 16
     starts = np.linspace(0, len(tokens) - block, 64, dtype=np.int64)
@@ -107,7 +113,7 @@ def _highest(tokens: np.ndarray) -> int:
 
 
 def require_length(tokens: np.ndarray, context: int, split: str) -> None:
-    """Check that a split holds one window at least."""
+    """Check that a split holds at least one window."""
     if len(tokens) < context + 1:
         raise HvdlmError(
             f"{split} split has {len(tokens)} tokens, fewer than data.context + 1 = {context + 1}: "

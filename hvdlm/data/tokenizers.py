@@ -1,4 +1,4 @@
-"""Tokenizers: byte, character, word, and BPE through Hugging Face ``tokenizers``. Kept as JSON, never pickled."""
+"""Tokenizers: byte, character, word, and BPE through Hugging Face ``tokenizers``; stored as JSON, never pickled."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from hvdlm.data.tokenizer_expansion import growth
+from hvdlm.data.tokenizer_expansion import expansion
 from hvdlm.errors import HvdlmError
 from hvdlm.io import untrusted_input
 from hvdlm.io.untrusted_input import shown
 
-LIMIT = 1 << 26  # bytes: a tokenizer's file beyond this is none of ours
-SLACK = 1 << 24  # a vocabulary is many small parts: bytes that reading one may take beside 10 times its file's size
-_TABLE = 1 << 16  # a table of all code points would take 4 MB for a vocabulary of one character
-_GROWTH = 256  # text that grows more while it is prepared for encoding is a bomb
+LIMIT = 1 << 26  # bytes of a tokenizer's file
+SLACK = 1 << 24  # bytes that reading one may take beyond 10 times its file's size: a vocabulary is many small objects
+_TABLE = 1 << 16  # a table of all code points would take 4 MB even for a vocabulary of one character
+_MAX_EXPANSION = 256  # text that gets longer than so many times before encoding is a decompression bomb
 
 
 class Tokenizer(Protocol):
-    """Turns text into int32 ids below ``vocab`` and back."""
+    """Converts text to int32 ids below ``vocab`` and back."""
 
     vocab: int
 
@@ -34,7 +34,7 @@ class Tokenizer(Protocol):
         """Return the text of ids."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values that ``from_json`` takes."""
+        """Return JSON values from which ``from_json`` makes an equal tokenizer."""
 
     @property
     def hash(self) -> str:
@@ -52,7 +52,7 @@ class _Hashed:
 
 
 class ByteTokenizer(_Hashed):
-    """UTF-8 bytes: 256 ids, any text."""
+    """UTF-8 bytes: 256 ids for any text."""
 
     vocab = 256
 
@@ -61,11 +61,11 @@ class ByteTokenizer(_Hashed):
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text; bytes that are no UTF-8 become U+FFFD."""
+        """Return the text; invalid UTF-8 becomes U+FFFD."""
         return bytes(ids).decode("utf-8", "replace")
 
     def to_json(self) -> dict[str, Any]:
-        """Return the kind."""
+        """Return the kind alone."""
         return {"kind": "byte"}
 
 
@@ -79,7 +79,7 @@ class CharTokenizer(_Hashed):
         self._order = np.argsort(points).astype(np.int32)
         self._points = points[self._order]
         if not self.vocab or (self._points[1:] == self._points[:-1]).any():
-            raise ValueError("a vocabulary holds every character once, and one at least")
+            raise ValueError("a vocabulary needs at least one character, each once")
         low = points[points < _TABLE]
         self._table = np.full(int(low.max(initial=0)) + 1, -1, np.int32)
         self._table[low] = np.flatnonzero(points < _TABLE)
@@ -87,30 +87,30 @@ class CharTokenizer(_Hashed):
     @staticmethod
     def train(texts: Iterable[str]) -> CharTokenizer:
         """Return the tokenizer of all characters in ``texts``."""
-        found: set[str] = set()
+        characters: set[str] = set()
         for text in texts:
-            found.update(text)
-        return CharTokenizer("".join(sorted(found)))
+            characters.update(text)
+        return CharTokenizer("".join(sorted(characters)))
 
     def encode(self, text: str) -> np.ndarray:
-        """Return one int32 id per character; raise HvdlmError for one that the corpus doesn't have."""
+        """Return one int32 id per character; raise HvdlmError for one that the vocabulary lacks."""
         points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
         ids = self._table[np.minimum(points, len(self._table) - 1)]
         high = points >= len(self._table)
         if high.any():
-            ids[high] = self._searched(points[high])
+            ids[high] = self._search(points[high])
         if (ids < 0).any():
             character = text[int((ids < 0).argmax())]
             raise HvdlmError(
                 f"character {character!r} is not among the {self.vocab} that the model knows: leave it out, or train "
-                "with --data.tokenizer byte, which knows all."
+                "with --data.tokenizer byte, which encodes any text."
             )
         return ids
 
-    def _searched(self, points: np.ndarray) -> np.ndarray:
-        """Return the ids of code points, -1 where there is none."""
-        places = np.minimum(np.searchsorted(self._points, points), self.vocab - 1)
-        return np.where(self._points[places] == points, self._order[places], np.int32(-1))
+    def _search(self, points: np.ndarray) -> np.ndarray:
+        """Return the ids of code points, -1 for those outside of the vocabulary."""
+        indices = np.minimum(np.searchsorted(self._points, points), self.vocab - 1)
+        return np.where(self._points[indices] == points, self._order[indices], np.int32(-1))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids."""
@@ -129,12 +129,12 @@ class WordTokenizer(_Hashed):
         self._ids = {word: i for i, word in enumerate(words)}
         self.vocab = len(words)
         if len(self._ids) != self.vocab or "<unk>" not in self._ids:
-            raise ValueError("a vocabulary holds every word once, and <unk>")
+            raise ValueError("a vocabulary needs every word once, and <unk>")
         self._unknown = self._ids["<unk>"]
 
     @staticmethod
     def train(texts: Iterable[str], size: int) -> WordTokenizer:
-        """Return the tokenizer of the ``size`` most frequent words, equal ones in alphabetical order."""
+        """Return the tokenizer of the ``size`` most frequent words, ties in alphabetical order."""
         counts: Counter[str] = Counter()
         for text in texts:
             counts.update(_words(text))
@@ -143,7 +143,7 @@ class WordTokenizer(_Hashed):
         return WordTokenizer(fixed + ranked[: size - len(fixed)])
 
     def encode(self, text: str) -> np.ndarray:
-        """Return one int32 id per word and end of line."""
+        """Return one int32 id per word and per end of line."""
         return np.fromiter((self._ids.get(w, self._unknown) for w in _words(text)), np.int32)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -163,10 +163,10 @@ def _words(text: str) -> Iterable[str]:
 
 
 def _vocab(entries: Mapping[str, int]) -> int:
-    """Return how many ids a model needs: a vocabulary may have gaps, but not be made of them.
+    """Return how many ids a model needs: the highest one plus 1.
 
     Raises:
-        ValueError: it is.
+        ValueError: most ids below the highest are unused.
     """
     highest = max(entries.values(), default=-1)
     if highest >= 2 * len(entries) + 1024:
@@ -182,18 +182,18 @@ class BPETokenizer(_Hashed):
 
         try:
             self._description = untrusted_input.parse_json(description, SLACK)
-            # Written anew: of a key that stands there twice, the library shall see what is looked at here.
-            same = json.dumps(self._description)
-            self._encoder = untrusted_input.guarded(lambda: Encoder.from_str(same))
-            # What is made for batches of short texts would cut a corpus, or fill it up.
+            # Serialised again: where a key occurs twice, the library must get the value that is checked here.
+            canonical = json.dumps(self._description)
+            self._encoder = untrusted_input.guarded(lambda: Encoder.from_str(canonical))
+            # Options for batches of short texts, which would truncate or pad a corpus.
             self._encoder.no_truncation()
             self._encoder.no_padding()
             self.vocab = _vocab(self._encoder.get_vocab())
-            if growth(self._description) > _GROWTH:
-                raise ValueError(f"it makes text more than {_GROWTH} times longer")
+            if expansion(self._description) > _MAX_EXPANSION:
+                raise ValueError(f"it makes text more than {_MAX_EXPANSION} times longer")
         except (ValueError, RecursionError) as error:
             raise HvdlmError(
-                f"the tokenizer file is no Hugging Face tokenizer.json: {shown(str(error), 200)}."
+                f"the tokenizer file is not a Hugging Face tokenizer.json: {shown(str(error), 200)}."
             ) from error
 
     @staticmethod
@@ -212,12 +212,12 @@ class BPETokenizer(_Hashed):
 
     def encode(self, text: str) -> np.ndarray:
         """Return int32 ids ``[n]``."""
-        # Of a batch, no offsets are computed: a half more tokens per second.
-        (found,) = self._guarded(lambda: self._encoder.encode_batch_fast([text], add_special_tokens=False))
-        ids = np.array(found.ids, np.int64)
+        # Encoding a batch computes no offsets: half as many tokens per second more.
+        (encoding,) = self._guarded(lambda: self._encoder.encode_batch_fast([text], add_special_tokens=False))
+        ids = np.array(encoding.ids, np.int64)
         if ids.max(initial=0) >= self.vocab:
             raise HvdlmError(
-                f"the tokenizer gave the id {ids.max()}, its vocabulary has {self.vocab} entries: use another."
+                f"the tokenizer returned the id {ids.max()}, its vocabulary has {self.vocab} entries: use another."
             )
         return ids.astype(np.int32)
 
@@ -237,10 +237,10 @@ class BPETokenizer(_Hashed):
 
 
 def from_json(value: Any) -> Tokenizer:
-    """Return the tokenizer that ``to_json`` described.
+    """Return the tokenizer that ``to_json`` described, from an untrusted value.
 
     Raises:
-        HvdlmError: it is no tokenizer of ours.
+        HvdlmError: it is not the description of a tokenizer.
     """
     try:
         kind = value["kind"]
@@ -259,15 +259,16 @@ def from_json(value: Any) -> Tokenizer:
         raise ValueError(f"it is of no known kind: {shown(repr(kind))}")
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise HvdlmError(
-            f"the tokenizer description is damaged or foreign ({shown(str(error), 200)}): prepare the data anew."
+            f"the tokenizer description is damaged or foreign ({shown(str(error), 200)}): prepare the data again."
         ) from error
 
 
 def read(path: Path, within: Path | None = None) -> Tokenizer:
-    """Return the tokenizer of a file that holds what ``to_json`` described; ``within``: a folder it has to lie in.
+    """Return the tokenizer that a file describes (``to_json``); ``within``: a folder that must contain the file.
 
     Raises:
-        HvdlmError: it is no tokenizer of ours; ValueError, OSError: the file can't be read.
+        HvdlmError: it is not the description of a tokenizer.
+        ValueError, OSError: the file can't be read.
     """
     return from_json(untrusted_input.read_json(path, LIMIT, within, SLACK))
 
@@ -275,10 +276,10 @@ def read(path: Path, within: Path | None = None) -> Tokenizer:
 def train(name: str, size: int | None, texts: Iterable[str]) -> Tokenizer:
     """Return the tokenizer ``name`` (see ``DataConfig.tokenizer``), trained on ``texts`` where it needs training.
 
-    A file may be Hugging Face's or a run's own (``to_json``).
+    A file may be Hugging Face's tokenizer.json or that of a run (``to_json``).
 
     Raises:
-        HvdlmError: neither a known kind nor a readable tokenizer.json.
+        HvdlmError: it is neither a known kind nor a readable tokenizer.json.
     """
     if name == "byte":
         return ByteTokenizer()
@@ -299,7 +300,7 @@ def train(name: str, size: int | None, texts: Iterable[str]) -> Tokenizer:
 
 
 def check(name: str) -> None:
-    """Check that ``data.tokenizer`` names a kind or a file."""
+    """Check that ``data.tokenizer`` names a known kind or an existing file."""
     if name not in ("byte", "char", "word", "bpe") and not Path(name).is_file():
         raise HvdlmError(
             f"data.tokenizer {name!r} is neither byte, char, word or bpe nor the path of a tokenizer.json: "

@@ -1,4 +1,4 @@
-"""Texts are encoded by several processes, in order, a bounded number of them at a time."""
+"""Encodes texts in several processes, in order, with a bounded number of texts in flight."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from hvdlm.diagnostics.probes import cores
 from hvdlm.errors import HvdlmError
 
 Label = TypeVar("Label")
-_SMALL = 1 << 23  # bytes that are encoded before several processes have started
-_AHEAD = 2  # texts for each worker that are under way or wait to be written
+_SMALL = 1 << 23  # bytes that one process encodes before several have started
+_IN_FLIGHT = 2  # texts for each worker that are being encoded or wait to be written
 
 
 class WorkerDied(HvdlmError):
-    """A worker was ended from outside, most often because memory ran out."""
+    """A worker process died, most often because memory ran out."""
 
 
-def choose(asked: int | None, tokenizer: Tokenizer, size: int) -> int:
-    """Return how many processes encode ``size`` bytes: what was asked for, else this process's cores.
+def choose(requested: int | None, tokenizer: Tokenizer, size: int) -> int:
+    """Return how many processes encode ``size`` bytes: ``requested``, or else the number of this process's cores.
 
-    Bytes and characters become tokens faster than they reach another process (measured), and short texts sooner.
+    One process encodes bytes and characters faster than it sends them to another (measured), and short texts sooner.
     """
-    if asked is not None:
-        return asked
+    if requested is not None:
+        return requested
     if size < _SMALL or isinstance(tokenizer, ByteTokenizer | CharTokenizer):
         return 1
     return cores()
@@ -48,47 +48,47 @@ def encoded(
 
     Raises:
         HvdlmError: a text can't be encoded.
-        WorkerDied: a worker was ended.
+        WorkerDied: a worker process died.
     """
     if workers == 1:
         yield from ((label, tokenizer.encode(text)) for text, label in texts)
         return
-    context = multiprocessing.get_context("spawn")  # a fork would inherit locks, threads and what a launcher opened
+    context = multiprocessing.get_context("spawn")  # a fork would inherit locks, threads and a launcher's files
     start = json.dumps(tokenizer.to_json())
     with ProcessPoolExecutor(workers, context, _begin, (start,)) as pool:
         try:
-            yield from _in_order(pool, texts, workers * _AHEAD)
+            yield from _in_order(pool, texts, workers * _IN_FLIGHT)
         except BrokenProcessPool as error:
             raise WorkerDied(
-                "a worker that encodes died: if memory ran out, take fewer (--workers 1); the same command goes on "
-                "where this one was."
+                "an encoding worker died: if memory ran out, use fewer (--workers 1); the same command resumes where "
+                "this one stopped."
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
 
 
 def _in_order(
-    pool: ProcessPoolExecutor, texts: Iterable[tuple[str, Label]], most: int
+    pool: ProcessPoolExecutor, texts: Iterable[tuple[str, Label]], limit: int
 ) -> Iterator[tuple[Label, np.ndarray]]:
     waiting: deque[tuple[Label, Future[np.ndarray]]] = deque()
     for text, label in texts:
         waiting.append((label, pool.submit(_encode, text)))
-        if len(waiting) >= most:
+        if len(waiting) >= limit:
             first, future = waiting.popleft()
             yield first, future.result()
     for first, future in waiting:
         yield first, future.result()
 
 
-_tokenizer: Tokenizer  # of a worker
+_tokenizer: Tokenizer  # of this worker process
 
 
 def _begin(description: str) -> None:
-    """Begin a worker: it ends with the process that started it, however that ends, and leaves signals to it."""
+    """Initialise a worker: it ends when its parent ends, in whatever way, and ignores interrupts."""
     global _tokenizer
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    # One worker for each core: a library that starts threads besides would only make them wait for each other.
+    # There is one worker for each core: threads of the library would only compete with them.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _tokenizer = tokenizers.from_json(json.loads(description))
 

@@ -1,8 +1,9 @@
-"""One rank's error ends all ranks, and is told once.
+"""Ends all ranks when one fails, and reports the error once.
 
-A rank that fails by itself leaves word in RUN/flight_recorder and speaks. A rank whose transport tells it of another's end looks
-for that word first, and then has nothing to add. Where the transport refuses what ranks handed over (another shape or
-dtype), all get the same error, and the first of them tells what their ledgers show.
+A rank that fails by itself writes its error to RUN/flight_recorder and reports it. A rank whose transport reports the
+end of another rank first looks for that rank's error, and reports nothing if there is one. Where the transport refuses
+a collective (ranks gave different shapes or dtypes), all ranks get the same error, and the first of them reports it
+with the difference between the flight recorders.
 """
 
 from __future__ import annotations
@@ -17,78 +18,78 @@ from hvdlm.diagnostics import diagnosis, failure_files
 from hvdlm.diagnostics.failure_files import Failure
 from hvdlm.errors import HvdlmError, RankError
 
-_WORD_SECONDS = 3.0  # for which another rank's word is waited for
-_TURN_SECONDS = 1.0  # after which the next rank speaks, where the one before it does not
-_LEAVE_SECONDS = 2.0  # in which the rank that speaks may end all
-_LIBRARY = re.compile(r"horovod|\bmpi_|has been shut down|mismatched \w+ (tensor|operation|data)|gloo/", re.I)
+_ERROR_SECONDS = 3.0  # waited for the error of another rank
+_TURN_SECONDS = 1.0  # after which the next rank reports, if the one before it has not
+_ABORT_SECONDS = 2.0  # in which the rank that reports may end all ranks
+_TRANSPORT = re.compile(r"horovod|\bmpi_|has been shut down|mismatched \w+ (tensor|operation|data)|gloo/", re.I)
 
 
-def of_transport(error: BaseException) -> bool:
-    """Return whether ``error`` comes from Horovod or MPI, perhaps through a framework, and so may be another rank's."""
+def is_transport_error(error: BaseException) -> bool:
+    """Return whether Horovod or MPI raised ``error``, perhaps through a framework: the cause may be another rank."""
     kinds = {f"{kind.__module__}.{kind.__name__}" for kind in type(error).__mro__}
     if "mpi4py.MPI.Exception" in kinds or any(kind.endswith(".HorovodInternalError") for kind in kinds):
         return True
     if not any(kind.startswith("tensorflow.") or kind == "builtins.RuntimeError" for kind in kinds):
         return False
-    return bool(_LIBRARY.search(failure_files.gist(error)))
+    return bool(_TRANSPORT.search(failure_files.short_message(error)))
 
 
 def end(world: Any, error: BaseException) -> None:
-    """Tell ``error`` once among all ranks, and end them; does not return."""
+    """Report ``error`` once among all ranks and end them; does not return."""
     recorder = world.recorder
     recorder.failing = True
     recorder.flush()
-    own = not of_transport(error)
-    if own or not _others_word(recorder.folder, world.rank):
+    is_cause = not is_transport_error(error)
+    if is_cause or not _wait_for_other_error(recorder.folder, world.rank):
         failure_files.write_failure(
-            recorder.folder, failure_files.failure_of(world.rank, error, recorder.current_step, own)
+            recorder.folder, failure_files.make_failure(world.rank, error, recorder.current_step, is_cause)
         )
-        if not own:
+        if not is_cause:
             time.sleep(_TURN_SECONDS * world.rank)
-        if failure_files.mark(recorder.folder, "told"):
-            tell(world, error, own)
+        if failure_files.create_marker(recorder.folder, failure_files.REPORTED):
+            report(world, error, is_cause)
             world.abort(1)
-    time.sleep(_LEAVE_SECONDS)  # whose word it is ends this rank too, most often
+    time.sleep(_ABORT_SECONDS)  # the rank that reports usually ends this one, too
     world.abort(1)
 
 
-def told_elsewhere(recorder: Any) -> bool:
-    """Return whether another rank has failed, or told why all end: a signal is then the launcher's, not the user's."""
+def another_rank_failed(recorder: Any) -> bool:
+    """Return whether another rank has failed: a signal then comes from the launcher, not from the user."""
     folder = recorder.folder
-    return failure_files.marked(folder, "told") or bool(failure_files.read_failures(folder))
+    return failure_files.has_marker(folder, failure_files.REPORTED) or bool(failure_files.read_failures(folder))
 
 
 def refuse(world: Any, error: HvdlmError, prefix: str) -> None:
-    """Tell ``error``, which is the user's to mend, once among all ranks, and end them with code 2."""
+    """Report ``error``, an input error, once among all ranks, and end them with code 2."""
     recorder = world.recorder
     recorder.failing = True
     recorder.flush()
     failure_files.write_failure(
-        recorder.folder, failure_files.failure_of(world.rank, error, recorder.current_step, own=True)
+        recorder.folder, failure_files.make_failure(world.rank, error, recorder.current_step, is_cause=True)
     )
-    if failure_files.mark(recorder.folder, "told"):
-        failure_files.say(recorder.folder, f"{prefix}{error}")
+    if failure_files.create_marker(recorder.folder, failure_files.REPORTED):
+        failure_files.report(recorder.folder, f"{prefix}{error}")
     else:
-        time.sleep(_LEAVE_SECONDS)
+        time.sleep(_ABORT_SECONDS)
     world.abort(2)
 
 
-def _others_word(folder: Path | None, rank: int) -> bool:
-    """Return whether another rank failed by itself; it has a moment to say so."""
+def _wait_for_other_error(folder: Path | None, rank: int) -> bool:
+    """Return whether another rank failed by itself, after waiting a moment for its error."""
 
-    def found() -> bool:
-        return any(failure.own for r, failure in failure_files.read_failures(folder).items() if r != rank)
+    def has_cause() -> bool:
+        return any(failure.is_cause for r, failure in failure_files.read_failures(folder).items() if r != rank)
 
-    return folder is not None and failure_files.await_word(found, _WORD_SECONDS)
+    return folder is not None and failure_files.wait_for(has_cause, _ERROR_SECONDS)
 
 
-def tell(world: Any, error: BaseException, own: bool) -> None:
-    """Print what ended this rank; of what the transport refused, what the ledgers show."""
-    if own and not isinstance(error, (RankError, HvdlmError)):
+def report(world: Any, error: BaseException, is_cause: bool) -> None:
+    """Print the error that ended this rank, for an error of the transport with what the flight recorders show."""
+    if is_cause and not isinstance(error, (RankError, HvdlmError)):
         traceback.print_exception(error)
-    failure: Failure = failure_files.failure_of(world.rank, error, world.recorder.current_step, own)
+    failure: Failure = failure_files.make_failure(world.rank, error, world.recorder.current_step, is_cause)
     text = f"hvdlm: rank {world.rank} failed: {failure.message}"
-    if not own and world.recorder.folder is not None:
-        scene = failure_files.read_scene(world.recorder.folder)
-        text = "\n".join([text, *diagnosis.refused(scene, time.time())])
-    failure_files.say(world.recorder.folder, text)
+    if not is_cause and world.recorder.folder is not None:
+        files = failure_files.read_files(world.recorder.folder)
+        text = "\n".join([text, *diagnosis.explain_refused(files, time.time())])
+    failure_files.report(world.recorder.folder, text)

@@ -1,6 +1,6 @@
-"""What ranks leave in RUN/flight_recorder for each other and for the doctor: ledgers, Python stacks, word of hangs and failures.
+"""Files in RUN/flight_recorder about hangs and failures, for other ranks and the doctor: recordings, stacks, errors.
 
-Everything is written under a temporary name and renamed, so that what is there is whole. All of it is untrusted.
+Files are written under a temporary name and renamed, so that they are always complete. All content is untrusted.
 """
 
 from __future__ import annotations
@@ -18,64 +18,67 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from hvdlm.diagnostics.recorder_reader import LedgerView, read_recorder
+from hvdlm.diagnostics.recorder_reader import Recording, read_recording
 from hvdlm.errors import HvdlmError
 
-_MOST_TEXT = 1 << 20  # bytes of a stack or a marker
-_MOST_RANKS = 65536
+HANG, REPORTED = "hang", "told"
+"""Markers: a rank has noticed a hang; a rank has reported (on standard error) why the run ends."""
+
+_MAX_BYTES = 1 << 20  # read of a stack or an error
+_MAX_RANKS = 65536
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What a rank said of its end. ``own``: it failed by itself, not because its transport told it of another's."""
+    """The error that ended a rank; ``is_cause``: False where its transport reported another rank's failure."""
 
     rank: int
     message: str
     step: int = 0
     time: float = 0.0
-    own: bool = True
+    is_cause: bool = True
 
 
 @dataclass(frozen=True)
-class Scene:
-    """Everything that can be seen of a run's ranks from here.
+class FailureFiles:
+    """The content of RUN/flight_recorder as far as this host can read it.
 
     Attributes:
-        views: every readable ledger, by rank.
-        stacks: the Python stacks that ranks wrote when a hang was noticed, by rank.
-        failures: what failed ranks said, by rank.
-        unreadable: sentences about files that are none of these.
+        recordings: the flight recorder of each rank.
+        stacks: the Python stacks of each rank that wrote them when a hang was noticed.
+        failures: the error of each failed rank.
+        unreadable: sentences about recordings that can't be read.
     """
 
-    views: dict[int, LedgerView] = field(default_factory=dict)
+    recordings: dict[int, Recording] = field(default_factory=dict)
     stacks: dict[int, str] = field(default_factory=dict)
     failures: dict[int, Failure] = field(default_factory=dict)
     unreadable: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:
-        """How many ranks the run had."""
-        return max((view.size for view in self.views.values()), default=0)
+        """The number of ranks of the run."""
+        return max((recording.size for recording in self.recordings.values()), default=0)
 
 
-def read_scene(folder: Path) -> Scene:
-    """Return what is in ``folder``; what can't be read is told, not raised."""
-    views, unreadable = {}, []
-    for path in _of_ranks(folder, "rank", "recorder"):
+def read_files(folder: Path) -> FailureFiles:
+    """Return the content of ``folder``; a file that can't be read becomes a sentence in ``unreadable``."""
+    recordings, unreadable = {}, []
+    for path in _files_of_ranks(folder, "rank", "recorder"):
         try:
-            view = read_recorder(path)
-            views[view.rank] = view
+            recording = read_recording(path)
+            recordings[recording.rank] = recording
         except HvdlmError as error:
             unreadable.append(str(error))
-    return Scene(views, read_stacks(folder), read_failures(folder), tuple(unreadable))
+    return FailureFiles(recordings, read_stacks(folder), read_failures(folder), tuple(unreadable))
 
 
-def _of_ranks(folder: Path, kind: str, suffix: str) -> list[Path]:
+def _files_of_ranks(folder: Path, kind: str, suffix: str) -> list[Path]:
     try:
         names = sorted(os.listdir(folder))
     except OSError:
         return []
-    return [folder / name for name in names if re.fullmatch(rf"{kind}-\d{{4,5}}\.{suffix}", name)][:_MOST_RANKS]
+    return [folder / name for name in names if re.fullmatch(rf"{kind}-\d{{4,5}}\.{suffix}", name)][:_MAX_RANKS]
 
 
 def _rank(path: Path) -> int:
@@ -83,28 +86,28 @@ def _rank(path: Path) -> int:
 
 
 def _read(path: Path) -> str:
-    """Return a file's text, its beginning where it is large, without what a terminal obeys; "" where there is none."""
+    """Return the beginning of a file's text with unprintable characters replaced; "" where there is no such file."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         with open(descriptor, "rb") as file:
-            text = file.read(_MOST_TEXT).decode("utf-8", "replace")
+            text = file.read(_MAX_BYTES).decode("utf-8", "replace")
     except OSError:
         return ""
     return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
 
 
 def _write(path: Path, text: str) -> None:
-    part = path.with_suffix(".part")
+    temporary = path.with_suffix(".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
     except OSError:
-        pass  # there is nobody to tell: the sentences that follow say what is missing
+        pass  # the run is ending anyway, and the diagnosis names the ranks whose files are missing
 
 
-def mark(folder: Path | None, name: str) -> bool:
-    """Create the marker ``name``; return whether this process is the one that did, True where none can be made."""
+def create_marker(folder: Path | None, name: str) -> bool:
+    """Create the marker ``name``; return whether this process created it, True also where the folder isn't writable."""
     if folder is None:
         return True
     try:
@@ -116,15 +119,15 @@ def mark(folder: Path | None, name: str) -> bool:
     return True
 
 
-def marked(folder: Path | None, name: str) -> bool:
-    """Return whether the marker ``name`` is there."""
+def has_marker(folder: Path | None, name: str) -> bool:
+    """Return whether the marker ``name`` exists."""
     return folder is not None and (folder / f"{name}.json").exists()
 
 
-def await_word(until: Callable[[], bool], seconds: float) -> bool:
-    """Wait that long until something is to be seen in the folder; return whether it is."""
+def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
+    """Wait until ``condition`` is true, at most ``seconds``; return whether it is."""
     limit = time.monotonic() + seconds
-    while not until():
+    while not condition():
         if time.monotonic() > limit:
             return False
         time.sleep(0.1)
@@ -132,33 +135,34 @@ def await_word(until: Callable[[], bool], seconds: float) -> bool:
 
 
 def write_failure(folder: Path | None, failure: Failure) -> None:
-    """Leave word of how a rank ended."""
+    """Write the error that ended a rank."""
     if folder is not None:
-        content = {key: getattr(failure, key) for key in ("rank", "message", "step", "time", "own")}
+        content = {key: getattr(failure, key) for key in ("rank", "message", "step", "time")}
+        content["own"] = failure.is_cause
         _write(folder / f"failed-{failure.rank:04d}.json", json.dumps(content))
 
 
 def read_failures(folder: Path | None) -> dict[int, Failure]:
-    """Return what failed ranks left, by rank."""
-    found = {}
-    for path in _of_ranks(folder, "failed", "json") if folder is not None else []:
+    """Return the error of each failed rank."""
+    failures = {}
+    for path in _files_of_ranks(folder, "failed", "json") if folder is not None else []:
         try:
             content = json.loads(_read(path))
-            step, at = int(content["step"]), float(content["time"])
-            failure = Failure(_rank(path), str(content["message"]), step, at, content["own"] is True)
+            step, seconds = int(content["step"]), float(content["time"])
+            failure = Failure(_rank(path), str(content["message"]), step, seconds, content["own"] is True)
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             continue
-        found[failure.rank] = failure
-    return found
+        failures[failure.rank] = failure
+    return failures
 
 
 def write_stack(folder: Path, rank: int) -> None:
-    """Write where every thread of this process is, the main thread first."""
-    _write(folder / f"rank-{rank:04d}.stack", stack())
+    """Write the Python stacks of this process's threads."""
+    _write(folder / f"rank-{rank:04d}.stack", python_stacks())
 
 
-def stack() -> str:
-    """Return the Python stacks of this process's threads, the main thread first, but for the calling one."""
+def python_stacks() -> str:
+    """Return the Python stacks of this process's threads except the calling one, the main thread first."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     frames: dict[int, FrameType] = dict(sys._current_frames())
     frames.pop(threading.get_ident(), None)
@@ -173,30 +177,30 @@ def _thread(name: str, frame: FrameType) -> str:
 
 
 def read_stacks(folder: Path) -> dict[int, str]:
-    """Return the stacks that ranks wrote, by rank."""
-    return {_rank(path): _read(path) for path in _of_ranks(folder, "rank", "stack")}
+    """Return the stacks of each rank that wrote them."""
+    return {_rank(path): _read(path) for path in _files_of_ranks(folder, "rank", "stack")}
 
 
-def stacked(folder: Path) -> set[int]:
-    """Return the ranks that wrote their stacks."""
-    return {_rank(path) for path in _of_ranks(folder, "rank", "stack")}
+def ranks_with_stacks(folder: Path) -> set[int]:
+    """Return the ranks that have written their stacks."""
+    return {_rank(path) for path in _files_of_ranks(folder, "rank", "stack")}
 
 
-def say(folder: Path | None, text: str) -> None:
-    """Print ``text`` on standard error, and leave it in the folder."""
+def report(folder: Path | None, text: str) -> None:
+    """Print why the run ends on standard error, and write it to ``diagnosis.txt``."""
     if folder is not None:
         _write(folder / "diagnosis.txt", text + "\n")
     print(text, file=sys.stderr, flush=True)
 
 
-def failure_of(rank: int, error: BaseException, step: int, own: bool) -> Failure:
-    """Return what a rank says of an error that ends it."""
+def make_failure(rank: int, error: BaseException, step: int, is_cause: bool) -> Failure:
+    """Return the failure of a rank that ``error`` ends."""
     name = "" if isinstance(error, HvdlmError) else f"{type(error).__name__}: "
-    return Failure(rank, f"{name}{gist(error)}"[:10000], step, time.time(), own)
+    return Failure(rank, f"{name}{short_message(error)}"[:10000], step, time.time(), is_cause)
 
 
-def gist(error: BaseException) -> str:
-    """Return an error's message; of a TensorFlow graph's, what is neither a stack nor the name of an operation."""
+def short_message(error: BaseException) -> str:
+    """Return an error's message, that of a TensorFlow graph without stacks and names of operations."""
     text = re.sub(r"\[\[.*?\]\]|\[Op:.*?\]", "", str(error)).strip()
     if not text.startswith("Graph execution error"):
         return text
@@ -204,6 +208,6 @@ def gist(error: BaseException) -> str:
     return " ".join(dict.fromkeys(line.strip() for line in text.splitlines() if not frame.match(line))) or text
 
 
-def ledger_folder(run: Any) -> Path:
-    """Return where the ranks of the run in folder ``run`` leave what is described here."""
+def files_folder(run: Any) -> Path:
+    """Return the folder of these files for the run in folder ``run``."""
     return Path(run) / "flight_recorder"

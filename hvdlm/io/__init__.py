@@ -1,1 +1,1 @@
-"""Files and folders: where they may lie, and how they are read and written."""
+"""Files, folders and the terminal: atomic writes, bounded reads of untrusted input, user folders."""

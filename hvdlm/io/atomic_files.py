@@ -1,4 +1,4 @@
-"""Files that outlive a crash: synced to disk, put in place by renaming."""
+"""Writes files that survive a crash: synced to disk, renamed to their final name when whole."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ import os
 from pathlib import Path
 from typing import BinaryIO
 
-_CHUNK = 2**20  # more would be taken even for the smallest of untrusted files
+_CHUNK = 2**20  # bytes; a larger buffer would be allocated even for the smallest untrusted file
 
 
 def write_synced(path: Path, data: bytes) -> None:
-    """Write a file and wait until it is on disk."""
+    """Write a file and wait until its content is on disk."""
     with path.open("wb") as file:
         file.write(data)
         sync(file)
 
 
 def sync(file: BinaryIO) -> None:
-    """Wait until what was written to an open file is on disk."""
+    """Wait until everything written to an open file is on disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until what was made, renamed and deleted in a folder is on disk."""
+    """Wait until all creations, renames and deletions in a folder are on disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -42,7 +42,7 @@ def sha256(path: Path) -> str:
 
 
 def replace(path: Path, text: str) -> None:
-    """Write a small file under a temporary name, sync it and rename it."""
+    """Write a small file atomically: under a temporary name, synced, then renamed."""
     temporary = path.with_name(f".{path.name}.partial")
     write_synced(temporary, text.encode())
     os.replace(temporary, path)

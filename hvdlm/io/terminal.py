@@ -1,23 +1,24 @@
-"""What a person looks at as it comes, and how figures are written there."""
+"""Detects a terminal, and formats sizes and durations for people."""
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import TextIO
 
+from hvdlm.io import launcher_env
+
 
 def on_terminal(stream: TextIO | None = None) -> bool:
-    """Return whether a person looks at ``stream`` (None: standard output): launchers give every rank a terminal.
+    """Return whether ``stream`` (None: standard output) is a terminal, and no launcher has started this process.
 
-    What they pass on from it may end in a file, and ``horovodrun`` puts the rank's number before every write.
+    Launchers give every rank a terminal, but may redirect their own output to a file, and ``horovodrun`` prefixes every
+    write with the rank's number.
     """
-    launched = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "HOROVOD_SIZE", "SLURM_STEP_NUM_TASKS")
-    return (stream or sys.stdout).isatty() and not any(name in os.environ for name in launched)
+    return (stream or sys.stdout).isatty() and not launcher_env.started_by_launcher()
 
 
 def size(count: float) -> str:
-    """Return a number of bytes in the unit that leaves few digits."""
+    """Format a number of bytes with three digits and a unit."""
     for unit in ("B", "KB", "MB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
@@ -26,7 +27,7 @@ def size(count: float) -> str:
 
 
 def clock(seconds: float) -> str:
-    """Return a duration as minutes:seconds, or hours:minutes:seconds."""
+    """Format a duration as minutes:seconds, or hours:minutes:seconds."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

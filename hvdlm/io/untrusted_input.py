@@ -1,6 +1,6 @@
-"""What was written elsewhere: read with bounds on size and memory, from regular files, never through links that stray.
+"""Reads untrusted files: regular ones only, with bounds on size and memory, never through links out of their folder.
 
-All errors are ValueErrors and OSErrors that say what is wrong; the reader of a format says where, and what to do.
+All errors are ValueErrors and OSErrors that say what is wrong; the reader of a format adds where, and what to do.
 """
 
 from __future__ import annotations
@@ -19,33 +19,33 @@ from typing import Any, TypeVar
 from hvdlm.errors import HvdlmError
 
 FACTOR = 10
-"""What is read may take this many times its file's size in memory, beside what a reader states as its slack."""
+"""Memory that reading may take, as a multiple of the file's size, in addition to the slack that a reader states."""
 
 SLACK = 2**20
 RATIO = 100
-"""What is unpacked may be this many times its file: text packs 3 to 5 times smaller, the most repetitive log 50."""
+"""Allowed ratio of unpacked to packed size: text is packed 3 to 5 times smaller, the most repetitive log 50 times."""
 
-_UNPACKED = 1 << 26  # bytes below which no ratio is too large
-_SHOWN = 80
+_UNPACKED = 1 << 26  # bytes up to which any ratio is allowed
+_SHOWN = 80  # characters
 Value = TypeVar("Value")
 
 
 def size(path: Path, within: Path | None = None) -> int:
-    """Return the bytes of the regular file ``path``, which may not be a link that leads out of the folder ``within``.
+    """Return the size of the regular file ``path``, which may not be a link to a file outside of the folder ``within``.
 
     Raises:
-        ValueError, OSError: it is something else, or not there.
+        ValueError, OSError: it is not a regular file, or missing.
     """
     if within is not None and path.is_symlink():
         inside(path, within)
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
-        raise ValueError(f"{path.name} is no regular file")
+        raise ValueError(f"{path.name} is not a regular file")
     return status.st_size
 
 
 def inside(path: Path, folder: Path) -> None:
-    """Check that ``path``, its links followed, lies in ``folder``.
+    """Check that ``path``, with links resolved, is in ``folder``.
 
     Raises:
         ValueError: it doesn't.
@@ -55,10 +55,10 @@ def inside(path: Path, folder: Path) -> None:
 
 
 def read(path: Path, limit: int, within: Path | None = None) -> bytes:
-    """Return what is in the regular file ``path``, at most ``limit`` bytes.
+    """Return the content of the regular file ``path``, at most ``limit`` bytes.
 
     Raises:
-        ValueError, OSError: it is larger or something else, or not there.
+        ValueError, OSError: it is larger, not a regular file, or missing.
     """
     if (count := size(path, within)) > limit:
         raise ValueError(f"{path.name} is larger than {limit:,} bytes")
@@ -67,10 +67,10 @@ def read(path: Path, limit: int, within: Path | None = None) -> bytes:
 
 
 def read_json(path: Path, limit: int, within: Path | None = None, slack: int = SLACK) -> Any:
-    """Return the value in a JSON file of at most ``limit`` bytes, its memory bounded by ``FACTOR`` and ``slack``.
+    """Return the value of a JSON file of at most ``limit`` bytes; ``FACTOR`` and ``slack`` bound its memory.
 
     Raises:
-        ValueError, OSError: it can't be read, is no JSON, too deep, or would take too much memory.
+        ValueError, OSError: it can't be read, isn't JSON, nests too deeply, or would take too much memory.
     """
     return parse_json(str(read(path, limit, within), "utf-8"), slack)
 
@@ -81,22 +81,22 @@ def unpacked_limit(path: str) -> int:
 
 
 def read_unpacked(path: Path, limit: int) -> bytes:
-    """Return what is in the regular file ``path``, unpacked where its name ends with .gz, at most ``limit`` bytes.
+    """Return the content of the regular file ``path``, unpacked if its name ends with .gz, at most ``limit`` bytes.
 
     Raises:
-        ValueError, OSError: it is larger or something else, damaged, a decompression bomb, or not there.
+        ValueError, OSError: it is larger, not a regular file, damaged, a decompression bomb, or missing.
     """
     data = read(path, limit)
     if path.suffix != ".gz":
         return data
-    most = min(limit, unpacked_limit(str(path)))
+    limit = min(limit, unpacked_limit(str(path)))
     try:
         with gzip.open(io.BytesIO(data)) as file:
-            data = file.read(most + 1)
+            data = file.read(limit + 1)
     except (EOFError, zlib.error) as error:
         raise ValueError(f"{path.name} can't be unpacked ({error})") from error
-    if len(data) > most:
-        raise ValueError(f"{path.name} unpacks to more than {most:,} bytes")
+    if len(data) > limit:
+        raise ValueError(f"{path.name} unpacks to more than {limit:,} bytes")
     return data
 
 
@@ -104,12 +104,13 @@ def parse_json(text: str, slack: int = SLACK) -> Any:
     """Return the value of JSON ``text``.
 
     Raises:
-        ValueError: it is no JSON, too deep, or would take too much memory.
+        ValueError: it isn't JSON, nests too deeply, or would take too much memory.
     """
-    # The most that CPython takes for what these characters begin or part: `[],[],...` would grow 25 times.
-    parts = 78 * text.count("[") + 50 * text.count("{") + 54 * text.count(",") + 80 * text.count(":")
-    if 2 * sys.getsizeof(text) + parts > FACTOR * len(text) + slack:
-        raise ValueError("its JSON is made of too many too small parts")
+    # Upper bounds of CPython's memory for the values that these characters start or separate: without a check,
+    # `[],[],...` would take 25 times its size.
+    values = 78 * text.count("[") + 50 * text.count("{") + 54 * text.count(",") + 80 * text.count(":")
+    if 2 * sys.getsizeof(text) + values > FACTOR * len(text) + slack:
+        raise ValueError("its JSON holds too many small values")
     try:
         return json.loads(text)
     except RecursionError:
@@ -117,10 +118,10 @@ def parse_json(text: str, slack: int = SLACK) -> Any:
 
 
 def shown(value: object, limit: int = _SHOWN) -> str:
-    """Return ``value`` for a message: one line of printable characters, at most ``limit`` and dots."""
+    """Return ``value`` for a message: one line of printable characters, truncated to ``limit``."""
     try:
         text = value if isinstance(value, str) else repr(value)
-    except (RecursionError, ValueError):  # nested deeply, or a whole number of thousands of digits
+    except (RecursionError, ValueError):  # nested deeply, or an integer of thousands of digits
         text = f"a {type(value).__name__}"
     line = "".join(c if c.isprintable() else " " for c in text[: limit + 1])
     line = " ".join(line.split())
@@ -128,14 +129,14 @@ def shown(value: object, limit: int = _SHOWN) -> str:
 
 
 def guarded(action: Callable[[], Value]) -> Value:
-    """Return what a compiled library's ``action`` returns; whatever it raises, panics too, becomes a ValueError.
+    """Return the result of ``action``, a call of a compiled library, with its errors and panics as ValueErrors.
 
     Raises:
-        ValueError: it raised something.
+        ValueError: the library raised anything.
     """
     try:
         return action()
     except (KeyboardInterrupt, SystemExit, MemoryError, HvdlmError):
         raise
-    except BaseException as error:  # a panic of Rust is no Exception
+    except BaseException as error:  # a Rust panic is not an Exception
         raise ValueError(shown(str(error) or type(error).__name__, 200)) from error

@@ -1,4 +1,4 @@
-"""The user's cache folder, also where there is no home folder. Standard library only: ``make setup`` begins here."""
+"""The user's cache folder, also where there is no home folder. Standard library only: ``make setup`` imports it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model that a plugin brings as its framework's own module: hvdlm sees tokens go in and scores come out."""
+"""Models that a plugin brings as a module of its framework, from tokens to logits; hvdlm doesn't know their layers."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import numpy as np
 from hvdlm.models.spec import Init, ModelSpec, ParamSpec, Source
 
 PREFIX = "own."
-"""What the names of such a model's parameters begin with."""
+"""Prefix of the names of such a model's parameters."""
 
 
 @dataclass(frozen=True)
-class OwnSettings:
-    """What hvdlm knows of such a model. ``make``: returns the module; ``framework``: whose module it is."""
+class CustomModuleSettings:
+    """Settings of such a model. ``make``: returns the module; ``framework``: the framework of the module."""
 
     vocab: int
     context: int
@@ -27,23 +27,23 @@ class OwnSettings:
     width: int = 1
 
 
-def own_spec(
-    settings: OwnSettings, shapes: Mapping[str, tuple[int, ...]], values: Callable[[int], Iterable[np.ndarray]]
+def custom_module_spec(
+    settings: CustomModuleSettings, shapes: Mapping[str, tuple[int, ...]], values: Callable[[int], Iterable[np.ndarray]]
 ) -> ModelSpec:
     """Return the description of a model.
 
     Args:
-        settings: what hvdlm knows of it.
-        shapes: {name: shape} of its parameters; of matrices, weight decay applies to all.
-        values: their initial values under a seed, in the same order. Those of the seed asked for last are kept.
+        settings: its settings.
+        shapes: {name: shape} of its parameters; weight decay applies to those of two dimensions or more.
+        values: returns their initial values under a seed, in the same order. Those of the last seed are cached.
     """
 
     @lru_cache(maxsize=1)
-    def named(seed: int) -> dict[str, np.ndarray]:
+    def initial_values(seed: int) -> dict[str, np.ndarray]:
         return dict(zip(shapes, values(seed), strict=True))
 
     def source(name: str) -> Source:
-        return lambda seed, box: np.ascontiguousarray(named(seed)[name][box], np.float32)
+        return lambda seed, box: np.ascontiguousarray(initial_values(seed)[name][box], np.float32)
 
     params = tuple(
         ParamSpec(

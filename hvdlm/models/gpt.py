@@ -1,14 +1,14 @@
-"""GPT: a decoder-only Transformer (Radford et al. 2019), with the choices of Llama (Touvron et al. 2023) as settings.
+"""GPT: a decoder-only Transformer (Radford et al. 2019), with Llama's variants (Touvron et al. 2023) as settings.
 
-What every framework computes, for tokens ``[batch, time]``; ``norm`` is layer or root-mean-square normalisation in
-fp32, a weight is ``[inputs, outputs]``, biases are there where ``bias`` is set::
+Every framework computes, for tokens ``[batch, time]``, with ``norm`` layer or root-mean-square normalisation in fp32,
+weights ``[inputs, outputs]``, and biases if ``bias`` is set::
 
     x = embed.tokens[tokens] (+ embed.positions[0..time])         # [batch, time, embed]
-    x = dropout(x)                                                # learned positions or not
+    x = dropout(x)
     for each layer i:
         h = norm(x, layers.i.attention_norm)
         q, k, v = h @ query, h @ key, h @ value                   # [batch, time, heads or kv_heads, head]
-        q, k = rotate(q), rotate(k)                               # rotary positions only (Su et al. 2021)
+        q, k = rotate(q), rotate(k)                               # with rotary positions (Su et al. 2021)
         a = softmax(q k^T / sqrt(head) + causal mask) v           # kv head j serves queries j*group .. (j+1)*group - 1
         x = x + dropout(a @ attention.output)
         h = norm(x, layers.i.mlp_norm)
@@ -64,14 +64,14 @@ def make_gpt(
     tie_embeddings: bool = True,
     initial_scale: float | None = None,
 ) -> ModelSpec:
-    """Return the description of a GPT; the keyword arguments are a preset's choices, which ``config`` overrides.
+    """Return the description of a GPT; the keyword arguments are a preset's defaults, which ``config`` overrides.
 
     Raises:
-        HvdlmError: sizes that do not fit together.
+        HvdlmError: the sizes don't fit together.
     """
     activation = config.activation or activation
     kv_heads = config.kv_heads or config.heads
-    mlp = config.mlp_width or (4 * config.width if activation == "gelu" else -(-8 * config.width // 24) * 8)
+    mlp_width = config.mlp_width or (4 * config.width if activation == "gelu" else -(-8 * config.width // 24) * 8)
     _check(config, kv_heads)
     s = GPTSettings(
         vocab=vocab,
@@ -81,7 +81,7 @@ def make_gpt(
         heads=config.heads,
         kv_heads=kv_heads,
         head_width=config.width // config.heads,
-        mlp_width=mlp,
+        mlp_width=mlp_width,
         positions=config.positions or positions,
         norm=config.norm or norm,
         activation=activation,
@@ -93,7 +93,7 @@ def make_gpt(
     )
     if s.positions == "rotary" and s.head_width % 2:
         raise HvdlmError(f"model.width / model.heads is {s.head_width}: rotary positions need an even width per head.")
-    # GPT-2's 0.02 is small for narrow models; sqrt(2 / (5 width)): Nguyen and Salazar 2019, section 3.1.
+    # GPT-2's 0.02 is too small for narrow models; sqrt(2 / (5 width)): Nguyen and Salazar 2019, section 3.1.
     scale = config.initial_scale or initial_scale or (2 / (5 * s.width)) ** 0.5
     params = _params(s, scale)
     return ModelSpec("gpt", s, params, _flops_per_token(s, params))
@@ -112,7 +112,7 @@ def _check(config: ModelConfig, kv_heads: int) -> None:
 
 
 def _params(s: GPTSettings, scale: float) -> tuple[ParamSpec, ...]:
-    # GPT-2 scales the layers that write into the residual stream by 1 / sqrt(their number).
+    # GPT-2 scales the layers whose output is added to the residual stream by 1 / sqrt(number of these layers).
     residual = scale / (2 * s.layers) ** 0.5
     params: list[ParamSpec] = []
 
@@ -151,7 +151,7 @@ def _params(s: GPTSettings, scale: float) -> tuple[ParamSpec, ...]:
 
 
 def _flops_per_token(s: GPTSettings, params: tuple[ParamSpec, ...]) -> float:
-    """6 per weight that multiplies, plus 12 x layers x width x context for attention (Chowdhery et al. 2022, B)."""
+    """Return 6 per weight of a product, plus 12 layers width context for attention (Chowdhery et al. 2022, B)."""
     looked_up = {"embed.positions"} | (set() if s.tie_embeddings else {"embed.tokens"})
     weights = sum(p.size for p in params if len(p.shape) == 2 and p.name not in looked_up)
     return 6.0 * weights + 12.0 * s.layers * s.width * s.context

@@ -1,4 +1,4 @@
-"""A model described without a framework: its parameters, their initial values, its cost."""
+"""Descriptions of models, independent of the framework: parameters, initial values, costs."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import numpy as np
 from hvdlm.errors import HvdlmError
 
 Source = Callable[[int, tuple[slice, ...]], np.ndarray]
-"""(seed, box of the global array) -> its float32 values."""
+"""(seed, box of the global array) -> the float32 values of the box."""
 
-_CHUNK = 1 << 20  # elements drawn at a time: bounds the memory of making a slice
+_CHUNK = 1 << 20  # elements drawn at a time, which bounds the memory
 
 
 @dataclass(frozen=True)
 class Init:
-    """How a parameter starts: ``normal`` (scale: standard deviation), ``uniform`` in +-scale, ``zeros``, ``ones``."""
+    """Initial values: ``normal`` (``scale``: standard deviation), ``uniform`` in +-scale, ``zeros`` or ``ones``."""
 
     kind: Literal["normal", "uniform", "zeros", "ones"]
     scale: float = 0.0
@@ -28,7 +28,7 @@ class Init:
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """One parameter.
+    """A parameter.
 
     Attributes:
         name: its global name, the same in every framework, layout and checkpoint.
@@ -36,7 +36,7 @@ class ParamSpec:
         axes: the logical axis of each dimension (``("embed", "heads")``), which sharding rules map to mesh axes.
         init: its initial values.
         decay: whether weight decay applies.
-        source: reads the initial values from elsewhere, in place of ``init``.
+        source: returns the initial values, in place of ``init``.
     """
 
     name: str
@@ -52,7 +52,7 @@ class ParamSpec:
         return int(np.prod(self.shape))
 
     def initial_box(self, seed: int, box: tuple[slice, ...]) -> np.ndarray:
-        """Return the float32 initial values of ``box``; never makes much more than what it returns."""
+        """Return the float32 initial values of ``box``, without computing much more than that."""
         if self.source:
             return self.source(seed, box)
         rows, columns = box[0], (slice(None), *box[1:])
@@ -64,10 +64,10 @@ class ParamSpec:
         return out
 
     def initial(self, seed: int, rows: slice = slice(None)) -> np.ndarray:
-        """Return the float32 initial values of ``rows`` along the first dimension, without making the others.
+        """Return the float32 initial values of ``rows`` along the first dimension, without computing the others.
 
-        Element k of a parameter depends on (seed, name, k) alone: Philox counters (Salmon et al. 2011) are skipped
-        to k, and normal values come from Box and Muller's transform of the two halves of one 64-bit word.
+        Element k of a parameter depends on (seed, name, k) only: the Philox counter (Salmon et al. 2011) is advanced to
+        k, and normal values are the Box-Muller transform of the two halves of one 64-bit word.
         """
         first, last, step = rows.indices(self.shape[0])
         if step != 1:
@@ -93,7 +93,7 @@ class ParamSpec:
 
 
 def _words(key: bytes, start: int, count: int) -> np.ndarray:
-    """Return uint64 words ``start .. start + count`` of the Philox stream of a 128-bit key (4 words a counter)."""
+    """Return uint64 words ``start .. start + count`` of the Philox stream of a 128-bit key (4 a counter)."""
     generator = np.random.Philox(key=int.from_bytes(key, "little"))
     generator.advance(start // 4)
     skipped = start % 4
@@ -102,7 +102,7 @@ def _words(key: bytes, start: int, count: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Adapter:
-    """What is added to the frozen parameter ``weight``: ``factor`` x ``down`` @ ``up``, both names of parameters."""
+    """A low-rank adapter: ``factor`` x ``down`` @ ``up`` is added to the frozen ``weight``; names of parameters."""
 
     weight: str
     down: str
@@ -112,19 +112,19 @@ class Adapter:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A model: what kind it is, its resolved settings, its parameters in the order of the forward pass.
+    """The description of a model; its parameters are in the order of the forward pass.
 
     Attributes:
         kind: the architecture that a framework plugin implements (``gpt``, ``rnn``, ...).
-        settings: the architecture's own dataclass (``GPTSettings``, ``RNNSettings``, ...), nothing left open.
-        params: every parameter that is trained.
-        flops_per_token: multiplications and additions of a training step (forward and backward) per token.
-        loss: cross_entropy of every target's scores, or ctc: minus log of the probability of a row's targets, in any
-            alignment with its frames, id 0 being the blank (Graves et al. 2006, eq. 8).
-        reads: the features of a batch that it reads; none: tokens alone.
-        implementations: of a kind that a plugin brings: {framework: "module:Class"}, the class that computes it there.
-        frozen: where only adapters are trained, the model's own parameters (``hvdlm.models.lora``).
-        adapters: what is added to which of them.
+        settings: the architecture's dataclass (``GPTSettings``, ``RNNSettings``, ...), all values resolved.
+        params: the trained parameters.
+        flops_per_token: multiplications and additions per token in training (forward and backward pass).
+        loss: ``cross_entropy`` of every target, or ``ctc``: the negative log-probability of a row's targets, summed
+            over alignments, with id 0 as the blank (Graves et al. 2006, eq. 8).
+        reads: the features of a batch that it uses as input; empty: tokens only.
+        implementations: of a plugin's kind: {framework: "module:Class"}, the class that implements it.
+        frozen: the base model's parameters where only adapters are trained (``hvdlm.models.lora``).
+        adapters: the adapters to them.
     """
 
     kind: str
@@ -139,18 +139,18 @@ class ModelSpec:
 
     @property
     def parameters(self) -> int:
-        """How many parameters are trained (tied ones counted once)."""
+        """The number of trained parameters (tied ones counted once)."""
         return sum(p.size for p in self.params)
 
     @property
     def frozen_parameters(self) -> int:
-        """How many are frozen."""
+        """The number of frozen parameters."""
         return sum(p.size for p in self.frozen)
 
     @property
     def frozen_bytes(self) -> int:
-        """Bytes of what is frozen, in float32; of what is adapted a second time, with what is added to it."""
-        adapted = {one.weight for one in self.adapters}
+        """Bytes of the frozen parameters in float32; adapted ones are kept twice, with and without their adapters."""
+        adapted = {adapter.weight for adapter in self.adapters}
         return 4 * sum(param.size * (2 if param.name in adapted else 1) for param in self.frozen)
 
     def initial(self, seed: int) -> dict[str, np.ndarray]:
@@ -158,20 +158,22 @@ class ModelSpec:
         return {p.name: p.initial(seed) for p in self.params}
 
     def implementation(self, framework: str) -> Any:
-        """Return the class that a plugin brings for this kind, imported now.
+        """Import and return the class that implements this kind in ``framework``.
 
         Raises:
-            HvdlmError: it brings none for ``framework``, or one that doesn't import.
+            HvdlmError: there is none, or its module can't be imported.
         """
         if framework not in self.implementations:
             known = ", ".join(self.implementations) or "no framework"
-            raise HvdlmError(f"the {framework} plugin has no architecture {self.kind!r}, which is there for {known}.")
-        place = self.implementations[framework]
+            raise HvdlmError(
+                f"the architecture {self.kind!r} has no implementation in {framework} (implemented in {known})."
+            )
+        path = self.implementations[framework]
         try:
-            return pkgutil.resolve_name(place)
+            return pkgutil.resolve_name(path)
         except Exception as error:  # a third party's module may fail in any way
             raise HvdlmError(
-                f"the architecture {self.kind!r} for {framework} ({place}) does not import: {type(error).__name__}: "
+                f"the architecture {self.kind!r} for {framework} ({path}) does not import: {type(error).__name__}: "
                 f"{error}. Repair or uninstall its plugin."
             ) from error
 
@@ -181,9 +183,7 @@ ModelMaker = Callable[[Any, int, int], ModelSpec]
 
 
 def builtin_models() -> Mapping[str, ModelMaker]:
-    """Return the models and presets that come with hvdlm."""
-    from hvdlm_tasks.models import convnet, ctc, seq2seq
-
+    """Return the language models and presets of the core; plugins add others (``plugins.models``)."""
     from hvdlm.models import gpt, rnn
 
-    return {**gpt.PRESETS, **rnn.PRESETS, **seq2seq.PRESETS, **ctc.PRESETS, **convnet.PRESETS}
+    return {**gpt.PRESETS, **rnn.PRESETS}

@@ -1,7 +1,7 @@
-"""The flat vector in which a framework keeps all parameters, and its cut into buckets for communication.
+"""The flat vector in which a framework keeps all parameters, and its division into buckets for communication.
 
 Gradients lie in the order in which the backward pass finishes them (the reverse of the forward pass), so that a bucket
-is complete, and can travel, while earlier layers still compute. What a bucket holds follows from the description
+is complete, and can be sent, while earlier layers still compute. The contents of a bucket follow from the description
 alone: the same on every rank and in every run, which makes sums reproducible bit for bit.
 """
 
@@ -18,12 +18,12 @@ from hvdlm.models.spec import ParamSpec
 
 @dataclass(frozen=True)
 class Shard:
-    """Which part of a global array a rank holds: a box, and of a box perhaps only some elements.
+    """The shard of a global array that a rank holds: a box, or a range of the box's elements.
 
     Attributes:
         shape: the global array's shape.
-        start: where the box begins in each dimension.
-        extent: how far it reaches in each dimension.
+        start: first index of the box in each dimension.
+        extent: size of the box in each dimension.
         flat: (first, last exclusive) element of the box in row-major order; None: all. The rank's array is the
             box's ``[*extent]``, or ``[last - first]`` of its elements.
     """
@@ -45,13 +45,13 @@ class Shard:
 
 
 def whole(shape: tuple[int, ...]) -> Shard:
-    """Return all of an array of ``shape``."""
+    """Return the shard that is all of an array of ``shape``."""
     return Shard(tuple(shape), (0,) * len(shape), tuple(shape))
 
 
 @dataclass(frozen=True)
 class LocalParam:
-    """A parameter as one rank holds it. ``counted``: whether this rank counts it where each element counts once."""
+    """A parameter's shard on one rank. ``counted``: whether this rank counts it towards the global gradient norm."""
 
     spec: ParamSpec
     shard: Shard
@@ -60,7 +60,7 @@ class LocalParam:
 
 @dataclass(frozen=True)
 class Slot:
-    """One parameter's place: elements ``start:stop`` of the flat vector hold ``piece`` of it."""
+    """Elements ``start:stop`` of the flat vector, which hold ``shard`` of one parameter."""
 
     name: str
     shape: tuple[int, ...]
@@ -73,9 +73,9 @@ class Slot:
 
 @dataclass(frozen=True)
 class FlatLayout:
-    """Every parameter's place, and the buckets as (first slot, last slot exclusive).
+    """The slots of all parameters, and the buckets as (first slot, last slot exclusive).
 
-    ``align``: a bucket's elements are a multiple of this; zeros that belong to no slot fill its end.
+    ``align``: a bucket's number of elements is a multiple of this; its end is padded with zeros.
     """
 
     slots: tuple[Slot, ...]
@@ -92,34 +92,34 @@ class FlatLayout:
         first, last = self.buckets[index]
         return self.slots[first].start, _rounded(self.slots[last - 1].stop, self.align)
 
-    def parts(self, place: int, size: int) -> list[tuple[int, int]]:
-        """Return the elements (start, stop) of part ``place`` of ``size`` equal parts of every bucket."""
-        found = []
+    def zero_ranges(self, rank: int, size: int) -> list[tuple[int, int]]:
+        """Return the elements (start, stop) of shard ``rank`` of ``size`` equal shards of every bucket."""
+        ranges = []
         for index in range(len(self.buckets)):
             start, stop = self.bucket_range(index)
-            model_shard = (stop - start) // size
-            found.append((start + place * model_shard, start + (place + 1) * model_shard))
-        return found
+            length = (stop - start) // size
+            ranges.append((start + rank * length, start + (rank + 1) * length))
+        return ranges
 
-    def held(self, place: int, size: int) -> list[tuple[Slot, int, tuple[int, int]]]:
-        """Return what lies in ``parts(place, size)``, laid end to end.
+    def zero_slots(self, rank: int, size: int) -> list[tuple[Slot, int, tuple[int, int]]]:
+        """Return the slots that overlap with the concatenated ``zero_ranges(rank, size)``.
 
-        Each is (slot, where its elements begin there, which (first, last exclusive) of its elements they are).
+        Each is (slot, start of its elements in the concatenation, (first, last exclusive) of the slot's elements).
         """
-        found = []
+        overlaps = []
         start = 0
-        for (first, last), (a, b) in zip(self.buckets, self.parts(place, size), strict=True):
+        for (first, last), (a, b) in zip(self.buckets, self.zero_ranges(rank, size), strict=True):
             for slot in self.slots[first:last]:
                 low, high = max(a, slot.start), min(b, slot.stop)
                 if low < high:
-                    found.append((slot, start + low - a, (low - slot.start, high - slot.start)))
+                    overlaps.append((slot, start + low - a, (low - slot.start, high - slot.start)))
             start += b - a
-        return found
+        return overlaps
 
-    def counted_runs(self, place: int = 0, size: int = 1) -> list[tuple[int, int]]:
-        """Return the longest (start, stop) of counted elements in ``parts(place, size)``, laid end to end."""
+    def counted_runs(self, rank: int = 0, size: int = 1) -> list[tuple[int, int]]:
+        """Return the maximal (start, stop) of counted elements in the concatenated ``zero_ranges(rank, size)``."""
         runs: list[tuple[int, int]] = []
-        for slot, start, (low, high) in self.held(place, size):
+        for slot, start, (low, high) in self.zero_slots(rank, size):
             if slot.counted:
                 begin = runs.pop()[0] if runs and runs[-1][1] == start else start
                 runs.append((begin, start + high - low))
@@ -140,7 +140,7 @@ class FlatLayout:
         return flat
 
     def unflatten(self, flat: np.ndarray) -> dict[str, np.ndarray]:
-        """Return {name: array} as copies of the parts of ``flat`` ``[size]``."""
+        """Return {name: array}, copies of the slots of ``flat`` ``[size]``."""
         return {s.name: flat[s.start : s.stop].reshape(s.shape).copy() for s in self.slots}
 
 
@@ -149,7 +149,7 @@ def make_layout(
 ) -> FlatLayout:
     """Return the layout of ``params`` (in forward order) in buckets of at least ``bucket_bytes`` but for the last.
 
-    ``alone``: the names of parameters that fill a bucket of their own.
+    ``alone``: the names of parameters that get a bucket of their own.
     """
     slots: list[Slot] = []
     buckets: list[tuple[int, int]] = []

@@ -1,54 +1,28 @@
-"""The entry point: refuses layouts that a model can't take, and makes the exchange of sharded optimizers."""
+"""Checks that a model supports the configured parallel layout."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from hvdlm import hookimpl
 from hvdlm.config import Config
 from hvdlm.errors import HvdlmError
 from hvdlm.models.spec import ModelSpec
-from hvdlm.parallel.mesh import Mesh
-from hvdlm.parallel.zero import ZeroExchange
-from hvdlm.planning.closed_forms import closed_form
-from hvdlm.protocols.group import Group
-from hvdlm.protocols.types import Prediction
-
-
-@hookimpl(tryfirst=True)
-def hvdlm_make_exchange(name: str, group: Group, config: Config, place: int) -> Any:
-    """Answer to ``all_reduce``, before the core does, where data ranks share the optimizer."""
-    if name != "all_reduce" or not config.parallel.zero or len(group.ranks) == 1:
-        return None
-    return ZeroExchange(group, config.communication, place, config.parallel.zero)
-
-
-@hookimpl
-def hvdlm_predict(config: Config, spec: ModelSpec, mesh: Mesh, rank: int) -> Prediction | None:
-    """Return what a step of ``rank`` needs by closed forms."""
-    return closed_form(config, spec, mesh, rank)
-
-
-@hookimpl
-def hvdlm_check(config: Config, spec: ModelSpec) -> None:
-    """Refuse settings that don't fit together."""
-    check(config, spec)
 
 
 def check(config: Config, spec: ModelSpec) -> None:
-    """Refuse what a model can't be cut into.
+    """Check the layout and the settings that depend on the architecture.
 
     Raises:
-        HvdlmError: the first thing found wrong.
+        HvdlmError: the first problem.
     """
     p, s = config.parallel, spec.settings
     if spec.kind == "own":
-        _check_own(config, s)
+        _check_custom_module(config, s)
     elif spec.kind not in ("gpt", "rnn") and config.train.activation_checkpointing:
         raise HvdlmError(f"train.activation_checkpointing is for gpt and recurrent models, not for a {spec.kind}.")
     if config.train.label_smoothing and p.tensor > 1:
         raise HvdlmError(
-            "train.label_smoothing needs whole rows of scores, which tensor ranks share: set it to 0, or keep "
+            "train.label_smoothing needs whole rows of scores, which tensor ranks shard: set it to 0, or keep "
             "parallel.tensor at 1."
         )
     if spec.kind not in ("gpt", "rnn") and (p.tensor > 1 or p.pipeline > 1):
@@ -66,10 +40,10 @@ def check(config: Config, spec: ModelSpec) -> None:
         _check_tensor(config, s, spec.kind)
     if p.pipeline > s.layers:
         raise HvdlmError(
-            f"parallel.pipeline {p.pipeline} is more than model.layers {s.layers}: a stage needs a layer at least."
+            f"parallel.pipeline {p.pipeline} is more than model.layers {s.layers}: a stage needs at least one layer."
         )
     if p.sequence and p.tensor == 1:
-        raise HvdlmError("parallel.sequence shares positions among tensor ranks: set --parallel.tensor 2 or more.")
+        raise HvdlmError("parallel.sequence shards positions over tensor ranks: set --parallel.tensor 2 or more.")
     if config.train.compile and p.tensor * p.pipeline > 1:
         raise HvdlmError(
             "train.compile can't compile across the collectives of tensor and pipeline ranks: leave it false, or keep "
@@ -78,12 +52,12 @@ def check(config: Config, spec: ModelSpec) -> None:
     _check_exchange(config, s)
 
 
-def _check_own(config: Config, s: Any) -> None:
+def _check_custom_module(config: Config, s: Any) -> None:
     if s.framework != config.framework:
         raise HvdlmError(f"model.name {config.model.name} is a module of {s.framework}: --framework {s.framework}.")
     if config.train.activation_checkpointing:
         raise HvdlmError(
-            f"train.activation_checkpointing recomputes layers, which hvdlm doesn't see in {config.model.name}: leave "
+            f"train.activation_checkpointing recomputes layers, and hvdlm sees none in {config.model.name}: leave "
             "it false, and recompute inside of the module."
         )
     if config.framework == "tensorflow" and config.train.precision != "fp32":
@@ -107,7 +81,7 @@ def _check_tensor(config: Config, s: Any, kind: str) -> None:
     if s.kv_heads % tensor and tensor % s.kv_heads:
         raise HvdlmError(
             f"model.kv_heads {s.kv_heads} and parallel.tensor {tensor}: one has to divide the other, so that every "
-            "rank's query heads find their key-value heads."
+            "rank holds the key-value heads of its query heads."
         )
     if config.parallel.sequence:
         _divides("data.context", config.data.context, tensor)
@@ -129,15 +103,15 @@ def _check_exchange(config: Config, s: Any) -> None:
         other = other or ("communication.reduction adasum" if c.reduction == "adasum" else "")
         if other:
             raise HvdlmError(
-                f"parallel.zero {p.zero} scatters sums of whole gradients, which {other} doesn't make: leave one out."
+                f"parallel.zero {p.zero} scatters sums of whole gradients, and {other} has none: leave one out."
             )
     if c.reduction == "adasum" and p.pipeline > 1 and getattr(s, "tie_embeddings", False):
         raise HvdlmError(
-            "communication.reduction adasum combines whole gradients, and two stages each have a part of that of the "
-            "tied embedding: --model.tie_embeddings false, or --communication.reduction average."
+            "communication.reduction adasum combines whole gradients, and two stages each compute one term of the tied "
+            "embedding's gradient: --model.tie_embeddings false, or --communication.reduction average."
         )
-    apart = c.exchange != "all_reduce" and c.compression.algorithm != "none"
-    if apart and p.pipeline > 1 and getattr(s, "tie_embeddings", False):
+    replicas_diverge = c.exchange != "all_reduce" and c.compression.algorithm != "none"
+    if replicas_diverge and p.pipeline > 1 and getattr(s, "tie_embeddings", False):
         raise HvdlmError(
             f"{c.exchange} with compression would let the two stages' copies of the tied embedding drift apart: "
             "--model.tie_embeddings false, or --communication.compression.algorithm none."

@@ -13,9 +13,9 @@ AXES = ("data", "pipeline", "tensor")
 
 @dataclass(frozen=True)
 class Mesh:
-    """``size`` ranks as a box; rank r lies at the coordinates of r in row-major order.
+    """The ranks as a box; rank r has the coordinates of element r in row-major order.
 
-    The tensor axis is the last, so that neighbours (on one node, as launchers number them) share it.
+    The tensor axis is the last, so that its ranks are neighbours, which launchers place on one node.
     """
 
     data: int
@@ -29,19 +29,19 @@ class Mesh:
 
     @property
     def size(self) -> int:
-        """All ranks."""
+        """Number of ranks."""
         return self.data * self.pipeline * self.tensor
 
     def coordinates(self, rank: int) -> dict[str, int]:
-        """Return {axis: place of ``rank`` along it}."""
+        """Return {axis: index of ``rank`` along it}."""
         rest, tensor = divmod(rank, self.tensor)
         data, pipeline = divmod(rest, self.pipeline)
         return {"data": data, "pipeline": pipeline, "tensor": tensor}
 
     def group(self, axis: str, rank: int) -> tuple[int, ...]:
-        """Return the ranks that differ from ``rank`` at most along ``axis``, in order of their place on it."""
+        """Return the ranks that differ from ``rank`` at most along ``axis``, in order of their index on it."""
         here = self.coordinates(rank)
-        return tuple(self._rank({**here, axis: place}) for place in range(getattr(self, axis)))
+        return tuple(self._rank({**here, axis: index}) for index in range(getattr(self, axis)))
 
     def model_group(self, rank: int) -> tuple[int, ...]:
         """Return the ranks that together hold one copy of the model: those with the data coordinate of ``rank``."""
@@ -56,15 +56,15 @@ class Mesh:
 
     def groups(self) -> list[tuple[int, ...]]:
         """Return all groups of two ranks or more, each once: the same list on every rank."""
-        found: dict[tuple[int, ...], None] = {}
+        groups: dict[tuple[int, ...], None] = {}
         for axis, rank in product(AXES, range(self.size)):
-            found.setdefault(self.group(axis, rank))
+            groups.setdefault(self.group(axis, rank))
         for rank in range(self.size):
-            found.setdefault(self.model_group(rank))
+            groups.setdefault(self.model_group(rank))
         if self.pipeline > 1:
             for rank, stage in product(range(self.size), range(self.pipeline)):
-                found.setdefault(self.pair(rank, stage))
-        return [ranks for ranks in found if len(ranks) > 1]
+                groups.setdefault(self.pair(rank, stage))
+        return [ranks for ranks in groups if len(ranks) > 1]
 
     def _rank(self, at: dict[str, int]) -> int:
         return (at["data"] * self.pipeline + at["pipeline"]) * self.tensor + at["tensor"]
@@ -87,6 +87,6 @@ def make_mesh(size: int, config: ParallelConfig) -> Mesh:
     return Mesh(data, config.pipeline, config.tensor)
 
 
-def bounds(length: int, parts: int, place: int) -> tuple[int, int]:
-    """Return (first, last exclusive) of part ``place`` of ``parts``, which differ by one element at most."""
-    return place * length // parts, (place + 1) * length // parts
+def bounds(length: int, size: int, index: int) -> tuple[int, int]:
+    """Return (first, last exclusive) of shard ``index`` of ``size``, which differ by one element at most."""
+    return index * length // size, (index + 1) * length // size

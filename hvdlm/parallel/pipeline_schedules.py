@@ -2,7 +2,7 @@
 
 GPipe (Huang et al. 2019): all forward passes, then all backward passes. One-forward-one-backward (Narayanan et al.
 2019 and 2021, section 2.2): after a warm-up, forward and backward passes alternate, so that a stage keeps the
-activations of at most ``stages - stage`` micro-batches instead of all. Both stand idle for the same share of a step.
+activations of at most ``stages - stage`` micro-batches instead of all. Both have the same bubble.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from typing import NamedTuple
 
 
 class Action(NamedTuple):
-    """``kind`` is forward or backward: of which micro-batch a stage computes the pass."""
+    """One pass of one micro-batch; ``kind`` is forward or backward."""
 
     kind: str
     micro_batch: int
 
 
-def make_schedule(name: str, stage: int, stages: int, micro_batches: int) -> list[Action]:
-    """Return what ``stage`` of ``stages`` does; ``name`` is gpipe or 1f1b.
+def make_pipeline_schedule(name: str, stage: int, stages: int, micro_batches: int) -> list[Action]:
+    """Return the actions of ``stage`` of ``stages``; ``name`` is gpipe or 1f1b.
 
     Before a forward pass, a stage but the first receives activations; after it, a stage but the last sends them.
     Before a backward pass, a stage but the last receives their gradient; after it, a stage but the first sends it.
@@ -33,17 +33,17 @@ def make_schedule(name: str, stage: int, stages: int, micro_batches: int) -> lis
 
 
 def idle_share(stages: int, micro_batches: int) -> float:
-    """Return the share of a step in which a stage waits: (p - 1) / (m + p - 1) (Narayanan et al. 2021, section 2.2.1).
+    """Return the fraction of a step in which a stage waits: (p - 1) / (m + p - 1) (Narayanan et al. 2021, 2.2.1).
 
-    The paper relates the bubble to the ideal time, (p - 1) / m; here it is related to the time that a step takes.
+    The paper relates the bubble to the ideal time, (p - 1) / m; here it is related to the duration of a step.
     """
     return (stages - 1) / (micro_batches + stages - 1)
 
 
-def kept(name: str, stage: int, stages: int, micro_batches: int) -> int:
-    """Return for how many micro-batches at once ``stage`` keeps activations."""
+def kept_micro_batches(name: str, stage: int, stages: int, micro_batches: int) -> int:
+    """Return the largest number of micro-batches whose activations ``stage`` keeps at once."""
     alive = most = 0
-    for action in make_schedule(name, stage, stages, micro_batches):
+    for action in make_pipeline_schedule(name, stage, stages, micro_batches):
         alive += 1 if action.kind == "forward" else -1
         most = max(most, alive)
     return most

@@ -1,4 +1,4 @@
-"""Pipeline stages: a model's layers cut so that the slowest stage is as fast as can be."""
+"""Pipeline stages: consecutive layers, divided so that the slowest stage is as fast as possible."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Stage:
 
 
 def layer_flops(spec: ModelSpec) -> tuple[list[float], float]:
-    """Return the cost of every layer and of the head, in multiplications and additions of a step per token."""
+    """Return the cost of every layer and of the head, in FLOPs per token and step."""
     s = spec.settings
     costs = [0.0] * s.layers
     for param in spec.params:
@@ -49,8 +49,8 @@ def layer_flops(spec: ModelSpec) -> tuple[list[float], float]:
     return [cost + attention for cost in costs], 6.0 * s.vocab * s.width
 
 
-def cut(spec: ModelSpec, stages: int) -> list[Stage]:
-    """Return ``stages`` stages whose most expensive one costs least; of equals, the cut with the earliest ends.
+def cut_into_stages(spec: ModelSpec, stages: int) -> list[Stage]:
+    """Divide the layers so that the most expensive of ``stages`` stages is cheapest; of equals, stages end early.
 
     Raises:
         ValueError: fewer layers than stages.
@@ -62,16 +62,16 @@ def cut(spec: ModelSpec, stages: int) -> list[Stage]:
 
     @cache
     def best(first: int, left: int) -> tuple[float, tuple[int, ...]]:
-        """Return (cost of the slowest, ends) of layers ``first`` onwards in ``left`` stages."""
+        """Return (cost of the slowest, ends) for layers ``first`` onwards in ``left`` stages."""
         if left == 1:
             return sum(costs[first:]) + head, (layers,)
-        found: tuple[float, tuple[int, ...]] = (math.inf, ())
+        best_cut: tuple[float, tuple[int, ...]] = (math.inf, ())
         for end in range(first + 1, layers - left + 2):
             slowest, ends = best(end, left - 1)
             slowest = max(slowest, sum(costs[first:end]))
-            if slowest < found[0]:
-                found = (slowest, (end, *ends))
-        return found
+            if slowest < best_cut[0]:
+                best_cut = (slowest, (end, *ends))
+        return best_cut
 
     ends = best(0, stages)[1]
     starts = (0, *ends[:-1])

@@ -1,4 +1,4 @@
-"""What a rank keeps of a training's state, under global names: flat vectors as arrays, and back."""
+"""A rank's shard of the training state: flat vectors as arrays under global names, and back."""
 
 from __future__ import annotations
 
@@ -19,38 +19,40 @@ from hvdlm.training.loss_scale import LossScale
 
 
 class FlatState:
-    """The names and pieces of flat vectors ``[size]``, or ``[size / parts]`` where ``parts`` ranks share one (ZeRO)."""
+    """The names and shards of a flat vector ``[size]``, or of its ZeRO shard ``[size / zero_size]``."""
 
-    def __init__(self, layout: FlatLayout, part: int = 0, parts: int = 1) -> None:
-        every = [(slot, slot.start, (0, slot.stop - slot.start)) for slot in layout.slots]
-        self._places = layout.zero_slots(part, parts) if parts > 1 else every
+    def __init__(self, layout: FlatLayout, zero_rank: int = 0, zero_size: int = 1) -> None:
+        if zero_size > 1:
+            self._slots = layout.zero_slots(zero_rank, zero_size)
+        else:
+            self._slots = [(slot, slot.start, (0, slot.stop - slot.start)) for slot in layout.slots]
 
     def arrays(self, flat: np.ndarray, prefix: str) -> dict[str, np.ndarray]:
-        """Return {prefix/name: array} as copies of the parts of ``flat``."""
+        """Return {prefix/name: array}, copies of the slots of ``flat``."""
         return {
             f"{prefix}/{slot.name}": flat[start : start + b - a].reshape(_shard(slot, a, b).held).copy()
-            for slot, start, (a, b) in self._places
+            for slot, start, (a, b) in self._slots
         }
 
     def shards(self, prefix: str) -> dict[str, Shard]:
-        """Return {prefix/name: which piece of the global array it is}."""
-        return {f"{prefix}/{slot.name}": _shard(slot, a, b) for slot, _, (a, b) in self._places}
+        """Return {prefix/name: its shard of the global array}."""
+        return {f"{prefix}/{slot.name}": _shard(slot, a, b) for slot, _, (a, b) in self._slots}
 
-    def take(self, flat: np.ndarray, prefix: str, state: Mapping[str, np.ndarray], required: bool) -> np.ndarray:
-        """Return ``flat`` with the arrays of ``state``; those that are missing stay, unless they are ``required``.
+    def restored(self, flat: np.ndarray, prefix: str, state: Mapping[str, np.ndarray], required: bool) -> np.ndarray:
+        """Return a copy of ``flat`` with the arrays of ``state``; missing ones stay, unless they are ``required``.
 
         Raises:
             HvdlmError: an array is missing or has another shape.
         """
         flat = flat.copy()
-        for slot, start, (a, b) in self._places:
+        for slot, start, (a, b) in self._slots:
             array, expected = state.get(f"{prefix}/{slot.name}"), _shard(slot, a, b).held
             if array is None and not required:
                 continue
             if array is None or array.shape != expected:
-                found = "is missing" if array is None else f"has shape {list(array.shape)}"
+                problem = "is missing" if array is None else f"has shape {list(array.shape)}"
                 raise HvdlmError(
-                    f"the checkpoint doesn't fit the model: {prefix}/{slot.name} {found}, expected {list(expected)}. "
+                    f"the checkpoint doesn't fit the model: {prefix}/{slot.name} {problem}, expected {list(expected)}. "
                     "Use the model settings it was trained with (RUN/config.yaml)."
                 )
             flat[start : start + b - a] = array.reshape(-1)
@@ -58,42 +60,49 @@ class FlatState:
 
 
 def _shard(slot: Slot, first: int, last: int) -> Shard:
-    """Return elements ``first:last`` of what ``slot`` holds."""
+    """Return the shard of elements ``first:last`` of a slot."""
     if (first, last) == (0, slot.stop - slot.start):
         return slot.shard
     return Shard(slot.shard.shape, slot.shard.start, slot.shard.extent, (first, last))
 
 
 class ShardedState:
-    """What every framework's Trainable is made of on its rank, and its state; a framework adds how it computes.
+    """The framework-independent part of a Trainable: its layout, shards and state; a framework adds the computation.
 
     Attributes:
-        layout: where parameters lie in the flat vector ``[size]``.
-        ranges: what this rank updates of it, (start, stop) for every bucket: all, or its part (ZeRO).
-        places: where each of them lies in the vector of what this rank updates, (start, stop).
-        counted: the (start, stop) there that count for the gradient's norm on this rank.
-        tied: the buckets that two stages hold.
+        layout: the slots of parameters in the flat vector ``[size]``.
+        update_ranges: what this rank updates of it, (start, stop) for every bucket: all, or its ZeRO shard.
+        shard_ranges: the same ranges as (start, stop) in their concatenation, the vector that this rank updates.
+        norm_ranges: the (start, stop) in that vector that this rank counts towards the gradient norm.
+        tied_buckets: the buckets that two stages hold.
     """
 
     def __init__(
         self, spec: ModelSpec, model_shard: ModelShard, exchange: Exchange, config: Config, mesh: Mesh, rank: int
     ) -> None:
-        self.spec, self.model_shard, self.exchange, self.config, self.mesh = spec, model_shard, exchange, config, mesh
-        self.at = mesh.coordinates(rank)
-        part, parts = exchange.zero_rank, exchange.zero_size
-        self.layout = make_layout(model_shard.params, config.communication.bucket_bytes, parts, model_shard.tied)
-        self.ranges = self.layout.zero_ranges(part, parts)
-        ends = np.cumsum([b - a for a, b in self.ranges]).tolist()
-        self.places = list(zip([0, *ends[:-1]], ends, strict=True))
-        self.counted = self.layout.counted_runs(part, parts)
-        firsts = [self.layout.slots[first].name for first, _ in self.layout.buckets]
-        self.tied = [index for index, name in enumerate(firsts) if name in model_shard.tied]
+        self.spec = spec
+        self.model_shard = model_shard
+        self.exchange = exchange
+        self.config = config
+        self.mesh = mesh
+        self.coordinates = mesh.coordinates(rank)
+        zero_rank, zero_size = exchange.zero_rank, exchange.zero_size
+        self.layout = make_layout(
+            model_shard.params, config.communication.bucket_bytes, align=zero_size, alone=model_shard.tied
+        )
+        self.update_ranges = self.layout.zero_ranges(zero_rank, zero_size)
+        ends = np.cumsum([b - a for a, b in self.update_ranges]).tolist()
+        self.shard_ranges = list(zip([0, *ends[:-1]], ends, strict=True))
+        self.norm_ranges = self.layout.counted_runs(zero_rank, zero_size)
+        first_names = [self.layout.slots[first].name for first, _ in self.layout.buckets]
+        self.tied_buckets = [index for index, name in enumerate(first_names) if name in model_shard.tied]
         self.loss_scale = LossScale(config.train.precision)
-        self._weights, self._memory = FlatState(self.layout), FlatState(self.layout, part, parts)
+        self._weights = FlatState(self.layout)
+        self._memory = FlatState(self.layout, zero_rank, zero_size)
 
     @property
-    def normaliser(self) -> float:
-        """What a micro-batch's sum of losses is divided by before the backward pass: the global batch's tokens."""
+    def loss_divisor(self) -> float:
+        """Divisor of a micro-batch's loss sum before the backward pass: the targets of a full global batch."""
         return float(self.config.train.batch_size * self.config.data.context)
 
     def initial(self) -> np.ndarray:
@@ -104,28 +113,35 @@ class ShardedState:
         )
 
     def frozen(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Yield the name and the float32 values of every parameter that adapters are trained in place of."""
+        """Yield the name and the float32 values of every frozen base weight."""
         for param in self.spec.frozen:
             yield param.name, param.initial_box(self.config.train.seed, whole(param.shape).slices)
 
-    def own(self, flat: np.ndarray) -> np.ndarray:
-        """Return what this rank updates of ``flat`` ``[size]``, laid end to end."""
-        return np.concatenate([flat[a:b] for a, b in self.ranges])
+    def update_shard(self, flat: np.ndarray) -> np.ndarray:
+        """Return the elements of ``flat`` ``[size]`` that this rank updates, concatenated."""
+        return np.concatenate([flat[a:b] for a, b in self.update_ranges])
 
-    def seed(self, step: int, *more: int) -> np.random.SeedSequence:
-        """Return a seed for dropout: of its own for every data rank, stage and step.
+    def seed(self, step: int, *keys: int) -> np.random.SeedSequence:
+        """Return a dropout seed, different for every data rank, stage and step (and ``keys``, such as the micro-batch).
 
-        Tensor ranks compute the same outside of the matrix products, and share it, unless they share the positions.
+        Tensor ranks compute the same values outside of the matrix products, so they have the same seed, unless they
+        shard the positions.
         """
-        place = [self.at["data"], self.at["pipeline"], self.model_shard.place * self.model_shard.sequence]
-        return np.random.SeedSequence([self.config.train.seed, *(place if any(place[1:]) else place[:1]), step, *more])
+        position = [
+            self.coordinates["data"],
+            self.coordinates["pipeline"],
+            self.model_shard.index * self.model_shard.sequence,
+        ]
+        # Without pipeline and sequence parallelism the data rank alone, so that layouts keep their seeds.
+        position = position if any(position[1:]) else position[:1]
+        return np.random.SeedSequence([self.config.train.seed, *position, step, *keys])
 
     def arrays(self, flat: np.ndarray, memory: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Return ``Trainable.state`` but for what is carried, from the parameters and the optimizer's memory."""
+        """Return ``Trainable.state`` without the recurrent state, from the parameters and the optimizer's memory."""
         state = self._weights.arrays(flat, "parameters")
         for kind, array in memory.items():
             state |= self._memory.arrays(array, f"optimizer/{kind}")
-            if self.exchange.apart:
+            if self.exchange.replicas_diverge:
                 state |= self._memory.arrays(array, f"exchange/own/{kind}")
         if self.loss_scale.active:
             state["optimizer/loss_scale"] = self.loss_scale.state()
@@ -133,47 +149,50 @@ class ShardedState:
 
     def fingerprints(self, flat: np.ndarray) -> dict[str, int]:
         """Return ``Trainable.fingerprints`` of the flat vector ``[size]``."""
-        if self.exchange.apart and not self.exchange.agreed:
+        if self.exchange.replicas_diverge and not self.exchange.agreed:
             return {}
         return {slot.name: zlib.crc32(flat[slot.start : slot.stop].data) for slot in self.layout.slots}
 
     def shards(self, memory: Mapping[str, Any]) -> dict[str, Shard]:
-        """Return ``Trainable.pieces``; ``memory``: what the optimizer remembers, by kind."""
-        found = self._weights.shards("parameters")
+        """Return ``Trainable.shards``; ``memory``: the optimizer's state, by kind."""
+        shards = self._weights.shards("parameters")
         for kind in memory:
-            found |= self._memory.shards(f"optimizer/{kind}")
-        return found | self._carried()
+            shards |= self._memory.shards(f"optimizer/{kind}")
+        return shards | self._carry_shards()
 
-    def _carried(self) -> dict[str, Shard]:
-        """Return the pieces of a recurrent model's state ``[batch_size, hidden]``."""
+    def _carry_shards(self) -> dict[str, Shard]:
+        """Return the shards of a recurrent model's state ``[batch_size, hidden]``."""
         settings, batch = self.spec.settings, self.config.train.batch_size
         if not hasattr(settings, "carries"):
             return {}
         rows, (first, last) = batch // self.mesh.data, self.model_shard.range_of(settings.width)
-        shard = Shard((batch, settings.width), (self.at["data"] * rows, first), (rows, last - first))
+        shard = Shard((batch, settings.width), (self.coordinates["data"] * rows, first), (rows, last - first))
         return {f"carry/{i}.{j}": shard for i in self.model_shard.layers for j in range(settings.carries)}
 
-    def take(
+    def restore(
         self, state: Mapping[str, np.ndarray], flat: np.ndarray, memory: Mapping[str, np.ndarray]
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Return the parameters and the optimizer's memory of ``state``, and have the exchange go on from it."""
-        flat = self._weights.take(flat, "parameters", state, required=True)
-        taken = {}
+        """Return the parameters and the optimizer's memory in ``state``; restore loss scale and exchange from it."""
+        flat = self._weights.restored(flat, "parameters", state, required=True)
+        restored = {}
         for kind, array in memory.items():
-            taken[kind] = self._memory.take(array, f"optimizer/{kind}", state, required=False)
-            taken[kind] = self._memory.take(taken[kind], f"exchange/own/{kind}", state, required=False)
+            restored[kind] = self._memory.restored(array, f"optimizer/{kind}", state, required=False)
+            restored[kind] = self._memory.restored(restored[kind], f"exchange/own/{kind}", state, required=False)
         if self.loss_scale.active and "optimizer/loss_scale" in state:
             self.loss_scale.load_state(state["optimizer/loss_scale"])
         self.exchange.open(self.layout, flat)
-        self.exchange.load_state({k[9:]: v for k, v in state.items() if k.startswith("exchange/")})
-        return flat, taken
+        self.exchange.load_state(
+            {k.removeprefix("exchange/"): v for k, v in state.items() if k.startswith("exchange/")}
+        )
+        return flat, restored
 
 
-def carried(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return what ``state`` carries of a recurrent model, by layer."""
-    return {k[6:]: v for k, v in state.items() if k.startswith("carry/")}
+def recurrent_state(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return a recurrent model's entries of ``state``, by layer."""
+    return {k.removeprefix("carry/"): v for k, v in state.items() if k.startswith("carry/")}
 
 
-def joined(parts: list[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Return the state entries of what all micro-batches carry, ``parts`` in their order."""
-    return {f"carry/{name}": np.concatenate([part[name] for part in parts]) for name in (parts[0] if parts else ())}
+def recurrent_entries(micro_batches: list[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Return the state entries of a recurrent model from the states of all micro-batches, in their order."""
+    names = micro_batches[0] if micro_batches else ()
+    return {f"carry/{name}": np.concatenate([states[name] for states in micro_batches]) for name in names}

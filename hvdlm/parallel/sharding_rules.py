@@ -1,7 +1,7 @@
-"""Which part of every parameter a rank holds: a table from logical axis to mesh axis, and what follows from it.
+"""Sharding rules: a table from logical axis to mesh axis, and the shard of every parameter that a rank holds.
 
 As in GSPMD (Xu et al. 2021), a layer's sharding is not written into the layer: it follows from the names of its
-parameters' axes. Initial values, checkpoints, memory estimates and the layers all read it here.
+parameters' axes. Initial values, checkpoints, memory estimates and the layers all use this table.
 """
 
 from __future__ import annotations
@@ -14,64 +14,66 @@ from hvdlm.parallel.flat_layout import LocalParam, Shard
 from hvdlm.parallel.mesh import Mesh, bounds
 from hvdlm.parallel.pipeline_stages import Stage, cut_into_stages
 
-# Logical axis -> mesh axis. "hidden" is what a recurrent cell computes, "hidden_in" what it reads: all of it.
+# Logical axis -> mesh axis. "hidden" is a recurrent cell's output, which is split; its input "hidden_in" is not.
 RULES = {"heads": "tensor", "kv_heads": "tensor", "mlp": "tensor", "vocab": "tensor", "hidden": "tensor"}
 
 
 @dataclass(frozen=True)
 class ModelShard:
-    """What one rank computes of a model.
+    """The shard of a model that one rank holds and computes.
 
     Attributes:
-        params: what it holds, in the order of its forward pass.
+        params: its parameters, in the order of the forward pass.
         stage: its pipeline stage.
         vocab: the model's vocabulary.
-        tensor: ranks that share every layer of the stage.
-        place: this rank's place among them.
-        sequence: whether they also share the positions of what no layer splits (Korthikanti et al. 2022).
-        tied: parameters that the first and the last stage both hold, their gradients to be summed.
+        tensor: number of ranks that compute every layer of the stage together.
+        index: this rank's index among them.
+        sequence: whether they also shard the positions between layers (Korthikanti et al. 2022).
+        tied: parameters that both the first and the last stage hold; their gradients are summed.
     """
 
     params: tuple[LocalParam, ...]
     stage: Stage
     vocab: int
     tensor: int = 1
-    place: int = 0
+    index: int = 0
     sequence: bool = False
     tied: tuple[str, ...] = ()
 
     @property
     def layers(self) -> range:
-        """The numbers of the layers that it computes."""
+        """The indices of its layers."""
         return range(*self.stage.layers)
 
     def range_of(self, length: int) -> tuple[int, int]:
         """Return this rank's (first, last exclusive) of ``length`` elements of an axis that the tensor axis splits."""
-        return bounds(length, self.tensor, self.place)
+        return bounds(length, self.tensor, self.index)
 
 
 def mesh_axis(axis: str, spec: ModelSpec, tensor: int) -> str | None:
     """Return the mesh axis that splits the logical ``axis``; None: every rank holds all of it.
 
-    Fewer key-value heads than ranks are held whole by all: a head can't be split.
+    Where key-value heads don't divide over the ranks, every rank holds all of them: a head can't be split.
     """
     if axis == "kv_heads" and spec.settings.kv_heads % tensor:
         return None
     return RULES.get(axis) if tensor > 1 else None
 
 
-def model_shard(spec: ModelSpec, mesh: Mesh, rank: int, options: ParallelConfig) -> ModelShard:
-    """Return what ``rank`` of ``mesh`` computes of ``spec``."""
-    at = mesh.coordinates(rank)
-    tensor, place = mesh.tensor, at["tensor"]
-    stage = cut_into_stages(spec, mesh.pipeline)[at["pipeline"]]
+def make_model_shard(spec: ModelSpec, mesh: Mesh, rank: int, options: ParallelConfig) -> ModelShard:
+    """Return the shard of ``spec`` that ``rank`` of ``mesh`` computes."""
+    coordinates = mesh.coordinates(rank)
+    tensor, index = mesh.tensor, coordinates["tensor"]
+    stage = cut_into_stages(spec, mesh.pipeline)[coordinates["pipeline"]]
     tied = tied_names(spec, mesh.pipeline)
-    found = []
-    for param in _of_stage(spec, stage, tied):
-        shard, split = _shard(param, spec, tensor, place)
-        again = param.name in tied and not stage.first
-        found.append(LocalParam(param, shard, (split or place == 0) and not again))
-    return ModelShard(tuple(found), stage, spec.settings.vocab, tensor, place, options.sequence and tensor > 1, tied)
+    params = []
+    for param in _params_of(spec, stage, tied):
+        shard, split = _shard(param, spec, tensor, index)
+        # The global gradient norm counts every element once: of a whole copy on all tensor ranks that of the first one,
+        # of a tied parameter that of the first stage.
+        second_copy = param.name in tied and not stage.first
+        params.append(LocalParam(param, shard, (split or index == 0) and not second_copy))
+    return ModelShard(tuple(params), stage, spec.settings.vocab, tensor, index, options.sequence and tensor > 1, tied)
 
 
 def tied_names(spec: ModelSpec, pipeline: int) -> tuple[str, ...]:
@@ -79,18 +81,20 @@ def tied_names(spec: ModelSpec, pipeline: int) -> tuple[str, ...]:
     return ("embed.tokens",) if pipeline > 1 and getattr(spec.settings, "tie_embeddings", False) else ()
 
 
-def _of_stage(spec: ModelSpec, stage: Stage, tied: tuple[str, ...]) -> list[ParamSpec]:
-    here = [p for p in spec.params if stage.holds(p.name)]
-    again = [p for p in spec.params if p.name in tied] if stage.last and not stage.first else []
-    return here + again
+def _params_of(spec: ModelSpec, stage: Stage, tied: tuple[str, ...]) -> list[ParamSpec]:
+    params = [p for p in spec.params if stage.holds(p.name)]
+    if stage.last and not stage.first:
+        params += [p for p in spec.params if p.name in tied]
+    return params
 
 
-def _shard(param: ParamSpec, spec: ModelSpec, tensor: int, place: int) -> tuple[Shard, bool]:
+def _shard(param: ParamSpec, spec: ModelSpec, tensor: int, index: int) -> tuple[Shard, bool]:
+    """Return the shard of a parameter on tensor rank ``index``, and whether it is split at all."""
     start, extent, split = [], [], False
     for length, axis in zip(param.shape, param.axes, strict=True):
-        cut_here = mesh_axis(axis, spec, tensor) == "tensor"
-        low, high = bounds(length, tensor, place) if cut_here else (0, length)
+        split_here = mesh_axis(axis, spec, tensor) == "tensor"
+        low, high = bounds(length, tensor, index) if split_here else (0, length)
         start.append(low)
         extent.append(high - low)
-        split = split or cut_here
+        split = split or split_here
     return Shard(param.shape, tuple(start), tuple(extent)), split

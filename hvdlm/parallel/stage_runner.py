@@ -1,14 +1,13 @@
-"""What stages and tensor ranks have in common in all frameworks: who talks to whom, when, and about how much.
+"""Runs one pipeline stage's schedule, for all frameworks: receives, computes and sends.
 
-A stage's activations and gradients travel by a broadcast among two ranks: sent in the background, and asked for one
-action before they are needed, so that they travel while both compute.
+Activations and gradients travel between stages as broadcasts among two ranks. Sends run in the background, and a
+receive is started one action before its value is needed, so that transfers overlap with computation.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
 
 from hvdlm.parallel.axis_groups import Axes
 from hvdlm.parallel.pipeline_schedules import Action, make_pipeline_schedule
@@ -16,71 +15,77 @@ from hvdlm.parallel.sharding_rules import ModelShard
 from hvdlm.protocols.group import Group, Handle
 from hvdlm.protocols.types import Batch, Tensor
 
-Ranks = TypeVar("Ranks", bound="TensorRanks")
-
 
 class PipelineStage:
-    """One stage. ``waited``: the seconds that it stood still for other stages in this step."""
+    """One stage. ``waited``: the seconds for which it waited for other stages in this step."""
 
     def __init__(self, model_shard: ModelShard, axes: Axes, schedule: str, rank: int) -> None:
-        self._stage, self._model_shard, self._axes, self._schedule = model_shard.stage, model_shard, axes, schedule
+        self._stage = model_shard.stage
+        self._model_shard = model_shard
+        self._axes = axes
+        self._schedule = schedule
         self._rank = rank
-        self._sent: list[Handle] = []
+        self._sends: list[Handle] = []
         self.waited = 0.0
 
     def passes(self, micro_batches: Sequence[Batch], width: int) -> Iterator[tuple[Action, Tensor | None]]:
-        """Yield the actions of a step, each with what another stage has sent for it; at last all has been sent."""
+        """Yield the actions of a step, each with the tensor received for it; return when all sends are done."""
         self.waited = 0.0
         actions = make_pipeline_schedule(self._schedule, self._stage.number, self._stage.count, len(micro_batches))
-        awaited = self._ask(actions[0], micro_batches, width)
-        for place, action in enumerate(actions):
-            received = self._wait(awaited)
-            awaited = self._ask(actions[place + 1], micro_batches, width) if place + 1 < len(actions) else None
+        pending = self._start_receive(actions[0], micro_batches, width)
+        for index, action in enumerate(actions):
+            received = self._wait(pending)
+            # The next action's tensor travels while this action computes.
+            pending = (
+                self._start_receive(actions[index + 1], micro_batches, width) if index + 1 < len(actions) else None
+            )
             yield action, received
         self.flush()
 
-    def pass_on(self, action: Action, made: Tensor) -> None:
-        """Send what an action has made to the stage that waits for it: activations onwards, a gradient back."""
+    def pass_on(self, action: Action, result: Tensor) -> None:
+        """Send an action's result: activations to the next stage, a gradient to the previous one."""
         group = self._axes.after if action.kind == "forward" else self._axes.before
-        self._send(group, made, f"pipeline.{action.kind}.{action.micro_batch}")
+        self._send(group, result, f"pipeline.{action.kind}.{action.micro_batch}")
 
     def relay(self, shape: tuple[int, ...], compute: Callable[[Tensor | None], Tensor]) -> Tensor:
-        """Do one forward pass: take ``shape`` from the stage before, compute, pass it on; return what was computed."""
+        """Do one forward pass without a schedule: receive ``shape``, compute, send; return the result."""
         received = None if self._stage.first else self._wait(self._receive(self._axes.before, shape, "pipeline.pass"))
-        made = compute(received)
+        result = compute(received)
         if not self._stage.last:
-            self._send(self._axes.after, made, "pipeline.pass")
+            self._send(self._axes.after, result, "pipeline.pass")
             self.flush()
-        return made
+        return result
 
     def shape(self, batch: Batch, width: int) -> tuple[int, ...]:
-        """Return the shape of what stages pass on: of the positions perhaps only this tensor rank's."""
+        """Return the shape of the activations that stages exchange: with sharded positions, this rank's shard."""
         rows, positions = batch.inputs.shape
-        shared = self._model_shard.sequence and positions % self._model_shard.tensor == 0
-        return (rows, positions // self._model_shard.tensor if shared else positions, width)
+        sharded = self._model_shard.sequence and positions % self._model_shard.tensor == 0
+        return (rows, positions // self._model_shard.tensor if sharded else positions, width)
 
     def flush(self) -> None:
-        """Wait until all has been sent."""
-        for handle in self._sent:
+        """Wait until all sends are done."""
+        for handle in self._sends:
             handle.wait()
-        self._sent.clear()
+        self._sends.clear()
 
     def empty(self, shape: tuple[int, ...]) -> Tensor:
-        """Return a tensor that can be received into."""
+        """Return a tensor to receive into."""
         raise NotImplementedError
 
     def packed(self, tensor: Tensor) -> Tensor:
-        """Return ``tensor`` as it travels."""
+        """Return ``tensor`` in the form in which it is sent."""
         raise NotImplementedError
 
     def unpacked(self, tensor: Tensor) -> Tensor:
-        """Return what has travelled as it is computed with."""
+        """Return a received ``tensor`` in the form in which it is computed with."""
         raise NotImplementedError
 
-    def _ask(self, action: Action, micro_batches: Sequence[Batch], width: int) -> Handle | None:
-        """Begin to receive what ``action`` needs."""
+    def _start_receive(self, action: Action, micro_batches: Sequence[Batch], width: int) -> Handle | None:
+        """Start to receive the input of ``action``; None where it needs none from another stage."""
         forward = action.kind == "forward"
-        if self._stage.first if forward else self._stage.last:
+        if forward and self._stage.first:
+            return None
+        if not forward and self._stage.last:
             return None
         shape = self.shape(micro_batches[action.micro_batch], width)
         group = self._axes.before if forward else self._axes.after
@@ -92,7 +97,7 @@ class PipelineStage:
 
     def _send(self, group: Group | None, tensor: Tensor, name: str) -> None:
         assert group is not None
-        self._sent.append(group.broadcast_async(self.packed(tensor), group.ranks.index(self._rank), name))
+        self._sends.append(group.broadcast_async(self.packed(tensor), group.ranks.index(self._rank), name))
 
     def _wait(self, handle: Handle | None) -> Tensor | None:
         if handle is None:
@@ -101,26 +106,3 @@ class PipelineStage:
         tensor = handle.wait()
         self.waited += time.perf_counter() - started
         return self.unpacked(tensor)
-
-
-class TensorRanks:
-    """A rank's tensor group; all its ranks call the same collectives in the same order.
-
-    ``sequence``: whether, outside of the layers' matrix products, a rank has only its part of the positions.
-    """
-
-    def __init__(self, group: Group, model_shard: ModelShard, sequence: bool | None = None) -> None:
-        self.group, self.model_shard = group, model_shard
-        self.size, self.place = model_shard.tensor, model_shard.place
-        self.sequence = model_shard.sequence if sequence is None else sequence
-        self._whole: Any = type(self)(group, model_shard, False) if self.sequence else self
-
-    def over(self: Ranks, time: int) -> Ranks:
-        """Return the collectives for ``time`` positions: they are shared only where they divide."""
-        whole: Ranks = self._whole
-        return whole if time % self.size else self
-
-    def alone(self: Ranks) -> Ranks:
-        """Return the collectives that share no positions, for generation."""
-        whole: Ranks = self._whole
-        return whole

@@ -1,7 +1,7 @@
-"""Sharded optimizers (ZeRO, Rajbhandari et al. 2020): every data rank updates an equal part of the parameters.
+"""Sharded optimizers (ZeRO, Rajbhandari et al. 2020): every data rank updates an equal shard of the parameters.
 
-Instead of one all-reduce of the gradients, a step does a reduce-scatter of them (each rank receives the sum of its
-part) and, after the update, an all-gather of the parameters: the same bytes on the wire, and only a part of the
+Instead of one all-reduce of the gradients, a step does a reduce-scatter of them (each rank receives its shard of the
+sum) and, after the update, an all-gather of the parameters: the same bytes on the wire, and only a shard of the
 optimizer's state on every rank (stage 1), and of the gradients too (stage 2, where every micro-batch's gradients are
 scattered).
 """
@@ -20,23 +20,23 @@ from hvdlm.protocols.types import Tensor
 
 
 class ZeroExchange(AllReduceExchange):
-    """Scatters the sums of gradients over the data axis and gathers what the ranks made of their parts."""
+    """Scatters the sums of gradients over the data axis, and gathers the updated parameters."""
 
-    def __init__(self, group: Group, options: CommunicationConfig, place: int, stage: int) -> None:
+    def __init__(self, group: Group, options: CommunicationConfig, index: int, stage: int) -> None:
         super().__init__(group, options)
-        self.part, self.parts, self.scatters_every = place, len(group.ranks), stage == 2
+        self.zero_rank = index
+        self.zero_size = len(group.ranks)
+        self.scatters_every = stage == 2
 
     def open(self, layout: FlatLayout, parameters: np.ndarray) -> None:
-        """Learn the buckets."""
+        """Store the number of buckets."""
         self._buckets = range(len(layout.buckets))
 
     def start(self, bucket: Tensor, index: int) -> Handle:
-        """Begin to sum the bucket; the handle's answer is this rank's part of the sum, ``[elements / ranks]``."""
-        if self._before != 1.0:
-            bucket = bucket * self._before
-        return self.scaled(self._group.reduce_scatter_async(bucket, f"gradients.{index}"))
+        """Start to sum the bucket; the handle's result is this rank's shard of the sum, ``[elements / ranks]``."""
+        return self.scaled(self._group.reduce_scatter_async(self.predivided(bucket), f"gradients.{index}"))
 
-    def gather(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """Return every bucket's parameters from this rank's updated parts of them."""
-        started = [self._group.all_gather_async(parts[i], f"parameters.{i}") for i in self._buckets]
+    def gather(self, shards: Sequence[Tensor]) -> list[Tensor]:
+        """Return every bucket's parameters from this rank's updated shards of them."""
+        started = [self._group.all_gather_async(shards[i], f"parameters.{i}") for i in self._buckets]
         return [handle.wait() for handle in started]

@@ -1,13 +1,15 @@
-"""What a step needs, by closed forms: memory of a rank, bytes that it hands to collectives, idle share of its stage.
+"""Closed-form costs of a step: memory of a rank, bytes it hands to collectives, idle share of its pipeline stage.
 
-Parameters, gradients and optimizer: Rajbhandari et al. 2020, section 5, for float32. Activations: as Korthikanti et
-al. 2022, section 4, count them, for what torch keeps of this model's layers (of frozen ones, less). The bubble:
-Narayanan et al. 2021, section 2.2.
+Parameters, gradients and optimizer: Rajbhandari et al. 2020, section 5, for float32. Activations: as counted by
+Korthikanti et al. 2022, section 4, for the tensors that torch keeps for these layers (fewer for frozen ones). The
+bubble: Narayanan et al. 2021, section 2.2.
 """
 
 from __future__ import annotations
 
 from typing import Any
+
+import pluggy
 
 from hvdlm.config import Config
 from hvdlm.models.spec import ModelSpec
@@ -17,11 +19,22 @@ from hvdlm.parallel.pipeline_schedules import idle_share, kept_micro_batches
 from hvdlm.parallel.sharding_rules import ModelShard, make_model_shard
 from hvdlm.protocols.types import Prediction
 
-_KINDS = {"adamw": 2, "adagrad": 1, "sgd": 1}
+_MOMENTS = {"adamw": 2, "adagrad": 1, "sgd": 1}
 
 
-def predict(config: Config, spec: ModelSpec, mesh: Mesh, rank: int) -> Prediction | None:
-    """Return what a step of ``rank`` needs, or None where the model's layers are not known here."""
+def predict_costs(
+    manager: pluggy.PluginManager, config: Config, spec: ModelSpec, mesh: Mesh, rank: int
+) -> Prediction | None:
+    """Return a plugin's prediction of a step of ``rank`` (``hvdlm_predict``), else that of the closed forms here.
+
+    None where neither knows the architecture.
+    """
+    prediction = manager.hook.hvdlm_predict(config=config, spec=spec, mesh=mesh, rank=rank)
+    return prediction if prediction is not None else closed_form(config, spec, mesh, rank)
+
+
+def closed_form(config: Config, spec: ModelSpec, mesh: Mesh, rank: int) -> Prediction | None:
+    """Return the costs of a step of ``rank``, or None for an architecture other than GPT and recurrent ones."""
     if spec.kind not in ("gpt", "rnn"):
         return None
     return _Step(config, spec, mesh, rank).prediction()
@@ -31,27 +44,31 @@ class _Step:
     """One rank's step: ``rows`` x ``time`` tokens in each of ``count`` micro-batches."""
 
     def __init__(self, config: Config, spec: ModelSpec, mesh: Mesh, rank: int) -> None:
-        self.config, self.spec, self.s, self.kind, self.mesh = config, spec, spec.settings, spec.kind, mesh
-        self.part: ModelShard = make_model_shard(spec, mesh, rank, config.parallel)
+        self.config = config
+        self.spec = spec
+        self.s = spec.settings
+        self.kind = spec.kind
+        self.mesh = mesh
+        self.shard: ModelShard = make_model_shard(spec, mesh, rank, config.parallel)
         self.zero = config.parallel.zero if mesh.data > 1 else 0
         align = mesh.data if self.zero else 1
         self.layout: FlatLayout = make_layout(
-            self.part.params, config.communication.bucket_bytes, align, self.part.tied
+            self.shard.params, config.communication.bucket_bytes, align, self.shard.tied
         )
         rows = config.train.batch_size // mesh.data
         self.rows, self.time = config.train.micro_batch_size or rows, config.data.context
         self.count = rows // self.rows
         self.tokens = self.rows * self.time
-        self.sequence = self.part.sequence and self.time % mesh.tensor == 0
+        self.sequence = self.shard.sequence and self.time % mesh.tensor == 0
 
     def prediction(self) -> Prediction:
-        """Return all of it."""
+        """Return all costs."""
         stages = self.mesh.pipeline
         return Prediction(
             memory=self.memory(),
             bytes=self.bytes() if self.dense() else None,
             idle_share=idle_share(stages, self.count) if stages > 1 else 0.0,
-            layers=self.part.stage.layers,
+            layers=self.shard.stage.layers,
             micro_batches=self.count,
         )
 
@@ -62,26 +79,27 @@ class _Step:
 
     def memory(self) -> dict[str, int]:
         """Return bytes of parameters, gradients, optimizer and activations."""
-        size, own = self.layout.size, self.layout.size // self.mesh.data
+        size = self.layout.size
+        zero_shard = size // self.mesh.data
         c = self.config.train
-        kinds = 0 if c.optimizer == "sgd" and not c.momentum else _KINDS[c.optimizer]
+        kinds = 0 if c.optimizer == "sgd" and not c.momentum else _MOMENTS[c.optimizer]
         buckets = [self.layout.bucket_range(i) for i in range(len(self.layout.buckets))]
-        # While one bucket travels, the next one fills.
+        # While one bucket is sent, the next one is filled.
         passing = max(b - a for (a, _), (_, b) in zip(buckets, [*buckets[1:], buckets[-1]], strict=True))
-        gradients = {0: size, 1: size + own, 2: own + passing}[self.zero]
+        gradients = {0: size, 1: size + zero_shard, 2: zero_shard + passing}[self.zero]
         return {
-            "parameters": 4 * (size + (own if self.zero else 0)) + self.spec.frozen_bytes,
+            "parameters": 4 * (size + (zero_shard if self.zero else 0)) + self.spec.frozen_bytes,
             "gradients": 4 * gradients,
-            "optimizer": 4 * kinds * (own if self.zero else size),
+            "optimizer": 4 * kinds * (zero_shard if self.zero else size),
             "activations": self.activations(),
         }
 
     def activations(self) -> int:
         """Return the bytes kept for backward passes: of as many micro-batches as the schedule has under way."""
-        stage, layers = self.part.stage, len(self.part.layers)
+        stage, layers = self.shard.stage, len(self.shard.layers)
         layer = self.gpt_layer() if self.kind == "gpt" else self.rnn_layer()
         each = layers * layer
-        if self.config.train.activation_checkpointing:  # a layer's input stays, the rest is computed again
+        if self.config.train.activation_checkpointing:  # only a layer's input is kept, the rest is recomputed
             each = layers * 4 * self.s.width * (self.tokens // self.mesh.tensor if self.sequence else self.tokens)
         each += self.head() if stage.last else 0
         alive = 1
@@ -95,7 +113,7 @@ class _Step:
         """Return the bytes of a Transformer layer and micro-batch."""
         s: Any = self.s
         t = self.mesh.tensor
-        between = s.width / t if self.sequence else s.width  # of a position, where positions may be shared
+        between = s.width / t if self.sequence else s.width  # per position, where positions may be sharded
         heads = s.width // t
         kv = s.head_width * max(1, s.kv_heads // t)
         inner = s.mlp_width // t * (4 if s.activation == "swiglu" else 2)
@@ -120,7 +138,7 @@ class _Step:
     def head(self) -> int:
         """Return the bytes of the last norm and the scores; the loss keeps them as float32."""
         s: Any = self.s
-        first, last = self.part.range_of(s.vocab)
+        first, last = self.shard.range_of(s.vocab)
         each = float(last - first + 5 + s.width)
         if self.kind == "gpt":
             each += s.width / self.mesh.tensor if self.sequence else s.width
@@ -129,13 +147,13 @@ class _Step:
 
     def bytes(self) -> dict[str, int]:
         """Return the bytes that a step hands to collectives, by axis."""
-        found = {"data": self.on_data(), "model": 0, "tensor": self.on_tensor(), "pipeline": self.on_pipeline()}
+        totals = {"data": self.on_data(), "model": 0, "tensor": self.on_tensor(), "pipeline": self.on_pipeline()}
         if self.mesh.tensor * self.mesh.pipeline > 1:
-            found["model"] = 3 * 8  # loss, tokens and squared norm in float64
-        return {axis: count for axis, count in found.items() if count}
+            totals["model"] = 3 * 8  # loss, tokens and squared norm in float64
+        return {axis: count for axis, count in totals.items() if count}
 
     def on_data(self) -> int:
-        """Gradients and metrics; of a sharded optimizer, gradients once or per micro-batch, and parameters."""
+        """Return the bytes of gradients and metrics; with ZeRO, gradients once or per micro-batch, and parameters."""
         if self.mesh.data == 1:
             return 0
         whole = 4 * self.layout.size
@@ -144,66 +162,66 @@ class _Step:
         return whole * (self.count if self.zero == 2 else 1) + whole // self.mesh.data + 3 * 8
 
     def on_pipeline(self) -> int:
-        """Activations and their gradients, to or from every neighbour; the gradient of what two stages hold.
+        """Return the bytes of activations and their gradients, to and from neighbours, and of tied gradients.
 
         torch adds up the layers' outputs in float32, TensorFlow in the precision of the step.
         """
-        stage = self.part.stage
+        stage = self.shard.stage
         if stage.count == 1:
             return 0
         positions = self.tokens // self.mesh.tensor if self.sequence else self.tokens
         neighbours = (not stage.first) + (not stage.last)
         item = 2 if self.config.framework == "tensorflow" and self.config.train.precision != "fp32" else 4
         moved = self.count * neighbours * 2 * item * positions * self.s.width
-        if self.part.tied and (stage.first or stage.last):
+        if self.shard.tied and (stage.first or stage.last):
             names = [self.layout.slots[first].name for first, _ in self.layout.buckets]
-            start, stop = self.layout.bucket_range(names.index(self.part.tied[0]))
+            start, stop = self.layout.bucket_range(names.index(self.shard.tied[0]))
             moved += 4 * (stop - start) // (self.mesh.data if self.zero else 1)
         return moved
 
     def on_tensor(self) -> int:
-        """Return what tensor ranks say to each other in all micro-batches."""
+        """Return the bytes of tensor parallelism in all micro-batches."""
         if self.mesh.tensor == 1:
             return 0
-        return self.count * (self.gpt_says() if self.kind == "gpt" else self.rnn_says())
+        return self.count * (self.gpt_tensor_bytes() if self.kind == "gpt" else self.rnn_tensor_bytes())
 
-    def gpt_says(self) -> int:
-        """Of ``x`` all tokens' states: f and g sum ``x``; shared positions scatter ``x`` and gather a part of it."""
-        stage, layers = self.part.stage, len(self.part.layers)
+    def gpt_tensor_bytes(self) -> int:
+        """With ``x`` all tokens' states: f and g sum ``x``; sharded positions scatter ``x`` and gather its shard."""
+        stage, layers = self.shard.stage, len(self.shard.layers)
         x = 4 * self.tokens * self.s.width
-        both = x + x // self.mesh.tensor if self.sequence else x  # leave or enter, forward and backward together
-        again = 0
+        both = x + x // self.mesh.tensor if self.sequence else x  # g or f, forward and backward together
+        recomputed = 0
         if self.config.train.activation_checkpointing:
             # The forward collectives of a layer once more; torch stops before the last of them.
-            leaves = 2 if self.config.framework == "tensorflow" else 1
-            again = leaves * x + (2 * (x // self.mesh.tensor) if self.sequence else 0)
-        found = layers * (4 * both + again + 4 * self.partial("layers."))
+            sums = 2 if self.config.framework == "tensorflow" else 1
+            recomputed = sums * x + (2 * (x // self.mesh.tensor) if self.sequence else 0)
+        total = layers * (4 * both + recomputed + 4 * self.partial("layers."))
         if stage.first:
-            found += both + 4 * self.partial("embed.positions")
+            total += both + 4 * self.partial("embed.positions")
         if stage.last:
-            found += both + 4 * self.partial("final_norm.") + 3 * 4 * self.tokens
-        return found
+            total += both + 4 * self.partial("final_norm.") + 3 * 4 * self.tokens
+        return total
 
     def partial(self, prefix: str) -> int:
-        """Return the elements of what all ranks hold and each knows a part of the gradient of; of one layer."""
-        prefix = f"layers.{self.part.layers.start}." if prefix == "layers." else prefix
-        few = self.s.kv_heads % self.mesh.tensor > 0
-        found = 0
-        for param in self.part.params:
+        """Return the elements of one layer's parameters that all ranks hold and whose gradients are summed."""
+        prefix = f"layers.{self.shard.layers.start}." if prefix == "layers." else prefix
+        few_kv_heads = self.s.kv_heads % self.mesh.tensor > 0
+        elements = 0
+        for param in self.shard.params:
             name = param.spec.name
-            kv = few and (".attention.key." in name or ".attention.value." in name)
+            kv = few_kv_heads and (".attention.key." in name or ".attention.value." in name)
             between = self.sequence and param.shard.extent == param.spec.shape
             if name.startswith(prefix) and (kv or between):
-                found += param.spec.size
-        return found
+                elements += param.spec.size
+        return elements
 
-    def rnn_says(self) -> int:
-        """Return the hidden units after every time step and their gradients, the embedding, the loss."""
-        stage, layers = self.part.stage, len(self.part.layers)
+    def rnn_tensor_bytes(self) -> int:
+        """Return the bytes of hidden units after every time step and their gradients, the embedding, the loss."""
+        stage, layers = self.shard.stage, len(self.shard.layers)
         state = 4 * self.rows * self.s.width
-        joins = self.time + 1
+        gathers = self.time + 1
         if self.config.train.activation_checkpointing:  # torch stops before the last of them
-            joins += self.time + (self.config.framework == "tensorflow")
-        found = layers * (joins * (state // self.mesh.tensor) + self.time * state)
-        found += 2 * 4 * self.tokens * self.s.width if stage.first else 0
-        return found + (3 * 4 * self.tokens if stage.last else 0)
+            gathers += self.time + (self.config.framework == "tensorflow")
+        total = layers * (gathers * (state // self.mesh.tensor) + self.time * state)
+        total += 2 * 4 * self.tokens * self.s.width if stage.first else 0
+        return total + (3 * 4 * self.tokens if stage.last else 0)

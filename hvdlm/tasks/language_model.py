@@ -1,4 +1,4 @@
-"""Language modelling: predict every next token of a text."""
+"""Language modelling: predict the next token."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from hvdlm import hookimpl
 from hvdlm.config import Config
 from hvdlm.data import mixture, sampler
 from hvdlm.data.mixture import Corpus
+from hvdlm.data.preparation import prepare
 from hvdlm.data.token_files import require_length
 from hvdlm.errors import HvdlmError, RankError
 from hvdlm.protocols.trainable import Trainable
@@ -16,96 +17,101 @@ from hvdlm.protocols.types import Batch
 
 
 def loss_figures(sums: Mapping[str, float]) -> dict[str, float]:
-    """Return val_loss (nats per token) and perplexity."""
+    """Return val_loss (nats per token) and perplexity of summed losses."""
     loss = sums["loss"] / sums["tokens"]
     return {"val_loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
 
 
 class LanguageModel:
-    """The task ``language_model``: its corpus open, its tokenizer ready."""
+    """The task ``language_model``, over one corpus or a mixture."""
 
     reads = ()
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._corpora = mixture.open_corpora(config.data)
+        if config.data.mixture is None:
+            data = prepare(config.data)
+            self._corpora = [Corpus("", 1.0, data)]
+            self.fingerprint = data.fingerprint
+        else:
+            self._corpora = mixture.open_corpora(config.data)
+            self.fingerprint = mixture.fingerprint(self._corpora)
         self.data = self._corpora[0].data
         self.tokenizer = self.data.tokenizer
         self.vocab = self.tokenizer.vocab
-        self.fingerprint = mixture.fingerprint(self._corpora)
         for corpus in self._corpora:
             self._check(corpus)
         self._sampler = self._make_sampler()
 
     def _check(self, corpus: Corpus) -> None:
-        """Check that a corpus holds one window at least to learn from, and a token to predict in validation."""
-        called = f"data.mixture {corpus.name}: " if corpus.name else ""
-        require_length(corpus.data.train, self._config.data.context, f"{called}the training")
+        """Check that a corpus holds at least one training window and one validation target."""
+        prefix = f"data.mixture {corpus.name}: " if corpus.name else ""
+        require_length(corpus.data.train, self._config.data.context, f"{prefix}the training")
         if len(corpus.data.validation) < 2:
             raise HvdlmError(
-                f"{called}the validation split has {len(corpus.data.validation)} tokens, 2 are needed: give more "
+                f"{prefix}the validation split has {len(corpus.data.validation)} tokens, 2 are needed: give more "
                 "text, a larger --data.validation_share or a --data.validation_path."
             )
 
     def _make_sampler(self) -> sampler.ShuffledSampler | sampler.MixtureSampler | sampler.SequentialSampler:
         data, train = self._config.data, self._config.train
         if data.mixture is not None:
-            parts = [(corpus.data.train, corpus.share) for corpus in self._corpora]
-            return sampler.MixtureSampler(parts, data.context, train.batch_size, train.seed)
+            corpora = [(corpus.data.train, corpus.share) for corpus in self._corpora]
+            return sampler.MixtureSampler(corpora, data.context, train.batch_size, train.seed)
         if data.sampling == "shuffled":
             return sampler.ShuffledSampler(self.data.train, data.context, train.batch_size, train.seed)
         require_length(self.data.train, data.context * train.batch_size, "the training")
         return sampler.SequentialSampler(self.data.train, data.context, train.batch_size)
 
-    def batch(self, number: int, first: int, last: int) -> Batch:
-        """Return rows ``first:last`` of global batch ``number``."""
-        inputs, targets, reset = self._sampler.rows(number, first, last)
+    def rows(self, first: int, last: int) -> Batch:
+        """Return rows ``first:last`` of the global order."""
+        inputs, targets, reset = self._sampler.rows(first, last)
         highest = max(int(inputs.max()), int(targets.max()))
-        if highest >= self.vocab:  # when it was opened, a large folder was looked at here and there
+        if highest >= self.vocab:  # a large folder is only spot-checked when it is opened
             folders = ", ".join(str(corpus.data.folder) for corpus in self._corpora)
             raise RankError(
-                f"{folders} holds the id {highest}, its vocabulary has {self.vocab} entries: prepare it anew."
+                f"{folders} holds the id {highest}, its vocabulary has {self.vocab} entries: prepare it again."
             )
         return Batch(inputs, targets, None, reset)
 
     def validation(self, rank: int, size: int) -> Iterator[Batch]:
-        """Yield ``rank``'s share of the validation split, of each corpus of a mixture after the other."""
+        """Yield ``rank``'s part of the validation split, of the corpora of a mixture one after the other."""
         data, train = self._config.data, self._config.train
         for corpus in self._corpora:
             tokens = corpus.data.validation
             if data.sampling == "shuffled":
-                pieces = sampler.independent_windows(tokens, data.context, train.eval_batch_size, rank, size)
+                windows = sampler.independent_windows(tokens, data.context, train.eval_batch_size, rank, size)
             else:
-                pieces = sampler.parallel_streams(tokens, data.context, train.batch_size, rank, size)
-            for inputs, targets, weights, reset in pieces:
+                windows = sampler.parallel_streams(tokens, data.context, train.batch_size, rank, size)
+            for inputs, targets, weights, reset in windows:
                 yield Batch(inputs, targets, weights, reset, corpus=corpus.name)
 
     def count(self, trainable: Trainable, batch: Batch) -> dict[str, float]:
-        """Return nothing: the loss says all."""
+        """Return no further sums beside the loss."""
         return {}
 
     def respond(self, trainable: Trainable, prompt: str) -> None:
-        """Return None: the prompt is gone on with."""
+        """Return None: the prompt is continued by ``inference.generation``."""
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Return val_loss (nats per token), perplexity, and bits_per_byte (of the UTF-8 text).
 
-        Of a mixture, val_loss is what is to be expected of a token of the mixture: the mean of the corpora's losses by
-        their shares. ``val_loss/CORPUS`` is each corpus' own.
+        Of a mixture, val_loss is the mean of the corpora's losses weighted by their shares, and ``val_loss/CORPUS`` the
+        loss of one corpus.
         """
-        said = [(corpus, f"{corpus.name}/" if corpus.name else "") for corpus in self._corpora]
-        losses = {corpus.name: sums[f"{of}loss"] / sums[f"{of}tokens"] for corpus, of in said}
+        prefixes = [(corpus, f"{corpus.name}/" if corpus.name else "") for corpus in self._corpora]
+        losses = {corpus.name: sums[f"{prefix}loss"] / sums[f"{prefix}tokens"] for corpus, prefix in prefixes}
         loss = math.fsum(corpus.share * losses[corpus.name] for corpus in self._corpora)
         figures = loss_figures({"loss": loss, "tokens": 1.0})
         if all(corpus.data.validation_bytes for corpus in self._corpora):
-            held = [
-                (corpus.share, corpus.data.validation_bytes, len(corpus.data.validation)) for corpus in self._corpora
-            ]
-            figures["bits_per_byte"] = loss / math.log(2) / math.fsum(share * size / n for share, size, n in held)
-        return figures | {f"val_loss/{name}": found for name, found in losses.items() if name}
+            bytes_per_token = math.fsum(
+                corpus.share * corpus.data.validation_bytes / len(corpus.data.validation) for corpus in self._corpora
+            )
+            figures["bits_per_byte"] = loss / math.log(2) / bytes_per_token
+        return figures | {f"val_loss/{name}": value for name, value in losses.items() if name}
 
 
 @hookimpl
 def hvdlm_make_task(name: str, config: Config) -> LanguageModel | None:
-    """Answer to ``language_model``."""
+    """Return the task ``language_model``."""
     return LanguageModel(config) if name == "language_model" else None

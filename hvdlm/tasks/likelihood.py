@@ -1,4 +1,4 @@
-"""How likely sequences are: what a language model gives them, all tokens in one pass."""
+"""Log-probabilities of sequences under a language model, all tokens in one pass."""
 
 from __future__ import annotations
 
@@ -6,25 +6,24 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from hvdlm_tasks.items import up_to
-from hvdlm_tasks.pairs import padded
 
+from hvdlm.data.padding import pad_rows, round_up
 from hvdlm.protocols.trainable import Trainable
 from hvdlm.protocols.types import Batch
 
-_STEP = 16  # tokens by which batches differ in length
-_SCORES = 1 << 22  # scores that are computed at once
+_LENGTH_MULTIPLE = 16  # tokens to a multiple of which batches are padded
+_MAX_LOGITS = 1 << 22  # of a batch, which bounds the memory
 
 
-def log_softmax(scores: np.ndarray) -> np.ndarray:
-    """Return the log-probabilities of ``scores`` ``[..., vocab]``, float64."""
-    wide = scores.astype(np.float64)
-    wide -= wide.max(-1, keepdims=True)
-    return wide - np.log(np.exp(wide).sum(-1, keepdims=True))
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Return the log-probabilities of logits ``[..., vocab]``, float64."""
+    shifted = logits.astype(np.float64)
+    shifted -= shifted.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
 class _Window(NamedTuple):
-    """Targets ``start:stop`` of a row, of which those from ``first`` on count."""
+    """Targets ``start:stop`` of a row; those from ``first`` on are scored."""
 
     row: int
     start: int
@@ -33,24 +32,28 @@ class _Window(NamedTuple):
 
 
 def sequence_logs(trainable: Trainable, rows: Sequence[np.ndarray], given: int, context: int, vocab: int) -> np.ndarray:
-    """Return the log-probability of every row's ids from number ``given`` (1 at least) on, float64 ``[rows]``.
+    """Return the log-probability of every row's ids from index ``given`` on, float64 ``[rows]``, without communication.
 
-    ``rows``: int32 ``[time]`` each, of any lengths; what comes after ``context`` ids is scored with half as many before
-    it at least. ``vocab``: the model's, which says how many rows fit into a batch. No communication.
+    Args:
+        trainable: the language model.
+        rows: int32 ``[time]`` each, of any lengths.
+        given: the number of ids, at least 1, that are given and not scored.
+        context: the model's longest input; ids beyond it are scored with at least half as many before them.
+        vocab: the model's vocabulary, which limits the rows of a batch.
     """
-    windows = [_Window(i, *found) for i, row in enumerate(rows) for found in _windows(given - 1, len(row) - 1, context)]
+    windows = [_Window(i, *ends) for i, row in enumerate(rows) for ends in _windows(given - 1, len(row) - 1, context)]
     windows.sort(key=lambda w: w.stop - w.start)
-    found = np.zeros(len(rows))
+    logs = np.zeros(len(rows))
     while windows:
-        time = min(up_to(windows[-1].stop - windows[-1].start, _STEP), context)
-        count = max(1, _SCORES // (time * vocab))
-        windows, chosen = windows[:-count], windows[-count:]
-        np.add.at(found, [w.row for w in chosen], _scored(trainable, rows, chosen, time))
-    return found
+        time = min(round_up(windows[-1].stop - windows[-1].start, _LENGTH_MULTIPLE), context)
+        count = max(1, _MAX_LOGITS // (time * vocab))
+        windows, batch = windows[:-count], windows[-count:]
+        np.add.at(logs, [w.row for w in batch], _score(trainable, rows, batch, time))
+    return logs
 
 
 def _windows(first: int, count: int, context: int) -> Iterator[tuple[int, int, int]]:
-    """Yield (start, first target that counts, stop) of windows that count the targets ``first:count`` once each."""
+    """Yield (start, first scored target, stop) of windows that score each of the targets ``first:count`` once."""
     stop = min(count, context)
     yield 0, min(first, stop), stop
     while stop < count:
@@ -58,11 +61,11 @@ def _windows(first: int, count: int, context: int) -> Iterator[tuple[int, int, i
         yield stop - context, first, stop
 
 
-def _scored(trainable: Trainable, rows: Sequence[np.ndarray], windows: Sequence[_Window], time: int) -> np.ndarray:
-    """Return the log-probability of what counts in every window, float64 ``[windows]``."""
-    inputs, _ = padded([rows[w.row][w.start : w.stop] for w in windows], time)
-    targets, counted = padded([rows[w.row][w.start + 1 : w.stop + 1] for w in windows], time)
-    for weights, w in zip(counted, windows, strict=True):
+def _score(trainable: Trainable, rows: Sequence[np.ndarray], windows: Sequence[_Window], time: int) -> np.ndarray:
+    """Return the log-probability of every window's scored targets, float64 ``[windows]``."""
+    inputs, _ = pad_rows([rows[w.row][w.start : w.stop] for w in windows], time)
+    targets, all_weights = pad_rows([rows[w.row][w.start + 1 : w.stop + 1] for w in windows], time)
+    for weights, w in zip(all_weights, windows, strict=True):
         weights[: w.first - w.start] = 0
-    logs = log_softmax(trainable.predict(Batch(inputs, targets, counted, True)))
-    return (np.take_along_axis(logs, targets[..., None], -1)[..., 0] * counted).sum(-1)
+    logs = log_softmax(trainable.predict(Batch(inputs, targets, all_weights, True)))
+    return (np.take_along_axis(logs, targets[..., None], -1)[..., 0] * all_weights).sum(-1)

@@ -1,4 +1,4 @@
-"""What a run tells: event plugins like anybody else's."""
+"""The built-in reporting of a run, as event plugins like any other."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from hvdlm.config import Config
 
 
 def default_plugins(config: Config) -> list[object]:
-    """Return the event plugins that ``log`` asks for."""
+    """Return the event plugins that the options of ``log`` select."""
     from hvdlm.telemetry.metrics import Metrics
     from hvdlm.telemetry.progress import Progress
     from hvdlm.telemetry.tensorboard import TensorBoard

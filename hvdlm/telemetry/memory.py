@@ -1,4 +1,4 @@
-"""How much memory this process took at most."""
+"""Peak memory of this process."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ import sys
 
 
 def peak_memory_bytes() -> int:
-    """Return the largest resident size of this process so far, in bytes (Linux counts it in KiB, macOS in bytes)."""
+    """Return the peak resident size of this process in bytes (the system reports KiB on Linux, bytes on macOS)."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

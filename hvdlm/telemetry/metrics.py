@@ -1,4 +1,4 @@
-"""``RUN/metrics.jsonl``, one JSON object per logged step and per evaluation, and ``RUN/summary.json``."""
+"""Writes ``RUN/metrics.jsonl``, a JSON object per logged step and per evaluation, and ``RUN/summary.json``."""
 
 from __future__ import annotations
 
@@ -13,37 +13,38 @@ from hvdlm.config import Config
 from hvdlm.io.atomic_files import replace
 from hvdlm.protocols.types import StepResult
 from hvdlm.protocols.world import World
-from hvdlm.telemetry.rates import Interval, logged
+from hvdlm.telemetry.rates import Rates, is_logged
 
 
 class Metrics:
-    """Writes the files that other programs read."""
+    """Event plugin that writes figures for other programs."""
 
     def __init__(self, config: Config) -> None:
-        self._folder, self._every = Path(config.log.run), config.log.every
+        self._folder = Path(config.log.run)
+        self._every = config.log.every
         self._path = self._folder / "metrics.jsonl"
         self._file: TextIO | None = None
-        self._interval = Interval(0)
+        self._rates: Rates | None = None  # after the last step
+        self._logged: Rates | None = None  # at the last line
 
     @hookimpl
     def hvdlm_run_started(self, config: Config, world: World, info: Mapping[str, Any]) -> None:
-        """Open the file; of an earlier run, keep what lies before the step that is resumed."""
+        """Open the file; keep the lines of an earlier run up to the step that is resumed."""
         if world.rank == 0:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._interval = Interval(info["parameters"])
             _keep_until(self._path, int(info["start_step"]))
             self._file = self._path.open("a", encoding="utf-8")
 
     @hookimpl
-    def hvdlm_step_ended(self, step: int, result: StepResult, learning_rate: float, seconds: float) -> None:
+    def hvdlm_step_ended(self, step: int, result: StepResult, learning_rate: float, rates: Rates) -> None:
         """Write the step where it is due; rates, seconds and bytes are means over the steps since the last line.
 
-        A step whose update was left out is always written, with ``skipped``.
+        A step whose update was skipped is always written, with ``skipped``.
         """
-        self._interval.add(result, seconds)
-        if self._file and logged(step, self._every, result):
-            self._write(step=step, **self._interval.figures(result, learning_rate))
-            self._interval.forget()
+        self._rates = rates
+        if self._file and is_logged(step, self._every, result):
+            self._write(step=step, **rates.since(self._logged).figures(result, learning_rate))
+            self._logged = rates
 
     @hookimpl
     def hvdlm_evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -53,12 +54,12 @@ class Metrics:
 
     @hookimpl
     def hvdlm_rolled_back(self, step: int, to_step: int, batches: Sequence[int]) -> None:
-        """Drop what lies behind the checkpoint, and write that it was so."""
+        """Drop the lines after the checkpoint's step, and write a line about the rollback."""
         if self._file:
             self._file.close()
             _keep_until(self._path, to_step)
             self._file = self._path.open("a", encoding="utf-8")
-            self._interval.forget()
+            self._logged = self._rates
             self._write(step=to_step, rolled_back_from=step, batches_left_out=list(batches))
 
     @hookimpl
@@ -76,7 +77,7 @@ class Metrics:
 
 
 def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return values with null for what JSON can't write (not a number, infinite)."""
+    """Return values with None in place of NaN and infinity, which JSON lacks."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
@@ -89,5 +90,5 @@ def _keep_until(path: Path, step: int) -> None:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
-            continue  # a line that a killed run left half-written
+            continue  # an incomplete line of a killed run
     replace(path, "".join(kept))

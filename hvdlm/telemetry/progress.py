@@ -1,4 +1,4 @@
-"""What rank 0 shows: a progress bar on a terminal, plain lines elsewhere."""
+"""Prints progress on rank 0: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -12,28 +12,27 @@ from hvdlm.config import Config
 from hvdlm.io.terminal import clock, on_terminal, size
 from hvdlm.protocols.types import StepResult
 from hvdlm.protocols.world import World
-from hvdlm.telemetry.rates import Interval
+from hvdlm.telemetry.rates import Rates
 
 _RESULTS = ("perplexity", "accuracy", "word_error_rate")
 
 
 class Progress:
-    """Shows loss, learning rate, tokens per second, what communication moves and costs, and time left."""
+    """Event plugin that prints loss, learning rate, tokens per second, communication and time left."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
         self._bar: Any = None
         self._active = False
-        self._shown = float("-inf")
-        self._interval = Interval(0)
+        self._printed = float("-inf")
+        self._reported: Rates | None = None  # at the last line, or at the last log.every of a bar
 
     @hookimpl
     def hvdlm_run_started(self, config: Config, world: World, info: Mapping[str, Any]) -> None:
-        """Say what is trained, and open the bar."""
+        """Print what is trained, and open the bar."""
         self._active = world.rank == 0
         if not self._active:
             return
-        self._interval = Interval(info["parameters"])
         frozen = f" beside {info['frozen_parameters']:,} frozen ones" if info.get("frozen_parameters") else ""
         print(
             f"hvdlm: {config.model.name}, {info['parameters']:,} parameters{frozen}, {info['framework']}, "
@@ -47,85 +46,87 @@ class Progress:
             self._bar = tqdm(total=info["steps"], initial=info["start_step"], unit="step", file=sys.stdout)
 
     @hookimpl
-    def hvdlm_step_ended(self, step: int, result: StepResult, learning_rate: float, seconds: float) -> None:
-        """Show the step."""
+    def hvdlm_step_ended(self, step: int, result: StepResult, learning_rate: float, rates: Rates) -> None:
+        """Print the step, or show it beside the bar."""
         if not self._active:
             return
-        self._interval.add(result, seconds)
+        recent = rates.since(self._reported)
         text = (
-            f"loss {result.loss:.4f}, lr {learning_rate:.2e}, {self._interval.tokens_per_second:,.0f} tokens/s"
-            f"{_communication(self._interval)}"
+            f"loss {result.loss:.4f}, lr {learning_rate:.2e}, {recent.tokens_per_second:,.0f} tokens/s"
+            f"{_communication(recent)}"
         )
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update()
             if step % self._config.log.every == 0:
-                self._interval.forget()
+                self._reported = rates
         if result.skipped:
-            self._say(f"step {step}: update skipped, gradient norm {result.grad_norm:.3g}")
+            self._print(f"step {step}: update skipped, gradient norm {result.grad_norm:.3g}")
         if self._bar is None and self._is_due(step):
-            left = (self._config.train.steps - step) * self._interval.seconds
+            left = (self._config.train.steps - step) * recent.seconds
             print(f"step {step}: {text}, {clock(left)} left", flush=True)
-            self._interval.forget()
+            self._reported = rates
 
     def _is_due(self, step: int) -> bool:
-        """A line at the first and last step, and at those logged, but not more than one in two seconds."""
+        """Return whether a line is due: at the first and the last step, and at logged steps at least 2 s apart."""
         now = time.monotonic()
-        if step in (1, self._config.train.steps) or (step % self._config.log.every == 0 and now - self._shown >= 2):
-            self._shown = now
+        if step in (1, self._config.train.steps) or (step % self._config.log.every == 0 and now - self._printed >= 2):
+            self._printed = now
             return True
         return False
 
     @hookimpl
     def hvdlm_evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Show the evaluation."""
-        self._say(f"step {step}: " + ", ".join(_figure(*item) for item in metrics.items()))
+        """Print the evaluation."""
+        self._print(f"step {step}: " + ", ".join(_figure(*item) for item in metrics.items()))
 
     @hookimpl
     def hvdlm_checkpoint_saved(self, step: int, path: str, seconds: float, total_seconds: float) -> None:
-        """Show where the checkpoint is."""
-        self._say(f"step {step}: saved {path} in {total_seconds:.2f} s, training stood still for {seconds:.2f} s")
+        """Print the checkpoint's path and cost."""
+        self._print(f"step {step}: saved {path} in {total_seconds:.2f} s, training was blocked for {seconds:.2f} s")
 
     @hookimpl
     def hvdlm_rolled_back(self, step: int, to_step: int, batches: Sequence[int]) -> None:
-        """Show that the run went back."""
+        """Print that the run rolled back."""
         left_out = ", ".join(map(str, batches))
-        self._say(f"step {step}: went back to the checkpoint of step {to_step}; left out: batch {left_out}")
+        self._print(f"step {step}: rolled back to the checkpoint of step {to_step}; left out: batch {left_out}")
         if self._bar is not None:
             self._bar.n = to_step
 
     @hookimpl
     def hvdlm_run_ended(self, summary: Mapping[str, Any]) -> None:
-        """Close the bar and show the result."""
+        """Close the bar and print the result."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
         if summary.get("stopped"):
-            self._say(f"stopped after step {summary['steps']} ({summary['stopped']}); --checkpoint.resume auto goes on")
+            self._print(
+                f"stopped after step {summary['steps']} ({summary['stopped']}); --checkpoint.resume auto continues"
+            )
         elif name := next((name for name in _RESULTS if name in summary), None):
             value = summary[name]
             figure = f"perplexity {value:.3f}" if name == "perplexity" else _figure(name, value)
             rate = f"{summary['tokens_per_second']:,.0f} tokens/s"
-            self._say(f"done: validation {figure} (loss {summary['val_loss']:.4f}), {rate}")
+            self._print(f"done: validation {figure} (loss {summary['val_loss']:.4f}), {rate}")
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         if self._bar is not None:
             self._bar.write(text, file=sys.stdout)
         elif self._active:
             print(text, flush=True)
 
 
-def _communication(interval: Interval) -> str:
-    """Return what is to be said where anything is communicated, for example comm 3.1%, 67 KB/step (1/46.7)."""
-    if not interval.comm_bytes:
+def _communication(rates: Rates) -> str:
+    """Return the figures of communication, for example comm 3.1%, 67 KB/step (1/46.7); empty where there is none."""
+    if not rates.comm_bytes:
         return ""
-    text = f", comm {interval.comm_share:.1%}, {size(interval.comm_bytes)}/step"
-    if interval.compression and interval.compression > 1.05:
-        text += f" (1/{interval.compression:.1f})"
-    return text if interval.overlap is None else f"{text}, {interval.overlap:.0%} hidden"
+    text = f", comm {rates.comm_share:.1%}, {size(rates.comm_bytes)}/step"
+    if rates.compression and rates.compression > 1.05:
+        text += f" (1/{rates.compression:.1f})"
+    return text if rates.overlap is None else f"{text}, {rates.overlap:.0%} hidden"
 
 
 def _figure(name: str, value: float) -> str:
-    """Losses and shares differ in the fourth decimal; what follows from them is readable with two."""
+    """Return a figure as text: losses and rates with four decimals, in which they differ, others with two."""
     kind = name.partition("/")[0]  # a corpus may follow
     return f"{name} {value:.4f}" if kind.endswith(("loss", "accuracy", "rate")) else f"{name} {value:.2f}"

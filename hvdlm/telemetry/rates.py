@@ -1,70 +1,107 @@
-"""Figures over the steps since they were last told: single steps would mislead where only some communicate."""
+"""Rates and means over the steps of a run, computed once for all plugins that report them.
+
+The loop keeps one sum over all steps. A plugin reports the difference from the sum at its last report, since
+single steps would mislead where only some of them communicate.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from hvdlm.protocols.types import StepResult
 
 
-class Interval:
-    """Sums over steps. ``parameters``: how many float32 gradients a rank would hand over at every step."""
+@dataclass(frozen=True)
+class Rates:
+    """Sums over consecutive steps, and the rates and means that follow from them.
 
-    def __init__(self, parameters: int) -> None:
-        self._dense = 4 * parameters
-        self.forget()
+    Attributes:
+        gradient_bytes: float32 gradients of this rank, which a plain all-reduce communicates at every step.
+        steps: steps that are summed up.
+        tokens: valid tokens of all ranks.
+        total_seconds: wall time.
+        total_comm_seconds: time that this rank was blocked by communication.
+        total_comm_bytes: bytes that this rank passed to collectives.
+        transfer_seconds: time of collectives, hidden behind computation or not.
+        steps_without_transfer: steps whose backend doesn't measure transfer_seconds.
+    """
 
-    def forget(self) -> None:
-        """Begin anew."""
-        self.steps = self._bytes = 0
-        self._tokens = self._seconds = self._waited = 0.0
-        self._busy: float | None = 0.0
+    gradient_bytes: int
+    steps: int = 0
+    tokens: float = 0.0
+    total_seconds: float = 0.0
+    total_comm_seconds: float = 0.0
+    total_comm_bytes: int = 0
+    transfer_seconds: float = 0.0
+    steps_without_transfer: int = 0
 
-    def add(self, result: StepResult, seconds: float) -> None:
-        """Add a step that took ``seconds``."""
-        self.steps += 1
-        self._tokens += result.tokens
-        self._seconds += seconds
-        self._waited += result.comm_seconds
-        self._bytes += result.comm_bytes
-        known = self._busy is not None and result.transfer_seconds is not None
-        self._busy = self._busy + result.transfer_seconds if known else None  # type: ignore[operator]
+    def after(self, result: StepResult, seconds: float) -> Rates:
+        """Return the sums after one more step, which took ``seconds``."""
+        return Rates(
+            self.gradient_bytes,
+            self.steps + 1,
+            self.tokens + result.tokens,
+            self.total_seconds + seconds,
+            self.total_comm_seconds + result.comm_seconds,
+            self.total_comm_bytes + result.comm_bytes,
+            self.transfer_seconds + (result.transfer_seconds or 0.0),
+            self.steps_without_transfer + (result.transfer_seconds is None),
+        )
+
+    def since(self, earlier: Rates | None) -> Rates:
+        """Return the sums over the steps after ``earlier``; None: over all."""
+        if earlier is None:
+            return self
+        return Rates(
+            self.gradient_bytes,
+            self.steps - earlier.steps,
+            self.tokens - earlier.tokens,
+            self.total_seconds - earlier.total_seconds,
+            self.total_comm_seconds - earlier.total_comm_seconds,
+            self.total_comm_bytes - earlier.total_comm_bytes,
+            self.transfer_seconds - earlier.transfer_seconds,
+            self.steps_without_transfer - earlier.steps_without_transfer,
+        )
 
     @property
     def seconds(self) -> float:
-        """Seconds of a step."""
-        return self._seconds / self.steps
+        """Mean seconds of a step."""
+        return self.total_seconds / self.steps
 
     @property
     def tokens_per_second(self) -> float:
         """Tokens per second over all ranks."""
-        return self._tokens / self._seconds
+        return self.tokens / self.total_seconds
 
     @property
     def comm_seconds(self) -> float:
-        """Seconds of a step in which this rank stood still for communication."""
-        return self._waited / self.steps
+        """Mean seconds of a step in which this rank was blocked by communication."""
+        return self.total_comm_seconds / self.steps
 
     @property
     def comm_share(self) -> float:
-        """Share of the time in which this rank stood still for communication."""
-        return self._waited / self._seconds
+        """Fraction of the time in which this rank was blocked by communication."""
+        return self.total_comm_seconds / self.total_seconds
 
     @property
     def comm_bytes(self) -> float:
-        """Bytes of a step that this rank handed to collectives."""
-        return self._bytes / self.steps
+        """Mean bytes of a step that this rank passed to collectives."""
+        return self.total_comm_bytes / self.steps
 
     @property
     def compression(self) -> float | None:
-        """Bytes of dense float32 gradients at every step, divided by the bytes handed over; None where none were."""
-        return self._dense * self.steps / self._bytes if self._bytes else None
+        """Bytes of dense float32 gradients at every step, divided by the bytes communicated; None where none were."""
+        return self.gradient_bytes * self.steps / self.total_comm_bytes if self.total_comm_bytes else None
 
     @property
     def overlap(self) -> float | None:
-        """Share of the time in collectives that hid behind computation; None where the backend can't tell."""
-        return max(0.0, 1.0 - self._waited / self._busy) if self._busy else None
+        """Fraction of the time in collectives that computation hid; None where the backend doesn't measure it."""
+        if self.steps_without_transfer or not self.transfer_seconds:
+            return None
+        return max(0.0, 1.0 - self.total_comm_seconds / self.transfer_seconds)
 
     def figures(self, result: StepResult, learning_rate: float) -> dict[str, float | None]:
-        """Return what is logged of the step just added: rates, seconds and bytes are means over the interval."""
+        """Return what is logged of the last step: its own figures, and rates and means over all steps summed up."""
         return {
             "loss": result.loss,
             "learning_rate": learning_rate,
@@ -77,11 +114,10 @@ class Interval:
             "comm_bytes": self.comm_bytes,
             "compression": self.compression,
             "overlap": self.overlap,
-            **result.extra,
             **({"skipped": True} if result.skipped else {}),
         }
 
 
-def logged(step: int, every: int, result: StepResult) -> bool:
-    """Return whether a step is logged: the first, those due, and any whose update was left out."""
+def is_logged(step: int, every: int, result: StepResult) -> bool:
+    """Return whether a step is logged: the first, every ``every``-th, and any whose update was skipped."""
     return step == 1 or step % every == 0 or result.skipped

@@ -1,4 +1,4 @@
-"""TensorBoard events, written without TensorFlow or torch. Rank 0 writes into ``RUN/tensorboard``."""
+"""Writes TensorBoard events, without TensorFlow or torch, on rank 0 into ``RUN/tensorboard``."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from hvdlm import hookimpl
 from hvdlm.config import Config
 from hvdlm.protocols.types import StepResult
 from hvdlm.protocols.world import World
-from hvdlm.telemetry.rates import Interval
+from hvdlm.telemetry.rates import Rates
 
 
 class TensorBoard:
-    """Writes scalars: train/*, comm/*, val/*."""
+    """Event plugin that writes the scalars train/*, comm/* and val/*."""
 
     def __init__(self, config: Config) -> None:
-        self._folder, self._every = Path(config.log.run) / "tensorboard", config.log.every
+        self._folder = Path(config.log.run) / "tensorboard"
+        self._every = config.log.every
         self._writer: Any = None
-        self._interval = Interval(0)
+        self._logged: Rates | None = None  # at the last point
 
     @hookimpl
     def hvdlm_run_started(self, config: Config, world: World, info: Mapping[str, Any]) -> None:
@@ -31,36 +32,35 @@ class TensorBoard:
             from tensorboard.compat.proto.event_pb2 import Event
             from tensorboard.summary.writer.record_writer import RecordWriter
 
-            self._interval = Interval(info["parameters"])
             # tensorboard's own EventFileWriter would import TensorFlow.
             self._folder.mkdir(parents=True, exist_ok=True)
-            # The process number keeps a run that is resumed within the same second from writing over its events.
+            # The process id keeps a run that is resumed within the same second from overwriting its events.
             name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
             self._writer = RecordWriter((self._folder / name).open("wb"))
             self._writer.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
             self._start_at(info["start_step"] + 1)
 
     @hookimpl
-    def hvdlm_step_ended(self, step: int, result: StepResult, learning_rate: float, seconds: float) -> None:
+    def hvdlm_step_ended(self, step: int, result: StepResult, learning_rate: float, rates: Rates) -> None:
         """Write the step where it is due; rates and bytes are means over the steps since the last one written."""
-        self._interval.add(result, seconds)
         if self._writer is not None and (step == 1 or step % self._every == 0):
+            recent = rates.since(self._logged)
             figures = {
                 "train/loss": result.loss,
                 "train/learning_rate": learning_rate,
                 "train/grad_norm": result.grad_norm,
-                "train/tokens_per_second": self._interval.tokens_per_second,
-                "comm/share": self._interval.comm_share,
-                "comm/bytes": self._interval.comm_bytes,
-                "comm/compression": self._interval.compression,
-                "comm/overlap": self._interval.overlap,
+                "train/tokens_per_second": recent.tokens_per_second,
+                "comm/share": recent.comm_share,
+                "comm/bytes": recent.comm_bytes,
+                "comm/compression": recent.compression,
+                "comm/overlap": recent.overlap,
             }
             self._write(step, {tag: value for tag, value in figures.items() if value is not None})
-            self._interval.forget()
+            self._logged = rates
 
     @hookimpl
     def hvdlm_rolled_back(self, to_step: int) -> None:
-        """Have what lies behind the checkpoint dropped."""
+        """Make TensorBoard drop the points after the checkpoint's step."""
         if self._writer is not None:
             self._start_at(to_step + 1)
 
@@ -78,7 +78,7 @@ class TensorBoard:
             self._writer = None
 
     def _start_at(self, step: int) -> None:
-        """Write a start event, which makes TensorBoard drop what was written of this step and later ones."""
+        """Write a start event, which makes TensorBoard drop the points of this step and later ones."""
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
         start = Event(wall_time=time.time(), step=step)
@@ -92,4 +92,4 @@ class TensorBoard:
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in figures.items()]
         event = Event(wall_time=time.time(), step=step, summary=Summary(value=values))
         self._writer.write(event.SerializeToString())
-        self._writer.flush()  # a rank that is ended by another one's failure never closes its file
+        self._writer.flush()  # a rank that is killed after another one's failure never closes its file

@@ -1,4 +1,4 @@
-"""How far training has read the data: exact whatever the number of ranks, the layout or the batch size was before."""
+"""The position of training in the data, independent of the number of ranks, the layout and the batch size."""
 
 from __future__ import annotations
 
@@ -14,34 +14,36 @@ class DataCursor:
     """Counts rows of the task's global order, which depends on the seed alone. A batch is the next ``batch_size`` rows.
 
     Attributes:
-        rows: rows that have been read or are left out: the next batch begins here, or behind what is left out.
-        left_out: (first, last exclusive) of rows that are never read again, because steps on them went wrong.
+        rows: rows that have been read or left out: the next batch starts here, or after rows that are left out.
+        left_out: ranges (first, last exclusive) of rows that are never read again, because steps on them went wrong.
     """
 
     def __init__(self, batch_size: int, rows: int = 0, left_out: Sequence[Range] = ()) -> None:
-        self._batch_size, self.rows = batch_size, rows
+        self._batch_size = batch_size
+        self.rows = rows
         self.left_out: list[Range] = sorted(left_out)
 
     @staticmethod
     def of(manifest: Mapping[str, Any], batch_size: int) -> DataCursor:
-        """Return where the checkpoint with this manifest goes on, in batches of ``batch_size``.
+        """Return the cursor of the checkpoint with this manifest, for batches of ``batch_size``.
 
         Raises:
-            HvdlmError: its cursor is no cursor.
+            HvdlmError: the manifest's cursor is damaged.
         """
-        found = manifest.get("cursor")
+        cursor = manifest.get("cursor")
         try:
-            if found is None:  # of an early version: every step had read a batch
-                before = manifest["config"]["train"]["batch_size"]
-                return DataCursor(batch_size, _count(manifest["step"] * before))
-            return DataCursor(batch_size, _count(found["rows"]), [(_count(a), _count(b)) for a, b in found["left_out"]])
+            if cursor is None:  # written by an early version, in which every step read a batch
+                size_then = manifest["config"]["train"]["batch_size"]
+                return DataCursor(batch_size, _count(manifest["step"] * size_then))
+            left_out = [(_count(first), _count(last)) for first, last in cursor["left_out"]]
+            return DataCursor(batch_size, _count(cursor["rows"]), left_out)
         except (KeyError, TypeError, ValueError) as error:
             raise HvdlmError(
                 f"the checkpoint's data cursor is damaged ({error!r}): resume from another one."
             ) from error
 
     def to_json(self) -> dict[str, Any]:
-        """Return what ``of`` takes, for the manifest."""
+        """Return the manifest's entry that ``of`` reads."""
         return {"rows": self.rows, "batch_size": self._batch_size, "left_out": [list(r) for r in self.left_out]}
 
     @property
@@ -54,21 +56,21 @@ class DataCursor:
         return row
 
     def advance(self) -> int:
-        """Read a batch; return its first row."""
+        """Move past the next batch; return its first row."""
         row = self.start
         self.rows = row + self._batch_size
         return row
 
     def leave_out(self, rows: Sequence[int]) -> None:
-        """Never read the batches again that began at these rows."""
+        """Leave out the batches that start at these rows from now on."""
         self.left_out = sorted({*self.left_out, *((row, row + self._batch_size) for row in rows)})
 
-    def place(self, row: int) -> tuple[int, int]:
-        """Return (number of the batch in which ``row`` lies, rows of it that come before)."""
-        return divmod(row, self._batch_size)
+    def batch_number(self, row: int) -> int:
+        """Return the number of the batch, counted in batches of the present size, that contains ``row``."""
+        return row // self._batch_size
 
 
 def _count(value: Any) -> int:
     if type(value) is not int or value < 0:
-        raise ValueError(f"{value!r} is no number of rows")
+        raise ValueError(f"{value!r} is not a number of rows")
     return value

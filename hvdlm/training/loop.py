@@ -1,4 +1,4 @@
-"""The training loop, top to bottom: batch, step, agree, evaluate, save."""
+"""The training loop, top to bottom: batch, step, consensus, evaluation, checkpoint."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from hvdlm.protocols.world import World
 from hvdlm.training.consensus import Consensus
 from hvdlm.training.lr_schedule import make_schedule
 from hvdlm.training.preflight import versions
-from hvdlm.training.rollback import check_replicas, go_back
+from hvdlm.training.rollback import check_replicas, roll_back
 from hvdlm.training.run import Run
 from hvdlm.training.run_folder import Status, open_folder
 from hvdlm.training.signals import Signals
-from hvdlm.training.summary import Meter, describe, summarise
+from hvdlm.training.summary import RunTotals, describe, summarise
 
 
 def train(run: Run, signals: Signals) -> dict[str, Any]:
@@ -29,25 +29,25 @@ def train(run: Run, signals: Signals) -> dict[str, Any]:
     Where a signal or ``train.max_seconds`` ends the run earlier, it saves first, and the summary says why.
     """
     config, hook, saver = run.config, run.manager.hook, run.saver
-    rate, meter, step = make_schedule(config.train), Meter(run.spec.parameters), run.start_step
+    rate, totals, step = make_schedule(config.train), RunTotals(run.spec.parameters), run.start_step
     open_folder(run)
-    control = Consensus(run.world, config.train.max_seconds, signals)
+    consensus = Consensus(run.world, config.train.max_seconds, signals)
     with Status(run) as status:
         hook.hvdlm_run_started(config=config, world=run.world, info=describe(run, step))
-        metrics, saved, stopped = take_up(run, step), step, control.stopped_before()
+        metrics, saved, stopped = last_metrics(run, step), step, consensus.stopped_before()
         while step < config.train.steps and not stopped:
             run.watchdog.step(step + 1)
             row = run.cursor.advance()
-            result = do_step(run, step, row, rate(step), meter)
+            result = do_step(run, step, row, rate(step), totals)
             status.step = step = step + 1
-            heard = control.hear()
-            stopped = heard.reason
-            if saver.active and heard.ready == run.world.size:
-                tell_of(run, saver.advance())
-            bad = run.guard.heard(heard, run.world.size)
-            if bad:
-                tell_of(run, saver.finish())
-                status.step = step = go_back(run, bad, step)
+            votes = consensus.result()
+            stopped = votes.stop_reason
+            if saver.active and votes.ready == run.world.size:
+                report_saved(run, saver.advance())
+            bad_rows = run.guard.bad_rows(votes, run.world.size)
+            if bad_rows:
+                report_saved(run, saver.finish())
+                status.step = step = roll_back(run, bad_rows, step)
                 continue
             if due(step, config.train.replica_check_every):
                 check_replicas(run, step)
@@ -55,37 +55,40 @@ def train(run: Run, signals: Signals) -> dict[str, Any]:
                 metrics = evaluate(run, step)
             if due(step, config.checkpoint.every):
                 saved = save(run, step, metrics)
-            control.tell(row, saver.ready(), result.skipped)
-        control.hear()
+            consensus.vote(row, saver.ready(), result.skipped)
+        consensus.result()
         if metrics.get("step") != step and not stopped:
             metrics = evaluate(run, step)
         if saved != step:
             save(run, step, metrics)
-        tell_of(run, saver.finish())
-        summary = summarise(run, meter, metrics, step, stopped)
+        report_saved(run, saver.finish())
+        summary = summarise(run, totals, metrics, step, stopped)
         run.watchdog.stop()
         hook.hvdlm_run_ended(summary=summary)
         status.ended(stopped, STOPPED if stopped else 0)
     return summary
 
 
-def take_up(run: Run, step: int) -> dict[str, Any]:
-    """Return the figures of the last evaluation; do the one that a stopped run owes. All ranks call."""
+def last_metrics(run: Run, step: int) -> dict[str, Any]:
+    """Return the metrics of the last evaluation; do the one that a stopped run left out. All ranks call."""
     known = run.checkpoint.manifest.get("metrics") if run.checkpoint else None
-    owed = run.checkpoint and step and due(step, run.config.train.eval_every) and step < run.config.train.steps
-    return evaluate(run, step) if owed and (known or {}).get("step") != step else known or {}
+    known = known or {}
+    left_out = run.checkpoint and step and due(step, run.config.train.eval_every) and step < run.config.train.steps
+    return evaluate(run, step) if left_out and known.get("step") != step else known
 
 
-def do_step(run: Run, step: int, row: int, learning_rate: float, meter: Meter) -> StepResult:
-    """Do step number ``step`` (from 0) on the batch that begins at ``row``, and tell of it. All ranks call."""
+def do_step(run: Run, step: int, row: int, learning_rate: float, totals: RunTotals) -> StepResult:
+    """Do step number ``step`` (from 0) on the batch that begins at ``row``, and report it. All ranks call."""
     began, busy = time.perf_counter(), run.world.transfer_seconds()
     result = run.trainable.train_step(micro_batches(run, row), learning_rate, step, run.guard.limit)
     seconds = time.perf_counter() - began
     if busy is not None:
         result.transfer_seconds = run.world.transfer_seconds() - busy  # type: ignore[operator]
     run.guard.add(result)
-    meter.add(result, seconds)
-    run.manager.hook.hvdlm_step_ended(step=step + 1, result=result, learning_rate=learning_rate, seconds=seconds)
+    totals.add(result, seconds)
+    run.manager.hook.hvdlm_step_ended(
+        step=step + 1, result=result, learning_rate=learning_rate, seconds=seconds, rates=totals.rates
+    )
     return result
 
 
@@ -95,26 +98,26 @@ def due(done: int, every: int) -> bool:
 
 
 def micro_batches(run: Run, row: int) -> list[Batch]:
-    """Return this rank's rows of the global batch that begins at ``row``, cut into micro-batches."""
+    """Return this rank's rows of the global batch that begins at ``row``, split into micro-batches."""
     first, last = run.rows
-    number, before = run.cursor.place(row)
-    batch = run.task.batch(number, before + first, before + last)
+    batch = run.task.rows(row + first, row + last)
     size = run.config.train.micro_batch_size or last - first
     return [batch.rows(start, start + size) for start in range(0, last - first, size)]
 
 
 def evaluate(run: Run, step: int | None = None) -> dict[str, Any]:
-    """Return the task's figures on the whole validation split, each data rank doing its share. All ranks call.
+    """Return the task's metrics on the whole validation split, which data ranks divide. All ranks call.
 
-    With ``step``, tell of them, and return it among them.
+    With ``step``, report them, and include it in them.
     """
-    at = run.mesh.coordinates(run.world.rank)
-    place, counts = at["data"], at["tensor"] == 0 and at["pipeline"] == run.mesh.pipeline - 1
-    own: Counter[str] = Counter()
-    for batch in run.task.validation(place, run.mesh.data):
-        own.update(sums_of(run.task, run.trainable, batch))
+    coordinates = run.mesh.coordinates(run.world.rank)
+    # Of the ranks that hold one copy of the model, one of the last stage knows the losses.
+    counts = coordinates["tensor"] == 0 and coordinates["pipeline"] == run.mesh.pipeline - 1
+    sums: Counter[str] = Counter()
+    for batch in run.task.validation(coordinates["data"], run.mesh.data):
+        sums.update(sums_of(run.task, run.trainable, batch))
         run.watchdog.alive()
-    metrics = run.task.metrics(over_ranks(run.world, own if counts else {}))
+    metrics = run.task.metrics(over_ranks(run.world, sums if counts else {}))
     if step is None:
         return metrics
     run.manager.hook.hvdlm_evaluated(step=step, metrics=metrics)
@@ -122,22 +125,22 @@ def evaluate(run: Run, step: int | None = None) -> dict[str, Any]:
 
 
 def sums_of(task: Task, trainable: Trainable, batch: Batch) -> dict[str, float]:
-    """Return what ``Task.metrics`` adds up of a validation batch."""
+    """Return the sums of one validation batch that ``Task.metrics`` needs."""
     loss, tokens = trainable.eval_step(batch)
-    of = f"{batch.corpus}/" if batch.corpus else ""
-    return {f"{of}loss": loss, f"{of}tokens": tokens, **task.count(trainable, batch)}
+    prefix = f"{batch.corpus}/" if batch.corpus else ""
+    return {f"{prefix}loss": loss, f"{prefix}tokens": tokens, **task.count(trainable, batch)}
 
 
-def over_ranks(world: World, own: Mapping[str, float]) -> Counter[str]:
-    """Return the sums over all ranks of what each added up. All ranks call."""
-    sums: Counter[str] = Counter()
-    for part in world.gather_objects(dict(own)):
-        sums.update(part)
-    return sums
+def over_ranks(world: World, sums: Mapping[str, float]) -> Counter[str]:
+    """Return the totals of all ranks' ``sums``. All ranks call."""
+    totals: Counter[str] = Counter()
+    for rank_sums in world.gather_objects(dict(sums)):
+        totals.update(rank_sums)
+    return totals
 
 
 def save(run: Run, done: int, metrics: dict[str, Any]) -> int:
-    """Begin to write the checkpoint of step ``done``; return ``done``. All ranks call."""
+    """Start to write the checkpoint of step ``done``; return ``done``. All ranks call."""
     began = time.perf_counter()
     meta = {
         "config": run.requested.to_dict(),
@@ -151,13 +154,16 @@ def save(run: Run, done: int, metrics: dict[str, Any]) -> int:
         "metrics": metrics,
         **({"base": run.base} if run.base else {}),
     }
-    tell_of(run, run.saver.start(done, run.trainable.state(), meta, run.trainable.shards(), began))
+    report_saved(run, run.saver.start(done, run.trainable.state(), meta, run.trainable.shards(), began))
     return done
 
 
-def tell_of(run: Run, saved: list[Saved]) -> None:
-    """Tell of checkpoints that have become whole."""
-    for one in saved:
+def report_saved(run: Run, saved: list[Saved]) -> None:
+    """Report checkpoints that are completely written."""
+    for checkpoint in saved:
         run.manager.hook.hvdlm_checkpoint_saved(
-            step=one.step, path=str(one.path), seconds=one.blocked_seconds, total_seconds=one.seconds
+            step=checkpoint.step,
+            path=str(checkpoint.path),
+            seconds=checkpoint.blocked_seconds,
+            total_seconds=checkpoint.seconds,
         )

@@ -1,4 +1,4 @@
-"""fp16's loss scale (Micikevicius et al. 2018, section 3.2): halved where gradients overflow, doubled after a while."""
+"""Dynamic loss scaling of fp16 (Micikevicius et al. 2018, section 3.2): halved on overflow, doubled periodically."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ import math
 
 import numpy as np
 
-_STEPS, _MOST = 2000, 2.0**24
+_START, _MAX = 2.0**16, 2.0**24
+_STEPS = 2000  # without overflow until the scale is doubled
 
 
 class LossScale:
-    """What losses are multiplied by before the backward pass; 1 in any precision but fp16."""
+    """The factor of losses before the backward pass; 1 in any precision but fp16."""
 
     def __init__(self, precision: str) -> None:
         self.active = precision == "fp16"
-        self.value, self._steps = (2.0**16 if self.active else 1.0), 0
+        self.value = _START if self.active else 1.0
+        self._steps = 0  # since the scale changed
 
     def update(self, norm: float) -> bool:
-        """Adapt to the gradients' norm; return whether they are usable."""
+        """Adapt the scale to the gradients' norm; return whether the gradients are finite."""
         if not self.active:
             return True
         if not math.isfinite(norm):
@@ -25,7 +27,7 @@ class LossScale:
             return False
         self._steps += 1
         if self._steps == _STEPS:
-            self.value, self._steps = min(_MOST, self.value * 2), 0
+            self.value, self._steps = min(_MAX, self.value * 2), 0
         return True
 
     def state(self) -> np.ndarray:
@@ -33,5 +35,6 @@ class LossScale:
         return np.array([self.value, self._steps], np.float64)
 
     def load_state(self, state: np.ndarray) -> None:
-        """Take over what ``state`` returned."""
-        self.value, self._steps = float(state[0]), int(state[1])
+        """Restore what ``state`` returned."""
+        self.value = float(state[0])
+        self._steps = int(state[1])

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: a linear warm-up, then one of five ways to go on."""
+"""Learning-rate schedules: a linear warm-up, then constant, linear, cosine, inverse square root or steps."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from hvdlm.config import TrainConfig
 def make_schedule(config: TrainConfig) -> Callable[[int], float]:
     """Return ``rate(step)`` for step 0, 1, ...: the learning rate of the update that follows ``step`` updates.
 
-    Warm-up of w steps gives ``peak * (step + 1) / (w + 1)``. After it, with p the share of the remaining steps done:
-    constant; linear and cosine (Loshchilov and Hutter 2017, eq. 5) to ``min_learning_rate``; inverse_sqrt
-    ``peak * sqrt(w / step)`` (Vaswani et al. 2017, eq. 3), never under the minimum; step: ``decay_factor`` to the
-    power of falls so far.
+    Warm-up of w steps: ``peak * (step + 1) / (w + 1)``. Then: constant; linear or cosine (Loshchilov and Hutter 2017,
+    eq. 5) to ``min_learning_rate`` at the last step; inverse_sqrt: ``peak * sqrt(w / step)`` (Vaswani et al. 2017,
+    eq. 3), never below the minimum; step: ``peak`` times ``decay_factor`` to the power of the decays so far.
     """
     peak, low = config.learning_rate, config.min_learning_rate
     warmup = round(config.warmup * config.steps) if 0 < config.warmup < 1 else int(config.warmup)
-    rest, start = max(1, config.steps - warmup), config.decay_start or config.decay_every
+    remaining = max(1, config.steps - warmup)
+    decay_start = config.decay_start or config.decay_every
 
     def after(step: int) -> float:
-        done = min(1.0, (step - warmup) / rest)
+        done = min(1.0, (step - warmup) / remaining)
         if config.schedule == "linear":
             return low + (peak - low) * (1.0 - done)
         if config.schedule == "cosine":
@@ -29,7 +29,7 @@ def make_schedule(config: TrainConfig) -> Callable[[int], float]:
         if config.schedule == "inverse_sqrt":
             return max(low, peak * math.sqrt(max(warmup, 1) / max(step, warmup, 1)))
         if config.schedule == "step":
-            return peak * config.decay_factor ** max(0, (step - warmup - start) // config.decay_every + 1)
+            return peak * config.decay_factor ** max(0, (step - warmup - decay_start) // config.decay_every + 1)
         return peak
 
     return lambda step: peak * (step + 1) / (warmup + 1) if step < warmup else after(step)

@@ -1,4 +1,4 @@
-"""What ranks check together before they train: that they are one run, and that every group's collectives work."""
+"""Checks before training, on all ranks together: equal settings and data, working collectives, a fitting checkpoint."""
 
 from __future__ import annotations
 
@@ -25,31 +25,31 @@ def agree(world: World, config: Config, task: Task, base: Base | None = None) ->
     """Check that all ranks have the same configuration, data, frozen weights and versions. All ranks call.
 
     Raises:
-        HvdlmError: one has others; the sentence says which rank, and what of it differs.
+        HvdlmError: a rank differs from rank 0; the sentence names the rank and the difference.
     """
     settings = config.to_dict()
     settings["train"]["threads"] = 0  # follows from each host's cores
-    own = {
+    checked = {
         "configuration": zlib.crc32(repr(settings).encode()),
         "tokenizer": task.tokenizer.hash,
         "data": task.fingerprint,
         "pretrained folder": base and base["weights"],
         **versions(config.framework),
     }
-    said = world.gather_objects(own)
-    for rank, other in enumerate(said):
-        for what, value in said[0].items():
-            if other.get(what) == value:
+    values = world.gather_objects(checked)
+    for rank, other in enumerate(values):
+        for name, value in values[0].items():
+            if other.get(name) == value:
                 continue
-            if what in ("configuration", "tokenizer", "data", "pretrained folder"):
+            if name in ("configuration", "tokenizer", "data", "pretrained folder"):
                 advice, shown = "give all ranks the same options and files", ""
             else:
-                advice, shown = "install the same on all hosts", f" ({other.get(what)}, not {value})"
-            raise HvdlmError(f"rank {rank} has another {what} than rank 0{shown}: {advice}.")
+                advice, shown = "install the same on all hosts", f" ({other.get(name)}, not {value})"
+            raise HvdlmError(f"rank {rank} has another {name} than rank 0{shown}: {advice}.")
 
 
 def check_groups(world: World, framework: Framework, mesh: Mesh) -> None:
-    """Sum a number over every group, so that what can't work fails now. All ranks call.
+    """Sum a number over every group, so that a broken transport fails now. All ranks call.
 
     Raises:
         RankError: a group's sum is wrong.
@@ -58,45 +58,45 @@ def check_groups(world: World, framework: Framework, mesh: Mesh) -> None:
         if world.rank not in ranks or len(ranks) == 1:
             continue
         group = world.group(ranks)
-        one = framework.tensor(np.full(1, world.rank + 1.0, np.float32))
-        total = float(group.all_reduce_async(one, "check").wait()[0])
+        tensor = framework.tensor(np.full(1, world.rank + 1.0, np.float32))
+        total = float(group.all_reduce_async(tensor, "check").wait()[0])
         if total != sum(ranks) + len(ranks):
             raise RankError(
-                f"a first sum over the ranks {', '.join(map(str, ranks))} gave {total:g}, expected "
+                f"a test sum over the ranks {', '.join(map(str, ranks))} gave {total:g}, expected "
                 f"{sum(ranks) + len(ranks)}: python -m hvdlm doctor examines Horovod and MPI."
             )
         group.traffic.clear()
 
 
-def check_continuation(found: Checkpoint, task: Task, config: Config, base: Base | None = None) -> None:
-    """Check that a checkpoint's data and frozen weights go on with this run's settings.
+def check_continuation(checkpoint: Checkpoint, task: Task, config: Config, base: Base | None = None) -> None:
+    """Check that a checkpoint's tokenizer, data cursor and base weights fit this run's settings.
 
     Raises:
-        HvdlmError: it has another tokenizer, its place in the data has no meaning here, or its adapters have none.
+        HvdlmError: one of them doesn't.
     """
-    check_base(found, base)
-    before = found.manifest.get("tokenizer")
+    check_base(checkpoint, base)
+    before = checkpoint.manifest.get("tokenizer")
     if before and before != task.tokenizer.hash:
         raise HvdlmError(
-            f"checkpoint {found.path} was trained with another tokenizer or vocabulary than this run's: use the same "
+            f"checkpoint {checkpoint.path} was trained with another tokenizer or vocabulary than this run's: use its "
             "--data.path and --data.tokenizer, or a new --log.run."
         )
-    cursor: Any = found.manifest.get("cursor") or {}
+    cursor: Any = checkpoint.manifest.get("cursor") or {}
     batch = cursor.get("batch_size", config.train.batch_size)
     if config.data.sampling == "sequential" and batch != config.train.batch_size:
         raise HvdlmError(
-            f"checkpoint {found.path} read the corpus in {batch} streams, train.batch_size {config.train.batch_size} "
-            f"asks for others: with data.sampling sequential, go on with --train.batch_size {batch}."
+            f"checkpoint {checkpoint.path} read the corpus in {batch} streams, not in train.batch_size "
+            f"{config.train.batch_size}: with data.sampling sequential, resume with --train.batch_size {batch}."
         )
 
 
-@functools.cache  # searching what is installed takes milliseconds, for which a save would stand still
+@functools.cache  # searching installed distributions takes milliseconds, which would block every save
 def versions(framework: str) -> dict[str, str]:
-    """Return the versions of what computes, by distribution name."""
-    found = {"python": platform.python_version()}
+    """Return the versions of Python and of the libraries that compute, by distribution name."""
+    installed = {"python": platform.python_version()}
     for name in ("hvdlm", framework, "tensorflow-cpu", "keras", "horovod", "mpi4py", "numpy"):
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return installed

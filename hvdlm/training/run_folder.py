@@ -1,4 +1,4 @@
-"""What a run's folder says of it while it runs and afterwards: config.yaml, tokenizer.json, status.json, sample.txt."""
+"""The files that describe a run in its folder: config.yaml, tokenizer.json, status.json, sample.txt."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FILES = ("config.yaml", "metrics.jsonl", "summary.json", "tokenizer.json", "sta
 
 
 def open_folder(run: Run) -> None:
-    """Delete an earlier run where that is asked for; write what describes this one. All ranks call; rank 0 writes."""
+    """Delete an earlier run if asked to; write config.yaml and tokenizer.json. All ranks call; rank 0 writes."""
     if run.config.log.overwrite and not run.checkpoint:
         if run.world.rank == 0:
             clear(run.folder)
@@ -34,12 +34,12 @@ def open_folder(run: Run) -> None:
 
 
 def keep_sample(run: Run, text: str) -> None:
-    """Keep the text that a run has written at its end. Rank 0 calls."""
+    """Write the text that a run generated at its end to sample.txt. Rank 0 calls."""
     replace(run.folder / "sample.txt", text)
 
 
 def clear(folder: Path) -> None:
-    """Delete what an earlier run wrote into ``folder``, and nothing else."""
+    """Delete the files of an earlier run in ``folder``, and nothing else."""
     for name in _FILES:
         (folder / name).unlink(missing_ok=True)
     for name in ("checkpoints", "tensorboard"):
@@ -47,7 +47,7 @@ def clear(folder: Path) -> None:
 
 
 class Status:
-    """``RUN/status.json``: running, done, stopped (saved, to be gone on with) or failed, and after how many steps.
+    """``RUN/status.json``: running, done, stopped (saved, can be resumed) or failed, and the step.
 
     Written by rank 0. A run that was killed leaves ``running`` behind.
     """
@@ -65,14 +65,14 @@ class Status:
             self._write("failed", f"{type(error).__name__}: {error}", 1)
 
     def ended(self, stopped: str | None, code: int) -> None:
-        """Say that the run ends in good order, with this exit code."""
+        """Write that the run ended normally, with this exit code."""
         self._write("stopped" if stopped else "done", stopped, code)
 
     def _write(self, state: str, reason: str | None = None, code: int | None = None) -> None:
         if self._path is None:
             return
-        said = {"state": state, "step": self.step, "reason": reason, "code": code, "time": time.time()}
+        status = {"state": state, "step": self.step, "reason": reason, "code": code, "time": time.time()}
         try:
-            replace(self._path, json.dumps({**said, "pid": os.getpid()}) + "\n")
-        except OSError:  # the disk may be full: whoever comes to grief over that says so
+            replace(self._path, json.dumps({**status, "pid": os.getpid()}) + "\n")
+        except OSError:  # the disk may be full: the next checkpoint reports it
             pass

@@ -1,19 +1,20 @@
-"""What a run tells of itself: at its start, and, in ``summary.json``, at its end."""
+"""The description of a run at its start, and its summary (``summary.json``) at its end."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hvdlm.parallel.mesh import AXES
+from hvdlm.planning.closed_forms import predict_costs
 from hvdlm.protocols.types import StepResult
-from hvdlm.telemetry.rates import Interval
+from hvdlm.telemetry.rates import Rates
 from hvdlm.training.preflight import versions
 from hvdlm.training.run import Run
 
 
 def describe(run: Run, start_step: int) -> dict[str, Any]:
-    """Return what ``hvdlm_run_started`` tells."""
+    """Return the ``info`` of ``hvdlm_run_started``."""
     return {
         "parameters": run.spec.parameters,
         "frozen_parameters": run.spec.frozen_parameters,
@@ -27,14 +28,18 @@ def describe(run: Run, start_step: int) -> dict[str, Any]:
     }
 
 
-class Meter:
-    """Totals over the steps of this process. The first is left out of rates: frameworks build their graphs in it."""
+class RunTotals:
+    """Totals over the steps of this process.
+
+    The first step is left out of ``steady_rates`` and the totals of seconds: frameworks build their graphs in it.
+    """
 
     def __init__(self, parameters: int) -> None:
         self.bytes = self.steps = self.skipped = 0
         self.last_loss = self.seconds = self.idle = 0.0
         self.axis_bytes: dict[str, int] = {}
-        self.rates = Interval(parameters)
+        self.rates = Rates(4 * parameters)
+        self._first = self.rates  # with the first step alone
 
     def add(self, result: StepResult, seconds: float) -> None:
         """Add one step."""
@@ -43,39 +48,48 @@ class Meter:
         self.bytes += result.comm_bytes
         self.last_loss = result.loss
         self.axis_bytes = result.axis_bytes
-        if self.steps > 1:
+        self.rates = self.rates.after(result, seconds)
+        if self.steps == 1:
+            self._first = self.rates
+        else:
             self.seconds += seconds
             self.idle += result.idle_seconds
-            self.rates.add(result, seconds)
+
+    @property
+    def steady_rates(self) -> Rates:
+        """Rates over all steps but the first."""
+        return self.rates.since(self._first)
 
 
 def summarise(
-    run: Run, meter: Meter, metrics: Mapping[str, float], done: int, stopped: str | None = None
+    run: Run, totals: RunTotals, metrics: Mapping[str, float], done: int, stopped: str | None = None
 ) -> dict[str, Any]:
-    """Return what ``summary.json`` holds. All ranks call.
+    """Return the content of ``summary.json``. All ranks call.
 
-    Peak memory is that of the rank with the most; ``ranks`` tells of every rank what it holds and what a step of it
-    moved along every axis, each beside what closed forms predict; ``idle_share`` is the mean over ranks. ``steps`` are
-    those that have been done, ``stopped`` says why they are fewer than ``train.steps``.
+    Peak memory is the maximum over ranks. ``ranks`` has the memory of every rank and the bytes of its last step by
+    axis, each beside the closed-form prediction. ``idle_share`` is the mean over ranks, ``steps`` the number of steps
+    done, ``stopped`` the reason why they are fewer than ``train.steps``.
     """
     from hvdlm.telemetry.memory import peak_memory_bytes
 
     traffic = {key: [entry.calls, entry.bytes, entry.seconds] for key, entry in sorted(run.trainable.traffic().items())}
-    predicted = run.manager.hook.hvdlm_predict(config=run.config, spec=run.spec, mesh=run.mesh, rank=run.world.rank)
-    own: dict[str, Any] = {"memory": run.trainable.memory(), "step_bytes": meter.axis_bytes}
+    predicted = predict_costs(run.manager, run.config, run.spec, run.mesh, run.world.rank)
+    own_costs: dict[str, Any] = {"memory": run.trainable.memory(), "step_bytes": totals.axis_bytes}
     if predicted:
-        own |= {"predicted_memory": predicted.memory, "predicted_step_bytes": predicted.bytes}
-    idle = meter.idle / meter.seconds if meter.seconds else 0.0
-    everyone = run.world.gather_objects([meter.bytes, peak_memory_bytes(), traffic, own, idle])
-    rates = meter.rates
+        own_costs |= {"predicted_memory": predicted.memory, "predicted_step_bytes": predicted.bytes}
+    idle = totals.idle / totals.seconds if totals.seconds else 0.0
+    rank_bytes, peaks, traffics, costs, idle_shares = zip(
+        *run.world.gather_objects([totals.bytes, peak_memory_bytes(), traffic, own_costs, idle]), strict=True
+    )
+    rates = totals.steady_rates
     return {
-        "train_loss": meter.last_loss,
+        "train_loss": totals.last_loss,
         **metrics,
         "tokens_per_second": rates.tokens_per_second if rates.steps else 0.0,
-        "seconds": meter.seconds,
+        "seconds": totals.seconds,
         "steps": done,
         "stopped": stopped,
-        "skipped_steps": meter.skipped,
+        "skipped_steps": totals.skipped,
         "world_size": run.world.size,
         "mesh": dict(zip(AXES, run.mesh.shape, strict=True)),
         "framework": run.config.framework,
@@ -83,24 +97,24 @@ def summarise(
         "versions": versions(run.config.framework),
         "parameters": run.spec.parameters,
         "frozen_parameters": run.spec.frozen_parameters,
-        "bytes_communicated": sum(part[0] for part in everyone),
+        "bytes_communicated": sum(rank_bytes),
         "compression": rates.compression,
         "comm_share": rates.comm_share if rates.steps else 0.0,
         "overlap": rates.overlap,
-        "idle_share": sum(part[4] for part in everyone) / len(everyone),
+        "idle_share": sum(idle_shares) / len(idle_shares),
         "predicted_idle_share": predicted.idle_share if predicted else None,
-        "traffic": _over_ranks([part[2] for part in everyone]),
-        "peak_memory_bytes": max(part[1] for part in everyone),
-        "ranks": [part[3] for part in everyone],
+        "traffic": _over_ranks(traffics),
+        "peak_memory_bytes": max(peaks),
+        "ranks": list(costs),
     }
 
 
-def _over_ranks(parts: list[dict[str, list[float]]]) -> dict[str, dict[str, float]]:
+def _over_ranks(traffics: Sequence[dict[str, list[float]]]) -> dict[str, dict[str, float]]:
     """Return the sums over ranks, by ``purpose/operation``."""
-    names = sorted({key for part in parts for key in part})
+    names = sorted({key for traffic in traffics for key in traffic})
     return {
         key: {
-            name: sum(part[key][i] for part in parts if key in part)
+            name: sum(traffic[key][i] for traffic in traffics if key in traffic)
             for i, name in enumerate(("calls", "bytes", "seconds"))
         }
         for key in names

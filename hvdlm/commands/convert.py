@@ -1,0 +1,59 @@
+"""Merge a checkpoint into one file: ``python -m hvdlm convert --run RUN --output FILE.safetensors``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hvdlm import plugins
+from hvdlm.checkpoints.merge import convert
+from hvdlm.commands.trained_run import chosen_checkpoint, run_file, run_parser
+from hvdlm.errors import HvdlmError, nearest
+
+
+def main(arguments: list[str]) -> int:
+    """Convert, and print what was written."""
+    values = _parse(arguments)
+    if values.format != "safetensors":
+        return _export(values)
+    checkpoint, output = chosen_checkpoint(values), Path(values.output)
+    count = convert(checkpoint, output, values.base)
+    print(f"{output}: {count:,} parameters of {checkpoint.path}")
+    return 0
+
+
+def _export(values: Any) -> int:
+    """Write the checkpoint by the plugin that has the name of the format."""
+    manager, name = plugins.load([values.format]), values.format
+    if not manager.hook.hvdlm_export.get_hookimpls():
+        raise HvdlmError(f"--format: no plugin writes {name!r}; {nearest(name, ('safetensors', 'huggingface'))}")
+    checkpoint, output = chosen_checkpoint(values), Path(values.output)
+    tokenizer = None if values.checkpoint else Path(values.run) / "tokenizer.json"
+    count, note = manager.hook.hvdlm_export(
+        name=name, checkpoint=checkpoint, tokenizer=tokenizer, output=output, base=values.base
+    )
+    print(f"{output}: {count:,} parameters of {checkpoint.path} {note}")
+    return 0
+
+
+def _parse(arguments: list[str]) -> Any:
+    parser = run_parser(
+        "convert", "Merge a checkpoint's shards into one file, or export it to another format.", epilog=""
+    )
+    parser.add_argument("--output", type=str, default=None, help="file or folder to write, overwritten if it exists")
+    parser.add_argument(
+        "--format",
+        type=str,
+        default="safetensors",
+        help="safetensors: one file with hvdlm's names; huggingface: a folder that transformers loads as GPT-2 or "
+        "Llama; or the format of the plugin of this name",
+    )
+    parser.add_argument(
+        "--base", type=str, default=None, help="runs with adapters: path of the pretrained folder, if it has moved"
+    )
+    values = parser.parse_args(arguments)
+    if not values.output:
+        raise HvdlmError("--output: the value is missing, expected a file to write, for example model.safetensors.")
+    if values.checkpoint is None:
+        run_file(values.run)
+    return values

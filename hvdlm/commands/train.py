@@ -1,0 +1,56 @@
+"""Train a model: ``python -m hvdlm [train] [OPTIONS]``."""
+
+from __future__ import annotations
+
+from hvdlm.errors import STOPPED
+from hvdlm.io import launcher_env
+from hvdlm.training.signals import Signals
+
+
+def main(arguments: list[str]) -> int:
+    """Train; with ``--help [SECTION]`` print options, with ``--dry_run`` the plan of the run."""
+    if {"--help", "-h"} & set(arguments):
+        print(_help(arguments))
+        return 0
+    if "--dry_run" in arguments:
+        from hvdlm.commands.plan import main as print_plan
+
+        return print_plan([a for a in arguments if a != "--dry_run"])
+    signals = Signals(launcher_env.rank_for_messages()).listen()  # before imports, which take seconds
+    from hvdlm.configuration.parsing import parse_config
+
+    config = parse_config(arguments)
+    from hvdlm.diagnostics.rank_errors import ending_all_ranks
+    from hvdlm.telemetry import default_plugins
+    from hvdlm.training import run_folder
+    from hvdlm.training.loop import train
+    from hvdlm.training.run import build, connect, plan
+
+    connected = connect(plan(config))
+    with ending_all_ranks(connected.world):
+        run = build(connected)
+        for plugin in default_plugins(run.config):
+            run.manager.register(plugin)
+        stopped = bool(train(run, signals)["stopped"])
+        if config.log.sample_tokens and not stopped:
+            from hvdlm.inference.generation import write
+            from hvdlm.inference.sampling import Sampling
+
+            text = write(run, config.log.sample_prompt, config.log.sample_tokens, Sampling(seed=config.train.seed))
+            if run.world.rank == 0:
+                run_folder.keep_sample(run, text)
+        signals.ignore()
+    return STOPPED if stopped else 0
+
+
+def _help(arguments: list[str]) -> str:
+    """Return the first screen, or the options of the section that follows ``--help``."""
+    index = next(i for i, argument in enumerate(arguments) if argument in ("--help", "-h"))
+    following = arguments[index + 1 : index + 2]
+    if following and not following[0].startswith("-"):
+        from hvdlm.configuration.parsing import section_help
+
+        return section_help(following[0], [*arguments[:index], *arguments[index + 2 :]])
+    from hvdlm.cli import help_text
+
+    return help_text()

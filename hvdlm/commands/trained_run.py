@@ -1,0 +1,67 @@
+"""Shared by the commands that use a trained run: their options, the run's configuration and its checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hvdlm.checkpoints import discovery, load
+from hvdlm.checkpoints.load import Checkpoint
+from hvdlm.config import Config
+from hvdlm.configuration.parsing import Parser, command_parser, parse_config
+from hvdlm.errors import HvdlmError
+from hvdlm.training.run import Connected, connect, plan
+
+OVERRIDES = "Options with a dot, --framework and --backend override the run's own."
+
+
+def run_parser(command: str, description: str, epilog: str = OVERRIDES) -> Parser:
+    """Return a parser of ``--run`` and ``--checkpoint``."""
+    parser = command_parser(command, description, epilog)
+    parser.add_argument("--run", type=str, default="runs/default", help="run folder")
+    parser.add_argument(
+        "--checkpoint", type=str, default=None, help="checkpoint folder; default: the newest of the run"
+    )
+    return parser
+
+
+def run_file(run: str) -> Path:
+    """Return the path of a run's config.yaml.
+
+    Raises:
+        HvdlmError: there is none.
+    """
+    path = Path(run) / "config.yaml"
+    if not path.is_file():
+        raise HvdlmError(f"--run {run}: there is no run (no config.yaml): name the folder given as --log.run.")
+    return path
+
+
+def run_config(run: str, arguments: list[str]) -> Config:
+    """Return the configuration that a run was trained with, overridden by ``arguments``; its tokenizer stays."""
+    names = [argument.partition("=")[0] for argument in arguments]
+    tokenizer = Path(run) / "tokenizer.json"
+    other_data = "--model.pretrained" in names or any(name.startswith("--data.") for name in names)
+    if other_data and "--data.tokenizer" not in names and tokenizer.is_file():
+        arguments = [*arguments, "--data.tokenizer", str(tokenizer)]
+    return parse_config(["--config", str(run_file(run)), *arguments], "")
+
+
+def chosen_checkpoint(values: Any) -> Checkpoint:
+    """Open the checkpoint that ``--checkpoint`` names, or the newest of ``--run``.
+
+    Raises:
+        HvdlmError: there is none, or it is damaged.
+    """
+    if values.checkpoint is not None:
+        return load.open_checkpoint(Path(values.checkpoint))
+    checkpoint = discovery.find(Path(values.run), "auto")
+    if checkpoint is None:
+        raise HvdlmError(f"{values.run} holds no checkpoint yet: train first, or name another run with --run.")
+    return checkpoint
+
+
+def connect_trained(values: Any, arguments: list[str]) -> Connected:
+    """Connect the ranks of a trained run, with the options of its config.yaml overridden by ``arguments``."""
+    config = run_config(values.run, arguments)
+    return connect(plan(config, writes=False, resume=str(chosen_checkpoint(values).path)))

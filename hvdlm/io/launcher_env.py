@@ -1,0 +1,119 @@
+"""The environment variables by which launchers give a process its rank: no other file names them.
+
+Read before any plugin, numpy or MPI is loaded.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from hvdlm.errors import HvdlmError
+
+HOROVODRUN, OPEN_MPI, MPICH, SRUN = "horovodrun (Gloo)", "Open MPI", "MPICH or Intel MPI", "srun"
+
+
+class Variables(NamedTuple):
+    """The names of one launcher's variables."""
+
+    rank: str
+    size: str
+    local_rank: str
+    local_size: str
+
+
+# Most specific first: Slurm's variables are also set inside an mpirun that runs in a Slurm allocation.
+VARIABLES = {
+    HOROVODRUN: Variables("HOROVOD_RANK", "HOROVOD_SIZE", "HOROVOD_LOCAL_RANK", "HOROVOD_LOCAL_SIZE"),
+    OPEN_MPI: Variables(
+        "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"
+    ),
+    MPICH: Variables("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    SRUN: Variables("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
+}
+_GLOO_RENDEZVOUS = "HOROVOD_GLOO_RENDEZVOUS_ADDR"
+# What makes a process a rank; the user's settings (OMPI_MCA_..., HOROVOD_CYCLE_TIME) are not among them.
+_RANK_PREFIXES = ("OMPI_COMM_", "OMPI_UNIVERSE", "PMIX_", "PMI_", "SLURM_", "HOROVOD_RANK", "HOROVOD_SIZE")
+_TRANSPORT_PREFIXES = ("OMPI_", "PMIX_", "HOROVOD_")
+
+
+class Launch(NamedTuple):
+    """The launcher that started this process, and the process's position among those it started."""
+
+    launcher: str
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+
+
+def detect(environ: Mapping[str, str] | None = None) -> Launch | None:
+    """Return the launch that the environment describes, or None where no launcher started this process.
+
+    Raises:
+        HvdlmError: a launcher's variable holds no number.
+    """
+    environ = os.environ if environ is None else environ
+    for launcher, names in VARIABLES.items():
+        if names.rank in environ and names.size in environ:
+            size = _number(environ, names.size)
+            rank = _number(environ, names.rank)
+            local_rank = _number(environ, names.local_rank) if names.local_rank in environ else rank
+            local_size = _number(environ, names.local_size) if names.local_size in environ else size
+            return Launch(launcher, rank, size, local_rank, local_size)
+    return None
+
+
+def launch_shape() -> tuple[int, int, int, int]:
+    """Return (rank, size, local rank, local size); without a launcher, those of a single process."""
+    launch = detect()
+    return (launch.rank, launch.size, launch.local_rank, launch.local_size) if launch else (0, 1, 0, 1)
+
+
+def _number(environ: Mapping[str, str], name: str) -> int:
+    first = environ[name].split("(")[0].split(",")[0]  # Slurm writes 4(x2),3
+    if not first.isdigit():
+        raise HvdlmError(
+            f"the environment variable {name} is {environ[name]!r}, expected a whole number as launchers set it: unset "
+            "it, or start with horovodrun, mpirun or srun."
+        )
+    return int(first)
+
+
+def rank_for_messages() -> int:
+    """Return this process's rank, 0 where the environment holds no valid one; raises nothing."""
+    for names in VARIABLES.values():
+        if os.environ.get(names.rank, "").isdigit():
+            return int(os.environ[names.rank])
+    return 0
+
+
+def started_by_launcher() -> bool:
+    """Return whether any launcher started this process, on however few ranks."""
+    return any(names.size in os.environ for names in VARIABLES.values())
+
+
+def several_ranks(*launchers: str) -> bool:
+    """Return whether one of ``launchers`` started this process as one of several."""
+    return any(os.environ.get(VARIABLES[launcher].size, "1") != "1" for launcher in launchers)
+
+
+def has_gloo_rendezvous() -> bool:
+    """Return whether ``horovodrun --gloo`` started this process."""
+    return _GLOO_RENDEZVOUS in os.environ
+
+
+def is_horovodrun_rank(environ: Mapping[str, str]) -> bool:
+    """Return whether ``environ`` is that of a rank which ``horovodrun --gloo`` started."""
+    return VARIABLES[HOROVODRUN].rank in environ
+
+
+def without_rank(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return ``environ`` without the variables that make a process a rank, so that it can start a launcher itself."""
+    return {name: value for name, value in environ.items() if not name.startswith(_RANK_PREFIXES)}
+
+
+def without_transport(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return ``environ`` without any variable of Open MPI or Horovod, the user's settings included."""
+    return {name: value for name, value in environ.items() if not name.startswith(_TRANSPORT_PREFIXES)}

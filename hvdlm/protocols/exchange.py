@@ -1,0 +1,70 @@
+"""The exchange of gradients along the data axis."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from hvdlm.protocols.group import Handle
+from hvdlm.protocols.types import Tensor, Traffic
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from hvdlm.parallel.flat_layout import FlatLayout
+
+
+class Exchange(Protocol):
+    """Reduces gradients over the data axis, between the backward pass and the optimizer step.
+
+    The framework passes its gradients in flat buckets, in the order in which the backward pass finishes them, and gets
+    handles back, so that communication overlaps with the rest of the backward pass. One step is: ``begin``, ``start``
+    for every bucket and ``start_metrics``, waiting for all handles, the update, ``finish``.
+
+    Attributes:
+        size: ranks along the data axis.
+        replicas_diverge: whether ranks' parameters and optimizer states differ between steps (local SGD, DiLoCo).
+        agreed: whether all ranks have the same parameters now, after the last step.
+        stands_for: factor on this step's token count: 1 if metrics were summed over all ranks, otherwise the number of
+            ranks that they stand for.
+        zero_rank, zero_size: this rank updates shard ``zero_rank`` of ``zero_size`` equal shards of every bucket
+            (ZeRO); 0 and 1: all of it.
+        scatters_every: whether every micro-batch's gradients are scattered, so that none are kept whole (ZeRO-2).
+        traffic: the group's counters.
+    """
+
+    size: int
+    replicas_diverge: bool
+    agreed: bool
+    stands_for: int
+    zero_rank: int
+    zero_size: int
+    scatters_every: bool
+    traffic: dict[str, Traffic]
+
+    def open(self, layout: FlatLayout, parameters: np.ndarray) -> None:
+        """Start from flat float32 ``parameters`` ``[size]``; called again when they are replaced. All ranks call."""
+
+    def begin(self, step: int) -> Hashable:
+        """Prepare for ``step``; return its phase: steps of one phase call the same collectives (and share a graph)."""
+
+    def start(self, bucket: Tensor, index: int) -> Handle:
+        """Start to sum flat ``bucket`` ``[elements]`` over the data axis; ``index`` numbers the buckets of a step.
+
+        The handle's result is this rank's shard of the sum, ``[elements / zero_size]``.
+        """
+
+    def start_metrics(self, values: Tensor) -> Handle:
+        """Start to sum float64 ``[n]`` (loss sum, valid tokens) over the data axis."""
+
+    def gather(self, shards: Sequence[Tensor]) -> list[Tensor]:
+        """Return every bucket's updated parameters, ``[elements]``, from this rank's shards of them."""
+
+    def finish(self, parameters: Tensor) -> Tensor | None:
+        """Return what replaces the updated flat ``parameters`` ``[size]``; None: they stay."""
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Return copies of what is kept from step to step (error feedback), for the checkpoint."""
+
+    def load_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """Restore what ``state()`` returned; missing entries start from their initial values."""

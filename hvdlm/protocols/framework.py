@@ -1,0 +1,62 @@
+"""Deep-learning frameworks, and their tensors in host memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from hvdlm.protocols.exchange import Exchange
+from hvdlm.protocols.group import Handle
+from hvdlm.protocols.trainable import Trainable
+from hvdlm.protocols.types import Tensor
+from hvdlm.protocols.world import World
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from hvdlm.config import Config
+    from hvdlm.models.spec import ModelSpec
+    from hvdlm.parallel.mesh import Mesh
+
+
+class HostCollective(Protocol):
+    """A collective on a contiguous array in host memory."""
+
+    def __call__(self, array: np.ndarray, arrived: Callable[[], None] | None) -> Handle:
+        """Start the collective; its result is an array. ``arrived`` waits until ``array`` is filled (None: it is)."""
+
+
+class HostTensors(Protocol):
+    """Passes a framework's tensors through host memory, for transports that take only arrays (backend mpi4py)."""
+
+    def through(self, tensor: Tensor, collective: HostCollective, shape: tuple[int | None, ...]) -> Handle:
+        """Start ``collective`` on the values of ``tensor``; the handle's result is a tensor.
+
+        The array is contiguous and may share the tensor's memory; where ``Framework.in_place``, the collective may
+        return the array itself, overwritten, and the result is then ``tensor``, overwritten. Inside a graph,
+        collectives start in the order in which they were traced, and ``wait`` waits where it is traced. ``shape`` is
+        that of the result, None where it isn't known before.
+        """
+
+    def together(self, tensors: Sequence[Tensor], collective: HostCollective) -> Handle:
+        """Start ``collective`` (a sum) once, on the values of all ``tensors``, which are of one dtype.
+
+        The handle's result is a list of tensors of the same shapes; ``tensors`` may be overwritten.
+        """
+
+
+class Framework(Protocol):
+    """A deep-learning framework: builds Trainables from descriptions. ``in_place``: its all-reduces overwrite tensors.
+
+    A framework whose tensors are not arrays in host memory also has an attribute ``host_tensors`` (HostTensors) if it
+    supports backend ``mpi4py``; the tensors of others are read by ``numpy.asarray`` and made by ``tensor``.
+    """
+
+    name: str
+    in_place: bool
+
+    def build(self, model: ModelSpec, mesh: Mesh, world: World, exchange: Exchange, config: Config) -> Trainable:
+        """Return the model at its initial values (``ModelSpec.initial``), ready to train. No communication."""
+
+    def tensor(self, array: np.ndarray) -> Tensor:
+        """Return ``array`` on this rank's device; may share its memory."""

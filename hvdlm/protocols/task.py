@@ -1,0 +1,75 @@
+"""Tasks: they define the batches, the loss and the metrics of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from hvdlm.protocols.trainable import Trainable
+from hvdlm.protocols.types import Batch
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+class Task(Protocol):
+    """Provides batches and metrics; ``tokenizer`` turns text into ids below ``vocab``.
+
+    ``fingerprint``: identifies the data, the same on all ranks that have the same data. ``reads``: the names of its
+    batches' features, those of ``ModelSpec.reads``.
+    """
+
+    tokenizer: Any
+    vocab: int
+    fingerprint: str
+    reads: tuple[str, ...]
+
+    def rows(self, first: int, last: int) -> Batch:
+        """Return rows ``first:last`` of the endless global order of training rows, which depends on the seed alone.
+
+        A step reads the next ``train.batch_size`` rows, each data rank a contiguous range of them. A run that was
+        resumed with another batch size may read rows of two of its batches.
+        """
+
+    def validation(self, rank: int, size: int) -> Iterator[Batch]:
+        """Yield the shard of the validation split of ``rank`` of ``size`` data ranks, in a fixed order.
+
+        Ranks may get different numbers of batches: nothing in evaluation communicates per batch.
+        """
+
+    def count(self, trainable: Trainable, batch: Batch) -> dict[str, float]:
+        """Return figures of a validation batch in addition to its loss; their sums are passed to ``metrics``."""
+
+    def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Return named figures (``val_loss``, ``perplexity``, ...) from sums over all batches and ranks.
+
+        ``sums``: ``loss`` (nats), ``tokens``, and what ``count`` returned.
+        """
+
+    def respond(self, trainable: Trainable, prompt: str) -> str | None:
+        """Return the task's output for ``prompt``, such as a translation; None: the prompt is continued token by token.
+
+        All ranks that hold a copy of the model call.
+        """
+
+
+class Scorer(Protocol):
+    """A trained language model that scores texts for the task in training, on every rank without communication.
+
+    ``fingerprint``: identifies the model, for the task's own fingerprint.
+    """
+
+    fingerprint: str
+
+    def logs(self, texts: Sequence[str]) -> np.ndarray:
+        """Return the log-probability of each text as a whole line, its end included: float64 ``[texts]``, in nats.
+
+        The first call builds the model: ranks have to be connected.
+        """
+
+
+OpenScorer = Callable[[str, str, str], Scorer]
+"""(the option that names it, the folder of its run, the characters of all texts) -> Scorer.
+
+HvdlmError where there is no language model, or its vocabulary lacks some of these characters. Nothing is computed yet.
+"""

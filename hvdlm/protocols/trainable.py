@@ -1,0 +1,43 @@
+"""A model in training, with its optimizer, on one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from hvdlm.protocols.inference import Inference
+from hvdlm.protocols.state_dict import StateDict
+from hvdlm.protocols.types import Batch, StepResult, Traffic
+
+
+class Trainable(Inference, StateDict, Protocol):
+    """A model with its optimizer: computes gradients, has them reduced, and updates the parameters."""
+
+    def train_step(
+        self, micro_batches: Sequence[Batch], learning_rate: float, step: int, limit: float = float("inf")
+    ) -> StepResult:
+        """Do one optimizer step on this rank's rows of the global batch. All ranks call, with equally many.
+
+        Gradients that are not finite, or whose norm is above ``limit``, are not applied (``StepResult.skipped``).
+        """
+
+    def eval_step(self, batch: Batch) -> tuple[float, float]:
+        """Return (sum of losses over valid tokens in nats, valid tokens) of this rank's rows.
+
+        No communication along the data axis. Only the ranks of the last pipeline stage return the losses.
+        """
+
+    def fingerprints(self) -> dict[str, int]:
+        """Return a CRC-32 of this rank's shard of every parameter, by global name.
+
+        Equal on all ranks of the data axis; empty where their parameters may differ now (local SGD).
+        """
+
+    def memory(self) -> dict[str, int]:
+        """Return the bytes that this rank holds for parameters, gradients, optimizer and activations.
+
+        Activations: the peak kept for the backward pass, as measured in the first step.
+        """
+
+    def traffic(self) -> dict[str, Traffic]:
+        """Return the counters of all groups of this rank, by ``purpose/operation``."""

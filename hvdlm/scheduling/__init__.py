@@ -1,1 +1,0 @@
-"""Writes job files: one description of a job, one writer per scheduler (``python -m hvdlm launch``)."""

@@ -1,0 +1,1 @@
+"""A training run: preflight checks, the loop, and the run folder."""
