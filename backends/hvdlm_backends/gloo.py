@@ -1,4 +1,4 @@
-"""Ranks that meet through Gloo, started by ``horovodrun --gloo``: no MPI is needed."""
+"""Backend gloo: ranks that ``horovodrun --gloo`` started, without MPI."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from hvdlm import hookimpl
 from hvdlm.config import Config
 from hvdlm.errors import HvdlmError
+from hvdlm.io import launcher_env
 from hvdlm.protocols.framework import Framework
 from hvdlm_backends import environment, horovod
 
@@ -18,27 +19,28 @@ class GlooBackend:
     name = "gloo"
 
     def launch_shape(self) -> tuple[int, int, int, int]:
-        """Return what ``horovodrun --gloo`` tells; raise HvdlmError where another launcher started the ranks."""
-        launch = environment.detect()
-        if "HOROVOD_GLOO_RENDEZVOUS_ADDR" not in os.environ:
-            raise HvdlmError("backend gloo needs its rendezvous: start the run with horovodrun --gloo -np N.")
-        return tuple(launch[1:]) if launch else (0, 1, 0, 1)  # type: ignore[return-value]
+        """Return the launch shape; raise HvdlmError where ``horovodrun --gloo`` didn't start the ranks."""
+        if not launcher_env.has_gloo_rendezvous():
+            raise HvdlmError(
+                "backend gloo needs the rendezvous of horovodrun: start the run with horovodrun --gloo -np N."
+            )
+        return launcher_env.launch_shape()
 
     def prepare(self, config: Config) -> int:
-        """Set thread counts and settings before anything reads them; return framework threads per rank."""
+        """Set threads and settings in the environment; return the framework's threads per rank."""
         os.environ["HOROVOD_CONTROLLER"] = os.environ["HOROVOD_CPU_OPERATIONS"] = "gloo"
         os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", str(max(30, round(2 * config.communication.timeout))))
-        return environment.prepare(environment.detect(), config)
+        return environment.prepare(launcher_env.detect(), config)
 
     def start(self, framework: Framework, groups: Sequence[tuple[int, ...]], config: Config) -> horovod.HorovodWorld:
         """Start Horovod on Gloo."""
         hvd, sets = horovod.start(
-            framework.name, groups, environment.detect(), "Start all ranks with one horovodrun --gloo."
+            framework.name, groups, launcher_env.detect(), "Start all ranks with one horovodrun --gloo."
         )
         return horovod.HorovodWorld(hvd, sets)
 
 
 @hookimpl
 def hvdlm_make_backend(name: str) -> GlooBackend | None:
-    """Answer to ``gloo``."""
+    """Return the backend named ``gloo``."""
     return GlooBackend() if name == "gloo" else None

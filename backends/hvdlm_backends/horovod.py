@@ -1,6 +1,7 @@
-"""A World over ``horovod.torch`` or ``horovod.tensorflow``; its groups (``groups.py``) are process sets.
+"""World over ``horovod.torch`` or ``horovod.tensorflow``; its groups (``groups.py``) are process sets.
 
-Only raw collectives are used. Process sets are declared when Horovod starts: made later, they fail over Gloo.
+Only Horovod's plain collectives are used. Process sets are declared when Horovod starts: added later, they fail over
+Gloo.
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ from types import ModuleType
 from typing import Any
 
 from hvdlm.errors import HvdlmError
-from hvdlm_backends.environment import Launch, check_host_name
-from hvdlm_backends.groups import HorovodGroup
+from hvdlm.io.launcher_env import Launch
+from hvdlm_backends.environment import check_host_name
+from hvdlm_backends.groups import make_group
 from hvdlm_backends.messages import make_messages
 from hvdlm_backends.worlds import RanksWorld
 
 
-def _busy_counter(hvd: ModuleType) -> Callable[[], float] | None:
+def _transfer_counter(hvd: ModuleType) -> Callable[[], float] | None:
+    """Return the counter of transfer seconds in hvdlm's build of Horovod (hvdlm_horovod.patches), None in others."""
     library = importlib.import_module(f"{hvd.__name__}.mpi_ops")._basics.MPI_LIB_CTYPES
     function = getattr(library, "horovod_transfer_seconds", None)
     if function is not None:
@@ -29,20 +32,21 @@ def _busy_counter(hvd: ModuleType) -> Callable[[], float] | None:
 
 
 class HorovodWorld(RanksWorld):
-    """A world of Horovod's ranks. Small objects travel as JSON, through mpi4py where there is MPI."""
+    """World of Horovod's ranks; host-side messages use mpi4py where there is MPI."""
 
     def __init__(self, hvd: ModuleType, sets: Mapping[tuple[int, ...], Any], communicator: Any = None) -> None:
         super().__init__(hvd.rank(), hvd.size(), make_messages(hvd, communicator), communicator)
-        self.local_rank, self.local_size = hvd.local_rank(), hvd.local_size()
+        self.local_rank = hvd.local_rank()
+        self.local_size = hvd.local_size()
         self._hvd = hvd
         for ranks, process_set in {tuple(range(self.size)): hvd.global_process_set, **sets}.items():
-            self._groups[ranks] = HorovodGroup(hvd, ranks, process_set, self.recorder)
-        self._busy = _busy_counter(hvd)
+            self._groups[ranks] = make_group(hvd, ranks, process_set, self.recorder)
+        self._transfer_counter = _transfer_counter(hvd)
         self.transport = "gloo" if communicator is None else "mpi"
 
     def transfer_seconds(self) -> float | None:
-        """Return what Horovod as make setup builds it (hvdlm_horovod.patches) counts; None for any other build."""
-        seconds = self._busy() if self._busy else -1.0
+        """Return the seconds that Horovod's thread spent in transfers; None where this build doesn't count them."""
+        seconds = self._transfer_counter() if self._transfer_counter else -1.0
         return seconds if seconds >= 0 else None
 
     def close(self) -> None:
@@ -51,10 +55,10 @@ class HorovodWorld(RanksWorld):
 
 
 def start(framework: str, groups: Sequence[tuple[int, ...]], launch: Launch | None, advice: str) -> tuple:
-    """Import ``horovod.<framework>`` and start it; return it and its process set of every group but the whole world.
+    """Import and start ``horovod.<framework>``; return it and the process set of every group smaller than the world.
 
     Raises:
-        HvdlmError: Horovod isn't built for the framework, or found fewer ranks than the launcher started.
+        HvdlmError: Horovod isn't built for the framework, or has fewer ranks than the launcher started.
     """
     try:
         hvd = importlib.import_module(f"horovod.{framework}")
@@ -65,12 +69,12 @@ def start(framework: str, groups: Sequence[tuple[int, ...]], launch: Launch | No
         ) from error
     size = launch.size if launch else 1
     check_gpus(hvd, framework, size)
-    if size > 1 and os.environ.get("HOROVOD_CONTROLLER") == "gloo" and _busy_counter(hvd) is None:
+    if size > 1 and os.environ.get("HOROVOD_CONTROLLER") == "gloo" and _transfer_counter(hvd) is None:
         check_host_name()
     sets = {ranks: hvd.ProcessSet(list(ranks)) for ranks in groups if len(ranks) < size}
     if not sets:
-        # Horovod as make setup builds it (hvdlm_horovod.patches): its thread sleeps until there is a tensor to
-        # send. With process sets, a set's tensor would wait for the thread of ranks outside of it.
+        # In hvdlm's build of Horovod (hvdlm_horovod.patches), the thread sleeps until there is a tensor to send. With
+        # process sets, a set's tensor would wait for the sleeping threads of ranks outside of the set.
         os.environ.setdefault("HOROVOD_IDLE_CYCLE_TIME", "50")
     hvd.init(process_sets=list(sets.values()))
     if hvd.size() != size:
@@ -82,18 +86,18 @@ def start(framework: str, groups: Sequence[tuple[int, ...]], launch: Launch | No
 
 
 def check_gpus(hvd: ModuleType, framework: str, size: int) -> None:
-    """Refuse ranks of torch that compute on GPUs beside a Horovod without CUDA.
+    """Check that Horovod supports CUDA where torch computes on GPUs.
 
-    TensorFlow copies to the host by itself, and one rank exchanges nothing.
+    TensorFlow copies tensors to the host by itself, and a single rank exchanges nothing.
 
     Raises:
-        HvdlmError: the first collective would fail.
+        HvdlmError: it doesn't, so that the first collective would fail.
     """
     if framework != "torch" or size == 1 or hvd.cuda_built() or hvd.rocm_built():
         return
     if sys.modules["torch"].cuda.is_available():
         raise HvdlmError(
-            "torch sees a GPU, but Horovod was built without CUDA and can't exchange what lies there: "
+            "torch uses a GPU, but Horovod was built without CUDA and can't exchange tensors on GPUs: "
             "HOROVOD_GPU_OPERATIONS=NCCL make setup (python -m hvdlm horovod build --gpu nccl), --backend mpi4py, "
             "which copies through host memory, or CUDA_VISIBLE_DEVICES='', which hides the GPU."
         )

@@ -1,4 +1,4 @@
-"""A Group over MPI on host memory: a framework's tensors become arrays, which a lane's thread hands to MPI."""
+"""Group over MPI from host memory: tensors become arrays, which the thread of a lane passes to MPI."""
 
 from __future__ import annotations
 
@@ -21,11 +21,13 @@ from hvdlm_backends.named_messages import NamedMessages
 Shape = tuple[int | None, ...]
 
 
-class _Timed:
-    """A collective under way outside of graphs; waiting for it is timed."""
+class _TimedHandle:
+    """A collective in flight outside of graphs; waiting for it is timed."""
 
     def __init__(self, handle: Handle, traffic: Traffic, ended: Callable[[], None]) -> None:
-        self._handle, self._traffic, self._ended = handle, traffic, ended
+        self._handle = handle
+        self._traffic = traffic
+        self._ended = ended
 
     def wait(self) -> Any:
         """Return the result."""
@@ -40,7 +42,7 @@ class _Timed:
 class HostGroup(CountedGroup):
     """The collectives of one communicator.
 
-    ``in_place``: whether a sum may overwrite what was summed (``Framework.in_place``).
+    ``in_place``: whether a sum may overwrite its input (``Framework.in_place``).
     """
 
     def __init__(
@@ -52,22 +54,25 @@ class HostGroup(CountedGroup):
         recorder: FlightRecorder | None = None,
     ) -> None:
         super().__init__(lane.ranks, recorder)
-        self._lane, self._messages, self._tensors, self._in_place = lane, messages, tensors, in_place
+        self._lane = lane
+        self._messages = messages
+        self._tensors = tensors
+        self._in_place = in_place
 
     def _start(
         self, operation: str, tensor: Any, name: str, call: Callable[..., np.ndarray], shape: Shape, now: bool
     ) -> Handle:
-        """Start ``call(array, communicator)``; ``shape``: of the result, None where ranks differ in it."""
+        """Start ``call(array, communicator)``; ``shape``: of the result, with None where ranks may differ."""
         traffic, number = self._begin(operation, name, tensor)
         handle = self._tensors.through(tensor, self._collective(operation, name, call, now), shape)
-        return _Timed(handle, traffic, partial(self._recorder.end, number)) if number else handle
+        return _TimedHandle(handle, traffic, partial(self._recorder.end, number)) if number else handle
 
     def _collective(self, operation: str, name: str, call: Callable[..., np.ndarray], now: bool) -> HostCollective:
-        """Return what hands ``call`` on an array to the lane; ranks compare what they have come to."""
+        """Return the function that submits ``call`` on an array to the lane; ranks compare the calls' signatures."""
 
         def submit(array: np.ndarray, arrived: Callable[[], None] | None) -> Handle:
-            alike = array.shape[1:] if operation == "all_gather" else array.shape
-            signature = f"{operation} {name} {array.dtype}{list(alike)}"
+            common_shape = array.shape[1:] if operation == "all_gather" else array.shape
+            signature = f"{operation} {name} {array.dtype}{list(common_shape)}"
             return self._lane.submit(partial(call, array), signature, now, arrived)
 
         return submit
@@ -77,11 +82,11 @@ class HostGroup(CountedGroup):
         call = _call(summed, self._in_place)
         return self._start("all_reduce", tensor, name, call, tuple(tensor.shape), now)
 
-    def _sum_together(self, tensors: Sequence[Any], name: str) -> list[Any]:
+    def _sum_fused(self, tensors: Sequence[Any], name: str) -> list[Any]:
         traffic, number = self._begin("all_reduce", name, *tensors)
         collective = self._collective("all_reduce", name, _call(mpi_collectives.all_reduce, self._in_place), True)
         handle = self._tensors.together(tensors, collective)
-        return (_Timed(handle, traffic, partial(self._recorder.end, number)) if number else handle).wait()
+        return (_TimedHandle(handle, traffic, partial(self._recorder.end, number)) if number else handle).wait()
 
     def _all_gather(self, tensor: Any, name: str, now: bool) -> Handle:
         shape = (None, *tuple(tensor.shape)[1:])
@@ -104,66 +109,66 @@ class HostGroup(CountedGroup):
         call = _call(mpi_collectives.broadcast, root)
         collective = self._collective("broadcast", name, call, now) if now else post
         handle = self._tensors.through(tensor, collective, tuple(tensor.shape))
-        return _Timed(handle, traffic, partial(self._recorder.end, number)) if number else handle
+        return _TimedHandle(handle, traffic, partial(self._recorder.end, number)) if number else handle
 
     def _all_to_all(self, tensor: Any, name: str, now: bool) -> Handle:
         return self._start("all_to_all", tensor, name, mpi_collectives.all_to_all, tuple(tensor.shape), now)
 
     def all_reduce_async(self, tensor: Any, name: str, op: str = "sum") -> Handle:
-        """Start the sum; see ``interfaces.Group``."""
+        """Start a sum."""
         return self._all_reduce(tensor, name, op, False)
 
     def all_gather_async(self, tensor: Any, name: str) -> Handle:
-        """Start the concatenation; see ``interfaces.Group``."""
+        """Start a concatenation."""
         return self._all_gather(tensor, name, False)
 
     def reduce_scatter_async(self, tensor: Any, name: str) -> Handle:
-        """Start the sum and its scattering; see ``interfaces.Group``."""
+        """Start a reduce-scatter."""
         return self._reduce_scatter(tensor, name, False)
 
     def broadcast_async(self, tensor: Any, root: int, name: str) -> Handle:
-        """Start the broadcast; see ``interfaces.Group``."""
+        """Start a broadcast."""
         return self._broadcast(tensor, root, name, False)
 
     def all_to_all_async(self, tensor: Any, name: str) -> Handle:
-        """Start the exchange of equal parts; see ``interfaces.Group``."""
+        """Start an all-to-all."""
         return self._all_to_all(tensor, name, False)
 
     def all_reduce(self, tensors: Sequence[Any], name: str) -> list[Any]:
-        """Return the sums, one collective for each dtype; see ``interfaces.Group``."""
+        """Return the sums, one collective for each dtype."""
         if len(tensors) == 1:
             return [self._all_reduce(tensors[0], name, "sum", True).wait()]
         sums = list(tensors)
         for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):  # in the same order on all ranks
-            places = [i for i, tensor in enumerate(tensors) if tensor.dtype == dtype]
-            members = [tensors[i] for i in places]
-            for place, total in zip(places, self._sum_together(members, f"{name}.{dtype}"), strict=True):
-                sums[place] = total
+            indices = [i for i, tensor in enumerate(tensors) if tensor.dtype == dtype]
+            same_dtype = [tensors[i] for i in indices]
+            for index, total in zip(indices, self._sum_fused(same_dtype, f"{name}.{dtype}"), strict=True):
+                sums[index] = total
         return sums
 
     def all_gather(self, tensor: Any, name: str) -> Any:
-        """Return the concatenation; see ``interfaces.Group``."""
+        """Return the concatenation."""
         return self._all_gather(tensor, name, True).wait()
 
     def reduce_scatter(self, tensor: Any, name: str) -> Any:
-        """Return this member's part of the sum; see ``interfaces.Group``."""
+        """Return this member's shard of the sum."""
         return self._reduce_scatter(tensor, name, True).wait()
 
     def broadcast(self, tensor: Any, root: int, name: str) -> Any:
-        """Return the root's tensor; see ``interfaces.Group``."""
+        """Return the root's tensor."""
         return self._broadcast(tensor, root, name, True).wait()
 
     def all_to_all(self, tensor: Any, name: str) -> Any:
-        """Return the exchanged parts; see ``interfaces.Group``."""
+        """Return the exchanged shards."""
         return self._all_to_all(tensor, name, True).wait()
 
     def barrier(self) -> None:
         """Wait for all members."""
         traffic, number = self._begin("barrier", "barrier")
         job = self._lane.submit(mpi_collectives.barrier, "barrier", True)
-        _Timed(job, traffic, partial(self._recorder.end, number)).wait()
+        _TimedHandle(job, traffic, partial(self._recorder.end, number)).wait()
 
 
 def _call(function: Callable[..., np.ndarray], setting: Any) -> Callable[..., np.ndarray]:
-    """Return ``function`` with its setting, which stands between the array and the communicator."""
+    """Return ``function`` with its second argument, ``setting``, filled in."""
     return lambda array, communicator: function(array, setting, communicator)

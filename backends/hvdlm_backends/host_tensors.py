@@ -1,4 +1,4 @@
-"""Tensors that are arrays: how a framework that brings no ``HostTensors`` of its own communicates by arrays."""
+"""Transfer of tensors through arrays, for frameworks that bring no ``HostTensors`` of their own."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import numpy as np
 
 from hvdlm.protocols.framework import Framework, HostCollective, HostTensors
 from hvdlm.protocols.group import Handle
-from hvdlm_backends.messages import Later
+from hvdlm_backends.messages import FunctionHandle
 
 
 class ArrayTensors:
-    """Reads tensors by ``numpy.asarray``, and makes them by ``Framework.tensor``."""
+    """Converts tensors with ``numpy.asarray`` and back with ``Framework.tensor``."""
 
     def __init__(self, framework: Framework) -> None:
         self._framework = framework
 
     def through(self, tensor: Any, collective: HostCollective, shape: tuple[int | None, ...]) -> Handle:
-        """Start ``collective`` on the values of ``tensor``; see ``interfaces.HostTensors``."""
+        """Start ``collective`` on the values of ``tensor``."""
         array = np.asarray(tensor, order="C")
         handle = collective(array, None)
 
@@ -28,21 +28,21 @@ class ArrayTensors:
             overwritten = result is array and np.may_share_memory(array, tensor)
             return tensor if overwritten else self._framework.tensor(result)
 
-        return Later(wait)
+        return FunctionHandle(wait)
 
     def together(self, tensors: Sequence[Any], collective: HostCollective) -> Handle:
-        """Start ``collective`` on the values of all ``tensors``; see ``interfaces.HostTensors``."""
+        """Start ``collective`` on the values of all ``tensors``."""
         arrays = [np.asarray(tensor) for tensor in tensors]
         handle = collective(np.concatenate([array.reshape(-1) for array in arrays]), None)
         ends = np.cumsum([array.size for array in arrays])[:-1]
 
         def wait() -> list[Any]:
-            parts = np.split(handle.wait(), ends)
-            return [self._framework.tensor(p.reshape(a.shape)) for p, a in zip(parts, arrays, strict=True)]
+            results = np.split(handle.wait(), ends)
+            return [self._framework.tensor(r.reshape(a.shape)) for r, a in zip(results, arrays, strict=True)]
 
-        return Later(wait)
+        return FunctionHandle(wait)
 
 
 def host_tensors(framework: Framework) -> HostTensors:
-    """Return how this framework's tensors travel through host memory."""
+    """Return the framework's own transfer through host memory, or the one through arrays."""
     return getattr(framework, "host_tensors", None) or ArrayTensors(framework)

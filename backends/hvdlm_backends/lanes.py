@@ -1,9 +1,9 @@
-"""A communicator's collectives, done in order by a thread of its own while the caller computes.
+"""Runs a communicator's collectives in order in a thread of its own, while the caller computes.
 
-MPI progresses a collective only inside of MPI's calls: one that was only started would travel while it is waited for.
-Here a thread calls MPI for it. Before an asynchronous collective, the ranks agree by a non-blocking sum of 16 bytes
-that all of them are ready: while one still computes, the threads of the others sleep instead of spinning in MPI, which
-would take the core that their own computation needs.
+MPI makes progress on a collective only inside of MPI calls: one that is merely started would be transferred while it is
+waited for. Here a thread makes these calls. Before an asynchronous collective, the ranks agree by a non-blocking
+reduction of 16 bytes that all of them are ready: while one still computes, the threads of the others sleep instead of
+spinning in MPI, which would take the core that their own computation needs.
 """
 
 from __future__ import annotations
@@ -20,41 +20,46 @@ import numpy as np
 
 from hvdlm.errors import RankError
 
-_SHORTEST, _LONGEST, _GROWTH = 2e-5, 1e-3, 1.3  # seconds between looks whether all ranks are ready
+_SHORTEST, _LONGEST = 2e-5, 1e-3  # seconds between two polls whether all ranks are ready
+_GROWTH = 1.3  # factor from one interval to the next
 
 
 class Pause:
-    """The pauses of a thread that looks again and again whether something has come: the longer, the longer it waits."""
+    """The intervals of a thread that polls: they grow while it waits."""
 
     def __init__(self) -> None:
         self._seconds = _SHORTEST
 
     def sleep(self, awaited: bool) -> None:
-        """Sleep; ``awaited``: its rank has nothing to compute, so that this thread may look whenever it gets a turn."""
+        """Sleep until the next poll; only yield if ``awaited``, since the rank then has nothing else to compute."""
         time.sleep(0.0 if awaited else self._seconds)
         self._seconds = min(_GROWTH * self._seconds, _LONGEST)
 
 
 class Job:
-    """One collective, handed over: ``wait`` returns its array."""
+    """One submitted collective; ``wait`` returns its array."""
 
     def __init__(
         self, call: Callable[[Any], Any] | None, signature: str, now: bool, arrived: Callable[[], None] | None
     ) -> None:
-        self.call, self.signature, self.now, self.arrived = call, signature, now, arrived
+        self.call = call
+        self.signature = signature
+        self.now = now
+        self.arrived = arrived
         self.awaited = False
         self._done = threading.Event()
         self._result: Any = None
         self._error: BaseException | None = None
 
     def finish(self, result: Any, error: BaseException | None = None) -> None:
-        """Hand the result, or what went wrong, to whoever waits."""
-        self.call, self.arrived = None, None  # what they hold may be large
-        self._result, self._error = result, error
+        """Set the result or the error, and wake the thread that waits."""
+        self.call, self.arrived = None, None  # they may hold references to large tensors
+        self._result = result
+        self._error = error
         self._done.set()
 
     def wait(self) -> Any:
-        """Return the result; raise what the collective raised."""
+        """Return the result, or raise the collective's error."""
         self.awaited = True
         self._done.wait()
         if self._error is not None:
@@ -63,51 +68,53 @@ class Job:
 
 
 class Lane:
-    """The collectives of one communicator, which belongs to the lane alone.
+    """The queue of collectives of one communicator, which only this lane uses.
 
-    All members hand over the same collectives in the same order: it is checked before each, by name, dtype and shape.
+    All members submit the same collectives in the same order: name, dtype and shape are compared before each.
 
     Attributes:
-        seconds: time spent in collectives, waiting for other ranks to be ready not included.
+        seconds: time spent in collectives, without waiting for other ranks to be ready.
     """
 
     def __init__(self, communicator: Any, ranks: tuple[int, ...]) -> None:
         self.seconds = 0.0
-        self._communicator, self.ranks = communicator, ranks
+        self._communicator = communicator
+        self.ranks = ranks
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._guard, self._running = threading.Lock(), threading.Lock()
+        self._counter_lock = threading.Lock()
+        self._running = threading.Lock()
         self._unfinished = 0
         self._thread: threading.Thread | None = None
 
     def submit(
         self, call: Callable[[Any], Any], signature: str, now: bool = False, arrived: Callable[[], None] | None = None
     ) -> Job:
-        """Hand over ``call(communicator)``; ``now``: the caller waits for it at once (on all ranks).
+        """Submit ``call(communicator)``; ``now``: the caller will wait for it at once (on all ranks).
 
-        The caller's own thread does what is waited for at once, unless something is under way before it. ``arrived``
-        returns when what is to be sent has come from a device.
+        A collective that is waited for at once runs in the caller's thread, unless another one is still in flight.
+        ``arrived`` blocks until the input has been copied from a device.
         """
         job = Job(call, signature, now, arrived)
-        with self._guard:
-            alone = now and self._unfinished == 0
+        with self._counter_lock:
+            in_caller = now and self._unfinished == 0
             self._unfinished += 1
-            if alone:
+            if in_caller:
                 self._running.acquire()
             elif self._thread is None:
                 name = f"hvdlm-lane-{'-'.join(map(str, self.ranks[:4]))}"
                 self._thread = threading.Thread(target=self._work, name=name, daemon=True)
                 self._thread.start()
-        if not alone:
+        if not in_caller:
             self._jobs.put(job)
             return job
         try:
-            self._do(job)
+            self._run(job)
         finally:
             self._running.release()
         return job
 
     def close(self) -> None:
-        """Finish what has been handed over, and end the thread."""
+        """Finish all submitted collectives, and end the thread."""
         if self._thread is not None:
             self._jobs.put(None)
             self._thread.join()
@@ -116,9 +123,9 @@ class Lane:
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
             with self._running:
-                self._do(job)
+                self._run(job)
 
-    def _do(self, job: Job) -> None:
+    def _run(self, job: Job) -> None:
         result, error = None, None
         try:
             if job.arrived is not None:
@@ -128,17 +135,17 @@ class Lane:
             assert job.call is not None
             result = job.call(self._communicator)
             self.seconds += time.perf_counter() - began
-        except BaseException as raised:  # whoever waits is to see it
+        except BaseException as raised:  # raised again in the thread that waits
             error = raised
-        with self._guard:
+        with self._counter_lock:
             self._unfinished -= 1
         job.finish(result, error)
 
     def _agree(self, job: Job) -> None:
-        """Return when all members have come to this collective.
+        """Wait until all members have reached this collective.
 
         Raises:
-            RankError: they have come to different ones.
+            RankError: they have reached different ones.
         """
         mpi = sys.modules["mpi4py.MPI"]
         number = zlib.crc32(job.signature.encode())
@@ -151,5 +158,5 @@ class Lane:
                 pause.sleep(job.awaited)
         if largest[0] != -largest[1]:
             calls = self._communicator.allgather(job.signature)
-            each = "; ".join(f"rank {rank}: {call}" for rank, call in zip(self.ranks, calls, strict=True))
-            raise RankError(f"ranks have come to different collectives: {each}.")
+            by_rank = "; ".join(f"rank {rank}: {call}" for rank, call in zip(self.ranks, calls, strict=True))
+            raise RankError(f"ranks have come to different collectives: {by_rank}.")

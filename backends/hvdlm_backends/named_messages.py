@@ -1,6 +1,6 @@
-"""Broadcasts in the background that ranks may start in any order: messages from the root, matched by name.
+"""Background broadcasts that ranks may start in any order: point-to-point messages from the root, matched by name.
 
-Stages of a pipeline ask for what they need before they send what they have made, so that two stages start the same
+Pipeline stages start to receive their inputs before they send their outputs, so that two stages start the same
 broadcasts in different orders.
 """
 
@@ -19,15 +19,18 @@ from hvdlm_backends.lanes import Job, Pause
 from hvdlm_backends.mpi_collectives import as_integers, empty
 
 
-class _Flight:
-    """One broadcast under way: its messages' requests, and the array that they fill or that they were sent from."""
+class _Broadcast:
+    """One broadcast in flight: its MPI requests, and the array that they fill or send."""
 
     def __init__(self, job: Job, requests: list[Any], array: np.ndarray, expected: int | None) -> None:
-        self.job, self._requests, self._array, self._expected = job, requests, array, expected
+        self.job = job
+        self._requests = requests
+        self._array = array
+        self._expected = expected  # bytes to receive; None on the root
         self._mpi = sys.modules["mpi4py.MPI"]
 
-    def landed(self) -> bool:
-        """Finish the job where all messages have arrived; return whether they have."""
+    def poll(self) -> bool:
+        """Return whether the broadcast is complete; finish its job if so."""
         try:
             status = self._mpi.Status()
             done = (
@@ -38,9 +41,9 @@ class _Flight:
             if not done:
                 return False
             if self._expected not in (None, count := status.Get_count(self._mpi.BYTE)):
-                raise RankError(f"{self.job.signature}: {self._expected} bytes were expected, {count} came.")
+                raise RankError(f"{self.job.signature}: expected {self._expected} bytes, received {count}.")
             self.job.finish(self._array)
-        except Exception as error:  # whoever waits is to see it
+        except Exception as error:  # raised again in the thread that waits
             self.job.finish(None, error)
         return True
 
@@ -54,13 +57,14 @@ class NamedMessages:
 
     def __init__(self, communicator: Any, name: str) -> None:
         self.seconds = 0.0
-        self._communicator, self._name = communicator, name
-        self._flights: list[_Flight] = []
+        self._communicator = communicator
+        self._name = name
+        self._in_flight: list[_Broadcast] = []
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
 
     def broadcast(self, array: np.ndarray, root: int, name: str, signature: str) -> Job:
-        """Start to send ``array`` from member ``root`` to all others; the result is an array of its own."""
+        """Start to send ``array`` from member ``root`` to all others; the result is a new array."""
         mpi, rank = sys.modules["mpi4py.MPI"], self._communicator.Get_rank()
         tag = 1 + zlib.crc32(name.encode()) % self._communicator.Get_attr(mpi.TAG_UB)
         job, received = Job(None, signature, False, None), empty(array.shape, array.dtype)
@@ -73,7 +77,7 @@ class NamedMessages:
             requests = [self._communicator.Irecv(as_integers(received), root, tag)]
         with self._changed:
             self.seconds += time.perf_counter() - began
-            self._flights.append(_Flight(job, requests, received, None if rank == root else received.nbytes))
+            self._in_flight.append(_Broadcast(job, requests, received, None if rank == root else received.nbytes))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name=f"{self._name}-messages", daemon=True)
                 self._thread.start()
@@ -81,24 +85,24 @@ class NamedMessages:
         return job
 
     def close(self) -> None:
-        """Wait for what is under way."""
-        for flight in list(self._flights):
-            flight.job.wait()
+        """Wait for all broadcasts in flight."""
+        for broadcast in list(self._in_flight):
+            broadcast.job.wait()
 
     def _work(self) -> None:
-        """Have MPI move what is under way: it does so only inside of its calls."""
+        """Poll the broadcasts in flight: MPI makes progress on them only inside of its calls."""
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: bool(self._flights))
-                flights = list(self._flights)
+                self._changed.wait_for(lambda: bool(self._in_flight))
+                pending = list(self._in_flight)
             pause = Pause()
-            while flights:
+            while pending:
                 began = time.perf_counter()
-                landed = [flight for flight in flights if flight.landed()]
+                complete = [broadcast for broadcast in pending if broadcast.poll()]
                 with self._changed:
                     self.seconds += time.perf_counter() - began
-                    self._flights = [flight for flight in self._flights if flight not in landed]
-                    if landed or len(self._flights) > len(flights):
+                    self._in_flight = [broadcast for broadcast in self._in_flight if broadcast not in complete]
+                    if complete or len(self._in_flight) > len(pending):
                         pause = Pause()
-                    flights = list(self._flights)
-                pause.sleep(any(flight.job.awaited for flight in flights))
+                    pending = list(self._in_flight)
+                pause.sleep(any(broadcast.job.awaited for broadcast in pending))

@@ -1,12 +1,11 @@
-"""GPUs that talk through NCCL; ranks meet through MPI, or through Gloo under ``horovodrun --gloo``.
+"""Backend nccl: collectives on GPUs by NCCL; ranks connect through MPI, or Gloo under ``horovodrun --gloo``.
 
-A Horovod built with NCCL uses it for every tensor on a GPU, whatever the backend's name: this one makes sure of it.
+A Horovod built with NCCL uses it for every tensor on a GPU, whatever the backend: this one checks that it does.
 """
 
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 from hvdlm import hookimpl
 from hvdlm.config import Config
 from hvdlm.errors import HvdlmError
+from hvdlm.io import launcher_env
 from hvdlm.protocols.framework import Framework
 from hvdlm.protocols.world import World
 from hvdlm_backends.gloo import GlooBackend
@@ -29,21 +29,21 @@ class NCCLBackend:
     name = "nccl"
 
     def __init__(self) -> None:
-        self._controller = GlooBackend() if "HOROVOD_GLOO_RENDEZVOUS_ADDR" in os.environ else MPIBackend()
+        self._controller = GlooBackend() if launcher_env.has_gloo_rendezvous() else MPIBackend()
 
     def launch_shape(self) -> tuple[int, int, int, int]:
-        """Return what the launcher tells."""
+        """Return the launch shape; see the controller's backend."""
         return self._controller.launch_shape()
 
     def prepare(self, config: Config) -> int:
-        """Set thread counts and settings before anything reads them; return framework threads per rank."""
+        """Set threads and settings in the environment; return the framework's threads per rank."""
         return self._controller.prepare(config)
 
     def start(self, framework: Framework, groups: Sequence[tuple[int, ...]], config: Config) -> World:
-        """Check GPUs and Horovod's build, meet, and sum once on the GPUs.
+        """Check the GPUs and Horovod's build, connect the ranks, and check a first sum on the GPUs.
 
         Raises:
-            HvdlmError: Horovod has no NCCL, ranks would share a GPU, or NCCL sums wrongly.
+            HvdlmError: Horovod has no NCCL, ranks would share a GPU, or the sum is wrong.
         """
         _, size, local_rank, local_size = self.launch_shape()
         check_build(importlib.import_module(f"horovod.{framework.name}"), framework.name)
@@ -58,19 +58,21 @@ class NCCLBackend:
 
 
 def check_build(hvd: Any, framework: str) -> None:
-    """Refuse a Horovod without NCCL."""
+    """Raise HvdlmError if Horovod was built without NCCL."""
     if not hvd.nccl_built():
         raise HvdlmError(
-            f"backend nccl: Horovod was built without NCCL for {framework}: where CUDA and NCCL are, "
-            "HOROVOD_GPU_OPERATIONS=NCCL make setup, or python -m hvdlm horovod build --gpu nccl; elsewhere "
+            f"backend nccl: Horovod was built without NCCL for {framework}: with CUDA and NCCL installed, "
+            "HOROVOD_GPU_OPERATIONS=NCCL make setup or python -m hvdlm horovod build --gpu nccl; otherwise "
             "--backend mpi."
         )
 
 
 def check_devices(count: int, local_size: int) -> None:
-    """Refuse ranks without a GPU of their own: NCCL hangs or fails where two share one."""
+    """Raise HvdlmError if ranks have no GPU of their own: NCCL hangs or fails where two share one."""
     if count == 0:
-        raise HvdlmError("backend nccl: this node shows no GPU to the framework: use --backend mpi, or see nvidia-smi.")
+        raise HvdlmError(
+            "backend nccl: the framework finds no GPU on this node: use --backend mpi, or check nvidia-smi."
+        )
     if local_size > count:
         raise HvdlmError(
             f"backend nccl: {local_size} ranks would share {count} GPU(s) on this node, and NCCL needs one for each: "
@@ -79,14 +81,14 @@ def check_devices(count: int, local_size: int) -> None:
 
 
 def devices(framework: str) -> int:
-    """Return how many GPUs the framework sees."""
+    """Return the number of GPUs that the framework finds."""
     if framework == "torch":
         return sys.modules["torch"].cuda.device_count()
     return len(sys.modules["tensorflow"].config.list_physical_devices("GPU"))
 
 
 def bind(framework: str, local_rank: int) -> None:
-    """Bind this rank to its GPU before NCCL makes a communicator on whatever is current."""
+    """Make this rank's GPU the current one, on which NCCL will create its communicator."""
     if framework == "torch":
         sys.modules["torch"].cuda.set_device(local_rank)
         return
@@ -106,22 +108,22 @@ def on_gpu(framework: str, array: np.ndarray, local_rank: int) -> Any:
 
 
 def self_check(world: World, tensor: Any) -> None:
-    """Sum ``tensor``, which holds rank + 1 everywhere, and look at the result. All ranks call.
+    """Check the sum of ``tensor``, all of whose elements are rank + 1. All ranks call.
 
     Raises:
         HvdlmError: the sum is wrong.
     """
     total = world.group(range(world.size)).all_reduce([tensor], "nccl.self_check")[0]
-    found = np.asarray(total.cpu() if hasattr(total, "cpu") else total)
+    values = np.asarray(total.cpu() if hasattr(total, "cpu") else total)
     expected = world.size * (world.size + 1) / 2
-    if not np.all(found == expected):
+    if not np.all(values == expected):
         raise HvdlmError(
-            f"backend nccl: a sum over the GPUs gave {found.reshape(-1)[0]}, expected {expected}: run with "
+            f"backend nccl: a sum over the GPUs gave {values.reshape(-1)[0]}, expected {expected}: run with "
             "NCCL_DEBUG=INFO, or --backend mpi."
         )
 
 
 @hookimpl
 def hvdlm_make_backend(name: str) -> NCCLBackend | None:
-    """Answer to ``nccl``."""
+    """Return the backend named ``nccl``."""
     return NCCLBackend() if name == "nccl" else None

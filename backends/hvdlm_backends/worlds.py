@@ -1,4 +1,4 @@
-"""What all worlds of several ranks share: host-side messages, and what is said of them in the flight recorder."""
+"""Base class of worlds of several ranks: host-side messages (JSON), recorded in the flight recorder."""
 
 from __future__ import annotations
 
@@ -14,26 +14,28 @@ from hvdlm.diagnostics.flight_recorder import FlightRecorder
 from hvdlm.errors import HvdlmError
 from hvdlm.protocols.group import Group, Handle
 from hvdlm_backends.local import AloneGroup
-from hvdlm_backends.messages import Later, Messages
+from hvdlm_backends.messages import FunctionHandle, Messages
 
 
 class RanksWorld:
-    """Ranks that have met. ``communicator``: mpi4py's, where there is MPI."""
+    """Ranks that are connected; ``communicator``: that of mpi4py, None without MPI."""
 
     def __init__(self, rank: int, size: int, messages: Messages, communicator: Any) -> None:
-        self.rank, self.size = rank, size
-        self._messages, self._communicator = messages, communicator
+        self.rank = rank
+        self.size = size
+        self._messages = messages
+        self._communicator = communicator
         self.recorder = FlightRecorder(rank, size)
         self._groups: dict[tuple[int, ...], Group] = {}
-        self._everyone = self.recorder.members(tuple(range(size)))
+        self._everyone = self.recorder.recorded_group(tuple(range(size)))
 
     def group(self, ranks: Sequence[int]) -> Group:
-        """Return the group of these ranks; see ``interfaces.World``."""
+        """Return the group of these ranks."""
         key = tuple(ranks)
         if len(key) == 1:
             return AloneGroup(key[0])
         if key not in self._groups:
-            raise HvdlmError(f"ranks {key} are no group of this run's mesh: groups are declared at the start.")
+            raise HvdlmError(f"ranks {key} are not a group of this run's mesh, whose groups are declared at the start.")
         return self._groups[key]
 
     def broadcast_object(self, value: Any, root: int = 0) -> Any:
@@ -41,25 +43,25 @@ class RanksWorld:
         if self.size == 1:
             return value
         data = json.dumps(value).encode() if self.rank == root else None
-        return json.loads(self._entered("broadcast_object", lambda: self._messages.broadcast(data, root)))
+        return json.loads(self._recorded("broadcast_object", lambda: self._messages.broadcast(data, root)))
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Return every rank's value on all ranks."""
         data = json.dumps(value).encode()
-        return [json.loads(part) for part in self._entered("gather_objects", lambda: self._messages.gather(data))]
+        return [json.loads(text) for text in self._recorded("gather_objects", lambda: self._messages.gather(data))]
 
     def broadcast_bytes(self, data: bytes | None, root: int) -> bytes:
         """Return the root's bytes on all ranks."""
-        return self._entered("broadcast_bytes", lambda: self._messages.broadcast(data, root))
+        return self._recorded("broadcast_bytes", lambda: self._messages.broadcast(data, root))
 
     def agree(self, counts: Sequence[int]) -> Handle:
-        """Start to add up every rank's counts; see ``interfaces.World``."""
+        """Start to sum the counts of all ranks."""
         handle = self._messages.add(counts)
-        # Only waiting for it can hang: until then it may be under way for as long as a step takes.
-        return Later(lambda: self._entered("agree", handle.wait))
+        # Recorded while it is waited for only: it may be in flight for as long as a step takes, which is no hang.
+        return FunctionHandle(lambda: self._recorded("agree", handle.wait))
 
-    def _entered(self, operation: str, call: Callable[[], Any]) -> Any:
-        """Do what all ranks do, and have it in the flight recorder."""
+    def _recorded(self, operation: str, call: Callable[[], Any]) -> Any:
+        """Call what all ranks call, and record it in the flight recorder."""
         number = self.recorder.begin(operation, "", self._everyone)
         result = call()
         self.recorder.end(number)
@@ -70,14 +72,14 @@ class RanksWorld:
         return any(self.gather_objects(bool(flag)))
 
     def raw(self, collective: str, array: np.ndarray, in_place: bool = False) -> Callable[[], Any] | None:
-        """Return mpi4py's collective on buffers made here; None where ranks met without MPI."""
+        """Return a call of mpi4py's collective on buffers made here; None without MPI."""
         if self._communicator is None:
             return None
-        comm, parts = self._communicator, self.size
-        received = np.zeros(array.size * (parts if collective == "all_gather" else 1), array.dtype)
+        comm, size = self._communicator, self.size
+        received = np.zeros(array.size * (size if collective == "all_gather" else 1), array.dtype)
         in_place_marker = sys.modules["mpi4py.MPI"].IN_PLACE
         if collective == "reduce_scatter":
-            received = received[: array.size // parts].copy()
+            received = received[: array.size // size].copy()
         return {
             "all_reduce": lambda: comm.Allreduce(in_place_marker if in_place else array, received),
             "all_gather": lambda: comm.Allgather(array, received),
@@ -87,7 +89,7 @@ class RanksWorld:
         }[collective]
 
     def abort(self, code: int) -> None:
-        """End all ranks: MPI's launcher is told; horovodrun ends the others when one exits with an error."""
+        """End all ranks: through MPI where there is MPI; horovodrun ends the others when one exits with an error."""
         sys.stdout.flush()
         sys.stderr.flush()
         if self._communicator is not None:

@@ -1,4 +1,4 @@
-"""Builds Horovod for the Python, the frameworks and the MPI at hand, and says what an installed one can do.
+"""Builds Horovod for the active Python, frameworks and MPI, and checks an installed one.
 
-Only the standard library is used: this runs before anything is installed.
+Uses only the standard library, since it runs before anything is installed.
 """

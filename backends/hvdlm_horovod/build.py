@@ -1,4 +1,4 @@
-"""Builds the patched Horovod, and mpi4py against the same MPI, into wheels, and installs them."""
+"""Builds wheels of the patched Horovod and of mpi4py against the same MPI, and installs them."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from hvdlm_horovod.mpi import Mpi
 from hvdlm_horovod.target import Target
 
 TOOLS = Path(__file__).parent / "build_tools.txt"
-RUNTIME = ("cloudpickle", "psutil", "PyYAML", "packaging", "cffi")  # what Horovod imports
+RUNTIME = ("cloudpickle", "psutil", "PyYAML", "packaging", "cffi")  # packages that Horovod imports
 _BUILD_NAMES = {"torch": "PYTORCH", "tensorflow": "TENSORFLOW"}
-_FILE_BYTES = 2 * 2**30  # the compiler's memory for the largest files
+_FILE_BYTES = 2 * 2**30  # memory that the compiler needs for the largest files
 _MPI4PY = "4.1.2"
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a wheel is built for: the frameworks, the MPI, and the value of HOROVOD_GPU_OPERATIONS, or empty."""
+    """What a wheel is built for: frameworks, MPI, and the value of HOROVOD_GPU_OPERATIONS (empty: none)."""
 
     frameworks: tuple[str, ...]
     mpi: Mpi
@@ -44,7 +44,7 @@ def wheels(target: Target, request: Request) -> list[Path]:
 
 
 def _toolkit(target: Target, request: Request) -> cuda.Cuda | None:
-    """Return the CUDA toolkit of a build with GPU operations, after a look at the frameworks' CUDA; else None."""
+    """Return the CUDA toolkit of a build with GPU operations, after checking the frameworks' CUDA; else None."""
     if not request.gpu:
         return None
     toolkit = cuda.find()
@@ -63,7 +63,7 @@ def horovod(target: Target, request: Request, toolkit: cuda.Cuda | None = None) 
 
 
 def horovod_key(target: Target, request: Request, toolkit: cuda.Cuda | None) -> dict[str, str]:
-    """Return all that a wheel of Horovod depends on."""
+    """Return everything that a wheel of Horovod depends on."""
     key = _common_key(target, request.mpi) | {"patches": patches.digest(), "gpu_operations": request.gpu}
     for name in request.frameworks:
         installed = target.framework(name)
@@ -116,14 +116,12 @@ def _build_horovod(
 
 
 def _tools(target: Target, work: Path, log: Path) -> dict[str, str]:
-    """Install the build's own tools into a folder; return an environment in which they come first.
+    """Install the tools for the build into a folder; return environment variables that put them first.
 
-    The environment's own setuptools, which may be too new for Horovod's setup.py, is left as it is.
+    The environment's own setuptools, which may be too new for Horovod's setup.py, stays as it is.
     """
     tools = work / "tools"
-    target.pip(
-        ["install", "--target", str(tools), "-r", str(TOOLS)], log, "the build's tools, in a folder of their own"
-    )
+    target.pip(["install", "--target", str(tools), "-r", str(TOOLS)], log, "tools for the build, in a separate folder")
     env = target.environment()
     env["PYTHONPATH"] = os.pathsep.join(p for p in (str(tools), env.get("PYTHONPATH", "")) if p)
     cmake = tools / "cmake" / "data" / "bin" / "cmake"
@@ -145,7 +143,7 @@ def _source(target: Target, work: Path, log: Path, env: dict[str, str]) -> Path:
 
 
 def _settings(env: dict[str, str], request: Request, work: Path) -> dict[str, str]:
-    """Return ``env`` with what Horovod's build reads about MPI and the frameworks."""
+    """Return ``env`` with the variables that Horovod's build reads about MPI and the frameworks."""
     env = dict(
         env,
         CMAKE_POLICY_VERSION_MINIMUM="3.5",  # CMake 4 no longer reads the bundled Gloo's request for CMake 2.8
@@ -166,25 +164,25 @@ def _settings(env: dict[str, str], request: Request, work: Path) -> dict[str, st
 
 
 def _jobs(flags: str) -> int:
-    """Return how many files are compiled at a time: as MAKEFLAGS says, else as cores and memory allow.
+    """Return how many files to compile in parallel: as MAKEFLAGS says, else as cores and memory allow.
 
-    Called by make, MAKEFLAGS is there, perhaps empty, and Horovod's build would then compile 8 files at a time, or one.
+    Under make MAKEFLAGS is set, perhaps to nothing, and Horovod's build would then compile 8 files in parallel, or one.
     """
-    named = re.search(r"(?:^|\s)-j(\d+)", flags)
-    if named:
-        return int(named[1])
+    jobs = re.search(r"(?:^|\s)-j(\d+)", flags)
+    if jobs:
+        return int(jobs[1])
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return max(1, min(cores, 8, memory // _FILE_BYTES))
 
 
 def rpath(request: Request) -> list[str]:
-    """Return where Horovod's libraries look for MPI and PyTorch: nothing in the environment that they are built in."""
+    """Return where Horovod's libraries look for MPI and PyTorch, relative to themselves or absolute."""
     return [*request.mpi.rpath, *(["$ORIGIN/../../torch/lib"] if "torch" in request.frameworks else [])]
 
 
 def _wrappers(mpi: Mpi, folder: Path) -> Path:
-    """Make a folder with the chosen MPI's programs, for CMake, which takes the first on PATH."""
+    """Make a folder with the MPI's programs to put first on PATH, from which CMake takes them."""
     folder.mkdir()
     for name, program in (
         ("mpicc", mpi.mpicc),
@@ -211,7 +209,7 @@ def _gpu_settings(
 
 
 def record(key: dict[str, str], compiler: toolchain.Toolchain, request: Request) -> str:
-    """Return the module that goes into the wheel: it tells ``horovod check`` that the wheel is ours, and of what."""
+    """Return a module for the wheel that records what it was built from, for ``horovod check``."""
     facts = {**key, "compiler": compiler.version, "mpi": request.mpi.version, "built": time.strftime("%Y-%m-%d")}
     return f'"""What hvdlm built this Horovod for."""\n\nBUILD = {json.dumps(facts, indent=4, sort_keys=True)}\n'
 
@@ -219,7 +217,7 @@ def record(key: dict[str, str], compiler: toolchain.Toolchain, request: Request)
 def mpi4py(target: Target, mpi: Mpi) -> Path:
     """Return a wheel of mpi4py built against ``mpi``, from the cache or built.
 
-    The wheels on PyPI take any libmpi at run time, which may be another one than Horovod's.
+    The wheels on PyPI load any libmpi at run time, perhaps another one than Horovod.
 
     Raises:
         BuildError: the build failed.
@@ -237,7 +235,7 @@ def _build_mpi4py(folder: Path, target: Target, mpi: Mpi, log: Path) -> None:
     rpaths = ["$ORIGIN/../../.." if entry.startswith("$ORIGIN") else entry for entry in mpi.rpath]
     if rpaths:
         env["LDFLAGS"] = " ".join([env.get("LDFLAGS", ""), *(f"-Wl,-rpath,'{entry}'" for entry in rpaths)]).strip()
-    # pip's own cache knows nothing of the MPI that a wheel was built against.
+    # pip's own cache does not distinguish the MPIs that wheels were built against.
     command = [target.python, "-m", "pip", "--disable-pip-version-check", "--no-cache-dir", "wheel", "--no-deps"]
     run(
         [*command, "--no-binary", "mpi4py", "-w", str(folder), f"mpi4py=={_MPI4PY}"],
@@ -249,7 +247,7 @@ def _build_mpi4py(folder: Path, target: Target, mpi: Mpi, log: Path) -> None:
 
 
 def install(target: Target, wheels: list[Path], output: Path | None = None) -> None:
-    """Install the wheels and what Horovod imports; copy the wheels to ``output`` where it is named.
+    """Install the wheels and the packages that Horovod imports; copy the wheels to the folder ``output``.
 
     Raises:
         BuildError: pip failed.
@@ -259,9 +257,9 @@ def install(target: Target, wheels: list[Path], output: Path | None = None) -> N
             output.mkdir(parents=True, exist_ok=True)
             copies = [str(shutil.copy(wheel, output)) for wheel in wheels]
         except OSError as error:
-            raise BuildError(f"--output {output}: {error.strerror}: name a folder that can be written") from error
+            raise BuildError(f"--output {output}: {error.strerror}: name a writable folder") from error
         say(f"copied to {', '.join(copies)}")
     log = cache.log("pip", target.key)
-    target.pip(["install", *RUNTIME], log, "what Horovod imports")
+    target.pip(["install", *RUNTIME], log, "packages that Horovod imports")
     target.pip(["install", "--force-reinstall", "--no-deps", *map(str, wheels)], log, "mpi4py and Horovod")
     local_launch.allow_without_ssh(target.prefix)

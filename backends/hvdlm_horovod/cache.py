@@ -1,4 +1,4 @@
-"""The user's cache of built wheels, keyed by all that they depend on, and of build logs."""
+"""The user's cache of built wheels, keyed by everything that they depend on, and of build logs."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def named(name: str, key: Mapping[str, str]) -> str:
 
 
 def log(name: str, key: Mapping[str, str]) -> Path:
-    """Return the path of a log; what is built or set up at the same time has other keys, and logs of its own."""
+    """Return the path of a log; simultaneous builds have different keys, and so separate logs."""
     return user_cache() / "logs" / f"{named(name, key)}.log"
 
 
 @contextlib.contextmanager
 def lock(name: str) -> Iterator[None]:
-    """Let one process at a time build ``name``; a second one then takes the cached wheel."""
+    """Lock ``name``, so that one process builds it and a second one uses the cached wheel."""
     user_cache().mkdir(parents=True, exist_ok=True)
     with (user_cache() / f"{name}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -36,17 +36,17 @@ def lock(name: str) -> Iterator[None]:
 
 
 def wheel(name: str, key: Mapping[str, str], build: Callable[[Path], None]) -> Path:
-    """Return the wheel ``name`` for ``key``; ``build(folder)`` writes it where the cache has none."""
-    kept = user_cache() / "wheels" / named(name, key)
-    with lock(kept.name):
-        if not list(kept.glob("*.whl")):
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=kept.parent) as temporary:
+    """Return the wheel ``name`` for ``key`` from the cache; if there is none, ``build(folder)`` writes it."""
+    cached = user_cache() / "wheels" / named(name, key)
+    with lock(cached.name):
+        if not list(cached.glob("*.whl")):
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=cached.parent) as temporary:
                 build(Path(temporary))
                 (Path(temporary) / "key.json").write_text(json.dumps(key, indent=1, sort_keys=True))
-                shutil.rmtree(kept, ignore_errors=True)
-                shutil.copytree(temporary, f"{kept}.partial", dirs_exist_ok=True)
-                os.replace(f"{kept}.partial", kept)
+                shutil.rmtree(cached, ignore_errors=True)
+                shutil.copytree(temporary, f"{cached}.partial", dirs_exist_ok=True)
+                os.replace(f"{cached}.partial", cached)
         else:
-            say(f"{name}: wheel from the cache ({kept})")
-    return next(kept.glob("*.whl"))
+            say(f"{name}: wheel from the cache ({cached})")
+    return next(cached.glob("*.whl"))

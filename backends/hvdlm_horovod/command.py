@@ -1,4 +1,4 @@
-"""Build the patched Horovod for this environment and install it, or say what the installed one can do."""
+"""Build the patched Horovod for this environment and install it, or check the installed one."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ GPU = {"none": "", "nccl": "NCCL", "mpi": "MPI"}
 
 
 class _Refused(Exception):
-    """The command line is wrong."""
+    """The command line is invalid."""
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise _Refused(f"{self.prog.removeprefix('python -m hvdlm ')}: {message}; --help lists what it takes")
+        raise _Refused(f"{self.prog.removeprefix('python -m hvdlm ')}: {message}; --help lists the options")
 
 
 def main(arguments: list[str]) -> int:
@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> int:
     try:
         values = _parser().parse_args(arguments)
         if values.action is None:
-            raise _Refused("horovod: say build or check; --help explains both")
+            raise _Refused("horovod: expected build or check; --help explains both")
         return _build(values) if values.action == "build" else _check()
     except _Refused as error:
         print(f"hvdlm: {error}", file=sys.stderr, flush=True)
@@ -46,24 +46,22 @@ def _parser() -> _Parser:
     parser = _Parser(prog="python -m hvdlm horovod", description=__doc__, allow_abbrev=False)
     actions = parser.add_subparsers(dest="action", metavar="build|check")
     text = (
-        "Build Horovod, patched for today's compilers and frameworks, and mpi4py for the Python, the frameworks and "
-        "the MPI that are active here (mpicc on PATH; conda, venv, modules), and install both."
+        "Build Horovod, patched for current compilers and frameworks, and mpi4py for the active Python, frameworks and "
+        "MPI (mpicc on PATH; conda, venv, modules), and install both."
     )
     builder = _action(actions, "build", text, "build the patched Horovod and install it")
     builder.add_argument(
         "--gpu", choices=sorted(GPU), default=None, help="GPU operations; default: HOROVOD_GPU_OPERATIONS, or none"
     )
-    builder.add_argument(
-        "--output", type=Path, help="folder that gets the wheels as well, to install on other machines"
-    )
+    builder.add_argument("--output", type=Path, help="folder to copy the wheels to, for other machines")
     builder.add_argument(
         "--frameworks",
         nargs="+",
         choices=list(FRAMEWORKS),
         help="default: those of torch and tensorflow installed here",
     )
-    text = "Say what the installed Horovod can do, whether it is hvdlm's, and whether its MPI is the one on PATH."
-    _action(actions, "check", text, "say what the installed Horovod can do")
+    text = "Show the features of the installed Horovod, who built it, and whether its MPI is the one on PATH."
+    _action(actions, "check", text, "show the features of the installed Horovod")
     return parser
 
 
@@ -77,7 +75,7 @@ def _build(values: argparse.Namespace) -> int:
     _check_writable(here)
     names = _frameworks(here, values.frameworks)
     active = _mpi(here)
-    say(f"Python {here.version} ({here.prefix}), {', '.join(_shown(here, n) for n in names)}, {active.version}")
+    say(f"Python {here.version} ({here.prefix}), {', '.join(_distribution(here, n) for n in names)}, {active.version}")
     build.install(here, build.wheels(here, build.Request(names, active, gpu)), values.output)
     here = target.inspect(sys.executable)
     check.verify(here, names, gpu)
@@ -85,34 +83,34 @@ def _build(values: argparse.Namespace) -> int:
     return 0
 
 
-def _shown(here: Target, framework: str) -> str:
+def _distribution(here: Target, framework: str) -> str:
     distribution, version = here.framework(framework) or ("", "")
     return f"{distribution} {version}"
 
 
 def _check_writable(here: Target) -> None:
-    """Refuse an environment that pip won't install into, before minutes of compiling.
+    """Check that pip can install into this environment, before minutes of compiling.
 
     Raises:
-        BuildError: it belongs to the operating system.
+        BuildError: it belongs to the operating system, or has no pip.
     """
     if here.managed and not os.environ.get("PIP_BREAK_SYSTEM_PACKAGES"):
         raise BuildError(
-            f"{here.python} belongs to the operating system, which lets pip install nothing there: make an environment "
+            f"{here.python} belongs to the operating system, where pip must not install anything: make an environment "
             "(python3 -m venv FOLDER), activate it and install hvdlm in it"
         )
     if "pip" not in here.packages:
         raise BuildError(f"{here.prefix} has no pip: python -m ensurepip, or uv pip install pip")
 
 
-def _frameworks(here: Target, wanted: list[str] | None) -> tuple[str, ...]:
+def _frameworks(here: Target, requested: list[str] | None) -> tuple[str, ...]:
     """Return the frameworks to build for.
 
     Raises:
-        BuildError: one that is named is not installed, or none is.
+        BuildError: a requested one is not installed, or none is.
     """
     installed = check.frameworks(here)
-    for name in wanted or ():
+    for name in requested or ():
         if name not in installed:
             raise BuildError(
                 f"{name} is not installed in {here.prefix}: pip install 'hvdlm[{name}]'"
@@ -121,9 +119,9 @@ def _frameworks(here: Target, wanted: list[str] | None) -> tuple[str, ...]:
     if not installed:
         raise BuildError(
             f"neither PyTorch nor TensorFlow is installed in {here.prefix}: pip install 'hvdlm[torch]' or "
-            "'hvdlm[tensorflow]' first, Horovod is built against them"
+            "'hvdlm[tensorflow]' first, since Horovod is built against them"
         )
-    return tuple(name for name in installed if name in (wanted or installed))
+    return tuple(name for name in installed if name in (requested or installed))
 
 
 def _mpi(here: Target) -> mpi.Mpi:

@@ -1,4 +1,4 @@
-"""What a build prints, and how it runs the commands that take long."""
+"""Prints the progress of a build, and runs its commands."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ SHOWN_EVERY = 15.0  # seconds between two lines of progress
 
 
 class BuildError(Exception):
-    """One sentence, or a few lines, about what keeps Horovod from being built here and what to do."""
+    """Why Horovod can't be built here and what to do, in one sentence or a few lines."""
 
 
 class NoCompilerError(BuildError):
-    """No C++ compiler is here."""
+    """There is no C++ compiler."""
 
 
 def say(text: str) -> None:
@@ -33,10 +33,10 @@ def run(
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
 ) -> None:
-    """Run ``command``, append its output to ``log``, and print a line now and then.
+    """Run ``command``, append its output to ``log``, and print its progress.
 
     Raises:
-        BuildError: it failed; the text is what ``explain`` makes of its output.
+        BuildError: it failed; the text is ``explain(output)``.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
@@ -64,7 +64,7 @@ def run(
 
 
 def output_of(command: Sequence[str], env: Mapping[str, str] | None = None, timeout: float = 60.0) -> str:
-    """Return what a short command prints on both streams; an empty text where it can't be run."""
+    """Return the output of a short command on both streams; "" if it can't be run."""
     try:
         done = subprocess.run(
             command,

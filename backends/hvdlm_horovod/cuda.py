@@ -12,8 +12,8 @@ from pathlib import Path
 from hvdlm_horovod.console import BuildError, output_of
 from hvdlm_horovod.target import Target
 
-# Volta to Blackwell: a kernel for each that nvcc knows, and PTX of the newest for GPUs that come later. The kernels
-# only copy and scale; those of 8.0 run on 8.7 and 8.8, too.
+# Volta to Blackwell: a kernel for each that nvcc supports, and PTX of the newest for later GPUs. The kernels only copy
+# and scale; those of 8.0 also run on 8.7 and 8.8.
 ARCHITECTURES = (70, 75, 80, 86, 89, 90, 100, 103, 110, 120)
 _TORCH_CUDA = "import torch; print(torch.__version__, torch.version.cuda)"
 _TENSORFLOW_CUDA = (
@@ -23,7 +23,7 @@ _TENSORFLOW_CUDA = (
 
 @dataclass(frozen=True)
 class Cuda:
-    """A CUDA toolkit: its folder, nvcc and its version, as 13.0."""
+    """A CUDA toolkit: its folder, its nvcc and its version, for example 13.0."""
 
     home: Path
     nvcc: str
@@ -32,7 +32,7 @@ class Cuda:
 
 @dataclass(frozen=True)
 class Nccl:
-    """Where NCCL lies; ``rpath`` is where the built library looks for it, and ``origin`` says it in words."""
+    """NCCL: its folder, the ``rpath`` of the built library, and its ``origin`` in words."""
 
     home: Path | None
     rpath: tuple[str, ...]
@@ -43,7 +43,7 @@ def find(env: Mapping[str, str] = os.environ) -> Cuda:
     """Return the toolkit of HOROVOD_CUDA_HOME or CUDA_HOME, or that of the nvcc on PATH, or ``/usr/local/cuda``.
 
     Raises:
-        BuildError: there is none, or the variable names a folder without nvcc.
+        BuildError: there is none, or the variable is a folder without nvcc.
     """
     for variable in ("HOROVOD_CUDA_HOME", "CUDA_HOME"):
         if env.get(variable):
@@ -64,7 +64,7 @@ def find(env: Mapping[str, str] = os.environ) -> Cuda:
 
 
 def _toolkit(nvcc: str) -> Cuda:
-    """Return the toolkit that ``nvcc``, which may be a link or a script, belongs to."""
+    """Return the toolkit of ``nvcc``, which may be a link or a script."""
     release = re.search(r"release (\d+\.\d+)", output_of([nvcc, "--version"]))
     if release is None:
         raise BuildError(
@@ -91,15 +91,15 @@ def check_frameworks(target: Target, frameworks: tuple[str, ...], cuda: Cuda) ->
 
 
 def check_version(framework: str, version: str, built_for: str, cuda: Cuda) -> None:
-    """Check one framework's CUDA version, ``None`` where it was built without.
+    """Check one framework's CUDA version (``None``: built without CUDA) against the toolkit's.
 
     Raises:
-        BuildError: it doesn't fit.
+        BuildError: they don't match.
     """
     if built_for == "None":
         raise BuildError(
             f"GPU operations: {framework} {version} was built without CUDA: install a {framework} built for CUDA "
-            f"{cuda.version}, which is what {cuda.nvcc} compiles for, or build without GPU operations"
+            f"{cuda.version}, for which {cuda.nvcc} compiles, or build without GPU operations"
         )
     if built_for.split(".")[0] != cuda.version.split(".")[0]:
         raise BuildError(
@@ -112,7 +112,7 @@ def check_version(framework: str, version: str, built_for: str, cuda: Cuda) -> N
 def nccl(target: Target, cuda: Cuda, folder: Path, env: Mapping[str, str] = os.environ) -> Nccl:
     """Return the NCCL to build against; links to that of a Python package are made in ``folder``.
 
-    HOROVOD_NCCL_HOME stands; else the system's or the toolkit's; else torch's own dependency from PyPI.
+    HOROVOD_NCCL_HOME comes first, then the system's or the toolkit's NCCL, then torch's dependency from PyPI.
 
     Raises:
         BuildError: there is none.
@@ -136,8 +136,9 @@ def nccl(target: Target, cuda: Cuda, folder: Path, env: Mapping[str, str] = os.e
 
 
 def _absolute(env: Mapping[str, str]) -> tuple[str, ...]:
-    named = env.get("HOROVOD_NCCL_LIB") or (env.get("HOROVOD_NCCL_HOME", "") + "/lib")
-    return (named,) if os.path.isabs(named) and Path(named).is_dir() and not named.startswith("/usr/lib") else ()
+    """Return the user's library folder as rpath, unless the loader finds it anyway."""
+    folder = env.get("HOROVOD_NCCL_LIB") or (env.get("HOROVOD_NCCL_HOME", "") + "/lib")
+    return (folder,) if os.path.isabs(folder) and Path(folder).is_dir() and not folder.startswith("/usr/lib") else ()
 
 
 def _library(home: Path) -> Path | None:
@@ -147,7 +148,7 @@ def _library(home: Path) -> Path | None:
 
 
 def _linked(package: Path, folder: Path) -> Path:
-    """Make links in ``folder`` with the names that CMake looks for; the package has only ``libnccl.so.2``."""
+    """Make links with the names that CMake looks for in ``folder``: the package has only ``libnccl.so.2``."""
     home = folder / "nccl"
     (home / "lib").mkdir(parents=True)
     (home / "include").symlink_to(package / "include")
@@ -158,34 +159,34 @@ def _linked(package: Path, folder: Path) -> Path:
 
 
 def architectures(cuda: Cuda, env: Mapping[str, str] = os.environ) -> str:
-    """Return the value of HOROVOD_BUILD_CUDA_CC_LIST: the user's, or of those above what this nvcc knows.
+    """Return the value of HOROVOD_BUILD_CUDA_CC_LIST: the user's, or the architectures that this nvcc supports.
 
     Raises:
-        BuildError: nvcc knows none of them.
+        BuildError: nvcc supports none of them.
     """
     if env.get("HOROVOD_BUILD_CUDA_CC_LIST"):
         return env["HOROVOD_BUILD_CUDA_CC_LIST"]
-    known = {int(number) for number in re.findall(r"^sm_(\d+)$", output_of([cuda.nvcc, "--list-gpu-code"]), re.M)}
-    chosen = [number for number in ARCHITECTURES if number in known]
-    if not chosen:
+    supported = {int(number) for number in re.findall(r"^sm_(\d+)$", output_of([cuda.nvcc, "--list-gpu-code"]), re.M)}
+    codes = [number for number in ARCHITECTURES if number in supported]
+    if not codes:
         raise BuildError(
             f"{cuda.nvcc} (CUDA {cuda.version}) lists none of the GPU architectures {ARCHITECTURES[0]} to "
             f"{ARCHITECTURES[-1]}: set HOROVOD_BUILD_CUDA_CC_LIST, for example to 80,90"
         )
-    return ",".join(map(str, chosen))
+    return ",".join(map(str, codes))
 
 
 def environment(
     env: Mapping[str, str], operations: str, cuda: Cuda, library: Nccl | None, codes: str
 ) -> dict[str, str]:
-    """Return ``env`` with what Horovod's build reads about GPUs."""
+    """Return ``env`` with the variables that Horovod's build reads about GPUs."""
     changed = dict(
         env,
         HOROVOD_GPU_OPERATIONS=operations,
         HOROVOD_CUDA_HOME=str(cuda.home),
         CUDA_HOME=str(cuda.home),
         HOROVOD_BUILD_CUDA_CC_LIST=codes,
-        # Horovod's script asks the first nvcc on PATH, so does PyTorch.
+        # Horovod's script and PyTorch use the first nvcc on PATH.
         PATH=f"{cuda.home / 'bin'}{os.pathsep}{env['PATH']}",
     )
     if library is not None and library.home is not None:

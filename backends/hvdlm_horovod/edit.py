@@ -1,4 +1,4 @@
-"""One change to a file of Horovod's source distribution."""
+"""An edit to a file of Horovod's source distribution."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Turns the output of a failed build into its cause and what to do: the first compiler error, the disk, the network."""
+"""Finds the cause of a failed build in its output, and what to do: compiler error, disk, network."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Kind(NamedTuple):
     advice: str
 
 
-# Looked for in the whole output, in this order: what comes first explains what comes later.
+# Searched for in the whole output, in this order: an earlier one is the cause of later ones.
 ENVIRONMENT = (
     Kind(
         r"No space left on device|Disk quota exceeded",
@@ -30,8 +30,8 @@ ENVIRONMENT = (
         _MEMORY,
     ),
 )
-# How compilers, CMake, linkers and nvcc write an error; the first line of the output that is one is the cause. pip
-# indents what a build prints.
+# Formats of errors of compilers, CMake, linkers and nvcc; the first match in the output is the cause. pip indents a
+# build's output.
 ERRORS = (
     r"^ *(?P<file>[^\s:()]+):(?P<line>\d+):(?:\d+:)? (?:fatal |internal compiler )?error: (?P<text>.+)$",  # GCC, Clang
     r"^ *(?P<file>[^\s:()]+)\((?P<line>\d+)\): (?:catastrophic |internal )?error\b[^:]*: (?P<text>.+)$",  # nvcc
@@ -43,7 +43,7 @@ ERRORS = (
     r"^ *(?P<text>.*: undefined reference to .+)$",
     r"^ *(?P<text>.*: error while loading shared libraries: .+)$",
 )
-# Of what such an error says; the first that fits is what to do.
+# Advice by the text of such an error; the first match counts.
 COMPILER = (
     Kind(
         r"Python\.h",
@@ -62,22 +62,22 @@ COMPILER = (
     ),
     Kind(
         r"unsupported GNU version|unsupported clang version|host_config\.h",
-        "This nvcc does not know so new a C++ compiler: name an older one, CXX=/path/to/g++-13, or use a newer CUDA.",
+        "This nvcc does not support so new a compiler: choose an older one, CXX=/path/to/g++-13, or use a newer CUDA.",
     ),
     Kind(
         r"Unsupported gpu architecture",
-        "This nvcc does not know that GPU: set HOROVOD_BUILD_CUDA_CC_LIST to some of nvcc --list-gpu-code, as 80,90.",
+        "This nvcc does not support that GPU: set HOROVOD_BUILD_CUDA_CC_LIST from nvcc --list-gpu-code, like 80,90.",
     ),
     Kind(r"MPI_CXX|Could NOT find MPI|mpi\.h", "Install your MPI's development package, so that mpicxx works."),
     Kind(
         r"unrecognized command[- ]line option .-std|invalid value .c\+\+|is not defined for option 'std'",
-        "The compiler is too old: GCC 11 or Clang 14 at least; CXX=/path/to/g++ names one.",
+        "The compiler is too old: at least GCC 11 or Clang 14 is needed; set CXX=/path/to/g++.",
     ),
     Kind(r"internal compiler error|Segmentation fault", _MEMORY),
     Kind(r"cannot find -lstdc\+\+", "Install GCC's standard library (Debian: libstdc++-dev, or g++)."),
     Kind(
         r"cannot find -l|error while loading shared libraries|unable to find library",
-        "Install the library that is named, or put its folder on LIBRARY_PATH and LD_LIBRARY_PATH.",
+        "Install the named library, or add its folder to LIBRARY_PATH and LD_LIBRARY_PATH.",
     ),
     Kind(
         r"undefined reference",
@@ -86,10 +86,10 @@ COMPILER = (
     ),
 )
 COMPILER_DEFAULT = (
-    f"This compiler refuses Horovod's source: name another, CXX=/path/to/g++-12 (GCC 12 is tested most), {_WITHOUT}. "
+    f"This compiler rejects Horovod's source: choose another, CXX=/path/to/g++-12 (GCC 12 is tested most), {_WITHOUT}. "
     "Please report these lines."
 )
-# What pip says, in this order.
+# Errors of pip, in this order.
 PIP = (
     Kind(r"(?P<text>error: externally-managed-environment)", "Make an environment first: python3 -m venv FOLDER."),
     Kind(r"(?P<text>No module named pip)", "Give this environment pip: python -m ensurepip, or uv pip install pip."),
@@ -108,10 +108,10 @@ _PYTHON = r"^ *(?P<text>\w*(?:Error|Exception): .+)$"
 
 
 def explain(output: str, log: Path, python: str = "", compiler: str = "") -> str:
-    """Return what a failed command's output says, in lines: the cause, the compiler, what to do, the log's path.
+    """Return the explanation of a failed command, in lines: the cause, the compiler, what to do, the log's path.
 
     Args:
-        python: the target's version, for packages that have nothing for it.
+        python: the target's version, for packages without a wheel for it.
         compiler: the compiler's version, shown with its errors.
     """
     cause, advice, compiled = _cause(output, python)
@@ -129,13 +129,13 @@ def first_error(output: str) -> tuple[str, str] | None:
         return None
     first = min(matches, key=lambda match: match.start())
     text = first["text"].strip()
-    parts = first.groupdict()
-    shown = f"{_source(parts['file'])}:{parts['line']}: {text}" if parts.get("file") else text
-    return shown, next((kind.advice for kind in COMPILER if re.search(kind.pattern, shown)), COMPILER_DEFAULT)
+    groups = first.groupdict()
+    error = f"{_source(groups['file'])}:{groups['line']}: {text}" if groups.get("file") else text
+    return error, next((kind.advice for kind in COMPILER if re.search(kind.pattern, error)), COMPILER_DEFAULT)
 
 
 def _cause(output: str, python: str) -> tuple[str, str, bool]:
-    """Return the cause, what to do, and whether a compiler said so."""
+    """Return the cause, what to do, and whether it is a compiler's error."""
     for kind in ENVIRONMENT:
         line = next((line for line in output.splitlines() if re.search(kind.pattern, line)), None)
         if line is not None:
@@ -154,7 +154,7 @@ def _cause(output: str, python: str) -> tuple[str, str, bool]:
 
 
 def _no_distribution(text: str, python: str) -> str:
-    """Return what to do where pip finds no version of a package."""
+    """Return the advice for a package of which pip finds no version."""
     name = re.split(r"[=<>!~\[ ;]", text.removeprefix("No matching distribution found for "))[0]
     return (
         f"The package index has no such {name} for Python {python or 'of this version'} on this machine: use another "
@@ -163,7 +163,7 @@ def _no_distribution(text: str, python: str) -> str:
 
 
 def _source(file: str) -> str:
-    """Return a path as it stands in Horovod's source distribution."""
+    """Return a path relative to Horovod's source distribution."""
     return re.sub(r"^.*/horovod-[\d.]+/", "", file)
 
 

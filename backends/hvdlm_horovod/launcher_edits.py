@@ -1,4 +1,4 @@
-"""Edits to Horovod 0.28.1 for machines whose host name, home folder or user id is not what it expects."""
+"""Edits for machines whose host name, home folder or user id Horovod 0.28.1 does not expect."""
 
 from __future__ import annotations
 

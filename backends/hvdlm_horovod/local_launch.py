@@ -1,8 +1,8 @@
-"""Lets Open MPI 4 start the ranks of its own machine without an ssh client.
+"""Makes Open MPI 4 start local ranks on a machine without an ssh client.
 
-Open MPI 4.1 looks for ``ssh`` or ``rsh`` before it starts anything, and refuses where it finds neither, although it
-needs them for other hosts only (Open MPI 5 and MPICH start local ranks without). Its list of candidates can end in a
-program that always exists: local ranks then start, and a launch on other hosts ends with that program's message.
+Open MPI 4.1 refuses to start any rank where it finds neither ``ssh`` nor ``rsh``, although it needs them for other
+hosts only (Open MPI 5 and MPICH start local ranks without them). With a script at the end of its list of candidates,
+local ranks start, and a launch on other hosts ends with the script's message.
 Standard library only.
 """
 
@@ -20,16 +20,16 @@ _MARK = "# Written by hvdlm: local ranks start without an ssh client."
 
 
 def allow_without_ssh(prefix: Path) -> bool:
-    """Complete the settings of the Open MPI 4 that PyPI's package installed in ``prefix``; return whether it is there.
+    """Add the script to the settings of an Open MPI 4 from PyPI in ``prefix``; return whether there is one.
 
-    With an ssh client nothing changes. A ``plm_rsh_agent`` that the file sets already stands.
+    With an ssh client nothing changes. A ``plm_rsh_agent`` that the file already sets is kept.
     """
     settings = prefix / "etc" / "openmpi-mca-params.conf"
     if not settings.is_file() or not (prefix / "bin" / "orted").exists():  # Open MPI 5 has prted
         return False
     text = settings.read_text(encoding="utf-8")
-    own = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
-    if any(line.split("=")[0].strip() == "plm_rsh_agent" for line in own):
+    lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
+    if any(line.split("=")[0].strip() == "plm_rsh_agent" for line in lines):
         return True
     agent = prefix / "bin" / AGENT
     agent.write_text(_SCRIPT, encoding="utf-8")

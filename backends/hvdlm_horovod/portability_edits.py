@@ -1,4 +1,4 @@
-"""Edits so that Horovod builds with today's frameworks, compilers and Pythons, and starts ranks with today's MPIs."""
+"""Edits for building Horovod with current frameworks, compilers and Pythons, and starting ranks with current MPIs."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ EDITS: tuple[Edit, ...] = (
     ),
 )
 
-# In GCC 13 to 16 fewer of the standard headers include each other, and more of a template is checked before it is used.
-# Where Clang is installed without GCC, nothing may call gcc.
+# In GCC 13 to 16 fewer standard headers include each other, and more of a template is checked before it is
+# instantiated. Where Clang is installed without GCC, nothing may call gcc.
 EDITS += (
     Edit(
         "horovod/common/group_table.h",
@@ -100,7 +100,7 @@ EDITS += (
     ),
 )
 
-# horovodrun starts ranks with mpirun, and tells from `mpirun --version` whose it is.
+# horovodrun starts ranks with mpirun, and recognises the MPI by `mpirun --version`.
 EDITS += (
     Edit(
         "horovod/runner/mpi_run.py",

@@ -1,4 +1,4 @@
-"""The Python environment that Horovod is built for: the interpreter, its folders and what is installed in it."""
+"""The Python environment that Horovod is built for: its interpreter, folders and installed packages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from hvdlm_horovod import failures
 from hvdlm_horovod.console import BuildError, first_line, run, search_path
 
-# The distributions by which a framework may be installed; the first is that of the extra of the same name.
+# The distributions that provide a framework; the first is that of hvdlm's extra of the same name.
 FRAMEWORKS = {
     "torch": ("torch",),
     "tensorflow": ("tensorflow-cpu", "tensorflow", "tensorflow-gpu", "tensorflow-rocm", "intel-tensorflow"),
@@ -35,7 +35,7 @@ print(json.dumps({
 
 @dataclass(frozen=True)
 class Target:
-    """An environment with ``python``; ``packages`` maps the names of distributions to their versions."""
+    """A Python environment; ``packages`` maps the names of distributions to their versions."""
 
     python: str
     prefix: Path
@@ -53,7 +53,7 @@ class Target:
         return Path(self.python).parent
 
     def environment(self) -> dict[str, str]:
-        """Return the environment of commands: the target's programs come first on PATH."""
+        """Return environment variables for commands, with the target's programs first on PATH."""
         env = dict(os.environ, PATH=search_path(self.scripts))
         env.pop("PYTHONHOME", None)
         if self.prefix.joinpath("pyvenv.cfg").exists():
@@ -62,11 +62,11 @@ class Target:
 
     @property
     def key(self) -> dict[str, str]:
-        """What names the environment's log and lock."""
+        """The key of the environment's log and lock."""
         return {"prefix": str(self.prefix)}
 
     def framework(self, name: str) -> tuple[str, str] | None:
-        """Return the distribution and version by which a framework is installed, or None."""
+        """Return the distribution and version that provide a framework, or None."""
         return next(((d, self.packages[d]) for d in FRAMEWORKS[name] if d in self.packages), None)
 
     def pip(
@@ -82,7 +82,7 @@ class Target:
         run(command, log, what, lambda output: failures.explain(output, log, self.version), env, cwd)
 
     def code(self, code: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-        """Run a piece of Python in the target and return what it printed."""
+        """Run Python code in the target; return the finished process with its output."""
         command = [self.python, "-c", code]
         return subprocess.run(command, capture_output=True, text=True, errors="replace", env=env or self.environment())
 
@@ -106,8 +106,8 @@ def inspect(python: str) -> Target:
 
 
 def no_wheels(framework: str, python: str) -> str:
-    """Return what to add to a sentence about a framework without wheels for this Python; empty: it has wheels."""
+    """Return a clause about a framework without wheels for this Python; "" if it has wheels."""
     if framework == "tensorflow" and tuple(map(int, python.split(".")[:2])) > TENSORFLOW_LAST:
         newest = ".".join(map(str, TENSORFLOW_LAST))
-        return f"; TensorFlow has no wheel for Python {python} (3.10 to {newest} have): use one of these, or PyTorch"
+        return f"; TensorFlow has no wheel for Python {python}: use Python 3.10 to {newest}, or PyTorch"
     return ""

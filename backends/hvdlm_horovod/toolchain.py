@@ -1,4 +1,4 @@
-"""The compiler and what else a build needs on this machine: all is checked before anything is compiled."""
+"""Checks before a build: the compiler, make, Python's headers and disk space."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from hvdlm_horovod.console import BuildError, NoCompilerError, first_line, outpu
 from hvdlm_horovod.target import Target
 
 NO_COMPILER_NEEDED = "training with --backend mpi4py needs no Horovod and no compiler"
-# Measured: sources, objects and the wheel of one build; with CUDA there are device objects for every architecture.
+# Measured: sources, objects and the wheel of one build; with CUDA, device objects for every architecture besides.
 BUILD_BYTES = 1_500_000_000
 CUDA_BUILD_BYTES = 3_000_000_000
-TEMPORARY_BYTES = 200_000_000  # the compiler's own files
+TEMPORARY_BYTES = 200_000_000  # of the compiler
 
 _CANDIDATES = ("c++", "g++", "clang++")
-# torch's headers are C++20; PyPI's torch and TensorFlow are built with GCC's standard library.
+# torch's headers need C++20; torch and TensorFlow from PyPI are built with GCC's standard library.
 _PROBE = """
 #include <string>
 #include <version>
@@ -36,7 +36,7 @@ std::string text("text");
 
 @dataclass(frozen=True)
 class Toolchain:
-    """A C++ compiler: the command as CXX names it, its version's first line, and flags that it needs besides."""
+    """A C++ compiler: its command (as in CXX), the first line of its version, and flags that it needs."""
 
     command: tuple[str, ...]
     version: str
@@ -59,21 +59,22 @@ class Toolchain:
 
 
 def find(path: str | None = None) -> Toolchain:
-    """Return the compiler that CXX names, else the first on PATH, after a test that it compiles C++20.
+    """Return the compiler in CXX, else the first on PATH, after checking that it compiles C++20.
 
     Raises:
         BuildError: there is none, or it can't compile what the frameworks' headers need.
     """
     path = os.environ.get("PATH", os.defpath) if path is None else path
-    named = shlex.split(os.environ.get("CXX", ""))
-    command = named or [name for name in _CANDIDATES if shutil.which(name, path=path)][:1]
+    command = (
+        shlex.split(os.environ.get("CXX", "")) or [name for name in _CANDIDATES if shutil.which(name, path=path)][:1]
+    )
     if not command:
         raise NoCompilerError(
             "Horovod needs a C++ compiler, and none is on PATH: install one (Debian: g++, Fedora: gcc-c++, conda: "
             f"cxx-compiler); {NO_COMPILER_NEEDED}"
         )
     if not shutil.which(command[0], path=path):
-        raise BuildError(f"CXX names {command[0]!r}, which is not on PATH: set CXX to a C++ compiler, or unset it")
+        raise BuildError(f"CXX is {command[0]!r}, which is not on PATH: set CXX to a C++ compiler, or unset it")
     version = first_line(output_of([*command, "--version"]))
     errors = _probe(command)
     if "the compiler uses libc++" in errors:
@@ -88,7 +89,7 @@ def find(path: str | None = None) -> Toolchain:
 def _with_libstdcxx(command: list[str], version: str) -> Toolchain:
     """Return the same compiler with GCC's standard library, which the frameworks' wheels are built with."""
     flag = "-stdlib=libstdc++"
-    command = [part for part in command if not part.startswith("-stdlib=")]
+    command = [word for word in command if not word.startswith("-stdlib=")]
     if _probe([*command, flag]):
         raise BuildError(
             f"the compiler uses libc++, and finds no libstdc++, which PyPI's torch and TensorFlow are built with\n"
@@ -99,7 +100,7 @@ def _with_libstdcxx(command: list[str], version: str) -> Toolchain:
 
 
 def _probe(command: list[str]) -> str:
-    """Return the errors of a small compilation, empty where there are none."""
+    """Return the errors of a small compilation; "" if it succeeds."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "probe.cc"
         source.write_text(_PROBE)
@@ -118,12 +119,12 @@ def _probe_failure(errors: str) -> str:
 
 def _probe_advice(errors: str) -> str:
     if "c++20" in errors.lower():
-        return f"what to do: GCC 11 or Clang 14 at least: CXX=/path/to/g++ names one; {NO_COMPILER_NEEDED}"
-    return "what to do: repair the compiler's installation, or name another: CXX=/path/to/g++"
+        return f"what to do: install GCC 11 or Clang 14, or newer, and set CXX=/path/to/g++; {NO_COMPILER_NEEDED}"
+    return "what to do: repair the compiler's installation, or choose another: CXX=/path/to/g++"
 
 
 def _c_compiler(command: tuple[str, ...]) -> str:
-    """Return the C compiler beside a C++ compiler (g++-13: gcc-13, clang++: clang), empty where there is none."""
+    """Return the C compiler that belongs to a C++ compiler (g++-13: gcc-13, clang++: clang); "" if there is none."""
     path = Path(command[-1] if len(command) > 1 and not command[-1].startswith("-") else command[0])
     for cxx, cc in (("clang++", "clang"), ("g++", "gcc"), ("c++", "cc")):
         if path.name.find(cxx) >= 0:
@@ -147,10 +148,10 @@ def check(target: Target, folder: Path, gpu: bool) -> None:
 
 
 def check_headers(target: Target) -> None:
-    """Check that the headers of the target's Python are there.
+    """Check that the headers of the target's Python are installed.
 
     Raises:
-        BuildError: they are not.
+        BuildError: they are missing.
     """
     header = target.include / "Python.h"
     if not header.is_file():

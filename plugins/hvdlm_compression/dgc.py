@@ -10,11 +10,11 @@ from keras import ops
 
 from hvdlm.protocols.compressor import Reduced, Request
 from hvdlm.protocols.types import Tensor
-from hvdlm_compression.top_k import TopK, largest
+from hvdlm_compression.top_k import TopK, largest, sent_count
 
 
 class DGC(TopK):
-    """What is not sent accumulates with its momentum: u = m u + g, v = v + u (eq. 5 and 6); v is sparsified.
+    """Sparsifies v, in which elements that are not sent accumulate with momentum: u = m u + g, v = v + u (eq. 5 and 6).
 
     Where an element is sent, u and v are set to zero (momentum factor masking, eq. 7).
     """
@@ -22,14 +22,16 @@ class DGC(TopK):
     feeds_back = True
 
     def begin(self, step: int) -> Hashable:
-        """Choose the step's share: 25%, 6.25%, ... in four stages of warm-up (section 3.4)."""
-        final, warmup = self.settings.ratio or 0.01, self.settings.warmup
-        self.ratio = max(final, 0.25 ** (1 + 4 * step // warmup)) if step < warmup else final
-        return self.ratio
+        """Choose the step's ratio: 25%, 6.25%, ... in four stages of warm-up (section 3.4)."""
+        warmup = self.settings.warmup
+        self._step_ratio = self.ratio
+        if step < warmup:
+            self._step_ratio = max(self.ratio, 0.25 ** (1 + 4 * step // warmup))
+        return self._step_ratio
 
     def payload_bytes(self, shape: tuple[int, ...]) -> int:
-        """Return the bytes after warm-up."""
-        return 8 * max(1, round(shape[0] * (self.settings.ratio or 0.01)))
+        """Return the bytes of the payload after warm-up."""
+        return 8 * sent_count(shape[0], self.ratio)
 
     def memory(self, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
         """Return the velocity u and the accumulated velocity v, of ``shape``."""
@@ -38,7 +40,7 @@ class DGC(TopK):
     def reduce(
         self, tensor: Tensor, memory: Mapping[str, Any], step: Tensor
     ) -> Generator[Request, list[Tensor], Reduced]:
-        """Sum in one round; see ``interfaces.Compressor``."""
+        """Sum sparsified tensors in one round."""
         if self.settings.clip:
             limit = self.settings.clip * self.ranks**-0.5  # section 3.2
             norm = ops.sqrt(ops.sum(tensor * tensor))
@@ -46,10 +48,10 @@ class DGC(TopK):
         velocity = ops.convert_to_tensor(memory["velocity"]) * self.settings.momentum + tensor
         accumulated = ops.convert_to_tensor(memory["accumulated"]) + velocity
         shape = tuple(tensor.shape)
-        places = largest(accumulated, self.ratio)
-        payload = [ops.take(accumulated, places), places]
-        kept = 1.0 - self.decompress([ops.ones_like(payload[0]), places], shape, step)
+        indices = largest(accumulated, self._step_ratio)
+        payload = [ops.take(accumulated, indices), indices]
+        kept = 1.0 - self.decompress([ops.ones_like(payload[0]), indices], shape, step)
         memory["velocity"].assign(velocity * kept)
         memory["accumulated"].assign(accumulated * kept)
-        answer = yield Request("all_gather", payload)
-        return self.add_up(answer, shape, step), lambda: self.decompress(payload, shape, step)
+        gathered = yield Request("all_gather", payload)
+        return self.add_up(gathered, shape, step), lambda: self.decompress(payload, shape, step)

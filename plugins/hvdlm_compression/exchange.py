@@ -1,4 +1,4 @@
-"""The exchange that compresses: what all algorithms share (error feedback, what stays dense, fusing, checkpoints)."""
+"""Exchange of compressed gradients: error feedback, dense tensors, fusion and checkpoints of all algorithms."""
 
 from __future__ import annotations
 
@@ -21,7 +21,12 @@ from hvdlm_compression.rounds import Rounds, dense
 
 @dataclass
 class Unit:
-    """What is compressed as one tensor of ``shape``: a matrix, or all compressible slots of a bucket as a vector."""
+    """One tensor to compress, of ``shape``: a matrix, or all compressible slots of a bucket as a vector.
+
+    Attributes:
+        error: the error feedback's Variable; None: no error feedback.
+        memory: the compressor's own Variables.
+    """
 
     slots: tuple[Slot, ...]
     shape: tuple[int, ...]
@@ -31,7 +36,7 @@ class Unit:
 
 @dataclass
 class Bucket:
-    """A bucket's units and the slots that stay dense; ``start`` is its place in the flat vector."""
+    """A bucket's units and its slots that stay dense; ``start`` is its offset in the flat vector."""
 
     start: int
     units: list[Unit]
@@ -41,42 +46,49 @@ class Bucket:
 class CompressedExchange(AllReduceExchange):
     """Sums compressed gradients.
 
-    Error feedback (Karimireddy et al. 2019, algorithm 2): p = g + e is compressed; e = p - what the others see of p.
+    Error feedback (Karimireddy et al. 2019, algorithm 2): p = g + e, where C(p) is sent and e = p - C(p) is kept.
     """
 
     def __init__(self, group: Group, compressor: Compressor, options: CommunicationConfig) -> None:
         super().__init__(group, options)
-        self.compressor, self._settings = compressor, options.compression
-        wanted = self._settings.error_feedback
-        self._feedback = (compressor.biased if wanted is None else wanted) and not compressor.feeds_back
+        self.compressor = compressor
+        self._settings = options.compression
+        feedback = self._settings.error_feedback
+        if feedback is None:
+            feedback = compressor.biased
+        self._feedback = feedback and not compressor.feeds_back
         self._buckets: list[Bucket] = []
         self._dense = False
-        self._flying: list[_Flight] = []
+        self._in_flight: list[_CompressedSum] = []
 
     def open(self, layout: FlatLayout, parameters: np.ndarray) -> None:
-        """Decide what is compressed, and forget all errors."""
+        """Decide which slots are compressed, and reset all errors."""
         if self._buckets:
             self.load_state({})
             return
         self._step = Variable(np.int32(0), dtype="int32", trainable=False)
-        gains: dict[tuple[int, ...], bool] = {}
+        compressible: dict[tuple[int, ...], bool] = {}
         for index, (first, last) in enumerate(layout.buckets):
             slots = layout.slots[first:last]
             for slot in slots:
                 shape = self._shape(slot)
-                gains.setdefault(shape, self._gains(shape))
-            sent = tuple(slot for slot in slots if gains[self._shape(slot)])
-            rest = tuple(slot for slot in slots if not gains[self._shape(slot)])
-            groups = [(slot,) for slot in sent] if self.compressor.matrices else [sent] if sent else []
-            self._buckets.append(Bucket(layout.bucket_range(index)[0], [self._unit(g) for g in groups], rest))
+                compressible.setdefault(shape, self._is_compressible(shape))
+            compressed = tuple(slot for slot in slots if compressible[self._shape(slot)])
+            uncompressed = tuple(slot for slot in slots if not compressible[self._shape(slot)])
+            if self.compressor.matrices:
+                units = [self._unit((slot,)) for slot in compressed]
+            else:
+                units = [self._unit(compressed)] if compressed else []
+            self._buckets.append(Bucket(layout.bucket_range(index)[0], units, uncompressed))
 
     def _shape(self, slot: Slot) -> tuple[int, ...]:
-        """Return the shape in which the algorithm sees a slot: a matrix keeps its first axis."""
+        """Return the shape in which a slot is compressed: a matrix keeps its first axis."""
         if self.compressor.matrices and len(slot.shape) > 1:
             return (slot.shape[0], (slot.stop - slot.start) // slot.shape[0])
         return (slot.stop - slot.start,)
 
-    def _gains(self, shape: tuple[int, ...]) -> bool:
+    def _is_compressible(self, shape: tuple[int, ...]) -> bool:
+        """Return whether a slot is large enough and its payload small enough."""
         elements = int(np.prod(shape))
         if elements < self._settings.min_elements or (self.compressor.matrices and len(shape) < 2):
             return False
@@ -89,20 +101,20 @@ class CompressedExchange(AllReduceExchange):
         return Unit(slots, shape, error, memory)
 
     def begin(self, step: int) -> Hashable:
-        """Tell the step to the algorithm; return whether it compresses, and its own phase."""
-        self._flying = []
+        """Begin a step; return its phase: ``dense`` before compression starts, else the algorithm's own."""
+        self._in_flight = []
         self._dense = step < self._settings.start_after_steps
         self._step.assign(np.int32(step))
         return "dense" if self._dense else self.compressor.begin(step)
 
     def start(self, bucket: Tensor, index: int) -> Handle:
-        """Begin to sum the flat bucket; see ``interfaces.Exchange``."""
+        """Start to sum the flat bucket."""
         if self._dense or not self._buckets[index].units:
             return super().start(bucket, index)
         scaled = bucket * self._before if self._before != 1.0 else bucket
-        flight = _Flight(self._buckets[index], self._rounds(scaled, index), self._after, self._land)
-        self._flying.append(flight)
-        return flight
+        handle = _CompressedSum(self._buckets[index], self._rounds(scaled, index), self._after, self._finish_rounds)
+        self._in_flight.append(handle)
+        return handle
 
     def _rounds(self, bucket: Tensor, index: int) -> Rounds:
         plan = self._buckets[index]
@@ -113,14 +125,15 @@ class CompressedExchange(AllReduceExchange):
         return Rounds(self._group, f"gradients.{index}", jobs)
 
     def _gather(self, bucket: Tensor, plan: Bucket, slots: tuple[Slot, ...]) -> Tensor:
+        """Return the elements of ``slots`` as one vector."""
         if slots[0].start == plan.start and slots[-1].stop - plan.start == bucket.shape[0] and not plan.dense:
             return bucket if len(plan.units) == 1 else bucket[: bucket.shape[0]]
-        parts = [bucket[slot.start - plan.start : slot.stop - plan.start] for slot in slots]
-        return parts[0] if len(parts) == 1 else ops.concatenate(parts)
+        vectors = [bucket[slot.start - plan.start : slot.stop - plan.start] for slot in slots]
+        return vectors[0] if len(vectors) == 1 else ops.concatenate(vectors)
 
-    def _job(self, unit: Unit, part: Tensor, step: Tensor) -> Any:
-        """Compress with error feedback; a generator as ``Compressor.reduce``."""
-        tensor = ops.reshape(part, unit.shape)
+    def _job(self, unit: Unit, vector: Tensor, step: Tensor) -> Any:
+        """Sum a unit with error feedback; a generator of requests like ``Compressor.reduce``."""
+        tensor = ops.reshape(vector, unit.shape)
         if unit.error is not None:
             tensor = tensor + ops.convert_to_tensor(unit.error)
         total, contribution = yield from self.compressor.reduce(tensor, unit.memory, step)
@@ -128,29 +141,29 @@ class CompressedExchange(AllReduceExchange):
             unit.error.assign(tensor - contribution())
         return ops.reshape(total, (-1,))
 
-    def _land(self) -> None:
-        """Go on with all flights round by round, so that those of one round travel together."""
-        going = True
-        while going:
-            # Every flight advances before the answer counts: any() of a generator would stop at the first.
-            advanced = [flight.rounds.advance() for flight in self._flying]
-            going = any(advanced)
+    def _finish_rounds(self) -> None:
+        """Advance all buckets round by round, so that the collectives of a round overlap."""
+        unfinished = True
+        while unfinished:
+            # A list, since any() of a generator would stop at the first bucket that has another round.
+            advanced = [handle.rounds.advance() for handle in self._in_flight]
+            unfinished = any(advanced)
 
     def state(self) -> dict[str, np.ndarray]:
-        """Return errors and memories: by parameter name where they have its elements, else by the unit's first."""
-        found = {}
+        """Return errors and memories: by parameter where the sizes match, else by the unit's first parameter."""
+        arrays = {}
         for unit, kind, variable in self._variables():
             array = np.array(ops.convert_to_numpy(variable))
-            for name, (start, stop), shape in _places(unit, array.shape):
-                found[f"{kind}/{name}"] = array.reshape(-1)[start:stop].reshape(shape)
-        return found
+            for name, (start, stop), shape in _by_parameter(unit, array.shape):
+                arrays[f"{kind}/{name}"] = array.reshape(-1)[start:stop].reshape(shape)
+        return arrays
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
-        """Take over what ``state`` returned; what is missing starts afresh."""
+        """Restore what ``state`` returned; arrays that are missing get their initial values."""
         for unit, kind, variable in self._variables():
-            fresh = self.compressor.memory(unit.shape).get(kind)
-            array = np.zeros(unit.shape, np.float32) if fresh is None else fresh.copy()
-            for name, (start, stop), shape in _places(unit, array.shape):
+            initial = self.compressor.memory(unit.shape).get(kind)
+            array = np.zeros(unit.shape, np.float32) if initial is None else initial.copy()
+            for name, (start, stop), shape in _by_parameter(unit, array.shape):
                 saved = state.get(f"{kind}/{name}")
                 if saved is None:
                     continue
@@ -163,41 +176,49 @@ class CompressedExchange(AllReduceExchange):
             variable.assign(array)
 
     def _variables(self) -> list[tuple[Unit, str, Any]]:
-        found: list[tuple[Unit, str, Any]] = []
+        """Return (unit, kind, Variable) of all errors and memories."""
+        variables: list[tuple[Unit, str, Any]] = []
         for unit in (unit for bucket in self._buckets for unit in bucket.units):
-            found += [(unit, "error", unit.error)] if unit.error is not None else []
-            found += [(unit, kind, variable) for kind, variable in unit.memory.items()]
-        return found
+            if unit.error is not None:
+                variables.append((unit, "error", unit.error))
+            variables += [(unit, kind, variable) for kind, variable in unit.memory.items()]
+        return variables
 
 
-def _places(unit: Unit, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, int], tuple[int, ...]]]:
-    """Return (parameter name, elements, shape) of the parts of an array that belongs to ``unit``."""
+def _by_parameter(unit: Unit, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, int], tuple[int, ...]]]:
+    """Return (name, range of elements, shape) of each parameter within an array of ``unit``."""
     if shape != unit.shape:
         return [(unit.slots[0].name, (0, int(np.prod(shape))), shape)]
-    found, start = [], 0
+    ranges = []
+    start = 0
     for slot in unit.slots:
         size = slot.stop - slot.start
-        found.append((slot.name, (start, start + size), slot.shape))
+        ranges.append((slot.name, (start, start + size), slot.shape))
         start += size
-    return found
+    return ranges
 
 
-class _Flight:
-    """A bucket under way."""
+class _CompressedSum:
+    """The handle of a bucket in flight; ``finish_rounds`` completes the rounds of all buckets."""
 
-    def __init__(self, bucket: Bucket, rounds: Rounds, factor: float, land: Callable[[], None]) -> None:
-        self._bucket, self.rounds, self._factor, self._land = bucket, rounds, factor, land
+    def __init__(self, bucket: Bucket, rounds: Rounds, factor: float, finish_rounds: Callable[[], None]) -> None:
+        self._bucket = bucket
+        self.rounds = rounds
+        self._factor = factor
+        self._finish_rounds = finish_rounds
 
     def wait(self) -> Tensor:
         """Return the flat sum."""
-        self._land()
-        parts: dict[str, Tensor] = {}
-        owners = [*(unit.slots for unit in self._bucket.units), *([self._bucket.dense] if self._bucket.dense else [])]
-        for slots, result in zip(owners, self.rounds.results, strict=True):
+        self._finish_rounds()
+        by_start: dict[int, Tensor] = {}
+        slots_of_jobs = [unit.slots for unit in self._bucket.units]
+        if self._bucket.dense:
+            slots_of_jobs.append(self._bucket.dense)
+        for slots, result in zip(slots_of_jobs, self.rounds.results, strict=True):
             start = 0
             for slot in slots:
-                parts[slot.name] = (slot.start, result[start : start + slot.stop - slot.start])
+                by_start[slot.start] = result[start : start + slot.stop - slot.start]
                 start += slot.stop - slot.start
-        ordered = [part for _, part in sorted(parts.values(), key=lambda item: item[0])]
-        whole = ordered[0] if len(ordered) == 1 else ops.concatenate(ordered)
-        return whole if self._factor == 1.0 else whole * self._factor
+        ordered = [vector for _, vector in sorted(by_start.items())]
+        total = ordered[0] if len(ordered) == 1 else ops.concatenate(ordered)
+        return total if self._factor == 1.0 else total * self._factor

@@ -1,4 +1,4 @@
-"""Gradients as fp16: half of fp32's bytes, summed by Horovod as they are."""
+"""Gradients in fp16: half of the bytes of fp32, summed by the all-reduce in fp16."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from keras import ops
 
 from hvdlm.protocols.types import Tensor
-from hvdlm_compression.base import Compressor
+from hvdlm_compression.compressor import Compressor
 
 
 class Float16(Compressor):
-    """Rounds to fp16; values above 65504 would become infinite: ``communication.predivide`` keeps sums below."""
+    """Rounds to fp16; ``communication.predivide`` keeps sums below 65504, above which they become infinite."""
 
     collective = "all_reduce"
     biased = False

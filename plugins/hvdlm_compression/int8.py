@@ -9,12 +9,12 @@ from hvdlm_compression.qsgd import QSGD
 
 
 class Int8(QSGD):
-    """8 bits an element, scaled by the block's largest magnitude."""
+    """Quantises to 8 bits an element, scaled by the block's largest magnitude."""
 
     default_block = 256
 
     def bits(self) -> int:
-        """Return 8."""
+        """Return the bits of an element, its sign included."""
         return 8
 
     def scale(self, rows: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Rarer synchronisation: ranks train by themselves and agree every H steps (local SGD and DiLoCo)."""
+"""Infrequent synchronisation: ranks train independently and are averaged every H steps (local SGD and DiLoCo)."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from hvdlm.protocols.types import Tensor
 
 
 class LocalExchange(AllReduceExchange):
-    """Every ``steps`` steps, the outer optimizer moves the parameters by the mean of the ranks' differences.
+    """Every H steps, an outer optimizer applies the mean of the ranks' parameter differences.
 
     DiLoCo (Douillard et al. 2023, algorithm 1): d = mean(theta_before - theta_rank); Nesterov momentum on d:
-    m = mu m + d; theta = theta_before - lr (mu m + d). With lr = 1 and mu = 0 that is the mean of the parameters:
-    local SGD (Stich 2019, algorithm 1). The differences travel through ``inner``, which may compress them.
+    m = mu m + d; theta = theta_before - lr (mu m + d). With lr = 1 and mu = 0, theta is the mean of the parameters:
+    local SGD (Stich 2019, algorithm 1). The differences are summed by the exchange ``inner``, which may compress them.
     """
 
     replicas_diverge = True
@@ -28,13 +28,17 @@ class LocalExchange(AllReduceExchange):
         self, group: Group, inner: AllReduceExchange, settings: LocalConfig, rate: float, momentum: float, last: int
     ) -> None:
         super().__init__(group)
-        self._inner, self._every, self._warmup, self._last = inner, settings.steps, settings.warmup, last
-        self._rate, self._momentum = rate, momentum
+        self._inner = inner
+        self._every = settings.steps
+        self._warmup = settings.warmup
+        self._last = last
+        self._rate = rate
+        self._momentum = momentum
         self._phase = "local"
         self._ready = False
 
     def open(self, layout: FlatLayout, parameters: np.ndarray) -> None:
-        """Begin a round from ``parameters``; forget the outer momentum."""
+        """Begin a round from ``parameters``; reset the outer momentum."""
         self._inner.open(layout, parameters)
         self._layout = layout
         if not self._ready:
@@ -51,7 +55,7 @@ class LocalExchange(AllReduceExchange):
         return self._phase != "local"
 
     def begin(self, step: int) -> Hashable:
-        """Return ``every`` in the warm-up, ``sync`` where a round (or the run) ends, else ``local``."""
+        """Return the step's phase: ``every`` in the warm-up, ``sync`` where a round or the run ends, else ``local``."""
         done = step + 1
         self._phase = "every" if step < self._warmup else "local"
         if self._phase == "local" and (done % self._every == 0 or done == self._last):
@@ -60,15 +64,15 @@ class LocalExchange(AllReduceExchange):
         return (self._phase, self._inner.begin(step) if self._phase == "sync" else None)
 
     def start(self, bucket: Tensor, index: int) -> Handle:
-        """Sum the gradient in the warm-up; else leave it this rank's own."""
+        """Sum the gradient over the ranks in the warm-up; afterwards return this rank's gradient."""
         return super().start(bucket, index) if self._phase == "every" else Done(bucket)
 
     def start_metrics(self, values: Tensor) -> Handle:
-        """Sum the metrics in the warm-up; else leave them this rank's own."""
+        """Sum the metrics over the ranks in the warm-up; afterwards return this rank's metrics."""
         return super().start_metrics(values) if self._phase == "every" else Done(values)
 
     def finish(self, parameters: Tensor) -> Tensor | None:
-        """Where a round ends, return the parameters that all ranks go on from."""
+        """Return the parameters from which all ranks continue if a round has ended, else None."""
         if self._phase == "local":
             return None
         if self._phase == "every":
@@ -88,17 +92,17 @@ class LocalExchange(AllReduceExchange):
         return agreed
 
     def state(self) -> dict[str, np.ndarray]:
-        """Return the outer momentum and what ``inner`` remembers."""
-        found = dict(self._inner.state())
+        """Return the outer momentum and the state of ``inner``."""
+        state = dict(self._inner.state())
         if self._velocity is not None:
             arrays = self._layout.unflatten(np.array(ops.convert_to_numpy(self._velocity)))
-            found.update({f"outer_momentum/{name}": array for name, array in arrays.items()})
-        return found
+            state.update({f"outer_momentum/{name}": array for name, array in arrays.items()})
+        return state
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
-        """Take over what ``state`` returned; what is missing starts afresh."""
+        """Restore what ``state`` returned; a momentum that is missing starts at zero."""
         self._inner.load_state(state)
         if self._velocity is not None:
             zeros = self._layout.unflatten(np.zeros(self._layout.size, np.float32))
-            saved = {name: state.get(f"outer_momentum/{name}", zero) for name, zero in zeros.items()}
-            self._velocity.assign(self._layout.flatten(saved))
+            momentum = {name: state.get(f"outer_momentum/{name}", zero) for name, zero in zeros.items()}
+            self._velocity.assign(self._layout.flatten(momentum))

@@ -9,18 +9,24 @@ from hvdlm import hookimpl
 from hvdlm.config import Config
 from hvdlm.protocols.compressor import CompressorMaker
 from hvdlm.protocols.group import Group
-from hvdlm_compression import plugin, settings
+from hvdlm_compression import checks, plugin
+
+# With these, the outer optimizer sets the parameters to the ranks' mean.
+OUTER_LEARNING_RATE = 1.0
+OUTER_MOMENTUM = 0.0
 
 
 @hookimpl
 def hvdlm_check(config: Config, spec: Any) -> None:
-    """Refuse settings that don't fit together."""
-    settings.check_rounds(config)
+    """Refuse combinations of options that infrequent synchronisation does not support."""
+    checks.check_rounds(config)
 
 
 @hookimpl
 def hvdlm_make_exchange(
     name: str, group: Group, config: Config, compressors: Mapping[str, CompressorMaker], index: int
 ) -> Any:
-    """Answer to ``local_sgd``."""
-    return plugin.make_local(name, group, config, compressors, index) if name == "local_sgd" else None
+    """Return the exchange named ``local_sgd``."""
+    if name != "local_sgd":
+        return None
+    return plugin.make_local(group, config, compressors, index, OUTER_LEARNING_RATE, OUTER_MOMENTUM)

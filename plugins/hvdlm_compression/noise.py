@@ -1,4 +1,4 @@
-"""Random numbers that both frameworks draw alike: functions of seed, step and place, never of a generator's state."""
+"""Random numbers that are equal in both frameworks: functions of seed, step and index, without generator state."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def uniform(count: int, step: Tensor, seed: int) -> Tensor:
 def dither(rows: int, width: int, step: Tensor, seed: int) -> Tensor:
     """Return float32 ``[rows, width]`` in [0, 1), each number uniform over steps and seeds.
 
-    A row is the step's random vector shifted by the row's own constant (modulo 1): far cheaper than a hash for every
-    element, which takes longer than a small model's step.
+    A row is the step's random vector plus the row's own constant, modulo 1: a hash for every element would take longer
+    than a small model's step.
     """
-    own = np.random.Generator(np.random.Philox(key=seed)).random((rows, 1), np.float32)
-    shifted = uniform(width, step, seed) + ops.convert_to_tensor(own)
+    offsets = np.random.Generator(np.random.Philox(key=seed)).random((rows, 1), np.float32)
+    shifted = uniform(width, step, seed) + ops.convert_to_tensor(offsets)
     return shifted - ops.floor(shifted)
 
 
@@ -32,6 +32,6 @@ def _word(value: int) -> Tensor:
     return ops.convert_to_tensor(np.uint32(value).view(np.int32))
 
 
-def _shifted(bits: Tensor, places: int) -> Tensor:
-    """Return a logical shift to the right: the sign bit is no sign here."""
-    return ops.bitwise_and(ops.right_shift(bits, places), _word(0xFFFFFFFF >> places))
+def _shifted(bits: Tensor, count: int) -> Tensor:
+    """Return a logical shift to the right: on signed integers ``right_shift`` copies the sign bit."""
+    return ops.bitwise_and(ops.right_shift(bits, count), _word(0xFFFFFFFF >> count))

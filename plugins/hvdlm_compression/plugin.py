@@ -1,4 +1,4 @@
-"""The entry point: names the algorithms and makes the exchanges; only then keras is imported."""
+"""Entry point of compression: registers the algorithms and makes the exchanges, which import keras."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from hvdlm.config import CompressionConfig, Config
 from hvdlm.plugins import keras_alone
 from hvdlm.protocols.compressor import Compressor, CompressorMaker
 from hvdlm.protocols.group import Group
-from hvdlm_compression import settings
+from hvdlm_compression import checks
 
+# A built-in compressor is registered by this line and nothing else: its name and its class.
 ALGORITHMS = {
     "fp16": "fp16.Float16",
     "bf16": "bf16.BFloat16",
@@ -30,8 +31,8 @@ ALGORITHMS = {
 def _maker(path: str) -> CompressorMaker:
     module, name = path.split(".")
 
-    def make(options: CompressionConfig, seed: int, index: int, ranks: int) -> Compressor:
-        return getattr(_imported(module), name)(options, seed, place, ranks)
+    def make(options: CompressionConfig, seed: int, group_rank: int, ranks: int) -> Compressor:
+        return getattr(_imported(module), name)(options, seed, group_rank, ranks)
 
     return make
 
@@ -49,33 +50,47 @@ def hvdlm_compressors() -> Mapping[str, CompressorMaker]:
 
 @hookimpl
 def hvdlm_check(config: Config, spec: Any) -> None:
-    """Refuse settings that don't fit together."""
-    settings.check_compression(config, spec)
+    """Refuse combinations of options that compression does not support."""
+    checks.check_compression(config, spec)
 
 
 @hookimpl(tryfirst=True)
 def hvdlm_make_exchange(
     name: str, group: Group, config: Config, compressors: Mapping[str, CompressorMaker], index: int
 ) -> Any:
-    """Answer to ``all_reduce``, before the core does, where gradients are compressed."""
+    """Return the exchange ``all_reduce`` where gradients are compressed; called before the core's own hook."""
     return make_compressed(group, config, compressors, index) if name == "all_reduce" else None
 
 
-def make_compressed(group: Group, config: Config, compressors: Mapping[str, CompressorMaker], index: int) -> Any:
-    """Return the exchange that compresses as ``config`` says, or None."""
+def make_compressed(group: Group, config: Config, compressors: Mapping[str, CompressorMaker], group_rank: int) -> Any:
+    """Return the exchange that compresses gradients, or None where ``config`` chooses no compression."""
     options = config.communication
     if options.compression.algorithm == "none":
         return None
     maker = compressors[options.compression.algorithm]
-    compressor = maker(options.compression, config.train.seed, place, len(group.ranks))
+    compressor = maker(options.compression, config.train.seed, group_rank, len(group.ranks))
     return _imported("exchange").CompressedExchange(group, compressor, options)
 
 
-def make_local(name: str, group: Group, config: Config, compressors: Mapping[str, CompressorMaker], index: int) -> Any:
-    """Return the exchange of rarer synchronisation, its differences compressed where ``config`` says so."""
+def make_local(
+    group: Group,
+    config: Config,
+    compressors: Mapping[str, CompressorMaker],
+    group_rank: int,
+    learning_rate: float,
+    momentum: float,
+) -> Any:
+    """Return the exchange of infrequent synchronisation, with compressed differences where ``config`` says so.
+
+    ``learning_rate`` and ``momentum`` are the outer optimizer's, unless ``communication.local`` sets them.
+    """
     from hvdlm.communication.all_reduce import AllReduceExchange
 
     options = config.communication
-    inner = make_compressed(group, config, compressors, index) or AllReduceExchange(group, options)
-    rate, momentum = settings.outer(options, name)
-    return _imported("local").LocalExchange(group, inner, options.local, rate, momentum, config.train.steps)
+    inner = make_compressed(group, config, compressors, group_rank) or AllReduceExchange(group, options)
+    if options.local.outer_learning_rate is not None:
+        learning_rate = options.local.outer_learning_rate
+    if options.local.outer_momentum is not None:
+        momentum = options.local.outer_momentum
+    exchange = _imported("local").LocalExchange
+    return exchange(group, inner, options.local, learning_rate, momentum, config.train.steps)

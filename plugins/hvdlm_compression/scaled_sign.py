@@ -8,12 +8,12 @@ import numpy as np
 from keras import ops
 
 from hvdlm.protocols.types import Tensor
-from hvdlm_compression.base import Compressor, blocks
 from hvdlm_compression.bits import pack, unpack
+from hvdlm_compression.compressor import Compressor, blocks
 
 
 class ScaledSign(Compressor):
-    """C(x) = (||x||_1 / n) sign(x) (Karimireddy et al. 2019, algorithm 1), block by block; zero counts as positive."""
+    """C(x) = (||x||_1 / n) sign(x) (algorithm 1) for each block; the sign of zero is positive."""
 
     def compress(self, tensor: Tensor, step: Tensor) -> Sequence[Tensor]:
         """Return [scales float32 ``[blocks]``, signs uint8 ``[blocks, block / 8]``]."""
@@ -31,5 +31,5 @@ class ScaledSign(Compressor):
 
 
 def signs(packed: Tensor) -> Tensor:
-    """Return -1 or 1 as float32 ``[..., n]`` from packed bits."""
+    """Return the signs, -1 or 1, of packed bits: float32 ``[..., n]``."""
     return 2.0 * unpack(packed, 1) - 1.0

@@ -1,4 +1,4 @@
-"""Top-k: only the k elements of largest magnitude travel (Aji and Heafield 2017; Stich et al. 2018, def. 2.1)."""
+"""Top-k: only the k elements of largest magnitude are sent (Aji and Heafield 2017; Stich et al. 2018, def. 2.1)."""
 
 from __future__ import annotations
 
@@ -7,35 +7,37 @@ from collections.abc import Sequence
 from keras import ops
 
 from hvdlm.protocols.types import Tensor
-from hvdlm_compression.base import Compressor
+from hvdlm_compression.compressor import Compressor
 
 
 class TopK(Compressor):
-    """Sends values and their places, 8 bytes an element, by all-gather: ranks choose different places.
+    """Sends values and indices, 8 bytes an element, by all-gather, since ranks choose different indices.
 
-    Contraction (Stich et al. 2018, eq. 7): ||x - C(x)||^2 <= (1 - k/n) ||x||^2.
+    A contraction (Stich et al. 2018, eq. 7): ||x - C(x)||^2 <= (1 - k/n) ||x||^2.
     """
 
+    default_ratio = 0.01
+
     def compress(self, tensor: Tensor, step: Tensor) -> Sequence[Tensor]:
-        """Return [values float32 ``[k]``, places int32 ``[k]``]."""
-        places = largest(tensor, self.settings.ratio or 0.01)
-        return [ops.take(tensor, places), places]
+        """Return [values float32 ``[k]``, indices int32 ``[k]``]."""
+        indices = largest(tensor, self.ratio)
+        return [ops.take(tensor, indices), indices]
 
     def decompress(self, payload: Sequence[Tensor], shape: tuple[int, ...], step: Tensor) -> Tensor:
-        """Return float32 ``[n]``, zero but at the places."""
+        """Return float32 ``[n]``, zero except at the indices."""
         return ops.segment_sum(payload[0], payload[1], num_segments=shape[0])
 
     def add_up(self, payloads: Sequence[Tensor], shape: tuple[int, ...], step: Tensor) -> Tensor:
-        """Return the sum at once: values with the same place add up."""
-        return self.decompress([ops.reshape(part, (-1,)) for part in payloads], shape, step)
+        """Return the sum with one scatter: values at the same index are added."""
+        return self.decompress([ops.reshape(gathered, (-1,)) for gathered in payloads], shape, step)
 
 
-def share(count: int, ratio: float) -> int:
-    """Return how many of ``count`` elements a share of ``ratio`` is: one at least."""
+def sent_count(count: int, ratio: float) -> int:
+    """Return how many of ``count`` elements are sent: the fraction ``ratio``, at least one."""
     return max(1, round(count * ratio))
 
 
 def largest(tensor: Tensor, ratio: float) -> Tensor:
-    """Return int32 ``[k]``: the places of the elements of largest magnitude, in no order."""
-    _, places = ops.top_k(ops.abs(tensor), share(tensor.shape[0], ratio), sorted=False)
-    return ops.cast(places, "int32")
+    """Return the indices of the elements of largest magnitude, unordered: int32 ``[k]``."""
+    _, indices = ops.top_k(ops.abs(tensor), sent_count(tensor.shape[0], ratio), sorted=False)
+    return ops.cast(indices, "int32")

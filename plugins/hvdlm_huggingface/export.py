@@ -1,4 +1,4 @@
-"""Writes a checkpoint as a Hugging Face folder: config.json, model.safetensors, and the tokenizer where it can."""
+"""Writes a checkpoint as a Hugging Face folder: config.json, model.safetensors, and the tokenizer if possible."""
 
 from __future__ import annotations
 
@@ -9,42 +9,42 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from hvdlm_huggingface.formats import FORMATS, Format
 
 from hvdlm.checkpoints.load import Checkpoint
-from hvdlm.checkpoints.merge import Weights
+from hvdlm.checkpoints.merge import MergedWeights
 from hvdlm.checkpoints.rebuild_spec import spec_of
-from hvdlm.checkpoints.safetensors_io import Described, replace_tensors
+from hvdlm.checkpoints.safetensors_io import TensorInfo, replace_tensors
 from hvdlm.data.tokenizers import LIMIT, SLACK, from_json
 from hvdlm.errors import HvdlmError
 from hvdlm.io import untrusted_input
 from hvdlm.io.atomic_files import replace, sync_folder
 from hvdlm.models.gpt import GPTSettings
-from hvdlm.models.spec import ModelSpec, builtin_models
+from hvdlm.models.spec import ModelSpec
+from hvdlm_huggingface.formats import FORMATS, Format
 
 
 def export(checkpoint: Checkpoint, tokenizer: Path | None, output: Path, base: str | None = None) -> tuple[int, str]:
-    """Write the folder ``output``, no more than one tensor in memory; return (numbers written, what is to be known).
+    """Write the folder ``output``, with one tensor at a time in memory; return (parameters written, a note).
 
-    ``tokenizer``: the run's tokenizer.json; ``base``: see ``spec_of``. config.json is written last: without it, it is
-    no model's folder.
+    ``tokenizer``: the run's tokenizer.json; ``base``: see ``spec_of``. The note names the tokenizer that is written,
+    or says why there is none. config.json is written last: an interrupted export is not taken for a model.
 
     Raises:
-        HvdlmError: it is no model that Hugging Face's GPT-2 or Llama computes, or the folder can't be written.
+        HvdlmError: neither GPT-2 nor Llama of transformers computes this model, or the folder can't be written.
     """
-    spec = spec_of(checkpoint, builtin_models(), base)
+    spec = spec_of(checkpoint, base)
     chosen = _format(spec)
     shapes = _shapes(spec, chosen)
-    parts = _parts(shapes, chosen)
-    tensors = {name: _described(shapes, chosen, params) for name, params in parts.items()}
-    weights = Weights(checkpoint, spec)
+    members = _members(shapes, chosen)
+    tensors = {name: _tensor_info(shapes, chosen, params) for name, params in members.items()}
+    weights = MergedWeights(checkpoint, spec)
 
     def array(name: str) -> np.ndarray:
-        found = []
-        for param in parts[name]:
-            one = weights.array(param) if param in weights.tensors else np.zeros(shapes[param], np.float32)
-            found.append(one.T if chosen.place(param).turned else one)
-        return np.concatenate(found, -1) if len(found) > 1 else found[0]
+        arrays = []
+        for param in members[name]:
+            array = weights.array(param) if param in weights.tensors else np.zeros(shapes[param], np.float32)
+            arrays.append(array.T if chosen.location(param).transposed else array)
+        return np.concatenate(arrays, -1) if len(arrays) > 1 else arrays[0]
 
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -61,69 +61,75 @@ def export(checkpoint: Checkpoint, tokenizer: Path | None, output: Path, base: s
 
 
 def _format(spec: ModelSpec) -> Format:
+    """Return the format of the architecture that computes this model.
+
+    Raises:
+        HvdlmError: there is none.
+    """
     s = spec.settings
     if not isinstance(s, GPTSettings):
-        raise HvdlmError(f"Hugging Face has no model like a {spec.kind}: only gpt, gpt2 and llama can be written so.")
-    lacking = {name: one.lacks(s) for name, one in FORMATS.items()}
-    for name, lack in lacking.items():
-        if lack is None:
+        raise HvdlmError(f"Hugging Face has no model like a {spec.kind}: only gpt, gpt2 and llama have this format.")
+    unmet = {name: candidate.unmet(s) for name, candidate in FORMATS.items()}
+    for name, properties in unmet.items():
+        if properties is None:
             return FORMATS[name]
-    wanted = "; ".join(f"{name} has {lack}" for name, lack in lacking.items())
+    required = "; ".join(f"{name} has {properties}" for name, properties in unmet.items())
     raise HvdlmError(
         f"this model has {s.positions} positions, {s.norm}, {s.activation} and {s.kv_heads} key-value heads, which no "
-        f"Hugging Face model has together ({wanted}): write it with --format safetensors."
+        f"Hugging Face model has together ({required}): write it with --format safetensors."
     )
 
 
 def _shapes(spec: ModelSpec, chosen: Format) -> dict[str, tuple[int, ...]]:
-    """Return {parameter: shape}, with the biases that the format has and the model may lack."""
+    """Return {parameter: shape}, with all biases of the format, even those that the model lacks."""
     params = spec.frozen or spec.params
-    found = {param.name: param.shape for param in params}
+    shapes = {param.name: param.shape for param in params}
     if chosen.biased:
         for param in params:
             layer, _, kind = param.name.rpartition(".")
             if kind in ("weight", "scale") and layer != "head":
-                found.setdefault(f"{layer}.bias", param.shape[-1:])
-    return found
+                shapes.setdefault(f"{layer}.bias", param.shape[-1:])
+    return shapes
 
 
-def _parts(names: Iterable[str], chosen: Format) -> dict[str, list[str]]:
-    """Return {tensor: the parameters that lie in it, in order}."""
-    found: dict[str, dict[int, str]] = {}
+def _members(names: Iterable[str], chosen: Format) -> dict[str, list[str]]:
+    """Return {tensor: the parameters that it holds, in order}."""
+    members: dict[str, dict[int, str]] = {}
     for name in names:
-        place = chosen.place(name)
-        found.setdefault(place.tensor, {})[place.part[0]] = name
-    return {tensor: [params[i] for i in sorted(params)] for tensor, params in found.items()}
+        location = chosen.location(name)
+        members.setdefault(location.tensor, {})[location.chunk[0]] = name
+    return {tensor: [params[i] for i in sorted(params)] for tensor, params in members.items()}
 
 
-def _described(shapes: Mapping[str, tuple[int, ...]], chosen: Format, params: list[str]) -> Described:
-    """Return the tensor in which ``params`` lie side by side; what is turned lies alone."""
+def _tensor_info(shapes: Mapping[str, tuple[int, ...]], chosen: Format, params: list[str]) -> TensorInfo:
+    """Return dtype and shape of the tensor that holds ``params`` side by side; a transposed one holds one parameter."""
     shape = shapes[params[0]]
-    if chosen.place(params[0]).turned:
+    if chosen.location(params[0]).transposed:
         return "F32", shape[::-1]
     return "F32", (*shape[:-1], sum(shapes[param][-1] for param in params))
 
 
 def _write_tokenizer(path: Path | None, output: Path) -> str:
-    """Write tokenizer.json and tokenizer_config.json; return what is to be known of it."""
+    """Write tokenizer.json and tokenizer_config.json; return a note: which tokenizer it is, or why there is none."""
     if path is None or not path.is_file():
         return "no tokenizer: only a run's folder (--run) has it"
     try:
-        said = untrusted_input.read_json(path, LIMIT, slack=SLACK)
-        from_json(said)
+        description = untrusted_input.read_json(path, LIMIT, slack=SLACK)
+        from_json(description)  # checks it
     except ValueError as error:
-        raise HvdlmError(f"{path} is no tokenizer of a run: {error}.") from error
-    make = _TOKENIZERS.get(said.get("kind"))
+        raise HvdlmError(f"{path} is not the tokenizer of a run: {error}.") from error
+    kind = description.get("kind")
+    make = _TOKENIZERS.get(kind)
     if make is None:
-        return f"no tokenizer: Hugging Face has no {said.get('kind')} tokenizer like hvdlm's"
-    replace(output / "tokenizer.json", json.dumps(make(said), ensure_ascii=False))
+        return f"no tokenizer: Hugging Face has no {kind} tokenizer like hvdlm's"
+    replace(output / "tokenizer.json", json.dumps(make(description), ensure_ascii=False))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     replace(output / "tokenizer_config.json", json.dumps(settings, indent=2))
-    return f"{said['kind']} tokenizer"
+    return f"{kind} tokenizer"
 
 
-def _bytes(said: Mapping[str, Any]) -> dict[str, Any]:
-    """Return bytes as a byte-level BPE that merges nothing, ids being the bytes."""
+def _bytes(description: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a byte-level BPE tokenizer without merges, whose ids are the bytes."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     # GPT-2's table of printable characters (openai/gpt-2, encoder.py, bytes_to_unicode).
@@ -136,12 +142,12 @@ def _bytes(said: Mapping[str, Any]) -> dict[str, Any]:
     return dict(json.loads(tokenizer.to_str()))
 
 
-def _characters(said: Mapping[str, Any]) -> dict[str, Any]:
-    """Return characters as words of one character."""
+def _characters(description: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a word-level tokenizer whose words are single characters."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    words = {character: number for number, character in enumerate(said["characters"])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token=said["characters"][0]))
+    words = {character: number for number, character in enumerate(description["characters"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token=description["characters"][0]))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
     return dict(json.loads(tokenizer.to_str()))
@@ -150,5 +156,5 @@ def _characters(said: Mapping[str, Any]) -> dict[str, Any]:
 _TOKENIZERS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "byte": _bytes,
     "char": _characters,
-    "bpe": lambda said: dict(said["description"]),
+    "bpe": lambda description: dict(description["description"]),
 }

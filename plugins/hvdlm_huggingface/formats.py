@@ -1,4 +1,4 @@
-"""GPT-2 and Llama as Hugging Face transformers names them: what a config.json means, and where parameters lie."""
+"""Formats of GPT-2 and Llama in Hugging Face transformers: fields of config.json, and names of tensors."""
 
 from __future__ import annotations
 
@@ -13,66 +13,69 @@ Config = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a parameter lies: all of ``tensor``, or its ``part`` (which, of how many) along the last dimension.
+class TensorLocation:
+    """The tensor that holds a parameter.
 
-    ``turned``: the file holds ``[outputs, inputs]``.
+    Attributes:
+        tensor: its name in the file.
+        transposed: whether the file holds it as ``[outputs, inputs]``.
+        chunk: (index, count) of the parameter among those that lie side by side along the last dimension.
     """
 
     tensor: str
-    turned: bool = False
-    part: tuple[int, int] = (0, 1)
+    transposed: bool = False
+    chunk: tuple[int, int] = (0, 1)
 
 
 class Format(ABC):
-    """One architecture.
+    """The format of one architecture.
 
     Attributes:
-        name: its ``model_type`` and hvdlm's preset.
-        prefix: what the names of the base model's tensors begin with.
-        architecture: transformers' class.
-        biased: whether all its layers have biases.
+        name: ``model_type`` in config.json, and the name of hvdlm's preset.
+        prefix: how the names of the base model's tensors begin.
+        architecture: class in transformers.
+        biased: whether all layers have biases.
     """
 
     name: ClassVar[str]
     prefix: ClassVar[str]
     architecture: ClassVar[str]
     biased: ClassVar[bool] = False
-    _outer: ClassVar[Mapping[str, str]]  # hvdlm's name of what lies outside of layers: its name in the base model
+    _outer: ClassVar[Mapping[str, str]]  # outside of layers: {hvdlm's name: name in the base model}
     _layers: ClassVar[str]
-    _inner: ClassVar[Mapping[str, str]]  # the same of what lies in a layer
-    _parts: ClassVar[Mapping[str, tuple[int, int]]] = {}
-    _turned: ClassVar[bool] = False
+    _inner: ClassVar[Mapping[str, str]]  # the same within a layer
+    _chunks: ClassVar[Mapping[str, tuple[int, int]]] = {}
+    _transposed: ClassVar[bool] = False
 
     @abstractmethod
     def settings(self, config: Config) -> dict[str, Any]:
-        """Return what ``config`` says as values of ``ModelConfig``, and as ``context`` the most positions.
+        """Return the fields of ``ModelConfig`` that a config.json stands for, and ``context``, its number of positions.
 
         Raises:
-            ValueError: it asks for what hvdlm's models don't compute; KeyError: it lacks something.
+            ValueError: hvdlm's models don't compute such a model; KeyError: a field is missing.
         """
 
     @abstractmethod
-    def lacks(self, s: GPTSettings) -> str | None:
-        """Return what keeps a model from being one of these; None: it is one."""
+    def unmet(self, s: GPTSettings) -> str | None:
+        """Return the properties of this architecture that a model doesn't have, None if it has all of them."""
 
     @abstractmethod
     def config(self, s: GPTSettings) -> dict[str, Any]:
-        """Return the config.json of a model with these settings."""
+        """Return the content of config.json for a model with these settings."""
 
-    def place(self, name: str) -> Place:
-        """Return where the parameter ``name`` lies."""
+    def location(self, name: str) -> TensorLocation:
+        """Return which tensor holds the parameter ``name``."""
         if name == "head.weight":
-            return Place("lm_head.weight")
+            return TensorLocation("lm_head.weight")
         if name.startswith("embed."):
-            return Place(f"{self.prefix}{self._outer[name]}.weight")
+            return TensorLocation(f"{self.prefix}{self._outer[name]}.weight")
         path, _, kind = name.rpartition(".")
-        end = "bias" if kind == "bias" else "weight"
+        suffix = "bias" if kind == "bias" else "weight"
         if path in self._outer:
-            return Place(f"{self.prefix}{self._outer[path]}.{end}")
+            return TensorLocation(f"{self.prefix}{self._outer[path]}.{suffix}")
         _, layer, inner = path.split(".", 2)
-        tensor = f"{self.prefix}{self._layers}.{layer}.{self._inner[inner]}.{end}"
-        return Place(tensor, self._turned and kind == "weight", self._parts.get(inner, (0, 1)))
+        tensor = f"{self.prefix}{self._layers}.{layer}.{self._inner[inner]}.{suffix}"
+        return TensorLocation(tensor, self._transposed and kind == "weight", self._chunks.get(inner, (0, 1)))
 
 
 class GPT2(Format):
@@ -91,10 +94,10 @@ class GPT2(Format):
         "mlp.up": "mlp.c_fc",
         "mlp.down": "mlp.c_proj",
     }
-    _parts: ClassVar = {"attention.query": (0, 3), "attention.key": (1, 3), "attention.value": (2, 3)}
+    _chunks: ClassVar = {"attention.query": (0, 3), "attention.key": (1, 3), "attention.value": (2, 3)}
 
     def settings(self, config: Config) -> dict[str, Any]:
-        """Return what ``config`` says; see ``Format``."""
+        """Return the fields of ``ModelConfig`` and ``context`` that ``config`` stands for."""
         _expect(config, "activation_function", ("gelu_new", "gelu_pytorch_tanh"), "gelu_new")
         _expect(config, "scale_attn_weights", (True,), True)
         _expect(config, "scale_attn_by_inverse_layer_idx", (False,), False)
@@ -117,14 +120,14 @@ class GPT2(Format):
             "context": _count(config, "n_positions"),
         }
 
-    def lacks(self, s: GPTSettings) -> str | None:
-        """Return what keeps a model from being a GPT-2."""
+    def unmet(self, s: GPTSettings) -> str | None:
+        """Return the properties of GPT-2 that a model doesn't have, None if it has all of them."""
         if (s.positions, s.norm, s.activation) != ("learned", "layernorm", "gelu"):
             return "learned positions, layernorm and gelu"
         return None if s.kv_heads == s.heads else "as many key-value heads as heads"
 
     def config(self, s: GPTSettings) -> dict[str, Any]:
-        """Return the config.json; biases that a model lacks are written as zeros."""
+        """Return the content of config.json; biases that a model lacks are written as zeros."""
         return {
             "model_type": self.name,
             "architectures": [self.architecture],
@@ -147,7 +150,7 @@ class Llama(Format):
 
     name, prefix, architecture = "llama", "model.", "LlamaForCausalLM"
     _outer: ClassVar = {"embed.tokens": "embed_tokens", "final_norm": "norm"}
-    _layers, _turned = "layers", True
+    _layers, _transposed = "layers", True
     _inner: ClassVar = {
         "attention_norm": "input_layernorm",
         "attention.query": "self_attn.q_proj",
@@ -161,7 +164,7 @@ class Llama(Format):
     }
 
     def settings(self, config: Config) -> dict[str, Any]:
-        """Return what ``config`` says; see ``Format``."""
+        """Return the fields of ``ModelConfig`` and ``context`` that ``config`` stands for."""
         _expect(config, "hidden_act", ("silu",), "silu")
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         kind = rope.get("rope_type", rope.get("type", "default"))
@@ -192,13 +195,14 @@ class Llama(Format):
             "context": _count(config, "max_position_embeddings"),
         }
 
-    def lacks(self, s: GPTSettings) -> str | None:
-        """Return what keeps a model from being a Llama."""
-        good = (s.positions, s.norm, s.activation) == ("rotary", "rmsnorm", "swiglu")
-        return None if good else "rotary positions, rmsnorm and swiglu"
+    def unmet(self, s: GPTSettings) -> str | None:
+        """Return the properties of Llama that a model doesn't have, None if it has all of them."""
+        if (s.positions, s.norm, s.activation) != ("rotary", "rmsnorm", "swiglu"):
+            return "rotary positions, rmsnorm and swiglu"
+        return None
 
     def config(self, s: GPTSettings) -> dict[str, Any]:
-        """Return the config.json."""
+        """Return the content of config.json."""
         return {
             "model_type": self.name,
             "architectures": [self.architecture],
@@ -221,16 +225,17 @@ class Llama(Format):
         }
 
 
-FORMATS: dict[str, Format] = {one.name: one for one in (GPT2(), Llama())}
+FORMATS: dict[str, Format] = {architecture.name: architecture for architecture in (GPT2(), Llama())}
 
 
-def _value(config: Config, key: str, kind: Callable[[Any], bool], expected: str, default: Any) -> Any:
+def _value(config: Config, key: str, valid: Callable[[Any], bool], expected: str, default: Any) -> Any:
+    """Return a field of config.json, or ``default`` where it is missing or null; without a default it must be there."""
     value = config.get(key)
     if value is None:
         if default is None:
             raise KeyError(key)
         return default
-    if not kind(value):
+    if not valid(value):
         raise ValueError(f"its {key} is {str(value)[:40]!r}, expected {expected}")
     return value
 

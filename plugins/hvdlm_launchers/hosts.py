@@ -1,6 +1,6 @@
-"""Which hosts a run can be started on now, and on how many ranks.
+"""Host discovery: which hosts a run can be started on now, and on how many ranks.
 
-Hosts come from a script, as ``horovodrun --host-discovery-script`` takes it; those that don't answer are left out.
+Hosts come from a script such as ``horovodrun --host-discovery-script`` takes; hosts that are unreachable are left out.
 """
 
 from __future__ import annotations
@@ -23,72 +23,75 @@ from hvdlm.errors import HvdlmError
 from hvdlm.parallel.mesh import make_mesh
 
 PROBE = "ssh -o BatchMode=yes -o ConnectTimeout=5 {host} true"
-"""What asks a host whether it answers: exit code 0."""
+"""Default command that checks whether a host is reachable: exit code 0."""
 
 _LINE = re.compile(r"([A-Za-z0-9_][\w.-]*)(?::(\d{1,6}))?")  # no leading dash: a host must not become an option
 _LOCAL = ("localhost", "127.0.0.1")
 
 
 class NoHosts(Exception):
-    """No hosts could be found out now, with the reason; they may come."""
+    """The hosts can't be determined now, or are too few; a later attempt may succeed. Carries the reason."""
 
 
 def script(text: str) -> list[str]:
-    """Return the words of a host-discovery script: a file, or a file with arguments.
+    """Return the words of the command for a host-discovery script, given as a file or as a file with arguments.
 
     Raises:
-        HvdlmError: it can't be started.
+        HvdlmError: there is no such program.
     """
     words = [text] if shutil.which(text) else shlex.split(text)
     if not words or shutil.which(words[0]) is None:
         raise HvdlmError(
-            f"--host_discovery_script {text}: there is no such program: name a file that may be executed (chmod +x) "
-            "and prints a line host:slots for every host."
+            f"--host_discovery_script {text}: there is no such program: name an executable file (chmod +x) that prints "
+            "a line host:slots for every host."
         )
     return words
 
 
 def discover(words: list[str], slots: int | None, timeout: float = 30.0) -> dict[str, int]:
-    """Return {host: slots} as the script prints them; ``slots`` of hosts that are printed without.
+    """Return {host: slots} as the script prints them; hosts printed without slots get ``slots``.
 
     Raises:
         NoHosts: the script failed, took longer than ``timeout`` seconds or printed something else.
     """
     with tempfile.TemporaryFile() as output:  # not a pipe, which the script's children could hold open
         try:
-            asked = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=output, start_new_session=True)
+            process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=output, start_new_session=True)
         except OSError as error:
             raise NoHosts(f"the host-discovery script could not be started ({error.strerror})") from error
         try:
-            code = asked.wait(timeout)
+            code = process.wait(timeout)
         except subprocess.TimeoutExpired:
             raise NoHosts(f"the host-discovery script took longer than {timeout:g} s") from None
         finally:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(asked.pid, signal.SIGKILL)
-            asked.wait()
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
         if code:
             raise NoHosts(f"the host-discovery script ended with code {code}")
         output.seek(0)
         lines = output.read(2**20).decode(errors="replace").splitlines()
-    return dict(_host(line.strip(), slots) for line in lines if line.strip())
+    return dict(_parse_line(line.strip(), slots) for line in lines if line.strip())
 
 
-def _host(line: str, slots: int | None) -> tuple[str, int]:
-    found = _LINE.fullmatch(line)
-    if not found:
+def _parse_line(line: str, default_slots: int | None) -> tuple[str, int]:
+    match = _LINE.fullmatch(line)
+    if match is None:
         raise NoHosts(f"the host-discovery script printed {line[:80]!r}, expected host:slots")
-    if found[2] is None and slots is None:
+    host, slots = match.groups()
+    if slots is not None:
+        return host, int(slots)
+    if default_slots is None:
         raise NoHosts(f"the host-discovery script printed {line[:80]!r} without slots: give --slots_per_host")
-    return found[1], int(found[2]) if found[2] is not None else slots or 0
+    return host, default_slots
 
 
-def answering(hosts: Mapping[str, int], probe: str, timeout: float = 15.0) -> dict[str, int]:
-    """Return those of ``hosts`` that answer ``probe``, all asked at once; this machine always does."""
-    here = socket.gethostname()
-    local = {*_LOCAL, here, here.partition(".")[0]}
+def reachable(hosts: Mapping[str, int], probe: str, timeout: float = 15.0) -> dict[str, int]:
+    """Return the hosts for which ``probe`` ends with code 0, all probed at once; this machine is always reachable."""
+    name = socket.gethostname()
+    local = {*_LOCAL, name, name.partition(".")[0]}
 
-    def answers(host: str) -> bool:
+    def responds(host: str) -> bool:
         if host in local:
             return True
         words = [word.replace("{host}", host) for word in shlex.split(probe)]
@@ -99,21 +102,21 @@ def answering(hosts: Mapping[str, int], probe: str, timeout: float = 15.0) -> di
             return False
 
     with ThreadPoolExecutor(min(64, max(1, len(hosts)))) as pool:
-        said = list(pool.map(answers, hosts))
-    return {host: slots for (host, slots), yes in zip(hosts.items(), said, strict=True) if yes and slots > 0}
+        responses = list(pool.map(responds, hosts))
+    return {host: slots for (host, slots), up in zip(hosts.items(), responses, strict=True) if up and slots > 0}
 
 
-def ranks(slots: int, config: Config | None, least: int) -> int:
-    """Return the largest number of ranks, at most ``slots``, that a run with ``config`` can be cut into.
+def usable_ranks(slots: int, config: Config | None, minimum: int) -> int:
+    """Return the largest number of ranks, at most ``slots``, that the layout of ``config`` divides into.
 
     Raises:
-        NoHosts: not even ``least`` ranks can be had; the sentence tells why.
+        NoHosts: that would be fewer than ``minimum``; the sentence says why.
     """
-    reason = f"there are slots for {slots} rank(s), --min_ranks asks for {least}"
-    for count in range(slots, least - 1, -1):
+    reason = f"there are slots for {slots} rank(s), --min_ranks asks for {minimum}"
+    for count in range(slots, minimum - 1, -1):
         try:
             if config is not None:
-                _fits(config, count)
+                _check_layout(config, count)
         except HvdlmError as error:
             reason = str(error)
             continue
@@ -121,7 +124,7 @@ def ranks(slots: int, config: Config | None, least: int) -> int:
     raise NoHosts(reason)
 
 
-def _fits(config: Config, count: int) -> None:
+def _check_layout(config: Config, count: int) -> None:
     mesh = make_mesh(count, config.parallel)
     validation.layout(config, mesh)
     if config.communication.reduction == "adasum" and count & (count - 1):

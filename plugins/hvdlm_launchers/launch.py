@@ -1,14 +1,11 @@
-"""``python -m hvdlm launch``: checks a job and the run in it, writes the job file, and submits it where asked."""
+"""Checks a job and the run in it, writes the job file, and submits it on request (``python -m hvdlm launch``)."""
 
 from __future__ import annotations
 
-import copy
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-
-from hvdlm_launchers.schedulers import kubernetes, lsf, pbs, slurm
-from hvdlm_launchers.schedulers.job import Job, check
 
 from hvdlm import plugins
 from hvdlm.config import Config
@@ -16,20 +13,20 @@ from hvdlm.configuration import validation
 from hvdlm.errors import HvdlmError, nearest
 from hvdlm.parallel.mesh import make_mesh
 from hvdlm.protocols.scheduler import Scheduler
+from hvdlm_launchers.schedulers.job import Job, check
 
-_BUILT_IN: Mapping[str, Scheduler] = {"slurm": slurm, "pbs": pbs, "lsf": lsf, "kubernetes": kubernetes}
+_BUILT_IN = "schedulers"  # the plugin with Slurm, PBS, LSF and Kubernetes
 
 
 def launch(
     job: Job, arguments: list[str] | None, read: Callable[[list[str]], Config], output: str | None, submit: bool
 ) -> int:
-    """Write the file of ``job`` to ``output``, or submit it, or print it; return the exit code.
+    """Write the job file to ``output`` and submit it, each if asked for, or else print it; return the exit code.
 
-    ``arguments``: those of ``python -m hvdlm train``, None where something else is to be run; ``read``: makes a
-    configuration of them.
+    ``arguments``: those of ``python -m hvdlm train``, None if another command is given; ``read``: parses them.
 
     Raises:
-        HvdlmError: the first thing found wrong.
+        HvdlmError: the first mistake in the job or the run, or the scheduler refuses the job.
     """
     if arguments is None:
         raise HvdlmError("no run: write python -m hvdlm launch [OPTIONS] -- train --config run.yaml ...")
@@ -48,15 +45,16 @@ def launch(
 
 
 def find(name: str) -> Scheduler:
-    """Return the scheduler of this name: a built-in one, or one of the plugin of this name.
+    """Return the scheduler ``name``: a built-in one, or one that the plugin of this name provides.
 
     Raises:
-        HvdlmError: nobody knows it.
+        HvdlmError: there is no such scheduler.
     """
-    known = dict(_BUILT_IN)
-    if name not in known and name in plugins.installed():
-        for more in plugins.load([name]).hook.hvdlm_schedulers():
-            known.update(more)
+    known: dict[str, Scheduler] = {}
+    for plugin in (_BUILT_IN, name):
+        if name not in known:
+            for schedulers in plugins.load([plugin]).hook.hvdlm_schedulers():
+                known.update(schedulers)
     if name in known:
         return known[name]
     if not name:
@@ -65,12 +63,11 @@ def find(name: str) -> Scheduler:
 
 
 def _check_run(job: Job, config: Config) -> None:
-    """Check the run as its ranks would, as far as this machine can tell."""
-    config = copy.deepcopy(config)
-    if job.image is not None:
-        config.log.run = "."  # the container's folders are not here
+    """Make the checks of a run that need no more than its configuration."""
+    if job.image is not None:  # the container's folders don't exist on this machine
+        config = replace(config, log=replace(config.log, run="."))
     if config.log.overwrite:
-        raise HvdlmError("log.overwrite: the job goes on in its folder: delete the old run, or name another folder.")
+        raise HvdlmError("log.overwrite: the job resumes in its folder: delete the old run, or name another folder.")
     if "-" in (*config.data.paths, *config.data.validation_paths):
         raise HvdlmError("data.path -: a job has no standard input: python -m hvdlm prepare --output FOLDER first.")
     if config.backend == "nccl" and job.ranks_per_node > job.gpus_per_node:
@@ -97,7 +94,7 @@ def _submit(scheduler: Scheduler, text: str) -> None:
     except OSError as error:
         raise HvdlmError(
             f"--submit: {command[0]} can't be started here ({error.strerror}): write the file with --output, and "
-            "submit it where the scheduler is."
+            "submit it on a machine that has the scheduler."
         ) from error
     if code:
-        raise HvdlmError(f"--submit: {command[0]} refused the job with code {code}; what it says stands above.")
+        raise HvdlmError(f"--submit: {command[0]} refused the job with code {code}; its message is above.")

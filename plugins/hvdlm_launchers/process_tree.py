@@ -1,4 +1,4 @@
-"""A command with everything that it starts on this machine: to be signalled as one, and ended without leftovers."""
+"""A command with all processes that it starts on this machine, signalled and ended as one."""
 
 from __future__ import annotations
 
@@ -8,27 +8,28 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 
 import psutil
 
 from hvdlm.errors import HvdlmError
+from hvdlm.io import launcher_env
 
 MARK = "HVDLM_SUPERVISED"
-"""The environment variable by which processes that a command started are known, whoever their parent is by now."""
+"""Environment variable that identifies the processes of a command, even those whose parent has exited."""
 
 LAUNCHERS = {"mpirun", "mpiexec", "orterun", "prterun", "mpiexec.hydra", "srun"}
-"""Pass SIGUSR1 on to their ranks, here and on other hosts."""
+"""Programs that forward SIGUSR1 to their ranks, on this and on other hosts."""
 
 _SHELLS = {"sh", "bash", "dash", "zsh", "ksh"}
-_KEPT = 2**16  # bytes of standard error
+_ERROR_BYTES = 2**16  # how much of standard error is kept
 
 
-class Launched:
-    """A started command, in a session of its own, so that a terminal's Ctrl-C does not reach it by itself.
+class ProcessTree:
+    """A started command, in a session of its own, so that Ctrl-C in a terminal does not reach it directly.
 
-    Its standard input is empty, its standard output this process's; what it writes to standard error is passed on,
-    and the end of it kept in ``errors``.
+    Its standard input is empty and its standard output is this process's. Its standard error is copied to this
+    process's; the last lines are in ``errors``.
 
     Raises:
         HvdlmError: there is no such program.
@@ -43,7 +44,7 @@ class Launched:
         except OSError as error:
             raise HvdlmError(f"{command[0]} can't be started: {error.strerror}: check the command after --.") from error
         self._errors = b""
-        self._reader = threading.Thread(target=self._pass_on, daemon=True)
+        self._reader = threading.Thread(target=self._copy_errors, daemon=True)
         self._reader.start()
 
     @property
@@ -52,34 +53,34 @@ class Launched:
         return self._errors.decode(errors="replace").splitlines()
 
     def poll(self) -> int | None:
-        """Return the exit code, 128 and the signal's number where one ended it; None while it runs."""
+        """Return the exit code (128 plus the signal's number if a signal ended it), or None while it runs."""
         code = self._child.poll()
         return 128 - code if code is not None and code < 0 else code
 
-    def stop(self) -> None:
-        """Ask the run to save and stop: SIGUSR1, which ``mpirun`` and ``srun`` pass on to the ranks.
+    def request_stop(self) -> None:
+        """Ask the run to save and stop: SIGUSR1, which ``mpirun`` and ``srun`` forward to the ranks.
 
-        ``horovodrun --gloo`` would die of it: there the ranks of this machine get it themselves, which is enough for
-        all to agree to stop.
+        ``horovodrun --gloo`` would be killed by it. There the ranks of this machine get the signal directly, which is
+        enough for all ranks to agree to stop.
         """
         self._send(signal.SIGUSR1)
 
-    def end(self, grace: float = 3.0) -> int:
-        """End everything: SIGTERM, so that launchers tidy up, then SIGKILL to what is left; return the exit code."""
+    def terminate(self, grace: float = 3.0) -> int:
+        """End all processes and return the exit code: SIGTERM, so that launchers clean up, SIGKILL after ``grace``."""
         self._send(signal.SIGTERM)
-        until = time.monotonic() + grace
-        while (self.poll() is None or self._processes()) and time.monotonic() < until:
+        deadline = time.monotonic() + grace
+        while (self.poll() is None or self._processes()) and time.monotonic() < deadline:
             time.sleep(0.1)
         return self.finish()
 
     def finish(self) -> int:
-        """Kill what the command left behind; return its exit code."""
+        """Kill the processes that the command left behind; return its exit code."""
         for _ in range(20):
-            left = self._processes()
-            for process in left:
+            remaining = self._processes()
+            for process in remaining:
                 with contextlib.suppress(psutil.Error):
                     process.kill()
-            if not left and self.poll() is not None:
+            if not remaining and self.poll() is not None:
                 break
             time.sleep(0.1)
         self._reader.join(timeout=5)
@@ -92,34 +93,34 @@ class Launched:
                 process.send_signal(number)
 
     def _targets(self) -> list[psutil.Process]:
-        """Return the launchers; without any, Gloo's ranks; without any, what isn't a shell; none below another."""
-        alive = list(self._processes())
+        """Return the launchers; without any, the ranks of Gloo; without any, what is no shell; none below another."""
+        alive = self._processes()
         programs = _where(alive, lambda process: process.name() not in _SHELLS)
         launchers = _where(programs, lambda process: process.name() in LAUNCHERS)
-        ranks = _where(programs, lambda process: "HOROVOD_RANK" in process.environ())
+        ranks = _where(programs, lambda process: launcher_env.is_horovodrun_rank(process.environ()))
         return _topmost(launchers or ranks or programs or alive)
 
     def _processes(self) -> list[psutil.Process]:
         return _where(psutil.process_iter(), lambda process: process.environ().get(MARK) == self._mark)
 
-    def _pass_on(self) -> None:
-        """Copy standard error as it comes; a closed one of ours doesn't stop the run."""
+    def _copy_errors(self) -> None:
+        """Copy standard error as it comes; a closed standard error of this process doesn't stop the run."""
         assert self._child.stderr is not None
         with self._child.stderr as source:
-            while data := os.read(source.fileno(), _KEPT):
-                self._errors = (self._errors + data)[-_KEPT:]
+            while data := os.read(source.fileno(), _ERROR_BYTES):
+                self._errors = (self._errors + data)[-_ERROR_BYTES:]
                 with contextlib.suppress(OSError):
                     os.write(2, data)
 
 
-def _where(processes: Iterator[psutil.Process] | list[psutil.Process], good: Callable[[psutil.Process], bool]) -> list:
-    """Return those that are good; what has gone, or belongs to somebody else, isn't."""
-    found = []
+def _where(processes: Iterable[psutil.Process], condition: Callable[[psutil.Process], bool]) -> list[psutil.Process]:
+    """Return the processes that meet ``condition``; those that have exited or belong to another user do not."""
+    matches = []
     for process in processes:
         with contextlib.suppress(psutil.Error, OSError):
-            if good(process):
-                found.append(process)
-    return found
+            if condition(process):
+                matches.append(process)
+    return matches
 
 
 def _topmost(processes: list[psutil.Process]) -> list[psutil.Process]:

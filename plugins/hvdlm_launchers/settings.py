@@ -1,34 +1,30 @@
-"""What supervise is asked to do: its settings, and the command that it supervises."""
+"""Options of ``python -m hvdlm supervise``, and their checks."""
 
 from __future__ import annotations
 
-import itertools
-import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from hvdlm_launchers import hosts
-
-from hvdlm.configuration.parsing import read_yaml
 from hvdlm.errors import HvdlmError
+from hvdlm.io import launcher_env
+from hvdlm_launchers import hosts
 
 
 @dataclass
 class Settings:
-    """How a run is supervised.
+    """Supervision.
 
     Args:
-        run: the run's folder; default: what --log.run or --config in the command say
-        max_failures: failures in a row without progress after which it gives up
-        backoff: seconds before the next attempt, doubled with every failure without progress
-        max_backoff: most seconds before the next attempt
+        run: run folder; default: that of --log.run or --config in COMMAND
+        max_failures: consecutive failures without progress before giving up
+        backoff: seconds before a restart, doubled after every failure without progress
+        max_backoff: maximum seconds before a restart
         host_discovery_script: program that prints a line host:slots for each host; fills {hosts} and {np} in COMMAND
-        slots_per_host: slots of hosts that the script prints without
-        probe: command that ends with code 0 where {host} answers
-        min_ranks: with fewer the run is not started, hosts are waited for
-        max_wait: seconds to wait for hosts
-        elastic: Horovod's elastic mode; refused, because supervise does what it is for
+        slots_per_host: slots of hosts that the script prints without a number
+        probe: command that succeeds if {host} is reachable
+        min_ranks: minimum number of ranks to start with; with fewer, it waits for hosts
+        max_wait: maximum seconds to wait for hosts
+        elastic: Horovod's elastic mode; not supported, use supervise itself
     """
 
     run: str | None = None
@@ -44,15 +40,15 @@ class Settings:
 
 
 def check(settings: Settings, command: list[str]) -> None:
-    """Check what was given.
+    """Check the settings and the command that is supervised.
 
     Raises:
-        HvdlmError: the first thing found wrong.
+        HvdlmError: the first mistake.
     """
     if settings.elastic:
         raise HvdlmError(
             "--elastic true is not offered: Horovod's elastic mode gives up the host of a rank that died, and ends "
-            "where ranks form groups. Without it, supervise starts a failed run again on the hosts that answer."
+            "where ranks form groups. Without it, supervise restarts a failed run on the hosts that are reachable."
         )
     for name in ("max_failures", "slots_per_host", "min_ranks"):
         value = getattr(settings, name)
@@ -70,7 +66,7 @@ def _check_command(settings: Settings, command: list[str]) -> None:
         raise HvdlmError("no command: write python -m hvdlm supervise [OPTIONS] -- mpirun -np 2 python -m hvdlm ...")
     if Path(command[0]).name in ("sh", "bash") and "-c" in command:
         raise HvdlmError(
-            f"{command[0]} -c would not hand on the options that a restart adds: give the command itself, or a script "
+            f"{command[0]} -c would not pass on the options that a restart adds: give the command itself, or a script "
             'that ends with "$@".'
         )
     fills = any("{np}" in word or "{hosts}" in word for word in command)
@@ -78,41 +74,6 @@ def _check_command(settings: Settings, command: list[str]) -> None:
         raise HvdlmError("{np} and {hosts} in the command need --host_discovery_script.")
     if settings.host_discovery_script is not None and not fills:
         raise HvdlmError("--host_discovery_script: the command holds neither {np} nor {hosts}, which it would fill.")
-    if any(os.environ.get(name, "1") != "1" for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "HOROVOD_SIZE")):
+    # Not srun: inside a Slurm job step, supervise may start a launcher of its own.
+    if launcher_env.several_ranks(launcher_env.OPEN_MPI, launcher_env.MPICH, launcher_env.HOROVODRUN):
         raise HvdlmError("supervise starts the launcher, not the other way round: ... supervise -- mpirun -np 2 ...")
-
-
-def train_arguments(command: list[str]) -> list[str] | None:
-    """Return what follows ``-m hvdlm [train]``, None where that is not what is run."""
-    places = [i for i, pair in enumerate(itertools.pairwise(command)) if pair == ("-m", "hvdlm")]
-    if not places:
-        return None
-    rest = command[places[0] + 2 :]
-    if rest and not rest[0].startswith("-"):
-        return rest[1:] if rest[0] == "train" else None
-    return rest
-
-
-def given(command: list[str], key: str) -> str | None:
-    """Return the value that ``command`` gives the option ``key`` ("log.run"), itself or in a --config file.
-
-    Raises:
-        HvdlmError: such a file can't be read.
-    """
-    found = None
-    for index, word in enumerate(command):
-        name, sign, value = word.partition("=")
-        if not sign:
-            value = command[index + 1] if index + 1 < len(command) else ""
-        if name == f"--{key}":
-            found = value
-        elif name == "--config":
-            found = _in_file(Path(value), key) or found
-    return found
-
-
-def _in_file(path: Path, key: str) -> str | None:
-    found: Any = read_yaml(path)
-    for part in key.split("."):
-        found = found.get(part) if isinstance(found, dict) else None
-    return None if found is None else str(found)

@@ -1,6 +1,6 @@
-"""``python -m hvdlm supervise -- COMMAND``: a run that fails is started again, from its newest whole checkpoint.
+"""Runs a command, and restarts it from the newest whole checkpoint when it fails (``python -m hvdlm supervise``).
 
-What a run came to is read from its exit code and, since launchers may hide that, from ``RUN/status.json``. Every
+How an attempt ended is read from its exit code and, since launchers may hide that, from ``RUN/status.json``. Every
 attempt is a line of ``RUN/supervise.jsonl``.
 """
 
@@ -16,211 +16,222 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from hvdlm_launchers import hosts
-from hvdlm_launchers.process_tree import Launched
-from hvdlm_launchers.run_status import CODES, Standing, verdict
-from hvdlm_launchers.settings import Settings, check, given, train_arguments
-
 from hvdlm.config import Config
+from hvdlm_launchers import hosts
+from hvdlm_launchers.process_tree import ProcessTree
+from hvdlm_launchers.run_status import CODES, RunStatus, outcome
+from hvdlm_launchers.settings import Settings, check
+from hvdlm_launchers.train_command import option_value, train_arguments
 
 _SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
-_THEN = {"done": "that was it", "refused": "not started again", "stopped": "the same command goes on with it"}
-_ONE = 1.0  # signals within so many seconds count as one: schedulers and shells often send more than one
+_CONSEQUENCE = {
+    "done": "finished",
+    "refused": "not started again",
+    "stopped": "the same command resumes it",
+}
+_REPEAT_SECONDS = 1.0  # signals closer together count as one: schedulers and shells often send more than one
 
 
 def supervise(settings: Settings, command: list[str], read: Callable[[list[str]], Config]) -> int:
     """Run ``command`` until it is done, stopped, refused or given up; return the exit code.
 
-    ``read``: makes a configuration from the arguments of ``python -m hvdlm train``.
+    ``read``: parses the arguments of ``python -m hvdlm train``.
 
     Raises:
-        HvdlmError: the settings or the command don't do.
+        HvdlmError: the settings or the command are wrong.
     """
     check(settings, command)
-    program, config = [], None
+    script: list[str] = []
+    config = None
     if settings.host_discovery_script is not None:
-        program = hosts.script(settings.host_discovery_script)
+        script = hosts.script(settings.host_discovery_script)
         arguments = train_arguments(command)
         config = read(arguments) if arguments is not None else None
-    return Supervisor(settings, command, program, config).run()
+    return Supervisor(settings, command, script, config).run()
 
 
-class _Again(Exception):
-    """A second signal came: its number."""
+class _SecondSignal(Exception):
+    """A second signal arrived; carries its number."""
 
 
-class _GivenUp(Exception):
-    """There is no sense in going on, with the reason."""
+class _GiveUp(Exception):
+    """There is no point in another attempt; carries the reason."""
 
 
 class Supervisor:
-    """Starts attempts and judges them. ``script``: the words of the host-discovery script, or none."""
+    """Starts attempts, and decides after each of them. ``script``: words of the host-discovery script, or empty."""
 
     def __init__(self, settings: Settings, command: list[str], script: list[str], config: Config | None) -> None:
-        self._settings, self._given, self._script, self._config = settings, command, script, config
-        self._folder = Path(settings.run or given(command, "log.run") or "runs/default")
-        self._resume = given(command, "checkpoint.resume")
-        self._first = Standing.of(self._folder)
-        self._best, self._failures = self._first.checkpoint or 0, 0
-        self._launched: Launched | None = None
-        self._caught: list[int] = []
-        self._caught_at = 0.0
+        self._settings = settings
+        self._user_command = command
+        self._script = script
+        self._config = config
+        self._folder = Path(settings.run or option_value(command, "log.run") or "runs/default")
+        self._resume = option_value(command, "checkpoint.resume")
+        self._initial = RunStatus.of(self._folder)
+        self._best_step = self._initial.checkpoint or 0
+        self._failures = 0
+        self._processes: ProcessTree | None = None
+        self._signals_received: list[int] = []
+        self._signal_time = 0.0
 
     def run(self) -> int:
-        """Return the exit code."""
-        with self._signals():
+        """Make attempts until one is the last; return the exit code."""
+        with self._signal_handlers():
             try:
                 for number in itertools.count(1):
                     code = self._attempt(number)
                     if code is not None:
                         return code
-            except _GivenUp as reason:
-                _say(f"giving up: {reason}.")
+            except _GiveUp as reason:
+                _log(f"giving up: {reason}.")
                 self._record(next="given up", reason=str(reason))
-            except _Again as again:
-                name = signal.Signals(again.args[0]).name
-                _say(f"{name} again: the run is ended at once.")
+            except _SecondSignal as second:
+                name = signal.Signals(second.args[0]).name
+                _log(f"{name} again: the run is ended at once.")
                 self._record(next="ended at once", reason=f"{name} again")
-                return 128 + int(again.args[0])
+                return 128 + int(second.args[0])
             finally:
-                if self._launched is not None:
-                    self._launched.end()
+                if self._processes is not None:
+                    self._processes.terminate()
         return CODES["failed"]
 
     def _attempt(self, number: int) -> int | None:
-        """Make one attempt; return the exit code, or None where another one is to follow."""
-        found = self._find_hosts()
-        if found is None:
+        """Make one attempt; return the exit code, or None if another attempt follows."""
+        allocation = self._find_hosts()
+        if allocation is None:
             return CODES["stopped"]
-        before, began = Standing.of(self._folder), time.monotonic()
-        command = self._command(number, before, *found)
-        self._launched = Launched(command)
-        code, early = self._watch(self._launched, before)
-        errors, self._launched = self._launched.errors, None
-        after = Standing.of(self._folder)
+        slots, ranks = allocation
+        before = RunStatus.of(self._folder)
+        started = time.monotonic()
+        command = self._command(number, before, slots, ranks)
+        self._processes = ProcessTree(command)
+        code, ended_early = self._wait(self._processes, before)
+        errors, self._processes = self._processes.errors, None
+        after = RunStatus.of(self._folder)
         status = after.status if after.status != before.status else {}
-        state, reason = verdict(code, status, errors)
-        ending, then = self._decide(state, after, early)
-        seconds = time.monotonic() - began
-        why = f": {reason}" if reason else ""
-        told = f"{state} after {seconds:.0f} s, code {code}, step {after.step}{why.rstrip('.')}"
-        _say(f"attempt {number} {told}; {then}.")
-        facts = {"attempt": number, "command": command, "hosts": found[0], "np": found[1] or None, "code": code}
+        state, reason = outcome(code, status, errors)
+        exit_code, consequence = self._decide(state, after, ended_early)
+        seconds = time.monotonic() - started
+        cause = f": {reason}" if reason else ""
+        result = f"{state} after {seconds:.0f} s, code {code}, step {after.step}{cause.rstrip('.')}"
+        _log(f"attempt {number} {result}; {consequence}.")
+        facts = {"attempt": number, "command": command, "hosts": slots, "np": ranks or None, "code": code}
         facts |= {"state": state, "step_before": before.step, "step_after": after.step}
-        if self._folder.is_dir() or state != "refused":  # a mistyped option leaves no folder behind
-            self._record(**facts, seconds=round(seconds, 3), reason=reason, next=then)
-        if ending is None:
-            self._pause(self._delay())
-        return ending
+        if self._folder.is_dir() or state != "refused":  # a mistyped option must not create the run's folder
+            self._record(**facts, seconds=round(seconds, 3), reason=reason, next=consequence)
+        if exit_code is None:
+            self._sleep(self._delay())
+        return exit_code
 
-    def _watch(self, launched: Launched, before: Standing) -> tuple[int, bool]:
-        """Wait for the end; return the exit code, and whether a signal ended the run before it had begun."""
-        asked = early = False
-        while launched.poll() is None:
-            if self._caught and not asked:
-                asked, name = True, signal.Signals(self._caught[0]).name
-                early = Standing.of(self._folder).status == before.status
-                if early:
-                    _say(f"{name}: the run has not begun to train yet, it is ended.")
-                    launched.end()
+    def _wait(self, processes: ProcessTree, before: RunStatus) -> tuple[int, bool]:
+        """Wait for the end; return the exit code, and whether a signal ended the run before it began to train."""
+        stop_requested = ended_early = False
+        while processes.poll() is None:
+            if self._signals_received and not stop_requested:
+                stop_requested = True
+                name = signal.Signals(self._signals_received[0]).name
+                ended_early = RunStatus.of(self._folder).status == before.status
+                if ended_early:
+                    _log(f"{name}: the run has not begun to train yet, it is ended.")
+                    processes.terminate()
                 else:
-                    _say(f"{name}: the run is asked to save and to stop (again: it is ended at once).")
-                    launched.stop()
+                    _log(f"{name}: the run is asked to save and stop (a second signal ends it at once).")
+                    processes.request_stop()
             time.sleep(0.2)
-        return launched.finish(), early
+        return processes.finish(), ended_early
 
-    def _decide(self, state: str, after: Standing, early: bool) -> tuple[int | None, str]:
-        """Return the exit code, None for another attempt, and what happens next in words."""
+    def _decide(self, state: str, after: RunStatus, ended_early: bool) -> tuple[int | None, str]:
+        """Return the exit code (None: make another attempt), and a phrase that says what happens next."""
         if state != "failed":
-            return CODES[state], _THEN[state]
-        if early:
-            return CODES["stopped"], "nothing is lost, the same command goes on with it"
-        if self._caught:
-            return CODES["failed"], f"it was to stop and did not save, there is {after}"
-        self._failures = 0 if after.step > self._best else self._failures + 1
-        self._best = max(self._best, after.step)
+            return CODES[state], _CONSEQUENCE[state]
+        if ended_early:
+            return CODES["stopped"], "nothing is lost, the same command resumes it"
+        if self._signals_received:
+            return CODES["failed"], f"it was asked to stop and did not save, there is {after}"
+        self._failures = 0 if after.step > self._best_step else self._failures + 1
+        self._best_step = max(self._best_step, after.step)
         if self._failures >= self._settings.max_failures:
             return CODES["failed"], f"given up, {self._failures} without progress, there is {after}"
-        return None, f"again in {self._delay():g} s with {after}"
+        return None, f"restart in {self._delay():g} s with {after}"
 
     def _delay(self) -> float:
         return min(self._settings.max_backoff, self._settings.backoff * 2 ** max(0, self._failures - 1))
 
-    def _command(self, number: int, before: Standing, found: dict[str, int], count: int) -> list[str]:
-        """Return the command of an attempt: hosts and ranks filled in, going on from what is there."""
-        places = ",".join(f"{host}:{slots}" for host, slots in found.items())
-        filled = self._given
-        if found:
-            filled = [word.replace("{hosts}", places).replace("{np}", str(count)) for word in filled]
+    def _command(self, number: int, before: RunStatus, slots: dict[str, int], ranks: int) -> list[str]:
+        """Return the command of an attempt: hosts and ranks filled in, with the options that make it resume."""
+        command = self._user_command
+        if slots:
+            listing = ",".join(f"{host}:{count}" for host, count in slots.items())
+            command = [word.replace("{hosts}", listing).replace("{np}", str(ranks)) for word in command]
         if number == 1 and before.checkpoint is None:
-            return filled  # whether the folder may be written is the run's own to say
-        if self._resume not in (None, "none", "auto") and before.written == self._first.written:
-            return [*filled, "--log.overwrite", "false"]  # nothing was saved meanwhile: from where the user said
-        return [*filled, "--checkpoint.resume", "auto", "--log.overwrite", "false"]
+            return command  # the run itself decides whether its folder may be overwritten
+        if self._resume not in (None, "none", "auto") and before.written == self._initial.written:
+            return [*command, "--log.overwrite", "false"]  # nothing new was saved: resume where the user said
+        return [*command, "--checkpoint.resume", "auto", "--log.overwrite", "false"]
 
     def _find_hosts(self) -> tuple[dict[str, int], int] | None:
-        """Return hosts that answer and how many ranks to start; ({}, 0) without a script; None: a signal came.
+        """Return slots by reachable host and the number of ranks; ({}, 0) without a script; None: a signal arrived.
 
         Raises:
-            _GivenUp: there were too few for too long.
+            _GiveUp: there were too few hosts for too long.
         """
-        delay, until = max(self._settings.backoff, 0.1), time.monotonic() + self._settings.max_wait
-        found: dict[str, int] = {}
-        count = 0
-        while self._script and not count and not self._caught:
+        delay = max(self._settings.backoff, 0.1)
+        deadline = time.monotonic() + self._settings.max_wait
+        slots: dict[str, int] = {}
+        ranks = 0
+        while self._script and not ranks and not self._signals_received:
             try:
-                listed = hosts.discover(self._script, self._settings.slots_per_host)
-                found = hosts.answering(listed, self._settings.probe)
-                count = hosts.ranks(sum(found.values()), self._config, self._settings.min_ranks)
+                discovered = hosts.discover(self._script, self._settings.slots_per_host)
+                slots = hosts.reachable(discovered, self._settings.probe)
+                ranks = hosts.usable_ranks(sum(slots.values()), self._config, self._settings.min_ranks)
             except hosts.NoHosts as reason:
-                if time.monotonic() + delay > until:
-                    raise _GivenUp(f"no hosts to start on for {self._settings.max_wait:g} s: {reason}") from None
-                _say(f"{str(reason).rstrip('.')}; asking again in {delay:g} s.")
-                self._pause(delay)
+                if time.monotonic() + delay > deadline:
+                    raise _GiveUp(f"no hosts to start on for {self._settings.max_wait:g} s: {reason}") from None
+                _log(f"{str(reason).rstrip('.')}; asking again in {delay:g} s.")
+                self._sleep(delay)
                 delay = min(self._settings.max_backoff, 2 * delay)
-        return None if self._stopped() else (found, count)
+        if self._signals_received:
+            name = signal.Signals(self._signals_received[0]).name
+            _log(f"{name}: no attempt is running, the same command resumes the run.")
+            return None
+        return slots, ranks
 
-    def _pause(self, seconds: float) -> None:
-        """Wait, at most until a signal comes."""
-        until = time.monotonic() + seconds
-        while not self._caught and (left := until - time.monotonic()) > 0:
-            time.sleep(min(left, 0.2))
-
-    def _stopped(self) -> bool:
-        """Return whether a signal came between attempts, and say so."""
-        if self._caught:
-            _say(f"{signal.Signals(self._caught[0]).name}: nothing runs now, the same command goes on from here.")
-        return bool(self._caught)
+    def _sleep(self, seconds: float) -> None:
+        """Sleep, at most until a signal arrives."""
+        deadline = time.monotonic() + seconds
+        while not self._signals_received and (remaining := deadline - time.monotonic()) > 0:
+            time.sleep(min(remaining, 0.2))
 
     def _record(self, **facts: Any) -> None:
-        """Append a line to ``supervise.jsonl``; a folder that can't be written is told, and no reason to end."""
+        """Append a line to ``supervise.jsonl``; if the folder can't be written, warn and continue."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with (self._folder / "supervise.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"time": time.time(), **facts}) + "\n")
         except OSError as error:
-            _say(f"{self._folder}/supervise.jsonl could not be written: {error.strerror}.")
+            _log(f"{self._folder}/supervise.jsonl could not be written: {error.strerror}.")
 
     @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Catch signals meanwhile; SIGHUP too, unless it is ignored (nohup)."""
+    def _signal_handlers(self) -> Iterator[None]:
+        """Install signal handlers for the time of the context; for SIGHUP, too, unless it is ignored (nohup)."""
         numbers = [*_SIGNALS, *([signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else [])]
-        before = {number: signal.signal(number, self._catch) for number in numbers}
+        previous = {number: signal.signal(number, self._on_signal) for number in numbers}
         try:
             yield
         finally:
-            for number, handler in before.items():
+            for number, handler in previous.items():
                 signal.signal(number, handler)
 
-    def _catch(self, number: int, frame: Any) -> None:
-        if self._caught and time.monotonic() - self._caught_at < _ONE:
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if self._signals_received and time.monotonic() - self._signal_time < _REPEAT_SECONDS:
             return
-        self._caught_at = time.monotonic()
-        self._caught.append(number)
-        if len(self._caught) == 2:
-            raise _Again(number)
+        self._signal_time = time.monotonic()
+        self._signals_received.append(number)
+        if len(self._signals_received) == 2:
+            raise _SecondSignal(number)
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     with contextlib.suppress(OSError):
         print(f"hvdlm supervise: {text}", file=sys.stderr, flush=True)

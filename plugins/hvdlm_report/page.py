@@ -1,4 +1,4 @@
-"""One self-contained HTML page of one run or several side by side: no script, nothing to fetch, nothing run."""
+"""A self-contained HTML page about one run or several side by side, without scripts or external files."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from hvdlm_report.chart import chart, short
-from hvdlm_report.runs import Told, compare, read
-
 from hvdlm.errors import HvdlmError
 from hvdlm.io.atomic_files import replace
+from hvdlm_report.chart import chart, short
+from hvdlm_report.runs import RunData, compare, read
 
 _CURVES = (
     ("loss", "Training loss", "nats per token"),
@@ -20,7 +19,7 @@ _CURVES = (
     ("learning_rate", "Learning rate", ""),
     ("tokens_per_second", "Throughput", "tokens per second"),
     ("grad_norm", "Gradient norm", ""),
-    ("comm_share", "Communication", "share of a step that waits for it"),
+    ("comm_share", "Communication", "fraction of a step spent waiting for it"),
     ("comm_bytes", "Bytes handed to collectives", "per step and rank"),
 )
 _FIGURES = (
@@ -39,9 +38,9 @@ _FIGURES = (
     ("backend", "Backend"),
     ("bytes_communicated", "Bytes communicated"),
     ("compression", "Compression"),
-    ("comm_share", "Share of communication"),
+    ("comm_share", "Fraction of time in communication"),
     ("overlap", "Overlap"),
-    ("idle_share", "Idle share of pipeline stages"),
+    ("idle_share", "Idle fraction of pipeline stages"),
     ("peak_memory_bytes", "Peak memory of a rank, bytes"),
 )
 _STYLE = """
@@ -67,32 +66,32 @@ _COLORS = "".join(
     f".key.run{n} {{ background: var(--run{n}) }}\n"
     for n in range(4)
 )
-MOST = 4
-"""Runs on one page."""
+MAX_RUNS = 4
+"""Most runs on one page: there are as many colors."""
 
 
 def write(folders: Sequence[Path], output: Path, tolerance: float) -> list[str]:
-    """Write the page of the runs in ``folders``; return what is said of how they part, a sentence each.
+    """Write the page about the runs in ``folders``; return a sentence that compares each run with the first.
 
     Raises:
-        HvdlmError: there is no run, or the page can't be written.
+        HvdlmError: a folder holds no run, or the page can't be written.
     """
     runs = [read(folder) for folder in folders]
-    compared = [(other.name, compare(runs[0], other, tolerance)) for other in runs[1:]]
-    said = [f"{name} beside {runs[0].name}: {comparison.sentence()}" for name, comparison in compared]
-    marks = [comparison.apart for _, comparison in compared if comparison.apart is not None]
+    comparisons = [(other.name, compare(runs[0], other, tolerance)) for other in runs[1:]]
+    sentences = [f"{name} beside {runs[0].name}: {comparison.sentence()}" for name, comparison in comparisons]
+    marks = [comparison.diverged_at for _, comparison in comparisons if comparison.diverged_at is not None]
     try:
-        replace(output, page(runs, said, marks))
+        replace(output, page(runs, sentences, marks))
     except OSError as error:
-        where = f"--output {output}: {error.strerror or os.strerror(error.errno or 0)}"
-        raise HvdlmError(f"{where}: name a file in a folder that can be written.") from error
-    return said
+        reason = error.strerror or os.strerror(error.errno or 0)
+        raise HvdlmError(f"--output {output}: {reason}: name a file in a folder that can be written.") from error
+    return sentences
 
 
-def page(runs: Sequence[Told], said: Sequence[str], marks: Sequence[int]) -> str:
-    """Return the page; everything that comes from a run is escaped."""
+def page(runs: Sequence[RunData], sentences: Sequence[str], marks: Sequence[int]) -> str:
+    """Return the page, with ``sentences`` below its title; all text that comes from a run is escaped."""
     title = f"hvdlm: {', '.join(run.name for run in runs)}"
-    body = [f"<h1>{escape(title)}</h1>", _legend(runs), *(f"<p>{escape(sentence)}</p>" for sentence in said)]
+    body = [f"<h1>{escape(title)}</h1>", _legend(runs), *(f"<p>{escape(sentence)}</p>" for sentence in sentences)]
     body += ["<h2>Figures</h2>", _table(runs, [(name, [_figure(r, key) for r in runs]) for key, name in _FIGURES])]
     curves = [chart(name, unit, {r.name: r.curves.get(key, {}) for r in runs}, marks) for key, name, unit in _CURVES]
     body += ["<h2>Curves</h2>", f'<div class="curves">{"".join(curves)}</div>']
@@ -110,18 +109,18 @@ def page(runs: Sequence[Told], said: Sequence[str], marks: Sequence[int]) -> str
     return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(body)}</body></html>\n"
 
 
-def _legend(runs: Sequence[Told]) -> str:
+def _legend(runs: Sequence[RunData]) -> str:
     if len(runs) == 1:
         return ""
     keys = [f'<span class="key run{number}"></span> {escape(run.name)}' for number, run in enumerate(runs)]
     return f"<p>{' &nbsp; '.join(keys)}</p>"
 
 
-def _table(runs: Sequence[Told], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
-    """Return a table with a column a run; rows in which they differ are marked, empty ones left out."""
+def _table(runs: Sequence[RunData], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
+    """Return a table with a column for each run; rows in which runs differ are marked, empty rows left out."""
     rows = [(name, cells) for name, cells in rows if any(cells)]
     if not rows:
-        return "<p><small>Nothing was told of it.</small></p>"
+        return "<p><small>No data.</small></p>"
     head = "" if len(runs) == 1 else f"<tr><th></th>{''.join(f'<th>{escape(run.name)}</th>' for run in runs)}</tr>"
     lines = []
     for name, cells in rows:
@@ -130,7 +129,7 @@ def _table(runs: Sequence[Told], rows: Sequence[tuple[str, Sequence[str]]]) -> s
     return f"<table>{head}{''.join(lines)}</table>"
 
 
-def _figure(run: Told, key: str) -> str:
+def _figure(run: RunData, key: str) -> str:
     value = run.summary.get(key)
     if value is None:
         return ""
@@ -139,28 +138,29 @@ def _figure(run: Told, key: str) -> str:
     return f"{value:,}" if type(value) is int else str(value)
 
 
-def _traffic(runs: Sequence[Told]) -> Iterator[tuple[str, list[str]]]:
-    """Yield what every purpose moved, most first."""
-    told = [_mapping(run.summary.get("traffic")) for run in runs]
-    names = {name: max(_number(_mapping(one.get(name)).get("bytes")) for one in told) for one in told for name in one}
-    for name in sorted(names, key=lambda n: -names[n]):
+def _traffic(runs: Sequence[RunData]) -> Iterator[tuple[str, list[str]]]:
+    """Yield a row for each purpose of communication, those with the most bytes first."""
+    counters = [_mapping(run.summary.get("traffic")) for run in runs]
+    names = dict.fromkeys(name for counter in counters for name in counter)
+    largest = {name: max(_number(_mapping(c.get(name)).get("bytes")) for c in counters) for name in names}
+    for name in sorted(names, key=lambda name: -largest[name]):
         cells = []
-        for one in told:
-            entry = _mapping(one.get(name))
-            figures = [short(_number(entry.get(what))) for what in ("bytes", "calls", "seconds")]
+        for counter in counters:
+            entry = _mapping(counter.get(name))
+            figures = [short(_number(entry.get(key))) for key in ("bytes", "calls", "seconds")]
             cells.append("{} bytes in {} calls, {} s waited".format(*figures) if entry else "")
         yield name, cells
 
 
-def _memory(runs: Sequence[Told]) -> Iterator[tuple[str, list[str]]]:
-    """Yield what the rank that holds most of it holds, beside what was predicted."""
+def _memory(runs: Sequence[RunData]) -> Iterator[tuple[str, list[str]]]:
+    """Yield a row for each kind of memory: its largest size on any rank, and the largest prediction."""
     for kind in ("parameters", "gradients", "optimizer", "activations"):
         cells = []
         for run in runs:
             ranks = [_mapping(rank) for rank in run.summary.get("ranks") or [] if isinstance(rank, Mapping)]
-            held = [_number(_mapping(rank.get("memory")).get(kind)) for rank in ranks]
-            said = [_number(_mapping(rank.get("predicted_memory")).get(kind)) for rank in ranks]
-            cells.append(f"{max(held) / 2**20:,.1f} MiB (predicted {max(said) / 2**20:,.1f})" if held else "")
+            measured = [_number(_mapping(rank.get("memory")).get(kind)) for rank in ranks]
+            predicted = [_number(_mapping(rank.get("predicted_memory")).get(kind)) for rank in ranks]
+            cells.append(f"{max(measured) / 2**20:,.1f} MiB (predicted {max(predicted) / 2**20:,.1f})" if ranks else "")
         yield kind, cells
 
 

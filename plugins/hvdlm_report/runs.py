@@ -1,4 +1,4 @@
-"""Reads what a run's folder says of it, and compares two runs."""
+"""Reads the metrics, summary and configuration in a run's folder, and compares the losses of two runs."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from yaml import safe_load
 from hvdlm.errors import HvdlmError
 from hvdlm.io import safe_yaml, untrusted_input
 
-_LIMIT = 2**28  # bytes of metrics.jsonl
-_SMALL = 2**24
+_METRICS_BYTES = 2**28  # largest metrics.jsonl that is read
+_FILE_BYTES = 2**24  # largest of the other files
 
 Curve = dict[int, float]
 """{step: value}."""
 
 
 @dataclass(frozen=True)
-class Told:
-    """What a run's folder says. ``config``: the leaves of config.yaml by their option's name; ``sample``: its text."""
+class RunData:
+    """A run's curves, summary, configuration (values by option name) and sample text; ``name`` is its folder."""
 
     name: str
     curves: Mapping[str, Curve]
@@ -33,15 +33,15 @@ class Told:
 
     @property
     def losses(self) -> Curve:
-        """The losses of the steps that were logged."""
+        """The training loss at each logged step."""
         return self.curves.get("loss", {})
 
 
-def read(folder: Path) -> Told:
-    """Return what ``folder`` says; a run that is still going on has no summary yet.
+def read(folder: Path) -> RunData:
+    """Return the data in a run's folder; a run that hasn't ended has no summary yet.
 
     Raises:
-        HvdlmError: it holds no run, or what it says is damaged.
+        HvdlmError: it holds no run, or a file is damaged.
     """
     if not (folder / "metrics.jsonl").is_file():
         raise HvdlmError(f"{folder}: there is no run (no metrics.jsonl): name the folder given as --log.run.")
@@ -51,72 +51,78 @@ def read(folder: Path) -> Told:
             for name, value in line.items():
                 if name != "step" and type(value) in (int, float) and math.isfinite(value):
                     curves.setdefault(name, {})[line["step"]] = float(value)
-        summary = folder / "summary.json"
-        told = untrusted_input.read_json(summary, _SMALL, slack=_SMALL) if summary.is_file() else {}
-        config = folder / "config.yaml"
+        path = folder / "summary.json"
+        summary = untrusted_input.read_json(path, _FILE_BYTES, slack=_FILE_BYTES) if path.is_file() else {}
+        path = folder / "config.yaml"
         options = (
-            safe_yaml.load(str(untrusted_input.read(config, _SMALL), "utf-8"), safe_load) if config.is_file() else {}
+            safe_yaml.load(str(untrusted_input.read(path, _FILE_BYTES), "utf-8"), safe_load) if path.is_file() else {}
         )
-        sample = folder / "sample.txt"
-        text = str(untrusted_input.read(sample, _SMALL), "utf-8", "replace") if sample.is_file() else ""
-        if not isinstance(told, dict) or not isinstance(options, dict):
+        path = folder / "sample.txt"
+        sample = str(untrusted_input.read(path, _FILE_BYTES), "utf-8", "replace") if path.is_file() else ""
+        if not isinstance(summary, dict) or not isinstance(options, dict):
             raise ValueError("its summary.json or config.yaml is no mapping")
     except (ValueError, OSError) as error:
-        raise HvdlmError(
-            f"{folder}: what the run says of itself is damaged: {untrusted_input.shown(str(error))}."
-        ) from error
-    return Told(str(folder), curves, told, dict(leaves(options)), text)
+        raise HvdlmError(f"{folder}: a file of this run is damaged: {untrusted_input.shown(str(error))}.") from error
+    return RunData(str(folder), curves, summary, dict(leaves(options)), sample)
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    for line in str(untrusted_input.read(path, _LIMIT), "utf-8", "replace").splitlines():
+    for line in str(untrusted_input.read(path, _METRICS_BYTES), "utf-8", "replace").splitlines():
         try:
-            found = untrusted_input.parse_json(line)
+            record = untrusted_input.parse_json(line)
         except ValueError:
-            continue  # that a run which was killed, or is still writing, left half-written
-        if isinstance(found, dict) and type(found.get("step")) is int:
-            yield found
+            continue  # half-written, by a run that was killed or is still writing
+        if isinstance(record, dict) and type(record.get("step")) is int:
+            yield record
 
 
-def leaves(options: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
-    """Yield (option, value) of nested ``options``: ``("model.layers", "4")``."""
+def leaves(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield each option of nested sections with its full name and its value as text: ``("model.layers", "4")``."""
     for name, value in options.items():
         if isinstance(value, Mapping):
-            yield from leaves(value, f"{before}{name}.")
+            yield from leaves(value, f"{prefix}{name}.")
         else:
-            yield f"{before}{name}", json.dumps(value) if isinstance(value, list) else str(value)
+            yield f"{prefix}{name}", json.dumps(value) if isinstance(value, list) else str(value)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two curves of losses. ``apart``: the first step on which they differ by more than ``tolerance``, None: none."""
+    """The losses of two runs, compared at the steps that both have logged.
 
-    common: int
+    Attributes:
+        steps: how many these are.
+        largest: the largest difference at any of them.
+        tolerance: difference above which the runs have diverged.
+        diverged_at: the first step at which they have, None if there is none.
+        values: the two losses at that step.
+    """
+
+    steps: int
     largest: float
     tolerance: float
-    apart: int | None
+    diverged_at: int | None
     values: tuple[float, float] | None
 
     def sentence(self) -> str:
-        """Return it in words."""
-        if not self.common:
+        """Return the result as one or two sentences."""
+        if not self.steps:
             return "The runs have logged no step in common."
-        if self.apart is None or self.values is None:
+        if self.diverged_at is None or self.values is None:
             return (
-                f"Losses agree within {self.tolerance:g} on all {self.common} logged steps that both have; the largest "
+                f"Losses agree within {self.tolerance:g} on all {self.steps} logged steps that both have; the largest "
                 f"difference is {self.largest:.3g}."
             )
         first, second = self.values
         return (
-            f"Losses are first more than {self.tolerance:g} apart at step {self.apart}: {first:.6g} and {second:.6g}. "
-            f"The largest difference over {self.common} steps is {self.largest:.3g}."
+            f"Losses are first more than {self.tolerance:g} apart at step {self.diverged_at}: {first:.6g} and "
+            f"{second:.6g}. The largest difference over {self.steps} steps is {self.largest:.3g}."
         )
 
 
-def compare(first: Told, second: Told, tolerance: float) -> Comparison:
-    """Return where the losses of two runs part."""
-    common = sorted(first.losses.keys() & second.losses.keys())
-    apart = [abs(first.losses[step] - second.losses[step]) for step in common]
-    at = next((step for step, far in zip(common, apart, strict=True) if far > tolerance), None)
+def compare(first: RunData, second: RunData, tolerance: float) -> Comparison:
+    """Compare the losses of two runs at the steps that both have logged."""
+    steps = sorted(first.losses.keys() & second.losses.keys())
+    differences = [abs(first.losses[step] - second.losses[step]) for step in steps]
+    at = next((step for step, size in zip(steps, differences, strict=True) if size > tolerance), None)
     values = None if at is None else (first.losses[at], second.losses[at])
-    return Comparison(len(common), max(apart, default=0.0), tolerance, at, values)
+    return Comparison(len(steps), max(differences, default=0.0), tolerance, at, values)

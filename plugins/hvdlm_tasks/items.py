@@ -1,4 +1,4 @@
-"""Which items (pairs of sentences, recordings, images) make the rows of a batch: a function of seed and row alone."""
+"""Shuffled batches of items (sentence pairs, recordings, images); the items of a row follow from the seed alone."""
 
 from __future__ import annotations
 
@@ -10,40 +10,43 @@ import numpy as np
 from hvdlm.data.sampler import permutation_key, permute
 from hvdlm.parallel.mesh import bounds
 
-_POOL = 64  # batches among which items of like length are put together
+_POOL = 64  # batches that are sorted by length together
 
 
 class ShuffledItems:
-    """Every one of ``count`` items once an epoch, in random order.
+    """The order in which ``count`` items are drawn: each once an epoch, shuffled.
 
-    With ``lengths``, items of like length share a batch: 64 batches at a time are sorted, and come in random order.
+    With ``lengths``, items of similar length share a batch: pools of 64 batches are sorted by length, and their batches
+    are shuffled.
     """
 
     def __init__(
         self, count: int, batch_size: int, seed: int, lengths: Sequence[int] | np.ndarray | None = None
     ) -> None:
-        self._count, self._batch, self._seed = count, batch_size, seed
+        self._count = count
+        self._batch = batch_size
+        self._seed = seed
         self._lengths = None if lengths is None else np.asarray(lengths)
-        self._epoch = lru_cache(maxsize=2)(self._draw)
+        self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
 
-    def rows(self, number: int, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the items of rows ``first:last`` of batch ``number``, which count on into the next, int64 ``[n]``.
+    def rows(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the items of rows ``first:last`` of the global order, int64 ``[n]``.
 
-        And those of all batches that they are in, over which the rows have to have the same shape.
+        And the items of all batches that contain these rows, which must be padded to the same shape.
         """
         begin, end = first // self._batch * self._batch, -(-last // self._batch) * self._batch
-        whole = self._items(number * self._batch + begin, number * self._batch + end)
+        whole = self._items(begin, end)
         return whole[first - begin : last - begin], whole
 
     def _items(self, start: int, stop: int) -> np.ndarray:
-        places = np.arange(start, stop)
-        found = np.empty(len(places), np.int64)
-        for epoch in np.unique(places // self._count):
-            chosen = places // self._count == epoch
-            found[chosen] = self._epoch(int(epoch))[places[chosen] % self._count]
-        return found
+        positions = np.arange(start, stop)
+        items = np.empty(len(positions), np.int64)
+        for epoch in np.unique(positions // self._count):
+            within = positions // self._count == epoch
+            items[within] = self._epoch(int(epoch))[positions[within] % self._count]
+        return items
 
-    def _draw(self, epoch: int) -> np.ndarray:
+    def _draw_epoch(self, epoch: int) -> np.ndarray:
         key = permutation_key(self._seed, epoch)
         order = permute(np.arange(self._count), self._count, key)
         if self._lengths is None:
@@ -52,7 +55,7 @@ class ShuffledItems:
         return np.concatenate([self._grouped(order[i : i + pool], key) for i in range(0, self._count, pool)])
 
     def _grouped(self, items: np.ndarray, key: int) -> np.ndarray:
-        """Return ``items`` so that those of like length stand together, whole batches in random order."""
+        """Return ``items`` grouped into batches of similar length, the whole batches shuffled."""
         assert self._lengths is not None
         ordered = items[np.argsort(self._lengths[items], kind="stable")]
         whole = len(ordered) // self._batch
@@ -61,13 +64,8 @@ class ShuffledItems:
         return np.concatenate([*batches, ordered[whole * self._batch :]])
 
 
-def dealt(items: np.ndarray, rank: int, size: int, rows: int) -> Iterator[np.ndarray]:
-    """Yield ``rank``'s contiguous share of ``items``, ``rows`` at a time."""
+def split_evenly(items: np.ndarray, rank: int, size: int, rows: int) -> Iterator[np.ndarray]:
+    """Yield ``rank``'s contiguous part of ``items``, at most ``rows`` at a time."""
     first, last = bounds(len(items), size, rank)
     for start in range(first, last, rows):
         yield items[start : min(start + rows, last)]
-
-
-def up_to(value: int, multiple: int) -> int:
-    """Return the next multiple: few different shapes, since frameworks make a graph for each."""
-    return max(1, -(-value // multiple)) * multiple

@@ -1,4 +1,4 @@
-"""Sentences and their translations, line by line, as ids."""
+"""Parallel text: sentences and their translations, line by line."""
 
 from __future__ import annotations
 
@@ -13,28 +13,27 @@ from hvdlm.data.tokenizers import Tokenizer
 from hvdlm.errors import HvdlmError
 from hvdlm.io import untrusted_input
 
-_LIMIT = 1 << 32  # bytes of a text: it is kept in memory
+_MAX_BYTES = 1 << 32  # of a text, which is kept in memory
 
 
 class Texts(NamedTuple):
-    """Two texts of as many lines."""
+    """Source and target lines, equally many."""
 
     source: list[str]
     target: list[str]
 
     @property
     def digest(self) -> str:
-        """SHA-256 of both."""
+        """SHA-256 of both texts."""
         return hashlib.sha256("\0".join("\n".join(lines) for lines in self).encode()).hexdigest()
 
 
 class Sentences:
-    """Ids of sentences, end to end."""
+    """Token ids of sentences, in one array; ``lengths``: int64 ``[sentences]``."""
 
-    def __init__(self, tokenizer: Tokenizer, lines: Iterable[str], longest: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, lines: Iterable[str], max_length: int) -> None:
         ids = [tokenizer.encode(line) if line else np.zeros(0, np.int32) for line in lines]
-        self.cut = sum(len(sentence) > longest for sentence in ids)
-        ids = [sentence[:longest] for sentence in ids]
+        ids = [sentence[:max_length] for sentence in ids]
         self._ends = np.cumsum([0, *(len(sentence) for sentence in ids)])
         self._ids = np.concatenate([np.zeros(0, np.int32), *ids])
         self.lengths = np.diff(self._ends)
@@ -45,37 +44,28 @@ class Sentences:
 
 
 def read_texts(paths: Sequence[str], key: str) -> Texts:
-    """Return the lines of a source's and a target's file (``.gz`` or not).
+    """Read a source and a target file, each plain or ``.gz``.
 
     Raises:
-        HvdlmError: not two files, or not as many lines.
+        HvdlmError: a file can't be read, or the numbers of lines differ.
     """
     if len(paths) != 2:
         raise HvdlmError(
-            f"{key}: the task translation reads two files, the source and its translation line by line: "
-            f"--{key} '[SOURCE, TARGET]', not {len(paths)}."
+            f"{key}: the task translation reads two files, the source and its translation, not {len(paths)}: "
+            f"--{key} '[SOURCE, TARGET]'."
         )
     texts = Texts(*(_lines(path, key) for path in paths))
     if len(texts.source) != len(texts.target) or not texts.source:
         raise HvdlmError(
-            f"{key}: {paths[0]} has {len(texts.source)} lines, {paths[1]} has {len(texts.target)}: a translation has a "
-            "line for every line of its source, and one at least."
+            f"{key}: {paths[0]} has {len(texts.source)} lines, {paths[1]} has {len(texts.target)}: they need "
+            "equally many, at least one."
         )
     return texts
 
 
 def _lines(path: str, key: str) -> list[str]:
     try:
-        content = untrusted_input.read_unpacked(Path(path), _LIMIT)
+        content = untrusted_input.read_unpacked(Path(path), _MAX_BYTES)
         return str(content, "utf-8").split("\n")[: -1 if content.endswith(b"\n") else None]
     except (OSError, ValueError) as error:
-        raise HvdlmError(f"{key} {path}: {error}: give a readable UTF-8 text, .gz or not.") from error
-
-
-def padded(rows: Sequence[np.ndarray], time: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return ``rows`` filled with zeros, int32 ``[rows, time]``, and what counts of them, float32."""
-    ids, weights = np.zeros((len(rows), time), np.int32), np.zeros((len(rows), time), np.float32)
-    for place, row in enumerate(rows):
-        ids[place, : len(row)] = row
-        weights[place, : len(row)] = 1
-    return ids, weights
+        raise HvdlmError(f"{key} {path}: {error}: give a readable UTF-8 text, plain or .gz.") from error

@@ -1,4 +1,4 @@
-"""Recordings and what is said in them: a list in JSON lines, or the Free Spoken Digit Dataset."""
+"""Recordings with transcripts: a list in JSON lines, or the Free Spoken Digit Dataset."""
 
 from __future__ import annotations
 
@@ -18,14 +18,20 @@ from hvdlm.errors import HvdlmError
 from hvdlm.io import untrusted_input
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-_DIGIT = re.compile(r"([0-9])_([a-z]+)_([0-9]+)\.wav")
-_HELD_OUT = 5  # by the data set's convention, the recordings 0 to 4 of every digit and speaker
-_LIMIT = 1 << 28  # bytes of one recording, or of a list
+_DIGIT_FILE = re.compile(r"([0-9])_([a-z]+)_([0-9]+)\.wav")
+_HELD_OUT = 5  # recordings 0 to 4 of every digit and speaker are the data set's test split
+_MAX_BYTES = 1 << 28  # of a recording, or of a list
 
 
 @dataclass(frozen=True)
 class Recording:
-    """One recording: float32 ``[samples]`` within +-1; ``held_out``: whether the data set keeps it for testing."""
+    """A recording.
+
+    Attributes:
+        sound: float32 ``[samples]`` within +-1.
+        text: its transcript.
+        held_out: whether the data set has it in its test split; None: the data set has none.
+    """
 
     sound: np.ndarray
     text: str
@@ -34,7 +40,7 @@ class Recording:
 
 @dataclass(frozen=True)
 class Recordings:
-    """What a path holds. ``rate``: samples per second; ``digest``: SHA-256 of all."""
+    """The recordings of a data set; ``rate``: samples per second; ``digest``: SHA-256 of sounds and texts."""
 
     items: list[Recording]
     rate: int
@@ -42,12 +48,12 @@ class Recordings:
 
 
 def read_recordings(paths: list[str], key: str) -> Recordings:
-    """Return the recordings of a folder or tar file of spoken digits, or of a list in JSON lines.
+    """Read a folder or tar file of spoken digits, or a list in JSON lines.
 
-    A line of a list: ``{"audio": "a.wav", "text": "what is said"}``, its path relative to the list's.
+    A line of a list: ``{"audio": "a.wav", "text": "its transcript"}``, the path relative to the list.
 
     Raises:
-        HvdlmError: one can't be read, is no 16-bit PCM WAV file, or has another rate than the first.
+        HvdlmError: a recording can't be read, is no 16-bit PCM WAV file, or has another sampling rate than the first.
     """
     if len(paths) != 1:
         raise HvdlmError(
@@ -56,11 +62,11 @@ def read_recordings(paths: list[str], key: str) -> Recordings:
     path, items, rate, digest = Path(paths[0]), [], 0, hashlib.sha256()
     for name, content, text, held_out in _sources(path, key):
         if not text.strip():
-            raise HvdlmError(f"{key} {name}: nothing is said in it: leave it out.")
-        sound, own = _samples(name, content)
-        if rate and own != rate:
-            raise HvdlmError(f"{key} {name}: has {own} samples a second, others {rate}: convert all to the same rate.")
-        rate = own
+            raise HvdlmError(f"{key} {name}: its transcript is empty: leave it out.")
+        sound, file_rate = _decode(name, content)
+        if rate and file_rate != rate:
+            raise HvdlmError(f"{key} {name}: has {file_rate} samples a second, others {rate}: convert all to one rate.")
+        rate = file_rate
         digest.update(content + text.encode())
         items.append(Recording(sound, text, held_out))
     if not items:
@@ -72,20 +78,22 @@ def read_recordings(paths: list[str], key: str) -> Recordings:
 
 
 def _sources(path: Path, key: str) -> Iterator[tuple[str, bytes, str, bool | None]]:
-    """Yield (name, content of the WAV file, text, whether it is held out)."""
+    """Yield (name, content of the WAV file, transcript, whether it is held out)."""
     try:
         if path.suffix == ".jsonl":
             yield from _listed(path, key)
         elif path.is_dir():
-            for file in sorted(path.rglob("*.wav")):
-                if match := _DIGIT.fullmatch(file.name):
-                    yield str(file), untrusted_input.read(file, _LIMIT, path), *_digit(match)
+            for wav in sorted(path.rglob("*.wav")):
+                if match := _DIGIT_FILE.fullmatch(wav.name):
+                    yield str(wav), untrusted_input.read(wav, _MAX_BYTES, path), *_digit(match)
         else:
             with tarfile.open(path) as archive:
-                members = [m for m in archive.getmembers() if m.isfile() and m.size <= _LIMIT]
+                members = [m for m in archive.getmembers() if m.isfile() and m.size <= _MAX_BYTES]
                 for member in sorted(members, key=lambda m: m.name):
-                    if (match := _DIGIT.fullmatch(Path(member.name).name)) and (part := archive.extractfile(member)):
-                        yield member.name, part.read(), *_digit(match)
+                    if (match := _DIGIT_FILE.fullmatch(Path(member.name).name)) and (
+                        file := archive.extractfile(member)
+                    ):
+                        yield member.name, file.read(), *_digit(match)
     except (OSError, ValueError, EOFError, tarfile.TarError) as error:
         raise HvdlmError(f"{key} {path}: {error}: give a .jsonl list, a folder or a tar file.") from error
 
@@ -95,17 +103,17 @@ def _digit(match: re.Match[str]) -> tuple[str, bool]:
 
 
 def _listed(path: Path, key: str) -> Iterator[tuple[str, bytes, str, bool | None]]:
-    for number, line in enumerate(str(untrusted_input.read(path, _LIMIT), "utf-8").splitlines(), 1):
+    for number, line in enumerate(str(untrusted_input.read(path, _MAX_BYTES), "utf-8").splitlines(), 1):
         entry = json.loads(line) if line.strip() else None
         if entry is None:
             continue
         if not isinstance(entry, dict) or not all(isinstance(entry.get(k), str) for k in ("audio", "text")):
             raise HvdlmError(f'{key} {path}, line {number}: expected {{"audio": "FILE.wav", "text": "..."}}.')
-        yield entry["audio"], untrusted_input.read(path.parent / entry["audio"], _LIMIT), entry["text"], None
+        yield entry["audio"], untrusted_input.read(path.parent / entry["audio"], _MAX_BYTES), entry["text"], None
 
 
-def _samples(name: str, content: bytes) -> tuple[np.ndarray, int]:
-    """Return the samples of a WAV file, float32 within +-1, channels averaged, and how many a second has."""
+def _decode(name: str, content: bytes) -> tuple[np.ndarray, int]:
+    """Return the samples of a WAV file, float32 within +-1, channels averaged, and its samples per second."""
     try:
         with wave.open(io.BytesIO(content)) as file:
             if file.getsampwidth() != 2:
@@ -117,16 +125,16 @@ def _samples(name: str, content: bytes) -> tuple[np.ndarray, int]:
 
 
 def read_sound(path: Path, rate: int) -> np.ndarray:
-    """Return the samples of one WAV file, float32 ``[samples]``.
+    """Read one WAV file: float32 ``[samples]``.
 
     Raises:
-        HvdlmError: it can't be read, or has another rate.
+        HvdlmError: it can't be read, or has another sampling rate.
     """
     try:
-        content = untrusted_input.read(path, _LIMIT)
+        content = untrusted_input.read(path, _MAX_BYTES)
     except (OSError, ValueError) as error:
         raise HvdlmError(f"{path}: {error}: name a WAV file.") from error
-    sound, own = _samples(str(path), content)
-    if own != rate:
-        raise HvdlmError(f"{path}: has {own} samples a second, the model was trained on {rate}: convert it.")
+    sound, file_rate = _decode(str(path), content)
+    if file_rate != rate:
+        raise HvdlmError(f"{path}: has {file_rate} samples a second, the model was trained on {rate}: convert it.")
     return sound

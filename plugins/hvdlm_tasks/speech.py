@@ -1,4 +1,4 @@
-"""Speech recognition: the characters that are said in a recording (Graves et al. 2006)."""
+"""Speech recognition by characters (CTC, Graves et al. 2006)."""
 
 from __future__ import annotations
 
@@ -9,16 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from hvdlm_tasks.ctc_beam import prefix_beam_search
-from hvdlm_tasks.items import ShuffledItems, dealt, up_to
-from hvdlm_tasks.mel import HOP, frames_of, log_mel
-from hvdlm_tasks.models.ctc import BANDS, READS, scored
-from hvdlm_tasks.pairs import padded
-from hvdlm_tasks.recordings import Recording, Recordings, read_recordings, read_sound
-from hvdlm_tasks.rescoring import likeliest
 
 from hvdlm import hookimpl
 from hvdlm.config import Config
+from hvdlm.data.padding import pad_rows, round_up
 from hvdlm.data.tokenizers import CharTokenizer
 from hvdlm.errors import HvdlmError
 from hvdlm.models.spec import ModelSpec
@@ -27,26 +21,32 @@ from hvdlm.protocols.trainable import Trainable
 from hvdlm.protocols.types import Batch
 from hvdlm.tasks.language_model import loss_figures
 from hvdlm.tasks.likelihood import log_softmax
+from hvdlm_tasks.ctc_beam import prefix_beam_search
+from hvdlm_tasks.items import ShuffledItems, split_evenly
+from hvdlm_tasks.mel import HOP, frame_count, log_mel
+from hvdlm_tasks.models.ctc import BANDS, READS, output_frames
+from hvdlm_tasks.recordings import Recording, Recordings, read_recordings, read_sound
+from hvdlm_tasks.rescoring import rescore
 
 _BLANK = "\0"
-_FRAMES, _TARGETS = 64, 16  # frames and characters by which batches differ in length
+_FRAME_MULTIPLE, _TARGET_MULTIPLE = 64, 16  # frames and characters to a multiple of which batches are padded
 
 
 @dataclass
 class SpeechOptions:
-    """Recognising.
+    """Speech recognition.
 
     Args:
-        shortest: how many recordings are joined to one utterance to train on, at least
-        longest: at most
-        validation_shortest: how many recordings are joined to one utterance to test on, at least
-        validation_longest: at most
-        gap: longest silence between joined recordings (seconds)
-        masks: how many bands of frequencies, and of times, are hidden while training (Park et al. 2019)
-        beams: texts of an utterance that are followed when it is recognised; 1: each frame's likeliest character
-        language_model: the folder of a language model's run, which helps to choose among them; None: none does
-        language_model_weight: what its log-probability of a text counts, where that of the sound counts 1
-        word_bonus: what every word of a text adds to its log-probability (nats), since language models prefer few
+        shortest: minimum number of recordings joined to one training utterance
+        longest: maximum number of recordings joined to one training utterance
+        validation_shortest: minimum number of recordings joined to one validation utterance
+        validation_longest: maximum number of recordings joined to one validation utterance
+        gap: maximum silence between joined recordings (seconds)
+        masks: number of frequency masks, and of time masks, in training (SpecAugment, Park et al. 2019)
+        beams: beam width of the prefix search; 1: greedy decoding
+        language_model: run folder of a language model that rescores the candidates; null: no rescoring
+        language_model_weight: weight of the language model's log-probability; the acoustic model's weight is 1
+        word_bonus: nats added per word, since language models prefer short texts
     """
 
     shortest: int = 1
@@ -62,72 +62,81 @@ class SpeechOptions:
 
 
 class _Utterances:
-    """Recordings, and how they are joined: utterance number i is a function of the seed and i."""
+    """Utterances joined from recordings: each follows from the seed, its number and its first recording."""
 
     def __init__(self, items: Sequence[Recording], rate: int, joined: tuple[int, int], gap: float, seed: int) -> None:
-        self._items, self._rate, self._joined, self._gap, self._seed = items, rate, joined, gap, seed
+        self._items = items
+        self._rate = rate
+        self._joined = joined
+        self._gap = gap
+        self._seed = seed
 
-    def random(self, number: int, use: int) -> np.random.Generator:
-        """Return what is drawn of utterance ``number`` is drawn from, for one use: 0 its parts, 1 its masks."""
-        return np.random.default_rng([self._seed, number, use])
+    def random(self, number: int, purpose: int) -> np.random.Generator:
+        """Return the generator of utterance ``number`` for one purpose: 0 its recordings, 1 its masks."""
+        return np.random.default_rng([self._seed, number, purpose])
 
-    def parts(self, number: int, first: int) -> tuple[list[int], list[int]]:
+    def recordings(self, number: int, first: int) -> tuple[list[int], list[int]]:
         """Return the recordings of an utterance that begins with ``first``, and the silence after each (samples)."""
         random = self.random(number, 0)
         count = int(random.integers(self._joined[0], self._joined[1] + 1))
-        more = random.integers(len(self._items), size=count - 1).tolist()
+        others = random.integers(len(self._items), size=count - 1).tolist()
         silences = random.integers(int(self._gap * self._rate) + 1, size=count - 1).tolist()
-        return [first, *more], [*silences, 0]
+        return [first, *others], [*silences, 0]
 
     def size(self, number: int, first: int) -> tuple[int, int]:
-        """Return how many frames and characters it has."""
-        parts, silences = self.parts(number, first)
-        samples = sum(len(self._items[i].sound) for i in parts) + sum(silences)
-        return frames_of(samples, self._rate), len(self.text(parts))
+        """Return the numbers of frames and of characters of an utterance."""
+        recordings, silences = self.recordings(number, first)
+        samples = sum(len(self._items[i].sound) for i in recordings) + sum(silences)
+        return frame_count(samples, self._rate), len(self.text(recordings))
 
-    def text(self, parts: Sequence[int]) -> str:
-        """Return what is said in recordings that follow each other."""
-        return " ".join(self._items[i].text for i in parts)
+    def text(self, recordings: Sequence[int]) -> str:
+        """Return the transcript of joined recordings."""
+        return " ".join(self._items[i].text for i in recordings)
 
-    def frames(self, parts: Sequence[int], silences: Sequence[int]) -> np.ndarray:
-        """Return its log-mel frames, float32 ``[frames, BANDS]``."""
-        pieces = [np.pad(self._items[i].sound, (0, n)) for i, n in zip(parts, silences, strict=True)]
-        return log_mel(np.concatenate(pieces), self._rate, BANDS)
+    def frames(self, recordings: Sequence[int], silences: Sequence[int]) -> np.ndarray:
+        """Return the log-mel features of joined recordings, float32 ``[frames, BANDS]``."""
+        sounds = [np.pad(self._items[i].sound, (0, n)) for i, n in zip(recordings, silences, strict=True)]
+        return log_mel(np.concatenate(sounds), self._rate, BANDS)
 
 
 class Speech:
-    """The task ``speech``: held out is ``data.validation_path``, or what the data set holds out, or its last share."""
+    """The task ``speech``.
+
+    The validation split is ``data.validation_path``, or the data set's own test split, or its last share.
+    """
 
     reads = READS
 
     def __init__(self, config: Config, open_scorer: OpenScorer | None = None) -> None:
         self._config = config
         self._options = config.own("speech", SpeechOptions)
-        found = read_recordings(config.data.paths, "data.path")
-        train, held, digest = _split(found, config)
+        recordings = read_recordings(config.data.paths, "data.path")
+        train, validation, digest = _split(recordings, config)
         characters = sorted(set("".join(item.text for item in train)) | {" "})
         self.tokenizer = CharTokenizer(_BLANK + "".join(characters))
-        self.vocab, self.rate = self.tokenizer.vocab, found.rate
+        self.vocab = self.tokenizer.vocab
+        self.rate = recordings.rate
         o = self._options
         self._scorer: Scorer | None = None
         if o.language_model is not None and open_scorer is not None:
             self._scorer = open_scorer("speech.language_model", o.language_model, "".join(characters))
-        helper = self._scorer.fingerprint if self._scorer else ""
-        self.fingerprint = hashlib.sha256(f"{digest} {o} {helper}".encode()).hexdigest()
-        seed, joined = config.train.seed, (o.validation_shortest, o.validation_longest)
-        self._train = _Utterances(train, found.rate, (o.shortest, o.longest), o.gap, seed)
-        self._held, self._held_count = _Utterances(held, found.rate, joined, o.gap, 0), len(held)
+        scorer_fingerprint = self._scorer.fingerprint if self._scorer else ""
+        self.fingerprint = hashlib.sha256(f"{digest} {o} {scorer_fingerprint}".encode()).hexdigest()
+        seed, validation_joined = config.train.seed, (o.validation_shortest, o.validation_longest)
+        self._train = _Utterances(train, self.rate, (o.shortest, o.longest), o.gap, seed)
+        self._validation = _Utterances(validation, self.rate, validation_joined, o.gap, 0)
+        self._validation_count = len(validation)
         self._items = ShuffledItems(len(train), config.train.batch_size, seed)
 
-    def batch(self, number: int, first: int, last: int) -> Batch:
-        """Return rows ``first:last`` of global batch ``number``."""
+    def rows(self, first: int, last: int) -> Batch:
+        """Return rows ``first:last`` of the global order."""
         size = self._config.train.batch_size
-        own, whole = self._items.rows(number, first, last)
-        begin = number * size + first // size * size
-        sizes = [self._train.size(begin + place, int(item)) for place, item in enumerate(whole)]
-        return self._of(self._train, range(number * size + first, number * size + last), own, sizes, True)
+        items, whole = self._items.rows(first, last)
+        begin = first // size * size
+        sizes = [self._train.size(begin + index, int(item)) for index, item in enumerate(whole)]
+        return self._make_batch(self._train, range(first, last), items, sizes, True)
 
-    def _of(
+    def _make_batch(
         self,
         utterances: _Utterances,
         numbers: Sequence[int],
@@ -135,129 +144,137 @@ class Speech:
         sizes: Sequence[tuple[int, int]],
         training: bool,
     ) -> Batch:
-        """Return utterances as long as the longest of ``sizes``."""
-        frames, characters = map(max, zip(*sizes, strict=True))
-        frames, characters = up_to(frames, _FRAMES), up_to(characters, _TARGETS)
-        heard, texts = [], []
+        """Return utterances, by number and first item, padded for the longest of ``sizes``."""
+        most_frames, most_characters = map(max, zip(*sizes, strict=True))
+        rows, texts = [], []
         for number, first in zip(numbers, firsts, strict=True):
-            parts, silences = utterances.parts(number, int(first))
-            found = utterances.frames(parts, silences)
-            heard.append(self._masked(found, utterances.random(number, 1)) if training else found)
-            texts.append(self.tokenizer.encode(utterances.text(parts)))
-        targets, weights = padded(texts, characters)
-        return Batch(np.zeros_like(targets), targets, weights, True, _features(heard, frames), np.asarray(numbers))
+            recordings, silences = utterances.recordings(number, int(first))
+            frames = utterances.frames(recordings, silences)
+            if training:
+                self._mask(frames, utterances.random(number, 1))
+            rows.append(frames)
+            texts.append(self.tokenizer.encode(utterances.text(recordings)))
+        targets, weights = pad_rows(texts, round_up(most_characters, _TARGET_MULTIPLE))
+        features = _features(rows, round_up(most_frames, _FRAME_MULTIPLE))
+        return Batch(np.zeros_like(targets), targets, weights, True, features, np.asarray(numbers))
 
-    def _masked(self, frames: np.ndarray, random: np.random.Generator) -> np.ndarray:
-        """Return ``frames`` with bands of frequencies and times set to their mean."""
+    def _mask(self, frames: np.ndarray, random: np.random.Generator) -> None:
+        """Set random frequency bands and time spans of ``frames`` to their mean, which is 0."""
         for _ in range(self._options.masks):
-            wide = int(random.integers(BANDS // 5 + 1))
-            low = int(random.integers(BANDS - wide + 1))
-            long = int(random.integers(min(len(frames) // 5, round(0.1 / HOP)) + 1))
-            start = int(random.integers(len(frames) - long + 1))
-            frames[:, low : low + wide] = 0
-            frames[start : start + long] = 0
-        return frames
+            width = int(random.integers(BANDS // 5 + 1))
+            low = int(random.integers(BANDS - width + 1))
+            length = int(random.integers(min(len(frames) // 5, round(0.1 / HOP)) + 1))
+            start = int(random.integers(len(frames) - length + 1))
+            frames[:, low : low + width] = 0
+            frames[start : start + length] = 0
 
     def validation(self, rank: int, size: int) -> Iterator[Batch]:
-        """Yield ``rank``'s share of the held-out utterances."""
-        sizes = [self._held.size(i, i) for i in range(self._held_count)]
+        """Yield ``rank``'s part of the validation utterances, sorted by length."""
+        sizes = [self._validation.size(i, i) for i in range(self._validation_count)]
         order = np.argsort([frames for frames, _ in sizes], kind="stable")
-        for found in dealt(order, rank, size, self._config.train.eval_batch_size):
-            items = found.tolist()
-            yield self._of(self._held, items, items, [sizes[i] for i in items], False)
+        for chosen in split_evenly(order, rank, size, self._config.train.eval_batch_size):
+            items = chosen.tolist()
+            yield self._make_batch(self._validation, items, items, [sizes[i] for i in items], False)
 
     def count(self, trainable: Trainable, batch: Batch) -> dict[str, float]:
-        """Return the words of the batch, those that are wrong, and the utterances, those that are right."""
+        """Return the batch's numbers of words, of word errors, of utterances and of utterances without an error."""
         from rapidfuzz.distance import Levenshtein
 
-        said = [text.split() for text in self._heard(trainable, batch)]
-        counted = batch.weights if batch.weights is not None else np.ones_like(batch.targets)
-        rows = zip(batch.targets, counted, strict=True)
-        meant = [self.tokenizer.decode(row[c > 0].tolist()).split() for row, c in rows]
-        pairs = list(zip(said, meant, strict=True))
+        weights = batch.weights if batch.weights is not None else np.ones_like(batch.targets)
+        targets = zip(batch.targets, weights, strict=True)
+        references = [self.tokenizer.decode(ids[counts > 0].tolist()).split() for ids, counts in targets]
+        transcripts = [text.split() for text in self._transcribe(trainable, batch)]
+        pairs = list(zip(transcripts, references, strict=True))
         return {
-            "words": float(sum(len(b) for _, b in pairs)),
-            "wrong": float(sum(Levenshtein.distance(a, b) for a, b in pairs)),
-            "rows": float(len(pairs)),
-            "right": float(sum(a == b for a, b in pairs)),
+            "words": float(sum(len(reference) for _, reference in pairs)),
+            "word_errors": float(sum(Levenshtein.distance(transcript, reference) for transcript, reference in pairs)),
+            "utterances": float(len(pairs)),
+            "correct": float(sum(transcript == reference for transcript, reference in pairs)),
         }
 
-    def _heard(self, trainable: Trainable, batch: Batch) -> list[str]:
-        """Return what is said in every row."""
-        scores, lengths, o = trainable.predict(batch), scored(batch.features["frame_count"]), self._options
+    def _transcribe(self, trainable: Trainable, batch: Batch) -> list[str]:
+        """Return the transcript of every row."""
+        logits = trainable.predict(batch)
+        lengths = output_frames(batch.features["frame_count"])
+        o = self._options
         if o.beams == 1:
-            return [self.tokenizer.decode(ids) for ids in _likeliest_frames(scores, lengths)]
-        logs = log_softmax(scores)[..., : self.vocab]
-        found = [
-            [(reading.log, self.tokenizer.decode(reading.ids)) for reading in row]
+            return [self.tokenizer.decode(ids) for ids in _greedy(logits, lengths)]
+        logs = log_softmax(logits)[..., : self.vocab]
+        candidates = [
+            [(transcript.log_probability, self.tokenizer.decode(transcript.ids)) for transcript in row]
             for row in prefix_beam_search(logs, lengths, o.beams)
         ]
-        return likeliest(found, self._scorer, o.language_model_weight, o.word_bonus)
+        return rescore(candidates, self._scorer, o.language_model_weight, o.word_bonus)
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """Return val_loss (nats per character), word_error_rate, and accuracy: the share of rows without an error."""
-        rate, right = sums["wrong"] / sums["words"], sums["right"] / sums["rows"]
-        return {"val_loss": loss_figures(sums)["val_loss"], "word_error_rate": rate, "accuracy": right}
+        """Return val_loss (nats per character), word_error_rate, and accuracy (share of utterances without errors)."""
+        return {
+            "val_loss": loss_figures(sums)["val_loss"],
+            "word_error_rate": sums["word_errors"] / sums["words"],
+            "accuracy": sums["correct"] / sums["utterances"],
+        }
 
     def respond(self, trainable: Trainable, prompt: str) -> str:
-        """Return what is said in the WAV files whose paths are the lines of ``prompt``."""
-        said = []
+        """Return the transcripts of the WAV files whose paths are the lines of ``prompt``."""
+        transcripts: list[str] = []
         for path in prompt.split("\n"):
             if path.strip():
                 frames = log_mel(read_sound(Path(path.strip()), self.rate), self.rate, BANDS)
-                none = np.zeros((1, 1), np.int32)
-                features = _features([frames], up_to(len(frames), _FRAMES))
-                said += self._heard(trainable, Batch(none, none, None, True, features))
-        return "\n".join(said)
+                unused = np.zeros((1, 1), np.int32)
+                features = _features([frames], round_up(len(frames), _FRAME_MULTIPLE))
+                transcripts += self._transcribe(trainable, Batch(unused, unused, None, True, features))
+        return "\n".join(transcripts)
 
 
-def _likeliest_frames(scores: np.ndarray, lengths: np.ndarray) -> list[list[int]]:
-    """Return the likeliest ids of every row's frames: one of equal neighbours, no blanks."""
-    found = []
-    for row, length in zip(scores.argmax(-1), lengths, strict=True):
-        own = row[:length]
-        found.append(own[(own != 0) & (own != np.concatenate([[-1], own[:-1]]))].tolist())
-    return found
+def _greedy(logits: np.ndarray, lengths: np.ndarray) -> list[list[int]]:
+    """Return the most probable ids of every row's frames, with repetitions merged and blanks removed."""
+    rows = []
+    for frames, length in zip(logits.argmax(-1), lengths, strict=True):
+        ids = frames[:length]
+        rows.append(ids[(ids != 0) & (ids != np.concatenate([[-1], ids[:-1]]))].tolist())
+    return rows
 
 
-def _features(heard: Sequence[np.ndarray], frames: int) -> dict[str, np.ndarray]:
-    given = np.zeros((len(heard), frames, BANDS), np.float32)
-    for place, one in enumerate(heard):
-        given[place, : len(one)] = one
-    return {"frames": given, "frame_count": np.array([len(one) for one in heard], np.int32)}
+def _features(rows: Sequence[np.ndarray], time: int) -> dict[str, np.ndarray]:
+    padded = np.zeros((len(rows), time, BANDS), np.float32)
+    for index, frames in enumerate(rows):
+        padded[index, : len(frames)] = frames
+    return {"frames": padded, "frame_count": np.array([len(frames) for frames in rows], np.int32)}
 
 
-def _split(found: Recordings, config: Config) -> tuple[list[Recording], list[Recording], str]:
-    """Return what to train on, what to test on, and the digest of both."""
-    digest = found.digest
+def _split(recordings: Recordings, config: Config) -> tuple[list[Recording], list[Recording], str]:
+    """Return the training recordings, the validation recordings, and the digest of both."""
+    items, digest = recordings.items, recordings.digest
     if config.data.validation_paths:
         other = read_recordings(config.data.validation_paths, "data.validation_path")
-        if other.rate != found.rate:
+        if other.rate != recordings.rate:
             raise HvdlmError(
-                f"data.validation_path: has {other.rate} samples a second, data.path {found.rate}: convert one of them."
+                f"data.validation_path has {other.rate} samples a second, data.path {recordings.rate}: convert one of "
+                "them."
             )
-        train, held, digest = found.items, other.items, digest + other.digest
-    elif any(item.held_out for item in found.items):
-        train, held = ([i for i in found.items if i.held_out == kind] for kind in (False, True))
+        train, validation, digest = items, other.items, digest + other.digest
+    elif any(item.held_out for item in items):
+        train = [item for item in items if item.held_out is False]
+        validation = [item for item in items if item.held_out]
     else:
-        kept = int(len(found.items) * (1 - config.data.validation_share))
-        train, held = found.items[:kept], found.items[kept:]
-    if not train or not held:
+        count = int(len(items) * (1 - config.data.validation_share))
+        train, validation = items[:count], items[count:]
+    if not train or not validation:
         raise HvdlmError(
-            "data.path: no recordings to train on, or none to test on: give more, or a data.validation_path."
+            "data.path: no recordings to train on, or none to validate on: give more, or a data.validation_path."
         )
-    return train, held, digest
+    return train, validation, digest
 
 
 @hookimpl
 def hvdlm_options() -> Mapping[str, type]:
-    """Bring ``--speech.longest`` and its like."""
+    """Return the options ``--speech.*``."""
     return {"speech": SpeechOptions}
 
 
 @hookimpl
 def hvdlm_check(config: Config, spec: ModelSpec) -> None:
-    """Refuse figures out of their range."""
+    """Check the ranges of the options."""
     if config.task != "speech":
         return
     o = config.own("speech", SpeechOptions)
@@ -265,7 +282,7 @@ def hvdlm_check(config: Config, spec: ModelSpec) -> None:
         if not 1 <= getattr(o, low) <= getattr(o, high):
             raise HvdlmError(f"speech.{low} {getattr(o, low)}: expected 1 or more, and at most speech.{high}.")
     if o.gap < 0 or o.masks < 0:
-        raise HvdlmError("speech.gap and speech.masks are 0 or more.")
+        raise HvdlmError("speech.gap and speech.masks have to be 0 or more.")
     _check_beams(o)
 
 
@@ -274,12 +291,12 @@ def _check_beams(o: SpeechOptions) -> None:
         raise HvdlmError(f"speech.beams {o.beams}: expected 1 or more.")
     if o.beams == 1 and (o.language_model is not None or o.word_bonus):
         name = "word_bonus" if o.language_model is None else "language_model"
-        raise HvdlmError(f"speech.{name} chooses among several texts: give --speech.beams 16, or leave it out.")
+        raise HvdlmError(f"speech.{name} rescores several candidates: add --speech.beams 16, or leave it out.")
     if not (math.isfinite(o.language_model_weight) and o.language_model_weight >= 0 and math.isfinite(o.word_bonus)):
-        raise HvdlmError("speech.language_model_weight is 0 or more, speech.word_bonus any number.")
+        raise HvdlmError("speech.language_model_weight has to be 0 or more, speech.word_bonus a finite number.")
 
 
 @hookimpl
 def hvdlm_make_task(name: str, config: Config, open_scorer: OpenScorer) -> Speech | None:
-    """Answer to ``speech``."""
+    """Return the task ``speech``."""
     return Speech(config, open_scorer) if name == "speech" else None

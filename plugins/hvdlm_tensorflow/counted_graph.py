@@ -1,4 +1,10 @@
-"""Graphs whose collectives are counted and in the ledger: a graph calls them when it is traced, then only runs them."""
+"""Graphs whose collectives are counted and recorded.
+
+Python calls the collectives of a graph only while it is traced. Every later run of the graph repeats in the traffic
+counters and in the flight recorder what its trace wrote there.
+
+Without a twin: in PyTorch, Python calls every collective of every step.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +21,25 @@ Moved = list[dict[str, Traffic]]
 
 
 class CountedGraph:
-    """A ``tf.function``: what its trace counted and wrote into the ledger, every later run of it does again."""
+    """A ``tf.function``. ``last``: what the collectives of the latest run moved, by group."""
+
+    last: Moved
 
     def __init__(self, function: Callable[..., Any], counters: TrafficCounters, **options: Any) -> None:
-        # Nothing of it needs rewriting by AutoGraph, in whose files call sites would lie.
-        self._graph, self._counters = tf.function(function, autograph=False, **options), counters
+        self._function = function
+        self._counters = counters
+        self._options = options
+        self.forget_traces()
+
+    def forget_traces(self) -> None:
+        """Have the function traced anew by the next call."""
+        # Without AutoGraph, which nothing here needs: call sites would lie in the files that it generates.
+        self._graph = tf.function(self._function, autograph=False, **self._options)
         self._moved: dict[Hashable, Moved] = {}
         self._calls: dict[Hashable, list[Call]] = {}
 
     def __call__(self, key: Hashable, *arguments: Any) -> Any:
-        """Run the graph; ``key`` and the arguments' shapes tell which trace it is."""
+        """Run the graph; ``key`` and the arguments' shapes identify the trace."""
         key = (key, tuple(str(getattr(a, "shape", None)) for a in tf.nest.flatten(arguments)))
         before = self._counters.snapshot()
         with self._counters.recorder.graph(self._calls.get(key, ())) as calls:

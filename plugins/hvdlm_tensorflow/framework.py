@@ -1,4 +1,4 @@
-"""TensorFlow as hvdlm's framework: picks the device and builds Trainables."""
+"""The framework plugin for TensorFlow: chooses the device and builds Trainables."""
 
 from __future__ import annotations
 
@@ -13,28 +13,27 @@ from hvdlm.parallel.mesh import Mesh
 from hvdlm.parallel.sharding_rules import make_model_shard
 from hvdlm.protocols.exchange import Exchange
 from hvdlm.protocols.world import World
-from hvdlm_tensorflow.host_tensors import TensorFlowHostTensors
-from hvdlm_tensorflow.trainable import TensorFlowTrainable
+from hvdlm_tensorflow.host_tensors import HostTensors
+from hvdlm_tensorflow.trainable import Trainable
 
 
-class TensorFlowFramework:
-    """The framework ``tensorflow``."""
+class Framework:
+    """Implements ``Framework`` for ``tensorflow``."""
 
-    name, in_place = "tensorflow", False
+    name = "tensorflow"
+    in_place = False  # its tensors can't be overwritten
 
     def __init__(self) -> None:
-        self.host_tensors = TensorFlowHostTensors()
+        self.host_tensors = HostTensors()
 
-    def build(
-        self, model: ModelSpec, mesh: Mesh, world: World, exchange: Exchange, config: Config
-    ) -> TensorFlowTrainable:
-        """Return the model at its initial values on this rank's device; see ``interfaces.Framework``."""
-        # Batches of few different shapes are traced once each; TensorFlow would warn of that as of a mistake.
+    def build(self, model: ModelSpec, mesh: Mesh, world: World, exchange: Exchange, config: Config) -> Trainable:
+        """Return the model at its initial values on this rank's device."""
+        # TensorFlow would warn that a graph is traced several times: once for each of the few shapes of batches.
         tf.get_logger().setLevel("ERROR")
         _choose_device(world, config)
-        part = make_model_shard(model, mesh, world.rank, config.parallel)
-        axes = make_axes(world, mesh, part)
-        return TensorFlowTrainable(model, part, axes, exchange, config, mesh, world.rank)
+        shard = make_model_shard(model, mesh, world.rank, config.parallel)
+        axes = make_axes(world, mesh, shard)
+        return Trainable(model, shard, axes, exchange, config, mesh, world.rank)
 
     def tensor(self, array: np.ndarray) -> tf.Tensor:
         """Return a copy of ``array`` on the device."""
@@ -42,14 +41,15 @@ class TensorFlowFramework:
 
 
 def _choose_device(world: World, config: Config) -> None:
+    """Make the GPU of this local rank the only visible one; without GPUs, do nothing."""
     devices = tf.config.list_physical_devices("GPU")
     if devices:
         if world.local_rank >= len(devices):
             raise HvdlmError(
-                f"local rank {world.local_rank} has no GPU of its own: this node has {len(devices)}. "
+                f"there is no GPU for local rank {world.local_rank}: this node has {len(devices)}. "
                 "Start as many ranks per node as it has GPUs, or hide them with CUDA_VISIBLE_DEVICES=''."
             )
         tf.config.set_visible_devices(devices[world.local_rank], "GPU")
         tf.config.experimental.set_memory_growth(devices[world.local_rank], True)
     elif config.train.precision == "fp16":
-        raise HvdlmError("train.precision fp16 needs a GPU, none is visible here: use bf16 or fp32.")
+        raise HvdlmError("train.precision fp16 needs a GPU, and none is visible here: use bf16 or fp32.")

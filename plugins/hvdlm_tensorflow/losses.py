@@ -6,22 +6,25 @@ import tensorflow as tf
 
 
 def ctc(scores: tf.Tensor, lengths: tf.Tensor, targets: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
-    """Return minus log of the probability of every row's targets (Graves et al. 2006, eq. 8), float32 ``[rows]``.
+    """Return the CTC loss of every row (Graves et al. 2006, eq. 8), float32 ``[rows]``.
 
-    ``scores`` ``[rows, frames, vocab]`` up to ``lengths`` ``[rows]``, id 0 the blank; ``targets`` ``[rows, time]``
-    where ``weights`` are 1. A row whose targets don't fit into its frames counts nothing.
+    That is minus the logarithm of the probability of its targets in any alignment with its frames. A row has
+    ``lengths`` ``[rows]`` frames of ``scores`` ``[rows, frames, vocab]``, id 0 being the blank, and the ``targets``
+    ``[rows, time]`` whose ``weights`` are 1. A row whose targets don't fit into its frames has loss 0.
     """
     # The operation itself, whose blank is the last id: tf.nn.ctc_loss makes loops that Grappler complains about.
     rolled = tf.roll(tf.transpose(scores, [1, 0, 2]), -1, 2)  # [frames, rows, vocab]
-    again = tf.cast(targets[:, 1:] == targets[:, :-1], tf.float32) * weights[:, 1:]  # a blank has to part them
-    fits = tf.cast(lengths, tf.float32) >= tf.reduce_sum(weights, 1) + tf.reduce_sum(again, 1)
-    # The operation takes no row that doesn't fit, and none without a label: of such the first stays, to no effect.
+    # Equal neighbours need a frame more, for a blank between them.
+    repeated = tf.cast(targets[:, 1:] == targets[:, :-1], tf.float32) * weights[:, 1:]
+    fits = tf.cast(lengths, tf.float32) >= tf.reduce_sum(weights, 1) + tf.reduce_sum(repeated, 1)
+    # The operation refuses a row whose labels don't fit, and one without a label: such a row keeps its first label, and
+    # its loss is dropped below.
     first = tf.range(tf.shape(targets)[1]) == 0
-    places = tf.where((weights > 0) & (fits[:, None] | first))
+    indices = tf.where((weights > 0) & (fits[:, None] | first))
     losses, _ = tf.raw_ops.CTCLoss(
         inputs=rolled,
-        labels_indices=places,
-        labels_values=tf.gather_nd(targets, places) - 1,
+        labels_indices=indices,
+        labels_values=tf.gather_nd(targets, indices) - 1,
         sequence_length=lengths,
         preprocess_collapse_repeated=False,
         ctc_merge_repeated=True,

@@ -1,38 +1,60 @@
-"""What a graph keeps for its backward pass: the tensors of the forward pass that the backward pass reads."""
+"""The bytes that a graph keeps for its backward pass: tensors of the forward pass that the backward pass reads."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import tensorflow as tf
 
+# Operations whose results are computed again at no cost, or are no activations.
+_NOT_KEPT = ("Const", "Shape", "ReadVariableOp")
 
-class Kept:
-    """Counts while a graph is traced. ``bytes``: the most that any of the graphs keeps; 0: none was traced yet."""
+
+class ActivationMemory:
+    """Counts while graphs are traced. ``bytes``: the most that one of them keeps; 0 before the first trace."""
 
     def __init__(self) -> None:
         self.bytes = 0
         self._forward: set[str] = set()
-        self._count = 0
+        self._end_of_forward = 0
 
     @contextlib.contextmanager
     def forward(self, parameters: Mapping[str, tf.Tensor]) -> Iterator[None]:
-        """Hear that a forward pass over ``parameters``, which don't count, is traced."""
+        """Note the operations of the forward pass that is traced inside; ``parameters``, made before, don't count."""
         graph = tf.compat.v1.get_default_graph()
-        before = len(graph.get_operations())
+        start = len(graph.get_operations())
         yield
         operations = graph.get_operations()
-        self._forward = {op.name for op in operations[before:]}
-        self._count = len(operations)
+        self._forward = {op.name for op in operations[start:]}
+        self._end_of_forward = len(operations)
 
     def backward(self) -> None:
-        """Hear that the backward pass has been traced."""
+        """Count what the backward pass, which has been traced since, reads of the forward pass."""
         graph = tf.compat.v1.get_default_graph()
         kept = {}
-        for operation in graph.get_operations()[self._count :]:
+        for operation in graph.get_operations()[self._end_of_forward :]:
             for tensor in operation.inputs:
-                constant = tensor.op.type in ("Const", "Shape", "ReadVariableOp")
-                if tensor.op.name in self._forward and not constant and tensor.shape.is_fully_defined():
+                if self._is_kept(tensor):
                     kept[tensor.name] = tensor.shape.num_elements() * tensor.dtype.size
         self.bytes = max(self.bytes, sum(kept.values()))
+
+    def trace(self, parameters: Callable[[], Mapping[str, tf.Tensor]], losses: Callable, arguments: Any) -> None:
+        """Count what the passes of ``losses(parameters, arguments)`` keep, in a graph that is traced and never run."""
+
+        def gradients(arguments: Any) -> list[tf.Tensor]:
+            weights = parameters()
+            with self.forward(weights), tf.GradientTape(watch_accessed_variables=False) as tape:
+                tape.watch(weights)
+                output, _ = losses(weights, arguments)
+            of_weights = tape.gradient(output, list(weights.values()), output_gradients=tf.ones_like(output))
+            self.backward()
+            return [tf.convert_to_tensor(gradient) for gradient in of_weights]
+
+        tf.function(gradients).get_concrete_function(arguments)
+
+    def _is_kept(self, tensor: tf.Tensor) -> bool:
+        operation = tensor.op
+        of_forward = operation.name in self._forward and operation.type not in _NOT_KEPT
+        return of_forward and tensor.shape.is_fully_defined()

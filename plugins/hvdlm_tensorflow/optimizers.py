@@ -1,7 +1,7 @@
-"""Update rules on flat vectors: TensorFlow's own fused operations, with weight decay on the masked elements.
+"""Update rules on flat vectors: TensorFlow's fused operations, with weight decay on the masked elements.
 
 AdamW (Loshchilov and Hutter 2019, algorithm 2), SGD with momentum (Sutskever et al. 2013) and Nesterov's variant,
-Adagrad (Duchi et al. 2011), in the form in which torch writes them: the torch plugin follows the same equations.
+Adagrad (Duchi et al. 2011), by the equations in PyTorch's documentation; the torch plugin computes the same.
 """
 
 from __future__ import annotations
@@ -10,35 +10,42 @@ import tensorflow as tf
 
 from hvdlm.config import TrainConfig
 
-# What each rule remembers: the names in checkpoints.
-KINDS = {"adamw": ("first_moment", "second_moment"), "sgd": ("momentum",), "adagrad": ("sum_of_squares",)}
+# The state of each rule, by its name in checkpoints.
+KINDS = {
+    "adamw": ("first_moment", "second_moment"),
+    "sgd": ("momentum",),
+    "adagrad": ("sum_of_squares",),
+}
 
 
 class FlatOptimizer:
     """One update rule over a flat float32 parameter vector ``[size]``."""
 
     def __init__(self, config: TrainConfig, parameter: tf.Variable, mask: tf.Tensor) -> None:
-        self._config, self._parameter, self._mask = config, parameter, mask
+        self._config = config
+        self._parameter = parameter
+        self._mask = mask
         kinds = () if config.optimizer == "sgd" and not config.momentum else KINDS[config.optimizer]
-        self._memory = {kind: tf.Variable(tf.zeros_like(parameter), trainable=False) for kind in kinds}
+        self._state = {kind: tf.Variable(tf.zeros_like(parameter), trainable=False) for kind in kinds}
 
     @property
-    def memory(self) -> dict[str, tf.Variable]:
-        """What the rule remembers, by kind: flat float32 ``[size]``."""
-        return self._memory
+    def state(self) -> dict[str, tf.Variable]:
+        """The rule's state by kind: flat float32 ``[size]``."""
+        return self._state
 
     def update(self, gradient: tf.Tensor, learning_rate: tf.Tensor, step: tf.Tensor) -> None:
         """Apply ``gradient`` ``[size]`` as update number ``step`` (from 0), in a graph."""
         c = self._config
-        if c.weight_decay and c.optimizer == "adamw":
+        if c.weight_decay and c.optimizer == "adamw":  # decoupled
             tf.raw_ops.ResourceApplyGradientDescent(
                 var=self._parameter.handle,
                 alpha=learning_rate * c.weight_decay,
                 delta=self._mask * self._parameter,
             )
-        elif c.weight_decay:
+        elif c.weight_decay:  # L2 regularisation: part of the gradient
             gradient += c.weight_decay * self._mask * self._parameter
-        getattr(self, f"_{c.optimizer}")(gradient, learning_rate, tf.cast(step + 1, tf.float64))
+        rules = {"adamw": self._adamw, "sgd": self._sgd, "adagrad": self._adagrad}
+        rules[c.optimizer](gradient, learning_rate, tf.cast(step + 1, tf.float64))
 
     def _adamw(self, gradient: tf.Tensor, learning_rate: tf.Tensor, count: tf.Tensor) -> None:
         c = self._config
@@ -47,8 +54,8 @@ class FlatOptimizer:
         epsilon = tf.cast(c.epsilon * tf.sqrt(1.0 - power2), tf.float32)
         tf.raw_ops.ResourceApplyAdam(
             var=self._parameter.handle,
-            m=self._memory["first_moment"].handle,
-            v=self._memory["second_moment"].handle,
+            m=self._state["first_moment"].handle,
+            v=self._state["second_moment"].handle,
             beta1_power=tf.cast(power1, tf.float32),
             beta2_power=tf.cast(power2, tf.float32),
             lr=learning_rate,
@@ -64,7 +71,7 @@ class FlatOptimizer:
             return
         tf.raw_ops.ResourceApplyMomentum(
             var=self._parameter.handle,
-            accum=self._memory["momentum"].handle,
+            accum=self._state["momentum"].handle,
             lr=learning_rate,
             grad=gradient,
             momentum=self._config.momentum,
@@ -74,7 +81,7 @@ class FlatOptimizer:
     def _adagrad(self, gradient: tf.Tensor, learning_rate: tf.Tensor, count: tf.Tensor) -> None:
         tf.raw_ops.ResourceApplyAdagradV2(
             var=self._parameter.handle,
-            accum=self._memory["sum_of_squares"].handle,
+            accum=self._state["sum_of_squares"].handle,
             lr=learning_rate,
             epsilon=self._config.epsilon,
             grad=gradient,

@@ -1,4 +1,4 @@
-"""The entry point: answers to ``tensorflow`` and only then imports it."""
+"""The entry point of the framework ``tensorflow``, which is imported only when it is used."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from hvdlm.plugins import keras_alone
 
 @hookimpl
 def hvdlm_prepare(config: Config) -> None:
-    """Have keras, on which compression and models of plugins' own are written, use this framework: it asks once."""
+    """Choose this framework as the backend of keras (compressors, custom modules), which reads the choice at import."""
     if config.framework == "tensorflow":
         os.environ["KERAS_BACKEND"] = "tensorflow"
-        # TensorFlow's notes about oneDNN, CPU instructions and absent GPUs tell a user nothing; errors still come.
+        # Hides notes about oneDNN, CPU instructions and absent GPUs, which don't help a user; errors are still shown.
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 
 @hookimpl
 def hvdlm_make_framework(name: str) -> Any:
-    """Return the framework when it is asked for."""
+    """Return the framework named ``tensorflow``."""
     if name != "tensorflow":
         return None
     with keras_alone():
-        from hvdlm_tensorflow.framework import TensorFlowFramework
+        from hvdlm_tensorflow.framework import Framework
 
-    return TensorFlowFramework()
+    return Framework()

@@ -1,4 +1,4 @@
-"""What is tested: installed plugins, and what each provides."""
+"""The installed plugins that are tested, and the hooks and collections that each provides."""
 
 from __future__ import annotations
 
@@ -21,65 +21,68 @@ MADE["exchange"] = "hvdlm_make_exchange"
 
 
 @dataclass
-class Subject:
+class PluginUnderTest:
     """A plugin under test.
 
     Attributes:
-        name: its entry point's.
-        entry: where it is.
-        plugin: its module or instance; None where it doesn't load, and ``error`` says why.
-        config: the YAML file with the options it is tested with.
+        name: name of its entry point.
+        entry: the entry point.
+        implementation: its module or instance; None if it doesn't load.
+        error: why it doesn't load.
+        config: YAML file with the options that it is tested with.
     """
 
     name: str
     entry: EntryPoint
-    plugin: Any = None
+    implementation: Any = None
     error: str = ""
     config: Path | None = None
-    _made: dict[str, Any] = field(default_factory=dict)
+    _members: dict[str, Any] = field(default_factory=dict)
 
     @property
     def built_in(self) -> bool:
-        """Whether it comes with hvdlm."""
+        """Whether it belongs to hvdlm's own distribution."""
         return self.entry.dist is not None and self.entry.dist.name == "hvdlm"
 
     def hooks(self) -> list[str]:
-        """Return the names in the plugin that begin as hooks do."""
-        return [name for name in dir(self.plugin) if name.startswith("hvdlm_") and callable(getattr(self.plugin, name))]
+        """Return the names of its functions that begin like hooks."""
+        names = [name for name in dir(self.implementation) if name.startswith("hvdlm_")]
+        return [name for name in names if callable(getattr(self.implementation, name))]
 
-    def provides(self, what: str) -> bool:
-        """Return whether it has a hook, or one for ``events``, or brings members of a collection."""
-        if self.plugin is None:
+    def provides(self, feature: str) -> bool:
+        """Return whether it implements a hook or, for ``events``, any event, or has members of a collection."""
+        if self.implementation is None:
             return False
-        if what == "events":
+        if feature == "events":
             return any(f"hvdlm_{event}" in self.hooks() for event in EVENTS)
-        return bool(self.members(what)) if what in COLLECTIONS else what in self.hooks()
+        return bool(self.members(feature)) if feature in COLLECTIONS else feature in self.hooks()
 
     def members(self, collection: str) -> dict[str, Any]:
-        """Return what a hook such as ``hvdlm_models`` returns; empty where it fails, which a test of its own says."""
-        if collection not in self._made:
+        """Return what a hook such as ``hvdlm_models`` returns; empty if it fails, which a separate test reports."""
+        if collection not in self._members:
             try:
-                self._made[collection] = dict(getattr(self.plugin, COLLECTIONS[collection])())
+                self._members[collection] = dict(getattr(self.implementation, COLLECTIONS[collection])())
             except Exception:
-                self._made[collection] = {}
-        return self._made[collection]
+                self._members[collection] = {}
+        return self._members[collection]
 
     def arguments(self) -> list[str]:
-        """Return the options of a run that names it; ``--config`` among them where one is given."""
-        named = [] if self.config is None else ["--config", str(self.config)]
-        named += ["--task", self.name] if self.provides("hvdlm_make_task") else []
-        return [*named, "--plugins", f"[{self.name}]"]
+        """Return the options of a run with this plugin, ``--config`` among them if one is given."""
+        arguments = [] if self.config is None else ["--config", str(self.config)]
+        if self.provides("hvdlm_make_task"):
+            arguments += ["--task", self.name]
+        return [*arguments, "--plugins", f"[{self.name}]"]
 
-    def run_config(self, *more: str) -> Config:
-        """Return the configuration of a run that names it."""
-        return parsing.parse_config([*self.arguments(), *more], {})
+    def run_config(self, *arguments: str) -> Config:
+        """Return the configuration of a run with this plugin and further ``arguments``."""
+        return parsing.parse_config([*self.arguments(), *arguments])
 
 
-def find(names: list[str], configs: list[str]) -> list[Subject]:
+def find(names: list[str], configs: list[str]) -> list[PluginUnderTest]:
     """Return the plugins of these names.
 
     Raises:
-        HvdlmError: one is not installed, or a configuration belongs to none.
+        HvdlmError: one is not installed, or a configuration belongs to none of them.
     """
     entries = plugins.installed()
     files = dict(config.partition("=")[::2] for config in configs)
@@ -89,22 +92,22 @@ def find(names: list[str], configs: list[str]) -> list[Subject]:
     for name, file in files.items():
         if name not in names or not Path(file).is_file():
             raise HvdlmError(f"--hvdlm-config {name}={file}: expected NAME=FILE.yaml of a plugin that is tested.")
-    found = []
+    tested = []
     for name in dict.fromkeys(names):
-        subject = Subject(name, entries[name], config=Path(files[name]).resolve() if name in files else None)
-        _load(subject)
-        found.append(subject)
-    return found
+        plugin = PluginUnderTest(name, entries[name], config=Path(files[name]).resolve() if name in files else None)
+        _load(plugin)
+        tested.append(plugin)
+    return tested
 
 
-def _load(subject: Subject) -> None:
+def _load(plugin: PluginUnderTest) -> None:
     try:
-        plugin = subject.entry.load()
-        subject.plugin = plugin() if isinstance(plugin, type) else plugin
-    except Exception as error:  # whatever a third party's module raises is a finding
-        subject.error = f"{type(error).__name__}: {error}"
+        loaded = plugin.entry.load()
+        plugin.implementation = loaded() if isinstance(loaded, type) else loaded
+    except Exception as error:  # a third party's module may raise anything
+        plugin.error = f"{type(error).__name__}: {error}"
 
 
 def frameworks() -> list[str]:
-    """Return the built-in frameworks that are installed, without importing them."""
+    """Return the installed ones of the built-in frameworks, without importing them."""
     return [name for name in ("torch", "tensorflow") if importlib.util.find_spec(name)]

@@ -1,4 +1,4 @@
-"""The entry point of pytest: two options, and nothing more where they are not given."""
+"""The entry point of pytest: adds two options; the suite is imported only if they are given."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def pytest_addoption(parser: Any) -> None:
-    """Add the options."""
+    """Add ``--hvdlm-plugin`` and ``--hvdlm-config``."""
     group = parser.getgroup("hvdlm", "hvdlm: conformance of plugins")
     group.addoption(
         "--hvdlm-plugin",
@@ -20,12 +20,12 @@ def pytest_addoption(parser: Any) -> None:
         action="append",
         default=[],
         metavar="NAME=FILE.yaml",
-        help="options (YAML) that plugin NAME is tested with, where it can't do with the defaults: a task's data.path",
+        help="options (YAML) that plugin NAME is tested with if it needs others than the defaults: a task's data.path",
     )
 
 
 def pytest_configure(config: Any) -> None:
-    """Add the suite where a plugin is named."""
+    """Add the suite if a plugin is named."""
     if config.getoption("hvdlm_plugin"):
         from hvdlm_testing import collection
 

@@ -1,4 +1,4 @@
-"""What ``conformance.launching`` starts on every rank: looks at one thing after the other, all ranks alike."""
+"""The program that ``hvdlm_testing.launcher`` starts on every rank: all ranks make the same checks in one order."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from hvdlm_testing.checks import backends, compressors, exchanges, models, tasks
-from hvdlm_testing.checks.harness import Checked, Skip, Stage
-from hvdlm_testing.launcher import Found, Order
-from hvdlm_testing.plugin_under_test import Subject, find
-
 from hvdlm.configuration.availability import choose_backend
 from hvdlm.errors import HvdlmError, RankError
+from hvdlm_testing.checks import backends, compressors, exchanges, models, tasks
+from hvdlm_testing.checks.harness import Findings, Harness, Skip
+from hvdlm_testing.launcher import Request, Result
+from hvdlm_testing.plugin_under_test import PluginUnderTest, find
 
 _CHECKS = {
     "models": models.check_model,
@@ -25,50 +24,51 @@ _CHECKS = {
 
 
 def main(path: str) -> int:
-    """Look at all that the order in ``path`` names; rank 0 writes what was found."""
-    order = Order(**json.loads(Path(path).read_text()))
-    output = Path(order.output)
-    names = list(dict.fromkeys(name for _, name, _ in order.things))
-    known = find(names, [f"{name}={file}" for name, file in order.configs.items() if name in names])
-    subjects = {subject.name: subject for subject in known}
-    if order.backend:
-        thing = order.things[0]
-        _write(output, thing, backends.check_backend(subjects[order.backend], order.framework), 0)
+    """Make all checks of the ``Request`` in the file ``path``; rank 0 writes the results."""
+    request = Request(**json.loads(Path(path).read_text()))
+    output = Path(request.output)
+    names = list(dict.fromkeys(name for _, name, _ in request.checks))
+    tested = find(names, [f"{name}={file}" for name, file in request.configs.items() if name in names])
+    plugins = {plugin.name: plugin for plugin in tested}
+    if request.backend:
+        result = backends.check_backend(plugins[request.backend], request.framework)
+        _write(output, request.checks[0], result, 0)
         return 0
-    with Stage.open(order.framework, choose_backend(order.framework), known) as stage:
-        for kind, name, member in order.things:
-            _write(output, [kind, name, member], Found(skipped="begun"), stage.world.rank)
-            found = _look(stage, kind, subjects[name], member)
-            everyone = stage.world.gather_objects([found.faults, found.skipped])
-            faults = dict.fromkeys(fault for faults, _ in everyone for fault in faults)
-            skipped = next((reason for _, reason in everyone if reason), "")
-            _write(output, [kind, name, member], Found(list(faults), skipped, found.figures), stage.world.rank)
+    with Harness.open(request.framework, choose_backend(request.framework), tested) as harness:
+        for kind, name, member in request.checks:
+            _write(output, [kind, name, member], Result(skipped="begun"), harness.world.rank)
+            result = _check(harness, kind, plugins[name], member)
+            of_ranks = harness.world.gather_objects([result.faults, result.skipped])
+            faults = dict.fromkeys(fault for faults, _ in of_ranks for fault in faults)
+            skipped = next((reason for _, reason in of_ranks if reason), "")
+            _write(output, [kind, name, member], Result(list(faults), skipped, result.figures), harness.world.rank)
     return 0
 
 
-def _look(stage: Stage, kind: str, subject: Subject, member: str) -> Found:
-    checked = Checked()
+def _check(harness: Harness, kind: str, plugin: PluginUnderTest, member: str) -> Result:
+    findings = Findings()
+    label = f"{kind} {member or plugin.name}"
     try:
-        _CHECKS[kind](stage, subject, member, checked)
+        _CHECKS[kind](harness, plugin, member, findings)
     except Skip as reason:
-        return Found(checked.faults, str(reason), checked.figures)
+        return Result(findings.faults, str(reason), findings.figures)
     except (HvdlmError, RankError) as error:
-        checked.fault(f"{kind} {member or subject.name} is refused: {error}")
+        findings.fault(f"{label} is refused: {error}")
     except Exception as error:  # a third party's code may raise anything
         import traceback
 
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        checked.fault(
-            f"{kind} {member or subject.name} fails in {stage.framework_name}: {type(error).__name__}: {error} "
-            f"({where.filename}:{where.lineno})"
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        findings.fault(
+            f"{label} fails in {harness.framework_name}: {type(error).__name__}: {error} "
+            f"({frame.filename}:{frame.lineno})"
         )
-    return Found(checked.faults, "", checked.figures)
+    return Result(findings.faults, "", findings.figures)
 
 
-def _write(output: Path, thing: list[str], found: Found, rank: int) -> None:
+def _write(output: Path, check: list[str], result: Result, rank: int) -> None:
     if rank == 0:
         with output.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"thing": ":".join(thing), **asdict(found)}) + "\n")
+            file.write(json.dumps({"check": ":".join(check), **asdict(result)}) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Whether torch.compile can work here: it writes C++ for a CPU and C for a GPU, and calls a compiler for it."""
+"""Whether torch.compile can work here: it writes C++ for a CPU and C for a GPU, and calls a compiler for it.
+
+Without a twin: TensorFlow's compiler (XLA) needs no other program.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,17 @@ import torch
 
 
 def missing_compiler(device: torch.device) -> str:
-    """Return what torch.compile would call on ``device`` and doesn't find on PATH; empty where it finds a compiler."""
+    """Return the compilers of which torch.compile needs one on PATH for ``device``; ``""`` where one is there."""
     if device.type == "cpu":
-        names = [os.environ.get("CXX") or "g++"]  # torch asks for no other
+        names = [os.environ.get("CXX") or "g++"]  # torch tries no other
     else:
         names = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
     return "" if any(shutil.which(name) for name in names) else " or ".join(names)
 
 
-def compiles(wanted: bool | None, device: torch.device, rank: int) -> bool:
-    """Return whether to compile; where that is wanted and can't be, rank 0 says so."""
-    missing = missing_compiler(device) if wanted else ""
+def compiles(requested: bool | None, device: torch.device, rank: int) -> bool:
+    """Return whether to compile; where that is requested and impossible, rank 0 prints why."""
+    missing = missing_compiler(device) if requested else ""
     if missing and rank == 0:
         print(f"hvdlm: train.compile is off: torch.compile needs a compiler, and {missing} is not on PATH.", flush=True)
-    return bool(wanted) and not missing
+    return bool(requested) and not missing

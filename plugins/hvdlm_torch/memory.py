@@ -1,4 +1,4 @@
-"""What autograd keeps for the backward pass, measured: once, in a run's first step."""
+"""The bytes that autograd keeps for the backward pass, measured in a run's first step."""
 
 from __future__ import annotations
 
@@ -9,45 +9,72 @@ from typing import Any
 import torch
 
 
-class _Kept:
-    """A saved tensor; it counts as long as autograd holds it."""
+class ActivationMemory:
+    """Counts what is saved for backward passes. ``bytes``: the most at once; 0 before the first forward pass."""
 
-    def __init__(self, tensor: torch.Tensor, storages: dict[int, list[int]], totals: list[int]) -> None:
-        self.tensor, self._storages, self._totals = tensor, storages, totals
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._measured = False
+
+    @contextlib.contextmanager
+    def forward(self, parameters: Iterable[torch.Tensor]) -> Iterator[None]:
+        """Measure the first forward pass that is computed inside; ``parameters`` don't count.
+
+        Only the first: the hooks run in Python for every tensor that is saved.
+        """
+        if self._measured:
+            yield
+            return
+        parameter_storages = {p.untyped_storage().data_ptr() for p in parameters}
+        count = _StorageCount()
+
+        def pack(tensor: torch.Tensor) -> Any:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() in parameter_storages or storage.nbytes() == 0:
+                return tensor
+            return _SavedTensor(tensor, count)
+
+        def unpack(saved: Any) -> torch.Tensor:
+            return saved.tensor if isinstance(saved, _SavedTensor) else saved
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            yield
+        self.bytes, self._measured = count.peak, True
+
+
+class _StorageCount:
+    """Bytes of the storages that saved tensors share. ``peak``: the most at once."""
+
+    def __init__(self) -> None:
+        self.peak = 0
+        self._bytes = 0
+        self._references: dict[int, int] = {}
+
+    def add(self, storage: torch.UntypedStorage) -> None:
+        """Count a tensor of ``storage``."""
+        key = storage.data_ptr()
+        self._references[key] = self._references.get(key, 0) + 1
+        if self._references[key] == 1:
+            self._bytes += storage.nbytes()
+            self.peak = max(self.peak, self._bytes)
+
+    def remove(self, key: int, size: int) -> None:
+        """Count a tensor less of the storage of ``size`` bytes at address ``key``."""
+        self._references[key] -= 1
+        if self._references[key] == 0:
+            del self._references[key]
+            self._bytes -= size
+
+
+class _SavedTensor:
+    """A tensor that autograd has saved; it counts until autograd drops it."""
+
+    def __init__(self, tensor: torch.Tensor, count: _StorageCount) -> None:
+        self.tensor = tensor
+        self._count = count
         storage = tensor.untyped_storage()
-        self._key = storage.data_ptr()
-        entry = storages.setdefault(self._key, [0, storage.nbytes()])
-        if entry[0] == 0:
-            totals[0] += entry[1]
-            totals[1] = max(totals[1], totals[0])
-        entry[0] += 1
+        self._key, self._size = storage.data_ptr(), storage.nbytes()
+        count.add(storage)
 
     def __del__(self) -> None:
-        entry = self._storages[self._key]
-        entry[0] -= 1
-        if entry[0] == 0:
-            self._totals[0] -= entry[1]
-            del self._storages[self._key]
-
-
-@contextlib.contextmanager
-def kept_bytes(meter: Any, parameters: Iterable[torch.Tensor]) -> Iterator[None]:
-    """Set ``meter._kept`` to the most bytes that were kept at once for a backward pass, unless it is known already."""
-    if meter._kept is not None:
-        yield
-        return
-    own = {p.untyped_storage().data_ptr() for p in parameters}
-    storages: dict[int, list[int]] = {}
-    totals = [0, 0]
-
-    def pack(tensor: torch.Tensor) -> Any:
-        if tensor.untyped_storage().data_ptr() in own or tensor.untyped_storage().nbytes() == 0:
-            return tensor
-        return _Kept(tensor, storages, totals)
-
-    def unpack(kept: Any) -> torch.Tensor:
-        return kept.tensor if isinstance(kept, _Kept) else kept
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        yield
-    meter._kept = totals[1]
+        self._count.remove(self._key, self._size)

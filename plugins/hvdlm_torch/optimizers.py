@@ -1,8 +1,8 @@
-"""Update rules on flat vectors: torch's own fused kernels, with weight decay on the masked elements.
+"""Update rules on flat vectors: PyTorch's fused kernels, with weight decay on the masked elements.
 
 AdamW (Loshchilov and Hutter 2019, algorithm 2), SGD with momentum (Sutskever et al. 2013) and Nesterov's variant,
-Adagrad (Duchi et al. 2011), in the form in which torch writes them; the TensorFlow plugin follows the same equations.
-They are torch.optim's functions, not its classes: those load torch's compiler, a third of a start.
+Adagrad (Duchi et al. 2011), by the equations in PyTorch's documentation; the TensorFlow plugin computes the same.
+They are torch.optim's functions, not its classes: those import torch's compiler, a third of the time of a start.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.optim.sgd import sgd
 
 from hvdlm.config import TrainConfig
 
-# What each rule remembers, by its name in checkpoints, in the order in which torch takes it.
+# The state of each rule, by its name in checkpoints, in the order of torch's arguments.
 KINDS = {
     "adamw": ("first_moment", "second_moment"),
     "sgd": ("momentum",),
@@ -28,38 +28,41 @@ class FlatOptimizer:
     def __init__(
         self, config: TrainConfig, parameter: torch.Tensor, gradient: torch.Tensor, mask: torch.Tensor
     ) -> None:
-        self._config, self._mask = config, mask
-        self._parameter, self._gradient = parameter, gradient
+        self._config = config
+        self._parameter = parameter
+        self._gradient = gradient
+        self._mask = mask
         kinds = () if config.optimizer == "sgd" and not config.momentum else KINDS[config.optimizer]
-        self._memory = {kind: torch.zeros_like(parameter) for kind in kinds}
+        self._state = {kind: torch.zeros_like(parameter) for kind in kinds}
         self._step = torch.zeros((), dtype=torch.float32, device=parameter.device)
 
     @property
-    def memory(self) -> dict[str, torch.Tensor]:
-        """What the rule remembers, by kind: flat float32 ``[size]``."""
-        return self._memory
+    def state(self) -> dict[str, torch.Tensor]:
+        """The rule's state by kind: flat float32 ``[size]``."""
+        return self._state
 
     @torch.no_grad()
     def update(self, learning_rate: float, step: int) -> None:
         """Apply the gradient as update number ``step`` (from 0)."""
         c = self._config
-        if c.weight_decay and c.optimizer == "adamw":
+        if c.weight_decay and c.optimizer == "adamw":  # decoupled
             self._parameter.addcmul_(self._parameter, self._mask, value=-learning_rate * c.weight_decay)
-        elif c.weight_decay:
+        elif c.weight_decay:  # L2 regularisation: part of the gradient
             self._gradient.addcmul_(self._parameter, self._mask, value=c.weight_decay)
         self._step.fill_(step)
-        self._rule(learning_rate)
+        self._apply_rule(learning_rate)
 
-    def _rule(self, lr: float) -> None:
-        c, held = self._config, [self._parameter]
-        gradient, step, memory = [self._gradient], [self._step], [[tensor] for tensor in self._memory.values()]
-        same = {"lr": lr, "weight_decay": 0.0, "maximize": False}
+    def _apply_rule(self, lr: float) -> None:
+        c, parameters, gradients, steps = self._config, [self._parameter], [self._gradient], [self._step]
+        state = [[tensor] for tensor in self._state.values()]
+        # No weight decay here: it has been applied already, to the masked elements only.
+        common = {"lr": lr, "weight_decay": 0.0, "maximize": False}
         if c.optimizer == "adamw":
-            betas = {"beta1": c.beta1, "beta2": c.beta2}
-            adamw(held, gradient, *memory, [], step, fused=True, amsgrad=False, eps=c.epsilon, **betas, **same)
+            settings = {"beta1": c.beta1, "beta2": c.beta2, "eps": c.epsilon, "amsgrad": False}
+            adamw(parameters, gradients, *state, [], steps, fused=True, **settings, **common)
         elif c.optimizer == "sgd":
-            nesterov, velocity = c.nesterov and c.momentum > 0, memory[0] if memory else [None]
-            rest = {"momentum": c.momentum, "dampening": 0.0, "nesterov": nesterov, **same}
-            sgd(held, gradient, velocity, fused=True, **rest)
+            velocity = state[0] if state else [None]
+            settings = {"momentum": c.momentum, "dampening": 0.0, "nesterov": c.nesterov and c.momentum > 0}
+            sgd(parameters, gradients, velocity, fused=True, **settings, **common)
         else:
-            adagrad(held, gradient, *memory, step, lr_decay=0.0, eps=c.epsilon, **same)
+            adagrad(parameters, gradients, *state, steps, lr_decay=0.0, eps=c.epsilon, **common)

@@ -1,4 +1,4 @@
-"""A pipeline stage at work in torch: executes a schedule, and passes activations and their gradients on."""
+"""A pipeline stage in PyTorch: follows a schedule of passes, and sends activations and their gradients on."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from hvdlm.parallel.stage_runner import PipelineStage
 from hvdlm.protocols.types import Batch
 
 Compute = Callable[[int, Batch, torch.Tensor | None], torch.Tensor]
-"""(number, micro-batch, what the stage before made of it) -> what this stage makes of it; the last one's: a scalar."""
+"""(number, micro-batch, the stage before's activations) -> this stage's activations; in the last stage, the loss."""
 
 
 class Pipeline(PipelineStage):
-    """One stage, on its device."""
+    """The passes of one stage."""
 
     def __init__(self, model_shard: ModelShard, axes: Axes, schedule: str, rank: int, device: torch.device) -> None:
         super().__init__(model_shard, axes, schedule, rank)
@@ -25,30 +25,33 @@ class Pipeline(PipelineStage):
     def run(
         self, micro_batches: Sequence[Batch], width: int, compute: Compute, before_backward: Callable[[bool], None]
     ) -> None:
-        """Do all passes of a step; ``before_backward`` is told whether a backward pass is the last."""
-        kept: dict[int, tuple[torch.Tensor | None, torch.Tensor]] = {}
+        """Do all passes of a step; ``before_backward(last)`` is called before each backward pass."""
+        # Of forward passes whose backward pass is still to come: the input, the output.
+        graphs: dict[int, tuple[torch.Tensor | None, torch.Tensor]] = {}
         for action, received in self.passes(micro_batches, width):
-            n = action.micro_batch
+            number = action.micro_batch
             if action.kind == "forward":
                 x = None if received is None else received.requires_grad_()
-                kept[n] = (x, compute(n, micro_batches[n], x))
+                y = compute(number, micro_batches[number], x)
+                graphs[number] = (x, y)
                 if not self._stage.last:
-                    self.pass_on(action, kept[n][1].detach())
+                    self.pass_on(action, y.detach())
             else:
-                x, y = kept.pop(n)
-                before_backward(n + 1 == len(micro_batches))
+                x, y = graphs.pop(number)
+                before_backward(number + 1 == len(micro_batches))
+                # received: the gradient of y; None where y is the loss.
                 torch.autograd.backward(y, received)
                 if x is not None:
                     self.pass_on(action, x.grad)
 
     def empty(self, shape: tuple[int, ...]) -> torch.Tensor:
-        """Return a tensor that can be received into."""
+        """Return a tensor to receive into."""
         return torch.empty(shape, device=self._device)
 
     def packed(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return ``tensor`` as it travels."""
+        """Return ``tensor`` in the form in which it is sent."""
         return tensor.contiguous()
 
     def unpacked(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return what has travelled as it is computed with."""
+        """Return a received tensor in the form in which it is computed with."""
         return tensor

@@ -1,4 +1,4 @@
-"""The entry point: answers to ``torch`` and only then imports it."""
+"""The entry point of the framework ``torch``, which is imported only when it is used."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from hvdlm.config import Config
 
 @hookimpl
 def hvdlm_prepare(config: Config) -> None:
-    """Have keras, on which compression and models of plugins' own are written, use this framework: it asks once."""
+    """Choose this framework as the backend of keras (compressors, custom modules), which reads the choice at import."""
     if config.framework == "torch":
         os.environ["KERAS_BACKEND"] = "torch"
 
 
 @hookimpl
 def hvdlm_make_framework(name: str) -> Any:
-    """Return the framework when it is asked for."""
+    """Return the framework named ``torch``."""
     if name != "torch":
         return None
-    from hvdlm_torch.framework import TorchFramework
+    from hvdlm_torch.framework import Framework
 
-    return TorchFramework()
+    return Framework()

@@ -1,4 +1,4 @@
-"""MLflow: ``--plugins [mlflow]``. Needs mlflow-skinny, or for a database of one's own the whole mlflow."""
+"""MLflow: ``--plugins [mlflow]``. Needs mlflow-skinny, for a local database the complete mlflow."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from hvdlm import hookimpl
 from hvdlm.config import Config
 from hvdlm.errors import HvdlmError
 from hvdlm.models.spec import ModelSpec
-from hvdlm_trackers.tracker import Figures, Tracker, installed, numbers
+from hvdlm_trackers.tracker import Metrics, Tracker, installed, numbers
 
 _DATABASES = ("sqlite", "mysql", "postgresql", "mssql")
-_LONGEST = 500  # characters of a parameter's value that every MLflow server takes
+_LONGEST = 500  # characters of a parameter's value that every MLflow server accepts
 
 
 @dataclass
 class MLflowOptions:
-    """Where MLflow keeps the run.
+    """Where MLflow stores the run.
 
     Args:
-        tracking_uri: a server (http://...), a folder, or a database; None: MLFLOW_TRACKING_URI, else the folder mlruns
+        tracking_uri: a server (http://...), a folder, or a database; null: MLFLOW_TRACKING_URI, else the folder mlruns
         experiment: the experiment that the run belongs to
-        run_name: the run's name there; None: that of the run's folder
-        wait: seconds that the end of the run waits at most for a slow server
+        run_name: the run's name in MLflow; null: the name of the run's folder
+        wait: seconds to wait for a slow server at the end of the run
     """
 
     tracking_uri: str | None = None
@@ -37,8 +37,8 @@ class MLflowOptions:
     wait: float = 30.0
 
     @property
-    def place(self) -> str:
-        """Where runs are kept."""
+    def uri(self) -> str:
+        """The URI or folder where runs are stored."""
         return self.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or "mlruns"
 
 
@@ -49,60 +49,60 @@ class MLflow(Tracker):
 
     @hookimpl
     def hvdlm_options(self) -> Mapping[str, type]:
-        """Bring the section mlflow."""
+        """Return the options of the section mlflow."""
         return {"mlflow": MLflowOptions}
 
     @hookimpl
     def hvdlm_check(self, config: Config, spec: ModelSpec) -> None:
-        """Refuse what is not installed."""
+        """Raise HvdlmError if MLflow or its database support isn't installed."""
         super().hvdlm_check(config, spec)
-        place = config.plugin_options["mlflow"].place
-        if place.startswith(_DATABASES) and not installed("sqlalchemy"):
+        uri = config.plugin_options["mlflow"].uri
+        if uri.startswith(_DATABASES) and not installed("sqlalchemy"):
             raise HvdlmError(
-                f"mlflow.tracking_uri {place}: databases need the whole MLflow: pip install mlflow, or name a server "
+                f"mlflow.tracking_uri {uri}: databases need the complete MLflow: pip install mlflow, or set a server "
                 "or a folder."
             )
 
     def begin(self) -> None:
-        """See ``Tracker``."""
-        place = self.options.place
-        if "://" not in place or place.startswith("file:"):
-            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # or MLflow sends users of folders elsewhere
+        """Start or continue a run in MLflow."""
+        uri = self.options.uri
+        if "://" not in uri or uri.startswith("file:"):
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # without it, MLflow refuses folders
         from mlflow.tracking import MlflowClient
 
-        self._client = MlflowClient(tracking_uri=place)
-        found = self.earlier()
-        if found.get("tracking_uri") == place:
-            self._id = found["run_id"]
+        self._client = MlflowClient(tracking_uri=uri)
+        earlier = self.earlier()
+        if earlier.get("tracking_uri") == uri:
+            self._id = earlier["run_id"]
             self._client.update_run(self._id, status="RUNNING")
         else:
-            self._create(place)
+            self._create(uri)
         self._client.set_tag(self._id, "hvdlm.state", "running")
         self._client.log_text(self._id, yaml.safe_dump(self.config.to_dict(), sort_keys=False), "config.yaml")
 
-    def _create(self, place: str) -> None:
+    def _create(self, uri: str) -> None:
         from mlflow.entities import Param, RunTag
 
-        known = self._client.get_experiment_by_name(self.options.experiment)
-        experiment = known.experiment_id if known else self._client.create_experiment(self.options.experiment)
+        existing = self._client.get_experiment_by_name(self.options.experiment)
+        experiment = existing.experiment_id if existing else self._client.create_experiment(self.options.experiment)
         name = self.options.run_name or self.folder.name
         self._id = self._client.create_run(experiment, run_name=name).info.run_id
-        self.keep(run_id=self._id, tracking_uri=place, experiment=self.options.experiment)
+        self.keep(run_id=self._id, tracking_uri=uri, experiment=self.options.experiment)
         params = [Param(key, str(value)[:_LONGEST]) for key, value in flat(self.config.to_dict())]
-        for start in range(0, len(params), 100):  # as many as MLflow takes at once
+        for start in range(0, len(params), 100):  # the most that MLflow accepts at once
             self._client.log_batch(self._id, params=params[start : start + 100])
         tags = [RunTag(f"hvdlm.{key}", str(value)) for key, value in flat(self.info)]
         self._client.log_batch(self._id, tags=tags)
 
-    def log(self, step: int, figures: Figures) -> None:
-        """See ``Tracker``."""
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Log the metrics of a step."""
         from mlflow.entities import Metric
 
         now = time.time_ns() // 1_000_000
-        self._client.log_batch(self._id, metrics=[Metric(name, value, now, step) for name, value in figures.items()])
+        self._client.log_batch(self._id, metrics=[Metric(name, value, now, step) for name, value in metrics.items()])
 
     def end(self, summary: Mapping[str, Any]) -> None:
-        """See ``Tracker``."""
+        """Log the summary and end MLflow's run."""
         self.log(summary["steps"], numbers(summary))
         self._client.log_dict(self._id, dict(summary), "summary.json")
         self._client.set_tag(

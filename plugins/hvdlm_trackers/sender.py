@@ -1,4 +1,4 @@
-"""A thread that talks to a tracker: a server that hangs holds up no step, and one that fails ends no run."""
+"""A background thread for a tracker's calls, so that a slow server delays no step and a failing one ends no run."""
 
 from __future__ import annotations
 
@@ -9,40 +9,41 @@ from queue import SimpleQueue
 
 from hvdlm.io.untrusted_input import shown
 
-_SENTENCE = 300  # characters: servers answer with whole pages
+_MAX_MESSAGE = 300  # characters: some servers respond with a whole page
 
 
 class Sender:
-    """Does actions one after the other in the background; says once what went wrong, and goes on."""
+    """Runs actions one after the other in the background; warns about the first failure, and continues."""
 
     def __init__(self, tracker: str) -> None:
-        self._tracker, self._warned = tracker, False
+        self._tracker = tracker
+        self._warned = False
         self._actions: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        # A daemon: what a server never answers keeps no process alive.
+        # A daemon thread, so that a server which never responds doesn't keep the process alive.
         self._thread = threading.Thread(target=self._work, name=f"hvdlm-{tracker}", daemon=True)
         self._thread.start()
 
     def send(self, action: Callable[[], None]) -> None:
-        """Have ``action`` done after those before it; return at once."""
+        """Queue ``action`` and return at once."""
         self._actions.put(action)
 
     def close(self, seconds: float) -> None:
-        """Wait until all is done, but not longer than ``seconds``."""
+        """Wait until all actions have run, at most ``seconds``."""
         self._actions.put(None)
         self._thread.join(seconds)
         if self._thread.is_alive():
-            self._warn(f"what was logged last was not taken within {seconds:g} s and is lost")
+            self._warn(f"the last metrics were not accepted within {seconds:g} s and are lost")
 
     def _work(self) -> None:
         while (action := self._actions.get()) is not None:
             try:
                 action()
-            except Exception as error:  # a library, a server and a network between them may fail in any way
+            except Exception as error:  # the library, the server and the network may fail in any way
                 self._warn(f"{type(error).__name__}: {error}")
 
-    def _warn(self, what: str) -> None:
+    def _warn(self, problem: str) -> None:
         if not self._warned:
             self._warned = True
-            said = shown(" ".join(what.split()), _SENTENCE)
-            print(f"hvdlm: {self._tracker}: {said}. Training goes on, figures are missing there.", file=sys.stderr)
+            message = shown(" ".join(problem.split()), _MAX_MESSAGE)
+            print(f"hvdlm: {self._tracker}: {message}. Training continues, metrics are missing there.", file=sys.stderr)
             sys.stderr.flush()

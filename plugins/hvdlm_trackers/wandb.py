@@ -10,20 +10,20 @@ from typing import Any, Literal
 
 from hvdlm import hookimpl
 from hvdlm.errors import STOPPED
-from hvdlm_trackers.tracker import Figures, Tracker, numbers
+from hvdlm_trackers.tracker import Metrics, Tracker, numbers
 
 
 @dataclass
 class WandbOptions:
-    """Where Weights & Biases keeps the run.
+    """Where Weights & Biases stores the run.
 
     Args:
         project: the project that the run belongs to
-        entity: the user or team whose project it is; None: your default one
-        name: the run's name there; None: that of the run's folder
-        tags: words to find the run by
-        mode: online, offline (RUN/wandb, for wandb sync), or disabled; None: WANDB_MODE, else online
-        wait: seconds that the end of the run waits at most for a slow server
+        entity: the user or team that owns the project; null: your default
+        name: the run's name in Weights & Biases; null: the name of the run's folder
+        tags: tags of the run
+        mode: online, offline (RUN/wandb, for wandb sync), or disabled; null: WANDB_MODE, else online
+        wait: seconds to wait for a slow server at the end of the run
     """
 
     project: str = "hvdlm"
@@ -35,25 +35,24 @@ class WandbOptions:
 
 
 class WeightsAndBiases(Tracker):
-    """The configuration, metrics by step and the summary; stopped runs end as preempted."""
+    """Logs the configuration, metrics by step and the summary; stopped runs end as preempted."""
 
     name, package = "wandb", "wandb"
 
     @hookimpl
     def hvdlm_options(self) -> Mapping[str, type]:
-        """Bring the section wandb."""
+        """Return the options of the section wandb."""
         return {"wandb": WandbOptions}
 
     def begin(self) -> None:
-        """See ``Tracker``."""
+        """Start or continue a run in Weights & Biases."""
         import wandb
 
         mode = self.options.mode or os.environ.get("WANDB_MODE") or "online"
         if mode == "online" and not wandb.login(prompt=False):
             raise RuntimeError("no API key is set: wandb login, or --wandb.mode offline")
-        found = self.earlier().get("run_id")
-        name = found or uuid.uuid4().hex[:8]
-        self.keep(run_id=name, project=self.options.project, entity=self.options.entity)
+        run_id = self.earlier().get("run_id") or uuid.uuid4().hex[:8]
+        self.keep(run_id=run_id, project=self.options.project, entity=self.options.entity)
         self._run = wandb.init(
             project=self.options.project,
             entity=self.options.entity,
@@ -61,24 +60,25 @@ class WeightsAndBiases(Tracker):
             tags=self.options.tags,
             mode=self.options.mode,
             dir=str(self.folder),
-            id=name,
+            id=run_id,
             resume="allow" if mode == "online" else None,
-            settings=wandb.Settings(console="off"),  # what a run prints is the launcher's
+            settings=wandb.Settings(console="off"),  # the launcher collects the run's output
         )
         self._run.config.update({**self.config.to_dict(), "run": self.info}, allow_val_change=True)
         self._run.define_metric("*", step_metric="step")
-        # W&B's own counter only rises, while a run that went back tells of the same steps again.
-        self._step, self._counter = -1, max(self.info["start_step"], self._run.step - 1)
+        # W&B's own counter must increase, but a run that was rolled back logs the same steps again.
+        self._step = -1
+        self._counter = max(self.info["start_step"], self._run.step - 1)
 
-    def log(self, step: int, figures: Figures) -> None:
-        """See ``Tracker``."""
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Log the metrics of a step."""
         if step != self._step:
             self._counter = max(step, self._counter + 1)
         self._step = step
-        self._run.log({**figures, "step": step}, step=self._counter)
+        self._run.log({**metrics, "step": step}, step=self._counter)
 
     def end(self, summary: Mapping[str, Any]) -> None:
-        """See ``Tracker``."""
+        """Log the summary and end the run."""
         self._run.summary.update({**numbers(summary), "state": summary["stopped"] or "done"})
         if summary["stopped"]:
             self._run.mark_preempting()

@@ -1,4 +1,4 @@
-"""What a job needs of a cluster, whichever scheduler it goes to."""
+"""Description of a cluster job, the same for every scheduler."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from hvdlm.errors import HvdlmError
 
 @dataclass
 class Job:
-    """A job.
+    """A cluster job.
 
     Args:
-        scheduler: slurm, pbs, lsf, kubernetes, or one that a plugin brings
-        nodes: machines (Kubernetes: worker pods)
-        ranks_per_node: ranks on each of them
-        gpus_per_node: GPUs of each of them
-        cpus_per_rank: cores of a rank, and its threads
-        memory_per_node: memory of each node (GiB); None: what the scheduler gives
-        time: longest time between two stays in the queue, [days-]hours:minutes:seconds; None: the queue's own limit
-            (PBS has to be told); Kubernetes: the longest time in all
-        save_seconds: so many seconds before its time is over the run is told to save
-        requeue: goes back into the queue where it has saved, and where a node failed
-        supervise: a run that fails is started again within the job; needs hvdlm where the job script runs
+        scheduler: slurm, pbs, lsf, kubernetes, or one provided by a plugin
+        nodes: number of nodes (Kubernetes: worker pods)
+        ranks_per_node: number of ranks per node
+        gpus_per_node: number of GPUs per node
+        cpus_per_rank: number of cores per rank, and of framework threads
+        memory_per_node: memory per node (GiB); null: the scheduler's default
+        time: time limit of one job, [days-]hours:minutes:seconds; null: the queue's limit (PBS requires a value);
+            Kubernetes: limit over all restarts
+        save_seconds: seconds before the time limit at which the run saves and stops
+        requeue: requeue the job after it saved and stopped, and after node failures
+        supervise: restart a failed run within the job; needs hvdlm outside the image
         queue: queue; Slurm: partition; Kubernetes: a local queue of Kueue
-        account: account or project that is charged
-        name: the job's name
-        log: file of what the job prints; None: NAME-NUMBER.out, as each scheduler writes it
-        image: Kubernetes: the image; elsewhere a file for Apptainer, or an address that it takes (docker://...)
-        volumes: folders that the container sees, [/scratch:/data]; Kubernetes: claims, [claim:/data]; relative paths
-            begin in the first
-        setup: lines of shell before the run, for example [module load openmpi, source .venv/bin/activate]
-        directives: more lines for the scheduler, without #SBATCH, #PBS or #BSUB, for example [--exclusive]
-        mpi: which kind of PMI srun offers (Slurm)
+        account: account or project to charge
+        name: job name
+        log: output file of the job; null: NAME-NUMBER.out, in the scheduler's syntax
+        image: container image; Kubernetes: image name; otherwise a file or an address (docker://...) for Apptainer
+        volumes: folders to mount in the container, [/scratch:/data]; Kubernetes: volume claims, [claim:/data], the
+            first of which is the working directory
+        setup: shell lines to run before the ranks start, for example [module load openmpi, source .venv/bin/activate]
+        directives: additional scheduler directives, without #SBATCH, #PBS or #BSUB, for example [--exclusive]
+        mpi: PMI type for srun --mpi (Slurm)
     """
 
     scheduler: str = ""
@@ -58,12 +58,12 @@ class Job:
 
     @property
     def ranks(self) -> int:
-        """Ranks on all nodes."""
+        """Number of ranks on all nodes."""
         return self.nodes * self.ranks_per_node
 
     @property
     def cpus_per_node(self) -> int:
-        """Cores of a node."""
+        """Number of cores used on each node."""
         return self.ranks_per_node * self.cpus_per_rank
 
     @property
@@ -71,29 +71,31 @@ class Job:
         """``time`` in seconds.
 
         Raises:
-            HvdlmError: it is no time.
+            HvdlmError: it has another form than [days-]hours:minutes:seconds.
         """
         if self.time is None:
             return None
-        found = re.fullmatch(r"(?:(\d{1,3})-)?(\d{1,4}):([0-5]\d):([0-5]\d)", self.time)
-        if found is None:
+        match = re.fullmatch(r"(?:(\d{1,3})-)?(\d{1,4}):([0-5]\d):([0-5]\d)", self.time)
+        if match is None:
             raise HvdlmError(
                 f"--time: got {self.time!r}, expected [days-]hours:minutes:seconds, for example 24:00:00 or 2-12:00:00."
             )
-        days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+        days, hours, minutes, seconds = (int(digits or 0) for digits in match.groups())
         return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
     @property
     def mounts(self) -> list[tuple[str, str]]:
-        """``volumes`` as (what, where in the container).
+        """``volumes`` as pairs (folder or claim, mount point in the container).
 
         Raises:
-            HvdlmError: one isn't of the form WHAT:/FOLDER.
+            HvdlmError: one isn't of the form SOURCE:/FOLDER.
         """
         for volume in self.volumes:
             if not re.fullmatch(r"[^:\s,]+:/[^:\s,]*", volume):
-                raise HvdlmError(f"--volumes: got {volume!r}, expected WHAT:/FOLDER, for example [/scratch/me:/data].")
-        return [(what, where) for what, _, where in (volume.partition(":") for volume in self.volumes)]
+                raise HvdlmError(
+                    f"--volumes: got {volume!r}, expected SOURCE:/FOLDER, for example [/scratch/me:/data]."
+                )
+        return [(source, target) for source, _, target in (volume.partition(":") for volume in self.volumes)]
 
 
 def clock(seconds: int) -> str:
@@ -102,14 +104,14 @@ def clock(seconds: int) -> str:
 
 
 def check(job: Job) -> None:
-    """Check what can be said of a job without its scheduler.
+    """Check everything about a job that doesn't depend on its scheduler.
 
     Raises:
-        HvdlmError: the first thing found wrong.
+        HvdlmError: the first mistake.
     """
-    for name, least in (("nodes", 1), ("ranks_per_node", 1), ("cpus_per_rank", 1), ("gpus_per_node", 0)):
-        if getattr(job, name) < least:
-            raise HvdlmError(f"--{name}: got {getattr(job, name)}, expected {least} or more.")
+    for name, minimum in (("nodes", 1), ("ranks_per_node", 1), ("cpus_per_rank", 1), ("gpus_per_node", 0)):
+        if getattr(job, name) < minimum:
+            raise HvdlmError(f"--{name}: got {getattr(job, name)}, expected {minimum} or more.")
     if job.memory_per_node is not None and job.memory_per_node < 1:
         raise HvdlmError(f"--memory_per_node: got {job.memory_per_node}, expected 1 (GiB) or more.")
     _check_time(job)
@@ -124,7 +126,7 @@ def check(job: Job) -> None:
             if "\n" in line or not line.strip():
                 raise HvdlmError(f"--{name}: got {line!r}, expected a list of single lines, for example [a, b].")
     if job.mounts and job.image is None:
-        raise HvdlmError("--volumes: there is no container to see them: give its --image.")
+        raise HvdlmError("--volumes: there is no container to mount them in: name its --image.")
 
 
 def _check_time(job: Job) -> None:
@@ -133,6 +135,6 @@ def _check_time(job: Job) -> None:
         raise HvdlmError(f"--save_seconds: got {job.save_seconds}, expected 1 or more.")
     if seconds is not None and seconds <= job.save_seconds:
         raise HvdlmError(
-            f"--time: {job.time} leaves nothing before the {job.save_seconds} s in which the run saves: give more, or "
+            f"--time: {job.time} is not longer than the {job.save_seconds} s reserved for saving: give more time, or "
             "lower --save_seconds."
         )

@@ -8,35 +8,35 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
-from hvdlm_launchers.schedulers.job import Job
-from hvdlm_launchers.schedulers.script import mpirun, train, wait
 
 from hvdlm.config import Config
 from hvdlm.errors import HvdlmError
+from hvdlm_launchers.schedulers.job import Job
+from hvdlm_launchers.schedulers.script import mpirun, train, wait
 
 CLIENT = ("kubectl", "apply", "-f", "-")
 
 _FILES = "/etc/hvdlm"
 _USER, _HOME = 1000, "/home/mpiuser"  # as in the mpi-operator's own images
-_RETRIES = 6  # Kubernetes' own default: how often the launcher may end with another code than 0, 75 included
+_RETRIES = 6  # Kubernetes' own default: how often the launcher may end with a code other than 0, even 75
 
-# Kubernetes may take workers away as soon as the launcher is told to stop, while their ranks still save.
-_LINGER = "while pgrep -f -- '-m hvdl[m]' >/dev/null; do sleep 1; done"
+# Kubernetes may remove workers as soon as it stops the launcher, while their ranks still save.
+_WAIT_FOR_RANKS = "while pgrep -f -- '-m hvdl[m]' >/dev/null; do sleep 1; done"
 
 _TITLE = """\
-# Kubernetes, with kubeflow's mpi-operator: kubectl apply -f FILE. A pod that is taken away has its run saved; the
-# launcher is then started again, and goes on from there.
+# Kubernetes, with kubeflow's mpi-operator: kubectl apply -f FILE. Before a pod is removed, the run saves; the launcher
+# is then started again, and the run resumes.
 """
 
 
 def write(job: Job, arguments: Sequence[str], config: Config) -> str:
-    """Return the YAML for kubectl: files that ``--config`` names, as a ConfigMap, and the MPIJob.
+    """Return the YAML for kubectl: a ConfigMap with the files that ``--config`` names, and the MPIJob.
 
     Raises:
-        HvdlmError: the job lacks what Kubernetes needs, or has what it doesn't know.
+        HvdlmError: the job lacks an option that Kubernetes needs, or has one that it doesn't support.
     """
     _check(job, config)
-    arguments, files = _bring(arguments)
+    arguments, files = _bundle(arguments)
     objects: list[dict[str, Any]] = []
     if files:
         metadata = {"name": f"{job.name}-files"}
@@ -52,25 +52,26 @@ def _check(job: Job, config: Config) -> None:
         raise HvdlmError("--image: the value is missing, expected the image that pods run, with hvdlm in it.")
     for name in ("account", "log", "directives"):
         if getattr(job, name):
-            raise HvdlmError(f"--{name}: Kubernetes has no such thing: leave it out.")
+            raise HvdlmError(f"--{name}: Kubernetes doesn't support it: leave it out.")
     run = PurePosixPath(config.log.run)
-    if not job.mounts or (run.is_absolute() and not any(run.is_relative_to(where) for _, where in job.mounts)):
+    if not job.mounts or (run.is_absolute() and not any(run.is_relative_to(target) for _, target in job.mounts)):
         raise HvdlmError(
             f"--volumes: the run's folder {run} would be lost with its pod: mount a claim that all pods can write, for "
             "example --volumes [claim:/data]."
         )
 
 
-def _bring(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Return the arguments with ``--config`` pointing into the ConfigMap, and its files."""
-    words, files = [word for argument in arguments for word in _split(argument)], {}
-    for place, word in enumerate(words[:-1]):
+def _bundle(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Return the arguments with ``--config`` pointing into the ConfigMap, and the content of its files by name."""
+    words = [word for argument in arguments for word in _split(argument)]
+    files: dict[str, str] = {}
+    for index, word in enumerate(words[:-1]):
         if word == "--config":
-            path = Path(words[place + 1])
+            path = Path(words[index + 1])
             name = re.sub(r"[^\w.-]", "-", path.name)
-            name = name if name not in files else f"{place}-{name}"
+            name = name if name not in files else f"{index}-{name}"
             files[name] = path.read_text(encoding="utf-8")
-            words[place + 1] = f"{_FILES}/{name}"
+            words[index + 1] = f"{_FILES}/{name}"
     return words, files
 
 
@@ -82,13 +83,13 @@ def _mpijob(job: Job, command: str, files: bool) -> dict[str, Any]:
     policy: dict[str, Any] = {"cleanPodPolicy": "Running", "backoffLimit": _RETRIES if job.requeue else 0}
     if job.seconds is not None:
         policy["activeDeadlineSeconds"] = job.seconds
-    launcher = f'set -uo pipefail\n{wait(job, command, "TERM USR1")}exit "$code"\n'
-    launched = {"name": "launcher", "command": ["bash", "-c", launcher], "resources": {"requests": {"cpu": 1}}}
+    code = f'set -uo pipefail\n{wait(job, command, "TERM USR1")}exit "$code"\n'
+    launcher = {"name": "launcher", "command": ["bash", "-c", code], "resources": {"requests": {"cpu": 1}}}
     worker = {
         "name": "worker",
         "command": ["/usr/sbin/sshd", "-De", "-f", f"{_HOME}/.sshd_config"],
         "resources": _resources(job),
-        "lifecycle": {"preStop": {"exec": {"command": ["bash", "-c", _LINGER]}}},
+        "lifecycle": {"preStop": {"exec": {"command": ["bash", "-c", _WAIT_FOR_RANKS]}}},
     }
     metadata: dict[str, Any] = {"name": job.name}
     if job.queue:
@@ -99,7 +100,7 @@ def _mpijob(job: Job, command: str, files: bool) -> dict[str, Any]:
         "sshAuthMountPath": f"{_HOME}/.ssh",
         "launcherCreationPolicy": "WaitForWorkersReady",
         "mpiReplicaSpecs": {
-            "Launcher": _replica(job, 1, launched, files),
+            "Launcher": _replica(job, 1, launcher, files),
             "Worker": _replica(job, job.nodes, worker, files),
         },
     }
@@ -115,20 +116,20 @@ def _resources(job: Job) -> dict[str, Any]:
 
 
 def _replica(job: Job, count: int, container: Mapping[str, Any], files: bool) -> dict[str, Any]:
-    # Ranks of a node talk through /dev/shm, of which a container has 64 MB unless told otherwise.
+    # Ranks of a node communicate through /dev/shm, of which a container has 64 MB by default.
     volumes: list[dict[str, Any]] = [{"name": "shm", "emptyDir": {"medium": "Memory"}}]
     mounts = [{"name": "shm", "mountPath": "/dev/shm"}]
-    for number, (claim, where) in enumerate(job.mounts):
+    for number, (claim, target) in enumerate(job.mounts):
         volumes.append({"name": f"volume-{number}", "persistentVolumeClaim": {"claimName": claim}})
-        mounts.append({"name": f"volume-{number}", "mountPath": where})
+        mounts.append({"name": f"volume-{number}", "mountPath": target})
     if files:
         volumes.append({"name": "files", "configMap": {"name": f"{job.name}-files"}})
         mounts.append({"name": "files", "mountPath": _FILES})
-    inside = {"image": job.image, "workingDir": job.mounts[0][1], "volumeMounts": mounts}
+    environment = {"image": job.image, "workingDir": job.mounts[0][1], "volumeMounts": mounts}
     pod = {
         "terminationGracePeriodSeconds": job.save_seconds,
         "securityContext": {"runAsUser": _USER, "fsGroup": _USER},
-        "containers": [{**container, **inside}],
+        "containers": [{**container, **environment}],
         "volumes": volumes,
     }
     policy = "OnFailure" if job.requeue else "Never"
@@ -136,7 +137,7 @@ def _replica(job: Job, count: int, container: Mapping[str, Any], files: bool) ->
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes text of several lines as such, and nothing by reference."""
+    """YAML dumper that writes text of several lines as a block, and no anchors or aliases."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

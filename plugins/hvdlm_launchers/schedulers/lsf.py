@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from hvdlm.config import Config
 from hvdlm_launchers.schedulers.job import Job
 from hvdlm_launchers.schedulers.script import agent, mpirun, script, train, wait
-
-from hvdlm.config import Config
 
 CLIENT = ("bsub",)
 
@@ -15,16 +14,17 @@ CLIENT = ("bsub",)
 def write(job: Job, arguments: Sequence[str], config: Config) -> str:
     """Return the script for bsub.
 
-    LSF queues the job again on exit code 75 (``-Q``) and warns before time is over (``-wt``), all processes of the job
-    at once; so the warning is SIGURG, which everybody ignores but this script.
+    LSF requeues the job on exit code 75 (``-Q``). Its warning before the time limit (``-wt``) is a signal to all
+    processes of the job: SIGURG, which they ignore by default, and which this script catches.
     """
     body = agent("blaunch") + wait(job, train(job, arguments, config, mpirun(job, "$LSB_DJOB_HOSTFILE")), "URG USR1")
-    title = "LSF: bsub < FILE. Ranks save before time is over; the job is then queued again, and goes on from there."
+    title = "LSF: bsub < FILE. Ranks save before the time limit; the job is then queued again, and the run resumes."
     return script(title, "#BSUB", _directives(job), job, body + 'exit "$code"\n')
 
 
 def _directives(job: Job) -> list[str]:
-    seconds, lines = job.seconds, [f"-J {job.name}", f"-n {job.ranks}", f'-R "span[ptile={job.ranks_per_node}]"']
+    seconds = job.seconds
+    lines = [f"-J {job.name}", f"-n {job.ranks}", f'-R "span[ptile={job.ranks_per_node}]"']
     if job.cpus_per_rank > 1:
         lines.append(f'-R "affinity[core({job.cpus_per_rank})]"')
     if job.gpus_per_node:

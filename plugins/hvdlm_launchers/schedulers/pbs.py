@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hvdlm_launchers.schedulers.job import Job, clock
-from hvdlm_launchers.schedulers.script import again, agent, mpirun, script, train, wait
-
 from hvdlm.config import Config
 from hvdlm.errors import HvdlmError
+from hvdlm_launchers.schedulers.job import Job, clock
+from hvdlm_launchers.schedulers.script import agent, mpirun, requeue, script, train, wait
 
 CLIENT = ("qsub",)
 
@@ -16,8 +15,8 @@ CLIENT = ("qsub",)
 def write(job: Job, arguments: Sequence[str], config: Config) -> str:
     """Return the script for qsub.
 
-    PBS gives no signal before time is over, so ``timeout`` does. ``qrerun`` is for operators, so a script whose run has
-    saved submits itself anew: as a new job. SIGTERM (``qdel``) is not caught: a deleted job doesn't come back.
+    PBS sends no signal before the time limit, so ``timeout`` does. ``qrerun`` is reserved for operators, so the script
+    submits itself as a new job after the run has saved. SIGTERM (``qdel``) is not caught: a deleted job doesn't return.
 
     Raises:
         HvdlmError: there is no time limit to count from.
@@ -25,14 +24,16 @@ def write(job: Job, arguments: Sequence[str], config: Config) -> str:
     seconds = job.seconds
     if seconds is None:
         raise HvdlmError(
-            "--time: the value is missing, and PBS gives no signal before a queue's own limit: --time 24:00:00."
+            "--time: the value is missing, and PBS sends no signal before a queue's own limit: give --time 24:00:00."
         )
-    early = f"timeout --foreground --preserve-status --signal=USR1 $(({seconds - job.save_seconds} - SECONDS)) \\\n    "
+    with_timeout = (
+        f"timeout --foreground --preserve-status --signal=USR1 $(({seconds - job.save_seconds} - SECONDS)) \\\n    "
+    )
     body = 'cd "$PBS_O_WORKDIR" || exit 1\n' + agent("pbs_tmrsh")
-    body += wait(job, early + train(job, arguments, config, mpirun(job, "$PBS_NODEFILE")), "USR1")
+    body += wait(job, with_timeout + train(job, arguments, config, mpirun(job, "$PBS_NODEFILE")), "USR1")
     if job.requeue:
-        body += again('[ "$code" -eq 75 ]', 'qsub "$0"')
-    title = "PBS: qsub FILE. Ranks save before time is over; the job is then submitted again, and goes on from there."
+        body += requeue('[ "$code" -eq 75 ]', 'qsub "$0"')
+    title = "PBS: qsub FILE. Ranks save before the time limit; the job is then submitted again, and the run resumes."
     return script(title, "#PBS", _directives(job, seconds), job, body + 'exit "$code"\n')
 
 

@@ -1,4 +1,4 @@
-"""The shell that jobs share: it starts the ranks, tells them when time is nearly over, and waits for them."""
+"""Shell code that job scripts share: start the ranks, signal them before the time limit, and wait for them."""
 
 from __future__ import annotations
 
@@ -6,54 +6,53 @@ import shlex
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
+from hvdlm.config import Config
 from hvdlm_launchers.schedulers.job import Job
 
-from hvdlm.config import Config
-
 _WAIT = """\
-# The signal may come at any moment: to ranks that run, or just before they do.
-step="" told=no
-tell() {{
-    told=yes
-    [ -z "$step" ] || kill -USR1 "$step" 2>/dev/null
+# The signal may arrive at any moment, even before the ranks run.
+launcher="" signalled=no
+request_save() {{
+    signalled=yes
+    [ -z "$launcher" ] || kill -USR1 "$launcher" 2>/dev/null
 }}
-trap tell {signals}
+trap request_save {signals}
 
 {command} &
-step=$!
-[ "$told" = no ] || tell
-while wait "$step"; code=$?; [ "$told" = yes ]; do
-    told=no # the signal ended the wait, not the run
+launcher=$!
+[ "$signalled" = no ] || request_save
+while wait "$launcher"; code=$?; [ "$signalled" = yes ]; do
+    signalled=no # the signal ended the wait, not the run
 done
 """
 
 
 def script(title: str, prefix: str, directives: Sequence[str], job: Job, body: str) -> str:
-    """Return a job script: ``title``, the scheduler's lines (each behind ``prefix``), then ``body``."""
+    """Return a job script: ``title`` as a comment, ``directives`` (each after ``prefix``), and ``body``."""
     lines = ["#!/usr/bin/env bash", f"# {title}", *(f"{prefix} {line}" for line in (*directives, *job.directives))]
     return "\n".join(lines) + f"\n\nset -uo pipefail\n{body}"
 
 
 def wait(job: Job, command: str, signals: str) -> str:
-    """Return the part that runs ``command``, hands ``signals`` on to it as SIGUSR1, and sets ``code``."""
+    """Return shell code that runs ``command``, forwards ``signals`` to it as SIGUSR1, and sets ``code``."""
     setup = "".join(f"{line}\n" for line in job.setup)
     return f"{setup}export OMP_NUM_THREADS={job.cpus_per_rank}\n" + _WAIT.format(command=command, signals=signals)
 
 
-def again(condition: str, command: str) -> str:
-    """Return the end of a script that has itself queued again by ``command`` where the run has saved."""
+def requeue(condition: str, command: str) -> str:
+    """Return shell code that runs ``command``, which queues the job again, if ``condition`` holds."""
     return f"""
 if {condition}; then
-    echo "hvdlm: stopped and saved, back into the queue" >&2
-    {command} || echo "hvdlm: that failed: submit the job again, it goes on from there" >&2
+    echo "hvdlm: stopped and saved, returning to the queue" >&2
+    {command} || echo "hvdlm: could not return to the queue: submit the job again, and the run resumes" >&2
 fi
 """
 
 
 def mpirun(job: Job, hosts: str) -> str:
-    """Return the command that starts a rank in each slot of the file ``hosts`` ("" where Open MPI knows by itself).
+    """Return the command that starts a rank in each slot of the file ``hosts`` ("": Open MPI finds the hosts itself).
 
-    An absolute path makes Open MPI look for its own files on other hosts where it lies here.
+    The absolute path makes Open MPI look for its own files on other hosts under the same prefix as here.
     """
     file = f' --hostfile "{hosts}"' if hosts else ""
     return (
@@ -63,9 +62,9 @@ def mpirun(job: Job, hosts: str) -> str:
 
 
 def agent(program: str) -> str:
-    """Return the lines by which Open MPI 4 and 5 reach other hosts through ``program`` where they would take ssh.
+    """Return shell code that has Open MPI 4 and 5 start their daemons with ``program`` in place of ssh.
 
-    By its whole path: on the other hosts they look for it too.
+    They get its absolute path, since they run it on the other hosts, too.
     """
     return (
         f"if agent=$(command -v {program}); then\n"
@@ -74,32 +73,34 @@ def agent(program: str) -> str:
 
 
 def train(job: Job, arguments: Sequence[str], config: Config, launcher: str, more: str = "") -> str:
-    """Return the command that trains on all ranks; ``more``: shell after the options, such as ``"$@"``.
+    """Return the command that trains on all ranks; ``more``: shell code after the options, such as ``"$@"``.
 
-    Where the user said from which checkpoint to go on, that counts until the run's folder holds one.
+    A checkpoint that the user names to resume from counts only until the run has saved one of its own.
     """
     supervisor = "python -m hvdlm supervise -- " if job.supervise else ""
     words = ["python", "-m", "hvdlm", "--train.threads", str(job.cpus_per_rank), *arguments]
     resume = "auto"
     if config.checkpoint.resume not in ("none", "auto"):
-        kept = shlex.quote(f"{_outside(job, config.log.run)}/checkpoints/latest")
+        latest = shlex.quote(f"{_host_path(job, config.log.run)}/checkpoints/latest")
         start = shlex.quote(config.checkpoint.resume)
-        resume = f'"$([ -e {kept} ] && echo auto || echo {start})"'
+        resume = f'"$([ -e {latest} ] && echo auto || echo {start})"'
     return f"{supervisor}{launcher} \\\n    {_container(job)}{shlex.join(words)}{more} --checkpoint.resume {resume}"
 
 
-def _outside(job: Job, folder: str) -> str:
-    """Return where the job script sees a folder of Apptainer's container."""
-    for what, where in job.mounts if job.scheduler != "kubernetes" else []:
-        if PurePosixPath(folder).is_relative_to(where):
-            return str(PurePosixPath(what) / PurePosixPath(folder).relative_to(where))
+def _host_path(job: Job, folder: str) -> str:
+    """Return the path outside of Apptainer's container, where the job script runs, of a folder in the container."""
+    if job.scheduler == "kubernetes":  # its script runs in the container, too
+        return folder
+    for source, target in job.mounts:
+        if PurePosixPath(folder).is_relative_to(target):
+            return str(PurePosixPath(source) / PurePosixPath(folder).relative_to(target))
     return folder
 
 
 def _container(job: Job) -> str:
-    """Return what runs a command in the image; on Kubernetes all is in it anyway."""
+    """Return the prefix that runs a command in the image; empty on Kubernetes, where everything runs in it."""
     if job.image is None or job.scheduler == "kubernetes":
         return ""
-    binds = [word for what, where in job.mounts for word in ("--bind", f"{what}:{where}")]
+    binds = [word for source, target in job.mounts for word in ("--bind", f"{source}:{target}")]
     gpus = ["--nv"] if job.gpus_per_node else []
     return shlex.join(["apptainer", "exec", *gpus, *binds, job.image]) + " \\\n    "

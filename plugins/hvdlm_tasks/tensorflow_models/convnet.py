@@ -1,18 +1,19 @@
-"""What sees, in TensorFlow: the equations of ``hvdlm_tasks.models.convnet``, in the same order."""
+"""Convolutional image classifier in TensorFlow: the equations of ``hvdlm_tasks.models.convnet``, in the same order."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 import tensorflow as tf
-from hvdlm_tasks.tensorflow_models.encoder_decoder_layers import Reader
+
+from hvdlm_tasks.tensorflow_models.encoder_decoder_layers import EncoderBase
 
 
-class Convnet(Reader):
-    """Scores of every class for an image."""
+class Convnet(EncoderBase):
+    """Logits of every class for an image."""
 
     def compute(self, tokens: tf.Tensor, x: Mapping[str, tf.Tensor]) -> tf.Tensor:
-        """Return ``[rows, 1, 50]`` of the images in ``x``; ``tokens`` are not looked at."""
+        """Return the hidden layer ``[rows, 1, 50]`` for the images in ``x``; ``tokens`` are not used."""
         h = tf.cast(x["images"], self.dtype)[..., None]  # [rows, 28, 28, 1]
         for name in ("conv.0", "conv.1"):
             h = tf.nn.bias_add(tf.nn.conv2d(h, self.p[f"{name}.weight"], 1, "VALID"), self.p[f"{name}.bias"])

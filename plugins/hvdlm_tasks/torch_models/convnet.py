@@ -1,4 +1,4 @@
-"""What sees, in torch: the equations of ``hvdlm_tasks.models.convnet``, in the same order."""
+"""Convolutional image classifier in PyTorch: the equations of ``hvdlm_tasks.models.convnet``, in the same order."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
-from hvdlm_tasks.torch_models.encoder_decoder_layers import Reader
+
+from hvdlm_tasks.torch_models.encoder_decoder_layers import EncoderBase
 
 
-class Convnet(Reader):
-    """Scores of every class for an image."""
+class Convnet(EncoderBase):
+    """Logits of every class for an image."""
 
     def compute(self, tokens: torch.Tensor, x: Mapping[str, torch.Tensor], training: bool) -> torch.Tensor:
-        """Return ``[rows, 1, 50]`` of the images in ``x``; ``tokens`` are not looked at."""
+        """Return the hidden layer ``[rows, 1, 50]`` for the images in ``x``; ``tokens`` are not used."""
         h = x["images"].unsqueeze(1)  # [rows, 1, 28, 28]
         for name in ("conv.0", "conv.1"):
             weight = self.p[f"{name}.weight"].permute(3, 2, 0, 1)  # [kernels, inputs, 5, 5]

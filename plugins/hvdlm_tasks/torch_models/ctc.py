@@ -1,4 +1,4 @@
-"""What hears, in torch: the equations of ``hvdlm_tasks.models.ctc``, in the same order."""
+"""CTC speech encoder in PyTorch: the equations of ``hvdlm_tasks.models.ctc``, in the same order."""
 
 from __future__ import annotations
 
@@ -6,31 +6,32 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
-from hvdlm_tasks.models.ctc import CONVOLUTIONS, scored
-from hvdlm_tasks.torch_models.encoder_decoder_layers import Reader, within
+
+from hvdlm_tasks.models.ctc import CONVOLUTIONS, output_frames
+from hvdlm_tasks.torch_models.encoder_decoder_layers import EncoderBase, valid_positions
 
 
-class CTC(Reader):
-    """Scores of characters for every second frame."""
+class CTC(EncoderBase):
+    """Logits of the characters for every second frame."""
 
     def compute(self, tokens: torch.Tensor, x: Mapping[str, torch.Tensor], training: bool) -> torch.Tensor:
-        """Return ``[rows, T / 2, width]`` of the frames in ``x``; ``tokens`` are not looked at."""
+        """Return ``[rows, T / 2, width]`` for the frames in ``x``; ``tokens`` are not used."""
         h, lengths = x["frames"], self.lengths(x)
         for number in range(CONVOLUTIONS):
             weight = self.p[f"conv.{number}.weight"].permute(2, 1, 0)  # [width, inputs, kernel]
             bias, stride = self.p[f"conv.{number}.bias"], 1 if number else 2
-            made = F.gelu(F.conv1d(h.transpose(1, 2), weight, bias, stride, padding=2), approximate="tanh")
-            mask = within(lengths, made.shape[2])
-            made = made.transpose(1, 2) * mask.flatten(1).unsqueeze(-1)
-            h = h + made if number else made
-        h = self.dropout(self.place(h), training)
+            convolved = F.gelu(F.conv1d(h.transpose(1, 2), weight, bias, stride, padding=2), approximate="tanh")
+            mask = valid_positions(lengths, convolved.shape[2])
+            convolved = convolved.transpose(1, 2) * mask.flatten(1).unsqueeze(-1)
+            h = h + convolved if number else convolved
+        h = self.dropout(self.add_positions(h), training)
         for i in range(self.s.layers):
             h = self.encoder_layer(h, mask, f"encoder.{i}", training)
         return self.norm(h, "final_norm")
 
     def lengths(self, x: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Return how many frames have scores, int32 ``[rows]``."""
-        return scored(x["frame_count"])
+        """Return the number of output frames, int32 ``[rows]``."""
+        return output_frames(x["frame_count"])
 
     def scores(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return logits ``[..., vocab]``."""

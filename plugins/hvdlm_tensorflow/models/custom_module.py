@@ -1,4 +1,4 @@
-"""A plugin's ``keras.Model`` as a model: from int32 tokens ``[rows, time]`` to logits ``[rows, time, vocab]``."""
+"""A plugin's ``keras.Model`` as a model, from int32 tokens ``[rows, time]`` to logits ``[rows, time, vocab]``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from hvdlm.errors import HvdlmError
-from hvdlm.models.custom_module import OwnSettings, own_spec
+from hvdlm.models.custom_module import CustomModuleSettings, custom_module_spec
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.sharding_rules import ModelShard
 from hvdlm_tensorflow.collectives import Collectives
@@ -19,26 +19,26 @@ from hvdlm_tensorflow.models.base import ModelBase
 def describe(make: Callable[[], Any], vocab: int, context: int) -> ModelSpec:
     """Return the description of the Keras model that ``make`` returns, for ``hvdlm_models``.
 
-    Position t of its logits may depend on tokens 0 to t alone. Dropout is drawn anew in every step. Initial values are
-    those that ``make`` draws under ``train.seed``.
+    The logits of position t may depend on tokens 0 to t only. Dropout follows ``train.seed`` and the step. The initial
+    values are those that ``make`` draws under ``train.seed``.
 
     Raises:
-        HvdlmError: it keeps more than parameters from batch to batch.
+        HvdlmError: it keeps more than its parameters from batch to batch.
     """
     module = _built(make, context)
     if any(not _is_seed(variable) for variable in module.non_trainable_variables):
         raise HvdlmError(
             "a Keras model with weights that aren't trained (batch normalisation's statistics) keeps them from batch "
-            "to batch, and checkpoints don't have them: use LayerNormalization or GroupNormalization."
+            "to batch, and checkpoints don't contain them: use LayerNormalization or GroupNormalization."
         )
 
     def values(seed: int) -> list[np.ndarray]:
         tf.keras.utils.set_random_seed(seed)
         return [np.asarray(variable) for variable in _built(make, context).trainable_variables]
 
-    # Keras numbers layers as they are made: the same model made again has other paths.
+    # Not by path: Keras numbers layers as they are made, so that the same model made again has other paths.
     shapes = {f"{i:03}.{v.name}": tuple(v.shape) for i, v in enumerate(module.trainable_variables)}
-    return own_spec(OwnSettings(vocab, context, "tensorflow", make), shapes, values)
+    return custom_module_spec(CustomModuleSettings(vocab, context, "tensorflow", make), shapes, values)
 
 
 def _built(make: Callable[[], Any], context: int) -> Any:
@@ -51,23 +51,24 @@ def _is_seed(variable: Any) -> bool:
     return str(variable.name) == "seed_generator_state"
 
 
-class Own(ModelBase):
+class CustomModule(ModelBase):
     """The model, its parameters replaced by parts of the flat vector."""
 
-    def __init__(self, settings: OwnSettings, model_shard: ModelShard, collectives: Collectives) -> None:
+    def __init__(self, settings: CustomModuleSettings, model_shard: ModelShard, collectives: Collectives) -> None:
         super().__init__(settings, model_shard, collectives)
         self._module = _built(settings.make, settings.context)
         self._ordered: list[tf.Tensor] = []
 
     def bind(self, parameters: Mapping[str, tf.Tensor]) -> None:
-        """Take these tensors as parameters."""
+        """Use these tensors as parameters."""
         self._ordered = [parameters[name] for name in sorted(parameters)]
 
     def hidden(
         self, tokens: tf.Tensor, x: tf.Tensor | None, carry: Any, training: bool, checkpointing: bool, seed: tf.Tensor
     ) -> tuple[tf.Tensor, Any]:
-        """Return the logits ``[rows, time, vocab]`` of ``tokens``; nothing is carried."""
-        # Layers that draw at random get a seed of this step's own, so that a resumed run draws the same.
-        drawing = enumerate(self._module.non_trainable_variables)
-        seeds = [tf.cast(seed + tf.constant([0, i]), variable.dtype) for i, variable in drawing]
+        """Return the logits ``[rows, time, vocab]`` of ``tokens``, and ``carry`` unchanged."""
+        # The states of random layers (``describe`` allows no others) are replaced by this step's seed, so that a
+        # resumed run draws the same numbers.
+        states = enumerate(self._module.non_trainable_variables)
+        seeds = [tf.cast(seed + tf.constant([0, i]), variable.dtype) for i, variable in states]
         return self._module.stateless_call(self._ordered, seeds, tokens, training=training)[0], carry

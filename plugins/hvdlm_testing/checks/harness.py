@@ -1,4 +1,4 @@
-"""Where checks take place: the ranks of a launch, one framework, and the plugins under test."""
+"""Test harness of a rank: the world of a launch, one framework, and the plugins under test."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pluggy
-from hvdlm_testing.plugin_under_test import Subject
 
 from hvdlm import plugins
 from hvdlm.config import Config
@@ -22,35 +21,36 @@ from hvdlm.protocols.group import Group
 from hvdlm.protocols.trainable import Trainable
 from hvdlm.protocols.types import Batch
 from hvdlm.protocols.world import World
+from hvdlm_testing.plugin_under_test import PluginUnderTest
 
 VOCAB, CONTEXT, ROWS = 64, 8, 4
 
 
 class Skip(Exception):
-    """Why something is not looked at."""
+    """Raised by a check that does not apply; carries the reason."""
 
 
 @dataclass
-class Checked:
-    """What a check found: sentences about faults, and figures to be compared with another framework's."""
+class Findings:
+    """Findings of a check: sentences about faults, and figures to compare with those of other frameworks."""
 
     faults: list[str] = field(default_factory=list)
     figures: list[float] = field(default_factory=list)
 
     def fault(self, sentence: str) -> None:
-        """Add a fault."""
+        """Add a sentence about a fault."""
         self.faults.append(sentence)
 
-    def require(self, good: Any, sentence: str) -> bool:
-        """Add ``sentence`` as a fault unless ``good``; return whether it is."""
-        if not good:
+    def require(self, condition: Any, sentence: str) -> bool:
+        """Add ``sentence`` as a fault unless ``condition`` holds; return whether it does."""
+        if not condition:
             self.fault(sentence)
-        return bool(good)
+        return bool(condition)
 
 
 @dataclass
-class Stage:
-    """The ranks of a launch."""
+class Harness:
+    """The started world, a framework and the loaded plugins; ``base`` is the configuration of the world."""
 
     framework_name: str
     framework: Framework
@@ -60,64 +60,63 @@ class Stage:
 
     @classmethod
     @contextmanager
-    def open(cls, framework: str, backend_name: str, subjects: Sequence[Subject]) -> Iterator[Stage]:
-        """Meet the other ranks, as a run does, with all plugins under test loaded."""
+    def open(cls, framework: str, backend_name: str, tested: Sequence[PluginUnderTest]) -> Iterator[Harness]:
+        """Start the world as a run does, with all plugins under test loaded; close it at the end of the context."""
         manager = plugins.load([framework, backend_name, "all_reduce", "compression"])
-        for subject in subjects:
-            if subject.plugin is not None and not manager.has_plugin(subject.name):
-                manager.register(subject.plugin, subject.name)
+        for plugin in tested:
+            if plugin.implementation is not None and not manager.has_plugin(plugin.name):
+                manager.register(plugin.implementation, plugin.name)
         config = Config(framework=framework, backend=backend_name)
         config.communication.timeout = 120.0
         backend = plugins.make(manager, "backend", backend_name)
         size = backend.launch_shape()[1]
         config.train.threads = backend.prepare(config)
         manager.hook.hvdlm_prepare(config=config)
-        made = plugins.make(manager, "framework", framework)
-        world = backend.start(made, make_mesh(size, config.parallel).groups(), config)
+        built = plugins.make(manager, "framework", framework)
+        world = backend.start(built, make_mesh(size, config.parallel).groups(), config)
         try:
-            yield cls(framework, made, manager, world, config)
+            yield cls(framework, built, manager, world, config)
         finally:
             world.close()
 
-    def config(self, subject: Subject | None = None) -> Config:
-        """Return the configuration of a small run, or that which a plugin is tested with."""
-        if subject is not None and (subject.config or subject.provides("hvdlm_make_task")):
-            found = subject.run_config()
-            found.framework, found.backend = self.framework_name, self.base.backend
-            found.train.threads = self.base.train.threads
-            return found
-        found = copy.deepcopy(self.base)
-        model, train = found.model, found.train
+    def config(self, plugin: PluginUnderTest | None = None) -> Config:
+        """Return a plugin's own configuration if it is a task or has a file of options, else that of a small run."""
+        if plugin is not None and (plugin.config or plugin.provides("hvdlm_make_task")):
+            config = plugin.run_config()
+            config.framework, config.backend = self.framework_name, self.base.backend
+            config.train.threads = self.base.train.threads
+            return config
+        config = copy.deepcopy(self.base)
+        model, train = config.model, config.train
         model.layers, model.width, model.heads = 1, 32, 2
-        found.data.context, train.batch_size, train.steps, train.seed = CONTEXT, ROWS * self.world.size, 8, 3
-        found.communication.compression.min_elements, found.communication.local.steps = 1, 2
-        return found
+        config.data.context, train.batch_size, train.steps, train.seed = CONTEXT, ROWS * self.world.size, 8, 3
+        config.communication.compression.min_elements, config.communication.local.steps = 1, 2
+        return config
 
     @property
     def group(self) -> Group:
-        """All ranks: the data axis."""
+        """The group of all ranks, which is that of the data axis."""
         return self.world.group(tuple(range(self.world.size)))
 
     def exchange(self, config: Config) -> Exchange:
-        """Return the exchange that ``config`` asks for."""
-        more = {"compressors": plugins.compressors(self.manager), "index": self.world.rank}
+        """Return the exchange that ``config`` names."""
+        arguments = {"compressors": plugins.compressors(self.manager), "index": self.world.rank}
         name = config.communication.exchange
-        return plugins.make(self.manager, "exchange", name, group=self.group, config=config, **more)
+        return plugins.make(self.manager, "exchange", name, group=self.group, config=config, **arguments)
 
     def build(self, spec: ModelSpec, config: Config) -> tuple[Trainable, Exchange]:
-        """Return a model at its initial values, and the exchange that it was given."""
+        """Return a model with its initial values, and its exchange."""
         exchange = self.exchange(config)
         mesh = make_mesh(self.world.size, config.parallel)
         return self.framework.build(spec, mesh, self.world, exchange, config), exchange
 
     def batch(self, spec: ModelSpec, config: Config) -> Batch:
-        """Return this rank's rows of a batch; the ranks' differ, and not equally many targets of them count."""
+        """Return this rank's rows of a batch; ranks have different rows and different numbers of targets that count."""
         random = np.random.default_rng(5)
         rows, time = config.train.batch_size, config.data.context
         tokens = random.integers(0, min(spec.settings.vocab, 16), (rows, time + 1)).astype(np.int32)
         weights = np.ones((rows, time), np.float32)
         weights[0, time // 2 :] = 0.0
-        share = rows // self.world.size
-        return Batch(tokens[:, :-1], tokens[:, 1:], weights, True).rows(
-            self.world.rank * share, (self.world.rank + 1) * share
-        )
+        count = rows // self.world.size
+        first = self.world.rank * count
+        return Batch(tokens[:, :-1], tokens[:, 1:], weights, True).rows(first, first + count)

@@ -1,4 +1,4 @@
-"""Tasks: what a model learns of them on ranks, and what evaluation makes of it."""
+"""Checks of tasks: training steps and an evaluation on all ranks."""
 
 from __future__ import annotations
 
@@ -6,31 +6,32 @@ import math
 from collections import Counter
 from itertools import islice
 
-from hvdlm_testing.checks.harness import Checked, Stage
-from hvdlm_testing.plugin_under_test import Subject
-
 from hvdlm import plugins
 from hvdlm.inference.scorer import opener
 from hvdlm.training.loop import over_ranks, sums_of
+from hvdlm_testing.checks.harness import Findings, Harness
+from hvdlm_testing.plugin_under_test import PluginUnderTest
 
 _STEPS, _BATCHES = 2, 2
 
 
-def check_task(stage: Stage, subject: Subject, member: str, checked: Checked) -> None:
-    """Train the model of the task's configuration for two steps, and evaluate it on a part of the validation split."""
-    config = stage.config(subject)
-    what = f"task {subject.name} in {stage.framework_name}"
-    task = plugins.make(stage.manager, "task", subject.name, config=config, open_scorer=opener(config))
-    maker = plugins.models(stage.manager)[config.model.name]
-    trainable, _ = stage.build(maker(config.model, config.model.vocab or task.vocab, config.data.context), config)
-    share, rank = config.train.batch_size // stage.world.size, stage.world.rank
+def check_task(harness: Harness, plugin: PluginUnderTest, member: str, findings: Findings) -> None:
+    """Train the model of the task's configuration for two steps, and evaluate it on two batches."""
+    config = harness.config(plugin)
+    label = f"task {plugin.name} in {harness.framework_name}"
+    task = plugins.make(harness.manager, "task", plugin.name, config=config, open_scorer=opener(config))
+    models = {**plugins.models(plugins.load([config.model.name])), **plugins.models(harness.manager)}
+    maker = models[config.model.name]
+    trainable, _ = harness.build(maker(config.model, config.model.vocab or task.vocab, config.data.context), config)
+    batch_size, rank = config.train.batch_size, harness.world.rank
+    rows = batch_size // harness.world.size
     for step in range(_STEPS):
-        batch = task.batch(step, rank * share, (rank + 1) * share)
-        checked.figures.append(float(trainable.train_step([batch], 1e-4, step).loss))
-    checked.require(all(map(math.isfinite, checked.figures)), f"{what}: a loss is not finite: {checked.figures}.")
-    own: Counter[str] = Counter()
-    for batch in islice(task.validation(rank, stage.world.size), _BATCHES):
-        own.update(sums_of(task, trainable, batch))
-    figures = task.metrics(over_ranks(stage.world, own))
-    good = figures and all(isinstance(k, str) and isinstance(v, float | int) for k, v in figures.items())
-    checked.require(good, f"{what}: metrics returns {figures!r}, expected figures by name.")
+        batch = task.rows(step * batch_size + rank * rows, step * batch_size + (rank + 1) * rows)
+        findings.figures.append(float(trainable.train_step([batch], 1e-4, step).loss))
+    findings.require(all(map(math.isfinite, findings.figures)), f"{label}: a loss is not finite: {findings.figures}.")
+    sums: Counter[str] = Counter()
+    for batch in islice(task.validation(rank, harness.world.size), _BATCHES):
+        sums.update(sums_of(task, trainable, batch))
+    figures = task.metrics(over_ranks(harness.world, sums))
+    valid = figures and all(isinstance(k, str) and isinstance(v, float | int) for k, v in figures.items())
+    findings.require(valid, f"{label}: metrics returns {figures!r}, expected figures by name.")

@@ -1,4 +1,4 @@
-"""What the suite's tests share."""
+"""Fixtures of the conformance suite."""
 
 from __future__ import annotations
 
@@ -6,25 +6,26 @@ import os
 from collections.abc import Iterator
 
 import pytest
+
 from hvdlm_testing.launcher import Launches
 
 
 def pytest_ignore_collect(config: pytest.Config) -> bool | None:
-    """Leave the suite out of a run that finds it by chance, such as ``pytest .`` here."""
+    """Ignore the suite in a run without ``--hvdlm-plugin``, such as ``pytest .`` in this folder."""
     return None if config.getoption("hvdlm_plugin") else True
 
 
 @pytest.fixture(scope="session")
 def launches(pytestconfig: pytest.Config) -> Launches:
-    """Return what ranks found."""
+    """Return the launches, which have the results of the ranks."""
     return pytestconfig.pluginmanager.get_plugin("hvdlm-conformance").launches  # type: ignore[union-attr]
 
 
 @pytest.fixture(autouse=True)
-def _as_it_was() -> Iterator[None]:
-    """Take back what a plugin sets in the environment."""
-    before = dict(os.environ)
+def _restored_environment() -> Iterator[None]:
+    """Undo what a plugin sets in the environment."""
+    original = dict(os.environ)
     yield
-    for name in set(os.environ) - set(before):
+    for name in set(os.environ) - set(original):
         del os.environ[name]
-    os.environ.update(before)
+    os.environ.update(original)

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from hvdlm_tasks.torch_models.convnet import Convnet
-from hvdlm_tasks.torch_models.ctc import CTC
-from hvdlm_tasks.torch_models.seq2seq import Seq2Seq
-
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.sharding_rules import ModelShard
 from hvdlm_torch.collectives import Collectives
@@ -15,10 +11,10 @@ from hvdlm_torch.models.custom_module import CustomModule
 from hvdlm_torch.models.gpt import GPT
 from hvdlm_torch.models.rnn import RNN
 
-KINDS = {"gpt": GPT, "rnn": RNN, "own": CustomModule, "seq2seq": Seq2Seq, "ctc": CTC, "convnet": Convnet}
+KINDS = {"gpt": GPT, "rnn": RNN, "own": CustomModule}
 
 
 def make_model(spec: ModelSpec, model_shard: ModelShard, collectives: Collectives) -> Any:
-    """Return the architecture of ``spec``, of which this rank computes ``share``, its parameters not yet bound."""
-    kind = KINDS[spec.kind] if spec.kind in KINDS else spec.implementation("torch")
-    return kind(spec.settings, model_shard, collectives)
+    """Return the model of ``spec``, of which this rank computes ``model_shard``; its parameters are not bound yet."""
+    architecture = KINDS[spec.kind] if spec.kind in KINDS else spec.implementation("torch")
+    return architecture(spec.settings, model_shard, collectives)

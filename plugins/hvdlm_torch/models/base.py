@@ -1,4 +1,4 @@
-"""What a model needs that carries nothing from batch to batch: a plugin's then implements ``hidden`` alone."""
+"""The base class of models that carry no state from batch to batch: a plugin's model implements ``hidden`` only."""
 
 from __future__ import annotations
 
@@ -12,43 +12,49 @@ from hvdlm.parallel.sharding_rules import ModelShard
 from hvdlm_torch.collectives import Collectives
 
 
-class Plain:
-    """A language model over parameters by name, ``self.p``; its settings are ``self.s``."""
+class ModelBase:
+    """A language model. ``s``: its settings; ``p``: its parameters by name."""
 
     def __init__(self, settings: Any, model_shard: ModelShard, collectives: Collectives) -> None:
         self.s = settings
         self.p: dict[str, torch.Tensor] = {}
 
     def bind(self, parameters: Mapping[str, torch.Tensor]) -> None:
-        """Take these tensors as parameters."""
+        """Use these tensors as parameters."""
         self.p = dict(parameters)
 
     def hidden(
         self, tokens: torch.Tensor, x: Any, carry: Any, training: bool, checkpointing: bool
     ) -> tuple[torch.Tensor, Any]:
-        """Return the logits ``[rows, time, vocab]`` of ``tokens`` ``[rows, time]``, and ``carry`` as it is.
+        """Return the logits ``[rows, time, vocab]`` of ``tokens`` ``[rows, time]``, and ``carry`` unchanged.
 
-        Position t may depend on tokens 0 to t alone.
+        Those of position t may depend on tokens 0 to t only.
         """
         raise NotImplementedError
 
     def scores(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return what ``hidden`` has computed: the logits."""
+        """Return the logits, which ``hidden`` has computed."""
         return hidden
 
+    def initial_carry(self, rows: int, device: torch.device) -> None:
+        """Return the state at the start of a text: there is none."""
+
     def cache(self, rows: int, device: torch.device) -> torch.Tensor:
-        """Return no tokens yet: they are all read again for each that follows."""
+        """Return the empty cache of decoding: the tokens so far, which are all read again for each that follows."""
         return torch.zeros(rows, 0, dtype=torch.int32, device=device)
 
+    def check_length(self, cache: torch.Tensor, added: int) -> None:
+        """Accept any number of tokens."""
+
     def extend(self, tokens: torch.Tensor, x: torch.Tensor | None, cache: torch.Tensor) -> tuple[torch.Tensor, Any]:
-        """Return the logits of tokens that follow those in ``cache``, and all of them."""
-        read = torch.cat([cache, tokens], 1)
-        return self.hidden(read, None, None, False, False)[0], read
+        """Return the logits of tokens that follow those in ``cache``, and the grown cache."""
+        text = torch.cat([cache, tokens], 1)
+        return self.hidden(text, None, None, False, False)[0], text
 
     def carry_arrays(self, carry: Any) -> dict[str, np.ndarray]:
-        """Return nothing: nothing is carried from batch to batch."""
+        """Return the carried state as arrays, for checkpoints: there is none."""
         return {}
 
-    def carry_tensors(self, arrays: Mapping[str, np.ndarray], micro: int | None, device: torch.device) -> dict:
-        """Return nothing."""
+    def carry_tensors(self, arrays: Mapping[str, np.ndarray], micro_rows: int | None, device: torch.device) -> dict:
+        """Return the carried state of every micro-batch, from a checkpoint: there is none."""
         return {}

@@ -1,7 +1,7 @@
-"""GPT in torch: the equations of ``hvdlm.models.gpt``, in the same order.
+"""GPT in PyTorch: the equations of ``hvdlm.models.gpt``, in the same order.
 
-A rank computes its pipeline stage's layers, and of a layer its tensor rank's heads and part of the MLP: its parameters
-are already cut, so that only what joins the parts is said here (``collectives``).
+A rank computes the layers of its pipeline stage, and of each layer its tensor rank's heads and columns of the MLP. Its
+parameters are cut already; only the collectives between the products show it.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from hvdlm.parallel.sharding_rules import ModelShard
 from hvdlm_torch.collectives import Collectives
 
 Layer = Mapping[str, torch.Tensor]
-# What computes outside of the matrix products, on a rank's own positions where they are shared.
+# Parameters of a layer that are used between the products, where sequence parallelism cuts the positions.
 _BETWEEN: tuple[str, ...] = ("attention_norm.scale", "attention_norm.bias", "attention.output.bias")
 _BETWEEN += ("mlp_norm.scale", "mlp_norm.bias", "mlp.down.bias")
 _KV = ("attention.key.", "attention.value.")
 
 
 class Cache:
-    """Keys and values ``[rows, kv_heads, context, head]`` of a rank's layers, filled up to ``length``."""
+    """Keys and values of a rank's layers ``[layers, 2, rows, kv_heads, context, head]``, up to ``length``."""
 
     def __init__(self, s: GPTSettings, layers: int, kv_heads: int, rows: int, device: torch.device) -> None:
-        shape = (layers, 2, rows, kv_heads, s.context, s.head_width)
-        self.store, self.length = torch.zeros(shape, device=device), 0
+        self.store = torch.zeros((layers, 2, rows, kv_heads, s.context, s.head_width), device=device)
+        self.length = 0
 
     def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Append ``[rows, kv_heads, time, head]`` and return all keys and values so far."""
@@ -44,28 +44,31 @@ class GPT:
     """A decoder-only Transformer over parameters by name."""
 
     def __init__(self, settings: GPTSettings, model_shard: ModelShard, collectives: Collectives) -> None:
-        self.s, self._model_shard, self._collectives = settings, model_shard, collectives
-        # Fewer key-value heads than ranks: all ranks hold all, each uses the one that its query heads need.
-        self._few = settings.kv_heads % model_shard.tensor > 0
-        self._kv_heads = 1 if self._few else settings.kv_heads // model_shard.tensor
-        self._rotary: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.s = settings
+        self._model_shard = model_shard
+        self._collectives = collectives
+        # Fewer key-value heads than ranks: all ranks hold all, and each uses the one that its query heads need.
+        self._kv_replicated = settings.kv_heads % model_shard.tensor > 0
+        self._kv_heads = 1 if self._kv_replicated else settings.kv_heads // model_shard.tensor
+        self._angles: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def bind(self, parameters: Mapping[str, torch.Tensor]) -> None:
-        """Take these tensors as parameters; a layer's are looked up once, here."""
+        """Use these tensors as parameters; they are looked up by layer once, here."""
         self._p = dict(parameters)
         prefixes = [f"layers.{i}." for i in self._model_shard.layers]
         self._layers = [{n[len(p) :]: t for n, t in self._p.items() if n.startswith(p)} for p in prefixes]
         self._head: Any = self._p.get("embed.tokens" if self.s.tie_embeddings else "head.weight")
-        few = [name for name in self._layers[0] if self._few and name.startswith(_KV)]
-        # What all ranks hold, but whose gradient each has only a part of: {positions shared: names}.
-        self._partial = {False: few, True: few + [name for name in _BETWEEN if name in self._layers[0]]}
+        # Replicated parameters of which each rank computes only a part of the gradient, without and with sequence
+        # parallelism: their gradients have to be summed.
+        kv = [name for name in self._layers[0] if self._kv_replicated and name.startswith(_KV)]
+        self._replicated = {False: kv, True: kv + [name for name in _BETWEEN if name in self._layers[0]]}
 
     def hidden(
-        self, tokens: torch.Tensor, x: torch.Tensor | None, carry: Any, training: bool, checkpointing: bool
+        self, tokens: torch.Tensor, x: torch.Tensor | None, carry: None, training: bool, checkpointing: bool
     ) -> tuple[torch.Tensor, None]:
-        """Return what this stage makes of ``tokens`` ``[rows, time]``: ``[rows, time, embed]``; nothing is carried.
+        """Return this stage's activations ``[rows, time, embed]`` of ``tokens`` ``[rows, time]``, and ``carry``.
 
-        ``x``: what the stage before made of them, in the first stage None; of the positions, perhaps only this rank's.
+        ``x``: those of the stage before, in the first stage None; with sequence parallelism, of this rank's positions.
         """
         c = self._collectives.over(tokens.shape[1])
         x = self._embed(tokens, 0, training, c) if x is None else x
@@ -74,26 +77,27 @@ class GPT:
                 x = checkpoint(self._layer, x, number, layer, training, None, c, use_reentrant=False)
             else:
                 x = self._layer(x, number, layer, training, None, c)
-        return self._finish(x, c), None
-
-    def _finish(self, x: torch.Tensor, c: Collectives) -> torch.Tensor:
-        if not self._model_shard.stage.last:
-            return x
-        names = [n for n in self._p if n.startswith("final_norm.")] if c.sequence else []
-        return c.enter(self._norm(x, c.shared(self._p, names, "final"), "final_norm"), "head")
+        return self._finish(x, c), carry
 
     def scores(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return logits ``[..., vocab]`` of hidden states ``[..., embed]``: this rank's part of the vocabulary."""
+        """Return logits ``[..., vocab]`` of hidden states ``[..., embed]``: this rank's range of the vocabulary."""
         return F.linear(hidden, self._head)
+
+    def initial_carry(self, rows: int, device: torch.device) -> None:
+        """Return the state at the start of a text: a Transformer carries none."""
 
     def cache(self, rows: int, device: torch.device) -> Cache:
         """Return an empty key-value cache."""
         return Cache(self.s, len(self._layers), self._kv_heads, rows, device)
 
+    def check_length(self, cache: Cache, added: int) -> None:
+        """Refuse more tokens than the context holds."""
+        total = cache.length + added
+        if total > self.s.context:
+            raise HvdlmError(f"{total} tokens are more than the model's context of {self.s.context}.")
+
     def extend(self, tokens: torch.Tensor, x: torch.Tensor | None, cache: Cache) -> tuple[torch.Tensor, Cache]:
-        """Return what this stage makes of tokens that follow what the cache holds; see ``hidden``."""
-        if cache.length + tokens.shape[1] > self.s.context:
-            raise HvdlmError(f"{cache.length + tokens.shape[1]} tokens are more than the context of {self.s.context}.")
+        """Return this stage's activations of tokens that follow those in the cache; see ``hidden``."""
         c = self._collectives.alone()
         x = self._embed(tokens, cache.length, False, c) if x is None else x
         for number, layer in zip(self._model_shard.layers, self._layers, strict=True):
@@ -101,30 +105,45 @@ class GPT:
         cache.length += tokens.shape[1]
         return self._finish(x, c), cache
 
+    def carry_arrays(self, carry: None) -> dict[str, Any]:
+        """Return the carried state as arrays, for checkpoints: there is none."""
+        return {}
+
+    def carry_tensors(self, arrays: Mapping[str, Any], micro_rows: int | None, device: torch.device) -> dict[int, Any]:
+        """Return the carried state of every micro-batch, from a checkpoint: there is none."""
+        return {}
+
     def _embed(self, tokens: torch.Tensor, start: int, training: bool, c: Collectives) -> torch.Tensor:
         x = c.leave(c.embedding(tokens, self._p["embed.tokens"]), "embed")
         if self.s.positions == "learned":
             p = c.shared(self._p, ["embed.positions"] if c.sequence else [], "positions")
-            own = c.index * x.shape[1] if c.sequence else 0
-            x = x + p["embed.positions"][start + own : start + own + x.shape[1]]
+            first = start + (c.index * x.shape[1] if c.sequence else 0)
+            x = x + p["embed.positions"][first : first + x.shape[1]]
         return self._dropout(x, training)
+
+    def _finish(self, x: torch.Tensor, c: Collectives) -> torch.Tensor:
+        """Return ``x`` through the last norm, in the last stage."""
+        if not self._model_shard.stage.last:
+            return x
+        names = [n for n in self._p if n.startswith("final_norm.")] if c.sequence else []
+        return c.enter(self._norm(x, c.shared(self._p, names, "final"), "final_norm"), "head")
 
     def _layer(
         self, x: torch.Tensor, number: int, p: Layer, training: bool, cache: Cache | None, c: Collectives
     ) -> torch.Tensor:
-        p = c.shared(p, self._partial[c.sequence], str(number))
+        p = c.shared(p, self._replicated[c.sequence], str(number))
         h = c.enter(self._norm(x, p, "attention_norm"), f"{number}.attention")
-        a = _joined(self._attention(h, number, p, cache), p, "attention.output", c, f"{number}.attention")
+        a = _row_parallel(self._attention(h, number, p, cache), p, "attention.output", c, f"{number}.attention")
         x = x + self._dropout(a, training)
         h = c.enter(self._norm(x, p, "mlp_norm"), f"{number}.mlp")
-        m = _joined(self._mlp(h, p), p, "mlp.down", c, f"{number}.mlp")
+        m = _row_parallel(self._mlp(h, p), p, "mlp.down", c, f"{number}.mlp")
         return x + self._dropout(m, training)
 
     def _attention(self, h: torch.Tensor, number: int, p: Layer, cache: Cache | None) -> torch.Tensor:
-        """Return what this rank's heads found, ``[rows, time, heads * head / ranks]``."""
+        """Return the output of this rank's heads, ``[rows, time, heads * head / ranks]``."""
         rows, time, _ = h.shape
-        p = self._own_head(p) if self._few else p
-        q, k, v = (_linear(h, p, f"attention.{part}") for part in ("query", "key", "value"))
+        p = self._one_kv_head(p) if self._kv_replicated else p
+        q, k, v = (_linear(h, p, f"attention.{name}") for name in ("query", "key", "value"))
         q, k, v = (t.view(rows, time, -1, self.s.head_width).transpose(1, 2) for t in (q, k, v))
         start = cache.length if cache else 0
         if self.s.positions == "rotary":
@@ -132,37 +151,39 @@ class GPT:
         mask = None
         if cache:
             k, v = cache.extend(number - self._model_shard.layers.start, k, v)
+            # is_causal would align the mask with the first key; the new tokens are the last ones.
             mask = torch.ones(time, k.shape[2], dtype=torch.bool, device=h.device).tril(k.shape[2] - time)
         grouped = q.shape[1] != k.shape[1]
         a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=cache is None, enable_gqa=grouped)
         return a.transpose(1, 2).reshape(rows, time, -1)
 
-    def _own_head(self, p: Layer) -> Layer:
+    def _one_kv_head(self, p: Layer) -> Layer:
         """Return ``p`` with the columns of the one key-value head that this rank's query heads use."""
         first = self._model_shard.index * self.s.kv_heads // self._model_shard.tensor * self.s.head_width
-        own = slice(first, first + self.s.head_width)
-        return {n: t[..., own] if n.startswith(_KV) else t for n, t in p.items()}
+        columns = slice(first, first + self.s.head_width)
+        return {n: t[..., columns] if n.startswith(_KV) else t for n, t in p.items()}
 
     def _rotate(self, x: torch.Tensor, start: int) -> torch.Tensor:
-        cos, sin = (t[start : start + x.shape[2]] for t in self._angles(x.device))  # [time, head]
+        cos, sin = (t[start : start + x.shape[2]] for t in self._cos_sin(x.device))  # [time, head]
         half = x.shape[-1] // 2
-        turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-        return (x * cos + turned * sin).to(x.dtype)
+        rotated = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+        return (x * cos + rotated * sin).to(x.dtype)
 
-    def _angles(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        if device not in self._rotary:
+    def _cos_sin(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return cosines and sines, float32 ``[context, head]``: computed once, in float64."""
+        if device not in self._angles:
             power = torch.arange(0, self.s.head_width, 2, dtype=torch.float64) / self.s.head_width
             angle = torch.outer(torch.arange(self.s.context, dtype=torch.float64), self.s.rotary_base**-power)
             angle = torch.cat((angle, angle), dim=-1)
-            self._rotary[device] = (angle.cos().float().to(device), angle.sin().float().to(device))
-        return self._rotary[device]
+            self._angles[device] = (angle.cos().float().to(device), angle.sin().float().to(device))
+        return self._angles[device]
 
     def _mlp(self, h: torch.Tensor, p: Layer) -> torch.Tensor:
-        """Return this rank's part of the inner layer, ``[rows, time, mlp / ranks]``."""
+        """Return this rank's columns of the inner layer, ``[rows, time, mlp / ranks]``."""
         up = _linear(h, p, "mlp.up")
-        return (
-            F.silu(_linear(h, p, "mlp.gate")) * up if self.s.activation == "swiglu" else F.gelu(up, approximate="tanh")
-        )
+        if self.s.activation == "swiglu":
+            return F.silu(_linear(h, p, "mlp.gate")) * up
+        return F.gelu(up, approximate="tanh")
 
     def _norm(self, x: torch.Tensor, p: Layer, name: str) -> torch.Tensor:
         scale, width = p[f"{name}.scale"], (self.s.width,)
@@ -173,23 +194,15 @@ class GPT:
     def _dropout(self, x: torch.Tensor, training: bool) -> torch.Tensor:
         return F.dropout(x, self.s.dropout) if training and self.s.dropout else x
 
-    def carry_arrays(self, carry: None) -> dict[str, Any]:
-        """Return nothing: a Transformer carries nothing from batch to batch."""
-        return {}
 
-    def carry_tensors(self, arrays: Mapping[str, Any], micro: int | None, device: torch.device) -> dict[int, Any]:
-        """Return nothing."""
-        return {}
-
-
-def _joined(x: torch.Tensor, p: Layer, name: str, c: Collectives, label: str) -> torch.Tensor:
-    """Return the product of ranks' parts ``[rows, time, inputs / ranks]`` with a weight of which each has its rows."""
+def _row_parallel(x: torch.Tensor, p: Layer, name: str, c: Collectives, label: str) -> torch.Tensor:
+    """Return the sum over ranks of ``x`` ``[rows, time, inputs / ranks]`` times a rank's rows of a weight."""
     if c.size == 1:
         return _linear(x, p, name)
-    found, bias = c.leave(F.linear(x, p[f"{name}.weight"].t()), label), p.get(f"{name}.bias")
-    return found if bias is None else found + bias
+    # The bias is added after the sum, which would count it once per rank.
+    product, bias = c.leave(F.linear(x, p[f"{name}.weight"].t()), label), p.get(f"{name}.bias")
+    return product if bias is None else product + bias
 
 
 def _linear(x: torch.Tensor, p: Layer, name: str) -> torch.Tensor:
-    bias = p.get(f"{name}.bias")
-    return F.linear(x, p[f"{name}.weight"].t(), bias)
+    return F.linear(x, p[f"{name}.weight"].t(), p.get(f"{name}.bias"))

@@ -1,39 +1,25 @@
-"""What can be wrong in the settings of compression and rarer synchronisation: each answer is one sentence."""
+"""Checks the options of compression and infrequent synchronisation against the rest of the configuration."""
 
 from __future__ import annotations
 
 import math
 
-from hvdlm.config import CommunicationConfig, Config
+from hvdlm.config import Config
 from hvdlm.errors import HvdlmError
 from hvdlm.models.spec import ModelSpec
 
 
-def outer(options: CommunicationConfig, name: str) -> tuple[float, float]:
-    """Return the outer optimizer's (learning rate, momentum) of an exchange.
-
-    DiLoCo's paper has 8 ranks and momentum 0.9; with 2 ranks their mean differences are larger, and 0.8 ends lower
-    (docs/compression.md).
-    """
-    rate, momentum = (0.7, 0.8) if name == "diloco" else (1.0, 0.0)
-    chosen = options.local
-    return (
-        rate if chosen.outer_learning_rate is None else chosen.outer_learning_rate,
-        momentum if chosen.outer_momentum is None else chosen.outer_momentum,
-    )
-
-
 def check_compression(config: Config, spec: ModelSpec) -> None:
-    """Refuse what doesn't fit together.
+    """Check the options of the chosen compressor.
 
     Raises:
-        HvdlmError: the first thing found wrong.
+        HvdlmError: the first combination that is not supported.
     """
-    chosen = config.communication.compression
-    _whole_gradients(config, f"compression {chosen.algorithm}")
-    if chosen.algorithm == "power_sgd":
-        _rank(chosen.rank, spec)
-    if chosen.algorithm == "dgc" and chosen.momentum and config.train.momentum:
+    options = config.communication.compression
+    _whole_gradients(config, f"compression {options.algorithm}")
+    if options.algorithm == "power_sgd":
+        _rank(options.rank, spec)
+    if options.algorithm == "dgc" and options.momentum and config.train.momentum:
         raise HvdlmError(
             "communication.compression.momentum takes the place of train.momentum, both would count it twice: "
             "set --train.momentum 0."
@@ -41,10 +27,10 @@ def check_compression(config: Config, spec: ModelSpec) -> None:
 
 
 def check_rounds(config: Config) -> None:
-    """Refuse evaluations and checkpoints where ranks differ.
+    """Check that evaluations and checkpoints fall on steps after which all ranks have the same parameters.
 
     Raises:
-        HvdlmError: the first thing found wrong.
+        HvdlmError: the first combination that is not supported.
     """
     every, name = config.communication.local.steps, config.communication.exchange
     _whole_gradients(config, name)
@@ -57,17 +43,22 @@ def check_rounds(config: Config) -> None:
             )
 
 
-def _whole_gradients(config: Config, what: str) -> None:
+def _whole_gradients(config: Config, feature: str) -> None:
+    """Refuse options that need every step's whole gradient."""
     if config.communication.reduction == "adasum":
         raise HvdlmError(
-            f"communication.reduction adasum combines whole gradients, which {what} doesn't hand over: choose "
-            "--communication.reduction average, or give up the other."
+            f"communication.reduction adasum combines whole gradients, which {feature} does not provide: choose "
+            f"--communication.reduction average, or leave out {feature}."
         )
     if config.train.precision == "fp16":
-        raise HvdlmError(f"{what} can't remember gradients whose scale changes: use --train.precision bf16 or fp32.")
+        raise HvdlmError(
+            f"{feature} keeps state from step to step, which the loss scale of train.precision fp16 would falsify: use "
+            "--train.precision bf16 or fp32."
+        )
 
 
 def _rank(rank: int, spec: ModelSpec) -> None:
+    """Refuse a rank that no matrix of the model has."""
     matrices = [(p.shape[0], math.prod(p.shape[1:])) for p in spec.params if len(p.shape) > 1]
     largest = max((min(shape) for shape in matrices), default=0)
     if rank > largest:

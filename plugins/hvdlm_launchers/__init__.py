@@ -1,0 +1,1 @@
+"""Cluster jobs that train a model (``launch``), and restarts of a run that fails (``supervise``)."""

@@ -1,0 +1,1 @@
+"""The tasks translation, speech and digits, and their models in both frameworks."""

@@ -1,0 +1,79 @@
+"""The loss of a batch: the forward pass of this rank's shard of the model, and the loss of its scores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import tensorflow as tf
+
+from hvdlm.config import Config
+from hvdlm.models.spec import ModelSpec
+from hvdlm.parallel.axis_groups import Axes
+from hvdlm.parallel.sharding_rules import ModelShard
+from hvdlm.protocols.types import Batch
+from hvdlm_tensorflow.collectives import Collectives
+from hvdlm_tensorflow.losses import ctc
+from hvdlm_tensorflow.models import make_model
+from hvdlm_tensorflow.pipeline import Pipeline
+
+_HALF_PRECISION = {"bf16": tf.bfloat16, "fp16": tf.float16}
+
+
+class Forward:
+    """The forward pass, shared by training (``trainable.py``) and inference (``inference.py``).
+
+    Attributes:
+        model: the layers of this rank's pipeline stage; every graph binds its parameters.
+        collectives: those of its tensor group.
+        pipeline: passes activations and their gradients between stages.
+    """
+
+    def __init__(self, spec: ModelSpec, model_shard: ModelShard, axes: Axes, config: Config, rank: int) -> None:
+        self.spec = spec
+        self.model_shard = model_shard
+        self.axes = axes
+        self.config = config
+        self.collectives = Collectives(axes.tensor, model_shard)
+        self.model = make_model(spec, model_shard, self.collectives)
+        self.model.dtype = _HALF_PRECISION.get(config.train.precision, tf.float32)
+        self.pipeline = Pipeline(model_shard, axes, config.parallel.schedule, rank, self.model.dtype)
+
+    def losses(
+        self,
+        parameters: Mapping[str, tf.Tensor],
+        x: Any,
+        inputs: tf.Tensor,
+        targets: tf.Tensor,
+        weights: tf.Tensor | None,
+        carry: Any,
+        seed: tf.Tensor,
+        training: bool,
+    ) -> tuple[tf.Tensor, Any]:
+        """Return the losses in nats and the carried state.
+
+        The losses are ``[rows, time]``, 0 where the target doesn't count; of CTC, which judges whole rows, ``[rows]``.
+        Every pipeline stage but the last returns its activations in their place. ``x``: the activations of the stage
+        before; in the first stage, the batch's features.
+        """
+        train = self.config.train
+        self.model.bind(parameters)
+        hidden, carry = self.model.hidden(inputs, x, carry, training, train.activation_checkpointing, seed)
+        if not self.model_shard.stage.last:
+            return hidden, carry
+        # In float32: exponentials of large scores overflow in half precision.
+        scores = tf.cast(self.model.scores(hidden), tf.float32)  # [rows, time, vocab / tensor ranks]
+        if self.spec.loss == "ctc":
+            return ctc(scores, self.model.lengths(x), targets, weights), carry
+        smoothing = train.label_smoothing if training else 0.0
+        losses = self.collectives.cross_entropy(scores, targets, smoothing)
+        return (losses if weights is None else losses * weights), carry
+
+    def features(self, batch: Batch) -> dict[str, tf.Tensor] | None:
+        """Return what the model reads besides tokens; None where it reads tokens alone."""
+        return {name: tf.constant(array) for name, array in batch.features.items()} or None
+
+    def tensors(self, batch: Batch) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor | None]:
+        """Return the inputs, targets and weights of a batch."""
+        weights = None if batch.weights is None else tf.constant(batch.weights)
+        return tf.constant(batch.inputs), tf.constant(batch.targets), weights

@@ -1,0 +1,202 @@
+"""Storage of gradients, and their sums over micro-batches and ranks.
+
+The layout cuts the flat gradient into buckets, in the order in which the backward pass finishes them. A graph starts a
+bucket's collective as soon as its gradients are computed: the edges of the graph are the hooks that PyTorch needs.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from hvdlm.parallel.axis_groups import Axes
+from hvdlm.parallel.sharded_state import ShardedState
+
+
+class Sums(NamedTuple):
+    """The gradients and metrics of a step, summed over the ranks.
+
+    Attributes:
+        totals: float64 ``[3]``: the loss sum, the valid tokens and the gradient's squared norm of the global batch.
+        gradient_seconds: the time waited for gradients.
+        stage_seconds: the time waited for other pipeline stages.
+        shard: the gradients that this rank applies: ``[size / ranks]`` with ZeRO, else all, ``[size]``.
+    """
+
+    totals: tf.Tensor
+    gradient_seconds: tf.Tensor
+    stage_seconds: tf.Tensor
+    shard: tf.Tensor
+
+
+class Gradients(ABC):
+    """The gradients of one step."""
+
+    def __init__(self, state: ShardedState, axes: Axes) -> None:
+        self._state = state
+        self._axes = axes
+        self._layout = state.layout
+        self._exchange = state.exchange
+        self._ranges = [self._layout.bucket_range(index) for index in range(len(self._layout.buckets))]
+
+    @abstractmethod
+    def begin(self) -> None:
+        """Clear the gradients of the step before."""
+
+    @abstractmethod
+    def add(self, gradient: tf.Tensor) -> None:
+        """Add a micro-batch's gradient ``[size]``, in a graph."""
+
+    @abstractmethod
+    def buckets(self, last: list[tf.Tensor] | None) -> list[tf.Tensor]:
+        """Return what is left to be summed over data ranks; ``last``: the last micro-batch's buckets, if not added."""
+
+    @abstractmethod
+    def bytes(self) -> int:
+        """Return the bytes held for gradients."""
+
+    def pack(self, gradients: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        """Return flat buckets of flat gradients in the layout's order, padded by zeros where the layout says so."""
+        buckets = []
+        for index, (first, last) in enumerate(self._layout.buckets):
+            padding = self._ranges[index][1] - self._layout.slots[last - 1].stop
+            buckets.append(tf.concat([*gradients[first:last], *([tf.zeros(padding)] if padding else [])], 0))
+        return buckets
+
+    def reduce(self, buckets: list[tf.Tensor], loss_sum: tf.Tensor, tokens: tf.Tensor) -> Sums:
+        """Sum ``buckets`` and metrics (float64) over the ranks, in a graph."""
+        exchange = self._exchange
+        # Traced first: TensorFlow runs stateful operations (timestamps, collectives of some transports) in the order of
+        # the trace, and what follows here waits for all buckets.
+        handles = [exchange.start(bucket, index) for index, bucket in enumerate(buckets)]
+        with tf.control_dependencies(buckets):
+            # Not right after the forward pass: Horovod's thread would take a core from the backward pass.
+            totals = tf.stack([loss_sum, tokens])
+            ready = tf.timestamp()
+        metrics = exchange.start_metrics(totals) if exchange.zero_size == 1 else None
+        shards = self._shards([handle.wait() for handle in handles])
+        with tf.control_dependencies(shards):
+            reduced = tf.timestamp()
+            gradient_seconds = tf.maximum(reduced - ready, 0.0) if exchange.size > 1 else ready * 0.0
+        self._add_tied(shards)
+        shard = tf.concat(shards, 0)
+        squared = self._squared_norm(shard)
+        if metrics is None:  # ZeRO: a rank has the norm of its shard only, which is summed with the metrics
+            totals = exchange.start_metrics(tf.concat([totals, squared], 0)).wait()
+        else:
+            totals = tf.concat([metrics.wait(), squared], 0)
+        totals = self._sum_over_model(totals)
+        with tf.control_dependencies([totals]):
+            stage_seconds = tf.maximum(tf.timestamp() - reduced, 0.0)
+        return Sums(totals, gradient_seconds, stage_seconds, shard)
+
+    @abstractmethod
+    def _shards(self, sums: list[tf.Tensor]) -> list[tf.Tensor]:
+        """Return this rank's shard of every bucket of the step, from the sums of what ``buckets`` returned."""
+
+    def _add_tied(self, shards: list[tf.Tensor]) -> None:
+        """Add up the gradients of the parameters that the first and the last pipeline stage both hold."""
+        ends = self._axes.ends
+        if ends is None:
+            return
+        for index in self._state.tied_buckets:
+            shards[index] = ends.all_reduce_async(shards[index], "tied").wait()
+
+    def _squared_norm(self, shard: tf.Tensor) -> tf.Tensor:
+        """Return the sum of the shard's squares, float64 ``[1]``.
+
+        A gradient that several tensor ranks or stages hold counts on one of them, so that the ranks' sums add up.
+        """
+        norms = [tf.cast(tf.norm(shard[start:stop]), tf.float64) for start, stop in self._state.norm_ranges]
+        return tf.reduce_sum(tf.square(tf.stack(norms)), keepdims=True) if norms else tf.zeros(1, tf.float64)
+
+    def _sum_over_model(self, totals: tf.Tensor) -> tf.Tensor:
+        """Return (loss sum, tokens, squared norm) of the whole model from this rank's, float64 ``[3]``."""
+        if len(self._axes.model.ranks) == 1:
+            return totals
+        model_shard = self._state.model_shard
+        if not (model_shard.stage.last and model_shard.index == 0):
+            totals *= tf.constant([0.0, 0.0, 1.0], tf.float64)  # all tensor ranks know the losses: one of them counts
+        return self._axes.model.all_reduce_async(totals, "norm").wait()
+
+    def _cut(self, flat: tf.Tensor) -> list[tf.Tensor]:
+        """Return the buckets of a flat gradient ``[size]``."""
+        return [flat[start:stop] for start, stop in self._ranges]
+
+
+class WholeGradients(Gradients):
+    """All gradients, in one flat variable where several micro-batches add up, else in the graph only."""
+
+    def __init__(self, state: ShardedState, axes: Axes) -> None:
+        super().__init__(state, axes)
+        # A stage's passes are another graph than the update.
+        several = state.config.train.micro_batch_size is not None or state.model_shard.stage.count > 1
+        self._flat = tf.Variable(tf.zeros(self._layout.size), trainable=False) if several else None
+
+    def begin(self) -> None:
+        """Set all gradients to zero: micro-batches add to them."""
+        if self._flat is not None:
+            self._flat.assign(tf.zeros_like(self._flat))
+
+    def add(self, gradient: tf.Tensor) -> None:
+        """Add a micro-batch's gradient ``[size]``."""
+        assert self._flat is not None
+        self._flat.assign_add(gradient)
+
+    def buckets(self, last: list[tf.Tensor] | None) -> list[tf.Tensor]:
+        """Return the buckets of all micro-batches' sum."""
+        if last is None:
+            return self._cut(tf.identity(self._flat))
+        if self._flat is None:
+            return last
+        return [bucket + before for bucket, before in zip(last, self._cut(self._flat), strict=True)]
+
+    def _shards(self, sums: list[tf.Tensor]) -> list[tf.Tensor]:
+        """Return ``sums``."""
+        return sums
+
+    def bytes(self) -> int:
+        """Return the bytes held for gradients."""
+        ranks = self._exchange.zero_size
+        return 4 * (self._layout.size + (self._layout.size // ranks if ranks > 1 else 0))
+
+
+class ScatteredGradients(Gradients):
+    """Of all gradients this rank's shard only (ZeRO-2): every micro-batch's buckets are reduce-scattered."""
+
+    def __init__(self, state: ShardedState, axes: Axes) -> None:
+        super().__init__(state, axes)
+        self._shard = tf.Variable(tf.zeros(self._layout.size // self._exchange.zero_size), trainable=False)
+
+    def begin(self) -> None:
+        """Set the shard to zero: micro-batches add to it."""
+        self._shard.assign(tf.zeros_like(self._shard))
+
+    def add(self, gradient: tf.Tensor) -> None:
+        """Scatter a micro-batch's gradient ``[size]``, and add this rank's shard of the sum."""
+        handles = [self._exchange.start(bucket, index) for index, bucket in enumerate(self._cut(gradient))]
+        self._shard.assign_add(tf.concat([handle.wait() for handle in handles], 0))
+
+    def buckets(self, last: list[tf.Tensor] | None) -> list[tf.Tensor]:
+        """Return the last micro-batch's buckets; the others have been scattered."""
+        return last or []
+
+    def _shards(self, sums: list[tf.Tensor]) -> list[tf.Tensor]:
+        """Return the shards of all micro-batches' sum."""
+        before = [self._shard[start:stop] for start, stop in self._state.shard_ranges]
+        return [total + earlier for total, earlier in zip(sums, before, strict=True)] if sums else before
+
+    def bytes(self) -> int:
+        """Return the bytes held for gradients: of buckets under way, the most that two neighbours have."""
+        following = zip(self._ranges, [*self._ranges[1:], self._ranges[-1]], strict=True)
+        most_in_flight = max(stop - start for (start, _), (_, stop) in following)
+        return 4 * (most_in_flight + self._layout.size // self._exchange.zero_size)
+
+
+def make_gradients(state: ShardedState, axes: Axes) -> WholeGradients | ScatteredGradients:
+    """Return the gradients in the form that the exchange asks for."""
+    kind = ScatteredGradients if state.exchange.scatters_every else WholeGradients
+    return kind(state, axes)

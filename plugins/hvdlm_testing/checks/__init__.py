@@ -1,0 +1,1 @@
+"""Checks that are made with a framework on real ranks; each adds sentences to a list of faults."""

@@ -1,0 +1,80 @@
+"""The loss of a batch: the forward pass of this rank's shard of the model, and the loss of its scores."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hvdlm.config import Config
+from hvdlm.models.spec import ModelSpec
+from hvdlm.parallel.axis_groups import Axes
+from hvdlm.parallel.sharding_rules import ModelShard
+from hvdlm.protocols.types import Batch
+from hvdlm_torch.collectives import Collectives
+from hvdlm_torch.losses import ctc
+from hvdlm_torch.models import make_model
+from hvdlm_torch.pipeline import Pipeline
+
+_HALF_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Forward:
+    """The forward pass, shared by training (``trainable.py``) and inference (``inference.py``).
+
+    Attributes:
+        model: the layers of this rank's pipeline stage; its parameters are bound by the Trainable.
+        collectives: those of its tensor group.
+        pipeline: passes activations and their gradients between stages.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, model_shard: ModelShard, axes: Axes, config: Config, device: torch.device, rank: int
+    ) -> None:
+        self.spec = spec
+        self.model_shard = model_shard
+        self.axes = axes
+        self.config = config
+        self.device = device
+        self.collectives = Collectives(axes.tensor, model_shard)
+        self.model = make_model(spec, model_shard, self.collectives)
+        self.pipeline = Pipeline(model_shard, axes, config.parallel.schedule, rank, device)
+
+    def losses(
+        self,
+        x: Any,
+        inputs: torch.Tensor,
+        targets: torch.Tensor,
+        weights: torch.Tensor | None,
+        carry: Any,
+        training: bool,
+    ) -> tuple[torch.Tensor, Any]:
+        """Return the losses in nats and the carried state.
+
+        The losses are ``[rows * time]``, 0 where the target doesn't count; of CTC, which judges whole rows, ``[rows]``.
+        Every pipeline stage but the last returns its activations in their place. ``x``: the activations of the stage
+        before; in the first stage, the batch's features.
+        """
+        train = self.config.train
+        half = _HALF_PRECISION.get(train.precision)
+        with torch.autocast(self.device.type, dtype=half, enabled=half is not None):
+            hidden, carry = self.model.hidden(inputs, x, carry, training, train.activation_checkpointing)
+            if not self.model_shard.stage.last:
+                return hidden, carry
+            scores = self.model.scores(hidden)  # [rows, time, vocab / tensor ranks]
+        # Outside of autocast and in float32: exponentials of large scores overflow in half precision.
+        if self.spec.loss == "ctc":
+            return ctc(scores.float(), self.model.lengths(x), targets, weights), carry
+        smoothing = train.label_smoothing if training else 0.0
+        losses = self.collectives.cross_entropy(scores.flatten(0, 1).float(), targets.flatten(), smoothing)
+        return (losses if weights is None else losses * weights.flatten()), carry
+
+    def features(self, batch: Batch) -> dict[str, torch.Tensor] | None:
+        """Return what the model reads besides tokens; None where it reads tokens alone."""
+        return {name: torch.from_numpy(array).to(self.device) for name, array in batch.features.items()} or None
+
+    def tensors(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Return the inputs, targets and weights of a batch."""
+        weights = None if batch.weights is None else torch.from_numpy(batch.weights).to(self.device)
+        targets = torch.from_numpy(batch.targets).to(self.device, torch.int64)  # cross_entropy takes no int32
+        return torch.from_numpy(batch.inputs).to(self.device), targets, weights
