@@ -1,13 +1,14 @@
-"""Tests in ``tests/parallel`` run on every rank of a launch, those in ``tests/alone`` in one process per framework.
+"""Common fixtures; tests in ``tests/parallel`` and ``tests/alone`` are run by test_launches.py alone.
 
-Both are started by test_launches.py, not in the launching process.
+The former run on every rank of a launch, the latter in one process per framework.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,23 +21,40 @@ collect_ignore = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the file that takes longest: where files are shared among processes, nobody then waits for it."""
+    """Run the longest file first, so that parallel workers finish at about the same time."""
     items.sort(key=lambda item: item.path.name != "test_launches.py")
+
+
+@pytest.fixture
+def restored_environment() -> Iterator[None]:
+    """Undo what a test, or a command that it runs in this process, changes in the environment."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture
+def build_target(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Return this environment as one to build Horovod for, with an empty cache and no package index."""
+    from build_stubs import isolated_target
+
+    return isolated_target(monkeypatch, tmp_path)
 
 
 @pytest.fixture(scope="session")
 def curve(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Return a function that trains once per set of options and returns the run's folder."""
-    done: dict[tuple, Path] = {}
+    runs: dict[tuple, Path] = {}
 
     def train(framework: str, ranks: int, *options: str, launcher: str = "mpirun") -> Path:
         key = (framework, ranks, options, launcher)
-        if key not in done:
+        if key not in runs:
             run = tmp_path_factory.mktemp("run")
             arguments = ["-m", "hvdlm", "--framework", framework, "--log.run", str(run), *SMALL, *options]
             finished = launch(launcher, ranks, arguments)
             assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
-            done[key] = run
-        return done[key]
+            runs[key] = run
+        return runs[key]
 
     return train

@@ -1,4 +1,4 @@
-"""Starts Python on several ranks, as a user would."""
+"""Starting Python, launchers and plugins as a user would, and reading what runs have logged."""
 
 from __future__ import annotations
 
@@ -7,12 +7,21 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from hvdlm.diagnostics.probes import unpinned
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("HVDLM_DATA", ROOT.parent / "shared" / "data"))
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+# The framework and number of ranks of the launch that runs tests/parallel in this process.
+FRAMEWORK = os.environ.get("HVDLM_TEST_FRAMEWORK", "torch")
+RANKS = int(os.environ.get("HVDLM_TEST_RANKS", "1"))
 
 # Options of a small run that takes seconds.
 SMALL = ["--model.layers", "2", "--model.width", "32", "--model.heads", "2"]
@@ -20,52 +29,96 @@ SMALL += ["--train.batch_size", "8", "--data.context", "32", "--log.every", "1"]
 STEPS = ("--train.steps", "30", "--train.warmup", "5")
 
 
-def environment(**more: str) -> dict[str, str]:
-    """Return this process's environment without what pins threads or ranks, with the .venv's programs first."""
+def environment(**variables: str) -> dict[str, str]:
+    """Return this process's environment, without pinning of ranks and threads, with Python's folder first on PATH."""
     env = unpinned()
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
     env.update(OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1", TF_CPP_MIN_LOG_LEVEL="3")
-    return env | more
+    return env | variables
+
+
+def run_command(
+    command: list[str], cwd: Path = ROOT, timeout: float = 300, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a command with these environment variables; return what it printed and its exit code."""
+    env = environment(**variables)
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
+
+
+def run_python(
+    arguments: list[str], cwd: Path = ROOT, timeout: float = 300, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Run ``python ARGUMENTS`` without a launcher."""
+    return run_command([sys.executable, *arguments], cwd, timeout, **variables)
 
 
 def launch(
-    launcher: str, ranks: int, arguments: list[str], timeout: float = 300, **more: str
+    launcher: str, ranks: int, arguments: list[str], timeout: float = 300, **variables: str
 ) -> subprocess.CompletedProcess[str]:
     """Run ``python ARGUMENTS`` on ``ranks`` ranks; with one rank, without a launcher."""
-    command = [sys.executable, *arguments]
-    if ranks > 1:
-        name, *options = launcher.split()
-        if name == "mpirun":
-            options += ["--oversubscribe", "--bind-to", "none"]
-        command = [name, *options, "-np", str(ranks), *command]
-    return subprocess.run(command, cwd=ROOT, env=environment(**more), capture_output=True, text=True, timeout=timeout)
+    if ranks == 1:
+        return run_python(arguments, timeout=timeout, **variables)
+    name, *options = launcher.split()
+    if name == "mpirun":
+        options += ["--oversubscribe", "--bind-to", "none"]
+    command = [name, *options, "-np", str(ranks), sys.executable, *arguments]
+    return run_command(command, timeout=timeout, **variables)
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 60, process: subprocess.Popen | None = None) -> None:
+    """Wait until ``condition()`` is true; fail after ``seconds``, and where ``process`` has ended before."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if process is not None and process.poll() is not None:
+            raise AssertionError(f"it ended with code {process.returncode}: {process.communicate(timeout=10)[1]}")
+        assert time.monotonic() < deadline, f"waited {seconds:g} s in vain"
+        time.sleep(0.02)
+
+
+def run_with_faults(
+    folder: Path, framework: str, ranks: int, *options: str, **faults: Any
+) -> subprocess.CompletedProcess:
+    """Train a small model in ``folder`` with faults injected (see fault_injection.py)."""
+    command = ["tests/fault_injection.py", "--framework", framework, "--log.run", str(folder), *SMALL, *STEPS]
+    command += ["--checkpoint.every", "20", *options]
+    return launch("mpirun", ranks, command, HVDLM_TEST_FAULTS=json.dumps(faults))
+
+
+def read_rows(path: Path, ranks: int) -> list[tuple[int, list[tuple[int, int, int]]]]:
+    """Return (row, [(first, last, CRC-32) of every rank]) of every step of a run with the fault ``rows``."""
+    each = [[json.loads(line) for line in Path(f"{path}.{rank}").read_text().splitlines()] for rank in range(ranks)]
+    return [(step[0][0], [tuple(values[1:]) for values in step]) for step in zip(*each, strict=True)]
 
 
 def install(source: Path, target: Path) -> Path:
-    """Install the package in ``source`` with pip into the folder ``target``, and return that: for ``PYTHONPATH``."""
+    """Install the package in ``source`` with pip into the folder ``target``; return it for ``PYTHONPATH``."""
     command = ["-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index", "--target", str(target)]
-    done = launch("", 1, [*command, str(source)], PIP_DISABLE_PIP_VERSION_CHECK="1", PIP_ROOT_USER_ACTION="ignore")
+    done = run_python([*command, str(source)], PIP_DISABLE_PIP_VERSION_CHECK="1", PIP_ROOT_USER_ACTION="ignore")
     assert done.returncode == 0, done.stderr
     return target
 
 
 def install_example(name: str, folder: Path) -> Path:
-    """Install ``examples/plugins/NAME`` below ``folder``; what building leaves behind stays there too."""
+    """Install a copy of ``examples/plugins/NAME`` below ``folder``; return the folder for ``PYTHONPATH``."""
     shutil.copytree(ROOT / "examples" / "plugins" / name, folder / name)
     return install(folder / name, folder / "installed")
 
 
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """Return the lines of a run's ``metrics.jsonl``."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
 def losses(run: Path) -> list[float]:
     """Return the loss of every step that a run has logged."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
+    return [line["loss"] for line in metrics(run) if "loss" in line]
 
 
-WITH_A_PLUGIN = """
+WITH_STEP_HOOK = """
 import os, signal, sys, time
 from hvdlm import cli, hookimpl, telemetry
 
-class Meddler:
+class StepHook:
     @hookimpl
     def hvdlm_run_started(self, world):
         self.world = world
@@ -75,11 +128,11 @@ class Meddler:
         {action}
 
 plugins = telemetry.default_plugins
-telemetry.default_plugins = lambda config: [*plugins(config), Meddler()]
+telemetry.default_plugins = lambda config: [*plugins(config), StepHook()]
 sys.exit(cli.main())
 """
 
 
-def meddled(action: str) -> list[str]:
-    """Return the arguments that run ``python -m hvdlm`` with ``action`` at the end of every step."""
-    return ["-c", WITH_A_PLUGIN.format(action=action)]
+def with_step_hook(action: str) -> list[str]:
+    """Return the arguments of Python that run ``python -m hvdlm`` with ``action`` at the end of every step."""
+    return ["-c", WITH_STEP_HOOK.format(action=action)]

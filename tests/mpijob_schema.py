@@ -1,4 +1,4 @@
-"""What an MPIJob (kubeflow.org/v2beta1) may hold, but for its pods: written after the mpi-operator's documentation."""
+"""JSON schema of an MPIJob (kubeflow.org/v2beta1) without its pods, after the documentation of mpi-operator."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""Who started us, with how many threads, and whether the ranks found each other."""
+"""Backends: launcher detection, threads and environment variables, and refusal of unsuitable launches."""
 
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -11,16 +10,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import launching
 from hvdlm.config import CommunicationConfig, Config, ParallelConfig
 from hvdlm.configuration.availability import choose_backend
 from hvdlm.diagnostics.probes import THREADS, WAITING, cores
 from hvdlm.errors import HvdlmError
+from hvdlm.io import launcher_env
 from hvdlm_backends import environment, horovod, nccl
 from hvdlm_backends.gloo import GlooBackend
 from hvdlm_backends.local import LocalBackend
 from hvdlm_backends.mpi import MPIBackend
-from launching import launch
+from launching import launch, run_command, run_python
 
 LAUNCHERS = {
     "Open MPI": dict(zip(("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"), "5814", strict=True)),
@@ -43,7 +42,7 @@ LAUNCHERS["Open MPI"] = {f"OMPI_COMM_WORLD_{name}": value for name, value in LAU
 
 
 @pytest.fixture(autouse=True)
-def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith(("OMPI_", "PMI_", "SLURM_", "HOROVOD_", "MPI_")) or name in (*THREADS, *WAITING):
             monkeypatch.delenv(name)
@@ -53,13 +52,13 @@ def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_launcher_is_recognised(launcher: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in LAUNCHERS[launcher].items():
         monkeypatch.setenv(name, value)
-    found = environment.detect()
-    assert found is not None and tuple(found[1:]) == (5, 8, 1, 4)
+    detected = launcher_env.detect()
+    assert detected is not None and tuple(detected[1:]) == (5, 8, 1, 4)
     assert choose_backend("torch") == ("gloo" if "gloo" in launcher else "mpi")
 
 
-def test_without_a_launcher_one_process_trains_alone() -> None:
-    assert environment.detect() is None and choose_backend("torch") == "local"
+def test_without_a_launcher_the_backend_is_local() -> None:
+    assert launcher_env.detect() is None and choose_backend("torch") == "local"
     assert LocalBackend().launch_shape() == (0, 1, 0, 1)
 
 
@@ -67,11 +66,11 @@ def test_an_mpirun_inside_a_slurm_allocation_is_an_mpirun(monkeypatch: pytest.Mo
     for launcher in ("srun", "Open MPI"):
         for name, value in LAUNCHERS[launcher].items():
             monkeypatch.setenv(name, value)
-    assert environment.detect().launcher == "Open MPI"  # type: ignore[union-attr]
+    assert launcher_env.detect().launcher == "Open MPI"  # type: ignore[union-attr]
 
 
-def test_a_pipeline_leaves_tensorflow_a_thread_that_starts_messages(monkeypatch: pytest.MonkeyPatch) -> None:
-    started = environment.Launch("Open MPI", 0, 8, 0, 8)
+def test_a_pipeline_gives_tensorflow_a_thread_for_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = launcher_env.Launch("Open MPI", 0, 8, 0, 8)
     for name in ("cores", "launcher_cores"):
         monkeypatch.setattr(environment, name, lambda: 8)
     for stages, expected in ((1, "1"), (2, "2")):
@@ -88,47 +87,47 @@ def test_threads_are_cores_divided_by_local_ranks(
 ) -> None:
     for name in ("cores", "launcher_cores"):
         monkeypatch.setattr(environment, name, lambda: 8)
-    started = environment.Launch("Open MPI", 0, local_size, 0, local_size)
+    started = launcher_env.Launch("Open MPI", 0, local_size, 0, local_size)
     with monkeypatch.context() as patch:
         patch.setattr(os, "environ", dict(os.environ))
         assert environment.prepare(started, Config()) == expected
         assert [os.environ[name] for name in THREADS] == [str(expected)] * len(THREADS)
-        # Ranks that fill the cores give way to each other while they wait.
+        # Ranks that occupy all cores yield them while they wait.
         assert ("OMPI_MCA_mpi_yield_when_idle" in os.environ) == (local_size in (4, 16))
 
 
 @pytest.mark.parametrize("bound, expected", [(8, 8), (32, 16), (64, 16), (1, 1)])
-def test_a_bound_rank_uses_its_own_cores(bound: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """4 ranks on a node of 64 cores, bound to so many each: only what several may use is divided."""
+def test_a_bound_rank_uses_its_bound_cores(bound: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 4 ranks on a node of 64 cores: cores that only one rank may use are not divided among ranks."""
     monkeypatch.setattr(environment, "cores", lambda: bound)
     monkeypatch.setattr(environment, "launcher_cores", lambda: 64)
     with monkeypatch.context() as patch:
         patch.setattr(os, "environ", dict(os.environ))
-        assert environment.prepare(environment.Launch("srun", 0, 4, 0, 4), Config()) == expected
+        assert environment.prepare(launcher_env.Launch("srun", 0, 4, 0, 4), Config()) == expected
 
 
 @pytest.mark.skipif(cores() < 2, reason="a launcher with one core can't bind a rank to fewer")
-def test_the_launchers_cores_are_found_where_it_has_bound_its_rank() -> None:
+def test_the_launchers_cores_are_found_behind_a_bound_rank() -> None:
     code = "from hvdlm_backends.environment import cores, launcher_cores; print(cores(), launcher_cores())"
     bound = ["mpirun", "-np", "1", "--use-hwthread-cpus", "--bind-to", "hwthread"]
     for shell in ([], ["/bin/sh", "-c", '"$@"; exit $?', "sh"]):
         command = [*bound, *shell, sys.executable, "-c", code]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=launching.environment())
+        done = run_command(command, timeout=60)
         assert done.stdout.split() == ["1", str(cores())], done.stdout + done.stderr
-    # Ranks of horovodrun over Gloo share what it has: no launcher above it counts.
+    # Ranks of horovodrun over Gloo share its own cores; the outer launcher does not count.
     command = [*bound, "horovodrun", "--gloo", "-np", "1", sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=launching.environment())
+    done = run_command(command, timeout=60)
     assert done.stdout.strip().endswith(":1 1"), done.stdout + done.stderr
 
 
-def test_what_the_user_set_in_the_environment_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_user_set_environment_variables_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(os, "environ", {**os.environ, "OMP_NUM_THREADS": "3", "HOROVOD_STALL_CHECK_TIME_SECONDS": "7"})
-        environment.prepare(environment.Launch("srun", 0, 2, 0, 2), Config())
+        environment.prepare(launcher_env.Launch("srun", 0, 2, 0, 2), Config())
         assert os.environ["OMP_NUM_THREADS"] == "3" and os.environ["HOROVOD_STALL_CHECK_TIME_SECONDS"] == "7"
 
 
-def test_threads_that_wait_soon_sleep_unless_the_user_says_how(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gomp_spin_count_defaults_to_1000_unless_set(monkeypatch: pytest.MonkeyPatch) -> None:
     for given, expected in (
         ({}, "1000"),
         ({"GOMP_SPINCOUNT": "7"}, "7"),
@@ -141,12 +140,12 @@ def test_threads_that_wait_soon_sleep_unless_the_user_says_how(monkeypatch: pyte
 
 
 def test_the_openmp_library_of_torch_reads_the_spin_count() -> None:
-    """A worker shows what its OpenMP library took from the environment, before torch is imported."""
+    """The environment is prepared before torch is imported, so that its OpenMP library reads the variables."""
     code = (
         "from hvdlm_backends import environment; from hvdlm.config import Config\n"
         "environment.prepare(None, Config()); import torch"
     )
-    done = launch("", 1, ["-c", code], OMP_DISPLAY_ENV="verbose")
+    done = run_python(["-c", code], OMP_DISPLAY_ENV="verbose")
     if "GOMP_" not in done.stderr:
         pytest.skip("this torch does not use GCC's OpenMP library")
     assert "GOMP_SPINCOUNT = '1000'" in done.stderr, done.stderr
@@ -191,36 +190,36 @@ def test_communication_settings_reach_horovod(field: str, backend: type, monkeyp
         assert os.environ[variable] == expected
 
 
-def test_a_setting_that_was_left_alone_leaves_the_users_environment_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unset_options_keep_the_users_horovod_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(os, "environ", {**os.environ, "HOROVOD_CYCLE_TIME": "9"})
         environment.prepare(None, Config())
         assert os.environ["HOROVOD_CYCLE_TIME"] == "9"
 
 
-def test_local_refuses_to_be_one_of_many_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backend_local_is_refused_under_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in LAUNCHERS["srun"].items():
         monkeypatch.setenv(name, value)
     with pytest.raises(HvdlmError, match="srun started 8"):
         LocalBackend().launch_shape()
 
 
-def test_ranks_that_a_launcher_started_but_mpi_does_not_find_are_refused() -> None:
-    """The silent world size 1: ``srun`` without a PMI plugin starts N processes that each believe to be alone."""
-    done = launch("", 1, ["-m", "hvdlm"], SLURM_PROCID="0", SLURM_STEP_NUM_TASKS="2")
+def test_ranks_started_without_pmi_support_are_refused() -> None:
+    """``srun`` without a PMI plugin starts N processes with world size 1 each."""
+    done = run_python(["-m", "hvdlm"], SLURM_PROCID="0", SLURM_STEP_NUM_TASKS="2")
     assert done.returncode == 2, done.stderr
     assert "srun started 2 ranks but MPI found 1: each would train on its own; use srun --mpi=pmix" in done.stderr
 
 
-class FakeWorld:
-    """Ranks whose sum is what a test says."""
+class ConstantSumWorld:
+    """Three ranks whose all-reduce returns a given total."""
 
     rank, size = 0, 3
 
     def __init__(self, total: float) -> None:
         self._total = total
 
-    def group(self, ranks: object) -> FakeWorld:
+    def group(self, ranks: object) -> ConstantSumWorld:
         return self
 
     def all_reduce(self, tensors: list[np.ndarray], name: str) -> list[np.ndarray]:
@@ -233,19 +232,19 @@ def test_nccl_refuses_a_horovod_without_it(framework: str) -> None:
     assert done.returncode == 2 and f"Horovod was built without NCCL for {framework}" in done.stderr, done.stderr
 
 
-def test_nccl_wants_a_gpu_for_every_local_rank() -> None:
+def test_nccl_needs_one_gpu_per_local_rank() -> None:
     nccl.check_devices(4, 4)
     with pytest.raises(HvdlmError, match=r"4 ranks would share 2 GPU\(s\) on this node.*start 2 per node"):
         nccl.check_devices(2, 4)
-    with pytest.raises(HvdlmError, match="shows no GPU"):
+    with pytest.raises(HvdlmError, match="finds no GPU"):
         nccl.check_devices(0, 1)
 
 
 @pytest.mark.parametrize("visible, built", [(True, False), (True, True), (False, False)])
-def test_torch_on_a_gpu_needs_a_horovod_that_knows_gpus(
+def test_torch_on_a_gpu_needs_a_horovod_built_with_cuda(
     visible: bool, built: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """PyPI's torch sees a laptop's GPU; Horovod as make setup builds it by default knows none."""
+    """PyPI's torch detects a GPU, while Horovod is built without CUDA by default."""
     torch = SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: visible))
     monkeypatch.setitem(sys.modules, "torch", torch)
     hvd = SimpleNamespace(cuda_built=lambda: built, rocm_built=lambda: 0)
@@ -256,14 +255,14 @@ def test_torch_on_a_gpu_needs_a_horovod_that_knows_gpus(
     horovod.check_gpus(hvd, "tensorflow", 2)  # type: ignore[arg-type]
 
 
-def test_nccl_looks_at_its_first_sum() -> None:
-    nccl.self_check(FakeWorld(6.0), np.ones(4, np.float32))  # type: ignore[arg-type]
+def test_nccl_checks_its_first_all_reduce() -> None:
+    nccl.self_check(ConstantSumWorld(6.0), np.ones(4, np.float32))  # type: ignore[arg-type]
     with pytest.raises(HvdlmError, match=r"gave 5\.0, expected 6"):
-        nccl.self_check(FakeWorld(5.0), np.ones(4, np.float32))  # type: ignore[arg-type]
+        nccl.self_check(ConstantSumWorld(5.0), np.ones(4, np.float32))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("launcher, controller", [("Open MPI", "mpi"), ("horovodrun --gloo", "gloo")])
-def test_nccl_takes_the_controller_that_the_launcher_brings(
+def test_nccl_uses_the_controller_of_the_launcher(
     launcher: str, controller: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in LAUNCHERS[launcher].items():

@@ -1,7 +1,7 @@
-"""What a user can get wrong: each answered by one sentence (what, where, what to do) and exit code 2.
+"""User errors: each is reported in one sentence (what, where, what to do), with exit code 2.
 
-The cases of the table run the command in this process: what is found wrong here is found before a framework is
-imported and before any rank computes. The last tests run the real command, and real ranks.
+The cases of the table run the command in this process: these errors are detected before a framework is imported
+and before any rank computes. The last tests run the real command, and real ranks.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from builders import save_checkpoint
 from hvdlm import cli, plugins
-from hvdlm.checkpoints import load
 from hvdlm_backends.local import LocalWorld
-from launching import ROOT, environment, launch
+from launching import ROOT, environment, launch, run_python
 
 TEXT = "The quick brown fox jumps over the lazy dog.\n" * 200
 COMPRESSION = "--communication.compression"
@@ -33,15 +33,11 @@ Setup = Callable[[pytest.MonkeyPatch], Any]
 
 
 @pytest.fixture(autouse=True)
-def _untouched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Run in a folder of its own, with a corpus; put the environment back."""
-    before = dict(os.environ)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restored_environment: None) -> None:
+    """Run each test in a folder of its own, with a corpus."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     Path("corpus.txt").write_text(TEXT)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 def write(name: str, content: str | bytes) -> Setup:
@@ -76,7 +72,7 @@ def saved(change: Callable[[Path], None] | None = None) -> Setup:
         Path("old").mkdir()
         Path("old/config.yaml").write_text("train: {steps: 5}\n")
         state = {"parameters/w": np.ones(3, np.float32)}
-        path = load.save(Path("old/checkpoints"), 5, state, {"tokenizer": "x"}, LocalWorld())
+        path = save_checkpoint(Path("old/checkpoints"), 5, state, {"tokenizer": "x"}, LocalWorld())
         if change:
             change(path)
 
@@ -167,7 +163,7 @@ CASES: list[tuple[str, list[str], Setup | None, str]] = [
     ("a command misspelt", ["trian"], None, "did you mean train?"),
     ("an option misspelt", ["--model.layer", "6"], None, "--model.layer: there is no such option; did you mean"),
     ("a section forgotten", ["--layers", "6"], None, "did you mean --model.layers?"),
-    ("an option that is nothing like any", ["--xyz", "1"], None, "--help lists all options"),
+    ("an option that is nothing like any", ["--xyz", "1"], None, "--help all lists all options"),
     ("a stray word", ["--train.steps", "5", "fast"], None, "'fast' belongs to no option"),
     ("no value", ["--model.layers"], None, "--model.layers: the value is missing, expected a whole number"),
     ("text for a whole number", ["--model.layers", "six"], None, "--model.layers: got 'six', expected a whole number"),
@@ -260,7 +256,7 @@ CASES: list[tuple[str, list[str], Setup | None, str]] = [
      "data.validation_share is 1.0, expected above"),
     ("standard input on ranks", ["--data.path", "-"], two_ranks, "a launcher gives standard input to one rank only"),
     ("an unknown tokenizer", ["--data.tokenizer", "chars"], None, "data.tokenizer 'chars' is neither byte, char, word"),
-    ("a foreign tokenizer", ["--data.tokenizer", "t.json"], write("t.json", "{}"), "no Hugging Face tokenizer.json"),
+    ("a foreign tokenizer", ["--data.tokenizer", "t.json"], write("t.json", "{}"), "not a Hugging Face tokenizer.json"),
     # Token folders
     ("tokens cut off", ["--data.path", "tokens"], tokens(cut("tokens.bin")), "tokens.bin has"),
     ("tokens of another tokenizer", ["--data.path", "tokens"], tokens(header(tokenizer="x")), "isn't the one"),
@@ -270,11 +266,11 @@ CASES: list[tuple[str, list[str], Setup | None, str]] = [
      tokens(lambda p: (p / "tokens.bin").write_bytes(b"\xff" * (p / "tokens.bin").stat().st_size)), "vocabulary"),
     ("a header that is no JSON", ["--data.path", "tokens"], tokens(lambda p: (p / "header.json").write_text("{")),
      "damaged or foreign"),
-    ("prepare over a folder", ["prepare", "--output", "."], None, "it exists and is no empty folder"),
+    ("prepare over a folder", ["prepare", "--output", "."], None, "it exists and is not an empty folder"),
     # Runs and checkpoints
     ("a run folder that is a file", ["--log.run", "corpus.txt"], None, "corpus.txt is a file, not a folder"),
     ("a run folder not writable", ["--log.run", "r/x"], unreadable("r", os.W_OK), "can't be written by this user"),
-    ("an occupied run folder", ["--log.run", "old"], saved(), "holds a run already: go on with it"),
+    ("an occupied run folder", ["--log.run", "old"], saved(), "already holds a run: resume it"),
     ("no such checkpoint", ["--checkpoint.resume", "no"], None, "no is no hvdlm checkpoint"),
     ("a run without checkpoints", ["--checkpoint.resume", "f"], lambda _: Path("f/checkpoints").mkdir(parents=True),
      "yet"),
@@ -311,7 +307,7 @@ def _files() -> set[Path]:
 
 
 @pytest.mark.parametrize("arguments, setup, words", [case[1:] for case in CASES], ids=[case[0] for case in CASES])
-def test_one_sentence_and_exit_code_2(
+def test_bad_input_ends_with_one_sentence_and_exit_code_2(
     arguments: list[str],
     setup: Setup | None,
     words: str,
@@ -329,26 +325,26 @@ def test_one_sentence_and_exit_code_2(
     capsys.readouterr()
     before = _files()
     assert cli.main(arguments) == 2
-    said = capsys.readouterr()
-    sentence = said.err.strip()
+    printed = capsys.readouterr()
+    sentence = printed.err.strip()
     assert words in sentence and sentence.startswith("hvdlm: ") and "\n" not in sentence, sentence
-    assert len(sentence) < 400 and "Traceback" not in sentence and said.out == ""
+    assert len(sentence) < 400 and "Traceback" not in sentence and printed.out == ""
     assert _files() == before
 
 
-def test_the_table_is_long_enough() -> None:
+def test_the_table_has_at_least_40_distinct_cases() -> None:
     assert len({case[0] for case in CASES}) == len(CASES) >= 40
 
 
 def test_the_real_command_exits_with_2_and_no_traceback() -> None:
-    done = launch("", 1, ["-m", "hvdlm", "--model.layer", "6"])
+    done = run_python(["-m", "hvdlm", "--model.layer", "6"])
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr == "hvdlm: --model.layer: there is no such option; did you mean --model.layers?\n"
-    with_trace = launch("", 1, ["-m", "hvdlm", "--model.layer", "6", "--debug"])
+    with_trace = run_python(["-m", "hvdlm", "--model.layer", "6", "--debug"])
     assert with_trace.returncode == 2 and "Traceback" in with_trace.stderr
 
 
-def test_ranks_say_it_once_and_end() -> None:
+def test_ranks_report_bad_input_once() -> None:
     done = launch("mpirun", 2, ["-m", "hvdlm", "--train.batch_size", "7"])
     assert done.returncode == 2
     assert done.stderr.count("can't be split over 2 data ranks") == 1, done.stderr
@@ -364,7 +360,9 @@ def test_a_full_disk_is_named_and_leaves_nothing_behind(tmp_path: Path) -> None:
     (tmp_path / "corpus.txt").write_text(TEXT * 10)
     command = [sys.executable, "-m", "hvdlm", "--data.path", str(tmp_path / "corpus.txt")]
     variables = environment(XDG_CACHE_HOME=str(tmp_path / "cache"), PYTHONDONTWRITEBYTECODE="1")
-    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, preexec_fn=limit)
+    done = subprocess.run(
+        command, cwd=ROOT, env=variables, capture_output=True, text=True, preexec_fn=limit, timeout=60
+    )
     assert done.returncode == 2, done.stderr
     assert "token files can't be written to" in done.stderr and "free space or choose another folder" in done.stderr
     assert not list((tmp_path / "cache").rglob("tokens.bin")) and not list((tmp_path / "cache").rglob(".partial*"))

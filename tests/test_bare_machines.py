@@ -17,10 +17,10 @@ from hvdlm_horovod import local_launch
 from launching import ROOT, SMALL, environment
 
 RUN = ["-m", "hvdlm", *SMALL, "--train.steps", "2"]
-# A user id without a passwd entry, in no group; it may read what root may, as the interpreter can lie in root's home.
-STRANGER = ["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups"]
-STRANGER += ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
-NAMELESS = ["unshare", "--uts", "sh", "-c", 'echo no-such-host > /proc/sys/kernel/hostname; exec "$@"', "sh"]
+# A user id without a passwd entry or groups, but with permission to read: the interpreter may lie in root's home.
+UNKNOWN_USER = ["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups"]
+UNKNOWN_USER += ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
+UNRESOLVABLE = ["unshare", "--uts", "sh", "-c", 'echo no-such-host > /proc/sys/kernel/hostname; exec "$@"', "sh"]
 
 
 def works(command: list[str]) -> bool:
@@ -30,13 +30,13 @@ def works(command: list[str]) -> bool:
         return False
 
 
-stranger = pytest.mark.skipif(not works(STRANGER), reason="needs root and setpriv")
-nameless = pytest.mark.skipif(not works(NAMELESS), reason="needs root and unshare")
+unknown_user = pytest.mark.skipif(not works(UNKNOWN_USER), reason="needs root and setpriv")
+unresolvable = pytest.mark.skipif(not works(UNRESOLVABLE), reason="needs root and unshare")
 
 
 @pytest.fixture(scope="module")
 def bare_path(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Return a PATH with all programs but those that slim containers lack."""
+    """Return a PATH without ssh, rsh, ps and hostname, which slim containers lack."""
     folder = tmp_path_factory.mktemp("programs")
     for source in (Path(sys.executable).parent, *map(Path, os.environ["PATH"].split(os.pathsep))):
         for program in source.iterdir() if source.is_dir() else ():
@@ -48,7 +48,7 @@ def bare_path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture()
 def folder(tmp_path: Path) -> Iterator[Path]:
-    """Yield a folder that any user can write, and its parents let pass."""
+    """Yield a folder that any user can reach and write."""
     open_folder = Path("/tmp") / f"hvdlm-test-{os.getpid()}-{tmp_path.name}"
     open_folder.mkdir()
     open_folder.chmod(0o777)
@@ -56,21 +56,21 @@ def folder(tmp_path: Path) -> Iterator[Path]:
     shutil.rmtree(open_folder)
 
 
-def start(command: list[str], folder: Path, **more: str | None) -> subprocess.CompletedProcess[str]:
+def start(command: list[str], folder: Path, **variables: str | None) -> subprocess.CompletedProcess[str]:
     """Run ``command`` in ``folder``; a variable that is None is unset."""
-    env = {name: value for name, value in {**environment(), **more}.items() if value is not None}
+    env = {name: value for name, value in {**environment(), **variables}.items() if value is not None}
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120)
 
 
 def open_mpi_4() -> bool:
     mpirun = shutil.which("mpirun", path=environment()["PATH"])
-    version = subprocess.run([mpirun, "--version"], capture_output=True, text=True).stdout if mpirun else ""
+    version = subprocess.run([mpirun, "--version"], capture_output=True, text=True, timeout=60).stdout if mpirun else ""
     return "(Open MPI) 4" in version
 
 
 @pytest.fixture()
 def prefix(tmp_path: Path) -> Path:
-    """Return a folder with what of PyPI's Open MPI 4 is of interest."""
+    """Return a folder with the files of PyPI's Open MPI 4 that are read."""
     for name in ("etc", "bin"):
         (tmp_path / name).mkdir()
     (tmp_path / "bin" / "orted").touch()
@@ -86,7 +86,7 @@ def test_settings_for_local_ranks_are_written_once(prefix: Path) -> None:
     assert local_launch.allow_without_ssh(prefix) and settings.read_text() == written
 
 
-def test_an_agent_that_a_site_has_set_stands_and_open_mpi_5_needs_none(prefix: Path) -> None:
+def test_site_remote_agents_are_kept_and_open_mpi_5_needs_none(prefix: Path) -> None:
     settings = prefix / "etc" / "openmpi-mca-params.conf"
     settings.write_text("plm_rsh_agent=blaunch\n")
     assert local_launch.allow_without_ssh(prefix) and settings.read_text() == "plm_rsh_agent=blaunch\n"
@@ -96,77 +96,83 @@ def test_an_agent_that_a_site_has_set_stands_and_open_mpi_5_needs_none(prefix: P
 
 
 @pytest.mark.skipif(not open_mpi_4(), reason="other MPIs start local ranks without an ssh client")
-def test_without_an_ssh_client_local_ranks_start_and_remote_ones_say_what_is_missing(
-    prefix: Path, bare_path: str
-) -> None:
+def test_without_ssh_only_local_ranks_start(prefix: Path, bare_path: str) -> None:
     local_launch.allow_without_ssh(prefix)
-    own = {"OMPI_MCA_mca_base_param_files": str(prefix / "etc" / "openmpi-mca-params.conf"), "PATH": bare_path}
+    variables = {
+        "OMPI_MCA_mca_base_param_files": str(prefix / "etc" / "openmpi-mca-params.conf"),
+        "PATH": bare_path,
+    }
     mpirun = ["mpirun", "--oversubscribe", "-np", "2"]
-    done = start([*mpirun, "echo", "started"], prefix, **own)
+    done = start([*mpirun, "echo", "started"], prefix, **variables)
     assert done.returncode == 0 and done.stdout == "started\n" * 2, done.stderr
-    done = start([*mpirun, "-H", "no-such-host:2", "echo", "started"], prefix, **own)
+    done = start([*mpirun, "-H", "no-such-host:2", "echo", "started"], prefix, **variables)
     assert done.returncode != 0 and "there is no ssh client on this machine" in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("launcher", ["mpirun", "horovodrun", "horovodrun --gloo"])
 def test_ranks_of_this_machine_train_without_ssh_and_ps(launcher: str, prefix: Path, bare_path: str) -> None:
     local_launch.allow_without_ssh(prefix)
-    own = {"OMPI_MCA_mca_base_param_files": str(prefix / "etc" / "openmpi-mca-params.conf"), "PATH": bare_path}
-    done = start([*launcher.split(), "-np", "2", "python", *RUN], prefix, HOME=None, **own)
+    variables = {
+        "OMPI_MCA_mca_base_param_files": str(prefix / "etc" / "openmpi-mca-params.conf"),
+        "PATH": bare_path,
+    }
+    done = start([*launcher.split(), "-np", "2", "python", *RUN], prefix, HOME=None, **variables)
     assert done.returncode == 0 and "done: validation perplexity" in done.stdout, done.stdout + done.stderr
 
 
-@stranger
+@unknown_user
 @pytest.mark.parametrize("launcher", ["", "horovodrun -np 2", "horovodrun --gloo -np 2"])
-def test_a_user_id_without_name_and_home_trains(launcher: str, folder: Path) -> None:
-    command = [*STRANGER, *launcher.split(), "python", *RUN]
+def test_a_user_id_without_name_and_home_can_train(launcher: str, folder: Path) -> None:
+    command = [*UNKNOWN_USER, *launcher.split(), "python", *RUN]
     done = start(command, folder, HOME=None, USER=None, LOGNAME=None)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (folder / "runs" / "default" / "summary.json").exists()
     assert not (folder / "~").exists()
 
 
-@stranger
-def test_a_folder_that_cannot_be_written_is_refused_in_a_sentence(folder: Path) -> None:
+@unknown_user
+def test_a_read_only_folder_is_refused_in_one_sentence(folder: Path) -> None:
     folder.chmod(0o755)
-    done = start([*STRANGER, sys.executable, *RUN], folder, HOME=None)
+    done = start([*UNKNOWN_USER, sys.executable, *RUN], folder, HOME=None)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "can't be written" in done.stderr, done.stderr
     check = "import sys; from pathlib import Path; from hvdlm.io import user_folders as f; "
-    done = start([*STRANGER, sys.executable, "-c", f"{check}print(f.read_only(Path('.')))"], folder)
+    done = start([*UNKNOWN_USER, sys.executable, "-c", f"{check}print(f.read_only(Path('.')))"], folder)
     assert "can't be written" in done.stdout and "cp -r" in done.stdout
     folder.chmod(0o777)
-    assert start([*STRANGER, sys.executable, "-c", f"{check}print(f.read_only(Path('.')))"], folder).stdout == "None\n"
+    assert (
+        start([*UNKNOWN_USER, sys.executable, "-c", f"{check}print(f.read_only(Path('.')))"], folder).stdout == "None\n"
+    )
 
 
-@stranger
-def test_another_users_home_is_no_cache(folder: Path) -> None:
-    """As after ``sudo -u`` without ``-H``: HOME is a folder that this user must not even look into."""
+@unknown_user
+def test_another_users_home_is_not_used_as_cache(folder: Path) -> None:
+    """As after ``sudo -u`` without ``-H``: HOME is a folder that this user can't read."""
     (folder / "home").mkdir(mode=0o700)
-    code = ["-c", "from hvdlm import probes; print(probes.user_cache())"]
-    done = start([*STRANGER, sys.executable, *code], folder, HOME=str(folder / "home"), TMPDIR=str(folder))
+    code = ["-c", "from hvdlm.diagnostics import probes; print(probes.user_cache())"]
+    done = start([*UNKNOWN_USER, sys.executable, *code], folder, HOME=str(folder / "home"), TMPDIR=str(folder))
     assert done.stdout == f"{folder}/hvdlm-54321\n", done.stderr
 
 
-@stranger
-def test_horovodrun_works_where_the_home_folder_cannot_be_written(folder: Path) -> None:
-    done = start([*STRANGER, "horovodrun", "-np", "2", "python", *RUN], folder, HOME="/")
+@unknown_user
+def test_horovodrun_works_with_a_read_only_home_folder(folder: Path) -> None:
+    done = start([*UNKNOWN_USER, "horovodrun", "-np", "2", "python", *RUN], folder, HOME="/")
     assert done.returncode == 0 and "done: validation perplexity" in done.stdout, done.stdout + done.stderr
 
 
-@nameless
+@unresolvable
 @pytest.mark.parametrize("launcher", ["", "mpirun -np 2", "horovodrun -np 2", "horovodrun --gloo -np 2"])
-def test_a_host_name_without_address_is_no_obstacle(launcher: str, folder: Path) -> None:
-    done = start([*NAMELESS, *launcher.split(), sys.executable, *RUN], folder)
+def test_training_works_with_an_unresolvable_host_name(launcher: str, folder: Path) -> None:
+    done = start([*UNRESOLVABLE, *launcher.split(), sys.executable, *RUN], folder)
     assert done.returncode == 0 and "done: validation perplexity" in done.stdout, done.stdout + done.stderr
 
 
-@stranger
-def test_make_gives_a_stranger_a_home_and_local_ranks(bare_path: str, folder: Path) -> None:
+@unknown_user
+def test_make_sets_home_and_local_ranks_for_unknown_users(bare_path: str, folder: Path) -> None:
     (folder / "Makefile").write_text(f'include {ROOT}/Makefile\nshow:\n\t@echo "$$HOME $$OMPI_MCA_plm_rsh_agent"\n')
-    done = start([*STRANGER, "make", "--no-print-directory", "show"], folder, HOME=None, PATH=bare_path)
+    done = start([*UNKNOWN_USER, "make", "--no-print-directory", "show"], folder, HOME=None, PATH=bare_path)
     assert done.stdout == "/ false\n", done.stdout + done.stderr
-    kept = {"HOME": "/somewhere", "OMPI_MCA_plm_rsh_agent": "blaunch", "PATH": bare_path}
-    assert start(["make", "--no-print-directory", "show"], folder, **kept).stdout == "/somewhere blaunch\n"
+    variables = {"HOME": "/somewhere", "OMPI_MCA_plm_rsh_agent": "blaunch", "PATH": bare_path}
+    assert start(["make", "--no-print-directory", "show"], folder, **variables).stdout == "/somewhere blaunch\n"
 
 
 def test_the_cache_is_in_the_users_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +201,7 @@ def test_without_a_home_the_cache_is_private_and_temporary(
     cache = user_folders.user_cache()
     assert cache == tmp_path / f"hvdlm-{os.getuid()}" and cache.stat().st_mode & 0o777 == 0o700
     user_folders._temporary.cache_clear()
-    cache.chmod(0o777)  # as somebody else would leave it who wants to be trusted
+    cache.chmod(0o777)  # as another user could have prepared it
     other = user_folders.user_cache()
     assert other != cache and other.stat().st_mode & 0o777 == 0o700
     user_folders._temporary.cache_clear()

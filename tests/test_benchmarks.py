@@ -1,28 +1,110 @@
-"""Benchmarks run: each in a short form of seconds, whose figures are printed; how large they are is not judged here."""
+"""Every benchmark runs in its short form and prints its figures; their values aren't judged."""
 
 from __future__ import annotations
 
-import re
+import math
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from launching import ROOT, environment
+from launching import DATA, ROOT, environment
 
-SHORT = {
-    "without_horovod.py": ["--layers", "1", "--width", "48", "--rows", "4", "--rounds", "2"],
-    "all_reduce_cost.py": ["--calls", "2"],
-}
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import harness
+
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the public data is not at {DATA} (set HVDLM_DATA)")
+
+# Script, its options in the test beside --short, and how many figures it prints then.
+RUNS = [
+    ("all_reduce_cost", ["torch"], 2),
+    ("all_reduce_cost", ["tensorflow"], 2),
+    ("chaos", ["torch", "--seed", "1"], 1),
+    ("communication_cost", ["torch"], 2),
+    ("fuzz", ["yaml"], 1),
+    ("loop_overhead", ["torch"], 1),
+    ("loop_overhead", ["tensorflow"], 1),
+    ("parallel", ["torch"], 2),
+    pytest.param("results", ["digits", "--frameworks", "torch", "--data", str(DATA)], 1, marks=needs_data),
+    ("save_cost", [], 4),
+    ("slow_network", ["torch"], 3),
+    ("waiting_threads", ["torch"], 4),
+    ("without_horovod", ["torch"], 1),
+    ("without_horovod", ["tensorflow"], 1),
+]
+# Modules of benchmarks, and the scripts that their ranks run.
+HELPERS = {"harness", "two_hosts", "plain_torch", "plain_tensorflow"}
+WORKERS = {"fuzz_worker", "layout_worker", "paired_worker", "steady_worker", "waiting_worker"}
 
 
-@pytest.mark.parametrize("framework", ["torch", "tensorflow"])
-@pytest.mark.parametrize("script", SHORT)
-def test_a_benchmark_prints_its_ratio(script: str, framework: str) -> None:
-    command = [sys.executable, f"benchmarks/{script}", framework, *SHORT[script]]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
-    # 1: a ratio beyond its bar, which two rounds on a busy machine may give.
-    assert done.returncode in (0, 1), done.stderr[-3000:]
-    assert not done.stderr.count("Traceback"), done.stderr[-3000:]
-    ratios = [float(ratio) for ratio in re.findall(r": ratio ([\d.]+) \(quartiles", done.stdout)]
-    assert ratios and all(ratio > 0 for ratio in ratios), done.stdout
+def run(script: str, *options: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, f"benchmarks/{script}.py", *options]
+    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.mark.parametrize(("script", "options", "count"), RUNS)
+def test_the_short_form_prints_its_figures(script: str, options: list[str], count: int, tmp_path: Path) -> None:
+    folder = ["--folder", str(tmp_path)] if script in ("fuzz", "results", "save_cost") else []
+    done = run(script, *options, "--short", *folder)
+    if done.returncode == harness.SKIPPED:
+        pytest.skip(done.stderr.strip())
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    figures = harness.figures(done.stdout)
+    assert len(figures) == count, done.stdout
+    assert all(math.isfinite(float(figure.value)) for figure in figures)
+
+
+def test_no_script_is_left_out() -> None:
+    scripts = {path.stem for path in harness.FOLDER.glob("*.py")}
+    tested = {run.values[0] if hasattr(run, "values") else run[0] for run in RUNS}
+    assert scripts == tested | HELPERS | WORKERS | {"run_all"}
+
+
+def test_run_all_ends_with_a_summary() -> None:
+    done = run("run_all", "save_cost", "--short")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(harness.figures(done.stdout)) == 4
+    assert "| bytes written / bytes of the state, 2,359,296 parameters, 2 rank(s) | 1 | 1 to 1 |" in done.stdout
+    assert "of 4 bars reached, 0 benchmark(s) skipped" in done.stdout.splitlines()[-1]
+
+
+def test_run_all_names_what_failed_to_run(tmp_path: Path) -> None:
+    """The worker's programs are not found: one benchmark fails, the summary says so."""
+    command = [sys.executable, "benchmarks/run_all.py", "all_reduce_cost", "--short"]
+    env = environment(PATH=str(tmp_path))
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "failed to run: all_reduce_cost"
+
+
+def test_a_worker_that_cannot_start_ends_the_benchmark() -> None:
+    done = run("waiting_threads", "torch", "--width", "30", "--settings", "default")
+    assert done.returncode == 1 and "--verbose shows its messages" in done.stderr, done.stdout + done.stderr
+
+
+def test_figures_are_read_as_they_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    bars = harness.Bar(at_most=1.02), harness.Bar(at_least=0.95), harness.Bar(0.85, 1.15)
+    assert [bar.reached(1.0) for bar in bars] == [True, True, True]
+    assert [bar.reached(1.3) for bar in bars] == [False, True, False]
+    assert not any(bar.reached(math.nan) for bar in bars)
+    assert harness.report_ratio("a: b / c", [(1.0, 2.0), (3.0, 2.0), (2.0, 2.0)], bars[0], "more")
+    assert not harness.report("d", 0.5, bars[1])
+    assert harness.report("e", 12.3456, None)
+    first, second, third = harness.figures("noise\n" + capsys.readouterr().out)
+    assert (first.title, first.value, first.bar, first.reached) == ("a: b / c", "1", "<= 1.02", True)
+    assert first.details.startswith("quartiles 0.500 to 1.500 of 3 rounds; medians 2 and 2; more; load ")
+    assert (second.title, second.bar, second.reached) == ("d", ">= 0.95", False)
+    assert (third.value, third.bar, third.reached) == ("12.35", "", None)
+
+
+def test_the_short_form_replaces_sizes_that_were_not_given() -> None:
+    full, short = {"rounds": 40, "ranks": [1, 4], "width": 128}, {"rounds": 2, "ranks": [1]}
+
+    def sizes(*arguments: str) -> tuple[int, list[int], int]:
+        o = harness.parse(harness.make_parser(None, frameworks=False), full, short, arguments)
+        return o.rounds, o.ranks, o.width
+
+    assert sizes() == (40, [1, 4], 128)
+    assert sizes("--short") == (2, [1], 128)
+    assert sizes("--short", "--rounds", "7", "--ranks", "2", "3") == (7, [2, 3], 128)

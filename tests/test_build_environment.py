@@ -1,4 +1,4 @@
-"""The MPI and the CUDA that Horovod is built against."""
+"""Detection of the MPI and CUDA installations that Horovod is built against."""
 
 from __future__ import annotations
 
@@ -10,43 +10,39 @@ from pathlib import Path
 
 import pytest
 
-from building import isolated, make_mpi, program
+from build_stubs import make_mpi
+from builders import write_executable
 from hvdlm_horovod import build, cuda, mpi, target
 from hvdlm_horovod.console import BuildError
-
-
-@pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> target.Target:
-    return isolated(monkeypatch, tmp_path)
-
 
 # MPI
 
 
-def test_the_sites_mpi_is_found_by_path_and_changes_the_key(here: target.Target, tmp_path: Path) -> None:
+def test_the_mpi_on_path_is_found_and_changes_the_build_key(build_target: target.Target, tmp_path: Path) -> None:
     make_mpi(tmp_path / "a", "mpirun (Open MPI) 5.0.7", "g++ -I/opt/ompi/include -L/opt/ompi/lib -lmpi")
     make_mpi(tmp_path / "b", "HYDRA build details:  Version:  4.3.0")
-    first, second = (mpi.find(here, str(tmp_path / name)) for name in "ab")
+    first, second = (mpi.find(build_target, str(tmp_path / name)) for name in "ab")
     assert first and second
     assert (first.version, second.version) == ("Open MPI 5.0.7", "MPICH 4.3.0")
     assert first.rpath == ["/opt/ompi/lib"], "a module's libmpi is found without LD_LIBRARY_PATH"
-    keys = [build.horovod_key(here, build.Request(("torch",), found), None) for found in (first, second)]
+    requests = [build.Request(("torch",), installation) for installation in (first, second)]
+    keys = [build.horovod_key(build_target, request, None) for request in requests]
     assert keys[0] != keys[1]
-    assert mpi.find(here, str(tmp_path / "nothing")) is None
+    assert mpi.find(build_target, str(tmp_path / "nothing")) is None
 
 
-def test_an_mpi_without_a_cxx_wrapper_is_named(here: target.Target, tmp_path: Path) -> None:
-    program(tmp_path / "mpicc", "true")
+def test_an_mpi_without_a_cxx_wrapper_is_named(build_target: target.Target, tmp_path: Path) -> None:
+    write_executable(tmp_path / "mpicc", "true")
     with pytest.raises(BuildError, match=r"no C\+\+ wrapper .*development package"):
-        mpi.find(here, str(tmp_path))
+        mpi.find(build_target, str(tmp_path))
 
 
-def test_pypis_mpi_is_looked_for_relative_to_the_installed_library(here: target.Target, tmp_path: Path) -> None:
+def test_mpi_wheels_are_located_relative_to_the_library(build_target: target.Target, tmp_path: Path) -> None:
     make_mpi(tmp_path / "bin", "mpirun (Open MPI) 5.0.11")
-    environment_of = dataclasses.replace(here, prefix=tmp_path, packages={"mpich": "5.0.2", "torch": "2"})
-    found = mpi.find(environment_of, str(tmp_path / "bin"))
-    assert found and found.identity == "pypi mpich 5.0.2"
-    entries = build.rpath(build.Request(("torch",), found))
+    environment_of = dataclasses.replace(build_target, prefix=tmp_path, packages={"mpich": "5.0.2", "torch": "2"})
+    installation = mpi.find(environment_of, str(tmp_path / "bin"))
+    assert installation and installation.identity == "pypi mpich 5.0.2"
+    entries = build.rpath(build.Request(("torch",), installation))
     assert entries and all(entry.startswith("$ORIGIN/") for entry in entries)
 
 
@@ -61,16 +57,18 @@ def test_pypis_mpi_is_looked_for_relative_to_the_installed_library(here: target.
         ("Intel(R) MPI Library 2021.12 for Linux* OS", "Intel MPI 2021"),
     ],
 )
-def test_launchers_and_libraries_name_the_same_mpi_alike(text: str, series: str) -> None:
+def test_mpi_series_are_read_from_launchers_and_libraries(text: str, series: str) -> None:
     assert mpi.series(text) == series
 
 
-def test_the_installed_horovod_is_tied_to_no_folder_of_the_environment_that_built_it() -> None:
+def test_installed_libraries_have_no_path_of_the_build() -> None:
     package = target.inspect(sys.executable).site / "horovod"
     libraries = [*package.glob("torch/mpi_lib_v2*.so"), *package.glob("tensorflow/mpi_lib*.so")]
     assert libraries
     for library in libraries:
-        shown = subprocess.run(["readelf", "-d", str(library)], capture_output=True, text=True, check=True).stdout
+        shown = subprocess.run(
+            ["readelf", "-d", str(library)], capture_output=True, text=True, check=True, timeout=60
+        ).stdout
         entries = re.findall(r"\(R(?:UN)?PATH\).*\[(.*)\]", shown)
         assert ".venv" not in "".join(entries), f"{library.name}: {entries}"
 
@@ -84,54 +82,54 @@ def make_cuda(folder: Path, version: str = "13.0", codes: str = "75 80 86 87 90 
         f'case "$1" in --version) echo "Cuda compilation tools, release {version}, V{version}.88";;\n'
         f"--list-gpu-code) printf '{listed}\\n';; --dryrun) echo '#$ TOP={folder}/bin/..' >&2;; esac"
     )
-    program(folder / "bin" / "nvcc", script)
+    write_executable(folder / "bin" / "nvcc", script)
     return cuda.find({"HOROVOD_CUDA_HOME": str(folder)})
 
 
 def test_nvcc_is_found_by_variable_by_path_and_behind_a_script(tmp_path: Path) -> None:
-    made = make_cuda(tmp_path / "cuda-13.0")
-    assert made.version == "13.0" and made.home == tmp_path / "cuda-13.0"
-    program(tmp_path / "bin" / "nvcc", f'exec {tmp_path}/cuda-13.0/bin/nvcc "$@"')
+    installed_cuda = make_cuda(tmp_path / "cuda-13.0")
+    assert installed_cuda.version == "13.0" and installed_cuda.home == tmp_path / "cuda-13.0"
+    write_executable(tmp_path / "bin" / "nvcc", f'exec {tmp_path}/cuda-13.0/bin/nvcc "$@"')
     assert cuda.find({"PATH": str(tmp_path / "bin")}).home == tmp_path / "cuda-13.0"
     with pytest.raises(BuildError, match="CUDA_HOME is /nowhere"):
         cuda.find({"CUDA_HOME": "/nowhere"})
 
 
 def test_a_framework_of_another_cuda_is_refused_before_the_build(tmp_path: Path) -> None:
-    made = make_cuda(tmp_path, "12.4")
+    installed_cuda = make_cuda(tmp_path, "12.4")
     with pytest.raises(BuildError, match=r"torch 2\.14\.1\+cu130 was built for CUDA 13\.0, .*nvcc is CUDA 12\.4: set"):
-        cuda.check_version("torch", "2.14.1+cu130", "13.0", made)
+        cuda.check_version("torch", "2.14.1+cu130", "13.0", installed_cuda)
     with pytest.raises(
         BuildError, match=r"torch 2\.13\.0\+cpu was built without CUDA: install a torch built for CUDA 12"
     ):
-        cuda.check_version("torch", "2.13.0+cpu", "None", made)
-    cuda.check_version("torch", "2.14.1", "12.8", made)  # minor versions work together
+        cuda.check_version("torch", "2.13.0+cpu", "None", installed_cuda)
+    cuda.check_version("torch", "2.14.1", "12.8", installed_cuda)  # minor versions work together
 
 
-def test_architectures_are_those_that_nvcc_knows_unless_the_user_names_some(tmp_path: Path) -> None:
-    made = make_cuda(tmp_path)
-    assert cuda.architectures(made, {}) == "75,80,86,90,100"
-    assert cuda.architectures(made, {"HOROVOD_BUILD_CUDA_CC_LIST": "90"}) == "90"
+def test_gpu_architectures_come_from_nvcc_or_the_user(tmp_path: Path) -> None:
+    installed_cuda = make_cuda(tmp_path)
+    assert cuda.architectures(installed_cuda, {}) == "75,80,86,90,100"
+    assert cuda.architectures(installed_cuda, {"HOROVOD_BUILD_CUDA_CC_LIST": "90"}) == "90"
     with pytest.raises(BuildError, match="HOROVOD_BUILD_CUDA_CC_LIST"):
         cuda.architectures(make_cuda(tmp_path, codes="20 30"), {})
 
 
-def test_nccl_comes_from_torchs_own_dependency_where_the_system_has_none(here: target.Target, tmp_path: Path) -> None:
-    made = make_cuda(tmp_path / "cuda")
-    site = dataclasses.replace(here, site=tmp_path / "site")
+def test_nccl_comes_from_the_system_or_from_torchs_dependency(build_target: target.Target, tmp_path: Path) -> None:
+    installed_cuda = make_cuda(tmp_path / "cuda")
+    site = dataclasses.replace(build_target, site=tmp_path / "site")
     if not Path("/usr/include/nccl.h").exists():
         with pytest.raises(BuildError, match="HOROVOD_NCCL_HOME"):
-            cuda.nccl(site, made, tmp_path / "work", {})
+            cuda.nccl(site, installed_cuda, tmp_path / "work", {})
         package = tmp_path / "site" / "nvidia" / "nccl"
         (package / "include").mkdir(parents=True)
         (package / "include" / "nccl.h").write_text("")
         (package / "lib").mkdir()
         (package / "lib" / "libnccl.so.2").write_text("library")
-        found = cuda.nccl(site, made, tmp_path / "work", {})
-        assert found.home and (found.home / "lib" / "libnccl.so").read_text() == "library"
-        assert (found.home / "include" / "nccl.h").exists()
-        assert found.rpath == ("$ORIGIN/../../nvidia/nccl/lib",)
-    program(made.home / "include" / "nccl.h", "")
-    program(made.home / "lib64" / "libnccl.so", "")
-    assert cuda.nccl(site, made, tmp_path / "more", {}).home == made.home
-    assert cuda.nccl(site, made, tmp_path / "more", {"HOROVOD_NCCL_HOME": "/opt/nccl"}).home is None
+        nccl = cuda.nccl(site, installed_cuda, tmp_path / "work", {})
+        assert nccl.home and (nccl.home / "lib" / "libnccl.so").read_text() == "library"
+        assert (nccl.home / "include" / "nccl.h").exists()
+        assert nccl.rpath == ("$ORIGIN/../../nvidia/nccl/lib",)
+    write_executable(installed_cuda.home / "include" / "nccl.h", "")
+    write_executable(installed_cuda.home / "lib64" / "libnccl.so", "")
+    assert cuda.nccl(site, installed_cuda, tmp_path / "more", {}).home == installed_cuda.home
+    assert cuda.nccl(site, installed_cuda, tmp_path / "more", {"HOROVOD_NCCL_HOME": "/opt/nccl"}).home is None

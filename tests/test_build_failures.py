@@ -1,4 +1,4 @@
-"""What a failed build says: the cause, the compiler, what to do, the log."""
+"""Explanations of failed builds: cause, compiler, advice and log."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hvdlm_horovod import failures
 
 LOG = Path("/somewhere/horovod.log")
 
-# What compilers and pip wrote, recorded: a line of progress, then the errors as they came.
+# Recorded output of compilers and pip.
 GCC_12 = """\
 [ 12%] Building CXX object horovod/torch/CMakeFiles/pytorch.dir/__/common/group_table.cc.o
 /cache/tmp1/work/horovod-0.28.1/horovod/common/group_table.h:2:29: error: ‘strin’ is not a member of ‘std’
@@ -143,22 +143,20 @@ OSError(28, 'No space left on device'))
         ("", "printed nothing", "log"),
     ],
 )
-def test_a_failure_begins_with_its_cause_then_what_to_do_and_ends_with_the_log(
-    output: str, cause: str, advice: str
-) -> None:
+def test_a_build_failure_names_cause_advice_and_log(output: str, cause: str, advice: str) -> None:
     lines = failures.explain(output, LOG, "3.14.0", "g++ 12.2 (c++)").splitlines()
     assert cause in lines[0]
     assert advice in next(line for line in lines[:3] if line.startswith("what to do: "))
     assert lines[-1] == f"log: {LOG}"
 
 
-def test_an_error_of_a_compiler_names_the_compiler_and_one_of_pip_does_not() -> None:
+def test_only_compiler_errors_name_the_compiler() -> None:
     compiled = failures.explain(GCC_12, LOG, "3.11.7", "g++ 12.2 (c++)").splitlines()
     assert compiled[1] == "compiler: g++ 12.2 (c++)"
     assert "g++" not in failures.explain(NO_NETWORK, LOG, "3.11.7", "g++ 12.2 (c++)")
 
 
-def test_warnings_and_configuration_tests_are_no_errors() -> None:
+def test_warnings_and_configure_tests_are_not_errors() -> None:
     output = (
         "-- Performing Test HAVE_X - Failed\nx.cc:3:1: warning: error handling is missing\n"
         "    inlined from ‘void Eigen::internal::throw_std_bad_alloc()’ at Memory.h:67: warning: out of memory\n"
@@ -170,9 +168,8 @@ def test_warnings_and_configuration_tests_are_no_errors() -> None:
 
 def test_a_disk_that_fills_while_compiling_is_named(tmp_path: Path) -> None:
     (tmp_path / "ok.cc").write_text("int main() {}\n")
-    done = subprocess.run(
-        ["c++", "-c", str(tmp_path / "ok.cc"), "-o", "/dev/full"], capture_output=True, text=True, errors="replace"
-    )
+    command = ["c++", "-c", str(tmp_path / "ok.cc"), "-o", "/dev/full"]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60)
     assert done.returncode
     lines = failures.explain(done.stderr, LOG).splitlines()
     assert "No space left on device" in lines[0] and "The disk is full" in lines[1]

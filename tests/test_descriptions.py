@@ -1,4 +1,4 @@
-"""Models, layouts, schedules and meshes are described without a framework; here against closed forms."""
+"""Descriptions of models, layouts, learning-rate schedules and meshes, compared with closed forms."""
 
 from __future__ import annotations
 
@@ -10,45 +10,42 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvdlm.config import ModelConfig, ParallelConfig, TrainConfig
+from builders import model_spec
+from hvdlm.config import ParallelConfig, TrainConfig
 from hvdlm.errors import HvdlmError
-from hvdlm.models.spec import Init, ParamSpec, builtin_models
+from hvdlm.models.spec import Init, ParamSpec
 from hvdlm.parallel.flat_layout import make_layout
 from hvdlm.parallel.mesh import AXES, make_mesh
 from hvdlm.training.lr_schedule import make_schedule
 
 
-def spec(name: str, vocab: int = 256, context: int = 64, **sizes: object):  # type: ignore[no-untyped-def]
-    return builtin_models()[name](ModelConfig(name=name, **sizes), vocab, context)  # type: ignore[arg-type]
-
-
 def test_parameter_counts_are_those_that_were_published() -> None:
     sizes = {"layers": 12, "width": 768, "heads": 12}
-    assert spec("gpt2", 50257, 1024, **sizes).parameters == 124_439_808  # GPT-2 small (Radford et al. 2019)
-    llama = spec("llama", 32000, 2048, layers=32, width=4096, heads=32, mlp_width=11008)
+    assert model_spec("gpt2", 50257, 1024, **sizes).parameters == 124_439_808  # GPT-2 small (Radford et al. 2019)
+    llama = model_spec("llama", 32000, 2048, layers=32, width=4096, heads=32, mlp_width=11008)
     assert llama.parameters == 6_738_415_616  # Llama 7B (Touvron et al. 2023)
     # torch.nn.LSTM(200, 200, 2) has 2 x 4 x 200 x (200 + 200 + 2) parameters.
-    lstm = spec("lstm", 10_000, layers=2, width=200)
+    lstm = model_spec("lstm", 10_000, layers=2, width=200)
     assert lstm.parameters == 10_000 * 200 + 2 * 4 * 200 * 402 + 10_000 * 200 + 10_000
 
 
 def test_flops_per_token_in_closed_form() -> None:
-    gpt = spec("gpt", 65, 64, bias=False)
+    gpt = model_spec("gpt", 65, 64, bias=False)
     weights = 4 * 12 * 128 * 128 + 65 * 128
     assert gpt.flops_per_token == 6 * weights + 12 * 4 * 128 * 64
-    assert spec("gru", 100, width=32, layers=1).flops_per_token == 6 * (2 * 3 * 32 * 32 + 100 * 32)
+    assert model_spec("gru", 100, width=32, layers=1).flops_per_token == 6 * (2 * 3 * 32 * 32 + 100 * 32)
 
 
 @pytest.mark.parametrize("kind", ["normal", "uniform"])
 @given(st.integers(0, 40), st.integers(1, 30))
 @settings(max_examples=40, deadline=None)
-def test_any_rank_makes_any_slice_of_the_same_values(kind: str, first: int, count: int) -> None:
+def test_any_slice_has_the_values_of_the_whole_tensor(kind: str, first: int, count: int) -> None:
     param = ParamSpec("w", (60, 7), ("a", "b"), Init(kind, 0.5))  # type: ignore[arg-type]
     rows = slice(first, min(60, first + count))
     np.testing.assert_array_equal(param.initial(5, rows), param.initial(5)[rows])
 
 
-def test_initial_values_have_their_distribution_and_depend_on_seed_and_name() -> None:
+def test_initial_values_have_their_distribution() -> None:
     normal = ParamSpec("w", (400, 500), ("a", "b"), Init("normal", 0.02)).initial(1).astype(np.float64)
     assert abs(normal.mean()) < 3e-4 and abs(normal.std() / 0.02 - 1) < 0.01
     assert abs((np.abs(normal) < 0.02).mean() - 0.6827) < 0.005
@@ -59,7 +56,7 @@ def test_initial_values_have_their_distribution_and_depend_on_seed_and_name() ->
 
 
 def test_layout_puts_the_last_layer_first_and_cuts_full_buckets() -> None:
-    gpt = spec("llama", width=32, heads=2, kv_heads=1)
+    gpt = model_spec("llama", width=32, heads=2, kv_heads=1)
     layout = make_layout(gpt.params, 20_000)
     assert [slot.name for slot in layout.slots] == [p.name for p in reversed(gpt.params)]
     ranges = [layout.bucket_range(i) for i in range(len(layout.buckets))]
@@ -67,8 +64,8 @@ def test_layout_puts_the_last_layer_first_and_cuts_full_buckets() -> None:
     assert all(a[1] == b[0] for a, b in itertools.pairwise(ranges))
     assert all(4 * (stop - start) >= 20_000 for start, stop in ranges[:-1])
     values = gpt.initial(1)
-    again = layout.unflatten(layout.flatten(values))
-    assert all(np.array_equal(values[name], again[name]) for name in values)
+    restored = layout.unflatten(layout.flatten(values))
+    assert all(np.array_equal(values[name], restored[name]) for name in values)
 
 
 def rates(**options: object) -> list[float]:
@@ -84,26 +81,26 @@ def test_schedules_follow_their_formulas() -> None:
     assert rates(schedule="inverse_sqrt", warmup=9)[36] == pytest.approx(0.5)
     assert rates(schedule="step", warmup=0, decay_every=30)[65] == 0.25
     later = rates(schedule="step", warmup=0, decay_every=10, decay_start=40)
-    assert [later[step] for step in (0, 39, 40, 49, 50)] == [1.0, 1.0, 0.5, 0.5, 0.25]  # as Zaremba et al. 2014 do
+    assert [later[step] for step in (0, 39, 40, 49, 50)] == [1.0, 1.0, 0.5, 0.5, 0.25]  # as in Zaremba et al. 2014
     assert set(rates(schedule="constant", warmup=0)) == {1.0}
     assert rates(schedule="cosine", warmup=0.1) == cosine
 
 
 @pytest.mark.parametrize("name", ["constant", "linear", "cosine", "inverse_sqrt", "step"])
-def test_no_schedule_leaves_its_bounds_or_jumps_up_after_warmup(name: str) -> None:
-    found = rates(schedule=name, warmup=20, decay_factor=0.9)
-    assert all(0 < rate <= 1.0 for rate in found)
-    assert found[:20] == sorted(found[:20]) and found[20:] == sorted(found[20:], reverse=True)
+def test_schedules_stay_in_bounds_and_fall_after_warmup(name: str) -> None:
+    curve = rates(schedule=name, warmup=20, decay_factor=0.9)
+    assert all(0 < rate <= 1.0 for rate in curve)
+    assert curve[:20] == sorted(curve[:20]) and curve[20:] == sorted(curve[20:], reverse=True)
 
 
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 4))
 @settings(deadline=None)
-def test_groups_along_an_axis_cut_the_world_into_equal_parts(data: int, pipeline: int, tensor: int) -> None:
+def test_groups_along_an_axis_partition_the_world(data: int, pipeline: int, tensor: int) -> None:
     mesh = make_mesh(data * pipeline * tensor, ParallelConfig(data, pipeline, tensor))
     for axis in AXES:
-        parts = {mesh.group(axis, rank) for rank in range(mesh.size)}
-        assert sorted(rank for part in parts for rank in part) == list(range(mesh.size))
-        assert all(part in mesh.groups() for part in parts if len(part) > 1)
+        groups = {mesh.group(axis, rank) for rank in range(mesh.size)}
+        assert sorted(rank for group in groups for rank in group) == list(range(mesh.size))
+        assert all(group in mesh.groups() for group in groups if len(group) > 1)
     assert mesh.group("tensor", 0) == tuple(range(tensor))  # neighbours, on one node
 
 

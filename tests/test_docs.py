@@ -60,7 +60,7 @@ def test_the_readme_s_plugin_works_as_printed(capsys: pytest.CaptureFixture[str]
     manager.hook.hvdlm_run_started(config=None, world=SimpleNamespace(rank=0), info={})
     for step, loss in enumerate([2.0, 2.0, 9.0], 1):
         result = SimpleNamespace(loss=loss)
-        manager.hook.hvdlm_step_ended(step=step, result=result, learning_rate=0.1, seconds=1.0)
+        manager.hook.hvdlm_step_ended(step=step, result=result, learning_rate=0.1, seconds=1.0, rates=None)
     assert capsys.readouterr().out == "step 3: loss 9.000 is far above its mean 2.000\n"
 
 
@@ -70,18 +70,18 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = (ROOT / "docs" / "plugins.md").read_text()
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("target")
     (source / "pyproject.toml").write_text(re.findall(r"```toml\n(.*?)```", text, re.S)[0])
-    parts = [code for code in re.findall(r"```python\n(.*?)```", text, re.S) if "loss" in code]
-    (source / "loss_spike.py").write_text("\n".join(parts))
+    code_blocks = [code for code in re.findall(r"```python\n(.*?)```", text, re.S) if "loss" in code]
+    (source / "loss_spike.py").write_text("\n".join(code_blocks))
     return install(source, target)
 
 
-def test_the_worked_plugin_installs_is_listed_and_runs_with_its_options(installed: Path, tmp_path: Path) -> None:
+def test_the_worked_plugin_installs_and_runs_with_its_options(installed: Path, tmp_path: Path) -> None:
     listed = launch("", 1, ["-m", "hvdlm", "plugins"], PYTHONPATH=str(installed))
     assert re.search(
         r"loss_spike +loss-spike 0.1 +loss_spike +options \(spikes\), run_started, step_ended", listed.stdout
     )
     command = ["-m", "hvdlm", "--plugins", "[loss_spike]"]
-    helped = launch("", 1, [*command, "--help"], PYTHONPATH=str(installed))
+    helped = launch("", 1, [*command, "--help", "spikes"], PYTHONPATH=str(installed))
     assert "--spikes.factor" in helped.stdout and "how far above its running mean" in helped.stdout
     wrong = launch("", 1, [*command, "--spikes.factor", "high"], PYTHONPATH=str(installed))
     assert wrong.returncode == 2 and "--spikes.factor: got 'high', expected a number" in wrong.stderr

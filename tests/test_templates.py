@@ -1,4 +1,4 @@
-"""The templates of examples/plugins, as a user copies them: installed with pip, they pass their tests and train."""
+"""The templates of examples/plugins, installed with pip, pass their own tests and train."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from launching import SMALL, install_example, launch, losses
+from launching import SMALL, install_example, launch, losses, run_python
 
 TEMPLATES = ["template_event", "template_compressor", "template_model"]
 
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder into which pip has installed all templates; beside it lie their copies."""
+    """Return a folder into which pip has installed all templates; their copies lie beside it."""
     folder = tmp_path_factory.mktemp("templates")
     for name in TEMPLATES:
         install_example(name, folder)
@@ -28,13 +28,13 @@ def train(installed: Path, run: Path, framework: str, *options: str) -> str:
     return done.stdout
 
 
-def test_their_own_tests_pass(installed: Path) -> None:
+def test_the_tests_of_the_templates_pass(installed: Path) -> None:
     copies = [str(installed.parent / name) for name in TEMPLATES]
-    done = launch("", 1, ["-m", "pytest", "-q", "--rootdir", str(installed.parent), *copies], PYTHONPATH=str(installed))
+    done = run_python(["-m", "pytest", "-q", "--rootdir", str(installed.parent), *copies], PYTHONPATH=str(installed))
     assert done.returncode == 0 and "skipped" not in done.stdout, done.stdout[-3000:] + done.stderr[-2000:]
 
 
-def test_the_model_has_one_curve_in_both_frameworks_and_events_are_heard(installed: Path, tmp_path: Path) -> None:
+def test_the_template_model_has_one_curve_in_both_frameworks(installed: Path, tmp_path: Path) -> None:
     options = ["--plugins", "[template_event,template_model]", "--model.name", "template_ngram", "--train.steps", "30"]
     options += ["--train.learning_rate", "0.01", "--slow_steps.factor", "2.5", "--log.sample_tokens", "12"]
     for framework in ("torch", "tensorflow"):
@@ -46,14 +46,14 @@ def test_the_model_has_one_curve_in_both_frameworks_and_events_are_heard(install
     assert curve == pytest.approx(losses(tmp_path / "tensorflow"), abs=1e-4) and curve[-1] < curve[0] - 0.5
 
 
-def test_the_compressor_makes_gradients_small(installed: Path, tmp_path: Path) -> None:
+def test_the_template_compressor_compresses(installed: Path, tmp_path: Path) -> None:
     options = ["--communication.compression.algorithm", "template_compressor", "--train.steps", "20"]
     train(installed, tmp_path / "run", "torch", *options)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert 8 < summary["compression"] < 12.9 and losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0] - 0.2
 
 
-def test_a_framework_without_the_architecture_says_which_have_it(installed: Path, tmp_path: Path) -> None:
+def test_a_missing_architecture_is_named(installed: Path, tmp_path: Path) -> None:
     (tmp_path / "half.py").write_text(
         "from dataclasses import replace\nfrom hvdlm import hookimpl\nfrom template_model import make\n\n"
         "def half(*given):\n    return replace(make(*given), implementations={'tensorflow': 'nowhere:X'})\n\n"
@@ -64,11 +64,11 @@ def test_a_framework_without_the_architecture_says_which_have_it(installed: Path
     (dist / "METADATA").write_text("Metadata-Version: 2.1\nName: half\nVersion: 0.1\n")
     (dist / "entry_points.txt").write_text("[hvdlm]\nhalf = half\n")
     expected = {
-        "torch": "the torch plugin has no architecture 'template_ngram', which is there for tensorflow",
+        "torch": "the architecture 'template_ngram' has no implementation in torch (implemented in tensorflow)",
         "tensorflow": "(nowhere:X) does not import: ModuleNotFoundError: No module named 'nowhere'",
     }
     for framework, sentence in expected.items():
         command = ["-m", "hvdlm", "--framework", framework, "--plugins", "[half]", "--model.name", "half", *SMALL]
         command += ["--log.run", str(tmp_path / framework)]
-        done = launch("", 1, command, PYTHONPATH=f"{installed}:{tmp_path}")
+        done = run_python(command, PYTHONPATH=f"{installed}:{tmp_path}")
         assert done.returncode == 2 and sentence in done.stderr, done.stderr[-2000:]

@@ -1,4 +1,4 @@
-"""The main job, end to end: real launchers, both frameworks, one curve."""
+"""Training end to end: all launchers and both frameworks follow one curve, before and after a crash."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launching import DATA, SMALL, STEPS, launch, losses, meddled
+from launching import DATA, SMALL, STEPS, launch, losses, run_python, with_step_hook
 
 
 @pytest.mark.parametrize("launcher", ["mpirun", "horovodrun", "horovodrun --gloo"])
@@ -33,13 +33,13 @@ def killed(tmp_path_factory) -> Path:
     """Return the folder of a run of torch on 2 ranks that was killed after step 25, its last checkpoint at step 20."""
     run = tmp_path_factory.mktemp("killed") / "run"
     options = ["--log.run", str(run), *SMALL, *STEPS, "--checkpoint.every", "10"]
-    done = launch("mpirun", 2, [*meddled("step == 25 and os.kill(os.getpid(), signal.SIGKILL)"), *options])
+    done = launch("mpirun", 2, [*with_step_hook("step == 25 and os.kill(os.getpid(), signal.SIGKILL)"), *options])
     assert done.returncode != 0
     return run
 
 
 def resume(killed: Path, folder: Path, ranks: int, *options: str) -> list[float]:
-    """Go on with a copy of a killed run; return all its losses."""
+    """Resume a copy of a killed run; return all its losses."""
     shutil.copytree(killed, folder)
     arguments = ["--log.run", str(folder), *SMALL, *STEPS, "--checkpoint.resume", "auto", *options]
     done = launch("mpirun", ranks, ["-m", "hvdlm", *arguments])
@@ -47,11 +47,11 @@ def resume(killed: Path, folder: Path, ranks: int, *options: str) -> list[float]
     return losses(folder)
 
 
-def test_a_resumed_run_goes_on_bit_for_bit(curve, killed: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_continues_bit_for_bit(curve, killed: Path, tmp_path: Path) -> None:
     assert resume(killed, tmp_path / "run", 2) == losses(curve("torch", 2, *STEPS))
 
 
-REMEMBERING = {
+STATEFUL = {
     "top_k": ["--communication.compression.algorithm", "top_k"],
     "power_sgd": ["--communication.compression.algorithm", "power_sgd", "--communication.bucket_bytes", "30000"],
     "diloco": ["--communication.exchange", "diloco", "--communication.local.steps", "5", "--train.eval_every", "0"],
@@ -59,22 +59,20 @@ REMEMBERING = {
 
 
 @pytest.mark.parametrize("framework", ["torch", "tensorflow"])
-@pytest.mark.parametrize("what", REMEMBERING)
-def test_a_killed_run_that_remembers_goes_on_bit_for_bit(curve, what: str, framework: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("exchange", STATEFUL)
+def test_stateful_exchanges_resume_bit_for_bit(curve, exchange: str, framework: str, tmp_path: Path) -> None:
     """Error feedback, PowerSGD's factors, DiLoCo's momentum and each rank's own optimizer state are in checkpoints."""
-    options = [*SMALL, *STEPS, "--checkpoint.every", "10", "--framework", framework, *REMEMBERING[what]]
-    whole = losses(curve(framework, 2, *STEPS, "--checkpoint.every", "10", *REMEMBERING[what]))
+    options = [*SMALL, *STEPS, "--checkpoint.every", "10", "--framework", framework, *STATEFUL[exchange]]
+    whole = losses(curve(framework, 2, *STEPS, "--checkpoint.every", "10", *STATEFUL[exchange]))
     options += ["--log.run", str(tmp_path)]
-    done = launch("mpirun", 2, [*meddled("step == 25 and os.kill(os.getpid(), signal.SIGKILL)"), *options])
+    done = launch("mpirun", 2, [*with_step_hook("step == 25 and os.kill(os.getpid(), signal.SIGKILL)"), *options])
     assert done.returncode != 0 and len(losses(tmp_path)) == 25
     done = launch("mpirun", 2, ["-m", "hvdlm", *options, "--checkpoint.resume", "auto"])
     assert done.returncode == 0, done.stderr[-3000:]
     assert losses(tmp_path) == whole
 
 
-def test_a_checkpoint_goes_on_in_the_other_framework_on_another_number_of_ranks(
-    curve, killed: Path, tmp_path: Path
-) -> None:
+def test_a_checkpoint_resumes_in_the_other_framework(curve, killed: Path, tmp_path: Path) -> None:
     whole = losses(curve("torch", 2, *STEPS))
     resumed = resume(killed, tmp_path / "run", 1, "--framework", "tensorflow")
     assert resumed[:20] == whole[:20] and len(resumed) == len(whole)
@@ -83,37 +81,37 @@ def test_a_checkpoint_goes_on_in_the_other_framework_on_another_number_of_ranks(
 
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"tinyshakespeare.txt is not in {DATA}: set HVDLM_DATA")
 def test_the_first_100_losses_of_the_shakespeare_example_agree(tmp_path: Path) -> None:
-    found = {}
+    curves = {}
     for framework, ranks in (("torch", 1), ("torch", 2), ("tensorflow", 1), ("tensorflow", 2)):
         run = tmp_path / f"{framework}{ranks}"
         options = ["--config", "examples/shakespeare_char.yaml", "--data.path", str(DATA / "tinyshakespeare.txt")]
-        stopped = meddled("step == 100 and (self.world.gather_objects(0), time.sleep(0.5), os._exit(0))")
+        stopped = with_step_hook("step == 100 and (self.world.gather_objects(0), time.sleep(0.5), os._exit(0))")
         arguments = [*stopped, *options, "--framework", framework, "--log.run", str(run)]
         done = launch("mpirun", ranks, arguments)
-        found[framework, ranks] = losses(run)
-        assert len(found[framework, ranks]) == 100, done.stderr[-3000:]
+        curves[framework, ranks] = losses(run)
+        assert len(curves[framework, ranks]) == 100, done.stderr[-3000:]
 
-    def apart(a: tuple[str, int], b: tuple[str, int]) -> float:
-        return max(abs(x - y) for x, y in zip(found[a], found[b], strict=True))
+    def difference(a: tuple[str, int], b: tuple[str, int]) -> float:
+        return max(abs(x - y) for x, y in zip(curves[a], curves[b], strict=True))
 
-    assert apart(("torch", 1), ("tensorflow", 1)) < 1e-3
-    assert apart(("torch", 1), ("torch", 2)) < 1e-4
-    assert apart(("tensorflow", 1), ("tensorflow", 2)) < 1e-4
-    assert found["torch", 1][-1] < 2.9 < found["torch", 1][0]
+    assert difference(("torch", 1), ("tensorflow", 1)) < 1e-3
+    assert difference(("torch", 1), ("torch", 2)) < 1e-4
+    assert difference(("tensorflow", 1), ("tensorflow", 2)) < 1e-4
+    assert curves["torch", 1][-1] < 2.9 < curves["torch", 1][0]
 
 
-def test_a_run_is_evaluated_and_writes_text_in_either_framework(curve, tmp_path: Path) -> None:
+def test_either_framework_evaluates_and_generates(curve, tmp_path: Path) -> None:
     run = curve("torch", 1, *STEPS)
     (tmp_path / "prompt.txt").write_text("The ")
     summary = json.loads((run / "summary.json").read_text())
     texts = set()
     for framework in ("torch", "tensorflow"):
-        done = launch("", 1, ["-m", "hvdlm", "evaluate", "--run", str(run), "--framework", framework])
+        done = run_python(["-m", "hvdlm", "evaluate", "--run", str(run), "--framework", framework])
         figures = json.loads(done.stdout.splitlines()[-1])
         assert figures["step"] == 30 and abs(figures["val_loss"] - summary["val_loss"]) < 1e-5
         command = ["generate", "--run", str(run), "--framework", framework, "--tokens", "80"]
         command += ["--prompt_file", str(tmp_path / "prompt.txt"), "--num_samples", "2"]
-        done = launch("", 1, ["-m", "hvdlm", *command, "--top_k", "5", "--seed", "7"])
+        done = run_python(["-m", "hvdlm", *command, "--top_k", "5", "--seed", "7"])
         first, second = done.stdout.split("----------------\n")
         assert done.returncode == 0 and len(first) == len(second) == 85 and first != second, done.stderr
         assert first.startswith("The ") and second.startswith("The ")
@@ -121,18 +119,18 @@ def test_a_run_is_evaluated_and_writes_text_in_either_framework(curve, tmp_path:
     assert len(texts) == 1
 
 
-def test_a_summary_has_every_figure(curve) -> None:
+def test_the_summary_has_every_figure(curve) -> None:
     summary = json.loads((curve("torch", 2, *STEPS) / "summary.json").read_text())
     expected = """train_loss val_loss perplexity bits_per_byte tokens_per_second seconds steps world_size framework
         backend parameters bytes_communicated peak_memory_bytes"""
     assert set(expected.split()) <= set(summary)
     assert (summary["steps"], summary["world_size"], summary["backend"]) == (30, 2, "mpi")
-    # Every gradient as float32, and two float64 figures, from each rank in each step.
+    # Every rank sends all gradients as float32 and two float64 figures in each step.
     assert summary["bytes_communicated"] == 30 * 2 * (4 * summary["parameters"] + 16)
 
 
-def test_the_printed_configuration_is_one_that_can_be_given(tmp_path: Path) -> None:
-    printed = launch("", 1, ["-m", "hvdlm", "--model.layers", "7", "--print_config"])
+def test_the_printed_configuration_can_be_read_back(tmp_path: Path) -> None:
+    printed = run_python(["-m", "hvdlm", "--model.layers", "7", "--print_config"])
     (tmp_path / "a.yaml").write_text(printed.stdout)
-    again = launch("", 1, ["-m", "hvdlm", "--config", str(tmp_path / "a.yaml"), "--print_config"])
+    again = run_python(["-m", "hvdlm", "--config", str(tmp_path / "a.yaml"), "--print_config"])
     assert "layers: 7" in printed.stdout and again.stdout == printed.stdout

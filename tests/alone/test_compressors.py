@@ -1,4 +1,4 @@
-"""What compressors promise of any vector: contraction, or no bias. One framework a process: see test_launches.py."""
+"""Properties of compressors on any vector: contraction or unbiasedness. One framework a process (test_launches.py)."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def compressor(algorithm: str, seed: int = 1, **options: Any) -> Any:
     return MAKERS[algorithm](CompressionConfig(algorithm=algorithm, block=references.BLOCK, **options), seed, 0, 1)
 
 
-def seen(compressor: Any, vector: np.ndarray, tensor: Any, step: int = 0) -> np.ndarray:
-    """Return what others see of a vector."""
+def round_trip(compressor: Any, vector: np.ndarray, tensor: Any, step: int = 0) -> np.ndarray:
+    """Return a vector after compression and decompression."""
     number = tensor(np.array(step, np.int32).reshape(1))[0]
     shape = tuple(vector.shape)
     return np.asarray(compressor.decompress(compressor.compress(tensor(vector), number), shape, number))
@@ -54,11 +54,11 @@ everywhere = settings(
 def test_top_k_and_scaled_sign_contract(tensor: Any, vector: np.ndarray, step: int) -> None:
     """Stich et al. 2018, eq. 7: (1 - k/n); Karimireddy et al. 2019, lemma 8: 1 - ||x||_1^2 / (n ||x||^2), by block."""
     square = float(np.sum(vector.astype(np.float64) ** 2))
-    left = vector.astype(np.float64) - seen(compressor("top_k"), vector, tensor)
-    assert np.sum(left**2) <= (1 - 7 / 700) * square * (1 + 1e-6)
-    left = vector.astype(np.float64) - seen(compressor("scaled_sign"), vector, tensor)
+    error = vector.astype(np.float64) - round_trip(compressor("top_k"), vector, tensor)
+    assert np.sum(error**2) <= (1 - 7 / 700) * square * (1 + 1e-6)
+    error = vector.astype(np.float64) - round_trip(compressor("scaled_sign"), vector, tensor)
     kept = sum(np.sum(np.abs(p)) ** 2 / len(p) for p in references._blocks(vector.astype(np.float64)))
-    assert np.sum(left**2) == pytest.approx(square - kept, rel=1e-3, abs=1e-6 * square)
+    assert np.sum(error**2) == pytest.approx(square - kept, rel=1e-3, abs=1e-6 * square)
 
 
 @everywhere
@@ -66,12 +66,12 @@ def test_top_k_and_scaled_sign_contract(tensor: Any, vector: np.ndarray, step: i
 def test_random_k_contracts_on_average(tensor: Any, vector: np.ndarray, first: int) -> None:
     """Stich et al. 2018, eq. 7, in expectation: every element is sent with probability k/n, here once in n/k steps."""
     chosen = compressor("random_k")
-    sent = [seen(chosen, vector, tensor, step) for step in range(first, first + 10)]
+    sent = [round_trip(chosen, vector, tensor, step) for step in range(first, first + 10)]
     np.testing.assert_array_equal(np.sum(sent, axis=0), vector)
-    left = sum(np.sum((vector - part).astype(np.float64) ** 2) for part in sent) / 10
-    assert left == pytest.approx((1 - 0.1) * np.sum(vector.astype(np.float64) ** 2), rel=1e-6)
+    error = sum(np.sum((vector - decoded).astype(np.float64) ** 2) for decoded in sent) / 10
+    assert error == pytest.approx((1 - 0.1) * np.sum(vector.astype(np.float64) ** 2), rel=1e-6)
     ones = np.ones(700, np.float32)
-    share = np.mean([seen(compressor("random_k", seed), ones, tensor, first) for seed in range(200)], axis=0)
+    share = np.mean([round_trip(compressor("random_k", seed), ones, tensor, first) for seed in range(200)], axis=0)
     assert share.mean() == pytest.approx(0.1) and share.max() < 0.25 and share.min() > 0.01
 
 
@@ -81,7 +81,7 @@ def test_quantisation_is_unbiased(tensor: Any, vector: np.ndarray, algorithm: st
     """Alistarh et al. 2017, lemma 3.1: the mean over steps is the vector, within five standard errors."""
     chosen = compressor(algorithm, bits=bits)
     draws = 100
-    mean = np.mean([seen(chosen, vector, tensor, step).astype(np.float64) for step in range(draws)], axis=0)
+    mean = np.mean([round_trip(chosen, vector, tensor, step).astype(np.float64) for step in range(draws)], axis=0)
     levels = 127 if algorithm == "int8" else 2 ** (bits - 1) - 1
     norm = np.linalg.norm if algorithm == "qsgd" else lambda p: np.abs(p).max()
     width = np.concatenate([np.full(len(p), norm(p) / levels) for p in references._blocks(vector)])
@@ -90,7 +90,7 @@ def test_quantisation_is_unbiased(tensor: Any, vector: np.ndarray, algorithm: st
 
 @everywhere
 @given(seed=st.integers(0, 2**31))
-def test_power_sgd_leaves_no_more_than_was_there(tensor: Any, seed: int) -> None:
+def test_power_sgd_never_increases_the_error(tensor: Any, seed: int) -> None:
     """A projection (Vogels et al. 2019): ||M - P P^T M|| <= ||M||, and nothing is left of a matrix of low rank."""
     random = np.random.default_rng(seed)
     for rank in (3, 20):
@@ -105,5 +105,5 @@ def test_power_sgd_leaves_no_more_than_was_there(tensor: Any, seed: int) -> None
             with pytest.raises(StopIteration) as stop:
                 jobs.send(request.tensors)
             total = np.asarray(stop.value.value[0])
-        left = np.linalg.norm(matrix - total) / np.linalg.norm(matrix)
-        assert left <= 1 + 1e-6 and (rank > 4 or left < 1e-3)
+        error = np.linalg.norm(matrix - total) / np.linalg.norm(matrix)
+        assert error <= 1 + 1e-6 and (rank > 4 or error < 1e-3)

@@ -1,26 +1,18 @@
-"""Every rank runs these tests: pytest is started by a launcher (see tests/test_launches.py)."""
+"""Tests that run on every rank: a launcher starts pytest (see tests/test_launches.py)."""
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator
-from itertools import product
 
 import pytest
 
+from builders import meshes
 from hvdlm import plugins
 from hvdlm.config import Config
 from hvdlm.configuration.availability import choose_backend
-from hvdlm.parallel.mesh import Mesh
 from hvdlm.protocols.world import World
-
-FRAMEWORK = os.environ.get("HVDLM_TEST_FRAMEWORK", "torch")
-
-
-def meshes(size: int) -> list[Mesh]:
-    """Return every mesh of ``size`` ranks."""
-    return [Mesh(*shape) for shape in product(range(1, size + 1), repeat=3) if math.prod(shape) == size]
+from launching import FRAMEWORK
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +23,7 @@ def config() -> Config:
 
 @pytest.fixture(scope="session")
 def world(config: Config) -> Iterator[World]:
-    """Return this launch's world, with the groups of every mesh of its size."""
+    """Yield the world of this launch, with the groups of every mesh of its size."""
     name = os.environ.get("HVDLM_TEST_BACKEND") or choose_backend(FRAMEWORK)
     assert name != "local", "start these tests under a launcher: see tests/test_launches.py"
     backend = plugins.make(plugins.load([name]), "backend", name)
@@ -60,7 +52,7 @@ def tensor():
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """End all ranks with the first failure of any: the others would wait for its collectives."""
+    """Exit at the first failure, so that the launcher ends the other ranks, which would wait in collectives."""
     if report.failed:
         print(report.nodeid, report.longreprtext, flush=True)
         os._exit(1)

@@ -1,8 +1,7 @@
-"""Backend mpi4py: what it does beyond every backend's promises. Other backends skip these."""
+"""Backend mpi4py's own features: half precision, background transfers, checked names; other backends skip them."""
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 
@@ -12,8 +11,7 @@ import pytest
 
 from hvdlm.errors import RankError
 from hvdlm.protocols.world import World
-
-FRAMEWORK = os.environ.get("HVDLM_TEST_FRAMEWORK", "torch")
+from launching import FRAMEWORK
 
 
 @pytest.fixture(autouse=True)
@@ -34,23 +32,23 @@ def half(values: np.ndarray, dtype: str):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_is_added_in_float32_and_rounded_once_per_sum(world: World, dtype: str) -> None:
+def test_half_precision_sums_accumulate_in_float32(world: World, dtype: str) -> None:
     kind = np.dtype(np.float16) if dtype == "float16" else np.dtype(ml_dtypes.bfloat16)
-    parts = [
+    vectors = [
         np.random.default_rng(rank).normal(size=5000).astype(kind).astype(np.float32) for rank in range(world.size)
     ]
-    tensor, wide = half(parts[world.rank], dtype)
+    tensor, wide = half(vectors[world.rank], dtype)
     group = world.group(range(world.size))
     total = wide(group.all_reduce_async(tensor, f"half.{dtype}").wait())
-    exact = np.sum(np.array(parts, np.float64), 0)
+    exact = np.sum(np.array(vectors, np.float64), 0)
     step = 2.0**-10 if dtype == "float16" else 2.0**-7
-    assert np.abs(total - exact).max() <= (world.size - 1) * step * np.abs(np.array(parts)).sum(0).max() / 2
+    assert np.abs(total - exact).max() <= (world.size - 1) * step * np.abs(np.array(vectors)).sum(0).max() / 2
     if world.size == 2:
-        np.testing.assert_array_equal(total, (parts[0] + parts[1]).astype(kind).astype(np.float32))
+        np.testing.assert_array_equal(total, (vectors[0] + vectors[1]).astype(kind).astype(np.float32))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_travels_unchanged(world: World, dtype: str) -> None:
+def test_half_precision_is_gathered_and_broadcast_unchanged(world: World, dtype: str) -> None:
     values = (np.arange(8) + 8 * world.rank).astype(np.float32)
     tensor, wide = half(values, dtype)
     group = world.group(range(world.size))
@@ -59,19 +57,19 @@ def test_half_precision_travels_unchanged(world: World, dtype: str) -> None:
     assert wide(group.broadcast(tensor, last, f"from.{dtype}")).tolist() == (np.arange(8) + 8 * last).tolist()
 
 
-def test_large_sums_travel_while_the_caller_computes(world: World, tensor) -> None:
+def test_large_all_reduces_overlap_with_computation(world: World, tensor) -> None:
     group, array = world.group(range(world.size)), np.ones(4_000_000, np.float32)
     handle = group.all_reduce_async(tensor(array), "background")
     deadline = time.monotonic() + 60
     before = world.transfer_seconds()
     while world.transfer_seconds() == before and time.monotonic() < deadline:
-        time.sleep(0.01)  # nobody waits for it
+        time.sleep(0.01)
     assert world.transfer_seconds() > before
     np.testing.assert_array_equal(np.asarray(handle.wait()), np.full(array.shape, world.size, np.float32))
 
 
-def test_a_rank_that_waits_for_another_sleeps(world: World, tensor) -> None:
-    """Until all ranks are ready, a started sum takes no core from what its rank computes."""
+def test_waiting_for_another_rank_uses_no_core(world: World, tensor) -> None:
+    """A started all-reduce uses no core time until all ranks are ready."""
     group = world.group(range(world.size))
     group.barrier()
     if world.rank == world.size - 1:
@@ -86,11 +84,11 @@ def test_a_rank_that_waits_for_another_sleeps(world: World, tensor) -> None:
     assert used < 0.4, f"{used:.2f} s of core time in 0.8 s"
 
 
-def test_ranks_that_come_to_different_collectives_are_told(world: World, tensor) -> None:
+def test_mismatched_collectives_raise_an_error_on_all_ranks(world: World, tensor) -> None:
     group = world.group(range(world.size))
-    name = f"mine.{min(world.rank, 1)}"
+    name = f"rank.{min(world.rank, 1)}"
     for call in (lambda t: group.all_reduce_async(t, name).wait(), lambda t: group.all_gather(t, name)):
-        with pytest.raises(RankError, match=r"rank 0: all_\w+ mine\.0 float32.*rank 1: all_\w+ mine\.1 float32"):
+        with pytest.raises(RankError, match=r"rank 0: all_\w+ rank\.0 float32.*rank 1: all_\w+ rank\.1 float32"):
             call(tensor(np.ones(4, np.float32)))
     shape = (4 + min(world.rank, 1),)
     with pytest.raises(
@@ -101,21 +99,21 @@ def test_ranks_that_come_to_different_collectives_are_told(world: World, tensor)
     assert np.asarray(total).tolist() == [world.size] * 4
 
 
-def test_uneven_sums_are_scattered_and_empty_ones_pass(world: World, tensor) -> None:
+def test_reduce_scatter_takes_uneven_and_empty_tensors(world: World, tensor) -> None:
     group, size = world.group(range(world.size)), world.size
     rows = 2 * size + 1
     values = np.arange(3 * rows, dtype=np.float32).reshape(rows, 3)
-    part = np.asarray(group.reduce_scatter(tensor(values), "uneven"))
+    shard = np.asarray(group.reduce_scatter(tensor(values), "uneven"))
     first = 2 * world.rank + min(world.rank, 1)
-    np.testing.assert_array_equal(part, size * values[first : first + 2 + (world.rank == 0)])
+    np.testing.assert_array_equal(shard, size * values[first : first + 2 + (world.rank == 0)])
     empty = group.all_reduce_async(tensor(np.ones(0, np.float32)), "empty").wait()
     assert np.asarray(empty).shape == (0,)
-    mine = np.ones((world.rank, 2), np.float32)  # rank 0 has nothing
-    assert np.asarray(group.all_gather(tensor(mine), "some")).shape == (sum(range(size)), 2)
+    rows_of_rank = np.ones((world.rank, 2), np.float32)  # rank 0 has none
+    assert np.asarray(group.all_gather(tensor(rows_of_rank), "some")).shape == (sum(range(size)), 2)
 
 
-def test_broadcasts_in_the_background_are_matched_by_name(world: World, tensor) -> None:
-    """Stages of a pipeline start them in different orders."""
+def test_asynchronous_broadcasts_are_matched_by_name(world: World, tensor) -> None:
+    """Pipeline stages start broadcasts in different orders."""
     group, last = world.group(range(world.size)), world.size - 1
     names = [f"named.{number}" for number in range(4)]
     handles = {}
@@ -127,11 +125,14 @@ def test_broadcasts_in_the_background_are_matched_by_name(world: World, tensor) 
     if world.rank == last:
         handle.wait()
         return
-    with pytest.raises(RankError, match=r"broadcast shapes float32.*24 bytes were expected, 16 came"):
+    with pytest.raises(RankError, match=r"broadcast shapes float32.*expected 24 bytes, received 16"):
         handle.wait()
 
 
-def test_a_lane_has_one_thread_at_most_which_ends_with_the_process(world: World) -> None:
+def test_each_lane_has_at_most_one_daemon_thread(world: World, tensor) -> None:
+    group = world.group(range(world.size))
+    for handle in [group.all_reduce_async(tensor(np.ones(4, np.float32)), f"lane.{n}") for n in range(3)]:
+        handle.wait()
     lanes = [thread for thread in threading.enumerate() if thread.name.startswith("hvdlm-lane")]
-    assert len(lanes) <= len({thread.name for thread in lanes})
+    assert lanes and len(lanes) == len({thread.name for thread in lanes})
     assert all(thread.daemon for thread in lanes)

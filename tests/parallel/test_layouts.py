@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import FRAMEWORK, meshes
 
+from builders import configured_spec, meshes, next_token_batch, save_checkpoint, single_rank_trainable
 from hvdlm import plugins
-from hvdlm.checkpoints.load import load, open_checkpoint, save
-from hvdlm.communication.all_reduce import AllReduceExchange
+from hvdlm.checkpoints.load import open_checkpoint, read_state
 from hvdlm.config import Config, LoRAConfig, ModelConfig, ParallelConfig, TrainConfig
-from hvdlm.models.lora import adapt
-from hvdlm.models.spec import ModelSpec, builtin_models
 from hvdlm.parallel.mesh import Mesh
 from hvdlm.planning.closed_forms import closed_form
 from hvdlm.protocols.types import Batch, StepResult
 from hvdlm.protocols.world import World
-from hvdlm_backends.local import AloneGroup, LocalWorld
+from launching import FRAMEWORK, RANKS
 
-SIZE = int(os.environ.get("HVDLM_TEST_RANKS", "1"))
 VOCAB, CONTEXT, ROWS, STEPS = 51, 16, 8, 50
 TOLERANCE = {"torch": 1e-4, "tensorflow": 2e-4}[FRAMEWORK]
 GPT = {"name": "gpt", "layers": 2, "width": 32, "heads": 4, "kv_heads": 2, "bias": False}
@@ -43,67 +38,62 @@ def configured(mesh: Mesh, model: dict[str, Any], **options: Any) -> Config:
     return config
 
 
-def described(config: Config, vocab: int = VOCAB) -> ModelSpec:
-    return adapt(builtin_models()[config.model.name](config.model, vocab, config.data.context), config.lora)
-
-
 def build(world: World, mesh: Mesh, config: Config, vocab: int = VOCAB) -> Any:
     """Return a trainable on this rank of ``mesh``."""
-    maker = plugins.load([FRAMEWORK, "all_reduce", "compression"])
-    spec = described(config, vocab)
-    maker.hook.hvdlm_check(config=config, spec=spec)
+    manager = plugins.load([FRAMEWORK, "all_reduce", "compression"])
+    spec = configured_spec(config, vocab)
+    manager.hook.hvdlm_check(config=config, spec=spec)
     group = world.group(mesh.group("data", world.rank))
-    more = {"compressors": plugins.compressors(maker), "index": group.ranks.index(world.rank)}
-    exchange = plugins.make(maker, "exchange", "all_reduce", group=group, config=config, **more)
-    return plugins.make(maker, "framework", FRAMEWORK).build(spec, mesh, world, exchange, config)
+    context = {"compressors": plugins.compressors(manager), "index": group.ranks.index(world.rank)}
+    exchange = plugins.make(manager, "exchange", "all_reduce", group=group, config=config, **context)
+    return plugins.make(manager, "framework", FRAMEWORK).build(spec, mesh, world, exchange, config)
 
 
-def batch(step: int) -> Batch:
-    """Return rows in which most tokens follow from the one before; some targets don't count."""
+def learnable_batch(step: int) -> Batch:
+    """Return rows in which most tokens follow from the previous one; some targets don't count."""
     random = np.random.default_rng(step)
     tokens = random.integers(0, VOCAB, (ROWS, CONTEXT + 1)).astype(np.int32)
-    for place in range(CONTEXT):
+    for position in range(CONTEXT):
         follows = random.random(ROWS) < 0.8
-        tokens[follows, place + 1] = (5 * tokens[follows, place] + 3) % VOCAB
+        tokens[follows, position + 1] = (5 * tokens[follows, position] + 3) % VOCAB
     mask = (random.random((ROWS, CONTEXT)) < 0.8).astype(np.float32)
-    return Batch(tokens[:, :-1].copy(), tokens[:, 1:].copy(), mask, step % 10 == 0)
+    return next_token_batch(tokens, mask, step % 10 == 0)
 
 
 def train(trainable: Any, mesh: Mesh, rank: int, steps: range, config: Config) -> list[StepResult]:
     """Return the results of ``steps`` steps on this rank's rows."""
     share = ROWS // mesh.data
     first = mesh.coordinates(rank)["data"] * share
-    micro, found = config.train.micro_batch_size or share, []
+    micro, results = config.train.micro_batch_size or share, []
     for step in steps:
-        whole = batch(step).rows(first, first + share)
-        parts = [whole.rows(start, start + micro) for start in range(0, share, micro)]
-        found.append(trainable.train_step(parts, config.train.learning_rate, step))
-    return found
+        whole = learnable_batch(step).rows(first, first + share)
+        micro_batches = [whole.rows(start, start + micro) for start in range(0, share, micro)]
+        results.append(trainable.train_step(micro_batches, config.train.learning_rate, step))
+    return results
+
+
+def unsharded(config: Config) -> Any:
+    """Return the trainable of one rank that holds the whole model."""
+    return single_rank_trainable(configured_spec(config, VOCAB), config)
 
 
 _REFERENCES: dict[str, Any] = {}
 Reference = tuple[list[float], list[float], dict[str, np.ndarray]]
 
 
-def _alone(config: Config) -> Any:
-    """Return a trainable of one unsharded rank."""
-    maker = plugins.make(plugins.load([FRAMEWORK]), "framework", FRAMEWORK)
-    return maker.build(described(config), Mesh(1, 1, 1), LocalWorld(), AllReduceExchange(AloneGroup()), config)
-
-
-def _trained_alone(model: dict[str, Any], train_options: dict[str, Any]) -> Any:
+def _train_unsharded(model: dict[str, Any], train_options: dict[str, Any]) -> Any:
     mesh = Mesh(1, 1, 1)
     config = configured(mesh, model, train=train_options)
-    alone = _alone(config)
-    results = train(alone, mesh, 0, range(config.train.steps), config)
-    state = {k: v.tolist() for k, v in alone.state().items() if k.startswith("parameters/")}
+    trainable = unsharded(config)
+    results = train(trainable, mesh, 0, range(config.train.steps), config)
+    state = {k: v.tolist() for k, v in trainable.state().items() if k.startswith("parameters/")}
     return [[r.loss for r in results], [r.grad_norm for r in results], state]
 
 
-def _asked(model: dict[str, Any], options: dict[str, Any]) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """Return (a name, model, options of train) of the unsharded rank that a layout follows.
+def _reference_of(model: dict[str, Any], options: dict[str, Any]) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Return (a key, model, options of train) of the unsharded run that a layout has to follow.
 
-    How many rows a rank computes at a time, and what it computes twice, changes nothing: there it is not asked.
+    Micro-batches and activation checkpointing change no result: such variants share one reference.
     """
     same = ("micro_batch_size", "activation_checkpointing")
     train_options = {"steps": STEPS, **{k: v for k, v in options.get("train", {}).items() if k not in same}}
@@ -111,20 +101,20 @@ def _asked(model: dict[str, Any], options: dict[str, Any]) -> tuple[str, dict[st
 
 
 def reference(world: World, model: dict[str, Any], **options: Any) -> Reference:
-    """Return (losses, gradient norms, parameters) of one unsharded rank; a rank computes one, all get all."""
-    wanted = {_asked(model, options)[0]: _asked(model, options)}
-    if not _REFERENCES and SIZE == 4:
+    """Return (losses, gradient norms, parameters) of an unsharded run; ranks compute different ones and share them."""
+    wanted = {_reference_of(model, options)[0]: _reference_of(model, options)}
+    if not _REFERENCES and RANKS == 4:
         every = [(GPT, {}), (DEEP, {}), *((model, options) for _, _, model, options in CHOSEN)]
-        wanted |= {_asked(*one)[0]: _asked(*one) for one in every}
+        wanted |= {_reference_of(*one)[0]: _reference_of(*one) for one in every}
     missing = [one for name, one in wanted.items() if name not in _REFERENCES]
-    own = {name: _trained_alone(*rest) for name, *rest in missing[world.rank :: world.size]}
-    for found in world.gather_objects(own) if missing else []:
-        for name, (losses, norms, state) in found.items():
+    computed = {name: _train_unsharded(*rest) for name, *rest in missing[world.rank :: world.size]}
+    for references in world.gather_objects(computed) if missing else []:
+        for name, (losses, norms, state) in references.items():
             _REFERENCES[name] = losses, norms, {k: np.array(v, np.float32) for k, v in state.items()}
     return _REFERENCES[next(iter(wanted))]
 
 
-def agree(world: World, mesh: Mesh, model: dict[str, Any], **options: Any) -> Any:
+def assert_follows_one_rank(world: World, mesh: Mesh, model: dict[str, Any], **options: Any) -> Any:
     """Train ``STEPS`` steps on ``mesh`` and compare with one unsharded rank; return the trainable."""
     losses, norms, parameters = reference(world, model, **options)
     config = configured(mesh, model, **options)
@@ -143,56 +133,56 @@ def cases(size: int) -> list[tuple[Mesh, int]]:
     return [(mesh, zero) for mesh in meshes(size) for zero in ((0, 1, 2) if mesh.data > 1 else (0,))]
 
 
-def named(case: Any) -> str:
+def case_name(case: Any) -> str:
     mesh, zero = case
     return f"{'x'.join(map(str, mesh.shape))}-zero{zero}"
 
 
-@pytest.mark.parametrize("case", cases(SIZE), ids=named)
+@pytest.mark.parametrize("case", cases(RANKS), ids=case_name)
 def test_every_layout_follows_the_curve_of_one_rank(world: World, case: tuple[Mesh, int]) -> None:
     mesh, zero = case
     model = GPT if mesh.pipeline <= GPT["layers"] else DEEP
-    trainable, results = agree(world, mesh, model, parallel={"zero": zero})
-    _moves_what_is_predicted(world, mesh, configured(mesh, model, parallel={"zero": zero}), results)
-    _holds_what_is_predicted(world, mesh, configured(mesh, model, parallel={"zero": zero}), trainable)
+    trainable, results = assert_follows_one_rank(world, mesh, model, parallel={"zero": zero})
+    assert_traffic_is_predicted(world, mesh, configured(mesh, model, parallel={"zero": zero}), results)
+    assert_memory_is_predicted(world, mesh, configured(mesh, model, parallel={"zero": zero}), trainable)
 
 
 def _predicted(world: World, mesh: Mesh, config: Config) -> Any:
-    return closed_form(config, described(config), mesh, world.rank)
+    return closed_form(config, configured_spec(config, VOCAB), mesh, world.rank)
 
 
-def _moves_what_is_predicted(world: World, mesh: Mesh, config: Config, results: list[StepResult]) -> None:
+def assert_traffic_is_predicted(world: World, mesh: Mesh, config: Config, results: list[StepResult]) -> None:
     expected = _predicted(world, mesh, config).bytes
     for result in (results[0], results[-1]):
         assert result.axis_bytes == expected and result.comm_bytes == sum(expected.values())
 
 
-def _holds_what_is_predicted(world: World, mesh: Mesh, config: Config, trainable: Any) -> None:
+def assert_memory_is_predicted(world: World, mesh: Mesh, config: Config, trainable: Any) -> None:
     held, expected = trainable.memory(), _predicted(world, mesh, config).memory
     for kind in ("parameters", "gradients", "optimizer"):
         assert held[kind] == expected[kind], kind
 
 
-@pytest.mark.skipif(SIZE != 2, reason="data ranks alone: two say what four would")
+@pytest.mark.skipif(RANKS != 2, reason="data parallelism only: two ranks show what four would")
 @pytest.mark.parametrize("zero", [0, 1, 2] if FRAMEWORK == "torch" else [2])
-def test_adapters_follow_the_curve_of_one_rank_and_are_all_that_moves(world: World, zero: int) -> None:
+def test_adapters_follow_one_rank_and_alone_are_communicated(world: World, zero: int) -> None:
     mesh, one, more = Mesh(2, 1, 1), Mesh(1, 1, 1), {"lora": {"rank": 2}, "train": {"steps": 8}}
     config, single = configured(mesh, GPT, parallel={"zero": zero}, **more), configured(one, GPT, **more)
-    expected = train(_alone(single), one, 0, range(8), single)
+    expected = train(unsharded(single), one, 0, range(8), single)
     trainable = build(world, mesh, config)
     results = train(trainable, mesh, world.rank, range(8), config)
     assert [r.loss for r in results] == pytest.approx([r.loss for r in expected], abs=TOLERANCE)
     assert [r.grad_norm for r in results] == pytest.approx([r.grad_norm for r in expected], abs=TOLERANCE)
-    _moves_what_is_predicted(world, mesh, config, results)
-    _holds_what_is_predicted(world, mesh, config, trainable)
+    assert_traffic_is_predicted(world, mesh, config, results)
+    assert_memory_is_predicted(world, mesh, config, trainable)
     dense = configured(mesh, GPT, parallel={"zero": zero})
     assert results[-1].comm_bytes < 0.15 * sum(_predicted(world, mesh, dense).bytes.values())
     if zero == 0:
-        assert results[-1].comm_bytes == 4 * described(config).parameters + 2 * 8
+        assert results[-1].comm_bytes == 4 * configured_spec(config, VOCAB).parameters + 2 * 8
 
 
 SGD = {"optimizer": "sgd", "learning_rate": 0.3, "momentum": 0.9, "weight_decay": 0.1, "clip": 0.5}
-FEW = {**SGD, "steps": 12}  # recurrent models talk after every position
+FEW = {**SGD, "steps": 12}  # recurrent models communicate after every position
 LLAMA = {"name": "llama", "layers": 2, "width": 32, "heads": 4, "kv_heads": 1}
 VARIANTS: list[tuple[str, tuple[int, int, int], dict[str, Any], dict[str, Any]]] = [
     ("llama", (1, 1, 4), LLAMA, {}),
@@ -209,23 +199,23 @@ VARIANTS: list[tuple[str, tuple[int, int, int], dict[str, Any], dict[str, Any]]]
 ]
 
 
-# TensorFlow traces its graphs anew for every layout, on few cores for seconds: it takes those that say most.
-MOST = ("llama-sequence", "stages-sequence", "stages-zero2", "recomputed", "lstm")
-CHOSEN = [variant for variant in VARIANTS if FRAMEWORK == "torch" or variant[0] in MOST]
+# TensorFlow traces its graphs anew for every layout, which takes seconds on few cores: it runs a selection.
+SELECTED = ("llama-sequence", "stages-sequence", "stages-zero2", "recomputed", "lstm")
+CHOSEN = [variant for variant in VARIANTS if FRAMEWORK == "torch" or variant[0] in SELECTED]
 
 
-@pytest.mark.skipif(SIZE != 4, reason="layouts of four ranks")
+@pytest.mark.skipif(RANKS != 4, reason="layouts of four ranks")
 @pytest.mark.parametrize("name, shape, model, options", CHOSEN, ids=[variant[0] for variant in CHOSEN])
 def test_models_and_switches_follow_the_curve_of_one_rank(
     world: World, name: str, shape: tuple[int, int, int], model: dict[str, Any], options: dict[str, Any]
 ) -> None:
     mesh = Mesh(*shape)
-    _, results = agree(world, mesh, model, **options)
-    _moves_what_is_predicted(world, mesh, configured(mesh, model, **options), results)
+    _, results = assert_follows_one_rank(world, mesh, model, **options)
+    assert_traffic_is_predicted(world, mesh, configured(mesh, model, **options), results)
 
 
-@pytest.mark.skipif(SIZE != 4, reason="layouts of four ranks")
-def test_a_rank_holds_little_more_than_its_share(world: World) -> None:
+@pytest.mark.skipif(RANKS != 4, reason="layouts of four ranks")
+def test_memory_per_rank_shrinks_with_the_mesh(world: World) -> None:
     def held(shape: tuple[int, int, int], kind: str, zero: int = 0) -> float:
         mesh = Mesh(*shape)
         model = {"name": "gpt", "layers": 8, "width": 64, "heads": 4, "tie_embeddings": False}
@@ -238,46 +228,46 @@ def test_a_rank_holds_little_more_than_its_share(world: World) -> None:
     assert held((4, 1, 1), "optimizer", 1) <= 0.27 * held((4, 1, 1), "optimizer")
 
 
-@pytest.mark.skipif(SIZE != 4, reason="layouts of four ranks")
+@pytest.mark.skipif(RANKS != 4, reason="layouts of four ranks")
 @pytest.mark.parametrize("shape", [(1, 2, 2)] if FRAMEWORK == "tensorflow" else [(1, 1, 4), (1, 2, 2), (1, 4, 1)])
 @pytest.mark.parametrize(
     "model", [{**DEEP, "bias": True}, {"name": "lstm", "layers": 4, "width": 32}], ids=["gpt", "lstm"]
 )
-def test_evaluation_and_generation_say_what_one_rank_says(
+def test_evaluation_and_generation_equal_one_rank(
     world: World, shape: tuple[int, int, int], model: dict[str, Any]
 ) -> None:
     mesh, one = Mesh(*shape), Mesh(1, 1, 1)
     sequence = {"sequence": model["name"] == "gpt" and mesh.tensor > 1}
     trainable = build(world, mesh, configured(mesh, model, parallel=sequence))
     at = mesh.coordinates(world.rank)
-    rows = batch(3)
-    # An uneven last batch, of fewer rows and of a length that tensor ranks can't share.
+    rows = learnable_batch(3)
+    # An uneven last batch, with fewer rows and a length that is no multiple of the tensor ranks.
     short = Batch(rows.inputs[:3, :13].copy(), rows.targets[:3, :13].copy(), None, True)
-    found = [trainable.eval_step(b) for b in (replace(rows, reset=True), short)]
+    losses = [trainable.eval_step(b) for b in (replace(rows, reset=True), short)]
     scores, cache = trainable.logits(rows.inputs[:1, :5])
-    said = [scores.tolist()]
+    logits = [scores.tolist()]
     for token in (7, 50, 0):
         scores, cache = trainable.logits(np.array([[token]], np.int32), cache)
-        said.append(scores.tolist())
+        logits.append(scores.tolist())
     if world.rank == 0:
-        alone = _alone(configured(one, model))
-        losses = [alone.eval_step(b) for b in (replace(rows, reset=True), short)]
+        alone = unsharded(configured(one, model))
+        expected_losses = [alone.eval_step(b) for b in (replace(rows, reset=True), short)]
         expected, cache = alone.logits(rows.inputs[:1, :5])
-        whole = [expected.tolist()]
+        expected_logits = [expected.tolist()]
         for token in (7, 50, 0):
             expected, cache = alone.logits(np.array([[token]], np.int32), cache)
-            whole.append(expected.tolist())
+            expected_logits.append(expected.tolist())
     else:
-        losses = whole = None
-    losses, whole = world.broadcast_object([losses, whole])
-    np.testing.assert_allclose(said, whole, rtol=1e-4, atol=1e-5)
+        expected_losses = expected_logits = None
+    expected_losses, expected_logits = world.broadcast_object([expected_losses, expected_logits])
+    np.testing.assert_allclose(logits, expected_logits, rtol=1e-4, atol=1e-5)
     if at["pipeline"] == mesh.pipeline - 1:
-        np.testing.assert_allclose(found, losses, rtol=1e-5)
+        np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
 
 
-@pytest.mark.skipif(SIZE != 4, reason="layouts of four ranks")
+@pytest.mark.skipif(RANKS != 4, reason="layouts of four ranks")
 @pytest.mark.parametrize("algorithm", ["top_k"] if FRAMEWORK == "tensorflow" else ["int8", "top_k", "power_sgd"])
-def test_compression_on_the_data_axis_joins_tensor_and_pipeline_ranks(world: World, algorithm: str) -> None:
+def test_data_axis_compression_works_with_tensor_and_pipeline(world: World, algorithm: str) -> None:
     for shape in ((2, 1, 2), (2, 2, 1)):
         mesh = Mesh(*shape)
         config = configured(mesh, GPT)
@@ -293,11 +283,11 @@ def test_compression_on_the_data_axis_joins_tensor_and_pipeline_ranks(world: Wor
         assert world.gather_objects([r.loss for r in results]) == [[r.loss for r in results]] * world.size
 
 
-@pytest.mark.skipif(SIZE != 4, reason="layouts of four ranks")
+@pytest.mark.skipif(RANKS != 4, reason="layouts of four ranks")
 @pytest.mark.parametrize(
     "model, steps", [(GPT, STEPS), ({"name": "lstm", "layers": 2, "width": 32}, 12)][: 1 + (FRAMEWORK == "torch")]
 )
-def test_a_checkpoint_of_one_layout_goes_on_in_others(
+def test_a_checkpoint_resumes_in_other_layouts(
     world: World, model: dict[str, Any], steps: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = Path(world.broadcast_object(str(tmp_path_factory.mktemp("layouts")) if world.rank == 0 else None))
@@ -308,11 +298,11 @@ def test_a_checkpoint_of_one_layout_goes_on_in_others(
     first = build(world, start, config)
     half = steps // 2
     train(first, start, world.rank, range(half), config)
-    path = save(folder, half, first.state(), {}, world, first.shards())
-    found = open_checkpoint(path)
+    path = save_checkpoint(folder, half, first.state(), {}, world, first.shards())
+    opened = open_checkpoint(path)
     for mesh, zero in others:
         config = configured(mesh, model, parallel={"zero": zero}, **options)
         trainable = build(world, mesh, config)
-        trainable.load_state(load(found, trainable.shards(), world.rank, world.size))
+        trainable.load_state(read_state(opened, trainable.shards(), world.rank, world.size))
         again = train(trainable, mesh, world.rank, range(half, steps), config)
         assert max(abs(r.loss - expected) for r, expected in zip(again, losses[half:], strict=True)) < TOLERANCE

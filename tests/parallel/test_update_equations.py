@@ -11,26 +11,25 @@ Gradients come from complex steps, grad f = Im f(theta + ih) / h, exact to float
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import numpy as np
 import pytest
 import test_layouts as layouts
 
+from builders import token_batch
 from hvdlm.parallel.flat_layout import Shard
 from hvdlm.parallel.mesh import Mesh
 from hvdlm.protocols.types import Batch
 from hvdlm.protocols.world import World
+from launching import FRAMEWORK, RANKS
 
-SIZE = int(os.environ.get("HVDLM_TEST_RANKS", "1"))
 ETA, TIME, WORDS = 0.5, 5, 11
 MODEL = {"name": "gpt", "layers": 4, "width": 8, "heads": 4, "mlp_width": 8, "bias": False, "initial_scale": 0.3}
 
 
 def rows() -> Batch:
-    tokens = np.random.default_rng(1).integers(0, WORDS, (4, TIME + 1)).astype(np.int32)
-    return Batch(tokens[:, :-1].copy(), tokens[:, 1:].copy(), None, True)
+    return token_batch(1, shape=(4, TIME), vocab=WORDS)
 
 
 def norm(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
@@ -47,8 +46,8 @@ def loss(p: dict[str, np.ndarray], batch: Batch) -> Any:
         w = {name.removeprefix(f"layers.{i}."): value for name, value in p.items() if name.startswith(f"layers.{i}.")}
         h = norm(x, w["attention_norm.scale"])
         q, k, v = (
-            (h @ w[f"attention.{part}.weight"]).reshape(len(h), TIME, heads, -1).transpose(0, 2, 1, 3)
-            for part in ("query", "key", "value")
+            (h @ w[f"attention.{projection}.weight"]).reshape(len(h), TIME, heads, -1).transpose(0, 2, 1, 3)
+            for projection in ("query", "key", "value")
         )
         scores = np.exp(q @ k.transpose(0, 1, 3, 2) / np.sqrt(width / heads) + mask)
         a = (scores / scores.sum(-1, keepdims=True)) @ v
@@ -62,34 +61,34 @@ def loss(p: dict[str, np.ndarray], batch: Batch) -> Any:
 
 
 def gradient(p: dict[str, np.ndarray], batch: Batch) -> dict[str, np.ndarray]:
-    """Return grad f, float64."""
-    step, found = 1e-30, {}
-    turned = {name: value.astype(np.complex128) for name, value in p.items()}
-    for name, value in turned.items():
+    """Return grad f by complex steps, float64."""
+    step, gradients = 1e-30, {}
+    shifted = {name: value.astype(np.complex128) for name, value in p.items()}
+    for name, value in shifted.items():
         g = np.zeros(value.shape)
-        for place in np.ndindex(value.shape):
-            value[place] += 1j * step
-            g[place] = loss(turned, batch).imag / step
-            value[place] -= 1j * step
-        found[name] = g
-    return found
+        for index in np.ndindex(value.shape):
+            value[index] += 1j * step
+            g[index] = loss(shifted, batch).imag / step
+            value[index] -= 1j * step
+        gradients[name] = g
+    return gradients
 
 
-def assembled(parts: list[dict[str, Any]]) -> dict[str, np.ndarray]:
-    """Return whole parameters from all ranks' {name: (slice, array)}; those that hold the same have to agree."""
-    found: dict[str, np.ndarray] = {}
-    for part in parts:
-        for name, (shard, array) in part.items():
-            shard = Shard(*(tuple(n) for n in shard))
-            whole = found.setdefault(name, np.full(shard.shape, np.nan))
+def assemble(shards: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+    """Return whole parameters from {name: (box, array)} of every rank; overlapping values have to be equal."""
+    parameters: dict[str, np.ndarray] = {}
+    for rank_shards in shards:
+        for name, (box, array) in rank_shards.items():
+            shard = Shard(*(tuple(n) for n in box))
+            whole = parameters.setdefault(name, np.full(shard.shape, np.nan))
             known = whole[shard.slices]
             assert np.all(np.isnan(known) | (np.abs(known - array) < 1e-6)), name
             whole[shard.slices] = array
-    assert not any(np.isnan(whole).any() for whole in found.values())
-    return found
+    assert not any(np.isnan(whole).any() for whole in parameters.values())
+    return parameters
 
 
-def stepped(world: World, mesh: Mesh, zero: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+def step_once(world: World, mesh: Mesh, zero: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Return whole parameters before and after one step of SGD on ``mesh``."""
     options = {"optimizer": "sgd", "weight_decay": 0.0, "clip": 0.0, "batch_size": 4, "micro_batch_size": 1}
     config = layouts.configured(mesh, MODEL, train=options, parallel={"zero": zero})
@@ -97,18 +96,18 @@ def stepped(world: World, mesh: Mesh, zero: int) -> tuple[dict[str, np.ndarray],
     trainable = layouts.build(world, mesh, config, WORDS)
     share = 4 // mesh.data
     first = mesh.coordinates(world.rank)["data"] * share
-    found = []
-    for done in (False, True):
-        if done:
+    states = []
+    for after in (False, True):
+        if after:
             trainable.train_step([rows().rows(i, i + 1) for i in range(first, first + share)], ETA, 0)
         state, shards = trainable.state(), trainable.shards()
-        mine = {
+        boxes = {
             n.removeprefix("parameters/"): [[shards[n].shape, shards[n].start, shards[n].extent], a.tolist()]
             for n, a in state.items()
             if n.startswith("parameters/")
         }
-        found.append(assembled(world.gather_objects(mine)))
-    return found[0], found[1]
+        states.append(assemble(world.gather_objects(boxes)))
+    return states[0], states[1]
 
 
 _EXPECTED: dict[int, dict[str, np.ndarray]] = {}
@@ -117,22 +116,22 @@ _EXPECTED: dict[int, dict[str, np.ndarray]] = {}
 def expected(world: World, before: dict[str, np.ndarray], n: int) -> dict[str, np.ndarray]:
     """Return theta - eta (1/n) sum_i grad f_i(theta), which rank 0 computes."""
     if n not in _EXPECTED:
-        told = None
+        updated = None
         if world.rank == 0:
             share = 4 // n
             gradients = [gradient(before, rows().rows(i * share, (i + 1) * share)) for i in range(n)]
-            told = {name: (p - ETA * sum(g[name] for g in gradients) / n).tolist() for name, p in before.items()}
-        _EXPECTED[n] = {name: np.array(value) for name, value in world.broadcast_object(told).items()}
+            updated = {name: (p - ETA * sum(g[name] for g in gradients) / n).tolist() for name, p in before.items()}
+        _EXPECTED[n] = {name: np.array(value) for name, value in world.broadcast_object(updated).items()}
     return _EXPECTED[n]
 
 
-CASES = [case for case in layouts.cases(SIZE) if case[1] == 0 or layouts.FRAMEWORK == "torch"]
+CASES = [case for case in layouts.cases(RANKS) if case[1] == 0 or FRAMEWORK == "torch"]
 
 
-@pytest.mark.parametrize("case", CASES, ids=layouts.named)
-def test_a_step_is_the_papers_equation(world: World, case: tuple[Mesh, int]) -> None:
+@pytest.mark.parametrize("case", CASES, ids=layouts.case_name)
+def test_one_step_equals_the_update_equation(world: World, case: tuple[Mesh, int]) -> None:
     mesh, zero = case
-    before, after = stepped(world, mesh, zero)
+    before, after = step_once(world, mesh, zero)
     theta = expected(world, before, mesh.data)
     assert before.keys() == after.keys() == theta.keys()
     for name, value in theta.items():

@@ -1,4 +1,4 @@
-"""Plugins with faults, which ``pytest --hvdlm-plugin`` has to find (test_conformance.py)."""
+"""Faulty plugins, whose faults ``pytest --hvdlm-plugin`` has to report (test_conformance.py)."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +12,7 @@ from hvdlm.models.rnn import make_rnn
 from hvdlm.protocols.types import Batch
 
 
-def unsteady(model, vocab, context):
+def unseeded(model, vocab, context):
     """Draw initial values without a seed, and describe a parameter twice."""
     spec = make_rnn(model, vocab, context, cell="rnn")
 
@@ -22,13 +22,13 @@ def unsteady(model, vocab, context):
     return replace(spec, params=(*(replace(param, source=source) for param in spec.params), spec.params[0]))
 
 
-def crooked(settings, seed, place, ranks):
-    """Send more than there is, and the opposite of it, with noise from nowhere."""
+def wrong_sign(settings, seed, group_rank, ranks):
+    """Return a compressor with a payload larger than the tensor, a wrong sign, and unseeded noise."""
     from keras import ops
 
-    from hvdlm_compression.base import Compressor
+    from hvdlm_compression.compressor import Compressor
 
-    class Crooked(Compressor):
+    class WrongSign(Compressor):
         biased = False
 
         def compress(self, tensor, step):
@@ -38,17 +38,17 @@ def crooked(settings, seed, place, ranks):
         def decompress(self, payload, shape, step):
             return -payload[0]
 
-    return Crooked(settings, seed, place, ranks)
+    return WrongSign(settings, seed, group_rank, ranks)
 
 
 class Faulty:
     @hookimpl
     def hvdlm_models(self):
-        return {"gpt": unsteady, "unsteady": unsteady}
+        return {"gpt": unseeded, "unseeded": unseeded}
 
     @hookimpl
     def hvdlm_compressors(self):
-        return {"crooked": crooked}
+        return {"wrong_sign": wrong_sign}
 
     @hookimpl
     def hvdlm_run_started(self, world):
@@ -85,23 +85,23 @@ class Options:
         return {"train": Sizes}
 
 
-class Scribe:
+class Writer:
     @hookimpl
     def hvdlm_run_started(self, config):
         (Path(config.log.run) / "notes.txt").write_text("begun")
 
 
-class Letters:
-    """A task that numbers a batch's rows anew for every rank, and evaluates the whole split on each."""
+class RankDependentTask:
+    """A task whose rows depend on the rank, and of which every rank evaluates the whole split."""
 
     vocab, fingerprint, reads, tokenizer = 32, "letters", (), SimpleNamespace(hash="none")
 
-    def batch(self, number, first, last):
-        rows = np.arange(last - first)[:, None] + np.arange(8)[None] + number
+    def rows(self, first, last):
+        rows = np.arange(last - first)[:, None] + np.arange(8)[None] + first // 4
         return Batch((rows % 32).astype(np.int32), (rows + 1) % 32)
 
     def validation(self, rank, size):
-        yield replace(self.batch(0, 0, 4), targets=self.batch(0, 0, 4).targets.astype(np.int32))
+        yield replace(self.rows(0, 4), targets=self.rows(0, 4).targets.astype(np.int32))
 
     def count(self, trainable, batch):
         return {}
@@ -116,7 +116,7 @@ class Letters:
 class Task:
     @hookimpl
     def hvdlm_make_task(self, name, config):
-        return Letters() if name == "faulty_task" else None
+        return RankDependentTask() if name == "faulty_task" else None
 
 
 class Backend:

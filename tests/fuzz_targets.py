@@ -1,4 +1,4 @@
-"""The readers of what others may have written, each as a target: hand it bytes, it returns or raises HvdlmError."""
+"""The readers of untrusted files as fuzz targets: each reads bytes or raises HvdlmError; their seeds and mutations."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from hvdlm.parallel.flat_layout import whole
 CORPUS = Path(__file__).parent / "fuzz_corpus"
 SECONDS = 2.0
 TEXT = "To be, or not to be:\nthat is the question. 红楼梦 🙂 é\n"
-SETTLED = 2**18  # bytes of Python's own: caches, tables of codecs and expressions
+INTERPRETER_BYTES = 2**18  # of Python's own caches and tables of codecs and expressions
 
 ARRAYS = {
     "model.safetensors": {"w": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.zeros((0, 2), np.int64)},
@@ -39,42 +39,42 @@ ARRAYS = {
 
 @dataclass(frozen=True)
 class Target:
-    """One reader.
+    """A reader under test.
 
     Attributes:
-        read: hands bytes to it, with a folder to write them to.
-        seeds: returns what it takes.
-        words: what its format is made of.
-        slack: bytes that it may take beside ``untrusted.FACTOR`` times those it is given.
+        read: reads bytes, written to a folder; returns how many of the parts that they name could be read.
+        seeds: returns valid inputs.
+        words: tokens of its format, for the fuzzer's dictionary.
+        slack: bytes of memory that it may use beside ``untrusted_input.FACTOR`` times its input.
     """
 
-    read: Callable[[bytes, Path], Any]
+    read: Callable[[bytes, Path], int]
     seeds: Callable[[], list[bytes]]
     words: tuple[str, ...] = ()
     slack: int = untrusted_input.SLACK
 
 
-def entry(data: bytes) -> dict[str, Any]:
-    """Return a manifest's entry of a file."""
+def file_entry(data: bytes) -> dict[str, Any]:
+    """Return a manifest's entry for a file."""
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def manifest() -> dict[str, Any]:
-    """Return a checkpoint's manifest: a tensor whole, an empty one, one in two flat slices."""
+    """Return a checkpoint's manifest: a whole tensor, an empty one, and one in two flat slices."""
     flat = [{"shape": [2, 3], "start": [0, 0], "extent": [2, 3], "flat": f, "dtype": "F32"} for f in ([0, 4], [4, 6])]
     optimizer = [{"file": f"optimizer-000{i}.safetensors", **cut} for i, cut in enumerate(flat)]
     model = {name: to_json(array, whole(array.shape)) for name, array in ARRAYS["model.safetensors"].items()}
     tensors = {f"parameters/{name}": [{"file": "model.safetensors", **cut}] for name, cut in model.items()}
-    files = {name: entry(to_bytes(arrays)) for name, arrays in ARRAYS.items()}
-    more = {"mesh": [1, 1, 2], "metrics": {"val_loss": 1.5}, "cursor": {"batch": 5}, "config": {"train": {"steps": 9}}}
+    files = {name: file_entry(to_bytes(arrays)) for name, arrays in ARRAYS.items()}
+    state = {"mesh": [1, 1, 2], "metrics": {"val_loss": 1.5}, "cursor": {"batch": 5}, "config": {"train": {"steps": 9}}}
     meta = {"format": FORMAT, "step": 5, "world_size": 2, "tokenizer": "t", "vocab": 3, "versions": {"numpy": "2"}}
-    return {**meta, **more, "files": files, "tensors": tensors | {"optimizer/m/w": optimizer}}
+    return {**meta, **state, "files": files, "tensors": tensors | {"optimizer/m/w": optimizer}}
 
 
 _TENSORS = from_json(manifest()["tensors"], manifest()["files"])
 
 
-def _checkpoint(folder: Path) -> Path:
+def write_checkpoint_files(folder: Path) -> Path:
     path = folder / "step-00000005"
     if not path.is_dir():
         path.mkdir()
@@ -83,45 +83,46 @@ def _checkpoint(folder: Path) -> Path:
     return path
 
 
-def read_a_manifest(data: bytes, folder: Path) -> None:
-    """Read ``data`` as the manifest of a whole checkpoint, and all that it names."""
-    path = _checkpoint(folder)
+def read_a_manifest(data: bytes, folder: Path) -> int:
+    """Read ``data`` as the manifest of a complete checkpoint, and all tensors and files that it names."""
+    path = write_checkpoint_files(folder)
     (path / "manifest.json").write_bytes(data)
-    found, tensors = read_manifest(path)
-    reader = Reader(path, found["files"], tensors)
-    for name, stored in tensors.items():
-        _read_any(reader, name, stored)
-    for name in found["files"]:
-        _attempt(lambda name=name: reader.all(name))
+    content, tensors = read_manifest(path)
+    reader = Reader(path, content["files"], tensors)
+    count = sum(_read_tensor(reader, name, stored) for name, stored in tensors.items())
+    return count + sum(succeeds(lambda name=name: reader.read_rank_file(name)) for name in content["files"])
 
 
-def _read_any(reader: Reader, name: str, stored: list[Stored]) -> None:
-    shape = stored[0].shard.shape
-    for wanted in (whole(shape), stored[-1].shard):
-        _attempt(lambda wanted=wanted: reader.shard(name, wanted))
-        _attempt(lambda wanted=wanted: reader.covered(name, wanted))
+def _read_tensor(reader: Reader, name: str, stored: list[Stored]) -> int:
+    """Return how many reads of a tensor, and of its last slice, succeed."""
+    count = 0
+    for wanted in (whole(stored[0].shard.shape), stored[-1].shard):
+        count += succeeds(lambda wanted=wanted: reader.read(name, wanted))
+        count += succeeds(lambda wanted=wanted: reader.read_if_covered(name, wanted))
+    return count
 
 
-def _attempt(action: Callable[[], Any]) -> None:
+def succeeds(action: Callable[[], Any]) -> bool:
+    """Return whether ``action`` ends without HvdlmError; any other error is a bug of the reader."""
     try:
         action()
     except HvdlmError:
-        pass
+        return False
+    return True
 
 
-def read_a_shard(data: bytes, folder: Path) -> None:
-    """Read ``data`` as the file of parameters, and as a rank's own, of a checkpoint whose manifest has its hash."""
-    model, own = "model.safetensors", "rank-0000.safetensors"
-    for name in (model, own):
+def read_a_shard(data: bytes, folder: Path) -> int:
+    """Read ``data`` as the parameters, and as the file of one rank, of a checkpoint whose manifest has its hash."""
+    model, rank_file = "model.safetensors", "rank-0000.safetensors"
+    for name in (model, rank_file):
         (folder / name).write_bytes(data)
     tensors = {name: stored for name, stored in _TENSORS.items() if stored[0].file == model}
-    reader = Reader(folder, dict.fromkeys((model, own), entry(data)), tensors)
-    for name, stored in tensors.items():
-        _read_any(reader, name, stored)
-    _attempt(lambda: reader.all(own))
+    reader = Reader(folder, dict.fromkeys((model, rank_file), file_entry(data)), tensors)
+    count = sum(_read_tensor(reader, name, stored) for name, stored in tensors.items())
+    return count + succeeds(lambda: reader.read_rank_file(rank_file))
 
 
-def read_a_header(data: bytes, folder: Path) -> None:
+def read_a_header(data: bytes, folder: Path) -> int:
     """Read ``data`` as the header of a folder of 40 tokens."""
     path = folder / "tokens"
     if not path.is_dir():
@@ -129,35 +130,37 @@ def read_a_header(data: bytes, folder: Path) -> None:
         (path / "tokens.bin").write_bytes(np.arange(40, dtype="<u2").tobytes())
         (path / "tokenizer.json").write_text(json.dumps({"kind": "byte"}))
     (path / "header.json").write_bytes(data)
-    found = token_files.open_tokens(path)
-    assert len(found.train) + len(found.validation) in (20, 40)
+    tokens = token_files.open_tokens(path)
+    assert len(tokens.train) + len(tokens.validation) in (20, 40)
+    return 1
 
 
-def read_a_journal(data: bytes, folder: Path) -> None:
-    """Read ``data`` as the journal of a prepare that was killed after two pieces of 40 tokens together."""
-    found = prepare_progress.Journal(folder / "name", "i", 2)
-    place = prepare_progress.partial(folder / "name")
-    found.tokens.mkdir(parents=True, exist_ok=True)
-    (found.tokens / "tokens.bin").write_bytes(np.arange(40, dtype="<u2").tobytes())
-    (found.tokens / "tokenizer.json").write_text(json.dumps({"kind": "byte"}))
-    (place / "places.bin").write_bytes(np.array([[0, 20, 20], [1, 40, 40]], "<u8").tobytes())
-    (place / "journal.json").write_bytes(data)
-    if found.find() is None:
-        assert not place.exists() and found.state == prepare_progress.State()
-    else:
-        counts = (found.state.source, found.state.shards, found.state.tokens)
-        assert counts in ((0, 0, 0), (0, 1, 20), (1, 2, 40)) and len(found.state.digests) == found.state.source
+def read_a_journal(data: bytes, folder: Path) -> int:
+    """Read ``data`` as the progress of a prepare that was killed after two chunks of 40 tokens together."""
+    progress = prepare_progress.Journal(folder / "name", "i", 2)
+    partial = prepare_progress.partial(folder / "name")
+    progress.tokens.mkdir(parents=True, exist_ok=True)
+    (progress.tokens / "tokens.bin").write_bytes(np.arange(40, dtype="<u2").tobytes())
+    (progress.tokens / "tokenizer.json").write_text(json.dumps({"kind": "byte"}))
+    (partial / "places.bin").write_bytes(np.array([[0, 20, 20], [1, 40, 40]], "<u8").tobytes())
+    (partial / "journal.json").write_bytes(data)
+    if progress.resume() is None:
+        assert not partial.exists() and progress.state == prepare_progress.JournalState()
+        return 0
+    counts = (progress.state.source, progress.state.pieces, progress.state.tokens)
+    assert counts in ((0, 0, 0), (0, 1, 20), (1, 2, 40)) and len(progress.state.digests) == progress.state.source
+    return 1
 
 
-def read_a_tokenizer(data: bytes, folder: Path) -> None:
+def read_a_tokenizer(data: bytes, folder: Path) -> int:
     """Read ``data`` as a folder's tokenizer.json and as one of Hugging Face; write and read text with it."""
     path = folder / "tokenizer.json"
     path.write_bytes(data)
-    for read in (_ours, lambda path: tokenizers.train(str(path), None, [])):
-        _attempt(lambda read=read: _use(read(path)))
+    readers = (_read_own_format, lambda path: tokenizers.train(str(path), None, []))
+    return sum(succeeds(lambda read=read: _use(read(path))) for read in readers)
 
 
-def _ours(path: Path) -> tokenizers.Tokenizer:
+def _read_own_format(path: Path) -> tokenizers.Tokenizer:
     try:
         value = untrusted_input.read_json(path, tokenizers.LIMIT, slack=tokenizers.SLACK)
     except ValueError as error:
@@ -171,11 +174,12 @@ def _use(tokenizer: tokenizers.Tokenizer) -> None:
     tokenizer.decode(ids.tolist())
 
 
-def read_a_configuration(data: bytes, folder: Path) -> None:
-    """Read ``data`` as --config, and look at its sections and options."""
+def read_a_configuration(data: bytes, folder: Path) -> int:
+    """Read ``data`` as --config, and check the names of its sections and options."""
     path = folder / "config.yaml"
     path.write_bytes(data)
     schema.check_mapping(parsing.read_yaml(path), _KNOWN, "--config")
+    return 1
 
 
 _KNOWN = {k: v for k, v in schema.types_of({"": Config}).items() if k != "plugin_options"}
@@ -205,19 +209,19 @@ def _shards() -> list[bytes]:
 
 def _descriptions() -> list[bytes]:
     trained = [tokenizers.train(name, 260, [TEXT]).to_json() for name in ("byte", "char", "word", "bpe")]
-    own = [described(model=model) for model in _MODELS]
-    return [json.dumps(value).encode() for value in (*trained, trained[-1]["description"])] + [o.encode() for o in own]
+    foreign = [huggingface_tokenizer(model=model).encode() for model in _MODELS]
+    return [json.dumps(value).encode() for value in (*trained, trained[-1]["description"])] + foreign
 
 
-def described(**changes: Any) -> str:
-    """Return a small tokenizer.json of Hugging Face, with parts of it exchanged."""
+def huggingface_tokenizer(**changes: Any) -> str:
+    """Return a small tokenizer.json of Hugging Face with some entries replaced."""
     rest = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [_ADDED]}
-    return json.dumps({**rest, **_PARTS, "model": _MODELS[0], **changes})
+    return json.dumps({**rest, **_COMPONENTS, "model": _MODELS[0], **changes})
 
 
 _ADDED = {"id": 3, "content": "<s>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
           "special": True}  # fmt: skip
-_PARTS: dict[str, Any] = {
+_COMPONENTS: dict[str, Any] = {
     "normalizer": {
         "type": "Sequence",
         "normalizers": [
@@ -251,34 +255,34 @@ def _configurations() -> list[bytes]:
     return [*(path.read_bytes() for path in examples), *(text.encode() for text in odd)]
 
 
-ODD: list[Any] = [
+UNUSUAL: list[Any] = [
     *(None, True, -1, 0, 1, 3, 2**31, 2**53, 2**63, 10**400, 0.5, 1e308, float("nan"), float("inf"), [], {}),
     *("", "a", "../x", "/etc/passwd", "model.safetensors", "\ud800", "\x1b[2J", "a" * 999, "F64", "BF16", "0" * 64),
     *([0], [1, 2, 3], [10**9, 10**9], [2**62, 0, 2**62], [1] * 99, [[[[[]]]]], {"a": {"b": []}}),
 ]
 
 
-def edited(value: Any, random: Random) -> Any:
-    """Return JSON ``value`` with one part of it left out, doubled, or exchanged for something odd."""
+def mutated_value(value: Any, random: Random) -> Any:
+    """Return JSON ``value`` with one element left out, doubled, or replaced by an unusual value."""
     if not isinstance(value, dict | list) or not value or random.random() < 0.1:
-        return random.choice(ODD)
+        return random.choice(UNUSUAL)
     keys = list(value) if isinstance(value, dict) else range(len(value))
     key = random.choice(keys)
     changed = dict(value) if isinstance(value, dict) else list(value)
-    what = random.random()
-    if what < 0.1:
+    chance = random.random()
+    if chance < 0.1:
         del changed[key]
-    elif what < 0.2 and isinstance(changed, list):
+    elif chance < 0.2 and isinstance(changed, list):
         changed.append(changed[key])
-    elif what < 0.3 and isinstance(changed, dict):
-        changed[random.choice([str(odd) for odd in ODD])] = changed[random.choice(list(value))]
+    elif chance < 0.3 and isinstance(changed, dict):
+        changed[random.choice([str(value) for value in UNUSUAL])] = changed[random.choice(list(value))]
     else:
-        changed[key] = edited(changed[key], random)
+        changed[key] = mutated_value(changed[key], random)
     return changed
 
 
-def mutated(name: str, data: bytes, random: Random) -> bytes:
-    """Return input ``data`` of target ``name`` with one to three parts of its JSON changed; as it is if it has none."""
+def mutate(name: str, data: bytes, random: Random) -> bytes:
+    """Return input ``data`` of target ``name`` with one to three changes of its JSON; unchanged if it is no JSON."""
     length = int.from_bytes(data[:8], "little") if name == "shard" else 0
     text, rest = (data[8 : 8 + length], data[8 + length :]) if name == "shard" else (data, b"")
     try:
@@ -286,7 +290,7 @@ def mutated(name: str, data: bytes, random: Random) -> bytes:
     except (ValueError, RecursionError):
         return data
     for _ in range(random.randint(1, 3)):
-        value = edited(value, random)
+        value = mutated_value(value, random)
     text = json.dumps(value).encode()
     if name != "shard":
         return text
@@ -310,7 +314,7 @@ TARGETS: dict[str, Target] = {
     "tokenizer": Target(
         read_a_tokenizer,
         _descriptions,
-        ("kind", "char", "characters", "words", "bpe", "description", *_ADDED, *_PARTS, *_MODELS[0], *_MODELS[1],
+        ("kind", "char", "characters", "words", "bpe", "description", *_ADDED, *_COMPONENTS, *_MODELS[0], *_MODELS[1],
          "Replace", "Regex", "String", "Precompiled", "precompiled_charsmap", "Metaspace", "ByteLevel", "Sequence",
          "TemplateProcessing", "Unigram", "WordPiece", "WordLevel", "4294967295", "\\ud800"),
         tokenizers.SLACK,
@@ -323,11 +327,12 @@ TARGETS: dict[str, Target] = {
 }  # fmt: skip
 
 
-def check(target: Target, data: bytes, folder: Path) -> None:
-    """Hand ``data`` to a target.
+def check_input(target: Target, data: bytes, folder: Path) -> None:
+    """Let a target read ``data`` within its limits of time and memory.
 
     Raises:
-        AssertionError: it took too long, or too much memory. Anything else but HvdlmError: it stumbled.
+        AssertionError: it took too long, or too much memory, or its error is not one printable sentence. Any other
+            error is one that the reader should have turned into HvdlmError.
     """
     tracing = tracemalloc.is_tracing()
     if not tracing:
@@ -343,5 +348,5 @@ def check(target: Target, data: bytes, folder: Path) -> None:
         if not tracing:
             tracemalloc.stop()
     assert seconds < SECONDS, f"{len(data)} bytes took {seconds:.1f} s"
-    allowed = untrusted_input.FACTOR * len(data) + target.slack + SETTLED
+    allowed = untrusted_input.FACTOR * len(data) + target.slack + INTERPRETER_BYTES
     assert peak <= allowed, f"{len(data)} bytes took {peak} bytes of memory"

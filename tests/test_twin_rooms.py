@@ -1,0 +1,81 @@
+"""The two framework plugins have the same files, with the same public names in the same order."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TORCH, TENSORFLOW = ROOT / "plugins" / "hvdlm_torch", ROOT / "plugins" / "hvdlm_tensorflow"
+
+# Files without a twin, with the reason.
+SINGLE = {
+    "compiler.py": "torch.compile calls a compiler of the machine; TensorFlow's (XLA) is part of it",
+    "counted_graph.py": "Python calls a TensorFlow graph's collectives only while the graph is traced",
+}
+# Public names that one room lacks, with the reason.
+DIFFERENT = {
+    "gradients.py:Gradients.before_backward": "PyTorch starts buckets by hooks; the edges of a graph do the same",
+    "gradients.py:WholeGradients.before_backward": "as above",
+    "gradients.py:ScatteredGradients.before_backward": "as above",
+    "gradients.py:Gradients.add": "PyTorch's backward pass adds to .grad; a graph returns gradients, to be added",
+    "gradients.py:WholeGradients.add": "as above",
+    "gradients.py:ScatteredGradients.add": "as above",
+    "gradients.py:Gradients.pack": "in PyTorch, .grad is a view of the bucket",
+    "gradients.py:Gradients.buckets": "in PyTorch, .grad is a view of the bucket",
+    "gradients.py:WholeGradients.buckets": "as above",
+    "gradients.py:ScatteredGradients.buckets": "as above",
+    "memory.py:ActivationMemory.backward": "a graph's memory is counted from its trace, after the backward pass",
+    "memory.py:ActivationMemory.trace": "a pipeline stage's passes are two graphs; its memory is that of one",
+    "adapters.py:Adapters.bound": "an attribute in PyTorch; in a graph, weights are read anew in every trace",
+    "adapters.py:Adapters.gradients": "PyTorch derives the adapters' gradients in a hook of the backward pass",
+    "models/gpt.py:Cache.extend": "PyTorch's cache is overwritten in place; a graph returns a new one",
+}
+
+
+def files(room: Path) -> set[str]:
+    return {str(path.relative_to(room)) for path in room.rglob("*.py")}
+
+
+def public_names(path: Path) -> list[str]:
+    """Return the public functions and classes of a file, and the public methods of the classes, in their order."""
+    names = []
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if not isinstance(node, ast.ClassDef | ast.FunctionDef) or node.name.startswith("_"):
+            continue
+        names.append(node.name)
+        for method in node.body if isinstance(node, ast.ClassDef) else []:
+            if isinstance(method, ast.FunctionDef) and not method.name.startswith("_"):
+                names.append(f"{node.name}.{method.name}")
+    return names
+
+
+def differences(file: str, first: list[str], second: list[str]) -> set[str]:
+    return {f"{file}:{name}" for name in set(first) ^ set(second)}
+
+
+def test_the_rooms_have_the_same_files() -> None:
+    assert files(TORCH) ^ files(TENSORFLOW) == SINGLE.keys()
+
+
+@pytest.mark.parametrize("file", sorted(files(TORCH) & files(TENSORFLOW)))
+def test_a_file_has_the_names_of_its_twin_in_the_same_order(file: str) -> None:
+    first, second = public_names(TORCH / file), public_names(TENSORFLOW / file)
+    assert differences(file, first, second) == {name for name in DIFFERENT if name.startswith(f"{file}:")}
+    shared = set(first) & set(second)
+    assert [name for name in first if name in shared] == [name for name in second if name in shared]
+
+
+@pytest.mark.parametrize("file", sorted(SINGLE))
+def test_a_file_without_a_twin_says_why(file: str) -> None:
+    path = next(room / file for room in (TORCH, TENSORFLOW) if (room / file).exists())
+    assert "Without a twin:" in (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "")
+
+
+def test_a_name_of_one_room_alone_is_noticed(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("class Model:\n    def fit(self): ...\n    def _private(self): ...\n")
+    names = public_names(tmp_path / "a.py")
+    assert names == ["Model", "Model.fit"]
+    assert differences("a.py", names, ["Model"]) == {"a.py:Model.fit"}
