@@ -1,72 +1,77 @@
-"""What hvdlm adds to a sum: ``Group.all_reduce`` against mpi4py's, and 200 small tensors against one large.
+"""Cost of hvdlm's all-reduce beside mpi4py's own, and of 200 small tensors beside one large; 2 ranks.
 
-python benchmarks/all_reduce_cost.py [torch tensorflow] [--backend mpi4py]
+    python benchmarks/all_reduce_cost.py [torch tensorflow] [--backend mpi4py] [--short]
 
-The first ratio is the time of ``Group.all_reduce`` of 100 MB on 2 ranks to that of mpi4py's ``Allreduce``, call by
-call in turns, in place where the framework sums in place. The second is the time of 200 tensors of 16 KB in one call to
-that of one tensor of the same total.
+The first figure is the time of ``Group.all_reduce`` of 100 MB divided by that of mpi4py's ``Allreduce``, in place where
+the framework sums in place. The second is the time of 200 tensors of 16 KB in one call divided by that of one tensor of
+the same size in total. What is compared takes turns, call by call, each after a barrier; a call's time is that of the
+slower rank.
 """
 
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 
-from pairing import FRAMEWORKS, Rounds, command, environment, parse_rounds, report
+from harness import Bar, emit, flags, make_parser, parse, report_ratio, run_worker
 
-BARS = {"100 MB, Group.all_reduce against mpi4py": 1.10, "200 tensors of 16 KB against one of 3.2 MB": 1.50}
+LARGE, SMALL = Bar(at_most=1.10), Bar(at_most=1.50)
+FULL = {"backend": "mpi", "elements": 25_000_000, "calls": 30, "tensors": 200, "small_calls": 500}
+SHORT = {"elements": 250_000, "calls": 2, "tensors": 20, "small_calls": 2}
 
 
-def work(framework: str, backend: str, most: int) -> None:
-    """Be one rank: measure both ratios, print rank 0's rounds."""
-    import json
-
+def work(o: argparse.Namespace) -> None:
+    """Be a rank: take turns; rank 0 emits the rounds."""
     import numpy as np
 
-    from hvdlm.communication.collective_benchmark import turns
     from hvdlm.config import Config
     from hvdlm.training import run
+    from hvdlm_backends.collective_benchmark import turns
 
-    config = Config(framework=framework, backend=backend)
+    config = Config(framework=o.frameworks[0], backend=o.backend)
     config.train.batch_size = 2
-    met = run.meet(config)
-    group = met.world.group(range(met.world.size))
-    large = np.ones(25_000_000, np.float32)
-    whole, mpi = met.framework.tensor(large), met.world.raw("all_reduce", large.copy(), met.framework.in_place)
-    assert mpi
-    small = [met.framework.tensor(np.ones(4096, np.float32)) for _ in range(200)]
-    one = met.framework.tensor(np.ones(200 * 4096, np.float32))
-    pairs = (
-        (lambda: group.all_reduce([whole], "large"), mpi, 30),
-        (lambda: group.all_reduce(small, "small"), lambda: group.all_reduce([one], "one"), 100),
+    world, framework = run.connect_only(config)
+    make_tensor = framework.tensor
+    group = world.group(range(world.size))
+    array = np.ones(o.elements, np.float32)
+    large = make_tensor(array)
+    raw = world.raw("all_reduce", array.copy(), framework.in_place)
+    assert raw
+    small = [make_tensor(np.ones(4096, np.float32)) for _ in range(o.tensors)]
+    joined = make_tensor(np.ones(4096 * o.tensors, np.float32))
+
+    def measure(label: str, first, second, calls: int) -> None:
+        first(), second()
+        rounds = turns(world, group, [first, second], calls)
+        if world.rank == 0:
+            emit(label, list(zip(*rounds, strict=True)))
+
+    measure("large", lambda: group.all_reduce([large], "large"), raw, o.calls)
+    measure(
+        "small",
+        lambda: group.all_reduce(small, "small"),
+        lambda: group.all_reduce([joined], "joined"),
+        o.small_calls,
     )
-    for first, second, calls in pairs:
-        rounds = turns(met.world, group, [first, second], min(calls, most))
-        if met.world.rank == 0:
-            print("ROUNDS", json.dumps(list(zip(*rounds, strict=True))), flush=True)
-    met.world.close()
+    world.close()
 
 
 def main() -> int:
-    """Measure both frameworks; return 1 where one is above its bar."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("frameworks", nargs="*", default=FRAMEWORKS)
-    parser.add_argument("--backend", default="mpi", help="mpi or mpi4py")
-    parser.add_argument("--calls", type=int, default=100, help="of each, at most")
+    """Measure each framework."""
+    parser = make_parser(__doc__)
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
-    o = parser.parse_args()
+    o = parse(parser, FULL, SHORT)
     if o.work:
-        work(o.frameworks[0], o.backend, o.calls)
+        work(o)
         return 0
-    good = True
+    sizes = {name: getattr(o, name) for name in FULL}
     for framework in o.frameworks:
-        worker = command("all_reduce_cost.py", 2, "--work", "--backend", o.backend, "--calls", str(o.calls), framework)
-        done = subprocess.run(worker, env=environment(), capture_output=True, text=True, timeout=600)
-        measured: list[Rounds] = parse_rounds(done)
-        for (title, bar), rounds in zip(BARS.items(), measured, strict=True):
-            good &= report(f"{title}, {o.backend}, {framework}, seconds", rounds) <= bar
-    return 0 if good else 1
+        values = run_worker("all_reduce_cost.py", 2, ["--work", framework, *flags(sizes)], 600)
+        large, small = f"{4e-6 * o.elements:g} MB", f"{o.tensors} tensors of 16 KB"
+        where = f"backend {o.backend}, {framework}"
+        report_ratio(f"all-reduce of {large} / by mpi4py, {where}", values["large"][0], LARGE)
+        report_ratio(f"all-reduce of {small} / of one tensor of their size, {where}", values["small"][0], SMALL)
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""Breaks runs on 2 ranks at random moments, restarts them, and compares what comes out with an undisturbed run.
+"""Runs on 2 ranks that are interrupted at random moments and restarted, compared with an undisturbed run.
 
-python benchmarks/chaos.py [torch tensorflow] [--kills 200] [--stops 50] [--steps 150] [--seed 1]
+    python benchmarks/chaos.py [torch tensorflow] [--kills 200] [--stops 50] [--steps 150] [--seed 1] [--short]
 
-A kill is a SIGKILL of a random rank: at any moment, half of them while a checkpoint is being written. A stop is a
-SIGTERM, SIGINT or SIGUSR1 to a random rank, which has to save and end with exit code 75. Every restart has to find a
-whole checkpoint, losses have to equal those of the undisturbed run (torch: bit for bit), nothing may stay behind.
+A kill is a SIGKILL of a random rank at any moment, half of the time while a checkpoint is being written. A stop is a
+SIGTERM, SIGINT or SIGUSR1 to a random rank; the run has to save and exit with code 75. Every restart has to find a
+complete checkpoint, the losses have to equal those of the undisturbed run (torch: bit for bit), and no process,
+temporary file or shared memory may remain. The exit code is 1 at the first violation.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -24,37 +24,41 @@ from pathlib import Path
 from unittest import mock
 
 import psutil
-from pairing import FRAMEWORKS, environment
+from harness import Bar, environment, make_parser, parse, report
 
 from hvdlm.checkpoints import load
-from hvdlm.checkpoints.retention import steps
+from hvdlm.checkpoints.discovery import step_folders
 from hvdlm.errors import STOPPED
 from hvdlm.io.atomic_files import sha256
 from hvdlm.training.signals import SIGNALS
 
-RANKS, EVERY = 2, 3
+RANKS = 2
+EVERY = 3  # steps between checkpoints
+FULL = {"kills": 200, "stops": 50, "steps": 150}
+SHORT = {"kills": 1, "stops": 1, "steps": 45}
+NONE = Bar(at_most=0)
 TOLERANCE = {"torch": 0.0, "tensorflow": 1e-5}
 MODEL = ["--model.layers", "2", "--model.width", "64", "--model.heads", "2", "--data.context", "32"]
 OPTIONS = [*MODEL, "--train.batch_size", "16", "--train.warmup", "5", "--log.every", "1"]
 OPTIONS += ["--checkpoint.every", str(EVERY), "--train.eval_every", "40", "--train.replica_check_every", "10"]
-LIMIT = 30.0  # seconds in which a broken run has to be gone
-Harm = Callable[["Attempt", random.Random], None]
+LIMIT = 30.0  # seconds after an interruption within which the launcher has to exit
+Interruption = Callable[["Attempt", random.Random], None]
 
 
-class Broken(Exception):
-    """What must not happen has happened; the text says what."""
+class Violation(Exception):
+    """A run did what it must not do; the message says what."""
 
 
 class Attempt:
-    """A launch of a run of so many steps in ``folder``, and its ranks' processes."""
+    """A launch of a run of ``length`` steps in ``folder``, and the processes of its ranks."""
 
     def __init__(self, framework: str, folder: Path, length: int) -> None:
         self.folder = folder
         python = [sys.executable, "-m", "hvdlm", "--framework", framework, "--log.run", str(folder), *OPTIONS]
         python += ["--train.steps", str(length)]
-        known = steps(folder / "checkpoints")
-        self.begins = known[0][0] if known else 0  # the step that it goes on from
-        if known:
+        saved = step_folders(folder / "checkpoints")
+        self.first_step = saved[0][0] if saved else 0  # the step from which it resumes
+        if saved:
             python += ["--checkpoint.resume", "auto"]
         elif folder.exists():
             python += ["--log.overwrite", "true"]
@@ -64,83 +68,86 @@ class Attempt:
         self.process = subprocess.Popen(command, start_new_session=True, **streams)
 
     def ranks(self) -> list[psutil.Process]:
-        """Return the processes of the ranks that live."""
+        """Return the processes of the ranks that are alive."""
         return [p for p in psutil.process_iter(["cmdline"]) if self._is_rank(p)]
 
     def _is_rank(self, process: psutil.Process) -> bool:
-        words = process.info["cmdline"] or []
-        return str(self.folder) in words and "mpirun" not in Path(words[0]).name
+        arguments = process.info["cmdline"] or []
+        return str(self.folder) in arguments and "mpirun" not in Path(arguments[0]).name
 
     def running(self) -> bool:
-        """Return whether the launcher lives."""
+        """Return whether the launcher is alive."""
         return self.process.poll() is None
 
     def step(self) -> int:
-        """Return the last step that this run has told of."""
+        """Return the last step in ``metrics.jsonl``; -1 where there is none."""
         path = self.folder / "metrics.jsonl"
         with contextlib.suppress(OSError, ValueError, IndexError, KeyError):
             return int(json.loads(path.read_text().splitlines()[-1])["step"])
         return -1
 
-    def gone(self) -> int:
-        """Wait until all is gone; return the launcher's exit code."""
+    def wait(self) -> int:
+        """Wait until the launcher and all ranks have exited; return the launcher's exit code."""
         try:
             code = self.process.wait(LIMIT)
         except subprocess.TimeoutExpired as expired:
-            raise Broken(f"the launcher lives {LIMIT:.0f} s after the blow: {self.errors()}") from expired
+            raise Violation(f"the launcher is alive {LIMIT:.0f} s after the interruption: {self.errors()}") from expired
         end = time.monotonic() + 5
         while self.ranks():
             if time.monotonic() > end:
-                raise Broken(f"ranks outlive their launcher: {self.ranks()}")
+                raise Violation(f"ranks outlive their launcher: {self.ranks()}")
             time.sleep(0.05)
         return code
 
     def errors(self) -> str:
-        """Return the end of what was said on standard error."""
+        """Return the end of standard error."""
         self._errors.seek(0)
         return self._errors.read()[-3000:]
 
 
-def wait_for(attempt: Attempt, what: Callable[[], bool], seconds: float, every: float = 0.05) -> None:
-    """Wait until ``what`` is so, the run is over or ``seconds`` are; who looks more often takes a core from the run."""
+def wait_for(attempt: Attempt, condition: Callable[[], bool], seconds: float, every: float = 0.05) -> None:
+    """Wait until ``condition`` holds, the run has ended or ``seconds`` are over.
+
+    Asking more often than every 50 ms takes noticeable processor time from the run.
+    """
     end = time.monotonic() + seconds
-    while attempt.running() and time.monotonic() < end and not what():
+    while attempt.running() and time.monotonic() < end and not condition():
         time.sleep(every)
 
 
-def training(attempt: Attempt) -> None:
-    """Wait until this attempt has begun to train."""
+def wait_for_training(attempt: Attempt) -> None:
+    """Wait until the training loop of this attempt has started."""
     status = attempt.folder / "status.json"
-    began = time.time()
+    now = time.time()
 
-    def begun() -> bool:
+    def started() -> bool:
         with contextlib.suppress(OSError, ValueError):
-            return json.loads(status.read_text())["time"] > began
+            return json.loads(status.read_text())["time"] > now
         return False
 
-    wait_for(attempt, begun, 60)
+    wait_for(attempt, started, 60)
 
 
 def kill(attempt: Attempt, chance: random.Random) -> None:
-    """Kill a random rank: one in ten before it trains, one in ten in its first steps, half while it saves."""
-    kind = chance.random()
-    if kind < 0.1:
+    """Kill a random rank: 1 time in 10 before it trains, 1 in 10 in its first steps, 5 in 10 while it saves."""
+    case = chance.random()
+    if case < 0.1:
         wait_for(attempt, lambda: len(attempt.ranks()) == RANKS, 20)
         time.sleep(chance.uniform(0, 4))
     else:
-        training(attempt)
-        if kind > 0.2:  # the first step may take long: graphs are built
-            wait_for(attempt, lambda: attempt.step() > attempt.begins, 60)
+        wait_for_training(attempt)
+        if case > 0.2:  # the first step may take long: graphs are built
+            wait_for(attempt, lambda: attempt.step() > attempt.first_step, 60)
         time.sleep(chance.uniform(0, 1.5))
-    if kind > 0.5:
+    if case > 0.5:
         folder = attempt.folder / "checkpoints"
         wait_for(attempt, lambda: any(folder.glob(".step-*.partial")), 60, every=0.001)
         time.sleep(chance.uniform(0, 0.02))
-    strike(attempt, chance, signal.SIGKILL)
+    send(attempt, chance, signal.SIGKILL)
 
 
-def listens(rank: psutil.Process) -> bool:
-    """Return whether a process catches signals yet: before that, it is Python that starts."""
+def handles_signals(rank: psutil.Process) -> bool:
+    """Return whether a process has installed its signal handlers: until then, Python is starting."""
     with contextlib.suppress(OSError):
         lines = Path(f"/proc/{rank.pid}/status").read_text().splitlines()
         caught = next(int(line.split()[1], 16) for line in lines if line.startswith("SigCgt:"))
@@ -149,17 +156,17 @@ def listens(rank: psutil.Process) -> bool:
 
 
 def stop(attempt: Attempt, chance: random.Random) -> None:
-    """Ask a random rank to stop, at a random moment after the command has started."""
-    wait_for(attempt, lambda: [listens(rank) for rank in attempt.ranks()] == [True] * RANKS, 60)
+    """Ask a random rank to stop, at a random moment after the handlers are installed."""
+    wait_for(attempt, lambda: [handles_signals(rank) for rank in attempt.ranks()] == [True] * RANKS, 60)
     if chance.random() < 0.8:
-        training(attempt)
+        wait_for_training(attempt)
         time.sleep(chance.uniform(0, 2))
     else:
         time.sleep(chance.uniform(0, 5))
-    strike(attempt, chance, chance.choice(SIGNALS))
+    send(attempt, chance, chance.choice(SIGNALS))
 
 
-def strike(attempt: Attempt, chance: random.Random, number: int) -> None:
+def send(attempt: Attempt, chance: random.Random, number: int) -> None:
     """Send a signal to a random rank."""
     ranks = attempt.ranks()
     if ranks:
@@ -174,67 +181,70 @@ def losses(folder: Path) -> list[float]:
 
 
 def check_checkpoints(folder: Path, newest: int) -> int:
-    """Return the step of the newest checkpoint, all of whose files have been read; none may have been lost."""
+    """Verify the files of all checkpoints; return the step of the newest, which must be ``newest`` or later."""
     if newest and not (folder / "checkpoints").is_dir():
-        raise Broken(f"{folder} has lost its checkpoints")
-    found = [load.open_checkpoint(path) for _, path in steps(folder / "checkpoints")]
-    for one in found:
-        for name, entry in one.manifest["files"].items():
-            if sha256(one.path / name) != entry["sha256"]:
-                raise Broken(f"{one.path / name} has another SHA-256")
-    step = found[0].step if found else 0
+        raise Violation(f"{folder} has lost its checkpoints")
+    opened = [load.open_checkpoint(path) for _, path in step_folders(folder / "checkpoints")]
+    for saved in opened:
+        for name, entry in saved.manifest["files"].items():
+            if sha256(saved.path / name) != entry["sha256"]:
+                raise Violation(f"{saved.path / name} has another SHA-256 than its manifest says")
+    step = opened[0].step if opened else 0
     if step < newest:
-        raise Broken(f"the checkpoint of step {newest} was there, now the newest is that of step {step}")
+        raise Violation(f"there was a checkpoint of step {newest}, now the newest is that of step {step}")
     return step
 
 
-def disturbed(framework: str, folder: Path, length: int, harm: Harm, blows: int, chance: random.Random) -> int:
-    """Run to the end, harmed as long as there are ``blows`` left; return how many hit."""
-    hits = newest = 0
+def run_interrupted(
+    framework: str, folder: Path, length: int, interrupt: Interruption, limit: int, chance: random.Random
+) -> int:
+    """Train to the end with ``limit`` interruptions at most; return how many ended an attempt."""
+    hits, newest = 0, 0
     while True:
         attempt = Attempt(framework, folder, length)
-        if hits < blows:
-            harm(attempt, chance)
+        if hits < limit:
+            interrupt(attempt, chance)
         else:
             wait_for(attempt, lambda: False, 300)
-        code = attempt.gone()
+        code = attempt.wait()
         newest = check_checkpoints(folder, newest)
         if code == 0:
             return hits
-        if hits >= blows:
-            raise Broken(f"an undisturbed restart ended with code {code}: {attempt.errors()}")
-        if harm is stop and code != STOPPED:
-            raise Broken(f"a stopped run ended with code {code}, not {STOPPED}: {attempt.errors()}")
-        if "damaged" in attempt.errors() or (harm is stop and "Traceback" in attempt.errors()):
-            raise Broken(f"a restart complains: {attempt.errors()}")
+        if hits >= limit:
+            raise Violation(f"an undisturbed restart exited with code {code}: {attempt.errors()}")
+        if interrupt is stop and code != STOPPED:
+            raise Violation(f"a stopped run exited with code {code}, not {STOPPED}: {attempt.errors()}")
+        if "damaged" in attempt.errors() or (interrupt is stop and "Traceback" in attempt.errors()):
+            raise Violation(f"a restart reports an error: {attempt.errors()}")
         hits += 1
 
 
 @contextlib.contextmanager
-def nothing_stays() -> Iterator[None]:
+def nothing_left_behind() -> Iterator[None]:
     """Give launches a temporary folder of their own; check that it is empty afterwards, and shared memory as before.
 
-    Of shared memory, what a living process has mapped is somebody else's, whose run goes on beside this one.
+    Shared memory that a living process has mapped belongs to another run on this machine.
     """
-    known, shared = ("ompi", "vader", "sm_segment", "pmix", "hvdlm"), Path("/dev/shm")
+    prefixes = ("ompi", "vader", "sm_segment", "pmix", "hvdlm")
+    shared = Path("/dev/shm")
     before = set(shared.glob("*"))
     with tempfile.TemporaryDirectory(prefix="hvdlm-") as name:
         with mock.patch.dict(os.environ, TMPDIR=name):
             yield
 
         def left() -> list[Path]:
-            new = [path for path in set(shared.glob("*")) - before if path.name.startswith(known)]
+            new = [path for path in set(shared.glob("*")) - before if path.name.startswith(prefixes)]
             return [*Path(name).iterdir(), *(path for path in new if not mapped(path))]
 
-        for _ in range(10):  # somebody else's may just be coming or going
+        for _ in range(10):  # files of another run may be appearing or disappearing just now
             if not left():
                 return
             time.sleep(0.5)
-        raise Broken(f"left behind: {', '.join(map(str, left()))}")
+        raise Violation(f"left behind: {', '.join(map(str, left()))}")
 
 
 def mapped(path: Path) -> bool:
-    """Return whether a living process has the file in its memory."""
+    """Return whether a living process has mapped the file."""
     for maps in Path("/proc").glob("[0-9]*/maps"):
         with contextlib.suppress(OSError):
             if str(path) in maps.read_text():
@@ -242,58 +252,55 @@ def mapped(path: Path) -> bool:
     return False
 
 
-def check_folder(folder: Path, whole: list[float], tolerance: float) -> None:
-    """Check that a run's folder holds the whole curve, and nothing temporary."""
-    found = losses(folder)
-    apart = max((abs(a - b) for a, b in zip(found, whole, strict=True)), default=0.0)
-    if apart > tolerance:
-        raise Broken(f"losses are {apart:.3g} away from the undisturbed run's, allowed: {tolerance:g}")
+def check_folder(folder: Path, expected: list[float], tolerance: float) -> None:
+    """Check that a run's folder holds the losses of all steps, and nothing temporary."""
+    difference = max((abs(a - b) for a, b in zip(losses(folder), expected, strict=True)), default=0.0)
+    if difference > tolerance:
+        raise Violation(f"losses differ by {difference:.3g} from the undisturbed run's, allowed: {tolerance:g}")
     left = [str(p.relative_to(folder)) for p in folder.rglob(".*")] + [p.name for p in folder.glob("flight_recorder")]
     if left:
-        raise Broken(f"left behind in the run's folder: {', '.join(left)}")
+        raise Violation(f"left behind in the run's folder: {', '.join(left)}")
 
 
-def campaign(framework: str, length: int, blows: dict[Harm, int], seed: int) -> None:
-    """Deal out so many blows of every kind over as many runs of ``length`` steps as it takes.
+def campaign(framework: str, length: int, counts: dict[Interruption, int], seed: int) -> None:
+    """Interrupt runs of ``length`` steps, as many runs as it takes for these counts of interruptions.
 
     Raises:
-        Broken: something was lost, hung or left behind.
+        Violation: something was lost, hung or left behind.
     """
-    with tempfile.TemporaryDirectory(prefix="hvdlm-chaos-") as name, nothing_stays():
+    with tempfile.TemporaryDirectory(prefix="hvdlm-chaos-") as name, nothing_left_behind():
         undisturbed = Path(name) / "undisturbed"
-        disturbed(framework, undisturbed, length, kill, 0, random.Random(seed))
-        whole, runs = losses(undisturbed), 0
-        for harm, wanted in blows.items():
-            chance, began, hits = random.Random(f"{framework} {harm.__name__} {seed}"), time.monotonic(), 0
-            while hits < wanted:
-                folder, runs = Path(name) / f"run-{runs}", runs + 1
-                hits += disturbed(framework, folder, length, harm, wanted - hits, chance)
-                check_folder(folder, whole, TOLERANCE[framework])
-                spent = time.monotonic() - began
-                print(f"{framework}, {harm.__name__}: {hits} hits, {runs} run(s) whole, {spent:.0f} s", flush=True)
+        run_interrupted(framework, undisturbed, length, kill, 0, random.Random(seed))
+        expected, runs = losses(undisturbed), 0
+        for interrupt, count in counts.items():
+            kind = interrupt.__name__
+            chance, began, hits = random.Random(f"{framework} {kind} {seed}"), time.monotonic(), 0
+            while hits < count:
+                folder = Path(name) / f"run-{runs}"
+                runs += 1
+                hits += run_interrupted(framework, folder, length, interrupt, count - hits, chance)
+                check_folder(folder, expected, TOLERANCE[framework])
+                seconds = time.monotonic() - began
+                print(f"{framework}, {kind}: {hits} of {count} in {runs} run(s), {seconds:.0f} s", flush=True)
 
 
 def main() -> int:
-    """Do the campaigns; return 1 where something was lost, hung or left behind."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("frameworks", nargs="*", default=FRAMEWORKS)
-    parser.add_argument("--kills", type=int, default=200, help="over all frameworks")
-    parser.add_argument("--stops", type=int, default=50, help="over all frameworks")
-    parser.add_argument("--steps", type=int, default=150, help="of a run")
-    parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(2), "big"))
-    o = parser.parse_args()
-    frameworks = o.frameworks or FRAMEWORKS
+    """Interrupt runs of each framework; return 1 at the first violation."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(2), "big"), help="default: random")
+    o = parse(parser, FULL, SHORT)
     print(f"seed {o.seed}", flush=True)
-
-    def share(blows: int) -> int:
-        return -(-blows // len(frameworks))
-
-    for framework in frameworks:
+    # Both numbers are those of all frameworks together.
+    counts = {kill: -(-o.kills // len(o.frameworks)), stop: -(-o.stops // len(o.frameworks))}
+    for framework in o.frameworks:
+        title = f"violations after {counts[kill]} kill(s) and {counts[stop]} stop(s), {framework}"
         try:
-            campaign(framework, o.steps, {kill: share(o.kills), stop: share(o.stops)}, o.seed)
-        except Broken as broken:
-            print(f"{framework}: FAILED: {broken}", flush=True)
+            campaign(framework, o.steps, counts, o.seed)
+        except Violation as violation:
+            report(title, 1, NONE)
+            print(f"{framework}: FAILED: {violation}", flush=True)
             return 1
+        report(title, 0, NONE)
     print(f"{o.kills} kills and {o.stops} stops: nothing lost, nothing hung, nothing left behind", flush=True)
     return 0
 

@@ -1,11 +1,11 @@
-"""What communication costs: 2 ranks against 2 processes that don't talk, and 1 rank against a plain framework loop.
+"""Cost of communication: 2 ranks beside 2 processes that don't communicate, and 1 rank beside a plain loop.
 
-python benchmarks/communication_cost.py [torch tensorflow]
+    python benchmarks/communication_cost.py [torch tensorflow] [--short]
 
-The first ratio is tokens per second of 2 ranks with one thread each, to the sum of those of 2 independent one-rank
-runs at the same time: the machine's own ceiling. The 2 ranks and the 2 independent processes stay alive side by side
-and take turns by SIGSTOP and SIGCONT, so that neither's threads disturb the other. The second ratio is the speed of
-1 rank with two threads to that of a hand-written loop without Horovod.
+The first figure is the throughput of 2 ranks with one thread each, divided by that of 2 independent one-rank runs at
+the same time: what the machine can do at most. The 2 ranks and the 2 independent processes live side by side and take
+turns, halted by SIGSTOP while it is not theirs. The second is the speed of 1 rank with two threads, divided by that of
+a loop written by hand without Horovod (loop_overhead.py).
 """
 
 from __future__ import annotations
@@ -20,99 +20,110 @@ import tempfile
 import time
 from pathlib import Path
 
-from pairing import FRAMEWORKS, ROWS, Rounds, command, environment, report, turns
+from harness import Bar, Rounds, command, environment, make_parser, parse, report_ratio
+from loop_overhead import measure
 
-BAR_RANKS, BAR_ALONE = 0.95, 1.0
-WINDOW, SETTLE, ROUNDS = 3.0, 0.5, 20  # seconds measured, seconds let go before, turns of each
+TWO_RANKS, ONE_RANK = Bar(at_least=0.95), Bar(at_least=1.0)
+FULL = {"turns": 16, "seconds": 2.5, "settle": 0.5, "warm": 20, "rounds": 25, "block": 10, "rows": 16}
+SHORT = {"turns": 2, "seconds": 0.3, "settle": 0.1, "warm": 2, "rounds": 2, "block": 2, "rows": 4}
 
 
 class Job:
-    """One or more processes that train without end, and their counters."""
+    """Ranks that train without end, each counting its steps in a file (steady_worker.py)."""
 
-    def __init__(self, framework: str, ranks: int, folder: Path) -> None:
+    def __init__(self, framework: str, ranks: int, rows: int, folder: Path) -> None:
         folder.mkdir()
-        self._rows, self._counters = ROWS * ranks, [folder / f"count-{rank}" for rank in range(ranks)]
+        self._rows = rows * ranks
+        self._counters = [folder / f"count-{rank}" for rank in range(ranks)]
         options = ("--framework", framework, "--folder", str(folder), "--rows", str(self._rows))
-        self._log = (folder / "log").open("w")
         worker = command("steady_worker.py", ranks, *options)
-        self._process = subprocess.Popen(worker, env=environment(), stdout=self._log, stderr=self._log)
+        self._log = folder / "log"
+        with self._log.open("w") as log:
+            self._launcher = subprocess.Popen(worker, env=environment(), stdout=log, stderr=log)
 
     def _read(self, counter: Path) -> tuple[int, int]:
-        return struct.unpack("<qq", counter.read_bytes()) if counter.exists() else (0, 0)
+        """Return (process id, steps done) of a rank; zeros before it counts."""
+        data = counter.read_bytes() if counter.exists() else b""
+        return struct.unpack("<qq", data) if len(data) == 16 else (0, 0)
 
-    def rows(self) -> int:
-        """Return sequences done so far, over all ranks."""
+    def sequences(self) -> int:
+        """Return the sequences that all ranks have trained on so far."""
         return self._read(self._counters[0])[1] * self._rows
 
-    def warm(self) -> None:
-        """Wait until the first steps are done."""
-        while self._read(self._counters[0])[1] < 20:
-            if self._process.poll() is not None:
-                sys.exit(f"a worker failed:\n{Path(self._log.name).read_text()[-3000:]}")
+    def wait_until_warm(self, steps: int) -> None:
+        """Wait until ``steps`` steps are done."""
+        while self._read(self._counters[0])[1] < steps:
+            if self._launcher.poll() is not None:
+                sys.exit(f"a worker failed:\n{self._log.read_text()[-3000:]}")
             time.sleep(0.2)
 
     def send(self, number: int) -> None:
-        """Send a signal to every rank."""
+        """Send a signal to every rank that counts already."""
         for counter in self._counters:
-            self.send_to(counter, number)
-
-    def send_to(self, counter: Path, number: int) -> None:
-        """Send a signal to the rank that keeps ``counter``, where it has begun to count."""
-        if (process := self._read(counter)[0]) > 0:
-            os.kill(process, number)
+            process = self._read(counter)[0]
+            if process > 0:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, number)
 
     def end(self) -> None:
-        """End it, stopped or not."""
-        for counter in self._counters:
-            with contextlib.suppress(ProcessLookupError):
-                self.send_to(counter, signal.SIGKILL)
-        self._process.kill()
-        self._process.wait(30)
+        """End all ranks, halted or not."""
+        self.send(signal.SIGKILL)
+        try:
+            self._launcher.wait(10)  # it collects its ranks, and removes what it has in the temporary folder
+        except subprocess.TimeoutExpired:
+            self._launcher.kill()
+            self._launcher.wait(30)
 
 
-def speed(jobs: list[Job]) -> float:
-    """Let ``jobs`` run together for a window; return sequences per second of all of them."""
+def throughput(jobs: list[Job], settle: float, seconds: float) -> float:
+    """Let ``jobs`` run together for a turn, at least a step each; return the sequences per second of all.
+
+    What they do in the first ``settle`` seconds doesn't count.
+    """
     for job in jobs:
         job.send(signal.SIGCONT)
-    time.sleep(SETTLE)
-    before, began = sum(job.rows() for job in jobs), time.perf_counter()
-    time.sleep(WINDOW)
-    after, ended = sum(job.rows() for job in jobs), time.perf_counter()
+    time.sleep(settle)
+    before, began = [job.sequences() for job in jobs], time.perf_counter()
+    time.sleep(seconds)
+    deadline = began + 60
+    while not all(job.sequences() > count for job, count in zip(jobs, before, strict=True)):
+        if time.perf_counter() > deadline:
+            sys.exit("a worker did no step within 60 s")
+        time.sleep(0.05)
+    after, ended = sum(job.sequences() for job in jobs), time.perf_counter()
     for job in jobs:
         job.send(signal.SIGSTOP)
-    return (after - before) / (ended - began)
+    return (after - sum(before)) / (ended - began)
 
 
-def scaling(framework: str) -> Rounds:
-    """Return (speed of 2 ranks, speed of 2 independent processes) of every round."""
-    with tempfile.TemporaryDirectory() as folder:
-        jobs: list[Job] = []
-        try:
-            for name, ranks in (("together", 2), ("alone-a", 1), ("alone-b", 1)):
-                jobs.append(Job(framework, ranks, Path(folder) / name))
-                jobs[-1].warm()
-                jobs[-1].send(signal.SIGSTOP)
-            rounds = []
-            for number in range(ROUNDS):
-                first, second = (jobs[:1], jobs[1:]) if number % 2 else (jobs[1:], jobs[:1])
-                pair = speed(first), speed(second)
-                rounds.append(pair if number % 2 else pair[::-1])
-            return rounds
-        finally:
-            for job in jobs:
-                job.end()
+def scaling(framework: str, turns: int, settle: float, seconds: float, warm: int, rows: int) -> Rounds:
+    """Return sequences per second of every pair of turns: of 2 ranks, of 2 independent processes."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        jobs = []
+        for name, ranks in (("together", 2), ("alone-a", 1), ("alone-b", 1)):
+            jobs.append(Job(framework, ranks, rows, Path(folder) / name))
+            stack.callback(jobs[-1].end)
+            jobs[-1].wait_until_warm(warm)
+            jobs[-1].send(signal.SIGSTOP)
+        rounds = []
+        for number in range(turns):
+            first, second = (jobs[:1], jobs[1:]) if number % 2 else (jobs[1:], jobs[:1])
+            pair = throughput(first, settle, seconds), throughput(second, settle, seconds)
+            rounds.append(pair if number % 2 else pair[::-1])
+        return rounds
 
 
 def main() -> int:
-    """Measure both frameworks; return 1 where one is below its bar."""
-    good = True
-    for framework in sys.argv[1:] or FRAMEWORKS:
-        ratio = report(f"2 ranks against 2 independent processes, {framework}, sequences/s", scaling(framework))
-        good &= ratio >= BAR_RANKS
-        inverse = [(theirs, ours) for ours, theirs in turns(framework, ranks=1, threads=2)]
-        ratio = report(f"1 rank, 2 threads, against a plain loop, {framework}, speed", inverse)
-        good &= ratio >= BAR_ALONE
-    return 0 if good else 1
+    """Measure each framework."""
+    o = parse(make_parser(__doc__), FULL, SHORT)
+    for framework in o.frameworks:
+        rounds = scaling(framework, o.turns, o.settle, o.seconds, o.warm, o.rows)
+        title = f"sequences/s of 2 ranks / of 2 independent processes, {framework}"
+        report_ratio(title, rounds, TWO_RANKS)
+        seconds = measure(framework, 1, 2, o.rounds, o.block, o.rows)
+        speeds = [(plain_seconds, hvdlm_seconds) for hvdlm_seconds, plain_seconds in seconds]
+        report_ratio(f"speed of 1 rank with 2 threads / of a plain loop, {framework}", speeds, ONE_RANK)
+    return 0
 
 
 if __name__ == "__main__":

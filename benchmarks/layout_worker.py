@@ -1,12 +1,13 @@
-"""One rank that trains the same model in one layout after the other, a block of steps each, in turns."""
+"""A rank that trains the same model in several layouts, a block of steps each in turns."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from typing import Any
+
+from harness import emit
 
 from hvdlm import plugins
 from hvdlm.config import Config, ModelConfig, ParallelConfig
@@ -17,39 +18,51 @@ from hvdlm.parallel.mesh import Mesh
 BLOCK = 3
 
 
-def configured(o: argparse.Namespace, mesh: Mesh) -> Config:
-    """Return the configuration of ``mesh``; a data rank's rows are one micro-batch unless there are stages."""
-    config = Config(framework=o.framework, model=ModelConfig(layers=o.layers, width=o.width, heads=8, bias=False))
+def make_config(o: argparse.Namespace, mesh: Mesh) -> Config:
+    """Return the configuration of ``mesh``; without pipeline stages, a data rank's rows are one micro-batch."""
+    model = ModelConfig(layers=o.layers, width=o.width, heads=8, bias=False)
+    config = Config(framework=o.framework, model=model)
     config.data.context = o.context
-    config.train.batch_size, config.train.threads = o.rows, 1
-    config.train.micro_batch_size = o.rows // mesh.data // o.micro_batches if mesh.pipeline > 1 else None
+    config.train.batch_size = o.rows
+    config.train.threads = 1
+    if mesh.pipeline > 1:
+        config.train.micro_batch_size = o.rows // mesh.data // o.micro_batches
     config.parallel = ParallelConfig(*mesh.shape)
     return config
 
 
+def make_mesh(shape: str) -> Mesh:
+    """Return the mesh that is written as 2x1x1: data x pipeline x tensor."""
+    return Mesh(*map(int, shape.split("x")))
+
+
 class Layout:
-    """A trainable and what its steps took."""
+    """The model in one layout, and measurements of its blocks of steps."""
 
     def __init__(self, world: Any, manager: Any, o: argparse.Namespace, shape: str) -> None:
-        self.mesh = Mesh(*map(int, shape.split("x")))
-        self.config = configured(o, self.mesh)
-        self.spec = builtin_models()["gpt"](self.config.model, o.vocab, o.context)
+        self.shape = shape
+        self.mesh = make_mesh(shape)
+        self.config = make_config(o, self.mesh)
+        spec = builtin_models()["gpt"](self.config.model, o.vocab, o.context)
         group = world.group(self.mesh.group("data", world.rank))
-        more: dict[str, Any] = {"compressors": {}, "index": group.ranks.index(world.rank)}
-        exchange = plugins.make(manager, "exchange", "all_reduce", group=group, config=self.config, **more)
+        settings: dict[str, Any] = {"compressors": {}, "index": group.ranks.index(world.rank)}
+        exchange = plugins.make(manager, "exchange", "all_reduce", group=group, config=self.config, **settings)
         framework = plugins.make(manager, "framework", o.framework)
-        self.trainable = framework.build(self.spec, self.mesh, world, exchange, self.config)
-        self.rank, self.seconds, self.idle, self.bytes = world.rank, [], [], {}
+        self.trainable = framework.build(spec, self.mesh, world, exchange, self.config)
+        self.rank = world.rank
+        self.seconds: list[float] = []  # of a step, by block
+        self.idle: list[float] = []  # share of the time, by block
+        self.bytes: dict[str, int] = {}  # moved in a step, by mesh axis
 
     def block(self, batch: Any) -> float:
         """Do a block of steps; return its seconds."""
         rows = len(batch.inputs) // self.mesh.data
         first = self.mesh.coordinates(self.rank)["data"] * rows
         size = self.config.train.micro_batch_size or rows
-        parts = [batch.rows(i, i + size) for i in range(first, first + rows, size)]
+        micro_batches = [batch.rows(start, start + size) for start in range(first, first + rows, size)]
         began, idle = time.perf_counter(), 0.0
         for step in range(BLOCK):
-            result = self.trainable.train_step(parts, 1e-4, step)
+            result = self.trainable.train_step(micro_batches, 1e-4, step)
             idle += result.idle_seconds
         seconds = time.perf_counter() - began
         self.seconds.append(seconds / BLOCK)
@@ -57,9 +70,22 @@ class Layout:
         self.bytes = result.axis_bytes
         return seconds
 
+    def measurements(self, world: Any, tokens: int) -> dict[str, Any]:
+        """Return the measurements of all blocks but the first; memory and bytes are those of the rank with most."""
+        measured = (self.trainable.memory(), self.bytes, statistics.median(self.idle[1:]))
+        memory, axis_bytes, idle = zip(*world.gather_objects(measured), strict=True)
+        return {
+            "layout": self.shape,
+            "tokens_per_second": tokens / statistics.median(self.seconds[1:]),
+            "memory": max(sum(kinds.values()) for kinds in memory),
+            "parameters": max(kinds["parameters"] for kinds in memory),
+            "bytes": max(sum(axes.values()) for axes in axis_bytes),
+            "idle_share": statistics.mean(idle),
+        }
+
 
 def main() -> None:
-    """Print every round's seconds per layout, and what each layout holds and moves."""
+    """Train in turns; rank 0 emits the seconds of each round's blocks, and the measurements of each layout."""
     import numpy as np
 
     from hvdlm.protocols.types import Batch
@@ -72,14 +98,14 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=96)
     o = parser.parse_args()
     shapes = o.layouts.split(",")
-    config = configured(o, Mesh(*map(int, shapes[0].split("x"))))
-    name = choose_backend(o.framework)
-    manager = plugins.load([o.framework, name, "all_reduce"])
-    backend = plugins.make(manager, "backend", name)
+    config = make_config(o, make_mesh(shapes[0]))
+    backend_name = choose_backend(o.framework)
+    manager = plugins.load([o.framework, backend_name, "all_reduce"])
+    backend = plugins.make(manager, "backend", backend_name)
     backend.prepare(config)
     manager.hook.hvdlm_prepare(config=config)
     framework = plugins.make(manager, "framework", o.framework)
-    groups = {ranks: None for shape in shapes for ranks in Mesh(*map(int, shape.split("x"))).groups()}
+    groups = {ranks: None for shape in shapes for ranks in make_mesh(shape).groups()}
     world = backend.start(framework, list(groups), config)
     layouts = [Layout(world, manager, o, shape) for shape in shapes]
     tokens = np.random.default_rng(0).integers(0, o.vocab, (o.rows, o.context + 1)).astype(np.int32)
@@ -88,23 +114,10 @@ def main() -> None:
     for _ in range(o.rounds + 1):
         rounds.append([layout.block(batch) for layout in layouts])
         world.gather_objects(0)
-    told = []
-    for shape, layout in zip(shapes, layouts, strict=True):
-        mine = [layout.trainable.memory(), layout.bytes, statistics.median(layout.idle[1:])]
-        everyone = world.gather_objects(mine)
-        told.append(
-            {
-                "layout": shape,
-                "tokens_per_second": o.rows * o.context / statistics.median(layout.seconds[1:]),
-                "memory": max(sum(rank[0].values()) for rank in everyone),
-                "parameters": max(rank[0]["parameters"] for rank in everyone),
-                "bytes": max(sum(rank[1].values()) for rank in everyone),
-                "idle_share": statistics.mean(rank[2] for rank in everyone),
-            }
-        )
+    measurements = [layout.measurements(world, o.rows * o.context) for layout in layouts]
     if world.rank == 0:
-        print("ROUNDS " + json.dumps(rounds[1:]), flush=True)
-        print("LAYOUTS " + json.dumps(told), flush=True)
+        emit("rounds", rounds[1:])
+        emit("layouts", measurements)
     world.close()
 
 

@@ -1,12 +1,13 @@
-"""Runs on every rank: hvdlm's own loop and a hand-written one take turns in one process; rank 0 prints the times."""
+"""A rank on which hvdlm's loop and a loop written by hand take turns in one process; rank 0 emits the seconds."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import time
 from typing import Any
+
+from harness import emit
 
 from hvdlm import hookimpl, telemetry
 from hvdlm.config import Config
@@ -18,53 +19,69 @@ class Turns:
     """An event plugin: after every ``block`` steps of hvdlm's loop, the plain loop does as many."""
 
     def __init__(self, opened: run.Run, plain: Any, block: int) -> None:
-        self._world, self._plain, self._block = opened.world, plain, block
         self._group = opened.world.group(range(opened.world.size))
+        self._plain = plain
+        self._block = block
+        self._began = 0.0
         self.rounds: list[tuple[float, float]] = []
-        self._mark = 0.0
 
     @hookimpl
     def hvdlm_run_started(self) -> None:
         """Start the clock."""
         self._group.barrier()
-        self._mark = time.perf_counter()
+        self._began = time.perf_counter()
 
-    # Last of all plugins, so that what the others do belongs to hvdlm's time.
+    # Last of all plugins, so that the time of the others counts as hvdlm's.
     @hookimpl(trylast=True)
     def hvdlm_step_ended(self, step: int) -> None:
-        """Give the plain loop its turn."""
+        """Give the plain loop its turn after each block."""
         if step % self._block:
             return
-        ours = time.perf_counter() - self._mark
+        hvdlm_seconds = time.perf_counter() - self._began
         self._group.barrier()
         began = time.perf_counter()
         for _ in range(self._block):
             self._plain.step()
-        theirs = time.perf_counter() - began
-        self.rounds.append((ours, theirs))
+        self.rounds.append((hvdlm_seconds, time.perf_counter() - began))
         self._group.barrier()
-        self._mark = time.perf_counter()
+        self._began = time.perf_counter()
+
+
+def check_same_model(opened: run.Run, plain: Any) -> None:
+    """Check that the plain loop computes the loss of a batch as hvdlm does, before either has trained."""
+    batch = opened.task.rows(*opened.rows)
+    loss_sum, tokens = opened.trainable.eval_step(batch)
+    loss = plain.loss_of(batch.inputs, batch.targets)
+    if abs(loss - loss_sum / tokens) > 1e-4:
+        raise RuntimeError(f"the loops have different models: hvdlm's loss is {loss_sum / tokens}, the other's {loss}")
 
 
 def main() -> None:
-    """Read the options, take turns, print one JSON line."""
+    """Train in turns."""
     parser = argparse.ArgumentParser()
-    for name, kind in (("framework", str), ("folder", str), ("rounds", int), ("block", int), ("rows", int)):
-        parser.add_argument(f"--{name}", type=kind)
-    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--framework")
+    parser.add_argument("--folder", help="of the run")
+    for name in ("rounds", "block", "rows", "threads"):
+        parser.add_argument(f"--{name}", type=int)
     o = parser.parse_args()
     config = Config(framework=o.framework)
-    config.log.run, config.log.overwrite = o.folder, True
-    config.train.steps, config.train.eval_every, config.checkpoint.every = o.rounds * o.block, 0, 0
-    config.train.threads, config.model.bias, config.train.batch_size = o.threads, False, o.rows
+    config.train.steps = o.rounds * o.block
+    config.train.eval_every = 0
+    config.train.threads = o.threads
+    config.train.batch_size = o.rows
+    config.checkpoint.every = 0
+    config.model.bias = False
+    config.log.run = o.folder
+    config.log.overwrite = True
     opened = run.start(run.plan(config))
     plain = importlib.import_module(f"plain_{o.framework}").PlainLoop(opened)
+    check_same_model(opened, plain)
     turns = Turns(opened, plain, o.block)
     for plugin in (*telemetry.default_plugins(opened.config), turns):
         opened.manager.register(plugin)
     loop.train(opened, Signals(opened.world.rank))
     if opened.world.rank == 0:
-        print("ROUNDS " + json.dumps(turns.rounds), flush=True)
+        emit("rounds", turns.rounds)
     opened.world.close()
 
 

@@ -2,15 +2,14 @@
 
     python benchmarks/results.py                               all, in both frameworks (many hours on 2 cores)
     python benchmarks/results.py digits speech --frameworks torch
-    python benchmarks/results.py --quick                       the same commands, a few steps of each
+    python benchmarks/results.py --short                       the same commands, a few steps of each
 
-A run that was interrupted goes on where it was. What was measured is kept in docs/results.json, of which the table in
-docs/results.md is made; with ``--quick`` in the folder of the runs.
+An interrupted run resumes. The measurements are stored in docs/results.json, from which the table in docs/results.md is
+written; with ``--short`` in the folder of the runs.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -22,46 +21,55 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from harness import Bar, make_parser, report
+
 from hvdlm.diagnostics.probes import cores
 
 ROOT = Path(__file__).resolve().parent.parent
-KEPT, PAGE = ROOT / "docs" / "results.json", ROOT / "docs" / "results.md"
+STORED, PAGE = ROOT / "docs" / "results.json", ROOT / "docs" / "results.md"
 BEGIN, END = "<!-- measured -->\n", "<!-- end -->\n"
-SIGNS = {"<=": lambda a, b: a <= b, ">=": lambda a, b: a >= b}
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure of a result: what it is of, which of ``evaluate``'s, and what it has to reach.
+    """A figure of a result and its bar.
 
-    ``options``: with which it is tested; none: the run's own validation text.
+    Attributes:
+        tested_on: the data, in words.
+        name: the figure's name in the output of ``evaluate``.
+        bar: what it has to reach.
+        options: those of ``evaluate``; none: the figure is that of the run's own validation.
+        published: the figure of the publication.
     """
 
-    what: str
+    tested_on: str
     name: str
-    sign: str
-    bar: float
+    bar: Bar
     options: tuple[str, ...] = ()
     published: str = "-"
 
 
 @dataclass(frozen=True)
 class Result:
-    """One run and its figures.
+    """A run and its figures.
 
-    ``files``: options that name data, {} being its folder; ``quick``: those of the short form, whose val_loss has to
-    reach ``quick_bar``.
-    ``ranks``: how many train it. With ``beside``, the validation losses of its ``steps`` are compared with those of
-    that result.
+    Attributes:
+        config: its file in ``examples``, without the extension.
+        files: options that name data; {} stands for the data folder.
+        figures: what is measured.
+        short: options of the short form.
+        short_bar: the val_loss that the short form has to reach at most.
+        ranks: how many train it.
+        reference: a result with which the validation perplexities of the first ``steps`` steps are compared.
     """
 
     config: str
     files: tuple[str, ...]
     figures: tuple[Figure, ...]
-    quick: tuple[str, ...]
-    quick_bar: float
+    short: tuple[str, ...]
+    short_bar: float
     ranks: int = 1
-    beside: str = ""
+    reference: str = ""
     steps: int = 0
 
 
@@ -69,7 +77,7 @@ _M30K = ("--data.path", "[{}/multi30k/train.de.gz,{}/multi30k/train.en.gz]", "--
 _TEST = "[{}/multi30k/test_2016_flickr.de.gz,{}/multi30k/test_2016_flickr.en.gz]"
 _CHARACTERS = ("--train.steps", "40", "--train.warmup", "10", "--data.validation_share", "0.01")
 _PTB = ("--data.path", "{}/ptb/ptb.train.txt", "--data.validation_path", "{}/ptb/ptb.valid.txt")
-_PTB_QUICK = (
+_PTB_SHORT = (
     *("--train.steps", "20", "--log.every", "5"),
     *("--data.path", "{}/ptb/ptb.valid.txt", "--data.vocab_size", "2000"),
 )
@@ -78,21 +86,21 @@ RESULTS = {
     "shakespeare": Result(
         "shakespeare_char",
         ("--data.path", "{}/tinyshakespeare.txt"),
-        (Figure("validation", "val_loss", "<=", 1.90, published="1.88 (nanoGPT)"),),
+        (Figure("validation", "val_loss", Bar(at_most=1.90), published="1.88 (nanoGPT)"),),
         _CHARACTERS,
         3.0,
     ),
     "war_and_peace": Result(
         "warandpeace_char",
         ("--data.path", "{}/warandpeace.txt"),
-        (Figure("validation", "val_loss", "<=", 1.90),),
+        (Figure("validation", "val_loss", Bar(at_most=1.90)),),
         _CHARACTERS,
         3.2,
     ),
     "red_chamber": Result(
         "hongloumeng_char",
         ("--data.path", "{}/hongloumeng.txt"),
-        (Figure("validation", "val_loss", "<=", 4.2),),
+        (Figure("validation", "val_loss", Bar(at_most=4.2)),),
         _CHARACTERS,
         6.6,
     ),
@@ -100,26 +108,28 @@ RESULTS = {
         "ptb_lstm",
         _PTB,
         (
-            Figure("test", "perplexity", "<=", 116.0, ("--data.validation_path", "{}/ptb/ptb.test.txt"), "115.9"),
-            Figure("validation", "perplexity", "<=", 122.0, published="121.4"),
+            Figure(
+                "test", "perplexity", Bar(at_most=116.0), ("--data.validation_path", "{}/ptb/ptb.test.txt"), "115.9"
+            ),
+            Figure("validation", "perplexity", Bar(at_most=122.0), published="121.4"),
         ),
-        _PTB_QUICK,
+        _PTB_SHORT,
         7.0,
     ),
     "ptb_2_ranks": Result(
         "ptb_lstm",
         _PTB,
-        (Figure("2 ranks, after 1 and 2 epochs", "perplexity / that of 1 rank - 1", "<=", 0.01),),
-        _PTB_QUICK,
+        (Figure("2 ranks, after 1 and 2 epochs", "perplexity / that of 1 rank - 1", Bar(at_most=0.01)),),
+        _PTB_SHORT,
         7.0,
         ranks=2,
-        beside="ptb",
+        reference="ptb",
         steps=4646,
     ),
     "digits": Result(
         "mnist_convnet",
         ("--data.path", "{}/mnist"),
-        (Figure("2,000 held out", "accuracy", ">=", 0.975),),
+        (Figure("2,000 held out", "accuracy", Bar(at_least=0.975)),),
         ("--train.steps", "60"),
         2.0,
     ),
@@ -127,8 +137,8 @@ RESULTS = {
         "spoken_digits",
         ("--data.path", "{}/fsdd.tar"),
         (
-            Figure("single digits: words wrong", "word_error_rate", "<=", 0.03),
-            Figure("3 to 7 digits: words wrong", "word_error_rate", "<=", 0.05, _SEQUENCES),
+            Figure("single digits: words wrong", "word_error_rate", Bar(at_most=0.03)),
+            Figure("3 to 7 digits: words wrong", "word_error_rate", Bar(at_most=0.05), _SEQUENCES),
         ),
         ("--train.steps", "40", "--train.warmup", "10", "--train.batch_size", "8", "--speech.longest", "2"),
         3.5,
@@ -140,8 +150,7 @@ RESULTS = {
             Figure(
                 "test_2016_flickr",
                 "bleu",
-                ">=",
-                30.0,
+                Bar(at_least=30.0),
                 ("--data.validation_path", _TEST, "--translation.beams", "5"),
                 "30.6 to 34",
             ),
@@ -156,74 +165,82 @@ RESULTS = {
 
 
 def call(arguments: list[str], ranks: int = 1) -> str:
-    """Run ``python -m hvdlm`` from the root; return what it printed."""
+    """Run ``python -m hvdlm`` in the repository's root; return its standard output."""
     launcher = ["horovodrun", "-np", str(ranks)] if ranks > 1 else []
     command = [*launcher, sys.executable, "-m", "hvdlm", *arguments]
     print("$", *launcher, "python -m hvdlm", *arguments, flush=True)
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        raise SystemExit(f"results: that ended with exit code {done.returncode}:\n{done.stdout[-2000:]}")
+        raise SystemExit(f"results: the command exited with code {done.returncode}:\n{done.stdout[-2000:]}")
     return done.stdout
 
 
-def measure(name: str, framework: str, data: Path, folder: Path, quick: bool) -> Iterator[dict[str, Any]]:
-    """Train a result and yield what its figures are."""
+def measure(name: str, framework: str, data: Path, folder: Path, short: bool) -> Iterator[tuple[Bar, dict[str, Any]]]:
+    """Train a result; yield the bar and the row of each of its figures."""
     result, run = RESULTS[name], folder / f"{name}-{framework}"
-    beside = folder / f"{result.beside}-{framework}"
-    if result.beside and not quick and result.steps not in validated(beside):
+    reference = folder / f"{result.reference}-{framework}"
+    compared = bool(result.reference) and not short
+    if compared and result.steps not in validation_losses(reference):
         raise SystemExit(
-            f"results: {beside} has not been validated at step {result.steps}: measure {beside.name} first."
+            f"results: {reference} has not been validated at step {result.steps}: measure {reference.name} first."
         )
-    files = [part.replace("{}", str(data)) for part in result.files]
+    if not data.is_dir():
+        raise SystemExit(f"results: {data} is no folder: name the one that holds the data, with --data or HVDLM_DATA.")
+    files = [word.replace("{}", str(data)) for word in result.files]
     options = ["--config", f"examples/{result.config}.yaml", "--framework", framework, *files]
-    if quick:
-        options += [part.replace("{}", str(data)) for part in result.quick]
+    if short:
+        options += [word.replace("{}", str(data)) for word in result.short]
     elif result.steps:
         options += ["--train.steps", str(result.steps)]
-    resume = "auto" if (run / "checkpoints").is_dir() and not quick else "none"
-    kept = ["--log.run", str(run), "--checkpoint.resume", resume, "--log.overwrite", str(resume == "none").lower()]
+    resume = "auto" if (run / "checkpoints").is_dir() and not short else "none"
+    options += ["--log.run", str(run), "--checkpoint.resume", resume]
+    options += ["--log.overwrite", str(resume == "none").lower()]
     began = time.monotonic()
-    call([*options, *kept], result.ranks)
+    call(options, result.ranks)
     seconds = time.monotonic() - began
     summary = json.loads((run / "summary.json").read_text())
-    for figure in (Figure("validation", "val_loss", "<=", result.quick_bar),) if quick else result.figures:
-        if result.beside and not quick:
-            value = apart(run, beside)
+    figures = (Figure("validation", "val_loss", Bar(at_most=result.short_bar)),) if short else result.figures
+    for figure in figures:
+        if compared:
+            value = perplexity_difference(run, reference)
         else:
-            value = tested(figure, run, framework, data, summary)[figure.name]
-        yield {
-            "result": name,
-            "framework": framework,
-            "what": figure.what,
-            "figure": figure.name,
-            "value": value,
-            "expected": f"{figure.sign} {figure.bar:g}",
-            "reached": SIGNS[figure.sign](value, figure.bar),
-            "published": figure.published,
-            "steps": summary["steps"],
-            "seconds": round(seconds),
-            "resumed": resume == "auto",
-            "versions": summary["versions"],
-            "ranks": result.ranks,
-            "cores": cores(),
-        }
+            value = evaluate(figure, run, framework, data, summary)[figure.name]
+        yield (
+            figure.bar,
+            {
+                "result": name,
+                "framework": framework,
+                "what": figure.tested_on,
+                "figure": figure.name,
+                "value": value,
+                "expected": str(figure.bar),
+                "reached": figure.bar.reached(value),
+                "published": figure.published,
+                "steps": summary["steps"],
+                "seconds": round(seconds),
+                "resumed": resume == "auto",
+                "versions": summary["versions"],
+                "ranks": result.ranks,
+                "cores": cores(),
+            },
+        )
 
 
-def tested(figure: Figure, run: Path, framework: str, data: Path, summary: dict[str, Any]) -> dict[str, Any]:
-    """Return what the run's own validation gave, or what ``evaluate`` says with the figure's options."""
+def evaluate(figure: Figure, run: Path, framework: str, data: Path, summary: dict[str, Any]) -> dict[str, Any]:
+    """Return the figures of the run's own validation, or those of ``evaluate`` with the figure's options."""
     if not figure.options:
         return summary
-    options = [part.replace("{}", str(data)) for part in figure.options]
+    options = [word.replace("{}", str(data)) for word in figure.options]
     return json.loads(call(["evaluate", "--run", str(run), "--framework", framework, *options]).splitlines()[-1])
 
 
-def apart(run: Path, other: Path) -> float:
-    """Return by how much the validation perplexities of ``run`` differ from those of ``other``, at most: a share."""
-    own, others = validated(run), validated(other)
-    return max(abs(math.expm1(loss - others[step])) for step, loss in own.items())
+def perplexity_difference(run: Path, reference: Path) -> float:
+    """Return the largest relative difference of the validation perplexities of two runs."""
+    losses, expected = validation_losses(run), validation_losses(reference)
+    return max(abs(math.expm1(loss - expected[step])) for step, loss in losses.items())
 
 
-def validated(run: Path) -> dict[int, float]:
+def validation_losses(run: Path) -> dict[int, float]:
     """Return the validation losses of a run by step; none where there is no run."""
     metrics = run / "metrics.jsonl"
     rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
@@ -231,66 +248,67 @@ def validated(run: Path) -> dict[int, float]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Return Markdown of all that has been measured."""
+    """Return a Markdown table of all measurements."""
     lines = ["| result | figure | expected | published | PyTorch | TensorFlow |", "|---|---|---|---|---|---|"]
     for key in dict.fromkeys((row["result"], row["what"], row["figure"]) for row in rows):
         same = [row for row in rows if (row["result"], row["what"], row["figure"]) == key]
         cells = []
         for framework in ("torch", "tensorflow"):
-            own = [row for row in same if row["framework"] == framework]
-            mark = "" if not own or own[-1]["reached"] else " (not reached)"
-            cells.append(f"{own[-1]['value']:.4g}{mark}, {took(own[-1])}" if own else "not measured")
-        first = same[0]
-        what = f"{key[2]}, {key[1]}"
-        lines.append(f"| {key[0]} | {what} | {first['expected']} | {first['published']} | {' | '.join(cells)} |")
+            cells.append(cell([row for row in same if row["framework"] == framework]))
+        first, title = same[0], f"{key[2]}, {key[1]}"
+        lines.append(f"| {key[0]} | {title} | {first['expected']} | {first['published']} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def took(row: dict[str, Any]) -> str:
+def cell(rows: list[dict[str, Any]]) -> str:
+    """Return the text for the last of ``rows``, which are of one figure and framework."""
+    if not rows:
+        return "not measured"
+    mark = "" if rows[-1]["reached"] else " (not reached)"
+    return f"{rows[-1]['value']:.4g}{mark}, {duration(rows[-1])}"
+
+
+def duration(row: dict[str, Any]) -> str:
     """Return how long a run trained, in words."""
     if row["resumed"]:
-        return "interrupted"  # its seconds are those since it went on
+        return "interrupted"  # its seconds are those since it resumed
     return f"{row['seconds']:,} s on {row['cores']} {'core' if row['cores'] == 1 else 'cores'}"
 
 
-def keep(rows: list[dict[str, Any]], folder: Path, quick: bool) -> None:
-    """Add rows to those that are kept, in place of earlier ones of the same figure; write the table."""
-    path = folder / "results.json" if quick else KEPT
-    known = json.loads(path.read_text()) if path.exists() else []
+def store(rows: list[dict[str, Any]], folder: Path, short: bool) -> None:
+    """Add rows to the stored ones, in place of earlier ones of the same figure; write the table."""
+    path = folder / "results.json" if short else STORED
+    stored = json.loads(path.read_text()) if path.exists() else []
     new = {(r["result"], r["framework"], r["what"]) for r in rows}
     order = list(RESULTS)
-    known = [r for r in known if r["result"] in order and (r["result"], r["framework"], r["what"]) not in new] + rows
-    known.sort(key=lambda row: (order.index(row["result"]), row["framework"]))
-    path.write_text(json.dumps(known, indent=1) + "\n")
-    if not quick:
+    stored = [r for r in stored if r["result"] in order and (r["result"], r["framework"], r["what"]) not in new] + rows
+    stored.sort(key=lambda row: (order.index(row["result"]), row["framework"]))
+    path.write_text(json.dumps(stored, indent=1) + "\n")
+    if not short:
         before, _, rest = PAGE.read_text().partition(BEGIN)
-        PAGE.write_text(before + BEGIN + table(known) + END + rest.partition(END)[2])
+        PAGE.write_text(before + BEGIN + table(stored) + END + rest.partition(END)[2])
 
 
 def main() -> int:
-    """Measure what is asked for; 1 where something is not reached."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="RESULT", help=f"of {', '.join(RESULTS)}; none: all")
+    """Measure the named results; return 1 where a bar is missed."""
+    parser = make_parser(__doc__, frameworks=False)
+    parser.add_argument("names", nargs="*", metavar="RESULT", help=f"{', '.join(RESULTS)}; default: all")
     parser.add_argument("--frameworks", nargs="+", default=["torch", "tensorflow"])
     parser.add_argument("--data", type=Path, default=os.environ.get("HVDLM_DATA", ROOT.parent / "shared" / "data"))
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "results", help="of the runs")
-    parser.add_argument("--quick", action="store_true", help="a few steps of each, with bars of their own")
     o = parser.parse_args()
     if unknown := set(o.names) - set(RESULTS):
         parser.error(f"no result {', '.join(unknown)}; known: {', '.join(RESULTS)}")
-    data, missed = o.data.resolve(), 0
+    reached = True
     o.folder.mkdir(parents=True, exist_ok=True)
     for name in o.names or RESULTS:
         for framework in o.frameworks:
-            rows = list(measure(name, framework, data, o.folder.resolve(), o.quick))
-            keep(rows, o.folder, o.quick)
-            for row in rows:
-                missed += not row["reached"]
-                word = "reached" if row["reached"] else "NOT REACHED"
-                print(
-                    f"{name}, {framework}: {row['figure']} {row['value']:.4g} ({row['expected']}: {word})", flush=True
-                )
-    return 1 if missed else 0
+            measured = list(measure(name, framework, o.data.resolve(), o.folder.resolve(), o.short))
+            store([row for _, row in measured], o.folder, o.short)
+            for bar, row in measured:
+                title = f"{name}: {row['figure']}, {row['what']}, {framework}"
+                reached &= report(title, row["value"], bar)
+    return 0 if reached else 1
 
 
 if __name__ == "__main__":

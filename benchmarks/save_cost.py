@@ -1,79 +1,69 @@
-"""How long training stands still for a checkpoint: asynchronous saves against synchronous ones, in turns.
+"""Seconds for which training waits for a checkpoint: asynchronous saves beside synchronous ones.
 
-python benchmarks/save_cost.py [--parameters 100000000] [--rounds 7] [--ranks 1 4] [--folder FOLDER]
+    python benchmarks/save_cost.py [--parameters 100000000] [--rounds 7] [--ranks 1 4] [--folder FOLDER] [--short]
 
-The state is that of AdamW, three arrays of float32 per parameter, of which ranks hold equal parts; the copy that comes
-before the writing counts. Of every round the slowest rank counts. Returns 1 where the median ratio is above 0.25, or
-where the ranks of a sharded save don't write each byte once.
+The state is that of AdamW: three float32 arrays per parameter, of which each rank holds an equal shard. Both ways take
+turns; the copy that precedes the writing counts, and a turn's time is that of the slowest rank. The second figure is
+the bytes in the files divided by those of the state: ranks of a sharded save write each byte once.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from pairing import command, environment, parse_rounds, report
+from harness import Bar, emit, flags, make_parser, parse, report, report_ratio, run_worker
 
-BAR = 0.25
-WIDTH = 1024
-LAYER = (12 * WIDTH, WIDTH)  # a Transformer layer's matrices, 12 x width^2
+BAR, WHOLE = Bar(at_most=0.25), Bar(1, 1)
+FULL = {"parameters": 100_000_000, "width": 1024, "rounds": 7, "ranks": [1, 4]}
+SHORT = {"parameters": 2_000_000, "width": 256, "rounds": 2, "ranks": [1, 2]}
 KINDS = ("parameters/{}", "optimizer/first/{}", "optimizer/second/{}")
 
 
-def options(arguments: list[str]) -> argparse.Namespace:
-    """Return what the command line says."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--parameters", type=int, default=100_000_000)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--folder", type=Path, default=None)
-    parser.add_argument("--work", action="store_true")
-    return parser.parse_args(arguments)
+def make_state(parameters: int, width: int, rank: int, size: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the arrays of ``rank`` of ``size``, and which shards of the global arrays they are, by name.
 
-
-def parts(parameters: int, rank: int, size: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the arrays of which a rank of ``size`` holds the rows, and which pieces they are, by global name."""
+    A Transformer layer's 12 x width^2 parameters are one array, so that ``parameters`` is reached to half a layer.
+    """
     import numpy as np
 
     from hvdlm.parallel.flat_layout import Shard
 
-    rows = LAYER[0] // size
-    shard = Shard(LAYER, (rank * rows, 0), (rows, WIDTH))
-    layers = max(1, round(parameters / (LAYER[0] * LAYER[1])))
+    shape = (12 * width, width)
+    rows = shape[0] // size
+    shard = Shard(shape, (rank * rows, 0), (rows, width))
+    layers = max(1, round(parameters / (shape[0] * shape[1])))
     names = [kind.format(f"layers.{layer}") for layer in range(layers) for kind in KINDS]
-    return {name: np.random.default_rng(1).random(shard.held, np.float32) for name in names}, dict.fromkeys(
-        names, shard
-    )
+    arrays = {name: np.random.default_rng(1).random(shard.held, np.float32) for name in names}
+    return arrays, dict.fromkeys(names, shard)
 
 
 def turn(saver: Any, world: Any, step: int, arrays: dict[str, Any], shards: dict[str, Any]) -> float:
-    """Save once, looking every few milliseconds whether it goes on, as steps do; return the slowest rank's seconds."""
+    """Save once, asking every 10 ms for the end, as steps do; return the slowest rank's seconds of waiting."""
     world.gather_objects(0)
     began = time.perf_counter()
-    done = saver.start(step, {name: array.copy() for name, array in arrays.items()}, {}, shards, began)
+    saved = saver.start(step, {name: array.copy() for name, array in arrays.items()}, {}, shards, began)
     while saver.active:
         time.sleep(0.01)
         if not world.any(not saver.ready()):
-            done += saver.advance()
-    return max(world.gather_objects(done[0].blocked_seconds))
+            saved += saver.advance()
+    return max(world.gather_objects(saved[0].blocked_seconds))
 
 
 def work(o: argparse.Namespace) -> None:
-    """Be one rank: save in turns, print rank 0's rounds and the bytes that all ranks wrote."""
+    """Be a rank: save in turns; rank 0 emits the rounds and the bytes that all ranks hold and wrote."""
     from hvdlm.checkpoints.save import Saver
     from hvdlm.config import CheckpointConfig, Config
-    from hvdlm.training.run import meet
+    from hvdlm.training.run import connect_only
 
     config = Config()
     config.train.batch_size = 4
-    world = meet(config).world
-    arrays, shards = parts(o.parameters, world.rank, world.size)
+    world, _ = connect_only(config)
+    arrays, shards = make_state(o.parameters, o.width, world.rank, world.size)
     savers = [Saver(o.folder, world, CheckpointConfig(keep=1, asynchronous=mode)) for mode in (True, False)]
     rounds = []
     for number in range(o.rounds + 1):  # the first isn't counted
@@ -81,39 +71,41 @@ def work(o: argparse.Namespace) -> None:
     held = sum(world.gather_objects(sum(array.nbytes for array in arrays.values())))
     if world.rank == 0:
         files = list(o.folder.glob("step-*/*.safetensors"))
-        print("ROUNDS", json.dumps(rounds[1:]), flush=True)
-        print("BYTES", json.dumps([held, sum(map(numbers, files)), len(files)]), flush=True)
+        emit("rounds", rounds[1:])
+        emit("bytes", {"held": held, "written": sum(map(tensor_bytes, files)), "files": len(files)})
     world.close()
 
 
-def numbers(path: Path) -> int:
+def tensor_bytes(path: Path) -> int:
     """Return the bytes of a safetensors file without its header."""
     with path.open("rb") as file:
         return path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
 
 
-def measure(o: argparse.Namespace, ranks: int) -> bool:
-    """Measure on ``ranks`` ranks; return whether all is as it should be."""
+def measure(o: argparse.Namespace, ranks: int) -> None:
+    """Measure on ``ranks`` ranks."""
     with tempfile.TemporaryDirectory(dir=o.folder) as folder:
-        sizes = ["--parameters", str(o.parameters), "--rounds", str(o.rounds), "--folder", folder]
-        worker = command("save_cost.py", ranks, "--work", *sizes)
-        done = subprocess.run(worker, env=environment(), capture_output=True, text=True, timeout=1800)
-    title = f"asynchronous against synchronous save, {o.parameters:,} parameters, {ranks} rank(s), seconds stood still"
-    median = report(title, parse_rounds(done)[0])
-    line = next(line for line in done.stdout.splitlines() if line.startswith("BYTES "))
-    held, written, files = json.loads(line.removeprefix("BYTES "))
-    print(f"{ranks} rank(s) hold {held:,} bytes and wrote {written:,} into {files} files", flush=True)
-    return median <= BAR and held == written
+        sizes = {"parameters": o.parameters, "width": o.width, "rounds": o.rounds, "folder": folder}
+        values = run_worker("save_cost.py", ranks, ["--work", *flags(sizes)])
+    count = values["bytes"][0]
+    of = f"{count['held'] // 12:,} parameters, {ranks} rank(s)"
+    report_ratio(f"seconds of waiting, asynchronous / synchronous save, {of}", values["rounds"][0], BAR)
+    details = f"{count['written']:,} bytes in {count['files']} files"
+    report(f"bytes written / bytes of the state, {of}", count["written"] / count["held"], WHOLE, details)
 
 
 def main() -> int:
-    """Measure on every number of ranks; return 1 where it is above the bar."""
-    o = options(sys.argv[1:])
+    """Measure on every number of ranks."""
+    parser = make_parser(__doc__, frameworks=False)
+    parser.add_argument("--folder", type=Path, help="where checkpoints are written; default: a temporary folder")
+    parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
+    o = parse(parser, FULL, SHORT)
     if o.work:
         work(o)
         return 0
-    good = [measure(o, ranks) for ranks in o.ranks]
-    return 0 if all(good) else 1
+    for ranks in o.ranks:
+        measure(o, ranks)
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One rank of a run that trains until it is ended, and counts its steps where the benchmark can read them."""
+"""A rank that trains until it is killed, and counts its steps in a file that the benchmark reads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hvdlm.training.signals import Signals
 
 
 class Counter:
-    """An event plugin: keeps (process id, steps done) in a file of 16 bytes."""
+    """An event plugin that keeps (process id, steps done) in a file of 16 bytes."""
 
     def __init__(self, path: Path) -> None:
         path.write_bytes(bytes(16))
@@ -24,21 +24,27 @@ class Counter:
 
     @hookimpl
     def hvdlm_step_ended(self, step: int) -> None:
-        """Count."""
+        """Write the number of steps done."""
         self._memory[:] = struct.pack("<qq", os.getpid(), step)
 
 
 def main() -> None:
-    """Train without end."""
+    """Train until killed."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--framework")
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--rows", type=int)
     o = parser.parse_args()
     config = Config(framework=o.framework)
-    config.log.run, config.log.overwrite, config.log.progress = str(o.folder / "run"), True, False
-    config.train.steps, config.train.eval_every, config.checkpoint.every = 10**7, 0, 0
-    config.train.threads, config.model.bias, config.train.batch_size = 1, False, o.rows
+    config.log.run = str(o.folder / "run")
+    config.log.overwrite = True
+    config.log.progress = False
+    config.train.steps = 10**7
+    config.train.eval_every = 0
+    config.train.threads = 1
+    config.train.batch_size = o.rows
+    config.checkpoint.every = 0
+    config.model.bias = False
     opened = run.start(run.plan(config))
     for plugin in (*telemetry.default_plugins(opened.config), Counter(o.folder / f"count-{opened.world.rank}")):
         opened.manager.register(plugin)

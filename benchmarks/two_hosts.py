@@ -1,7 +1,7 @@
-"""Two "hosts" on this machine, joined by a slow wire: network namespaces, a veth pair, token buckets, an sshd in each.
+"""Two hosts on this machine with a slow network between them: namespaces, a veth pair, token buckets, an sshd in each.
 
-What runs in them meets through ``mpirun --host`` as on two real nodes, and all its bytes pass an interface whose
-counters can be read. Needs Linux, root, and the programs of iproute2 and OpenSSH (server too). Nothing stays behind.
+Ranks start through ``mpirun --host`` as on two real nodes, and all their bytes pass an interface whose counters can be
+read. Needs Linux, root, iproute2, and OpenSSH with its server. Everything is removed in the end.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pairing import environment
+from harness import environment
 
 PROGRAMS = {"ip": "iproute2", "tc": "iproute2", "ssh": "openssh-client", "ssh-keygen": "openssh-client"}
 PROGRAMS |= {"sshd": "openssh-server", "unshare": "util-linux"}
 PORT = 2222
 NETWORK = "10.213.47"
-BURST_SECONDS = 0.004  # how long the wire may run ahead of its rate: a scheduler's tick
+BURST_SECONDS = 0.004  # for which the network may exceed its rate: a tick of the scheduler
 _SSHD = """Port {port}
 ListenAddress {address}
 HostKey {folder}/host_key
@@ -43,7 +43,7 @@ _SSH = """Host *
 
 
 class Missing(Exception):
-    """This machine can't have two hosts; the text says what it lacks."""
+    """This machine can't have two hosts; the message names what it lacks."""
 
 
 def check() -> None:
@@ -53,78 +53,68 @@ def check() -> None:
     path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
     absent = sorted({package for program, package in PROGRAMS.items() if not shutil.which(program, path=path)})
     if absent:
-        raise Missing(f"two hosts need programs that are not here: install {' and '.join(absent)}.")
+        raise Missing(f"two hosts need programs that are not installed here: install {' and '.join(absent)}.")
     tried = subprocess.run(["unshare", "--net", "--uts", "true"], capture_output=True, text=True)
     if tried.returncode:
-        raise Missing(f"this user may not make network namespaces ({tried.stderr.strip()}): ask for CAP_SYS_ADMIN.")
+        raise Missing(f"this user may not create network namespaces ({tried.stderr.strip()}): ask for CAP_SYS_ADMIN.")
 
 
 class TwoHosts:
-    """Both hosts, and the wire between them; use it through ``two_hosts``."""
+    """Both hosts and the network between them; ``two_hosts`` opens and closes it."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder, self._servers = folder, list[subprocess.Popen[bytes]]()
+        self._folder = folder
+        self._servers: list[subprocess.Popen[bytes]] = []
         self._names = [f"hvdlm-{os.getpid()}-{letter}" for letter in "ab"]
-        self._wires = [f"hv{os.getpid()}{letter}" for letter in "ab"]
+        self._interfaces = [f"hv{os.getpid()}{letter}" for letter in "ab"]
         self.addresses = [f"{NETWORK}.{number}" for number in (1, 2)]
         self._made_run_folder = False
 
     def open(self) -> None:
-        """Make namespaces, the wire and the servers."""
-        first, second = self._wires
+        """Create the namespaces, the network and the servers."""
+        first, second = self._interfaces
         for name in self._names:
-            _do("ip", "netns", "add", name)
-        _do("ip", "link", "add", first, "type", "veth", "peer", "name", second)
-        for name, wire, address in zip(self._names, self._wires, self.addresses, strict=True):
-            _do("ip", "link", "set", wire, "netns", name)
-            _do("ip", "-n", name, "addr", "add", f"{address}/24", "dev", wire)
-            _do("ip", "-n", name, "link", "set", wire, "mtu", "9000", "up")
-            _do("ip", "-n", name, "link", "set", "lo", "up")
+            _run("ip", "netns", "add", name)
+        _run("ip", "link", "add", first, "type", "veth", "peer", "name", second)
+        for name, interface, address in zip(self._names, self._interfaces, self.addresses, strict=True):
+            _run("ip", "link", "set", interface, "netns", name)
+            _run("ip", "-n", name, "addr", "add", f"{address}/24", "dev", interface)
+            _run("ip", "-n", name, "link", "set", interface, "mtu", "9000", "up")
+            _run("ip", "-n", name, "link", "set", "lo", "up")
         for key in ("key", "host_key"):
-            _do("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self._folder / key))
+            _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self._folder / key))
         (self._folder / "ssh_config").write_text(_SSH.format(port=PORT, folder=self._folder))
         if not Path("/run/sshd").exists():
             Path("/run/sshd").mkdir(mode=0o755)
             self._made_run_folder = True
         sshd = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
         for number, address in enumerate(self.addresses):
-            config, log = (self._folder / f"sshd_{kind}_{number}" for kind in ("config", "log"))
+            config = self._folder / f"sshd_config_{number}"
+            log = self._folder / f"sshd_log_{number}"
             config.write_text(_SSHD.format(port=PORT, address=address, folder=self._folder))
-            self._servers.append(
-                subprocess.Popen(self._inside(number, [str(sshd), "-D", "-E", str(log), "-f", str(config)]))
-            )
+            server = [str(sshd), "-D", "-E", str(log), "-f", str(config)]
+            self._servers.append(subprocess.Popen(self._inside(number, server)))
 
     def _inside(self, number: int, command: Sequence[str]) -> list[str]:
-        """Return ``command`` as host ``number`` runs it, under a host name of its own."""
+        """Return ``command`` as run by host ``number``, under a host name of its own."""
         name = self._names[number]
-        return [
-            "ip",
-            "netns",
-            "exec",
-            name,
-            "unshare",
-            "--uts",
-            "sh",
-            "-c",
-            f'hostname {name}; exec "$@"',
-            "-",
-            *command,
-        ]
+        shell = ["sh", "-c", f'hostname {name}; exec "$@"', "-"]
+        return ["ip", "netns", "exec", name, "unshare", "--uts", *shell, *command]
 
     def shape(self, rate: float) -> None:
         """Limit both directions to ``rate`` bits per second."""
         burst = max(65536, int(rate / 8 * BURST_SECONDS))
-        for name, wire in zip(self._names, self._wires, strict=True):
+        for name, interface in zip(self._names, self._interfaces, strict=True):
             limits = ("rate", f"{rate:.0f}bit", "burst", str(burst), "latency", "100ms")
-            _do("ip", "netns", "exec", name, "tc", "qdisc", "replace", "dev", wire, "root", "tbf", *limits)
+            _run("ip", "netns", "exec", name, "tc", "qdisc", "replace", "dev", interface, "root", "tbf", *limits)
 
     def sent(self) -> list[int]:
-        """Return the bytes that each host has put on the wire so far."""
-        found = []
-        for name, wire in zip(self._names, self._wires, strict=True):
-            path = f"/sys/class/net/{wire}/statistics/tx_bytes"
-            found.append(int(_do("ip", "netns", "exec", name, "cat", path)))
-        return found
+        """Return the bytes that each host has sent so far."""
+        counts = []
+        for name, interface in zip(self._names, self._interfaces, strict=True):
+            path = f"/sys/class/net/{interface}/statistics/tx_bytes"
+            counts.append(int(_run("ip", "netns", "exec", name, "cat", path)))
+        return counts
 
     def command(self, arguments: Sequence[str]) -> list[str]:
         """Return the command that runs ``python ARGUMENTS`` as one rank on each host."""
@@ -134,7 +124,7 @@ class TwoHosts:
         options += ["-np", "2", "--bind-to", "none"]
         options += ["--mca", "plm_rsh_agent", f"ssh -F {self._folder}/ssh_config", "--mca", "btl", "tcp,self"]
         options += ["--mca", "btl_tcp_if_include", subnet, "--mca", "oob_tcp_if_include", subnet]
-        # Both hosts have the same cores, which neither MPI nor hvdlm can know.
+        # Both hosts share the cores of this machine, which neither MPI nor hvdlm can see.
         options += ["--mca", "mpi_yield_when_idle", "1", "-x", "TF_CPP_MIN_LOG_LEVEL"]
         return self._inside(0, [mpirun, *options, sys.executable, *arguments])
 
@@ -144,7 +134,7 @@ class TwoHosts:
         return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=timeout)
 
     def close(self) -> None:
-        """Remove everything, whatever of it is there."""
+        """Remove everything that was created."""
         for server in self._servers:
             server.terminate()
         for name in self._names:
@@ -160,7 +150,8 @@ class TwoHosts:
                 Path("/run/sshd").rmdir()
 
 
-def _do(*command: str) -> str:
+def _run(*command: str) -> str:
+    """Run a command; return its output."""
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise Missing(f"{' '.join(command)} failed: {done.stderr.strip()}")
@@ -169,7 +160,7 @@ def _do(*command: str) -> str:
 
 @contextlib.contextmanager
 def two_hosts() -> Iterator[TwoHosts]:
-    """Make the hosts, and remove them however the block ends.
+    """Create the hosts, and remove them however the block ends.
 
     Raises:
         Missing: this machine can't have them.

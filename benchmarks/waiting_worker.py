@@ -1,4 +1,4 @@
-"""Trains on one rank in turns: for each number of seconds read from standard input, prints the tokens per second.
+"""A rank that trains in turns: for each number of seconds read from standard input, it prints the tokens per second.
 
 The end of standard input ends it. Its threads sleep between two turns.
 """
@@ -18,12 +18,13 @@ from hvdlm.training.signals import Signals
 
 
 class Turns:
-    """A plugin that stops training after every turn until the next one is asked for."""
+    """An event plugin that halts training after every turn until the next one begins."""
 
     def __init__(self, step_tokens: int) -> None:
         self._step_tokens = step_tokens
-        self._start = self._end = 0.0
         self._steps = 0
+        self._start = 0.0
+        self._end = 0.0
 
     @hookimpl
     def hvdlm_run_started(self) -> None:
@@ -43,25 +44,31 @@ class Turns:
     def _wait(self) -> None:
         line = sys.stdin.readline()
         if not line:
-            os._exit(0)  # nothing of this run is kept
-        self._steps, self._start = 0, time.perf_counter()
+            os._exit(0)  # without a checkpoint or a summary
+        self._steps = 0
+        self._start = time.perf_counter()
         self._end = self._start + float(line)
 
 
 def main() -> None:
-    """Read the options and train until standard input ends."""
+    """Train until standard input ends."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--framework", required=True)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--width", type=int, required=True)
     options = parser.parse_args()
-    # The model of examples/shakespeare_char.yaml where the width is 128.
+    # With a width of 128, the model of examples/shakespeare_char.yaml.
     config = Config(framework=options.framework)
-    config.model.width, config.model.bias = options.width, False
-    config.train.steps, config.train.batch_size, config.train.threads = 10**9, 12, options.threads
-    config.train.eval_every = config.checkpoint.every = 0
+    config.model.width = options.width
+    config.model.bias = False
+    config.train.steps = 10**9
+    config.train.batch_size = 12
+    config.train.threads = options.threads
+    config.train.eval_every = 0
+    config.checkpoint.every = 0
     with tempfile.TemporaryDirectory() as folder:
-        config.log.run, config.log.overwrite = folder, True
+        config.log.run = folder
+        config.log.overwrite = True
         opened = run.start(run.plan(config))
         opened.manager.register(Turns(config.train.batch_size * config.data.context))
         loop.train(opened, Signals(0))

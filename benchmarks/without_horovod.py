@@ -1,56 +1,60 @@
-"""Training speed of backend ``mpi4py`` against ``mpi`` (Horovod), on the same 2 ranks in turns, one thread each.
+"""Training speed of backend ``mpi4py`` beside backend ``mpi`` (Horovod); 2 ranks, one thread each.
 
-python benchmarks/without_horovod.py [torch tensorflow] [--layers 6 --width 384 --context 64 --rows 16 --rounds 20]
+    python benchmarks/without_horovod.py [torch tensorflow] [--short]
 
-Both worlds live in the same processes, and train the same model of 10.7 million parameters, a block of steps each. The
-ratio is that of tokens per second, mpi4py's to mpi's; beside it stands how much of its communication each hid behind
-the backward pass.
+The figure is tokens per second over mpi4py divided by those over Horovod. Both backends live in the same processes and
+train a GPT of 10.7 million parameters, a block of steps each in turns. The details say which share of its
+communication each hid behind the backward pass, and how far their losses differ.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import subprocess
 import sys
 import time
 from typing import Any
 
-from pairing import FRAMEWORKS, command, environment, parse_rounds, report
+from harness import Bar, emit, flags, make_parser, parse, report_ratio, run_worker
 
-BAR = 0.95
+BAR = Bar(at_least=0.95)
 BLOCK = 3  # steps of a turn
 BACKENDS = ("mpi", "mpi4py")
-SIZES = {"layers": 6, "width": 384, "context": 64, "rows": 16, "rounds": 20}
+FULL = {"layers": 6, "width": 384, "context": 64, "rows": 16, "rounds": 10}
+SHORT = {"layers": 1, "width": 48, "rows": 4, "rounds": 2}
 VOCAB = 96
 
 
-class Trained:
+class Training:
     """A model that trains over one backend."""
 
-    def __init__(self, backend: str, o: argparse.Namespace) -> None:
+    def __init__(self, backend_name: str, o: argparse.Namespace) -> None:
         from hvdlm import plugins
         from hvdlm.config import Config, ModelConfig
         from hvdlm.models.spec import builtin_models
         from hvdlm.parallel.mesh import make_mesh
 
-        config = Config(framework=o.framework, backend=backend)
+        framework_name = o.frameworks[0]
+        config = Config(framework=framework_name, backend=backend_name)
         config.model = ModelConfig(layers=o.layers, width=o.width, heads=6, bias=False)
-        config.data.context, config.train.batch_size, config.train.threads = o.context, o.rows, 1
-        manager = plugins.load([o.framework, backend, "all_reduce"])
-        made = plugins.make(manager, "backend", backend)
-        made.prepare(config)
+        config.data.context = o.context
+        config.train.batch_size = o.rows
+        config.train.threads = 1
+        manager = plugins.load([framework_name, backend_name, "all_reduce"])
+        backend = plugins.make(manager, "backend", backend_name)
+        backend.prepare(config)
         manager.hook.hvdlm_prepare(config=config)
-        framework = plugins.make(manager, "framework", o.framework)
-        mesh = make_mesh(made.launch_shape()[1], config.parallel)
-        self.world = made.start(framework, mesh.groups(), config)
+        framework = plugins.make(manager, "framework", framework_name)
+        mesh = make_mesh(backend.launch_shape()[1], config.parallel)
+        self.world = backend.start(framework, mesh.groups(), config)
         group = self.world.group(mesh.group("data", self.world.rank))
-        more: dict[str, Any] = {"compressors": {}, "index": self.world.rank}
-        exchange = plugins.make(manager, "exchange", "all_reduce", group=group, config=config, **more)
+        settings: dict[str, Any] = {"compressors": {}, "index": self.world.rank}
+        exchange = plugins.make(manager, "exchange", "all_reduce", group=group, config=config, **settings)
         spec = builtin_models()["gpt"](config.model, VOCAB, o.context)
         self.trainable = framework.build(spec, mesh, self.world, exchange, config)
-        self.step, self.waited, self.losses = 0, 0.0, []
+        self.step = 0
+        self.waited = 0.0
+        self.losses: list[float] = []
 
     def block(self, batch: Any) -> float:
         """Do a block of steps; return its seconds."""
@@ -63,67 +67,61 @@ class Trained:
         return time.perf_counter() - began
 
     def hidden(self) -> float | None:
-        """Return the share of the seconds in collectives that no step stood still for."""
+        """Return the share of the seconds in collectives for which no step waited; None where they aren't known."""
         busy = self.world.transfer_seconds()
         return None if not busy else max(0.0, 1.0 - self.waited / busy)
 
 
 def work(o: argparse.Namespace) -> None:
-    """Be one rank: let both backends train in turns; rank 0 prints."""
+    """Be a rank: let both backends train in turns; rank 0 emits the rounds."""
     import numpy as np
 
     from hvdlm.protocols.types import Batch
 
-    # What mpi4py sets for TensorFlow, for both: the first of them to prepare would decide.
+    # What backend mpi4py sets for TensorFlow; TensorFlow starts once, so that it is set for both.
     os.environ.setdefault("TF_NUM_INTEROP_THREADS", "2")
-    both = [Trained(backend, o) for backend in BACKENDS]
-    world = both[0].world
-    tokens = (
-        np.random.default_rng(world.rank).integers(0, VOCAB, (o.rows // world.size, o.context + 1)).astype(np.int32)
-    )
+    horovod, mpi4py = both = [Training(name, o) for name in BACKENDS]
+    world = horovod.world
+    shape = (o.rows // world.size, o.context + 1)
+    tokens = np.random.default_rng(world.rank).integers(0, VOCAB, shape).astype(np.int32)
     batch = Batch(tokens[:, :-1].copy(), tokens[:, 1:].copy(), None, True)
+
+    def turn(training: Training) -> float:
+        """Return the seconds of a block on the slower rank."""
+        world.gather_objects(0)
+        return max(world.gather_objects(training.block(batch)))
+
     rounds = []
     for number in range(o.rounds + 1):
-        seconds = {}
-        for trained in both if number % 2 else reversed(both):
-            world.gather_objects(0)
-            seconds[id(trained)] = max(world.gather_objects(trained.block(batch)))
-        rounds.append([seconds[id(trained)] for trained in both])
+        seconds = {training: turn(training) for training in (both if number % 2 else both[::-1])}
+        rounds.append((seconds[horovod], seconds[mpi4py]))
     if world.rank == 0:
-        print("ROUNDS", json.dumps(rounds[1:]), flush=True)
-        figures = {"hidden": [trained.hidden() for trained in both], "losses": [trained.losses for trained in both]}
-        print("FIGURES", json.dumps(figures), flush=True)
-    for trained in reversed(both):
-        trained.world.close()
+        emit("rounds", rounds[1:])
+        emit("hidden", [training.hidden() for training in both])
+        emit("losses", [training.losses for training in both])
+    for training in reversed(both):
+        training.world.close()
 
 
 def main() -> int:
-    """Measure; return 1 where mpi4py is below its bar in a framework."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("frameworks", nargs="*", default=FRAMEWORKS)
-    parser.add_argument("--framework", help=argparse.SUPPRESS)
-    for name, default in SIZES.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    o = parser.parse_args()
-    if o.framework:
+    """Measure each framework."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
+    o = parse(parser, FULL, SHORT)
+    if o.work:
         work(o)
         return 0
-    good = True
+    sizes = {name: getattr(o, name) for name in FULL}
     for framework in o.frameworks:
-        options = [part for name in SIZES for part in (f"--{name}", str(getattr(o, name)))]
-        worker = command("without_horovod.py", 2, "--framework", framework, *options)
-        done = subprocess.run(worker, env=environment(), capture_output=True, text=True, timeout=1800)
-        ratio = report(f"tokens/s of mpi4py to mpi, {framework}", parse_rounds(done)[0])
-        figures = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("FIGURES "))[8:])
-        shares = ", ".join(
-            f"{name} {'unknown' if share is None else f'{share:.0%}'}"
-            for name, share in zip(BACKENDS, figures["hidden"], strict=True)
-        )
-        apart = max(abs(a - b) for a, b in zip(*figures["losses"], strict=True))
-        steps = len(figures["losses"][0])
-        print(f"  communication hidden: {shares}; losses differ by {apart:.1e} at most in {steps} steps")
-        good &= ratio >= BAR
-    return 0 if good else 1
+        values = run_worker("without_horovod.py", 2, ["--work", framework, *flags(sizes)])
+        hidden = [
+            f"{name} hid {'an unknown share' if share is None else f'{share:.0%}'}"
+            for name, share in zip(BACKENDS, values["hidden"][0], strict=True)
+        ]
+        difference = max(abs(a - b) for a, b in zip(*values["losses"][0], strict=True))
+        details = f"{', '.join(hidden)} of its communication; losses differ by {difference:.1e} at most"
+        report_ratio(f"tokens/s over mpi4py / over Horovod, {framework}", values["rounds"][0], BAR, details)
+    return 0
 
 
 if __name__ == "__main__":
