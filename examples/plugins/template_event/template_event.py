@@ -1,7 +1,7 @@
-"""A template of a plugin on events: writes down the steps that took much longer than usual, in RUN/slow_steps.jsonl.
+"""Template of an event plugin: records steps that took much longer than usual in RUN/slow_steps.jsonl.
 
-Copy this folder, rename what is called template_event, and keep the hooks you need: a hook takes those of its
-arguments that it names. It runs on every rank, and in no framework.
+Copy this folder, rename template_event everywhere, and keep the hooks that you need: a hook declares only those of its
+arguments that it uses. Hooks run on every rank, and depend on no framework.
 """
 
 import json
@@ -14,11 +14,11 @@ from hvdlm.errors import HvdlmError
 
 @dataclass
 class SlowStepsOptions:
-    """Which steps are slow.
+    """Options of the slow-step recorder.
 
     Args:
-        factor: how much longer than the running mean a slow step takes
-        most: slow steps that are written down at most
+        factor: ratio of a slow step's time to the running mean
+        most: maximum number of recorded steps
     """
 
     factor: float = 3.0
@@ -26,26 +26,29 @@ class SlowStepsOptions:
 
 
 class SlowSteps:
-    """The entry point names this class; it is made without arguments, once a run."""
+    """Records slow steps. The entry point names this class, which hvdlm instantiates once a run, without arguments."""
 
     def __init__(self):
-        self.file = None  # only rank 0 has one
-        self.mean, self.count = None, 0
+        self.file = None  # open on rank 0 only
+        self.mean = None
+        self.count = 0
 
     @hookimpl
     def hvdlm_options(self):
-        """Options of one's own: --slow_steps.factor."""
+        """Return the plugin's own options: --slow_steps.factor and --slow_steps.most."""
         return {"slow_steps": SlowStepsOptions}
 
     @hookimpl
     def hvdlm_check(self, config):
-        """Refuse in one sentence what can't be, before ranks meet."""
+        """Raise an error of one sentence for invalid options, before the ranks connect."""
         if config.plugin_options["slow_steps"].factor <= 1:
-            raise HvdlmError("slow_steps.factor is 1 or less, every step would be slow: set --slow_steps.factor 3.")
+            raise HvdlmError(
+                "slow_steps.factor is 1 or less, so that every step would be slow: set --slow_steps.factor 3."
+            )
 
     @hookimpl
     def hvdlm_run_started(self, config, world, info):
-        """Open the file; a run that is resumed goes on in it."""
+        """Open the file; a resumed run appends to it."""
         self.options = config.plugin_options["slow_steps"]
         if world.rank == 0:
             mode = "a" if info["start_step"] else "w"
@@ -53,7 +56,7 @@ class SlowSteps:
 
     @hookimpl
     def hvdlm_step_ended(self, step, seconds):
-        """Compare with the mean of the steps before; the first builds graphs, and tells nothing of the others."""
+        """Compare with the mean of earlier steps, without the first one, which builds graphs."""
         if self.file is None or step == 1:
             return
         if self.mean is not None and seconds > self.options.factor * self.mean and self.count < self.options.most:

@@ -1,4 +1,4 @@
-"""An event plugin is tested by telling it what a run would tell."""
+"""Tests the event plugin by calling its hooks as a run would."""
 
 import json
 from types import SimpleNamespace
@@ -10,11 +10,11 @@ from hvdlm.config import Config
 from hvdlm.errors import HvdlmError
 
 
-def tell(config, seconds, rank=0):
+def run(config, seconds, rank=0):
     plugin = SlowSteps()
     plugin.hvdlm_run_started(config, SimpleNamespace(rank=rank), {"start_step": 0})
-    for step, one in enumerate(seconds, 1):
-        plugin.hvdlm_step_ended(step, one)
+    for step, duration in enumerate(seconds, 1):
+        plugin.hvdlm_step_ended(step, duration)
     plugin.hvdlm_run_ended()
 
 
@@ -25,23 +25,23 @@ def config(tmp_path):
     return config
 
 
-def test_slow_steps_are_written_down(config, tmp_path):
-    tell(config, [9.0, 1.0, 1.0, 4.0, 1.0])
+def test_slow_steps_are_recorded(config, tmp_path):
+    run(config, [9.0, 1.0, 1.0, 4.0, 1.0])
     lines = [json.loads(line) for line in (tmp_path / "slow_steps.jsonl").read_text().splitlines()]
     assert lines == [{"step": 4, "seconds": 4.0, "mean": 1.0}]
 
 
-def test_there_are_not_more_than_asked_for(config, tmp_path):
-    tell(config, [1.0, 1.0, 100.0, 1000.0, 10000.0])
+def test_no_more_than_the_maximum_are_recorded(config, tmp_path):
+    run(config, [1.0, 1.0, 100.0, 1000.0, 10000.0])
     assert len((tmp_path / "slow_steps.jsonl").read_text().splitlines()) == 2
 
 
 def test_other_ranks_write_nothing(config, tmp_path):
-    tell(config, [1.0, 1.0, 9.0], rank=1)
+    run(config, [1.0, 1.0, 9.0], rank=1)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_factor_that_says_nothing_is_refused(config):
+def test_a_factor_of_1_is_refused(config):
     config.plugin_options["slow_steps"].factor = 1.0
     with pytest.raises(HvdlmError, match=r"slow_steps.factor is 1 or less"):
         SlowSteps().hvdlm_check(config)

@@ -1,4 +1,4 @@
-"""The n-gram model in TensorFlow; parameters are tensors by name in ``self.p``."""
+"""The n-gram model in TensorFlow; ``self.p`` holds the parameters by name."""
 
 import tensorflow as tf
 
@@ -7,7 +7,7 @@ from template_model import ORDER
 
 
 class NGram(ModelBase):
-    """See ``template_model``."""
+    """The equations in ``template_model``."""
 
     def hidden(self, tokens, x, carry, training, checkpointing, seed):
         """[rows, time] -> [rows, time, vocab]."""

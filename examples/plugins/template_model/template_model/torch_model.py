@@ -1,4 +1,4 @@
-"""The n-gram model in PyTorch; parameters are tensors by name in ``self.p``."""
+"""The n-gram model in PyTorch; ``self.p`` holds the parameters by name."""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ from template_model import ORDER
 
 
 class NGram(ModelBase):
-    """See ``template_model``."""
+    """The equations in ``template_model``."""
 
     def hidden(self, tokens, x, carry, training, checkpointing):
         """[rows, time] -> [rows, time, vocab]."""

@@ -1,4 +1,4 @@
-"""Both implementations against the equation in numpy."""
+"""Tests both implementations against the equations in numpy."""
 
 import importlib
 
@@ -14,13 +14,13 @@ TOKENS = np.random.default_rng(1).integers(0, VOCAB, (2, TIME)).astype(np.int32)
 
 
 def logits(framework, tokens):
-    """Return what a framework's class makes of tokens, as an array."""
+    """Return the logits of a framework's implementation as an array."""
     library = importlib.import_module(framework)
-    tensor, more = (library.as_tensor, []) if framework == "torch" else (library.constant, [None])  # None: the seed
+    tensor, extra = (library.as_tensor, []) if framework == "torch" else (library.constant, [None])  # None: the seed
     model = SPEC.implementation(framework)(SPEC.settings, None, None)
     model.bind({name: tensor(array) for name, array in SPEC.initial(1).items()})
-    made, _ = model.hidden(tensor(tokens), None, None, False, False, *more)
-    return np.asarray(model.scores(made))
+    hidden, _ = model.hidden(tensor(tokens), None, None, False, False, *extra)
+    return np.asarray(model.scores(hidden))
 
 
 def expected(tokens):
@@ -33,13 +33,13 @@ def expected(tokens):
 
 
 @pytest.mark.parametrize("framework", ["torch", "tensorflow"])
-def test_it_computes_the_equation(framework):
+def test_the_logits_follow_the_equations(framework):
     pytest.importorskip(framework, reason=f"{framework} is not installed")
     np.testing.assert_allclose(logits(framework, TOKENS), expected(TOKENS), atol=1e-6)
 
 
 @pytest.mark.parametrize("framework", ["torch", "tensorflow"])
-def test_no_position_sees_what_follows(framework):
+def test_no_position_depends_on_later_tokens(framework):
     pytest.importorskip(framework, reason=f"{framework} is not installed")
     changed = TOKENS.copy()
     changed[:, 4] = (changed[:, 4] + 1) % VOCAB
