@@ -57,7 +57,8 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 
 def start(command: list[str], folder: Path, **variables: str | None) -> subprocess.CompletedProcess[str]:
-    """Run ``command`` in ``folder``; a variable that is None is unset."""
+    """Run ``command`` in ``folder``; a variable that is None is unset, and the cache follows from the home folder."""
+    variables = {"XDG_CACHE_HOME": None, **variables}
     env = {name: value for name, value in {**environment(), **variables}.items() if value is not None}
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120)
 
