@@ -12,6 +12,7 @@ from typing import Any
 
 from hvdlm.errors import BAD_INPUT, HvdlmError, nearest
 from hvdlm.io import launcher_env
+from hvdlm.io.terminal import on_terminal
 
 COMMANDS = {
     "train": "train a model (the default)",
@@ -51,7 +52,8 @@ def run(arguments: list[str]) -> int:
     if name in COMMANDS:
         if rest and not rest[0].startswith("-"):
             raise HvdlmError(f"no command {rest[0]!r}; {nearest(rest[0], COMMANDS)}")
-        if name == "train" and (rest[:1] == ["--help"] or rest[:1] == ["-h"]) and len(rest) == 1:
+        # Without a word, a terminal's user gets help: a run of a thousand steps is what nobody means by that.
+        if name == "train" and (rest in (["--help"], ["-h"]) or (not arguments and on_terminal())):
             print(help_text())
             return 0
         return int(importlib.import_module(f"hvdlm.commands.{name}").main(rest))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from importlib.metadata import EntryPoint
 from typing import Any
 
@@ -111,17 +111,35 @@ def find_model(manager: pluggy.PluginManager, name: str) -> ModelMaker:
     """
     known = models(manager)
     if name not in known:
-        raise HvdlmError(f"model.name: no model {name!r}; {nearest(name, {*known, *_named_like_models()})}")
+        by_plugin = _collections("models")
+        # ``model.name`` alone loads a plugin that brings a model of its own name.
+        alone = [plugin for plugin, names in by_plugin.items() if plugin in names]
+        advice = _not_loaded(name, by_plugin) or nearest(name, {*known, *alone})
+        raise HvdlmError(f"model.name: no model {name!r}; {advice}")
     return known[name]
 
 
-def _named_like_models() -> Iterator[str]:
-    """Yield the names of installed plugins that bring a model of the same name: ``model.name`` alone loads those."""
-    for name, entry in installed().items():
+def not_loaded(hook: str, name: str) -> str | None:
+    """Return what to do where an installed plugin that isn't loaded brings ``name`` (hook: models, options, ...)."""
+    return _not_loaded(name, _collections(hook))
+
+
+def _not_loaded(name: str, by_plugin: Mapping[str, Collection[str]]) -> str | None:
+    plugin = next((plugin for plugin, names in by_plugin.items() if name in names), None)
+    if plugin is None:
+        return None
+    return f"the installed plugin {plugin} brings it: add {plugin} to --plugins, for example --plugins '[{plugin}]'."
+
+
+def _collections(hook: str) -> dict[str, list[str]]:
+    """Return the names in what ``hvdlm_<hook>`` of every installed plugin returns, by plugin, broken ones left out."""
+    names = {}
+    for plugin_name, entry in installed().items():
         with contextlib.suppress(Exception):  # a third party's module may fail in any way
             plugin = _import(entry)
-            if hasattr(plugin, "hvdlm_models") and name in plugin.hvdlm_models():
-                yield name
+            if hasattr(plugin, f"hvdlm_{hook}"):
+                names[plugin_name] = list(getattr(plugin, f"hvdlm_{hook}")())
+    return names
 
 
 def compressors(manager: pluggy.PluginManager) -> Mapping[str, CompressorMaker]:

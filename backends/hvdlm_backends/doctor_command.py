@@ -48,10 +48,13 @@ def explain_run(run: Path) -> int:
     """
     from hvdlm.diagnostics import diagnosis, failure_files
     from hvdlm.errors import HvdlmError
+    from hvdlm.io.user_folders import similar_run
 
     folder = failure_files.files_folder(run)
     files = failure_files.read_files(folder)
     if not files.recordings:
+        if not run.is_dir():
+            raise HvdlmError(f"--run {run}: there is no such folder: name that of a run.{similar_run(run)}")
         reason = "the run ended normally, or its ranks never connected."
         if files.unreadable:
             reason = files.unreadable[0]

@@ -10,6 +10,7 @@ from hvdlm.checkpoints.load import Checkpoint
 from hvdlm.config import Config
 from hvdlm.configuration.parsing import Parser, command_parser, parse_config
 from hvdlm.errors import HvdlmError
+from hvdlm.io.user_folders import similar_run
 from hvdlm.training.run import Connected, connect, plan
 
 OVERRIDES = "Options with a dot, --framework and --backend override the run's own."
@@ -33,7 +34,10 @@ def run_file(run: str) -> Path:
     """
     path = Path(run) / "config.yaml"
     if not path.is_file():
-        raise HvdlmError(f"--run {run}: there is no run (no config.yaml): name the folder given as --log.run.")
+        raise HvdlmError(
+            f"--run {run}: there is no run (no config.yaml): name the folder given as --log.run."
+            f"{similar_run(Path(run))}"
+        )
     return path
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,14 +27,28 @@ class Parser(jsonargparse.ArgumentParser):
     """A parser whose errors are HvdlmErrors; ``known`` maps every option to its type."""
 
     known: Mapping[str, Any] = {}
+    _declared: Mapping[str, Any] = {}  # type by name of the options of add_argument: actions don't tell theirs
+
+    def add_argument(self, *names: Any, **options: Any) -> Any:
+        """Add an option, and note its type."""
+        self._declared = {**getattr(self, "_declared", {}), str(names[-1]).lstrip("-"): options.get("type")}
+        return super().add_argument(*names, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise the message as one sentence."""
         raise HvdlmError(untrusted_input.shown(self.sentence(str(message)), _SENTENCE)) from ex
 
+    def parse_args(self, args: Sequence[str], *rest: Any, **options: Any) -> Any:  # type: ignore[override]
+        """Parse ``args``, in which 1e3 is a whole number, too."""
+        return super().parse_args(schema.whole_numbers(args, self._types()), *rest, **options)
+
+    def _types(self) -> Mapping[str, Any]:
+        names = [action.dest for action in self._actions if action.dest not in ("help", "print_config")]
+        return self.known or {name: self._declared.get(name) for name in names}
+
     def sentence(self, message: str) -> str:
         """Return jsonargparse's message as: what is wrong, where, what to do."""
-        known = self.known or {a.dest: a.type for a in self._actions if a.dest not in ("help", "print_config")}
+        known = self._types()
         unknown = re.search(r"[Uu]nrecognized arguments?: +(-*)([\w.\-]+)", message) or re.search(
             r"()(?:No action for key|[Kk]ey|Group|Option) ['\"]([\w.]+)['\"]", message
         )

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from decimal import Decimal
 from typing import Any
 
+from hvdlm.configuration import other_tools
 from hvdlm.errors import HvdlmError
 from hvdlm.io import untrusted_input
 
@@ -48,7 +51,10 @@ def expectation(hint: Any) -> str:
 
 
 def advice(key: str, known: Iterable[str]) -> str:
-    """Return a suggestion for the unknown ``key``."""
+    """Return a suggestion for the unknown ``key``: what it is called here, or the closest name."""
+    elsewhere = other_tools.translate(key)
+    if elsewhere:
+        return elsewhere
     names = sorted({*known, *(name.split(".")[0] for name in known)})
     last = {name.rsplit(".", 1)[-1]: name for name in names}
     # A section that was forgotten: of several that have such an option, the first.
@@ -59,7 +65,14 @@ def advice(key: str, known: Iterable[str]) -> str:
 
 
 def unknown(key: str, known: Iterable[str]) -> str:
-    """Return the error about an option that doesn't exist."""
+    """Return the error about an option that doesn't exist, or whose plugin isn't loaded."""
+    section = key.partition(".")[0]
+    if not any(name.partition(".")[0] == section for name in known):
+        from hvdlm import plugins  # which imports every installed plugin, only for this error
+
+        brought = plugins.not_loaded("options", section)
+        if brought:
+            return f"--{untrusted_input.shown(key)}: there is no section {section} yet; {brought}"
     return f"--{untrusted_input.shown(key)}: there is no such option; {advice(key[:_LONGEST], known)}"
 
 
@@ -73,6 +86,28 @@ def wrong_value(key: str, value: Any, hint: Any) -> str:
         close = difflib.get_close_matches(str(value), [str(a) for a in typing.get_args(hint)], 1)
         near = f"; did you mean {close[0]}?" if close else ""
     return f"--{key}: got {shown}, expected {expectation(hint)}{near or '.'}"
+
+
+def whole_numbers(arguments: Sequence[str], known: Mapping[str, Any]) -> list[str]:
+    """Return ``arguments`` with 1e3 written 1000, where an option takes a whole number."""
+    result = list(arguments)
+    for index, argument in enumerate(result):
+        name, sign, value = argument.partition("=")
+        if int not in (hint := known.get(name.removeprefix("--")), *typing.get_args(hint)):
+            continue
+        if sign:
+            result[index] = f"{name}={_as_whole_number(value)}"
+        elif index + 1 < len(result):
+            result[index + 1] = _as_whole_number(result[index + 1])
+    return result
+
+
+def _as_whole_number(text: str) -> str:
+    """Return 1e3, 1.5e6 or 1000.0 as digits, any other text as it is."""
+    if not re.fullmatch(r"\d{1,20}(\.\d{0,20})?(e\+?\d{1,2})?", text, re.I):
+        return text
+    number = Decimal(text)
+    return str(int(number)) if number == int(number) else text
 
 
 def check_mapping(content: Mapping[str, Any], known: Mapping[str, Any], where: str, prefix: str = "") -> None:

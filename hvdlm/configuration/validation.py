@@ -148,10 +148,9 @@ def communication(config: Config, size: int, backend: str, compressors: Mapping[
     """
     options = config.communication
     if options.compression.algorithm not in {"none", *compressors}:
-        raise HvdlmError(
-            f"communication.compression.algorithm: no plugin provides {options.compression.algorithm!r}; "
-            f"{nearest(options.compression.algorithm, ('none', *compressors))}"
-        )
+        name = options.compression.algorithm
+        advice = plugins.not_loaded("compressors", name) or nearest(name, ("none", *compressors))
+        raise HvdlmError(f"communication.compression.algorithm: no plugin provides {name!r}; {advice}")
     if options.reduction == "adasum":
         if backend in ("gloo", "nccl"):
             raise HvdlmError(f"communication.reduction adasum needs MPI, {backend} has no Adasum: use --backend mpi.")

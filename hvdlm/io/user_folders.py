@@ -1,8 +1,12 @@
-"""The user's cache folder, also where there is no home folder. Standard library only: ``make setup`` imports it."""
+"""The user's cache folder, also where there is no home folder, and folders whose names are similar to a missing one's.
+
+Standard library only: ``make setup`` imports it.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import difflib
 import functools
 import os
 import stat
@@ -39,6 +43,16 @@ def read_only(checkout: Path) -> str | None:
         f"{checkout} can't be written, and make sets up .venv and writes runs there: run it in a copy of the folder: "
         f"cp -r {checkout} NEW_FOLDER && cd NEW_FOLDER && make setup"
     )
+
+
+def similar_run(folder: Path) -> str:
+    """Return " Did you mean FOLDER?" of a run whose folder has a name like that of ``folder``; "" where none has."""
+    runs = {}
+    for parent in (folder.absolute().parent, Path("runs").absolute()):
+        with contextlib.suppress(OSError):
+            runs |= {path.name: path for path in sorted(parent.iterdir()) if (path / "config.yaml").is_file()}
+    close = difflib.get_close_matches(folder.name, [name for name in runs if runs[name] != folder.absolute()], 1)
+    return f" Did you mean {os.path.relpath(runs[close[0]])}?" if close else ""
 
 
 @functools.cache

@@ -22,6 +22,7 @@ from hvdlm.diagnostics.watchdog import Watchdog
 from hvdlm.errors import HvdlmError
 from hvdlm.inference import scorer
 from hvdlm.inference.generation import encode
+from hvdlm.io.user_folders import similar_run
 from hvdlm.models.lora import adapt
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.mesh import Mesh, make_mesh
@@ -247,6 +248,8 @@ def build(connected: Connected) -> Run:
     checkpoint = agreement.choose(folder, plan.resume, world)
     if checkpoint:
         preflight.check_continuation(checkpoint, task, config, base)
+    elif plan.resume == "auto" and world.rank == 0:
+        print(f"hvdlm: {folder} holds no checkpoint yet: the run starts afresh.{similar_run(folder)}", flush=True)
     group = world.group(mesh.group("data", world.rank))
     exchange = plugins.make(
         manager,

@@ -13,6 +13,7 @@ from yaml import safe_load
 
 from hvdlm.errors import HvdlmError
 from hvdlm.io import safe_yaml, untrusted_input
+from hvdlm.io.user_folders import similar_run
 
 _METRICS_BYTES = 2**28  # largest metrics.jsonl that is read
 _FILE_BYTES = 2**24  # largest of the other files
@@ -44,7 +45,8 @@ def read(folder: Path) -> RunData:
         HvdlmError: it holds no run, or a file is damaged.
     """
     if not (folder / "metrics.jsonl").is_file():
-        raise HvdlmError(f"{folder}: there is no run (no metrics.jsonl): name the folder given as --log.run.")
+        advice = f"name the folder given as --log.run.{similar_run(folder)}"
+        raise HvdlmError(f"{folder}: there is no run (no metrics.jsonl): {advice}")
     try:
         curves: dict[str, Curve] = {}
         for line in _lines(folder / "metrics.jsonl"):
