@@ -22,11 +22,6 @@ export HOME ?= $(shell echo ~)
 # A laptop's single GPU cannot serve the ranks of a demo or a test: use CPUs unless GPUs are named.
 export CUDA_VISIBLE_DEVICES ?=
 
-# Remove horovodrun's prefix from the ranks' output, `[1,0]<stdout>:` (Open MPI; 5.0 adds a space) or `[0] ` (MPICH), and
-# the notes that TensorFlow prints when horovodrun imports it.
-UNTAG := sed -u -E 's/\[[0-9]+,[0-9]+\]<std(out|err)>: ?//g; s/^\[[0-9]+\] ?//; \
-    /^WARNING: All log messages before absl|^I0000 .*(port|cpu_feature_guard)\.cc|^To enable the following instr/d'
-
 .PHONY: help setup demo test short fresh check format bench chaos fuzz docs results clean
 
 help:  ## list the targets
@@ -43,10 +38,8 @@ setup:  ## create .venv with FRAMEWORKS, MPI, Horovod and hvdlm; takes seconds i
 
 demo:  ## train on the embedded corpus with NP ranks and FRAMEWORK, then generate text
 	@$(PYTHON) scripts/setup_environment.py $(FRAMEWORK)
-	@launcher='mpirun --bind-to none'; [ ! -x $(BIN)/horovodrun ] || launcher=horovodrun; \
-	$$launcher -np $(NP) python -m hvdlm --config examples/demo.yaml --framework $(FRAMEWORK) \
-	    --log.run runs/demo-$(FRAMEWORK) --log.overwrite true \
-	    2> >($(UNTAG) >&2) > >($(UNTAG))
+	@python -m hvdlm run -np $(NP) -- --config examples/demo.yaml --framework $(FRAMEWORK) \
+	    --log.run runs/demo-$(FRAMEWORK) --log.overwrite true
 
 test:  ## run `make check`, then all tests, on real ranks under the real launchers
 	@$(PYTHON) scripts/setup_environment.py torch tensorflow

@@ -25,7 +25,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 @pytest.mark.parametrize(
-    "option, said",
+    "option, expected",
     [
         ("--lr", "--train.learning_rate"),
         ("--train.lr", "--train.learning_rate"),
@@ -40,9 +40,9 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ("--report_to", "--plugins '[wandb]'"),
     ],
 )
-def test_names_of_other_tools_are_translated(option: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_names_of_other_tools_are_translated(option: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     error = refused([option, "3"], capsys)
-    assert "there is no such option" in error and said in error
+    assert "there is no such option" in error and expected in error
 
 
 def test_every_translation_is_an_option_of_today() -> None:

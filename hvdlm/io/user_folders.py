@@ -47,7 +47,7 @@ def read_only(checkout: Path) -> str | None:
 
 def similar_run(folder: Path) -> str:
     """Return " Did you mean FOLDER?" of a run whose folder has a name like that of ``folder``; "" where none has."""
-    runs = {}
+    runs: dict[str, Path] = {}
     for parent in (folder.absolute().parent, Path("runs").absolute()):
         with contextlib.suppress(OSError):
             runs |= {path.name: path for path in sorted(parent.iterdir()) if (path / "config.yaml").is_file()}

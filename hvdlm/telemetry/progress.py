@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,7 @@ from typing import Any
 
 from hvdlm import hookimpl
 from hvdlm.config import Config
-from hvdlm.io.terminal import clock, on_terminal, size
+from hvdlm.io.terminal import clock, columns, on_terminal, size
 from hvdlm.protocols.types import StepResult
 from hvdlm.protocols.world import World
 from hvdlm.telemetry.rates import Rates
@@ -43,7 +44,10 @@ class Progress:
         if on_terminal():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=info["steps"], initial=info["start_step"], unit="step", file=sys.stdout)
+            # The terminals that launchers give to ranks have no size.
+            size_of_terminal = {"ncols": columns(), "nrows": 20} if columns() else {}
+            options = {"unit": "step", "file": sys.stdout, **size_of_terminal}
+            self._bar = tqdm(total=info["steps"], initial=info["start_step"], **options)
 
     @hookimpl
     def hvdlm_step_ended(self, step: int, result: StepResult, learning_rate: float, rates: Rates) -> None:
@@ -114,6 +118,19 @@ class Progress:
             self._bar.write(text, file=sys.stdout)
         elif self._active:
             print(text, flush=True)
+
+
+def next_commands(config: Config) -> str:
+    """Return the run's folder and what can be done with it, for the end of a run."""
+    folder = shlex.quote(config.log.run)
+    prompt = f" --prompt {shlex.quote(config.log.sample_prompt)}" if config.log.sample_prompt.strip() else ""
+    language_model = config.task == "language_model"
+    commands = [
+        f"generate --run {folder}{prompt}" if language_model else f"convert --run {folder} --output model.safetensors",
+        f"evaluate --run {folder}",
+        f"report {folder} --output report.html",
+    ]
+    return "\n".join([f"The run is in {folder}. Next:", *(f"  python -m hvdlm {command}" for command in commands)])
 
 
 def _communication(rates: Rates) -> str:

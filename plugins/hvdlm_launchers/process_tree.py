@@ -8,12 +8,14 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import IO, Any
 
 import psutil
 
 from hvdlm.errors import HvdlmError
 from hvdlm.io import launcher_env
+from hvdlm_launchers.launcher_output import OutputCleaner
 
 MARK = "HVDLM_SUPERVISED"
 """Environment variable that identifies the processes of a command, even those whose parent has exited."""
@@ -28,24 +30,45 @@ _ERROR_BYTES = 2**16  # how much of standard error is kept
 class ProcessTree:
     """A started command, in a session of its own, so that Ctrl-C in a terminal does not reach it directly.
 
-    Its standard input is empty and its standard output is this process's. Its standard error is copied to this
-    process's; the last lines are in ``errors``.
+    Its standard output is this process's, or is copied there through ``clean_output``. Its standard error is copied to
+    this process's, through ``clean_errors`` where given; the last lines are in ``errors``.
+
+    Args:
+        command: the program and its arguments.
+        environ: its environment; None: this process's.
+        stdin: its standard input, as of ``subprocess.Popen``; by default it is empty.
+        clean_output: what is shown of its standard output.
+        clean_errors: what is shown of its standard error.
 
     Raises:
         HvdlmError: there is no such program.
     """
 
-    def __init__(self, command: list[str]) -> None:
+    def __init__(
+        self,
+        command: list[str],
+        environ: Mapping[str, str] | None = None,
+        stdin: int | None = subprocess.DEVNULL,
+        clean_output: OutputCleaner | None = None,
+        clean_errors: OutputCleaner | None = None,
+    ) -> None:
+        environ = os.environ if environ is None else environ
+        # Below another process tree, the processes belong to both.
         self._mark = f"{os.getpid()}-{time.time_ns()}"
-        environment = {**os.environ, MARK: self._mark}
-        settings = {"stdin": subprocess.DEVNULL, "stderr": subprocess.PIPE, "start_new_session": True}
+        marks = " ".join(filter(None, [environ.get(MARK), self._mark]))
+        settings: dict[str, Any] = {"stdin": stdin, "stderr": subprocess.PIPE, "start_new_session": True}
+        settings |= {"stdout": subprocess.PIPE} if clean_output else {}
         try:
-            self._child = subprocess.Popen(command, env=environment, **settings)  # type: ignore[call-overload]
+            self._child = subprocess.Popen(command, env={**environ, MARK: marks}, **settings)
         except OSError as error:
             raise HvdlmError(f"{command[0]} can't be started: {error.strerror}: check the command after --.") from error
         self._errors = b""
-        self._reader = threading.Thread(target=self._copy_errors, daemon=True)
-        self._reader.start()
+        self._readers = [threading.Thread(target=self._copy, args=(self._child.stderr, 2, clean_errors), daemon=True)]
+        if clean_output:
+            output = (self._child.stdout, 1, clean_output)
+            self._readers.append(threading.Thread(target=self._copy, args=output, daemon=True))
+        for reader in self._readers:
+            reader.start()
 
     @property
     def errors(self) -> list[str]:
@@ -83,7 +106,8 @@ class ProcessTree:
             if not remaining and self.poll() is not None:
                 break
             time.sleep(0.1)
-        self._reader.join(timeout=5)
+        for reader in self._readers:
+            reader.join(timeout=5)
         code = self.poll()
         return 1 if code is None else code
 
@@ -101,16 +125,23 @@ class ProcessTree:
         return _topmost(launchers or ranks or programs or alive)
 
     def _processes(self) -> list[psutil.Process]:
-        return _where(psutil.process_iter(), lambda process: process.environ().get(MARK) == self._mark)
+        return _where(psutil.process_iter(), lambda process: self._mark in process.environ().get(MARK, "").split())
 
-    def _copy_errors(self) -> None:
-        """Copy standard error as it comes; a closed standard error of this process doesn't stop the run."""
-        assert self._child.stderr is not None
-        with self._child.stderr as source:
+    def _copy(self, source: IO[bytes], target: int, cleaner: OutputCleaner | None) -> None:
+        """Copy a stream as it comes; where this process's is closed, the run continues."""
+        with source:
             while data := os.read(source.fileno(), _ERROR_BYTES):
-                self._errors = (self._errors + data)[-_ERROR_BYTES:]
-                with contextlib.suppress(OSError):
-                    os.write(2, data)
+                if target == 2:
+                    self._errors = (self._errors + data)[-_ERROR_BYTES:]
+                _write(target, cleaner.feed(data) if cleaner else data)
+            if cleaner:
+                _write(target, cleaner.end())
+
+
+def _write(target: int, data: bytes) -> None:
+    with contextlib.suppress(OSError):
+        while data:
+            data = data[os.write(target, data) :]
 
 
 def _where(processes: Iterable[psutil.Process], condition: Callable[[psutil.Process], bool]) -> list[psutil.Process]:
