@@ -11,177 +11,35 @@ temporary file or shared memory may remain. The exit code is 1 at the first viol
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import random
-import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from unittest import mock
 
-import psutil
-from harness import Bar, environment, make_parser, parse, report
+from harness import Bar, make_parser, parse, report
+from interruptions import Attempt, Kind, Program, Violation, kill, losses, stop, wait_for, was_stopped
 
 from hvdlm.checkpoints import load
 from hvdlm.checkpoints.discovery import step_folders
-from hvdlm.errors import STOPPED
 from hvdlm.io.atomic_files import sha256
-from hvdlm.training.signals import SIGNALS
 
-RANKS = 2
-EVERY = 3  # steps between checkpoints
-FULL = {"kills": 200, "stops": 50, "steps": 150}
-SHORT = {"kills": 1, "stops": 1, "steps": 45}
+KINDS = {
+    "kills": Kind(kill, count=200),
+    "stops": Kind(stop, count=50, ended=was_stopped),
+}
+"""Kinds of interruptions, by the option that sets how many there are, of all frameworks together."""
+FULL = {name: kind.count for name, kind in KINDS.items()} | {"steps": 150}
+SHORT = dict.fromkeys(KINDS, 1) | {"steps": 45}
 NONE = Bar(at_most=0)
 TOLERANCE = {"torch": 0.0, "tensorflow": 1e-5}
-MODEL = ["--model.layers", "2", "--model.width", "64", "--model.heads", "2", "--data.context", "32"]
-OPTIONS = [*MODEL, "--train.batch_size", "16", "--train.warmup", "5", "--log.every", "1"]
-OPTIONS += ["--checkpoint.every", str(EVERY), "--train.eval_every", "40", "--train.replica_check_every", "10"]
-LIMIT = 30.0  # seconds after an interruption within which the launcher has to exit
-Interruption = Callable[["Attempt", random.Random], None]
 
 
-class Violation(Exception):
-    """A run did what it must not do; the message says what."""
-
-
-class Attempt:
-    """A launch of a run of ``length`` steps in ``folder``, and the processes of its ranks."""
-
-    def __init__(self, framework: str, folder: Path, length: int) -> None:
-        self.folder = folder
-        python = [sys.executable, "-m", "hvdlm", "--framework", framework, "--log.run", str(folder), *OPTIONS]
-        python += ["--train.steps", str(length)]
-        saved = step_folders(folder / "checkpoints")
-        self.first_step = saved[0][0] if saved else 0  # the step from which it resumes
-        if saved:
-            python += ["--checkpoint.resume", "auto"]
-        elif folder.exists():
-            python += ["--log.overwrite", "true"]
-        command = ["mpirun", "--bind-to", "none", "--oversubscribe", "-np", str(RANKS), *python]
-        self._errors = tempfile.TemporaryFile("w+")
-        streams = {"stdout": subprocess.DEVNULL, "stderr": self._errors, "env": environment()}
-        self.process = subprocess.Popen(command, start_new_session=True, **streams)
-
-    def ranks(self) -> list[psutil.Process]:
-        """Return the processes of the ranks that are alive."""
-        return [p for p in psutil.process_iter(["cmdline"]) if self._is_rank(p)]
-
-    def _is_rank(self, process: psutil.Process) -> bool:
-        arguments = process.info["cmdline"] or []
-        return str(self.folder) in arguments and "mpirun" not in Path(arguments[0]).name
-
-    def running(self) -> bool:
-        """Return whether the launcher is alive."""
-        return self.process.poll() is None
-
-    def step(self) -> int:
-        """Return the last step in ``metrics.jsonl``; -1 where there is none."""
-        path = self.folder / "metrics.jsonl"
-        with contextlib.suppress(OSError, ValueError, IndexError, KeyError):
-            return int(json.loads(path.read_text().splitlines()[-1])["step"])
-        return -1
-
-    def wait(self) -> int:
-        """Wait until the launcher and all ranks have exited; return the launcher's exit code."""
-        try:
-            code = self.process.wait(LIMIT)
-        except subprocess.TimeoutExpired as expired:
-            raise Violation(f"the launcher is alive {LIMIT:.0f} s after the interruption: {self.errors()}") from expired
-        end = time.monotonic() + 5
-        while self.ranks():
-            if time.monotonic() > end:
-                raise Violation(f"ranks outlive their launcher: {self.ranks()}")
-            time.sleep(0.05)
-        return code
-
-    def errors(self) -> str:
-        """Return the end of standard error."""
-        self._errors.seek(0)
-        return self._errors.read()[-3000:]
-
-
-def wait_for(attempt: Attempt, condition: Callable[[], bool], seconds: float, every: float = 0.05) -> None:
-    """Wait until ``condition`` holds, the run has ended or ``seconds`` are over.
-
-    Asking more often than every 50 ms takes noticeable processor time from the run.
-    """
-    end = time.monotonic() + seconds
-    while attempt.running() and time.monotonic() < end and not condition():
-        time.sleep(every)
-
-
-def wait_for_training(attempt: Attempt) -> None:
-    """Wait until the training loop of this attempt has started."""
-    status = attempt.folder / "status.json"
-    now = time.time()
-
-    def started() -> bool:
-        with contextlib.suppress(OSError, ValueError):
-            return json.loads(status.read_text())["time"] > now
-        return False
-
-    wait_for(attempt, started, 60)
-
-
-def kill(attempt: Attempt, chance: random.Random) -> None:
-    """Kill a random rank: 1 time in 10 before it trains, 1 in 10 in its first steps, 5 in 10 while it saves."""
-    case = chance.random()
-    if case < 0.1:
-        wait_for(attempt, lambda: len(attempt.ranks()) == RANKS, 20)
-        time.sleep(chance.uniform(0, 4))
-    else:
-        wait_for_training(attempt)
-        if case > 0.2:  # the first step may take long: graphs are built
-            wait_for(attempt, lambda: attempt.step() > attempt.first_step, 60)
-        time.sleep(chance.uniform(0, 1.5))
-    if case > 0.5:
-        folder = attempt.folder / "checkpoints"
-        wait_for(attempt, lambda: any(folder.glob(".step-*.partial")), 60, every=0.001)
-        time.sleep(chance.uniform(0, 0.02))
-    send(attempt, chance, signal.SIGKILL)
-
-
-def handles_signals(rank: psutil.Process) -> bool:
-    """Return whether a process has installed its signal handlers: until then, Python is starting."""
-    with contextlib.suppress(OSError):
-        lines = Path(f"/proc/{rank.pid}/status").read_text().splitlines()
-        caught = next(int(line.split()[1], 16) for line in lines if line.startswith("SigCgt:"))
-        return bool(caught >> (signal.SIGUSR1 - 1) & 1)
-    return False
-
-
-def stop(attempt: Attempt, chance: random.Random) -> None:
-    """Ask a random rank to stop, at a random moment after the handlers are installed."""
-    wait_for(attempt, lambda: [handles_signals(rank) for rank in attempt.ranks()] == [True] * RANKS, 60)
-    if chance.random() < 0.8:
-        wait_for_training(attempt)
-        time.sleep(chance.uniform(0, 2))
-    else:
-        time.sleep(chance.uniform(0, 5))
-    send(attempt, chance, chance.choice(SIGNALS))
-
-
-def send(attempt: Attempt, chance: random.Random, number: int) -> None:
-    """Send a signal to a random rank."""
-    ranks = attempt.ranks()
-    if ranks:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            chance.choice(ranks).send_signal(number)
-
-
-def losses(folder: Path) -> list[float]:
-    """Return the loss of every step."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
-
-
-def check_checkpoints(folder: Path, newest: int) -> int:
-    """Verify the files of all checkpoints; return the step of the newest, which must be ``newest`` or later."""
+def check_checkpoints(folder: Path, newest: int) -> None:
+    """Verify the files of all checkpoints, and that the newest is of step ``newest`` or later."""
     if newest and not (folder / "checkpoints").is_dir():
         raise Violation(f"{folder} has lost its checkpoints")
     opened = [load.open_checkpoint(path) for _, path in step_folders(folder / "checkpoints")]
@@ -192,31 +50,28 @@ def check_checkpoints(folder: Path, newest: int) -> int:
     step = opened[0].step if opened else 0
     if step < newest:
         raise Violation(f"there was a checkpoint of step {newest}, now the newest is that of step {step}")
-    return step
 
 
-def run_interrupted(
-    framework: str, folder: Path, length: int, interrupt: Interruption, limit: int, chance: random.Random
-) -> int:
-    """Train to the end with ``limit`` interruptions at most; return how many ended an attempt."""
-    hits, newest = 0, 0
+def run_interrupted(framework: str, folder: Path, length: int, kind: Kind, limit: int, chance: random.Random) -> int:
+    """Train to the end with ``limit`` interruptions at most; return how many there were."""
+    hits, resume = 0, None
     while True:
-        attempt = Attempt(framework, folder, length)
-        if hits < limit:
-            interrupt(attempt, chance)
+        interrupted = hits < limit
+        program = kind.program(chance) if interrupted else Program()
+        attempt = Attempt(framework, folder, length, program, resume)
+        if interrupted:
+            kind.interrupt(attempt, chance)
         else:
             wait_for(attempt, lambda: False, 300)
         code = attempt.wait()
-        newest = check_checkpoints(folder, newest)
+        check_checkpoints(folder, attempt.first_step)
+        hit = interrupted and kind.ended(attempt, code)
+        hits += hit
+        if code and not hit:
+            raise Violation(f"an undisturbed launch exited with code {code}: {attempt.errors()}")
         if code == 0:
             return hits
-        if hits >= limit:
-            raise Violation(f"an undisturbed restart exited with code {code}: {attempt.errors()}")
-        if interrupt is stop and code != STOPPED:
-            raise Violation(f"a stopped run exited with code {code}, not {STOPPED}: {attempt.errors()}")
-        if "damaged" in attempt.errors() or (interrupt is stop and "Traceback" in attempt.errors()):
-            raise Violation(f"a restart reports an error: {attempt.errors()}")
-        hits += 1
+        resume = kind.resume(folder, chance) if hits < limit else None
 
 
 @contextlib.contextmanager
@@ -252,36 +107,38 @@ def mapped(path: Path) -> bool:
     return False
 
 
-def check_folder(folder: Path, expected: list[float], tolerance: float) -> None:
-    """Check that a run's folder holds the losses of all steps, and nothing temporary."""
-    difference = max((abs(a - b) for a, b in zip(losses(folder), expected, strict=True)), default=0.0)
-    if difference > tolerance:
-        raise Violation(f"losses differ by {difference:.3g} from the undisturbed run's, allowed: {tolerance:g}")
+def check_leftovers(folder: Path) -> None:
+    """Check that the folder of a run that has ended holds nothing temporary."""
     left = [str(p.relative_to(folder)) for p in folder.rglob(".*")] + [p.name for p in folder.glob("flight_recorder")]
     if left:
         raise Violation(f"left behind in the run's folder: {', '.join(left)}")
 
 
-def campaign(framework: str, length: int, counts: dict[Interruption, int], seed: int) -> None:
-    """Interrupt runs of ``length`` steps, as many runs as it takes for these counts of interruptions.
+def campaign(framework: str, length: int, counts: Mapping[str, int], seed: int) -> None:
+    """Interrupt runs of ``length`` steps, as many runs as it takes for these counts of interruptions by kind.
 
     Raises:
         Violation: something was lost, hung or left behind.
     """
     with tempfile.TemporaryDirectory(prefix="hvdlm-chaos-") as name, nothing_left_behind():
         undisturbed = Path(name) / "undisturbed"
-        run_interrupted(framework, undisturbed, length, kill, 0, random.Random(seed))
+        run_interrupted(framework, undisturbed, length, KINDS["kills"], 0, random.Random(seed))
         expected, runs = losses(undisturbed), 0
-        for interrupt, count in counts.items():
-            kind = interrupt.__name__
+        for kind, count in counts.items():
             chance, began, hits = random.Random(f"{framework} {kind} {seed}"), time.monotonic(), 0
             while hits < count:
                 folder = Path(name) / f"run-{runs}"
                 runs += 1
-                hits += run_interrupted(framework, folder, length, interrupt, count - hits, chance)
-                check_folder(folder, expected, TOLERANCE[framework])
+                hits += run_interrupted(framework, folder, length, KINDS[kind], count - hits, chance)
+                KINDS[kind].check(folder, expected, TOLERANCE[framework])
+                check_leftovers(folder)
                 seconds = time.monotonic() - began
                 print(f"{framework}, {kind}: {hits} of {count} in {runs} run(s), {seconds:.0f} s", flush=True)
+
+
+def words(counts: Mapping[str, int]) -> str:
+    """Return counts by kind as text."""
+    return ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in counts.items())
 
 
 def main() -> int:
@@ -290,10 +147,10 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(2), "big"), help="default: random")
     o = parse(parser, FULL, SHORT)
     print(f"seed {o.seed}", flush=True)
-    # Both numbers are those of all frameworks together.
-    counts = {kill: -(-o.kills // len(o.frameworks)), stop: -(-o.stops // len(o.frameworks))}
+    totals = {kind: getattr(o, kind) for kind in KINDS}
+    counts = {kind: -(-total // len(o.frameworks)) for kind, total in totals.items()}
     for framework in o.frameworks:
-        title = f"violations after {counts[kill]} kill(s) and {counts[stop]} stop(s), {framework}"
+        title = f"violations after {words(counts)}, {framework}"
         try:
             campaign(framework, o.steps, counts, o.seed)
         except Violation as violation:
@@ -301,7 +158,7 @@ def main() -> int:
             print(f"{framework}: FAILED: {violation}", flush=True)
             return 1
         report(title, 0, NONE)
-    print(f"{o.kills} kills and {o.stops} stops: nothing lost, nothing hung, nothing left behind", flush=True)
+    print(f"{words(totals)}: nothing lost, nothing hung, nothing left behind", flush=True)
     return 0
 
 
