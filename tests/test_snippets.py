@@ -42,9 +42,9 @@ PYTHON = f"""#!/bin/bash
 # Trainings are small and begin anew, unless they go on; the bench's messages are small.
 given=" $* "
 if [[ "$1 $2" == "-m hvdlm" && $given != *" --dry_run "* ]]; then
-  case "${{3:--}}" in
-    bench) set -- "$@" --smallest 1024 --largest 2048 ;;
-    train | -*)
+  case "${{3:--}} ${{given##* -- }}" in
+    bench*) set -- "$@" --smallest 1024 --largest 2048 ;;
+    train* | -* | "run -"* | "run train "*)
       set -- "$@" {SMALLER}
       if [[ $given != *" --model.pretrained "* ]]; then set -- "$@" {SMALLER_MODEL}; fi
       if [[ $given == *" --checkpoint.resume "* ]]; then set -- "$@" --train.steps 8
