@@ -157,9 +157,9 @@ class TrainConfig:
         max_seconds: wall-clock seconds after which the run saves and stops with exit code 75; null: no limit
         spike: skip a step whose gradient norm exceeds this multiple of its running mean; 0: skip only non-finite
             gradients
-        max_skips: consecutive skipped steps after which the run rolls back to its newest checkpoint and leaves out
-            their batches
-        replica_check_every: steps between checksums of the data-parallel replicas, which detect divergence; 0: never
+        max_skips: consecutive skipped steps after which the run rolls back to a checkpoint and leaves out their batches
+        replica_check_every: steps between checksums of the parameters that several ranks hold, which detect divergence;
+            every save compares all of the state; 0: neither
     """
 
     steps: int = 1000

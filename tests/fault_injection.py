@@ -6,7 +6,10 @@
 - ``late``: [rank, step, name, seconds]; a signal that many seconds after the end of a step.
 - ``sleep``: [rank, step, seconds]; the rank sleeps at the end of a step.
 - ``nan``: [batch, ...]; the losses of these batches are no numbers on rank 1 (on rank 0 of a single-rank run).
-- ``flip``: [rank, step]; one bit of the rank's parameters flips at the end of a step.
+- ``damage``: [[rank, step, what, how], ...]; a value of the rank's state changes at the end of a step, the first time
+  that the run comes to it: ``flip`` (one bit), ``nan`` or ``inf``. ``what``: parameters, optimizer, frozen (a base
+  weight), velocity or anchor (of DiLoCo), or a part of a parameter's name.
+- ``again``: true; the state is damaged whenever the run comes to that step.
 """
 
 from __future__ import annotations
@@ -45,21 +48,55 @@ def faulty_step(run: Any, step: int, *rest: Any) -> Any:
         threading.Timer(seconds, lambda: os.kill(os.getpid(), getattr(signal, name))).start()
     if FAULTS.get("sleep", [])[:2] == here:
         time.sleep(FAULTS["sleep"][2])
-    if FAULTS.get("flip") == here:
-        flip_bit(run.trainable._flat)
+    for fault in [fault for fault in FAULTS.get("damage", []) if fault[:2] == here]:
+        damage(run.trainable, *fault[2:])
+        if not FAULTS.get("again"):
+            FAULTS["damage"].remove(fault)
     return result
 
 
-def flip_bit(flat: Any) -> None:
-    """Flip a bit of element 100 of the flat parameters, in either framework."""
-    values = np.array(flat.cpu() if hasattr(flat, "cpu") else flat.numpy())
-    values.view(np.int32)[100] ^= 1 << 20
-    if hasattr(flat, "assign"):
-        flat.assign(values)
+def damage(trainable: Any, what: str, how: str) -> None:
+    """Change one value of the trainable's state, in either framework."""
+    element = 100
+    if what == "frozen":
+        weights = trainable._adapters._frozen
+        name = next(name for name, tensor in weights.items() if len(tensor.shape) == 2)
+        values = damaged(weights[name], element, how)
+        if hasattr(weights[name], "copy_"):
+            return store(weights[name], values)
+        import tensorflow as tf
+
+        weights[name] = tf.constant(values)
+        return None
+    if what == "optimizer":
+        target = list(trainable._optimizer.state.values())[-1]
+    elif what in ("velocity", "anchor"):
+        target = getattr(trainable._exchange, f"_{what}")
+    else:
+        target = trainable._flat
+        if what != "parameters":
+            element = next(slot.start for slot in trainable.layout.slots if what in slot.name)
+    return store(target, damaged(target, element, how))
+
+
+def damaged(tensor: Any, element: int, how: str) -> np.ndarray:
+    from keras import ops
+
+    values = np.array(ops.convert_to_numpy(tensor))
+    if how == "flip":
+        values.reshape(-1).view(np.int32)[element] ^= 1 << 20
+    else:
+        values.reshape(-1)[element] = float(how)
+    return values
+
+
+def store(target: Any, values: np.ndarray) -> None:
+    if hasattr(target, "assign"):
+        target.assign(values)
     else:
         import torch
 
-        flat.copy_(torch.from_numpy(values))
+        target.copy_(torch.from_numpy(values))
 
 
 def faulty_batches(run: Any, row: int) -> Any:

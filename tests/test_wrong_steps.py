@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from hvdlm.checkpoints.state_checks import difference
 from hvdlm.config import TrainConfig
-from hvdlm.errors import RankError
 from hvdlm.protocols.types import StepResult
 from hvdlm.training.consensus import Votes
-from hvdlm.training.rollback import difference
 from hvdlm.training.step_guard import StepGuard
 from launching import losses, metrics, read_rows, run_with_faults
 
@@ -42,13 +41,34 @@ def test_without_a_checkpoint_bad_steps_end_the_run(tmp_path: Path) -> None:
     assert "3 step(s) up to step 6 were skipped" in done.stderr and "no checkpoint to go back to" in done.stderr
 
 
-@pytest.mark.parametrize("framework", ["torch", "tensorflow"])
-def test_a_flipped_bit_is_reported_with_tensor_rank_and_step(framework: str, tmp_path: Path) -> None:
-    options = ["--train.replica_check_every", "5", "--train.batch_size", "6"]
-    done = run_with_faults(tmp_path / "run", framework, 3, *options, flip=[2, 8])
+@pytest.mark.parametrize(
+    "framework, ranks, what, options, expected",
+    [
+        (
+            "torch",
+            3,
+            "parameters",
+            ["--train.batch_size", "6"],
+            "rank 2 holds other values than the other 2 replica(s) of ",
+        ),
+        (
+            "tensorflow",
+            2,
+            "norm",
+            ["--parallel.tensor", "2"],
+            "ranks 0, 1 hold different values, no majority shows which",
+        ),
+    ],
+    ids=["torch-data", "tensorflow-tensor"],
+)
+def test_a_flipped_bit_is_reported_with_tensor_rank_and_step(
+    framework: str, ranks: int, what: str, options: list[str], expected: str, tmp_path: Path
+) -> None:
+    options = ["--train.replica_check_every", "5", *options]
+    damage = [[ranks - 1, 8, what, "flip"]]
+    done = run_with_faults(tmp_path / "run", framework, ranks, *options, damage=damage)
     assert done.returncode == 1
-    expected = "after step 10, rank 2 holds other values than the other 2 data rank(s) of "
-    assert done.stderr.count(expected) == 1, done.stderr[-3000:]
+    assert done.stderr.count(f"after step 10, {expected}") == 1, done.stderr[-3000:]
 
 
 DILOCO = ["--communication.exchange", "diloco", "--communication.local.steps", "5"]
@@ -113,18 +133,26 @@ def test_a_rollback_restores_the_spike_statistics() -> None:
     assert guard.state() == then and guard.limit == pytest.approx(8.0)
 
 
-def test_repeated_rollbacks_end_the_run() -> None:
+def test_rollbacks_return_to_older_and_older_checkpoints() -> None:
     guard = StepGuard(TrainConfig(), replicas_diverge=False)
-    for _ in range(3):
-        guard.rolled_back(10, {})
-    guard.rolled_back(20, {})
-    with pytest.raises(RankError, match="after 3 rollbacks to the checkpoint of step 10"):
-        guard.rolled_back(10, {})
+    steps = {5, 10, 15}
+    assert "there is no checkpoint to go back to" in str(guard.hopeless("bad"))
+
+    def roll_back(at: int) -> int | None:
+        left = next(filter(None, (steps - excluded for excluded in guard.excluded(at))), None)
+        if left:
+            guard.rolled_back(max(left), {})
+        return max(left) if left else None
+
+    assert [roll_back(17) for _ in range(4)] == [15, 10, 5, 15]
+    assert [roll_back(18), roll_back(18)] == [15, 10]  # the run has come further: the newest may be of use again
+    assert [roll_back(18) for _ in range(5)] == [5, 10, 5, None, None]
+    assert "bad, and rollbacks to the checkpoint(s) of step 5, 10, 15 did not help: lower" in str(guard.hopeless("bad"))
 
 
 def test_differences_name_the_minority_or_all_ranks() -> None:
     a, b = {"w": 1, "v": 2}, {"w": 1, "v": 3}
     assert difference([a, a], (0, 1)) is None and difference([{}, {}], (0, 1)) is None
-    assert "rank 4 holds other values than the other 2 data rank(s) of v:" in difference([a, a, b], (0, 2, 4))
+    assert "rank 4 holds other values than the other 2 replica(s) of v:" in difference([a, a, b], (0, 2, 4))
     assert "ranks 0, 1 hold different values, no majority" in difference([a, b], (0, 1))
     assert "of w and 1 more tensor(s)" in difference([a, {"w": 9, "v": 9}], (0, 1))

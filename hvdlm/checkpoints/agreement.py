@@ -11,7 +11,7 @@ import contextlib
 import errno
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -33,11 +33,11 @@ Report = Mapping[str, Any]
 """A leader's report on a checkpoint: ``digest`` of its manifest, or None; then ``reason`` and ``kind`` of the error."""
 
 
-def choose(run: Path, which: str, world: World) -> Checkpoint | None:
+def choose(run: Path, which: str, world: World, excluded: Collection[int] = ()) -> Checkpoint | None:
     """Return the checkpoint that ``checkpoint.resume`` names: none, auto (the newest whole one of ``run``), or a path.
 
-    Damaged ones are skipped, with a line on rank 0's stderr. ``auto`` also cleans up what a killed run left behind. All
-    ranks call and get the same checkpoint, or the same error.
+    Damaged ones are skipped, with a line on rank 0's stderr, and without one those of the ``excluded`` steps. ``auto``
+    also cleans up what a killed run left behind. All ranks call and get the same checkpoint, or the same error.
 
     Raises:
         HvdlmError: the checkpoint that is named can't be read, or all are damaged, or a node can't write a copy.
@@ -54,6 +54,8 @@ def choose(run: Path, which: str, world: World) -> Checkpoint | None:
     gathered = _survey(folder, name, sharing, world, clean_up=which == "auto")
     newest_error = None
     for candidate in sorted({key for reports in gathered for key in reports}, key=_step_and_name, reverse=True):
+        if _step_and_name(candidate)[0] in excluded:
+            continue
         reports = [reports.get(candidate) for reports in gathered]
         result = _Candidate(folder / candidate, sharing, world, reports).open()
         if isinstance(result, Checkpoint):

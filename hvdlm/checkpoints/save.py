@@ -2,7 +2,7 @@
 
 Everything is written and synced in a folder under a temporary name, the manifest last; then the folder is renamed: a
 checkpoint is whole or absent. Only the calling thread communicates, so that collectives keep their order; the
-background thread only touches files.
+background thread only touches files. Nothing is published that is not finite, or that differs between replicas.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from hvdlm.checkpoints.manifest import FORMAT
 from hvdlm.checkpoints.safetensors_io import TensorInfo, write_tensors
 from hvdlm.checkpoints.shards import key, to_json
 from hvdlm.checkpoints.shared_folders import Sharing
+from hvdlm.checkpoints.state_checks import Copied, Frozen, Replicas, not_finite
 from hvdlm.checkpoints.write_plan import ENTRY_BYTES, WritePlan, make_write_plan
 from hvdlm.config import CheckpointConfig
 from hvdlm.errors import RankError
@@ -86,6 +87,9 @@ class Saver:
     A save has phases: ``start`` begins the first, ``advance``, called whenever all ranks are ``ready``, the next ones,
     and ``finish`` completes all. Whether ranks share a folder is detected at the first save; where they don't, each
     folder holds the files that its ranks write.
+
+    Attributes:
+        refused: why a save was not published, though no rank failed: its state is not finite. The caller resets it.
     """
 
     def __init__(self, folder: Path, world: World, options: CheckpointConfig) -> None:
@@ -93,7 +97,8 @@ class Saver:
         self._world = world
         self._options = options
         self._sharing: Sharing | None = None
-        self._planned: tuple[list[str], WritePlan] | None = None  # with the digests of what ranks held
+        self.refused: str | None = None
+        self._planned: tuple[list[str], WritePlan, Replicas] | None = None  # with the digests of what ranks held
         self._phases: Phases | None = None
         self._task: Background | None = None
         self._step = 0
@@ -117,6 +122,8 @@ class Saver:
         meta: Mapping[str, Any],
         shards: Mapping[str, Shard] | None = None,
         began: float | None = None,
+        replicas: Mapping[str, str] | None = None,
+        frozen: Frozen = tuple,
     ) -> list[Saved]:
         """Start to write ``state``, a copy that is never changed, as the checkpoint of ``step``. All ranks call.
 
@@ -129,12 +136,14 @@ class Saver:
             shards: the shard of its global array that an entry is; those not listed are whole. A shard that several
                 ranks hold is written by the lowest of them.
             began: ``time.perf_counter()`` before the copy was made.
+            replicas: as of ``StateDict.replicas``: what has to be equal on ranks, and is compared; None: nothing.
+            frozen: as ``StateDict.frozen``; it is called in the background. Compared, but not written.
 
         Returns:
             The checkpoints that have become whole meanwhile.
 
         Raises:
-            RankError: a rank can't write, or a disk lacks space; earlier checkpoints are unchanged.
+            RankError: a rank can't write, a disk lacks space, or replicas differ; earlier checkpoints are unchanged.
         """
         entered = time.perf_counter()
         done = self.finish()
@@ -143,7 +152,7 @@ class Saver:
         self._step = step
         self._blocked = -waited if began is not None else 0.0
         self._whole = None
-        self._next_phase(self._save(step, dict(state), meta, shards or {}), None)
+        self._next_phase(self._save(step, Copied(dict(state), shards or {}, replicas or {}, frozen), meta), None)
         self._blocked += time.perf_counter() - self._began
         return done if self._options.asynchronous else done + self.finish()
 
@@ -195,25 +204,33 @@ class Saver:
         self._phases = phases
         self._task = Background(action)
 
-    def _save(
-        self, step: int, state: dict[str, np.ndarray], meta: Mapping[str, Any], shards: Mapping[str, Shard]
-    ) -> Phases:
-        """Yield a save's phases: prepare, write, publish, delete old checkpoints."""
+    def _save(self, step: int, copied: Copied, meta: Mapping[str, Any]) -> Phases:
+        """Yield a save's phases: prepare, check and write, publish, delete old checkpoints."""
         sharing = self._meet()
         name = step_name(step)
         temporary, final = retention.partial(self._folder, name), self._folder / name
         published = False
         try:
-            plan = self._prepare(sharing, temporary, state, shards)
+            plan, replicas = self._prepare(sharing, temporary, copied)
             if not sharing.everywhere:  # all leaders must write the same manifest, byte for byte
                 meta = self._world.broadcast_object(dict(meta))
-            written_here = {name for names in plan.files[self._world.rank].values() for name in names}
-            for other in [n for n in state if n not in written_here and not n.startswith("exchange/")]:
-                del state[other]  # other ranks write it: its memory can be freed
-            results = yield lambda: self._write(temporary, plan, state)
-            state.clear()
+            results = yield lambda: self._check_and_write(temporary, plan, replicas, copied)
+            copied.state.clear()
             _raise_first(results, "write", temporary)
-            files = {file: entry for result in results for file, entry in result["value"].items()}
+            values = [result["value"] for result in results]
+            refused = not_finite([value["not_finite"] for value in values], step)
+            if refused:
+                self.refused = refused
+                if sharing.leads:
+                    retention.withdraw(self._folder, name, published)
+                return
+            difference = replicas.compare([value["digests"] for value in values], copied.checksums, self._world)
+            if difference:
+                raise RankError(
+                    f"after step {step}, {difference} The checkpoint of this step is not published: resume from an "
+                    "earlier one (--checkpoint.resume auto), on another machine."
+                )
+            files = {file: entry for value in values for file, entry in value["files"].items()}
             manifest = {**meta, "format": FORMAT, "step": step, "world_size": self._world.size, "files": files}
             manifest["tensors"] = plan.tensors
             results = yield lambda: retention.publish(self._folder, name, manifest) if sharing.leads else None
@@ -234,36 +251,48 @@ class Saver:
                 retention.clean_up(self._folder)
         return self._sharing
 
-    def _prepare(
-        self, sharing: Sharing, temporary: Path, state: Mapping[str, np.ndarray], shards: Mapping[str, Shard]
-    ) -> WritePlan:
+    def _prepare(self, sharing: Sharing, temporary: Path, copied: Copied) -> tuple[WritePlan, Replicas]:
         """Make the temporary folder, agree on the write plan, and check the disk space it needs. All ranks call."""
         held = {}
         rank_bytes = 0  # of this rank's own file
         made: dict[str, Any] = {"error": None, "space": None}
-        for name, array in state.items():
+        for name, array in copied.state.items():
             if name.startswith("exchange/"):
                 rank_bytes += array.nbytes + ENTRY_BYTES
             else:
-                held[name] = to_json(array, shards.get(name) or whole(array.shape))
+                held[name] = to_json(array, copied.shards.get(name) or whole(array.shape))
         if sharing.leads:
             made = _make(temporary)
-        digest = hashlib.sha256(json.dumps(held).encode()).hexdigest()
+        described = [held, dict(copied.replicas)]
+        digest = hashlib.sha256(json.dumps(described).encode()).hexdigest()
         # A barrier, too: no rank writes before the folder exists.
         answers = self._world.gather_objects({**made, "held": digest, "rank_bytes": rank_bytes})
         _raise_first(answers, "make", temporary)
-        plan = self._agree_on_plan(held, [answer["held"] for answer in answers])
+        plan, replicas = self._agree_on_plan(described, [answer["held"] for answer in answers])
         needs = [size + answer["rank_bytes"] for size, answer in zip(plan.bytes, answers, strict=True)]
         lacking = shared_folders.insufficient_space(sharing, needs, [answer["space"] for answer in answers])
         if lacking:
             raise RankError(_no_space(*lacking, self._folder))
-        return plan
+        return plan, replicas
 
-    def _agree_on_plan(self, held: Mapping[str, Any], digests: list[str]) -> WritePlan:
-        """Return the write plan, made again only where what a rank holds has changed since the last save."""
+    def _agree_on_plan(self, described: list[Any], digests: list[str]) -> tuple[WritePlan, Replicas]:
+        """Return the write plan and the replicas, made again only where what a rank holds has changed."""
         if self._planned is None or self._planned[0] != digests:
-            self._planned = digests, make_write_plan(self._world.gather_objects(held))
-        return self._planned[1]
+            held, replicas = zip(*self._world.gather_objects(described), strict=True)
+            self._planned = digests, make_write_plan(held), Replicas(replicas)
+        return self._planned[1:]
+
+    def _check_and_write(self, temporary: Path, plan: WritePlan, replicas: Replicas, copied: Copied) -> dict[str, Any]:
+        """Check the state and write this rank's files: {"files": their entries in the manifest, "digests": ...}."""
+        rank, state = self._world.rank, copied.state
+        name = copied.check({name for names in replicas.of(rank) for name in names})
+        if name:
+            return {"not_finite": name, "files": {}, "digests": []}
+        written_here = {name for names in plan.files[rank].values() for name in names}
+        for other in [n for n in state if n not in written_here and not n.startswith("exchange/")]:
+            del state[other]  # other ranks write it: its memory can be freed
+        files = self._write(temporary, plan, state)
+        return {"not_finite": None, "files": files, "digests": replicas.digests(rank, copied.checksums)}
 
     def _write(self, temporary: Path, plan: WritePlan, state: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """Write this rank's files; return their entries in the manifest."""

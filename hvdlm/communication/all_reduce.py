@@ -24,6 +24,7 @@ class AllReduceExchange:
     stands_for = 1
     zero_rank = 0
     zero_size = 1
+    replicated: tuple[str, ...] = ()
     scatters_every = False
 
     def __init__(self, group: Group, options: CommunicationConfig | None = None) -> None:

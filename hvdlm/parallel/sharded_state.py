@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -99,6 +99,7 @@ class ShardedState:
         self.loss_scale = LossScale(config.train.precision)
         self._weights = FlatState(self.layout)
         self._memory = FlatState(self.layout, zero_rank, zero_size)
+        self._identities: dict[tuple[bool, tuple[str, ...]], dict[str, str]] = {}
 
     @property
     def loss_divisor(self) -> float:
@@ -112,7 +113,7 @@ class ShardedState:
             {p.spec.name: p.spec.initial_box(seed, p.shard.slices) for p in self.model_shard.params}
         )
 
-    def frozen(self) -> Iterator[tuple[str, np.ndarray]]:
+    def initial_frozen(self) -> Iterator[tuple[str, np.ndarray]]:
         """Yield the name and the float32 values of every frozen base weight."""
         for param in self.spec.frozen:
             yield param.name, param.initial_box(self.config.train.seed, whole(param.shape).slices)
@@ -152,6 +153,29 @@ class ShardedState:
         if self.exchange.replicas_diverge and not self.exchange.agreed:
             return {}
         return {slot.name: zlib.crc32(flat[slot.start : slot.stop].data) for slot in self.layout.slots}
+
+    def replicas(self, names: Collection[str], memory: Mapping[str, Any]) -> dict[str, str]:
+        """Return ``Trainable.replicas``; every save asks for them, and they are computed once."""
+        known = self.exchange.agreed, tuple(names)
+        if known not in self._identities:
+            self._identities[known] = self._identify(names, memory)
+        return self._identities[known]
+
+    def _identify(self, names: Collection[str], memory: Mapping[str, Any]) -> dict[str, str]:
+        """Return identities by the shard, and where ranks differ, by their coordinates."""
+        exchange, shards = self.exchange, self.shards(memory)
+        # Compression of a bucket depends on all of its contents, so that what several tensor ranks hold drifts apart.
+        lossy = self.config.communication.compression.algorithm != "none"
+        identities = {}
+        for name in names:
+            replicated = name.startswith("exchange/") and name.removeprefix("exchange/").startswith(exchange.replicated)
+            if name.startswith("exchange/") and not replicated:
+                continue
+            independent = exchange.replicas_diverge and not replicated
+            independent = independent and not (exchange.agreed and name.startswith("parameters/"))
+            axes = ["data"] * independent + ["pipeline", "tensor"] * (lossy or replicated)
+            identities[name] = repr((shards.get(name), [self.coordinates[axis] for axis in axes]))
+        return identities | {f"frozen/{param.name}": "" for param in self.spec.frozen}
 
     def shards(self, memory: Mapping[str, Any]) -> dict[str, Shard]:
         """Return ``Trainable.shards``; ``memory``: the optimizer's state, by kind."""

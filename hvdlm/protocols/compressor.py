@@ -39,11 +39,13 @@ class Compressor(Protocol):
         matrices: takes one float32 ``[rows, columns]`` after the other; else a whole bucket as one ``[n]``.
         biased: whether error feedback is on by default.
         feeds_back: whether the algorithm keeps its own compression error: no error feedback is then added.
+        replicated: the names in ``memory`` whose values are equal on all ranks.
     """
 
     matrices: bool
     biased: bool
     feeds_back: bool
+    replicated: tuple[str, ...]
 
     def begin(self, step: int) -> Hashable:
         """Prepare for ``step``; return its phase, see ``Exchange.begin``."""

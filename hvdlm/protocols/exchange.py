@@ -29,6 +29,7 @@ class Exchange(Protocol):
             ranks that they stand for.
         zero_rank, zero_size: this rank updates shard ``zero_rank`` of ``zero_size`` equal shards of every bucket
             (ZeRO); 0 and 1: all of it.
+        replicated: prefixes of the names in ``state()`` whose entries are equal on all ranks of the data axis.
         scatters_every: whether every micro-batch's gradients are scattered, so that none are kept whole (ZeRO-2).
         traffic: the group's counters.
     """
@@ -39,6 +40,7 @@ class Exchange(Protocol):
     stands_for: int
     zero_rank: int
     zero_size: int
+    replicated: tuple[str, ...]
     scatters_every: bool
     traffic: dict[str, Traffic]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -23,6 +23,16 @@ class StateDict(Protocol):
 
     def shards(self) -> dict[str, Shard]:
         """Return which shard of the global array every entry of ``state()`` is; ``exchange/`` entries have none."""
+
+    def replicas(self, names: Collection[str]) -> dict[str, str]:
+        """Return the identities of those entries of ``state()``, by name, that other ranks may hold too.
+
+        Ranks with the same identity of a name have to hold equal arrays now. Frozen base weights are included, as
+        ``frozen/NAME``.
+        """
+
+    def frozen(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield the name, ``frozen/NAME``, and the present values of every frozen base weight; any thread may call."""
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
         """Restore what ``state()`` returned, perhaps in the other framework or on another number of ranks.

@@ -30,7 +30,7 @@ class Trainable(Inference, StateDict, Protocol):
     def fingerprints(self) -> dict[str, int]:
         """Return a CRC-32 of this rank's shard of every parameter, by global name.
 
-        Equal on all ranks of the data axis; empty where their parameters may differ now (local SGD).
+        Empty where the ranks of the data axis may hold different parameters now (local SGD).
         """
 
     def memory(self) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -74,6 +75,16 @@ class StepResult:
     idle_seconds: float = 0.0
     axis_bytes: dict[str, int] = field(default_factory=dict)
     skipped: bool = False
+
+    @property
+    def failed(self) -> bool:
+        """Whether the update was skipped because gradients were not finite."""
+        return self.skipped and not math.isfinite(self.grad_norm)
+
+    @property
+    def applied(self) -> bool:
+        """Whether the update was applied; in fp16 it isn't where the loss scale was too large, which is no fault."""
+        return not self.skipped and math.isfinite(self.grad_norm)
 
 
 @dataclass(frozen=True)

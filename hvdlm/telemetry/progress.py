@@ -92,8 +92,8 @@ class Progress:
     @hookimpl
     def hvdlm_rolled_back(self, step: int, to_step: int, batches: Sequence[int]) -> None:
         """Print that the run rolled back."""
-        left_out = ", ".join(map(str, batches))
-        self._print(f"step {step}: rolled back to the checkpoint of step {to_step}; left out: batch {left_out}")
+        left_out = f"; left out: batch {', '.join(map(str, batches))}" if batches else ""
+        self._print(f"step {step}: rolled back to the checkpoint of step {to_step}{left_out}")
         if self._bar is not None:
             self._bar.n = to_step
 

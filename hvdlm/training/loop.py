@@ -16,7 +16,7 @@ from hvdlm.protocols.world import World
 from hvdlm.training.consensus import Consensus
 from hvdlm.training.lr_schedule import make_schedule
 from hvdlm.training.preflight import versions
-from hvdlm.training.rollback import check_replicas, roll_back
+from hvdlm.training.rollback import check_replicas, check_result, roll_back
 from hvdlm.training.run import Run
 from hvdlm.training.run_folder import Status, open_folder
 from hvdlm.training.signals import Signals
@@ -26,7 +26,11 @@ from hvdlm.training.summary import RunTotals, describe, summarise
 def train(run: Run, signals: Signals) -> dict[str, Any]:
     """Train from the checkpoint, or from the start, to ``train.steps``; return the summary. All ranks call.
 
-    Where a signal or ``train.max_seconds`` ends the run earlier, it saves first, and the summary says why.
+    Where a signal or ``train.max_seconds`` ends the run earlier, it saves first, and the summary says why. While steps
+    are skipped, the run neither saves nor stops.
+
+    Raises:
+        RankError: the result is not finite, or rollbacks did not help.
     """
     config, hook, saver = run.config, run.manager.hook, run.saver
     rate, totals, step = make_schedule(config.train), RunTotals(run.spec.parameters), run.start_step
@@ -35,6 +39,7 @@ def train(run: Run, signals: Signals) -> dict[str, Any]:
     with Status(run) as status:
         hook.hvdlm_run_started(config=config, world=run.world, info=describe(run, step))
         metrics, saved, stopped = last_metrics(run, step), step, consensus.stopped_before()
+        save_due = False
         while step < config.train.steps and not stopped:
             run.watchdog.step(step + 1)
             row = run.cursor.advance()
@@ -44,24 +49,34 @@ def train(run: Run, signals: Signals) -> dict[str, Any]:
             stopped = votes.stop_reason
             if saver.active and votes.ready == run.world.size:
                 report_saved(run, saver.advance())
-            bad_rows = run.guard.bad_rows(votes, run.world.size)
-            if bad_rows:
+            save_due = save_due or due(step, config.checkpoint.every)
+            deferred = bool(stopped or save_due) and run.world.any(not result.applied)
+            stopped = None if deferred else stopped  # the next steps decide whether the run rolls back
+            wrong = step == config.train.steps and run.world.any(result.failed)
+            bad_rows = run.guard.bad_rows(votes, run.world.size, row if wrong else None)
+            if bad_rows or saver.refused:
                 report_saved(run, saver.finish())
-                status.step = step = roll_back(run, bad_rows, step)
+                checkpoint = roll_back(run, bad_rows, step)
+                status.step = step = saved = checkpoint.step
+                metrics, save_due = checkpoint.manifest.get("metrics") or {}, False
                 continue
-            if due(step, config.train.replica_check_every):
+            saving = save_due and not deferred
+            if due(step, config.train.replica_check_every) and not saving:  # a save compares all of the state
                 check_replicas(run, step)
             if due(step, config.train.eval_every) and not stopped:
                 metrics = evaluate(run, step)
-            if due(step, config.checkpoint.every):
-                saved = save(run, step, metrics)
+            if saving:
+                saved, save_due = save(run, step, metrics), False
             consensus.vote(row, saver.ready(), result.skipped)
         consensus.result()
         if metrics.get("step") != step and not stopped:
             metrics = evaluate(run, step)
+        report_saved(run, saver.finish())
+        check_result(run, step, {} if stopped else metrics)
         if saved != step:
             save(run, step, metrics)
         report_saved(run, saver.finish())
+        check_result(run, step, {})
         summary = summarise(run, totals, metrics, step, stopped)
         run.watchdog.stop()
         hook.hvdlm_run_ended(summary=summary)
@@ -154,7 +169,9 @@ def save(run: Run, done: int, metrics: dict[str, Any]) -> int:
         "metrics": metrics,
         **({"base": run.base} if run.base else {}),
     }
-    report_saved(run, run.saver.start(done, run.trainable.state(), meta, run.trainable.shards(), began))
+    trainable, state = run.trainable, run.trainable.state()
+    replicas = trainable.replicas(state) if run.config.train.replica_check_every else None
+    report_saved(run, run.saver.start(done, state, meta, trainable.shards(), began, replicas, trainable.frozen))
     return done
 
 

@@ -18,13 +18,18 @@ class LossScale:
         self.value = _START if self.active else 1.0
         self._steps = 0  # since the scale changed
 
-    def update(self, norm: float) -> bool:
-        """Adapt the scale to the gradients' norm; return whether the gradients are finite."""
+    def update(self, norm: float, loss: float) -> bool:
+        """Adapt the scale to the gradients' norm; return False where the scale was too large for them.
+
+        Where it can't have been (the loss, to which it isn't applied, is not finite, or the scale is at its minimum),
+        the gradients are at fault, as in any other precision.
+        """
         if not self.active:
             return True
         if not math.isfinite(norm):
-            self.value, self._steps = max(1.0, self.value / 2), 0
-            return False
+            overflowed = math.isfinite(loss) and self.value > 1.0
+            self.value, self._steps = max(1.0, self.value / 2) if overflowed else self.value, 0
+            return not overflowed
         self._steps += 1
         if self._steps == _STEPS:
             self.value, self._steps = min(_MAX, self.value * 2), 0

@@ -13,6 +13,7 @@ from hvdlm.checkpoints import agreement, discovery
 from hvdlm.checkpoints.base_weights import Base, attach, open_pretrained, resolve
 from hvdlm.checkpoints.load import Checkpoint, read_state
 from hvdlm.checkpoints.save import Saver
+from hvdlm.checkpoints.state_checks import Comparison
 from hvdlm.config import Config
 from hvdlm.configuration import validation
 from hvdlm.configuration.availability import choose_backend, require_framework, without_horovod
@@ -59,6 +60,7 @@ class Run:
     cursor: DataCursor
     guard: StepGuard
     saver: Saver
+    comparison: Comparison
     watchdog: Watchdog
     base: Base | None = None
 
@@ -280,6 +282,7 @@ def build(connected: Connected) -> Run:
         cursor=DataCursor.of(manifest, batch_size) if checkpoint else DataCursor(batch_size),
         guard=StepGuard(config.train, exchange.replicas_diverge, manifest.get("guard")),
         saver=Saver(folder / "checkpoints", world, config.checkpoint),
+        comparison=Comparison(world),
         watchdog=watchdog,
         base=base,
     )

@@ -13,7 +13,7 @@ from hvdlm.training.consensus import Votes
 
 _DECAY = 0.98  # of the running mean of norms
 _SETTLED = 50  # steps until the mean is reliable enough to detect spikes
-_MAX_ROLLBACKS = 3  # to one checkpoint, before the run gives up
+_MAX_ROLLBACKS = 3  # to one checkpoint
 
 
 class StepGuard:
@@ -27,6 +27,8 @@ class StepGuard:
         self._replicas_diverge = replicas_diverge
         self._bad: list[int] = []
         self._rollbacks: dict[int, int] = {}
+        self._tried: set[int] = set()
+        self._furthest = 0
         self._load(state or {})
 
     def _load(self, state: Mapping[str, Any]) -> None:
@@ -50,32 +52,43 @@ class StepGuard:
             weight = max(1.0 - _DECAY, 1.0 / self._steps)
             self._mean += weight * (result.grad_norm - self._mean)
 
-    def bad_rows(self, votes: Votes, ranks: int) -> list[int]:
+    def bad_rows(self, votes: Votes, ranks: int, last_row: int | None = None) -> list[int]:
         """Count the votes on a step; return the first rows of the bad batches if the run must roll back.
 
-        That is the case after too many skipped steps in a row, or where some ranks skipped a step that others applied:
-        their replicas then differ.
+        That is the case after too many skipped steps in a row, where some ranks skipped a step that others applied
+        (their replicas then differ), or where the last step of the run, on the batch at ``last_row``, went wrong.
         """
-        if votes.row is None:
-            return []
-        self._bad = [*self._bad, votes.row] if votes.skipped else []
         diverged = 0 < votes.skipped < ranks and not self._replicas_diverge
+        if votes.row is not None:
+            self._bad = [*self._bad, votes.row] if votes.skipped else []
+        if last_row is not None:
+            return [*self._bad, last_row]
         return self._bad if diverged or len(self._bad) >= self._options.max_skips else []
 
-    def rolled_back(self, step: int, state: Mapping[str, Any]) -> None:
-        """Load ``state`` from the checkpoint of ``step``, to which the run rolls back.
+    def excluded(self, step: int) -> list[set[int]]:
+        """Return the steps of checkpoints to which a rollback from ``step`` must not return, and if no other is left.
 
-        Raises:
-            RankError: the run rolled back to it too often: the cause is more than a few bad batches.
+        After a rollback that did not help, the next one returns to an older checkpoint. One that was tried is tried
+        again where there is no older one or the run has come further, but no more than three times.
         """
+        if step > self._furthest:
+            self._furthest, self._tried = step, set()
+        exhausted = {tried for tried, count in self._rollbacks.items() if count >= _MAX_ROLLBACKS}
+        return [self._tried | exhausted, exhausted]
+
+    def rolled_back(self, step: int, state: Mapping[str, Any]) -> None:
+        """Load ``state`` from the checkpoint of ``step``, to which the run rolls back."""
         self._bad = []
         self._load(state)
+        self._tried = {step} if step in self._tried else {*self._tried, step}
         self._rollbacks[step] = self._rollbacks.get(step, 0) + 1
-        if self._rollbacks[step] > _MAX_ROLLBACKS:
-            raise RankError(
-                f"after {_MAX_ROLLBACKS} rollbacks to the checkpoint of step {step}, gradients are still "
-                f"{'not finite or spiking' if self._options.spike else 'not finite'}: {ADVICE}"
-            )
+
+    def hopeless(self, reason: str) -> RankError:
+        """Return the error that ends a run which has to roll back for ``reason``, and has no checkpoint left."""
+        tried = ", ".join(map(str, sorted(self._rollbacks)))
+        before = f"rollbacks to the checkpoint(s) of step {tried} did not help" if tried else ""
+        before = before or "there is no checkpoint to go back to"
+        return RankError(f"{reason}, and {before}: {ADVICE}")
 
 
 ADVICE = "lower --train.learning_rate, set --train.clip, or check the data."

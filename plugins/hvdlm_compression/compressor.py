@@ -23,7 +23,7 @@ class Compressor:
         default_ratio: fraction of the elements that is sent, unless ``communication.compression.ratio`` is set.
         group_rank: this rank's index in the group that exchanges gradients.
         ranks: the group's size.
-        matrices, biased, feeds_back: see ``Compressor``.
+        matrices, biased, feeds_back, replicated: see ``Compressor``.
     """
 
     collective: Literal["all_reduce", "all_gather"] = "all_gather"
@@ -32,6 +32,7 @@ class Compressor:
     matrices = False
     biased = True
     feeds_back = False
+    replicated: tuple[str, ...] = ()
 
     def __init__(self, settings: CompressionConfig, seed: int = 1, group_rank: int = 0, ranks: int = 1) -> None:
         self.settings = settings

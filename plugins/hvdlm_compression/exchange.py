@@ -56,6 +56,7 @@ class CompressedExchange(AllReduceExchange):
         feedback = self._settings.error_feedback
         if feedback is None:
             feedback = compressor.biased
+        self.replicated = tuple(f"{kind}/" for kind in compressor.replicated)
         self._feedback = feedback and not compressor.feeds_back
         self._buckets: list[Bucket] = []
         self._dense = False

@@ -36,6 +36,7 @@ class LocalExchange(AllReduceExchange):
         self._momentum = momentum
         self._phase = "local"
         self._ready = False
+        self.replicated = ("outer_momentum/", *inner.replicated)
 
     def open(self, layout: FlatLayout, parameters: np.ndarray) -> None:
         """Begin a round from ``parameters``; reset the outer momentum."""

@@ -17,6 +17,7 @@ class PowerSGD(Compressor):
     """One step of subspace iteration (algorithm 1): P = M Q, orthogonalised, then Q = M^T P; both are all-reduced."""
 
     matrices = True
+    replicated = ("factor",)
 
     def payload_bytes(self, shape: tuple[int, ...]) -> int:
         """Return the bytes of both factors; those of the whole matrix where its own rank is lower than the factors'."""

@@ -7,9 +7,10 @@ adapters.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import tensorflow as tf
 
 from hvdlm.models.spec import Adapter
@@ -26,7 +27,7 @@ class Adapters:
     def __init__(self, state: ShardedState, flat: tf.Variable) -> None:
         self._flat = flat
         self._layout = state.layout
-        self._frozen = {name: tf.constant(array) for name, array in state.frozen()}
+        self._frozen = {name: tf.constant(array) for name, array in state.initial_frozen()}
         self._weights = [
             _AdaptedWeight(
                 adapter, self._frozen[adapter.weight], tf.Variable(self._frozen[adapter.weight], trainable=False)
@@ -60,6 +61,10 @@ class Adapters:
         trained = self._trained() if self._weights else {}
         for weight in self._weights:
             weight.add(trained[weight.names.down], trained[weight.names.up])
+
+    def frozen_arrays(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield the name, ``frozen/NAME``, and the present values of every frozen weight."""
+        return ((f"frozen/{name}", tensor.numpy()) for name, tensor in self._frozen.items())
 
     def _trained(self) -> dict[str, tf.Tensor]:
         """Return every trained parameter as a slice of the flat vector."""

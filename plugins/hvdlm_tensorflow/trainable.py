@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -101,7 +101,7 @@ class Trainable(Inference):
         loss_sum, tokens, squared, waited, stage_seconds, applied = totals.numpy().tolist()
         self._counters.waited(graph.last, waited)
         norm = squared**0.5
-        usable = self._sharded.loss_scale.update(norm)  # fp16 overflows now and then: no step that went wrong
+        usable = self._sharded.loss_scale.update(norm, loss_sum)  # fp16 overflows now and then
         # A stage that has done its passes waits for the others in the first sum over all stages.
         idle = self._pipeline.waited + stage_seconds if staged else 0.0
         axis_bytes = grown(by_axis(self._counters.traffic()), bytes_before)
@@ -292,6 +292,14 @@ class Trainable(Inference):
     def shards(self) -> dict[str, Shard]:
         """Return which box of the global array every entry of ``state()`` is."""
         return self._sharded.shards(self._optimizer.state)
+
+    def replicas(self, names: Collection[str]) -> dict[str, str]:
+        """Return the identities of entries of ``state()`` and of frozen weights that other ranks may hold too."""
+        return self._sharded.replicas(names, self._optimizer.state)
+
+    def frozen(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield the name and the present values of every frozen base weight."""
+        return self._adapters.frozen_arrays()
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
         """Replace parameters, optimizer, exchange and carried state by those of ``state``."""

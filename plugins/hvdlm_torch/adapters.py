@@ -7,9 +7,10 @@ is freed. The models' code is the same with and without adapters.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from hvdlm.parallel.sharded_state import ShardedState
@@ -24,12 +25,10 @@ class Adapters:
     """
 
     def __init__(self, state: ShardedState, parameters: Mapping[str, torch.nn.Parameter], device: torch.device) -> None:
-        self.bound: dict[str, torch.Tensor] = {}
         self.leaves = dict(parameters)
         self._weights: list[_AdaptedWeight] = []
-        for name, array in state.frozen():
-            self.bound[name] = torch.from_numpy(array).to(device)
-        self.bound = self.bound or dict(parameters)
+        self._frozen = {name: torch.from_numpy(array).to(device) for name, array in state.initial_frozen()}
+        self.bound = dict(self._frozen) or dict(parameters)
         for adapter in state.spec.adapters:
             frozen, down, up = self.bound[adapter.weight], parameters[adapter.down], parameters[adapter.up]
             leaf = torch.nn.Parameter(torch.empty_like(frozen))
@@ -44,6 +43,10 @@ class Adapters:
         """Recompute the adapted weights, after the adapters have changed."""
         for weight in self._weights:
             weight.add()
+
+    def frozen_arrays(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield the name, ``frozen/NAME``, and the present values of every frozen weight."""
+        return ((f"frozen/{name}", tensor.cpu().numpy()) for name, tensor in self._frozen.items())
 
 
 @dataclass

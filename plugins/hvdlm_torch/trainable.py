@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -85,7 +85,8 @@ class Trainable(Inference):
         # Losses were divided by a constant, not by the step's valid tokens, which all ranks together know only now.
         scale = self._sharded.loss_divisor / (tokens * self._sharded.loss_scale.value)
         norm = squared**0.5 * scale
-        skipped = self._apply(learning_rate, step, norm, scale, limit)
+        usable = self._sharded.loss_scale.update(norm, loss_sum_value)  # fp16 overflows now and then
+        applied = self._apply(learning_rate, step, norm, scale, limit)
         waited = sums.gradient_seconds + self._replace_parameters()
         self._adapters.add()
         # A stage that has done its passes waits for the others in the first sum over all stages.
@@ -99,7 +100,7 @@ class Trainable(Inference):
             sum(axis_bytes.values()),
             idle_seconds=idle,
             axis_bytes=axis_bytes,
-            skipped=skipped,
+            skipped=usable and not applied,
         )
 
     def _seed_dropout(self, step: int) -> None:
@@ -145,17 +146,15 @@ class Trainable(Inference):
 
     @torch.no_grad()
     def _apply(self, learning_rate: float, step: int, norm: float, scale: float, limit: float) -> bool:
-        """Rescale, clip and apply the summed gradient of this rescaled ``norm``; return whether it is skipped."""
-        if not self._sharded.loss_scale.update(norm):
-            return False  # fp16 overflows now and then: the scale has been halved
+        """Rescale, clip and apply the summed gradient of this rescaled ``norm``; return whether it was applied."""
         if not norm <= limit or norm == math.inf:  # in this form, NaN is skipped too
-            return True
+            return False
         clip = self._config.train.clip
         factor = scale * min(1.0, clip / (norm + 1e-6)) if clip else scale
         if factor != 1.0:
             self._gradients.shard.mul_(factor)
         self._optimizer.update(learning_rate, step)
-        return False
+        return True
 
     @torch.no_grad()
     def _replace_parameters(self) -> float:
@@ -200,6 +199,14 @@ class Trainable(Inference):
     def shards(self) -> dict[str, Shard]:
         """Return which box of the global array every entry of ``state()`` is."""
         return self._sharded.shards(self._optimizer.state)
+
+    def replicas(self, names: Collection[str]) -> dict[str, str]:
+        """Return the identities of entries of ``state()`` and of frozen weights that other ranks may hold too."""
+        return self._sharded.replicas(names, self._optimizer.state)
+
+    def frozen(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield the name and the present values of every frozen base weight."""
+        return self._adapters.frozen_arrays()
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:

@@ -30,6 +30,8 @@ def check_compressor(harness: Harness, plugin: PluginUnderTest, member: str, fin
     compressor = plugins.compressors(harness.manager)[member](chosen, 1, harness.world.rank, harness.world.size)
     for name in ("matrices", "biased", "feeds_back"):
         findings.require(isinstance(getattr(compressor, name, None), bool), f"{label}: {name} is not a bool.")
+    replicated = getattr(compressor, "replicated", None)
+    findings.require(isinstance(replicated, tuple), f"{label}: replicated is not a tuple of names.")
     shape = (48, 64) if compressor.matrices else (48 * 64,)
     payload = compressor.payload_bytes(shape)
     findings.require(

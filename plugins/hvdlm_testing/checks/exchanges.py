@@ -8,7 +8,7 @@ from hvdlm_testing.checks.training import check_training
 from hvdlm_testing.plugin_under_test import PluginUnderTest
 
 _ATTRIBUTES = {"size": int, "replicas_diverge": bool, "agreed": bool, "stands_for": int, "traffic": dict}
-_ATTRIBUTES |= {"zero_rank": int, "zero_size": int, "scatters_every": bool}
+_ATTRIBUTES |= {"zero_rank": int, "zero_size": int, "replicated": tuple, "scatters_every": bool}
 
 
 def check_exchange(harness: Harness, plugin: PluginUnderTest, member: str, findings: Findings) -> None:
