@@ -32,6 +32,7 @@ NAMES = [
     "without_horovod",
     "parallel",
     "save_cost",
+    "replica_check",
     "waiting_threads",
     "slow_network",
 ]

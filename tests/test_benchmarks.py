@@ -27,6 +27,8 @@ RUNS = [
     ("loop_overhead", ["tensorflow"], 1),
     ("parallel", ["torch"], 2),
     pytest.param("results", ["digits", "--frameworks", "torch", "--data", str(DATA)], 1, marks=needs_data),
+    ("replica_check", ["torch"], 2),
+    ("replica_check", ["tensorflow"], 2),
     ("save_cost", [], 4),
     ("slow_network", ["torch"], 3),
     ("waiting_threads", ["torch"], 4),
@@ -34,8 +36,8 @@ RUNS = [
     ("without_horovod", ["tensorflow"], 1),
 ]
 # Modules of benchmarks, and the scripts that their ranks run.
-HELPERS = {"harness", "interruptions", "two_hosts", "plain_torch", "plain_tensorflow"}
-WORKERS = {"fuzz_worker", "layout_worker", "paired_worker", "steady_worker", "waiting_worker"}
+HELPERS = {"damage", "harness", "interruptions", "two_hosts", "plain_torch", "plain_tensorflow"}
+WORKERS = {"damage_worker", "fuzz_worker", "layout_worker", "paired_worker", "steady_worker", "waiting_worker"}
 
 
 def run(script: str, *options: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
