@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from hvdlm.io.safe_files import delete_file, delete_folder
 from hvdlm_horovod import cache, cuda, failures, local_launch, patches, toolchain
 from hvdlm_horovod.console import BuildError, run, say
 from hvdlm_horovod.mpi import Mpi
@@ -89,7 +90,7 @@ def _build_horovod(
     compiler = toolchain.find(target.environment()["PATH"])
     toolchain.check(target, folder, bool(request.gpu))
     log = cache.log("horovod", key)
-    log.unlink(missing_ok=True)
+    delete_file(log)
     gpu = f" with {request.gpu} on GPUs (CUDA {toolkit.version})" if toolkit else ""
     say(
         f"Horovod {patches.VERSION}: building for {' and '.join(request.frameworks)}{gpu}, {request.mpi.version}, "
@@ -112,7 +113,7 @@ def _build_horovod(
         lambda output: failures.explain(output, log, target.version, compiler.shown),
         env,
     )
-    shutil.rmtree(work)
+    delete_folder(work)
 
 
 def _tools(target: Target, work: Path, log: Path) -> dict[str, str]:
@@ -230,7 +231,7 @@ def _build_mpi4py(folder: Path, target: Target, mpi: Mpi, log: Path) -> None:
     compiler = toolchain.find(target.environment()["PATH"])
     toolchain.check_headers(target)
     say(f"mpi4py {_MPI4PY}: building against the same MPI")
-    log.unlink(missing_ok=True)
+    delete_file(log)
     env = dict(target.environment(), MPICC=mpi.mpicc)
     rpaths = ["$ORIGIN/../../.." if entry.startswith("$ORIGIN") else entry for entry in mpi.rpath]
     if rpaths:

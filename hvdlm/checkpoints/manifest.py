@@ -17,6 +17,9 @@ FORMAT = "hvdlm-checkpoint-2"
 MANIFEST = "manifest.json"
 _LIMIT = 64 * 2**20  # bytes; hvdlm writes no larger manifest
 _FILE = re.compile(r"[a-z]{1,32}(-[0-9]{1,9})?\.safetensors")
+WRITTEN = re.compile(rf"({_FILE.pattern}|{re.escape(MANIFEST)}|\..*\.partial)")
+"""Matches the names of all files that hvdlm writes into a checkpoint's folder."""
+
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _COUNT = 2**53  # JSON readers keep integers exact up to here
 _TYPES: dict[str, tuple[type, str]] = {

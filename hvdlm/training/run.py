@@ -22,6 +22,7 @@ from hvdlm.diagnostics.watchdog import Watchdog
 from hvdlm.errors import HvdlmError
 from hvdlm.inference import scorer
 from hvdlm.inference.generation import encode
+from hvdlm.io.file_lock import FileLock
 from hvdlm.io.user_folders import similar_run
 from hvdlm.models.lora import adapt
 from hvdlm.models.spec import ModelSpec
@@ -31,7 +32,7 @@ from hvdlm.protocols.framework import Framework
 from hvdlm.protocols.task import Task
 from hvdlm.protocols.trainable import Trainable
 from hvdlm.protocols.world import World
-from hvdlm.training import preflight
+from hvdlm.training import preflight, run_folder, run_lock
 from hvdlm.training.data_cursor import DataCursor
 from hvdlm.training.step_guard import StepGuard
 
@@ -100,7 +101,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Connected:
-    """A run whose ranks are connected, its model not yet built."""
+    """A run whose ranks are connected, its model not yet built. ``lock``: of its folder, where this rank holds it."""
 
     plan: Plan
     task: Task
@@ -109,6 +110,7 @@ class Connected:
     framework: Framework
     world: World
     watchdog: Watchdog
+    lock: FileLock | None
 
 
 def load_plugins(config: Config, *names: str) -> pluggy.PluginManager:
@@ -183,6 +185,7 @@ def _check_folder(config: Config, size: int) -> Checkpoint | None:
     folder = Path(config.log.run)
     # Several ranks search together once they are connected: a node may lack files that others have.
     checkpoint = discovery.find(folder, config.checkpoint.resume, warn=False) if size == 1 else None
+    run_folder.check_foreign(folder, discovery.newest_step(folder) is not None)
     occupied = config.checkpoint.resume == "none" and (folder / "config.yaml").exists()
     if occupied and not config.log.overwrite:
         raise HvdlmError(
@@ -196,9 +199,11 @@ def connect(plan: Plan) -> Connected:
     """Open the data, import the framework and connect the ranks. All ranks call.
 
     Raises:
-        HvdlmError: the data don't fit the model, or the transport doesn't work.
+        HvdlmError: another run is writing the folder, the data don't fit the model, or the transport doesn't work.
     """
     config, manager = plan.config, plan.manager
+    rank, _, local_rank, _ = plan.backend.launch_shape()
+    lock = run_lock.hold(Path(config.log.run), rank, local_rank) if plan.writes else None
     task = plugins.make(manager, "task", config.task, config=config, open_scorer=scorer.opener(config))
     vocab = config.model.vocab or task.vocab
     if vocab < task.vocab:
@@ -220,12 +225,12 @@ def connect(plan: Plan) -> Connected:
         preflight.check_continuation(plan.checkpoint, task, config, base)
     framework = plugins.make(manager, "framework", config.framework)
     folder = Path(config.log.run) / RECORDER_FOLDER
-    if plan.writes and plan.backend.launch_shape()[2] == 0:
+    if lock:
         # Recorders of an earlier attempt; before ranks are connected, so that none of this attempt is deleted.
         clean(folder)
     world = plan.backend.start(framework, plan.mesh.groups(), config)
     watchdog = Watchdog(world, folder, config.communication.timeout)
-    return Connected(plan, task, spec, base, framework, world, watchdog)
+    return Connected(plan, task, spec, base, framework, world, watchdog, lock)
 
 
 def build(connected: Connected) -> Run:

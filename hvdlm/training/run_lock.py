@@ -1,0 +1,52 @@
+"""The lock of a run's folder: one run at a time writes it."""
+
+from __future__ import annotations
+
+import atexit
+from pathlib import Path
+
+from hvdlm.errors import HvdlmError
+from hvdlm.io import file_lock, launcher_env, safe_files
+from hvdlm.io.file_lock import FileLock, Held
+
+NAME = ".lock"
+"""The lock's name in the folder."""
+
+
+def hold(folder: Path, rank: int, local_rank: int) -> FileLock | None:
+    """Take the lock of ``folder`` until this process ends; None where another rank takes it.
+
+    The first rank of every node takes it, since every node may have a folder of its own; where they share one, so do
+    they the lock.
+
+    Raises:
+        HvdlmError: another run is writing the folder, or it can't be written.
+    """
+    launch = launcher_env.launch_identity()
+    if local_rank or (rank and not launch):
+        return None
+    made = safe_files.kind(folder) is None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = file_lock.acquire(folder / NAME, launch=launch, job=launcher_env.scheduler_job())
+    except Held as held:
+        raise HvdlmError(
+            f"{folder} is being written by another run, {held.owner or 'which is just starting'}: wait until it has "
+            "ended, stop it, or name another folder (--log.run NAME)."
+        ) from None
+    except OSError as error:
+        if made:
+            safe_files.delete_if_empty(folder)
+        raise HvdlmError(
+            f"log.run {folder}: {error.filename or NAME}: {error.strerror}: name a folder that can be written and has "
+            "space."
+        ) from error
+    atexit.register(release, lock, folder if made else None)
+    return lock
+
+
+def release(lock: FileLock, made: Path | None = None) -> None:
+    """Release the lock; delete the folder ``made`` for it where the run was refused before it wrote anything."""
+    lock.release()
+    if made is not None:
+        safe_files.delete_if_empty(made)
