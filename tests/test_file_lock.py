@@ -63,8 +63,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def lines() -> tuple[list[str], dict]:
-    said: list[str] = []
-    return said, {"say": said.append}
+    printed: list[str] = []
+    return printed, {"say": printed.append}
 
 
 def test_a_living_owner_is_named_with_host_pid_and_time(tmp_path: Path) -> None:
@@ -82,10 +82,10 @@ def test_a_killed_owners_lock_is_taken_over_and_a_line_says_so(tmp_path: Path) -
     with holding(tmp_path / "lock") as owner:
         owner.kill()
         owner.wait(10)
-        said, say = lines()
+        printed, say = lines()
         with acquire(tmp_path / "lock", **say) as lock:
             assert lock.taken_over is not None and lock.taken_over.pid == owner.pid
-            assert len(said) == 1 and f"process {owner.pid}" in said[0] and "taken over" in said[0]
+            assert len(printed) == 1 and f"process {owner.pid}" in printed[0] and "taken over" in printed[0]
     assert file_names(tmp_path) == []
 
 
@@ -136,9 +136,9 @@ def test_an_owner_elsewhere_lives_while_its_lock_changes(tmp_path: Path) -> None
     finally:
         over.set()
         thread.join(10)
-    said, say = lines()
+    printed, say = lines()
     with acquire(tmp_path / "lock", **say):  # it no longer changes
-        assert "looking whether it is alive" in said[0] and "process 12 on node7" in said[1], said
+        assert "looking whether it is alive" in printed[0] and "process 12 on node7" in printed[1], printed
         assert read_json(tmp_path / "lock")["pid"] == os.getpid()
 
 
@@ -210,9 +210,9 @@ def test_who_waits_says_for_whom(tmp_path: Path) -> None:
     with holding(tmp_path / "lock") as owner:
         assert owner.stdin is not None
         threading.Timer(1.5, owner.kill).start()
-        said, say = lines()
+        printed, say = lines()
         with acquire(tmp_path / "lock", wait=True, **say):
-            assert f"process {owner.pid}" in said[0] and "waiting until it is done" in said[0]
+            assert f"process {owner.pid}" in printed[0] and "waiting until it is done" in printed[0]
 
 
 def test_an_owner_whose_lock_was_taken_over_ends(tmp_path: Path) -> None:

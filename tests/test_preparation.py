@@ -71,7 +71,7 @@ def files(folder: Path) -> dict[str, str]:
 
 
 def remaining(folder: Path) -> list[str]:
-    """Return the names beside a token folder, without locks, the corpus and the cache."""
+    """Return the names beside a token folder, without the corpus and the cache, and a lock of a killed process."""
     names = (path.name for path in folder.parent.iterdir() if path.suffix != ".lock")
     return sorted(name for name in names if name not in ("corpus", "cache"))
 

@@ -90,7 +90,7 @@ class Journal:
             return self._read()
         except (ValueError, OSError, RecursionError, HvdlmError):
             self.state = JournalState()
-            self.discard()
+            self._delete()
             return None
 
     def _read(self) -> Tokenizer:
@@ -189,6 +189,9 @@ class Journal:
             OSError: it can't be deleted, or holds what hvdlm did not write.
         """
         self.close()
+        self._delete()
+
+    def _delete(self) -> None:
         if safe_files.kind(self._folder) == "symbolic link":
             safe_files.delete_file(self._folder)
         safe_files.delete_owned(self.tokens, _TOKEN_FILES)

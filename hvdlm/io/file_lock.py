@@ -271,4 +271,6 @@ def exclusive(output: Path) -> FileLock:
             "another one."
         ) from None
     except OSError as error:
-        raise HvdlmError(f"--output {output}: {lock.name} beside it: {error.strerror}: name another one.") from error
+        raise HvdlmError(
+            f"--output {output}: {error.strerror} ({lock.name}, its lock): name one that can be written."
+        ) from error

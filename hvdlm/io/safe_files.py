@@ -110,9 +110,9 @@ def delete_folder(path: Path) -> None:
 
 
 def delete_owned(folder: Path, names: str) -> None:
-    """Delete the regular files in ``folder`` whose names match ``names`` (a pattern), and the folder if it is empty.
+    """Delete the files and links in ``folder`` whose names match ``names`` (a pattern), and the folder if it is empty.
 
-    Everything else stays; where ``folder`` is a link, so does all.
+    Everything else stays, and so does what links lead to; where ``folder`` is a link, all stays.
 
     Raises:
         OSError: a file can't be deleted.
@@ -120,7 +120,7 @@ def delete_owned(folder: Path, names: str) -> None:
     if kind(folder) != "folder":
         return
     for path in folder.iterdir():
-        if re.fullmatch(names, path.name) and kind(path) == "file":
+        if re.fullmatch(names, path.name) and kind(path) in ("file", "symbolic link"):
             delete_file(path)
     delete_if_empty(folder)
 
