@@ -49,6 +49,7 @@ class FileLock:
 
     Attributes:
         taken_over: the dead owner whose lock it was, or None.
+        made: the folder that was made for it, deleted with it if it is still empty then.
     """
 
     def __init__(self, path: Path, descriptor: int | None, taken_over: Owner | None = None) -> None:
@@ -57,6 +58,7 @@ class FileLock:
         self._over = threading.Event()
         self._busy = threading.Lock()  # between the thread and ``release``: descriptors are used again once closed
         self.taken_over = taken_over
+        self.made: Path | None = None
         if descriptor is not None:
             _held[str(path.resolve())] = self
             threading.Thread(target=self._beat, name="hvdlm-lock", daemon=True).start()
@@ -73,6 +75,8 @@ class FileLock:
             if _is_at(self._path, descriptor):
                 safe_files.delete_file(self._path)
         os.close(descriptor)
+        if self.made is not None:
+            safe_files.delete_if_empty(self.made)
 
     def __enter__(self) -> FileLock:
         return self

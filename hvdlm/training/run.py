@@ -201,9 +201,18 @@ def connect(plan: Plan) -> Connected:
     Raises:
         HvdlmError: another run is writing the folder, the data don't fit the model, or the transport doesn't work.
     """
-    config, manager = plan.config, plan.manager
     rank, _, local_rank, _ = plan.backend.launch_shape()
-    lock = run_lock.hold(Path(config.log.run), rank, local_rank) if plan.writes else None
+    lock = run_lock.hold(Path(plan.config.log.run), rank, local_rank) if plan.writes else None
+    try:
+        return _connect(plan, lock)
+    except BaseException:
+        if lock:
+            lock.release()
+        raise
+
+
+def _connect(plan: Plan, lock: FileLock | None) -> Connected:
+    config, manager = plan.config, plan.manager
     task = plugins.make(manager, "task", config.task, config=config, open_scorer=scorer.opener(config))
     vocab = config.model.vocab or task.vocab
     if vocab < task.vocab:

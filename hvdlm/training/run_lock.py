@@ -14,7 +14,7 @@ NAME = ".lock"
 
 
 def hold(folder: Path, rank: int, local_rank: int) -> FileLock | None:
-    """Take the lock of ``folder`` until this process ends; None where another rank takes it.
+    """Take the lock of ``folder``, until it is released or this process ends; None where another rank takes it.
 
     The first rank of every node takes it, since every node may have a folder of its own; where they share one, so do
     they the lock.
@@ -41,12 +41,6 @@ def hold(folder: Path, rank: int, local_rank: int) -> FileLock | None:
             f"log.run {folder}: {error.filename or NAME}: {error.strerror}: name a folder that can be written and has "
             "space."
         ) from error
-    atexit.register(release, lock, folder if made else None)
+    lock.made = folder if made else None
+    atexit.register(lock.release)
     return lock
-
-
-def release(lock: FileLock, made: Path | None = None) -> None:
-    """Release the lock; delete the folder ``made`` for it where the run was refused before it wrote anything."""
-    lock.release()
-    if made is not None:
-        safe_files.delete_if_empty(made)
