@@ -215,10 +215,12 @@ def test_who_waits_says_for_whom(tmp_path: Path) -> None:
             assert f"process {owner.pid}" in printed[0] and "waiting until it is done" in printed[0]
 
 
-def test_an_owner_whose_lock_was_taken_over_ends(tmp_path: Path) -> None:
+@pytest.mark.parametrize("replaced", [True, False])
+def test_an_owner_whose_lock_was_taken_over_ends(tmp_path: Path, replaced: bool) -> None:
     with holding(tmp_path / "lock") as owner:
-        (tmp_path / "lock").unlink()
-        (tmp_path / "lock").write_text("another's")
+        if replaced:
+            (tmp_path / "lock").unlink()
+        write_owner_elsewhere(tmp_path / "lock")
         assert owner.wait(10) == 1 and owner.stderr is not None
         assert "is held by another process now" in owner.stderr.read()
 

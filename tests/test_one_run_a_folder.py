@@ -14,9 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import yaml
 
 from builders import both_frameworks, file_names, read_json
 from hvdlm.cli import main
+from hvdlm.config import Config
 from hvdlm.errors import HvdlmError
 from hvdlm.io import file_lock
 from hvdlm.training import run_lock
@@ -75,6 +77,21 @@ def test_a_second_run_in_a_folder_is_refused(tmp_path: Path, framework: str) -> 
         assert len(losses(run)) == step + 3 and not list(run.rglob(".*"))
 
 
+def test_a_run_that_ended_while_another_waited_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hold, configuration = run_lock.hold, yaml.safe_dump(Config().to_dict())
+
+    def hold_after_another(folder: Path, *arguments: int) -> object:
+        (tmp_path / "config.yaml").write_text(configuration)
+        return hold(folder, *arguments)
+
+    monkeypatch.setattr(run_lock, "hold", hold_after_another)
+    assert main([*SMALL, "--train.steps", "2", "--log.run", str(tmp_path)]) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert file_names(tmp_path) == ["config.yaml"] and (tmp_path / "config.yaml").read_text() == configuration
+
+
 def test_readers_do_not_need_the_lock(tmp_path: Path) -> None:
     run = tmp_path / "run"
     with running(run, "torch", 1):
@@ -125,7 +142,7 @@ def test_a_run_refuses_links_in_its_folder(tmp_path: Path, name: str, capsys: py
 def test_a_refused_run_leaves_no_folder_behind(tmp_path: Path) -> None:
     options = [*SMALL, "--data.path", str(tmp_path / "missing.txt"), "--log.run", str(tmp_path / "a" / "run")]
     assert run_python(["-m", "hvdlm", *options], timeout=60).returncode == 2
-    assert not (tmp_path / "a" / "run").exists()
+    assert file_names(tmp_path) == []
 
 
 def test_the_old_model_never_answers_after_an_overwrite(tmp_path: Path) -> None:

@@ -436,6 +436,14 @@ def test_a_partial_folder_that_is_a_link_is_not_followed(tmp_path: Path, corpus:
     assert files(tmp_path / "corpus" / "there" / "tokens") == before
 
 
+def test_progress_in_a_linked_folder_is_not_continued(tmp_path: Path, corpus: list[str]) -> None:
+    partial = write_partial(corpus, tmp_path)
+    before = files((partial / "tokens").rename(tmp_path / "elsewhere"))
+    (partial / "tokens").symlink_to(tmp_path / "elsewhere")
+    assert cli.main(command(corpus, tmp_path, 1)) == 0
+    assert files(tmp_path / "elsewhere") == before
+
+
 def test_concurrent_preparations_write_one_folder_once(corpus: list[str], tmp_path: Path) -> None:
     code = SMALL_CHUNKS + (
         "import sys; from hvdlm import cli; from hvdlm.data import preparation as p\n"

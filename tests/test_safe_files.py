@@ -5,12 +5,16 @@ from __future__ import annotations
 import ast
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
+import yaml
 
 from builders import file_names, save_state
 from hvdlm.checkpoints import retention
+from hvdlm.checkpoints.safetensors_io import replace_tensors
 from hvdlm.cli import main
 from hvdlm.config import Config
 from hvdlm.diagnostics import flight_recorder
@@ -50,6 +54,14 @@ def test_files_are_never_written_through_links(tmp_path: Path, write: Callable[[
         assert not (tmp_path / "link").is_symlink() and (tmp_path / "link").read_bytes() == b"ours"
         (tmp_path / "link").unlink()
     assert (tmp_path / "mine").read_text() == "mine" and file_names(tmp_path) == ["mine"]
+
+
+@pytest.mark.parametrize("write", [replace, lambda path, text: replace_tensors(path, {}, np.zeros, {})])
+def test_files_take_the_place_of_no_special_file(tmp_path: Path, write: Callable[[Path, str], object]) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="named pipe"):
+        write(tmp_path / "pipe", "ours")
+    assert file_names(tmp_path) == ["pipe"] and (tmp_path / "pipe").is_fifo()
 
 
 def test_lines_are_never_appended_through_links(tmp_path: Path) -> None:
@@ -102,8 +114,9 @@ def test_overwriting_deletes_the_run_and_nothing_else(tmp_path: Path) -> None:
     save_state(checkpoints, 5)
     (checkpoints / "step-00000007").mkdir()
     (checkpoints / "step-00000007" / "parameters.safetensors").touch()  # damaged
-    (checkpoints / "step-00000008").mkdir()
-    (checkpoints / "step-00000008" / "thesis.txt").touch()
+    for name, file in (("step-00000008", "thesis.txt"), ("step-00000009", "manifest.json")):  # another program's
+        (checkpoints / name).mkdir()
+        (checkpoints / name / file).write_text('{"format": "other"}')
     (checkpoints / ".step-00000006.partial").mkdir()
     (checkpoints / "notes").touch()
     events = tmp_path / "tensorboard"
@@ -114,8 +127,24 @@ def test_overwriting_deletes_the_run_and_nothing_else(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     run_folder.clear(tmp_path)
     assert file_names(tmp_path) == ["checkpoints", "mine.txt", "tensorboard"]
-    assert file_names(checkpoints) == ["notes", "step-00000008"]
+    assert file_names(checkpoints) == ["notes", "step-00000008", "step-00000009"]
     assert file_names(events) == ["events.out.tfevents.1.host.2.0"]
+
+
+def test_nodes_that_share_a_folder_delete_it_together(tmp_path: Path) -> None:
+    for step in range(1, 30):
+        save_state(tmp_path / "checkpoints", step)
+    with ThreadPoolExecutor(8) as nodes:
+        assert list(nodes.map(run_folder.clear, [tmp_path] * 8, timeout=60)) == [None] * 8
+    assert file_names(tmp_path) == []
+
+
+def test_leftovers_of_the_run_alone_are_deleted(tmp_path: Path) -> None:
+    mine = [".notes.partial", ".config.yaml.mine.partial"]
+    for name in (*mine, ".config.yaml.partial", ".status.json.0123abcd.partial", ".lock.0123abcd.partial"):
+        (tmp_path / name).touch()
+    run_folder._delete_leftovers(tmp_path)
+    assert file_names(tmp_path) == sorted(mine)
 
 
 def test_overwriting_removes_a_link_to_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -153,8 +182,6 @@ def test_files_that_no_run_wrote_are_not_replaced(tmp_path: Path, name: str) -> 
     with pytest.raises(HvdlmError, match=rf"{name} there isn't that of a run"):
         run_folder.check_foreign(tmp_path, False)
     run_folder.check_foreign(tmp_path, True)
-    import yaml
-
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(Config().to_dict()))
     run_folder.check_foreign(tmp_path, False)
 

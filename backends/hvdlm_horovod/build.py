@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import stat
 import tarfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from hvdlm.io.safe_files import delete_file, delete_folder
+from hvdlm.io.safe_files import create, delete_file, delete_folder
 from hvdlm_horovod import cache, cuda, failures, local_launch, patches, toolchain
 from hvdlm_horovod.console import BuildError, run, say
 from hvdlm_horovod.mpi import Mpi
@@ -247,6 +246,12 @@ def _build_mpi4py(folder: Path, target: Target, mpi: Mpi, log: Path) -> None:
     )
 
 
+def _copy(wheel: Path, path: Path) -> str:
+    with create(path) as file:
+        file.write(wheel.read_bytes())
+    return str(path)
+
+
 def install(target: Target, wheels: list[Path], output: Path | None = None) -> None:
     """Install the wheels and the packages that Horovod imports; copy the wheels to the folder ``output``.
 
@@ -256,7 +261,7 @@ def install(target: Target, wheels: list[Path], output: Path | None = None) -> N
     if output is not None:
         try:
             output.mkdir(parents=True, exist_ok=True)
-            copies = [str(shutil.copy(wheel, output)) for wheel in wheels]
+            copies = [_copy(wheel, output / wheel.name) for wheel in wheels]
         except OSError as error:
             raise BuildError(f"--output {output}: {error.strerror}: name a writable folder") from error
         say(f"copied to {', '.join(copies)}")

@@ -19,10 +19,10 @@ from typing import Any
 
 from hvdlm.checkpoints.discovery import STEP_PATTERN, step_folders, step_name
 from hvdlm.checkpoints.errors import CheckpointError
-from hvdlm.checkpoints.manifest import MANIFEST, WRITTEN, read_manifest
+from hvdlm.checkpoints.manifest import MANIFEST, is_checkpoint, read_manifest
 from hvdlm.checkpoints.shared_folders import MARKER
 from hvdlm.io.atomic_files import sync_folder, write_synced
-from hvdlm.io.safe_files import delete_file, delete_folder, delete_if_empty, kind
+from hvdlm.io.safe_files import delete_file, delete_folder, delete_if_empty, entries, kind
 
 _HIDDEN = re.compile(rf"\.({STEP_PATTERN})\.(partial|replaced|deleted)")
 _LATEST_PARTIAL = ".latest.partial"
@@ -97,16 +97,14 @@ def delete_old(folder: Path, step: int, keep: int, keep_best: int, complete: boo
 
 def _delete_checkpoint(path: Path) -> None:
     """Delete a checkpoint, renaming it first, so that no incomplete folder ever has a checkpoint's name."""
-    if not _is_ours(path):
-        return
     hidden = path.with_name(f".{path.name}.deleted")
-    _delete(hidden)
     try:
-        os.rename(path, hidden)
+        if _is_ours(path):
+            delete_folder(hidden)
+            os.rename(path, hidden)
+            delete_folder(hidden)
     except OSError as error:
         _report(path, error)
-    else:
-        _delete(hidden)
 
 
 def _best(losses: Mapping[Path, float], count: int) -> list[Path]:
@@ -136,9 +134,11 @@ def clean_up(folder: Path, whole: Collection[str] = ()) -> None:
         return
     for path in sorted(folder.iterdir()):
         hidden = _HIDDEN.fullmatch(path.name)
-        if path.name == "latest" or re.fullmatch(STEP_PATTERN, path.name) or not _is_ours(path):
+        if path.name == "latest" or re.fullmatch(STEP_PATTERN, path.name):
             continue
         with contextlib.suppress(OSError):
+            if not _is_ours(path):
+                continue
             if hidden and hidden[2] == "replaced":
                 _restore(folder, hidden[1])
             elif hidden and hidden[1] in whole and not (folder / hidden[1]).exists():
@@ -163,7 +163,7 @@ def delete_all(folder: Path) -> None:
         print(f"hvdlm: {folder} leads to {os.path.realpath(folder)}: the link is removed, its checkpoints stay there")
         delete_file(folder)
     elif folder.is_dir():
-        for path in folder.iterdir():
+        for path in entries(folder):
             if _is_ours(path):
                 delete_folder(path)
         delete_if_empty(folder)
@@ -178,8 +178,7 @@ def _is_ours(path: Path) -> bool:
         return False
     if is_now != "folder":
         return is_now == "symbolic link"
-    names = os.listdir(path)
-    return MANIFEST in names or all(WRITTEN.fullmatch(name) for name in names)
+    return is_checkpoint(path)
 
 
 def _delete(path: Path) -> None:

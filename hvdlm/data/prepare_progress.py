@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -94,7 +95,8 @@ class Journal:
             return None
 
     def _read(self) -> Tokenizer:
-        untrusted_input.inside(self._folder, self._folder.parent)
+        if {safe_files.kind(path) for path in (self._folder, self.tokens)} != {"folder"}:
+            raise ValueError("it is a link")
         journal = untrusted_input.read_json(self._folder / "journal.json", _LIMIT, self._folder)
         state = _parse_state(journal)
         if journal.get("identity") != self._identity:
@@ -132,7 +134,7 @@ class Journal:
         self._hash = tokenizer.hash
         self._dtype = f"<u{itemsize(tokenizer)}"
         for name, size in (("places.bin", _ROW.itemsize * self.state.pieces), ("tokens/tokens.bin", self._size())):
-            file = (self._folder / name).open("r+b")
+            file = os.fdopen(safe_files.open_regular(self._folder / name, os.O_RDWR), "r+b")
             self._files.append(file)
             file.truncate(size)
             file.seek(size)
@@ -192,8 +194,9 @@ class Journal:
         self._delete()
 
     def _delete(self) -> None:
-        if safe_files.kind(self._folder) == "symbolic link":
-            safe_files.delete_file(self._folder)
+        for path in (self._folder, self.tokens):
+            if safe_files.kind(path) == "symbolic link":
+                safe_files.delete_file(path)
         safe_files.delete_owned(self.tokens, _TOKEN_FILES)
         safe_files.delete_owned(self._folder, _FILES)
         if safe_files.kind(self._folder) is not None:

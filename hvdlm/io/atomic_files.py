@@ -50,7 +50,7 @@ def replace(path: Path, text: str) -> None:
     temporary = temporary_name(path)
     try:
         write_synced(temporary, text.encode())
-        os.replace(temporary, path)
+        safe_files.move(temporary, path)
     finally:
         with contextlib.suppress(OSError):
             safe_files.delete_file(temporary)

@@ -17,7 +17,7 @@ import secrets
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hvdlm.errors import HvdlmError
@@ -48,17 +48,21 @@ class FileLock:
     """A lock that this process, or another rank of the same launch, holds.
 
     Attributes:
+        owner: this process, as the lock names it; None where another rank holds the lock.
         taken_over: the dead owner whose lock it was, or None.
-        made: the folder that was made for it, deleted with it if it is still empty then.
+        made: the folders that were made for it, the innermost first: deleted with it if they are empty then.
     """
 
-    def __init__(self, path: Path, descriptor: int | None, taken_over: Owner | None = None) -> None:
+    def __init__(
+        self, path: Path, descriptor: int | None = None, owner: Owner | None = None, taken_over: Owner | None = None
+    ) -> None:
         self._path = path
         self._descriptor = descriptor
+        self.owner = owner
         self._over = threading.Event()
         self._busy = threading.Lock()  # between the thread and ``release``: descriptors are used again once closed
         self.taken_over = taken_over
-        self.made: Path | None = None
+        self.made: Sequence[Path] = ()
         if descriptor is not None:
             _held[str(path.resolve())] = self
             threading.Thread(target=self._beat, name="hvdlm-lock", daemon=True).start()
@@ -75,8 +79,8 @@ class FileLock:
             if _is_at(self._path, descriptor):
                 safe_files.delete_file(self._path)
         os.close(descriptor)
-        if self.made is not None:
-            safe_files.delete_if_empty(self.made)
+        for folder in self.made:
+            safe_files.delete_if_empty(folder)
 
     def __enter__(self) -> FileLock:
         return self
@@ -89,9 +93,15 @@ class FileLock:
             with self._busy, contextlib.suppress(OSError):  # a network file system may be away for a moment
                 if self._descriptor is None:
                     return
-                os.utime(self._descriptor)
-                if safe_files.kind(self._path) and not _is_at(self._path, self._descriptor):
+                if self._is_lost(self._descriptor):
                     _end(self._path)
+                os.utime(self._descriptor)
+
+    def _is_lost(self, descriptor: int) -> bool:
+        """Return whether another process has taken the lock over: replaced its file, or written into it."""
+        if not safe_files.kind(self._path):
+            return False  # deleted with its folder
+        return not _is_at(self._path, descriptor) or lock_owner.read(self._path, descriptor) not in (None, self.owner)
 
 
 def _end(path: Path) -> None:
@@ -142,7 +152,7 @@ def acquire(
         OSError: it is a link, isn't a lock of hvdlm, or can't be written.
     """
     if str(path.resolve()) in _held:
-        return FileLock(path, None)
+        return FileLock(path)
     return _Attempt(path, wait, launch, job, say or _print).acquire()
 
 
@@ -185,7 +195,7 @@ class _Attempt:
         if alive is False:
             return self._take(descriptor, locked, owner)
         if owner and self._launch and owner.launch == self._launch:
-            return FileLock(self._path, None)
+            return FileLock(self._path)
         waited = time.monotonic() - self._began
         if alive and not self._wait and waited > _PATIENCE:
             raise Held(self._path, owner)
@@ -229,7 +239,7 @@ class _Attempt:
                 return None
         if dead:
             self._say(f"{self._path}: {dead} has ended without releasing this lock: it is taken over")
-        return FileLock(self._path, mine, dead)
+        return FileLock(self._path, mine, owner, dead)
 
     def _replacement(self) -> int:
         """Put a new file in the place of the lock; return its descriptor."""

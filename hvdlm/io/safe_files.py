@@ -78,15 +78,28 @@ def open_regular(path: Path, flags: int) -> int:
     return descriptor
 
 
+def move(temporary: Path, path: Path) -> None:
+    """Rename a file to its final name, in place of a file or a link of that name.
+
+    Raises:
+        OSError: the name belongs to a device or something else, or can't be written.
+    """
+    _require_file(path)
+    os.replace(temporary, path)
+
+
 def delete_file(path: Path) -> None:
     """Delete a regular file or a link, not what it leads to; nothing happens where there is none.
 
     Raises:
         OSError: it is something else, or can't be deleted.
     """
-    if (is_now := kind(path)) in ("file", "symbolic link"):
-        path.unlink(missing_ok=True)
-    elif is_now is not None:
+    _require_file(path)
+    path.unlink(missing_ok=True)
+
+
+def _require_file(path: Path) -> None:
+    if (is_now := kind(path)) not in (None, "file", "symbolic link"):
         raise OSError(errno.EINVAL, f"it is a {is_now}, not a file", str(path))
 
 
@@ -119,10 +132,22 @@ def delete_owned(folder: Path, names: str) -> None:
     """
     if kind(folder) != "folder":
         return
-    for path in folder.iterdir():
+    for path in entries(folder):
         if re.fullmatch(names, path.name) and kind(path) in ("file", "symbolic link"):
             delete_file(path)
     delete_if_empty(folder)
+
+
+def entries(folder: Path) -> list[Path]:
+    """Return what a folder holds; nothing where another process has deleted it meanwhile.
+
+    Raises:
+        OSError: it can't be read.
+    """
+    try:
+        return sorted(folder.iterdir())
+    except FileNotFoundError:
+        return []
 
 
 def delete_if_empty(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from hvdlm.errors import HvdlmError
 from hvdlm.io import safe_files, safe_yaml, untrusted_input
 from hvdlm.io.atomic_files import replace
 from hvdlm.telemetry.tensorboard import EVENTS
+from hvdlm.training import run_lock
 
 if TYPE_CHECKING:
     from hvdlm.training.run import Run
@@ -33,10 +35,15 @@ def open_folder(run: Run) -> None:
     if run.world.rank != 0:
         return
     run.folder.mkdir(parents=True, exist_ok=True)
-    for leftover in run.folder.glob(".*.partial"):
-        safe_files.delete_file(leftover)
+    _delete_leftovers(run.folder)
     replace(run.folder / "config.yaml", yaml.safe_dump(run.requested.to_dict(), sort_keys=False))
     replace(run.folder / "tokenizer.json", json.dumps(run.task.tokenizer.to_json()))
+
+
+def _delete_leftovers(folder: Path) -> None:
+    """Delete the temporary files of a run that was killed while it wrote."""
+    names = "|".join(re.escape(name) for name in (*_FILES, run_lock.NAME.removeprefix(".")))
+    safe_files.delete_owned(folder, rf"\.({names})(\.[0-9a-f]{{8}})?\.partial")
 
 
 def keep_sample(run: Run, text: str) -> None:

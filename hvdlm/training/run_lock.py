@@ -25,8 +25,9 @@ def hold(folder: Path, rank: int, local_rank: int) -> FileLock | None:
     launch = launcher_env.launch_identity()
     if local_rank or (rank and not launch):
         return None
-    made = safe_files.kind(folder) is None
+    made: list[Path] = []
     try:
+        made += [path for path in (folder, *folder.parents) if safe_files.kind(path) is None]
         folder.mkdir(parents=True, exist_ok=True)
         lock = file_lock.acquire(folder / NAME, launch=launch, job=launcher_env.scheduler_job())
     except Held as held:
@@ -35,12 +36,12 @@ def hold(folder: Path, rank: int, local_rank: int) -> FileLock | None:
             "ended, stop it, or name another folder (--log.run NAME)."
         ) from None
     except OSError as error:
-        if made:
-            safe_files.delete_if_empty(folder)
+        for path in made:
+            safe_files.delete_if_empty(path)
         raise HvdlmError(
             f"log.run {folder}: {error.filename or NAME}: {error.strerror}: name a folder that can be written and has "
             "space."
         ) from error
-    lock.made = folder if made else None
+    lock.made = made
     atexit.register(lock.release)
     return lock
