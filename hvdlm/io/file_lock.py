@@ -219,27 +219,31 @@ class _Attempt:
 
     def _take(self, descriptor: int, locked: bool | None, dead: Owner | None) -> FileLock | None:
         """Take the lock in place, or replace a file that a dead host still keeps locked; None: another was faster."""
-        mine = descriptor
-        if locked is False:
-            mine = self._replacement()
-        if not _is_at(self._path, mine):
+        mine = self._replacement() if locked is False else descriptor
+        owner = self._write_owner(mine, locked)
+        if owner is None:
+            if mine != descriptor:
+                os.close(mine)
             return None
-        owner = lock_owner.this_process(self._launch, self._job, os.fstat(mine).st_ino)
-        try:
-            lock_owner.write(mine, owner)
-        except OSError:
-            safe_files.delete_file(self._path)
-            raise
-        if locked is not True:  # the kernel doesn't arbitrate: the last of several that write at once wins
-            time.sleep(5 * _POLL)
-            now = lock_owner.read(self._path, mine) if _is_at(self._path, mine) else None
-            if now != owner:
-                if mine != descriptor:
-                    os.close(mine)
-                return None
         if dead:
             self._say(f"{self._path}: {dead} has ended without releasing this lock: it is taken over")
         return FileLock(self._path, mine, owner, dead)
+
+    def _write_owner(self, descriptor: int, locked: bool | None) -> Owner | None:
+        """Write this process's name into the lock and return it; None where another process has done so, too."""
+        if not _is_at(self._path, descriptor):
+            return None
+        owner = lock_owner.this_process(self._launch, self._job, os.fstat(descriptor).st_ino)
+        try:
+            lock_owner.write(descriptor, owner)
+        except OSError:
+            safe_files.delete_file(self._path)
+            raise
+        if locked:
+            return owner
+        time.sleep(5 * _POLL)  # the kernel doesn't arbitrate: the last of several that write at once wins
+        now = lock_owner.read(self._path, descriptor) if _is_at(self._path, descriptor) else None
+        return owner if now == owner else None
 
     def _replacement(self) -> int:
         """Put a new file in the place of the lock; return its descriptor."""
