@@ -247,6 +247,15 @@ def test_a_file_that_is_no_lock_stays_as_it_is(tmp_path: Path, content: str) -> 
     assert (tmp_path / "notes").read_text() == content and (tmp_path / "lock").is_symlink()
 
 
+def test_a_lock_of_another_version_is_respected_and_taken_over(tmp_path: Path) -> None:
+    (tmp_path / "lock").write_text('{"pid": 12, "host": "node7\\u001b[31m", "new": [1]}')
+    with (tmp_path / "lock").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(Held, match=r"process 12 on node7\[31m"):
+            acquire(tmp_path / "lock")
+    acquire(tmp_path / "lock").release()
+
+
 def test_zeros_that_a_crash_left_behind_are_no_owner(tmp_path: Path) -> None:
     (tmp_path / "lock").write_bytes(bytes(300))
     with acquire(tmp_path / "lock"), acquire(tmp_path / "lock"):  # once more in the same process

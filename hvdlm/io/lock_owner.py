@@ -11,6 +11,7 @@ import socket
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 _LIMIT = 4096  # bytes of a lock
 
@@ -55,8 +56,11 @@ class Owner:
 
     def __str__(self) -> str:
         """Return its description for a sentence."""
-        job = f", {self.job}" if self.job else ""
-        return f"process {self.pid} on {self.host} (since {self.since}{job})"
+        details = ", ".join(text for text in (self.since and f"since {self.since}", self.job) if text)
+        return f"process {self.pid} on {self.host}" + (f" ({details})" if details else "")
+
+
+_TYPES: dict[str, type] = {field.name: int if field.name in ("pid", "inode") else str for field in fields(Owner)}
 
 
 def write(descriptor: int, owner: Owner) -> None:
@@ -77,16 +81,18 @@ def read(path: Path, descriptor: int) -> Owner | None:
         return None
     try:
         values = json.loads(data)
-        types = {field.name: int if field.name in ("pid", "inode") else str for field in fields(Owner)}
-        if {name: type(value) for name, value in values.items()} == types:
-            return Owner(**{name: _printable(value) for name, value in values.items()})  # type: ignore[arg-type]
-    except (ValueError, AttributeError, RecursionError):
+        if type(values["pid"]) is int and type(values["host"]) is str:
+            return Owner(**{name: _value(values.get(name), _TYPES[name]) for name in _TYPES})
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         pass
     raise OSError(errno.EEXIST, "it is not a lock that hvdlm wrote: move it elsewhere", str(path))
 
 
-def _printable(value: str | int) -> str | int:
-    return value if isinstance(value, int) else "".join(c for c in value if c.isprintable())
+def _value(value: Any, kind: type) -> Any:
+    """Return a value as ``kind``, a default where another version of hvdlm wrote none, without control characters."""
+    if type(value) is not kind:
+        return kind()
+    return "".join(c for c in value if c.isprintable()) if kind is str else value
 
 
 def this_process(launch: str, job: str, inode: int) -> Owner:
