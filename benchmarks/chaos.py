@@ -1,13 +1,18 @@
 r"""Runs on 2 ranks that are interrupted at random moments and restarted, compared with an undisturbed run.
 
-    python benchmarks/chaos.py [torch tensorflow] [--kills 200] [--stops 50] [--nans 30] [--flips 30] \
-        [--steps 150] [--seed 1] [--short]
+    python benchmarks/chaos.py [torch tensorflow] [--kills 200] [--stops 50] [--branches 30] [--nans 30] [--flips 30] \
+        [--two_runs 30] [--launcher_signals 30] [--steps 150] [--seed 1] [--short]
 
-A kill is a SIGKILL of a random rank at any moment, half of the time while a checkpoint is being written. A stop is a
-SIGTERM, SIGINT or SIGUSR1 to a random rank; the run has to save and exit with code 75. A value of a random rank's
-parameters or optimizer becomes not finite (nans), or a bit of it flips (flips): no checkpoint may contain that. Every
-restart has to find a complete checkpoint, the losses have to equal those of the undisturbed run (torch: bit for bit),
-and no process, temporary file or shared memory may remain. The exit code is 1 at the first violation.
+Every restart has to find a complete checkpoint, the losses have to equal those of the undisturbed run (torch: bit for
+bit), and no process, temporary file or shared memory may remain. The exit code is 1 at the first violation. The kinds:
+
+- kills: SIGKILL of a random rank at any moment, half of the time while a checkpoint is being written.
+- stops: SIGTERM, SIGINT or SIGUSR1 to a random rank; the run has to save and exit with code 75.
+- branches: killed runs resume from an earlier checkpoint, or from the one that was written last.
+- nans, flips: a value of a random rank's parameters or optimizer becomes not finite, or a bit of it flips: no
+  checkpoint may contain that.
+- two_runs: a second run is started in the folder and has to be refused with code 2, then ranks of the first are killed.
+- launcher_signals: Ctrl-C or SIGTERM to mpirun or horovodrun, which then kills its ranks; status.json has to be true.
 """
 
 from __future__ import annotations
@@ -22,9 +27,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from unittest import mock
 
+import branches
 import damage
 from harness import Bar, make_parser, parse, report
 from interruptions import Attempt, Kind, Program, Violation, kill, losses, stop, wait_for, was_stopped
+from launcher_signals import LAUNCHER_SIGNALS
+from two_runs import first_was_killed, intrude
 
 from hvdlm.checkpoints import load
 from hvdlm.checkpoints.discovery import step_folders
@@ -33,8 +41,11 @@ from hvdlm.io.atomic_files import sha256
 KINDS = {
     "kills": Kind(kill, count=200),
     "stops": Kind(stop, count=50, ended=was_stopped),
+    "branches": branches.BRANCH,
     "nans": damage.NAN,
     "flips": damage.FLIP,
+    "two_runs": Kind(intrude, ended=first_was_killed),
+    "launcher_signals": LAUNCHER_SIGNALS,
 }
 """Kinds of interruptions, by the option that sets how many there are, of all frameworks together."""
 FULL = {name: kind.count for name, kind in KINDS.items()} | {"steps": 150}

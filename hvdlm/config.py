@@ -337,7 +337,7 @@ class LogConfig:
 
     Args:
         run: run folder
-        overwrite: delete an earlier run in the folder and start from scratch
+        overwrite: delete an earlier run in the folder, and nothing else, and start from scratch
         every: steps between lines of metrics.jsonl
         progress: show a progress bar on a terminal, plain lines elsewhere
         tensorboard: write TensorBoard events

@@ -17,7 +17,6 @@ import argparse
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -69,10 +68,18 @@ def train(
     checkout: Path, folder: Path, example: str, framework: str, ranks: int, paths: dict[str, list[str]], steps: int
 ) -> None:
     """Train one example."""
-    shutil.rmtree(folder, ignore_errors=True)
     command = [sys.executable, "-m", "hvdlm", "train", "--config", str(checkout / "examples" / f"{example}.yaml")]
     command += ["--framework", framework, "--log.run", str(folder), "--log.every", "1", "--log.tensorboard", "false"]
-    command += ["--train.steps", str(steps), "--train.threads", "1", "--train.eval_every", str(steps // 2)]
+    command += [
+        "--log.overwrite",
+        "true",
+        "--train.steps",
+        str(steps),
+        "--train.threads",
+        "1",
+        "--train.eval_every",
+        str(steps // 2),
+    ]
     command += ["--train.warmup", str(steps // 10), "--checkpoint.every", str(steps // 2), "--checkpoint.keep", "9"]
     for key, values in paths.items():
         command += [f"--data.{key}", json.dumps(values)]

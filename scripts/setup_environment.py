@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "backends")]
-from hvdlm.io import user_folders  # noqa: E402
+from hvdlm.io import safe_files, user_folders  # noqa: E402
 from hvdlm_horovod import build, cache, check, local_launch, mpi, target, toolchain  # noqa: E402
 from hvdlm_horovod.console import BuildError, NoCompilerError, say  # noqa: E402
 from hvdlm_horovod.target import FRAMEWORKS, Target  # noqa: E402
@@ -130,7 +129,9 @@ def _wanted(named: list[str]) -> list[str]:
 def _inputs() -> str:
     """Return a digest of all files that the environment depends on."""
     files = [ROOT / "constraints.txt", ROOT / "constraints-gpu.txt", ROOT / "setup.cfg"]
-    files += [ROOT / "hvdlm" / "io" / "user_folders.py"]
+    files += [
+        ROOT / "hvdlm" / "io" / f"{name}.py" for name in ("user_folders", "safe_files", "file_lock", "lock_owner")
+    ]
     files += sorted(Path(__file__).parent.glob("*.py")) + sorted((ROOT / "backends" / "hvdlm_horovod").glob("*.*"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files if path.is_file())).hexdigest()
 
@@ -141,9 +142,11 @@ def _make_venv() -> None:
     say(f"making {VENV} with Python {platform.python_version()}")
     needed = CUDA_VENV_BYTES if os.environ.get("HOROVOD_GPU_OPERATIONS") else VENV_BYTES
     toolchain.check_disk(VENV, needed, "the environment", "clone hvdlm to a larger disk")
+    existed = VENV.exists()
     done = subprocess.run([sys.executable, "-m", "venv", str(VENV)], capture_output=True, text=True)
     if done.returncode:
-        shutil.rmtree(VENV, ignore_errors=True)
+        if not existed:
+            safe_files.delete_folder(VENV)
         raise BuildError(
             f"cannot make {VENV}: {done.stdout}{done.stderr}(Debian keeps venv in a package of its own: python3-venv; "
             "in a checkout that can't be written: copy it, or pip install it and run python -m hvdlm horovod build)"

@@ -341,7 +341,7 @@ def test_convert_merges_the_shards_of_all_ranks(tmp_path: Path, capsys: pytest.C
         (["--run", "no", "--output", "x"], "--run no: there is no run"),
         (["--run", "run"], "--output: the value is missing"),
         (["--run", "run", "--output", "no/x"], "--output no/x: No such file or directory"),
-        (["--run", "run", "--output", "run"], "--output run: Is a directory"),
+        (["--run", "run", "--output", "run"], "--output run: it is a folder, expected the name of a file"),
         (["--run", "run", "--output", "."], "--output .: "),
         (["--run", "empty", "--output", "x"], "empty holds no checkpoint yet"),
         (["--checkpoint", "no", "--output", "x"], "no is no hvdlm checkpoint"),

@@ -71,7 +71,7 @@ def files(folder: Path) -> dict[str, str]:
 
 
 def remaining(folder: Path) -> list[str]:
-    """Return the names beside a token folder, without locks, the corpus and the cache."""
+    """Return the names beside a token folder, without the corpus and the cache, and a lock of a killed process."""
     names = (path.name for path in folder.parent.iterdir() if path.suffix != ".lock")
     return sorted(name for name in names if name not in ("corpus", "cache"))
 
@@ -434,6 +434,14 @@ def test_a_partial_folder_that_is_a_link_is_not_followed(tmp_path: Path, corpus:
     prepare_progress.partial(tmp_path / "tokens").symlink_to(tmp_path / "corpus" / "there")
     assert cli.main(command([str(tmp_path / "corpus" / "a.txt")], tmp_path, 1)) == 0
     assert files(tmp_path / "corpus" / "there" / "tokens") == before
+
+
+def test_progress_in_a_linked_folder_is_not_continued(tmp_path: Path, corpus: list[str]) -> None:
+    partial = write_partial(corpus, tmp_path)
+    before = files((partial / "tokens").rename(tmp_path / "elsewhere"))
+    (partial / "tokens").symlink_to(tmp_path / "elsewhere")
+    assert cli.main(command(corpus, tmp_path, 1)) == 0
+    assert files(tmp_path / "elsewhere") == before
 
 
 def test_concurrent_preparations_write_one_folder_once(corpus: list[str], tmp_path: Path) -> None:

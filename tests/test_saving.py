@@ -383,7 +383,7 @@ def test_a_checkpoint_is_renamed_before_it_is_deleted(tmp_path: Path, monkeypatc
     """A kill in the middle of a deletion leaves no damaged checkpoint, and the next run deletes the rest."""
     for step in (1, 2):
         (tmp_path / discovery.step_name(step)).mkdir()
-    monkeypatch.setattr(retention.shutil, "rmtree", lambda path, ignore_errors: None)
+    monkeypatch.setattr(retention, "delete_folder", lambda path: None)
     retention._delete_checkpoint(tmp_path / discovery.step_name(1))
     monkeypatch.undo()
     assert [step for step, _ in discovery.step_folders(tmp_path)] == [2]

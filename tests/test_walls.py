@@ -133,12 +133,14 @@ def test_a_package_imports_only_what_it_may(folder: str) -> None:
 
 
 def test_building_horovod_needs_only_the_standard_library() -> None:
-    own = {"hvdlm_horovod", "hvdlm.io.user_folders", "hvdlm.io.user_folders.user_cache"}
-    for path in [*sources("backends/hvdlm_horovod"), ROOT / "hvdlm" / "io" / "user_folders.py"]:
+    own = ("hvdlm.errors", "hvdlm.io.user_folders", "hvdlm.io.safe_files", "hvdlm.io.file_lock", "hvdlm.io.lock_owner")
+    files = [ROOT / f"{name.replace('.', '/')}.py" for name in own]
+    for path in [*sources("backends/hvdlm_horovod"), *files]:
         for line, name in imports(path):
-            known = name in own or name.split(".")[0] in sys.stdlib_module_names | {"hvdlm_horovod"}
+            known = name.split(".")[0] in sys.stdlib_module_names | {"hvdlm_horovod"} or name == "hvdlm.io"
+            known = known or any(within(name, module) for module in own)
             assert known, f"{path}:{line} imports {name}"
-    code = f"import sys; sys.path[:0] = [{str(ROOT)!r}]; import hvdlm.io.user_folders"
+    code = f"import sys; sys.path[:0] = [{str(ROOT)!r}]; import hvdlm.io.file_lock, hvdlm.io.user_folders"
     subprocess.run([sys.executable, "-I", "-S", "-c", code], check=True, timeout=60)
 
 

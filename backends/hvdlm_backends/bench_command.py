@@ -10,6 +10,7 @@ def main(arguments: list[str]) -> int:
     from hvdlm.configuration.parsing import command_parser, parse_config, split_overrides
     from hvdlm.diagnostics.rank_errors import ending_all_ranks
     from hvdlm.errors import HvdlmError, nearest
+    from hvdlm.io.safe_files import check_output
     from hvdlm.training.run import connect_only
     from hvdlm_backends import collective_benchmark
 
@@ -35,7 +36,10 @@ def main(arguments: list[str]) -> int:
         if name not in known:
             raise HvdlmError(f"--collectives: no collective {name!r}; {nearest(name, known)}")
     sizes = collective_benchmark.sizes(values.smallest, values.largest)
+    output = Path(values.output)
+    for path in (output, output.with_suffix(".svg")):
+        check_output(path)
     world, framework = connect_only(config)
     with ending_all_ranks(world):
-        collective_benchmark.main(world, framework, collectives, sizes, Path(values.output))
+        collective_benchmark.main(world, framework, collectives, sizes, output)
     return 0

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from hvdlm.errors import HvdlmError
+from hvdlm.io.atomic_files import replace
 from hvdlm.protocols.framework import Framework
 from hvdlm.protocols.group import Group
 from hvdlm.protocols.world import World
@@ -152,7 +153,7 @@ def main(world: World, framework: Framework, collectives: Sequence[str], counts:
         raw = f"; raw MPI {_describe_fit(entry['raw_fit'])}" if entry["raw_fit"] else ""
         print(f"{name:<15} {_describe_fit(entry['fit'])}{raw}")
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    replace(output, json.dumps(results, indent=1) + "\n")
     print(f"written: {output}{_plot(timings, output.with_suffix('.svg'))}", flush=True)
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import stat
 import tarfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from hvdlm.io.safe_files import create, delete_file, delete_folder
 from hvdlm_horovod import cache, cuda, failures, local_launch, patches, toolchain
 from hvdlm_horovod.console import BuildError, run, say
 from hvdlm_horovod.mpi import Mpi
@@ -89,7 +89,7 @@ def _build_horovod(
     compiler = toolchain.find(target.environment()["PATH"])
     toolchain.check(target, folder, bool(request.gpu))
     log = cache.log("horovod", key)
-    log.unlink(missing_ok=True)
+    delete_file(log)
     gpu = f" with {request.gpu} on GPUs (CUDA {toolkit.version})" if toolkit else ""
     say(
         f"Horovod {patches.VERSION}: building for {' and '.join(request.frameworks)}{gpu}, {request.mpi.version}, "
@@ -112,7 +112,7 @@ def _build_horovod(
         lambda output: failures.explain(output, log, target.version, compiler.shown),
         env,
     )
-    shutil.rmtree(work)
+    delete_folder(work)
 
 
 def _tools(target: Target, work: Path, log: Path) -> dict[str, str]:
@@ -230,7 +230,7 @@ def _build_mpi4py(folder: Path, target: Target, mpi: Mpi, log: Path) -> None:
     compiler = toolchain.find(target.environment()["PATH"])
     toolchain.check_headers(target)
     say(f"mpi4py {_MPI4PY}: building against the same MPI")
-    log.unlink(missing_ok=True)
+    delete_file(log)
     env = dict(target.environment(), MPICC=mpi.mpicc)
     rpaths = ["$ORIGIN/../../.." if entry.startswith("$ORIGIN") else entry for entry in mpi.rpath]
     if rpaths:
@@ -246,6 +246,12 @@ def _build_mpi4py(folder: Path, target: Target, mpi: Mpi, log: Path) -> None:
     )
 
 
+def _copy(wheel: Path, path: Path) -> str:
+    with create(path) as file:
+        file.write(wheel.read_bytes())
+    return str(path)
+
+
 def install(target: Target, wheels: list[Path], output: Path | None = None) -> None:
     """Install the wheels and the packages that Horovod imports; copy the wheels to the folder ``output``.
 
@@ -255,7 +261,7 @@ def install(target: Target, wheels: list[Path], output: Path | None = None) -> N
     if output is not None:
         try:
             output.mkdir(parents=True, exist_ok=True)
-            copies = [str(shutil.copy(wheel, output)) for wheel in wheels]
+            copies = [_copy(wheel, output / wheel.name) for wheel in wheels]
         except OSError as error:
             raise BuildError(f"--output {output}: {error.strerror}: name a writable folder") from error
         say(f"copied to {', '.join(copies)}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -12,8 +11,10 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from hvdlm.io import file_lock
+from hvdlm.io.safe_files import delete_folder
 from hvdlm.io.user_folders import user_cache
-from hvdlm_horovod.console import say
+from hvdlm_horovod.console import BuildError, say
 
 
 def named(name: str, key: Mapping[str, str]) -> str:
@@ -30,8 +31,11 @@ def log(name: str, key: Mapping[str, str]) -> Path:
 def lock(name: str) -> Iterator[None]:
     """Lock ``name``, so that one process builds it and a second one uses the cached wheel."""
     user_cache().mkdir(parents=True, exist_ok=True)
-    with (user_cache() / f"{name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    try:
+        held = file_lock.acquire(user_cache() / f"{name}.lock", wait=True, say=say)
+    except OSError as error:
+        raise BuildError(f"{error.filename}: {error.strerror}: repair the folder") from error
+    with held:
         yield
 
 
@@ -44,8 +48,9 @@ def wheel(name: str, key: Mapping[str, str], build: Callable[[Path], None]) -> P
             with tempfile.TemporaryDirectory(dir=cached.parent) as temporary:
                 build(Path(temporary))
                 (Path(temporary) / "key.json").write_text(json.dumps(key, indent=1, sort_keys=True))
-                shutil.rmtree(cached, ignore_errors=True)
-                shutil.copytree(temporary, f"{cached}.partial", dirs_exist_ok=True)
+                delete_folder(cached)
+                delete_folder(cached.with_name(f"{cached.name}.partial"))  # of a build that was interrupted
+                shutil.copytree(temporary, f"{cached}.partial")
                 os.replace(f"{cached}.partial", cached)
         else:
             say(f"{name}: wheel from the cache ({cached})")

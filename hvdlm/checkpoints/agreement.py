@@ -23,7 +23,7 @@ from hvdlm.checkpoints.load import Checkpoint, open_checkpoint
 from hvdlm.checkpoints.manifest import MANIFEST, read_manifest
 from hvdlm.checkpoints.shared_folders import Sharing
 from hvdlm.errors import HvdlmError
-from hvdlm.io import untrusted_input
+from hvdlm.io import safe_files, untrusted_input
 from hvdlm.io.atomic_files import sha256, sync, sync_folder
 from hvdlm.protocols.world import World
 
@@ -248,7 +248,7 @@ class _Copy:
         if self._path.parent.is_symlink():
             raise OSError(errno.ELOOP, "is a symbolic link", str(self._path.parent))
         self._path.parent.mkdir(exist_ok=True)
-        self._file = self._temporary.open("wb")
+        self._file = safe_files.create(self._temporary)
 
     def add(self, data: bytes) -> None:
         """Append the next chunk."""
@@ -259,7 +259,7 @@ class _Copy:
         """Rename the file to its final name; return what failed, or None."""
         error = self._error or shared_folders.attempt(self._close)
         with contextlib.suppress(OSError):
-            self._temporary.unlink(missing_ok=True)
+            safe_files.delete_file(self._temporary)
             if self._file:
                 self._file.close()
         return error

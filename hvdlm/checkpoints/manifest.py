@@ -11,12 +11,15 @@ from typing import Any
 from hvdlm.checkpoints.errors import CheckpointError
 from hvdlm.checkpoints.shards import Stored, from_json
 from hvdlm.io import untrusted_input
+from hvdlm.io.safe_files import entries
 from hvdlm.io.untrusted_input import shown
 
-FORMAT = "hvdlm-checkpoint-2"
+_ANY_FORMAT = "hvdlm-checkpoint-"
+FORMAT = f"{_ANY_FORMAT}2"
 MANIFEST = "manifest.json"
 _LIMIT = 64 * 2**20  # bytes; hvdlm writes no larger manifest
 _FILE = re.compile(r"[a-z]{1,32}(-[0-9]{1,9})?\.safetensors")
+_WRITTEN = re.compile(rf"({_FILE.pattern}|{re.escape(MANIFEST)}|\..*\.partial)")  # all names in a checkpoint's folder
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _COUNT = 2**53  # JSON readers keep integers exact up to here
 _TYPES: dict[str, tuple[type, str]] = {
@@ -50,6 +53,18 @@ def read_manifest(path: Path, complete: bool = True) -> tuple[dict[str, Any], di
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else shown(_reason(error), 200)
         raise CheckpointError(path, reason) from error
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Return whether hvdlm wrote the folder ``path``: its manifest's format tells, the names of files without one.
+
+    Raises:
+        OSError: it can't be read.
+    """
+    try:
+        return untrusted_input.read_json(path / MANIFEST, _LIMIT, within=path)["format"].startswith(_ANY_FORMAT)
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError):  # incomplete or damaged
+        return all(_WRITTEN.fullmatch(file.name) for file in entries(path))
 
 
 def _reason(error: Exception) -> str:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -68,8 +66,6 @@ def convert(checkpoint: Checkpoint, output: Path, base: str | None = None) -> in
         HvdlmError: the checkpoint lacks something or is damaged, or the file can't be written.
     """
     try:
-        if output.is_dir():  # fails before much is written, not after
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         spec = spec_of(checkpoint, base) if "base" in checkpoint.manifest else None
         weights = MergedWeights(checkpoint, spec)
         metadata = {"format": "hvdlm", "step": str(checkpoint.step)}

@@ -12,16 +12,17 @@ import json
 import math
 import os
 import re
-import shutil
+import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from hvdlm.checkpoints.discovery import STEP_PATTERN, step_folders, step_name
 from hvdlm.checkpoints.errors import CheckpointError
-from hvdlm.checkpoints.manifest import MANIFEST, read_manifest
+from hvdlm.checkpoints.manifest import MANIFEST, is_checkpoint, read_manifest
 from hvdlm.checkpoints.shared_folders import MARKER
 from hvdlm.io.atomic_files import sync_folder, write_synced
+from hvdlm.io.safe_files import delete_file, delete_folder, delete_if_empty, entries, kind
 
 _HIDDEN = re.compile(rf"\.({STEP_PATTERN})\.(partial|replaced|deleted)")
 _LATEST_PARTIAL = ".latest.partial"
@@ -49,7 +50,7 @@ def publish(folder: Path, name: str, manifest: Mapping[str, Any]) -> None:
     write_synced(latest, name.encode())  # before any rename: from here on no more space is needed
     sync_folder(temporary)
     if final.exists():
-        shutil.rmtree(old, ignore_errors=True)
+        delete_folder(old)
         os.rename(final, old)
     os.rename(temporary, final)
     os.replace(latest, folder / "latest")
@@ -58,9 +59,9 @@ def publish(folder: Path, name: str, manifest: Mapping[str, Any]) -> None:
 
 def withdraw(folder: Path, name: str, published: bool) -> None:
     """Undo a save in this folder that failed on some node; ``published``: in this folder it had succeeded."""
-    shutil.rmtree(partial(folder, name), ignore_errors=True)
-    with contextlib.suppress(OSError):
-        (folder / _LATEST_PARTIAL).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # the error that it failed with says more; the next start cleans up
+        delete_folder(partial(folder, name))
+        delete_file(folder / _LATEST_PARTIAL)
     if published:
         _delete_checkpoint(folder / name)
     with contextlib.suppress(OSError):
@@ -80,7 +81,7 @@ def delete_old(folder: Path, step: int, keep: int, keep_best: int, complete: boo
     steps are kept too: the run was resumed from an earlier one, and will replace them. Damaged ones don't count and are
     deleted. ``complete``: a checkpoint counts only if all of its files are in this folder.
     """
-    shutil.rmtree(_replaced(folder, step_name(step)), ignore_errors=True)
+    _delete(_replaced(folder, step_name(step)))
     paths = [path for number, path in step_folders(folder) if number <= step]
     losses: dict[Path, float] = {}
     for path in paths:
@@ -97,10 +98,13 @@ def delete_old(folder: Path, step: int, keep: int, keep_best: int, complete: boo
 def _delete_checkpoint(path: Path) -> None:
     """Delete a checkpoint, renaming it first, so that no incomplete folder ever has a checkpoint's name."""
     hidden = path.with_name(f".{path.name}.deleted")
-    shutil.rmtree(hidden, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        os.rename(path, hidden)
-        shutil.rmtree(hidden, ignore_errors=True)
+    try:
+        if _is_ours(path):
+            delete_folder(hidden)
+            os.rename(path, hidden)
+            delete_folder(hidden)
+    except OSError as error:
+        _report(path, error)
 
 
 def _best(losses: Mapping[Path, float], count: int) -> list[Path]:
@@ -130,9 +134,11 @@ def clean_up(folder: Path, whole: Collection[str] = ()) -> None:
         return
     for path in sorted(folder.iterdir()):
         hidden = _HIDDEN.fullmatch(path.name)
-        if not hidden and not path.name.startswith(MARKER) and path.name != _LATEST_PARTIAL:
+        if path.name == "latest" or re.fullmatch(STEP_PATTERN, path.name):
             continue
         with contextlib.suppress(OSError):
+            if not _is_ours(path):
+                continue
             if hidden and hidden[2] == "replaced":
                 _restore(folder, hidden[1])
             elif hidden and hidden[1] in whole and not (folder / hidden[1]).exists():
@@ -147,8 +153,41 @@ def restore_replaced(folder: Path) -> None:
             _restore(folder, path.name[1:].removesuffix(".replaced"))
 
 
+def delete_all(folder: Path) -> None:
+    """Delete every checkpoint in ``folder`` with what belongs to it, and nothing else; a link is only removed.
+
+    Raises:
+        OSError: something can't be deleted.
+    """
+    if kind(folder) == "symbolic link":
+        print(f"hvdlm: {folder} leads to {os.path.realpath(folder)}: the link is removed, its checkpoints stay there")
+        delete_file(folder)
+    elif folder.is_dir():
+        for path in entries(folder):
+            if _is_ours(path):
+                delete_folder(path)
+        delete_if_empty(folder)
+
+
+def _is_ours(path: Path) -> bool:
+    """Return whether hvdlm wrote what is in a folder of checkpoints under this name: the name alone is not enough."""
+    is_now = kind(path)
+    if path.name in ("latest", _LATEST_PARTIAL) or path.name.startswith(MARKER):
+        return is_now == "file"
+    if not _HIDDEN.fullmatch(path.name) and not re.fullmatch(STEP_PATTERN, path.name):
+        return False
+    if is_now != "folder":
+        return is_now == "symbolic link"
+    return is_checkpoint(path)
+
+
 def _delete(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+    """Delete what is no longer needed; where that fails, training continues, and a line says that space is lost."""
+    try:
+        delete_folder(path)
+    except OSError as error:
+        _report(path, error)
+
+
+def _report(path: Path, error: OSError) -> None:
+    print(f"hvdlm: {path} can't be deleted, its space stays taken: {error.strerror}", file=sys.stderr, flush=True)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hvdlm.io import untrusted_input
+from hvdlm.io import safe_files, untrusted_input
 from hvdlm.io.atomic_files import sync, sync_folder
 
 _MAX_HEADER = 100 * 10**6  # bytes; the limit of the safetensors library
@@ -36,7 +35,7 @@ def write_tensors(
     names = sorted(tensors, key=lambda name: (-_bits(tensors[name][0]), name))
     header = _header({name: tensors[name] for name in names}, metadata)
     size, digest = len(header), hashlib.sha256(header)
-    with path.open("wb") as file:
+    with safe_files.create(path) as file:
         file.write(header)
         for name in names:
             data = _bytes(array(name))
@@ -52,12 +51,12 @@ def replace_tensors(
     path: Path, tensors: Mapping[str, TensorInfo], array: Callable[[str], np.ndarray], metadata: Mapping[str, str]
 ) -> None:
     """Write the file ``path`` as ``write_tensors`` does, atomically, under a temporary name beside it."""
-    temporary = path.with_name(f".{path.name}.partial")
+    temporary = path.with_name(f".{path.name}.partial")  # the caller holds the lock of its output
     try:
         write_tensors(temporary, tensors, array, metadata)
-        os.replace(temporary, path)
+        safe_files.move(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        safe_files.delete_file(temporary)
     sync_folder(path.parent)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import threading
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -29,6 +28,7 @@ from hvdlm.checkpoints.state_checks import Copied, Frozen, Replicas, not_finite
 from hvdlm.checkpoints.write_plan import ENTRY_BYTES, WritePlan, make_write_plan
 from hvdlm.config import CheckpointConfig
 from hvdlm.errors import RankError
+from hvdlm.io import safe_files
 from hvdlm.parallel.flat_layout import Shard, whole
 from hvdlm.protocols.world import World
 
@@ -316,7 +316,7 @@ def _make(temporary: Path) -> dict[str, Any]:
     space: dict[str, Any] = {}
 
     def make() -> None:
-        shutil.rmtree(temporary, ignore_errors=True)
+        safe_files.delete_folder(temporary)
         temporary.mkdir(parents=True)
         space.update(shared_folders.disk_space(temporary))
 

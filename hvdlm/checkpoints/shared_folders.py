@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 import secrets
-import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hvdlm.io import safe_files
+from hvdlm.io.lock_owner import host
 from hvdlm.protocols.world import World
 
 MARKER = ".rank-"
@@ -62,7 +63,7 @@ def meet(folder: Path, world: World) -> Sharing:
 
     answers = world.gather_objects([attempt(create_marker), _identity(folder)])
     visible = world.gather_objects([rank for rank, name in enumerate(names) if (folder / name).exists()])
-    attempt(lambda: (folder / names[world.rank]).unlink(missing_ok=True))
+    attempt(lambda: safe_files.delete_file(folder / names[world.rank]))
     if any(error for error, _ in answers):
         identities = [identity or [rank] for rank, (_, identity) in enumerate(answers)]
         return Sharing(world.rank, tuple(identities.index(identity) for identity in identities))
@@ -80,15 +81,6 @@ def _identity(folder: Path) -> list[Any] | None:
     except OSError:
         return None
     return [host(), stat.st_dev, stat.st_ino]
-
-
-def host() -> str:
-    """Return a unique name of this machine."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    except OSError:
-        boot = ""
-    return f"{socket.gethostname()}/{boot}"
 
 
 def attempt(action: Callable[[], Any]) -> str | None:

@@ -9,6 +9,7 @@ from hvdlm import plugins
 from hvdlm.checkpoints.merge import convert
 from hvdlm.commands.trained_run import chosen_checkpoint, run_file, run_parser
 from hvdlm.errors import HvdlmError, nearest
+from hvdlm.io import file_lock, safe_files
 
 
 def main(arguments: list[str]) -> int:
@@ -16,8 +17,11 @@ def main(arguments: list[str]) -> int:
     values = _parse(arguments)
     if values.format != "safetensors":
         return _export(values)
-    checkpoint, output = chosen_checkpoint(values), Path(values.output)
-    count = convert(checkpoint, output, values.base)
+    output = Path(values.output)
+    safe_files.check_output(output)
+    with file_lock.exclusive(output):
+        checkpoint = chosen_checkpoint(values)
+        count = convert(checkpoint, output, values.base)
     print(f"{output}: {count:,} parameters of {checkpoint.path}")
     return 0
 
@@ -27,11 +31,14 @@ def _export(values: Any) -> int:
     manager, name = plugins.load([values.format]), values.format
     if not manager.hook.hvdlm_export.get_hookimpls():
         raise HvdlmError(f"--format: no plugin writes {name!r}; {nearest(name, ('safetensors', 'huggingface'))}")
-    checkpoint, output = chosen_checkpoint(values), Path(values.output)
+    output = Path(values.output)
+    safe_files.check_output(output, folder=True)
     tokenizer = None if values.checkpoint else Path(values.run) / "tokenizer.json"
-    count, note = manager.hook.hvdlm_export(
-        name=name, checkpoint=checkpoint, tokenizer=tokenizer, output=output, base=values.base
-    )
+    with file_lock.exclusive(output):
+        checkpoint = chosen_checkpoint(values)
+        count, note = manager.hook.hvdlm_export(
+            name=name, checkpoint=checkpoint, tokenizer=tokenizer, output=output, base=values.base
+        )
     print(f"{output}: {count:,} parameters of {checkpoint.path} {note}")
     return 0
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 from hvdlm.errors import STOPPED
 from hvdlm.io import launcher_env
 from hvdlm.training.signals import Signals
@@ -27,7 +29,7 @@ def main(arguments: list[str]) -> int:
     from hvdlm.training.run import build, connect, plan
 
     connected = connect(plan(config))
-    with ending_all_ranks(connected.world):
+    with connected.lock or nullcontext(), ending_all_ranks(connected.world):
         run = build(connected)
         for plugin in default_plugins(run.config):
             run.manager.register(plugin)

@@ -17,6 +17,7 @@ from hvdlm.data import preparation, sources, splits
 from hvdlm.data.documents import Form
 from hvdlm.data.token_files import TokenData, is_prepared, open_tokens
 from hvdlm.errors import HvdlmError, nearest
+from hvdlm.io import safe_files
 from hvdlm.io.atomic_files import replace as write_whole
 from hvdlm.io.untrusted_input import shown
 
@@ -139,16 +140,14 @@ def prepare(config: DataConfig, output: str | None, workers: int | None) -> dict
         if is_prepared(corpus.config.paths):
             raise HvdlmError(f"--output {folder}: data.mixture {corpus.name} is prepared already: leave it out.")
     partial = folder.parent / f".{folder.name}.{preparation.key(*(corpus.config for corpus in corpora))}"
-    with preparation.writing(folder):
+    with preparation.writing(folder, wait=False):
+        if safe_files.kind(partial) == "symbolic link":
+            safe_files.delete_file(partial)
         partial.mkdir(exist_ok=True)
         for corpus in corpora:
             if not is_prepared([str(partial / corpus.name)]):
                 preparation.prepare(corpus.config, str(partial / corpus.name), workers)
-        for lock in partial.glob(".*.lock"):
-            lock.unlink()
-        if folder.is_dir():
-            folder.rmdir()
-        partial.rename(folder)
+        partial.rename(folder)  # takes the place of an empty folder only
     return {corpus.name: open_tokens(folder / corpus.name) for corpus in corpora}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -24,6 +23,7 @@ from hvdlm.data.token_files import FORMAT, TokenData, is_prepared, open_tokens
 from hvdlm.data.tokenizers import Tokenizer, WordTokenizer
 from hvdlm.data.workers import WorkerDied
 from hvdlm.errors import HvdlmError
+from hvdlm.io import file_lock, safe_files
 from hvdlm.io.atomic_files import write_synced
 from hvdlm.io.user_folders import user_cache
 
@@ -43,7 +43,7 @@ def prepare(config: DataConfig, output: str | None = None, processes: int | None
     folder = Path(output) if output else cache(config) / key(config)
     if output:
         check_free(folder)
-    with writing(folder):
+    with writing(folder, wait=not output):
         work = Preparation(config, folder)
         if (folder / "header.json").is_file():
             work.journal.discard()  # left behind by a process that was killed after publishing
@@ -58,7 +58,8 @@ def check_free(folder: Path) -> None:
     Raises:
         HvdlmError: it exists and isn't an empty folder.
     """
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    safe_files.check_output(folder, folder=True)
+    if folder.exists() and any(folder.iterdir()):
         raise HvdlmError(f"--output {folder}: it exists and is not an empty folder: name one that doesn't exist yet.")
 
 
@@ -111,18 +112,27 @@ def _identity(source: str) -> list[Any]:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Wait for and hold the lock on writing ``path``; an OSError inside becomes an HvdlmError."""
+def writing(path: Path, wait: bool = True) -> Iterator[None]:
+    """Hold the lock on writing ``path``, after waiting for its owner if asked to; an OSError becomes an HvdlmError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path.parent / f".{path.name}.lock", "w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        if wait:
+            lock = file_lock.acquire(file_lock.beside(path), True, say=lambda line: print_line(f"hvdlm: {line}"))
+        else:
+            lock = file_lock.exclusive(path)
+        with lock:
             yield
     except OSError as error:
         raise HvdlmError(
-            f"the token files can't be written to {path}: {error.strerror or error}"
+            f"the token files can't be written to {path}: {_described(error)}"
             ": free space or choose another folder (--data.cache FOLDER)."
         ) from error
+
+
+def _described(error: OSError) -> str:
+    """Return what failed, and with which file: a lock, for example."""
+    where = f" ({error.filename})" if isinstance(error.filename, str) else ""
+    return f"{error.strerror or error}{where}"
 
 
 def train_tokenizer(config: DataConfig, groups: Sequence[tuple[Sequence[str], Form]]) -> Tokenizer:

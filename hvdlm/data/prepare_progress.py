@@ -7,8 +7,9 @@ when that much is on disk, and anything beyond is cut off on resuming.
 
 from __future__ import annotations
 
+import errno
 import json
-import shutil
+import os
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,13 +21,15 @@ from hvdlm.data import tokenizers
 from hvdlm.data.source_chunks import START, SourcePosition
 from hvdlm.data.tokenizers import Tokenizer
 from hvdlm.errors import HvdlmError
-from hvdlm.io import atomic_files, untrusted_input
+from hvdlm.io import atomic_files, safe_files, untrusted_input
 from hvdlm.io.untrusted_input import shown
 
 _FORMAT = "hvdlm-prepare-1"
 _LIMIT = 1 << 28  # bytes: room for the digests of millions of sources
 _COUNT = 1 << 53  # JSON readers keep integers exact up to here
 _SAVE_SECONDS = 5.0  # of work that are lost at most
+_TOKEN_FILES = r"header\.json|tokens\.bin|tokenizer\.json"
+_FILES = r"journal\.json|places\.bin|\.journal\.json\.[0-9a-f]+\.partial|\.journal\.json\.partial"
 _ROW = np.dtype(("<u8", 3))  # of a chunk: the number of its source; tokens and bytes of text up to its end
 
 
@@ -88,13 +91,12 @@ class Journal:
             return self._read()
         except (ValueError, OSError, RecursionError, HvdlmError):
             self.state = JournalState()
-            if self._folder.is_symlink():
-                self._folder.unlink()
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._delete()
             return None
 
     def _read(self) -> Tokenizer:
-        untrusted_input.inside(self._folder, self._folder.parent)
+        if {safe_files.kind(path) for path in (self._folder, self.tokens)} != {"folder"}:
+            raise ValueError("it is a link")
         journal = untrusted_input.read_json(self._folder / "journal.json", _LIMIT, self._folder)
         state = _parse_state(journal)
         if journal.get("identity") != self._identity:
@@ -125,14 +127,14 @@ class Journal:
         self.tokens.mkdir(parents=True)
         atomic_files.write_synced(self.tokens / "tokenizer.json", json.dumps(tokenizer.to_json()).encode())
         for name in ("places.bin", "tokens/tokens.bin"):
-            (self._folder / name).touch()
+            safe_files.create(self._folder / name).close()
 
     def open(self, tokenizer: Tokenizer) -> None:
         """Open both files for writing after the valid progress, and cut off what follows it."""
         self._hash = tokenizer.hash
         self._dtype = f"<u{itemsize(tokenizer)}"
         for name, size in (("places.bin", _ROW.itemsize * self.state.pieces), ("tokens/tokens.bin", self._size())):
-            file = (self._folder / name).open("r+b")
+            file = os.fdopen(safe_files.open_regular(self._folder / name, os.O_RDWR), "r+b")
             self._files.append(file)
             file.truncate(size)
             file.seek(size)
@@ -177,15 +179,28 @@ class Journal:
     def publish(self, folder: Path) -> None:
         """Rename the whole token folder to its final name."""
         atomic_files.sync_folder(self.tokens)
-        shutil.rmtree(folder, ignore_errors=True)
-        self.tokens.rename(folder)
+        safe_files.delete_owned(folder, _TOKEN_FILES)  # of a token folder without its header
+        self.tokens.rename(folder)  # fails where it holds anything else
         atomic_files.sync_folder(folder.parent)
         self.discard()
 
     def discard(self) -> None:
-        """Delete the partial folder."""
+        """Delete the partial folder.
+
+        Raises:
+            OSError: it can't be deleted, or holds what hvdlm did not write.
+        """
         self.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._delete()
+
+    def _delete(self) -> None:
+        for path in (self._folder, self.tokens):
+            if safe_files.kind(path) == "symbolic link":
+                safe_files.delete_file(path)
+        safe_files.delete_owned(self.tokens, _TOKEN_FILES)
+        safe_files.delete_owned(self._folder, _FILES)
+        if safe_files.kind(self._folder) is not None:
+            raise OSError(errno.ENOTEMPTY, "it holds files that hvdlm did not write: move them", str(self._folder))
 
 
 def partial(folder: Path) -> Path:

@@ -24,7 +24,7 @@ from hvdlm.data.source_chunks import (
     split_text,
 )
 from hvdlm.errors import HvdlmError
-from hvdlm.io import untrusted_input
+from hvdlm.io import safe_files, untrusted_input
 from hvdlm.io.atomic_files import sha256
 
 _CHUNK = 1 << 20  # bytes that are read at a time
@@ -194,5 +194,5 @@ def _copy_stdin(folder: Path) -> Path:
             if not path.exists():
                 os.replace(file.name, path)
         finally:  # an input that fills the disk leaves no file behind
-            Path(file.name).unlink(missing_ok=True)
+            safe_files.delete_file(Path(file.name))
     return path

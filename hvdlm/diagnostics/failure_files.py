@@ -20,6 +20,7 @@ from typing import Any
 
 from hvdlm.diagnostics.recorder_reader import Recording, read_recording
 from hvdlm.errors import HvdlmError
+from hvdlm.io import safe_files
 
 HANG, REPORTED = "hang", "told"
 """Markers: a rank has noticed a hang; a rank has reported (on standard error) why the run ends."""
@@ -100,7 +101,8 @@ def _write(path: Path, text: str) -> None:
     temporary = path.with_suffix(".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
+        with safe_files.create(temporary) as file:
+            file.write(text.encode())
         temporary.replace(path)
     except OSError:
         pass  # the run is ending anyway, and the diagnosis names the ranks whose files are missing

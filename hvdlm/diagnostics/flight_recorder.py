@@ -6,6 +6,8 @@ memory-mapped, so that it survives the process.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import itertools
 import mmap
 import os
@@ -18,6 +20,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import CodeType
 from typing import Any, NamedTuple
+
+from hvdlm.errors import HvdlmError
+from hvdlm.io import safe_files
 
 MAGIC = b"hvdlmLG1"
 RECORDS = 2048
@@ -243,11 +248,8 @@ class FlightRecorder:
         """Delete this rank's files after a run has ended normally, and the folder when it is empty."""
         if self.folder is None:
             return
-        clean(self.folder, f"rank-{self.rank:04d}")
-        try:
-            self.folder.rmdir()
-        except OSError:
-            pass  # other ranks haven't finished yet
+        with contextlib.suppress(OSError):  # the next attempt deletes them
+            safe_files.delete_owned(self.folder, _names(f"{self.rank:04d}"))
 
 
 def _offset(number: int) -> int:
@@ -257,21 +259,29 @@ def _offset(number: int) -> int:
 
 def _mapped(path: Path) -> mmap.mmap:
     """Return a new memory-mapped file; its space is allocated now, since a full disk would kill the rank later."""
-    path.unlink(missing_ok=True)
+    safe_files.delete_file(path)
     with path.open("xb+") as file:
         allocate = getattr(os, "posix_fallocate", lambda descriptor, _, size: os.ftruncate(descriptor, size))
         allocate(file.fileno(), 0, _BYTES)
         return mmap.mmap(file.fileno(), _BYTES)
 
 
-def clean(folder: Path, name: str = "*") -> None:
-    """Delete the files that ranks of an earlier attempt left in ``folder`` (RUN/flight_recorder), as far as possible.
+def _names(rank: str = r"\d{4,5}") -> str:
+    """Return a pattern of the names of the files that ``rank`` writes into RUN/flight_recorder."""
+    return rf"rank-{rank}\.(recorder|stack|part)|failed-{rank}\.(json|part)"
+
+
+def clean(folder: Path) -> None:
+    """Delete the files that ranks of an earlier attempt left in ``folder`` (RUN/flight_recorder), and no others.
 
     The first rank of every host calls it before the ranks connect, when none of this attempt's files exists.
+
+    Raises:
+        HvdlmError: one can't be deleted: it would be taken for this attempt's; or the folder is a link.
     """
-    for kind in ("recorder", "stack", "json", "txt", "part"):
-        for path in folder.glob(f"{name}.{kind}"):
-            try:
-                path.unlink(missing_ok=True)
-            except OSError:
-                continue
+    try:
+        if safe_files.kind(folder) not in (None, "folder"):
+            raise OSError(errno.ENOTDIR, f"it is a {safe_files.kind(folder)}, not a folder", str(folder))
+        safe_files.delete_owned(folder, rf"{_names()}|(hang|told)\.json|diagnosis\.(txt|part)")
+    except OSError as error:
+        raise HvdlmError(f"{error.filename}: {error.strerror}: move it elsewhere, or delete it.") from error

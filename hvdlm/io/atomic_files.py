@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import secrets
 from pathlib import Path
 from typing import BinaryIO
+
+from hvdlm.io import safe_files
 
 _CHUNK = 2**20  # bytes; a larger buffer would be allocated even for the smallest untrusted file
 
 
 def write_synced(path: Path, data: bytes) -> None:
     """Write a file and wait until its content is on disk."""
-    with path.open("wb") as file:
+    with safe_files.create(path) as file:
         file.write(data)
         sync(file)
 
@@ -43,6 +47,15 @@ def sha256(path: Path) -> str:
 
 def replace(path: Path, text: str) -> None:
     """Write a small file atomically: under a temporary name, synced, then renamed."""
-    temporary = path.with_name(f".{path.name}.partial")
-    write_synced(temporary, text.encode())
-    os.replace(temporary, path)
+    temporary = temporary_name(path)
+    try:
+        write_synced(temporary, text.encode())
+        safe_files.move(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            safe_files.delete_file(temporary)
+
+
+def temporary_name(path: Path) -> Path:
+    """Return a new name beside ``path``: other processes that write the same file have others."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")

@@ -34,6 +34,14 @@ VARIABLES = {
     MPICH: Variables("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
     SRUN: Variables("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
 }
+# What all ranks of one launch have in common, and no other launch at the same time.
+_IDENTITIES = {
+    HOROVODRUN: ("HOROVOD_GLOO_RENDEZVOUS_ADDR", "HOROVOD_GLOO_RENDEZVOUS_PORT"),
+    OPEN_MPI: ("PMIX_NAMESPACE", "OMPI_MCA_orte_hnp_uri"),
+    MPICH: ("PMI_PORT",),
+    SRUN: ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"),
+}
+_JOBS = {"SLURM_JOB_ID": "Slurm job", "PBS_JOBID": "PBS job", "LSB_JOBID": "LSF job"}
 _GLOO_RENDEZVOUS = "HOROVOD_GLOO_RENDEZVOUS_ADDR"
 # What makes a process a rank; the user's settings (OMPI_MCA_..., HOROVOD_CYCLE_TIME) are not among them.
 _RANK_PREFIXES = ("OMPI_COMM_", "OMPI_UNIVERSE", "PMIX_", "PMI_", "SLURM_", "HOROVOD_RANK", "HOROVOD_SIZE")
@@ -81,6 +89,18 @@ def _number(environ: Mapping[str, str], name: str) -> int:
             "it, or start with horovodrun, mpirun or srun."
         )
     return int(first)
+
+
+def launch_identity() -> str:
+    """Return what distinguishes this process's launch from all others, "" where the launcher tells nothing."""
+    launch = detect()
+    values = [os.environ.get(name, "") for name in _IDENTITIES[launch.launcher]] if launch else []
+    return " ".join(values) if any(values) else ""
+
+
+def scheduler_job() -> str:
+    """Return the scheduler's job that this process belongs to, for people: "Slurm job 12"; "" outside of one."""
+    return next((f"{kind} {os.environ[name]}" for name, kind in _JOBS.items() if os.environ.get(name)), "")
 
 
 def rank_for_messages() -> int:

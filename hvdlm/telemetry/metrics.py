@@ -10,6 +10,7 @@ from typing import Any, TextIO
 
 from hvdlm import hookimpl
 from hvdlm.config import Config
+from hvdlm.io import safe_files
 from hvdlm.io.atomic_files import replace
 from hvdlm.protocols.types import StepResult
 from hvdlm.protocols.world import World
@@ -33,7 +34,7 @@ class Metrics:
         if world.rank == 0:
             self._folder.mkdir(parents=True, exist_ok=True)
             _keep_until(self._path, int(info["start_step"]))
-            self._file = self._path.open("a", encoding="utf-8")
+            self._file = safe_files.append(self._path)
 
     @hookimpl
     def hvdlm_step_ended(self, step: int, result: StepResult, learning_rate: float, rates: Rates) -> None:
@@ -58,7 +59,7 @@ class Metrics:
         if self._file:
             self._file.close()
             _keep_until(self._path, to_step)
-            self._file = self._path.open("a", encoding="utf-8")
+            self._file = safe_files.append(self._path)
             self._logged = self._rates
             self._write(step=to_step, rolled_back_from=step, batches_left_out=list(batches))
 
@@ -82,7 +83,8 @@ def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _keep_until(path: Path, step: int) -> None:
-    if not path.exists():
+    if safe_files.kind(path) != "file":
+        safe_files.delete_file(path)  # a link: nothing is read or written through it
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():

@@ -11,9 +11,13 @@ from typing import Any
 
 from hvdlm import hookimpl
 from hvdlm.config import Config
+from hvdlm.io import safe_files
 from hvdlm.protocols.types import StepResult
 from hvdlm.protocols.world import World
 from hvdlm.telemetry.rates import Rates
+
+EVENTS = r"events\.out\.tfevents\..+\.hvdlm"
+"""Matches the names of the files that hvdlm writes: those of other programs may lie beside them."""
 
 
 class TensorBoard:
@@ -35,8 +39,8 @@ class TensorBoard:
             # tensorboard's own EventFileWriter would import TensorFlow.
             self._folder.mkdir(parents=True, exist_ok=True)
             # The process id keeps a run that is resumed within the same second from overwriting its events.
-            name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
-            self._writer = RecordWriter((self._folder / name).open("wb"))
+            name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}.hvdlm"
+            self._writer = RecordWriter(safe_files.create(self._folder / name))
             self._writer.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
             self._start_at(info["start_step"] + 1)
 

@@ -23,6 +23,7 @@ from hvdlm.diagnostics.watchdog import Watchdog
 from hvdlm.errors import HvdlmError
 from hvdlm.inference import scorer
 from hvdlm.inference.generation import encode
+from hvdlm.io.file_lock import FileLock
 from hvdlm.io.user_folders import similar_run
 from hvdlm.models.lora import adapt
 from hvdlm.models.spec import ModelSpec
@@ -32,7 +33,7 @@ from hvdlm.protocols.framework import Framework
 from hvdlm.protocols.task import Task
 from hvdlm.protocols.trainable import Trainable
 from hvdlm.protocols.world import World
-from hvdlm.training import preflight
+from hvdlm.training import preflight, run_folder, run_lock
 from hvdlm.training.data_cursor import DataCursor
 from hvdlm.training.step_guard import StepGuard
 
@@ -87,7 +88,7 @@ class Plan:
     """A checked run, before ranks are connected and before a framework is imported.
 
     ``resume``: the checkpoint to resume from, as ``checkpoint.resume`` names it; ``writes``: whether the run writes its
-    folder; ``checkpoint``: the one to resume from, where one process alone can tell.
+    folder.
     """
 
     config: Config
@@ -97,12 +98,11 @@ class Plan:
     mesh: Mesh
     resume: str
     writes: bool
-    checkpoint: Checkpoint | None
 
 
 @dataclass(frozen=True)
 class Connected:
-    """A run whose ranks are connected, its model not yet built."""
+    """A run whose ranks are connected, its model not yet built. ``lock``: of its folder, where this rank holds it."""
 
     plan: Plan
     task: Task
@@ -111,6 +111,7 @@ class Connected:
     framework: Framework
     world: World
     watchdog: Watchdog
+    lock: FileLock | None
 
 
 def load_plugins(config: Config, *names: str) -> pluggy.PluginManager:
@@ -171,20 +172,18 @@ def plan(config: Config, *, writes: bool = True, resume: str | None = None) -> P
     validation.model(config, manager)
     validation.communication(config, size, backend_name, plugins.compressors(manager))
     require_framework(config.framework, size, backend_name)
-    checkpoint = _check_folder(config, size) if writes else None
     data = without_stdin(config.data)
     if resume is None:
         resume = config.checkpoint.resume if writes else "none"
-    return Plan(
-        replace(config, data=data), replace(requested, data=data), manager, backend, mesh, resume, writes, checkpoint
-    )
+    return Plan(replace(config, data=data), replace(requested, data=data), manager, backend, mesh, resume, writes)
 
 
 def _check_folder(config: Config, size: int) -> Checkpoint | None:
-    """Return the checkpoint to resume from; check that the run's folder is free where there is none."""
+    """Return the checkpoint to resume from, where one process alone can tell; check that the folder may be written."""
     folder = Path(config.log.run)
     # Several ranks search together once they are connected: a node may lack files that others have.
     checkpoint = discovery.find(folder, config.checkpoint.resume, warn=False) if size == 1 else None
+    run_folder.check_foreign(folder, discovery.newest_step(folder) is not None)
     occupied = config.checkpoint.resume == "none" and (folder / "config.yaml").exists()
     if occupied and not config.log.overwrite:
         raise HvdlmError(
@@ -198,9 +197,23 @@ def connect(plan: Plan) -> Connected:
     """Open the data, import the framework and connect the ranks. All ranks call.
 
     Raises:
-        HvdlmError: the data don't fit the model, or the transport doesn't work.
+        HvdlmError: another run is writing the folder or has written it, the data don't fit the model, or the transport
+            doesn't work.
     """
+    rank, _, local_rank, _ = plan.backend.launch_shape()
+    lock = run_lock.hold(Path(plan.config.log.run), rank, local_rank) if plan.writes else None
+    try:
+        return _connect(plan, lock)
+    except BaseException:
+        if lock:
+            lock.release()
+        raise
+
+
+def _connect(plan: Plan, lock: FileLock | None) -> Connected:
     config, manager = plan.config, plan.manager
+    _, size, local_rank, _ = plan.backend.launch_shape()
+    checkpoint = _check_folder(config, size) if plan.writes else None  # now that no other run writes it
     task = plugins.make(manager, "task", config.task, config=config, open_scorer=scorer.opener(config))
     vocab = config.model.vocab or task.vocab
     if vocab < task.vocab:
@@ -218,16 +231,16 @@ def connect(plan: Plan) -> Connected:
     if config.log.sample_tokens and not task.reads:
         encode(task.tokenizer, config.log.sample_prompt)
     spec, base = attach(adapt(spec, config.lora), config.model.pretrained, config.train.seed, config.plugins)
-    if plan.checkpoint:
-        preflight.check_continuation(plan.checkpoint, task, config, base)
+    if checkpoint:
+        preflight.check_continuation(checkpoint, task, config, base)
     framework = plugins.make(manager, "framework", config.framework)
     folder = Path(config.log.run) / RECORDER_FOLDER
-    if plan.writes and plan.backend.launch_shape()[2] == 0:
+    if plan.writes and local_rank == 0:
         # Recorders of an earlier attempt; before ranks are connected, so that none of this attempt is deleted.
         clean(folder)
     world = plan.backend.start(framework, plan.mesh.groups(), config)
     watchdog = Watchdog(world, folder, config.communication.timeout)
-    return Connected(plan, task, spec, base, framework, world, watchdog)
+    return Connected(plan, task, spec, base, framework, world, watchdog, lock)
 
 
 def build(connected: Connected) -> Run:

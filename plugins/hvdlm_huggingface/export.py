@@ -18,6 +18,7 @@ from hvdlm.data.tokenizers import LIMIT, SLACK, from_json
 from hvdlm.errors import HvdlmError
 from hvdlm.io import untrusted_input
 from hvdlm.io.atomic_files import replace, sync_folder
+from hvdlm.io.safe_files import delete_file
 from hvdlm.models.gpt import GPTSettings
 from hvdlm.models.spec import ModelSpec
 from hvdlm_huggingface.formats import FORMATS, Format
@@ -48,7 +49,7 @@ def export(checkpoint: Checkpoint, tokenizer: Path | None, output: Path, base: s
 
     try:
         output.mkdir(parents=True, exist_ok=True)
-        (output / "config.json").unlink(missing_ok=True)
+        delete_file(output / "config.json")
         replace_tensors(output / "model.safetensors", tensors, array, {"format": "pt"})
         note = _write_tokenizer(tokenizer, output)
         replace(output / "config.json", json.dumps({**chosen.config(spec.settings), "dtype": "float32"}, indent=2))

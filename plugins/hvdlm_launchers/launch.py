@@ -11,6 +11,8 @@ from hvdlm import plugins
 from hvdlm.config import Config
 from hvdlm.configuration import validation
 from hvdlm.errors import HvdlmError, nearest
+from hvdlm.io.atomic_files import replace as replace_file
+from hvdlm.io.safe_files import check_output
 from hvdlm.parallel.mesh import make_mesh
 from hvdlm.protocols.scheduler import Scheduler
 from hvdlm_launchers.schedulers.job import Job, check
@@ -32,6 +34,8 @@ def launch(
         raise HvdlmError("no run: write python -m hvdlm launch [OPTIONS] -- train --config run.yaml ...")
     scheduler = find(job.scheduler)
     check(job)
+    if output is not None:
+        check_output(Path(output))
     config = read(arguments)
     _check_run(job, config)
     text = scheduler.write(job, arguments, config)
@@ -82,7 +86,7 @@ def _check_run(job: Job, config: Config) -> None:
 
 def _write(path: Path, text: str) -> None:
     try:
-        path.write_text(text, encoding="utf-8")
+        replace_file(path, text)
     except OSError as error:
         raise HvdlmError(f"--output {path}: {error.strerror}: name a file that can be written.") from error
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from hvdlm.config import Config
+from hvdlm.io.safe_files import append
 from hvdlm_launchers import hosts
 from hvdlm_launchers.process_tree import ProcessTree
 from hvdlm_launchers.run_status import CODES, RunStatus, outcome
@@ -207,7 +208,7 @@ class Supervisor:
         """Append a line to ``supervise.jsonl``; if the folder can't be written, warn and continue."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            with (self._folder / "supervise.jsonl").open("a", encoding="utf-8") as file:
+            with append(self._folder / "supervise.jsonl") as file:
                 file.write(json.dumps({"time": time.time(), **facts}) + "\n")
         except OSError as error:
             _log(f"{self._folder}/supervise.jsonl could not be written: {error.strerror}.")

@@ -10,6 +10,7 @@ from typing import Any
 
 from hvdlm.errors import HvdlmError
 from hvdlm.io.atomic_files import replace
+from hvdlm.io.safe_files import check_output
 from hvdlm_report.chart import chart, short
 from hvdlm_report.runs import RunData, compare, read
 
@@ -76,6 +77,7 @@ def write(folders: Sequence[Path], output: Path, tolerance: float) -> list[str]:
     Raises:
         HvdlmError: a folder holds no run, or the page can't be written.
     """
+    check_output(output)
     runs = [read(folder) for folder in folders]
     comparisons = [(other.name, compare(runs[0], other, tolerance)) for other in runs[1:]]
     sentences = [f"{name} beside {runs[0].name}: {comparison.sentence()}" for name, comparison in comparisons]
