@@ -17,14 +17,15 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from hvdlm.checkpoints.discovery import STEP_PATTERN, step_folders, step_name
+from hvdlm.checkpoints.discovery import step_folders
 from hvdlm.checkpoints.errors import CheckpointError
 from hvdlm.checkpoints.manifest import MANIFEST, read_manifest
+from hvdlm.checkpoints.order import LATEST, LATEST_PARTIAL, PENDING, STEP_PATTERN, named_latest, read_name, step_name
 from hvdlm.checkpoints.shared_folders import MARKER
-from hvdlm.io.atomic_files import sync_folder, write_synced
+from hvdlm.io.atomic_files import replace, sync_folder, write_synced
 
 _HIDDEN = re.compile(rf"\.({STEP_PATTERN})\.(partial|replaced|deleted)")
-_LATEST_PARTIAL = ".latest.partial"
+_PARTIAL_FILES = (LATEST_PARTIAL, f".{PENDING}.partial")
 
 
 def partial(folder: Path, name: str) -> Path:
@@ -44,7 +45,7 @@ def publish(folder: Path, name: str, manifest: Mapping[str, Any]) -> None:
     temporary = partial(folder, name)
     final = folder / name
     old = _replaced(folder, name)
-    latest = folder / _LATEST_PARTIAL
+    latest = folder / LATEST_PARTIAL
     write_synced(temporary / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True).encode())
     write_synced(latest, name.encode())  # before any rename: from here on no more space is needed
     sync_folder(temporary)
@@ -52,7 +53,7 @@ def publish(folder: Path, name: str, manifest: Mapping[str, Any]) -> None:
         shutil.rmtree(old, ignore_errors=True)
         os.rename(final, old)
     os.rename(temporary, final)
-    os.replace(latest, folder / "latest")
+    os.replace(latest, folder / LATEST)
     sync_folder(folder)
 
 
@@ -60,11 +61,14 @@ def withdraw(folder: Path, name: str, published: bool) -> None:
     """Undo a save in this folder that failed on some node; ``published``: in this folder it had succeeded."""
     shutil.rmtree(partial(folder, name), ignore_errors=True)
     with contextlib.suppress(OSError):
-        (folder / _LATEST_PARTIAL).unlink(missing_ok=True)
+        (folder / LATEST_PARTIAL).unlink(missing_ok=True)
     if published:
         _delete_checkpoint(folder / name)
     with contextlib.suppress(OSError):
         _restore(folder, name)
+        newest = step_folders(folder)
+        if published and newest:
+            replace(folder / LATEST, newest[0][1].name)
 
 
 def _restore(folder: Path, name: str) -> None:
@@ -77,7 +81,7 @@ def delete_old(folder: Path, step: int, keep: int, keep_best: int, complete: boo
     """Delete the checkpoints that are no longer kept, now that the one of ``step`` is whole on all nodes.
 
     The newest ``keep`` up to ``step`` are kept, and the ``keep_best`` with the lowest ``val_loss``. Those of later
-    steps are kept too: the run was resumed from an earlier one, and will replace them. Damaged ones don't count and are
+    steps are kept too: this run hasn't written them. So are those that were set aside. Damaged ones don't count and are
     deleted. ``complete``: a checkpoint counts only if all of its files are in this folder.
     """
     shutil.rmtree(_replaced(folder, step_name(step)), ignore_errors=True)
@@ -128,9 +132,12 @@ def clean_up(folder: Path, whole: Collection[str] = ()) -> None:
     """
     if not folder.is_dir():
         return
+    with contextlib.suppress(OSError):
+        if read_name(folder / LATEST_PARTIAL) == named_latest(folder):
+            os.replace(folder / LATEST_PARTIAL, folder / LATEST)
     for path in sorted(folder.iterdir()):
         hidden = _HIDDEN.fullmatch(path.name)
-        if not hidden and not path.name.startswith(MARKER) and path.name != _LATEST_PARTIAL:
+        if not hidden and not path.name.startswith(MARKER) and path.name not in _PARTIAL_FILES:
             continue
         with contextlib.suppress(OSError):
             if hidden and hidden[2] == "replaced":

@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,8 @@ class Supervisor:
         self._folder = Path(settings.run or option_value(command, "log.run") or "runs/default")
         self._resume = option_value(command, "checkpoint.resume")
         self._initial = RunStatus.of(self._folder)
-        self._best_step = self._initial.checkpoint or 0
+        self._named = self._resume not in (None, "none", "auto")
+        self._best_step = 0 if self._named else self._initial.checkpoint or 0
         self._failures = 0
         self._processes: ProcessTree | None = None
         self._signals_received: list[int] = []
@@ -149,8 +151,9 @@ class Supervisor:
             return CODES["stopped"], "nothing is lost, the same command resumes it"
         if self._signals_received:
             return CODES["failed"], f"it was asked to stop and did not save, there is {after}"
-        self._failures = 0 if after.step > self._best_step else self._failures + 1
-        self._best_step = max(self._best_step, after.step)
+        step = self._reached(after)
+        self._failures = 0 if step > self._best_step else self._failures + 1
+        self._best_step = max(self._best_step, step)
         if self._failures >= self._settings.max_failures:
             return CODES["failed"], f"given up, {self._failures} without progress, there is {after}"
         return None, f"restart in {self._delay():g} s with {after}"
@@ -166,9 +169,22 @@ class Supervisor:
             command = [word.replace("{hosts}", listing).replace("{np}", str(ranks)) for word in command]
         if number == 1 and before.checkpoint is None:
             return command  # the run itself decides whether its folder may be overwritten
-        if self._resume not in (None, "none", "auto") and before.written == self._initial.written:
+        if self._named and not self._has_saved(before):
             return [*command, "--log.overwrite", "false"]  # nothing new was saved: resume where the user said
         return [*command, "--checkpoint.resume", "auto", "--log.overwrite", "false"]
+
+    def _reached(self, after: RunStatus) -> int:
+        """Return the last step that the attempts reached; later steps from before they were resumed don't count."""
+        changes: dict[str, Any] = {"status": {}} if after.status == self._initial.status else {}
+        if self._named and after.sequence == self._initial.sequence:
+            changes["checkpoint"] = None
+        return replace(after, **changes).step
+
+    def _has_saved(self, status: RunStatus) -> bool:
+        """Return whether an attempt has saved: the newest checkpoint is newer than all before the first attempt."""
+        return status.checkpoint is not None and (
+            self._initial.checkpoint is None or status.sequence > self._initial.sequence
+        )
 
     def _find_hosts(self) -> tuple[dict[str, int], int] | None:
         """Return slots by reachable host and the number of ranks; ({}, 0) without a script; None: a signal arrived.
