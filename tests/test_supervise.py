@@ -199,16 +199,17 @@ def test_a_run_that_goes_back_resumes_from_what_it_saved(fake: Path) -> None:
     """Later steps of before don't count: not as what to resume from, nor as progress."""
     back = "shutil.rmtree(run / 'checkpoints' / 'step-00000040', True); "
     plan = ["save(20, 4); save(40, 8); status('done', 40)", "die()", back + "die()", "save(25, 9); die()", "die()"]
-    plan += ["die()", "save(30, 10); die()", "status('done', 30)"]
+    plan += ["die()", "save(30, 10); die()", "save(35, 11); status('stopped', 35); sys.exit(75)"]
     SupervisedRun(fake, plan).supervise()
     path = str(fake.parent / "run" / "checkpoints" / "step-00000020")
     supervised = SupervisedRun(fake, plan, "", "--checkpoint.resume", path)
-    assert supervised.supervise() == 0
+    assert supervised.supervise() == 75
     attempts = [json.loads(line) for line in (supervised.folder / "attempts").read_text().splitlines()]
     named = [*supervised.command[3:], *AGAIN[2:]]
     newest = [*supervised.command[3:], *AGAIN]
     assert attempts[1:] == [named, named, named, newest, newest, newest, newest]
     assert [record["next"].split()[-1] for record in supervised.records[1:5]] == ["40", "20", "25", "25"]
+    assert supervised.records[-1]["next"] == "the command with --checkpoint.resume auto resumes it"
 
 
 def test_options_are_found_in_commands_and_their_files(tmp_path: Path) -> None:

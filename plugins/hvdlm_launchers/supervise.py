@@ -28,7 +28,7 @@ _SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
 _CONSEQUENCE = {
     "done": "finished",
     "refused": "not started again",
-    "stopped": "the same command resumes it",
+    "stopped": "{again} resumes it",
 }
 _REPEAT_SECONDS = 1.0  # signals closer together count as one: schedulers and shells often send more than one
 
@@ -146,9 +146,9 @@ class Supervisor:
     def _decide(self, state: str, after: RunStatus, ended_early: bool) -> tuple[int | None, str]:
         """Return the exit code (None: make another attempt), and a phrase that says what happens next."""
         if state != "failed":
-            return CODES[state], _CONSEQUENCE[state]
+            return CODES[state], _CONSEQUENCE[state].format(again=self._again(after))
         if ended_early:
-            return CODES["stopped"], "nothing is lost, the same command resumes it"
+            return CODES["stopped"], f"nothing is lost, {self._again(after)} resumes it"
         if self._signals_received:
             return CODES["failed"], f"it was asked to stop and did not save, there is {after}"
         step = self._reached(after)
@@ -157,6 +157,11 @@ class Supervisor:
         if self._failures >= self._settings.max_failures:
             return CODES["failed"], f"given up, {self._failures} without progress, there is {after}"
         return None, f"restart in {self._delay():g} s with {after}"
+
+    def _again(self, after: RunStatus) -> str:
+        """Return the command that resumes from what the attempts have saved."""
+        goes_back = self._named and self._has_saved(after)
+        return "the command with --checkpoint.resume auto" if goes_back else "the same command"
 
     def _delay(self) -> float:
         return min(self._settings.max_backoff, self._settings.backoff * 2 ** max(0, self._failures - 1))
@@ -209,7 +214,8 @@ class Supervisor:
                 delay = min(self._settings.max_backoff, 2 * delay)
         if self._signals_received:
             name = signal.Signals(self._signals_received[0]).name
-            _log(f"{name}: no attempt is running, the same command resumes the run.")
+            again = self._again(RunStatus.of(self._folder))
+            _log(f"{name}: no attempt is running, {again} resumes the run.")
             return None
         return slots, ranks
 
