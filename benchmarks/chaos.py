@@ -1,11 +1,12 @@
 """Runs on 2 ranks that are interrupted at random moments and restarted, compared with an undisturbed run.
 
-    python benchmarks/chaos.py [torch tensorflow] [--kills 200] [--stops 50] [--steps 150] [--seed 1] [--short]
+    python benchmarks/chaos.py [torch tensorflow] [--kills 200] [--stops 50] [--branches 30] [--steps 150] [--short]
 
 A kill is a SIGKILL of a random rank at any moment, half of the time while a checkpoint is being written. A stop is a
-SIGTERM, SIGINT or SIGUSR1 to a random rank; the run has to save and exit with code 75. Every restart has to find a
-complete checkpoint, the losses have to equal those of the undisturbed run (torch: bit for bit), and no process,
-temporary file or shared memory may remain. The exit code is 1 at the first violation.
+SIGTERM, SIGINT or SIGUSR1 to a random rank; the run has to save and exit with code 75. With branches, killed runs
+resume from an earlier checkpoint, or from the one that was written last. Every restart has to find a complete
+checkpoint, the losses have to equal those of the undisturbed run (torch: bit for bit), and no process, temporary file
+or shared memory may remain. The exit code is 1 at the first violation.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from unittest import mock
 
+import branches
 from harness import Bar, make_parser, parse, report
 from interruptions import Attempt, Kind, Program, Violation, kill, losses, stop, wait_for, was_stopped
 
@@ -30,6 +32,7 @@ from hvdlm.io.atomic_files import sha256
 KINDS = {
     "kills": Kind(kill, count=200),
     "stops": Kind(stop, count=50, ended=was_stopped),
+    "branches": branches.BRANCH,
 }
 """Kinds of interruptions, by the option that sets how many there are, of all frameworks together."""
 FULL = {name: kind.count for name, kind in KINDS.items()} | {"steps": 150}
