@@ -320,7 +320,7 @@ class CheckpointConfig:
         every: steps between checkpoints; 0: only at the end
         keep: number of newest checkpoints to keep
         keep_best: number of additional checkpoints to keep, those with the lowest val_loss
-        resume: auto (the newest complete checkpoint of the run folder), none, or the path of a checkpoint
+        resume: auto (the complete checkpoint of the run that was written last), none, or the path of a checkpoint
         asynchronous: write checkpoints in the background; training is paused only for the copy
     """
 

@@ -140,6 +140,7 @@ def compare_files(first: Path, second: Path) -> list[str]:
                 manifest.get("config", {}).get("log", {}).pop("run", None)
                 manifest.get("config", {}).get("data", {}).pop("path", None)
                 manifest.pop("time", None)
+                manifest.pop("branch", None)
             differences += [f"{name}: {key}" for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
         elif digest(first / name) != digest(second / name):
             differences.append(name)

@@ -16,6 +16,7 @@ import numpy as np
 from safetensors.numpy import save as to_bytes
 
 from hvdlm.checkpoints.manifest import FORMAT, read_manifest
+from hvdlm.checkpoints.order import sequence_number
 from hvdlm.checkpoints.shards import Reader, Stored, from_json, to_json
 from hvdlm.config import Config
 from hvdlm.configuration import parsing, schema
@@ -68,6 +69,7 @@ def manifest() -> dict[str, Any]:
     files = {name: file_entry(to_bytes(arrays)) for name, arrays in ARRAYS.items()}
     state = {"mesh": [1, 1, 2], "metrics": {"val_loss": 1.5}, "cursor": {"batch": 5}, "config": {"train": {"steps": 9}}}
     meta = {"format": FORMAT, "step": 5, "world_size": 2, "tokenizer": "t", "vocab": 3, "versions": {"numpy": "2"}}
+    meta |= {"branch": "0123456789abcdef", "sequence": 7}
     return {**meta, **state, "files": files, "tensors": tensors | {"optimizer/m/w": optimizer}}
 
 
@@ -87,6 +89,7 @@ def read_a_manifest(data: bytes, folder: Path) -> int:
     """Read ``data`` as the manifest of a complete checkpoint, and all tensors and files that it names."""
     path = write_checkpoint_files(folder)
     (path / "manifest.json").write_bytes(data)
+    sequence_number(path)
     content, tensors = read_manifest(path)
     reader = Reader(path, content["files"], tensors)
     count = sum(_read_tensor(reader, name, stored) for name, stored in tensors.items())

@@ -36,7 +36,17 @@ RUNS = [
     ("without_horovod", ["tensorflow"], 1),
 ]
 # Modules of benchmarks, and the scripts that their ranks run.
-HELPERS = {"damage", "harness", "interruptions", "two_hosts", "plain_torch", "plain_tensorflow"}
+HELPERS = {
+    "branches",
+    "damage",
+    "harness",
+    "interruptions",
+    "launcher_signals",
+    "two_hosts",
+    "two_runs",
+    "plain_torch",
+    "plain_tensorflow",
+}
 WORKERS = {"damage_worker", "fuzz_worker", "layout_worker", "paired_worker", "steady_worker", "waiting_worker"}
 
 

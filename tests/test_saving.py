@@ -28,6 +28,7 @@ from builders import (
 )
 from hvdlm.checkpoints import discovery, load, retention, shared_folders
 from hvdlm.checkpoints import save as save_module
+from hvdlm.checkpoints.order import step_name
 from hvdlm.checkpoints.save import Saver
 from hvdlm.checkpoints.shared_folders import Sharing, insufficient_space, meet
 from hvdlm.config import CheckpointConfig
@@ -382,9 +383,9 @@ def test_required_space_is_summed_per_shared_disk() -> None:
 def test_a_checkpoint_is_renamed_before_it_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kill in the middle of a deletion leaves no damaged checkpoint, and the next run deletes the rest."""
     for step in (1, 2):
-        (tmp_path / discovery.step_name(step)).mkdir()
+        (tmp_path / step_name(step)).mkdir()
     monkeypatch.setattr(retention, "delete_folder", lambda path: None)
-    retention._delete_checkpoint(tmp_path / discovery.step_name(1))
+    retention._delete_checkpoint(tmp_path / step_name(1))
     monkeypatch.undo()
     assert [step for step, _ in discovery.step_folders(tmp_path)] == [2]
     assert (tmp_path / ".step-00000001.deleted").is_dir()

@@ -20,9 +20,14 @@ from mpijob_schema import MPIJOB
 
 from builders import write_executable
 from hvdlm import cli
+from hvdlm.checkpoints import retention
+from hvdlm.checkpoints.manifest import FORMAT
+from hvdlm.checkpoints.order import step_name
 from hvdlm.config import Config
+from hvdlm.errors import HvdlmError
 from hvdlm_launchers.launch import find
 from hvdlm_launchers.schedulers.job import Job, check
+from hvdlm_launchers.schedulers.script import check_resume
 from launching import ROOT, SMALL, environment, install, losses, run_python, wait_until
 
 CLUSTER = ROOT / "examples" / "cluster"
@@ -390,6 +395,50 @@ def test_a_runs_own_checkpoint_precedes_the_given_one(has_checkpoint: bool, clus
     job.wait(30)
     resume = "auto" if has_checkpoint else "other/step 1"
     assert (cluster.folder / "started").read_text().endswith(f"--checkpoint.resume {resume}\n")
+
+
+def publish(folder: Path, step: int, sequence: int) -> None:
+    """Publish a checkpoint without tensors, so that it is the newest."""
+    name = step_name(step)
+    retention.partial(folder, name).mkdir(parents=True)
+    manifest = {"branch": "0" * 16, "sequence": sequence, "tensors": {"sequence": {"sequence": 99}}}
+    retention.publish(folder, name, {"format": FORMAT, **manifest})
+
+
+@pytest.mark.parametrize("scheduler", BATCH)
+def test_a_job_that_goes_back_resumes_from_what_it_saved(scheduler: str, cluster: Cluster) -> None:
+    """Those that were there when the job was written don't count, though their steps are later."""
+    folder = cluster.folder / "run" / "checkpoints"
+    publish(folder, 20, 4)
+    publish(folder, 40, 8)
+    config, named = Config(), str(folder / step_name(20))
+    config.log.run, config.checkpoint.resume = str(cluster.folder / "run"), named
+    text = written(scheduler, **TIMED, config=config)
+    check_resume(Job(scheduler=scheduler), config)
+
+    def resumed() -> str:
+        (cluster.folder / "started").unlink(missing_ok=True)
+        job = cluster.started(text)
+        job.send_signal(signal.SIGURG if scheduler == "lsf" else signal.SIGUSR1)
+        assert job.wait(30) == 75 and not job.stderr.read().count("integer")  # type: ignore[union-attr]
+        return (cluster.folder / "started").read_text().split()[-1]
+
+    assert resumed() == named
+    shutil.rmtree(folder / step_name(40))  # set aside, but nothing saved yet
+    (folder / "latest").write_text(step_name(20))
+    assert resumed() == named
+    publish(folder, 25, 9)
+    assert resumed() == "auto"
+
+
+@pytest.mark.parametrize("scheduler", [*BATCH, "kubernetes"])
+def test_a_checkpoint_of_a_run_out_of_sight_is_refused(scheduler: str) -> None:
+    config = Config()
+    config.log.run, config.checkpoint.resume = "/nowhere/run", "/nowhere/run/checkpoints/step-00000020"
+    with pytest.raises(HvdlmError, match="it is in the run's own folder, which can't be read from here"):
+        check_resume(Job(scheduler=scheduler), config)
+    config.checkpoint.resume = "/nowhere/run"  # its newest, like auto
+    check_resume(Job(scheduler=scheduler), config)
 
 
 CLIENTS = {"slurm": "sbatch", "pbs": "qsub", "lsf": "bsub", "kubernetes": "kubectl apply -f -"}

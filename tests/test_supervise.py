@@ -29,7 +29,7 @@ from launching import ROOT, SMALL, STEPS, environment, losses, run_python, wait_
 
 # A stand-in for a run: attempt n executes the nth statement of a plan.
 FAKE = """
-import json, os, signal, subprocess, sys, time
+import json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 run = Path(sys.argv[sys.argv.index("--log.run") + 1])
@@ -38,10 +38,11 @@ with (run / "attempts").open("a") as file:
     file.write(json.dumps(sys.argv[2:]) + "\\n")
 number = len((run / "attempts").read_text().splitlines())
 
-def save(step):
+def save(step, sequence=None):
     folder = run / "checkpoints" / f"step-{step:08d}"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "manifest.json").write_text("{}")
+    manifest = {"format": "hvdlm-checkpoint-3", "sequence": step if sequence is None else sequence}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 def status(state, step=0, reason=None):
     (run / "status.new").write_text(json.dumps({"state": state, "step": step, "reason": reason, "time": time.time()}))
@@ -185,13 +186,30 @@ def test_run_folders_are_read_defensively(tmp_path: Path) -> None:
         assert RunStatus.of(tmp_path).step == 10
     (tmp_path / "checkpoints" / "step-100000000" / "manifest.json").touch()
     assert RunStatus.of(tmp_path).checkpoint == 10**8
-    assert RunStatus.of(tmp_path / "none") == RunStatus(None, None, {})
+    assert RunStatus.of(tmp_path / "none") == RunStatus(None, -1, {})
 
 
 def test_a_given_checkpoint_counts_until_a_newer_exists(fake: Path) -> None:
     supervised = SupervisedRun(fake, ["die()", "save(8); die()", "pass"], "", "--checkpoint.resume", "other/run")
     assert supervised.supervise() == 0
     assert supervised.attempts == [[], AGAIN[2:], AGAIN]
+
+
+def test_a_run_that_goes_back_resumes_from_what_it_saved(fake: Path) -> None:
+    """Later steps of before don't count: not as what to resume from, nor as progress."""
+    back = "shutil.rmtree(run / 'checkpoints' / 'step-00000040', True); "
+    plan = ["save(20, 4); save(40, 8); status('done', 40)", "die()", back + "die()", "save(25, 9); die()", "die()"]
+    plan += ["die()", "save(30, 10); die()", "save(35, 11); status('stopped', 35); sys.exit(75)"]
+    SupervisedRun(fake, plan).supervise()
+    path = str(fake.parent / "run" / "checkpoints" / "step-00000020")
+    supervised = SupervisedRun(fake, plan, "", "--checkpoint.resume", path)
+    assert supervised.supervise() == 75
+    attempts = [json.loads(line) for line in (supervised.folder / "attempts").read_text().splitlines()]
+    named = [*supervised.command[3:], *AGAIN[2:]]
+    newest = [*supervised.command[3:], *AGAIN]
+    assert attempts[1:] == [named, named, named, newest, newest, newest, newest]
+    assert [record["next"].split()[-1] for record in supervised.records[1:5]] == ["40", "20", "25", "25"]
+    assert supervised.records[-1]["next"] == "the command with --checkpoint.resume auto resumes it"
 
 
 def test_options_are_found_in_commands_and_their_files(tmp_path: Path) -> None:

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from hvdlm.checkpoints import retention, shared_folders
-from hvdlm.checkpoints.discovery import locate, print_skipped, require_none, step_folders
+from hvdlm.checkpoints.discovery import locate, print_skipped, require_none
 from hvdlm.checkpoints.errors import CheckpointError
 from hvdlm.checkpoints.load import Checkpoint, open_checkpoint
 from hvdlm.checkpoints.manifest import MANIFEST, read_manifest
+from hvdlm.checkpoints.order import merged, newest_first, pending, sequence_numbers, set_aside_folders, stored
 from hvdlm.checkpoints.shared_folders import Sharing
 from hvdlm.errors import HvdlmError
 from hvdlm.io import safe_files, untrusted_input
@@ -30,7 +31,8 @@ from hvdlm.protocols.world import World
 _CHUNK = 64 * 2**20  # bytes of a file that are broadcast at a time
 
 Report = Mapping[str, Any]
-"""A leader's report on a checkpoint: ``digest`` of its manifest, or None; then ``reason`` and ``kind`` of the error."""
+"""A leader's report on a checkpoint: its ``sequence`` number, and the ``digest`` of its manifest, or None with the
+``reason`` and the ``kind`` of the error."""
 
 
 def choose(run: Path, which: str, world: World, excluded: Collection[int] = ()) -> Checkpoint | None:
@@ -52,11 +54,13 @@ def choose(run: Path, which: str, world: World, excluded: Collection[int] = ()) 
         return None
     sharing = shared_folders.meet(folder, world)
     gathered = _survey(folder, name, sharing, world, clean_up=which == "auto")
+    numbers = merged([{key: report["sequence"] for key, report in reports.items()} for reports in gathered])
     newest_error = None
-    for candidate in sorted({key for reports in gathered for key in reports}, key=_step_and_name, reverse=True):
-        if _step_and_name(candidate)[0] in excluded:
+    for candidate in newest_first(numbers):
+        if step_of(candidate) in excluded:
             continue
-        reports = [reports.get(candidate) for reports in gathered]
+        # A node that has an earlier one of the same step lacks this one.
+        reports = [_of_sequence(reports.get(candidate), numbers[candidate]) for reports in gathered]
         result = _Candidate(folder / candidate, sharing, world, reports).open()
         if isinstance(result, Checkpoint):
             return result
@@ -65,13 +69,12 @@ def choose(run: Path, which: str, world: World, excluded: Collection[int] = ()) 
         if world.rank == 0:
             print_skipped(result)
         newest_error = newest_error or result
-    require_none(folder, which, newest_error)
+    require_none(folder, which, newest_error, world.any(bool(set_aside_folders(folder))))
     return None
 
 
-def _step_and_name(name: str) -> tuple[int, str]:
-    digits = name.rpartition("-")[2]
-    return int(digits) if digits.isdecimal() else 0, name
+def _of_sequence(report: Report | None, number: int | None) -> Report | None:
+    return report if report and stored(report["sequence"]) in (stored(number), None) else None
 
 
 def _locate(run: Path, which: str, world: World) -> tuple[Path, str | None]:
@@ -86,9 +89,15 @@ def _survey(folder: Path, name: str | None, sharing: Sharing, world: World, clea
     """Return every rank's reports on the checkpoints in its folder, by name; those of leaders alone aren't empty."""
     if sharing.leads and clean_up:
         retention.restore_replaced(folder)
-    paths = [folder / name] if name is not None else [path for _, path in step_folders(folder)]
-    reports = {path.name: _report(path) for path in paths if path.is_dir()} if sharing.leads else {}
-    gathered = world.gather_objects(reports)
+    reports, leaving = {}, {}
+    if sharing.leads:
+        numbers = {name: None} if name is not None else sequence_numbers(folder)
+        reports = {key: _report(folder / key, number) for key, number in numbers.items() if (folder / key).is_dir()}
+        leaving = pending(folder) if name is None else {}
+    answers = world.gather_objects([reports, leaving])
+    # What a killed run had begun to set aside on one node counts on none.
+    aside = {(key, number) for _, leaving in answers for key, number in leaving.items()}
+    gathered = [{k: r for k, r in reports.items() if (k, stored(r["sequence"])) not in aside} for reports, _ in answers]
     if clean_up:
         if sharing.leads:
             whole = {key for reports in gathered for key, report in reports.items() if report["digest"]}
@@ -97,14 +106,14 @@ def _survey(folder: Path, name: str | None, sharing: Sharing, world: World, clea
     return gathered
 
 
-def _report(path: Path) -> Report:
+def _report(path: Path, sequence: int | None) -> Report:
     try:
         read_manifest(path, complete=False)
-        return {"digest": sha256(path / MANIFEST)}
+        return {"sequence": sequence, "digest": sha256(path / MANIFEST)}
     except CheckpointError as error:
-        return {"digest": None, "reason": error.reason, "kind": error.kind}
+        return {"sequence": sequence, "digest": None, "reason": error.reason, "kind": error.kind}
     except OSError as error:
-        return {"digest": None, "reason": shared_folders.describe(error), "kind": "damaged"}
+        return {"sequence": sequence, "digest": None, "reason": shared_folders.describe(error), "kind": "damaged"}
 
 
 @dataclass

@@ -3,43 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import re
 import sys
 from pathlib import Path
 
 from hvdlm.checkpoints.errors import CheckpointError
 from hvdlm.checkpoints.load import Checkpoint, open_checkpoint
 from hvdlm.checkpoints.manifest import MANIFEST
+from hvdlm.checkpoints.order import newest_first, sequence_numbers, set_aside_folders, step_of
 from hvdlm.errors import HvdlmError
-
-STEP_PATTERN = r"step-\d{8,15}"
-"""Matches the name of a checkpoint's folder."""
-
-
-def step_name(step: int) -> str:
-    """Return the folder name of the checkpoint of ``step``."""
-    return f"step-{step:08d}"
 
 
 def step_folders(folder: Path) -> list[tuple[int, Path]]:
     """Return (step, path) of all step folders in ``folder``, the newest first; nothing where it doesn't exist."""
-    try:
-        paths = [path for path in folder.iterdir() if re.fullmatch(STEP_PATTERN, path.name)]
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    return sorted(((int(path.name.removeprefix("step-")), path) for path in paths), reverse=True)
+    return [(step_of(name), folder / name) for name in newest_first(sequence_numbers(folder))]
 
 
-def newest_step(run: Path) -> tuple[int, os.stat_result] | None:
-    """Return the step of a run's newest checkpoint that has a manifest, and that manifest's stat; None without one.
+def newest_step(run: Path) -> tuple[int, int] | None:
+    """Return the step of a run's newest checkpoint that has a manifest, and its sequence number; None without one.
 
-    Nothing is opened, so that a supervisor can ask often.
+    The sequence number is -1 where it can't be read. No other file is opened, so that a supervisor can ask often.
     """
     with contextlib.suppress(OSError):
-        for step, path in step_folders(run / "checkpoints"):
-            with contextlib.suppress(OSError):
-                return step, (path / MANIFEST).stat()
+        numbers = sequence_numbers(run / "checkpoints")
+        for name in newest_first(numbers):
+            if (run / "checkpoints" / name / MANIFEST).is_file():
+                number = numbers[name]
+                return step_of(name), -1 if number is None else number
     return None
 
 
@@ -77,20 +66,27 @@ def find(run: Path, which: str, warn: bool = True) -> Checkpoint | None:
             newest_error = newest_error or error
             if warn:
                 print_skipped(error)
-    require_none(folder, which, newest_error)
+    require_none(folder, which, newest_error, bool(set_aside_folders(folder)))
     return None
 
 
-def require_none(folder: Path, which: str, newest_error: CheckpointError | None) -> None:
+def require_none(folder: Path, which: str, newest_error: CheckpointError | None, set_aside: bool = False) -> None:
     """Check that a run may start without a checkpoint, after none of those in ``folder`` could be used.
 
     Raises:
-        HvdlmError: all are damaged (``newest_error``: what is wrong with the newest), or another run was named.
+        HvdlmError: all are damaged (``newest_error``: what is wrong with the newest) or ``set_aside``, or another run
+            was named.
     """
     if newest_error:
         raise HvdlmError(
             f"{folder} holds damaged checkpoints only, the newest because {newest_error.reason}: copy a whole one "
             "there, or start from scratch with --checkpoint.resume none --log.overwrite true."
+        )
+    if set_aside:
+        raise HvdlmError(
+            f"all checkpoints in {folder} were set aside, when the run was resumed from elsewhere or started again: "
+            "resume from one of them (--checkpoint.resume PATH), or start from scratch with --checkpoint.resume none "
+            "--log.overwrite true."
         )
     if which != "auto":
         raise HvdlmError(f"{which} holds no checkpoint yet: train first, or name another run or checkpoint folder.")

@@ -15,12 +15,14 @@ from hvdlm.io.safe_files import entries
 from hvdlm.io.untrusted_input import shown
 
 _ANY_FORMAT = "hvdlm-checkpoint-"
-FORMAT = f"{_ANY_FORMAT}2"
+FORMAT = f"{_ANY_FORMAT}3"
+FORMAT_2 = f"{_ANY_FORMAT}2"  # of version 0.1: without branch and sequence
 MANIFEST = "manifest.json"
-_LIMIT = 64 * 2**20  # bytes; hvdlm writes no larger manifest
+LIMIT = 64 * 2**20  # bytes; hvdlm writes no larger manifest
 _FILE = re.compile(r"[a-z]{1,32}(-[0-9]{1,9})?\.safetensors")
 _WRITTEN = re.compile(rf"({_FILE.pattern}|{re.escape(MANIFEST)}|\..*\.partial)")  # all names in a checkpoint's folder
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_BRANCH = re.compile(r"[0-9a-f]{16}")
 _COUNT = 2**53  # JSON readers keep integers exact up to here
 _TYPES: dict[str, tuple[type, str]] = {
     "config": (dict, "a mapping"),
@@ -46,7 +48,7 @@ def read_manifest(path: Path, complete: bool = True) -> tuple[dict[str, Any], di
     try:
         if path.is_symlink():
             untrusted_input.inside(path, path.parent)
-        manifest = untrusted_input.read_json(path / MANIFEST, _LIMIT, within=path)
+        manifest = untrusted_input.read_json(path / MANIFEST, LIMIT, within=path)
         _check(manifest)
         _check_files(path, manifest["files"], complete)
         return manifest, from_json(manifest["tensors"], manifest["files"])
@@ -62,7 +64,7 @@ def is_checkpoint(path: Path) -> bool:
         OSError: it can't be read.
     """
     try:
-        return untrusted_input.read_json(path / MANIFEST, _LIMIT, within=path)["format"].startswith(_ANY_FORMAT)
+        return untrusted_input.read_json(path / MANIFEST, LIMIT, within=path)["format"].startswith(_ANY_FORMAT)
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError):  # incomplete or damaged
         return all(_WRITTEN.fullmatch(file.name) for file in entries(path))
 
@@ -74,8 +76,12 @@ def _reason(error: Exception) -> str:
 def _check(manifest: Any) -> None:
     if not isinstance(manifest, dict):
         raise ValueError("manifest.json holds no mapping")
-    if manifest.get("format") != FORMAT:
+    if manifest.get("format") not in (FORMAT, FORMAT_2):
         raise ValueError(f"its format is {shown(repr(manifest.get('format')))}, not {FORMAT!r}")
+    if manifest["format"] == FORMAT:
+        _check_count(manifest["sequence"], "its sequence")
+        if not isinstance(manifest["branch"], str) or not _BRANCH.fullmatch(manifest["branch"]):
+            raise ValueError(f"its branch is {shown(repr(manifest['branch']))}")
     for name in ("step", "world_size"):
         _check_count(manifest[name], f"its {name}")
     if manifest["world_size"] == 0:

@@ -17,15 +17,25 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from hvdlm.checkpoints.discovery import STEP_PATTERN, step_folders, step_name
+from hvdlm.checkpoints.discovery import step_folders
 from hvdlm.checkpoints.errors import CheckpointError
 from hvdlm.checkpoints.manifest import MANIFEST, is_checkpoint, read_manifest
+from hvdlm.checkpoints.order import (
+    LATEST,
+    LATEST_PARTIAL,
+    PENDING,
+    SET_ASIDE_PATTERN,
+    STEP_PATTERN,
+    named_latest,
+    read_name,
+    step_name,
+)
 from hvdlm.checkpoints.shared_folders import MARKER
-from hvdlm.io.atomic_files import sync_folder, write_synced
+from hvdlm.io.atomic_files import replace, sync_folder, write_synced
 from hvdlm.io.safe_files import delete_file, delete_folder, delete_if_empty, entries, kind
 
 _HIDDEN = re.compile(rf"\.({STEP_PATTERN})\.(partial|replaced|deleted)")
-_LATEST_PARTIAL = ".latest.partial"
+_PARTIAL_FILE = re.compile(rf"\.({LATEST}|{re.escape(PENDING)})(\.[0-9a-f]{{8}})?\.partial")
 
 
 def partial(folder: Path, name: str) -> Path:
@@ -45,7 +55,7 @@ def publish(folder: Path, name: str, manifest: Mapping[str, Any]) -> None:
     temporary = partial(folder, name)
     final = folder / name
     old = _replaced(folder, name)
-    latest = folder / _LATEST_PARTIAL
+    latest = folder / LATEST_PARTIAL
     write_synced(temporary / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True).encode())
     write_synced(latest, name.encode())  # before any rename: from here on no more space is needed
     sync_folder(temporary)
@@ -53,7 +63,7 @@ def publish(folder: Path, name: str, manifest: Mapping[str, Any]) -> None:
         delete_folder(old)
         os.rename(final, old)
     os.rename(temporary, final)
-    os.replace(latest, folder / "latest")
+    os.replace(latest, folder / LATEST)
     sync_folder(folder)
 
 
@@ -61,11 +71,14 @@ def withdraw(folder: Path, name: str, published: bool) -> None:
     """Undo a save in this folder that failed on some node; ``published``: in this folder it had succeeded."""
     with contextlib.suppress(OSError):  # the error that it failed with says more; the next start cleans up
         delete_folder(partial(folder, name))
-        delete_file(folder / _LATEST_PARTIAL)
+        delete_file(folder / LATEST_PARTIAL)
     if published:
         _delete_checkpoint(folder / name)
     with contextlib.suppress(OSError):
         _restore(folder, name)
+        newest = step_folders(folder)
+        if published and newest:
+            replace(folder / LATEST, newest[0][1].name)
 
 
 def _restore(folder: Path, name: str) -> None:
@@ -78,7 +91,7 @@ def delete_old(folder: Path, step: int, keep: int, keep_best: int, complete: boo
     """Delete the checkpoints that are no longer kept, now that the one of ``step`` is whole on all nodes.
 
     The newest ``keep`` up to ``step`` are kept, and the ``keep_best`` with the lowest ``val_loss``. Those of later
-    steps are kept too: the run was resumed from an earlier one, and will replace them. Damaged ones don't count and are
+    steps are kept too: this run hasn't written them. So are those that were set aside. Damaged ones don't count and are
     deleted. ``complete``: a checkpoint counts only if all of its files are in this folder.
     """
     _delete(_replaced(folder, step_name(step)))
@@ -132,9 +145,12 @@ def clean_up(folder: Path, whole: Collection[str] = ()) -> None:
     """
     if not folder.is_dir():
         return
+    with contextlib.suppress(OSError):
+        if read_name(folder / LATEST_PARTIAL) == named_latest(folder):
+            os.replace(folder / LATEST_PARTIAL, folder / LATEST)
     for path in sorted(folder.iterdir()):
         hidden = _HIDDEN.fullmatch(path.name)
-        if path.name == "latest" or re.fullmatch(STEP_PATTERN, path.name):
+        if not hidden and not path.name.startswith(MARKER) and not _PARTIAL_FILE.fullmatch(path.name):
             continue
         with contextlib.suppress(OSError):
             if not _is_ours(path):
@@ -164,7 +180,9 @@ def delete_all(folder: Path) -> None:
         delete_file(folder)
     elif folder.is_dir():
         for path in entries(folder):
-            if _is_ours(path):
+            if re.fullmatch(SET_ASIDE_PATTERN, path.name) and kind(path) == "folder":
+                delete_all(path)
+            elif _is_ours(path):
                 delete_folder(path)
         delete_if_empty(folder)
 
@@ -172,7 +190,7 @@ def delete_all(folder: Path) -> None:
 def _is_ours(path: Path) -> bool:
     """Return whether hvdlm wrote what is in a folder of checkpoints under this name: the name alone is not enough."""
     is_now = kind(path)
-    if path.name in ("latest", _LATEST_PARTIAL) or path.name.startswith(MARKER):
+    if path.name in (LATEST, PENDING) or _PARTIAL_FILE.fullmatch(path.name) or path.name.startswith(MARKER):
         return is_now == "file"
     if not _HIDDEN.fullmatch(path.name) and not re.fullmatch(STEP_PATTERN, path.name):
         return False

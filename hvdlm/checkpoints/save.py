@@ -19,8 +19,10 @@ from typing import Any
 import numpy as np
 
 from hvdlm.checkpoints import retention, shared_folders
-from hvdlm.checkpoints.discovery import step_name
+from hvdlm.checkpoints.branches import Branch, continue_from
+from hvdlm.checkpoints.load import Checkpoint
 from hvdlm.checkpoints.manifest import FORMAT
+from hvdlm.checkpoints.order import step_name
 from hvdlm.checkpoints.safetensors_io import TensorInfo, write_tensors
 from hvdlm.checkpoints.shards import key, to_json
 from hvdlm.checkpoints.shared_folders import Sharing
@@ -96,6 +98,7 @@ class Saver:
         self._folder = folder
         self._world = world
         self._options = options
+        self._branch = Branch()
         self._sharing: Sharing | None = None
         self.refused: str | None = None
         self._planned: tuple[list[str], WritePlan, Replicas] | None = None  # with the digests of what ranks held
@@ -114,6 +117,18 @@ class Saver:
     def ready(self) -> bool:
         """Return whether this rank has completed, or failed in, the present phase."""
         return self._task is None or self._task.done
+
+    def continue_from(self, checkpoint: Checkpoint | None) -> None:
+        """Order what is saved from now on after all that is in the folder; see ``branches``. All ranks call.
+
+        Args:
+            checkpoint: the one whose state the run has; None: it starts from scratch.
+
+        Raises:
+            HvdlmError: checkpoints that it leaves behind can't be set aside.
+        """
+        sharing = self._meet() if self._world.any(self._folder.is_dir()) else None
+        self._branch = continue_from(checkpoint, self._folder, self._world, sharing)
 
     def start(
         self,
@@ -152,7 +167,8 @@ class Saver:
         self._step = step
         self._blocked = -waited if began is not None else 0.0
         self._whole = None
-        self._next_phase(self._save(step, Copied(dict(state), shards or {}, replicas or {}, frozen), meta), None)
+        copied = Copied(dict(state), shards or {}, replicas or {}, frozen)
+        self._next_phase(self._save(step, copied, {**meta, **self._branch.next_entry()}), None)
         self._blocked += time.perf_counter() - self._began
         return done if self._options.asynchronous else done + self.finish()
 

@@ -20,7 +20,7 @@ from hvdlm.training.rollback import check_replicas, check_result, roll_back
 from hvdlm.training.run import Run
 from hvdlm.training.run_folder import Status, open_folder
 from hvdlm.training.signals import Signals
-from hvdlm.training.summary import RunTotals, describe, summarise
+from hvdlm.training.summary import RunTotals, describe, report_changed_rate, summarise
 
 
 def train(run: Run, signals: Signals) -> dict[str, Any]:
@@ -35,6 +35,7 @@ def train(run: Run, signals: Signals) -> dict[str, Any]:
     config, hook, saver = run.config, run.manager.hook, run.saver
     rate, totals, step = make_schedule(config.train), RunTotals(run.spec.parameters), run.start_step
     open_folder(run)
+    report_changed_rate(run)
     consensus = Consensus(run.world, config.train.max_seconds, signals)
     with Status(run) as status:
         hook.hvdlm_run_started(config=config, world=run.world, info=describe(run, step))

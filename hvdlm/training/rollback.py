@@ -32,6 +32,7 @@ def roll_back(run: Run, bad_rows: Sequence[int], step: int) -> Checkpoint:
         raise run.guard.hopeless(reason)
     run.guard.rolled_back(checkpoint.step, checkpoint.manifest.get("guard", {}))
     load_state(checkpoint, run.trainable, run.world, run.mesh)
+    run.saver.continue_from(checkpoint)
     before = run.cursor.left_out
     run.cursor = DataCursor.of(checkpoint.manifest, run.config.train.batch_size)
     run.cursor.left_out = sorted({*run.cursor.left_out, *before})

@@ -27,11 +27,15 @@ _CONFIG_BYTES = 2**18
 
 
 def open_folder(run: Run) -> None:
-    """Delete an earlier run if asked to; write config.yaml and tokenizer.json. All ranks call; rank 0 writes."""
+    """Delete an earlier run if asked to, set aside later checkpoints; write config.yaml and tokenizer.json.
+
+    All ranks call; rank 0 writes the files.
+    """
     if run.config.log.overwrite and not run.checkpoint:
         if run.world.local_rank == 0:
             clear(run.folder)  # every node may have one
         run.world.gather_objects(None)
+    run.saver.continue_from(run.checkpoint)
     if run.world.rank != 0:
         return
     run.folder.mkdir(parents=True, exist_ok=True)

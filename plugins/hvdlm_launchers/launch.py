@@ -16,6 +16,7 @@ from hvdlm.io.safe_files import check_output
 from hvdlm.parallel.mesh import make_mesh
 from hvdlm.protocols.scheduler import Scheduler
 from hvdlm_launchers.schedulers.job import Job, check
+from hvdlm_launchers.schedulers.script import check_resume
 
 _BUILT_IN = "schedulers"  # the plugin with Slurm, PBS, LSF and Kubernetes
 
@@ -68,6 +69,7 @@ def find(name: str) -> Scheduler:
 
 def _check_run(job: Job, config: Config) -> None:
     """Make the checks of a run that need no more than its configuration."""
+    check_resume(job, config)
     if job.image is not None:  # the container's folders don't exist on this machine
         config = replace(config, log=replace(config.log, run="."))
     if config.log.overwrite:

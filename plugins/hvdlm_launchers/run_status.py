@@ -29,12 +29,12 @@ class RunStatus:
 
     Attributes:
         checkpoint: step of the newest checkpoint that has a manifest, or None.
-        written: modification time and inode of that manifest: distinguishes it from another one of the same step.
+        sequence: its sequence number, which is higher than those of all that were written before; -1 without one.
         status: content of ``status.json``; empty if there is none.
     """
 
     checkpoint: int | None
-    written: tuple[int, int] | None
+    sequence: int
     status: dict[str, Any]
 
     @classmethod
@@ -42,9 +42,8 @@ class RunStatus:
         """Read ``folder``, which need not exist."""
         status, newest = _status(folder / "status.json"), newest_step(folder)
         if newest is None:
-            return cls(None, None, status)
-        step, stat = newest
-        return cls(step, (stat.st_mtime_ns, stat.st_ino), status)
+            return cls(None, -1, status)
+        return cls(*newest, status)
 
     @property
     def step(self) -> int:

@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ _SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
 _CONSEQUENCE = {
     "done": "finished",
     "refused": "not started again",
-    "stopped": "the same command resumes it",
+    "stopped": "{again} resumes it",
 }
 _REPEAT_SECONDS = 1.0  # signals closer together count as one: schedulers and shells often send more than one
 
@@ -70,7 +71,8 @@ class Supervisor:
         self._folder = Path(settings.run or option_value(command, "log.run") or "runs/default")
         self._resume = option_value(command, "checkpoint.resume")
         self._initial = RunStatus.of(self._folder)
-        self._best_step = self._initial.checkpoint or 0
+        self._named = self._resume not in (None, "none", "auto")
+        self._best_step = 0 if self._named else self._initial.checkpoint or 0
         self._failures = 0
         self._processes: ProcessTree | None = None
         self._signals_received: list[int] = []
@@ -145,16 +147,22 @@ class Supervisor:
     def _decide(self, state: str, after: RunStatus, ended_early: bool) -> tuple[int | None, str]:
         """Return the exit code (None: make another attempt), and a phrase that says what happens next."""
         if state != "failed":
-            return CODES[state], _CONSEQUENCE[state]
+            return CODES[state], _CONSEQUENCE[state].format(again=self._again(after))
         if ended_early:
-            return CODES["stopped"], "nothing is lost, the same command resumes it"
+            return CODES["stopped"], f"nothing is lost, {self._again(after)} resumes it"
         if self._signals_received:
             return CODES["failed"], f"it was asked to stop and did not save, there is {after}"
-        self._failures = 0 if after.step > self._best_step else self._failures + 1
-        self._best_step = max(self._best_step, after.step)
+        step = self._reached(after)
+        self._failures = 0 if step > self._best_step else self._failures + 1
+        self._best_step = max(self._best_step, step)
         if self._failures >= self._settings.max_failures:
             return CODES["failed"], f"given up, {self._failures} without progress, there is {after}"
         return None, f"restart in {self._delay():g} s with {after}"
+
+    def _again(self, after: RunStatus) -> str:
+        """Return the command that resumes from what the attempts have saved."""
+        goes_back = self._named and self._has_saved(after)
+        return "the command with --checkpoint.resume auto" if goes_back else "the same command"
 
     def _delay(self) -> float:
         return min(self._settings.max_backoff, self._settings.backoff * 2 ** max(0, self._failures - 1))
@@ -167,9 +175,22 @@ class Supervisor:
             command = [word.replace("{hosts}", listing).replace("{np}", str(ranks)) for word in command]
         if number == 1 and before.checkpoint is None:
             return command  # the run itself decides whether its folder may be overwritten
-        if self._resume not in (None, "none", "auto") and before.written == self._initial.written:
+        if self._named and not self._has_saved(before):
             return [*command, "--log.overwrite", "false"]  # nothing new was saved: resume where the user said
         return [*command, "--checkpoint.resume", "auto", "--log.overwrite", "false"]
+
+    def _reached(self, after: RunStatus) -> int:
+        """Return the last step that the attempts reached; later steps from before they were resumed don't count."""
+        changes: dict[str, Any] = {"status": {}} if after.status == self._initial.status else {}
+        if self._named and after.sequence == self._initial.sequence:
+            changes["checkpoint"] = None
+        return replace(after, **changes).step
+
+    def _has_saved(self, status: RunStatus) -> bool:
+        """Return whether an attempt has saved: the newest checkpoint is newer than all before the first attempt."""
+        return status.checkpoint is not None and (
+            self._initial.checkpoint is None or status.sequence > self._initial.sequence
+        )
 
     def _find_hosts(self) -> tuple[dict[str, int], int] | None:
         """Return slots by reachable host and the number of ranks; ({}, 0) without a script; None: a signal arrived.
@@ -194,7 +215,8 @@ class Supervisor:
                 delay = min(self._settings.max_backoff, 2 * delay)
         if self._signals_received:
             name = signal.Signals(self._signals_received[0]).name
-            _log(f"{name}: no attempt is running, the same command resumes the run.")
+            again = self._again(RunStatus.of(self._folder))
+            _log(f"{name}: no attempt is running, {again} resumes the run.")
             return None
         return slots, ranks
 

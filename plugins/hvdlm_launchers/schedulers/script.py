@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Sequence
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
+from hvdlm.checkpoints.discovery import newest_step
 from hvdlm.config import Config
+from hvdlm.errors import HvdlmError
 from hvdlm_launchers.schedulers.job import Job
 
 _WAIT = """\
@@ -75,16 +78,40 @@ def agent(program: str) -> str:
 def train(job: Job, arguments: Sequence[str], config: Config, launcher: str, more: str = "") -> str:
     """Return the command that trains on all ranks; ``more``: shell code after the options, such as ``"$@"``.
 
-    A checkpoint that the user names to resume from counts only until the run has saved one of its own.
+    A checkpoint that the user names to resume from counts only until the job has saved one of its own.
     """
     supervisor = "python -m hvdlm supervise -- " if job.supervise else ""
     words = ["python", "-m", "hvdlm", "--train.threads", str(job.cpus_per_rank), *arguments]
     resume = "auto"
     if config.checkpoint.resume not in ("none", "auto"):
-        latest = shlex.quote(f"{_host_path(job, config.log.run)}/checkpoints/latest")
         start = shlex.quote(config.checkpoint.resume)
-        resume = f'"$([ -e {latest} ] && echo auto || echo {start})"'
+        resume = f'"$({_has_saved(job, config)} && echo auto || echo {start})"'
     return f"{supervisor}{launcher} \\\n    {_container(job)}{shlex.join(words)}{more} --checkpoint.resume {resume}"
+
+
+def _has_saved(job: Job, config: Config) -> str:
+    """Return a shell command that succeeds if the run holds a checkpoint that was written after this script."""
+    run = _host_path(job, config.log.run)
+    folder, before = shlex.quote(f"{run}/checkpoints"), newest_step(Path(run))
+    if before is None or job.scheduler == "kubernetes":
+        return f"[ -e {folder}/latest ]"
+    number = f"""sed -n 's/^ "sequence": \\([0-9]*\\),*$/\\1/p' {folder}/"$(cat {folder}/latest)"/manifest.json"""
+    return f'{{ [ "$({number})" -gt {before[1]} ]; }} 2>/dev/null'
+
+
+def check_resume(job: Job, config: Config) -> None:
+    """Check that the job's script can tell whether the job has saved since it was resumed.
+
+    Raises:
+        HvdlmError: it is to resume from a checkpoint in the run's own folder, which this machine can't read.
+    """
+    run = config.log.run
+    own = Path(os.path.abspath(run)) in Path(os.path.abspath(config.checkpoint.resume)).parents
+    if own and (job.scheduler == "kubernetes" or newest_step(Path(_host_path(job, run))) is None):
+        raise HvdlmError(
+            f"checkpoint.resume {config.checkpoint.resume}: it is in the run's own folder, which can't be read from "
+            "here, so that the job could not tell it from what it saves itself: name another folder (--log.run NAME)."
+        )
 
 
 def _host_path(job: Job, folder: str) -> str:
