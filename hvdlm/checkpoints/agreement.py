@@ -21,7 +21,7 @@ from hvdlm.checkpoints.discovery import locate, print_skipped, require_none
 from hvdlm.checkpoints.errors import CheckpointError
 from hvdlm.checkpoints.load import Checkpoint, open_checkpoint
 from hvdlm.checkpoints.manifest import MANIFEST, read_manifest
-from hvdlm.checkpoints.order import merged, newest_first, pending, sequence_numbers, set_aside_folders, stored
+from hvdlm.checkpoints.order import merged, newest_first, pending, sequence_numbers, set_aside_folders, step_of, stored
 from hvdlm.checkpoints.shared_folders import Sharing
 from hvdlm.errors import HvdlmError
 from hvdlm.io import safe_files, untrusted_input
