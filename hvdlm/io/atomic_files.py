@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import os
 from pathlib import Path
 from typing import BinaryIO
 
+_KEPT_BYTES = 2**24
 _CHUNK = 2**20  # bytes; a larger buffer would be allocated even for the smallest untrusted file
 
 
@@ -44,5 +47,51 @@ def sha256(path: Path) -> str:
 def replace(path: Path, text: str) -> None:
     """Write a small file atomically: under a temporary name, synced, then renamed."""
     temporary = path.with_name(f".{path.name}.partial")
-    write_synced(temporary, text.encode())
-    os.replace(temporary, path)
+    try:
+        write_synced(temporary, text.encode())
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+class AppendFile:
+    """A file to which records are appended. What can't be written, as on a full disk, is kept and written later.
+
+    The file is always a prefix of the records, so that its last record may be incomplete, but none before it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
+        self._pending = b""
+        self._lost = False
+
+    def write(self, record: bytes) -> None:
+        """Append ``record``, after those that could not be written before.
+
+        Raises:
+            OSError: it could not be written; it is kept, unless 16 MiB are kept already.
+        """
+        if len(self._pending) + len(record) > _KEPT_BYTES:
+            self._lost = True
+        else:
+            self._pending += record
+        while self._pending:
+            self._pending = self._pending[os.write(self._descriptor, self._pending) :]
+
+    def flush(self) -> None:
+        """Do nothing: ``write`` leaves nothing in a buffer."""
+
+    def close(self) -> None:
+        """Write what is still to be written, and close.
+
+        Raises:
+            OSError: records are lost.
+        """
+        try:
+            self.write(b"")
+            if self._lost:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            os.close(self._descriptor)

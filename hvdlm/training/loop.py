@@ -13,12 +13,13 @@ from hvdlm.protocols.task import Task
 from hvdlm.protocols.trainable import Trainable
 from hvdlm.protocols.types import Batch, StepResult
 from hvdlm.protocols.world import World
+from hvdlm.telemetry.observers import Observers
 from hvdlm.training.consensus import Consensus
 from hvdlm.training.lr_schedule import make_schedule
 from hvdlm.training.preflight import versions
 from hvdlm.training.rollback import check_replicas, roll_back
 from hvdlm.training.run import Run
-from hvdlm.training.run_folder import Status, open_folder
+from hvdlm.training.run_folder import Status, open_folder, write_sample
 from hvdlm.training.signals import Signals
 from hvdlm.training.summary import RunTotals, describe, summarise
 
@@ -26,13 +27,17 @@ from hvdlm.training.summary import RunTotals, describe, summarise
 def train(run: Run, signals: Signals) -> dict[str, Any]:
     """Train from the checkpoint, or from the start, to ``train.steps``; return the summary. All ranks call.
 
-    Where a signal or ``train.max_seconds`` ends the run earlier, it saves first, and the summary says why.
+    Where a signal or ``train.max_seconds`` ends the run earlier, it saves first, and the summary says why. The status
+    is ``done`` or ``stopped`` once everything is written.
     """
     config, hook, saver = run.config, run.manager.hook, run.saver
     rate, totals, step = make_schedule(config.train), RunTotals(run.spec.parameters), run.start_step
     open_folder(run)
     consensus = Consensus(run.world, config.train.max_seconds, signals)
-    with Status(run) as status:
+    observers = Observers(run.world.rank)
+    with Status(run, observers, signals) as status:
+        run.manager.register(status)
+        observers.protect_run(run.manager)
         hook.hvdlm_run_started(config=config, world=run.world, info=describe(run, step))
         metrics, saved, stopped = last_metrics(run, step), step, consensus.stopped_before()
         while step < config.train.steps and not stopped:
@@ -42,6 +47,8 @@ def train(run: Run, signals: Signals) -> dict[str, Any]:
             status.step = step = step + 1
             votes = consensus.result()
             stopped = votes.stop_reason
+            if stopped:
+                status.interrupted(stopped)
             if saver.active and votes.ready == run.world.size:
                 report_saved(run, saver.advance())
             bad_rows = run.guard.bad_rows(votes, run.world.size)
@@ -63,9 +70,15 @@ def train(run: Run, signals: Signals) -> dict[str, Any]:
             save(run, step, metrics)
         report_saved(run, saver.finish())
         summary = summarise(run, totals, metrics, step, stopped)
+        run.check_folder()
+        if stopped:  # before plugins: the launcher may give no time for them
+            status.ended(stopped, STOPPED)
         run.watchdog.stop()
         hook.hvdlm_run_ended(summary=summary)
-        status.ended(stopped, STOPPED if stopped else 0)
+        if not stopped:
+            write_sample(run)
+            run.check_folder()
+            status.ended(None, 0)
     return summary
 
 
@@ -142,6 +155,7 @@ def over_ranks(world: World, sums: Mapping[str, float]) -> Counter[str]:
 def save(run: Run, done: int, metrics: dict[str, Any]) -> int:
     """Start to write the checkpoint of step ``done``; return ``done``. All ranks call."""
     began = time.perf_counter()
+    run.check_folder()
     meta = {
         "config": run.requested.to_dict(),
         "tokenizer": run.task.tokenizer.hash,

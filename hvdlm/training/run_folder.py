@@ -5,14 +5,22 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from hvdlm import hookimpl
+from hvdlm.errors import RankError
+from hvdlm.inference.generation import write
+from hvdlm.inference.sampling import Sampling
 from hvdlm.io.atomic_files import replace
+from hvdlm.io.folder_identity import FolderIdentity
+from hvdlm.telemetry.observers import Observers
 from hvdlm.training.run import Run
+from hvdlm.training.signals import Signals
 
 _FILES = ("config.yaml", "metrics.jsonl", "summary.json", "tokenizer.json", "status.json", "sample.txt")
 
@@ -29,13 +37,27 @@ def open_folder(run: Run) -> None:
     run.folder.mkdir(parents=True, exist_ok=True)
     for leftover in run.folder.glob(".*.partial"):
         leftover.unlink(missing_ok=True)
+    run.identity = FolderIdentity(run.folder)
     replace(run.folder / "config.yaml", yaml.safe_dump(run.requested.to_dict(), sort_keys=False))
     replace(run.folder / "tokenizer.json", json.dumps(run.task.tokenizer.to_json()))
 
 
-def keep_sample(run: Run, text: str) -> None:
-    """Write the text that a run generated at its end to sample.txt. Rank 0 calls."""
-    replace(run.folder / "sample.txt", text)
+def write_sample(run: Run) -> None:
+    """Generate ``log.sample_tokens`` tokens, print them and write sample.txt on rank 0. All ranks call.
+
+    Raises:
+        RankError: sample.txt could not be written.
+    """
+    log = run.config.log
+    if not log.sample_tokens:
+        return
+    text = write(run, log.sample_prompt, log.sample_tokens, Sampling(seed=run.config.train.seed))
+    path = run.folder / "sample.txt"
+    try:
+        if run.world.rank == 0:
+            replace(path, text)
+    except (OSError, UnicodeError) as error:
+        raise RankError(f"{path} could not be written: {error}.") from error
 
 
 def clear(folder: Path) -> None:
@@ -47,32 +69,82 @@ def clear(folder: Path) -> None:
 
 
 class Status:
-    """``RUN/status.json``: running, done, stopped (saved, can be resumed) or failed, and the step.
+    """``RUN/status.json``: how the run stands, which step it has reached, and the warnings that were printed.
 
-    Written by rank 0. A run that was killed leaves ``running`` behind.
+    The state is ``running``, ``interrupted`` (was asked to stop and has not saved yet), or at the end ``done``,
+    ``stopped`` (saved, can be resumed) or ``failed``. Written by rank 0 at the start, at every checkpoint, when the run
+    is asked to stop, and at the end; a run that was killed leaves ``running`` or ``interrupted`` behind.
     """
 
-    def __init__(self, run: Run) -> None:
+    observer = False
+
+    def __init__(self, run: Run, observers: Observers, signals: Signals) -> None:
         self._path = run.folder / "status.json" if run.world.rank == 0 else None
+        self._run = run
+        self._observers = observers
+        self._signals = signals
+        self._lock = threading.Lock()  # a signal's thread writes, too
+        self._ended = False
+        self._step_seconds = 0.0
         self.step = run.start_step
+        signals.checkpoint = run.start_step or None
+        signals.on_request = self.interrupted
 
     def __enter__(self) -> Status:
-        self._write("running")
+        if self._signals.received:
+            self.interrupted("signal")
+        else:
+            self._try_to_write("running")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
         if error is not None:
-            self._write("failed", f"{type(error).__name__}: {error}", 1)
+            self._try_to_write("failed", f"{type(error).__name__}: {error}", 1)
+
+    @hookimpl
+    def hvdlm_step_ended(self, seconds: float) -> None:
+        """Note how long a step takes."""
+        self._step_seconds = seconds
+
+    @hookimpl
+    def hvdlm_checkpoint_saved(self, step: int, total_seconds: float) -> None:
+        """Write that the run has come so far, and compare the time to stop with the launcher's limit."""
+        self._signals.checkpoint = step
+        self._signals.warn_of_limit(2 * self._step_seconds + total_seconds)
+        if not self._signals.received:
+            self._try_to_write("running")
+
+    def interrupted(self, reason: str, code: int | None = None) -> None:
+        """Note that the run was asked to stop; ``code``: it ends at once, with this exit code."""
+        self._try_to_write("interrupted", reason, code)
 
     def ended(self, stopped: str | None, code: int) -> None:
-        """Write that the run ended normally, with this exit code."""
-        self._write("stopped" if stopped else "done", stopped, code)
+        """Write that the run has saved and ended normally, with this exit code.
 
-    def _write(self, state: str, reason: str | None = None, code: int | None = None) -> None:
+        Raises:
+            RankError: it could not be written.
+        """
+        try:
+            self._write("stopped" if stopped else "done", stopped, code)
+        except OSError as error:
+            raise RankError(f"{self._path} could not be written: {error.strerror}.") from error
+
+    def _try_to_write(self, state: str, reason: str | None = None, code: int | None = None) -> None:
+        try:
+            self._write(state, reason, code)
+        except OSError as error:
+            self._observers.warn_once(f"{self._path} could not be written: {error.strerror}. It is out of date.")
+
+    def _write(self, state: str, reason: str | None, code: int | None) -> None:
         if self._path is None:
             return
         status = {"state": state, "step": self.step, "reason": reason, "code": code, "time": time.time()}
-        try:
-            replace(self._path, json.dumps({**status, "pid": os.getpid()}) + "\n")
-        except OSError:  # the disk may be full: the next checkpoint reports it
-            pass
+        status |= {"pid": os.getpid(), "warnings": self._observers.warnings}
+        ends = state not in ("running", "interrupted")
+        with self._lock:
+            if self._ended and not ends:
+                return
+            if self._run.identity is not None and not self._run.identity.is_same():
+                return  # the folder may be another run's now
+            replace(self._path, json.dumps(status) + "\n")
+            self._ended = ends

@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from hvdlm.io import launcher_env
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 _TOGETHER = 1.0  # seconds within which signals count as one: schedulers signal launchers and ranks alike
@@ -20,15 +22,30 @@ class Signals:
 
     A second one, more than a second later, ends at once: this process until ranks are connected, then all ranks,
     through ``abort``. A thread waits for signals, so that they are noticed while the main thread is blocked in a
-    collective. ``ends_elsewhere``: returns whether another rank has failed, so that the signal is the launcher's.
+    collective.
+
+    Launchers that end kill their ranks, whether these have saved or not. Open MPI gives notice by a SIGCONT, one
+    time-out before SIGTERM and two before SIGKILL: another thread waits for it.
+
+    Attributes:
+        abort: ends the ranks, given an exit code.
+        ends_elsewhere: returns whether another rank has failed, so that the signal is the launcher's.
+        on_request: called with the reason why the run stops, or ends at once with an exit code.
+        connected: whether ranks are connected: until then there is nothing to save.
+        checkpoint: the step of the newest checkpoint, or None.
     """
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
         self._first = 0.0
         self._over = False
+        self._launcher_ends = False
+        self._limit = launcher_env.kill_seconds()
         self.abort: Callable[[int], Any] = os._exit
         self.ends_elsewhere: Callable[[], bool] = lambda: False
+        self.on_request: Callable[..., Any] = lambda reason, code=None: None
+        self.connected = False
+        self.checkpoint: int | None = None
 
     @property
     def received(self) -> bool:
@@ -36,7 +53,11 @@ class Signals:
         return self._first > 0
 
     def listen(self) -> Signals:
-        """Install the handlers; main thread only."""
+        """Install the handlers; main thread only, before there are other threads."""
+        if launcher_env.started_by_open_mpi():
+            # Blocked in all threads, it can be waited for along with its sender; it continues a stopped process anyway.
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCONT})
+            threading.Thread(target=self._wait_for_launcher, name="hvdlm-launcher", daemon=True).start()
         read_end, write_end = os.pipe()
         os.set_blocking(write_end, False)
         signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
@@ -51,14 +72,41 @@ class Signals:
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # an interpreter that exits resets Python's handlers
 
+    def warn_of_limit(self, seconds: float) -> None:
+        """Print once, on rank 0, that a save takes longer than the launcher waits before it kills its ranks."""
+        if self._rank == 0 and self._limit is not None and seconds > self._limit:
+            self._print(
+                f"a step and a save took {seconds:.3g} s, but the launcher kills its ranks {self._limit:g} s after "
+                f"Ctrl-C. {self._advice()}"
+            )
+            self._limit = None
+
     def _wait(self, read_end: int) -> None:
         while numbers := os.read(read_end, 64):
             for number in numbers:
                 if number in SIGNALS:
                     self._handle(number)
 
+    def _wait_for_launcher(self) -> None:
+        while True:
+            sender = signal.sigwaitinfo({signal.SIGCONT}).si_pid
+            if launcher_env.is_open_mpi_launcher(sender) and not self._over:
+                self._handle_launcher()
+
+    def _handle_launcher(self) -> None:
+        """The launcher ends: it was asked to, or a rank has died. Its SIGTERM will follow."""
+        if self.ends_elsewhere():
+            os._exit(1)
+        self._launcher_ends = True
+        if self.received:
+            return
+        self._first = time.monotonic()
+        self.on_request("the launcher ended the run")
+        if self._rank == 0:
+            self._print(f"the launcher ends the run: {self._prospect(True)}. {self._advice()}")
+
     def _handle(self, number: int) -> None:
-        if self._over:
+        if self._over or (self._launcher_ends and number == signal.SIGTERM):
             return
         if self.ends_elsewhere():  # another rank has failed and reported it: the launcher ends this one
             os._exit(1)
@@ -67,9 +115,31 @@ class Signals:
             return
         self._first = self._first or now
         if again:
-            action = "again: stopped at once"
-        else:
-            action = "the run saves after this step and stops; once more stops at once"
-        print(f"hvdlm: rank {self._rank}: {name}: {action}", file=sys.stderr, flush=True)
-        if again:
+            self.on_request(f"{name} after an earlier signal", 128 + number)
+            self._print(f"rank {self._rank}: {name}: again: stopped at once")
             self.abort(128 + number)
+            return
+        self.on_request(name)
+        from_launcher = launcher_env.has_gloo_rendezvous() and number == signal.SIGTERM
+        advice = f" {self._advice()}" if from_launcher and self.connected else ""
+        self._print(f"rank {self._rank}: {name}: {self._prospect(from_launcher)}; once more stops at once.{advice}")
+
+    def _prospect(self, from_launcher: bool) -> str:
+        """Return what follows from the first signal; of one that a launcher may have sent, nothing is promised."""
+        if not self.connected:
+            return "the run stops before its first step"
+        if not from_launcher or self._limit is None:
+            return "the run saves after this step and stops"
+        resumes = "starts afresh" if self.checkpoint is None else f"resumes from step {self.checkpoint}"
+        return f"it saves if that takes less than {self._limit:g} s, after which ranks are killed, else it {resumes}"
+
+    def _advice(self) -> str:
+        """Return how to stop without a limit of time."""
+        launcher = launcher_env.open_mpi_launcher() if launcher_env.started_by_open_mpi() else None
+        more = ", start mpirun with --mca odls_base_sigkill_timeout 60" if launcher else ""
+        return (
+            f"To stop with time to save: kill -USR1 {launcher or os.getpid()}{more}, or use python -m hvdlm supervise."
+        )
+
+    def _print(self, text: str) -> None:
+        print(f"hvdlm: {text}", file=sys.stderr, flush=True)
