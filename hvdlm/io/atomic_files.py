@@ -56,6 +56,19 @@ def replace(path: Path, text: str) -> None:
         raise
 
 
+def overwrite(path: Path, text: str) -> None:
+    """Write a small file over an existing one of similar length, which a full disk allows; not atomic."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW)
+    try:
+        data = text.encode()
+        if os.pwrite(descriptor, data, 0) < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.ftruncate(descriptor, len(data))
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 class AppendFile:
     """A file to which records are appended. What can't be written, as on a full disk, is kept and written later.
 

@@ -34,6 +34,9 @@ VARIABLES = {
     MPICH: Variables("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
     SRUN: Variables("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
 }
+SUPERVISED = "HVDLM_SUPERVISED"
+"""Environment variable that ``python -m hvdlm run`` and ``supervise`` set for the processes they start."""
+
 _SIGKILL_TIMEOUT = "OMPI_MCA_odls_base_sigkill_timeout"
 _GLOO_RENDEZVOUS = "HOROVOD_GLOO_RENDEZVOUS_ADDR"
 # What makes a process a rank; the user's settings (OMPI_MCA_..., HOROVOD_CYCLE_TIME) are not among them.
@@ -134,6 +137,11 @@ def open_mpi_launcher() -> int | None:
 def started_by_open_mpi() -> bool:
     """Return whether Open MPI's mpirun started this process."""
     return VARIABLES[OPEN_MPI].rank in os.environ
+
+
+def supervised() -> bool:
+    """Return whether ``python -m hvdlm run`` or ``supervise``, which wait for saves, started the launcher."""
+    return SUPERVISED in os.environ
 
 
 def several_ranks(*launchers: str) -> bool:

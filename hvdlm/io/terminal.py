@@ -99,7 +99,7 @@ def surviving_streams() -> Iterator[SurvivingStream]:
     with open(os.devnull, "w", encoding="utf-8") as null:  # Python has None in place of a closed stream
         errors = SurvivingStream(before[1] or null, lambda error: None)
         output = SurvivingStream(before[0] or null, lambda error: _report_loss(output, error))
-        sys.stdout, sys.stderr = output, errors  # type: ignore[assignment]
+        sys.stdout, sys.stderr = output, errors
         try:
             yield output
         finally:

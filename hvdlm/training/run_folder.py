@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import threading
@@ -13,10 +14,10 @@ from typing import Any
 import yaml
 
 from hvdlm import hookimpl
-from hvdlm.errors import RankError
+from hvdlm.errors import BAD_INPUT, FAILED, HvdlmError, RankError
 from hvdlm.inference.generation import write
 from hvdlm.inference.sampling import Sampling
-from hvdlm.io.atomic_files import replace
+from hvdlm.io.atomic_files import overwrite, replace
 from hvdlm.io.folder_identity import FolderIdentity
 from hvdlm.telemetry.observers import Observers
 from hvdlm.training.run import Run
@@ -85,7 +86,8 @@ class Status:
         self._signals = signals
         self._lock = threading.Lock()  # a signal's thread writes, too
         self._ended = False
-        self._step_seconds = 0.0
+        self._step_seconds = math.inf  # the fastest step: others were delayed by something
+        self._save_seconds = 0.0
         self.step = run.start_step
         signals.checkpoint = run.start_step or None
         signals.on_request = self.interrupted
@@ -99,20 +101,28 @@ class Status:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
         if error is not None:
-            self._try_to_write("failed", f"{type(error).__name__}: {error}", 1)
+            code = BAD_INPUT if isinstance(error, HvdlmError) else FAILED
+            self._try_to_write("failed", f"{type(error).__name__}: {error}", code)
 
     @hookimpl
     def hvdlm_step_ended(self, seconds: float) -> None:
-        """Note how long a step takes."""
-        self._step_seconds = seconds
+        """Note how long a step takes, and compare the time to stop with the launcher's limit."""
+        if self.step > self._run.start_step:  # the first one builds graphs
+            self._step_seconds = min(self._step_seconds, seconds)
+            self._compare_with_limit()
 
     @hookimpl
     def hvdlm_checkpoint_saved(self, step: int, total_seconds: float) -> None:
-        """Write that the run has come so far, and compare the time to stop with the launcher's limit."""
+        """Write that the run has come so far."""
         self._signals.checkpoint = step
-        self._signals.warn_of_limit(2 * self._step_seconds + total_seconds)
+        self._save_seconds = total_seconds
+        self._compare_with_limit()
         if not self._signals.received:
             self._try_to_write("running")
+
+    def _compare_with_limit(self) -> None:
+        if self._step_seconds < math.inf:  # ranks agree to stop after one more step
+            self._signals.warn_of_limit(2 * self._step_seconds + self._save_seconds)
 
     def interrupted(self, reason: str, code: int | None = None) -> None:
         """Note that the run was asked to stop; ``code``: it ends at once, with this exit code."""
@@ -146,5 +156,9 @@ class Status:
                 return
             if self._run.identity is not None and not self._run.identity.is_same():
                 return  # the folder may be another run's now
-            replace(self._path, json.dumps(status) + "\n")
+            text = json.dumps(status) + "\n"
+            try:
+                replace(self._path, text)
+            except OSError:
+                overwrite(self._path, text)  # the blocks of the old file are there even where the disk is full
             self._ended = ends

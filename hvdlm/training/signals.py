@@ -14,6 +14,11 @@ from hvdlm.io import launcher_env
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
+LAUNCHER_ENDS = "the launcher ends, interrupted or because a rank has ended"
+"""What rank 0 prints when the launcher gives notice that it will kill its ranks."""
+
+_WAITS = "Ctrl-C of python -m hvdlm run or supervise, which wait for the save"
+_NOTE_SECONDS = 1.0  # given to the file system to note a signal
 _TOGETHER = 1.0  # seconds within which signals count as one: schedulers signal launchers and ranks alike
 
 
@@ -41,9 +46,10 @@ class Signals:
         self._over = False
         self._launcher_ends = False
         self._limit = launcher_env.kill_seconds()
+        self._warned = False
         self.abort: Callable[[int], Any] = os._exit
         self.ends_elsewhere: Callable[[], bool] = lambda: False
-        self.on_request: Callable[..., Any] = lambda reason, code=None: None
+        self.on_request: Callable[[str, int | None], Any] = lambda reason, code: None
         self.connected = False
         self.checkpoint: int | None = None
 
@@ -74,12 +80,14 @@ class Signals:
 
     def warn_of_limit(self, seconds: float) -> None:
         """Print once, on rank 0, that a save takes longer than the launcher waits before it kills its ranks."""
-        if self._rank == 0 and self._limit is not None and seconds > self._limit:
-            self._print(
-                f"a step and a save took {seconds:.3g} s, but the launcher kills its ranks {self._limit:g} s after "
-                f"Ctrl-C. {self._advice()}"
-            )
-            self._limit = None
+        if self._rank or self._warned or self._limit is None or seconds <= self._limit or launcher_env.supervised():
+            return
+        self._warned = True
+        launcher = launcher_env.open_mpi_launcher() if launcher_env.started_by_open_mpi() else None
+        self._print(
+            f"to stop and save takes {seconds:.3g} s, but Ctrl-C makes the launcher kill its ranks after "
+            f"{self._limit:g} s. Use kill -USR1 {launcher or os.getpid()} instead, or {_WAITS}."
+        )
 
     def _wait(self, read_end: int) -> None:
         while numbers := os.read(read_end, 64):
@@ -101,9 +109,9 @@ class Signals:
         if self.received:
             return
         self._first = time.monotonic()
-        self.on_request("the launcher ended the run")
         if self._rank == 0:
-            self._print(f"the launcher ends the run: {self._prospect(True)}. {self._advice()}")
+            self._print(f"{LAUNCHER_ENDS}: {self._prospect(from_launcher=True)}.")
+        self._note("the launcher ended the run")
 
     def _handle(self, number: int) -> None:
         if self._over or (self._launcher_ends and number == signal.SIGTERM):
@@ -115,14 +123,19 @@ class Signals:
             return
         self._first = self._first or now
         if again:
-            self.on_request(f"{name} after an earlier signal", 128 + number)
             self._print(f"rank {self._rank}: {name}: again: stopped at once")
+            self._note(f"{name} after an earlier signal", 128 + number)
             self.abort(128 + number)
             return
-        self.on_request(name)
         from_launcher = launcher_env.has_gloo_rendezvous() and number == signal.SIGTERM
-        advice = f" {self._advice()}" if from_launcher and self.connected else ""
-        self._print(f"rank {self._rank}: {name}: {self._prospect(from_launcher)}; once more stops at once.{advice}")
+        self._print(f"rank {self._rank}: {name}: {self._prospect(from_launcher)}; once more stops at once.")
+        self._note(name)
+
+    def _note(self, reason: str, code: int | None = None) -> None:
+        """Call ``on_request``; where it blocks, as on a file server that is gone, continue without it."""
+        noting = threading.Thread(target=self.on_request, args=(reason, code), daemon=True)
+        noting.start()
+        noting.join(_NOTE_SECONDS)
 
     def _prospect(self, from_launcher: bool) -> str:
         """Return what follows from the first signal; of one that a launcher may have sent, nothing is promised."""
@@ -130,15 +143,10 @@ class Signals:
             return "the run stops before its first step"
         if not from_launcher or self._limit is None:
             return "the run saves after this step and stops"
-        resumes = "starts afresh" if self.checkpoint is None else f"resumes from step {self.checkpoint}"
-        return f"it saves if that takes less than {self._limit:g} s, after which ranks are killed, else it {resumes}"
-
-    def _advice(self) -> str:
-        """Return how to stop without a limit of time."""
-        launcher = launcher_env.open_mpi_launcher() if launcher_env.started_by_open_mpi() else None
-        more = ", start mpirun with --mca odls_base_sigkill_timeout 60" if launcher else ""
+        resumes = "starts again" if self.checkpoint is None else f"resumes from step {self.checkpoint}"
         return (
-            f"To stop with time to save: kill -USR1 {launcher or os.getpid()}{more}, or use python -m hvdlm supervise."
+            f"ranks are killed in {self._limit:g} s: the run saves if that takes less, else it {resumes}. Without a "
+            f"limit of time: kill -USR1 of {'mpirun' if self._launcher_ends else 'a rank'}, or {_WAITS}"
         )
 
     def _print(self, text: str) -> None:
