@@ -1,9 +1,11 @@
 """Runs on 2 ranks that are interrupted at random moments and restarted, compared with an undisturbed run.
 
-    python benchmarks/chaos.py [torch tensorflow] [--kills 200] [--stops 50] [--steps 150] [--seed 1] [--short]
+    python benchmarks/chaos.py [torch tensorflow] [--kills 200] [--stops 50] [--launcher_signals 30]
+        [--steps 150] [--seed 1] [--short]
 
 A kill is a SIGKILL of a random rank at any moment, half of the time while a checkpoint is being written. A stop is a
-SIGTERM, SIGINT or SIGUSR1 to a random rank; the run has to save and exit with code 75. Every restart has to find a
+SIGTERM, SIGINT or SIGUSR1 to a random rank; the run has to save and exit with code 75. Launcher signals are Ctrl-C or
+SIGTERM to mpirun or horovodrun, which then kills its ranks; status.json has to be true. Every restart has to find a
 complete checkpoint, the losses have to equal those of the undisturbed run (torch: bit for bit), and no process,
 temporary file or shared memory may remain. The exit code is 1 at the first violation.
 """
@@ -22,6 +24,7 @@ from unittest import mock
 
 from harness import Bar, make_parser, parse, report
 from interruptions import Attempt, Kind, Program, Violation, kill, losses, stop, wait_for, was_stopped
+from launcher_signals import LAUNCHER_SIGNALS
 
 from hvdlm.checkpoints import load
 from hvdlm.checkpoints.discovery import step_folders
@@ -30,6 +33,7 @@ from hvdlm.io.atomic_files import sha256
 KINDS = {
     "kills": Kind(kill, count=200),
     "stops": Kind(stop, count=50, ended=was_stopped),
+    "launcher_signals": LAUNCHER_SIGNALS,
 }
 """Kinds of interruptions, by the option that sets how many there are, of all frameworks together."""
 FULL = {name: kind.count for name, kind in KINDS.items()} | {"steps": 150}

@@ -34,7 +34,7 @@ RUNS = [
     ("without_horovod", ["tensorflow"], 1),
 ]
 # Modules of benchmarks, and the scripts that their ranks run.
-HELPERS = {"harness", "interruptions", "two_hosts", "plain_torch", "plain_tensorflow"}
+HELPERS = {"harness", "interruptions", "launcher_signals", "two_hosts", "plain_torch", "plain_tensorflow"}
 WORKERS = {"fuzz_worker", "layout_worker", "paired_worker", "steady_worker", "waiting_worker"}
 
 

@@ -169,6 +169,7 @@ def test_the_best_known_reason_of_a_failure_is_given() -> None:
     own = ["hvdlm: rank 1 failed: RankError: no light", *raised]
     assert [outcome(1, {}, lines)[1] for lines in ([], raised, own)] == ["", raised[1], own[0][7:]]
     assert outcome(1, {"state": "failed", "reason": "it is dark"}, own) == ("failed", "it is dark")
+    assert outcome(1, {"state": "interrupted", "reason": "signal"}, own) == ("failed", own[0][7:])
     noticed = "mpirun noticed that process rank 1 with PID 0 on node b exited on signal 9 (Killed)."
     asked = "hvdlm: rank 0: SIGTERM: the run saves after this step and stops; once more stops at once"
     assert outcome(137, {}, [*own, asked, noticed])[1] == "rank 1 on b: SIGKILL"

@@ -87,6 +87,7 @@ class Status:
         self._lock = threading.Lock()  # a signal's thread writes, too
         self._ended = False
         self._step_seconds = math.inf  # the fastest step: others were delayed by something
+        self._step_ended = -math.inf
         self._save_seconds = 0.0
         self.step = run.start_step
         signals.checkpoint = run.start_step or None
@@ -105,11 +106,14 @@ class Status:
             self._try_to_write("failed", f"{type(error).__name__}: {error}", code)
 
     @hookimpl
-    def hvdlm_step_ended(self, seconds: float) -> None:
-        """Note how long a step takes, and compare the time to stop with the launcher's limit."""
-        if self.step > self._run.start_step:  # the first one builds graphs
-            self._step_seconds = min(self._step_seconds, seconds)
-            self._compare_with_limit()
+    def hvdlm_step_ended(self) -> None:
+        """Note how long a step takes with all that plugins do, and compare the time to stop with the launcher's limit.
+
+        Of the first step, which builds graphs, only the end counts.
+        """
+        self._step_seconds = min(self._step_seconds, time.monotonic() - self._step_ended)
+        self._step_ended = time.monotonic()
+        self._compare_with_limit()
 
     @hookimpl
     def hvdlm_checkpoint_saved(self, step: int, total_seconds: float) -> None:

@@ -83,7 +83,7 @@ def outcome(code: int, status: dict[str, Any], errors: list[str]) -> tuple[str, 
     if not isinstance(state, str) or state not in CODES:
         # A run that ends in order writes how: if its status is still "running", rank 0 died, whatever the code.
         states = {value: name for name, value in CODES.items() if not (status and name == "done")}
-        state = states.get(code, "failed")
+        state, status = states.get(code, "failed"), {}
     reason = status.get("reason")
     if not reason and state in ("failed", "refused"):
         reason = _cause(code, errors)
