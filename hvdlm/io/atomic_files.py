@@ -72,7 +72,7 @@ def overwrite(path: Path, text: str) -> None:
 class AppendFile:
     """A file to which records are appended. What can't be written, as on a full disk, is kept and written later.
 
-    The file is always a prefix of the records, so that its last record may be incomplete, but none before it.
+    Only the file's last record may be incomplete.
     """
 
     def __init__(self, path: Path) -> None:
