@@ -18,14 +18,14 @@ import pytest
 from builders import both_frameworks, file_names, read_json
 from hvdlm import hookimpl, hookspecs
 from hvdlm.config import Config
-from hvdlm.errors import FAILED, HvdlmError, RankError
+from hvdlm.errors import BAD_INPUT, FAILED, HvdlmError, RankError
 from hvdlm.io.atomic_files import AppendFile, overwrite
 from hvdlm.io.folder_identity import FolderIdentity
 from hvdlm.io.terminal import SurvivingStream, surviving_streams
 from hvdlm.telemetry.metrics import Metrics
 from hvdlm.telemetry.observers import EVENTS, Observers
 from hvdlm.telemetry.tensorboard import TensorBoard
-from launching import ROOT, SMALL, environment, losses, run_python, with_step_hook
+from launching import ROOT, SMALL, environment, launch, losses, run_python, with_step_hook
 
 TRAIN = [*SMALL, "--train.warmup", "2", "--train.eval_every", "0"]
 
@@ -333,6 +333,17 @@ def test_a_disk_that_stays_full_fails_with_a_sentence(disk: Path) -> None:
     assert (status["state"], status["step"], status["code"]) == ("failed", 300, FAILED)
     lines = (disk / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines[:-1]] == list(range(1, len(lines)))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_disk_that_is_full_at_the_start_refuses_the_run(ranks: int, disk: Path) -> None:
+    try:
+        (disk / "filler").write_bytes(bytes(2**23))
+    except OSError:
+        pass
+    done = launch("mpirun", ranks, ["-m", "hvdlm", *TRAIN, "--train.steps", "2", "--log.run", str(disk / "run")])
+    assert done.returncode == BAD_INPUT and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.count("can't be written: No space left on device: free space or choose another") == 1
 
 
 # A folder that disappears

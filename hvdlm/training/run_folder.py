@@ -27,14 +27,27 @@ _FILES = ("config.yaml", "metrics.jsonl", "summary.json", "tokenizer.json", "sta
 
 
 def open_folder(run: Run) -> None:
-    """Delete an earlier run if asked to; write config.yaml and tokenizer.json. All ranks call; rank 0 writes."""
+    """Delete an earlier run if asked to; write config.yaml and tokenizer.json. All ranks call; rank 0 writes.
+
+    Raises:
+        HvdlmError: the folder can't be written.
+    """
     if run.config.log.overwrite and not run.checkpoint:
         if run.world.rank == 0:
             clear(run.folder)
         shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)  # every node may have one
         run.world.gather_objects(None)
-    if run.world.rank != 0:
-        return
+    if run.world.rank == 0:
+        try:
+            _write_description(run)
+        except OSError as error:
+            raise HvdlmError(
+                f"log.run {run.folder} can't be written: {error.strerror}: free space or choose another folder "
+                "(--log.run)."
+            ) from error
+
+
+def _write_description(run: Run) -> None:
     run.folder.mkdir(parents=True, exist_ok=True)
     for leftover in run.folder.glob(".*.partial"):
         leftover.unlink(missing_ok=True)
