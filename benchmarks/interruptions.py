@@ -39,11 +39,15 @@ class Violation(Exception):
 
 @dataclass(frozen=True)
 class Program:
-    """What ranks execute: ``python`` with these words before the options of ``train``, these options after them."""
+    """What ranks execute: ``python`` with these words before the options of ``train``, these options after them.
+
+    ``launcher``: the launcher and its options.
+    """
 
     words: Sequence[str] = ("-m", "hvdlm")
     options: Sequence[str] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
+    launcher: Sequence[str] = ("mpirun", "--bind-to", "none", "--oversubscribe")
 
 
 class Attempt:
@@ -65,7 +69,7 @@ class Attempt:
             python += ["--checkpoint.resume", str(resume or "auto")]
         elif folder.exists():
             python += ["--log.overwrite", "true"]
-        self.command = ["mpirun", "--bind-to", "none", "--oversubscribe", "-np", str(RANKS), *python]
+        self.command = [*program.launcher, "-np", str(RANKS), *python]
         self.environment = environment() | program.environment
         self._errors = tempfile.TemporaryFile("w+")
         streams = {"stdout": subprocess.DEVNULL, "stderr": self._errors, "env": self.environment}
@@ -77,7 +81,8 @@ class Attempt:
 
     def _is_rank(self, process: psutil.Process) -> bool:
         arguments = process.info["cmdline"] or []
-        return str(self.folder) in arguments and "mpirun" not in Path(arguments[0]).name
+        programs = {Path(word).name for word in arguments[:2]}
+        return str(self.folder) in arguments and not programs & {"mpirun", "horovodrun"}
 
     def running(self) -> bool:
         """Return whether the launcher is alive."""

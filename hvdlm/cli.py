@@ -10,9 +10,9 @@ import traceback
 from importlib.metadata import EntryPoint
 from typing import Any
 
-from hvdlm.errors import BAD_INPUT, HvdlmError, nearest
+from hvdlm.errors import BAD_INPUT, FAILED, HvdlmError, nearest
 from hvdlm.io import launcher_env
-from hvdlm.io.terminal import on_terminal
+from hvdlm.io.terminal import on_terminal, surviving_streams
 
 COMMANDS = {
     "train": "train a model (the default)",
@@ -32,12 +32,14 @@ def main(arguments: list[str] | None = None) -> int:
     end = arguments.index("--") if "--" in arguments else len(arguments)  # what follows is another command's
     debug = "--debug" in arguments[:end]
     arguments = [a for a in arguments[:end] if a != "--debug"] + arguments[end:]
-    try:
-        return run(arguments)
-    except HvdlmError as error:
-        return refuse(error, debug)
-    except BrokenPipeError:
-        return 0
+    with surviving_streams() as output:
+        try:
+            code = run(arguments)
+        except HvdlmError as error:
+            code = refuse(error, debug)
+        output.flush()
+    lost = output.is_result and output.error is not None and not output.reader_is_gone
+    return code or (FAILED if lost else 0)
 
 
 def run(arguments: list[str]) -> int:

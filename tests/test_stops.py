@@ -79,7 +79,7 @@ def test_signals_count_from_the_start_to_the_very_end(tmp_path: Path) -> None:
     """A signal while options are read stops the run; at exit, signals are ignored before handlers are removed."""
     run = tmp_path / "run"
     done = run_python(["-c", EARLY, "--log.run", str(run), *SMALL, *STEPS])
-    assert done.returncode == STOPPED and "SIGUSR1: the run saves after this step and stops" in done.stderr, done.stderr
+    assert done.returncode == STOPPED and "SIGUSR1: the run stops before its first step" in done.stderr, done.stderr
     assert (status(run)["state"], status(run)["step"]) == ("stopped", 0)
 
 

@@ -20,6 +20,7 @@ from builders import write_executable
 from hvdlm import cli
 from hvdlm.config import Config
 from hvdlm.errors import HvdlmError
+from hvdlm.training.signals import LAUNCHER_ENDS
 from hvdlm_launchers import hosts
 from hvdlm_launchers.process_tree import MARK
 from hvdlm_launchers.run_status import RunStatus, outcome
@@ -169,10 +170,12 @@ def test_the_best_known_reason_of_a_failure_is_given() -> None:
     own = ["hvdlm: rank 1 failed: RankError: no light", *raised]
     assert [outcome(1, {}, lines)[1] for lines in ([], raised, own)] == ["", raised[1], own[0][7:]]
     assert outcome(1, {"state": "failed", "reason": "it is dark"}, own) == ("failed", "it is dark")
+    assert outcome(1, {"state": "interrupted", "reason": "signal"}, own) == ("failed", own[0][7:])
     noticed = "mpirun noticed that process rank 1 with PID 0 on node b exited on signal 9 (Killed)."
     asked = "hvdlm: rank 0: SIGTERM: the run saves after this step and stops; once more stops at once"
     assert outcome(137, {}, [*own, asked, noticed])[1] == "rank 1 on b: SIGKILL"
-    assert outcome(137, {}, [asked])[1] == "SIGKILL" and outcome(137, {}, [*own, asked])[1] == own[0][7:]
+    for line in (asked, f"hvdlm: {LAUNCHER_ENDS}: ranks are killed in 2 s"):
+        assert outcome(137, {}, [line])[1] == "SIGKILL" and outcome(137, {}, [*own, line])[1] == own[0][7:]
     assert outcome(139, {}, [])[1] == "SIGSEGV" and outcome(255, {}, [])[1] == ""
 
 

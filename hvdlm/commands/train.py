@@ -24,7 +24,6 @@ def main(arguments: list[str]) -> int:
     config = parse_config(arguments)
     from hvdlm.diagnostics.rank_errors import ending_all_ranks
     from hvdlm.telemetry import default_plugins
-    from hvdlm.training import run_folder
     from hvdlm.training.loop import train
     from hvdlm.training.run import build, connect, plan
 
@@ -34,13 +33,6 @@ def main(arguments: list[str]) -> int:
         for plugin in default_plugins(run.config):
             run.manager.register(plugin)
         stopped = bool(train(run, signals)["stopped"])
-        if config.log.sample_tokens and not stopped:
-            from hvdlm.inference.generation import write
-            from hvdlm.inference.sampling import Sampling
-
-            text = write(run, config.log.sample_prompt, config.log.sample_tokens, Sampling(seed=config.train.seed))
-            if run.world.rank == 0:
-                run_folder.keep_sample(run, text)
         if run.world.rank == 0 and config.log.progress and not stopped:
             from hvdlm.telemetry.progress import next_commands
 

@@ -112,6 +112,8 @@ def write(run: Run, prompt: str, count: int, sampling: Sampling) -> str:
         chunks.append(chunk)
         if run.world.rank != 0:
             continue
+        if run.world.size == 1 and getattr(sys.stdout, "reader_is_gone", False):
+            break  # nobody would read the rest; with several ranks, all would have to agree
         unprinted += chunk
         # Launchers prefix every write with the rank, which would break a line that is printed in several writes.
         end = len(unprinted) if on_terminal() else unprinted.rfind("\n") + 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import secrets
@@ -11,6 +12,7 @@ from typing import BinaryIO
 
 from hvdlm.io import safe_files
 
+_KEPT_BYTES = 2**24
 _CHUNK = 2**20  # bytes; a larger buffer would be allocated even for the smallest untrusted file
 
 
@@ -59,3 +61,57 @@ def replace(path: Path, text: str) -> None:
 def temporary_name(path: Path) -> Path:
     """Return a new name beside ``path``: other processes that write the same file have others."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+
+
+def overwrite(path: Path, text: str) -> None:
+    """Write a small file over an existing one of similar length, which a full disk allows; not atomic."""
+    descriptor = safe_files.open_regular(path, os.O_WRONLY)
+    try:
+        data = text.encode()
+        if os.pwrite(descriptor, data, 0) < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.ftruncate(descriptor, len(data))
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class AppendFile:
+    """A file to which records are appended. What can't be written, as on a full disk, is kept and written later.
+
+    Only the file's last record may be incomplete.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = safe_files.open_regular(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        self._pending = b""
+        self._lost = False
+
+    def write(self, record: bytes) -> None:
+        """Append ``record``, after those that could not be written before.
+
+        Raises:
+            OSError: it could not be written; it is kept, unless 16 MiB are kept already.
+        """
+        if len(self._pending) + len(record) > _KEPT_BYTES:
+            self._lost = True
+        else:
+            self._pending += record
+        while self._pending:
+            self._pending = self._pending[os.write(self._descriptor, self._pending) :]
+
+    def flush(self) -> None:
+        """Do nothing: ``write`` leaves nothing in a buffer."""
+
+    def close(self) -> None:
+        """Write what is still to be written, and close.
+
+        Raises:
+            OSError: records are lost.
+        """
+        try:
+            self.write(b"")
+            if self._lost:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            os.close(self._descriptor)

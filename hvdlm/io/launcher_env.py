@@ -42,6 +42,10 @@ _IDENTITIES = {
     SRUN: ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"),
 }
 _JOBS = {"SLURM_JOB_ID": "Slurm job", "PBS_JOBID": "PBS job", "LSB_JOBID": "LSF job"}
+SUPERVISED = "HVDLM_SUPERVISED"
+"""Environment variable that ``python -m hvdlm run`` and ``supervise`` set for the processes they start."""
+
+_SIGKILL_TIMEOUT = "OMPI_MCA_odls_base_sigkill_timeout"
 _GLOO_RENDEZVOUS = "HOROVOD_GLOO_RENDEZVOUS_ADDR"
 # What makes a process a rank; the user's settings (OMPI_MCA_..., HOROVOD_CYCLE_TIME) are not among them.
 _RANK_PREFIXES = ("OMPI_COMM_", "OMPI_UNIVERSE", "PMIX_", "PMI_", "SLURM_", "HOROVOD_RANK", "HOROVOD_SIZE")
@@ -114,6 +118,50 @@ def rank_for_messages() -> int:
 def started_by_launcher() -> bool:
     """Return whether any launcher started this process, on however few ranks."""
     return any(names.size in os.environ for names in VARIABLES.values())
+
+
+def kill_seconds() -> float | None:
+    """Return the seconds from the first notice of the launcher's end to its SIGKILL; None where it sets no limit.
+
+    Measured: Open MPI 4.1 sends SIGCONT at once, SIGTERM after its time-out, SIGKILL after another one; horovodrun 0.28
+    sends SIGTERM (also on Ctrl-C), and SIGKILL 5 s later.
+    """
+    if started_by_open_mpi():
+        try:
+            return 2 * float(os.environ.get(_SIGKILL_TIMEOUT, "1"))
+        except ValueError:
+            return 2.0
+    return 5.0 if has_gloo_rendezvous() else None
+
+
+def is_open_mpi_launcher(pid: int) -> bool:
+    """Return whether process ``pid`` is Open MPI's mpirun, or its daemon on this node."""
+    try:
+        name = Path(f"/proc/{pid}/comm").read_text()
+    except OSError:
+        return False
+    return name.startswith(("mpirun", "mpiexec", "orte", "prte", "prun"))
+
+
+def open_mpi_launcher() -> int | None:
+    """Return the process of Open MPI that started this one, through shells or not; None where there is none."""
+    pid = os.getppid()
+    try:
+        while pid > 1 and not is_open_mpi_launcher(pid):
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except (OSError, ValueError):
+        return None
+    return pid if pid > 1 else None
+
+
+def started_by_open_mpi() -> bool:
+    """Return whether Open MPI's mpirun started this process."""
+    return VARIABLES[OPEN_MPI].rank in os.environ
+
+
+def supervised() -> bool:
+    """Return whether ``python -m hvdlm run`` or ``supervise``, which wait for saves, started the launcher."""
+    return SUPERVISED in os.environ
 
 
 def several_ranks(*launchers: str) -> bool:

@@ -21,6 +21,8 @@ _RESULTS = ("perplexity", "accuracy", "word_error_rate")
 class Progress:
     """Event plugin that prints loss, learning rate, tokens per second, communication and time left."""
 
+    observer = True
+
     def __init__(self, config: Config) -> None:
         self._config = config
         self._bar: Any = None

@@ -11,7 +11,7 @@ from typing import Any
 
 from hvdlm import hookimpl
 from hvdlm.config import Config
-from hvdlm.io import safe_files
+from hvdlm.io.atomic_files import AppendFile
 from hvdlm.protocols.types import StepResult
 from hvdlm.protocols.world import World
 from hvdlm.telemetry.rates import Rates
@@ -22,6 +22,8 @@ EVENTS = r"events\.out\.tfevents\..+\.hvdlm"
 
 class TensorBoard:
     """Event plugin that writes the scalars train/*, comm/* and val/*."""
+
+    observer = True
 
     def __init__(self, config: Config) -> None:
         self._folder = Path(config.log.run) / "tensorboard"
@@ -40,7 +42,7 @@ class TensorBoard:
             self._folder.mkdir(parents=True, exist_ok=True)
             # The process id keeps a run that is resumed within the same second from overwriting its events.
             name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}.hvdlm"
-            self._writer = RecordWriter(safe_files.create(self._folder / name))
+            self._writer = RecordWriter(AppendFile(self._folder / name))
             self._writer.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
             self._start_at(info["start_step"] + 1)
 
@@ -59,8 +61,8 @@ class TensorBoard:
                 "comm/compression": recent.compression,
                 "comm/overlap": recent.overlap,
             }
-            self._write(step, {tag: value for tag, value in figures.items() if value is not None})
             self._logged = rates
+            self._write(step, {tag: value for tag, value in figures.items() if value is not None})
 
     @hookimpl
     def hvdlm_rolled_back(self, to_step: int) -> None:
@@ -77,9 +79,9 @@ class TensorBoard:
     @hookimpl
     def hvdlm_run_ended(self, summary: Mapping[str, Any]) -> None:
         """Close the event file."""
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.close()
 
     def _start_at(self, step: int) -> None:
         """Write a start event, which makes TensorBoard drop the points of this step and later ones."""
@@ -96,4 +98,3 @@ class TensorBoard:
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in figures.items()]
         event = Event(wall_time=time.time(), step=step, summary=Summary(value=values))
         self._writer.write(event.SerializeToString())
-        self._writer.flush()  # a rank that is killed after another one's failure never closes its file

@@ -48,6 +48,7 @@ class Consensus:
         self._limit = max_seconds
         self._signals = signals
         self._pending: tuple[int, Handle] | None = None
+        signals.connected = True
         signals.abort = world.abort
         signals.ends_elsewhere = lambda: another_rank_failed(world.recorder)
 

@@ -13,12 +13,13 @@ from hvdlm.protocols.task import Task
 from hvdlm.protocols.trainable import Trainable
 from hvdlm.protocols.types import Batch, StepResult
 from hvdlm.protocols.world import World
+from hvdlm.telemetry.observers import Observers
 from hvdlm.training.consensus import Consensus
 from hvdlm.training.lr_schedule import make_schedule
 from hvdlm.training.preflight import versions
 from hvdlm.training.rollback import check_replicas, check_result, roll_back
 from hvdlm.training.run import Run
-from hvdlm.training.run_folder import Status, open_folder
+from hvdlm.training.run_folder import Status, open_folder, write_sample
 from hvdlm.training.signals import Signals
 from hvdlm.training.summary import RunTotals, describe, report_changed_rate, summarise
 
@@ -27,7 +28,7 @@ def train(run: Run, signals: Signals) -> dict[str, Any]:
     """Train from the checkpoint, or from the start, to ``train.steps``; return the summary. All ranks call.
 
     Where a signal or ``train.max_seconds`` ends the run earlier, it saves first, and the summary says why. While steps
-    are skipped, the run neither saves nor stops.
+    are skipped, the run neither saves nor stops. The status is ``done`` or ``stopped`` once everything is written.
 
     Raises:
         RankError: the result is not finite, or rollbacks did not help.
@@ -37,7 +38,10 @@ def train(run: Run, signals: Signals) -> dict[str, Any]:
     open_folder(run)
     report_changed_rate(run)
     consensus = Consensus(run.world, config.train.max_seconds, signals)
-    with Status(run) as status:
+    observers = Observers(run.world.rank)
+    with Status(run, observers, signals) as status:
+        run.manager.register(status)
+        observers.protect_run(run.manager)
         hook.hvdlm_run_started(config=config, world=run.world, info=describe(run, step))
         metrics, saved, stopped = last_metrics(run, step), step, consensus.stopped_before()
         save_due = False
@@ -48,6 +52,8 @@ def train(run: Run, signals: Signals) -> dict[str, Any]:
             status.step = step = step + 1
             votes = consensus.result()
             stopped = votes.stop_reason
+            if stopped:
+                status.interrupted(stopped)
             if saver.active and votes.ready == run.world.size:
                 report_saved(run, saver.advance())
             save_due = save_due or due(step, config.checkpoint.every)
@@ -79,9 +85,15 @@ def train(run: Run, signals: Signals) -> dict[str, Any]:
         report_saved(run, saver.finish())
         check_result(run, step, {})
         summary = summarise(run, totals, metrics, step, stopped)
+        run.check_folder()
+        if stopped:  # before plugins: the launcher may give no time for them
+            status.ended(stopped, STOPPED)
         run.watchdog.stop()
         hook.hvdlm_run_ended(summary=summary)
-        status.ended(stopped, STOPPED if stopped else 0)
+        if not stopped:
+            write_sample(run)
+            run.check_folder()
+            status.ended(None, 0)
     return summary
 
 
@@ -158,6 +170,7 @@ def over_ranks(world: World, sums: Mapping[str, float]) -> Counter[str]:
 def save(run: Run, done: int, metrics: dict[str, Any]) -> int:
     """Start to write the checkpoint of step ``done``; return ``done``. All ranks call."""
     began = time.perf_counter()
+    run.check_folder()
     meta = {
         "config": run.requested.to_dict(),
         "tokenizer": run.task.tokenizer.hash,

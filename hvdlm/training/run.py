@@ -24,6 +24,7 @@ from hvdlm.errors import HvdlmError
 from hvdlm.inference import scorer
 from hvdlm.inference.generation import encode
 from hvdlm.io.file_lock import FileLock
+from hvdlm.io.folder_identity import FolderIdentity
 from hvdlm.io.user_folders import similar_run
 from hvdlm.models.lora import adapt
 from hvdlm.models.spec import ModelSpec
@@ -46,7 +47,7 @@ class Run:
     """Everything the loop needs, ready on this rank.
 
     ``requested``: the configuration before this machine filled it in, as config.yaml keeps it; ``base``: the frozen
-    weights that adapters are added to.
+    weights that adapters are added to; ``identity``: that of the run's folder, on the rank that writes it.
     """
 
     config: Config
@@ -64,6 +65,12 @@ class Run:
     comparison: Comparison
     watchdog: Watchdog
     base: Base | None = None
+    identity: FolderIdentity | None = None
+
+    def check_folder(self) -> None:
+        """Raise RankError where the run's folder was removed, renamed or replaced."""
+        if self.identity is not None:
+            self.identity.check()
 
     @property
     def start_step(self) -> int:

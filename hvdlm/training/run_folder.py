@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from hvdlm import hookimpl
 from hvdlm.checkpoints import retention
-from hvdlm.errors import HvdlmError
+from hvdlm.errors import BAD_INPUT, FAILED, HvdlmError, RankError
+from hvdlm.inference.generation import write
+from hvdlm.inference.sampling import Sampling
 from hvdlm.io import safe_files, safe_yaml, untrusted_input
-from hvdlm.io.atomic_files import replace
+from hvdlm.io.atomic_files import overwrite, replace
+from hvdlm.io.folder_identity import FolderIdentity
+from hvdlm.telemetry.observers import Observers
 from hvdlm.telemetry.tensorboard import EVENTS
 from hvdlm.training import run_lock
+from hvdlm.training.signals import Signals
 
 if TYPE_CHECKING:
     from hvdlm.training.run import Run
@@ -30,16 +38,29 @@ def open_folder(run: Run) -> None:
     """Delete an earlier run if asked to, set aside later checkpoints; write config.yaml and tokenizer.json.
 
     All ranks call; rank 0 writes the files.
+
+    Raises:
+        HvdlmError: the folder can't be written.
     """
     if run.config.log.overwrite and not run.checkpoint:
         if run.world.local_rank == 0:
             clear(run.folder)  # every node may have one
         run.world.gather_objects(None)
     run.saver.continue_from(run.checkpoint)
-    if run.world.rank != 0:
-        return
+    if run.world.rank == 0:
+        try:
+            _write_description(run)
+        except OSError as error:
+            raise HvdlmError(
+                f"log.run {run.folder} can't be written: {error.strerror}: free space or choose another folder "
+                "(--log.run)."
+            ) from error
+
+
+def _write_description(run: Run) -> None:
     run.folder.mkdir(parents=True, exist_ok=True)
     _delete_leftovers(run.folder)
+    run.identity = FolderIdentity(run.folder)
     replace(run.folder / "config.yaml", yaml.safe_dump(run.requested.to_dict(), sort_keys=False))
     replace(run.folder / "tokenizer.json", json.dumps(run.task.tokenizer.to_json()))
 
@@ -50,9 +71,22 @@ def _delete_leftovers(folder: Path) -> None:
     safe_files.delete_owned(folder, rf"\.({names})(\.[0-9a-f]{{8}})?\.partial")
 
 
-def keep_sample(run: Run, text: str) -> None:
-    """Write the text that a run generated at its end to sample.txt. Rank 0 calls."""
-    replace(run.folder / "sample.txt", text)
+def write_sample(run: Run) -> None:
+    """Generate ``log.sample_tokens`` tokens, print them and write sample.txt on rank 0. All ranks call.
+
+    Raises:
+        RankError: sample.txt could not be written.
+    """
+    log = run.config.log
+    if not log.sample_tokens:
+        return
+    text = write(run, log.sample_prompt, log.sample_tokens, Sampling(seed=run.config.train.seed))
+    path = run.folder / "sample.txt"
+    try:
+        if run.world.rank == 0:
+            replace(path, text)
+    except (OSError, UnicodeError) as error:
+        raise RankError(f"{path} could not be written: {error}.") from error
 
 
 def clear(folder: Path) -> None:
@@ -104,32 +138,99 @@ def _is_run(folder: Path) -> bool:
 
 
 class Status:
-    """``RUN/status.json``: running, done, stopped (saved, can be resumed) or failed, and the step.
+    """``RUN/status.json``: how the run stands, which step it has reached, and the warnings that were printed.
 
-    Written by rank 0. A run that was killed leaves ``running`` behind.
+    The state is ``running``, ``interrupted`` (was asked to stop and has not saved yet), or at the end ``done``,
+    ``stopped`` (saved, can be resumed) or ``failed``. Written by rank 0 at the start, at every checkpoint, when the run
+    is asked to stop, and at the end; a run that was killed leaves ``running`` or ``interrupted`` behind.
     """
 
-    def __init__(self, run: Run) -> None:
+    observer = False
+
+    def __init__(self, run: Run, observers: Observers, signals: Signals) -> None:
         self._path = run.folder / "status.json" if run.world.rank == 0 else None
+        self._run = run
+        self._observers = observers
+        self._signals = signals
+        self._lock = threading.Lock()  # a signal's thread writes, too
+        self._ended = False
+        self._step_seconds = math.inf  # the fastest step: others were delayed by something
+        self._step_ended = -math.inf
+        self._save_seconds = 0.0
         self.step = run.start_step
+        signals.checkpoint = run.start_step or None
+        signals.on_request = self.interrupted
 
     def __enter__(self) -> Status:
-        self._write("running")
+        if self._signals.received:
+            self.interrupted("signal")
+        else:
+            self._try_to_write("running")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
         if error is not None:
-            self._write("failed", f"{type(error).__name__}: {error}", 1)
+            code = BAD_INPUT if isinstance(error, HvdlmError) else FAILED
+            self._try_to_write("failed", f"{type(error).__name__}: {error}", code)
+
+    @hookimpl
+    def hvdlm_step_ended(self) -> None:
+        """Note how long a step takes with all that plugins do, and compare the time to stop with the launcher's limit.
+
+        Of the first step, which builds graphs, only the end counts.
+        """
+        self._step_seconds = min(self._step_seconds, time.monotonic() - self._step_ended)
+        self._step_ended = time.monotonic()
+        self._compare_with_limit()
+
+    @hookimpl
+    def hvdlm_checkpoint_saved(self, step: int, total_seconds: float) -> None:
+        """Write that the run has come so far."""
+        self._signals.checkpoint = step
+        self._save_seconds = total_seconds
+        self._compare_with_limit()
+        if not self._signals.received:
+            self._try_to_write("running")
+
+    def _compare_with_limit(self) -> None:
+        if self._step_seconds < math.inf:  # ranks agree to stop after one more step
+            self._signals.warn_of_limit(2 * self._step_seconds + self._save_seconds)
+
+    def interrupted(self, reason: str, code: int | None = None) -> None:
+        """Note that the run was asked to stop; ``code``: it ends at once, with this exit code."""
+        self._try_to_write("interrupted", reason, code)
 
     def ended(self, stopped: str | None, code: int) -> None:
-        """Write that the run ended normally, with this exit code."""
-        self._write("stopped" if stopped else "done", stopped, code)
+        """Write that the run has saved and ended normally, with this exit code.
 
-    def _write(self, state: str, reason: str | None = None, code: int | None = None) -> None:
+        Raises:
+            RankError: it could not be written.
+        """
+        try:
+            self._write("stopped" if stopped else "done", stopped, code)
+        except OSError as error:
+            raise RankError(f"{self._path} could not be written: {error.strerror}.") from error
+
+    def _try_to_write(self, state: str, reason: str | None = None, code: int | None = None) -> None:
+        try:
+            self._write(state, reason, code)
+        except OSError as error:
+            self._observers.warn_once(f"{self._path} could not be written: {error.strerror}. It is out of date.")
+
+    def _write(self, state: str, reason: str | None, code: int | None) -> None:
         if self._path is None:
             return
         status = {"state": state, "step": self.step, "reason": reason, "code": code, "time": time.time()}
-        try:
-            replace(self._path, json.dumps({**status, "pid": os.getpid()}) + "\n")
-        except OSError:  # the disk may be full: the next checkpoint reports it
-            pass
+        status |= {"pid": os.getpid(), "warnings": self._observers.warnings}
+        ends = state not in ("running", "interrupted")
+        with self._lock:
+            if self._ended and not ends:
+                return
+            if self._run.identity is not None and not self._run.identity.is_same():
+                return  # the folder may be another run's now
+            text = json.dumps(status) + "\n"
+            try:
+                replace(self._path, text)
+            except OSError:
+                overwrite(self._path, text)  # the blocks of the old file are there even where the disk is full
+            self._ended = ends

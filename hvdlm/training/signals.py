@@ -10,8 +10,15 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from hvdlm.io import launcher_env
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
+LAUNCHER_ENDS = "the launcher ends, interrupted or because a rank has ended"
+"""What rank 0 prints when the launcher gives notice that it will kill its ranks."""
+
+_WAITS = "Ctrl-C of python -m hvdlm run or supervise, which wait for the save"
+_NOTE_SECONDS = 1.0  # given to the file system to note a signal
 _TOGETHER = 1.0  # seconds within which signals count as one: schedulers signal launchers and ranks alike
 
 
@@ -20,15 +27,31 @@ class Signals:
 
     A second one, more than a second later, ends at once: this process until ranks are connected, then all ranks,
     through ``abort``. A thread waits for signals, so that they are noticed while the main thread is blocked in a
-    collective. ``ends_elsewhere``: returns whether another rank has failed, so that the signal is the launcher's.
+    collective.
+
+    Launchers that end kill their ranks, whether these have saved or not. Open MPI gives notice by a SIGCONT, one
+    time-out before SIGTERM and two before SIGKILL: another thread waits for it.
+
+    Attributes:
+        abort: ends the ranks, given an exit code.
+        ends_elsewhere: returns whether another rank has failed, so that the signal is the launcher's.
+        on_request: called with the reason why the run stops, or ends at once with an exit code.
+        connected: whether ranks are connected: until then there is nothing to save.
+        checkpoint: the step of the newest checkpoint, or None.
     """
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
         self._first = 0.0
         self._over = False
+        self._launcher_ends = False
+        self._limit = launcher_env.kill_seconds()
+        self._warned = False
         self.abort: Callable[[int], Any] = os._exit
         self.ends_elsewhere: Callable[[], bool] = lambda: False
+        self.on_request: Callable[[str, int | None], Any] = lambda reason, code: None
+        self.connected = False
+        self.checkpoint: int | None = None
 
     @property
     def received(self) -> bool:
@@ -36,7 +59,11 @@ class Signals:
         return self._first > 0
 
     def listen(self) -> Signals:
-        """Install the handlers; main thread only."""
+        """Install the handlers; main thread only, before there are other threads."""
+        if launcher_env.started_by_open_mpi():
+            # Blocked in all threads, it can be waited for along with its sender; it continues a stopped process anyway.
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCONT})
+            threading.Thread(target=self._wait_for_launcher, name="hvdlm-launcher", daemon=True).start()
         read_end, write_end = os.pipe()
         os.set_blocking(write_end, False)
         signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
@@ -51,14 +78,43 @@ class Signals:
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # an interpreter that exits resets Python's handlers
 
+    def warn_of_limit(self, seconds: float) -> None:
+        """Print once, on rank 0, that a save takes longer than the launcher waits before it kills its ranks."""
+        if self._rank or self._warned or self._limit is None or seconds <= self._limit or launcher_env.supervised():
+            return
+        self._warned = True
+        launcher = launcher_env.open_mpi_launcher() if launcher_env.started_by_open_mpi() else None
+        self._print(
+            f"to stop and save takes {seconds:.3g} s, but Ctrl-C makes the launcher kill its ranks after "
+            f"{self._limit:g} s. Use kill -USR1 {launcher or os.getpid()} instead, or {_WAITS}."
+        )
+
     def _wait(self, read_end: int) -> None:
         while numbers := os.read(read_end, 64):
             for number in numbers:
                 if number in SIGNALS:
                     self._handle(number)
 
+    def _wait_for_launcher(self) -> None:
+        while True:
+            sender = signal.sigwaitinfo({signal.SIGCONT}).si_pid
+            if launcher_env.is_open_mpi_launcher(sender) and not self._over:
+                self._handle_launcher()
+
+    def _handle_launcher(self) -> None:
+        """The launcher ends: it was asked to, or a rank has died. Its SIGTERM will follow."""
+        if self.ends_elsewhere():
+            os._exit(1)
+        self._launcher_ends = True
+        if self.received:
+            return
+        self._first = time.monotonic()
+        if self._rank == 0:
+            self._print(f"{LAUNCHER_ENDS}: {self._prospect(from_launcher=True)}.")
+        self._note("the launcher ended the run")
+
     def _handle(self, number: int) -> None:
-        if self._over:
+        if self._over or (self._launcher_ends and number == signal.SIGTERM):
             return
         if self.ends_elsewhere():  # another rank has failed and reported it: the launcher ends this one
             os._exit(1)
@@ -67,9 +123,31 @@ class Signals:
             return
         self._first = self._first or now
         if again:
-            action = "again: stopped at once"
-        else:
-            action = "the run saves after this step and stops; once more stops at once"
-        print(f"hvdlm: rank {self._rank}: {name}: {action}", file=sys.stderr, flush=True)
-        if again:
+            self._print(f"rank {self._rank}: {name}: again: stopped at once")
+            self._note(f"{name} after an earlier signal", 128 + number)
             self.abort(128 + number)
+            return
+        from_launcher = launcher_env.has_gloo_rendezvous() and number == signal.SIGTERM
+        self._print(f"rank {self._rank}: {name}: {self._prospect(from_launcher)}; once more stops at once.")
+        self._note(name)
+
+    def _note(self, reason: str, code: int | None = None) -> None:
+        """Call ``on_request``; where it blocks, as on a file server that is gone, continue without it."""
+        noting = threading.Thread(target=self.on_request, args=(reason, code), daemon=True)
+        noting.start()
+        noting.join(_NOTE_SECONDS)
+
+    def _prospect(self, from_launcher: bool) -> str:
+        """Return what follows from the first signal; of one that a launcher may have sent, nothing is promised."""
+        if not self.connected:
+            return "the run stops before its first step"
+        if not from_launcher or self._limit is None:
+            return "the run saves after this step and stops"
+        resumes = "starts again" if self.checkpoint is None else f"resumes from step {self.checkpoint}"
+        return (
+            f"ranks are killed in {self._limit:g} s: the run saves if that takes less, else it {resumes}. Without a "
+            f"limit of time: kill -USR1 of {'mpirun' if self._launcher_ends else 'a rank'}, or {_WAITS}"
+        )
+
+    def _print(self, text: str) -> None:
+        print(f"hvdlm: {text}", file=sys.stderr, flush=True)

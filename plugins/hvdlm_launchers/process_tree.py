@@ -17,7 +17,7 @@ from hvdlm.errors import HvdlmError
 from hvdlm.io import launcher_env
 from hvdlm_launchers.launcher_output import OutputCleaner
 
-MARK = "HVDLM_SUPERVISED"
+MARK = launcher_env.SUPERVISED
 """Environment variable that identifies the processes of a command, even those whose parent has exited."""
 
 LAUNCHERS = {"mpirun", "mpiexec", "orterun", "prterun", "mpiexec.hydra", "srun"}

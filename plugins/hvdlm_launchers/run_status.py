@@ -12,13 +12,14 @@ from typing import Any
 
 from hvdlm.checkpoints.discovery import newest_step
 from hvdlm.errors import STOPPED
+from hvdlm.training.signals import LAUNCHER_ENDS
 
 CODES = {"done": 0, "failed": 1, "refused": 2, "stopped": STOPPED}
 """Exit code of each outcome. ``stopped``: the run has saved and can be resumed (EX_TEMPFAIL)."""
 
 _NOTICED = re.compile(r"process rank (\d+) with PID \d+ on node (\S+) exited on signal (\d+)")
 # When one rank dies, launchers send the others a signal: their message about it is not the cause.
-_STOPPED_BY_SIGNAL = re.compile(r"rank \d+: SIG[A-Z0-9]+: ")
+_STOPPED_BY_SIGNAL = re.compile(rf"rank \d+: SIG[A-Z0-9]+: |{LAUNCHER_ENDS}")
 _EXCEPTION = re.compile(r"(?:\[\S*>:?)?[\w.]*(?:Error|Exception)\b")
 _STATUS_BYTES = 2**20  # hvdlm writes no larger status.json
 
@@ -81,7 +82,7 @@ def outcome(code: int, status: dict[str, Any], errors: list[str]) -> tuple[str, 
     if not isinstance(state, str) or state not in CODES:
         # A run that ends in order writes how: if its status is still "running", rank 0 died, whatever the code.
         states = {value: name for name, value in CODES.items() if not (status and name == "done")}
-        state = states.get(code, "failed")
+        state, status = states.get(code, "failed"), {}
     reason = status.get("reason")
     if not reason and state in ("failed", "refused"):
         reason = _cause(code, errors)

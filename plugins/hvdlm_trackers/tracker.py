@@ -31,6 +31,7 @@ class Tracker(ABC):
 
     name: str
     package: str
+    observer = True
 
     def __init__(self) -> None:
         self._sender: Sender | None = None
