@@ -10,17 +10,18 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 _TOGETHER = 1.0  # seconds within which signals count as one: schedulers signal launchers and ranks alike
 
 
 class Signals:
-    """Handles SIGTERM, SIGINT and SIGUSR1 from the start of the command on: the first asks to save and stop.
+    """Handles SIGTERM, SIGINT, SIGUSR1 and SIGHUP (unless nohup ignores it) from the start of the command on.
 
-    A second one, more than a second later, ends at once: this process until ranks are connected, then all ranks,
-    through ``abort``. A thread waits for signals, so that they are noticed while the main thread is blocked in a
-    collective. ``ends_elsewhere``: returns whether another rank has failed, so that the signal is the launcher's.
+    The first asks to save and stop. A second one, more than a second later, ends at once: this process until ranks are
+    connected, then all ranks, through ``abort``. A thread waits for signals, so that they are noticed while the main
+    thread is blocked in a collective. ``ends_elsewhere``: returns whether another rank has failed, so that the signal
+    is the launcher's.
     """
 
     def __init__(self, rank: int) -> None:
@@ -41,6 +42,8 @@ class Signals:
         os.set_blocking(write_end, False)
         signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
         for number in SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # under nohup, the run outlives its terminal
             signal.signal(number, lambda *_: None)  # the thread acts, whatever the main thread is doing
         threading.Thread(target=self._wait, args=(read_end,), name="hvdlm-signals", daemon=True).start()
         return self
