@@ -9,6 +9,7 @@ def main(arguments: list[str]) -> int:
     """Measure, print, and write a JSON file and a plot on rank 0: ``horovodrun -np N python -m hvdlm bench``."""
     from hvdlm.configuration.parsing import command_parser, parse_config, split_overrides
     from hvdlm.diagnostics.rank_errors import ending_all_ranks
+    from hvdlm.diagnostics.watchdog import watching
     from hvdlm.errors import HvdlmError, nearest
     from hvdlm.training.run import connect_only
     from hvdlm_backends import collective_benchmark
@@ -35,7 +36,9 @@ def main(arguments: list[str]) -> int:
         if name not in known:
             raise HvdlmError(f"--collectives: no collective {name!r}; {nearest(name, known)}")
     sizes = collective_benchmark.sizes(values.smallest, values.largest)
-    world, framework = connect_only(config)
-    with ending_all_ranks(world):
-        collective_benchmark.main(world, framework, collectives, sizes, Path(values.output))
+    with watching() as watchdog:
+        world, framework = connect_only(config)
+        with ending_all_ranks(world):
+            collective_benchmark.main(world, framework, collectives, sizes, Path(values.output))
+        watchdog.code = 0
     return 0

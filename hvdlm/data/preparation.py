@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -23,6 +22,7 @@ from hvdlm.data.source_chunks import START, ReadProgress, SourcePosition
 from hvdlm.data.token_files import FORMAT, TokenData, is_prepared, open_tokens
 from hvdlm.data.tokenizers import Tokenizer, WordTokenizer
 from hvdlm.data.workers import WorkerDied
+from hvdlm.data.writer_lock import writer_lock
 from hvdlm.errors import HvdlmError
 from hvdlm.io.atomic_files import write_synced
 from hvdlm.io.user_folders import user_cache
@@ -115,8 +115,7 @@ def writing(path: Path) -> Iterator[None]:
     """Wait for and hold the lock on writing ``path``; an OSError inside becomes an HvdlmError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path.parent / f".{path.name}.lock", "w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with writer_lock(path.parent / f".{path.name}.lock"):
             yield
     except OSError as error:
         raise HvdlmError(

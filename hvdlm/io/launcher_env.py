@@ -5,7 +5,9 @@ Read before any plugin, numpy or MPI is loaded.
 
 from __future__ import annotations
 
+import hashlib
 import os
+import socket
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,6 +37,16 @@ VARIABLES = {
     SRUN: Variables("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
 }
 _GLOO_RENDEZVOUS = "HOROVOD_GLOO_RENDEZVOUS_ADDR"
+_GLOO_PORT = "HOROVOD_GLOO_RENDEZVOUS_PORT"
+GLOO_INTERFACE = "HOROVOD_GLOO_IFACE"
+"""Names the network interface that Gloo binds a rank to."""
+
+# What is the same for all ranks of one launch, and different in the next one.
+_ATTEMPT = {
+    HOROVODRUN: (_GLOO_RENDEZVOUS, _GLOO_PORT),
+    OPEN_MPI: ("PMIX_NAMESPACE", "OMPI_MCA_orte_hnp_uri"),
+    SRUN: ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"),
+}
 # What makes a process a rank; the user's settings (OMPI_MCA_..., HOROVOD_CYCLE_TIME) are not among them.
 _RANK_PREFIXES = ("OMPI_COMM_", "OMPI_UNIVERSE", "PMIX_", "PMI_", "SLURM_", "HOROVOD_RANK", "HOROVOD_SIZE")
 _TRANSPORT_PREFIXES = ("OMPI_", "PMIX_", "HOROVOD_")
@@ -91,6 +103,14 @@ def rank_for_messages() -> int:
     return 0
 
 
+def local_rank_for_messages() -> int:
+    """Return this process's rank on its node, 0 where the environment holds no valid one; raises nothing."""
+    for names in VARIABLES.values():
+        if os.environ.get(names.local_rank, "").isdigit():
+            return int(os.environ[names.local_rank])
+    return 0
+
+
 def started_by_launcher() -> bool:
     """Return whether any launcher started this process, on however few ranks."""
     return any(names.size in os.environ for names in VARIABLES.values())
@@ -99,6 +119,23 @@ def started_by_launcher() -> bool:
 def several_ranks(*launchers: str) -> bool:
     """Return whether one of ``launchers`` started this process as one of several."""
     return any(os.environ.get(VARIABLES[launcher].size, "1") != "1" for launcher in launchers)
+
+
+def attempt() -> str:
+    """Return a name that the ranks of this launch share, and other launches do not have.
+
+    Under MPICH's launchers, whose variables don't identify a launch, the ranks of one host share it.
+    """
+    launch = detect()
+    names = _ATTEMPT.get(launch.launcher, ()) if launch else ()
+    values = [os.environ[name] for name in names if name in os.environ]
+    identity = values or [socket.gethostname(), str(os.getppid())]
+    return hashlib.sha256("\0".join(identity).encode()).hexdigest()[:12]
+
+
+def gloo_rendezvous() -> tuple[str, str]:
+    """Return the address and the port of the server of ``horovodrun --gloo``."""
+    return os.environ.get(_GLOO_RENDEZVOUS, ""), os.environ.get(_GLOO_PORT, "")
 
 
 def has_gloo_rendezvous() -> bool:
