@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -75,12 +76,20 @@ def _initialized() -> Any:
     if not MPI.Is_initialized():
         library = ctypes.CDLL(MPI.__file__, ctypes.RTLD_GLOBAL)
         library.MPI_Init_thread(None, None, MPI.THREAD_MULTIPLE, ctypes.byref(ctypes.c_int()))
+        _restore_signal_handlers()
         for communicator in (MPI.COMM_WORLD, MPI.COMM_SELF):
             communicator.Set_errhandler(MPI.ERRORS_RETURN)  # as mpi4py does, to raise exceptions
         finalize = partial(_finalize, MPI, library)
         process.closers.append(finalize)
         atexit.register(finalize)
     return MPI
+
+
+def _restore_signal_handlers() -> None:
+    """Install Python's signal handlers again: MPI's libraries replace some (UCX takes SIGHUP to enter a debug mode)."""
+    for number in signal.valid_signals():
+        if callable(handler := signal.getsignal(number)):
+            signal.signal(number, handler)
 
 
 def _finalize(mpi: Any, library: ctypes.CDLL) -> None:
