@@ -124,6 +124,7 @@ def help_text() -> str:
 
 def refuse(error: HvdlmError, debug: bool) -> int:
     """Print the error once, on one rank, and return exit code 2."""
+    from hvdlm.diagnostics import abort
     from hvdlm.diagnostics.rank_errors import ConnectedError
 
     if debug:
@@ -134,9 +135,7 @@ def refuse(error: HvdlmError, debug: bool) -> int:
         time.sleep(3)
     prefix = f"hvdlm: rank {rank}: " if rank else "hvdlm: "
     if isinstance(error, ConnectedError) and error.world.size > 1:
-        from hvdlm.diagnostics import abort
-
         abort.refuse(error.world, error, prefix)
     else:
-        print(prefix + str(error), file=sys.stderr, flush=True)
+        abort.refuse_unconnected(error, prefix)
     return BAD_INPUT

@@ -288,7 +288,7 @@ class CommunicationConfig:
         thread_affinity: cores of the local ranks' background threads, for example 0,2,4,6
         timeline: JSON file for Horovod's timeline of tensors; view it in chrome://tracing
         stall_check: seconds before Horovod reports missing ranks; null: half of timeout
-        timeout: seconds that a collective may take before the watchdog ends the run
+        timeout: seconds that a collective may take before the watchdog ends the run; other limits are multiples of it
         compression: gradient compression
         local: local SGD and DiLoCo
     """

@@ -219,11 +219,11 @@ def four_rank_shards() -> list[dict[str, Shard]]:
     return [{"parameters/w": half, "optimizer/m/w": flat} for half, flat in zip(halves, quarters, strict=True)]
 
 
-def start_save(world: Any, folder: Path, step: int = 5, **options: Any) -> Saver:
-    """Start to save the shards that this one of 4 ranks has of ``SHARDED_STATE``."""
+def start_save(world: Any, folder: Path, step: int = 5, limit: float = math.inf, **options: Any) -> Saver:
+    """Start to save the shards that this one of 4 ranks has of ``SHARDED_STATE``; ``limit``: see ``Saver``."""
     shards = four_rank_shards()[world.rank]
     arrays = {name: take_shard(SHARDED_STATE[name], shard) for name, shard in shards.items()}
-    saver = Saver(folder, world, CheckpointConfig(**options))
+    saver = Saver(folder, world, CheckpointConfig(**options), limit)
     saver.start(step, arrays, {"rank": world.rank}, shards)
     return saver
 

@@ -3,6 +3,7 @@
 - ``rows``: path; rank r appends a line (row of the step, first row, last row, CRC-32 of the inputs) a step to PATH.r.
 - ``comparisons``: path; rank r appends a line (step, number of fingerprints) to PATH.r at every check of replicas.
 - ``signals``: [[rank, step, name], ...]; signals that a rank sends itself at the end of a step.
+- ``nohup``: whether SIGHUP is ignored; the test's own process may ignore it, too.
 - ``late``: [rank, step, name, seconds]; a signal that many seconds after the end of a step.
 - ``sleep``: [rank, step, seconds]; the rank sleeps at the end of a step.
 - ``nan``: [batch, ...]; the losses of these batches are no numbers on rank 1 (on rank 0 of a single-rank run).
@@ -116,6 +117,7 @@ def recorded_check(run: Any, step: int) -> None:
     check_replicas(run, step)
 
 
+signal.signal(signal.SIGHUP, signal.SIG_IGN if FAULTS.get("nohup") else signal.SIG_DFL)
 loop.do_step, loop.micro_batches = faulty_step, faulty_batches
 if "comparisons" in FAULTS:
     loop.check_replicas = recorded_check

@@ -75,6 +75,19 @@ def wait_until(condition: Callable[[], Any], seconds: float = 60, process: subpr
         time.sleep(0.02)
 
 
+def processes_of(run: Path) -> list[str]:
+    """Return the command lines of the processes of a run."""
+    commands = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = path.read_bytes().replace(b"\0", b" ").decode()
+        except OSError:
+            continue
+        if str(run) in line and int(path.parent.name) != os.getpid():
+            commands.append(line)
+    return commands
+
+
 def run_with_faults(
     folder: Path, framework: str, ranks: int, *options: str, **faults: Any
 ) -> subprocess.CompletedProcess:

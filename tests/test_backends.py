@@ -151,12 +151,72 @@ def test_the_openmp_library_of_torch_reads_the_spin_count() -> None:
     assert "GOMP_SPINCOUNT = '1000'" in done.stderr, done.stderr
 
 
-def test_a_host_name_without_address_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment.socket, "gethostname", lambda: "localhost")
-    environment.check_host_name()
-    monkeypatch.setattr(environment.socket, "gethostname", lambda: "no-such-host.invalid")
-    with pytest.raises(HvdlmError, match=r"no-such-host.invalid has no address.*/etc/hosts"):
-        environment.check_host_name()
+UNRESOLVED = "no-such-host.invalid"
+
+
+@pytest.mark.parametrize(
+    "name, variables, by_name, words",
+    [
+        ("localhost", {}, True, None),
+        ("localhost", {"IFACE": "lo", "RENDEZVOUS_ADDR": "127.0.0.1"}, True, None),
+        (UNRESOLVED, {"IFACE": "lo"}, False, None),
+        (UNRESOLVED, {"IFACE": "lo"}, True, r"no-such-host.invalid has no address.*/etc/hosts"),
+        (UNRESOLVED, {}, False, r"no-such-host.invalid has no address.*/etc/hosts"),
+        ("localhost", {"RENDEZVOUS_ADDR": UNRESOLVED}, False, r"address no-such-host.invalid can't be resolved"),
+        ("localhost", {"IFACE": "nowhere0"}, False, r"HOROVOD_GLOO_IFACE is 'nowhere0', .* interfaces are .*lo"),
+    ],
+)
+def test_gloo_needs_names_and_interfaces_that_exist(
+    name: str, variables: dict[str, str], by_name: bool, words: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment.socket, "gethostname", lambda: name)
+    for variable in ("IFACE", "RENDEZVOUS_ADDR"):
+        monkeypatch.delenv(f"HOROVOD_GLOO_{variable}", raising=False)
+    for variable, value in variables.items():
+        monkeypatch.setenv(f"HOROVOD_GLOO_{variable}", value)
+    with pytest.raises(HvdlmError, match=words) if words else nullcontext():
+        environment.check_gloo_address(by_name)
+
+
+def settings_of(monkeypatch: pytest.MonkeyPatch, **variables: str) -> bytes:
+    """Return what is compared of a rank with these variables of Horovod."""
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "environ", {f"HOROVOD_{name}": value for name, value in variables.items()})
+        return environment.shared_settings()
+
+
+def test_what_belongs_to_a_rank_or_host_may_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    alike = {"CYCLE_TIME": "1", "CPU_OPERATIONS": "mpi"}
+    own = {
+        "RANK": "1",
+        "LOCAL_RANK": "1",
+        "CROSS_SIZE": "2",
+        "HOSTNAME": "b",
+        "GLOO_IFACE": "eth1",
+        "LOG_LEVEL": "info",
+    }
+    own |= {"THREAD_AFFINITY": "2,3", "TIMELINE": "b.json", "NCCL_HOME": "/opt/nccl", "WITH_TORCH": "1"}
+    assert settings_of(monkeypatch, **alike) == settings_of(monkeypatch, **alike, **own)
+
+
+@pytest.mark.parametrize(
+    "first, second, words",
+    [
+        (
+            {"CPU_OPERATIONS": "mpi"},
+            {"CPU_OPERATIONS": "gloo"},
+            "CPU_OPERATIONS is 'gloo' on rank 1 and 'mpi' on rank 0",
+        ),
+        ({}, {"NEW_IN_SOME_RELEASE": "1"}, "NEW_IN_SOME_RELEASE is '1' on rank 1 and not set on rank 0"),
+        ({"CACHE_CAPACITY": "0"}, {}, "CACHE_CAPACITY is not set on rank 1 and '0' on rank 0"),
+        ({"GLOO_TIMEOUT_SECONDS": "1"}, {"GLOO_TIMEOUT_SECONDS": "2"}, "GLOO_TIMEOUT_SECONDS is '2' on rank 1"),
+    ],
+)
+def test_settings_of_all_ranks_must_agree(
+    first: dict[str, str], second: dict[str, str], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(HvdlmError, match=words):
+        environment.compare([settings_of(monkeypatch, **values) for values in (first, second, first)])
 
 
 SETTINGS = {

@@ -38,6 +38,7 @@ SOUND: dict[str, Any] = {
 }
 MISSING = {"error": "ModuleNotFoundError: No module named 'x'"}
 V5 = {"path": "mpirun", "version": "mpirun (Open MPI) 5.0.11"}
+NAMELESS = {"name": "node1", "error": "gaierror"}
 UNPATCHED = {**framework("2.13.0"), "patched": False}
 OTHER_MPI = {**framework("2.13.0"), "libmpi": ["/usr/lib/libmpi.so.12"]}
 NO_HOROVOD = {"version": "2.13.0", "error": "ImportError: undefined symbol"}
@@ -67,7 +68,8 @@ PROBLEMS = [
     ({"mpirun": NO_SSH}, "problem", "mpirun", "export OMPI_MCA_plm_rsh_agent=false"),
     ({"mpirun": BROKEN_MPIRUN}, "problem", "mpirun", "(all slots are taken)"),
     ({"home": False}, "warning", "home folder", "export HOME"),
-    ({"host": {"name": "node1", "error": "gaierror"}}, "warning", "host name", '"127.0.0.1 node1" to /etc/hosts'),
+    ({"host": NAMELESS}, "warning", "host name", '"127.0.0.1 node1" to /etc/hosts'),
+    ({"host": NAMELESS, "torch": UNPATCHED}, "problem", "host name", "horovodrun --gloo crashes"),
     ({"quota": 1.0}, "warning", "cores", "1 of 2 cores"),
     ({"environment": {"OMP_NUM_THREADS": "64"}}, "warning", "OMP_NUM_THREADS", "unset"),
     ({"environment": {"HOROVOD_DYNAMIC_PROCESS_SETS": "1"}}, "warning", "HOROVOD_DYNAMIC_PROCESS_SETS", "unset"),

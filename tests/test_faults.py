@@ -16,7 +16,7 @@ import pytest
 
 from hvdlm import cli
 from hvdlm.diagnostics import failure_files
-from launching import ROOT, SMALL, environment
+from launching import ROOT, SMALL, environment, processes_of
 
 TIMEOUT = 6.0
 # Rank 1 fails in its fourth step. In TensorFlow the fault is part of a graph, which is traced anew for it.
@@ -104,19 +104,6 @@ class Outcome:
     seconds: float
     run: Path
     site: str
-
-
-def processes_of(run: Path) -> list[str]:
-    """Return the command lines of the processes of a run."""
-    commands = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            line = path.read_bytes().replace(b"\0", b" ").decode()
-        except OSError:
-            continue
-        if str(run) in line and int(path.parent.name) != os.getpid():
-            commands.append(line)
-    return commands
 
 
 @pytest.fixture

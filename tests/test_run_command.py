@@ -157,21 +157,27 @@ def test_commands_besides_train_run_on_ranks(tmp_path: Path) -> None:
     assert done.returncode == 2 and done.stderr.count("there is no run") == 1, done.stderr
 
 
-@pytest.mark.parametrize("framework, backend", [("torch", "mpi"), ("tensorflow", "mpi"), ("torch", "gloo")])
-def test_ctrl_c_saves_and_returns_the_runs_code(framework: str, backend: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "framework, backend, name",
+    [("torch", "mpi", "SIGHUP"), ("tensorflow", "mpi", "SIGINT"), ("torch", "gloo", "SIGINT")],
+)
+def test_a_terminals_signals_save_and_return_the_runs_code(
+    framework: str, backend: str, name: str, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     command = [sys.executable, *RUN, "-np", "2", "--backend", backend, "--", "--framework", framework]
     command += ["--log.run", str(run), *SMALL, "--train.steps", "1000000"]
     streams = {"stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    streams["preexec_fn"] = lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tester may use nohup
     process = subprocess.Popen(command, cwd=ROOT, env=environment(), **streams)
     try:
         wait_until(lambda: (run / "metrics.jsonl").exists() and len(metrics(run)) > 2, 120, process)
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        os.killpg(process.pid, getattr(signal, name))  # as a terminal does
         errors = process.communicate(timeout=60)[1]
     finally:
         process.kill()
     assert process.returncode == STOPPED, errors
-    assert "hvdlm run: SIGINT: the run saves and stops" in errors and "Traceback" not in errors
+    assert f"hvdlm run: {name}: the run saves and stops" in errors and "Traceback" not in errors
     status = json.loads((run / "status.json").read_text())
     assert status["state"] == "stopped" and (run / "checkpoints" / f"step-{status['step']:08d}").is_dir()
 

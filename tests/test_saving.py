@@ -26,7 +26,7 @@ from builders import (
     node_folders,
     start_save,
 )
-from hvdlm.checkpoints import discovery, load, retention, shared_folders
+from hvdlm.checkpoints import discovery, load, retention, safetensors_io, shared_folders
 from hvdlm.checkpoints import save as save_module
 from hvdlm.checkpoints.order import step_name
 from hvdlm.checkpoints.save import Saver
@@ -98,6 +98,35 @@ def test_a_save_proceeds_in_phases_and_is_reported_once(tmp_path: Path) -> None:
         saved_steps.append([saved.step for saved in saver.advance()])
     assert saved_steps == [[], [5], []]  # written, published, tidied up
     assert saver.advance() == []
+
+
+def test_a_write_that_never_returns_is_an_error_of_all_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(save_module, "_TURN_SECONDS", 0.1)
+    opened, real = threading.Event(), save_module.write_tensors
+
+    def write(path: Path, *arguments: Any) -> Any:
+        if path.name.endswith("-0002.safetensors"):
+            opened.wait(20)
+        return real(path, *arguments)
+
+    monkeypatch.setattr(save_module, "write_tensors", write)
+    errors = ThreadRanks(4).run(lambda world: start_save(world, tmp_path, limit=0.5).finish())
+    opened.set()
+    assert len({str(error) for error in errors}) == 1 and isinstance(errors[0], RankError), errors
+    assert re.search(r"rank 2 has been writing the checkpoint of step 5 .* without progress", str(errors[0]))
+
+
+def test_a_slow_write_that_makes_progress_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(save_module, "_TURN_SECONDS", 0.1)
+    monkeypatch.setattr(safetensors_io, "_CHUNK", 8)
+    synced = []
+    monkeypatch.setattr(safetensors_io, "_SYNC_BYTES", 64)
+    monkeypatch.setattr(safetensors_io, "sync", lambda file: (time.sleep(0.2), synced.append(file.tell())))
+    saver = Saver(tmp_path, LocalWorld(), CheckpointConfig(), limit=0.5)
+    saver.start(5, {"parameters/w": np.arange(100.0)}, {})
+    began = time.monotonic()
+    assert [saved.step for saved in saver.finish()] == [5]
+    assert time.monotonic() - began > 1 and len(synced) > 5
 
 
 def test_a_save_waits_for_the_previous_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,7 @@ def test_a_signal_to_any_rank_stops_all_and_resumes_exactly(
     assert f"rank 1: {first}: the run saves after this step and stops" in stopped.stderr
     assert status(run)["state"] == "stopped" and 7 <= status(run)["step"] <= 9 and status(run)["code"] == STOPPED
     if framework == "torch":  # again, by a signal to the other rank
-        stopped_again = run_with_faults(run, framework, 2, "--checkpoint.resume", "auto", signals=[[0, 15, "SIGINT"]])
+        stopped_again = run_with_faults(run, framework, 2, "--checkpoint.resume", "auto", signals=[[0, 15, "SIGHUP"]])
         assert stopped_again.returncode == STOPPED and status(run)["step"] >= 15, stopped_again.stderr[-3000:]
     done = run_with_faults(run, framework, 2, "--checkpoint.resume", "auto")
     assert done.returncode == 0 and status(run)["state"] == "done", done.stderr[-3000:]
@@ -55,6 +55,11 @@ def test_a_second_signal_stops_at_once_and_a_time_limit_saves(tmp_path: Path) ->
     done = run_with_faults(tmp_path / "b", "torch", 1, "--train.steps", "100000", "--train.max_seconds", "1.5")
     assert done.returncode == STOPPED and status(tmp_path / "b")["reason"] == "train.max_seconds", done.stderr
     assert list((tmp_path / "b" / "checkpoints").glob("step-*")) and "stopped after step" in done.stdout
+
+
+def test_nohup_lets_a_run_outlive_its_terminal(tmp_path: Path) -> None:
+    done = run_with_faults(tmp_path / "run", "torch", 1, signals=[[0, 5, "SIGHUP"]], nohup=True)
+    assert done.returncode == 0 and status(tmp_path / "run")["state"] == "done", done.stderr[-3000:]
 
 
 EARLY = """

@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hvdlm.diagnostics import abort, diagnosis, failure_files, watchdog
+from hvdlm.diagnostics import abort, diagnosis, failure_files, phases, watchdog
 from hvdlm.diagnostics.failure_files import Failure, FailureFiles
 from hvdlm.diagnostics.flight_recorder import RECORDS, FlightRecorder, clean, ranks_in, ranks_text
+from hvdlm.diagnostics.phases import TRAINING, Process
 from hvdlm.diagnostics.recorder_reader import Entry, Recording, read_recording
 from hvdlm.diagnostics.watchdog import Watchdog
 from hvdlm.errors import HvdlmError, RankError
@@ -353,6 +354,10 @@ class FakeWorld:
         self.rank, self.size, self.recorder = rank, size, make_recorder(folder, rank, size)
         self.codes: list[int] = []
         self.ended = threading.Event()
+        self.process = Process()
+        self.process.rank, self.process.size = rank, size
+        self.process.connect(self.recorder, self.abort)
+        self.process.begin(TRAINING)
 
     def abort(self, code: int) -> None:
         self.codes.append(code)
@@ -362,14 +367,15 @@ class FakeWorld:
 
 @pytest.fixture(autouse=True)
 def _short_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watchdog, "_STARTUP_SECONDS", 0.0)
+    monkeypatch.setattr(phases, "STARTUP_SECONDS", 0.0)
     for module, names in ((watchdog, "_STACK _TURN _ABORT"), (abort, "_ERROR _TURN _ABORT")):
         for name in names.split():
             monkeypatch.setattr(module, f"{name}_SECONDS", 0.4)
 
 
-def start_watchdog(world: FakeWorld, folder: Path, timeout: float = 0.4) -> Watchdog:
-    watchdog = Watchdog(world, folder, timeout, poll=0.05)  # type: ignore[arg-type]
+def start_watchdog(process: Process, timeout: float = 0.4) -> Watchdog:
+    process.timeout = timeout
+    watchdog = Watchdog(process, poll=0.05)
     watchdog.start()
     return watchdog
 
@@ -379,8 +385,8 @@ def test_a_timed_out_collective_ends_the_run_with_a_diagnosis(
 ) -> None:
     folder = tmp_path / "run" / "flight_recorder"
     worlds = [FakeWorld(folder, rank, 2) for rank in (0, 1)]
-    watchers = [start_watchdog(world, folder) for world in worlds]
-    watchers[0].step(3)
+    watchers = [start_watchdog(world.process) for world in worlds]
+    worlds[0].process.step(3)
     begin_all_reduce(worlds[0].recorder, "gradients.0")
     assert all(world.ended.wait(10) for world in worlds)
     for watcher in watchers:
@@ -395,7 +401,7 @@ def test_a_timed_out_collective_ends_the_run_with_a_diagnosis(
 
 def test_a_rank_without_any_progress_ends_the_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     world = FakeWorld(tmp_path)
-    watcher = start_watchdog(world, tmp_path, 0.2)
+    watcher = start_watchdog(world.process, 0.2)
     assert world.ended.wait(10) and world.codes == [1]
     watcher.stop()
     assert "No rank is in a collective." in capfd.readouterr().err
@@ -404,7 +410,7 @@ def test_a_rank_without_any_progress_ends_the_run(tmp_path: Path, capfd: pytest.
 def test_the_next_rank_reports_where_rank_0_is_stuck(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     make_recorder(tmp_path, 0, 3)
     worlds = [FakeWorld(tmp_path, rank, 3) for rank in (1, 2)]
-    watchers = [start_watchdog(world, tmp_path) for world in worlds]
+    watchers = [start_watchdog(world.process) for world in worlds]
     for world in worlds:
         begin_all_reduce(world.recorder, "gradients.0", (0, 1, 2))
     assert all(world.ended.wait(10) for world in worlds)
@@ -418,13 +424,13 @@ def test_the_next_rank_reports_where_rank_0_is_stuck(tmp_path: Path, capfd: pyte
 @pytest.mark.parametrize("kind", ["step", "alive", "collectives"])
 def test_any_kind_of_progress_prevents_the_timeout(kind: str, tmp_path: Path) -> None:
     world = FakeWorld(tmp_path)
-    watcher = start_watchdog(world, tmp_path, 0.3)
+    watcher = start_watchdog(world.process, 0.3)
     for number in range(12):
         time.sleep(0.1)
         if kind == "collectives":
             world.recorder.end(begin_all_reduce(world.recorder, "gradients.0"))
         else:
-            watcher.step(number) if kind == "step" else watcher.alive()
+            world.process.step(number) if kind == "step" else world.process.alive()
     watcher.stop()
     assert not world.codes and not failure_files.has_marker(tmp_path, failure_files.HANG)
     time.sleep(0.7)
@@ -433,7 +439,7 @@ def test_any_kind_of_progress_prevents_the_timeout(kind: str, tmp_path: Path) ->
 
 def test_a_rank_that_is_reporting_an_error_is_not_hung(tmp_path: Path) -> None:
     world = FakeWorld(tmp_path)
-    watcher = start_watchdog(world, tmp_path, 0.1)
+    watcher = start_watchdog(world.process, 0.1)
     world.recorder.failing = True
     time.sleep(0.5)
     watcher.stop()

@@ -9,6 +9,7 @@ def main(arguments: list[str]) -> int:
     """Measure, print, and write a JSON file and a plot on rank 0: ``horovodrun -np N python -m hvdlm bench``."""
     from hvdlm.configuration.parsing import command_parser, parse_config, split_overrides
     from hvdlm.diagnostics.rank_errors import ending_all_ranks
+    from hvdlm.diagnostics.watchdog import watching
     from hvdlm.errors import HvdlmError, nearest
     from hvdlm.io.safe_files import check_output
     from hvdlm.training.run import connect_only
@@ -39,7 +40,9 @@ def main(arguments: list[str]) -> int:
     output = Path(values.output)
     for path in (output, output.with_suffix(".svg")):
         check_output(path)
-    world, framework = connect_only(config)
-    with ending_all_ranks(world):
-        collective_benchmark.main(world, framework, collectives, sizes, output)
+    with watching() as watchdog:
+        world, framework = connect_only(config)
+        with ending_all_ranks(world):
+            collective_benchmark.main(world, framework, collectives, sizes, output)
+        watchdog.code = 0
     return 0

@@ -55,7 +55,10 @@ def explain_run(run: Path) -> int:
     if not files.recordings:
         if not run.is_dir():
             raise HvdlmError(f"--run {run}: there is no such folder: name that of a run.{similar_run(run)}")
-        reason = "the run ended normally, or its ranks never connected."
+        if text := failure_files.read_diagnosis(folder):  # ranks were not connected, or there was only one
+            print(text, flush=True)
+            return 0
+        reason = "the run ended normally, or its ranks were killed before they connected."
         if files.unreadable:
             reason = files.unreadable[0]
         raise HvdlmError(f"--run {run}: there is no flight recorder in {folder}: {reason}")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import socket
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hvdlm.config import CommunicationConfig, Config
 from hvdlm.diagnostics.probes import SPIN_COUNT, THREADS, WAITING, cores
 from hvdlm.errors import HvdlmError
+from hvdlm.io import launcher_env
 from hvdlm.io.launcher_env import Launch
 
 # Names of processes that start ranks. All but horovodrun, whose Gloo ranks share its cores, may bind a rank to a subset
@@ -75,20 +79,78 @@ def horovod_settings(options: CommunicationConfig) -> dict[str, str]:
     return {k: str(int(v) if isinstance(v, bool) else v) for k, v in settings.items() if v is not None}
 
 
-def check_host_name() -> None:
-    """Check that this machine's name has an address, to which the Gloo of the released Horovod binds its ranks.
+# May differ between ranks: what a launcher gives each of them, what belongs to a host, and the options of builds.
+PER_RANK = re.compile(
+    r"HOROVOD_((LOCAL_|CROSS_)?(RANK|SIZE)|HOSTNAME|GLOO_IFACE|GLOO_RENDEZVOUS_\w+|THREAD_AFFINITY|TIMELINE|AUTOTUNE_LOG"
+    r"|LOG_\w+|WITH_\w+|WITHOUT_\w+|BUILD_\w+|\w+_(HOME|INCLUDE|LIB|LINK)|GPU_\w+|CUDA_\w+|ROCM_\w+)"
+)
+
+
+def shared_settings() -> bytes:
+    """Return Horovod's environment variables that have to be equal on all ranks, as JSON."""
+    names = [name for name in os.environ if name.startswith("HOROVOD_") and not PER_RANK.fullmatch(name)]
+    return json.dumps({name: os.environ[name] for name in sorted(names)}).encode()
+
+
+def compare(settings: Sequence[bytes]) -> None:
+    """Compare the ranks' ``shared_settings``, in rank order.
 
     Raises:
-        HvdlmError: it has none, so that every rank would abort.
+        HvdlmError: a rank's differ from rank 0's, with which Horovod would hang or crash.
     """
+    first, *others = (json.loads(text) for text in settings)
+    for rank, other in enumerate(others, 1):
+        compare_with_first(rank, other, first)
+
+
+def compare_with_first(rank: int, own: Mapping[str, str], first: Mapping[str, str]) -> None:
+    """Raise HvdlmError where the settings of ``rank`` differ from rank 0's."""
+    for name in sorted({*own, *first}):
+        if own.get(name) != first.get(name):
+            values = [f"{other[name][:200]!r}" if name in other else "not set" for other in (own, first)]
+            raise HvdlmError(
+                f"{name} is {values[0]} on rank {rank} and {values[1]} on rank 0: Horovod hangs or crashes where ranks "
+                "differ. Set it alike for all ranks, or unset it."
+            )
+
+
+def check_gloo_address(bound_by_name: bool) -> None:
+    """Check that this rank finds the launcher, and has an address that Gloo can bind it to.
+
+    Args:
+        bound_by_name: whether this Horovod ignores the interface that ``horovodrun`` chooses, as the released one does.
+
+    Raises:
+        HvdlmError: one of them doesn't resolve or exist, so that Horovod would abort in native code.
+    """
+    interface = os.environ.get(launcher_env.GLOO_INTERFACE, "")
+    if interface and interface not in (name for _, name in socket.if_nameindex()):
+        known = ", ".join(name for _, name in socket.if_nameindex())
+        raise HvdlmError(
+            f"{launcher_env.GLOO_INTERFACE} is {interface!r}, but this machine's network interfaces are {known}: start "
+            "with horovodrun --gloo --network-interfaces NAME."
+        )
+    server, _ = launcher_env.gloo_rendezvous()
+    if server and (error := _unresolved(server)) is not None:
+        raise HvdlmError(
+            f"horovodrun's address {server} can't be resolved on this machine ({error}): add it to /etc/hosts, or use "
+            "--network-interfaces NAME, or mpirun."
+        )
     name = socket.gethostname()
-    try:
-        socket.getaddrinfo(name, None)
-    except OSError as error:
+    if (bound_by_name or not interface) and (error := _unresolved(name)) is not None:
         raise HvdlmError(
             f"this machine's name {name} has no address ({error}), and Gloo of this Horovod needs one: add "
             f'"127.0.0.1 {name}" to /etc/hosts, use mpirun, or build Horovod with python -m hvdlm horovod build.'
-        ) from error
+        )
+
+
+def _unresolved(name: str) -> OSError | None:
+    """Return why a host's name has no address; None: it has."""
+    try:
+        socket.getaddrinfo(name, None)
+    except OSError as error:
+        return error
+    return None
 
 
 def check_alone(launch: Launch | None) -> None:

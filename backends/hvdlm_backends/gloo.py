@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
 
 from hvdlm import hookimpl
 from hvdlm.config import Config
+from hvdlm.diagnostics.phases import STARTUP_SECONDS
 from hvdlm.errors import HvdlmError
 from hvdlm.io import launcher_env
 from hvdlm.protocols.framework import Framework
-from hvdlm_backends import environment, horovod
+from hvdlm_backends import environment, horovod, rendezvous
 
 
 class GlooBackend:
@@ -29,14 +31,16 @@ class GlooBackend:
     def prepare(self, config: Config) -> int:
         """Set threads and settings in the environment; return the framework's threads per rank."""
         os.environ["HOROVOD_CONTROLLER"] = os.environ["HOROVOD_CPU_OPERATIONS"] = "gloo"
-        os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", str(max(30, round(2 * config.communication.timeout))))
+        gloo_timeout = round(2 * config.communication.timeout + STARTUP_SECONDS)  # later than the watchdog
+        os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", str(gloo_timeout))
         return environment.prepare(launcher_env.detect(), config)
 
     def start(self, framework: Framework, groups: Sequence[tuple[int, ...]], config: Config) -> horovod.HorovodWorld:
-        """Start Horovod on Gloo."""
-        hvd, sets = horovod.start(
-            framework.name, groups, launcher_env.detect(), "Start all ranks with one horovodrun --gloo."
-        )
+        """Compare the ranks' settings, then start Horovod on Gloo."""
+        launch = launcher_env.detect()
+        check = None if launch is None else partial(rendezvous.check_settings, launch.rank)
+        advice = "Start all ranks with one horovodrun --gloo."
+        hvd, sets = horovod.start(framework.name, groups, launch, advice, check)
         return horovod.HorovodWorld(hvd, sets)
 
 

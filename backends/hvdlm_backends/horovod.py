@@ -16,7 +16,7 @@ from typing import Any
 
 from hvdlm.errors import HvdlmError
 from hvdlm.io.launcher_env import Launch
-from hvdlm_backends.environment import check_host_name
+from hvdlm_backends.environment import check_gloo_address
 from hvdlm_backends.groups import make_group
 from hvdlm_backends.messages import make_messages
 from hvdlm_backends.worlds import RanksWorld
@@ -54,8 +54,16 @@ class HorovodWorld(RanksWorld):
         self._hvd.shutdown()
 
 
-def start(framework: str, groups: Sequence[tuple[int, ...]], launch: Launch | None, advice: str) -> tuple:
+def start(
+    framework: str,
+    groups: Sequence[tuple[int, ...]],
+    launch: Launch | None,
+    advice: str,
+    check_settings: Callable[[], None] | None = None,
+) -> tuple:
     """Import and start ``horovod.<framework>``; return it and the process set of every group smaller than the world.
+
+    ``check_settings`` compares the settings of several ranks, before Horovod starts, which hangs where they differ.
 
     Raises:
         HvdlmError: Horovod isn't built for the framework, or has fewer ranks than the launcher started.
@@ -69,13 +77,15 @@ def start(framework: str, groups: Sequence[tuple[int, ...]], launch: Launch | No
         ) from error
     size = launch.size if launch else 1
     check_gpus(hvd, framework, size)
-    if size > 1 and os.environ.get("HOROVOD_CONTROLLER") == "gloo" and _transfer_counter(hvd) is None:
-        check_host_name()
+    if size > 1 and os.environ.get("HOROVOD_CONTROLLER") == "gloo":
+        check_gloo_address(bound_by_name=_transfer_counter(hvd) is None)
     sets = {ranks: hvd.ProcessSet(list(ranks)) for ranks in groups if len(ranks) < size}
     if not sets:
         # In hvdlm's build of Horovod (hvdlm_horovod.patches), the thread sleeps until there is a tensor to send. With
         # process sets, a set's tensor would wait for the sleeping threads of ranks outside of the set.
         os.environ.setdefault("HOROVOD_IDLE_CYCLE_TIME", "50")
+    if check_settings is not None and size > 1:
+        check_settings()
     hvd.init(process_sets=list(sets.values()))
     if hvd.size() != size:
         raise HvdlmError(

@@ -181,9 +181,7 @@ def _hosts(facts: Facts) -> Iterator[Finding]:
         )
         yield Finding("warning", "home folder", text)
     if "error" in facts["host"]:
-        name = facts["host"].get("name", "")
-        text = f'{name} has no address, but ranks on several hosts need one: add "127.0.0.1 {name}" to /etc/hosts'
-        yield Finding("warning", "host name", text)
+        yield _unresolved_name(facts)
     error = facts["mpirun"].get("start_error")
     if error:
         cause = next((line for line in error.splitlines() if line.strip("- ")), "")
@@ -191,6 +189,16 @@ def _hosts(facts: Facts) -> Iterator[Finding]:
         if "plm_rsh_agent" in error:
             text = "refuses to start even local ranks without ssh: export OMPI_MCA_plm_rsh_agent=false, or make setup"
         yield Finding("problem", "mpirun", text)
+
+
+def _unresolved_name(facts: Facts) -> Finding:
+    """Return the finding on a host's name without an address, to which the Gloo of the released Horovod binds ranks."""
+    name = facts["host"].get("name", "")
+    remedy = f'add "127.0.0.1 {name}" to /etc/hosts'
+    if any(facts[framework].get("gloo_built") and not facts[framework].get("patched") for framework in GPUS):
+        text = f"{name} has no address, without which horovodrun --gloo crashes: {remedy}, or use mpirun"
+        return Finding("problem", "host name", text)
+    return Finding("warning", "host name", f"{name} has no address, but ranks on several hosts need one: {remedy}")
 
 
 def _cores(facts: Facts) -> Iterator[Finding]:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
+import ctypes
 import os
+import signal
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hvdlm import hookimpl
 from hvdlm.config import Config
+from hvdlm.diagnostics.phases import process
 from hvdlm.errors import HvdlmError
 from hvdlm.io import launcher_env
 from hvdlm.io.launcher_env import Launch
@@ -17,6 +22,7 @@ from hvdlm.protocols.framework import Framework
 from hvdlm.protocols.world import World
 from hvdlm_backends import environment, horovod
 from hvdlm_backends.local import LocalWorld
+from hvdlm_backends.messages import MPIMessages
 
 _ADVICE = "The launcher's MPI is not the one that Horovod was built with: python -m hvdlm doctor shows both."
 
@@ -38,9 +44,10 @@ def start_mpi(launch: Launch, needs: str, advice: str) -> Any:
             another number of ranks than the launcher started.
     """
     try:
-        from mpi4py import MPI
+        MPI = _initialized()
     except (ImportError, RuntimeError) as error:
         raise HvdlmError(f"{needs} ({str(error).splitlines()[0]}): {advice}.") from error
+    process.abort = MPI.COMM_WORLD.Abort  # from now on, a rank that just exits leaves the others waiting
     size = MPI.COMM_WORLD.Get_size()
     if launch.size != size:
         # srun without a PMI plugin starts N processes, each of which is rank 0 of 1.
@@ -54,6 +61,46 @@ def start_mpi(launch: Launch, needs: str, advice: str) -> Any:
             f"{advice} (python -m hvdlm doctor shows which MPI is which)."
         )
     return MPI
+
+
+def _initialized() -> Any:
+    """Return ``mpi4py.MPI`` after MPI_Init, which waits for all ranks.
+
+    Called by mpi4py, it would hold the interpreter lock while it waits, so that no watchdog could run.
+    """
+    import mpi4py
+
+    mpi4py.rc.initialize = False
+    from mpi4py import MPI
+
+    if not MPI.Is_initialized():
+        library = ctypes.CDLL(MPI.__file__, ctypes.RTLD_GLOBAL)
+        library.MPI_Init_thread(None, None, MPI.THREAD_MULTIPLE, ctypes.byref(ctypes.c_int()))
+        _restore_signal_handlers()
+        for communicator in (MPI.COMM_WORLD, MPI.COMM_SELF):
+            communicator.Set_errhandler(MPI.ERRORS_RETURN)  # as mpi4py does, to raise exceptions
+        finalize = partial(_finalize, MPI, library)
+        process.closers.append(finalize)
+        atexit.register(finalize)
+    return MPI
+
+
+def _restore_signal_handlers() -> None:
+    """Install Python's signal handlers again: MPI's libraries replace some (UCX takes SIGHUP to enter a debug mode)."""
+    for number in signal.valid_signals():
+        if callable(handler := signal.getsignal(number)):
+            signal.signal(number, handler)
+
+
+def _finalize(mpi: Any, library: ctypes.CDLL) -> None:
+    """Finalize MPI, unless an exception ends this process: it would wait for ranks that wait for this one."""
+    if not mpi.Is_finalized() and not hasattr(sys, "last_value"):
+        library.MPI_Finalize()
+
+
+def check_settings(mpi: Any) -> None:
+    """Compare Horovod's settings with those of the other ranks, before Horovod starts. All ranks call."""
+    environment.compare(MPIMessages(mpi.COMM_WORLD.Dup()).gather(environment.shared_settings()))
 
 
 class MPIBackend:
@@ -78,7 +125,7 @@ class MPIBackend:
         if launch is None:  # without a launcher, MPI would start a daemon to serve a single rank
             return LocalWorld()
         mpi = start_mpi(launch, "backend mpi needs mpi4py", "make setup builds it")
-        hvd, sets = horovod.start(framework.name, groups, launch, _ADVICE)
+        hvd, sets = horovod.start(framework.name, groups, launch, _ADVICE, partial(check_settings, mpi))
         return horovod.HorovodWorld(hvd, sets, mpi.COMM_WORLD.Dup())
 
 

@@ -16,6 +16,7 @@ from hvdlm.io.atomic_files import sync, sync_folder
 
 _MAX_HEADER = 100 * 10**6  # bytes; the limit of the safetensors library
 _CHUNK = 4 * 2**20  # bytes that are hashed and then written: they stay in the processor's cache between the two
+_SYNC_BYTES = 2**28  # after which a file is synced: a single sync of all would show no progress for minutes
 
 TensorInfo = tuple[str, tuple[int, ...]]
 """A tensor's dtype, by its name in safetensors (``F32``), and its shape."""
@@ -26,9 +27,11 @@ def write_tensors(
     tensors: Mapping[str, TensorInfo],
     array: Callable[[str], np.ndarray],
     metadata: Mapping[str, str] | None = None,
+    progress: Callable[[], Any] = lambda: None,
 ) -> dict[str, Any]:
     """Write ``array(name)`` for all ``tensors``, one at a time, and sync; return {"bytes", "sha256"} of the file.
 
+    ``progress`` is called after every few MB that the file system has accepted.
     https://github.com/huggingface/safetensors#format: the header's length, the header, the arrays.
     """
     # Wider elements first, so that every array is aligned to its element size.
@@ -39,10 +42,14 @@ def write_tensors(
         file.write(header)
         for name in names:
             data = _bytes(array(name))
-            size += len(data)
             for start in range(0, len(data), _CHUNK):
-                digest.update(data[start : start + _CHUNK])
-                file.write(data[start : start + _CHUNK])
+                chunk = data[start : start + _CHUNK]
+                digest.update(chunk)
+                file.write(chunk)
+                if size // _SYNC_BYTES != (size + len(chunk)) // _SYNC_BYTES:
+                    sync(file)
+                size += len(chunk)
+                progress()
         sync(file)
     return {"bytes": size, "sha256": digest.hexdigest()}
 

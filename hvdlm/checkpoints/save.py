@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import threading
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -87,18 +88,21 @@ class Saver:
     """Writes the checkpoints of a run into ``folder``, one after the other. All ranks have one and call alike.
 
     A save has phases: ``start`` begins the first, ``advance``, called whenever all ranks are ``ready``, the next ones,
-    and ``finish`` completes all. Whether ranks share a folder is detected at the first save; where they don't, each
+    and ``finish`` completes all. A phase without progress for ``limit`` seconds (a dead network mount) ends the run, by
+    an error on all ranks. Whether ranks share a folder is detected at the first save; where they don't, each
     folder holds the files that its ranks write.
 
     Attributes:
         refused: why a save was not published, though no rank failed: its state is not finite. The caller resets it.
     """
 
-    def __init__(self, folder: Path, world: World, options: CheckpointConfig) -> None:
+    def __init__(self, folder: Path, world: World, options: CheckpointConfig, limit: float = math.inf) -> None:
         self._folder = folder
         self._world = world
         self._options = options
         self._branch = Branch()
+        self._limit = limit
+        self._progress = 0  # counts what is written in the background
         self._sharing: Sharing | None = None
         self.refused: str | None = None
         self._planned: tuple[list[str], WritePlan, Replicas] | None = None  # with the digests of what ranks held
@@ -192,12 +196,28 @@ class Saver:
 
     def _gather_results(self, task: Background) -> list[dict[str, Any]]:
         """Return all ranks' results; ranks that are done exchange messages meanwhile, so that no time-out expires."""
+        idle, before = 0.0, self._progress  # counted in turns: a clock continues while a process is suspended
         while True:
-            gathered = self._world.gather_objects(task.result(_TURN_SECONDS))
-            results = [result for result in gathered if result is not None]
+            result = task.result(_TURN_SECONDS)
+            idle = 0.0 if result or self._progress != before else idle + _TURN_SECONDS
+            before = self._progress
+            gathered = self._world.gather_objects({"result": result, "idle": idle})
+            results = [other["result"] for other in gathered if other["result"]]
             if len(results) == len(gathered):
                 return results
             self._world.recorder.alive()
+            self._check_progress([other["idle"] for other in gathered])
+
+    def _check_progress(self, idle: Sequence[float]) -> None:
+        """Raise RankError where a rank has made no progress for longer than the limit: the same on all ranks."""
+        rank = max(range(len(idle)), key=idle.__getitem__)
+        if idle[rank] > self._limit:
+            self._phases = self._task = None
+            raise RankError(
+                f"the run hangs: rank {rank} has been writing the checkpoint of step {self._step} into {self._folder} "
+                f"without progress for {idle[rank]:.0f} s (limit: twice --communication.timeout): its file system does "
+                "not respond. Earlier checkpoints are unchanged: resume with --checkpoint.resume auto."
+            )
 
     def finish(self) -> list[Saved]:
         """Complete the save that is under way; return the checkpoints that have become whole. All ranks call.
@@ -318,9 +338,18 @@ class Saver:
         if rank_state:
             contents[f"rank-{rank:04d}.safetensors"] = rank_state
         return {
-            file: write_tensors(temporary / file, {n: _info(a) for n, a in arrays.items()}, arrays.__getitem__)
+            file: write_tensors(
+                temporary / file,
+                {n: _info(a) for n, a in arrays.items()},
+                arrays.__getitem__,
+                None,
+                self._note_progress,
+            )
             for file, arrays in contents.items()
         }
+
+    def _note_progress(self) -> None:
+        self._progress += 1
 
 
 def _info(array: np.ndarray) -> TensorInfo:

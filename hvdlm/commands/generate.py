@@ -10,6 +10,7 @@ from typing import Any
 from hvdlm.commands.trained_run import connect_trained, run_parser
 from hvdlm.configuration.parsing import split_overrides
 from hvdlm.diagnostics.rank_errors import ending_all_ranks
+from hvdlm.diagnostics.watchdog import watching
 from hvdlm.errors import HvdlmError
 from hvdlm.inference.generation import read_prompt, write
 from hvdlm.inference.sampling import Sampling
@@ -22,8 +23,7 @@ def main(arguments: list[str]) -> int:
     values = _parse(own)
     sampling = Sampling(values.temperature, values.top_k, values.top_p, values.seed)
     text = None if values.prompt_file is None else read_prompt(Path(values.prompt_file))
-    connected = connect_trained(values, overrides)
-    with ending_all_ranks(connected.world):
+    with watching() as watchdog, ending_all_ranks((connected := connect_trained(values, overrides)).world):
         run = build(connected)
         prompt = values.prompt if text is None else text
         if prompt == "-":  # a launcher passes standard input to rank 0 only
@@ -32,6 +32,7 @@ def main(arguments: list[str]) -> int:
             if number and run.world.rank == 0:
                 print("-" * 16, flush=True)
             write(run, prompt, values.tokens, replace(sampling, seed=values.seed + number))
+        watchdog.code = 0
     return 0
 
 

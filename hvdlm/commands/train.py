@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 
+from hvdlm.diagnostics.phases import process
+from hvdlm.diagnostics.watchdog import watching
 from hvdlm.errors import STOPPED
 from hvdlm.io import launcher_env
 from hvdlm.training.signals import Signals
@@ -18,10 +20,18 @@ def main(arguments: list[str]) -> int:
         from hvdlm.commands.plan import main as print_plan
 
         return print_plan([a for a in arguments if a != "--dry_run"])
-    signals = Signals(launcher_env.rank_for_messages()).listen()  # before imports, which take seconds
+    with watching() as watchdog:  # before imports, which take seconds
+        signals = Signals(launcher_env.rank_for_messages()).listen()
+        watchdog.code = _train(arguments, signals)
+    return watchdog.code
+
+
+def _train(arguments: list[str], signals: Signals) -> int:
+    """Train, and return the exit code."""
     from hvdlm.configuration.parsing import parse_config
 
     config = parse_config(arguments)
+    process.timeout = config.communication.timeout
     from hvdlm.diagnostics.rank_errors import ending_all_ranks
     from hvdlm.telemetry import default_plugins
     from hvdlm.training.loop import train

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,10 +23,15 @@ from hvdlm.data.source_chunks import START, ReadProgress, SourcePosition
 from hvdlm.data.token_files import FORMAT, TokenData, is_prepared, open_tokens
 from hvdlm.data.tokenizers import Tokenizer, WordTokenizer
 from hvdlm.data.workers import WorkerDied
+from hvdlm.diagnostics.phases import process
 from hvdlm.errors import HvdlmError
-from hvdlm.io import file_lock, safe_files
+from hvdlm.io import file_lock, launcher_env, safe_files
 from hvdlm.io.atomic_files import write_synced
+from hvdlm.io.file_lock import FileLock, Held
 from hvdlm.io.user_folders import user_cache
+
+SILENT_BEATS = 5
+"""Touches of a lock that its owner may miss, at least."""
 
 
 def prepare(config: DataConfig, output: str | None = None, processes: int | None = None) -> TokenData:
@@ -116,17 +122,38 @@ def writing(path: Path, wait: bool = True) -> Iterator[None]:
     """Hold the lock on writing ``path``, after waiting for its owner if asked to; an OSError becomes an HvdlmError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if wait:
-            lock = file_lock.acquire(file_lock.beside(path), True, say=lambda line: print_line(f"hvdlm: {line}"))
-        else:
-            lock = file_lock.exclusive(path)
-        with lock:
+        with _lock_of_cache(path) if wait else file_lock.exclusive(path):
             yield
     except OSError as error:
         raise HvdlmError(
             f"the token files can't be written to {path}: {_described(error)}"
             ": free space or choose another folder (--data.cache FOLDER)."
         ) from error
+
+
+def _lock_of_cache(path: Path) -> FileLock:
+    """Wait for and take the lock on writing ``path`` in the cache; the ranks of one launch wait silently.
+
+    Raises:
+        HvdlmError: its owner shows no sign of life for too long.
+    """
+    lock, limit = file_lock.beside(path), max(SILENT_BEATS * file_lock.BEAT, process.timeout)
+
+    def say(line: str) -> None:
+        if launcher_env.local_rank_for_messages() == 0:
+            print_line(f"hvdlm: {line}")
+
+    try:
+        with process.during("waiting for another process to write the token folder", patience=math.inf):
+            return file_lock.acquire(
+                lock, wait=True, launch=launcher_env.launch_identity(), shared=False, say=say, patience=limit
+            )
+    except Held as held:
+        raise HvdlmError(
+            f"the lock {lock} is held by {held.owner or 'another process'}, which has shown no sign of life for "
+            f"{limit:.0f} s (limit: --communication.timeout): end that process, or choose another folder "
+            "(--data.cache FOLDER)."
+        ) from None
 
 
 def _described(error: OSError) -> str:

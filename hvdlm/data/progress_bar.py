@@ -6,6 +6,7 @@ import sys
 import time
 from typing import Any
 
+from hvdlm.diagnostics.phases import process
 from hvdlm.io.terminal import clock, on_terminal, size
 
 _DELAY = 1.0  # seconds until the bar appears: shorter phases need none
@@ -34,6 +35,7 @@ class ProgressBar:
 
     def advance(self, count: int, tokens: int = 0) -> None:
         """Show that ``count`` more bytes have been read; ``tokens``: how many have been written in all."""
+        process.alive()
         now = time.monotonic()
         self._done += count
         if self._bar is not None:

@@ -23,6 +23,7 @@ from hvdlm.data.source_chunks import (
     skip_bytes,
     split_text,
 )
+from hvdlm.diagnostics.phases import process
 from hvdlm.errors import HvdlmError
 from hvdlm.io import safe_files, untrusted_input
 from hvdlm.io.atomic_files import sha256
@@ -174,7 +175,8 @@ def spool(folder: Path) -> str:
         raise HvdlmError("data.path -: standard input is a terminal: pipe a text into it, or give a file.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return str(_copy_stdin(folder))
+        with process.during("reading standard input", patience=math.inf):  # of the user's own command
+            return str(_copy_stdin(folder))
     except OSError as error:
         raise HvdlmError(
             f"data.path -: standard input can't be saved in {folder}: {error.strerror}: free space or choose another "

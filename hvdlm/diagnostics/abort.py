@@ -11,12 +11,14 @@ from __future__ import annotations
 import re
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from hvdlm.diagnostics import diagnosis, failure_files
 from hvdlm.diagnostics.failure_files import Failure
-from hvdlm.errors import HvdlmError, RankError
+from hvdlm.diagnostics.phases import process
+from hvdlm.errors import BAD_INPUT, HvdlmError, RankError
 
 _ERROR_SECONDS = 3.0  # waited for the error of another rank
 _TURN_SECONDS = 1.0  # after which the next rank reports, if the one before it has not
@@ -72,6 +74,17 @@ def refuse(world: Any, error: HvdlmError, prefix: str) -> None:
     else:
         time.sleep(_ABORT_SECONDS)
     world.abort(2)
+
+
+def refuse_unconnected(error: HvdlmError, prefix: str) -> None:
+    """Report ``error`` from before ranks were connected, to ranks that wait for this one, too; end those reached."""
+    folder = process.attempt if process.size > 1 else None
+    failure = replace(failure_files.make_failure(process.rank, error, 0, is_cause=True), code=BAD_INPUT)
+    failure_files.write_failure(folder, failure)
+    if failure_files.create_marker(folder, failure_files.REPORTED):
+        failure_files.report(folder, f"{prefix}{error}")
+    if process.size > 1:
+        process.abort(BAD_INPUT)
 
 
 def _wait_for_other_error(folder: Path | None, rank: int) -> bool:

@@ -244,6 +244,13 @@ def _describe_rank(files: FailureFiles, rank: int, now: float) -> list[str]:
     return [*lines, f"  It left no stack, and its last heartbeat is {silent:.0f} s old: it was stopped or killed."]
 
 
+def explain_stacks(stacks: Mapping[int, str]) -> str:
+    """Return where ranks are that are not connected yet: the innermost calls of each."""
+    return "\n".join(
+        line for rank, stack in sorted(stacks.items())[:_RANKS] for line in (f"Rank {rank} is in:", *_shortened(stack))
+    )
+
+
 def _shortened(stack: str) -> list[str]:
     """Return the innermost calls of the main thread, calls of libraries only at the very end."""
     calls: list[list[str]] = []

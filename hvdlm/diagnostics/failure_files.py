@@ -19,7 +19,7 @@ from types import FrameType
 from typing import Any
 
 from hvdlm.diagnostics.recorder_reader import Recording, read_recording
-from hvdlm.errors import HvdlmError
+from hvdlm.errors import FAILED, HvdlmError
 from hvdlm.io import safe_files
 
 HANG, REPORTED = "hang", "told"
@@ -38,6 +38,7 @@ class Failure:
     step: int = 0
     time: float = 0.0
     is_cause: bool = True
+    code: int = FAILED
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,11 @@ def _read(path: Path) -> str:
             text = file.read(_MAX_BYTES).decode("utf-8", "replace")
     except OSError:
         return ""
+    return _printable(text)
+
+
+def _printable(text: str) -> str:
+    """Return the text with characters replaced that a terminal would interpret."""
     return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
 
 
@@ -139,7 +145,7 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
 def write_failure(folder: Path | None, failure: Failure) -> None:
     """Write the error that ended a rank."""
     if folder is not None:
-        content = {key: getattr(failure, key) for key in ("rank", "message", "step", "time")}
+        content = {key: getattr(failure, key) for key in ("rank", "message", "step", "time", "code")}
         content["own"] = failure.is_cause
         _write(folder / f"failed-{failure.rank:04d}.json", json.dumps(content))
 
@@ -151,11 +157,39 @@ def read_failures(folder: Path | None) -> dict[int, Failure]:
         try:
             content = json.loads(_read(path))
             step, seconds = int(content["step"]), float(content["time"])
-            failure = Failure(_rank(path), str(content["message"]), step, seconds, content["own"] is True)
+            code = int(content.get("code", FAILED)) & 0xFF
+            failure = Failure(_rank(path), str(content["message"]), step, seconds, content["own"] is True, code)
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             continue
         failures[failure.rank] = failure
     return failures
+
+
+def read_phases(folder: Path) -> dict[int, dict[str, Any]]:
+    """Return what each rank was doing, of those that have written it (``phases.Process.write``)."""
+    phases = {}
+    for path in _files_of_ranks(folder, "phase", "json"):
+        try:
+            content = json.loads(_read(path))
+            state: dict[str, Any] = {key: _printable(str(content[key])[:200]) for key in ("phase", "host", "beat")}
+            state |= {
+                "waits": content["waits"] is True,
+                "pid": int(content["pid"]),
+                "seconds": float(content["seconds"]),
+            }
+            phases[_rank(path)] = state
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+            continue
+    return phases
+
+
+def within(seconds: float, action: Callable[[], Any], default: Any) -> Any:
+    """Return ``action()``, or ``default`` where it takes longer than ``seconds``: the file system may not respond."""
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.append(action()), daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return results[0] if results else default
 
 
 def write_stack(folder: Path, rank: int) -> None:
@@ -190,9 +224,20 @@ def ranks_with_stacks(folder: Path) -> set[int]:
 
 def report(folder: Path | None, text: str) -> None:
     """Print why the run ends on standard error, and write it to ``diagnosis.txt``."""
+    print(text, file=sys.stderr, flush=True)  # first: the file system may not respond
+    write_diagnosis(folder, text)
+
+
+def write_diagnosis(folder: Path | None, text: str) -> None:
+    """Write why the run ends to ``diagnosis.txt``."""
     if folder is not None:
         _write(folder / "diagnosis.txt", text + "\n")
-    print(text, file=sys.stderr, flush=True)
+
+
+def read_diagnosis(folder: Path) -> str:
+    """Return why the last attempt of a run ended, as it was reported; "" where nothing was."""
+    paths = [folder / "diagnosis.txt", *sorted(folder.glob("attempt-*/diagnosis.txt"))]
+    return next(filter(None, map(_read, paths)), "").strip()
 
 
 def make_failure(rank: int, error: BaseException, step: int, is_cause: bool) -> Failure:

@@ -268,7 +268,7 @@ def _mapped(path: Path) -> mmap.mmap:
 
 def _names(rank: str = r"\d{4,5}") -> str:
     """Return a pattern of the names of the files that ``rank`` writes into RUN/flight_recorder."""
-    return rf"rank-{rank}\.(recorder|stack|part)|failed-{rank}\.(json|part)"
+    return rf"rank-{rank}\.(recorder|stack|part)|(failed|phase)-{rank}\.(json|part)"
 
 
 def clean(folder: Path) -> None:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from hvdlm.diagnostics.phases import process
 from hvdlm.errors import HvdlmError
 from hvdlm.protocols.world import World
 
@@ -36,5 +37,7 @@ def ending_all_ranks(world: World) -> Iterator[None]:
         from hvdlm.diagnostics import abort
 
         abort.end(world, error)
-    world.close()
-    world.recorder.discard()
+    with process.during("waiting for the other ranks to end", patience=2.0, waits=True):
+        world.gather_objects(None)  # a rank that is missing is named; a transport that shuts down would only wait
+        world.close()
+    process.discard()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hvdlm.diagnostics.phases import process
 from hvdlm.errors import HvdlmError
 from hvdlm.inference.sampling import Sampling, sample
 from hvdlm.io import untrusted_input
@@ -109,6 +110,7 @@ def write(run: Run, prompt: str, count: int, sampling: Sampling) -> str:
     chunks = []
     unprinted = ""
     for chunk in generate_text(run.trainable, run.task.tokenizer, ids, count, context, sampling):
+        process.alive()
         chunks.append(chunk)
         if run.world.rank != 0:
             continue

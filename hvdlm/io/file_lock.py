@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import math
 import os
 import secrets
 import sys
@@ -31,15 +32,15 @@ STALE = 20.0
 """Seconds without a touch after which an owner on another host is dead: below the time-outs of ranks that wait."""
 
 _PATIENCE = 3.0  # seconds in which an owner that is being killed may end
-_REPORT = 5.0  # seconds of waiting after which a line says for whom
+_REPORT, _REPORT_AGAIN = 5.0, 60.0  # seconds of waiting after which a line says for whom
 _POLL = 0.2
 _NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 
 
 class Held(Exception):
-    """Another process holds the lock; ``owner`` is None while it is just taking it."""
+    """Another process holds the lock; ``owner`` is None while it is just taking it, or where nobody knows it."""
 
-    def __init__(self, path: Path, owner: Owner | None) -> None:
+    def __init__(self, path: Path, owner: Owner | str | None) -> None:
         super().__init__(f"{path} is held by {owner or 'another process'}")
         self.owner = owner
 
@@ -136,7 +137,13 @@ def beside(path: Path) -> Path:
 
 
 def acquire(
-    path: Path, wait: bool = False, launch: str = "", job: str = "", say: Callable[[str], None] | None = None
+    path: Path,
+    wait: bool = False,
+    launch: str = "",
+    job: str = "",
+    shared: bool = True,
+    say: Callable[[str], None] | None = None,
+    patience: float = math.inf,
 ) -> FileLock:
     """Take the lock ``path``, or share it with another rank of ``launch``; a process that holds it already shares, too.
 
@@ -145,15 +152,17 @@ def acquire(
         wait: whether to wait for a living owner.
         launch: identity of this process's launch.
         job: the scheduler's job.
+        shared: whether ranks of one launch share it; else they wait for each other, silently.
         say: prints a line: for whom this process waits, and whose lock it took over. Default: to standard error.
+        patience: seconds for which a living owner may show no sign of life, as one that was stopped.
 
     Raises:
-        Held: another process holds it, and ``wait`` is False.
+        Held: another process holds it, and ``wait`` is False or the owner shows no sign of life.
         OSError: it is a link, isn't a lock of hvdlm, or can't be written.
     """
     if str(path.resolve()) in _held:
         return FileLock(path)
-    return _Attempt(path, wait, launch, job, say or _print).acquire()
+    return _Attempt(path, wait, launch, job, say or _print, shared, patience).acquire()
 
 
 def _print(line: str) -> None:
@@ -163,14 +172,26 @@ def _print(line: str) -> None:
 class _Attempt:
     """An attempt to take a lock."""
 
-    def __init__(self, path: Path, wait: bool, launch: str, job: str, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        wait: bool,
+        launch: str,
+        job: str,
+        say: Callable[[str], None],
+        shared: bool = True,
+        patience: float = math.inf,
+    ) -> None:
         self._path = path
         self._wait = wait
         self._launch = launch
         self._job = job
+        self._shared = shared
         self._say = say
+        self._patience = patience
         self._began = time.monotonic()
-        self._reported = False
+        self._report_after = _REPORT
+        self._touched: tuple[int, float] | None = None  # the file's last touch, and when it was noticed
         self._seen: tuple[str, int] | None = None  # an owner on another host and its last touch
         self._changed = 0.0
 
@@ -194,16 +215,26 @@ class _Attempt:
         alive = self._is_alive(owner, descriptor, locked)
         if alive is False:
             return self._take(descriptor, locked, owner)
-        if owner and self._launch and owner.launch == self._launch:
+        together = bool(owner and self._launch and owner.launch == self._launch)
+        if together and self._shared:
             return FileLock(self._path)
         waited = time.monotonic() - self._began
-        if alive and not self._wait and waited > _PATIENCE:
-            raise Held(self._path, owner)
-        if owner and waited > _REPORT and not self._reported:
-            self._reported = True
+        silent = alive and self._silence(descriptor) > self._patience
+        if alive and (silent or (not self._wait and waited > _PATIENCE)):
+            raise Held(self._path, owner or lock_owner.from_kernel(descriptor))
+        if waited > self._report_after and not together:
+            self._report_after = waited + _REPORT_AGAIN
+            who = owner or lock_owner.from_kernel(descriptor) or "another process"
             doing = "waiting until it is done" if alive else "looking whether it is alive"
-            self._say(f"{self._path} is held by {owner}: {doing}")
+            self._say(f"{self._path} is held by {who}: {doing}, {waited:.0f} s so far")
         return None
+
+    def _silence(self, descriptor: int) -> float:
+        """Return for how many seconds the owner has not touched its lock, by this process's clock."""
+        touched, now = os.fstat(descriptor).st_mtime_ns, time.monotonic()
+        if self._touched is None or self._touched[0] != touched:
+            self._touched = touched, now
+        return now - self._touched[1]
 
     def _is_alive(self, owner: Owner | None, descriptor: int, locked: bool | None) -> bool | None:
         """Return whether the lock's owner is alive; None: not known yet."""

@@ -5,7 +5,9 @@ Read before any plugin, numpy or MPI is loaded.
 
 from __future__ import annotations
 
+import hashlib
 import os
+import socket
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,9 +36,11 @@ VARIABLES = {
     MPICH: Variables("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
     SRUN: Variables("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
 }
+_GLOO_RENDEZVOUS = "HOROVOD_GLOO_RENDEZVOUS_ADDR"
+_GLOO_PORT = "HOROVOD_GLOO_RENDEZVOUS_PORT"
 # What all ranks of one launch have in common, and no other launch at the same time.
 _IDENTITIES = {
-    HOROVODRUN: ("HOROVOD_GLOO_RENDEZVOUS_ADDR", "HOROVOD_GLOO_RENDEZVOUS_PORT"),
+    HOROVODRUN: (_GLOO_RENDEZVOUS, _GLOO_PORT),
     OPEN_MPI: ("PMIX_NAMESPACE", "OMPI_MCA_orte_hnp_uri"),
     MPICH: ("PMI_PORT",),
     SRUN: ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"),
@@ -46,7 +50,9 @@ SUPERVISED = "HVDLM_SUPERVISED"
 """Environment variable that ``python -m hvdlm run`` and ``supervise`` set for the processes they start."""
 
 _SIGKILL_TIMEOUT = "OMPI_MCA_odls_base_sigkill_timeout"
-_GLOO_RENDEZVOUS = "HOROVOD_GLOO_RENDEZVOUS_ADDR"
+GLOO_INTERFACE = "HOROVOD_GLOO_IFACE"
+"""Names the network interface that Gloo binds a rank to."""
+
 # What makes a process a rank; the user's settings (OMPI_MCA_..., HOROVOD_CYCLE_TIME) are not among them.
 _RANK_PREFIXES = ("OMPI_COMM_", "OMPI_UNIVERSE", "PMIX_", "PMI_", "SLURM_", "HOROVOD_RANK", "HOROVOD_SIZE")
 _TRANSPORT_PREFIXES = ("OMPI_", "PMIX_", "HOROVOD_")
@@ -115,6 +121,14 @@ def rank_for_messages() -> int:
     return 0
 
 
+def local_rank_for_messages() -> int:
+    """Return this process's rank on its node, 0 where the environment holds no valid one; raises nothing."""
+    for names in VARIABLES.values():
+        if os.environ.get(names.local_rank, "").isdigit():
+            return int(os.environ[names.local_rank])
+    return 0
+
+
 def started_by_launcher() -> bool:
     """Return whether any launcher started this process, on however few ranks."""
     return any(names.size in os.environ for names in VARIABLES.values())
@@ -167,6 +181,20 @@ def supervised() -> bool:
 def several_ranks(*launchers: str) -> bool:
     """Return whether one of ``launchers`` started this process as one of several."""
     return any(os.environ.get(VARIABLES[launcher].size, "1") != "1" for launcher in launchers)
+
+
+def attempt() -> str:
+    """Return a name that the ranks of this launch share, and other launches do not have.
+
+    Where the launcher tells nothing that identifies a launch, the ranks of one host share it.
+    """
+    identity = launch_identity() or f"{socket.gethostname()} {os.getppid()}"
+    return hashlib.sha256(identity.encode()).hexdigest()[:12]
+
+
+def gloo_rendezvous() -> tuple[str, str]:
+    """Return the address and the port of the server of ``horovodrun --gloo``."""
+    return os.environ.get(_GLOO_RENDEZVOUS, ""), os.environ.get(_GLOO_PORT, "")
 
 
 def has_gloo_rendezvous() -> bool:

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import secrets
 import socket
 import time
@@ -92,7 +93,17 @@ def _value(value: Any, kind: type) -> Any:
     """Return a value as ``kind``, a default where another version of hvdlm wrote none, without control characters."""
     if type(value) is not kind:
         return kind()
-    return "".join(c for c in value if c.isprintable()) if kind is str else value
+    return "".join(c for c in value if c.isprintable()) if isinstance(value, str) else value
+
+
+def from_kernel(descriptor: int) -> str | None:
+    """Return which process of this machine has locked an open file, as its kernel says; None where it is not known."""
+    try:
+        locks = Path("/proc/locks").read_text(encoding="ascii")
+    except OSError:
+        return None
+    match = re.search(rf"FLOCK +ADVISORY +WRITE (\d+) \S+:{os.fstat(descriptor).st_ino} ", locks)
+    return f"process {match[1]}" if match else None
 
 
 def this_process(launch: str, job: str, inode: int) -> Owner:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hvdlm.checkpoints.save import Saved
+from hvdlm.diagnostics.phases import TRAINING, process
 from hvdlm.errors import STOPPED
 from hvdlm.protocols.task import Task
 from hvdlm.protocols.trainable import Trainable
@@ -45,8 +46,9 @@ def train(run: Run, signals: Signals) -> dict[str, Any]:
         hook.hvdlm_run_started(config=config, world=run.world, info=describe(run, step))
         metrics, saved, stopped = last_metrics(run, step), step, consensus.stopped_before()
         save_due = False
+        process.begin(TRAINING)
         while step < config.train.steps and not stopped:
-            run.watchdog.step(step + 1)
+            process.step(step + 1)
             row = run.cursor.advance()
             result = do_step(run, step, row, rate(step), totals)
             status.step = step = step + 1
@@ -88,9 +90,12 @@ def train(run: Run, signals: Signals) -> dict[str, Any]:
         run.check_folder()
         if stopped:  # before plugins: the launcher may give no time for them
             status.ended(stopped, STOPPED)
-        run.watchdog.stop()
+        process.begin("ending the run: hvdlm_run_ended of plugins")
         hook.hvdlm_run_ended(summary=summary)
+        with process.during("waiting for plugins on other ranks to end", patience=2.0, waits=True):
+            run.world.gather_objects(None)  # the run is done where all ranks are
         if not stopped:
+            process.begin("generating the sample text")
             write_sample(run)
             run.check_folder()
             status.ended(None, 0)
@@ -144,7 +149,7 @@ def evaluate(run: Run, step: int | None = None) -> dict[str, Any]:
     sums: Counter[str] = Counter()
     for batch in run.task.validation(coordinates["data"], run.mesh.data):
         sums.update(sums_of(run.task, run.trainable, batch))
-        run.watchdog.alive()
+        process.alive()
     metrics = run.task.metrics(over_ranks(run.world, sums if counts else {}))
     if step is None:
         return metrics

@@ -18,14 +18,14 @@ from hvdlm.config import Config
 from hvdlm.configuration import validation
 from hvdlm.configuration.availability import choose_backend, require_framework, without_horovod
 from hvdlm.data.preparation import without_stdin
-from hvdlm.diagnostics.flight_recorder import clean
-from hvdlm.diagnostics.watchdog import Watchdog
+from hvdlm.diagnostics import failure_files
+from hvdlm.diagnostics.phases import READING, process
 from hvdlm.errors import HvdlmError
 from hvdlm.inference import scorer
 from hvdlm.inference.generation import encode
 from hvdlm.io.file_lock import FileLock
 from hvdlm.io.folder_identity import FolderIdentity
-from hvdlm.io.user_folders import similar_run
+from hvdlm.io.user_folders import similar_run, user_cache
 from hvdlm.models.lora import adapt
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.mesh import Mesh, make_mesh
@@ -38,8 +38,7 @@ from hvdlm.training import preflight, run_folder, run_lock
 from hvdlm.training.data_cursor import DataCursor
 from hvdlm.training.step_guard import StepGuard
 
-RECORDER_FOLDER = "flight_recorder"
-"""The folder of a run in which its ranks keep their flight recorders while they run."""
+_DAY = 86400.0  # seconds
 
 
 @dataclass
@@ -63,7 +62,6 @@ class Run:
     guard: StepGuard
     saver: Saver
     comparison: Comparison
-    watchdog: Watchdog
     base: Base | None = None
     identity: FolderIdentity | None = None
 
@@ -117,7 +115,6 @@ class Connected:
     base: Base | None
     framework: Framework
     world: World
-    watchdog: Watchdog
     lock: FileLock | None
 
 
@@ -219,9 +216,11 @@ def connect(plan: Plan) -> Connected:
 
 def _connect(plan: Plan, lock: FileLock | None) -> Connected:
     config, manager = plan.config, plan.manager
-    _, size, local_rank, _ = plan.backend.launch_shape()
+    share_phases(plan)
+    _, size, _, _ = plan.backend.launch_shape()
     checkpoint = _check_folder(config, size) if plan.writes else None  # now that no other run writes it
-    task = plugins.make(manager, "task", config.task, config=config, open_scorer=scorer.opener(config))
+    with process.during("preparing the data", patience=READING):
+        task = plugins.make(manager, "task", config.task, config=config, open_scorer=scorer.opener(config))
     vocab = config.model.vocab or task.vocab
     if vocab < task.vocab:
         raise HvdlmError(
@@ -240,14 +239,33 @@ def _connect(plan: Plan, lock: FileLock | None) -> Connected:
     spec, base = attach(adapt(spec, config.lora), config.model.pretrained, config.train.seed, config.plugins)
     if checkpoint:
         preflight.check_continuation(checkpoint, task, config, base)
-    framework = plugins.make(manager, "framework", config.framework)
-    folder = Path(config.log.run) / RECORDER_FOLDER
-    if plan.writes and local_rank == 0:
-        # Recorders of an earlier attempt; before ranks are connected, so that none of this attempt is deleted.
-        clean(folder)
-    world = plan.backend.start(framework, plan.mesh.groups(), config)
-    watchdog = Watchdog(world, folder, config.communication.timeout)
-    return Connected(plan, task, spec, base, framework, world, watchdog, lock)
+    framework, world = connect_ranks(plan)
+    return Connected(plan, task, spec, base, framework, world, lock)
+
+
+def share_phases(plan: Plan) -> None:
+    """Show this rank's phases and failures to the launch's other ranks until they are connected."""
+    process.timeout = plan.config.communication.timeout
+    _, size, _, _ = plan.backend.launch_shape()
+    if plan.writes:
+        process.share(failure_files.files_folder(plan.config.log.run), size)
+    elif size > 1:
+        process.share(user_cache() / "ranks", size, keep_seconds=_DAY)
+
+
+def connect_ranks(plan: Plan) -> tuple[Framework, World]:
+    """Import the framework and connect the ranks. All ranks call.
+
+    Raises:
+        HvdlmError: the transport doesn't work.
+    """
+    with process.during(f"importing {plan.config.framework}"):
+        framework = plugins.make(plan.manager, "framework", plan.config.framework)
+    with process.during("waiting for the other ranks to connect", patience=1.0, waits=True):
+        world = plan.backend.start(framework, plan.mesh.groups(), plan.config)
+    process.connect(world.recorder, world.abort)
+    process.begin("building the model")
+    return framework, world
 
 
 def build(connected: Connected) -> Run:
@@ -258,13 +276,10 @@ def build(connected: Connected) -> Run:
         RankError: a group's collectives don't work.
     """
     plan, task, spec, base = connected.plan, connected.task, connected.spec, connected.base
-    world, framework, watchdog = connected.world, connected.framework, connected.watchdog
+    world, framework = connected.world, connected.framework
     config, manager, mesh = plan.config, plan.manager, plan.mesh
     folder = Path(config.log.run)
-    if plan.writes:
-        if world.size > 1:
-            world.recorder.keep_in(folder / RECORDER_FOLDER, world.rank)
-        watchdog.start()
+    keep_recorder(plan, world)
     preflight.agree(world, config, task, base)
     preflight.check_groups(world, framework, mesh)
     checkpoint = agreement.choose(folder, plan.resume, world)
@@ -301,11 +316,18 @@ def build(connected: Connected) -> Run:
         checkpoint=checkpoint,
         cursor=DataCursor.of(manifest, batch_size) if checkpoint else DataCursor(batch_size),
         guard=StepGuard(config.train, exchange.replicas_diverge, manifest.get("guard")),
-        saver=Saver(folder / "checkpoints", world, config.checkpoint),
+        saver=Saver(folder / "checkpoints", world, config.checkpoint, 2 * config.communication.timeout),
         comparison=Comparison(world),
-        watchdog=watchdog,
         base=base,
     )
+
+
+def keep_recorder(plan: Plan, world: World) -> None:
+    """Keep the flight recorder in the run's folder, for a command that doesn't write it with the ranks' phases."""
+    if world.size > 1:
+        folder = failure_files.files_folder(plan.config.log.run) if plan.writes else process.attempt
+        if folder:
+            world.recorder.keep_in(folder, world.rank)
 
 
 def start(plan: Plan) -> Run:
@@ -326,5 +348,7 @@ def load_state(checkpoint: Checkpoint, trainable: Trainable, world: World, mesh:
 def connect_only(config: Config) -> tuple[World, Framework]:
     """Connect the ranks as a run with ``config`` would, without data or a model, for measurements. All ranks call."""
     checked = plan(config, writes=False)
-    framework = plugins.make(checked.manager, "framework", config.framework)
-    return checked.backend.start(framework, checked.mesh.groups(), checked.config), framework
+    share_phases(checked)
+    framework, world = connect_ranks(checked)
+    keep_recorder(checked, world)
+    return world, framework

@@ -12,7 +12,7 @@ from typing import Any
 
 from hvdlm.io import launcher_env
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 LAUNCHER_ENDS = "the launcher ends, interrupted or because a rank has ended"
 """What rank 0 prints when the launcher gives notice that it will kill its ranks."""
@@ -23,11 +23,11 @@ _TOGETHER = 1.0  # seconds within which signals count as one: schedulers signal 
 
 
 class Signals:
-    """Handles SIGTERM, SIGINT and SIGUSR1 from the start of the command on: the first asks to save and stop.
+    """Handles SIGTERM, SIGINT, SIGUSR1 and SIGHUP (unless nohup ignores it) from the start of the command on.
 
-    A second one, more than a second later, ends at once: this process until ranks are connected, then all ranks,
-    through ``abort``. A thread waits for signals, so that they are noticed while the main thread is blocked in a
-    collective.
+    The first asks to save and stop. A second one, more than a second later, ends at once: this process until ranks are
+    connected, then all ranks, through ``abort``. A thread waits for signals, so that they are noticed while the main
+    thread is blocked in a collective.
 
     Launchers that end kill their ranks, whether these have saved or not. Open MPI gives notice by a SIGCONT, one
     time-out before SIGTERM and two before SIGKILL: another thread waits for it.
@@ -68,6 +68,8 @@ class Signals:
         os.set_blocking(write_end, False)
         signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
         for number in SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # under nohup, the run outlives its terminal
             signal.signal(number, lambda *_: None)  # the thread acts, whatever the main thread is doing
         threading.Thread(target=self._wait, args=(read_end,), name="hvdlm-signals", daemon=True).start()
         return self

@@ -151,7 +151,9 @@ class _Run:
 
     @contextmanager
     def _handlers(self) -> Iterator[None]:
-        previous = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
+        """Install signal handlers for the time of the context; for SIGHUP, too, unless it is ignored (nohup)."""
+        numbers = [*_SIGNALS, *([signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else [])]
+        previous = {number: signal.signal(number, self._on_signal) for number in numbers}
         try:
             yield
         finally:

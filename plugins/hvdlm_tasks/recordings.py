@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from hvdlm.diagnostics.phases import process
 from hvdlm.errors import HvdlmError
 from hvdlm.io import untrusted_input
 
@@ -61,6 +62,7 @@ def read_recordings(paths: list[str], key: str) -> Recordings:
         )
     path, items, rate, digest = Path(paths[0]), [], 0, hashlib.sha256()
     for name, content, text, held_out in _sources(path, key):
+        process.alive()
         if not text.strip():
             raise HvdlmError(f"{key} {name}: its transcript is empty: leave it out.")
         sound, file_rate = _decode(name, content)

@@ -1,0 +1,100 @@
+"""Ranks that hang or fail before they are connected, or after training, end all ranks in time with one sentence."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from hvdlm import cli
+from launching import SMALL, launch, processes_of, wait_until
+
+TIMEOUT = 4.0
+# A rank that waits for others to connect may do so for 6 s in place of --communication.timeout and a minute.
+FAULTY_RANK = """
+import os, signal, sys, time
+from hvdlm import cli, hookimpl, telemetry
+from hvdlm.diagnostics.phases import Process
+from hvdlm.io import launcher_env
+
+rank, limit = launcher_env.rank_for_messages(), Process.limit
+Process.limit = property(lambda self: 6.0 if self.phase.waits and self.recorder is None else limit.fget(self))
+
+class FaultyRank:
+    @hookimpl
+    def hvdlm_run_ended(self, summary):
+        if rank == 1:
+            {at_the_end}
+
+if rank == 1:
+    {at_the_start}
+plugins = telemetry.default_plugins
+telemetry.default_plugins = lambda config: [*plugins(config), FaultyRank()]
+sys.exit(cli.main())
+"""
+
+
+def launch_faulty(
+    run: Path, framework: str, launcher: str, at_the_start: str = "pass", at_the_end: str = "pass"
+) -> tuple[int, str]:
+    """Train for two steps on two ranks, of which rank 1 is faulty; return the exit code and what was printed."""
+    script = FAULTY_RANK.format(at_the_start=at_the_start, at_the_end=at_the_end)
+    options = ["--framework", framework, "--log.run", str(run), *SMALL, "--communication.timeout", str(TIMEOUT)]
+    done = launch(launcher, 2, ["-c", script, *options, "--train.steps", "2"], timeout=120)
+    wait_until(lambda: not processes_of(run), 10)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("launcher", ["mpirun", "horovodrun --gloo"])
+def test_a_rank_that_never_connects_is_named(launcher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, output = launch_faulty(tmp_path / "run", "torch", launcher, at_the_start="time.sleep(1000)")
+    assert code == 1 and output.count("the run hangs") == 1, output[-5000:]
+    assert "Rank 0 has been waiting for the other ranks to connect" in output, output[-5000:]
+    assert "Not arrived: rank 1" in output
+    assert cli.main(["doctor", "--run", str(tmp_path / "run")]) == 0
+    assert "Not arrived: rank 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("launcher, framework", [("mpirun", "torch"), ("horovodrun --gloo", "tensorflow")])
+def test_a_library_missing_on_one_rank_ends_all(launcher: str, framework: str, tmp_path: Path) -> None:
+    began = time.monotonic()
+    without = f"sys.modules['horovod.{framework}'] = None"
+    code, output = launch_faulty(tmp_path / "run", framework, launcher, at_the_start=without)
+    assert code == (2 if launcher == "mpirun" else 1), output[-3000:]
+    assert output.count("hvdlm: rank 1: ") == 1 and f"horovod.{framework}" in output, output[-3000:]
+    assert time.monotonic() - began < 60 and "the run hangs" not in output
+
+
+@pytest.mark.parametrize("launcher, framework", [("mpirun", "tensorflow"), ("horovodrun --gloo", "torch")])
+def test_horovod_settings_that_differ_are_refused(launcher: str, framework: str, tmp_path: Path) -> None:
+    other = "os.environ['HOROVOD_NUM_FINALIZER_THREADS'] = '3'"
+    code, output = launch_faulty(tmp_path / "run", framework, launcher, at_the_start=other)
+    assert code == (2 if launcher == "mpirun" else 1), output[-3000:]
+    assert output.count("HOROVOD_NUM_FINALIZER_THREADS is '3' on rank 1 and not set on rank 0") == 1, output[-3000:]
+    assert "the run hangs" not in output
+
+
+@pytest.mark.parametrize(
+    "framework, action", [("torch", "os.kill(os.getpid(), signal.SIGSTOP)"), ("tensorflow", "time.sleep(1000)")]
+)
+def test_a_rank_that_hangs_in_its_last_hook_is_named(framework: str, action: str, tmp_path: Path) -> None:
+    code, output = launch_faulty(tmp_path / "run", framework, "mpirun", at_the_end=action)
+    assert code == 1 and output.count("the run hangs") == 1, output[-5000:]
+    assert "Not arrived there: rank 1." in output, output[-5000:]
+    assert ("It left no stack" if "SIGSTOP" in action else "in hvdlm_run_ended") in output, output[-5000:]
+
+
+@pytest.mark.parametrize(
+    "name, value, words",
+    [
+        ("HOROVOD_GLOO_RENDEZVOUS_ADDR", "no-such-host.invalid", "no-such-host.invalid can't be resolved"),
+        ("HOROVOD_GLOO_IFACE", "nowhere0", "network interfaces are"),
+    ],
+)
+def test_gloo_refuses_addresses_that_it_cannot_use(name: str, value: str, words: str, tmp_path: Path) -> None:
+    code, output = launch_faulty(
+        tmp_path / "run", "torch", "horovodrun --gloo", at_the_start=f"os.environ[{name!r}] = {value!r}"
+    )
+    assert code == 1 and output.count(words) == 1, output[-3000:]
+    assert "Segmentation" not in output and "terminate called" not in output
