@@ -39,6 +39,7 @@ from hvdlm.checkpoints.order import (
 )
 from hvdlm.checkpoints.shared_folders import Sharing
 from hvdlm.errors import HvdlmError
+from hvdlm.io import safe_files
 from hvdlm.io.atomic_files import replace, sync_folder
 from hvdlm.protocols.world import World
 
@@ -145,7 +146,7 @@ def _set_aside(names: Sequence[str], newest: str | None, target: str, folder: Pa
     answers = world.gather_objects({"error": shared_folders.attempt(announce) if held else None})
     if held and any(answer["error"] for answer in answers):
         with contextlib.suppress(OSError):
-            (folder / PENDING).unlink(missing_ok=True)
+            safe_files.delete_file(folder / PENDING)
     _raise_first(answers)
     error = shared_folders.attempt(lambda: _complete(folder, None)) if held else None
     _raise_first(world.gather_objects({"error": error}))
@@ -170,9 +171,9 @@ def _complete(folder: Path, resumed: str | None) -> None:
         if newest in remaining:
             replace(folder / LATEST, newest)
         else:
-            (folder / LATEST).unlink(missing_ok=True)
+            safe_files.delete_file(folder / LATEST)
         sync_folder(folder)
-    (folder / PENDING).unlink(missing_ok=True)
+    safe_files.delete_file(folder / PENDING)
 
 
 def _raise_first(answers: Sequence[dict[str, Any]]) -> None:
