@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from hvdlm import cli, plugins
+from hvdlm.commands.trained_run import run_config
 from hvdlm.config import Config
 from hvdlm.configuration import other_tools, schema
 from hvdlm.configuration.parsing import parse_config
@@ -159,3 +160,9 @@ def test_resuming_nothing_says_that_it_starts_afresh(
         "runs/frist holds no checkpoint yet: the run starts afresh. Did you mean runs/first?\n"
         in capfd.readouterr().out
     )
+
+
+@pytest.mark.parametrize(("arguments", "expected"), [([], "auto"), (["--backend", "local"], "local")])
+def test_a_trained_run_is_used_under_any_launcher(arguments: list[str], expected: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("backend: gloo\n")
+    assert run_config(str(tmp_path), arguments).backend == expected

@@ -42,13 +42,16 @@ def run_file(run: str) -> Path:
 
 
 def run_config(run: str, arguments: list[str]) -> Config:
-    """Return the configuration that a run was trained with, overridden by ``arguments``; its tokenizer stays."""
+    """Return the configuration that a run was trained with, overridden by ``arguments``; its tokenizer stays.
+
+    Its backend was that of another launch: unless ``arguments`` name one, it is chosen for this one.
+    """
     names = [argument.partition("=")[0] for argument in arguments]
     tokenizer = Path(run) / "tokenizer.json"
     other_data = "--model.pretrained" in names or any(name.startswith("--data.") for name in names)
     if other_data and "--data.tokenizer" not in names and tokenizer.is_file():
         arguments = [*arguments, "--data.tokenizer", str(tokenizer)]
-    return parse_config(["--config", str(run_file(run)), *arguments], "")
+    return parse_config(["--config", str(run_file(run)), "--backend", "auto", *arguments], "")
 
 
 def chosen_checkpoint(values: Any) -> Checkpoint:
