@@ -35,11 +35,12 @@ Report = Mapping[str, Any]
 ``reason`` and the ``kind`` of the error."""
 
 
-def choose(run: Path, which: str, world: World, excluded: Collection[int] = ()) -> Checkpoint | None:
+def choose(run: Path, which: str, world: World, excluded: Collection[int] | None = None) -> Checkpoint | None:
     """Return the checkpoint that ``checkpoint.resume`` names: none, auto (the newest whole one of ``run``), or a path.
 
-    Damaged ones are skipped, with a line on rank 0's stderr, and without one those of the ``excluded`` steps. ``auto``
-    also cleans up what a killed run left behind. All ranks call and get the same checkpoint, or the same error.
+    Damaged ones are skipped, with a line on rank 0's stderr, and without one those of the ``excluded`` steps, to which
+    a rollback doesn't return; then None also means that nothing else is left. ``auto`` also cleans up what a killed run
+    left behind. All ranks call and get the same checkpoint, or the same error.
 
     Raises:
         HvdlmError: the checkpoint that is named can't be read, or all are damaged, or a node can't write a copy.
@@ -57,7 +58,7 @@ def choose(run: Path, which: str, world: World, excluded: Collection[int] = ()) 
     numbers = merged([{key: report["sequence"] for key, report in reports.items()} for reports in gathered])
     newest_error = None
     for candidate in newest_first(numbers):
-        if step_of(candidate) in excluded:
+        if step_of(candidate) in (excluded or ()):
             continue
         # A node that has an earlier one of the same step lacks this one.
         reports = [_of_sequence(reports.get(candidate), numbers[candidate]) for reports in gathered]
@@ -69,7 +70,7 @@ def choose(run: Path, which: str, world: World, excluded: Collection[int] = ()) 
         if world.rank == 0:
             print_skipped(result)
         newest_error = newest_error or result
-    require_none(folder, which, newest_error, world.any(bool(set_aside_folders(folder))))
+    require_none(folder, which, newest_error, excluded is None and world.any(bool(set_aside_folders(folder))))
     return None
 
 

@@ -20,8 +20,8 @@ def main(arguments: list[str]) -> int:
         from hvdlm.commands.plan import main as print_plan
 
         return print_plan([a for a in arguments if a != "--dry_run"])
-    with watching() as watchdog:  # before imports, which take seconds
-        signals = Signals(launcher_env.rank_for_messages()).listen()
+    signals = Signals(launcher_env.rank_for_messages()).listen()  # before there are other threads, and before imports
+    with watching() as watchdog:
         watchdog.code = _train(arguments, signals)
     return watchdog.code
 

@@ -39,8 +39,7 @@ def hold(folder: Path, rank: int, local_rank: int) -> FileLock | None:
         for path in made:
             safe_files.delete_if_empty(path)
         raise HvdlmError(
-            f"log.run {folder}: {error.filename or NAME}: {error.strerror}: name a folder that can be written and has "
-            "space."
+            f"log.run {folder} can't be written: {error.strerror}: free space or choose another folder (--log.run)."
         ) from error
     lock.made = made
     atexit.register(lock.release)
