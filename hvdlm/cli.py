@@ -12,7 +12,7 @@ from typing import Any
 
 from hvdlm.errors import BAD_INPUT, HvdlmError, nearest
 from hvdlm.io import launcher_env
-from hvdlm.io.terminal import on_terminal
+from hvdlm.io.terminal import on_terminal, printable
 
 COMMANDS = {
     "train": "train a model (the default)",
@@ -125,7 +125,7 @@ def refuse(error: HvdlmError, debug: bool) -> int:
     from hvdlm.diagnostics.rank_errors import ConnectedError
 
     if debug:
-        traceback.print_exception(error)
+        print(printable("".join(traceback.format_exception(error))), file=sys.stderr)
     rank = launcher_env.rank_for_messages()
     if rank:
         # Rank 0 usually has the same error: it reports it, and the launcher then ends this rank.
@@ -136,5 +136,5 @@ def refuse(error: HvdlmError, debug: bool) -> int:
 
         abort.refuse(error.world, error, prefix)
     else:
-        print(prefix + str(error), file=sys.stderr, flush=True)
+        print(printable(f"{prefix}{error}"), file=sys.stderr, flush=True)
     return BAD_INPUT

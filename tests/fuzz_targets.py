@@ -12,7 +12,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import fuzz_readers
 import numpy as np
+import yaml
 from safetensors.numpy import save as to_bytes
 
 from hvdlm.checkpoints.manifest import FORMAT, read_manifest
@@ -66,7 +68,8 @@ def manifest() -> dict[str, Any]:
     model = {name: to_json(array, whole(array.shape)) for name, array in ARRAYS["model.safetensors"].items()}
     tensors = {f"parameters/{name}": [{"file": "model.safetensors", **cut}] for name, cut in model.items()}
     files = {name: file_entry(to_bytes(arrays)) for name, arrays in ARRAYS.items()}
-    state = {"mesh": [1, 1, 2], "metrics": {"val_loss": 1.5}, "cursor": {"batch": 5}, "config": {"train": {"steps": 9}}}
+    state: dict[str, Any] = {"mesh": [1, 1, 2], "metrics": {"val_loss": 1.5}, "config": {"train": {"steps": 9}}}
+    state |= {"cursor": {"rows": 40, "left_out": [[8, 16]], "batch_size": 8}, "guard": {"mean_norm": 1.5, "steps": 5}}
     meta = {"format": FORMAT, "step": 5, "world_size": 2, "tokenizer": "t", "vocab": 3, "versions": {"numpy": "2"}}
     return {**meta, **state, "files": files, "tensors": tensors | {"optimizer/m/w": optimizer}}
 
@@ -183,6 +186,7 @@ def read_a_configuration(data: bytes, folder: Path) -> int:
 
 
 _KNOWN = {k: v for k, v in schema.types_of({"": Config}).items() if k != "plugin_options"}
+schema.unknown("a", _KNOWN)  # imports all plugins, once: not counted as memory of a reader
 
 
 def _header() -> dict[str, Any]:
@@ -283,6 +287,8 @@ def mutated_value(value: Any, random: Random) -> Any:
 
 def mutate(name: str, data: bytes, random: Random) -> bytes:
     """Return input ``data`` of target ``name`` with one to three changes of its JSON; unchanged if it is no JSON."""
+    if name in fuzz_readers.SECTIONED:
+        return _mutate_part(data, random)
     length = int.from_bytes(data[:8], "little") if name == "shard" else 0
     text, rest = (data[8 : 8 + length], data[8 + length :]) if name == "shard" else (data, b"")
     try:
@@ -299,6 +305,28 @@ def mutate(name: str, data: bytes, random: Random) -> bytes:
     return size.to_bytes(8, "little") + text + rest
 
 
+def _mutate_part(data: bytes, random: Random) -> bytes:
+    """Return an input of several files with one to three lines of JSON or YAML, or bytes, of one of them changed."""
+    files = data.split(fuzz_readers.END)
+    index = random.randrange(len(files))
+    lines = files[index].split(b"\n") if files[index][:1] in (b"{", b"[") else [files[index]]
+    number = random.randrange(len(lines))
+    try:
+        value = yaml.safe_load(lines[number])
+        for _ in range(random.randint(1, 3)):
+            value = mutated_value(value, random)
+        lines[number] = json.dumps(value).encode()
+    except (ValueError, RecursionError, yaml.YAMLError):
+        content = bytearray(lines[number])
+        for _ in range(random.randint(1, 3)):
+            if content:
+                content[random.randrange(len(content))] = random.choice([0, 1, 2, 127, 128, 255, random.randrange(256)])
+        lines[number] = bytes(content)
+    files[index] = b"\n".join(lines)
+    return fuzz_readers.END.join(files)
+
+
+_PAGE = 2**22  # bytes of a page's style and script; of mel filters and of padded images
 _CUT = ("dtype", "shape", "start", "extent", "flat", "file", "F32", "I64", "null", "true", "-1", "1e999", "NaN")
 TARGETS: dict[str, Target] = {
     "manifest": Target(
@@ -324,6 +352,27 @@ TARGETS: dict[str, Target] = {
         _configurations,
         ("&a ", "*a", "<<", "!!int", "!!binary", "? ", "- ", ": ", "|", ">", "%YAML 1.1", "---", "1:60", "0b", ".inf"),
     ),
+    "doctor": Target(
+        fuzz_readers.read_a_failed_run,
+        fuzz_readers.failed_runs,
+        ("own", "message", "step", "time", "state", "hvdlmLG1", "0-1", "0-9/2", "all_gather", "\\u001b", "\\ud800"),
+        2**24,  # the numbers of the 65,536 ranks that a recording may claim
+    ),
+    "report": Target(
+        fuzz_readers.read_a_run_folder,
+        fuzz_readers.run_folders,
+        ("step", "loss", "val_loss", "traffic", "ranks", "memory", "versions", "1e308", "-1e308", "1e999", "<b>"),
+        _PAGE,
+    ),
+    "resume": Target(
+        fuzz_readers.read_a_manifest_to_resume,
+        fuzz_readers.manifests_to_resume,
+        (*_CUT, "guard", "cursor", "rows", "left_out", "batch_size", "config", "model", "lora", "layers", "heads"),
+    ),
+    "speech": Target(
+        fuzz_readers.read_speech, fuzz_readers.speech, ("RIFF", "WAVE", "fmt ", "data", "audio", "text"), _PAGE
+    ),
+    "digits": Target(fuzz_readers.read_digits, fuzz_readers.digits, (), _PAGE),
 }  # fmt: skip
 
 

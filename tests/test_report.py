@@ -13,7 +13,8 @@ import yaml
 
 from hvdlm import cli
 from hvdlm_report.chart import chart, short, thinned, ticks
-from hvdlm_report.runs import compare, read
+from hvdlm_report.comparison import compare
+from hvdlm_report.runs import read
 from launching import BROWSER, STEPS
 
 

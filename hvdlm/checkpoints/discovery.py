@@ -12,6 +12,7 @@ from hvdlm.checkpoints.errors import CheckpointError
 from hvdlm.checkpoints.load import Checkpoint, open_checkpoint
 from hvdlm.checkpoints.manifest import MANIFEST
 from hvdlm.errors import HvdlmError
+from hvdlm.io.terminal import printable
 
 STEP_PATTERN = r"step-\d{8,15}"
 """Matches the name of a checkpoint's folder."""
@@ -98,4 +99,5 @@ def require_none(folder: Path, which: str, newest_error: CheckpointError | None)
 
 def print_skipped(error: CheckpointError) -> None:
     """Print that a damaged checkpoint is skipped."""
-    print(f"hvdlm: checkpoint {error.path} is damaged ({error.reason}): it is skipped", file=sys.stderr, flush=True)
+    text = f"hvdlm: checkpoint {error.path} is damaged ({error.reason}): it is skipped"
+    print(printable(text), file=sys.stderr, flush=True)

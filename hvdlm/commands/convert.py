@@ -9,6 +9,7 @@ from hvdlm import plugins
 from hvdlm.checkpoints.merge import convert
 from hvdlm.commands.trained_run import chosen_checkpoint, run_file, run_parser
 from hvdlm.errors import HvdlmError, nearest
+from hvdlm.io.terminal import printable
 
 
 def main(arguments: list[str]) -> int:
@@ -18,7 +19,7 @@ def main(arguments: list[str]) -> int:
         return _export(values)
     checkpoint, output = chosen_checkpoint(values), Path(values.output)
     count = convert(checkpoint, output, values.base)
-    print(f"{output}: {count:,} parameters of {checkpoint.path}")
+    print(printable(f"{output}: {count:,} parameters of {checkpoint.path}"))
     return 0
 
 
@@ -32,7 +33,7 @@ def _export(values: Any) -> int:
     count, note = manager.hook.hvdlm_export(
         name=name, checkpoint=checkpoint, tokenizer=tokenizer, output=output, base=values.base
     )
-    print(f"{output}: {count:,} parameters of {checkpoint.path} {note}")
+    print(printable(f"{output}: {count:,} parameters of {checkpoint.path} {note}"))
     return 0
 
 

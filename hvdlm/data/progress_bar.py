@@ -6,7 +6,7 @@ import sys
 import time
 from typing import Any
 
-from hvdlm.io.terminal import clock, on_terminal, size
+from hvdlm.io.terminal import clock, on_terminal, printable, size
 
 _DELAY = 1.0  # seconds until the bar appears: shorter phases need none
 _LINE_SECONDS = 10.0  # between two lines where there is no bar
@@ -71,4 +71,4 @@ class ProgressBar:
 def print_line(text: str) -> None:
     """Print a line to standard error, where there is one."""
     if sys.stderr is not None:
-        print(text, file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)

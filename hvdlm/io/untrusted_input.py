@@ -26,6 +26,7 @@ RATIO = 100
 """Allowed ratio of unpacked to packed size: text is packed 3 to 5 times smaller, the most repetitive log 50 times."""
 
 _UNPACKED = 1 << 26  # bytes up to which any ratio is allowed
+_CHUNK = 1 << 20
 _SHOWN = 80  # characters
 Value = TypeVar("Value")
 
@@ -92,7 +93,10 @@ def read_unpacked(path: Path, limit: int) -> bytes:
     limit = min(limit, unpacked_limit(str(path)))
     try:
         with gzip.open(io.BytesIO(data)) as file:
-            data = file.read(limit + 1)
+            chunks: list[bytes] = []
+            while (chunk := file.read(_CHUNK)) and sum(map(len, chunks)) <= limit:  # read(limit) would allocate limit
+                chunks.append(chunk)
+            data = b"".join(chunks)
     except (EOFError, zlib.error) as error:
         raise ValueError(f"{path.name} can't be unpacked ({error})") from error
     if len(data) > limit:

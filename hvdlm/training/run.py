@@ -217,7 +217,7 @@ def connect(plan: Plan) -> Connected:
         encode(task.tokenizer, config.log.sample_prompt)
     spec, base = attach(adapt(spec, config.lora), config.model.pretrained, config.train.seed, config.plugins)
     if plan.checkpoint:
-        preflight.check_continuation(plan.checkpoint, task, config, base)
+        preflight.check_continuation(plan.checkpoint, task, spec, config, base)
     framework = plugins.make(manager, "framework", config.framework)
     folder = Path(config.log.run) / RECORDER_FOLDER
     if plan.writes and plan.backend.launch_shape()[2] == 0:
@@ -247,7 +247,7 @@ def build(connected: Connected) -> Run:
     preflight.check_groups(world, framework, mesh)
     checkpoint = agreement.choose(folder, plan.resume, world)
     if checkpoint:
-        preflight.check_continuation(checkpoint, task, config, base)
+        preflight.check_continuation(checkpoint, task, spec, config, base)
     elif plan.resume == "auto" and world.rank == 0:
         print(f"hvdlm: {folder} holds no checkpoint yet: the run starts afresh.{similar_run(folder)}", flush=True)
     group = world.group(mesh.group("data", world.rank))

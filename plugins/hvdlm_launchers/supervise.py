@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from hvdlm.config import Config
+from hvdlm.io.terminal import printable
 from hvdlm_launchers import hosts
 from hvdlm_launchers.process_tree import ProcessTree
 from hvdlm_launchers.run_status import CODES, RunStatus, outcome
@@ -234,4 +235,4 @@ class Supervisor:
 
 def _log(text: str) -> None:
     with contextlib.suppress(OSError):
-        print(f"hvdlm supervise: {text}", file=sys.stderr, flush=True)
+        print(printable(f"hvdlm supervise: {text}"), file=sys.stderr, flush=True)

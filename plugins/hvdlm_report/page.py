@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from html import escape
+from html import escape as escape_html
 from pathlib import Path
 from typing import Any
 
 from hvdlm.errors import HvdlmError
 from hvdlm.io.atomic_files import replace
+from hvdlm.io.terminal import printable
 from hvdlm_report.chart import chart, short
-from hvdlm_report.runs import RunData, compare, read
+from hvdlm_report.comparison import compare
+from hvdlm_report.runs import RunData, read
 
 _CURVES = (
     ("loss", "Training loss", "nats per token"),
@@ -66,6 +68,13 @@ _COLORS = "".join(
     f".key.run{n} {{ background: var(--run{n}) }}\n"
     for n in range(4)
 )
+
+
+def escape(text: str) -> str:
+    """Return text for HTML; what a browser can't show, such as halves of surrogate pairs, becomes a question mark."""
+    return escape_html(printable(text))
+
+
 MAX_RUNS = 4
 """Most runs on one page: there are as many colors."""
 
@@ -169,4 +178,4 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 
 def _number(value: Any) -> float:
-    return float(value) if type(value) in (int, float) else 0.0
+    return float(min(value, 1e100)) if type(value) in (int, float) else 0.0
