@@ -30,13 +30,17 @@ done
 def script(title: str, prefix: str, directives: Sequence[str], job: Job, body: str) -> str:
     """Return a job script: ``title`` as a comment, ``directives`` (each after ``prefix``), and ``body``."""
     lines = ["#!/usr/bin/env bash", f"# {title}", *(f"{prefix} {line}" for line in (*directives, *job.directives))]
-    return "\n".join(lines) + f"\n\nset -uo pipefail\n{body}"
+    return "\n".join(lines) + f"\n\n{body}"
 
 
 def wait(job: Job, command: str, signals: str) -> str:
-    """Return shell code that runs ``command``, forwards ``signals`` to it as SIGUSR1, and sets ``code``."""
+    """Return shell code that runs ``command``, forwards ``signals`` to it as SIGUSR1, and sets ``code``.
+
+    The site's own lines come before ``set -u``: modules and activation scripts use variables that are not set.
+    """
     setup = "".join(f"{line}\n" for line in job.setup)
-    return f"{setup}export OMP_NUM_THREADS={job.cpus_per_rank}\n" + _WAIT.format(command=command, signals=signals)
+    own = f"set -uo pipefail\nexport OMP_NUM_THREADS={job.cpus_per_rank}\n"
+    return setup + own + _WAIT.format(command=command, signals=signals)
 
 
 def requeue(condition: str, command: str) -> str:
@@ -47,6 +51,18 @@ if {condition}; then
     {command} || echo "hvdlm: could not return to the queue: submit the job again, and the run resumes" >&2
 fi
 """
+
+
+def quote(word: str) -> str:
+    """Return ``word`` for bash, on one line: LSF reads directives from every line of a script, even within quotes."""
+    if word.isprintable():
+        return shlex.quote(word)
+    escaped = (f"\\{c}" if c in "\\'" else c if c.isprintable() else _escape(c) for c in word)
+    return f"$'{''.join(escaped)}'"
+
+
+def _escape(character: str) -> str:
+    return "".join(f"\\x{byte:02x}" for byte in character.encode("utf-8", "surrogateescape"))
 
 
 def mpirun(job: Job, hosts: str) -> str:
@@ -81,10 +97,11 @@ def train(job: Job, arguments: Sequence[str], config: Config, launcher: str, mor
     words = ["python", "-m", "hvdlm", "--train.threads", str(job.cpus_per_rank), *arguments]
     resume = "auto"
     if config.checkpoint.resume not in ("none", "auto"):
-        latest = shlex.quote(f"{_host_path(job, config.log.run)}/checkpoints/latest")
-        start = shlex.quote(config.checkpoint.resume)
-        resume = f'"$([ -e {latest} ] && echo auto || echo {start})"'
-    return f"{supervisor}{launcher} \\\n    {_container(job)}{shlex.join(words)}{more} --checkpoint.resume {resume}"
+        latest = quote(f"{_host_path(job, config.log.run)}/checkpoints/latest")
+        start = quote(config.checkpoint.resume)
+        resume = f'"$([ -e {latest} ] && echo auto || printf %s {start})"'
+    command = " ".join(map(quote, words))
+    return f"{supervisor}{launcher} \\\n    {_container(job)}{command}{more} --checkpoint.resume {resume}"
 
 
 def _host_path(job: Job, folder: str) -> str:
@@ -103,4 +120,4 @@ def _container(job: Job) -> str:
         return ""
     binds = [word for source, target in job.mounts for word in ("--bind", f"{source}:{target}")]
     gpus = ["--nv"] if job.gpus_per_node else []
-    return shlex.join(["apptainer", "exec", *gpus, *binds, job.image]) + " \\\n    "
+    return " ".join(map(quote, ["apptainer", "exec", *gpus, *binds, job.image])) + " \\\n    "
