@@ -72,10 +72,22 @@ class RunData:
         return self.curves.get("loss", {})
 
     @property
+    def task(self) -> str:
+        """The name of the task."""
+        return self.config.get("task", "language_model")
+
+    @property
+    def communicates(self) -> bool:
+        """Whether there is anything to show of communication."""
+        return any(self.curves.get("comm_bytes", {}).values()) or (self.summary.get("world_size") or 1) > 1
+
+    @property
     def tokens_per_step(self) -> int | None:
         """Tokens of a global batch; None where the configuration doesn't tell."""
         sizes = [self.config.get(name, "") for name in ("train.batch_size", "data.context")]
-        if not all(size.isascii() and size.isdigit() and len(size) < 10 for size in sizes):
+        if self.task != "language_model" or not all(
+            size.isascii() and size.isdigit() and len(size) < 10 for size in sizes
+        ):
             return None
         return int(sizes[0]) * int(sizes[1]) or None
 

@@ -145,7 +145,10 @@ def _samples(content: bytes) -> tuple[np.ndarray, int]:
     with wave.open(io.BytesIO(content)) as file:
         if file.getsampwidth() != 2:
             raise ValueError(f"samples of {8 * file.getsampwidth()} bits")
-        samples = np.frombuffer(file.readframes(file.getnframes()), "<i2").astype(np.float32) / 32768
+        content = file.readframes(file.getnframes())
+        if len(content) != 2 * file.getnframes() * file.getnchannels():
+            raise ValueError(f"it claims {file.getnframes():,} samples and holds fewer")
+        samples = np.frombuffer(content, "<i2").astype(np.float32) / 32768
         sound = samples.reshape(-1, file.getnchannels()).mean(1)
         if not len(sound):
             raise ValueError("it holds no sound")
