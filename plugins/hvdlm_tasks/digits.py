@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from hvdlm import hookimpl
 from hvdlm.config import Config
 from hvdlm.data.tokenizers import CharTokenizer
 from hvdlm.errors import HvdlmError
-from hvdlm.io import untrusted_input
+from hvdlm.io import compression
 from hvdlm.protocols.trainable import Trainable
 from hvdlm.protocols.types import Batch
 from hvdlm.protocols.world import World
@@ -126,9 +127,9 @@ def _idx(path: Path, rank: int) -> np.ndarray:
         HvdlmError: the file can't be read, or is no idx file of ``rank`` dimensions.
     """
     try:
-        content = untrusted_input.read_unpacked(path, _MAX_BYTES)
-        shape = tuple(np.frombuffer(content, ">u4", rank, 4)) if content[:4] == bytes([0, 0, 8, rank]) else None
-        if shape is None or len(content) != 4 + 4 * rank + int(np.prod(shape, dtype=np.int64)):
+        content = compression.read_unpacked(path, _MAX_BYTES)
+        shape = np.frombuffer(content, ">u4", rank, 4).tolist() if content[:4] == bytes([0, 0, 8, rank]) else None
+        if shape is None or len(content) != 4 + 4 * rank + math.prod(shape):
             raise ValueError(f"not an idx file of {rank} dimension(s)")
     except (OSError, ValueError) as error:
         raise HvdlmError(f"{path}: {error}: give one of MNIST's files.") from error

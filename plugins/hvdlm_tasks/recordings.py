@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import re
 import tarfile
 import wave
@@ -15,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from hvdlm.errors import HvdlmError
-from hvdlm.io import untrusted_input
+from hvdlm.io import text_decoding, untrusted_input
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _DIGIT_FILE = re.compile(r"([0-9])_([a-z]+)_([0-9]+)\.wav")
@@ -103,8 +102,9 @@ def _digit(match: re.Match[str]) -> tuple[str, bool]:
 
 
 def _listed(path: Path, key: str) -> Iterator[tuple[str, bytes, str, bool | None]]:
-    for number, line in enumerate(str(untrusted_input.read(path, _MAX_BYTES), "utf-8").splitlines(), 1):
-        entry = json.loads(line) if line.strip() else None
+    # Not splitlines(): a transcript may hold a line separator (U+2028).
+    for number, line in enumerate(text_decoding.decode(untrusted_input.read(path, _MAX_BYTES)).split("\n"), 1):
+        entry = untrusted_input.parse_json(line) if line.strip() else None
         if entry is None:
             continue
         if not isinstance(entry, dict) or not all(isinstance(entry.get(k), str) for k in ("audio", "text")):
