@@ -150,7 +150,7 @@ class _Thrift:
             delta, kind = head >> 4, head & 15
             number = number + delta if delta else _signed(self._varint())
             value = self._value(kind, wanted.get(number), depth)
-            if number in wanted:
+            if number in wanted and isinstance(value, _type(wanted[number])):
                 fields[number] = value
         return fields
 
@@ -182,6 +182,10 @@ class _Thrift:
             if chosen:
                 structures.append(value)
         return structures
+
+
+def _type(wanted: Any) -> type:
+    return int if wanted is None else list if isinstance(wanted, tuple) else dict
 
 
 def _signed(value: int) -> int:

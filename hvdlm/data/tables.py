@@ -84,8 +84,8 @@ def _parquet(source: str, form: Form, first: int, progress: ReadProgress) -> Ite
         _check_type(source, file.schema_arrow, form.field)
         rows, ends = _check_pages(source, form, file.metadata)
         skipped = bisect.bisect_right(ends, first)  # row groups that end before ``first``
-        row, size = ends[skipped - 1] if skipped else 0, os.path.getsize(source)
-        for batch in file.iter_batches(rows, row_groups=range(skipped, len(ends)), columns=[form.field]):
+        row, size, groups = ends[skipped - 1] if skipped else 0, os.path.getsize(source), range(skipped, len(ends))
+        for batch in file.iter_batches(rows, groups, [form.field], use_threads=False):
             yield from batch.column(0).slice(max(0, first - row)).to_pylist()
             row += len(batch)
             progress.bytes_read = size * row // ends[-1]
@@ -150,7 +150,7 @@ def _parquet_columns(source: str, field: str, rows: int, packed: bool) -> Iterat
     from pyarrow import parquet
 
     with parquet.ParquetFile(source, memory_map=True, read_dictionary=[field] if packed else None) as file:
-        for batch in file.iter_batches(rows, columns=[field]):
+        for batch in file.iter_batches(rows, columns=[field], use_threads=False):
             yield batch.column(0)
 
 
@@ -177,7 +177,8 @@ def _arrow_columns(memory: Any, schema: Any, field: str) -> Iterator[Any]:
     import pyarrow
 
     memory.seek(0)
-    options = pyarrow.ipc.IpcReadOptions(included_fields=[schema.get_field_index(field)])
+    # One column gains nothing from threads, which can't be started where memory is short.
+    options = pyarrow.ipc.IpcReadOptions(included_fields=[schema.get_field_index(field)], use_threads=False)
     with pyarrow.ipc.open_stream(memory, options=options) as stream:
         for batch in stream:
             column = batch.column(0)
