@@ -71,7 +71,7 @@ def fuzz(name: str, folder: Path, work: Path, seconds: int, longest: int) -> Non
     arguments += [f"-dict={folder}/dictionary", "-print_final_stats=1", "-rss_limit_mb=0", str(corpus)]
 
     def mutator(data: bytes, longest: int, seed: int) -> bytes:
-        if name == "yaml" or seed % 2:
+        if name in ("yaml", "arrow", "parquet") or seed % 2:
             return atheris.Mutate(data, longest)
         return fuzz_targets.mutate(name, data, Random(seed))[:longest]
 

@@ -79,16 +79,18 @@ class DataConfig:
     """Corpus, tokenizer and sampling.
 
     Args:
-        path: corpus: text files, JSON lines, Parquet, folders (also of Hugging Face datasets), globs, .gz files, - for
-            standard input, a prepared token folder, or "embedded"
+        path: corpus: text files, JSON, CSV, Parquet, folders (also of Hugging Face datasets), globs, each also packed
+            (.gz, .bz2, .xz, .zst), - for standard input, a prepared token folder, or "embedded"
         mixture: weighted corpora instead of path: "{wiki.txt: 3, books: 1}", or "{wiki: {path: [a.txt, b.txt], weight:
             3}}" with optional validation_path, field and separator
         validation_path: validation text, in the forms of path; null: the end of the corpus
-        split: split of a Hugging Face data set to train on; its split validation (valid, val, dev) is used for
-            validation unless validation_path is given
+        split: split to train on of a data set whose files or folders are named by their splits; its split validation
+            (valid, val, dev) is used for validation unless validation_path is given
         validation_share: fraction of the corpus, taken from its end, held out for validation if validation_path is null
-        field: name of the text field in JSON lines, Parquet and Hugging Face data sets
+        field: name of the text field in JSON, CSV, Parquet and Hugging Face data sets
         separator: text appended to every record
+        max_expansion: maximum size of a file's text, as a multiple of the file's size; larger ones are refused as
+            decompression bombs, unless they have less than 64 MiB
         tokenizer: byte, char, word, bpe, or the path of a tokenizer.json (Hugging Face's or a run's)
         vocab_size: maximum vocabulary size of word and bpe; null: 10000 (word), 4096 (bpe)
         context: context length in tokens
@@ -104,6 +106,7 @@ class DataConfig:
     validation_share: float = 0.1
     field: str = "text"
     separator: str = "\n"
+    max_expansion: float = 1000.0
     tokenizer: str = "char"
     vocab_size: int | None = None
     context: int = 64

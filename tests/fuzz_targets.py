@@ -6,7 +6,8 @@ import hashlib
 import json
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -14,16 +15,18 @@ from typing import Any
 
 import fuzz_readers
 import numpy as np
+import pyarrow
 import yaml
+from pyarrow import parquet
 from safetensors.numpy import save as to_bytes
 
 from hvdlm.checkpoints.manifest import FORMAT, read_manifest
 from hvdlm.checkpoints.shards import Reader, Stored, from_json, to_json
 from hvdlm.config import Config
 from hvdlm.configuration import parsing, schema
-from hvdlm.data import prepare_progress, token_files, tokenizers
+from hvdlm.data import prepare_progress, sources, token_files, tokenizers
 from hvdlm.errors import HvdlmError
-from hvdlm.io import untrusted_input
+from hvdlm.io import compression, untrusted_input
 from hvdlm.parallel.flat_layout import whole
 
 CORPUS = Path(__file__).parent / "fuzz_corpus"
@@ -187,6 +190,68 @@ def read_a_configuration(data: bytes, folder: Path) -> int:
 
 _KNOWN = {k: v for k, v in schema.types_of({"": Config}).items() if k != "plugin_options"}
 schema.unknown("a", _KNOWN)  # imports all plugins, once: not counted as memory of a reader
+
+
+def read_arrow(data: bytes, folder: Path) -> int:
+    """Read ``data`` as an Arrow file."""
+    return _read_table(data, folder / "a.arrow")
+
+
+def read_parquet(data: bytes, folder: Path) -> int:
+    """Read ``data`` as a Parquet file."""
+    return _read_table(data, folder / "a.parquet")
+
+
+def _read_table(data: bytes, path: Path) -> int:
+    """Return how many chunks of text a table has; check the memory that its library allocates, which isn't traced."""
+    path.write_bytes(data)
+    try:
+        with arrow_memory() as pool:
+            return sum(1 for _ in sources.text_chunks(str(path)))
+    finally:
+        allowed = compression.FREE + untrusted_input.FACTOR * len(data)
+        assert pool.max_memory() <= allowed, f"{len(data)} bytes took {pool.max_memory()} bytes of memory"
+
+
+_DEFAULT_POOL = pyarrow.default_memory_pool()
+_POOL = pyarrow.proxy_memory_pool(_DEFAULT_POOL)  # it has to outlive its last buffer, which an error may keep
+
+
+@contextmanager
+def arrow_memory() -> Iterator[pyarrow.MemoryPool]:
+    """Yield the pool from which pyarrow allocates within the context; it counts the most bytes of all contexts."""
+    pyarrow.set_memory_pool(_POOL)
+    try:
+        yield _POOL
+    finally:
+        pyarrow.set_memory_pool(_DEFAULT_POOL)
+
+
+_COLUMNS = [pyarrow.array([TEXT, None, "", TEXT[:9]] * 3), pyarrow.array([TEXT] * 9).dictionary_encode()]
+
+
+def _arrow_files() -> list[bytes]:
+    return [_arrow_file(column, packed) for column in _COLUMNS for packed in (None, "zstd", "lz4")]
+
+
+def _arrow_file(column: pyarrow.Array, packed: str | None) -> bytes:
+    schema, sink = pyarrow.schema({"text": column.type}), pyarrow.BufferOutputStream()
+    with pyarrow.ipc.new_stream(sink, schema, options=pyarrow.ipc.IpcWriteOptions(compression=packed)) as stream:
+        for _ in range(2):
+            stream.write_batch(pyarrow.record_batch([column], schema=schema))
+    return sink.getvalue().to_pybytes()
+
+
+def _parquet_files() -> list[bytes]:
+    options: list[dict[str, Any]] = [{}, {"use_dictionary": False, "compression": "none"}, {"compression": "zstd"}]
+    options += [{"use_dictionary": False, "column_encoding": {"text": "DELTA_BYTE_ARRAY"}}]
+    return [_parquet_file({"data_page_version": version, **one}) for one in options for version in ("1.0", "2.0")]
+
+
+def _parquet_file(options: dict[str, Any]) -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    parquet.write_table(pyarrow.table({"text": _COLUMNS[0]}), sink, row_group_size=8, store_schema=False, **options)
+    return sink.getvalue().to_pybytes()
 
 
 def _header() -> dict[str, Any]:
@@ -373,6 +438,8 @@ TARGETS: dict[str, Target] = {
         fuzz_readers.read_speech, fuzz_readers.speech, ("RIFF", "WAVE", "fmt ", "data", "audio", "text"), _PAGE
     ),
     "digits": Target(fuzz_readers.read_digits, fuzz_readers.digits, (), _PAGE),
+    "arrow": Target(read_arrow, _arrow_files, ("text", "ARROW1", "zstd"), compression.FREE),
+    "parquet": Target(read_parquet, _parquet_files, ("text", "PAR1", "ARROW:schema"), compression.FREE),
 }  # fmt: skip
 
 

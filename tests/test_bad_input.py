@@ -185,7 +185,8 @@ CASES: list[tuple[str, list[str], Setup | None, str]] = [
     ("null in YAML", ["--config", "a.yaml"], write("a.yaml", "train: {steps: null}"), "--train.steps: got null"),
     ("a Python object", ["--config", "a.yaml"], write("a.yaml", "a: !!python/name:os.system"), "is no valid YAML"),
     # Figures out of range, and figures that don't fit together
-    ("no layers", ["--model.layers", "0"], None, "model.layers is 0, expected 1 or more"),
+    ("no layers", ["--model.layers", "0"], None, "model.layers is 0, expected 1 to 10,000"),
+    ("layers that fill memory", ["--model.layers", "2000000000"], None, "expected 1 to 10,000: set --model.layers"),
     ("dropout of all", ["--model.dropout", "1.0"], None, "model.dropout is 1.0, expected at least 0 and below 1"),
     ("not a number", ["--train.learning_rate", ".inf"], None, "train.learning_rate is inf, expected above 0"),
     ("a negative seed", ["--train.seed", "-1"], None, "train.seed is -1, expected 0 or more"),

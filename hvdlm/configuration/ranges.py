@@ -19,12 +19,15 @@ _POSITIVE = """
 """
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     **{key: (lambda v: v >= 1, "1 or more") for key in _POSITIVE.split()},
+    # A model is described layer by layer, in this process's memory.
+    "model.layers": (lambda v: 1 <= v <= 10_000, "1 to 10,000"),
     "model.dropout": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
     "model.rotary_base": (lambda v: v > 1, "above 1"),
     "model.norm_epsilon": (lambda v: 0 < v < 1, "above 0 and below 1"),
     "model.initial_scale": (lambda v: v > 0, "above 0"),
     "lora.alpha": (lambda v: v > 0, "above 0"),
     "data.validation_share": (lambda v: 0 < v < 1, "above 0 and below 1"),
+    "data.max_expansion": (lambda v: v >= 1, "1 or more"),
     "train.seed": (lambda v: 0 <= v < 2**63, "0 or more"),
     "train.learning_rate": (lambda v: v > 0, "above 0"),
     "train.min_learning_rate": (lambda v: v >= 0, "0 or more"),

@@ -15,16 +15,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hvdlm.config import DataConfig
-from hvdlm.data import sources, splits, tokenizers, workers
+from hvdlm.data import documents, sources, splits, tokenizers, workers
 from hvdlm.data.documents import Form
 from hvdlm.data.prepare_progress import Journal, itemsize
-from hvdlm.data.progress_bar import ProgressBar, print_line
+from hvdlm.data.progress_bar import ProgressBar, note, print_line
 from hvdlm.data.source_chunks import START, ReadProgress, SourcePosition
 from hvdlm.data.token_files import FORMAT, TokenData, is_prepared, open_tokens
 from hvdlm.data.tokenizers import Tokenizer, WordTokenizer
-from hvdlm.data.workers import WorkerDied
+from hvdlm.data.workers import TooSlow, WorkerDied
 from hvdlm.errors import HvdlmError
 from hvdlm.io.atomic_files import write_synced
+from hvdlm.io.text_decoding import without_surrogates
 from hvdlm.io.user_folders import user_cache
 
 
@@ -72,6 +73,11 @@ def without_stdin(config: DataConfig) -> DataConfig:
     return replace(config, path=paths, validation_path=held_out or None)
 
 
+def form_of(config: DataConfig) -> Form:
+    """Return how the texts of ``config`` are read."""
+    return Form(config.field, without_surrogates(config.separator), config.max_expansion)
+
+
 def check_sources(config: DataConfig) -> None:
     """Check quickly that every source and the tokenizer exist and are readable.
 
@@ -79,7 +85,7 @@ def check_sources(config: DataConfig) -> None:
         HvdlmError: one doesn't or isn't.
     """
     tokenizers.check(config.tokenizer)
-    for path in sources.expand([*config.paths, *config.validation_paths]):
+    for path in sources.expand([*config.paths, *config.validation_paths], config.field):
         if path != "embedded" and os.path.getsize(path) == 0:
             raise HvdlmError(f"data.path {path}: the file is empty: give a file with text.")
 
@@ -97,17 +103,23 @@ def key(*configs: DataConfig) -> str:
     for config in configs:
         settings += [config.tokenizer, config.vocab_size, config.validation_share, config.field, config.separator]
         for group in (config.paths, config.validation_paths):
-            settings += [*map(_identity, sources.expand(group)), "|"]
+            settings += [*map(_source_identity, sources.expand(group, config.field)), "|"]
         if os.path.isfile(config.tokenizer):
             settings.append(_identity(config.tokenizer))
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:24]
 
 
-def _identity(source: str) -> list[Any]:
+def _source_identity(source: str) -> list[Any]:
     if source == "embedded":
         return [source, hashlib.sha256(sources.embedded().encode()).hexdigest()]
-    status = os.stat(source)
-    return [os.path.abspath(source), status.st_size, status.st_mtime_ns]
+    # Earlier versions read these as they are: the tokens that they left in the cache are others.
+    decoded = documents.kind(source) in (".json", ".csv", ".tsv") or sources.is_decoded(source)
+    return [*_identity(source), *(["decoded"] if decoded else [])]
+
+
+def _identity(path: str) -> list[Any]:
+    status = os.stat(path)
+    return [os.path.abspath(path), status.st_size, status.st_mtime_ns]
 
 
 @contextmanager
@@ -127,7 +139,7 @@ def writing(path: Path) -> Iterator[None]:
 
 def train_tokenizer(config: DataConfig, groups: Sequence[tuple[Sequence[str], Form]]) -> Tokenizer:
     """Return the tokenizer of ``config``, trained on the texts of all ``groups`` of paths where it needs training."""
-    total = sum(sources.size(source) for paths, _ in groups for source in sources.expand(paths))
+    total = sum(sources.size(source) for paths, form in groups for source in sources.expand(paths, form.field))
     with ProgressBar("training the tokenizer", total) as progress:
         texts = (text for paths, form in groups for text in sources.texts(paths, form, progress.advance))
         return tokenizers.train(config.tokenizer, config.vocab_size, texts)
@@ -155,9 +167,9 @@ class Preparation:
     def __init__(self, config: DataConfig, folder: Path) -> None:
         self._config = config
         self._folder = folder
-        self._form = Form(config.field, config.separator)
-        self._paths = sources.expand(config.paths)
-        self._validation_paths = sources.expand(config.validation_paths)
+        self._form = form_of(config)
+        self._paths = sources.expand(config.paths, config.field)
+        self._validation_paths = sources.expand(config.validation_paths, config.field)
         self._sources = self._paths + self._validation_paths
         self.journal = Journal(folder, key(config), len(self._sources))
 
@@ -189,9 +201,14 @@ class Preparation:
         self.journal.open(tokenizer)
         count = workers.choose(processes, tokenizer, sum(sizes))
         with ProgressBar("encoding", sum(sizes), sum(sizes[: state.source]), state.tokens) as progress:
-            for label, ids in workers.encoded(tokenizer, self._labelled(), count):
-                self.journal.add(label.source, label.end, ids, label.bytes)
-                progress.advance(label.bytes_read, state.tokens)
+            try:
+                for label, ids in workers.encoded(tokenizer, self._labelled(), count):
+                    self.journal.add(label.source, label.end, ids, label.bytes)
+                    progress.advance(label.bytes_read, state.tokens)
+            except TooSlow as error:
+                end = error.label.end
+                where = f"record {end.number:,}" if end.number else f"byte {end.offset:,}"
+                raise HvdlmError(f"data.path {self._sources[error.label.source]}, before {where}: {error}") from error
 
     def _labelled(self) -> Iterator[tuple[str, _Label]]:
         """Yield every text that is still to be encoded; add each source's digest to the journal at its end."""
@@ -203,6 +220,8 @@ class Preparation:
                 before = progress.bytes_read
             self.journal.state.digests.append(sources.digest(source, progress))
             start = START
+            for sentence in progress.left_out(self._config.field):
+                note(f"data.path {source}: {sentence}")
 
     def _finish(self, tokenizer: Tokenizer) -> None:
         """Write the header, and rename the folder to its final name."""
@@ -236,4 +255,5 @@ class Preparation:
         _, first, size = chunks[index - 1].tolist() if index else (0, 0, 0)
         dtype = np.dtype(f"<u{itemsize(tokenizer)}")
         ids = np.fromfile(self.journal.tokens / "tokens.bin", dtype, count - first, offset=first * dtype.itemsize)
-        return size + len(tokenizer.decode(ids.tolist()).encode())
+        text = workers.within_budget(tokenizer, len(ids), lambda: tokenizer.decode(ids.tolist()))
+        return size + len(text.encode())

@@ -223,7 +223,9 @@ class BPETokenizer(_Hashed):
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids."""
-        return str(self._guarded(lambda: self._encoder.decode([int(i) for i in ids], skip_special_tokens=False)))
+        # Decoding a batch lets other threads run, among them one that limits its time.
+        batch = [[int(i) for i in ids]]
+        return str(self._guarded(lambda: self._encoder.decode_batch(batch, skip_special_tokens=False))[0])
 
     def _guarded(self, action: Callable[[], Any]) -> Any:
         try:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hvdlm.data import workers
 from hvdlm.errors import HvdlmError
 from hvdlm.inference.sampling import Sampling, sample
-from hvdlm.io import untrusted_input
+from hvdlm.io import text_decoding, untrusted_input
 from hvdlm.io.terminal import on_terminal
 from hvdlm.protocols.trainable import Trainable
 
@@ -52,9 +53,9 @@ def encode(tokenizer: Any, prompt: str) -> np.ndarray:
     """Return the prompt's ids, int32 ``[time]``.
 
     Raises:
-        HvdlmError: the prompt is empty, or the vocabulary lacks a character of it.
+        HvdlmError: the prompt is empty, takes too long, or the vocabulary lacks a character of it.
     """
-    ids = tokenizer.encode(prompt)
+    ids = workers.encode(tokenizer, text_decoding.without_surrogates(prompt))
     if not len(ids):
         raise HvdlmError("the prompt is empty: give at least one character (--prompt, or --log.sample_prompt).")
     return ids
@@ -86,7 +87,7 @@ def read_prompt(path: Path) -> str:
         HvdlmError: it can't be read, or is no UTF-8 text.
     """
     try:
-        return str(untrusted_input.read(path, _MAX_BYTES), "utf-8")
+        return text_decoding.decode(untrusted_input.read(path, _MAX_BYTES))
     except (OSError, ValueError) as error:
         raise HvdlmError(f"--prompt_file {path}: {error}: give a readable UTF-8 text.") from error
 

@@ -15,7 +15,7 @@ from hvdlm import hookimpl
 from hvdlm.config import Config
 from hvdlm.data.tokenizers import CharTokenizer
 from hvdlm.errors import HvdlmError
-from hvdlm.io import untrusted_input
+from hvdlm.io import compression
 from hvdlm.io.untrusted_input import shown
 from hvdlm.protocols.trainable import Trainable
 from hvdlm.protocols.types import Batch
@@ -129,7 +129,7 @@ def _idx(path: Path, rank: int) -> np.ndarray:
         HvdlmError: the file can't be read, or is no idx file of ``rank`` dimensions.
     """
     try:
-        content = untrusted_input.read_unpacked(path, _MAX_BYTES)
+        content = compression.read_unpacked(path, _MAX_BYTES)
         shape = np.frombuffer(content, ">u4", rank, 4).tolist() if content[:4] == bytes([0, 0, 8, rank]) else None
         if shape is None or len(content) != 4 + 4 * rank + math.prod(shape):  # a product in int64 could overflow
             raise ValueError(f"not an idx file of {rank} dimension(s)")

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from hvdlm.errors import HvdlmError
-from hvdlm.io import untrusted_input
+from hvdlm.io import text_decoding, untrusted_input
 from hvdlm.io.untrusted_input import guarded, shown
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -124,7 +124,8 @@ def _digit(match: re.Match[str]) -> tuple[str, bool]:
 
 
 def _listed(path: Path, key: str) -> Iterator[tuple[str, bytes, str, bool | None]]:
-    for number, line in enumerate(str(untrusted_input.read(path, _MAX_BYTES), "utf-8").splitlines(), 1):
+    # Not splitlines(): a transcript may hold a line separator (U+2028).
+    for number, line in enumerate(text_decoding.decode(untrusted_input.read(path, _MAX_BYTES)).split("\n"), 1):
         entry = untrusted_input.parse_json(line) if line.strip() else None
         if entry is None:
             continue
