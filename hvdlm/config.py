@@ -37,6 +37,7 @@ class ModelConfig:
             width)); recurrent models: bound of a uniform distribution, null: 1 / sqrt(width)
         vocab: number of embedding rows, at least the tokenizer's vocabulary size; null: equal to it
         pretrained: Hugging Face folder of a GPT-2 or Llama from which sizes, weights and tokenizer are taken
+        stop_tokens: ids of tokens that end generated text; null: those of pretrained's folder, [] or without one: none
     """
 
     name: str = "gpt"
@@ -56,6 +57,7 @@ class ModelConfig:
     initial_scale: float | None = None
     vocab: int | None = None
     pretrained: str | None = None
+    stop_tokens: list[int] | None = None
 
 
 @dataclass
