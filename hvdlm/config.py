@@ -35,7 +35,8 @@ class ModelConfig:
         norm_epsilon: epsilon added to the variance in normalisation layers
         initial_scale: scale of the initial weights; GPT: standard deviation, null: the preset's, or sqrt(2 / (5
             width)); recurrent models: bound of a uniform distribution, null: 1 / sqrt(width)
-        vocab: number of embedding rows, at least the tokenizer's vocabulary size; null: equal to it
+        vocab: number of embedding rows, at least the tokenizer's vocabulary size (without special tokens that no text
+            holds); null: equal to it
         pretrained: Hugging Face folder of a GPT-2 or Llama from which sizes, weights and tokenizer are taken
         stop_tokens: ids of tokens that end generated text; null: those of pretrained's folder, [] or without one: none
     """
@@ -92,6 +93,10 @@ class DataConfig:
         field: name of the text field in JSON lines, Parquet and Hugging Face data sets
         separator: text appended to every record
         tokenizer: byte, char, word, bpe, or the path of a tokenizer.json (Hugging Face's or a run's)
+        add_special_tokens: begin and end every document with the tokens that the tokenizer.json adds (BOS, EOS), and
+            begin prompts with them
+        split_special_tokens: read documents that spell a special token, such as <|endoftext|>, as plain text; a
+            separator stands for the token that it spells
         vocab_size: maximum vocabulary size of word and bpe; null: 10000 (word), 4096 (bpe)
         context: context length in tokens
         sampling: shuffled (each window once per epoch) or sequential (consecutive windows; recurrent state is carried
@@ -107,6 +112,8 @@ class DataConfig:
     field: str = "text"
     separator: str = "\n"
     tokenizer: str = "char"
+    add_special_tokens: bool = True
+    split_special_tokens: bool = True
     vocab_size: int | None = None
     context: int = 64
     sampling: Literal["shuffled", "sequential"] = "shuffled"

@@ -58,6 +58,7 @@ def rows(source: str, form: Form, start: SourcePosition, progress: ReadProgress)
 def _joined(source: str, texts: Iterable[tuple[Any, SourcePosition]], form: Form) -> Iterator[SourceChunk]:
     """Yield the texts of records, joined to chunks; ``texts``: what the field of each holds, and the record's end."""
     buffered: list[str] = []
+    ends: list[int] = []
     size, end = 0, START
     for text, end in texts:
         if not isinstance(text, str):
@@ -66,12 +67,13 @@ def _joined(source: str, texts: Iterable[tuple[Any, SourcePosition]], form: Form
                 "choose another field (--data.field NAME)."
             )
         buffered += [text, form.separator]
+        ends.append(size + len(ends) * len(form.separator) + len(text))
         size += len(text)
         if size > _CHUNK:
-            yield SourceChunk("".join(buffered), end)
-            buffered, size = [], 0
+            yield SourceChunk("".join(buffered), end, tuple(ends))
+            buffered, ends, size = [], [], 0
     if buffered:
-        yield SourceChunk("".join(buffered), end)
+        yield SourceChunk("".join(buffered), end, tuple(ends))
 
 
 def _lines(

@@ -15,7 +15,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from hvdlm.data import tokenizers
+from hvdlm.data import passages, tokenizers
+from hvdlm.data.passages import Passage
 from hvdlm.data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer
 from hvdlm.diagnostics.probes import cores
 from hvdlm.errors import HvdlmError
@@ -42,7 +43,7 @@ def choose(requested: int | None, tokenizer: Tokenizer, size: int) -> int:
 
 
 def encoded(
-    tokenizer: Tokenizer, texts: Iterable[tuple[str, Label]], workers: int
+    tokenizer: Tokenizer, texts: Iterable[tuple[Passage | str, Label]], workers: int
 ) -> Iterator[tuple[Label, np.ndarray]]:
     """Yield every text's label with its ids, int32 ``[n]``, in order, whatever the number of ``workers``.
 
@@ -51,7 +52,7 @@ def encoded(
         WorkerDied: a worker process died.
     """
     if workers == 1:
-        yield from ((label, tokenizer.encode(text)) for text, label in texts)
+        yield from ((label, passages.encode(tokenizer, text)) for text, label in texts)
         return
     context = multiprocessing.get_context("spawn")  # a fork would inherit locks, threads and a launcher's files
     start = json.dumps(tokenizer.to_json())
@@ -68,7 +69,7 @@ def encoded(
 
 
 def _in_order(
-    pool: ProcessPoolExecutor, texts: Iterable[tuple[str, Label]], limit: int
+    pool: ProcessPoolExecutor, texts: Iterable[tuple[Passage | str, Label]], limit: int
 ) -> Iterator[tuple[Label, np.ndarray]]:
     waiting: deque[tuple[Label, Future[np.ndarray]]] = deque()
     for text, label in texts:
@@ -100,5 +101,5 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _encode(text: str) -> np.ndarray:
-    return _tokenizer.encode(text)
+def _encode(text: Passage | str) -> np.ndarray:
+    return passages.encode(_tokenizer, text)

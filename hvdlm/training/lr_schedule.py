@@ -4,8 +4,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 from hvdlm.config import TrainConfig
+from hvdlm.io.untrusted_input import shown
+
+_OPTIONS = "steps learning_rate min_learning_rate schedule warmup decay_every decay_start decay_factor".split()
+
+
+def changed_schedule(stored: Any, step: int, config: TrainConfig) -> str | None:
+    """Return a sentence if a run that is resumed has another learning rate than it would have had.
+
+    Args:
+        stored: the configuration in the manifest of the checkpoint, untrusted.
+        step: the step of the checkpoint.
+        config: the options of the resumed run.
+    """
+    try:
+        before = TrainConfig(**{name: stored["train"][name] for name in _OPTIONS})
+        old, new = (make_schedule(train)(step) for train in (before, config))
+    except (KeyError, TypeError, ValueError, ArithmeticError):
+        return None  # of another version, or damaged
+    if math.isclose(old, new, rel_tol=1e-6):
+        return None
+    options = [
+        f"train.{name} is {getattr(config, name)} and was {shown(str(getattr(before, name)))}"
+        for name in _OPTIONS
+        if getattr(config, name) != getattr(before, name)
+    ]
+    return f"the learning rate after step {step} is {new:.3g} instead of {old:.3g}: {', '.join(options)}"
 
 
 def make_schedule(config: TrainConfig) -> Callable[[int], float]:
