@@ -101,10 +101,11 @@ def test_a_head_that_differs_from_a_tied_embedding_is_used(
 def test_a_tied_embedding_may_be_stored_as_the_head_alone(tmp_path: Path) -> None:
     saved_model(tmp_path, "gpt2")
     changed_tensors(tmp_path, lambda t: t.update({"lm_head.weight": t.pop("transformer.wte.weight")}))
+    assert resolved(tmp_path, "torch")[0].model.tie_embeddings is True
     same_as_transformers(tmp_path)
 
 
-def test_names_of_activations_and_fields_are_those_of_transformers(tmp_path: Path) -> None:
+def test_names_of_activations_and_fields_follow_transformers(tmp_path: Path) -> None:
     """Names that transformers takes for the same: its aliases, and activations that compute the same function."""
     gpt2 = saved_model(tmp_path / "gpt2", "gpt2")
     for name in ("gelu_fast", "gelu_accurate", "gelu_python_tanh"):
@@ -127,10 +128,10 @@ def test_unused_fields_tensors_and_files_are_named(tmp_path: Path, capsys: pytes
     (tmp_path / "pytorch_model.bin").touch()
     (tmp_path / "adapter_model.safetensors").touch()
     resolved(tmp_path, "torch")
-    told = capsys.readouterr().err
-    assert "fields of config.json that are not used: n_unheard_of\n" in told
-    assert "tensors that are not used: transformer.h.9.ln_1.weight\n" in told
-    assert "files that are not used: adapter_model.safetensors, pytorch_model.bin\n" in told
+    printed = capsys.readouterr().err
+    assert "fields of config.json that are not used: n_unheard_of\n" in printed
+    assert "tensors that are not used: transformer.h.9.ln_1.weight\n" in printed
+    assert "files that are not used: adapter_model.safetensors, pytorch_model.bin\n" in printed
 
 
 def test_models_stored_in_another_form_are_refused(tmp_path: Path) -> None:
@@ -263,8 +264,8 @@ def test_an_export_without_the_folder_says_what_is_missing(tmp_path: Path, capsy
     run = tuned(start, tmp_path / "run", "torch")
     start.rename(tmp_path / "moved")
     assert exported(run, tmp_path / "out") == 0
-    told = capsys.readouterr().out
-    assert f"without the special tokens, the chat template and the further positions of {start}" in told
+    printed = capsys.readouterr().out
+    assert f"without the special tokens, the chat template and the further positions of {start}" in printed
     config = read_json(tmp_path / "out" / "config.json")
     assert (config["n_positions"], config["eos_token_id"]) == (8, config["vocab_size"] - 1)
     assert exported(run, tmp_path / "whole", "--base", str(tmp_path / "moved")) == 0
@@ -291,7 +292,7 @@ def test_an_export_replaces_only_earlier_exports(tmp_path: Path, capsys: pytest.
     transformers_model("gpt2").save_pretrained(old, max_shard_size="30KB")
     names, config = file_names(old), (old / "config.json").read_bytes()
     assert exported(run, old) == 2
-    assert "--output" in (told := capsys.readouterr().err) and "which no export wrote: name a folder that" in told
+    assert "--output" in (printed := capsys.readouterr().err) and "which no export wrote: name a folder that" in printed
     assert file_names(old) == names and (old / "config.json").read_bytes() == config
     assert exported(run, start) == 2
     assert "training started from this folder" in capsys.readouterr().err

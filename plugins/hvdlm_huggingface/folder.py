@@ -77,7 +77,7 @@ class Folder:
         self._check_choices(config)
         config = replace(config, model=replace(config.model, **self.settings))
         if imported and Weights.exist(self.path):
-            self._tell_unused(config.model)
+            self._report_unused(config.model)
         tokenizer = self.path / "tokenizer.json"
         if config.data.tokenizer not in (DataConfig().tokenizer, str(tokenizer)):
             return config
@@ -139,7 +139,7 @@ class Folder:
                 "(--model.tie_embeddings true uses the latter alone)"
             )
 
-    def _tell_unused(self, model: ModelConfig) -> None:
+    def _report_unused(self, model: ModelConfig) -> None:
         """Print which fields of config.json, tensors and files have no effect on the model."""
         spec = builtin_models()[model.name](model, self.settings["vocab"], self.context)
         used = {

@@ -46,16 +46,18 @@ def guarded(folder: Path, action: Callable[[], Value]) -> Value:
         try:
             return action()
         except OSError as error:
-            cause = f"{error.filename or folder}: {error.strerror or error}"
+            cause = f"{shown(str(error.filename or folder), 300)}: {error.strerror or error}"
             raise HvdlmError(f"model.pretrained {cause}: name a Hugging Face folder of a GPT-2 or Llama.") from error
         except KeyError as error:
-            sentence = f"model.pretrained {folder}: {error} is missing: download the folder again."
+            sentence = f"model.pretrained {folder}: {shown(str(error))} is missing: download the folder again."
             raise HvdlmError(sentence) from error
 
     try:
         return untrusted_input.guarded(attempt)
     except ValueError as error:
-        raise HvdlmError(f"model.pretrained {folder} is not a folder that hvdlm can read: {error}.") from error
+        raise HvdlmError(
+            f"model.pretrained {folder} is not a folder that hvdlm can read: {shown(str(error), 300)}."
+        ) from error
 
 
 class Weights:
@@ -115,18 +117,18 @@ class Weights:
 
     def shape(self, tensor: str) -> tuple[int, ...]:
         """Return a tensor's shape; raise HvdlmError where its elements are no floating-point numbers."""
-        part = self._slice(tensor)
-        if (dtype := str(self._guarded(part.get_dtype))) not in _FLOATS:
+        tensor_slice = self._slice(tensor)
+        if (dtype := str(self._guarded(tensor_slice.get_dtype))) not in _FLOATS:
             raise HvdlmError(
                 f"{self._folder}: {shown(tensor)} holds {dtype}, hvdlm reads {', '.join(_FLOATS)}: quantised weights "
                 "have to be converted back first."
             )
-        return tuple(self._guarded(part.get_shape))
+        return tuple(self._guarded(tensor_slice.get_shape))
 
     def read(self, tensor: str, box: Box) -> np.ndarray:
         """Return a box of a tensor, in its own dtype."""
-        part = self._slice(tensor)
-        return self._guarded(lambda: part[box])
+        tensor_slice = self._slice(tensor)
+        return self._guarded(lambda: tensor_slice[box])
 
     def equal(self, first: str, second: str) -> bool:
         """Return whether two matrices have equal elements, comparing some rows at a time."""
