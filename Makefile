@@ -72,7 +72,7 @@ chaos:  ## kill runs at random moments and compare the results (about an hour)
 fuzz:  ## fuzz every reader of untrusted files for 10 minutes each (over two hours in total)
 	@$(PYTHON) scripts/setup_environment.py
 	@python -m pip install -q -c constraints.txt atheris
-	@for target in manifest shard header journal tokenizer yaml arrow parquet doctor report resume speech digits; do \
+	@for target in manifest shard header journal tokenizer folder yaml arrow parquet doctor report resume speech digits; do \
 	    python benchmarks/fuzz.py $$target --seconds 600; done
 
 docs:  ## build the documentation site into site/; warnings are errors

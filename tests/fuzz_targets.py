@@ -13,6 +13,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import fuzz_folders
 import fuzz_readers
 import numpy as np
 import pyarrow
@@ -178,6 +179,8 @@ def _use(tokenizer: tokenizers.Tokenizer) -> None:
     ids = tokenizer.encode(TEXT)
     assert ids.dtype == np.int32 and ids.max(initial=-1) < tokenizer.vocab and ids.min(initial=0) >= 0
     tokenizer.decode(ids.tolist())
+    assert tokenizer.encode_prompt(TEXT).max(initial=-1) < tokenizer.vocab
+    assert 0 <= tokenizer.bytes_before(TEXT, len(ids) // 2)
 
 
 def read_a_configuration(data: bytes, folder: Path) -> int:
@@ -412,6 +415,7 @@ TARGETS: dict[str, Target] = {
          "TemplateProcessing", "Unigram", "WordPiece", "WordLevel", "4294967295", "\\ud800"),
         tokenizers.SLACK,
     ),
+    "folder": Target(fuzz_folders.read_a_folder, fuzz_folders.seeds, fuzz_folders.WORDS),
     "yaml": Target(
         read_a_configuration,
         _configurations,

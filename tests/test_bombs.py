@@ -14,7 +14,7 @@ from pyarrow import parquet
 from test_preparation import files
 
 from fuzz_targets import arrow_memory, huggingface_tokenizer
-from hvdlm.config import DataConfig
+from hvdlm.config import Config, DataConfig
 from hvdlm.data import preparation, sources, tables, tokenizers, workers
 from hvdlm.data.documents import Form
 from hvdlm.errors import HvdlmError
@@ -189,7 +189,11 @@ def test_an_ordinary_tokenizer_stays_within_its_budget(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("budget")
 def test_prompts_and_pairs_have_a_budget_too() -> None:
     tokenizer = tokenizer_with(QUADRATIC)
-    for encode in (generation.encode, lambda tokenizer, text: pairs.Sentences(tokenizer, ["a", text], 10)):
+    encoders = [
+        lambda tokenizer, text: generation.encode(tokenizer, text, Config()),
+        lambda tokenizer, text: pairs.Sentences(tokenizer, ["a", text], 10),
+    ]
+    for encode in encoders:
         with pytest.raises(HvdlmError, match="the tokenizer takes more than 1 s for"):
             encode(tokenizer, "a" * 100_000)
 

@@ -52,6 +52,7 @@ READABLE_COUNTS = {
     "header": [1],
     "journal": [1],
     "tokenizer": [2, 2, 2, 2, 1, 1, 1, 1, 1],
+    "folder": [24, 21, 16, 14],
     "yaml": [1, 1, 1, 1],
     "doctor": [5],
     "report": [1],
@@ -76,7 +77,7 @@ def test_inputs_found_by_fuzzing_are_handled(path: Path, folders: dict[str, Path
 
 def test_every_target_has_a_corpus() -> None:
     assert {path.parent.name for path in KEPT} == set(TARGETS)
-    assert sum(path.stat().st_size for path in KEPT) < 200_000
+    assert sum(path.stat().st_size for path in KEPT) < 300_000
 
 
 @pytest.mark.parametrize("name", sorted(TARGETS.keys() - {"yaml"}))

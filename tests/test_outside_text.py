@@ -215,7 +215,7 @@ def test_options_that_are_not_utf_8_are_replaced(tmp_path: Path) -> None:
     data = preparation.prepare(config)
     tokens = [*data.train.tolist(), *data.validation.tolist()]
     assert data.tokenizer.decode(tokens) == "a\ufffdb\ufffd"
-    prompt = generation.encode(data.tokenizer, os.fsdecode(b"caf\xe9"))
+    prompt = generation.encode(data.tokenizer, os.fsdecode(b"caf\xe9"), Config())
     assert data.tokenizer.decode(prompt.tolist()) == "caf\ufffd"
 
 

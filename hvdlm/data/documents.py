@@ -88,6 +88,7 @@ def read(
 def joined(source: str, texts: Texts, form: Form, progress: ReadProgress) -> Iterator[SourceChunk]:
     """Yield the texts of records, joined to chunks."""
     buffered: list[str] = []
+    ends: list[int] = []
     size, end = 0, START
     for text, end in texts:
         if text is None:
@@ -98,13 +99,15 @@ def joined(source: str, texts: Texts, form: Form, progress: ReadProgress) -> Ite
                 f"data.path {source}: {form.field} of record {end.number} is {shown(repr(text))}, expected text: "
                 "choose another field (--data.field NAME)."
             )
-        buffered += [text_decoding.without_surrogates(text), form.separator]
+        text = text_decoding.without_surrogates(text)
+        buffered += [text, form.separator]
+        ends.append(size + len(ends) * len(form.separator) + len(text))
         size += len(text)
         if size > _CHUNK:
-            yield SourceChunk("".join(buffered), end)
-            buffered, size = [], 0
+            yield SourceChunk("".join(buffered), end, tuple(ends))
+            buffered, ends, size = [], [], 0
     if buffered:
-        yield SourceChunk("".join(buffered), end)
+        yield SourceChunk("".join(buffered), end, tuple(ends))
 
 
 def _lines(source: str, chunks: Iterable[bytes], field: str, start: SourcePosition) -> Texts:

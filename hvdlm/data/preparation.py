@@ -9,14 +9,17 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from hvdlm.config import DataConfig
-from hvdlm.data import documents, sources, splits, tokenizers, workers
+from hvdlm.data import documents, passages, sources, splits, tokenizers, workers
 from hvdlm.data.documents import Form
+from hvdlm.data.passages import Passage, SpecialTokens
 from hvdlm.data.prepare_progress import Journal, itemsize
 from hvdlm.data.progress_bar import ProgressBar, note, print_line
 from hvdlm.data.source_chunks import START, ReadProgress, SourcePosition
@@ -26,6 +29,7 @@ from hvdlm.data.workers import TooSlow, WorkerDied
 from hvdlm.errors import HvdlmError
 from hvdlm.io.atomic_files import write_synced
 from hvdlm.io.text_decoding import without_surrogates
+from hvdlm.io.untrusted_input import shown
 from hvdlm.io.user_folders import user_cache
 
 
@@ -78,6 +82,11 @@ def form_of(config: DataConfig) -> Form:
     return Form(config.field, without_surrogates(config.separator), config.max_expansion)
 
 
+def special_of(config: DataConfig) -> SpecialTokens:
+    """Return how the texts of ``config`` get special tokens."""
+    return SpecialTokens(form_of(config).separator, config.add_special_tokens, config.split_special_tokens)
+
+
 def check_sources(config: DataConfig) -> None:
     """Check quickly that every source and the tokenizer exist and are readable.
 
@@ -106,6 +115,8 @@ def key(*configs: DataConfig) -> str:
             settings += [*map(_source_identity, sources.expand(group, config.field)), "|"]
         if os.path.isfile(config.tokenizer):
             settings.append(_identity(config.tokenizer))
+        if config.tokenizer not in ("byte", "char", "bpe"):  # special tokens have an effect
+            settings += ["documents", config.add_special_tokens, config.split_special_tokens]
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:24]
 
 
@@ -145,6 +156,13 @@ def train_tokenizer(config: DataConfig, groups: Sequence[tuple[Sequence[str], Fo
         return tokenizers.train(config.tokenizer, config.vocab_size, texts)
 
 
+def _report_spelling(source: str, token: str) -> None:
+    note(
+        f"{source} spells the special token {shown(token)}, which is read as plain text: "
+        "--data.split_special_tokens false reads such spellings as tokens"
+    )
+
+
 class _Label(NamedTuple):
     """The origin of a text.
 
@@ -168,6 +186,7 @@ class Preparation:
         self._config = config
         self._folder = folder
         self._form = form_of(config)
+        self._special = special_of(config)
         self._paths = sources.expand(config.paths, config.field)
         self._validation_paths = sources.expand(config.validation_paths, config.field)
         self._sources = self._paths + self._validation_paths
@@ -202,7 +221,7 @@ class Preparation:
         count = workers.choose(processes, tokenizer, sum(sizes))
         with ProgressBar("encoding", sum(sizes), sum(sizes[: state.source]), state.tokens) as progress:
             try:
-                for label, ids in workers.encoded(tokenizer, self._labelled(), count):
+                for label, ids in workers.encoded(tokenizer, self._labelled(tokenizer), count):
                     self.journal.add(label.source, label.end, ids, label.bytes)
                     progress.advance(label.bytes_read, state.tokens)
             except TooSlow as error:
@@ -210,14 +229,20 @@ class Preparation:
                 where = f"record {end.number:,}" if end.number else f"byte {end.offset:,}"
                 raise HvdlmError(f"data.path {self._sources[error.label.source]}, before {where}: {error}") from error
 
-    def _labelled(self) -> Iterator[tuple[str, _Label]]:
+    def _labelled(self, tokenizer: Tokenizer) -> Iterator[tuple[Passage, _Label]]:
         """Yield every text that is still to be encoded; add each source's digest to the journal at its end."""
         first, start = self.journal.state.source, self.journal.state.position
+        special = passages.spelled(tokenizer, self._special)
         for number, source in enumerate(self._sources[first:], first):
             progress, before = ReadProgress(), 0
-            for text, end in sources.text_chunks(source, self._form, start, progress):
-                yield text, _Label(number, end, len(text.encode()), progress.bytes_read - before)
-                before = progress.bytes_read
+            chunks = sources.text_chunks(source, self._form, start, progress)
+            numbered = ((chunk, progress.bytes_read) for chunk in chunks)
+            for passage, end, bytes_read in passages.passages(numbered, start == START, self._special):
+                if special and (spelled := special.search(passage.text)):
+                    _report_spelling(source, spelled[0])
+                    special = None  # once is enough
+                yield passage, _Label(number, end, len(passage.text.encode()), bytes_read - before)
+                before = bytes_read
             self.journal.state.digests.append(sources.digest(source, progress))
             start = START
             for sentence in progress.left_out(self._config.field):
@@ -230,30 +255,53 @@ class Preparation:
         for count, paths in ((train_chunks, self._paths), (len(chunks) - train_chunks, self._validation_paths)):
             if paths and not count:
                 raise sources.no_text(paths)
-        tokens, size = chunks[-1, 1:].tolist()
+        tokens = int(chunks[-1, 1])
         if self._validation_paths:
-            train, train_bytes = (int(value) for value in chunks[train_chunks - 1, 1:])
+            train, index = int(chunks[train_chunks - 1, 1]), train_chunks
         else:
             train = int(tokens * (1 - self._config.validation_share))
-            train_bytes = self._bytes_before(tokenizer, chunks, train)
+            index = int(np.searchsorted(chunks[:, 1], train, "right"))
         header = {
             "format": FORMAT,
             "dtype": f"uint{8 * itemsize(tokenizer)}",
             "train": train,
             "validation": tokens - train,
-            # Words decode to single blanks and <unk>: bits per byte of the text are not defined.
-            "validation_bytes": 0 if isinstance(tokenizer, WordTokenizer) else size - train_bytes,
+            "validation_bytes": self._validation_bytes(tokenizer, chunks, train, index),
             "tokenizer": tokenizer.hash,
             "sources": dict(zip(self._sources, self.journal.state.digests, strict=True)),
         }
         write_synced(self.journal.tokens / "header.json", json.dumps(header, indent=1).encode())
         self.journal.publish(self._folder)
 
-    def _bytes_before(self, tokenizer: Tokenizer, chunks: np.ndarray, count: int) -> int:
-        """Return the bytes of text of the first ``count`` tokens."""
-        index = int(np.searchsorted(chunks[:, 1], count, "right"))
-        _, first, size = chunks[index - 1].tolist() if index else (0, 0, 0)
+    def _validation_bytes(self, tokenizer: Tokenizer, chunks: np.ndarray, train: int, index: int) -> int:
+        """Return the bytes of the validation text, 0 where decoding doesn't restore texts: it has no bits per byte.
+
+        Args:
+            tokenizer: that of the folder.
+            chunks: the content of ``places.bin``.
+            train: the number of training tokens.
+            index: the number of the chunk in which the validation text begins.
+        """
+        if index == len(chunks) or isinstance(tokenizer, WordTokenizer):  # blanks and rare words are lost
+            return 0
+        _, first, before = chunks[index - 1].tolist() if index else (0, 0, 0)
+        _, last, end = chunks[index].tolist()
         dtype = np.dtype(f"<u{itemsize(tokenizer)}")
-        ids = np.fromfile(self.journal.tokens / "tokens.bin", dtype, count - first, offset=first * dtype.itemsize)
-        text = workers.within_budget(tokenizer, len(ids), lambda: tokenizer.decode(ids.tolist()))
-        return size + len(text.encode())
+        offset = first * dtype.itemsize
+        ids = np.fromfile(self.journal.tokens / "tokens.bin", dtype, last - first, offset=offset).tolist()
+        budget = partial(workers.within_budget, tokenizer, end - before)
+        if not tokenizer.rewrites and budget(lambda: tokenizer.byte_count(ids)) == end - before:
+            count = min(budget(lambda: tokenizer.byte_count(ids[: train - first])), end - before)
+        else:  # special tokens between documents, or a tokenizer that changes texts
+            passage = self._passage(chunks, index)
+            if not budget(lambda: passages.preserved(tokenizer, passage)):
+                return 0
+            count = budget(lambda: passages.bytes_before(tokenizer, passage, train - first))
+        return int(chunks[-1, 2]) - before - count
+
+    def _passage(self, chunks: np.ndarray, index: int) -> Passage:
+        """Read the passage of a chunk again."""
+        number = int(chunks[index, 0])
+        stream = ((chunk, 0) for chunk in sources.text_chunks(self._sources[number], self._form))
+        own = index - int(np.searchsorted(chunks[:, 0], number))
+        return next(islice(passages.passages(stream, True, self._special), own, None))[0]

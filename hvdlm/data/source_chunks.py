@@ -20,10 +20,14 @@ class SourcePosition(NamedTuple):
 
 
 class SourceChunk(NamedTuple):
-    """Some text of a source, about a megabyte, and the position of its end."""
+    """Some text of a source, about a megabyte, and the position of its end.
+
+    ``record_ends``: of a source with records, the characters before the end of every record, without its separator.
+    """
 
     text: str
     end: SourcePosition
+    record_ends: tuple[int, ...] = ()
 
 
 class ReadProgress:

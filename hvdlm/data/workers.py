@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from hvdlm.data import tokenizers
+from hvdlm.data import passages, tokenizers
+from hvdlm.data.passages import Passage
 from hvdlm.data.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer
 from hvdlm.diagnostics.probes import cores
 from hvdlm.errors import HvdlmError
@@ -54,7 +55,7 @@ def choose(requested: int | None, tokenizer: Tokenizer, size: int) -> int:
 
 
 def encoded(
-    tokenizer: Tokenizer, texts: Iterable[tuple[str, Label]], workers: int
+    tokenizer: Tokenizer, texts: Iterable[tuple[Passage | str, Label]], workers: int
 ) -> Iterator[tuple[Label, np.ndarray]]:
     """Yield every text's label with its ids, int32 ``[n]``, in order, whatever the number of ``workers``.
 
@@ -85,7 +86,7 @@ def encoded(
 
 
 def _in_order(
-    pool: ProcessPoolExecutor, texts: Iterable[tuple[str, Label]], limit: int
+    pool: ProcessPoolExecutor, texts: Iterable[tuple[Passage | str, Label]], limit: int
 ) -> Iterator[tuple[Label, np.ndarray]]:
     waiting: deque[tuple[Label, Future[np.ndarray]]] = deque()
     for text, label in texts:
@@ -105,14 +106,14 @@ def _labelled(label: Label, action: Callable[[], np.ndarray]) -> np.ndarray:
         raise
 
 
-def encode(tokenizer: Tokenizer, text: str) -> np.ndarray:
+def encode(tokenizer: Tokenizer, text: Passage | str) -> np.ndarray:
     """Return the ids of ``text``, int32 ``[n]``.
 
     Raises:
         TooSlow: it takes too long.
         HvdlmError: the text can't be encoded.
     """
-    return within_budget(tokenizer, len(text), lambda: tokenizer.encode(text))
+    return within_budget(tokenizer, len(text), lambda: passages.encode(tokenizer, text))
 
 
 def within_budget(tokenizer: Tokenizer, size: int, action: Callable[[], Result]) -> Result:
@@ -176,5 +177,5 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _encode(text: str) -> np.ndarray:
+def _encode(text: Passage | str) -> np.ndarray:
     return encode(_tokenizer, text)

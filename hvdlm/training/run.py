@@ -203,8 +203,8 @@ def connect(plan: Plan) -> Connected:
     vocab = config.model.vocab or task.vocab
     if vocab < task.vocab:
         raise HvdlmError(
-            f"model.vocab {vocab} is less than the tokenizer's {task.vocab} entries: --model.vocab {task.vocab} or "
-            "more, or another --data.tokenizer."
+            f"model.vocab {vocab} is less than the {task.vocab} ids of the texts: {_larger(config, task.vocab)}, or "
+            "another --data.tokenizer."
         )
     spec = plugins.find_model(manager, config.model.name)(config.model, vocab, config.data.context)
     if set(spec.reads) != set(task.reads):
@@ -214,7 +214,7 @@ def connect(plan: Plan) -> Connected:
             "two (a seq2seq translates, a ctc transcribes speech, a convnet classifies digits)."
         )
     if config.log.sample_tokens and not task.reads:
-        encode(task.tokenizer, config.log.sample_prompt)
+        encode(task.tokenizer, config.log.sample_prompt, config)
     spec, base = attach(adapt(spec, config.lora), config.model.pretrained, config.train.seed, config.plugins)
     if plan.checkpoint:
         preflight.check_continuation(plan.checkpoint, task, spec, config, base)
@@ -226,6 +226,13 @@ def connect(plan: Plan) -> Connected:
     world = plan.backend.start(framework, plan.mesh.groups(), config)
     watchdog = Watchdog(world, folder, config.communication.timeout)
     return Connected(plan, task, spec, base, framework, world, watchdog)
+
+
+def _larger(config: Config, vocab: int) -> str:
+    """Return how a model gets more embedding rows: a folder's sizes are fixed."""
+    if config.model.pretrained:
+        return f"enlarge the folder's model (transformers: model.resize_token_embeddings({vocab}), and save it)"
+    return f"--model.vocab {vocab} or more"
 
 
 def build(connected: Connected) -> Run:
