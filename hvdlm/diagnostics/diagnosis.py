@@ -162,7 +162,8 @@ class _Compared:
         if entry.index < self._first:
             return tuple(other for other, last in self._last.items() if entry.index > last)
         key = _key(entry)
-        count = bisect.bisect_right(self._called[rank][key], entry.index)
+        # A damaged recording may have two entries of one index; the column holds the later, which may have another key.
+        count = bisect.bisect_right(self._called[rank].get(key, ()), entry.index)
         return tuple(other for other in self._last if len(self._called[other].get(key, ())) < count)
 
 
