@@ -114,6 +114,7 @@ class BPETokenizer(Tokenizer):
     def bytes_before(self, text: str, count: int, special: bool = False) -> int:
         """Return the bytes of ``text`` before the end of its ``count``-th id, by the library's offsets."""
         self._encoder.encode_special_tokens = not special
+        # A batch lets other threads run: see ``decode``.
         (encoding,) = self._guarded(lambda: self._encoder.encode_batch([text], add_special_tokens=False))
         end = max((end for _, end in encoding.offsets[:count]), default=0)
         return len(text[:end].encode())
