@@ -73,22 +73,22 @@ def check_groups(world: World, framework: Framework, mesh: Mesh) -> None:
 def check_continuation(
     checkpoint: Checkpoint, task: Task, spec: ModelSpec, config: Config, base: Base | None = None
 ) -> None:
-    """Check that a checkpoint's parameters, tokenizer, data cursor and base weights fit this run's settings.
+    """Check that a checkpoint's base weights, tokenizer, parameters and data cursor fit this run's settings.
 
     Raises:
         HvdlmError: one of them doesn't.
     """
     check_base(checkpoint, base)
-    if name := unknown_parameter(checkpoint, spec):
-        raise HvdlmError(
-            f"checkpoint {checkpoint.path} holds {name}, which this run's model lacks: use the model settings it was "
-            "trained with (RUN/config.yaml)."
-        )
     before = checkpoint.manifest.get("tokenizer")
     if before and before != task.tokenizer.hash:
         raise HvdlmError(
             f"checkpoint {checkpoint.path} was trained with another tokenizer or vocabulary than this run's: use its "
             "--data.path and --data.tokenizer, or a new --log.run."
+        )
+    if name := unknown_parameter(checkpoint, spec):
+        raise HvdlmError(
+            f"checkpoint {checkpoint.path} holds {name}, which this run's model lacks: use the model settings it was "
+            "trained with (RUN/config.yaml)."
         )
     cursor: Any = checkpoint.manifest.get("cursor") or {}
     batch = cursor.get("batch_size", config.train.batch_size)
