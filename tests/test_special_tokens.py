@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from hvdlm.data.token_files import TokenData
 from hvdlm.data.tokenizers import BPETokenizer, ByteTokenizer
 from hvdlm.errors import HvdlmError
 from hvdlm.inference.generation import encode, generate_text
+from record_files import WRITERS
 
 SPECIAL = ("<s>", "</s>", "<|endoftext|>", "[PAD]")
 FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
@@ -76,6 +78,29 @@ def test_records_are_encoded_as_transformers_does(tmp_path: Path, template: tupl
     plain = ids_of(prepared(tmp_path, records, path, add_special_tokens=False))
     assert plain == loaded(path)("".join(record + "\n" for record in records), add_special_tokens=False)["input_ids"]
     assert len(expected) == len(plain) + len(records) * max(0, len(template) - 1)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_records_of_every_format_are_documents(name: str, tmp_path: Path) -> None:
+    path = tokenizer_file(tmp_path / "tokenizer.json", BOTH)
+    records = ["To be", "", 'or "not"\nto be', "红楼梦 🙂", "that is"]
+    WRITERS[name](tmp_path / name, records)
+    data = prepare(DataConfig(path=str(tmp_path / name), tokenizer=str(path), cache=str(tmp_path / "cache")))
+    assert ids_of(data) == [number for record in records for number in loaded(path)(record + "\n")["input_ids"]]
+
+
+def test_records_left_out_and_lone_surrogates_shift_no_end(tmp_path: Path) -> None:
+    path = tokenizer_file(tmp_path / "tokenizer.json", BOTH)
+    lines = ['"a \\ud83d b"', "null", '"\\ud83d\\ude42"', '"c"']
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": {line}}}\n' for line in lines))
+    config = DataConfig(path=str(tmp_path / "a.jsonl"), tokenizer=str(path), cache=str(tmp_path / "cache"))
+    config.separator = os.fsdecode(b"\xe9</s>")  # not UTF-8, and a special token
+    stop = loaded(path).convert_tokens_to_ids("</s>")
+    expected = []
+    for record in ("a \ufffd b", "🙂", "c"):
+        expected += [*loaded(path)(record)["input_ids"], *loaded(path)("\ufffd", add_special_tokens=False)["input_ids"]]
+        expected += [stop]
+    assert ids_of(prepare(config)) == expected
 
 
 def test_a_text_of_many_chunks_is_one_document(tmp_path: Path) -> None:
