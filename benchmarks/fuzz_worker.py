@@ -13,6 +13,7 @@ from pathlib import Path
 from random import Random
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+PACKAGES = ("hvdlm", "hvdlm_huggingface", "hvdlm_launchers", "hvdlm_report", "hvdlm_tasks")
 # Bytes of address space beyond those used at the start: tracemalloc doesn't see what compiled libraries allocate.
 HEADROOM = 2**27
 
@@ -47,7 +48,7 @@ def fuzz(name: str, folder: Path, work: Path, seconds: int, longest: int) -> Non
     """Fuzz in this process, which doesn't return; readers find their input in the folder ``work``."""
     import atheris
 
-    with atheris.instrument_imports(include=["hvdlm", "json", "yaml"], enable_loader_override=False):
+    with atheris.instrument_imports(include=[*PACKAGES, "json", "yaml"], enable_loader_override=False):
         import json.decoder  # noqa: F401
 
         import yaml  # noqa: F401
@@ -70,7 +71,7 @@ def fuzz(name: str, folder: Path, work: Path, seconds: int, longest: int) -> Non
     arguments += [f"-dict={folder}/dictionary", "-print_final_stats=1", "-rss_limit_mb=0", str(corpus)]
 
     def mutator(data: bytes, longest: int, seed: int) -> bytes:
-        if name == "yaml" or seed % 2:
+        if name in ("yaml", "arrow", "parquet") or seed % 2:
             return atheris.Mutate(data, longest)
         return fuzz_targets.mutate(name, data, Random(seed))[:longest]
 

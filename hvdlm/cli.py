@@ -12,7 +12,7 @@ from typing import Any
 
 from hvdlm.errors import BAD_INPUT, FAILED, HvdlmError, nearest
 from hvdlm.io import launcher_env
-from hvdlm.io.terminal import on_terminal, surviving_streams
+from hvdlm.io.terminal import on_terminal, printable, surviving_streams
 
 COMMANDS = {
     "train": "train a model (the default)",
@@ -128,7 +128,7 @@ def refuse(error: HvdlmError, debug: bool) -> int:
     from hvdlm.diagnostics.rank_errors import ConnectedError
 
     if debug:
-        traceback.print_exception(error)
+        print(printable("".join(traceback.format_exception(error))), file=sys.stderr)
     rank = launcher_env.rank_for_messages()
     if rank:
         # Rank 0 usually has the same error: it reports it, and the launcher then ends this rank.

@@ -35,8 +35,10 @@ class ModelConfig:
         norm_epsilon: epsilon added to the variance in normalisation layers
         initial_scale: scale of the initial weights; GPT: standard deviation, null: the preset's, or sqrt(2 / (5
             width)); recurrent models: bound of a uniform distribution, null: 1 / sqrt(width)
-        vocab: number of embedding rows, at least the tokenizer's vocabulary size; null: equal to it
+        vocab: number of embedding rows, at least the tokenizer's vocabulary size (without special tokens that no text
+            holds); null: equal to it
         pretrained: Hugging Face folder of a GPT-2 or Llama from which sizes, weights and tokenizer are taken
+        stop_tokens: ids of tokens that end generated text; null: those of pretrained's folder, [] or without one: none
     """
 
     name: str = "gpt"
@@ -56,6 +58,7 @@ class ModelConfig:
     initial_scale: float | None = None
     vocab: int | None = None
     pretrained: str | None = None
+    stop_tokens: list[int] | None = None
 
 
 @dataclass
@@ -79,17 +82,23 @@ class DataConfig:
     """Corpus, tokenizer and sampling.
 
     Args:
-        path: corpus: text files, JSON lines, Parquet, folders (also of Hugging Face datasets), globs, .gz files, - for
-            standard input, a prepared token folder, or "embedded"
+        path: corpus: text files, JSON, CSV, Parquet, folders (also of Hugging Face datasets), globs, each also packed
+            (.gz, .bz2, .xz, .zst), - for standard input, a prepared token folder, or "embedded"
         mixture: weighted corpora instead of path: "{wiki.txt: 3, books: 1}", or "{wiki: {path: [a.txt, b.txt], weight:
             3}}" with optional validation_path, field and separator
         validation_path: validation text, in the forms of path; null: the end of the corpus
-        split: split of a Hugging Face data set to train on; its split validation (valid, val, dev) is used for
-            validation unless validation_path is given
+        split: split to train on of a data set whose files or folders are named by their splits; its split validation
+            (valid, val, dev) is used for validation unless validation_path is given
         validation_share: fraction of the corpus, taken from its end, held out for validation if validation_path is null
-        field: name of the text field in JSON lines, Parquet and Hugging Face data sets
+        field: name of the text field in JSON, CSV, Parquet and Hugging Face data sets
         separator: text appended to every record
+        max_expansion: maximum size of a file's text, as a multiple of the file's size; larger ones are refused as
+            decompression bombs, unless they have less than 64 MiB
         tokenizer: byte, char, word, bpe, or the path of a tokenizer.json (Hugging Face's or a run's)
+        add_special_tokens: begin and end every document with the tokens that the tokenizer.json adds (BOS, EOS), and
+            begin prompts with them
+        split_special_tokens: read documents that spell a special token, such as <|endoftext|>, as plain text; a
+            separator stands for the token that it spells
         vocab_size: maximum vocabulary size of word and bpe; null: 10000 (word), 4096 (bpe)
         context: context length in tokens
         sampling: shuffled (each window once per epoch) or sequential (consecutive windows; recurrent state is carried
@@ -104,7 +113,10 @@ class DataConfig:
     validation_share: float = 0.1
     field: str = "text"
     separator: str = "\n"
+    max_expansion: float = 1000.0
     tokenizer: str = "char"
+    add_special_tokens: bool = True
+    split_special_tokens: bool = True
     vocab_size: int | None = None
     context: int = 64
     sampling: Literal["shuffled", "sequential"] = "shuffled"

@@ -6,13 +6,19 @@ import hashlib
 import json
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
 
+import fuzz_folders
+import fuzz_readers
 import numpy as np
+import pyarrow
+import yaml
+from pyarrow import parquet
 from safetensors.numpy import save as to_bytes
 
 from hvdlm.checkpoints.manifest import FORMAT, read_manifest
@@ -20,9 +26,9 @@ from hvdlm.checkpoints.order import sequence_number
 from hvdlm.checkpoints.shards import Reader, Stored, from_json, to_json
 from hvdlm.config import Config
 from hvdlm.configuration import parsing, schema
-from hvdlm.data import prepare_progress, token_files, tokenizers
+from hvdlm.data import prepare_progress, sources, token_files, tokenizers
 from hvdlm.errors import HvdlmError
-from hvdlm.io import untrusted_input
+from hvdlm.io import compression, untrusted_input
 from hvdlm.parallel.flat_layout import whole
 
 CORPUS = Path(__file__).parent / "fuzz_corpus"
@@ -67,7 +73,8 @@ def manifest() -> dict[str, Any]:
     model = {name: to_json(array, whole(array.shape)) for name, array in ARRAYS["model.safetensors"].items()}
     tensors = {f"parameters/{name}": [{"file": "model.safetensors", **cut}] for name, cut in model.items()}
     files = {name: file_entry(to_bytes(arrays)) for name, arrays in ARRAYS.items()}
-    state = {"mesh": [1, 1, 2], "metrics": {"val_loss": 1.5}, "cursor": {"batch": 5}, "config": {"train": {"steps": 9}}}
+    state: dict[str, Any] = {"mesh": [1, 1, 2], "metrics": {"val_loss": 1.5}, "config": {"train": {"steps": 9}}}
+    state |= {"cursor": {"rows": 40, "left_out": [[8, 16]], "batch_size": 8}, "guard": {"mean_norm": 1.5, "steps": 5}}
     meta = {"format": FORMAT, "step": 5, "world_size": 2, "tokenizer": "t", "vocab": 3, "versions": {"numpy": "2"}}
     meta |= {"branch": "0123456789abcdef", "sequence": 7}
     return {**meta, **state, "files": files, "tensors": tensors | {"optimizer/m/w": optimizer}}
@@ -175,6 +182,8 @@ def _use(tokenizer: tokenizers.Tokenizer) -> None:
     ids = tokenizer.encode(TEXT)
     assert ids.dtype == np.int32 and ids.max(initial=-1) < tokenizer.vocab and ids.min(initial=0) >= 0
     tokenizer.decode(ids.tolist())
+    assert tokenizer.encode_prompt(TEXT).max(initial=-1) < tokenizer.vocab
+    assert 0 <= tokenizer.bytes_before(TEXT, len(ids) // 2)
 
 
 def read_a_configuration(data: bytes, folder: Path) -> int:
@@ -186,6 +195,69 @@ def read_a_configuration(data: bytes, folder: Path) -> int:
 
 
 _KNOWN = {k: v for k, v in schema.types_of({"": Config}).items() if k != "plugin_options"}
+schema.unknown("a", _KNOWN)  # imports all plugins, once: not counted as memory of a reader
+
+
+def read_arrow(data: bytes, folder: Path) -> int:
+    """Read ``data`` as an Arrow file."""
+    return _read_table(data, folder / "a.arrow")
+
+
+def read_parquet(data: bytes, folder: Path) -> int:
+    """Read ``data`` as a Parquet file."""
+    return _read_table(data, folder / "a.parquet")
+
+
+def _read_table(data: bytes, path: Path) -> int:
+    """Return how many chunks of text a table has; check the memory that its library allocates, which isn't traced."""
+    path.write_bytes(data)
+    try:
+        with arrow_memory() as pool:
+            return sum(1 for _ in sources.text_chunks(str(path)))
+    finally:
+        allowed = compression.FREE + untrusted_input.FACTOR * len(data)
+        assert pool.max_memory() <= allowed, f"{len(data)} bytes took {pool.max_memory()} bytes of memory"
+
+
+_DEFAULT_POOL = pyarrow.default_memory_pool()
+_POOL = pyarrow.proxy_memory_pool(_DEFAULT_POOL)  # it has to outlive its last buffer, which an error may keep
+
+
+@contextmanager
+def arrow_memory() -> Iterator[pyarrow.MemoryPool]:
+    """Yield the pool from which pyarrow allocates within the context; it counts the most bytes of all contexts."""
+    pyarrow.set_memory_pool(_POOL)
+    try:
+        yield _POOL
+    finally:
+        pyarrow.set_memory_pool(_DEFAULT_POOL)
+
+
+_COLUMNS = [pyarrow.array([TEXT, None, "", TEXT[:9]] * 3), pyarrow.array([TEXT] * 9).dictionary_encode()]
+
+
+def _arrow_files() -> list[bytes]:
+    return [_arrow_file(column, packed) for column in _COLUMNS for packed in (None, "zstd", "lz4")]
+
+
+def _arrow_file(column: pyarrow.Array, packed: str | None) -> bytes:
+    schema, sink = pyarrow.schema({"text": column.type}), pyarrow.BufferOutputStream()
+    with pyarrow.ipc.new_stream(sink, schema, options=pyarrow.ipc.IpcWriteOptions(compression=packed)) as stream:
+        for _ in range(2):
+            stream.write_batch(pyarrow.record_batch([column], schema=schema))
+    return sink.getvalue().to_pybytes()
+
+
+def _parquet_files() -> list[bytes]:
+    options: list[dict[str, Any]] = [{}, {"use_dictionary": False, "compression": "none"}, {"compression": "zstd"}]
+    options += [{"use_dictionary": False, "column_encoding": {"text": "DELTA_BYTE_ARRAY"}}]
+    return [_parquet_file({"data_page_version": version, **one}) for one in options for version in ("1.0", "2.0")]
+
+
+def _parquet_file(options: dict[str, Any]) -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    parquet.write_table(pyarrow.table({"text": _COLUMNS[0]}), sink, row_group_size=8, store_schema=False, **options)
+    return sink.getvalue().to_pybytes()
 
 
 def _header() -> dict[str, Any]:
@@ -286,6 +358,8 @@ def mutated_value(value: Any, random: Random) -> Any:
 
 def mutate(name: str, data: bytes, random: Random) -> bytes:
     """Return input ``data`` of target ``name`` with one to three changes of its JSON; unchanged if it is no JSON."""
+    if name in fuzz_readers.SECTIONED:
+        return _mutate_part(data, random)
     length = int.from_bytes(data[:8], "little") if name == "shard" else 0
     text, rest = (data[8 : 8 + length], data[8 + length :]) if name == "shard" else (data, b"")
     try:
@@ -302,6 +376,28 @@ def mutate(name: str, data: bytes, random: Random) -> bytes:
     return size.to_bytes(8, "little") + text + rest
 
 
+def _mutate_part(data: bytes, random: Random) -> bytes:
+    """Return an input of several files with one to three lines of JSON or YAML, or bytes, of one of them changed."""
+    files = data.split(fuzz_readers.END)
+    index = random.randrange(len(files))
+    lines = files[index].split(b"\n") if files[index][:1] in (b"{", b"[") else [files[index]]
+    number = random.randrange(len(lines))
+    try:
+        value = yaml.safe_load(lines[number])
+        for _ in range(random.randint(1, 3)):
+            value = mutated_value(value, random)
+        lines[number] = json.dumps(value).encode()
+    except (ValueError, RecursionError, yaml.YAMLError):
+        content = bytearray(lines[number])
+        for _ in range(random.randint(1, 3)):
+            if content:
+                content[random.randrange(len(content))] = random.choice([0, 1, 2, 127, 128, 255, random.randrange(256)])
+        lines[number] = bytes(content)
+    files[index] = b"\n".join(lines)
+    return fuzz_readers.END.join(files)
+
+
+_PAGE = 2**22  # bytes of a page's style and script; of mel filters and of padded images
 _CUT = ("dtype", "shape", "start", "extent", "flat", "file", "F32", "I64", "null", "true", "-1", "1e999", "NaN")
 TARGETS: dict[str, Target] = {
     "manifest": Target(
@@ -322,11 +418,35 @@ TARGETS: dict[str, Target] = {
          "TemplateProcessing", "Unigram", "WordPiece", "WordLevel", "4294967295", "\\ud800"),
         tokenizers.SLACK,
     ),
+    "folder": Target(fuzz_folders.read_a_folder, fuzz_folders.seeds, fuzz_folders.WORDS),
     "yaml": Target(
         read_a_configuration,
         _configurations,
         ("&a ", "*a", "<<", "!!int", "!!binary", "? ", "- ", ": ", "|", ">", "%YAML 1.1", "---", "1:60", "0b", ".inf"),
     ),
+    "doctor": Target(
+        fuzz_readers.read_a_failed_run,
+        fuzz_readers.failed_runs,
+        ("own", "message", "step", "time", "state", "hvdlmLG1", "0-1", "0-9/2", "all_gather", "\\u001b", "\\ud800"),
+        2**24,  # the numbers of the 65,536 ranks that a recording may claim
+    ),
+    "report": Target(
+        fuzz_readers.read_a_run_folder,
+        fuzz_readers.run_folders,
+        ("step", "loss", "val_loss", "traffic", "ranks", "memory", "versions", "1e308", "-1e308", "1e999", "<b>"),
+        _PAGE,
+    ),
+    "resume": Target(
+        fuzz_readers.read_a_manifest_to_resume,
+        fuzz_readers.manifests_to_resume,
+        (*_CUT, "guard", "cursor", "rows", "left_out", "batch_size", "config", "model", "lora", "layers", "heads"),
+    ),
+    "speech": Target(
+        fuzz_readers.read_speech, fuzz_readers.speech, ("RIFF", "WAVE", "fmt ", "data", "audio", "text"), _PAGE
+    ),
+    "digits": Target(fuzz_readers.read_digits, fuzz_readers.digits, (), _PAGE),
+    "arrow": Target(read_arrow, _arrow_files, ("text", "ARROW1", "zstd"), compression.FREE),
+    "parquet": Target(read_parquet, _parquet_files, ("text", "PAR1", "ARROW:schema"), compression.FREE),
 }  # fmt: skip
 
 

@@ -42,7 +42,7 @@ def run_command(
 ) -> subprocess.CompletedProcess[str]:
     """Run a command with these environment variables; return what it printed and its exit code."""
     env = environment(**variables)
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, errors="replace", timeout=timeout)
 
 
 def run_python(

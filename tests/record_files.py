@@ -1,9 +1,12 @@
-"""Writers of corpora of records: JSON lines, Parquet, Arrow, and the folders of Hugging Face datasets."""
+"""Writers of corpora of records: JSON, CSV, Parquet, Arrow, packed files, and the folders of Hugging Face datasets."""
 
 from __future__ import annotations
 
+import bz2
+import csv
 import gzip
 import json
+import lzma
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,29 @@ def write_packed_lines(path: Path, texts: list[str]) -> None:
     with gzip.open(path, "wt", encoding="utf-8") as file:
         file.write("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
+
+def write_json_array(path: Path, texts: list[str]) -> None:
+    records = [{"tags": ["[", {"}": '"\\'}], "text": text, "id": i} for i, text in enumerate(texts)]
+    path.write_text(json.dumps(records, indent=1), encoding="utf-8")
+
+
+def write_csv(path: Path, texts: list[str]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        rows = csv.writer(file, delimiter="\t" if path.suffix == ".tsv" else ",", lineterminator="\n")
+        rows.writerow(["id", "text"])
+        rows.writerows(enumerate(texts))
+
+
+def _zstandard(data: bytes) -> bytes:
+    return pyarrow.Codec("zstd").compress(data, asbytes=True)
+
+
+PACKERS: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": _zstandard,
+}
 
 SCHEMA = pyarrow.schema({"id": pyarrow.int64(), "text": pyarrow.string()})
 
@@ -98,6 +124,9 @@ def write_data_set_splits(folder: Path, **splits: list[str]) -> None:
 WRITERS: dict[str, Callable[[Path, list[str]], None]] = {
     "x.jsonl": write_json_lines,
     "x.jsonl.gz": write_packed_lines,
+    "x.json": write_json_array,
+    "x.csv": write_csv,
+    "x.tsv": write_csv,
     "x.parquet": write_parquet,
     "data-00000-of-00001.arrow": write_arrow,
 }

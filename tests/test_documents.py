@@ -50,7 +50,7 @@ def test_records_become_the_tokens_of_their_text(tmp_path: Path, name: str) -> N
     assert prepared_folders[0].tokenizer.decode(first) == prepared_folders[1].tokenizer.decode(second) == WHOLE * 20
 
 
-@pytest.mark.parametrize("name", ["x.jsonl", "x.parquet", "data-00000-of-00001.arrow"])
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.csv", "x.parquet", "data-00000-of-00001.arrow"])
 def test_memory_does_not_grow_with_the_records(tmp_path: Path, name: str) -> None:
     WRITERS[name](tmp_path / name, ["the same record again and again, of which there are many. " * 50] * 10_000)
     # Arrow reports its own memory; the rest is Python's.

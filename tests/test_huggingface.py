@@ -22,8 +22,8 @@ from hvdlm.data.tokenizers import from_json
 from hvdlm.errors import HvdlmError
 from hvdlm.models.spec import ModelSpec, builtin_models
 from hvdlm.parallel.flat_layout import whole
-from hvdlm_huggingface.export import _characters
 from hvdlm_huggingface.folder import Folder
+from hvdlm_huggingface.tokenizer_files import from_characters
 from launching import ROOT, environment, launch, losses, run_python
 
 FRAMEWORKS = ["torch", "tensorflow"]
@@ -159,7 +159,7 @@ def write_pretrained(kind: str, path: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
     transformers_model(kind).save_pretrained(path)
-    (path / "own.json").write_text(json.dumps(_characters({"characters": "".join(sorted(set(TEXT)))})))
+    (path / "own.json").write_text(json.dumps(from_characters({"characters": "".join(sorted(set(TEXT)))})))
     PreTrainedTokenizerFast(tokenizer_file=str(path / "own.json")).save_pretrained(path)
     (path / "own.json").unlink()
 
@@ -223,7 +223,11 @@ HARMS: dict[str, tuple[Harm, str]] = {
     ),
     "more layers": (lambda p: changed(p, n_layer=4), "there is no tensor transformer.h.3.ln_1.weight"),
     "stray": (
-        lambda p: (p / "model.safetensors.index.json").write_text('{"weight_map": {"wte.weight": "../x"}}'),
+        lambda p: (
+            (p / "model.safetensors")
+            .rename(p / "model.safetensors.index.json")
+            .write_text('{"weight_map": {"wte.weight": "../x"}}')
+        ),
         "names files outside of its folder",
     ),
 }

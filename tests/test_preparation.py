@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import multiprocessing
@@ -26,7 +25,7 @@ from hvdlm.data.source_chunks import ReadProgress
 from hvdlm.data.workers import WorkerDied
 from hvdlm.errors import HvdlmError
 from launching import environment, run_python, wait_until
-from record_files import WRITERS
+from record_files import PACKERS, WRITERS
 
 LINES = [f"the line number {i} says {'much ' * (i % 7)}红楼梦" for i in range(3000)]
 SMALL_CHUNKS = (
@@ -79,14 +78,14 @@ def remaining(folder: Path) -> list[str]:
 # Reading
 
 
-@pytest.mark.parametrize("name", [*WRITERS, "x.txt", "x.txt.gz"])
+@pytest.mark.parametrize("name", [*WRITERS, "x.txt", "utf-16.txt", *(f"x.txt{suffix}" for suffix in PACKERS)])
 def test_reading_resumes_at_the_end_of_any_chunk(name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     if name in WRITERS:
         WRITERS[name](path, LINES)
     else:
-        data = "\n".join(LINES).encode()
-        path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+        data = "\r\n".join(LINES).encode("utf-16" if name == "utf-16.txt" else "utf-8")
+        path.write_bytes(PACKERS[path.suffix](data) if path.suffix in PACKERS else data)
     whole_reading = ReadProgress()
     whole = list(sources.text_chunks(str(path), progress=whole_reading))
     assert len(whole) > 20 and whole_reading.bytes_read == path.stat().st_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -12,8 +13,11 @@ import pytest
 import yaml
 
 from hvdlm import cli
-from hvdlm_report.chart import chart, short, thinned, ticks
-from hvdlm_report.runs import compare, read
+from hvdlm_report.axes import short, ticks
+from hvdlm_report.chart import Chart, draw
+from hvdlm_report.comparison import compare
+from hvdlm_report.curves import thinned
+from hvdlm_report.runs import read
 from launching import BROWSER, STEPS
 
 
@@ -38,7 +42,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.links += [value or "" for name, value in attrs if name in ("src", "href")]
-        if tag not in ("meta", "link", "line", "circle", "br"):
+        if tag not in ("meta", "link", "line", "circle", "br", "input"):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -58,8 +62,8 @@ def test_the_report_of_two_runs_shows_where_they_differ(
     assert cli.main(["report", *map(str, runs), "--output", str(output)]) == 0
     assert "Losses agree within 0.0001 on all 30 logged steps" in capsys.readouterr().out
     page = Page(output.read_text())
-    assert not page.open and page.tags.count("svg") == 7 and page.tags.count("polyline") == 14
-    assert "script" not in page.tags and page.links == ["data:,"]  # self-contained
+    assert not page.open and page.tags.count("figure") == 7 and page.tags.count("svg") == 7 * 4
+    assert page.tags.count("script") == 1 and page.links == ["data:,"]  # self-contained
     for run in runs:
         summary = json.loads((run / "summary.json").read_text())
         assert f"{summary['val_loss']:,.6g}" in page.text and str(run) in page.text
@@ -82,9 +86,10 @@ def test_an_unfinished_run_is_reported_and_escaped(tmp_path: Path) -> None:
     (run / "sample.txt").write_text("</pre><img src=x onerror=alert(1)>")
     assert cli.main(["report", str(run), "--output", str(tmp_path / "p.html")]) == 0
     page = Page((tmp_path / "p.html").read_text())
-    assert {"script", "img", "b"} & set(page.tags) == set() and page.tags.count("svg") == 2
+    assert {"img", "b"} & set(page.tags) == set() and page.tags.count("script") == 1
+    assert page.tags.count("figure") == 2 and page.tags.count("svg") == 4  # without an axis of tokens
     assert "<script>alert(1)</script>" in page.text and "<b>run" in page.text
-    assert (tmp_path / "p.html").stat().st_size < 60_000
+    assert (tmp_path / "p.html").stat().st_size < 90_000
 
 
 def test_folders_without_a_run_are_refused_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,10 +110,10 @@ def test_folders_without_a_run_are_refused_in_one_sentence(tmp_path: Path, capsy
 def test_thinned_curves_keep_extremes_and_ticks_are_round() -> None:
     spiky = {step: 1.0 + (step == 7777) * 9.0 - (step == 4321) for step in range(10_000)}
     thin = thinned(spiky)
-    assert len(thin) <= 602 and (max(thin.values()), min(thin.values())) == (10.0, 0.0) and 9999 in thin
+    assert len(thin) <= 402 and (max(thin.values()), min(thin.values())) == (10.0, 0.0) and 9999 in thin
     assert ticks(0.0, 1.0) == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0] and ticks(1, 30) == [10, 20, 30] and ticks(2, 2) == [2]
     assert [short(v) for v in (0.05, 1234, 3.2e6, 5e9)] == ["0.05", "1.234k", "3.2M", "5G"]
-    assert chart("t", "", {"a": {}}) == "" and "polyline" in chart("t", "u", {"a": {1: 1.0}})
+    assert draw(Chart("t"), [("a", {})]) == "" and "polyline" in draw(Chart("t", "u"), [("a", {1: 1.0})])
 
 
 def test_runs_without_a_common_step_are_reported(tmp_path: Path) -> None:
@@ -128,5 +133,21 @@ def test_a_browser_shows_the_page(runs: tuple[Path, Path], tmp_path: Path) -> No
     shown = [str(BROWSER), *options, f"--user-data-dir={tmp_path / 'profile'}"]
     subprocess.run([*shown, f"--screenshot={picture}", output.as_uri()], check=True, capture_output=True, timeout=120)
     assert picture.stat().st_size > 30_000
-    dumped = subprocess.run([*shown, "--dump-dom", output.as_uri()], check=True, capture_output=True, timeout=120)
-    assert dumped.stdout.decode().count("<polyline") == 14
+    assert dom(shown, output).count("<polyline") >= 14 * 4
+    # The same page without its policy, and a pointer in the middle of the first chart.
+    point = "const svg = document.querySelector('svg'), box = svg.getBoundingClientRect();"
+    point += "svg.dispatchEvent(new PointerEvent('pointermove', {clientX: box.left + box.width / 2}));"
+    pointed = tmp_path / "pointed.html"
+    text = output.read_text().replace("Content-Security-Policy", "x")
+    pointed.write_text(text.replace("</body>", f"<script>{point}</script></body>"))
+    first, second = (read(run).losses for run in runs)
+    values = dom(shown, pointed).partition("<output>")[2].partition("</output>")[0]
+    (step,) = {match[1] for match in re.finditer(r" at step (\d+)", values)}
+    assert 10 < int(step) < 20
+    assert all(f" {loss[int(step)]:.6g} at step {step}" in values for loss in (first, second))
+
+
+def dom(browser: list[str], path: Path) -> str:
+    """Return a page as a browser has changed it."""
+    command = [*browser, "--dump-dom", path.as_uri()]
+    return subprocess.run(command, check=True, capture_output=True, timeout=120).stdout.decode()

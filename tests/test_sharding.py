@@ -142,6 +142,19 @@ def test_predicted_activations_are_near_what_torch_keeps(name: str, recomputed: 
     assert predicted.memory["activations"] == pytest.approx(trainable.memory()["activations"], rel=0.10)
 
 
+@pytest.mark.parametrize("name", ["gpt", "llama"])
+@pytest.mark.parametrize("width, rows", [(64, 8), (256, 2)])  # activations dominate, or casts of weights
+def test_predicted_bf16_activations_are_what_torch_keeps(name: str, width: int, rows: int) -> None:
+    config = configured((1, 1, 1), name, micro_batch_size=None, batch_size=rows, precision="bf16")
+    config.model = ModelConfig(name=name, layers=3, width=width, heads=4)
+    model, mesh = builtin_models()[name](config.model, 97, 16), Mesh(1, 1, 1)
+    trainable = single_rank_trainable(model, config)
+    trainable.train_step([token_batch(shape=(rows, 16), vocab=97)], 1e-3, 0)
+    predicted = closed_form(config, model, mesh, 0)
+    assert predicted is not None
+    assert predicted.memory["activations"] == pytest.approx(trainable.memory()["activations"], rel=0.01)
+
+
 def test_a_dry_run_plans_64_gpus_and_touches_nothing(tmp_path: Path) -> None:
     plan = str(ROOT / "examples" / "plan_7b.yaml")
     done = run_python(["-m", "hvdlm", "--config", plan, "--dry_run", "--log.run", str(tmp_path / "run")])

@@ -327,7 +327,7 @@ LM = "--speech.language_model"
         (["--speech.beams", "4", LM, "RUNS/empty"], "RUNS/empty: it holds no checkpoint yet"),
         (["--speech.beams", "4", LM, "RUNS/torn"], "RUNS/torn: its tokenizer.json can't be read"),
         (["--speech.beams", "4", LM, "RUNS/other"], "was trained with another tokenizer than its tokenizer.json"),
-        (["--speech.beams", "4", LM, "RUNS/extra"], "holds parameters/lora, which its model gpt lacks"),
+        (["--speech.beams", "4", LM, "RUNS/extra"], "holds lora, which its model gpt lacks"),
         (["--speech.beams", "4", LM, "RUNS/reads_audio"], "its model ctc reads more than text"),
         (["--speech.beams", "4", LM, "RUNS/short"], "RUNS/short: character 't' is not among the 11"),
     ],

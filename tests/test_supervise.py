@@ -156,13 +156,18 @@ def test_a_run_that_stopped_itself_is_not_restarted(fake: Path) -> None:
         (1, {}, ["Process name: 0", "Exit code: 75"], "stopped"),
         (1, {}, ["Process name: 0", "Exit code: 2"], "refused"),
         (1, {}, ["Process name: 0", "Exit code: 1"], "failed"),
-        (1, {"state": ["done"]}, [], "failed"),
     ],
 )
 def test_outcomes_are_recognised_behind_launchers(
     code: int, status: dict[str, Any], errors: list[str], state: str
 ) -> None:
     assert outcome(code, status, errors)[0] == state
+
+
+@pytest.mark.parametrize("content", ['{"state": ["done"]}', '{"step": true}', '{"step": -1}', "[1]", "{", "[" * 9999])
+def test_a_damaged_status_counts_as_none(content: str, tmp_path: Path) -> None:
+    (tmp_path / "status.json").write_text(content)
+    assert RunStatus.of(tmp_path).status == {} and RunStatus.of(tmp_path).step == 0
 
 
 def test_the_best_known_reason_of_a_failure_is_given() -> None:

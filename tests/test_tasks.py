@@ -425,7 +425,9 @@ def test_invalid_images_are_refused(tmp_path: Path) -> None:
     assert "can't be unpacked" in refused(Digits, path=str(tmp_path))
     write_idx(tmp_path / "t10k-images-idx3-ubyte.gz", np.zeros((2, 40, 28)))
     write_idx(tmp_path / "t10k-labels-idx1-ubyte.gz", np.zeros(2))
-    assert "larger than 28 x 28" in refused(Digits, path=str(tmp_path))
+    assert "40 x 28 pixels, expected 8 x 8 to 28 x 28" in refused(Digits, path=str(tmp_path))
+    write_idx(tmp_path / "t10k-images-idx3-ubyte.gz", np.zeros((2, 1, 1)))  # millions would be padded to fill memory
+    assert "1 x 1 pixels, expected 8 x 8 to 28 x 28" in refused(Digits, path=str(tmp_path))
 
 
 @pytest.mark.parametrize(

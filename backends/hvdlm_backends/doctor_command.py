@@ -25,10 +25,11 @@ def main(arguments: list[str]) -> int:
 def examine_machine() -> int:
     """Print the findings about this machine; return 0 where there is no problem, else 1."""
     from hvdlm.diagnostics.probes import gather
+    from hvdlm.io.terminal import printable
     from hvdlm_backends.machine_checks import check
 
     findings = check(gather())
-    print(table(findings), flush=True)
+    print(printable(table(findings)), flush=True)
     return 1 if any(finding.level == "problem" for finding in findings) else 0
 
 
@@ -48,6 +49,7 @@ def explain_run(run: Path) -> int:
     """
     from hvdlm.diagnostics import diagnosis, failure_files
     from hvdlm.errors import HvdlmError
+    from hvdlm.io.terminal import printable
     from hvdlm.io.user_folders import similar_run
 
     folder = failure_files.files_folder(run)
@@ -62,5 +64,5 @@ def explain_run(run: Path) -> int:
         if files.unreadable:
             reason = files.unreadable[0]
         raise HvdlmError(f"--run {run}: there is no flight recorder in {folder}: {reason}")
-    print(diagnosis.report(files), flush=True)
+    print(printable(diagnosis.report(files)), flush=True)
     return 0

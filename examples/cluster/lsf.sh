@@ -13,11 +13,11 @@
 #BSUB -r
 #BSUB -o hvdlm-%J.out
 
-set -uo pipefail
 if agent=$(command -v blaunch); then
     export OMPI_MCA_plm_rsh_agent="$agent" PRTE_MCA_plm_ssh_agent="$agent"
 fi
 module load openmpi
+set -uo pipefail
 export OMP_NUM_THREADS=8
 # The signal may arrive at any moment, even before the ranks run.
 launcher="" signalled=no

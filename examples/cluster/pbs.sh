@@ -7,12 +7,12 @@
 #PBS -r y
 #PBS -j oe
 
-set -uo pipefail
-cd "$PBS_O_WORKDIR" || exit 1
+cd "${PBS_O_WORKDIR:?}" || exit 1
 if agent=$(command -v pbs_tmrsh); then
     export OMPI_MCA_plm_rsh_agent="$agent" PRTE_MCA_plm_ssh_agent="$agent"
 fi
 source .venv/bin/activate
+set -uo pipefail
 export OMP_NUM_THREADS=8
 # The signal may arrive at any moment, even before the ranks run.
 launcher="" signalled=no

@@ -11,6 +11,7 @@ from hvdlm.checkpoints.load import Checkpoint, open_checkpoint
 from hvdlm.checkpoints.manifest import MANIFEST
 from hvdlm.checkpoints.order import newest_first, sequence_numbers, set_aside_folders, step_of
 from hvdlm.errors import HvdlmError
+from hvdlm.io.terminal import printable
 
 
 def step_folders(folder: Path) -> list[tuple[int, Path]]:
@@ -94,4 +95,5 @@ def require_none(folder: Path, which: str, newest_error: CheckpointError | None,
 
 def print_skipped(error: CheckpointError) -> None:
     """Print that a damaged checkpoint is skipped."""
-    print(f"hvdlm: checkpoint {error.path} is damaged ({error.reason}): it is skipped", file=sys.stderr, flush=True)
+    text = f"hvdlm: checkpoint {error.path} is damaged ({error.reason}): it is skipped"
+    print(printable(text), file=sys.stderr, flush=True)

@@ -13,6 +13,7 @@ from hvdlm.checkpoints.shards import Stored, from_json
 from hvdlm.io import untrusted_input
 from hvdlm.io.safe_files import entries
 from hvdlm.io.untrusted_input import shown
+from hvdlm.io.value_checks import count, fields, list_of, mapping_of, number, text
 
 _ANY_FORMAT = "hvdlm-checkpoint-"
 FORMAT = f"{_ANY_FORMAT}3"
@@ -23,15 +24,32 @@ _FILE = re.compile(r"[a-z]{1,32}(-[0-9]{1,9})?\.safetensors")
 _WRITTEN = re.compile(rf"({_FILE.pattern}|{re.escape(MANIFEST)}|\..*\.partial)")  # all names in a checkpoint's folder
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _BRANCH = re.compile(r"[0-9a-f]{16}")
-_COUNT = 2**53  # JSON readers keep integers exact up to here
-_TYPES: dict[str, tuple[type, str]] = {
-    "config": (dict, "a mapping"),
-    "cursor": (dict, "a mapping"),
-    "versions": (dict, "a mapping"),
-    "metrics": (dict, "a mapping"),
-    "base": (dict, "a mapping"),
-    "tokenizer": (str, "text"),
-}
+_ROWS = count(high=2**52)  # twice this many still fit into an int64
+_RANGES = 10_000  # of rows that are left out; every step looks at all of them
+_CURSOR = fields(
+    {"rows": _ROWS, "left_out": list_of(list_of(_ROWS, 2, 2), most=_RANGES)}, {"batch_size": count(1, 2**52)}
+)
+_SCHEMA = fields(
+    {
+        "step": count(high=2**52),
+        "world_size": count(1),
+        "files": mapping_of(fields({"bytes": count(), "sha256": text})),
+        "tensors": mapping_of(),
+    },
+    {
+        "config": mapping_of(),
+        "cursor": _CURSOR,
+        "guard": fields({}, {"mean_norm": number(0), "steps": count()}),
+        "versions": mapping_of(text),
+        "metrics": mapping_of(number(finite=False)),
+        "base": fields({"weights": text, "factor": number()}),
+        "tokenizer": text,
+        "data": text,
+        "vocab": count(),
+        "mesh": list_of(count(1), 1, 8),
+    },
+)
+_BRANCHED = fields({"sequence": count(), "branch": text})
 
 
 def read_manifest(path: Path, complete: bool = True) -> tuple[dict[str, Any], dict[str, list[Stored]]]:
@@ -78,49 +96,19 @@ def _check(manifest: Any) -> None:
         raise ValueError("manifest.json holds no mapping")
     if manifest.get("format") not in (FORMAT, FORMAT_2):
         raise ValueError(f"its format is {shown(repr(manifest.get('format')))}, not {FORMAT!r}")
+    _SCHEMA(manifest, "")
     if manifest["format"] == FORMAT:
-        _check_count(manifest["sequence"], "its sequence")
-        if not isinstance(manifest["branch"], str) or not _BRANCH.fullmatch(manifest["branch"]):
+        _BRANCHED(manifest, "")
+        if not _BRANCH.fullmatch(manifest["branch"]):
             raise ValueError(f"its branch is {shown(repr(manifest['branch']))}")
-    for name in ("step", "world_size"):
-        _check_count(manifest[name], f"its {name}")
-    if manifest["world_size"] == 0:
-        raise ValueError("its world_size is 0")
-    for name in ("files", "tensors"):
-        if not isinstance(manifest[name], dict):
-            raise ValueError(f"its {name} are no mapping")
-    for name, (kind, expected) in _TYPES.items():
-        if not isinstance(manifest.get(name, kind()), kind):
-            raise ValueError(f"its {name} is {shown(manifest[name])}, not {expected}")
-    _check_figures(manifest)
-
-
-def _check_figures(manifest: Mapping[str, Any]) -> None:
-    mesh = manifest.get("mesh", [1])
-    if not isinstance(mesh, list) or not 0 < len(mesh) <= 8 or not all(type(n) is int and 0 < n < _COUNT for n in mesh):
-        raise ValueError(f"its mesh is {shown(mesh)}")
-    if "vocab" in manifest:
-        _check_count(manifest["vocab"], "its vocab")
-    for name, value in manifest.get("metrics", {}).items():
-        if type(value) not in (int, float) or (type(value) is int and abs(value) >= _COUNT):
-            raise ValueError(f"its metric {shown(name)} is {shown(repr(value))}")
-    for name, value in manifest.get("versions", {}).items():
-        if not isinstance(value, str):
-            raise ValueError(f"its version of {shown(name)} is {shown(repr(value))}")
-
-
-def _check_count(value: Any, meaning: str) -> None:
-    if type(value) is not int or not 0 <= value < _COUNT:  # isinstance would take a bool for an int
-        raise ValueError(f"{meaning} is {shown(repr(value))}")
 
 
 def _check_files(path: Path, files: Mapping[str, Any], complete: bool) -> None:
     for name, entry in files.items():
         if not _FILE.fullmatch(name):
             raise ValueError(f"it names a file {shown(repr(name))}")
-        _check_count(entry["bytes"], f"the size of {name}")
         expected = complete or os.path.lexists(path / name)
         if expected and untrusted_input.size(path / name, within=path) != entry["bytes"]:
             raise ValueError(f"{name} doesn't have the {entry['bytes']} bytes it was written with")
-        if not isinstance(entry["sha256"], str) or not _SHA256.fullmatch(entry["sha256"]):
+        if not _SHA256.fullmatch(entry["sha256"]):
             raise ValueError(f"it has no SHA-256 of {name}")

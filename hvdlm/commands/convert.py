@@ -10,6 +10,7 @@ from hvdlm.checkpoints.merge import convert
 from hvdlm.commands.trained_run import chosen_checkpoint, run_file, run_parser
 from hvdlm.errors import HvdlmError, nearest
 from hvdlm.io import file_lock, safe_files
+from hvdlm.io.terminal import printable
 
 
 def main(arguments: list[str]) -> int:
@@ -22,7 +23,7 @@ def main(arguments: list[str]) -> int:
     with file_lock.exclusive(output):
         checkpoint = chosen_checkpoint(values)
         count = convert(checkpoint, output, values.base)
-    print(f"{output}: {count:,} parameters of {checkpoint.path}")
+    print(printable(f"{output}: {count:,} parameters of {checkpoint.path}"))
     return 0
 
 
@@ -39,7 +40,7 @@ def _export(values: Any) -> int:
         count, note = manager.hook.hvdlm_export(
             name=name, checkpoint=checkpoint, tokenizer=tokenizer, output=output, base=values.base
         )
-    print(f"{output}: {count:,} parameters of {checkpoint.path} {note}")
+    print(printable(f"{output}: {count:,} parameters of {checkpoint.path} {note}"))
     return 0
 
 

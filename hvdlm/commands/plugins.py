@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hvdlm.configuration.parsing import command_parser
+from hvdlm.io.terminal import printable
 from hvdlm.plugins import describe
 
 
@@ -12,5 +13,6 @@ def main(arguments: list[str]) -> int:
     rows = [("plugin", "from", "module", "provides"), *describe()]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)) + "  " + row[3])
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
+        print(printable("  ".join([*cells, row[3]])))
     return 0

@@ -10,6 +10,7 @@ from hvdlm.configuration import schema
 from hvdlm.configuration.parsing import command_parser
 from hvdlm.data import mixture, preparation
 from hvdlm.errors import HvdlmError
+from hvdlm.io.terminal import printable
 
 
 def main(arguments: list[str]) -> int:
@@ -24,10 +25,9 @@ def main(arguments: list[str]) -> int:
         print("hvdlm: interrupted; the same command resumes", file=sys.stderr, flush=True)
         return 130
     for name, data in corpora.items():
-        print(
-            f"{name + ': ' if name else ''}{data.folder}: {len(data.train):,} training and "
-            f"{len(data.validation):,} validation tokens, vocabulary of {data.tokenizer.vocab:,}"
-        )
+        counts = f"{len(data.train):,} training and {len(data.validation):,} validation tokens"
+        folder = f"{name}: {data.folder}" if name else data.folder
+        print(printable(f"{folder}: {counts}, vocabulary of {data.tokenizer.vocab:,}"))
     return 0
 
 

@@ -17,7 +17,7 @@ import jsonargparse
 from hvdlm.config import SECTION_CLASSES, Config
 from hvdlm.configuration import schema
 from hvdlm.errors import HvdlmError, nearest
-from hvdlm.io import safe_yaml, untrusted_input
+from hvdlm.io import safe_yaml, text_decoding, untrusted_input
 
 _SENTENCE = 1000  # characters of an error: the value it quotes may be long
 _CONFIG_LIMIT = 2**18  # bytes: a larger file is no configuration
@@ -222,7 +222,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not str(path) or str(path) == ".":
         raise HvdlmError("--config: the value is missing, expected the path of a YAML file.")
     try:
-        text = str(untrusted_input.read(path, _CONFIG_LIMIT), "utf-8")
+        text = text_decoding.decode(untrusted_input.read(path, _CONFIG_LIMIT))
         content = safe_yaml.load(text, jsonargparse.get_loader("yaml"))
     except OSError as error:
         raise HvdlmError(f"--config {path}: {error.strerror}: give a readable YAML file.") from error

@@ -11,10 +11,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
-from hvdlm.configuration import other_tools
+from hvdlm.configuration.other_tools import translate
 from hvdlm.errors import HvdlmError
 from hvdlm.io import untrusted_input
 
+Options = typing.TypeVar("Options")
 _LONGEST = 80  # characters of an unknown key that are compared with known ones
 _PHRASES = {
     int: "a whole number",
@@ -52,7 +53,7 @@ def expectation(hint: Any) -> str:
 
 def advice(key: str, known: Iterable[str]) -> str:
     """Return a suggestion for the unknown ``key``: what it is called here, or the closest name."""
-    elsewhere = other_tools.translate(key)
+    elsewhere = translate(key)
     if elsewhere:
         return elsewhere
     names = sorted({*known, *(name.split(".")[0] for name in known)})
@@ -129,6 +130,34 @@ def check_mapping(content: Mapping[str, Any], known: Mapping[str, Any], where: s
             raise HvdlmError(f"{where}: {wrong_value(key, None, known[key])}")
         elif not isinstance(value, str | None) and expectation(known[key]) in ("text", "text or null"):
             raise HvdlmError(f"{where}: {wrong_value(key, value, known[key])}")
+
+
+def instance(kind: type[Options], values: Any, section: str) -> Options:
+    """Return the options of ``section`` that a run stored, each of its type; ``kind``: their dataclass.
+
+    Raises:
+        HvdlmError: ``values`` is no mapping, holds an unknown option, or one of another type.
+    """
+    known = types_of({section: kind})
+    check_mapping({section: values}, known, "its configuration")
+    for name, value in values.items():
+        if not _is_of(value, known[f"{section}.{name}"]):
+            raise HvdlmError(
+                f"its configuration: {wrong_value(f'{section}.{name}', value, known[f'{section}.{name}'])}"
+            )
+    return kind(**values)
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    """Return whether a value of JSON is of the type ``hint`` of an option; whole numbers are numbers, bools are not."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return any(type(value) is type(other) and value == other for other in arguments)
+    if origin in (typing.Union, types.UnionType):
+        return any(_is_of(value, other) for other in arguments)
+    if origin is list:
+        return isinstance(value, list) and all(_is_of(item, arguments[0]) for item in value)
+    return type(value) in (int, float) if hint is float else type(value) is (origin or hint)
 
 
 def example(section: str, known: Mapping[str, Any]) -> str:

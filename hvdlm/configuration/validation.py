@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable, Mapping
-from functools import reduce
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import pluggy
 
 from hvdlm import plugins
 from hvdlm.config import Config
+from hvdlm.configuration import ranges
 from hvdlm.data import mixture
 from hvdlm.errors import HvdlmError, nearest
 from hvdlm.models.lora import adapt
@@ -20,56 +19,6 @@ from hvdlm.parallel import layout_checks
 from hvdlm.parallel.mesh import Mesh
 
 _STAND_IN_VOCAB = 256  # checks run before the data is opened
-_POSITIVE = """
-    model.layers model.width model.heads model.kv_heads model.mlp_width model.vocab lora.rank data.vocab_size
-    data.context train.steps train.batch_size train.micro_batch_size train.decay_every train.decay_start
-    train.eval_batch_size train.threads parallel.data parallel.pipeline parallel.tensor communication.bucket_bytes
-    communication.fusion_bytes communication.compression.rank communication.compression.min_elements
-    communication.local.steps checkpoint.keep log.every train.max_skips
-"""
-_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
-    **{key: (lambda v: v >= 1, "1 or more") for key in _POSITIVE.split()},
-    "model.dropout": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
-    "model.rotary_base": (lambda v: v > 1, "above 1"),
-    "model.norm_epsilon": (lambda v: 0 < v < 1, "above 0 and below 1"),
-    "model.initial_scale": (lambda v: v > 0, "above 0"),
-    "lora.alpha": (lambda v: v > 0, "above 0"),
-    "data.validation_share": (lambda v: 0 < v < 1, "above 0 and below 1"),
-    "train.seed": (lambda v: 0 <= v < 2**63, "0 or more"),
-    "train.learning_rate": (lambda v: v > 0, "above 0"),
-    "train.min_learning_rate": (lambda v: v >= 0, "0 or more"),
-    "train.warmup": (lambda v: v >= 0 and (v < 1 or v == int(v)), "whole steps, or a share between 0 and 1"),
-    "train.decay_factor": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
-    "train.weight_decay": (lambda v: v >= 0, "0 or more"),
-    "train.beta1": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
-    "train.beta2": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
-    "train.epsilon": (lambda v: v > 0, "above 0"),
-    "train.momentum": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
-    "train.label_smoothing": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
-    "train.clip": (lambda v: v >= 0, "0 (no clipping) or more"),
-    "train.max_seconds": (lambda v: v > 0, "above 0"),
-    "train.spike": (lambda v: v == 0 or v > 1, "0 (only what is not finite) or above 1"),
-    "train.replica_check_every": (lambda v: v >= 0, "0 (never) or more"),
-    "train.eval_every": (lambda v: v >= 0, "0 (only at the end) or more"),
-    "communication.cycle_ms": (lambda v: v > 0, "above 0"),
-    "communication.timeout": (lambda v: v > 0, "above 0"),
-    "communication.stall_check": (lambda v: v >= 1, "1 or more"),
-    "communication.predivide": (lambda v: v > 0, "above 0"),
-    "communication.cache_capacity": (lambda v: v >= 0, "0 (none) or more"),
-    "communication.compression.ratio": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
-    "communication.compression.block": (lambda v: v >= 8 and v % 8 == 0, "a multiple of 8"),
-    "communication.compression.momentum": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
-    "communication.compression.clip": (lambda v: v >= 0, "0 (no clipping) or more"),
-    "communication.compression.warmup": (lambda v: v >= 0, "0 or more"),
-    "communication.compression.min_compression": (lambda v: v >= 1, "1 or more"),
-    "communication.compression.start_after_steps": (lambda v: v >= 0, "0 or more"),
-    "communication.local.outer_learning_rate": (lambda v: v > 0, "above 0"),
-    "communication.local.outer_momentum": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
-    "communication.local.warmup": (lambda v: v >= 0, "0 or more"),
-    "checkpoint.every": (lambda v: v >= 0, "0 (only at the end) or more"),
-    "checkpoint.keep_best": (lambda v: v >= 0, "0 (none) or more"),
-    "log.sample_tokens": (lambda v: v >= 0, "0 (none) or more"),
-}
 
 
 def values(config: Config) -> None:
@@ -78,10 +27,7 @@ def values(config: Config) -> None:
     Raises:
         HvdlmError: the first problem.
     """
-    for key, (good, expected) in _RANGES.items():
-        value: Any = reduce(getattr, key.split("."), config)
-        if value is not None and (not math.isfinite(value) or not good(value)):
-            raise HvdlmError(f"{key} is {value}, expected {expected}: set --{key}.")
+    ranges.check(vars(config))
     if config.train.min_learning_rate > config.train.learning_rate:
         raise HvdlmError(
             f"train.min_learning_rate {config.train.min_learning_rate} is above train.learning_rate "

@@ -1,165 +1,230 @@
-"""Reads texts from records (JSON lines, Parquet and Arrow files, Hugging Face ``datasets``) in bounded memory."""
+"""Reads texts from records (JSON lines, JSON arrays, CSV; tables: ``tables.py``) in bounded memory."""
 
 from __future__ import annotations
 
-import bisect
+import csv
 import os
+import re
 from collections.abc import Iterable, Iterator
-from itertools import accumulate, chain
+from itertools import chain
 from typing import Any, NamedTuple
 
-from hvdlm.data.source_chunks import START, ReadProgress, SourceChunk, SourcePosition
+from hvdlm.data.source_chunks import START, ReadProgress, SourceChunk, SourcePosition, skip_bytes
 from hvdlm.errors import HvdlmError
-from hvdlm.io import untrusted_input
+from hvdlm.io import compression, text_decoding, untrusted_input
 from hvdlm.io.untrusted_input import shown
 
-SUFFIXES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".parquet", ".arrow")
+PACKABLE = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+"""Suffixes of records that may be packed, too; the suffix of the packed file follows (``.json.gz``)."""
+
+TABLES = (".parquet", ".arrow")
 _MAX_LINE = 1 << 26  # bytes of a record
-_ROWS = 256  # records of a table in memory at once
 _CHUNK = 1 << 20  # characters
+Texts = Iterator[tuple[Any, SourcePosition]]
+"""What the field of each record holds, None where there is nothing, and the position of the record's end."""
 
 
 class Form(NamedTuple):
-    """The ``field`` of a record that holds its text, and the ``separator`` that is appended to the text."""
+    """How texts are read: settings of ``DataConfig``.
+
+    Attributes:
+        field: the field of a record that holds its text.
+        separator: text that is appended to it.
+        max_expansion: how many times the size of a file its text may have.
+    """
 
     field: str = "text"
     separator: str = "\n"
+    max_expansion: float = compression.RATIO
 
 
-def is_records(source: str) -> bool:
-    """Return whether ``source`` holds records, judged by its name."""
-    return source.endswith(SUFFIXES)
+def kind(source: str) -> str:
+    """Return the suffix that says how ``source`` is read: one of ``PACKABLE`` or ``TABLES``, empty for a text."""
+    name = source.lower()
+    plain = name.removesuffix(compression.suffix(name))
+    packable = next((suffix for suffix in PACKABLE if plain.endswith(suffix)), "")
+    return packable or next((suffix for suffix in TABLES if name.endswith(suffix)), "")
+
+
+def text_limit(source: str, form: Form) -> float:
+    """Return how many bytes of text the file ``source`` may hold."""
+    return compression.unpacked_limit(os.path.getsize(source), form.max_expansion)
+
+
+def expands(source: str, form: Form) -> HvdlmError:
+    """Return the error of a file that holds more text than its size allows."""
+    return HvdlmError(
+        f"data.path {source}: unpacks to more than {form.max_expansion:,g} times its size, as a decompression bomb "
+        "does: if it is a text nevertheless, raise --data.max_expansion."
+    )
 
 
 def is_table(source: str) -> bool:
     """Return whether ``source`` is a table (stored by column), judged by its name."""
-    return source.endswith((".parquet", ".arrow"))
+    return kind(source) in TABLES
 
 
-def lines(source: str, chunks: Iterable[bytes], form: Form, start: SourcePosition) -> Iterator[SourceChunk]:
-    """Yield the texts of JSON lines, whose bytes from ``start`` on are ``chunks``, about a megabyte at a time.
+def read(
+    source: str, chunks: Iterator[bytes], form: Form, start: SourcePosition, progress: ReadProgress
+) -> Iterator[SourceChunk]:
+    """Yield the texts of records from ``start`` on, about a megabyte at a time; ``chunks``: the source as UTF-8.
 
-    Raises:
-        HvdlmError: a record is damaged or has no such field.
-    """
-    return _joined(source, _lines(source, chunks, form.field, start), form)
-
-
-def rows(source: str, form: Form, start: SourcePosition, progress: ReadProgress) -> Iterator[SourceChunk]:
-    """Yield the texts of a table from ``start`` on, about a megabyte at a time.
+    Records whose field is null or missing are left out and counted in ``progress``.
 
     Raises:
-        HvdlmError: it is damaged or has no such field.
+        HvdlmError: a record is damaged, or the first one has no such field.
     """
-    numbered = enumerate(_columns(source, form.field, start.number, progress), start.number + 1)
-    return _joined(source, ((text, SourcePosition(0, number)) for number, text in numbered), form)
+    suffix, head = kind(source), next(chunks, b"")
+    chunks = chain([head], chunks)
+    if suffix in (".csv", ".tsv"):
+        texts = _rows(source, chunks, form.field, "\t" if suffix == ".tsv" else ",", start.number)
+    elif suffix == ".json" and head.lstrip().startswith(b"["):
+        texts = _elements(source, chunks, form.field, start.number)
+    else:
+        texts = _lines(source, skip_bytes(chunks, start.offset), form.field, start)
+    return joined(source, texts, form, progress)
 
 
-def _joined(source: str, texts: Iterable[tuple[Any, SourcePosition]], form: Form) -> Iterator[SourceChunk]:
-    """Yield the texts of records, joined to chunks; ``texts``: what the field of each holds, and the record's end."""
+def joined(source: str, texts: Texts, form: Form, progress: ReadProgress) -> Iterator[SourceChunk]:
+    """Yield the texts of records, joined to chunks."""
     buffered: list[str] = []
+    ends: list[int] = []
     size, end = 0, START
     for text, end in texts:
+        if text is None:
+            progress.skipped += 1
+            continue
         if not isinstance(text, str):
             raise HvdlmError(
                 f"data.path {source}: {form.field} of record {end.number} is {shown(repr(text))}, expected text: "
                 "choose another field (--data.field NAME)."
             )
+        text = text_decoding.without_surrogates(text)
         buffered += [text, form.separator]
+        ends.append(size + len(ends) * len(form.separator) + len(text))
         size += len(text)
         if size > _CHUNK:
-            yield SourceChunk("".join(buffered), end)
-            buffered, size = [], 0
+            yield SourceChunk("".join(buffered), end, tuple(ends))
+            buffered, ends, size = [], [], 0
     if buffered:
-        yield SourceChunk("".join(buffered), end)
+        yield SourceChunk("".join(buffered), end, tuple(ends))
 
 
-def _lines(
-    source: str, chunks: Iterable[bytes], field: str, start: SourcePosition
-) -> Iterator[tuple[Any, SourcePosition]]:
-    """Yield the field of every record with the position of its end; a record's number is its line's."""
+def _lines(source: str, chunks: Iterable[bytes], field: str, start: SourcePosition) -> Texts:
+    """Yield the field of every JSON line; a record's number is its line's."""
     rest, (offset, number) = b"", start
+    known = start != START  # whether a record before had the field
     for chunk in chain(chunks, [b"\n"]):
         *whole, rest = (rest + chunk).split(b"\n")
         for line in whole:
             number, offset = number + 1, offset + len(line) + 1
             if line.strip():
-                yield _field(_record(source, number, line), field, source, number), SourcePosition(offset, number)
+                record = _record(source, f"line {number}", line)
+                yield _value(record, field, source, number, known), SourcePosition(offset, number)
+                known = True
         if len(rest) > _MAX_LINE:
             raise HvdlmError(
                 f"data.path {source}: line {number + 1} is longer than {_MAX_LINE:,} bytes: is it JSON lines?"
             )
 
 
-def _record(source: str, number: int, line: bytes) -> dict[str, Any]:
+def _elements(source: str, chunks: Iterator[bytes], field: str, first: int) -> Texts:
+    """Yield the field of every object in a JSON array after the ``first``."""
+    elements = (element for element in _split_array(source, chunks) if element.strip())
+    for number, element in enumerate(elements, 1):
+        if number > first:
+            record = _record(source, f"record {number}", element)
+            yield _value(record, field, source, number, number > 1), SourcePosition(0, number)
+
+
+_IN_STRING = re.compile(rb'[^"\\]*(?:\\.[^"\\]*)*', re.DOTALL)
+_STRUCTURE = re.compile(rb'["\[\]{},]')
+
+
+def _split_array(source: str, chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """Yield the text of every element of a JSON array, of which one at a time is in memory."""
+    data, begin, position, depth, in_string = b"", 0, 0, 0, False
+    for chunk in chunks:
+        data, begin, position = data[begin:] + chunk, 0, position - begin
+        if len(data) - len(chunk) > _MAX_LINE:
+            raise HvdlmError(f"data.path {source}: a record is longer than {_MAX_LINE:,} bytes: is it an array?")
+        while True:
+            if in_string:
+                match = _IN_STRING.match(data, position)
+                position = match.end() if match else position
+                if data[position : position + 1] != b'"':
+                    break  # the next chunk continues the string
+                in_string, position = False, position + 1
+            match = _STRUCTURE.search(data, position)
+            position = match.end() if match else len(data)
+            if match is None:
+                break
+            in_string = match[0] == b'"'
+            outside = depth == 0
+            depth += (match[0] in b"[{") - (match[0] in b"]}")
+            if outside:
+                begin = position
+            elif depth == 0 or (depth == 1 and match[0] == b","):
+                yield data[begin : position - 1]
+                begin = position
+            if depth == 0:
+                if data[position:].strip() or any(chunk.strip() for chunk in chunks):
+                    raise HvdlmError(f"data.path {source}: something follows the array of records: leave it out.")
+                return
+    raise HvdlmError(f"data.path {source}: the array of records has no end: is the file whole?")
+
+
+def _rows(source: str, chunks: Iterable[bytes], field: str, delimiter: str, first: int) -> Texts:
+    """Yield the field of every row after the ``first``; the first line of the file names the fields."""
+    csv.field_size_limit(_MAX_LINE)
+    reader = csv.reader(_decoded_lines(source, chunks), delimiter=delimiter, strict=True)
     try:
-        record = untrusted_input.parse_json(str(line, "utf-8"))
+        names = next(reader, [])
+        if field not in names:
+            raise no_field(source, field, names, "the first line")
+        column = names.index(field)
+        for number, row in enumerate((row for row in reader if row), 1):
+            if number > first:
+                yield row[column] if column < len(row) else None, SourcePosition(0, number)
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise HvdlmError(
+            f"data.path {source}: line {reader.line_num + 1} is not CSV in UTF-8 ({error}): write it again."
+        ) from error
+
+
+def _decoded_lines(source: str, chunks: Iterable[bytes]) -> Iterator[str]:
+    rest = b""
+    for chunk in chunks:
+        *whole, rest = (rest + chunk).split(b"\n")
+        yield from (str(line + b"\n", "utf-8") for line in whole)
+        if len(rest) > _MAX_LINE:
+            raise HvdlmError(f"data.path {source}: a line is longer than {_MAX_LINE:,} bytes: is it CSV?")
+    if rest:
+        yield str(rest, "utf-8")
+
+
+def _record(source: str, where: str, data: bytes) -> dict[str, Any]:
+    try:
+        record = untrusted_input.parse_json(str(data, "utf-8"))
         if not isinstance(record, dict):
             raise ValueError("it is not an object")
         return record
     except ValueError as error:
         raise HvdlmError(
-            f"data.path {source}: line {number} is not a JSON record ({shown(str(error))}): a line of JSON lines is "
+            f"data.path {source}: {where} is not a JSON record ({shown(str(error))}): a line of JSON lines is "
             'like {"text": "..."}.'
         ) from error
 
 
-def _field(record: dict[str, Any], field: str, source: str, number: int) -> Any:
-    if field not in record:
-        raise _no_field(source, field, list(record), f"record {number}")
-    return record[field]
+def _value(record: dict[str, Any], field: str, source: str, number: int, known: bool) -> Any:
+    """Return the field of a record, None where it is missing; ``known``: an earlier record had it."""
+    if field not in record and not known:
+        raise no_field(source, field, list(record), f"record {number}")
+    return record.get(field)
 
 
-def _no_field(source: str, field: str, names: list[str], where: str) -> HvdlmError:
+def no_field(source: str, field: str, names: list[str], where: str) -> HvdlmError:
+    """Return the error of records without ``field``, which have the fields ``names``."""
     return HvdlmError(
         f"data.path {source}: {where} has no field {field!r}, it has {shown(', '.join(names))}: --data.field NAME."
     )
-
-
-def _columns(source: str, field: str, first: int, progress: ReadProgress) -> Iterator[Any]:
-    """Yield the values of a column of a Parquet or Arrow file from row ``first`` on."""
-    try:
-        import pyarrow
-    except ImportError as error:
-        raise HvdlmError(f"data.path {source}: reading it needs pyarrow: pip install pyarrow.") from error
-    try:
-        yield from (_parquet if source.endswith(".parquet") else _arrow)(source, field, first, progress)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise HvdlmError(f"data.path {source}: can't be read: {shown(str(error), 200)}: write it again.") from error
-
-
-def _parquet(source: str, field: str, first: int, progress: ReadProgress) -> Iterator[Any]:
-    from pyarrow import parquet
-
-    with parquet.ParquetFile(source, memory_map=True) as file:
-        names = file.schema_arrow.names
-        if field not in names:
-            raise _no_field(source, field, names, "the table")
-        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
-        if sum(group.total_byte_size for group in groups) > untrusted_input.unpacked_limit(source):
-            raise HvdlmError(
-                f"data.path {source}: unpacks to more than {untrusted_input.RATIO} times its size: "
-                "write it uncompressed."
-            )
-        ends = list(accumulate(group.num_rows for group in groups))
-        skipped = bisect.bisect_right(ends, first)  # row groups that end before ``first``
-        row, size = ends[skipped - 1] if skipped else 0, os.path.getsize(source)
-        for batch in file.iter_batches(_ROWS, row_groups=range(skipped, len(groups)), columns=[field]):
-            yield from batch.column(0).slice(max(0, first - row)).to_pylist()
-            row += len(batch)
-            progress.bytes_read = size * row // ends[-1]
-
-
-def _arrow(source: str, field: str, first: int, progress: ReadProgress) -> Iterator[Any]:
-    import pyarrow
-
-    with pyarrow.memory_map(source) as memory, pyarrow.ipc.open_stream(memory) as stream:
-        if field not in stream.schema.names:
-            raise _no_field(source, field, stream.schema.names, "the table")
-        for batch in stream:
-            column = batch.column(stream.schema.get_field_index(field))
-            for start in range(min(first, len(column)), len(column), _ROWS):
-                yield from column.slice(start, _ROWS).to_pylist()
-            first = max(0, first - len(column))
-            progress.bytes_read = memory.tell()
-        progress.bytes_read = memory.size()

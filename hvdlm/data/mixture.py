@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from hvdlm.config import DataConfig
-from hvdlm.data import preparation, sources, splits
-from hvdlm.data.documents import Form
+from hvdlm.data import corpus_files, preparation, splits
 from hvdlm.data.token_files import TokenData, is_prepared, open_tokens
 from hvdlm.errors import HvdlmError, nearest
-from hvdlm.io import safe_files
+from hvdlm.io import compression, safe_files
 from hvdlm.io.atomic_files import replace as write_whole
 from hvdlm.io.untrusted_input import shown
 
@@ -110,7 +109,8 @@ def _paths(value: Any, where: str) -> list[str]:
 def _name_of(path: str) -> str:
     """Return the name of a corpus that is given by its path alone: the file name without its suffix."""
     name = Path(path).name
-    suffix = max((suffix for suffix in sources.SUFFIXES if name.endswith(suffix)), key=len, default="")
+    name = name.removesuffix(compression.suffix(name))
+    suffix = next((suffix for suffix in corpus_files.SUFFIXES if name.endswith(suffix)), "")
     return name.removesuffix(suffix).removesuffix(".txt")
 
 
@@ -181,7 +181,7 @@ def _trained(config: DataConfig, corpora: Sequence[CorpusConfig]) -> str:
     with preparation.writing(path):
         if not path.is_file():
             groups = [
-                (paths, Form(corpus.config.field, corpus.config.separator))
+                (paths, preparation.form_of(corpus.config))
                 for corpus in corpora
                 for paths in (corpus.config.paths, corpus.config.validation_paths)
                 if paths

@@ -9,25 +9,30 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from hvdlm.config import DataConfig
-from hvdlm.data import sources, splits, tokenizers, workers
+from hvdlm.data import documents, passages, sources, splits, tokenizers, workers
 from hvdlm.data.documents import Form
+from hvdlm.data.passages import Passage, SpecialTokens
 from hvdlm.data.prepare_progress import Journal, itemsize
-from hvdlm.data.progress_bar import ProgressBar, print_line
+from hvdlm.data.progress_bar import ProgressBar, note, print_line
 from hvdlm.data.source_chunks import START, ReadProgress, SourcePosition
 from hvdlm.data.token_files import FORMAT, TokenData, is_prepared, open_tokens
 from hvdlm.data.tokenizers import Tokenizer, WordTokenizer
-from hvdlm.data.workers import WorkerDied
+from hvdlm.data.workers import TooSlow, WorkerDied
 from hvdlm.diagnostics.phases import process
 from hvdlm.errors import HvdlmError
 from hvdlm.io import file_lock, launcher_env, safe_files
 from hvdlm.io.atomic_files import write_synced
 from hvdlm.io.file_lock import FileLock, Held
+from hvdlm.io.text_decoding import without_surrogates
+from hvdlm.io.untrusted_input import shown
 from hvdlm.io.user_folders import user_cache
 
 SILENT_BEATS = 5
@@ -79,6 +84,16 @@ def without_stdin(config: DataConfig) -> DataConfig:
     return replace(config, path=paths, validation_path=held_out or None)
 
 
+def form_of(config: DataConfig) -> Form:
+    """Return how the texts of ``config`` are read."""
+    return Form(config.field, without_surrogates(config.separator), config.max_expansion)
+
+
+def special_of(config: DataConfig) -> SpecialTokens:
+    """Return how the texts of ``config`` get special tokens."""
+    return SpecialTokens(form_of(config).separator, config.add_special_tokens, config.split_special_tokens)
+
+
 def check_sources(config: DataConfig) -> None:
     """Check quickly that every source and the tokenizer exist and are readable.
 
@@ -86,7 +101,7 @@ def check_sources(config: DataConfig) -> None:
         HvdlmError: one doesn't or isn't.
     """
     tokenizers.check(config.tokenizer)
-    for path in sources.expand([*config.paths, *config.validation_paths]):
+    for path in sources.expand([*config.paths, *config.validation_paths], config.field):
         if path != "embedded" and os.path.getsize(path) == 0:
             raise HvdlmError(f"data.path {path}: the file is empty: give a file with text.")
 
@@ -104,17 +119,25 @@ def key(*configs: DataConfig) -> str:
     for config in configs:
         settings += [config.tokenizer, config.vocab_size, config.validation_share, config.field, config.separator]
         for group in (config.paths, config.validation_paths):
-            settings += [*map(_identity, sources.expand(group)), "|"]
+            settings += [*map(_source_identity, sources.expand(group, config.field)), "|"]
         if os.path.isfile(config.tokenizer):
             settings.append(_identity(config.tokenizer))
+        if config.tokenizer not in ("byte", "char", "bpe"):  # special tokens have an effect
+            settings += ["documents", config.add_special_tokens, config.split_special_tokens]
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:24]
 
 
-def _identity(source: str) -> list[Any]:
+def _source_identity(source: str) -> list[Any]:
     if source == "embedded":
         return [source, hashlib.sha256(sources.embedded().encode()).hexdigest()]
-    status = os.stat(source)
-    return [os.path.abspath(source), status.st_size, status.st_mtime_ns]
+    # Earlier versions read these as they are: the tokens that they left in the cache are others.
+    decoded = documents.kind(source) in (".json", ".csv", ".tsv") or sources.is_decoded(source)
+    return [*_identity(source), *(["decoded"] if decoded else [])]
+
+
+def _identity(path: str) -> list[Any]:
+    status = os.stat(path)
+    return [os.path.abspath(path), status.st_size, status.st_mtime_ns]
 
 
 @contextmanager
@@ -164,10 +187,17 @@ def _described(error: OSError) -> str:
 
 def train_tokenizer(config: DataConfig, groups: Sequence[tuple[Sequence[str], Form]]) -> Tokenizer:
     """Return the tokenizer of ``config``, trained on the texts of all ``groups`` of paths where it needs training."""
-    total = sum(sources.size(source) for paths, _ in groups for source in sources.expand(paths))
+    total = sum(sources.size(source) for paths, form in groups for source in sources.expand(paths, form.field))
     with ProgressBar("training the tokenizer", total) as progress:
         texts = (text for paths, form in groups for text in sources.texts(paths, form, progress.advance))
         return tokenizers.train(config.tokenizer, config.vocab_size, texts)
+
+
+def _report_spelling(source: str, token: str) -> None:
+    note(
+        f"{source} spells the special token {shown(token)}, which is read as plain text: "
+        "--data.split_special_tokens false reads such spellings as tokens"
+    )
 
 
 class _Label(NamedTuple):
@@ -192,9 +222,10 @@ class Preparation:
     def __init__(self, config: DataConfig, folder: Path) -> None:
         self._config = config
         self._folder = folder
-        self._form = Form(config.field, config.separator)
-        self._paths = sources.expand(config.paths)
-        self._validation_paths = sources.expand(config.validation_paths)
+        self._form = form_of(config)
+        self._special = special_of(config)
+        self._paths = sources.expand(config.paths, config.field)
+        self._validation_paths = sources.expand(config.validation_paths, config.field)
         self._sources = self._paths + self._validation_paths
         self.journal = Journal(folder, key(config), len(self._sources))
 
@@ -226,20 +257,33 @@ class Preparation:
         self.journal.open(tokenizer)
         count = workers.choose(processes, tokenizer, sum(sizes))
         with ProgressBar("encoding", sum(sizes), sum(sizes[: state.source]), state.tokens) as progress:
-            for label, ids in workers.encoded(tokenizer, self._labelled(), count):
-                self.journal.add(label.source, label.end, ids, label.bytes)
-                progress.advance(label.bytes_read, state.tokens)
+            try:
+                for label, ids in workers.encoded(tokenizer, self._labelled(tokenizer), count):
+                    self.journal.add(label.source, label.end, ids, label.bytes)
+                    progress.advance(label.bytes_read, state.tokens)
+            except TooSlow as error:
+                end = error.label.end
+                where = f"record {end.number:,}" if end.number else f"byte {end.offset:,}"
+                raise HvdlmError(f"data.path {self._sources[error.label.source]}, before {where}: {error}") from error
 
-    def _labelled(self) -> Iterator[tuple[str, _Label]]:
+    def _labelled(self, tokenizer: Tokenizer) -> Iterator[tuple[Passage, _Label]]:
         """Yield every text that is still to be encoded; add each source's digest to the journal at its end."""
         first, start = self.journal.state.source, self.journal.state.position
+        special = passages.spelled(tokenizer, self._special)
         for number, source in enumerate(self._sources[first:], first):
             progress, before = ReadProgress(), 0
-            for text, end in sources.text_chunks(source, self._form, start, progress):
-                yield text, _Label(number, end, len(text.encode()), progress.bytes_read - before)
-                before = progress.bytes_read
+            chunks = sources.text_chunks(source, self._form, start, progress)
+            numbered = ((chunk, progress.bytes_read) for chunk in chunks)
+            for passage, end, bytes_read in passages.passages(numbered, start == START, self._special):
+                if special and (spelled := special.search(passage.text)):
+                    _report_spelling(source, spelled[0])
+                    special = None  # once is enough
+                yield passage, _Label(number, end, len(passage.text.encode()), bytes_read - before)
+                before = bytes_read
             self.journal.state.digests.append(sources.digest(source, progress))
             start = START
+            for sentence in progress.left_out(self._config.field):
+                note(f"data.path {source}: {sentence}")
 
     def _finish(self, tokenizer: Tokenizer) -> None:
         """Write the header, and rename the folder to its final name."""
@@ -248,29 +292,53 @@ class Preparation:
         for count, paths in ((train_chunks, self._paths), (len(chunks) - train_chunks, self._validation_paths)):
             if paths and not count:
                 raise sources.no_text(paths)
-        tokens, size = chunks[-1, 1:].tolist()
+        tokens = int(chunks[-1, 1])
         if self._validation_paths:
-            train, train_bytes = (int(value) for value in chunks[train_chunks - 1, 1:])
+            train, index = int(chunks[train_chunks - 1, 1]), train_chunks
         else:
             train = int(tokens * (1 - self._config.validation_share))
-            train_bytes = self._bytes_before(tokenizer, chunks, train)
+            index = int(np.searchsorted(chunks[:, 1], train, "right"))
         header = {
             "format": FORMAT,
             "dtype": f"uint{8 * itemsize(tokenizer)}",
             "train": train,
             "validation": tokens - train,
-            # Words decode to single blanks and <unk>: bits per byte of the text are not defined.
-            "validation_bytes": 0 if isinstance(tokenizer, WordTokenizer) else size - train_bytes,
+            "validation_bytes": self._validation_bytes(tokenizer, chunks, train, index),
             "tokenizer": tokenizer.hash,
             "sources": dict(zip(self._sources, self.journal.state.digests, strict=True)),
         }
         write_synced(self.journal.tokens / "header.json", json.dumps(header, indent=1).encode())
         self.journal.publish(self._folder)
 
-    def _bytes_before(self, tokenizer: Tokenizer, chunks: np.ndarray, count: int) -> int:
-        """Return the bytes of text of the first ``count`` tokens."""
-        index = int(np.searchsorted(chunks[:, 1], count, "right"))
-        _, first, size = chunks[index - 1].tolist() if index else (0, 0, 0)
+    def _validation_bytes(self, tokenizer: Tokenizer, chunks: np.ndarray, train: int, index: int) -> int:
+        """Return the bytes of the validation text, 0 where decoding doesn't restore texts: it has no bits per byte.
+
+        Args:
+            tokenizer: that of the folder.
+            chunks: the content of ``places.bin``.
+            train: the number of training tokens.
+            index: the number of the chunk in which the validation text begins.
+        """
+        if index == len(chunks) or isinstance(tokenizer, WordTokenizer):  # blanks and rare words are lost
+            return 0
+        _, first, before = chunks[index - 1].tolist() if index else (0, 0, 0)
+        _, last, end = chunks[index].tolist()
         dtype = np.dtype(f"<u{itemsize(tokenizer)}")
-        ids = np.fromfile(self.journal.tokens / "tokens.bin", dtype, count - first, offset=first * dtype.itemsize)
-        return size + len(tokenizer.decode(ids.tolist()).encode())
+        offset = first * dtype.itemsize
+        ids = np.fromfile(self.journal.tokens / "tokens.bin", dtype, last - first, offset=offset).tolist()
+        budget = partial(workers.within_budget, tokenizer, end - before)
+        if not tokenizer.rewrites and budget(lambda: tokenizer.byte_count(ids)) == end - before:
+            count = min(budget(lambda: tokenizer.byte_count(ids[: train - first])), end - before)
+        else:  # special tokens between documents, or a tokenizer that changes texts
+            passage = self._passage(chunks, index)
+            if not budget(lambda: passages.preserved(tokenizer, passage)):
+                return 0
+            count = budget(lambda: passages.bytes_before(tokenizer, passage, train - first))
+        return int(chunks[-1, 2]) - before - count
+
+    def _passage(self, chunks: np.ndarray, index: int) -> Passage:
+        """Read the passage of a chunk again."""
+        number = int(chunks[index, 0])
+        stream = ((chunk, 0) for chunk in sources.text_chunks(self._sources[number], self._form))
+        own = index - int(np.searchsorted(chunks[:, 0], number))
+        return next(islice(passages.passages(stream, True, self._special), own, None))[0]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 from typing import Any
 
 from hvdlm.diagnostics.phases import process
-from hvdlm.io.terminal import clock, on_terminal, size
+from hvdlm.io import launcher_env
+from hvdlm.io.terminal import clock, on_terminal, printable, size
 
 _DELAY = 1.0  # seconds until the bar appears: shorter phases need none
 _LINE_SECONDS = 10.0  # between two lines where there is no bar
@@ -73,4 +75,11 @@ class ProgressBar:
 def print_line(text: str) -> None:
     """Print a line to standard error, where there is one."""
     if sys.stderr is not None:
-        print(text, file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)
+
+
+@functools.lru_cache(maxsize=4096)
+def note(text: str) -> None:
+    """Print a line on the data to standard error, once, and not on every rank."""
+    if launcher_env.rank_for_messages() == 0:
+        print_line(f"hvdlm: {text}")

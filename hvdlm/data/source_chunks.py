@@ -20,18 +20,35 @@ class SourcePosition(NamedTuple):
 
 
 class SourceChunk(NamedTuple):
-    """Some text of a source, about a megabyte, and the position of its end."""
+    """Some text of a source, about a megabyte, and the position of its end.
+
+    ``record_ends``: of a source with records, the characters before the end of every record, without its separator.
+    """
 
     text: str
     end: SourcePosition
+    record_ends: tuple[int, ...] = ()
 
 
 class ReadProgress:
-    """How far a source has been read: ``hash`` of the unpacked bytes so far, ``bytes_read`` of the file on disk."""
+    """How far a source has been read.
+
+    Attributes:
+        hash: SHA-256 of the unpacked bytes so far.
+        bytes_read: bytes that were read of the file on disk.
+        skipped: records without a text, which are left out.
+        notes: what else of the source was left out, a sentence each.
+    """
 
     def __init__(self) -> None:
         self.hash = hashlib.sha256()
         self.bytes_read = 0
+        self.skipped = 0
+        self.notes: list[str] = []
+
+    def left_out(self, field: str) -> list[str]:
+        """Return a phrase on everything that was left out; ``field``: of records that are texts."""
+        return [*self.notes, *([f"{self.skipped:,} records without {field} are left out"] if self.skipped else [])]
 
 
 START = SourcePosition()

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import glob
-import gzip
 import hashlib
 import math
 import os
 import sys
 import tempfile
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from hvdlm.data import documents, splits
+from hvdlm.data import corpus_files, documents, tables
 from hvdlm.data.documents import Form
 from hvdlm.data.source_chunks import (
     START,
@@ -25,11 +22,11 @@ from hvdlm.data.source_chunks import (
 )
 from hvdlm.diagnostics.phases import process
 from hvdlm.errors import HvdlmError
-from hvdlm.io import safe_files, untrusted_input
+from hvdlm.io import compression, safe_files, text_decoding
 from hvdlm.io.atomic_files import sha256
 
 _CHUNK = 1 << 20  # bytes that are read at a time
-SUFFIXES = (".txt", ".md", ".text", ".gz", *documents.SUFFIXES)
+_HEAD = 1 << 16  # bytes at the start of a text
 _FORM = Form()
 
 
@@ -40,48 +37,16 @@ def embedded() -> str:
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
-def expand(paths: Sequence[str]) -> list[str]:
-    """Return all sources that ``paths`` name: files in order, "embedded" and "-" unchanged.
+def expand(paths: Sequence[str], field: str = _FORM.field) -> list[str]:
+    """Return all sources that ``paths`` name, in order; ``field``: of records that are texts.
 
     Raises:
         HvdlmError: a path names nothing readable.
     """
-    expanded: list[str] = []
-    for path in paths:
-        if path == "embedded":
-            expanded.append(path)
-        elif os.path.isdir(path):
-            if not os.access(path, os.R_OK | os.X_OK):
-                raise HvdlmError(f"data.path {path}: this user can't read it: change its permissions or path.")
-            splits.check_one(Path(path))
-            unrelated = splits.unrelated_files(Path(path))
-            files = sorted(
-                str(p)
-                for p in Path(path).rglob("*")
-                if p.is_file() and p.name.endswith(SUFFIXES) and p not in unrelated
-            )
-            if not files:
-                raise HvdlmError(f"data.path {path}: the folder holds no {', '.join(SUFFIXES)} file.")
-            expanded += files
-        elif os.path.exists(path):
-            expanded.append(path)
-        else:
-            matches = sorted(p for p in glob.glob(path, recursive=True) if os.path.isfile(p))
-            if not matches:
-                raise HvdlmError(f"data.path {path}: there is no such file, folder or match: check --data.path.")
-            expanded += matches
-    for source in expanded:
-        if source != "embedded" and not os.access(source, os.R_OK):
-            raise HvdlmError(f"data.path {source}: this user can't read it: change its permissions or path.")
-        if source != "embedded" and not os.path.isfile(source):
-            raise HvdlmError(
-                f"data.path {source}: not a regular file, and texts are read twice: save it as a file, or pipe it into "
-                "--data.path -."
-            )
-    return expanded
+    return [source for path in paths for source in corpus_files.find(path, field).files]
 
 
-def raw_chunks(source: str, progress: ReadProgress | None = None) -> Iterator[bytes]:
+def raw_chunks(source: str, progress: ReadProgress | None = None, form: Form = _FORM) -> Iterator[bytes]:
     """Yield the bytes of one source, unpacked, and update ``progress``."""
     progress = progress or ReadProgress()
     if source == "embedded":
@@ -90,22 +55,18 @@ def raw_chunks(source: str, progress: ReadProgress | None = None) -> Iterator[by
         progress.bytes_read = len(data)
         yield data
         return
-    packed, count = source.endswith(".gz"), 0
+    count = 0
     try:
-        limit = untrusted_input.unpacked_limit(source) if packed else math.inf
-        with open(source, "rb") as on_disk, gzip.open(on_disk) if packed else on_disk as file:
-            while chunk := file.read(_CHUNK):
+        limit = documents.text_limit(source, form) if compression.suffix(source) else math.inf
+        with open(source, "rb") as on_disk:
+            for chunk in compression.unpack(on_disk, source, _CHUNK, progress.notes):
                 count += len(chunk)
                 if count > limit:
-                    raise HvdlmError(
-                        f"data.path {source}: unpacks to more than {untrusted_input.RATIO} times its size, as a "
-                        "decompression bomb does: if it is a text nevertheless, unpack it with gunzip and give that "
-                        "file."
-                    )
+                    raise documents.expands(source, form)
                 progress.hash.update(chunk)
                 progress.bytes_read = on_disk.tell()
                 yield chunk
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, ValueError) as error:
         raise HvdlmError(f"data.path {source}: can't be read: {error}.") from error
 
 
@@ -117,15 +78,34 @@ def text_chunks(
     The bytes before ``start`` are read too, except for tables, so that ``progress`` has the SHA-256 of all at the end.
 
     Raises:
-        HvdlmError: it can't be read, is not UTF-8, or a record is damaged.
+        HvdlmError: it can't be read, is not text, or a record is damaged.
     """
     progress = progress or ReadProgress()
     if documents.is_table(source):
-        return documents.rows(source, form, start, progress)
-    raw = skip_bytes(raw_chunks(source, progress), start.offset)
-    if documents.is_records(source):
-        return documents.lines(source, raw, form, start)
-    return split_text(source, raw, start.offset, 16 * _CHUNK)
+        return tables.read(source, form, start, progress)
+    text = _as_utf8(source, raw_chunks(source, progress, form))
+    if documents.kind(source):
+        return documents.read(source, text, form, start, progress)
+    return split_text(source, skip_bytes(text, start.offset), start.offset, 16 * _CHUNK)
+
+
+def _as_utf8(source: str, chunks: Iterator[bytes]) -> Iterator[bytes]:
+    try:
+        yield from text_decoding.as_utf8(chunks)
+    except ValueError as error:
+        raise HvdlmError(
+            f"data.path {source}: is not text: {error}: leave it out, or convert it, for example with iconv -t UTF-8."
+        ) from error
+
+
+def is_decoded(source: str) -> bool:
+    """Return whether the start of a text shows that it isn't read byte for byte: it has a mark or other line ends."""
+    try:
+        with open(source, "rb") as file:
+            head = next(compression.unpack(file, source, _HEAD), b"")
+    except (OSError, ValueError):
+        return False  # reading it will say what is wrong
+    return not documents.kind(source) and (text_decoding.has_mark(head) or b"\r\n" in head)
 
 
 def digest(source: str, progress: ReadProgress) -> str:
@@ -148,7 +128,7 @@ def texts(paths: Sequence[str], form: Form = _FORM, on_read: Callable[[int], obj
         HvdlmError: a source can't be read or is not UTF-8, or there is no text at all.
     """
     empty = True
-    for source in expand(paths):
+    for source in expand(paths, form.field):
         progress, before = ReadProgress(), 0
         for chunk in text_chunks(source, form, progress=progress):
             empty = False

@@ -1,97 +1,115 @@
-"""Hugging Face data sets on disk: finds the files of their splits."""
+"""Data sets on disk: finds the files of their splits, and says which are used."""
 
 from __future__ import annotations
 
+import os
 import re
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from hvdlm.config import DataConfig
+from hvdlm.data import corpus_files
+from hvdlm.data.progress_bar import note
 from hvdlm.errors import HvdlmError, nearest
-from hvdlm.io import untrusted_input
 from hvdlm.io.untrusted_input import shown
 
 VALIDATION = ("validation", "valid", "val", "dev")
 """Names of a validation split in the library, in the order of preference."""
 
-_LIMIT = 1 << 24  # bytes of a JSON file
+TRAIN = "train"
+_SAME = {"training": TRAIN, "testing": "test", "eval": "test", "evaluation": "test"}
+_NAMES = "|".join([TRAIN, *VALIDATION, "test", *_SAME])
+_NAMED = re.compile(rf"(?:^|[^a-z])({_NAMES})(?:[^a-z]|$)")
 _SHARD = re.compile(r"(\w[\w.]*)-\d{5}-of-\d{5}(-\w+)?\.parquet")
+_ALL = ""  # in place of a split's name: a corpus that has no splits
 
 
 def choose(config: DataConfig) -> DataConfig:
-    """Return ``config`` with the paths of the selected splits in place of data sets that have several.
+    """Return ``config`` with the files of the selected splits in place of folders and patterns; print what was chosen.
 
     Raises:
-        HvdlmError: a data set lacks the split.
+        HvdlmError: a path names nothing readable, or a data set lacks the split.
     """
-    paths, held_out = [], list(config.validation_paths)
+    paths: list[str] = []
+    held_out: list[str] = []
     for path in config.paths:
-        splits = _splits(Path(path))
-        if splits and config.split not in splits:
+        files, notes = _find_splits(path, config)
+        name = _ALL if _ALL in files else config.split
+        if name not in files:
             raise HvdlmError(
-                f"data.path {path}: it has no split {config.split!r} (--data.split); {nearest(config.split, splits)}"
+                f"data.path {path}: it has no split {config.split!r} (--data.split); {nearest(config.split, files)}"
             )
-        paths += splits[config.split] if splits else [path]
-        if config.validation_path is None:
-            names = [name for name in VALIDATION if name in splits and name != config.split]
-            held_out += splits[names[0]] if names else []
-    held_out = [split for path in held_out for split in _validation_split(path)]
+        validation = _validation(files, {config.split}) if config.validation_path is None else []
+        paths += files[name]
+        held_out += [file for split in validation for file in files[split]]
+        _print_choice(path, files, [name], validation, notes)
+    for path in config.validation_paths:
+        files, notes = _find_splits(path, config)
+        names = _validation(files, set()) or list(files)
+        held_out += [file for split in names for file in files[split]]
+        _print_choice(path, files, [], names, notes)
+    for sentence in corpus_files.incomplete_sets({*paths, *held_out}):
+        note(sentence)
     return replace(config, path=paths, validation_path=held_out or None)
 
 
-def _validation_split(path: str) -> list[str]:
-    """Return the paths of the validation split of a data set, or ``path`` where it has none."""
-    splits = _splits(Path(path))
-    names = [name for name in VALIDATION if name in splits]
-    return splits[names[0]] if names else [path]
+def _validation(files: dict[str, list[str]], others: set[str]) -> list[str]:
+    """Return the name of the validation split in a list, empty where there is none."""
+    return [name for name in VALIDATION if name in files and name not in others][:1]
 
 
-def _splits(folder: Path) -> dict[str, list[str]]:
-    """Return the paths of each split: folders of ``DatasetDict.save_to_disk``, or shard files named by their split."""
-    if (folder / "dataset_dict.json").is_file():
-        names = _read(folder / "dataset_dict.json", "splits")
-        return {name: [str(folder / name)] for name in names if (folder / name).is_dir()}
-    shards: dict[str, list[str]] = {}
-    for path in sorted(folder.rglob("*.parquet")) if folder.is_dir() else []:
-        if match := _SHARD.fullmatch(path.name):
-            shards.setdefault(match[1], []).append(str(path))
-    return shards if len(shards) > 1 else {}
+def _find_splits(path: str, config: DataConfig) -> tuple[dict[str, list[str]], list[str]]:
+    """Return the files of each split, or all under one name where there are no splits, and phrases on other files."""
+    listing = Path(path) / "dataset_dict.json"
+    if listing.is_file():
+        names = [name for name in corpus_files.listed_names(listing, "splits") if (Path(path) / name).is_dir()]
+        folders = {name: corpus_files.find(str(Path(path) / name), config.field) for name in names}
+        return {name: one.files for name, one in folders.items()}, [n for one in folders.values() for n in one.notes]
+    files, notes = corpus_files.find(path, config.field)
+    if not os.path.isdir(path):
+        return {_ALL: files}, notes
+    splits = _by_shard(files) or _by_name(path, files)
+    if len(splits) < 2 or (splits.keys().isdisjoint((TRAIN, config.split)) and not _by_shard(files)):
+        return {_ALL: files}, notes
+    rest = len(files) - sum(map(len, splits.values()))
+    return splits, [*notes, *([f"{rest:,} that belong to no split"] if rest else [])]
 
 
-def unrelated_files(folder: Path) -> set[Path]:
-    """Return the Arrow files in a data set's folder that it doesn't list: caches, or left from an earlier save."""
-    unrelated: set[Path] = set()
-    for state in folder.rglob("state.json"):
-        files = set(state.parent.glob("*.arrow"))
-        if files and (names := _read(state, "_data_files", "filename")):
-            unrelated |= files - {state.parent / name for name in names}
-    return unrelated
+def _by_shard(files: Sequence[str]) -> dict[str, list[str]]:
+    """Return the Parquet files that ``push_to_hub`` names by their split; empty where they are of one split."""
+    splits: defaultdict[str, list[str]] = defaultdict(list)
+    for file in files:
+        if match := _SHARD.fullmatch(os.path.basename(file)):
+            splits[match[1]].append(file)
+    return dict(splits) if len(splits) > 1 else {}
 
 
-def check_one(folder: Path) -> None:
-    """Check that a folder doesn't contain a data set of several splits, which would be read as one text.
-
-    Raises:
-        HvdlmError: it does.
-    """
-    for path in sorted(folder.rglob("dataset_dict.json")):
-        names = sorted(p.name for p in path.parent.iterdir() if p.is_dir())
-        raise HvdlmError(
-            f"data.path {folder}: {path.parent} holds the splits {shown(', '.join(names))} of a data set: name it, or "
-            f"one of them, for example --data.path {path.parent / (names[0] if names else 'train')}."
-        )
+def _by_name(folder: str, files: Sequence[str]) -> dict[str, list[str]]:
+    """Return the files whose name, or else the nearest folder's below ``folder``, has the name of a split in it."""
+    splits: defaultdict[str, list[str]] = defaultdict(list)
+    for file in files:
+        names = reversed(Path(os.path.relpath(file, folder)).parts)
+        matches = [match[1] for name in names if (match := _NAMED.search(name.lower()))]
+        if matches:
+            splits[_SAME.get(matches[0], matches[0])].append(file)
+    return dict(splits)
 
 
-def _read(path: Path, key: str, name: str | None = None) -> list[str]:
-    """Return the file names that a JSON file of the library lists under ``key``; ``name``: their key in its entries."""
-    try:
-        entries: Any = untrusted_input.read_json(path, _LIMIT).get(key, [])
-        names = [entry if name is None else entry[name] for entry in entries]
-        if not all(isinstance(n, str) and Path(n).name == n and n not in ("", "..") for n in names):
-            raise ValueError(f"its {key} are {shown(repr(entries))}")
-        return names
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise HvdlmError(
-            f"data.path {path}: is damaged or not of a Hugging Face data set ({shown(repr(error))}): save it again."
-        ) from error
+def _print_choice(
+    path: str, files: dict[str, list[str]], train: Sequence[str], validation: Sequence[str], notes: Sequence[str]
+) -> None:
+    """Print which splits are used and what is left out; nothing where all is read."""
+    phrases = []
+    if _ALL not in files:
+        uses = {"training": train, "validation": validation}
+        phrases += [f"{use} split {name} ({len(files[name]):,} files)" for use, names in uses.items() for name in names]
+        unused = [name for name in files if name not in (*train, *validation)]
+        notes = [*notes, *([f"split {', '.join(unused)}"] if unused else [])]
+    elif notes:
+        phrases.append(f"{len(files[_ALL]):,} files")
+    if notes:
+        phrases.append(f"not read: {'; '.join(notes)}")
+    if phrases:
+        note(f"data.path {path}: {shown(', '.join(phrases), 500)}")

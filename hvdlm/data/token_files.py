@@ -67,8 +67,8 @@ def open_tokens(folder: Path) -> TokenData:
         if tokenizer.hash != header["tokenizer"]:
             raise ValueError("its tokenizer isn't the one that encoded its tokens")
         tokens: np.ndarray = np.memmap(folder / "tokens.bin", dtype, "r") if size else np.zeros(0, dtype)
-        if (highest := _highest(tokens)) >= tokenizer.vocab:
-            raise ValueError(f"tokens.bin holds the id {highest}, the vocabulary has {tokenizer.vocab} entries")
+        if (most := highest(tokens)) >= tokenizer.vocab:
+            raise ValueError(f"tokens.bin holds the id {most}, the vocabulary has {tokenizer.vocab} entries")
         train, validation = tokens[: counts[0]], tokens[counts[0] :]
         return TokenData(folder, tokenizer, train, validation, header["validation_bytes"], _fingerprint(header))
     except (ValueError, OSError, RecursionError, HvdlmError) as error:
@@ -103,7 +103,7 @@ def _fingerprint(header: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps([settings, sorted(header["sources"].values())]).encode()).hexdigest()
 
 
-def _highest(tokens: np.ndarray) -> int:
+def highest(tokens: np.ndarray) -> int:
     """Return the highest id; in a large file only 64 blocks are checked, since opening must be fast."""
     if len(tokens) <= _CHECKED:
         return int(tokens.max(initial=0)) if len(tokens) else -1

@@ -2,61 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from hvdlm.data.tokenizer_expansion import expansion
+from hvdlm.data.bpe_tokenizer import SLACK, BPETokenizer
+from hvdlm.data.tokenizer_base import Tokenizer
 from hvdlm.errors import HvdlmError
 from hvdlm.io import untrusted_input
 from hvdlm.io.untrusted_input import shown
 
 LIMIT = 1 << 26  # bytes of a tokenizer's file
-SLACK = 1 << 24  # bytes that reading one may take beyond 10 times its file's size: a vocabulary is many small objects
 _TABLE = 1 << 16  # a table of all code points would take 4 MB even for a vocabulary of one character
-_MAX_EXPANSION = 256  # text that gets longer than so many times before encoding is a decompression bomb
 
 
-class Tokenizer(Protocol):
-    """Converts text to int32 ids below ``vocab`` and back."""
-
-    vocab: int
-
-    def encode(self, text: str) -> np.ndarray:
-        """Return int32 ids ``[n]``; raise HvdlmError where the text can't be written with this vocabulary."""
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ids."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Return JSON values from which ``from_json`` makes an equal tokenizer."""
-
-    @property
-    def hash(self) -> str:
-        """SHA-256 of the canonical JSON: equal tokenizers have equal hashes."""
-
-
-class _Hashed:
-    def to_json(self) -> dict[str, Any]:
-        raise NotImplementedError
-
-    @property
-    def hash(self) -> str:
-        """SHA-256 of the canonical JSON."""
-        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
-
-
-class ByteTokenizer(_Hashed):
+class ByteTokenizer(Tokenizer):
     """UTF-8 bytes: 256 ids for any text."""
 
     vocab = 256
 
-    def encode(self, text: str) -> np.ndarray:
+    def encode(self, text: str, special: bool = False) -> np.ndarray:
         """Return the bytes as int32 ``[n]``."""
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
 
@@ -64,12 +33,16 @@ class ByteTokenizer(_Hashed):
         """Return the text; invalid UTF-8 becomes U+FFFD."""
         return bytes(ids).decode("utf-8", "replace")
 
+    def byte_count(self, ids: Sequence[int]) -> int:
+        """Return the number of ids, also where a character is cut off."""
+        return len(ids)
+
     def to_json(self) -> dict[str, Any]:
         """Return the kind alone."""
         return {"kind": "byte"}
 
 
-class CharTokenizer(_Hashed):
+class CharTokenizer(Tokenizer):
     """The distinct characters of a corpus, sorted."""
 
     def __init__(self, characters: str) -> None:
@@ -92,7 +65,7 @@ class CharTokenizer(_Hashed):
             characters.update(text)
         return CharTokenizer("".join(sorted(characters)))
 
-    def encode(self, text: str) -> np.ndarray:
+    def encode(self, text: str, special: bool = False) -> np.ndarray:
         """Return one int32 id per character; raise HvdlmError for one that the vocabulary lacks."""
         points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
         ids = self._table[np.minimum(points, len(self._table) - 1)]
@@ -121,8 +94,10 @@ class CharTokenizer(_Hashed):
         return {"kind": "char", "characters": self._characters}
 
 
-class WordTokenizer(_Hashed):
+class WordTokenizer(Tokenizer):
     """Words between white space, an ``<eos>`` at each end of line, ``<unk>`` for the rest (Mikolov's Penn Treebank)."""
+
+    special: tuple[str, ...] = ("<eos>",)
 
     def __init__(self, words: Sequence[str]) -> None:
         self._words = list(words)
@@ -142,9 +117,9 @@ class WordTokenizer(_Hashed):
         ranked = sorted((w for w in counts if w not in fixed), key=lambda w: (-counts[w], w))
         return WordTokenizer(fixed + ranked[: size - len(fixed)])
 
-    def encode(self, text: str) -> np.ndarray:
-        """Return one int32 id per word and per end of line."""
-        return np.fromiter((self._ids.get(w, self._unknown) for w in _words(text)), np.int32)
+    def encode(self, text: str, special: bool = False) -> np.ndarray:
+        """Return one int32 id per word and per end of line; ``<eos>`` in a text is an unknown word."""
+        return np.fromiter((self._ids.get(w, self._unknown) for w in _words(text, special)), np.int32)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the words with blanks between them, a new line for each ``<eos>``."""
@@ -155,85 +130,12 @@ class WordTokenizer(_Hashed):
         return {"kind": "word", "words": self._words}
 
 
-def _words(text: str) -> Iterable[str]:
+def _words(text: str, special: bool = False) -> Iterable[str]:
     for line in text.splitlines(keepends=True):
-        yield from line.split()
+        words = line.split()
+        yield from words if special or "<eos>" not in words else ("<unk>" if w == "<eos>" else w for w in words)
         if line.endswith("\n"):
             yield "<eos>"
-
-
-def _vocab(entries: Mapping[str, int]) -> int:
-    """Return how many ids a model needs: the highest one plus 1.
-
-    Raises:
-        ValueError: most ids below the highest are unused.
-    """
-    highest = max(entries.values(), default=-1)
-    if highest >= 2 * len(entries) + 1024:
-        raise ValueError(f"it has {len(entries)} entries and the id {highest}")
-    return highest + 1
-
-
-class BPETokenizer(_Hashed):
-    """Byte-level byte-pair encoding (Sennrich et al. 2016), trained or loaded by Hugging Face ``tokenizers``."""
-
-    def __init__(self, description: str) -> None:
-        from tokenizers import Tokenizer as Encoder
-
-        try:
-            self._description = untrusted_input.parse_json(description, SLACK)
-            # Serialised again: where a key occurs twice, the library must get the value that is checked here.
-            canonical = json.dumps(self._description)
-            self._encoder = untrusted_input.guarded(lambda: Encoder.from_str(canonical))
-            # Options for batches of short texts, which would truncate or pad a corpus.
-            self._encoder.no_truncation()
-            self._encoder.no_padding()
-            self.vocab = _vocab(self._encoder.get_vocab())
-            if expansion(self._description) > _MAX_EXPANSION:
-                raise ValueError(f"it makes text more than {_MAX_EXPANSION} times longer")
-        except (ValueError, RecursionError) as error:
-            raise HvdlmError(
-                f"the tokenizer file is not a Hugging Face tokenizer.json: {shown(str(error), 200)}."
-            ) from error
-
-    @staticmethod
-    def train(texts: Iterable[str], size: int) -> BPETokenizer:
-        """Return a tokenizer of at most ``size`` entries."""
-        from tokenizers import Tokenizer as Encoder
-        from tokenizers import decoders, models, pre_tokenizers, trainers
-
-        encoder = Encoder(models.BPE())
-        encoder.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        encoder.decoder = decoders.ByteLevel()
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
-        encoder.train_from_iterator(texts, trainer)
-        return BPETokenizer(encoder.to_str())
-
-    def encode(self, text: str) -> np.ndarray:
-        """Return int32 ids ``[n]``."""
-        # Encoding a batch computes no offsets: half as many tokens per second more.
-        (encoding,) = self._guarded(lambda: self._encoder.encode_batch_fast([text], add_special_tokens=False))
-        ids = np.array(encoding.ids, np.int64)
-        if ids.max(initial=0) >= self.vocab:
-            raise HvdlmError(
-                f"the tokenizer returned the id {ids.max()}, its vocabulary has {self.vocab} entries: use another."
-            )
-        return ids.astype(np.int32)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ids."""
-        return str(self._guarded(lambda: self._encoder.decode([int(i) for i in ids], skip_special_tokens=False)))
-
-    def _guarded(self, action: Callable[[], Any]) -> Any:
-        try:
-            return untrusted_input.guarded(action)
-        except ValueError as error:
-            raise HvdlmError(f"the tokenizer fails ({error}): check its tokenizer.json, or use another.") from error
-
-    def to_json(self) -> dict[str, Any]:
-        """Return kind and the Hugging Face description."""
-        return {"kind": "bpe", "description": self._description}
 
 
 def from_json(value: Any) -> Tokenizer:

@@ -2,31 +2,44 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
-from hvdlm.data import tokenizers
-from hvdlm.data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer
+from hvdlm.data import passages, tokenizers
+from hvdlm.data.passages import Passage
+from hvdlm.data.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer
 from hvdlm.diagnostics.probes import cores
 from hvdlm.errors import HvdlmError
+from hvdlm.io.untrusted_input import shown
 
 Label = TypeVar("Label")
+Result = TypeVar("Result")
 _SMALL = 1 << 23  # bytes that one process encodes before several have started
+_SECONDS, _SECONDS_PER_MB = 10.0, 10.0  # of processor time for a text: 20 times what slow tokenizers take
+_CHECK_SECONDS = 0.5
 _IN_FLIGHT = 2  # texts for each worker that are being encoded or wait to be written
 
 
 class WorkerDied(HvdlmError):
     """A worker process died, most often because memory ran out."""
+
+
+class TooSlow(HvdlmError):
+    """A text took longer to encode than any useful tokenizer does; ``label``: the text's."""
+
+    label: Any = None
 
 
 def choose(requested: int | None, tokenizer: Tokenizer, size: int) -> int:
@@ -42,7 +55,7 @@ def choose(requested: int | None, tokenizer: Tokenizer, size: int) -> int:
 
 
 def encoded(
-    tokenizer: Tokenizer, texts: Iterable[tuple[str, Label]], workers: int
+    tokenizer: Tokenizer, texts: Iterable[tuple[Passage | str, Label]], workers: int
 ) -> Iterator[tuple[Label, np.ndarray]]:
     """Yield every text's label with its ids, int32 ``[n]``, in order, whatever the number of ``workers``.
 
@@ -51,7 +64,8 @@ def encoded(
         WorkerDied: a worker process died.
     """
     if workers == 1:
-        yield from ((label, tokenizer.encode(text)) for text, label in texts)
+        for text, label in texts:
+            yield label, _labelled(label, functools.partial(encode, tokenizer, text))
         return
     context = multiprocessing.get_context("spawn")  # a fork would inherit locks, threads and a launcher's files
     start = json.dumps(tokenizer.to_json())
@@ -63,21 +77,84 @@ def encoded(
                 "an encoding worker died: if memory ran out, use fewer (--workers 1); the same command resumes where "
                 "this one stopped."
             ) from error
+        except TooSlow:
+            for process in (pool._processes or {}).values():  # others may be at texts that take as long
+                process.kill()
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
 
 
 def _in_order(
-    pool: ProcessPoolExecutor, texts: Iterable[tuple[str, Label]], limit: int
+    pool: ProcessPoolExecutor, texts: Iterable[tuple[Passage | str, Label]], limit: int
 ) -> Iterator[tuple[Label, np.ndarray]]:
     waiting: deque[tuple[Label, Future[np.ndarray]]] = deque()
     for text, label in texts:
         waiting.append((label, pool.submit(_encode, text)))
         if len(waiting) >= limit:
             first, future = waiting.popleft()
-            yield first, future.result()
+            yield first, _labelled(first, future.result)
     for first, future in waiting:
-        yield first, future.result()
+        yield first, _labelled(first, future.result)
+
+
+def _labelled(label: Label, action: Callable[[], np.ndarray]) -> np.ndarray:
+    try:
+        return action()
+    except TooSlow as error:
+        error.label = label
+        raise
+
+
+def encode(tokenizer: Tokenizer, text: Passage | str) -> np.ndarray:
+    """Return the ids of ``text``, int32 ``[n]``.
+
+    Raises:
+        TooSlow: it takes too long.
+        HvdlmError: the text can't be encoded.
+    """
+    return within_budget(tokenizer, len(text), lambda: passages.encode(tokenizer, text))
+
+
+def within_budget(tokenizer: Tokenizer, size: int, action: Callable[[], Result]) -> Result:
+    """Return the result of ``action``, which lets ``tokenizer`` read or write ``size`` characters.
+
+    Processor time is limited, so that a machine that is busy with other work has no effect. The library can't be
+    interrupted: a thread that takes too long is left behind, and ends with the process.
+
+    Raises:
+        TooSlow: it takes too long. A pattern such as ``a(?=a*b)`` takes hours for a megabyte of ``a``.
+    """
+    if not isinstance(tokenizer, BPETokenizer):
+        return action()
+    result: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(action())
+        except BaseException as error:
+            result.set_exception(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    limit = _SECONDS + _SECONDS_PER_MB * size / 1e6
+    began = time.process_time()
+    thread.start()
+    while thread.is_alive():
+        thread.join(_CHECK_SECONDS)
+        if thread.is_alive() and time.process_time() - began > limit:
+            patterns = shown(", ".join(_patterns(tokenizer.to_json())) or "none", 200)
+            raise TooSlow(
+                f"the tokenizer takes more than {limit:.0f} s for {size:,} characters: use another tokenizer, or leave "
+                f"the text out. Its patterns: {patterns}."
+            )
+    return result.result()
+
+
+def _patterns(value: Any) -> list[str]:
+    """Return the regular expressions in a tokenizer's description."""
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+    own = [value["Regex"]] if isinstance(value, dict) and isinstance(value.get("Regex"), str) else []
+    return own + [pattern for item in items for pattern in _patterns(item)]
 
 
 _tokenizer: Tokenizer  # of this worker process
@@ -100,5 +177,5 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _encode(text: str) -> np.ndarray:
-    return _tokenizer.encode(text)
+def _encode(text: Passage | str) -> np.ndarray:
+    return encode(_tokenizer, text)

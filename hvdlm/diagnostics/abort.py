@@ -9,6 +9,7 @@ with the difference between the flight recorders.
 from __future__ import annotations
 
 import re
+import sys
 import time
 import traceback
 from dataclasses import replace
@@ -19,6 +20,7 @@ from hvdlm.diagnostics import diagnosis, failure_files
 from hvdlm.diagnostics.failure_files import Failure
 from hvdlm.diagnostics.phases import process
 from hvdlm.errors import BAD_INPUT, HvdlmError, RankError
+from hvdlm.io.terminal import printable
 
 _ERROR_SECONDS = 3.0  # waited for the error of another rank
 _TURN_SECONDS = 1.0  # after which the next rank reports, if the one before it has not
@@ -99,7 +101,7 @@ def _wait_for_other_error(folder: Path | None, rank: int) -> bool:
 def report(world: Any, error: BaseException, is_cause: bool) -> None:
     """Print the error that ended this rank, for an error of the transport with what the flight recorders show."""
     if is_cause and not isinstance(error, (RankError, HvdlmError)):
-        traceback.print_exception(error)
+        print(printable("".join(traceback.format_exception(error))), file=sys.stderr, flush=True)
     failure: Failure = failure_files.make_failure(world.rank, error, world.recorder.current_step, is_cause)
     text = f"hvdlm: rank {world.rank} failed: {failure.message}"
     if not is_cause and world.recorder.folder is not None:

@@ -6,11 +6,14 @@ order: the fault is at the first index where their recordings differ, and everyt
 
 from __future__ import annotations
 
+import bisect
 import itertools
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from hvdlm.diagnostics.failure_files import FailureFiles
 from hvdlm.diagnostics.flight_recorder import ranks_in, ranks_text
@@ -21,6 +24,7 @@ Column = dict[int, Entry]
 
 _LIBRARIES = re.compile(r"site-packages|<frozen |/lib/python3")
 _FRAMES, _RANKS = 6, 8  # shown in a diagnosis; RUN/flight_recorder has all
+_CALL_LINES = 4  # of a call in a stack: its file, its source line and marks below that
 
 
 @dataclass(frozen=True)
@@ -92,10 +96,12 @@ def _difference(ranks: str, members: dict[int, Column]) -> Difference | None:
     if len(members) < 2:
         return None
     start = max(min(column, default=0) for column in members.values())
-    stop = max(max(column, default=-1) for column in members.values())
-    for index in range(start, stop + 1):
-        entries = {rank: column.get(index) for rank, column in sorted(members.items())}
-        if len({_key(entry) for entry in entries.values()}) > 1:
+    last = {rank: max(column, default=-1) for rank, column in members.items()}
+    # The indices that occur, not all up to the highest: that one may be damaged.
+    for index in sorted(set().union(*members.values())):
+        # A rank that recorded later collectives called this one, too: its record is damaged, not missing.
+        entries = {rank: c.get(index) for rank, c in sorted(members.items()) if index in c or index > last[rank]}
+        if index >= start and len({_key(entry) for entry in entries.values()}) > 1:
             return Difference(ranks, index, entries, _deviating(members, index, entries))
     return None
 
@@ -131,28 +137,34 @@ def waiting(recordings: Mapping[int, Recording]) -> list[Wait]:
     All collectives of a graph are in flight while it runs: of these, the first that a member has not arrived at counts.
     """
     groups, waits = columns(recordings), []
-    differences = {ranks: _difference(ranks, members) for ranks, members in groups.items()}
+    compared = {ranks: _Compared(members, _difference(ranks, members)) for ranks, members in groups.items()}
     for rank, recording in recordings.items():
         in_flight = [entry for entry in recording.entries if not entry.ended]
-        own = [Wait(rank, e, _absent(groups[e.ranks], rank, e, differences[e.ranks])) for e in in_flight]
+        own = [Wait(rank, entry, compared[entry.ranks].absent(rank, entry)) for entry in in_flight]
         if own:
             waits.append(next((wait for wait in own if wait.absent), own[0]))
     return sorted(waits, key=lambda wait: (not wait.absent, wait.entry.begun))
 
 
-def _absent(members: dict[int, Column], rank: int, entry: Entry, difference: Difference | None) -> tuple[int, ...]:
-    """Return the members that have not begun the collective ``rank`` is in; after a difference, by count from there."""
-    if difference is None or entry.index < difference.index:
-        return tuple(r for r, column in sorted(members.items()) if entry.index > max(column, default=-1))
-    count = _count(members[rank], entry, difference.index, entry.index)
-    return tuple(r for r, c in sorted(members.items()) if _count(c, entry, difference.index, None) < count)
+class _Compared:
+    """A group's columns, and for every member where it called each collective from the first difference on."""
 
+    def __init__(self, members: dict[int, Column], difference: Difference | None) -> None:
+        self._last = {rank: max(column, default=-1) for rank, column in sorted(members.items())}
+        self._first = math.inf if difference is None else difference.index
+        self._called: dict[int, dict[Any, list[int]]] = {rank: {} for rank in self._last}
+        for rank, column in members.items():
+            for index in sorted(index for index in column if index >= self._first):
+                self._called[rank].setdefault(_key(column[index]), []).append(index)
 
-def _count(column: Column, entry: Entry, first: int, last: int | None) -> int:
-    """Return how often a rank called ``entry``'s collective from index ``first`` to ``last``."""
-    return sum(
-        _key(e) == _key(entry) for index, e in column.items() if index >= first and (last is None or index <= last)
-    )
+    def absent(self, rank: int, entry: Entry) -> tuple[int, ...]:
+        """Return the members that have not begun what ``rank`` is in; after a difference, by count from there."""
+        if entry.index < self._first:
+            return tuple(other for other, last in self._last.items() if entry.index > last)
+        key = _key(entry)
+        # A damaged recording may have two entries of one index; the column holds the later, which may have another key.
+        count = bisect.bisect_right(self._called[rank].get(key, ()), entry.index)
+        return tuple(other for other in self._last if len(self._called[other].get(key, ())) < count)
 
 
 def describe(entry: Entry) -> str:
@@ -260,7 +272,7 @@ def _shortened(stack: str) -> list[str]:
         calls[-1].append("  " + line)
     outside_libraries = [i for i, call in enumerate(calls) if not _LIBRARIES.search(call[0])]
     shown = sorted({*outside_libraries[-_FRAMES:], *range(len(calls))[-2:]})
-    return [line for i in shown for line in calls[i]]
+    return [line for i in shown for line in calls[i][:_CALL_LINES]]
 
 
 def _ranks(ranks: Iterable[int]) -> str:

@@ -20,13 +20,33 @@ from typing import Any
 
 from hvdlm.diagnostics.recorder_reader import Recording, read_recording
 from hvdlm.errors import FAILED, HvdlmError
-from hvdlm.io import safe_files
+from hvdlm.io import safe_files, untrusted_input, value_checks
+from hvdlm.io.terminal import printable
 
 HANG, REPORTED = "hang", "told"
 """Markers: a rank has noticed a hang; a rank has reported (on standard error) why the run ends."""
 
 _MAX_BYTES = 1 << 20  # read of a stack or an error
 _MAX_RANKS = 65536
+_FAILURE = value_checks.fields(
+    {
+        "message": value_checks.text,
+        "step": value_checks.count(),
+        "time": value_checks.number(0),
+        "own": value_checks.flag,
+    },
+    {"code": value_checks.count(high=255)},
+)
+_PHASE = value_checks.fields(
+    {
+        "phase": value_checks.text,
+        "host": value_checks.text,
+        "beat": value_checks.number(),
+        "waits": value_checks.flag,
+        "pid": value_checks.count(),
+        "seconds": value_checks.number(),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -69,9 +89,11 @@ def read_files(folder: Path) -> FailureFiles:
     for path in _files_of_ranks(folder, "rank", "recorder"):
         try:
             recording = read_recording(path)
+            if recording.rank != _rank(path):
+                raise HvdlmError(f"{path}: is damaged or renamed: it is of rank {recording.rank}.")
             recordings[recording.rank] = recording
         except HvdlmError as error:
-            unreadable.append(str(error))
+            unreadable.append(printable(error))
     return FailureFiles(recordings, read_stacks(folder), read_failures(folder), tuple(unreadable))
 
 
@@ -88,19 +110,14 @@ def _rank(path: Path) -> int:
 
 
 def _read(path: Path) -> str:
-    """Return the beginning of a file's text with unprintable characters replaced; "" where there is no such file."""
+    """Return the beginning of a file's text, safe for a terminal; "" where there is no such file."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         with open(descriptor, "rb") as file:
             text = file.read(_MAX_BYTES).decode("utf-8", "replace")
     except OSError:
         return ""
-    return _printable(text)
-
-
-def _printable(text: str) -> str:
-    """Return the text with characters replaced that a terminal would interpret."""
-    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
+    return printable(text)
 
 
 def _write(path: Path, text: str) -> None:
@@ -155,12 +172,14 @@ def read_failures(folder: Path | None) -> dict[int, Failure]:
     failures = {}
     for path in _files_of_ranks(folder, "failed", "json") if folder is not None else []:
         try:
-            content = json.loads(_read(path))
-            step, seconds = int(content["step"]), float(content["time"])
-            code = int(content.get("code", FAILED)) & 0xFF
-            failure = Failure(_rank(path), str(content["message"]), step, seconds, content["own"] is True, code)
-        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+            content = untrusted_input.parse_json(_read(path))
+            _FAILURE(content, "")
+        except ValueError:
             continue
+        # JSON spells control characters out: they are there only now.
+        message = printable(content["message"]).strip() or "it left no message"
+        step, seconds, code = content["step"], float(content["time"]), content.get("code", FAILED)
+        failure = Failure(_rank(path), message, step, seconds, content["own"], code)
         failures[failure.rank] = failure
     return failures
 
@@ -170,16 +189,11 @@ def read_phases(folder: Path) -> dict[int, dict[str, Any]]:
     phases = {}
     for path in _files_of_ranks(folder, "phase", "json"):
         try:
-            content = json.loads(_read(path))
-            state: dict[str, Any] = {key: _printable(str(content[key])[:200]) for key in ("phase", "host", "beat")}
-            state |= {
-                "waits": content["waits"] is True,
-                "pid": int(content["pid"]),
-                "seconds": float(content["seconds"]),
-            }
-            phases[_rank(path)] = state
-        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+            content = untrusted_input.parse_json(_read(path))
+            _PHASE(content, "")
+        except ValueError:
             continue
+        phases[_rank(path)] = content | {key: printable(content[key][:200]) for key in ("phase", "host")}
     return phases
 
 
@@ -224,6 +238,7 @@ def ranks_with_stacks(folder: Path) -> set[int]:
 
 def report(folder: Path | None, text: str) -> None:
     """Print why the run ends on standard error, and write it to ``diagnosis.txt``."""
+    text = printable(text)
     print(text, file=sys.stderr, flush=True)  # first: the file system may not respond
     write_diagnosis(folder, text)
 

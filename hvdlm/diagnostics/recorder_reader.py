@@ -7,10 +7,12 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from hvdlm.diagnostics.flight_recorder import CALL, FIRST, HEADER, IN_GRAPH, MAGIC, RECORD
+from hvdlm.diagnostics.flight_recorder import CALL, FIRST, HEADER, IN_GRAPH, MAGIC, RECORD, RECORDS
 from hvdlm.errors import HvdlmError
+from hvdlm.io.untrusted_input import shown
 
-_MOST_BYTES = FIRST + 65536 * RECORD.size
+_MOST_BYTES = FIRST + RECORDS * RECORD.size
+_MOST_STEPS = 2**53
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def read_recording(path: Path) -> Recording:
     # Older records that are not yet overwritten are left out: with gaps between them, they would look like differences.
     latest = entries[-1].sequence if entries else 0
     entries = tuple(entry for entry in entries if entry.sequence > latest - count)
-    return Recording(rank, size, pid, _text(host), step, _seconds(heartbeat), entries)
+    return Recording(rank, size, pid, _text(host), _step(step), _seconds(heartbeat), entries)
 
 
 def _content(path: Path) -> bytes:
@@ -85,18 +87,22 @@ def _content(path: Path) -> bytes:
 
 
 def _entry(data: bytes, slot: int, count: int) -> Entry | None:
+    """Return the record in ``slot``; None: it is empty, or its numbers can't be those of a collective."""
     number, index, step, begun, ended, flags, packed = RECORD.unpack_from(data, FIRST + slot * RECORD.size)
-    if number == 0 or (number - 1) % count != slot:
+    if number == 0 or (number - 1) % count != slot or index >= number:
         return None
     operation, name, ranks, shape, dtype, site = (_text(field) for field in CALL.unpack(packed))
     times = (_seconds(begun), _seconds(ended))
-    return Entry(number, index, step, *times, operation, name, ranks, shape, dtype, site, bool(flags & IN_GRAPH))
+    return Entry(number, index, _step(step), *times, operation, name, ranks, shape, dtype, site, bool(flags & IN_GRAPH))
 
 
 def _text(data: bytes) -> str:
-    """Return the text with unprintable characters replaced: a terminal would interpret them."""
-    text = data.split(b"\0")[0].decode("utf-8", "replace")
-    return "".join(c if c.isprintable() else "?" for c in text)
+    """Return a field's text on one line, of printable characters."""
+    return shown(data.split(b"\0")[0].decode("utf-8", "replace"))
+
+
+def _step(value: int) -> int:
+    return value if 0 <= value < _MOST_STEPS else 0
 
 
 def _seconds(value: float) -> float:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hvdlm.config import Config
+from hvdlm.data.tokenizers import Tokenizer
+from hvdlm.data.workers import within_budget
 from hvdlm.diagnostics.phases import process
 from hvdlm.errors import HvdlmError
 from hvdlm.inference.sampling import Sampling, sample
-from hvdlm.io import untrusted_input
+from hvdlm.io import text_decoding, untrusted_input
 from hvdlm.io.terminal import on_terminal
+from hvdlm.io.untrusted_input import shown
 from hvdlm.protocols.trainable import Trainable
 
 if TYPE_CHECKING:
@@ -49,35 +54,41 @@ def _fill_cache(trainable: Trainable, tokens: list[int]) -> tuple[np.ndarray, An
     return logits, cache, len(tokens)
 
 
-def encode(tokenizer: Any, prompt: str) -> np.ndarray:
-    """Return the prompt's ids, int32 ``[time]``.
+def encode(tokenizer: Tokenizer, prompt: str, config: Config) -> np.ndarray:
+    """Return the prompt's ids, int32 ``[time]``, with the tokens with which documents of a run begin.
 
     Raises:
-        HvdlmError: the prompt is empty, or the vocabulary lacks a character of it.
+        HvdlmError: the prompt is empty, takes too long, the vocabulary lacks a character of it, or the model a token.
     """
-    ids = tokenizer.encode(prompt)
+    text = text_decoding.without_surrogates(prompt)
+    begin = config.data.add_special_tokens
+    ids = within_budget(tokenizer, len(text), lambda: tokenizer.encode_prompt(text, begin))
     if not len(ids):
         raise HvdlmError("the prompt is empty: give at least one character (--prompt, or --log.sample_prompt).")
+    if config.model.vocab and ids.max() >= config.model.vocab:
+        token = shown(tokenizer.decode([int(ids.max())]))
+        raise HvdlmError(f"the prompt has the token {token}, for which the model has no embedding: leave it out.")
     return ids
 
 
 def generate_text(
-    trainable: Trainable, tokenizer: Any, prompt: np.ndarray, count: int, context: int, sampling: Sampling
+    tokenizer: Tokenizer, prompt: np.ndarray, generated: Iterable[int], stop_tokens: Collection[int] = ()
 ) -> Iterator[str]:
-    """Yield the prompt and the generated text in chunks.
+    """Yield the text of ``generated`` tokens, which continue ``prompt``, in chunks, up to the first stop token.
 
     A chunk is decoded together with the one before it, since spaces and characters of several bytes depend on their
-    neighbours, and is held back until its last character is complete.
+    neighbours, and is held back until its last character is complete, or no token follows.
     """
     tokens = [int(i) for i in prompt]
     start, yielded = 0, len(tokens)
-    yield tokenizer.decode(tokens)
-    for token in generate(trainable, prompt, count, context, sampling, tokenizer.vocab):
+    for token in itertools.takewhile(lambda token: token not in stop_tokens, generated):
         tokens.append(token)
         before, after = tokenizer.decode(tokens[start:yielded]), tokenizer.decode(tokens[start:])
         if not after.endswith("\ufffd"):
             yield after[len(before) :]
             start, yielded = yielded, len(tokens)
+    if yielded < len(tokens):
+        yield tokenizer.decode(tokens[start:])[len(tokenizer.decode(tokens[start:yielded])) :]
 
 
 def read_prompt(path: Path) -> str:
@@ -87,7 +98,7 @@ def read_prompt(path: Path) -> str:
         HvdlmError: it can't be read, or is no UTF-8 text.
     """
     try:
-        return str(untrusted_input.read(path, _MAX_BYTES), "utf-8")
+        return text_decoding.decode(untrusted_input.read(path, _MAX_BYTES))
     except (OSError, ValueError) as error:
         raise HvdlmError(f"--prompt_file {path}: {error}: give a readable UTF-8 text.") from error
 
@@ -100,16 +111,22 @@ def write(run: Run, prompt: str, count: int, sampling: Sampling) -> str:
     """
     if run.mesh.coordinates(run.world.rank)["data"] != 0:
         return ""
+    prompt = text_decoding.without_surrogates(prompt)
     response = run.task.respond(run.trainable, prompt)
     if response is not None:
         if run.world.rank == 0:
             print(response, flush=True)
         return response
-    ids = encode(run.task.tokenizer, prompt)
-    context = getattr(run.spec.settings, "context", sys.maxsize)
+    tokenizer, settings = run.task.tokenizer, run.spec.settings
+    ids = encode(tokenizer, prompt, run.config)
+    generated = generate(
+        run.trainable, ids, count, getattr(settings, "context", sys.maxsize), sampling, tokenizer.vocab
+    )
     chunks = []
     unprinted = ""
-    for chunk in generate_text(run.trainable, run.task.tokenizer, ids, count, context, sampling):
+    for chunk in itertools.chain(
+        [prompt], generate_text(tokenizer, ids, generated, run.config.model.stop_tokens or ())
+    ):
         process.alive()
         chunks.append(chunk)
         if run.world.rank != 0:

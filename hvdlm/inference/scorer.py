@@ -20,6 +20,7 @@ from hvdlm.checkpoints.rebuild_spec import spec_of
 from hvdlm.config import Config
 from hvdlm.data import tokenizers
 from hvdlm.data.tokenizers import Tokenizer
+from hvdlm.data.workers import within_budget
 from hvdlm.errors import HvdlmError
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.mesh import make_mesh
@@ -47,7 +48,12 @@ class RunScorer:
     def logs(self, texts: Sequence[str]) -> np.ndarray:
         """Return the log-probability of every text and its line end in nats, float64 ``[texts]``."""
         begin = self._tokenizer.encode(_SEPARATOR)
-        rows = [np.concatenate([begin, self._tokenizer.encode(text + _SEPARATOR)]) for text in texts]
+        ids = within_budget(
+            self._tokenizer,
+            sum(map(len, texts)),
+            lambda: [self._tokenizer.encode(text + _SEPARATOR) for text in texts],
+        )
+        rows = [np.concatenate([begin, row]) for row in ids]
         settings = self._spec.settings
         context = getattr(settings, "context", sys.maxsize)  # unlimited in recurrent models
         return sequence_logs(self._trainable, rows, len(begin), context, settings.vocab)
@@ -96,9 +102,6 @@ def _open(run: Path, characters: str, config: Config) -> RunScorer:
     spec = spec_of(latest, plugin_names=config.plugins)
     if spec.reads:
         raise HvdlmError(f"its model {spec.kind} reads more than text: name the run of a gpt or a recurrent model.")
-    unknown = sorted(latest.tensors.keys() - {f"parameters/{param.name}" for param in spec.params})
-    if parameter := next((name for name in unknown if name.startswith("parameters/")), None):
-        raise HvdlmError(f"its checkpoint holds {parameter}, which its model {spec.kind} lacks: name another run.")
     tokenizer.encode(characters)
     if not len(tokenizer.encode(_SEPARATOR)):
         raise HvdlmError("its tokenizer drops line ends, which separate texts: train with another tokenizer.")

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
-from hvdlm.io import untrusted_input
+from hvdlm.io import text_decoding, untrusted_input
 from hvdlm.io.untrusted_input import shown
 
 _MAX_EVENTS = 20_000
 _MAX_DEPTH = 32
 _SCALARS = (float, bool, type(None))
 _TAG = "tag:yaml.org,2002:"
+# Escapes by which file names that are not UTF-8 are written; libyaml, behind the faster loaders, refuses them.
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def load(text: str, loader: Callable[[str], Any]) -> Any:
@@ -21,6 +24,10 @@ def load(text: str, loader: Callable[[str], Any]) -> Any:
         ValueError: it isn't YAML, or holds anything but mappings with text keys, lists, text and numbers.
     """
     untrusted_input.guarded(lambda: _check_events(text))
+    if _SURROGATE.search(text):
+        import yaml
+
+        loader = yaml.safe_load
     # yaml raises its own errors and, for values that it can't construct, any other.
     content = untrusted_input.guarded(lambda: loader(text))
     _check(content)
@@ -38,7 +45,8 @@ def _check_events(text: str) -> None:
     import yaml
 
     depth, anchors = 0, set()
-    for number, event in enumerate(yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))):
+    parser = yaml.SafeLoader if _SURROGATE.search(text) else getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    for number, event in enumerate(yaml.parse(text, Loader=parser)):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if number > _MAX_EVENTS or depth > _MAX_DEPTH:
             raise ValueError(f"it has more than {_MAX_EVENTS} values, or nests deeper than {_MAX_DEPTH} levels")
@@ -70,6 +78,6 @@ def _check_text(text: str) -> None:
     import yaml
 
     try:
-        _check_events(text)
+        _check_events(text_decoding.without_surrogates(text))
     except yaml.YAMLError:
         pass  # it will stay text

@@ -1,4 +1,4 @@
-"""Standard output and error that survive their readers, detection of a terminal, sizes and durations as text."""
+"""Standard output and error that survive their readers, text made safe for a terminal, sizes and durations as text."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from hvdlm.io import launcher_env
 
 COLUMNS = "HVDLM_TERMINAL_COLUMNS"
 """Environment variable: the width of the terminal on which ``python -m hvdlm run`` shows the output of its ranks."""
+_HARMLESS = "\n\t\u200c\u200d"  # and the joiners of Persian, Indic scripts and emoji
 
 # The reader is gone: nothing that is written later will arrive. Other errors, like a full disk, may pass.
 _PERMANENT = (errno.EPIPE, errno.EBADF, errno.ECONNRESET)
@@ -130,6 +131,18 @@ def columns() -> int | None:
     """Return the width of the terminal that shows a rank's output; None where it has to be asked."""
     value = os.environ.get(COLUMNS, "")
     return int(value) if value.isdigit() and launcher_env.started_by_launcher() else None
+
+
+def printable(text: object) -> str:
+    """Return ``text`` with a question mark for all that a terminal would act upon; line ends and tabs stay.
+
+    Everything that is printed of a file, of another program's output or of a plugin passes through here: control
+    characters move the cursor, set the window's title or hide text, and bidirectional marks change its order.
+    """
+    line = str(text)
+    if line.isprintable():
+        return line
+    return "".join(c if c.isprintable() or c in _HARMLESS else "?" for c in line)
 
 
 def size(count: float) -> str:

@@ -5,28 +5,26 @@ All errors are ValueErrors and OSErrors that say what is wrong; the reader of a 
 
 from __future__ import annotations
 
-import gzip
-import io
 import json
 import os
+import re
 import stat
 import sys
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from hvdlm.errors import HvdlmError
+from hvdlm.io import text_decoding
 
 FACTOR = 10
 """Memory that reading may take, as a multiple of the file's size, in addition to the slack that a reader states."""
 
 SLACK = 2**20
-RATIO = 100
-"""Allowed ratio of unpacked to packed size: text is packed 3 to 5 times smaller, the most repetitive log 50 times."""
-
-_UNPACKED = 1 << 26  # bytes up to which any ratio is allowed
 _SHOWN = 80  # characters
+# Punctuation inside of a string is no structure. One that isn't closed ends with the text, so that a search is linear.
+_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
+_SOME_STRINGS = re.compile(rf"(?:[^\"]*{_STRING.pattern}){{1,1000}}", re.DOTALL)
 Value = TypeVar("Value")
 
 
@@ -72,32 +70,7 @@ def read_json(path: Path, limit: int, within: Path | None = None, slack: int = S
     Raises:
         ValueError, OSError: it can't be read, isn't JSON, nests too deeply, or would take too much memory.
     """
-    return parse_json(str(read(path, limit, within), "utf-8"), slack)
-
-
-def unpacked_limit(path: str) -> int:
-    """Return how many bytes the file ``path`` may unpack to."""
-    return max(_UNPACKED, RATIO * os.path.getsize(path))
-
-
-def read_unpacked(path: Path, limit: int) -> bytes:
-    """Return the content of the regular file ``path``, unpacked if its name ends with .gz, at most ``limit`` bytes.
-
-    Raises:
-        ValueError, OSError: it is larger, not a regular file, damaged, a decompression bomb, or missing.
-    """
-    data = read(path, limit)
-    if path.suffix != ".gz":
-        return data
-    limit = min(limit, unpacked_limit(str(path)))
-    try:
-        with gzip.open(io.BytesIO(data)) as file:
-            data = file.read(limit + 1)
-    except (EOFError, zlib.error) as error:
-        raise ValueError(f"{path.name} can't be unpacked ({error})") from error
-    if len(data) > limit:
-        raise ValueError(f"{path.name} unpacks to more than {limit:,} bytes")
-    return data
+    return parse_json(text_decoding.decode(read(path, limit, within)), slack)
 
 
 def parse_json(text: str, slack: int = SLACK) -> Any:
@@ -106,15 +79,34 @@ def parse_json(text: str, slack: int = SLACK) -> Any:
     Raises:
         ValueError: it isn't JSON, nests too deeply, or would take too much memory.
     """
-    # Upper bounds of CPython's memory for the values that these characters start or separate: without a check,
-    # `[],[],...` would take 25 times its size.
-    values = 78 * text.count("[") + 50 * text.count("{") + 54 * text.count(",") + 80 * text.count(":")
-    if 2 * sys.getsizeof(text) + values > FACTOR * len(text) + slack:
+    if not _fits(text, _values(text), slack) and not _fits(text, _values_outside_strings(text), slack):
         raise ValueError("its JSON holds too many small values")
     try:
         return json.loads(text)
     except RecursionError:
         raise ValueError("its JSON is nested too deeply") from None
+
+
+def _values_outside_strings(text: str) -> int:
+    """Return the same bound without the characters inside of strings, some strings at a time to save memory."""
+    values, position = 0, 0
+    while match := _SOME_STRINGS.match(text, position):
+        values += _values(_STRING.sub("", match[0]))
+        position = match.end()
+    return values + _values(text[position:])
+
+
+def _values(text: str) -> int:
+    """Return an upper bound of CPython's memory for the values that the characters of ``text`` start or separate.
+
+    Without a check, ``[],[],...`` would take 25 times its size.
+    """
+    prices = {"[": 78, "{": 50, ",": 54, ":": 80}
+    return sum(price * text.count(character) for character, price in prices.items())
+
+
+def _fits(text: str, values: int, slack: int) -> bool:
+    return 2 * sys.getsizeof(text) + values <= FACTOR * len(text) + slack
 
 
 def shown(value: object, limit: int = _SHOWN) -> str:

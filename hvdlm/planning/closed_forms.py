@@ -122,8 +122,10 @@ class _Step:
         wide, narrow = norms + statistics, 2 * s.width + 2 * heads + 2 * kv + inner
         if self.config.train.precision == "fp32":
             return round(4 * self.tokens * (wide + narrow))
-        weights = 2 * s.width * heads + 2 * s.width * kv + s.width * inner
-        return round(self.tokens * (4 * wide + 2 * narrow) + 2 * weights)
+        # torch casts every weight, and the input of every product: 3 in the attention, 1 or 2 in the MLP.
+        inward = 2 if s.activation == "swiglu" else 1
+        weights = 2 * s.width * heads + 2 * s.width * kv + (inward + 1) * s.width * (s.mlp_width // t)
+        return round(self.tokens * (4 * wide + 2 * (narrow + (1 + inward) * s.width)) + 2 * weights)
 
     def rnn_layer(self) -> int:
         """Return the bytes of a recurrent layer and micro-batch."""
@@ -140,10 +142,13 @@ class _Step:
         s: Any = self.s
         first, last = self.shard.range_of(s.vocab)
         each = float(last - first + 5 + s.width)
-        if self.kind == "gpt":
-            each += s.width / self.mesh.tensor if self.sequence else s.width
-            each += s.width if s.norm == "rmsnorm" else 0
-        return round(4 * self.tokens * each)
+        if self.kind != "gpt":
+            return round(4 * self.tokens * each)
+        each += s.width / self.mesh.tensor if self.sequence else s.width
+        each += s.width if s.norm == "rmsnorm" else 0
+        if self.config.train.precision == "fp32":
+            return round(4 * self.tokens * each)
+        return round(self.tokens * (4 * each - 2 * s.width) + 2 * (last - first) * s.width)
 
     def bytes(self) -> dict[str, int]:
         """Return the bytes that a step hands to collectives, by axis."""

@@ -9,8 +9,9 @@ from hvdlm import hookimpl
 from hvdlm.config import Config
 from hvdlm.data import mixture, sampler
 from hvdlm.data.mixture import Corpus
-from hvdlm.data.preparation import prepare
-from hvdlm.data.token_files import require_length
+from hvdlm.data.passages import required_ids
+from hvdlm.data.preparation import prepare, special_of
+from hvdlm.data.token_files import highest, require_length
 from hvdlm.errors import HvdlmError, RankError
 from hvdlm.protocols.trainable import Trainable
 from hvdlm.protocols.types import Batch
@@ -38,13 +39,23 @@ class LanguageModel:
             self.fingerprint = mixture.fingerprint(self._corpora)
         self.data = self._corpora[0].data
         self.tokenizer = self.data.tokenizer
-        self.vocab = self.tokenizer.vocab
+        self.vocab = self._vocab()
         for corpus in self._corpora:
             self._check(corpus)
         self._sampler = self._make_sampler()
 
+    def _vocab(self) -> int:
+        """Return the tokenizer's number of ids, or that of the model's embedding if it lacks only unused tokens."""
+        data, rows = self._config.data, self._config.model.vocab
+        if rows is None:
+            return self.tokenizer.vocab
+        return min(self.tokenizer.vocab, max(rows, required_ids(self.tokenizer, special_of(data))))
+
     def _check(self, corpus: Corpus) -> None:
-        """Check that a corpus holds at least one training window and one validation target."""
+        """Check that a corpus holds at least one training window and one validation target, and only known ids."""
+        if self.vocab < self.tokenizer.vocab:
+            for tokens in (corpus.data.train, corpus.data.validation):
+                self._check_ids(highest(tokens), HvdlmError)
         prefix = f"data.mixture {corpus.name}: " if corpus.name else ""
         require_length(corpus.data.train, self._config.data.context, f"{prefix}the training")
         if len(corpus.data.validation) < 2:
@@ -66,13 +77,14 @@ class LanguageModel:
     def rows(self, first: int, last: int) -> Batch:
         """Return rows ``first:last`` of the global order."""
         inputs, targets, reset = self._sampler.rows(first, last)
-        highest = max(int(inputs.max()), int(targets.max()))
-        if highest >= self.vocab:  # a large folder is only spot-checked when it is opened
-            folders = ", ".join(str(corpus.data.folder) for corpus in self._corpora)
-            raise RankError(
-                f"{folders} holds the id {highest}, its vocabulary has {self.vocab} entries: prepare it again."
-            )
+        # A large folder is only spot-checked when it is opened.
+        self._check_ids(max(int(inputs.max()), int(targets.max())), RankError)
         return Batch(inputs, targets, None, reset)
+
+    def _check_ids(self, number: int, error: type[Exception]) -> None:
+        if number >= self.vocab:
+            folders = ", ".join(str(corpus.data.folder) for corpus in self._corpora)
+            raise error(f"{folders} holds the id {number}, the model has {self.vocab} ids: prepare it again.")
 
     def validation(self, rank: int, size: int) -> Iterator[Batch]:
         """Yield ``rank``'s part of the validation split, of the corpora of a mixture one after the other."""

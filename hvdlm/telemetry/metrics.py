@@ -11,7 +11,7 @@ from typing import Any
 from hvdlm import hookimpl
 from hvdlm.config import Config
 from hvdlm.errors import RankError
-from hvdlm.io import safe_files
+from hvdlm.io import safe_files, untrusted_input
 from hvdlm.io.atomic_files import AppendFile, replace
 from hvdlm.protocols.types import StepResult
 from hvdlm.protocols.world import World
@@ -119,14 +119,17 @@ def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _keep_until(path: Path, step: int) -> None:
+    """Keep the lines of ``path`` up to ``step``, without incomplete ones of a killed run."""
     if safe_files.kind(path) != "file":
         safe_files.delete_file(path)  # a link: nothing is read or written through it
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue  # an incomplete line of a killed run
-    replace(path, "".join(kept))
+    with path.open(encoding="utf-8", errors="replace") as file:
+        kept = [line.rstrip("\n") for line in file if _is_until(line, step)]
+    replace(path, "".join(f"{line}\n" for line in kept))
+
+
+def _is_until(line: str, step: int) -> bool:
+    try:
+        return bool(untrusted_input.parse_json(line)["step"] <= step)
+    except (ValueError, KeyError, TypeError):
+        return False

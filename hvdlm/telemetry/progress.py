@@ -10,7 +10,7 @@ from typing import Any
 
 from hvdlm import hookimpl
 from hvdlm.config import Config
-from hvdlm.io.terminal import clock, columns, on_terminal, size
+from hvdlm.io.terminal import clock, columns, on_terminal, printable, size
 from hvdlm.protocols.types import StepResult
 from hvdlm.protocols.world import World
 from hvdlm.telemetry.rates import Rates
@@ -113,13 +113,15 @@ class Progress:
             value = summary[name]
             figure = f"perplexity {value:.3f}" if name == "perplexity" else _figure(name, value)
             rate = f"{summary['tokens_per_second']:,.0f} tokens/s"
-            self._print(f"done: validation {figure} (loss {summary['val_loss']:.4f}), {rate}")
+            # A plugin's task, or the manifest of a foreign checkpoint, may lack the loss.
+            loss = f" (loss {summary['val_loss']:.4f})" if "val_loss" in summary else ""
+            self._print(f"done: validation {figure}{loss}, {rate}")
 
     def _print(self, text: str) -> None:
         if self._bar is not None:
-            self._bar.write(text, file=sys.stdout)
+            self._bar.write(printable(text), file=sys.stdout)
         elif self._active:
-            print(text, flush=True)
+            print(printable(text), flush=True)
 
 
 def next_commands(config: Config) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hvdlm.errors import HvdlmError
+from hvdlm.io.untrusted_input import shown
+from hvdlm.io.value_checks import count
 
 Range = tuple[int, int]
 
@@ -31,16 +33,16 @@ class DataCursor:
             HvdlmError: the manifest's cursor is damaged.
         """
         cursor = manifest.get("cursor")
-        try:
-            if cursor is None:  # written by an early version, in which every step read a batch
-                size_then = manifest["config"]["train"]["batch_size"]
-                return DataCursor(batch_size, _count(manifest["step"] * size_then))
-            left_out = [(_count(first), _count(last)) for first, last in cursor["left_out"]]
-            return DataCursor(batch_size, _count(cursor["rows"]), left_out)
+        if cursor is not None:  # checked with the rest of the manifest
+            return DataCursor(batch_size, cursor["rows"], [(first, last) for first, last in cursor["left_out"]])
+        try:  # written by an early version, in which every step read a batch
+            size_then = manifest["config"]["train"]["batch_size"]
+            count(1, 2**31)(size_then, "config.train.batch_size")
         except (KeyError, TypeError, ValueError) as error:
             raise HvdlmError(
-                f"the checkpoint's data cursor is damaged ({error!r}): resume from another one."
+                f"the checkpoint's data cursor is damaged ({shown(error)}): resume from another one."
             ) from error
+        return DataCursor(batch_size, min(manifest["step"] * size_then, 2**52))
 
     def to_json(self) -> dict[str, Any]:
         """Return the manifest's entry that ``of`` reads."""
@@ -68,9 +70,3 @@ class DataCursor:
     def batch_number(self, row: int) -> int:
         """Return the number of the batch, counted in batches of the present size, that contains ``row``."""
         return row // self._batch_size
-
-
-def _count(value: Any) -> int:
-    if type(value) is not int or value < 0:
-        raise ValueError(f"{value!r} is not a number of rows")
-    return value

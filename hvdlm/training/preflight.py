@@ -13,8 +13,10 @@ import numpy as np
 from hvdlm.checkpoints.base_weights import Base
 from hvdlm.checkpoints.base_weights import check as check_base
 from hvdlm.checkpoints.load import Checkpoint
+from hvdlm.checkpoints.rebuild_spec import unknown_parameter
 from hvdlm.config import Config
 from hvdlm.errors import HvdlmError, RankError
+from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.mesh import Mesh
 from hvdlm.protocols.framework import Framework
 from hvdlm.protocols.task import Task
@@ -68,8 +70,10 @@ def check_groups(world: World, framework: Framework, mesh: Mesh) -> None:
         group.traffic.clear()
 
 
-def check_continuation(checkpoint: Checkpoint, task: Task, config: Config, base: Base | None = None) -> None:
-    """Check that a checkpoint's tokenizer, data cursor and base weights fit this run's settings.
+def check_continuation(
+    checkpoint: Checkpoint, task: Task, spec: ModelSpec, config: Config, base: Base | None = None
+) -> None:
+    """Check that a checkpoint's base weights, tokenizer, parameters and data cursor fit this run's settings.
 
     Raises:
         HvdlmError: one of them doesn't.
@@ -80,6 +84,11 @@ def check_continuation(checkpoint: Checkpoint, task: Task, config: Config, base:
         raise HvdlmError(
             f"checkpoint {checkpoint.path} was trained with another tokenizer or vocabulary than this run's: use its "
             "--data.path and --data.tokenizer, or a new --log.run."
+        )
+    if name := unknown_parameter(checkpoint, spec):
+        raise HvdlmError(
+            f"checkpoint {checkpoint.path} holds {name}, which this run's model lacks: use the model settings it was "
+            "trained with (RUN/config.yaml)."
         )
     cursor: Any = checkpoint.manifest.get("cursor") or {}
     batch = cursor.get("batch_size", config.train.batch_size)

@@ -224,8 +224,8 @@ def _connect(plan: Plan, lock: FileLock | None) -> Connected:
     vocab = config.model.vocab or task.vocab
     if vocab < task.vocab:
         raise HvdlmError(
-            f"model.vocab {vocab} is less than the tokenizer's {task.vocab} entries: --model.vocab {task.vocab} or "
-            "more, or another --data.tokenizer."
+            f"model.vocab {vocab} is less than the {task.vocab} ids of the texts: {_larger(config, task.vocab)}, or "
+            "another --data.tokenizer."
         )
     spec = plugins.find_model(manager, config.model.name)(config.model, vocab, config.data.context)
     if set(spec.reads) != set(task.reads):
@@ -235,10 +235,10 @@ def _connect(plan: Plan, lock: FileLock | None) -> Connected:
             "two (a seq2seq translates, a ctc transcribes speech, a convnet classifies digits)."
         )
     if config.log.sample_tokens and not task.reads:
-        encode(task.tokenizer, config.log.sample_prompt)
+        encode(task.tokenizer, config.log.sample_prompt, config)
     spec, base = attach(adapt(spec, config.lora), config.model.pretrained, config.train.seed, config.plugins)
     if checkpoint:
-        preflight.check_continuation(checkpoint, task, config, base)
+        preflight.check_continuation(checkpoint, task, spec, config, base)
     framework, world = connect_ranks(plan)
     return Connected(plan, task, spec, base, framework, world, lock)
 
@@ -268,6 +268,13 @@ def connect_ranks(plan: Plan) -> tuple[Framework, World]:
     return framework, world
 
 
+def _larger(config: Config, vocab: int) -> str:
+    """Return how a model gets more embedding rows: a folder's sizes are fixed."""
+    if config.model.pretrained:
+        return f"enlarge the folder's model (transformers: model.resize_token_embeddings({vocab}), and save it)"
+    return f"--model.vocab {vocab} or more"
+
+
 def build(connected: Connected) -> Run:
     """Check that all ranks agree, build the model and restore the checkpoint. All ranks call.
 
@@ -284,7 +291,7 @@ def build(connected: Connected) -> Run:
     preflight.check_groups(world, framework, mesh)
     checkpoint = agreement.choose(folder, plan.resume, world)
     if checkpoint:
-        preflight.check_continuation(checkpoint, task, config, base)
+        preflight.check_continuation(checkpoint, task, spec, config, base)
     elif plan.resume == "auto" and world.rank == 0:
         print(f"hvdlm: {folder} holds no checkpoint yet: the run starts afresh.{similar_run(folder)}", flush=True)
     group = world.group(mesh.group("data", world.rank))

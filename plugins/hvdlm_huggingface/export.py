@@ -1,10 +1,12 @@
-"""Writes a checkpoint as a Hugging Face folder: config.json, model.safetensors, and the tokenizer if possible."""
+"""Writes a checkpoint as a Hugging Face folder: config.json, model.safetensors, tokenizer and special tokens."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,52 +15,134 @@ import numpy as np
 from hvdlm.checkpoints.load import Checkpoint
 from hvdlm.checkpoints.merge import MergedWeights
 from hvdlm.checkpoints.rebuild_spec import spec_of
-from hvdlm.checkpoints.safetensors_io import TensorInfo, replace_tensors
-from hvdlm.data.tokenizers import LIMIT, SLACK, from_json
+from hvdlm.checkpoints.safetensors_io import TensorInfo, open_tensors, replace_tensors
 from hvdlm.errors import HvdlmError
-from hvdlm.io import untrusted_input
-from hvdlm.io.atomic_files import replace, sync_folder
+from hvdlm.io.atomic_files import replace as write_text
+from hvdlm.io.atomic_files import sync_folder, write_synced
 from hvdlm.io.safe_files import delete_file
+from hvdlm.io.untrusted_input import shown
 from hvdlm.models.gpt import GPTSettings
 from hvdlm.models.spec import ModelSpec
-from hvdlm_huggingface.formats import FORMATS, Format
+from hvdlm_huggingface.formats import FORMATS, INERT, Format
+from hvdlm_huggingface.metadata import COPIED
+from hvdlm_huggingface.origin import Origin, eos_of, find
+from hvdlm_huggingface.tokenizer_files import tokenizer_files
+from hvdlm_huggingface.weights import FILE
+
+WRITTEN = {"config.json", FILE, *COPIED}
+"""The names of all files that an export may write."""
+
+_MARK = {"format": "pt", "writer": "hvdlm"}  # metadata of the weights, by which an earlier export is recognised
+_POSITIONS = "embed.positions"
 
 
 def export(checkpoint: Checkpoint, tokenizer: Path | None, output: Path, base: str | None = None) -> tuple[int, str]:
     """Write the folder ``output``, with one tensor at a time in memory; return (parameters written, a note).
 
-    ``tokenizer``: the run's tokenizer.json; ``base``: see ``spec_of``. The note names the tokenizer that is written,
-    or says why there is none. config.json is written last: an interrupted export is not taken for a model.
+    ``tokenizer``: the run's tokenizer.json; ``base``: the folder that training started from, None: as the checkpoint
+    names it. What that folder holds beside the model's weights is taken over: positions beyond those that were trained,
+    special tokens, settings of generation, tokenizer, chat template. The note says which tokenizer is written, or why
+    none is, and what is missing. config.json is written last: an interrupted export is not taken for a model.
 
     Raises:
         HvdlmError: neither GPT-2 nor Llama of transformers computes this model, or the folder can't be written.
     """
     spec = spec_of(checkpoint, base)
     chosen = _format(spec)
-    shapes = _shapes(spec, chosen)
-    members = _members(shapes, chosen)
-    tensors = {name: _tensor_info(shapes, chosen, params) for name, params in members.items()}
-    weights = MergedWeights(checkpoint, spec)
-
-    def array(name: str) -> np.ndarray:
-        arrays = []
-        for param in members[name]:
-            array = weights.array(param) if param in weights.tensors else np.zeros(shapes[param], np.float32)
-            arrays.append(array.T if chosen.location(param).transposed else array)
-        return np.concatenate(arrays, -1) if len(arrays) > 1 else arrays[0]
-
+    origin, missing = find(checkpoint, spec.settings, base)
+    files, note = _files(checkpoint, tokenizer, origin)
+    fields = _fields(checkpoint, chosen, spec, origin)
+    weights = _Export(checkpoint, spec, chosen, origin)
     try:
+        _check_output(output, origin)
         output.mkdir(parents=True, exist_ok=True)
-        delete_file(output / "config.json")
-        replace_tensors(output / "model.safetensors", tensors, array, {"format": "pt"})
-        note = _write_tokenizer(tokenizer, output)
-        replace(output / "config.json", json.dumps({**chosen.config(spec.settings), "dtype": "float32"}, indent=2))
+        for name in WRITTEN - {FILE}:
+            delete_file(output / name)
+        replace_tensors(output / FILE, weights.tensors, weights.array, _MARK)
+        for name, content in files.items():
+            write_synced(output / name, content)
+        write_text(output / "config.json", json.dumps(fields, indent=2))
         sync_folder(output)
     except OSError as error:
         raise HvdlmError(
             f"--output {output}: {error.strerror or error}: name a folder that can be written and has space."
         ) from error
-    return sum(math.prod(shape) for _, shape in tensors.values()), note
+    return sum(math.prod(shape) for _, shape in weights.tensors.values()), note + missing
+
+
+def _check_output(output: Path, origin: Origin | None) -> None:
+    """Check that a folder is missing, empty, or an earlier export, whose files are replaced: others' are not touched.
+
+    Raises:
+        HvdlmError: it holds something else, or training started from it.
+    """
+    names = [] if not output.is_dir() else sorted(os.listdir(output))
+    if origin is not None and names and output.samefile(origin.path):
+        raise HvdlmError(f"--output {output}: training started from this folder: name one that doesn't exist yet.")
+    known = WRITTEN | {f".{name}.partial" for name in WRITTEN}
+    foreign = [name for name in names if name not in known]
+    if not foreign and any(not name.startswith(".") for name in names) and not _is_export(output):
+        foreign = [name for name in names if not name.startswith(".")]
+    if foreign:
+        raise HvdlmError(
+            f"--output {output}: it holds {shown(foreign[0])}, which no export wrote: name a folder that doesn't exist "
+            "yet, or an empty one."
+        )
+
+
+def _is_export(output: Path) -> bool:
+    try:
+        return (open_tensors(output / FILE, output).metadata() or {}).get("writer") == _MARK["writer"]
+    except (OSError, ValueError):
+        return False
+
+
+def _files(checkpoint: Checkpoint, tokenizer: Path | None, origin: Origin | None) -> tuple[dict[str, bytes], str]:
+    """Return {name: content} of the files beside the weights and config.json, and a note on them."""
+    if origin is not None and origin.keeps_tokenizer:
+        return origin.files(), f"bpe tokenizer, special tokens and settings of {origin.path}"
+    return tokenizer_files(tokenizer, eos_of(checkpoint))
+
+
+def _fields(checkpoint: Checkpoint, chosen: Format, spec: ModelSpec, origin: Origin | None) -> dict[str, Any]:
+    """Return the content of config.json: the model's sizes, and what the folder that it started from says beside."""
+    context = origin.context if origin else spec.settings.context
+    fields = chosen.config(dataclasses.replace(spec.settings, context=context))
+    sizes = {name: value for name, value in fields.items() if name not in INERT}
+    carried = origin.fields() if origin else {"eos_token_id": eos_of(checkpoint)}
+    return {**fields, **carried, **sizes, "dtype": "float32"}
+
+
+class _Export:
+    """The tensors of an exported model.
+
+    Attributes:
+        tensors: {tensor: (dtype, shape)}.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, spec: ModelSpec, chosen: Format, origin: Origin | None) -> None:
+        self._weights = MergedWeights(checkpoint, spec)
+        self._format = chosen
+        self._shapes = _shapes(spec, chosen)
+        self._members = _members(self._shapes, chosen)
+        self._origin = origin if origin and origin.context > spec.settings.context else None
+        self.tensors = {name: _tensor_info(self._shapes, chosen, params) for name, params in self._members.items()}
+        if self._origin and _POSITIONS in self._shapes:
+            name = chosen.location(_POSITIONS).tensor
+            self.tensors[name] = ("F32", (self._origin.context, spec.settings.width))
+
+    def array(self, name: str) -> np.ndarray:
+        """Return a tensor, float32."""
+        arrays = [self._member(param) for param in self._members[name]]
+        return np.concatenate(arrays, -1) if len(arrays) > 1 else arrays[0]
+
+    def _member(self, param: str) -> np.ndarray:
+        if param not in self._weights.tensors:  # a bias that the model lacks
+            return np.zeros(self._shapes[param], np.float32)
+        array = self._weights.array(param)
+        if param == _POSITIONS and self._origin:
+            return np.concatenate([array, self._origin.positions(len(array))])
+        return array.T if self._format.location(param).transposed else array
 
 
 def _format(spec: ModelSpec) -> Format:
@@ -108,54 +192,3 @@ def _tensor_info(shapes: Mapping[str, tuple[int, ...]], chosen: Format, params: 
     if chosen.location(params[0]).transposed:
         return "F32", shape[::-1]
     return "F32", (*shape[:-1], sum(shapes[param][-1] for param in params))
-
-
-def _write_tokenizer(path: Path | None, output: Path) -> str:
-    """Write tokenizer.json and tokenizer_config.json; return a note: which tokenizer it is, or why there is none."""
-    if path is None or not path.is_file():
-        return "no tokenizer: only a run's folder (--run) has it"
-    try:
-        description = untrusted_input.read_json(path, LIMIT, slack=SLACK)
-        from_json(description)  # checks it
-    except ValueError as error:
-        raise HvdlmError(f"{path} is not the tokenizer of a run: {error}.") from error
-    kind = description.get("kind")
-    make = _TOKENIZERS.get(kind)
-    if make is None:
-        return f"no tokenizer: Hugging Face has no {kind} tokenizer like hvdlm's"
-    replace(output / "tokenizer.json", json.dumps(make(description), ensure_ascii=False))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    replace(output / "tokenizer_config.json", json.dumps(settings, indent=2))
-    return f"{kind} tokenizer"
-
-
-def _bytes(description: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a byte-level BPE tokenizer without merges, whose ids are the bytes."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    # GPT-2's table of printable characters (openai/gpt-2, encoder.py, bytes_to_unicode).
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    table = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
-    tokenizer = Tokenizer(models.BPE({table[b]: b for b in range(256)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return dict(json.loads(tokenizer.to_str()))
-
-
-def _characters(description: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a word-level tokenizer whose words are single characters."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-
-    words = {character: number for number, character in enumerate(description["characters"])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token=description["characters"][0]))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return dict(json.loads(tokenizer.to_str()))
-
-
-_TOKENIZERS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
-    "byte": _bytes,
-    "char": _characters,
-    "bpe": lambda description: dict(description["description"]),
-}

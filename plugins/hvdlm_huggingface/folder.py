@@ -3,31 +3,34 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
 
 import numpy as np
 
-from hvdlm.checkpoints.safetensors_io import open_tensors
 from hvdlm.config import Config, DataConfig, ModelConfig
 from hvdlm.errors import HvdlmError
 from hvdlm.io import untrusted_input
 from hvdlm.io.atomic_files import sha256
 from hvdlm.io.untrusted_input import shown
-from hvdlm.models.spec import ModelSpec, ParamSpec
+from hvdlm.models.spec import ModelSpec, ParamSpec, builtin_models
+from hvdlm_huggingface import metadata
+from hvdlm_huggingface.fields import Fields
 from hvdlm_huggingface.formats import FORMATS, TensorLocation
+from hvdlm_huggingface.weights import Box, Weights, guarded, print_note, root_of
 
-_CONFIG_BYTES, _INDEX_BYTES = 2**20, 2**26  # largest files that are read
-Value = TypeVar("Value")
-Box = tuple[slice, ...]
+_CONFIG_BYTES = 2**20  # largest config.json that is read
+_NAMED = 5  # unused names that a sentence has room for
+_EMBEDDING, _HEAD = "embed.tokens", "head.weight"
 
 
 class Folder:
     """An open folder (an ``PretrainedFolder``).
 
     Attributes:
+        path: its path.
+        content: what its config.json holds.
         settings: the model's values of ``ModelConfig``.
         context: its number of positions.
 
@@ -37,22 +40,56 @@ class Folder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        config = self._guarded(lambda: untrusted_input.read_json(path / "config.json", _CONFIG_BYTES))
-        kind = config.get("model_type") if isinstance(config, dict) else None
+        self.content = guarded(
+            path, lambda: untrusted_input.read_json(path / "config.json", _CONFIG_BYTES, root_of(path))
+        )
+        kind = self.content.get("model_type") if isinstance(self.content, dict) else None
         if not isinstance(kind, str) or kind not in FORMATS:
             raise HvdlmError(f"{path} holds a {shown(repr(kind))} model, hvdlm reads {' and '.join(FORMATS)}.")
         self.format = FORMATS[kind]
-        self.settings = self._guarded(lambda: self.format.settings(config))
+        fields = Fields(self.content, self.format.aliases)
+        self.settings = guarded(path, lambda: self.format.settings(fields))
+        for key in ("quantization_config", "transformers_weights"):  # weights in another form, or in other files
+            if fields.get(key) is not None:
+                raise HvdlmError(f"{path}: its config.json has {key}, which hvdlm doesn't read: save the model again.")
         self.context = self.settings.pop("context")
-        self._files: dict[str, str] | None = None
-        self._opened: dict[str, Any] = {}
+        self._unused_fields = fields.unused()
+        self._opened: Weights | None = None
+
+    @property
+    def _weights(self) -> Weights:
+        if self._opened is None:
+            self._opened = Weights(self.path, self.format.prefix)
+        return self._opened
 
     def resolve(self, config: Config) -> Config:
-        """Return ``config`` with this folder's sizes, and its tokenizer unless another one is chosen.
+        """Return ``config`` with this folder's sizes, and its tokenizer and stop tokens unless others are chosen.
+
+        When a model is imported for the first time, says which fields, tensors and files of the folder are not used.
 
         Raises:
             HvdlmError: ``config`` asks for other sizes than the folder's, or there is no tokenizer.
         """
+        imported = config.model.vocab is None
+        if Weights.exist(self.path):  # a run that is resumed needs no more than the tokenizer
+            self._check_claims()
+            self._untie(config, imported)
+        self._check_choices(config)
+        config = replace(config, model=replace(config.model, **self.settings))
+        if imported and Weights.exist(self.path):
+            self._report_unused(config.model)
+        tokenizer = self.path / "tokenizer.json"
+        if config.data.tokenizer not in (DataConfig().tokenizer, str(tokenizer)):
+            return config
+        if not tokenizer.exists():
+            raise HvdlmError(f"{self.path} has no tokenizer.json: name the model's tokenizer with --data.tokenizer.")
+        config = replace(config, data=replace(config.data, tokenizer=str(tokenizer)))
+        if config.model.stop_tokens is not None:
+            return config
+        stop = metadata.stop_tokens(self.path, self.content, self.settings["vocab"])
+        return replace(config, model=replace(config.model, stop_tokens=stop))
+
+    def _check_choices(self, config: Config) -> None:
         defaults = ModelConfig()
         for key, value in self.settings.items():
             asked = getattr(config.model, key)
@@ -63,13 +100,63 @@ class Folder:
                 f"data.context {config.data.context} is more than the {self.context} positions of {self.path}: "
                 f"--data.context {self.context} or less."
             )
-        config = replace(config, model=replace(config.model, **self.settings))
-        if config.data.tokenizer != DataConfig().tokenizer:
-            return config
-        tokenizer = self.path / "tokenizer.json"
-        if not tokenizer.exists():
-            raise HvdlmError(f"{self.path} has no tokenizer.json: name the model's tokenizer with --data.tokenizer.")
-        return replace(config, data=replace(config.data, tokenizer=str(tokenizer)))
+
+    def _check_claims(self) -> None:
+        """Check what config.json claims against what is stored, before a description of that size is built."""
+        tensor = self._location(_EMBEDDING).tensor
+        expected = (self.settings["vocab"], self.settings["width"])
+        self._check_shape(tensor, self._weights.shape(tensor), expected)
+        layers, stored = self.settings["layers"], len(self._weights.files)
+        if layers > stored:
+            raise HvdlmError(
+                f"{self.path}: its config.json asks for {layers:,} layers, its files hold {stored:,} tensors: download "
+                "the folder again."
+            )
+
+    def _check_shape(self, tensor: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+        if shape != expected:
+            raise HvdlmError(
+                f"{self.path}: {tensor} has the shape {list(shape)}, its config.json asks for {list(expected)}: "
+                "download the folder again."
+            )
+
+    def _untie(self, config: Config, imported: bool) -> None:
+        """Untie a head that differs from the embedding although config.json ties them, as transformers does."""
+        head, embedding = (self.format.location(name).tensor for name in (_HEAD, _EMBEDDING))
+        if not self.settings["tie_embeddings"] or head not in self._weights or embedding not in self._weights:
+            return
+        if self._weights.equal(head, embedding):
+            return
+        if config.model.tie_embeddings:
+            print_note(
+                f"{self.path}: {head} differs from {embedding} and is not used, since model.tie_embeddings is true"
+            )
+            return
+        self.settings["tie_embeddings"] = False
+        if imported:
+            print_note(
+                f"{self.path}: {head} differs from {embedding}, although its config.json ties them: both are used "
+                "(--model.tie_embeddings true uses the latter alone)"
+            )
+
+    def _report_unused(self, model: ModelConfig) -> None:
+        """Print which fields of config.json, tensors and files have no effect on the model."""
+        spec = builtin_models()[model.name](model, self.settings["vocab"], self.context)
+        used = {
+            self._weights.name(t) for t in (self._location(p.name).tensor for p in spec.params) if t in self._weights
+        }
+        head = {self.format.location(_HEAD).tensor}  # was compared, where it is not used
+        buffers = re.compile(self.format.buffers)
+        tensors = [n for n in self._weights.files if n not in used | head and not buffers.search(n)]
+        unused = {
+            "fields of config.json": self._unused_fields,
+            "tensors": sorted(tensors),
+            "files": self._weights.unused_files(),
+        }
+        for kind, names in unused.items():
+            if names:
+                more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+                print_note(f"{self.path}: {kind} that are not used: {shown(', '.join(names[:_NAMED]), 200)}{more}")
 
     def attach(self, spec: ModelSpec) -> ModelSpec:
         """Return ``spec`` with this folder's weights as those of its frozen parameters, or, without any, of all.
@@ -83,30 +170,34 @@ class Folder:
 
     def fingerprint(self) -> str:
         """Return a hash of the files with the weights, independent of their names."""
-        self._files = self._list() if self._files is None else self._files
-        names = sorted(set(self._files.values()))
-        for name in names:
-            self._file(name)  # checks that it is a file within the folder
-        digests = sorted(self._guarded(lambda: [sha256(self.path / name) for name in names]))
+        names = self._weights.digest_names()
+        digests = sorted(guarded(self.path, lambda: [sha256(self.path / name) for name in names]))
         return hashlib.sha256(" ".join(digests).encode()).hexdigest()
+
+    def positions(self, first: int) -> np.ndarray:
+        """Return the position embeddings from ``first`` on, float32 ``[positions, embed]``."""
+        rows = (slice(first, self.context), slice(0, self.settings["width"]))
+        return self._read(self._location("embed.positions"), rows)
+
+    def _location(self, name: str) -> TensorLocation:
+        """Return which tensor holds a parameter: a tied embedding may be stored as the head alone."""
+        location, head = self.format.location(name), self.format.location(_HEAD)
+        tied = name == _EMBEDDING and self.settings["tie_embeddings"]
+        return head if tied and location.tensor not in self._weights and head.tensor in self._weights else location
 
     def _with_source(self, param: ParamSpec) -> ParamSpec:
         """Return ``param`` with initial values that are read from the folder."""
-        location = self.format.location(param.name)
+        location = self._location(param.name)
         shape = self._shape(location)
         # A shorter context uses the first positions: there may be more rows.
         rows = slice(0, 1) if param.name == "embed.positions" else slice(0, 0)
         if shape[rows] < param.shape[rows] or shape[rows.stop :] != param.shape[rows.stop :]:
-            raise HvdlmError(
-                f"{self.path}: {location.tensor} has the shape {list(shape)}, its config.json asks for "
-                f"{list(param.shape)}: download the folder again."
-            )
+            self._check_shape(location.tensor, shape, param.shape)
         return replace(param, source=lambda _, box: self._read(location, box))
 
     def _shape(self, location: TensorLocation) -> tuple[int, ...]:
         """Return the shape of the parameter at ``location``."""
-        name, file = self._open(location.tensor)
-        shape = tuple(self._guarded(lambda: file.get_slice(name).get_shape()))
+        shape = self._weights.shape(location.tensor)
         shape = shape[::-1] if location.transposed else shape
         if not shape:
             return shape
@@ -114,60 +205,9 @@ class Folder:
 
     def _read(self, location: TensorLocation, box: Box) -> np.ndarray:
         """Return ``box`` of the parameter at ``location``, as float32."""
-        name, file = self._open(location.tensor)
         index, count = location.chunk
         if count > 1:
             offset = index * self._shape(location)[-1]
             box = (*box[:-1], slice(box[-1].start + offset, box[-1].stop + offset))
-        array = self._guarded(lambda: file.get_slice(name)[box[::-1] if location.transposed else box])
+        array = self._weights.read(location.tensor, box[::-1] if location.transposed else box)
         return np.ascontiguousarray(array.T if location.transposed else array, np.float32)
-
-    def _open(self, tensor: str) -> tuple[str, Any]:
-        """Return a tensor's name in its file, and the open file; base models are stored without the prefix."""
-        files = self._files = self._list() if self._files is None else self._files
-        name = tensor if tensor in files else tensor.removeprefix(self.format.prefix)
-        if name not in files:
-            raise HvdlmError(f"{self.path}: there is no tensor {tensor}: download the folder again.")
-        return name, self._file(files[name])
-
-    def _file(self, name: str) -> Any:
-        if name not in self._opened:
-            import ml_dtypes  # noqa: F401  registers bfloat16 with numpy
-
-            self._opened[name] = self._guarded(lambda: open_tensors(self.path / name, self.path))
-        return self._opened[name]
-
-    def _list(self) -> dict[str, str]:
-        """Return {tensor: file}, from the index, or of the only file."""
-        index = self.path / "model.safetensors.index.json"
-        if not index.exists():
-            if not (self.path / "model.safetensors").exists():
-                raise HvdlmError(
-                    f"{self.path} has no model.safetensors: pickled weights are not read, save them with "
-                    "safe_serialization=True."
-                )
-            file = self._file("model.safetensors")
-            return dict.fromkeys(self._guarded(file.keys), "model.safetensors")
-        files = self._guarded(lambda: untrusted_input.read_json(index, _INDEX_BYTES)["weight_map"])
-        if not isinstance(files, dict) or not all(isinstance(f, str) and Path(f).name == f for f in files.values()):
-            raise HvdlmError(f"{index} names files outside of its folder: download it again.")
-        return files
-
-    def _guarded(self, action: Callable[[], Value]) -> Value:
-        """Return the result of ``action``; every error about the folder becomes an ``HvdlmError``."""
-
-        def attempt() -> Value:
-            try:
-                return action()
-            except OSError as error:
-                cause = f"{error.filename or self.path}: {error.strerror or error}"
-                sentence = f"model.pretrained {cause}: name a Hugging Face folder of a GPT-2 or Llama."
-                raise HvdlmError(sentence) from error
-            except KeyError as error:
-                sentence = f"model.pretrained {self.path}: {error} is missing: download the folder again."
-                raise HvdlmError(sentence) from error
-
-        try:
-            return untrusted_input.guarded(attempt)
-        except ValueError as error:
-            raise HvdlmError(f"model.pretrained {self.path} is not a folder that hvdlm can read: {error}.") from error

@@ -8,8 +8,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from hvdlm.models.gpt import GPTSettings
+from hvdlm_huggingface.fields import Fields
 
-Config = Mapping[str, Any]
+# transformers/activations.py: classes that compute the same function.
+_TANH_GELU = ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh", "gelu_python_tanh")
+_SILU = ("silu", "swish")
+_DROPOUT, _SPECIAL = ("resid_pdrop", "embd_pdrop", "attn_pdrop"), ("bos_token_id", "eos_token_id", "pad_token_id")
+
+INERT = {*_DROPOUT, *_SPECIAL}
+"""Fields of ``Format.config`` without effect on logits: those of a folder that training started from count."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +42,16 @@ class Format(ABC):
         prefix: how the names of the base model's tensors begin.
         architecture: class in transformers.
         biased: whether all layers have biases.
+        aliases: {field of config.json: other names under which transformers, or its earlier versions, have it}.
+        buffers: regular expression of tensors that are no parameters: hvdlm computes their values.
     """
 
     name: ClassVar[str]
     prefix: ClassVar[str]
     architecture: ClassVar[str]
     biased: ClassVar[bool] = False
+    aliases: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    buffers: ClassVar[str]
     _outer: ClassVar[Mapping[str, str]]  # outside of layers: {hvdlm's name: name in the base model}
     _layers: ClassVar[str]
     _inner: ClassVar[Mapping[str, str]]  # the same within a layer
@@ -48,7 +59,7 @@ class Format(ABC):
     _transposed: ClassVar[bool] = False
 
     @abstractmethod
-    def settings(self, config: Config) -> dict[str, Any]:
+    def settings(self, config: Fields) -> dict[str, Any]:
         """Return the fields of ``ModelConfig`` that a config.json stands for, and ``context``, its number of positions.
 
         Raises:
@@ -82,6 +93,13 @@ class GPT2(Format):
     """GPT-2 (Radford et al. 2019); its linear layers hold ``[inputs, outputs]``."""
 
     name, prefix, architecture, biased = "gpt2", "transformer.", "GPT2LMHeadModel", True
+    aliases: ClassVar = {
+        "n_embd": ("hidden_size",),
+        "n_layer": ("num_hidden_layers",),
+        "n_head": ("num_attention_heads",),
+        "n_positions": ("max_position_embeddings", "n_ctx"),
+    }
+    buffers = r"\.attn\.(masked_)?bias"
     _outer: ClassVar = {"embed.tokens": "wte", "embed.positions": "wpe", "final_norm": "ln_f"}
     _layers = "h"
     _inner: ClassVar = {
@@ -96,9 +114,9 @@ class GPT2(Format):
     }
     _chunks: ClassVar = {"attention.query": (0, 3), "attention.key": (1, 3), "attention.value": (2, 3)}
 
-    def settings(self, config: Config) -> dict[str, Any]:
+    def settings(self, config: Fields) -> dict[str, Any]:
         """Return the fields of ``ModelConfig`` and ``context`` that ``config`` stands for."""
-        _expect(config, "activation_function", ("gelu_new", "gelu_pytorch_tanh"), "gelu_new")
+        _expect(config, "activation_function", _TANH_GELU, "gelu_new")
         _expect(config, "scale_attn_weights", (True,), True)
         _expect(config, "scale_attn_by_inverse_layer_idx", (False,), False)
         _expect(config, "add_cross_attention", (False,), False)
@@ -140,8 +158,8 @@ class GPT2(Format):
             "activation_function": "gelu_new",
             "layer_norm_epsilon": s.norm_epsilon,
             "tie_word_embeddings": s.tie_embeddings,
-            **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
-            **dict.fromkeys(("bos_token_id", "eos_token_id"), None),
+            **dict.fromkeys(_DROPOUT, 0.0),
+            **dict.fromkeys(_SPECIAL[:2], None),
         }
 
 
@@ -149,6 +167,7 @@ class Llama(Format):
     """Llama (Touvron et al. 2023); its linear layers hold ``[outputs, inputs]``."""
 
     name, prefix, architecture = "llama", "model.", "LlamaForCausalLM"
+    buffers = r"\.rotary_emb\.inv_freq"
     _outer: ClassVar = {"embed.tokens": "embed_tokens", "final_norm": "norm"}
     _layers, _transposed = "layers", True
     _inner: ClassVar = {
@@ -163,13 +182,9 @@ class Llama(Format):
         "mlp.down": "mlp.down_proj",
     }
 
-    def settings(self, config: Config) -> dict[str, Any]:
+    def settings(self, config: Fields) -> dict[str, Any]:
         """Return the fields of ``ModelConfig`` and ``context`` that ``config`` stands for."""
-        _expect(config, "hidden_act", ("silu",), "silu")
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            raise ValueError(f"its rope_type is {kind!r}, hvdlm's positions are 'default'")
+        _expect(config, "hidden_act", _SILU, "silu")
         width, heads = _count(config, "hidden_size"), _count(config, "num_attention_heads")
         if _count(config, "head_dim", width // heads) * heads != width:
             raise ValueError("its head_dim is not hidden_size / num_attention_heads")
@@ -190,7 +205,7 @@ class Llama(Format):
             "activation": "swiglu",
             "bias": bias,
             "tie_embeddings": _switch(config, "tie_word_embeddings", False),
-            "rotary_base": _number({**rope, **config}, "rope_theta", 10000.0),
+            "rotary_base": _rotary_base(config),
             "norm_epsilon": _number(config, "rms_norm_eps", 1e-6),
             "context": _count(config, "max_position_embeddings"),
         }
@@ -221,14 +236,35 @@ class Llama(Format):
             "attention_bias": s.bias,
             "mlp_bias": s.bias,
             "tie_word_embeddings": s.tie_embeddings,
-            **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), None),
+            **dict.fromkeys(_SPECIAL, None),
         }
 
 
 FORMATS: dict[str, Format] = {architecture.name: architecture for architecture in (GPT2(), Llama())}
 
 
-def _value(config: Config, key: str, valid: Callable[[Any], bool], expected: str, default: Any) -> Any:
+def _rotary_base(config: Fields) -> float:
+    """Return the base of rotary positions: the nested value counts, as in transformers (modeling_rope_utils.py).
+
+    Raises:
+        ValueError: the positions are scaled or partial.
+    """
+    outer = _number(config, "rope_theta", 10000.0)
+    partial = _number(config, "partial_rotary_factor", 1.0)
+    scaling, parameters = config.get("rope_scaling"), config.get("rope_parameters")
+    values = scaling or parameters or {}
+    if not isinstance(values, dict):
+        raise ValueError(f"its rope_parameters are {str(values)[:40]!r}, expected a mapping")
+    kind = values.get("rope_type", values.get("type", "default"))
+    if kind != "default":
+        raise ValueError(f"its rope_type is {str(kind)[:40]!r}, hvdlm's positions are 'default'")
+    rope = Fields(values)
+    if _number(rope, "partial_rotary_factor", partial) != 1:
+        raise ValueError("its partial_rotary_factor is not 1, hvdlm rotates all dimensions")
+    return _number(rope, "rope_theta", outer)
+
+
+def _value(config: Fields, key: str, valid: Callable[[Any], bool], expected: str, default: Any) -> Any:
     """Return a field of config.json, or ``default`` where it is missing or null; without a default it must be there."""
     value = config.get(key)
     if value is None:
@@ -240,19 +276,20 @@ def _value(config: Config, key: str, valid: Callable[[Any], bool], expected: str
     return value
 
 
-def _count(config: Config, key: str, default: int | None = None) -> int:
+def _count(config: Fields, key: str, default: int | None = None) -> int:
     return int(_value(config, key, lambda v: type(v) is int and 0 < v < 2**31, "a whole number above 0", default))
 
 
-def _number(config: Config, key: str, default: float) -> float:
+def _number(config: Fields, key: str, default: float) -> float:
     return float(_value(config, key, lambda v: type(v) in (int, float) and 0 < v < 1e12, "a number above 0", default))
 
 
-def _switch(config: Config, key: str, default: bool) -> bool:
+def _switch(config: Fields, key: str, default: bool) -> bool:
     return bool(_value(config, key, lambda v: type(v) is bool, "true or false", default))
 
 
-def _expect(config: Config, key: str, allowed: tuple[Any, ...], default: Any) -> None:
+def _expect(config: Fields, key: str, allowed: tuple[Any, ...], default: Any) -> None:
     value = config.get(key, default)
     if value not in allowed:
-        raise ValueError(f"its {key} is {str(value)[:40]!r}, hvdlm's models have {' or '.join(map(repr, allowed))}")
+        expected = " or ".join("none" if one is None else repr(one) for one in allowed)
+        raise ValueError(f"its {key} is {str(value)[:40]!r}, hvdlm's models have {expected}")

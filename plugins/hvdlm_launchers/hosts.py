@@ -25,7 +25,8 @@ from hvdlm.parallel.mesh import make_mesh
 PROBE = "ssh -o BatchMode=yes -o ConnectTimeout=5 {host} true"
 """Default command that checks whether a host is reachable: exit code 0."""
 
-_LINE = re.compile(r"([A-Za-z0-9_][\w.-]*)(?::(\d{1,6}))?")  # no leading dash: a host must not become an option
+# ASCII alone, and no leading dash: a host must not become an option.
+_LINE = re.compile(r"([A-Za-z0-9_][\w.-]*)(?::(\d{1,6}))?", re.ASCII)
 _LOCAL = ("localhost", "127.0.0.1")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import signal
 from dataclasses import dataclass
@@ -12,6 +11,8 @@ from typing import Any
 
 from hvdlm.checkpoints.discovery import newest_step
 from hvdlm.errors import STOPPED
+from hvdlm.io import untrusted_input
+from hvdlm.io.value_checks import count, fields, text
 from hvdlm.training.signals import LAUNCHER_ENDS
 
 CODES = {"done": 0, "failed": 1, "refused": 2, "stopped": STOPPED}
@@ -22,6 +23,7 @@ _NOTICED = re.compile(r"process rank (\d+) with PID \d+ on node (\S+) exited on 
 _STOPPED_BY_SIGNAL = re.compile(rf"rank \d+: SIG[A-Z0-9]+: |{LAUNCHER_ENDS}")
 _EXCEPTION = re.compile(r"(?:\[\S*>:?)?[\w.]*(?:Error|Exception)\b")
 _STATUS_BYTES = 2**20  # hvdlm writes no larger status.json
+_STATUS = fields({}, {"state": text, "step": count()})
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,7 @@ class RunStatus:
     @property
     def step(self) -> int:
         """The latest step that the newest checkpoint or ``status.json`` records."""
-        step = self.status.get("step")
-        return max(self.checkpoint or 0, step if type(step) is int else 0)
+        return max(self.checkpoint or 0, self.status.get("step", 0))
 
     def __str__(self) -> str:
         """Return what a restart would resume from."""
@@ -59,12 +60,11 @@ class RunStatus:
 
 def _status(path: Path) -> dict[str, Any]:
     try:
-        if path.stat().st_size > _STATUS_BYTES:
-            return {}
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        content = untrusted_input.read_json(path, _STATUS_BYTES, slack=_STATUS_BYTES)
+        _STATUS(content, "")
+    except (OSError, ValueError):
         return {}
-    return content if isinstance(content, dict) else {}
+    return dict(content)
 
 
 def outcome(code: int, status: dict[str, Any], errors: list[str]) -> tuple[str, str]:
@@ -78,8 +78,8 @@ def outcome(code: int, status: dict[str, Any], errors: list[str]) -> tuple[str, 
     if code == 1:  # horovodrun --gloo hides a rank's code, but prints it
         printed = re.findall(r"^Exit code: (\d+)$", "\n".join(errors), re.M)
         code = int(printed[-1]) if printed else code
-    state = status.get("state")
-    if not isinstance(state, str) or state not in CODES:
+    state = status.get("state", "")
+    if state not in CODES:
         # A run that ends in order writes how: if its status is still "running", rank 0 died, whatever the code.
         states = {value: name for name, value in CODES.items() if not (status and name == "done")}
         state, status = states.get(code, "failed"), {}

@@ -19,6 +19,7 @@ from typing import Any
 
 from hvdlm.config import Config
 from hvdlm.io.safe_files import append
+from hvdlm.io.terminal import printable
 from hvdlm_launchers import hosts
 from hvdlm_launchers.process_tree import ProcessTree
 from hvdlm_launchers.run_status import CODES, RunStatus, outcome
@@ -257,4 +258,4 @@ class Supervisor:
 
 def _log(text: str) -> None:
     with contextlib.suppress(OSError):
-        print(f"hvdlm supervise: {text}", file=sys.stderr, flush=True)
+        print(printable(f"hvdlm supervise: {text}"), file=sys.stderr, flush=True)

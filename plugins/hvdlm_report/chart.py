@@ -2,94 +2,130 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from html import escape
 
+from hvdlm_report.axes import Axis, axis_range, labels
+from hvdlm_report.curves import smoothed, thinned
 from hvdlm_report.runs import Curve
 
-_WIDTH, _HEIGHT = 460, 240
-_LEFT, _RIGHT, _BOTTOM, _TOP = 62, 8, 28, 10  # margins
-_POINTS = 600  # of a curve, at most
-_TICKS = 5
+WIDTH, HEIGHT = 400, 230
+FONT = 12  # size of labels; on a phone, a chart is shown at about nine tenths
+_LETTER = 0.62 * FONT  # width of a digit, at most
+_RIGHT, _BOTTOM, _TOP = 8, 28, 10  # margins; the left one depends on the labels
+_SMALLEST = 1e-100  # value on a logarithmic axis
+
+NamedCurve = tuple[str, Curve]
+"""The name of a run, and its curve."""
 
 
-def chart(title: str, unit: str, curves: Mapping[str, Curve], marks: Sequence[int] = ()) -> str:
-    """Return a chart of ``curves`` over steps, with a vertical line at each of ``marks``; empty without any curve."""
-    drawn = {name: thinned(curve) for name, curve in curves.items() if curve}
-    if not drawn:
+@dataclass(frozen=True)
+class Chart:
+    """What a chart shows.
+
+    Attributes:
+        title: its heading.
+        unit: of the values, shown beside the heading.
+        smooth: whether a moving average is drawn over the curves.
+        tokens_per_step: of every run, for an axis of tokens; None: there is no such axis.
+    """
+
+    title: str
+    unit: str = ""
+    smooth: bool = False
+    tokens_per_step: Sequence[int] | None = None
+
+
+def draw(chart: Chart, curves: Sequence[NamedCurve], marks: Sequence[int] = ()) -> str:
+    """Return a figure of every run's curve, with a vertical line at each step in ``marks``; empty without any curve.
+
+    It holds a drawing for each kind of axis (steps or tokens, linear or logarithmic), of which the style sheet shows
+    the one that is chosen, and the points for the script that shows values.
+    """
+    if not any(curve for _, curve in curves):
         return ""
-    steps = [step for curve in drawn.values() for step in curve]
-    values = [value for curve in drawn.values() for value in curve.values()]
-    x = _scale(min(steps), max(steps), _LEFT, _WIDTH - _RIGHT)
-    low, high = _with_margin(min(values), max(values))
-    y = _scale(low, high, _HEIGHT - _BOTTOM, _TOP)
-    elements = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)} over steps">']
-    for tick in ticks(low, high):
-        elements.append(
-            f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>'
-        )
-        elements.append(
-            f'<text class="tick" text-anchor="end" x="{_LEFT - 6}" y="{y(tick) + 4:.1f}">{short(tick)}</text>'
-        )
-    for tick in ticks(min(steps), max(steps)):
-        elements.append(
-            f'<text class="tick" text-anchor="middle" x="{x(tick):.1f}" y="{_HEIGHT - 8}">{short(tick)}</text>'
-        )
-    elements += [f'<line class="mark" x1="{x(s):.1f}" x2="{x(s):.1f}" y1="{_TOP}" y2="{y(low):.1f}"/>' for s in marks]
-    for number, name in enumerate(curves):  # all of them: a run has the same color in every chart
-        if name not in drawn:
-            continue
-        curve = drawn[name]
-        points = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in curve.items())
-        last_step, last_value = list(curve.items())[-1]
-        tooltip = f"{escape(name)}: {last_value:.6g} at step {last_step}"
-        elements.append(f'<polyline class="run{number}" points="{points}"><title>{tooltip}</title></polyline>')
-        elements.append(f'<circle class="run{number}" cx="{x(last_step):.1f}" cy="{y(last_value):.1f}" r="3"/>')
-    heading = f"{escape(title)}{f' <small>{escape(unit)}</small>' if unit else ''}"
-    return f"<figure><figcaption>{heading}</figcaption>{''.join(elements)}</svg></figure>"
+    heading = f"{escape(chart.title)}{f' <small>{escape(chart.unit)}</small>' if chart.unit else ''}"
+    points = [[list(item) for item in thinned(curve).items()] for _, curve in curves]
+    data = escape(json.dumps({"runs": [name for name, _ in curves], "points": points}, separators=(",", ":")))
+    drawings = "".join(_drawings(chart, curves, marks))
+    # Without the script, the output stays empty and takes no space.
+    return f'<figure data-chart="{data}"><figcaption>{heading}</figcaption>{drawings}<output></output></figure>'
 
 
-def thinned(curve: Curve) -> Curve:
-    """Return at most about 600 points of a curve: the lowest and the highest of each of equally long intervals."""
-    items = sorted(curve.items())
-    if len(items) <= _POINTS:
-        return dict(items)
-    length = -(-2 * len(items) // _POINTS)
-    kept = {items[0], items[-1]}
-    for start in range(0, len(items), length):
-        interval = items[start : start + length]
-        kept |= {min(interval, key=lambda item: item[1]), max(interval, key=lambda item: item[1])}
-    return dict(sorted(kept))
+def _drawings(chart: Chart, curves: Sequence[NamedCurve], marks: Sequence[int]) -> Iterator[str]:
+    positive = [(name, {s: v for s, v in curve.items() if v > _SMALLEST}) for name, curve in curves]
+    ones = [1] * len(curves)
+    for horizontal, factors in (("steps", ones), ("tokens", chart.tokens_per_step)):
+        if factors:
+            yield _Drawing(chart, f"{horizontal} linear", factors, curves).svg(marks)
+            log = any(curve for _, curve in positive)
+            yield _Drawing(chart, f"{horizontal} log", factors, positive if log else curves, log).svg(marks)
 
 
-def ticks(low: float, high: float) -> list[float]:
-    """Return about five round numbers from ``low`` to ``high``."""
-    span = high - low
-    if span <= 0:
-        return [low]
-    exact = span / _TICKS
-    power = 10.0 ** math.floor(math.log10(exact))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= exact)
-    first = math.ceil(low / step - 1e-9)
-    return [round(n * step, 12) for n in range(first, math.floor(high / step + 1e-9) + 1)]
+class _Drawing:
+    """A chart on one kind of axes; ``factors``: horizontal units per step of every run."""
 
+    def __init__(
+        self, chart: Chart, kind: str, factors: Sequence[int], curves: Sequence[NamedCurve], log: bool = False
+    ) -> None:
+        self._chart = chart
+        self._kind = kind
+        self._factors = factors
+        self._names = [name for name, _ in curves]
+        self._curves = [thinned(curve) for _, curve in curves]
+        self._averages = [thinned(smoothed(curve)) if chart.smooth else {} for _, curve in curves]
+        low, high = axis_range([value for curve in self._curves for value in curve.values()], log)
+        self._y = Axis(low, high, HEIGHT - _BOTTOM, _TOP, log)
+        self._y_ticks = list(zip(self._y.ticks(), labels(self._y.ticks()), strict=True))
+        self._left = 8 + _LETTER * max(len(label) for _, label in self._y_ticks)
+        ends = [step * factor for curve, factor in zip(self._curves, factors, strict=True) for step in curve]
+        self._x = Axis(min(ends), max(ends), self._left, WIDTH - _RIGHT)
 
-def short(value: float) -> str:
-    """Return a number in few characters: 1.2k, 3M, 0.05."""
-    for factor, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= factor:
-            return f"{value / factor:.4g}{letter}"
-    return f"{value:.4g}"
+    def svg(self, marks: Sequence[int]) -> str:
+        """Return the drawing."""
+        x = self._x
+        axes = f"{x.low:.17g},{x.high:.17g},{x.first:.1f},{x.last:.1f}"
+        label = f"{escape(self._chart.title)} over {self._kind.split()[0]}"
+        head = f'<svg class="{self._kind}" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}" '
+        head += f'data-x="{axes}" data-factors="{",".join(map(str, self._factors))}">'
+        return "".join([head, *self._grid(), *self._marks(marks), *self._lines(), '<line class="cursor"/></svg>'])
 
+    def _grid(self) -> Iterator[str]:
+        for value, label in self._y_ticks:
+            y = self._y.position(value)
+            yield f'<line class="grid" x1="{self._left:.1f}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+            yield f'<text class="tick" text-anchor="end" x="{self._left - 6:.1f}" y="{y + 4:.1f}">{label}</text>'
+        values = self._x.ticks()
+        names = labels(values)
+        half = _LETTER * max(map(len, names)) / 2
+        stride = 1 + int(2.3 * half * len(names) / (WIDTH - self._left))  # labels don't overlap
+        for value, label in list(zip(values, names, strict=True))[::stride]:
+            half = _LETTER * len(label) / 2
+            x = min(max(self._x.position(value), half), WIDTH - half)  # all labels stay within the drawing
+            yield f'<text class="tick" text-anchor="middle" x="{x:.1f}" y="{HEIGHT - 8}">{label}</text>'
 
-def _with_margin(low: float, high: float) -> tuple[float, float]:
-    """Return the range of the vertical axis; it doesn't extend below zero unless the values do."""
-    margin = 0.05 * (high - low) or 0.05 * abs(high) or 0.5
-    return (max(0.0, low - margin) if low >= 0 else low - margin), high + margin
+    def _marks(self, marks: Sequence[int]) -> Iterator[str]:
+        for step in marks:
+            x = self._x.position(step * self._factors[0])
+            if not self._left <= x <= WIDTH:
+                continue
+            yield f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{HEIGHT - _BOTTOM}"/>'
 
+    def _lines(self) -> Iterator[str]:
+        for number, name in enumerate(self._names):  # a run has the same color in every chart
+            curve, average = self._curves[number], self._averages[number]
+            if not curve:
+                continue
+            yield self._line(curve, number, f"raw run{number}" if average else f"run{number}", name)
+            if average:
+                yield self._line(average, number, f"smooth run{number}", f"{name}, smoothed")
+            step, value = list(curve.items())[-1]
+            x, y = self._x.position(step * self._factors[number]), self._y.position(value)
+            yield f'<circle class="run{number}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>'
 
-def _scale(low: float, high: float, first: float, last: float) -> Callable[[float], float]:
-    """Return the linear function that maps ``low`` to ``first`` and ``high`` to ``last``."""
-    span = (high - low) or 1.0
-    return lambda value: first + (value - low) / span * (last - first)
+    def _line(self, curve: Curve, number: int, kind: str, name: str) -> str:
+        factor = self._factors[number]
+        points = " ".join(f"{self._x.position(s * factor):.1f},{self._y.position(v):.1f}" for s, v in curve.items())
+        return f'<polyline class="{kind}" points="{points}"><title>{escape(name)}</title></polyline>'

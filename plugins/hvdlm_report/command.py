@@ -12,12 +12,13 @@ def main(arguments: list[str]) -> int:
     Raises:
         HvdlmError: an option is wrong, a folder holds no run, or the page can't be written.
     """
+    from hvdlm.io.terminal import printable
     from hvdlm_report import page
 
     values = parse(arguments)
     for sentence in page.write([Path(run) for run in values.runs], Path(values.output), values.tolerance):
-        print(sentence)
-    print(f"{values.output}: open it in a browser")
+        print(printable(sentence))
+    print(printable(f"{values.output}: open it in a browser"))
     return 0
 
 

@@ -1,41 +1,95 @@
-"""Reads the metrics, summary and configuration in a run's folder, and compares the losses of two runs."""
+"""Reads the metrics, summary and configuration in a run's folder; all of it is untrusted."""
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from yaml import safe_load
 
 from hvdlm.errors import HvdlmError
 from hvdlm.io import safe_yaml, untrusted_input
+from hvdlm.io.terminal import printable
 from hvdlm.io.user_folders import similar_run
+from hvdlm.io.value_checks import count, fields, list_of, mapping_of, number, or_null, text
+
+CURVES = ("loss", "val_loss", "learning_rate", "tokens_per_second", "grad_norm", "comm_share", "comm_bytes")
+"""The figures of metrics.jsonl that are read."""
 
 _METRICS_BYTES = 2**28  # largest metrics.jsonl that is read
-_FILE_BYTES = 2**24  # largest of the other files
+_SUMMARY_BYTES, _CONFIG_BYTES, _SAMPLE_BYTES = 2**24, 2**18, 2**20
+_LARGEST = 1e100  # figures beyond it are left out: no run has any, and differences of them would overflow
+
+_TRAFFIC = fields({}, dict.fromkeys(("calls", "bytes", "seconds"), number(0)))
+_FIGURE = or_null(number(finite=False))
+_BYTES = mapping_of(or_null(number()))
+_SUMMARY = fields(
+    {},
+    {
+        **dict.fromkeys(("val_loss", "perplexity", "bits_per_byte", "train_loss", "tokens_per_second"), _FIGURE),
+        **dict.fromkeys(("seconds", "compression", "comm_share", "overlap", "idle_share"), _FIGURE),
+        **dict.fromkeys(("accuracy", "word_error_rate", "bleu"), _FIGURE),
+        **dict.fromkeys(("steps", "skipped_steps", "parameters", "world_size"), or_null(count())),
+        **dict.fromkeys(("bytes_communicated", "peak_memory_bytes"), or_null(number(0))),
+        **dict.fromkeys(("stopped", "framework", "backend"), or_null(text)),
+        "versions": mapping_of(text),
+        "traffic": mapping_of(_TRAFFIC),
+        "ranks": list_of(
+            fields({}, {"memory": or_null(_BYTES), "predicted_memory": or_null(_BYTES), "step_bytes": or_null(_BYTES)})
+        ),
+    },
+)
 
 Curve = dict[int, float]
 """{step: value}."""
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
 class RunData:
-    """A run's curves, summary, configuration (values by option name) and sample text; ``name`` is its folder."""
+    """A run as its folder describes it.
+
+    Attributes:
+        name: its folder.
+        curves: its figures of ``CURVES`` by name.
+        summary: the content of summary.json, empty while it isn't finished.
+        config: values by option name.
+        sample: the text that it generated at its end.
+    """
 
     name: str
     curves: Mapping[str, Curve]
-    summary: Mapping[str, Any]
-    config: Mapping[str, str]
-    sample: str
+    summary: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, str] = field(default_factory=dict)
+    sample: str = ""
 
     @property
     def losses(self) -> Curve:
         """The training loss at each logged step."""
         return self.curves.get("loss", {})
+
+    @property
+    def task(self) -> str:
+        """The name of the task."""
+        return self.config.get("task", "language_model")
+
+    @property
+    def communicates(self) -> bool:
+        """Whether there is anything to show of communication."""
+        return any(self.curves.get("comm_bytes", {}).values()) or (self.summary.get("world_size") or 1) > 1
+
+    @property
+    def tokens_per_step(self) -> int | None:
+        """Tokens of a global batch; None where the configuration doesn't tell."""
+        sizes = [self.config.get(name, "") for name in ("train.batch_size", "data.context")]
+        if self.task != "language_model" or not all(
+            size.isascii() and size.isdigit() and len(size) < 10 for size in sizes
+        ):
+            return None
+        return int(sizes[0]) * int(sizes[1]) or None
 
 
 def read(folder: Path) -> RunData:
@@ -47,35 +101,65 @@ def read(folder: Path) -> RunData:
     if not (folder / "metrics.jsonl").is_file():
         advice = f"name the folder given as --log.run.{similar_run(folder)}"
         raise HvdlmError(f"{folder}: there is no run (no metrics.jsonl): {advice}")
+    return RunData(
+        printable(folder),
+        _read(folder / "metrics.jsonl", _curves) or {},
+        _read(folder / "summary.json", _summary) or {},
+        _read(folder / "config.yaml", _options) or {},
+        _read(folder / "sample.txt", _sample) or "",
+    )
+
+
+def _read(path: Path, reader: Callable[[Path], Value]) -> Value | None:
+    """Return what ``reader`` reads from ``path``; None where there is no such file."""
+    if not path.is_file():
+        return None
     try:
-        curves: dict[str, Curve] = {}
-        for line in _lines(folder / "metrics.jsonl"):
-            for name, value in line.items():
-                if name != "step" and type(value) in (int, float) and math.isfinite(value):
-                    curves.setdefault(name, {})[line["step"]] = float(value)
-        path = folder / "summary.json"
-        summary = untrusted_input.read_json(path, _FILE_BYTES, slack=_FILE_BYTES) if path.is_file() else {}
-        path = folder / "config.yaml"
-        options = (
-            safe_yaml.load(str(untrusted_input.read(path, _FILE_BYTES), "utf-8"), safe_load) if path.is_file() else {}
-        )
-        path = folder / "sample.txt"
-        sample = str(untrusted_input.read(path, _FILE_BYTES), "utf-8", "replace") if path.is_file() else ""
-        if not isinstance(summary, dict) or not isinstance(options, dict):
-            raise ValueError("its summary.json or config.yaml is no mapping")
+        return reader(path)
     except (ValueError, OSError) as error:
-        raise HvdlmError(f"{folder}: a file of this run is damaged: {untrusted_input.shown(str(error))}.") from error
-    return RunData(str(folder), curves, summary, dict(leaves(options)), sample)
+        reason = untrusted_input.shown(str(error), 200)
+        raise HvdlmError(f"{path.parent}: a file of this run is damaged: {path.name}: {reason}.") from error
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    for line in str(untrusted_input.read(path, _METRICS_BYTES), "utf-8", "replace").splitlines():
-        try:
-            record = untrusted_input.parse_json(line)
-        except ValueError:
-            continue  # half-written, by a run that was killed or is still writing
-        if isinstance(record, dict) and type(record.get("step")) is int:
-            yield record
+def _curves(path: Path) -> dict[str, Curve]:
+    if untrusted_input.size(path) > _METRICS_BYTES:
+        raise ValueError(f"it is larger than {_METRICS_BYTES:,} bytes")
+    curves: dict[str, Curve] = {}
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            for name, step, value in _figures(line):
+                curves.setdefault(name, {})[step] = value
+    return {name: dict(sorted(curve.items())) for name, curve in curves.items()}
+
+
+def _figures(line: str) -> Iterator[tuple[str, int, float]]:
+    """Yield (name, step, value) of the figures in a line; nothing of one that is damaged or half-written."""
+    try:
+        record = untrusted_input.parse_json(line)
+        step = record["step"]
+        count()(step, "step")
+    except (ValueError, TypeError, KeyError):
+        return
+    for name in CURVES:
+        value = record.get(name)
+        if type(value) in (int, float) and abs(value) < _LARGEST:
+            yield name, step, float(value)
+
+
+def _summary(path: Path) -> dict[str, Any]:
+    summary = untrusted_input.read_json(path, _SUMMARY_BYTES, slack=_SUMMARY_BYTES)
+    _SUMMARY(summary, "")
+    return dict(summary)
+
+
+def _options(path: Path) -> dict[str, str]:
+    options = safe_yaml.load(str(untrusted_input.read(path, _CONFIG_BYTES), "utf-8"), safe_load)
+    mapping_of()(options, "content")
+    return dict(leaves(options))
+
+
+def _sample(path: Path) -> str:
+    return printable(str(untrusted_input.read(path, _SAMPLE_BYTES), "utf-8", "replace"))
 
 
 def leaves(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -85,46 +169,3 @@ def leaves(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield from leaves(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", json.dumps(value) if isinstance(value, list) else str(value)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The losses of two runs, compared at the steps that both have logged.
-
-    Attributes:
-        steps: how many these are.
-        largest: the largest difference at any of them.
-        tolerance: difference above which the runs have diverged.
-        diverged_at: the first step at which they have, None if there is none.
-        values: the two losses at that step.
-    """
-
-    steps: int
-    largest: float
-    tolerance: float
-    diverged_at: int | None
-    values: tuple[float, float] | None
-
-    def sentence(self) -> str:
-        """Return the result as one or two sentences."""
-        if not self.steps:
-            return "The runs have logged no step in common."
-        if self.diverged_at is None or self.values is None:
-            return (
-                f"Losses agree within {self.tolerance:g} on all {self.steps} logged steps that both have; the largest "
-                f"difference is {self.largest:.3g}."
-            )
-        first, second = self.values
-        return (
-            f"Losses are first more than {self.tolerance:g} apart at step {self.diverged_at}: {first:.6g} and "
-            f"{second:.6g}. The largest difference over {self.steps} steps is {self.largest:.3g}."
-        )
-
-
-def compare(first: RunData, second: RunData, tolerance: float) -> Comparison:
-    """Compare the losses of two runs at the steps that both have logged."""
-    steps = sorted(first.losses.keys() & second.losses.keys())
-    differences = [abs(first.losses[step] - second.losses[step]) for step in steps]
-    at = next((step for step, size in zip(steps, differences, strict=True) if size > tolerance), None)
-    values = None if at is None else (first.losses[at], second.losses[at])
-    return Comparison(len(steps), max(differences, default=0.0), tolerance, at, values)

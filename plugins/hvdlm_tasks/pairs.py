@@ -10,8 +10,9 @@ from typing import NamedTuple
 import numpy as np
 
 from hvdlm.data.tokenizers import Tokenizer
+from hvdlm.data.workers import within_budget
 from hvdlm.errors import HvdlmError
-from hvdlm.io import untrusted_input
+from hvdlm.io import compression, text_decoding
 
 _MAX_BYTES = 1 << 32  # of a text, which is kept in memory
 
@@ -32,8 +33,13 @@ class Sentences:
     """Token ids of sentences, in one array; ``lengths``: int64 ``[sentences]``."""
 
     def __init__(self, tokenizer: Tokenizer, lines: Iterable[str], max_length: int) -> None:
-        ids = [tokenizer.encode(line) if line else np.zeros(0, np.int32) for line in lines]
-        ids = [sentence[:max_length] for sentence in ids]
+        texts = list(lines)
+        none = np.zeros(0, np.int32)
+        ids = within_budget(
+            tokenizer,
+            sum(map(len, texts)),
+            lambda: [tokenizer.encode(line)[:max_length] if line else none for line in texts],
+        )
         self._ends = np.cumsum([0, *(len(sentence) for sentence in ids)])
         self._ids = np.concatenate([np.zeros(0, np.int32), *ids])
         self.lengths = np.diff(self._ends)
@@ -44,7 +50,7 @@ class Sentences:
 
 
 def read_texts(paths: Sequence[str], key: str) -> Texts:
-    """Read a source and a target file, each plain or ``.gz``.
+    """Read a source and a target file, each plain or packed (``.gz``, ``.bz2``, ``.xz``, ``.zst``).
 
     Raises:
         HvdlmError: a file can't be read, or the numbers of lines differ.
@@ -65,7 +71,7 @@ def read_texts(paths: Sequence[str], key: str) -> Texts:
 
 def _lines(path: str, key: str) -> list[str]:
     try:
-        content = untrusted_input.read_unpacked(Path(path), _MAX_BYTES)
-        return str(content, "utf-8").split("\n")[: -1 if content.endswith(b"\n") else None]
+        content = text_decoding.decode(compression.read_unpacked(Path(path), _MAX_BYTES))
+        return content.split("\n")[: -1 if content.endswith("\n") else None]
     except (OSError, ValueError) as error:
-        raise HvdlmError(f"{key} {path}: {error}: give a readable UTF-8 text, plain or .gz.") from error
+        raise HvdlmError(f"{key} {path}: {error}: give a readable UTF-8 text, plain or packed (.gz).") from error

@@ -12,7 +12,9 @@ from typing import Any
 from hvdlm import hookimpl
 from hvdlm.config import Config
 from hvdlm.errors import HvdlmError
+from hvdlm.io import untrusted_input
 from hvdlm.io.atomic_files import replace
+from hvdlm.io.value_checks import fields, text
 from hvdlm.models.spec import ModelSpec
 from hvdlm.protocols.types import StepResult
 from hvdlm.protocols.world import World
@@ -20,6 +22,8 @@ from hvdlm.telemetry.rates import Rates, is_logged
 from hvdlm_trackers.sender import Sender
 
 Metrics = dict[str, float]
+_MOST_BYTES = 2**16  # of RUN/NAME.json
+_SAVED = fields({"run_id": text}, {"tracking_uri": text})
 
 
 class Tracker(ABC):
@@ -108,10 +112,11 @@ class Tracker(ABC):
         if self.config.checkpoint.resume == "none":
             return {}
         try:
-            saved = json.loads(self._file.read_text(encoding="utf-8"))
+            saved = untrusted_input.read_json(self._file, _MOST_BYTES)
+            _SAVED(saved, "")
         except (OSError, ValueError):
             return {}
-        return saved if isinstance(saved, dict) else {}
+        return dict(saved)
 
     def keep(self, **values: Any) -> None:
         """Save in RUN/NAME.json what identifies the tracker's run, to resume it."""

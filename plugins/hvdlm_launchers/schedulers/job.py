@@ -6,6 +6,18 @@ import re
 from dataclasses import dataclass, field
 
 from hvdlm.errors import HvdlmError
+from hvdlm.io.untrusted_input import shown
+
+# What goes into a job file as a word of its own, in a directive or a command. The shell and the schedulers, each with
+# its own rules of quoting, read these words: all characters that any of them could take for more are refused.
+_NAME = "one word of letters, digits and . , _ + @ : -"
+_WORDS = {
+    "queue": (r"[\w@][\w.,+@:-]*", _NAME),
+    "account": (r"[\w@][\w.,+@:/-]*", f"{_NAME} /"),
+    "mpi": (r"\w[\w.,+-]*", _NAME),
+    "log": (r"[\w./%~][\w./%+@:,=~^-]*", "a path without blanks, quotes and other characters of the shell"),
+    "image": (r"[\w./][\w./:@%+~=-]*", "a file or an address without blanks, quotes and other characters of the shell"),
+}
 
 
 @dataclass
@@ -91,7 +103,7 @@ class Job:
             HvdlmError: one isn't of the form SOURCE:/FOLDER.
         """
         for volume in self.volumes:
-            if not re.fullmatch(r"[^:\s,]+:/[^:\s,]*", volume):
+            if not volume.isprintable() or not re.fullmatch(r"[^-:\s,][^:\s,]*:/[^:\s,]*", volume):
                 raise HvdlmError(
                     f"--volumes: got {volume!r}, expected SOURCE:/FOLDER, for example [/scratch/me:/data]."
                 )
@@ -117,14 +129,16 @@ def check(job: Job) -> None:
     _check_time(job)
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_.-]{0,62}", job.name):
         raise HvdlmError(f"--name: got {job.name!r}, expected a letter, then letters, digits, '.', '_' or '-'.")
-    for name in ("queue", "account", "log", "image", "mpi"):
+    for name, (pattern, expected) in _WORDS.items():
         value = getattr(job, name)
-        if value is not None and not re.fullmatch(r"[^\s'\"]+", value):
-            raise HvdlmError(f"--{name}: got {value!r}, expected one word without blanks and quotes.")
+        if value is not None and not re.fullmatch(pattern, value):
+            raise HvdlmError(f"--{name}: got {shown(repr(value))}, expected {expected}.")
     for name in ("setup", "directives"):
         for line in getattr(job, name):
-            if "\n" in line or not line.strip():
-                raise HvdlmError(f"--{name}: got {line!r}, expected a list of single lines, for example [a, b].")
+            if not line.isprintable() or not line.strip():
+                raise HvdlmError(
+                    f"--{name}: got {shown(repr(line))}, expected a list of single lines, for example [a, b]."
+                )
     if job.mounts and job.image is None:
         raise HvdlmError("--volumes: there is no container to mount them in: name its --image.")
 

@@ -23,6 +23,9 @@ _RETRIES = 6  # Kubernetes' own default: how often the launcher may end with a c
 # Kubernetes may remove workers as soon as it stops the launcher, while their ranks still save.
 _WAIT_FOR_RANKS = "while pgrep -f -- '-m hvdl[m]' >/dev/null; do sleep 1; done"
 
+# Kubernetes replaces $(NAME) and $$ in a container's command before bash reads it; $$ stands for a dollar sign.
+_EXPANDED = re.compile(r"\$(?=\$|\([\w.-]+\))", re.ASCII)
+
 _TITLE = """\
 # Kubernetes, with kubeflow's mpi-operator: kubectl apply -f FILE. Before a pod is removed, the run saves; the launcher
 # is then started again, and the run resumes.
@@ -48,6 +51,13 @@ def write(job: Job, arguments: Sequence[str], config: Config) -> str:
 def _check(job: Job, config: Config) -> None:
     if not re.fullmatch(r"[a-z]([a-z0-9-]{0,48}[a-z0-9])?", job.name):
         raise HvdlmError(f"--name: got {job.name!r}; Kubernetes takes at most 50 lower-case letters, digits and '-'.")
+    for claim, _ in job.mounts:
+        if not re.fullmatch(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?", claim):
+            raise HvdlmError(
+                f"--volumes: got {claim!r}; Kubernetes names claims by lower-case letters, digits and '-'."
+            )
+    if job.queue and not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?", job.queue):
+        raise HvdlmError(f"--queue: got {job.queue!r}; a queue of Kueue has at most 63 letters, digits, '-', '_', '.'.")
     if job.image is None:
         raise HvdlmError("--image: the value is missing, expected the image that pods run, with hvdlm in it.")
     for name in ("account", "log", "directives"):
@@ -68,7 +78,7 @@ def _bundle(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     for index, word in enumerate(words[:-1]):
         if word == "--config":
             path = Path(words[index + 1])
-            name = re.sub(r"[^\w.-]", "-", path.name)
+            name = re.sub(r"^\.+|[^\w.-]", "-", path.name, flags=re.ASCII)
             name = name if name not in files else f"{index}-{name}"
             files[name] = path.read_text(encoding="utf-8")
             words[index + 1] = f"{_FILES}/{name}"
@@ -83,7 +93,8 @@ def _mpijob(job: Job, command: str, files: bool) -> dict[str, Any]:
     policy: dict[str, Any] = {"cleanPodPolicy": "Running", "backoffLimit": _RETRIES if job.requeue else 0}
     if job.seconds is not None:
         policy["activeDeadlineSeconds"] = job.seconds
-    code = f'set -uo pipefail\n{wait(job, command, "TERM USR1")}exit "$code"\n'
+    code = f'{wait(job, command, "TERM USR1")}exit "$code"\n'
+    code = _EXPANDED.sub("$$", code)
     launcher = {"name": "launcher", "command": ["bash", "-c", code], "resources": {"requests": {"cpu": 1}}}
     worker = {
         "name": "worker",

@@ -29,7 +29,7 @@ def write(job: Job, arguments: Sequence[str], config: Config) -> str:
     with_timeout = (
         f"timeout --foreground --preserve-status --signal=USR1 $(({seconds - job.save_seconds} - SECONDS)) \\\n    "
     )
-    body = 'cd "$PBS_O_WORKDIR" || exit 1\n' + agent("pbs_tmrsh")
+    body = 'cd "${PBS_O_WORKDIR:?}" || exit 1\n' + agent("pbs_tmrsh")
     body += wait(job, with_timeout + train(job, arguments, config, mpirun(job, "$PBS_NODEFILE")), "USR1")
     if job.requeue:
         body += requeue('[ "$code" -eq 75 ]', 'qsub "$0"')

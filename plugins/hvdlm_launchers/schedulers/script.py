@@ -33,13 +33,17 @@ done
 def script(title: str, prefix: str, directives: Sequence[str], job: Job, body: str) -> str:
     """Return a job script: ``title`` as a comment, ``directives`` (each after ``prefix``), and ``body``."""
     lines = ["#!/usr/bin/env bash", f"# {title}", *(f"{prefix} {line}" for line in (*directives, *job.directives))]
-    return "\n".join(lines) + f"\n\nset -uo pipefail\n{body}"
+    return "\n".join(lines) + f"\n\n{body}"
 
 
 def wait(job: Job, command: str, signals: str) -> str:
-    """Return shell code that runs ``command``, forwards ``signals`` to it as SIGUSR1, and sets ``code``."""
+    """Return shell code that runs ``command``, forwards ``signals`` to it as SIGUSR1, and sets ``code``.
+
+    The site's own lines come before ``set -u``: modules and activation scripts use variables that are not set.
+    """
     setup = "".join(f"{line}\n" for line in job.setup)
-    return f"{setup}export OMP_NUM_THREADS={job.cpus_per_rank}\n" + _WAIT.format(command=command, signals=signals)
+    own = f"set -uo pipefail\nexport OMP_NUM_THREADS={job.cpus_per_rank}\n"
+    return setup + own + _WAIT.format(command=command, signals=signals)
 
 
 def requeue(condition: str, command: str) -> str:
@@ -50,6 +54,18 @@ if {condition}; then
     {command} || echo "hvdlm: could not return to the queue: submit the job again, and the run resumes" >&2
 fi
 """
+
+
+def quote(word: str) -> str:
+    """Return ``word`` for bash, on one line: LSF reads directives from every line of a script, even within quotes."""
+    if word.isprintable():
+        return shlex.quote(word)
+    escaped = (f"\\{c}" if c in "\\'" else c if c.isprintable() else _escape(c) for c in word)
+    return f"$'{''.join(escaped)}'"
+
+
+def _escape(character: str) -> str:
+    return "".join(f"\\x{byte:02x}" for byte in character.encode("utf-8", "surrogateescape"))
 
 
 def mpirun(job: Job, hosts: str) -> str:
@@ -84,15 +100,15 @@ def train(job: Job, arguments: Sequence[str], config: Config, launcher: str, mor
     words = ["python", "-m", "hvdlm", "--train.threads", str(job.cpus_per_rank), *arguments]
     resume = "auto"
     if config.checkpoint.resume not in ("none", "auto"):
-        start = shlex.quote(config.checkpoint.resume)
-        resume = f'"$({_has_saved(job, config)} && echo auto || echo {start})"'
-    return f"{supervisor}{launcher} \\\n    {_container(job)}{shlex.join(words)}{more} --checkpoint.resume {resume}"
+        resume = f'"$({_has_saved(job, config)} && echo auto || printf %s {quote(config.checkpoint.resume)})"'
+    command = " ".join(map(quote, words))
+    return f"{supervisor}{launcher} \\\n    {_container(job)}{command}{more} --checkpoint.resume {resume}"
 
 
 def _has_saved(job: Job, config: Config) -> str:
     """Return a shell command that succeeds if the run holds a checkpoint that was written after this script."""
     run = _host_path(job, config.log.run)
-    folder, before = shlex.quote(f"{run}/checkpoints"), newest_step(Path(run))
+    folder, before = quote(f"{run}/checkpoints"), newest_step(Path(run))
     if before is None or job.scheduler == "kubernetes":
         return f"[ -e {folder}/latest ]"
     number = f"""sed -n 's/^ "sequence": \\([0-9]*\\),*$/\\1/p' {folder}/"$(cat {folder}/latest)"/manifest.json"""
@@ -130,4 +146,4 @@ def _container(job: Job) -> str:
         return ""
     binds = [word for source, target in job.mounts for word in ("--bind", f"{source}:{target}")]
     gpus = ["--nv"] if job.gpus_per_node else []
-    return shlex.join(["apptainer", "exec", *gpus, *binds, job.image]) + " \\\n    "
+    return " ".join(map(quote, ["apptainer", "exec", *gpus, *binds, job.image])) + " \\\n    "

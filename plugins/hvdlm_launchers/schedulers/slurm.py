@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from hvdlm.config import Config
 from hvdlm_launchers.schedulers.job import Job, clock
-from hvdlm_launchers.schedulers.script import requeue, script, train, wait
+from hvdlm_launchers.schedulers.script import quote, requeue, script, train, wait
 
 CLIENT = ("sbatch",)
 
@@ -21,7 +21,7 @@ def write(job: Job, arguments: Sequence[str], config: Config) -> str:
     Slurm signals this script, not the ranks, before the time limit. ``scancel`` ends the script and the ranks: SIGTERM
     is not caught, so that a cancelled job doesn't return to the queue.
     """
-    command = train(job, arguments, config, _SRUN.format(mpi=job.mpi, cpus=job.cpus_per_rank), more=' "$@"')
+    command = train(job, arguments, config, _SRUN.format(mpi=quote(job.mpi), cpus=job.cpus_per_rank), more=' "$@"')
     body = wait(job, command, "USR1")
     if job.requeue:
         body += requeue('[ "$code" -eq 75 ]', 'scontrol requeue "$SLURM_JOB_ID"')

@@ -1,0 +1,116 @@
+"""Hugging Face folders as a fuzz target: one JSON document describes all files of a folder."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401  imported here, so that no input is charged with its memory
+
+from hvdlm.config import Config
+from hvdlm.models.spec import builtin_models
+from hvdlm_huggingface import metadata
+from hvdlm_huggingface.folder import Folder
+
+builtin_models()  # imports them
+WORDS = (
+    *("model_type", "gpt2", "llama", "vocab_size", "n_layer", "tie_word_embeddings", "quantization_config"),
+    *("rope_scaling", "rope_parameters", "weight_map", "data_offsets", "BF16", "I8", "lm_head.weight", "wte.weight"),
+    *("eos_token_id", "n_ctx", "hidden_size", *metadata.COPIED),
+)
+_WEIGHTS, _SHARD = "model.safetensors", "model-00001-of-00001.safetensors"
+_INDEX = "model.safetensors.index.json"
+_BYTES = 1536  # of the tensors of a GPT-2 with a layer of width 4 and 8 ids, with a little to spare
+_NORMS = {"ln_1.weight": [4], "ln_1.bias": [4], "ln_2.weight": [4], "ln_2.bias": [4]}
+_ATTENTION = {"attn.c_attn.weight": [4, 12], "attn.c_attn.bias": [12], "attn.c_proj.weight": [4, 4]}
+_MLP = {"mlp.c_fc.weight": [4, 16], "mlp.c_fc.bias": [16], "mlp.c_proj.weight": [16, 4], "mlp.c_proj.bias": [4]}
+_PROJECTIONS = {"q_proj.weight": [4, 4], "k_proj.weight": [2, 4], "v_proj.weight": [2, 4], "o_proj.weight": [4, 4]}
+_SHAPES: dict[str, dict[str, list[int]]] = {
+    "gpt2": {
+        **{"transformer.wte.weight": [8, 4], "transformer.wpe.weight": [4, 4]},
+        **{f"transformer.h.0.{name}": shape for name, shape in (_NORMS | _ATTENTION | _MLP).items()},
+        **{"transformer.h.0.attn.c_proj.bias": [4], "transformer.ln_f.weight": [4], "transformer.ln_f.bias": [4]},
+    },
+    "llama": {
+        **{"model.embed_tokens.weight": [8, 4], "model.norm.weight": [4], "lm_head.weight": [8, 4]},
+        **{f"model.layers.0.self_attn.{name}": shape for name, shape in _PROJECTIONS.items()},
+        **{f"model.layers.0.mlp.{name}_proj.weight": [8, 4] for name in ("gate", "up")},
+        "model.layers.0.mlp.down_proj.weight": [4, 8],
+        **{f"model.layers.0.{name}_layernorm.weight": [4] for name in ("input", "post_attention")},
+    },
+}
+
+
+def read_a_folder(data: bytes, folder: Path) -> int:
+    """Read ``data``, {file: its JSON}, as a Hugging Face folder: its model, all its weights, what lies beside them.
+
+    Of safetensors files, ``data`` holds the headers. Anything else is read as config.json.
+    """
+    path = folder / "huggingface"
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir()
+    for name, content in _files_of(data).items():
+        (path / name).write_bytes(content)
+    config = Config()
+    config.data.tokenizer, config.data.context = "byte", 4
+    printed = io.StringIO()
+    with contextlib.redirect_stderr(printed):
+        opened = Folder(path)
+        config = opened.resolve(config)
+    assert all(line.isprintable() for line in printed.getvalue().split("\n")), printed.getvalue()
+    assert config.model.vocab is not None
+    spec = opened.attach(builtin_models()[config.model.name](config.model, config.model.vocab, 4))
+    for param in spec.params:
+        assert param.source is not None
+        assert param.source(param.name, tuple(slice(0, size) for size in param.shape)).shape == param.shape
+    stop = metadata.stop_tokens(path, opened.content, config.model.vocab) or []
+    assert all(0 <= number < config.model.vocab for number in stop)
+    return len(spec.params) + len(stop) + len(metadata.copied_files(path)) + len(opened.fingerprint()) // 64
+
+
+def _files_of(data: bytes) -> dict[str, bytes]:
+    """Return the files that ``data`` describes; those with weights hold zeros."""
+    try:
+        files = json.loads(data)
+    except (ValueError, RecursionError):
+        return {"config.json": data}
+    if not isinstance(files, dict) or not files.keys() <= {*metadata.COPIED, "config.json", _INDEX, _WEIGHTS, _SHARD}:
+        return {"config.json": data}
+    texts = {name: json.dumps(value).encode() for name, value in files.items()}
+    for name in {_WEIGHTS, _SHARD} & texts.keys():
+        texts[name] = len(texts[name]).to_bytes(8, "little") + texts[name] + bytes(_BYTES)
+    return texts
+
+
+def seeds() -> list[bytes]:
+    """Return folders of a GPT-2 and of a Llama, in one file and with an index."""
+    gpt2 = {"model_type": "gpt2", "vocab_size": 8, "n_positions": 4, "n_embd": 4, "n_layer": 1, "n_head": 2}
+    llama = {"model_type": "llama", "vocab_size": 8, "max_position_embeddings": 4, "hidden_size": 4, "head_dim": 2}
+    llama |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 8}
+    llama |= {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "hidden_act": "swish"}
+    rest = {"generation_config.json": {"eos_token_id": [7, 9]}, "tokenizer_config.json": {"eos_token": "</s>"}}
+    described = []
+    for config in (gpt2 | {"n_ctx": 4}, llama | {"eos_token_id": 3}):
+        header = _header(config)
+        described.append({"config.json": config, _WEIGHTS: header, **rest})
+        index = {"metadata": {}, "weight_map": dict.fromkeys(header, _SHARD)}
+        described.append({"config.json": config, _SHARD: header, _INDEX: index})
+    return [json.dumps(seed).encode() for seed in described]
+
+
+def _header(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the header of a safetensors file with the tensors that transformers stores of a model."""
+    header: dict[str, Any] = {}
+    shapes = _SHAPES[config["model_type"]]
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+    left = _BYTES - end
+    header["unused"] = {"dtype": "U8", "shape": [left], "data_offsets": [end, _BYTES]}
+    return header
