@@ -180,7 +180,16 @@ def manifests_to_resume() -> list[bytes]:
         ]
         for param in _SPEC.params
     }
-    meta = {"format": FORMAT, "step": 5, "world_size": 1, "vocab": 5, "tokenizer": "t", "mesh": [1, 1, 1]}
+    meta = {
+        "format": FORMAT,
+        "branch": "0" * 16,
+        "sequence": 1,
+        "step": 5,
+        "world_size": 1,
+        "vocab": 5,
+        "tokenizer": "t",
+        "mesh": [1, 1, 1],
+    }
     meta |= {"guard": {"mean_norm": 1.5, "steps": 60}, "metrics": {"step": 5, "val_loss": 1.5}}
     meta |= {"cursor": {"rows": 40, "left_out": [[48, 56]], "batch_size": 8}, "versions": {"numpy": "2"}}
     whole_config = config.to_dict()
