@@ -133,6 +133,8 @@ def _idx(path: Path, rank: int) -> np.ndarray:
         shape = np.frombuffer(content, ">u4", rank, 4).tolist() if content[:4] == bytes([0, 0, 8, rank]) else None
         if shape is None or len(content) != 4 + 4 * rank + math.prod(shape):  # a product in int64 could overflow
             raise ValueError(f"not an idx file of {rank} dimension(s)")
+        if 0 in shape:  # the other dimensions could be larger than NumPy's
+            raise ValueError("it is empty")
     except (OSError, ValueError) as error:
         raise HvdlmError(f"{path}: {shown(str(error))}: give one of MNIST's files.") from error
     return np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(shape)
