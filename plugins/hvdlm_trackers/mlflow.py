@@ -13,6 +13,7 @@ import yaml
 from hvdlm import hookimpl
 from hvdlm.config import Config
 from hvdlm.errors import HvdlmError
+from hvdlm.io.value_checks import fields, text
 from hvdlm.models.spec import ModelSpec
 from hvdlm_trackers.tracker import Metrics, Tracker, installed, numbers
 
@@ -46,6 +47,7 @@ class MLflow(Tracker):
     """Parameters, metrics by step, ``config.yaml`` and ``summary.json``; stopped runs end as KILLED."""
 
     name, package = "mlflow", "mlflow-skinny"
+    kept = staticmethod(fields({"run_id": text}, {"tracking_uri": text}))
 
     @hookimpl
     def hvdlm_options(self) -> Mapping[str, type]:

@@ -14,7 +14,7 @@ from hvdlm.config import Config
 from hvdlm.errors import HvdlmError
 from hvdlm.io import untrusted_input
 from hvdlm.io.atomic_files import replace
-from hvdlm.io.value_checks import fields, text
+from hvdlm.io.value_checks import Check, mapping_of
 from hvdlm.models.spec import ModelSpec
 from hvdlm.protocols.types import StepResult
 from hvdlm.protocols.world import World
@@ -23,18 +23,19 @@ from hvdlm_trackers.sender import Sender
 
 Metrics = dict[str, float]
 _MOST_BYTES = 2**16  # of RUN/NAME.json
-_SAVED = fields({"run_id": text}, {"tracking_uri": text})
 
 
 class Tracker(ABC):
     """An event plugin that logs the run to a tracker's library; ``name`` is also its section of options.
 
     A tracker implements ``begin``, ``log`` and ``end``, which run one after the other in a separate thread and may
-    fail. ``package`` is the distribution to install; it contains the module ``name``.
+    fail. ``package`` is the distribution to install; it contains the module ``name``. ``kept`` checks what ``keep`` saved
+    before it is used again.
     """
 
     name: str
     package: str
+    kept: Check = staticmethod(mapping_of())
     observer = True
 
     def __init__(self) -> None:
@@ -113,7 +114,7 @@ class Tracker(ABC):
             return {}
         try:
             saved = untrusted_input.read_json(self._file, _MOST_BYTES)
-            _SAVED(saved, "")
+            self.kept(saved, "")
         except (OSError, ValueError):
             return {}
         return dict(saved)

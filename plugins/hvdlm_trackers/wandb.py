@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from hvdlm import hookimpl
 from hvdlm.errors import STOPPED
+from hvdlm.io.value_checks import fields, text
 from hvdlm_trackers.tracker import Metrics, Tracker, numbers
 
 
@@ -38,6 +39,7 @@ class WeightsAndBiases(Tracker):
     """Logs the configuration, metrics by step and the summary; stopped runs end as preempted."""
 
     name, package = "wandb", "wandb"
+    kept = staticmethod(fields({"run_id": text}))
 
     @hookimpl
     def hvdlm_options(self) -> Mapping[str, type]:
