@@ -29,8 +29,8 @@ class Tracker(ABC):
     """An event plugin that logs the run to a tracker's library; ``name`` is also its section of options.
 
     A tracker implements ``begin``, ``log`` and ``end``, which run one after the other in a separate thread and may
-    fail. ``package`` is the distribution to install; it contains the module ``name``. ``kept`` checks what ``keep`` saved
-    before it is used again.
+    fail. ``package`` is the distribution to install; it contains the module ``name``. ``kept`` checks what ``keep``
+    saved before it is used again.
     """
 
     name: str
