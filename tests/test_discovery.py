@@ -59,6 +59,9 @@ def swap(path: Path) -> None:
     os.rename(path / "aside", other)
 
 
+FILE_ENTRY = {"bytes": 1, "sha256": "0" * 64}
+
+
 def linked(name: str) -> Damage:
     """Return a damage: ``name`` ("": the folder) is moved out of the run, a symbolic link left in its place."""
 
@@ -86,7 +89,10 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "manifest gone": (lambda path: (path / "manifest.json").unlink(), "it has no manifest.json"),
     "manifest cut": (lambda path: os.truncate(path / "manifest.json", 1000), "checkpoint .* is damaged"),
     "empty": (lambda path: (shutil.rmtree(path), path.mkdir()), "it has no manifest.json"),
-    "path": (lambda path: edit_json(path / "manifest.json", lambda m: m["files"].update({"../x": {}})), "names a file"),
+    "path": (
+        lambda path: edit_json(path / "manifest.json", lambda m: m["files"].update({"../x": FILE_ENTRY})),
+        "names a file",
+    ),
     "folder linked": (linked(""), "is a symbolic link that leads out"),
     "manifest linked": (linked("manifest.json"), "is a symbolic link that leads out"),
     "shard linked": (linked("model-0000.safetensors"), "is a symbolic link that leads out"),

@@ -441,8 +441,10 @@ def test_as_many_ranks_start_as_the_layout_allows(slots: int, expected: int, opt
     assert hosts.usable_ranks(slots, None, 1) == slots
 
 
-# Once the checkpoint of step 20 has been published, which takes some steps.
+# Once the checkpoint of step 20 has been published, which takes some steps and its time.
 KILLED_ONCE = """published = os.path.isdir("{run}/checkpoints/step-00000020")
+        if step > 20 and not published:
+            time.sleep(0.2)
         if step >= 25 and published and self.world.rank == 1 and not os.path.exists("{marker}"):
             open("{marker}", "w").close()
             os.kill(os.getpid(), signal.SIGKILL)"""

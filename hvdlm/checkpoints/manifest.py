@@ -49,7 +49,7 @@ _SCHEMA = fields(
         "mesh": list_of(count(1), 1, 8),
     },
 )
-_BRANCHED = fields({"sequence": count(), "branch": text})
+_BRANCHED = fields({"sequence": count(high=2**53 - 1), "branch": text})
 
 
 def read_manifest(path: Path, complete: bool = True) -> tuple[dict[str, Any], dict[str, list[Stored]]]:
