@@ -32,7 +32,7 @@ import damage
 from harness import Bar, make_parser, parse, report
 from interruptions import Attempt, Kind, Program, Violation, kill, losses, stop, wait_for, was_stopped
 from launcher_signals import LAUNCHER_SIGNALS
-from two_runs import first_was_killed, intrude
+from two_runs import TWO_RUNS
 
 from hvdlm.checkpoints import load
 from hvdlm.checkpoints.discovery import step_folders
@@ -44,7 +44,7 @@ KINDS = {
     "branches": branches.BRANCH,
     "nans": damage.NAN,
     "flips": damage.FLIP,
-    "two_runs": Kind(intrude, ended=first_was_killed),
+    "two_runs": TWO_RUNS,
     "launcher_signals": LAUNCHER_SIGNALS,
 }
 """Kinds of interruptions, by the option that sets how many there are, of all frameworks together."""

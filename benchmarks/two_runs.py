@@ -8,12 +8,27 @@ import subprocess
 import time
 
 import psutil
-from interruptions import LIMIT, Attempt, Violation, send, wait_for, wait_for_training, was_killed
+from interruptions import LIMIT, Attempt, Kind, Program, Violation, send, wait_for, wait_for_training, was_killed
 
 from hvdlm.errors import BAD_INPUT
 from hvdlm.training.run_lock import NAME
 
 _SECONDS = 300.0  # for a second run that is not refused, because the first has ended meanwhile
+
+# A run takes longer than a second one until it is refused, also on a machine that has nothing else to do.
+_SLOW = """
+import sys, time
+from hvdlm import cli, hookimpl, telemetry
+
+class Slow:
+    @hookimpl
+    def hvdlm_step_ended(self):
+        time.sleep(0.1)
+
+plugins = telemetry.default_plugins
+telemetry.default_plugins = lambda config: [*plugins(config), Slow()]
+sys.exit(cli.main())
+"""
 
 
 def intrude(attempt: Attempt, chance: random.Random) -> None:
@@ -75,3 +90,6 @@ def first_was_killed(attempt: Attempt, code: int) -> bool:
     if code == BAD_INPUT:
         raise Violation(f"the first run, or its restart, was refused: {attempt.errors()}")
     return was_killed(attempt, code)
+
+
+TWO_RUNS = Kind(intrude, ended=first_was_killed, program=lambda chance: Program(words=("-c", _SLOW)))
