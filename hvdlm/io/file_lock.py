@@ -165,6 +165,21 @@ def acquire(
     return _Attempt(path, wait, launch, job, say or _print, shared, patience).acquire()
 
 
+def wait_for_launch(path: Path, launch: str) -> None:
+    """Wait until another rank of ``launch`` holds the lock ``path``, at most for as long as that may take."""
+    deadline = time.monotonic() + STALE + _PATIENCE
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            descriptor = safe_files.open_regular(path, os.O_RDONLY)
+            try:
+                owner = lock_owner.read(path, descriptor)
+            finally:
+                os.close(descriptor)
+            if owner and owner.launch == launch:
+                return
+        time.sleep(_POLL / 4)
+
+
 def _print(line: str) -> None:
     print(f"hvdlm: {line}", file=sys.stderr, flush=True)
 

@@ -24,6 +24,8 @@ def hold(folder: Path, rank: int, local_rank: int) -> FileLock | None:
     """
     launch = launcher_env.launch_identity()
     if local_rank or (rank and not launch):
+        if launch:  # nothing is written into the folder before
+            file_lock.wait_for_launch(folder / NAME, launch)
         return None
     made: list[Path] = []
     try:
