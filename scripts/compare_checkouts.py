@@ -70,16 +70,8 @@ def train(
     """Train one example."""
     command = [sys.executable, "-m", "hvdlm", "train", "--config", str(checkout / "examples" / f"{example}.yaml")]
     command += ["--framework", framework, "--log.run", str(folder), "--log.every", "1", "--log.tensorboard", "false"]
-    command += [
-        "--log.overwrite",
-        "true",
-        "--train.steps",
-        str(steps),
-        "--train.threads",
-        "1",
-        "--train.eval_every",
-        str(steps // 2),
-    ]
+    command += ["--log.overwrite", "true", "--train.threads", "1"]
+    command += ["--train.steps", str(steps), "--train.eval_every", str(steps // 2)]
     command += ["--train.warmup", str(steps // 10), "--checkpoint.every", str(steps // 2), "--checkpoint.keep", "9"]
     for key, values in paths.items():
         command += [f"--data.{key}", json.dumps(values)]

@@ -169,15 +169,14 @@ class Process:
 
     def write(self, force: bool = False) -> None:
         """Write this rank's phase file, at most every few seconds; the watchdog's thread calls."""
-        now = time.monotonic()
-        phase = self.phase
+        now, phase, attempt = time.monotonic(), self.phase, self.attempt  # the main thread may reset it meanwhile
         due = force or (now - self._written >= _BEAT_SECONDS and phase.name != TRAINING)
-        if self.attempt is None or self.size == 1 or not due:
+        if attempt is None or self.size == 1 or not due:
             return
         self._written = now
         state = {"phase": phase.name, "waits": phase.waits, "seconds": now - phase.since, "beat": now}
         state |= {"pid": os.getpid(), "host": socket.gethostname()}
-        path = self.attempt / f"phase-{self.rank:04d}"
+        path = attempt / f"phase-{self.rank:04d}"
         with suppress(OSError):  # the folder may have been deleted: the other ranks' limits apply
             with safe_files.create(path.with_suffix(".part")) as file:
                 file.write(json.dumps(state).encode())

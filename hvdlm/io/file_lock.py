@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from hvdlm.errors import HvdlmError
@@ -184,31 +185,21 @@ def _print(line: str) -> None:
     print(f"hvdlm: {line}", file=sys.stderr, flush=True)
 
 
+@dataclass
 class _Attempt:
-    """An attempt to take a lock."""
+    """An attempt to take a lock; see ``acquire``."""
 
-    def __init__(
-        self,
-        path: Path,
-        wait: bool,
-        launch: str,
-        job: str,
-        say: Callable[[str], None],
-        shared: bool = True,
-        patience: float = math.inf,
-    ) -> None:
-        self._path = path
-        self._wait = wait
-        self._launch = launch
-        self._job = job
-        self._shared = shared
-        self._say = say
-        self._patience = patience
-        self._began = time.monotonic()
-        self._report_after = _REPORT
-        self._touched: tuple[int, float] | None = None  # the file's last touch, and when it was noticed
-        self._seen: tuple[str, int] | None = None  # an owner on another host and its last touch
-        self._changed = 0.0
+    _path: Path
+    _wait: bool
+    _launch: str
+    _job: str
+    _say: Callable[[str], None]
+    _shared: bool = True
+    _patience: float = math.inf
+    _began: float = field(default_factory=time.monotonic)
+    _report_after: float = field(default_factory=lambda: _REPORT)
+    _seen: tuple[str, int] | None = None  # the owner and its last touch
+    _changed: float = 0.0  # when that was first seen
 
     def acquire(self) -> FileLock:
         while True:
@@ -227,14 +218,15 @@ class _Attempt:
         """Return the lock, or None where the next attempt may tell more."""
         locked = _flock(descriptor)
         owner = lock_owner.read(self._path, descriptor)
-        alive = self._is_alive(owner, descriptor, locked)
+        touched = self._has_touched(owner, descriptor)
+        alive = self._is_alive(owner, descriptor, locked, touched)
         if alive is False:
             return self._take(descriptor, locked, owner)
         together = bool(owner and self._launch and owner.launch == self._launch)
         if together and self._shared:
             return FileLock(self._path)
         waited = time.monotonic() - self._began
-        silent = alive and self._silence(descriptor) > self._patience
+        silent = alive and self._silence > self._patience
         if alive and (silent or (not self._wait and waited > _PATIENCE)):
             raise Held(self._path, owner or lock_owner.from_kernel(descriptor))
         if waited > self._report_after and not together:
@@ -244,24 +236,27 @@ class _Attempt:
             self._say(f"{self._path} is held by {who}: {doing}, {waited:.0f} s so far")
         return None
 
-    def _silence(self, descriptor: int) -> float:
-        """Return for how many seconds the owner has not touched its lock, by this process's clock."""
-        touched, now = os.fstat(descriptor).st_mtime_ns, time.monotonic()
-        if self._touched is None or self._touched[0] != touched:
-            self._touched = touched, now
-        return now - self._touched[1]
+    def _has_touched(self, owner: Owner | None, descriptor: int) -> bool:
+        """Return whether the owner that was seen before has touched its lock since."""
+        seen, before = (owner.token if owner else "", os.fstat(descriptor).st_mtime_ns), self._seen
+        if seen != before:
+            self._seen, self._changed = seen, time.monotonic()
+        return before is not None and before[0] == seen[0] and before != seen
 
-    def _is_alive(self, owner: Owner | None, descriptor: int, locked: bool | None) -> bool | None:
+    @property
+    def _silence(self) -> float:
+        """Seconds for which the owner has not touched its lock, by this process's clock."""
+        return time.monotonic() - self._changed
+
+    def _is_alive(self, owner: Owner | None, descriptor: int, locked: bool | None, touched: bool) -> bool | None:
         """Return whether the lock's owner is alive; None: not known yet."""
         if owner is None or owner.inode != os.fstat(descriptor).st_ino:  # new, or a copy of another folder's lock
             return locked is False
         if owner.boot == lock_owner.boot():
             return lock_owner.process_lives(owner) if locked is None else not locked
-        seen, now = (owner.token, os.fstat(descriptor).st_mtime_ns), time.monotonic()
-        if seen != self._seen:
-            before, self._seen, self._changed = self._seen, seen, now
-            return None if before is None or before[0] != owner.token else True
-        return False if now - self._changed > STALE else None
+        if touched:
+            return True
+        return False if self._silence > STALE else None
 
     def _take(self, descriptor: int, locked: bool | None, dead: Owner | None) -> FileLock | None:
         """Take the lock in place, or replace a file that a dead host still keeps locked; None: another was faster."""

@@ -9,7 +9,7 @@ import hashlib
 import os
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -115,18 +115,17 @@ def scheduler_job() -> str:
 
 def rank_for_messages() -> int:
     """Return this process's rank, 0 where the environment holds no valid one; raises nothing."""
-    for names in VARIABLES.values():
-        if os.environ.get(names.rank, "").isdigit():
-            return int(os.environ[names.rank])
-    return 0
+    return _first_number(names.rank for names in VARIABLES.values())
 
 
 def local_rank_for_messages() -> int:
     """Return this process's rank on its node, 0 where the environment holds no valid one; raises nothing."""
-    for names in VARIABLES.values():
-        if os.environ.get(names.local_rank, "").isdigit():
-            return int(os.environ[names.local_rank])
-    return 0
+    return _first_number(names.local_rank for names in VARIABLES.values())
+
+
+def _first_number(names: Iterable[str]) -> int:
+    values = (os.environ.get(name, "") for name in names)
+    return next((int(value) for value in values if value.isdigit()), 0)
 
 
 def started_by_launcher() -> bool:

@@ -51,10 +51,7 @@ def open_folder(run: Run) -> None:
         try:
             _write_description(run)
         except OSError as error:
-            raise HvdlmError(
-                f"log.run {run.folder} can't be written: {error.strerror}: free space or choose another folder "
-                "(--log.run)."
-            ) from error
+            raise run_lock.unwritable(run.folder, error) from error
 
 
 def _write_description(run: Run) -> None:

@@ -40,9 +40,14 @@ def hold(folder: Path, rank: int, local_rank: int) -> FileLock | None:
     except OSError as error:
         for path in made:
             safe_files.delete_if_empty(path)
-        raise HvdlmError(
-            f"log.run {folder} can't be written: {error.strerror}: free space or choose another folder (--log.run)."
-        ) from error
+        raise unwritable(folder, error) from error
     lock.made = made
     atexit.register(lock.release)
     return lock
+
+
+def unwritable(folder: Path, error: OSError) -> HvdlmError:
+    """Return the error of a run whose folder can't be written."""
+    return HvdlmError(
+        f"log.run {folder} can't be written: {error.strerror}: free space or choose another folder (--log.run)."
+    )

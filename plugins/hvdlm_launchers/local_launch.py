@@ -8,8 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +18,10 @@ from hvdlm.diagnostics.probes import cores
 from hvdlm.errors import FAILED, HvdlmError, nearest
 from hvdlm.io import launcher_env, terminal
 from hvdlm_launchers.launcher_output import OutputCleaner
-from hvdlm_launchers.process_tree import ProcessTree
+from hvdlm_launchers.process_tree import ProcessTree, handling_signals
 from hvdlm_launchers.run_status import CODES, RunStatus, outcome
 
 BACKENDS = ("mpi", "gloo", "nccl", "mpi4py")
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _REPEAT_SECONDS = 1.0  # signals closer together count as one
 
 
@@ -108,7 +105,7 @@ class _Run:
 
     def wait(self) -> int:
         """Wait for the end; return the exit code."""
-        with self._handlers():
+        with handling_signals(self._on_signal):
             try:
                 requested = False
                 while self._processes.poll() is None:
@@ -148,17 +145,6 @@ class _Run:
         if state == "failed" and not any("hvdlm: " in line for line in self._processes.errors):
             _log(f"failed: {reason}" if reason else "\n".join([f"failed with code {code}", *own_lines]))
         return CODES[state] if state != "failed" or not 2 < code < 128 else FAILED
-
-    @contextmanager
-    def _handlers(self) -> Iterator[None]:
-        """Install signal handlers for the time of the context; for SIGHUP, too, unless it is ignored (nohup)."""
-        numbers = [*_SIGNALS, *([signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else [])]
-        previous = {number: signal.signal(number, self._on_signal) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: Any) -> None:
         if not self._signals or time.monotonic() - self._signalled > _REPEAT_SECONDS:

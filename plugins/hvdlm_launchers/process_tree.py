@@ -8,7 +8,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import IO, Any
 
 import psutil
@@ -23,8 +23,21 @@ MARK = launcher_env.SUPERVISED
 LAUNCHERS = {"mpirun", "mpiexec", "orterun", "prterun", "mpiexec.hydra", "srun"}
 """Programs that forward SIGUSR1 to their ranks, on this and on other hosts."""
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _SHELLS = {"sh", "bash", "dash", "zsh", "ksh"}
 _ERROR_BYTES = 2**16  # how much of standard error is kept
+
+
+@contextlib.contextmanager
+def handling_signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Install ``handler`` for the time of the context; for SIGHUP, too, unless it is ignored (nohup)."""
+    numbers = [*_SIGNALS, *([signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else [])]
+    previous = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, earlier in previous.items():
+            signal.signal(number, earlier)
 
 
 class ProcessTree:

@@ -12,7 +12,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,11 @@ from hvdlm.config import Config
 from hvdlm.io.safe_files import append
 from hvdlm.io.terminal import printable
 from hvdlm_launchers import hosts
-from hvdlm_launchers.process_tree import ProcessTree
+from hvdlm_launchers.process_tree import ProcessTree, handling_signals
 from hvdlm_launchers.run_status import CODES, RunStatus, outcome
 from hvdlm_launchers.settings import Settings, check
 from hvdlm_launchers.train_command import option_value, train_arguments
 
-_SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
 _CONSEQUENCE = {
     "done": "finished",
     "refused": "not started again",
@@ -81,7 +80,7 @@ class Supervisor:
 
     def run(self) -> int:
         """Make attempts until one is the last; return the exit code."""
-        with self._signal_handlers():
+        with handling_signals(self._on_signal):
             try:
                 for number in itertools.count(1):
                     code = self._attempt(number)
@@ -235,17 +234,6 @@ class Supervisor:
                 file.write(json.dumps({"time": time.time(), **facts}) + "\n")
         except OSError as error:
             _log(f"{self._folder}/supervise.jsonl could not be written: {error.strerror}.")
-
-    @contextlib.contextmanager
-    def _signal_handlers(self) -> Iterator[None]:
-        """Install signal handlers for the time of the context; for SIGHUP, too, unless it is ignored (nohup)."""
-        numbers = [*_SIGNALS, *([signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else [])]
-        previous = {number: signal.signal(number, self._on_signal) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: Any) -> None:
         if self._signals_received and time.monotonic() - self._signal_time < _REPEAT_SECONDS:
