@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -176,6 +177,17 @@ def test_gloo_needs_names_and_interfaces_that_exist(
         monkeypatch.setenv(f"HOROVOD_GLOO_{variable}", value)
     with pytest.raises(HvdlmError, match=words) if words else nullcontext():
         environment.check_gloo_address(by_name)
+
+
+def test_a_name_server_that_does_not_answer_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = threading.Event()
+    monkeypatch.setattr(environment.socket, "getaddrinfo", lambda *asked: answers.wait(60))
+    monkeypatch.setattr(environment.process, "timeout", 0.2)
+    monkeypatch.setenv("HOROVOD_GLOO_RENDEZVOUS_ADDR", UNRESOLVED)
+    monkeypatch.delenv("HOROVOD_GLOO_IFACE", raising=False)
+    with pytest.raises(HvdlmError, match=f"{UNRESOLVED} can't be resolved .*no name server answered within 0.1 s"):
+        environment.check_gloo_address(False)
+    answers.set()
 
 
 def settings_of(monkeypatch: pytest.MonkeyPatch, **variables: str) -> bytes:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import re
 import socket
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hvdlm.config import CommunicationConfig, Config
+from hvdlm.diagnostics.phases import process
 from hvdlm.diagnostics.probes import SPIN_COUNT, THREADS, WAITING, cores
 from hvdlm.errors import HvdlmError
 from hvdlm.io import launcher_env
@@ -19,6 +22,8 @@ from hvdlm.io.launcher_env import Launch
 # Names of processes that start ranks. All but horovodrun, whose Gloo ranks share its cores, may bind a rank to a subset
 # of their own cores.
 _LAUNCHER_PROCESSES = ("horovodrun", "orte", "mpirun", "mpiexec", "prte", "hydra_", "slurmstepd")
+# How long a name may take to be resolved: as long as the C library asks three name servers, twice each.
+_NAME_SERVER_SECONDS = 30.0
 
 
 def prepare(launch: Launch | None, config: Config) -> int:
@@ -145,12 +150,26 @@ def check_gloo_address(bound_by_name: bool) -> None:
 
 
 def _unresolved(name: str) -> OSError | None:
-    """Return why a host's name has no address; None: it has."""
+    """Return why a host's name has no address; None: it has.
+
+    A name server that doesn't answer would hold this rank for 10 s and more, while the others wait for it to connect.
+    """
+    failures: queue.SimpleQueue[OSError | None] = queue.SimpleQueue()
+
+    def resolve() -> None:
+        try:
+            socket.getaddrinfo(name, None)
+        except OSError as error:
+            failures.put(error)
+        else:
+            failures.put(None)
+
+    limit = min(_NAME_SERVER_SECONDS, process.timeout / 2)  # before the others' watchdogs report this rank
+    threading.Thread(target=resolve, daemon=True).start()
     try:
-        socket.getaddrinfo(name, None)
-    except OSError as error:
-        return error
-    return None
+        return failures.get(timeout=limit)
+    except queue.Empty:
+        return TimeoutError(f"no name server answered within {limit:g} s")
 
 
 def check_alone(launch: Launch | None) -> None:
