@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from hvdlm.config import DataConfig
 from hvdlm.data import preparation, sampler, sources, tokenizers
-from hvdlm.errors import HvdlmError
+from hvdlm.errors import HvdlmError, RankError
 from launching import DATA
 
 TEXT = "To be, or not to be:\nthat is the question.\n红楼梦，石头记。\n" * 40
@@ -112,7 +112,18 @@ def test_the_header_describes_the_tokens(corpus: Path, tmp_path: Path) -> None:
     assert header["dtype"] == "uint16" and header["tokenizer"] == data.tokenizer.hash
     assert header["sources"] == {str(corpus): hashlib.sha256(corpus.read_bytes()).hexdigest()}
     assert (header["train"], header["validation"]) == (len(data.train), len(data.validation))
-    assert isinstance(data.train, np.memmap)
+
+
+def test_a_truncated_token_file_is_an_error(corpus: Path, tmp_path: Path) -> None:
+    data = preparation.prepare(config(corpus, tmp_path / "cache"))
+    before = data.train[10:20].copy()
+    os.truncate(data.folder / "tokens.bin", 2 * 20)
+    assert data.train[10:20].tolist() == before.tolist()
+    for ids in (slice(11, 21), slice(len(data.train) - 3, None)):
+        with pytest.raises(RankError, match=r"tokens.bin has been truncated while it was in use: delete "):
+            data.train[ids]
+    with pytest.raises(RankError, match="truncated"):
+        data.validation[:1]
 
 
 @pytest.mark.parametrize("name", ["byte", "char", "bpe"])
@@ -122,9 +133,9 @@ def test_validation_bytes_count_the_validation_text(
 ) -> None:
     monkeypatch.setattr(sources, "_CHUNK", 100)
     data = preparation.prepare(config(corpus, tmp_path / "c", tokenizer=name, vocab_size=300, validation_share=share))
-    whole = np.concatenate([data.train, data.validation])
+    whole = np.concatenate([data.train[:], data.validation[:]])
     assert data.tokenizer.decode(whole.tolist()) == TEXT
-    bytes_ = len(data.tokenizer.decode(data.validation.tolist()).encode())
+    bytes_ = len(data.tokenizer.decode(data.validation[:].tolist()).encode())
     assert abs(data.validation_bytes - bytes_) <= 6  # a character may be cut in two
 
 

@@ -105,6 +105,18 @@ def test_a_killed_process_leaves_its_records(tmp_path: Path) -> None:
     assert [entry.name for entry in read_recording(tmp_path / "rank-0000.recorder").entries] == ["last"]
 
 
+def test_a_truncated_recording_ends_no_rank(tmp_path: Path) -> None:
+    recorder, path = make_recorder(tmp_path), tmp_path / "rank-0000.recorder"
+    begin_all_reduce(recorder, "before")
+    os.truncate(path, 0)
+    recorder.end(begin_all_reduce(recorder, "after"))
+    recorder.beat()
+    recorder.flush()
+    assert b"after" in path.read_bytes() and b"before" not in path.read_bytes()
+    with pytest.raises(HvdlmError, match="is no flight recorder's file"):
+        read_recording(path)
+
+
 def damaged_recording(folder: Path, damage: str) -> Path:
     recorder, path = make_recorder(folder), folder / "rank-0000.recorder"
     recorder.end(begin_all_reduce(recorder, "gradients.0"))

@@ -8,6 +8,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
+from hvdlm.data.token_files import Tokens
 from hvdlm.parallel.mesh import bounds
 
 _MASK = np.uint64(0xFFFFFFFFFFFFFFFF)
@@ -50,10 +51,8 @@ class ShuffledSampler:
     ``stream``: numbers that make the order of this corpus differ from that of others with the same seed.
     """
 
-    def __init__(
-        self, tokens: np.ndarray, context: int, batch_size: int, seed: int, stream: tuple[int, ...] = ()
-    ) -> None:
-        self.tokens = np.asarray(tokens)  # slices of a memmap cost more than those of a plain array over it
+    def __init__(self, tokens: Tokens, context: int, batch_size: int, seed: int, stream: tuple[int, ...] = ()) -> None:
+        self.tokens = tokens
         self._context = context
         self._seed = seed
         self._stream = stream
@@ -116,7 +115,7 @@ class MixtureSampler:
     row's number without any counting (as in levanter's MixtureDataset).
     """
 
-    def __init__(self, corpora: Sequence[tuple[np.ndarray, float]], context: int, batch_size: int, seed: int) -> None:
+    def __init__(self, corpora: Sequence[tuple[Tokens, float]], context: int, batch_size: int, seed: int) -> None:
         self._context = context
         self._seed = seed
         self._samplers = [
@@ -158,7 +157,7 @@ class MixtureSampler:
         return list(zip(corpora.tolist(), starts.tolist(), strict=True))
 
 
-def _windows(starts: Iterable[tuple[np.ndarray, int]], context: int) -> tuple[np.ndarray, np.ndarray]:
+def _windows(starts: Iterable[tuple[Tokens, int]], context: int) -> tuple[np.ndarray, np.ndarray]:
     """Return int32 inputs and targets ``[rows, context]`` of windows, given as (tokens of a corpus, first token)."""
     windows = np.stack([tokens[start : start + context + 1] for tokens, start in starts]).astype(np.int32)
     return np.ascontiguousarray(windows[:, :-1]), np.ascontiguousarray(windows[:, 1:])
@@ -167,8 +166,8 @@ def _windows(starts: Iterable[tuple[np.ndarray, int]], context: int) -> tuple[np
 class SequentialSampler:
     """Reads the corpus in ``batch_size`` parallel streams, window after window, so that state can be carried over."""
 
-    def __init__(self, tokens: np.ndarray, context: int, batch_size: int) -> None:
-        self._tokens = np.asarray(tokens)
+    def __init__(self, tokens: Tokens, context: int, batch_size: int) -> None:
+        self._tokens = tokens
         self._context = context
         self._batch_size = batch_size
         self._stream_length = (len(tokens) - 1) // batch_size
@@ -188,7 +187,7 @@ TokenBatch = tuple[np.ndarray, np.ndarray, np.ndarray | None, bool]
 """(inputs, targets, weights, reset), as the fields of ``Batch``."""
 
 
-def independent_windows(tokens: np.ndarray, context: int, rows: int, rank: int, size: int) -> Iterator[TokenBatch]:
+def independent_windows(tokens: Tokens, context: int, rows: int, rank: int, size: int) -> Iterator[TokenBatch]:
     """Yield the batches of a split that ``rank`` evaluates, every target of the split predicted exactly once.
 
     Every rank has a contiguous range of windows. The last window of the split is padded, with weight 0.
@@ -207,7 +206,7 @@ def independent_windows(tokens: np.ndarray, context: int, rows: int, rank: int, 
         yield padded[:-1].reshape(-1, context), padded[1:].reshape(-1, context), weights, True
 
 
-def parallel_streams(tokens: np.ndarray, context: int, streams: int, rank: int, size: int) -> Iterator[TokenBatch]:
+def parallel_streams(tokens: Tokens, context: int, streams: int, rank: int, size: int) -> Iterator[TokenBatch]:
     """Yield the batches that ``rank`` evaluates of a split read in ``streams`` parallel streams with carried state."""
     streams = max(1, min(streams, (len(tokens) - 1) // 2))
     first, last = bounds(streams, size, rank)

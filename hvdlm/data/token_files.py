@@ -1,18 +1,20 @@
-"""Token folders: memory-mapped token ids with a JSON header and a tokenizer."""
+"""Token folders: a file of token ids, a JSON header and a tokenizer."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from hvdlm.data import tokenizers
-from hvdlm.errors import HvdlmError
+from hvdlm.errors import HvdlmError, RankError
 from hvdlm.io import untrusted_input
 from hvdlm.io.untrusted_input import shown
 
@@ -22,6 +24,47 @@ _LIMIT = 1 << 26  # bytes; hvdlm writes no larger header
 _KEYS = {"format", "dtype", "train", "validation", "validation_bytes", "tokenizer", "sources"}
 _COUNT = 1 << 53  # JSON readers keep integers exact up to here
 _CHECKED = 1 << 24  # ids; checking so many when a folder is opened takes some milliseconds
+_BLOCK = 1 << 16  # ids that are checked at once
+
+
+class Tokens(Protocol):
+    """Token ids, uint16 or uint32 ``[n]``: an array, or a part of a token folder's file."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, ids: slice, /) -> np.ndarray: ...
+
+
+class StoredTokens:
+    """``count`` ids of a token folder's file from id ``first`` on, read when they are asked for by a slice.
+
+    The file isn't memory-mapped: one that is truncated during a run, or a network file system that fails, would end the
+    rank with a signal instead of an error.
+    """
+
+    def __init__(self, path: Path, dtype: np.dtype, first: int, count: int) -> None:
+        self._path, self._dtype, self._first, self._count = path, dtype, first, count
+        self._descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, ids: slice) -> np.ndarray:
+        """Return a part without a step, as a read-only array.
+
+        Raises:
+            RankError: the file no longer holds it.
+        """
+        first, last, _ = ids.indices(self._count)
+        size = max(0, last - first) * self._dtype.itemsize
+        try:
+            content = os.pread(self._descriptor, size, (self._first + first) * self._dtype.itemsize)
+        except OSError as error:
+            raise RankError(f"{self._path} can't be read: {error.strerror}.") from error
+        if len(content) != size:
+            raise RankError(f"{self._path} has been truncated while it was in use: delete {self._path.parent}.")
+        return np.frombuffer(content, self._dtype)
 
 
 @dataclass(frozen=True)
@@ -31,7 +74,7 @@ class TokenData:
     Attributes:
         folder: its path.
         tokenizer: the tokenizer of its ids.
-        train: memory-mapped ids of the training split, ``[n]`` uint16 or uint32.
+        train: ids of the training split, ``[n]`` uint16 or uint32, read from the file when they are needed.
         validation: those of the validation split.
         validation_bytes: bytes of the validation text; 0 where the tokenizer doesn't preserve the text.
         fingerprint: hash of the texts, the tokenizer and the split; not of the paths, which may differ between nodes.
@@ -39,8 +82,8 @@ class TokenData:
 
     folder: Path
     tokenizer: tokenizers.Tokenizer
-    train: np.ndarray
-    validation: np.ndarray
+    train: Tokens
+    validation: Tokens
     validation_bytes: int
     fingerprint: str
 
@@ -62,14 +105,13 @@ def open_tokens(folder: Path) -> TokenData:
         size = untrusted_input.size(folder / "tokens.bin", within=folder)
         if size != sum(counts) * dtype.itemsize:
             raise ValueError(f"tokens.bin has {size} bytes, the header says {sum(counts)} tokens of {dtype.itemsize}")
-        path = folder / "tokenizer.json"
-        tokenizer = tokenizers.read(path, folder)
+        tokenizer = tokenizers.read(folder / "tokenizer.json", folder)
         if tokenizer.hash != header["tokenizer"]:
             raise ValueError("its tokenizer isn't the one that encoded its tokens")
-        tokens: np.ndarray = np.memmap(folder / "tokens.bin", dtype, "r") if size else np.zeros(0, dtype)
-        if (most := highest(tokens)) >= tokenizer.vocab:
+        path = folder / "tokens.bin"
+        if (most := highest(StoredTokens(path, dtype, 0, sum(counts)))) >= tokenizer.vocab:
             raise ValueError(f"tokens.bin holds the id {most}, the vocabulary has {tokenizer.vocab} entries")
-        train, validation = tokens[: counts[0]], tokens[counts[0] :]
+        train, validation = StoredTokens(path, dtype, 0, counts[0]), StoredTokens(path, dtype, *counts)
         return TokenData(folder, tokenizer, train, validation, header["validation_bytes"], _fingerprint(header))
     except (ValueError, OSError, RecursionError, HvdlmError) as error:
         reason = shown(str(error).rstrip("."), 250)
@@ -103,16 +145,15 @@ def _fingerprint(header: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps([settings, sorted(header["sources"].values())]).encode()).hexdigest()
 
 
-def highest(tokens: np.ndarray) -> int:
-    """Return the highest id; in a large file only 64 blocks are checked, since opening must be fast."""
-    if len(tokens) <= _CHECKED:
-        return int(tokens.max(initial=0)) if len(tokens) else -1
-    block = 1 << 16
-    starts = np.linspace(0, len(tokens) - block, 64, dtype=np.int64)
-    return max(int(tokens[start : start + block].max()) for start in starts)
+def highest(tokens: Tokens) -> int:
+    """Return the highest id, -1 without any; in a large file only 64 blocks are checked: opening must be fast."""
+    starts: Sequence[int] = range(0, len(tokens), _BLOCK)
+    if len(tokens) > _CHECKED:
+        starts = np.linspace(0, len(tokens) - _BLOCK, 64, dtype=np.int64).tolist()
+    return max((int(tokens[start : start + _BLOCK].max()) for start in starts), default=-1)
 
 
-def require_length(tokens: np.ndarray, context: int, split: str) -> None:
+def require_length(tokens: Tokens, context: int, split: str) -> None:
     """Check that a split holds at least one window."""
     if len(tokens) < context + 1:
         raise HvdlmError(

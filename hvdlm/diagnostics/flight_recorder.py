@@ -1,7 +1,8 @@
 """A rank's flight recorder: its latest collectives, in a ring of fixed-size records that a file mirrors.
 
-The file is read when ranks no longer respond (``recorder_reader``) and must hold what a rank recorded last: it is
-memory-mapped, so that it survives the process.
+The file is read when ranks no longer respond (``recorder_reader``) and must hold what a rank recorded last: every
+record is written when it is made, and survives the process. It isn't memory-mapped: if its file were truncated, the
+rank would be killed by a signal.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import itertools
-import mmap
 import os
 import socket
 import struct
@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import CodeType
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from hvdlm.errors import HvdlmError
 from hvdlm.io import safe_files
@@ -137,7 +137,8 @@ class FlightRecorder:
         self._sequence = itertools.count(1)
         self._latest = 0
         self._groups: dict[tuple[int, ...], RecordedGroup] = {}
-        self._buffer: Any = bytearray(0)
+        self._memory = bytearray(0)  # the content, until there is a file
+        self._file: BinaryIO | None = None
         self._trace: list[tuple[Call, int]] | None = None
 
     def recorded_group(self, ranks: Sequence[int]) -> RecordedGroup:
@@ -195,17 +196,26 @@ class FlightRecorder:
 
     def _write(self, call: Call, flags: int) -> int:
         """Write the record of a collective that begins; return its sequence number."""
-        if not self._buffer:
-            self._buffer = bytearray(_BYTES)
         number = self._latest = next(self._sequence)
         self.last = time.monotonic()
         values = (number, next(call.group.indices), self.current_step, time.time(), 0.0, flags, call.packed)
-        RECORD.pack_into(self._buffer, _offset(number), *values)
+        self._put(RECORD.pack(*values), _offset(number))
         return number
 
     def _write_end(self, number: int) -> None:
         if self._latest - number < RECORDS:
-            _ENDED.pack_into(self._buffer, _offset(number) + _ENDED_AT, time.time())
+            self._put(_ENDED.pack(time.time()), _offset(number) + _ENDED_AT)
+
+    def _put(self, content: bytes, offset: int) -> None:
+        """Write to the file, or to memory where there is none; what can't be written is lost."""
+        file = self._file
+        if file is None:
+            if not self._memory:
+                self._memory = bytearray(_BYTES)
+            self._memory[offset : offset + len(content)] = content
+            return
+        with contextlib.suppress(OSError):
+            os.pwrite(file.fileno(), content, offset)
 
     def step(self, number: int) -> None:
         """Note that step ``number`` begins."""
@@ -223,26 +233,26 @@ class FlightRecorder:
 
     def beat(self) -> None:
         """Write step and time into the header, as a sign that this rank's Python is running."""
-        if self._buffer:
-            _ALIVE.pack_into(self._buffer, _ALIVE_AT, self.current_step, time.time())
+        if self._file is not None:
+            self._put(_ALIVE.pack(self.current_step, time.time()), _ALIVE_AT)
 
     def keep_in(self, folder: Path, rank: int) -> None:
         """Continue in the file ``folder/rank-0000.recorder``, or in memory where it can't be written."""
         self.rank = rank
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            mapped = _mapped(folder / f"rank-{rank:04d}.recorder")
+            file = _new_file(folder / f"rank-{rank:04d}.recorder")
+            host = socket.gethostname().encode()[:64]
+            header = (MAGIC, RECORD.size, RECORDS, rank, self.size, os.getpid(), self.current_step, time.time(), host)
+            os.pwrite(file.fileno(), HEADER.pack(*header) + self._memory[HEADER.size :], 0)
         except OSError:
             return
-        mapped[: len(self._buffer)] = bytes(self._buffer)
-        header = (MAGIC, RECORD.size, RECORDS, rank, self.size, os.getpid(), self.current_step, time.time())
-        HEADER.pack_into(mapped, 0, *header, socket.gethostname().encode()[:64])
-        self._buffer, self.folder = mapped, folder
+        self._file, self.folder, self._memory = file, folder, bytearray(0)
 
     def flush(self) -> None:
         """Write the file to disk, so that ranks on other hosts see it."""
-        if isinstance(self._buffer, mmap.mmap):
-            self._buffer.flush()
+        if self._file is not None:
+            os.fsync(self._file.fileno())
 
     def discard(self) -> None:
         """Delete this rank's files after a run has ended normally, and the folder when it is empty."""
@@ -257,13 +267,13 @@ def _offset(number: int) -> int:
     return FIRST + (number - 1) % RECORDS * RECORD.size
 
 
-def _mapped(path: Path) -> mmap.mmap:
-    """Return a new memory-mapped file; its space is allocated now, since a full disk would kill the rank later."""
+def _new_file(path: Path) -> BinaryIO:
+    """Return a new file; its space is allocated now, so that a full disk later costs no record."""
     safe_files.delete_file(path)
-    with path.open("xb+") as file:
-        allocate = getattr(os, "posix_fallocate", lambda descriptor, _, size: os.ftruncate(descriptor, size))
-        allocate(file.fileno(), 0, _BYTES)
-        return mmap.mmap(file.fileno(), _BYTES)
+    file = path.open("xb", buffering=0)
+    allocate = getattr(os, "posix_fallocate", lambda descriptor, _, size: os.ftruncate(descriptor, size))
+    allocate(file.fileno(), 0, _BYTES)
+    return file
 
 
 def _names(rank: str = r"\d{4,5}") -> str:
