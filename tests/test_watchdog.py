@@ -19,7 +19,7 @@ import pytest
 
 from hvdlm.diagnostics import abort, diagnosis, failure_files, phases, watchdog
 from hvdlm.diagnostics.failure_files import Failure, FailureFiles
-from hvdlm.diagnostics.flight_recorder import RECORDS, FlightRecorder, clean, ranks_in, ranks_text
+from hvdlm.diagnostics.flight_recorder import RECORDS, FlightRecorder, clean, named_ranks, ranks_in, ranks_text
 from hvdlm.diagnostics.phases import TRAINING, Process
 from hvdlm.diagnostics.recorder_reader import Entry, Recording, read_recording
 from hvdlm.diagnostics.watchdog import Watchdog
@@ -61,6 +61,18 @@ def test_recorded_collectives_are_read_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ranks", [(0,), (0, 1), (3, 7), (0, 2, 4, 6), (5, 3), (0, 1, 4), tuple(range(512))])
 def test_rank_lists_round_trip_through_text(ranks: tuple[int, ...]) -> None:
     assert tuple(ranks_in(ranks_text(ranks))) == ranks
+
+
+def test_many_ranks_are_named_in_one_short_line() -> None:
+    assert named_ranks({7}) == "rank 7" and named_ranks((5, 3, 4)) == "ranks 3-5"
+    assert named_ranks([0, *range(2, 65536)]) == "ranks 0,2-65535"
+    scattered = [rank for rank in range(65536) if rank % 3]
+    assert named_ranks(scattered).endswith(f",94-95 and {len(scattered) - 64} more")
+
+
+@pytest.mark.parametrize("text", ["", "0-999999999999,5", "0-99999999999999999999999,1", "a", "1-b", "0-4/0", "1,,2"])
+def test_texts_that_are_no_ranks_hold_none(text: str) -> None:
+    assert tuple(ranks_in(text)) == ()
 
 
 def test_a_full_ring_keeps_the_newest(tmp_path: Path) -> None:

@@ -11,12 +11,12 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from hvdlm.diagnostics.failure_files import FailureFiles
-from hvdlm.diagnostics.flight_recorder import ranks_in, ranks_text
+from hvdlm.diagnostics.flight_recorder import named_ranks, ranks_in
 from hvdlm.diagnostics.recorder_reader import Entry, Recording
 
 Column = dict[int, Entry]
@@ -186,7 +186,8 @@ def explain(files: FailureFiles, now: float) -> str:
     invisible = sorted(set(range(files.size)) - set(files.recordings))
     if invisible:
         lines.append(
-            f"The flight recorders of {_ranks(invisible)} can't be read from here (on other hosts' disks, or deleted)."
+            f"The flight recorders of {named_ranks(invisible)} can't be read from here (on other hosts' disks, or "
+            "deleted)."
         )
     for rank in (suspects or tuple(files.recordings))[:_RANKS]:
         if rank in files.recordings:
@@ -213,9 +214,9 @@ def _headline(waits: Sequence[Wait], now: float) -> str:
     here = (entry.ranks, entry.index, _key(entry))
     ranks = sorted(wait.rank for wait in waits if (wait.entry.ranks, wait.entry.index, _key(wait.entry)) == here)
     verb = "waits" if len(ranks) == 1 else "wait"
-    first_line = f"{_ranks(ranks)} {verb} for {max(0.0, now - entry.begun):.0f} s in {describe(entry)}."
+    first_line = f"{named_ranks(ranks)} {verb} for {max(0.0, now - entry.begun):.0f} s in {describe(entry)}."
     if absent:
-        return f"{first_line}\nNot arrived there: {_ranks(absent)}."
+        return f"{first_line}\nNot arrived there: {named_ranks(absent)}."
     return f"{first_line}\nAll its ranks have begun it: the transport is stuck, or a graph."
 
 
@@ -224,12 +225,12 @@ def _describe_difference(difference: Difference) -> str:
     alike: dict[tuple[str, ...] | None, list[int]] = {}
     for rank, entry in difference.entries.items():
         alike.setdefault(_key(entry), []).append(rank)
-    lines = [f"  {_ranks(ranks)}: {_describe_call(difference.entries[ranks[0]])}" for ranks in alike.values()]
+    lines = [f"  {named_ranks(ranks)}: {_describe_call(difference.entries[ranks[0]])}" for ranks in alike.values()]
     if len(difference.deviating) == len(difference.entries):
         deviating = "it is not clear which of them is right"
     else:
         verb = "differs" if len(difference.deviating) == 1 else "differ"
-        deviating = f"{_ranks(difference.deviating)} {verb} from the expected order"
+        deviating = f"{named_ranks(difference.deviating)} {verb} from the expected order"
     head = f"First difference between ranks {difference.ranks}, at collective {difference.index} of their group"
     return "\n".join([f"{head}; {deviating}:", *lines])
 
@@ -273,11 +274,6 @@ def _shortened(stack: str) -> list[str]:
     outside_libraries = [i for i, call in enumerate(calls) if not _LIBRARIES.search(call[0])]
     shown = sorted({*outside_libraries[-_FRAMES:], *range(len(calls))[-2:]})
     return [line for i in shown for line in calls[i][:_CALL_LINES]]
-
-
-def _ranks(ranks: Iterable[int]) -> str:
-    ordered = sorted(ranks)
-    return f"rank {ordered[0]}" if len(ordered) == 1 else f"ranks {ranks_text(ordered)}"
 
 
 def report(files: FailureFiles) -> str:

@@ -15,7 +15,7 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import CodeType
@@ -34,6 +34,10 @@ _ALIVE = struct.Struct("<qd")  # step and heartbeat, within the header
 _ENDED_AT, _ALIVE_AT = 32, 32
 FIRST = 256
 IN_GRAPH = 1
+MOST_RANKS = 65536
+"""No world is larger: a recording that says so is damaged."""
+
+_RUNS = 32  # runs of ranks in a sentence, at most
 _BYTES = FIRST + RECORDS * RECORD.size
 
 _skipped_modules = [__name__, "contextlib", "functools"]
@@ -65,26 +69,40 @@ class Call(NamedTuple):
 
 
 def ranks_text(ranks: Sequence[int]) -> str:
-    """Return the ranks as text, ``0-6/2`` for 0, 2, 4, 6: the groups of a mesh are ranks at equal distances."""
+    """Return the ranks as text: ``0-6/2`` for 0, 2, 4, 6 (groups of a mesh are at equal distances), ``0-2,5`` else."""
     ranks = list(ranks)
-    if len(ranks) == 1:
-        return str(ranks[0])
-    step = ranks[1] - ranks[0] if len(ranks) > 1 else 1
-    if ranks and step > 0 and ranks == list(range(ranks[0], ranks[-1] + 1, step)):
+    step = ranks[1] - ranks[0] if len(ranks) > 1 else 0
+    if step > 0 and ranks == list(range(ranks[0], ranks[-1] + 1, step)):
         return f"{ranks[0]}-{ranks[-1]}" + ("" if step == 1 else f"/{step}")
-    return ",".join(map(str, ranks))
+    runs = [[rank for _, rank in run] for _, run in itertools.groupby(enumerate(ranks), lambda pair: pair[1] - pair[0])]
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def ranks_in(text: str) -> Sequence[int]:
     """Return the ranks that ``ranks_text`` wrote; none where the text is truncated or invalid."""
     try:
-        span, _, step = text.partition("/")
-        first, dash, last = span.partition("-")
-        if dash:
-            return range(int(first), int(last) + 1, int(step or 1))
-        return tuple(int(rank) for rank in text.split(","))
-    except ValueError:
+        runs = [_run(part) for part in text.split(",")]
+        if len(runs) == 1:
+            return runs[0]
+        return tuple(itertools.chain.from_iterable(runs)) if sum(map(len, runs)) <= MOST_RANKS else ()
+    except (ValueError, OverflowError):
         return ()
+
+
+def _run(text: str) -> range:
+    span, _, step = text.partition("/")
+    first, _, last = span.partition("-")
+    return range(int(first), int(last or first) + 1, int(step or 1))
+
+
+def named_ranks(ranks: Iterable[int]) -> str:
+    """Return the ranks for a sentence: ``rank 3``, ``ranks 0-2,5``, of many scattered ones the lowest."""
+    ordered = sorted(ranks)
+    if len(ordered) == 1:
+        return f"rank {ordered[0]}"
+    shown = ",".join(ranks_text(ordered).split(",")[:_RUNS])
+    hidden = len(ordered) - len(ranks_in(shown))
+    return f"ranks {shown}" + (f" and {hidden} more" if hidden else "")
 
 
 _sites: dict[tuple[int, int], tuple[CodeType, bytes | None]] = {}

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from hvdlm.diagnostics import failure_files
-from hvdlm.diagnostics.flight_recorder import FlightRecorder, clean, ranks_text
+from hvdlm.diagnostics.flight_recorder import FlightRecorder, clean, named_ranks
 from hvdlm.errors import HvdlmError
 from hvdlm.io import launcher_env, safe_files
 
@@ -217,7 +217,7 @@ class Process:
         if absent:
             verb = "has" if len(absent) == 1 else "have"
             lines.append(
-                f"Not arrived: rank{'s' * (len(absent) > 1)} {ranks_text(absent)}, which {verb} not begun, or can't "
+                f"Not arrived: {named_ranks(absent)}, which {verb} not begun, or can't "
                 "be seen from here (on a host that does not share the folder)."
             )
         return "\n".join(lines)

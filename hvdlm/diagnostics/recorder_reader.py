@@ -7,7 +7,7 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from hvdlm.diagnostics.flight_recorder import CALL, FIRST, HEADER, IN_GRAPH, MAGIC, RECORD, RECORDS
+from hvdlm.diagnostics.flight_recorder import CALL, FIRST, HEADER, IN_GRAPH, MAGIC, MOST_RANKS, RECORD, RECORDS
 from hvdlm.errors import HvdlmError
 from hvdlm.io.untrusted_input import shown
 
@@ -67,7 +67,7 @@ def read_recording(path: Path) -> Recording:
     if len(data) < FIRST or data[:8] != MAGIC:
         raise HvdlmError(f"{path}: is no flight recorder's file: delete it.")
     _, width, count, rank, size, pid, step, heartbeat, host = HEADER.unpack_from(data)
-    if width != RECORD.size or len(data) != FIRST + count * RECORD.size or not rank < size <= 65536:
+    if width != RECORD.size or len(data) != FIRST + count * RECORD.size or not rank < size <= MOST_RANKS:
         raise HvdlmError(f"{path}: is damaged or truncated: its size doesn't match its header.")
     valid = [entry for slot in range(count) if (entry := _entry(data, slot, count))]
     entries = tuple(sorted(valid, key=lambda entry: entry.sequence))
