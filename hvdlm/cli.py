@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import importlib.metadata
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 from hvdlm.errors import BAD_INPUT, FAILED, HvdlmError, nearest
 from hvdlm.io import launcher_env
 from hvdlm.io.terminal import on_terminal, printable, surviving_streams
+from hvdlm.io.untrusted_input import shown
 
 COMMANDS = {
     "train": "train a model (the default)",
@@ -37,6 +39,11 @@ def main(arguments: list[str] | None = None) -> int:
             code = run(arguments)
         except HvdlmError as error:
             code = refuse(error, debug)
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            name = shown(str(error.filename))
+            code = refuse(HvdlmError(f"{name}: {error.strerror}: give a shorter one."), debug)
         output.flush()
     lost = output.is_result and output.error is not None and not output.reader_is_gone
     return code or (FAILED if lost else 0)

@@ -164,6 +164,13 @@ UNRESOLVED = "no-such-host.invalid"
         (UNRESOLVED, {"IFACE": "lo"}, True, r"no-such-host.invalid has no address.*/etc/hosts"),
         (UNRESOLVED, {}, False, r"no-such-host.invalid has no address.*/etc/hosts"),
         ("localhost", {"RENDEZVOUS_ADDR": UNRESOLVED}, False, r"address no-such-host.invalid can't be resolved"),
+        (
+            "localhost",
+            {"RENDEZVOUS_ADDR": "127.0.0.1", "RENDEZVOUS_PORT": "x"},
+            False,
+            "RENDEZVOUS_PORT is 'x', expected",
+        ),
+        ("localhost", {"RENDEZVOUS_ADDR": "127.0.0.1", "RENDEZVOUS_PORT": "65536"}, False, "PORT is '65536'"),
         ("localhost", {"IFACE": "nowhere0"}, False, r"HOROVOD_GLOO_IFACE is 'nowhere0', .* interfaces are .*lo"),
     ],
 )
@@ -171,6 +178,7 @@ def test_gloo_needs_names_and_interfaces_that_exist(
     name: str, variables: dict[str, str], by_name: bool, words: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(environment.socket, "gethostname", lambda: name)
+    monkeypatch.setenv("HOROVOD_GLOO_RENDEZVOUS_PORT", "12345")
     for variable in ("IFACE", "RENDEZVOUS_ADDR"):
         monkeypatch.delenv(f"HOROVOD_GLOO_{variable}", raising=False)
     for variable, value in variables.items():
@@ -184,6 +192,7 @@ def test_a_name_server_that_does_not_answer_is_a_sentence(monkeypatch: pytest.Mo
     monkeypatch.setattr(environment.socket, "getaddrinfo", lambda *asked: answers.wait(60))
     monkeypatch.setattr(environment.process, "timeout", 0.2)
     monkeypatch.setenv("HOROVOD_GLOO_RENDEZVOUS_ADDR", UNRESOLVED)
+    monkeypatch.setenv("HOROVOD_GLOO_RENDEZVOUS_PORT", "12345")
     monkeypatch.delenv("HOROVOD_GLOO_IFACE", raising=False)
     with pytest.raises(HvdlmError, match=f"{UNRESOLVED} can't be resolved .*no name server answered within 0.1 s"):
         environment.check_gloo_address(False)

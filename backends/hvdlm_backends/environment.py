@@ -18,6 +18,7 @@ from hvdlm.diagnostics.probes import SPIN_COUNT, THREADS, WAITING, cores
 from hvdlm.errors import HvdlmError
 from hvdlm.io import launcher_env
 from hvdlm.io.launcher_env import Launch
+from hvdlm.io.untrusted_input import shown
 
 # Names of processes that start ranks. All but horovodrun, whose Gloo ranks share its cores, may bind a rank to a subset
 # of their own cores.
@@ -135,7 +136,12 @@ def check_gloo_address(bound_by_name: bool) -> None:
             f"{launcher_env.GLOO_INTERFACE} is {interface!r}, but this machine's network interfaces are {known}: start "
             "with horovodrun --gloo --network-interfaces NAME."
         )
-    server, _ = launcher_env.gloo_rendezvous()
+    server, port = launcher_env.gloo_rendezvous()
+    if server and not (port.isascii() and port.isdigit() and int(port[:8]) < 1 << 16):
+        raise HvdlmError(
+            f"the environment variable {launcher_env.GLOO_PORT} is {shown(repr(port))}, expected a port as horovodrun "
+            "--gloo sets it: start with horovodrun --gloo."
+        )
     if server and (error := _unresolved(server)) is not None:
         raise HvdlmError(
             f"horovodrun's address {server} can't be resolved on this machine ({error}): add it to /etc/hosts, or use "

@@ -212,7 +212,7 @@ def _cores(facts: Facts) -> Iterator[Finding]:
         value = facts["environment"].get(name)
         if value is None:
             continue
-        if value.isdigit() and int(value) > cores:
+        if value.isascii() and value.isdigit() and int(value) > cores:
             text = f"{value} threads per rank on {cores} cores slow down every step: unset {name}, and hvdlm sets it"
             yield Finding("warning", name, text)
         else:

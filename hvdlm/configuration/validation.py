@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from hvdlm.models.lora import adapt
 from hvdlm.parallel import layout_checks
 from hvdlm.parallel.mesh import Mesh
 
+_BYTES_PER_TOKEN = 8  # of a batch: inputs and targets, int32
 _STAND_IN_VOCAB = 256  # checks run before the data is opened
 
 
@@ -54,10 +56,10 @@ def writable(folder: Path, key: str) -> None:
 
 
 def layout(config: Config, mesh: Mesh) -> None:
-    """Check that the batch divides over data ranks and micro-batches.
+    """Check that the batch divides over data ranks and micro-batches, and that a rank's part fits into memory.
 
     Raises:
-        HvdlmError: it doesn't; the sentence names sizes that do.
+        HvdlmError: it doesn't (the sentence names sizes that do), or no machine could hold it.
     """
     batch, data = config.train.batch_size, mesh.data
     if batch % data:
@@ -65,9 +67,16 @@ def layout(config: Config, mesh: Mesh) -> None:
         sizes = f"{low} or {high}" if low else str(high)
         raise HvdlmError(f"train.batch_size {batch} can't be split over {data} data ranks: choose {sizes}.")
     rows = batch // data
+    tokens = rows * config.data.context
+    if tokens * _BYTES_PER_TOKEN > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+        raise HvdlmError(
+            f"train.batch_size {batch} with data.context {config.data.context} is {tokens:,} tokens of a rank in a "
+            "step, more than this machine's memory holds: lower them (--train.batch_size, --data.context)."
+        )
     micro_batch = config.train.micro_batch_size or rows
     if rows % micro_batch:
-        divisors = ", ".join(str(n) for n in range(1, rows + 1) if rows % n == 0)
+        small = [n for n in range(1, math.isqrt(rows) + 1) if rows % n == 0]
+        divisors = ", ".join(str(n) for n in sorted({*small, *(rows // n for n in small)}))
         raise HvdlmError(
             f"train.micro_batch_size {micro_batch} doesn't divide the {rows} sequences of a rank: choose one of "
             f"{divisors}."

@@ -81,7 +81,7 @@ def ranks_text(ranks: Sequence[int]) -> str:
 def ranks_in(text: str) -> Sequence[int]:
     """Return the ranks that ``ranks_text`` wrote; none where the text is truncated or invalid."""
     try:
-        runs = [_run(part) for part in text.split(",")]
+        runs = [_run(run) for run in text.split(",")]
         if len(runs) == 1:
             return runs[0]
         return tuple(itertools.chain.from_iterable(runs)) if sum(map(len, runs)) <= MOST_RANKS else ()

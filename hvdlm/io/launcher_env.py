@@ -37,10 +37,12 @@ VARIABLES = {
     SRUN: Variables("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
 }
 _GLOO_RENDEZVOUS = "HOROVOD_GLOO_RENDEZVOUS_ADDR"
-_GLOO_PORT = "HOROVOD_GLOO_RENDEZVOUS_PORT"
+GLOO_PORT = "HOROVOD_GLOO_RENDEZVOUS_PORT"
+"""Names the port of the server of ``horovodrun --gloo``."""
+
 # What all ranks of one launch have in common, and no other launch at the same time.
 _IDENTITIES = {
-    HOROVODRUN: (_GLOO_RENDEZVOUS, _GLOO_PORT),
+    HOROVODRUN: (_GLOO_RENDEZVOUS, GLOO_PORT),
     OPEN_MPI: ("PMIX_NAMESPACE", "OMPI_MCA_orte_hnp_uri"),
     MPICH: ("PMI_PORT",),
     SRUN: ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"),
@@ -72,7 +74,7 @@ def detect(environ: Mapping[str, str] | None = None) -> Launch | None:
     """Return the launch that the environment describes, or None where no launcher started this process.
 
     Raises:
-        HvdlmError: a launcher's variable holds no number.
+        HvdlmError: a launcher's variable holds no number, or they contradict each other.
     """
     environ = os.environ if environ is None else environ
     for launcher, names in VARIABLES.items():
@@ -81,6 +83,11 @@ def detect(environ: Mapping[str, str] | None = None) -> Launch | None:
             rank = _number(environ, names.rank)
             local_rank = _number(environ, names.local_rank) if names.local_rank in environ else rank
             local_size = _number(environ, names.local_size) if names.local_size in environ else size
+            if rank >= size or not local_size:
+                raise HvdlmError(
+                    f"the environment says that {launcher} started rank {rank} of {size}, {local_size} of them on this "
+                    f"machine, which can't be: unset {names.rank}, or start with horovodrun, mpirun or srun."
+                )
             return Launch(launcher, rank, size, local_rank, local_size)
     return None
 
@@ -93,7 +100,7 @@ def launch_shape() -> tuple[int, int, int, int]:
 
 def _number(environ: Mapping[str, str], name: str) -> int:
     first = environ[name].split("(")[0].split(",")[0]  # Slurm writes 4(x2),3
-    if not first.isdigit():
+    if not _is_number(first):
         raise HvdlmError(
             f"the environment variable {name} is {environ[name]!r}, expected a whole number as launchers set it: unset "
             "it, or start with horovodrun, mpirun or srun."
@@ -125,7 +132,12 @@ def local_rank_for_messages() -> int:
 
 def _first_number(names: Iterable[str]) -> int:
     values = (os.environ.get(name, "") for name in names)
-    return next((int(value) for value in values if value.isdigit()), 0)
+    return next((int(value) for value in values if _is_number(value)), 0)
+
+
+def _is_number(text: str) -> bool:
+    """Return whether ``text`` is a number that a launcher may set: of few ASCII digits."""
+    return text.isascii() and text.isdigit() and len(text) < 8
 
 
 def started_by_launcher() -> bool:
@@ -193,7 +205,7 @@ def attempt() -> str:
 
 def gloo_rendezvous() -> tuple[str, str]:
     """Return the address and the port of the server of ``horovodrun --gloo``."""
-    return os.environ.get(_GLOO_RENDEZVOUS, ""), os.environ.get(_GLOO_PORT, "")
+    return os.environ.get(_GLOO_RENDEZVOUS, ""), os.environ.get(GLOO_PORT, "")
 
 
 def has_gloo_rendezvous() -> bool:

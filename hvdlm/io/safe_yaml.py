@@ -14,6 +14,8 @@ _MAX_DEPTH = 32
 _SCALARS = (float, bool, type(None))
 _TAG = "tag:yaml.org,2002:"
 # Escapes by which file names that are not UTF-8 are written; libyaml, behind the faster loaders, refuses them.
+# 1:30:00 is 5400 in YAML 1.1.
+_SIXTIETHS = re.compile(r"[-+]?\d[\d_]*(:[0-5]?\d)+(\.[\d_]*)?")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -23,7 +25,7 @@ def load(text: str, loader: Callable[[str], Any]) -> Any:
     Raises:
         ValueError: it isn't YAML, or holds anything but mappings with text keys, lists, text and numbers.
     """
-    untrusted_input.guarded(lambda: _check_events(text))
+    untrusted_input.guarded(lambda: _check_events(text, _Meaning()))
     if _SURROGATE.search(text):
         import yaml
 
@@ -34,8 +36,38 @@ def load(text: str, loader: Callable[[str], Any]) -> Any:
     return content
 
 
-def _check_events(text: str) -> None:
-    """Check the events of ``text`` before any value is constructed.
+class _Meaning:
+    """Checks that no value of a text is lost or read as another: keys given twice, numbers in sixtieths."""
+
+    def __init__(self) -> None:
+        self._open: list[dict[str, Any]] = []  # the mappings and lists around an event
+
+    def see(self, event: Any) -> None:
+        """Take the next event; raise ValueError where its value isn't what it looks like."""
+        import yaml
+
+        if isinstance(event, yaml.CollectionEndEvent):
+            self._open.pop()
+        elif isinstance(event, yaml.NodeEvent):
+            value, plain = (event.value, event.implicit[0]) if isinstance(event, yaml.ScalarEvent) else (None, False)
+            if self._open and self._open[-1]["mapping"]:
+                self._see_in_mapping(self._open[-1], value)
+            if value is not None and plain and _SIXTIETHS.fullmatch(value):
+                raise ValueError(f"{shown(value)} would be read as minutes and seconds: write a number, or quote it")
+            if isinstance(event, yaml.CollectionStartEvent):
+                mapping = isinstance(event, yaml.MappingStartEvent)
+                self._open.append({"mapping": mapping, "keys": set(), "is_key": True})
+
+    def _see_in_mapping(self, mapping: dict[str, Any], value: str | None) -> None:
+        if mapping["is_key"] and value is not None:
+            if value in mapping["keys"]:
+                raise ValueError(f"{shown(value)} is given twice: remove one")
+            mapping["keys"].add(value)
+        mapping["is_key"] = not mapping["is_key"]
+
+
+def _check_events(text: str, meaning: _Meaning | None = None) -> None:
+    """Check the events of ``text``, and their ``meaning``, before any value is constructed.
 
     Raises:
         ValueError: it has tags (for objects), too many values, too deep nesting, or aliases, which could expand beyond
@@ -56,6 +88,8 @@ def _check_events(text: str) -> None:
         anchors.add(anchor)
         if str(tag).startswith(_TAG):
             raise ValueError(f"tags ({shown(tag)}) are not allowed: write plain values")
+        if meaning is not None:
+            meaning.see(event)
 
 
 def _check(value: Any) -> None:
@@ -77,6 +111,8 @@ def _check_text(text: str) -> None:
     """Check text as YAML, too: it is parsed once more where an option takes more than text."""
     import yaml
 
+    if "\0" in text:
+        raise ValueError("a text holds a NUL character, which no file name or option has")
     try:
         _check_events(text_decoding.without_surrogates(text))
     except yaml.YAMLError:

@@ -130,7 +130,7 @@ def on_terminal(stream: TextIO | None = None) -> bool:
 def columns() -> int | None:
     """Return the width of the terminal that shows a rank's output; None where it has to be asked."""
     value = os.environ.get(COLUMNS, "")
-    return int(value) if value.isdigit() and launcher_env.started_by_launcher() else None
+    return int(value) if value.isascii() and value.isdigit() and launcher_env.started_by_launcher() else None
 
 
 def printable(text: object) -> str:
