@@ -26,10 +26,11 @@ from hvdlm.checkpoints.order import sequence_number
 from hvdlm.checkpoints.shards import Reader, Stored, from_json, to_json
 from hvdlm.config import Config
 from hvdlm.configuration import parsing, schema
-from hvdlm.data import prepare_progress, sources, token_files, tokenizers
+from hvdlm.data import token_files
 from hvdlm.errors import HvdlmError
-from hvdlm.io import compression, untrusted_input
+from hvdlm.io import untrusted_input
 from hvdlm.parallel.flat_layout import whole
+from hvdlm_corpora import compression, prepare_progress, sources, tokenizers
 
 CORPUS = Path(__file__).parent / "fuzz_corpus"
 SECONDS = 2.0

@@ -15,11 +15,10 @@ from test_preparation import files
 
 from fuzz_targets import arrow_memory, huggingface_tokenizer
 from hvdlm.config import Config, DataConfig
-from hvdlm.data import preparation, sources, tables, tokenizers, workers
-from hvdlm.data.documents import Form
 from hvdlm.errors import HvdlmError
 from hvdlm.inference import generation
-from hvdlm.io import compression
+from hvdlm_corpora import compression, preparation, sources, tables, tokenizers, workers
+from hvdlm_corpora.documents import Form
 from hvdlm_tasks import pairs
 from record_files import PACKERS, WRITERS
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from hvdlm.config import DataConfig
-from hvdlm.data import preparation
 from hvdlm.diagnostics.phases import process
 from hvdlm.errors import HvdlmError
 from hvdlm.io import file_lock
+from hvdlm_corpora import preparation
 
 HOLDER = """
 import fcntl, sys, time

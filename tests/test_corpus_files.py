@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from hvdlm.config import DataConfig
-from hvdlm.data import corpus_files, preparation, progress_bar, splits
 from hvdlm.errors import HvdlmError
+from hvdlm_corpora import corpus_files, preparation, progress_bar, splits
 from record_files import WRITERS, write_arrow, write_data_set
 
 

@@ -12,9 +12,9 @@ import pytest
 from pyarrow.parquet import write_table
 
 from hvdlm.config import DataConfig
-from hvdlm.data import documents, preparation, sources
-from hvdlm.data.documents import Form
 from hvdlm.errors import HvdlmError
+from hvdlm_corpora import documents, preparation, sources
+from hvdlm_corpora.documents import Form
 from record_files import WRITERS, record_table, write_arrow, write_data_set, write_data_set_splits, write_hub_splits
 
 TEXTS = ["To be, or not to be", "that is the question:\nwhether", "红楼梦", ""]

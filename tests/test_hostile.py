@@ -26,9 +26,10 @@ from hvdlm.checkpoints import manifest
 from hvdlm.commands import trained_run
 from hvdlm.config import DataConfig
 from hvdlm.configuration import parsing
-from hvdlm.data import documents, preparation, sources, token_files, tokenizers
+from hvdlm.data import token_files
 from hvdlm.errors import HvdlmError
-from hvdlm.io import compression, untrusted_input
+from hvdlm.io import untrusted_input
+from hvdlm_corpora import compression, documents, preparation, sources, tokenizers
 from launching import run_python
 
 SEEDS = {name: target.seeds() for name, target in TARGETS.items()}

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 
 from hvdlm import cli
 from hvdlm.config import Config, DataConfig
-from hvdlm.data import mixture, preparation
 from hvdlm.data.sampler import MixtureSampler, ShuffledSampler
 from hvdlm.tasks.language_model import LanguageModel
+from hvdlm_corpora import mixture, preparation
 from launching import launch, losses, run_python
 
 PROSE = "It was the best of times, it was the worst of times, it was the age of wisdom.\n" * 400
@@ -189,7 +189,7 @@ def test_a_killed_prepare_of_a_mixture_resumes(capsys: pytest.CaptureFixture[str
     arguments = ["prepare", "--data.mixture", "{prose.txt: 3, verse.txt: 1}", "--output", "tokens"]
     arguments += ["--data.cache", "cache"]
     code = (
-        "import os, signal; from hvdlm import cli; from hvdlm.data import prepare_progress, sources\n"
+        "import os, signal; from hvdlm import cli; from hvdlm_corpora import prepare_progress, sources\n"
         "sources._CHUNK, prepare_progress._SAVE_SECONDS, add = 1000, 0, prepare_progress.Journal.add\n"
         "def killing(self, *arguments):\n"
         "    add(self, *arguments)\n"

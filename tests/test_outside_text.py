@@ -15,11 +15,11 @@ import yaml
 
 from hvdlm.config import Config, DataConfig, LogConfig
 from hvdlm.configuration import parsing
-from hvdlm.data import preparation, sources
-from hvdlm.data.documents import Form
 from hvdlm.errors import HvdlmError
 from hvdlm.inference import generation
 from hvdlm.io import text_decoding, untrusted_input
+from hvdlm_corpora import preparation, sources
+from hvdlm_corpora.documents import Form
 from hvdlm_tasks import pairs, recordings
 from launching import run_python
 from record_files import PACKERS

@@ -20,16 +20,16 @@ import pytest
 from hvdlm import cli
 from hvdlm.commands import prepare
 from hvdlm.config import DataConfig
-from hvdlm.data import documents, preparation, prepare_progress, progress_bar, sources, tokenizers, workers
-from hvdlm.data.source_chunks import ReadProgress
-from hvdlm.data.workers import WorkerDied
 from hvdlm.errors import HvdlmError
+from hvdlm_corpora import documents, preparation, prepare_progress, progress_bar, sources, tokenizers, workers
+from hvdlm_corpora.source_chunks import ReadProgress
+from hvdlm_corpora.workers import WorkerDied
 from launching import environment, run_python, wait_until
 from record_files import PACKERS, WRITERS
 
 LINES = [f"the line number {i} says {'much ' * (i % 7)}红楼梦" for i in range(3000)]
 SMALL_CHUNKS = (
-    "from hvdlm.data import documents, prepare_progress, sources; sources._CHUNK = 4000; documents._CHUNK = 4000\n"
+    "from hvdlm_corpora import documents, prepare_progress, sources; sources._CHUNK = 4000; documents._CHUNK = 4000\n"
 )
 
 
@@ -218,7 +218,7 @@ KILLED = (
     + """
 import os, signal, sys
 from hvdlm import cli
-from hvdlm.data import tokenizers
+from hvdlm_corpora import tokenizers
 prepare_progress._SAVE_SECONDS = 0
 name, when, count = {moment!r}
 holder, _, attribute = name.rpartition(".")
@@ -445,7 +445,7 @@ def test_progress_in_a_linked_folder_is_not_continued(tmp_path: Path, corpus: li
 
 def test_concurrent_preparations_write_one_folder_once(corpus: list[str], tmp_path: Path) -> None:
     code = SMALL_CHUNKS + (
-        "import sys; from hvdlm import cli; from hvdlm.data import preparation as p\n"
+        "import sys; from hvdlm import cli; from hvdlm_corpora import preparation as p\n"
         "run = p.Preparation.run\n"
         "p.Preparation.run = lambda *arguments: (print('writes', flush=True), run(*arguments))\n"
         f"sys.exit(cli.main(['prepare', '--data.path', {corpus[0]!r}, '--data.cache', {str(tmp_path / 'cache')!r}]))"

@@ -14,12 +14,12 @@ from test_huggingface import TEXT, transformers_model
 from builders import both_frameworks
 from hvdlm import cli
 from hvdlm.config import Config, DataConfig
-from hvdlm.data import tokenizers
-from hvdlm.data.preparation import prepare
 from hvdlm.data.token_files import TokenData
-from hvdlm.data.tokenizers import BPETokenizer, ByteTokenizer
 from hvdlm.errors import HvdlmError
 from hvdlm.inference.generation import encode, generate_text
+from hvdlm_corpora import tokenizers
+from hvdlm_corpora.preparation import prepare
+from hvdlm_corpora.tokenizers import BPETokenizer, ByteTokenizer
 from record_files import WRITERS
 
 SPECIAL = ("<s>", "</s>", "<|endoftext|>", "[PAD]")

@@ -13,11 +13,11 @@ import pluggy
 from hvdlm import plugins
 from hvdlm.config import Config
 from hvdlm.configuration import ranges
-from hvdlm.data import mixture
 from hvdlm.errors import HvdlmError, nearest
 from hvdlm.models.lora import adapt
 from hvdlm.parallel import layout_checks
 from hvdlm.parallel.mesh import Mesh
+from hvdlm_corpora import mixture
 
 _BYTES_PER_TOKEN = 8  # of a batch: inputs and targets, int32
 _STAND_IN_VOCAB = 256  # checks run before the data is opened

@@ -13,10 +13,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from hvdlm.data import tokenizers
 from hvdlm.errors import HvdlmError, RankError
 from hvdlm.io import untrusted_input
 from hvdlm.io.untrusted_input import shown
+from hvdlm_corpora import tokenizers
 
 FORMAT = "hvdlm-tokens-2"
 DTYPES: dict[str, np.dtype] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hvdlm.config import Config
-from hvdlm.data.tokenizers import Tokenizer
-from hvdlm.data.workers import within_budget
 from hvdlm.diagnostics.phases import process
 from hvdlm.errors import HvdlmError
 from hvdlm.inference.sampling import Sampling, sample
@@ -20,6 +18,8 @@ from hvdlm.io import text_decoding, untrusted_input
 from hvdlm.io.terminal import on_terminal
 from hvdlm.io.untrusted_input import shown
 from hvdlm.protocols.trainable import Trainable
+from hvdlm_corpora.tokenizers import Tokenizer
+from hvdlm_corpora.workers import within_budget
 
 if TYPE_CHECKING:
     from hvdlm.training.run import Run

@@ -18,15 +18,15 @@ from hvdlm.checkpoints import discovery
 from hvdlm.checkpoints.load import Checkpoint, read_state
 from hvdlm.checkpoints.rebuild_spec import spec_of
 from hvdlm.config import Config
-from hvdlm.data import tokenizers
-from hvdlm.data.tokenizers import Tokenizer
-from hvdlm.data.workers import within_budget
 from hvdlm.errors import HvdlmError
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.mesh import make_mesh
 from hvdlm.protocols.task import OpenScorer
 from hvdlm.protocols.trainable import Trainable
 from hvdlm.tasks.likelihood import sequence_logs
+from hvdlm_corpora import tokenizers
+from hvdlm_corpora.tokenizers import Tokenizer
+from hvdlm_corpora.workers import within_budget
 
 _SEPARATOR = "\n"  # stands before and after a text in the language model's corpus
 

@@ -7,14 +7,15 @@ from collections.abc import Iterator, Mapping
 
 from hvdlm import hookimpl
 from hvdlm.config import Config
-from hvdlm.data import mixture, sampler
-from hvdlm.data.mixture import Corpus
-from hvdlm.data.passages import required_ids
-from hvdlm.data.preparation import prepare, special_of
+from hvdlm.data import sampler
 from hvdlm.data.token_files import highest, require_length
 from hvdlm.errors import HvdlmError, RankError
 from hvdlm.protocols.trainable import Trainable
 from hvdlm.protocols.types import Batch
+from hvdlm_corpora import mixture
+from hvdlm_corpora.mixture import Corpus
+from hvdlm_corpora.passages import required_ids
+from hvdlm_corpora.preparation import prepare, special_of
 
 
 def loss_figures(sums: Mapping[str, float]) -> dict[str, float]:

@@ -17,7 +17,6 @@ from hvdlm.checkpoints.state_checks import Comparison
 from hvdlm.config import Config
 from hvdlm.configuration import validation
 from hvdlm.configuration.availability import choose_backend, require_framework, without_horovod
-from hvdlm.data.preparation import without_stdin
 from hvdlm.diagnostics import failure_files
 from hvdlm.diagnostics.phases import READING, process
 from hvdlm.errors import HvdlmError
@@ -37,6 +36,7 @@ from hvdlm.protocols.world import World
 from hvdlm.training import preflight, run_folder, run_lock
 from hvdlm.training.data_cursor import DataCursor
 from hvdlm.training.step_guard import StepGuard
+from hvdlm_corpora.preparation import without_stdin
 
 _DAY = 86400.0  # seconds
 

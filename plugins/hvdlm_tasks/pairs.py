@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hvdlm.data.tokenizers import Tokenizer
-from hvdlm.data.workers import within_budget
 from hvdlm.errors import HvdlmError
-from hvdlm.io import compression, text_decoding
+from hvdlm.io import text_decoding
+from hvdlm_corpora import compression
+from hvdlm_corpora.tokenizers import Tokenizer
+from hvdlm_corpora.workers import within_budget
 
 _MAX_BYTES = 1 << 32  # of a text, which is kept in memory
 

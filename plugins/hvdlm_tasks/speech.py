@@ -13,7 +13,6 @@ import numpy as np
 from hvdlm import hookimpl
 from hvdlm.config import Config
 from hvdlm.data.padding import pad_rows, round_up
-from hvdlm.data.tokenizers import CharTokenizer
 from hvdlm.errors import HvdlmError
 from hvdlm.models.spec import ModelSpec
 from hvdlm.protocols.task import OpenScorer, Scorer
@@ -21,6 +20,7 @@ from hvdlm.protocols.trainable import Trainable
 from hvdlm.protocols.types import Batch
 from hvdlm.tasks.language_model import loss_figures
 from hvdlm.tasks.likelihood import log_softmax
+from hvdlm_corpora.tokenizers import CharTokenizer
 from hvdlm_tasks.ctc_beam import prefix_beam_search
 from hvdlm_tasks.items import ShuffledItems, split_evenly
 from hvdlm_tasks.mel import HOP, frame_count, log_mel

@@ -17,12 +17,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from hvdlm.data import passages, tokenizers
-from hvdlm.data.passages import Passage
-from hvdlm.data.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer
 from hvdlm.diagnostics.probes import cores
 from hvdlm.errors import HvdlmError
 from hvdlm.io.untrusted_input import shown
+from hvdlm_corpora import passages, tokenizers
+from hvdlm_corpora.passages import Passage
+from hvdlm_corpora.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer
 
 Label = TypeVar("Label")
 Result = TypeVar("Result")

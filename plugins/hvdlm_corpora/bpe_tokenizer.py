@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from hvdlm.data.tokenizer_base import Tokenizer
-from hvdlm.data.tokenizer_expansion import expansion
 from hvdlm.errors import HvdlmError
 from hvdlm.io import untrusted_input
 from hvdlm.io.untrusted_input import shown
+from hvdlm_corpora.tokenizer_expansion import expansion
 
 SLACK = 1 << 24  # bytes that reading one may take beyond 10 times its file's size: a vocabulary is many small objects
 _MAX_EXPANSION = 256  # text that gets longer than so many times before encoding is a decompression bomb

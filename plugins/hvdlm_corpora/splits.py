@@ -10,10 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from hvdlm.config import DataConfig
-from hvdlm.data import corpus_files
-from hvdlm.data.progress_bar import note
 from hvdlm.errors import HvdlmError, nearest
 from hvdlm.io.untrusted_input import shown
+from hvdlm_corpora import corpus_files
+from hvdlm_corpora.progress_bar import note
 
 VALIDATION = ("validation", "valid", "val", "dev")
 """Names of a validation split in the library, in the order of preference."""

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from hvdlm.data import arrow_messages, documents, parquet_pages
-from hvdlm.data.documents import Form
-from hvdlm.data.parquet_pages import Page
-from hvdlm.data.source_chunks import ReadProgress, SourceChunk, SourcePosition
 from hvdlm.errors import HvdlmError
-from hvdlm.io import compression, untrusted_input
+from hvdlm.io import untrusted_input
 from hvdlm.io.untrusted_input import shown
+from hvdlm_corpora import arrow_messages, compression, documents, parquet_pages
+from hvdlm_corpora.documents import Form
+from hvdlm_corpora.parquet_pages import Page
+from hvdlm_corpora.source_chunks import ReadProgress, SourceChunk, SourcePosition
 
 _ROWS = 256  # records of a batch
 _BATCH = 1 << 23  # bytes of text of a batch, if no record is longer

@@ -8,9 +8,9 @@ from typing import Any
 from hvdlm.config import DataConfig
 from hvdlm.configuration import schema
 from hvdlm.configuration.parsing import command_parser
-from hvdlm.data import mixture, preparation
 from hvdlm.errors import HvdlmError
 from hvdlm.io.terminal import printable
+from hvdlm_corpora import mixture, preparation
 
 
 def main(arguments: list[str]) -> int:

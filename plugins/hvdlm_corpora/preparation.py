@@ -17,15 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hvdlm.config import DataConfig
-from hvdlm.data import documents, passages, sources, splits, tokenizers, workers
-from hvdlm.data.documents import Form
-from hvdlm.data.passages import Passage, SpecialTokens
-from hvdlm.data.prepare_progress import Journal, itemsize
-from hvdlm.data.progress_bar import ProgressBar, note, print_line
-from hvdlm.data.source_chunks import START, ReadProgress, SourcePosition
 from hvdlm.data.token_files import FORMAT, TokenData, is_prepared, open_tokens
-from hvdlm.data.tokenizers import Tokenizer, WordTokenizer
-from hvdlm.data.workers import TooSlow, WorkerDied
 from hvdlm.diagnostics.phases import process
 from hvdlm.errors import HvdlmError
 from hvdlm.io import file_lock, launcher_env, safe_files
@@ -34,6 +26,14 @@ from hvdlm.io.file_lock import FileLock, Held
 from hvdlm.io.text_decoding import without_surrogates
 from hvdlm.io.untrusted_input import shown
 from hvdlm.io.user_folders import user_cache
+from hvdlm_corpora import documents, passages, sources, splits, tokenizers, workers
+from hvdlm_corpora.documents import Form
+from hvdlm_corpora.passages import Passage, SpecialTokens
+from hvdlm_corpora.prepare_progress import Journal, itemsize
+from hvdlm_corpora.progress_bar import ProgressBar, note, print_line
+from hvdlm_corpora.source_chunks import START, ReadProgress, SourcePosition
+from hvdlm_corpora.tokenizers import Tokenizer, WordTokenizer
+from hvdlm_corpora.workers import TooSlow, WorkerDied
 
 SILENT_BEATS = 5
 """Touches of a lock that its owner may miss, at least."""

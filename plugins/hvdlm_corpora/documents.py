@@ -9,10 +9,11 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any, NamedTuple
 
-from hvdlm.data.source_chunks import START, ReadProgress, SourceChunk, SourcePosition, skip_bytes
 from hvdlm.errors import HvdlmError
-from hvdlm.io import compression, text_decoding, untrusted_input
+from hvdlm.io import text_decoding, untrusted_input
 from hvdlm.io.untrusted_input import shown
+from hvdlm_corpora import compression
+from hvdlm_corpora.source_chunks import START, ReadProgress, SourceChunk, SourcePosition, skip_bytes
 
 PACKABLE = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 """Suffixes of records that may be packed, too; the suffix of the packed file follows (``.json.gz``)."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hvdlm.data.source_chunks import SourceChunk, SourcePosition
 from hvdlm.data.tokenizer_base import Tokenizer
+from hvdlm_corpora.source_chunks import SourceChunk, SourcePosition
 
 _SEARCHED = 512  # special tokens that are looked for: an expression of all in a hostile tokenizer would take minutes
 

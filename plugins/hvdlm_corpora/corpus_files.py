@@ -11,10 +11,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from hvdlm.data import documents
 from hvdlm.errors import HvdlmError
-from hvdlm.io import compression, text_decoding, untrusted_input
+from hvdlm.io import text_decoding, untrusted_input
 from hvdlm.io.untrusted_input import shown
+from hvdlm_corpora import compression, documents
 
 TEXTS = (".txt", ".md", ".text")
 SUFFIXES = (*TEXTS, *documents.PACKABLE, *documents.TABLES, *compression.SUFFIXES)

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from hvdlm.config import DataConfig
-from hvdlm.data import corpus_files, preparation, splits
 from hvdlm.data.token_files import TokenData, is_prepared, open_tokens
 from hvdlm.errors import HvdlmError, nearest
-from hvdlm.io import compression, safe_files
+from hvdlm.io import safe_files
 from hvdlm.io.atomic_files import replace as write_whole
 from hvdlm.io.untrusted_input import shown
+from hvdlm_corpora import compression, corpus_files, preparation, splits
 
 _KEYS = ("path", "weight", "validation_path", "field", "separator")
 _EXAMPLE = "write for example --data.mixture '{wiki.txt: 3, books.txt: 1}'"

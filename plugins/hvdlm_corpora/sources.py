@@ -10,9 +10,13 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from hvdlm.data import corpus_files, documents, tables
-from hvdlm.data.documents import Form
-from hvdlm.data.source_chunks import (
+from hvdlm.diagnostics.phases import process
+from hvdlm.errors import HvdlmError
+from hvdlm.io import safe_files, text_decoding
+from hvdlm.io.atomic_files import sha256
+from hvdlm_corpora import compression, corpus_files, documents, tables
+from hvdlm_corpora.documents import Form
+from hvdlm_corpora.source_chunks import (
     START,
     ReadProgress,
     SourceChunk,
@@ -20,10 +24,6 @@ from hvdlm.data.source_chunks import (
     skip_bytes,
     split_text,
 )
-from hvdlm.diagnostics.phases import process
-from hvdlm.errors import HvdlmError
-from hvdlm.io import compression, safe_files, text_decoding
-from hvdlm.io.atomic_files import sha256
 
 _CHUNK = 1 << 20  # bytes that are read at a time
 _HEAD = 1 << 16  # bytes at the start of a text

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from hvdlm.data.bpe_tokenizer import SLACK, BPETokenizer
 from hvdlm.data.tokenizer_base import Tokenizer
 from hvdlm.errors import HvdlmError
 from hvdlm.io import untrusted_input
 from hvdlm.io.untrusted_input import shown
+from hvdlm_corpora.bpe_tokenizer import SLACK, BPETokenizer
 
 LIMIT = 1 << 26  # bytes of a tokenizer's file
 _TABLE = 1 << 16  # a table of all code points would take 4 MB even for a vocabulary of one character
