@@ -13,7 +13,7 @@ from pathlib import Path
 from random import Random
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-PACKAGES = ("hvdlm", "hvdlm_huggingface", "hvdlm_launchers", "hvdlm_report", "hvdlm_tasks")
+PACKAGES = ("hvdlm", "hvdlm_corpora", "hvdlm_huggingface", "hvdlm_launchers", "hvdlm_report", "hvdlm_tasks")
 # Bytes of address space beyond those used at the start: tracemalloc doesn't see what compiled libraries allocate.
 HEADROOM = 2**27
 

@@ -21,7 +21,6 @@ COMMANDS = {
     "evaluate": "compute a run's metrics on the whole validation split",
     "generate": "generate text with a run's model",
     "convert": "merge a checkpoint into one safetensors file or a Hugging Face folder",
-    "prepare": "tokenize text into token files",
     "plan": "predict the memory and communication of every rank, without starting a run",
     "plugins": "list installed plugins, what they provide and their versions",
 }
@@ -60,7 +59,7 @@ def run(arguments: list[str]) -> int:
         name, rest = arguments[0], arguments[1:]
     if name in COMMANDS:
         if rest and not rest[0].startswith("-"):
-            raise HvdlmError(f"no command {rest[0]!r}; {nearest(rest[0], COMMANDS)}")
+            raise HvdlmError(f"no command {rest[0]!r}; {nearest(rest[0], [*COMMANDS, *added_commands()])}")
         # Without a word, a terminal's user gets help: a run of a thousand steps is what nobody means by that.
         if name == "train" and (rest in (["--help"], ["-h"]) or (not arguments and on_terminal())):
             print(help_text())

@@ -14,17 +14,19 @@ import pluggy
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from hvdlm.config import Config
+    from hvdlm.config import Config, DataConfig
     from hvdlm.models.spec import ModelMaker, ModelSpec
     from hvdlm.parallel.mesh import Mesh
     from hvdlm.protocols.backend import Backend
     from hvdlm.protocols.compressor import CompressorMaker
+    from hvdlm.protocols.data_preparer import DataPreparer
     from hvdlm.protocols.exchange import Exchange
     from hvdlm.protocols.framework import Framework
     from hvdlm.protocols.group import Group
     from hvdlm.protocols.pretrained import PretrainedFolder
     from hvdlm.protocols.scheduler import Scheduler
     from hvdlm.protocols.task import OpenScorer, Task
+    from hvdlm.protocols.tokenizer_kind import TokenizerKind
     from hvdlm.protocols.types import Prediction, StepResult
     from hvdlm.protocols.world import World
     from hvdlm.telemetry.rates import Rates
@@ -71,6 +73,17 @@ def hvdlm_models() -> Mapping[str, ModelMaker]:
 def hvdlm_compressors() -> Mapping[str, CompressorMaker]:
     """Return compressors by the names that ``communication.compression.algorithm`` takes; keras isn't imported yet."""
     raise NotImplementedError
+
+
+@hookspec
+def hvdlm_tokenizers() -> Mapping[str, TokenizerKind]:
+    """Return kinds of tokenizers by the names that ``data.tokenizer`` and descriptions of tokenizers take."""
+    raise NotImplementedError
+
+
+@hookspec(firstresult=True)
+def hvdlm_data_preparer(data: DataConfig) -> DataPreparer | None:
+    """Return what turns this data, which is no token folder, into token folders, or None for data of another plugin."""
 
 
 @hookspec

@@ -164,6 +164,6 @@ def describe() -> list[tuple[str, str, str, str]]:
 
 def _with_names(plugin: Any, hook: str) -> str:
     """Return a hook's name, and of a hook that brings a collection what it holds."""
-    if hook not in ("models", "compressors", "options", "schedulers"):
+    if hook not in ("models", "compressors", "options", "schedulers", "tokenizers"):
         return hook
     return f"{hook} ({', '.join(getattr(plugin, f'hvdlm_{hook}')())})"

@@ -27,6 +27,7 @@ from hvdlm.checkpoints.shards import Reader, Stored, from_json, to_json
 from hvdlm.config import Config
 from hvdlm.configuration import parsing, schema
 from hvdlm.data import token_files
+from hvdlm.data.tokenizers import ByteTokenizer
 from hvdlm.errors import HvdlmError
 from hvdlm.io import untrusted_input
 from hvdlm.parallel.flat_layout import whole
@@ -268,14 +269,14 @@ def _header() -> dict[str, Any]:
         "train": 30,
         "validation": 10,
         "validation_bytes": 10,
-        "tokenizer": tokenizers.ByteTokenizer().hash,
+        "tokenizer": ByteTokenizer().hash,
         "sources": {"a.txt": "0" * 64},
     }
 
 
 def _journal() -> dict[str, Any]:
     state = {"source": 1, "offset": 20, "number": 3, "pieces": 2, "tokens": 40, "bytes": 40, "digests": ["0" * 64]}
-    return {"format": "hvdlm-prepare-1", "identity": "i", "tokenizer": tokenizers.ByteTokenizer().hash, **state}
+    return {"format": "hvdlm-prepare-1", "identity": "i", "tokenizer": ByteTokenizer().hash, **state}
 
 
 def _shards() -> list[bytes]:

@@ -17,7 +17,7 @@ from fuzz_targets import arrow_memory, huggingface_tokenizer
 from hvdlm.config import Config, DataConfig
 from hvdlm.errors import HvdlmError
 from hvdlm.inference import generation
-from hvdlm_corpora import compression, preparation, sources, tables, tokenizers, workers
+from hvdlm_corpora import compression, preparation, sources, tables, time_limit, tokenizers, workers
 from hvdlm_corpora.documents import Form
 from hvdlm_tasks import pairs
 from record_files import PACKERS, WRITERS
@@ -152,8 +152,8 @@ QUADRATIC = "a(?=a*b)"
 @pytest.fixture
 def budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """Allow a second for a text."""
-    monkeypatch.setattr(workers, "_SECONDS", 1.0)
-    monkeypatch.setattr(workers, "_SECONDS_PER_MB", 1.0)
+    monkeypatch.setattr(time_limit, "_SECONDS", 1.0)
+    monkeypatch.setattr(time_limit, "_SECONDS_PER_MB", 1.0)
 
 
 @pytest.mark.usefixtures("budget")

@@ -18,10 +18,10 @@ from hvdlm import cli
 from hvdlm.checkpoints import base_weights
 from hvdlm.checkpoints.discovery import find
 from hvdlm.config import Config
+from hvdlm.data.tokenizers import from_json
 from hvdlm.errors import HvdlmError
 from hvdlm.models.spec import ModelSpec, builtin_models
 from hvdlm.parallel.flat_layout import whole
-from hvdlm_corpora.tokenizers import from_json
 from hvdlm_huggingface.folder import Folder
 from hvdlm_huggingface.tokenizer_files import from_characters
 from launching import ROOT, environment, launch, losses, run_python

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from hvdlm import cli
 from hvdlm.config import Config, DataConfig
+from hvdlm.data.corpora import fingerprint
 from hvdlm.data.sampler import MixtureSampler, ShuffledSampler
 from hvdlm.tasks.language_model import LanguageModel
 from hvdlm_corpora import mixture, preparation
@@ -156,7 +157,7 @@ def test_equivalent_mixture_options_are_the_same_mixture(option: dict[str, Any])
 def test_a_new_weight_reuses_tokens_and_changes_the_fingerprint() -> None:
     first, second = (mixture.open_corpora(data({"prose.txt": w, "verse.txt": 1})) for w in (1, 2))
     assert [c.data.folder for c in first] == [c.data.folder for c in second]
-    assert mixture.fingerprint(first) != mixture.fingerprint(second)
+    assert fingerprint(first) != fingerprint(second)
 
 
 @pytest.mark.parametrize("tokenizer, vocab", [("bpe", 300), ("word", 30)])
@@ -182,7 +183,7 @@ def test_prepared_folders_are_mixed_with_their_tokenizer(capsys: pytest.CaptureF
     plain = mixture.open_corpora(data({"prose.txt": 3, "verse.txt": 1}))
     for paths in ({"tokens/prose": 3, "tokens/verse": 1}, {"tokens/prose": 3, "verse.txt": 1}):
         prepared = mixture.open_corpora(data(paths))
-        assert mixture.fingerprint(prepared) == mixture.fingerprint(plain)
+        assert fingerprint(prepared) == fingerprint(plain)
 
 
 def test_a_killed_prepare_of_a_mixture_resumes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -204,9 +205,7 @@ def test_a_killed_prepare_of_a_mixture_resumes(capsys: pytest.CaptureFixture[str
     assert "resuming after" in printed.err and printed.err.count("resuming") == 1
     assert [name for name in os.listdir() if "tokens" in name] == ["tokens"]
     plain = mixture.open_corpora(data({"prose.txt": 3, "verse.txt": 1}))
-    assert mixture.fingerprint(
-        mixture.open_corpora(data({"tokens/prose": 3, "tokens/verse": 1}))
-    ) == mixture.fingerprint(plain)
+    assert fingerprint(mixture.open_corpora(data({"tokens/prose": 3, "tokens/verse": 1}))) == fingerprint(plain)
 
 
 def prepare_separately() -> None:

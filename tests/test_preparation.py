@@ -20,6 +20,7 @@ import pytest
 from hvdlm import cli
 from hvdlm.commands import prepare
 from hvdlm.config import DataConfig
+from hvdlm.data.tokenizers import ByteTokenizer
 from hvdlm.errors import HvdlmError
 from hvdlm_corpora import documents, preparation, prepare_progress, progress_bar, sources, tokenizers, workers
 from hvdlm_corpora.source_chunks import ReadProgress
@@ -130,7 +131,7 @@ def test_few_texts_are_in_flight_at_a_time() -> None:
         for read in range(1, 101):
             yield f"text {read}", read
 
-    for label, ids in workers.encoded(tokenizers.ByteTokenizer(), texts(), 2):
+    for label, ids in workers.encoded(ByteTokenizer(), texts(), 2):
         assert bytes(ids.tolist()).decode() == f"text {label}"
         assert read - label < 2 * 2
     assert label == 100
@@ -138,7 +139,7 @@ def test_few_texts_are_in_flight_at_a_time() -> None:
 
 def test_workers_are_used_for_long_texts_and_slow_tokenizers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    word, byte = tokenizers.train("word", 9, ["a b"]), tokenizers.ByteTokenizer()
+    word, byte = tokenizers.train("word", 9, ["a b"]), ByteTokenizer()
     assert [workers.choose(None, word, size) for size in (10**6, 10**9)] == [1, 8]
     assert workers.choose(None, byte, 10**9) == 1 and workers.choose(3, byte, 10) == 3
 

@@ -180,7 +180,7 @@ def pretrained_folder(path: Path, kind: str) -> Path:
     """Write a folder with all that accompanies weights; its tokenizer knows ``TEXT`` and a control token."""
     from transformers import AutoTokenizer, GenerationConfig
 
-    from hvdlm_corpora.tokenizers import BPETokenizer
+    from hvdlm_corpora.bpe_tokenizer import BPETokenizer
 
     transformers_model(kind).save_pretrained(path)
     description = BPETokenizer.train([TEXT], 260).to_json()["description"]

@@ -22,12 +22,15 @@ from builders import (
 from hvdlm import cli, plugins
 from hvdlm.checkpoints.base_weights import attach
 from hvdlm.config import Config, LoRAConfig, ModelConfig
+from hvdlm.data.tokenizer_base import Tokenizer
+from hvdlm.data.tokenizers import ByteTokenizer
 from hvdlm.inference.scorer import opener
 from hvdlm.protocols.types import Batch
 from hvdlm.tasks import likelihood
 from hvdlm.tasks.likelihood import log_softmax, sequence_logs
 from hvdlm_backends.local import LocalWorld
-from hvdlm_corpora.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer
+from hvdlm_corpora.bpe_tokenizer import BPETokenizer
+from hvdlm_corpora.tokenizers import CharTokenizer
 from hvdlm_tasks.ctc_beam import Transcript, prefix_beam_search
 from hvdlm_tasks.models.ctc import output_frames
 from hvdlm_tasks.rescoring import rescore

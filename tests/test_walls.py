@@ -108,11 +108,12 @@ ALLOWED = {
     "plugins/hvdlm_torch": {"torch"},
     "plugins/hvdlm_tensorflow": {"tensorflow"},
     "plugins/hvdlm_compression": {"keras"},  # algorithms are written once for both frameworks, on keras.ops
-    "plugins/hvdlm_tasks": set(),
+    "plugins/hvdlm_corpora": set(),
+    "plugins/hvdlm_tasks": {"hvdlm_corpora"},  # unpacking, training of tokenizers
     "plugins/hvdlm_tasks/torch_models": {"torch", "hvdlm_torch"},
     "plugins/hvdlm_tasks/tensorflow_models": {"tensorflow", "hvdlm_tensorflow"},
     "plugins/hvdlm_launchers": set(),
-    "plugins/hvdlm_huggingface": set(),
+    "plugins/hvdlm_huggingface": {"hvdlm_corpora"},  # reads the tokenizer.json of a folder
     "plugins/hvdlm_report": set(),
     "plugins/hvdlm_trackers": set(),
     "plugins/hvdlm_testing": {"hvdlm_backends", "hvdlm_launchers"},

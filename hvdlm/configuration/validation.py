@@ -13,11 +13,11 @@ import pluggy
 from hvdlm import plugins
 from hvdlm.config import Config
 from hvdlm.configuration import ranges
+from hvdlm.data import corpora
 from hvdlm.errors import HvdlmError, nearest
 from hvdlm.models.lora import adapt
 from hvdlm.parallel import layout_checks
 from hvdlm.parallel.mesh import Mesh
-from hvdlm_corpora import mixture
 
 _BYTES_PER_TOKEN = 8  # of a batch: inputs and targets, int32
 _STAND_IN_VOCAB = 256  # checks run before the data is opened
@@ -40,7 +40,7 @@ def values(config: Config) -> None:
     if config.train.nesterov and not config.train.momentum:
         raise HvdlmError("train.nesterov needs train.momentum above 0, for example --train.momentum 0.9.")
     if config.data.mixture is not None:
-        mixture.read(config.data)
+        corpora.check(config)
         if config.task != "language_model":
             raise HvdlmError(f"data.mixture: the task {config.task} doesn't support mixtures: give it data.path.")
     writable(Path(config.log.run), "log.run")

@@ -13,10 +13,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from hvdlm.data import tokenizers
+from hvdlm.data.tokenizer_base import Tokenizer
 from hvdlm.errors import HvdlmError, RankError
 from hvdlm.io import untrusted_input
 from hvdlm.io.untrusted_input import shown
-from hvdlm_corpora import tokenizers
 
 FORMAT = "hvdlm-tokens-2"
 DTYPES: dict[str, np.dtype] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
@@ -81,7 +82,7 @@ class TokenData:
     """
 
     folder: Path
-    tokenizer: tokenizers.Tokenizer
+    tokenizer: Tokenizer
     train: Tokens
     validation: Tokens
     validation_bytes: int

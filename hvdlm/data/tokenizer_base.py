@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
+
+from hvdlm.config import DataConfig
+from hvdlm.io.text_decoding import without_surrogates
+
+Result = TypeVar("Result")
 
 
 class Tokenizer:
@@ -56,6 +61,13 @@ class Tokenizer:
         """Return the bytes of ``text`` that its first ``count`` ids stand for."""
         return self.byte_count(self.encode(text, special)[:count].tolist())
 
+    def within_budget(self, size: int, action: Callable[[], Result]) -> Result:
+        """Return the result of ``action``, in which this tokenizer reads or writes ``size`` characters.
+
+        A kind of which some tokenizers take hours for a short text raises HvdlmError where this one takes too long.
+        """
+        return action()
+
     def to_json(self) -> dict[str, Any]:
         """Return JSON values from which ``from_json`` makes an equal tokenizer."""
         raise NotImplementedError
@@ -64,3 +76,19 @@ class Tokenizer:
     def hash(self) -> str:
         """SHA-256 of the canonical JSON: equal tokenizers have equal hashes."""
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+
+
+def required_ids(tokenizer: Tokenizer, data: DataConfig) -> int:
+    """Return how many ids a model needs for all texts: special tokens that don't occur in them need no embedding."""
+    if not data.split_special_tokens:
+        return tokenizer.vocab
+    added = [*tokenizer.prefix, *tokenizer.suffix] if data.add_special_tokens else []
+    separator = without_surrogates(data.separator)
+    if spells_special(tokenizer, separator):
+        added += tokenizer.encode(separator, special=True).tolist()
+    return max(tokenizer.text_vocab, 1 + max(added, default=-1))
+
+
+def spells_special(tokenizer: Tokenizer, text: str) -> bool:
+    """Return whether a special token is spelled in ``text``."""
+    return any(token and token in text for token in tokenizer.special)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hvdlm.config import Config
+from hvdlm.data.tokenizer_base import Tokenizer
 from hvdlm.diagnostics.phases import process
 from hvdlm.errors import HvdlmError
 from hvdlm.inference.sampling import Sampling, sample
@@ -18,8 +19,6 @@ from hvdlm.io import text_decoding, untrusted_input
 from hvdlm.io.terminal import on_terminal
 from hvdlm.io.untrusted_input import shown
 from hvdlm.protocols.trainable import Trainable
-from hvdlm_corpora.tokenizers import Tokenizer
-from hvdlm_corpora.workers import within_budget
 
 if TYPE_CHECKING:
     from hvdlm.training.run import Run
@@ -62,7 +61,7 @@ def encode(tokenizer: Tokenizer, prompt: str, config: Config) -> np.ndarray:
     """
     text = text_decoding.without_surrogates(prompt)
     begin = config.data.add_special_tokens
-    ids = within_budget(tokenizer, len(text), lambda: tokenizer.encode_prompt(text, begin))
+    ids = tokenizer.within_budget(len(text), lambda: tokenizer.encode_prompt(text, begin))
     if not len(ids):
         raise HvdlmError("the prompt is empty: give at least one character (--prompt, or --log.sample_prompt).")
     if config.model.vocab and ids.max() >= config.model.vocab:

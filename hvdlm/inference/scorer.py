@@ -18,15 +18,14 @@ from hvdlm.checkpoints import discovery
 from hvdlm.checkpoints.load import Checkpoint, read_state
 from hvdlm.checkpoints.rebuild_spec import spec_of
 from hvdlm.config import Config
+from hvdlm.data import tokenizers
+from hvdlm.data.tokenizer_base import Tokenizer
 from hvdlm.errors import HvdlmError
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.mesh import make_mesh
 from hvdlm.protocols.task import OpenScorer
 from hvdlm.protocols.trainable import Trainable
 from hvdlm.tasks.likelihood import sequence_logs
-from hvdlm_corpora import tokenizers
-from hvdlm_corpora.tokenizers import Tokenizer
-from hvdlm_corpora.workers import within_budget
 
 _SEPARATOR = "\n"  # stands before and after a text in the language model's corpus
 
@@ -48,8 +47,7 @@ class RunScorer:
     def logs(self, texts: Sequence[str]) -> np.ndarray:
         """Return the log-probability of every text and its line end in nats, float64 ``[texts]``."""
         begin = self._tokenizer.encode(_SEPARATOR)
-        ids = within_budget(
-            self._tokenizer,
+        ids = self._tokenizer.within_budget(
             sum(map(len, texts)),
             lambda: [self._tokenizer.encode(text + _SEPARATOR) for text in texts],
         )

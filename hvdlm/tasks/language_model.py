@@ -7,15 +7,13 @@ from collections.abc import Iterator, Mapping
 
 from hvdlm import hookimpl
 from hvdlm.config import Config
-from hvdlm.data import sampler
+from hvdlm.data import corpora, sampler
+from hvdlm.data.corpora import Corpus
 from hvdlm.data.token_files import highest, require_length
+from hvdlm.data.tokenizer_base import required_ids
 from hvdlm.errors import HvdlmError, RankError
 from hvdlm.protocols.trainable import Trainable
 from hvdlm.protocols.types import Batch
-from hvdlm_corpora import mixture
-from hvdlm_corpora.mixture import Corpus
-from hvdlm_corpora.passages import required_ids
-from hvdlm_corpora.preparation import prepare, special_of
 
 
 def loss_figures(sums: Mapping[str, float]) -> dict[str, float]:
@@ -31,13 +29,8 @@ class LanguageModel:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        if config.data.mixture is None:
-            data = prepare(config.data)
-            self._corpora = [Corpus("", 1.0, data)]
-            self.fingerprint = data.fingerprint
-        else:
-            self._corpora = mixture.open_corpora(config.data)
-            self.fingerprint = mixture.fingerprint(self._corpora)
+        self._corpora = corpora.open_corpora(config)
+        self.fingerprint = corpora.fingerprint(self._corpora)
         self.data = self._corpora[0].data
         self.tokenizer = self.data.tokenizer
         self.vocab = self._vocab()
@@ -47,10 +40,10 @@ class LanguageModel:
 
     def _vocab(self) -> int:
         """Return the tokenizer's number of ids, or that of the model's embedding if it lacks only unused tokens."""
-        data, rows = self._config.data, self._config.model.vocab
+        rows = self._config.model.vocab
         if rows is None:
             return self.tokenizer.vocab
-        return min(self.tokenizer.vocab, max(rows, required_ids(self.tokenizer, special_of(data))))
+        return min(self.tokenizer.vocab, max(rows, required_ids(self.tokenizer, self._config.data)))
 
     def _check(self, corpus: Corpus) -> None:
         """Check that a corpus holds at least one training window and one validation target, and only known ids."""
@@ -68,8 +61,8 @@ class LanguageModel:
     def _make_sampler(self) -> sampler.ShuffledSampler | sampler.MixtureSampler | sampler.SequentialSampler:
         data, train = self._config.data, self._config.train
         if data.mixture is not None:
-            corpora = [(corpus.data.train, corpus.share) for corpus in self._corpora]
-            return sampler.MixtureSampler(corpora, data.context, train.batch_size, train.seed)
+            shares = [(corpus.data.train, corpus.share) for corpus in self._corpora]
+            return sampler.MixtureSampler(shares, data.context, train.batch_size, train.seed)
         if data.sampling == "shuffled":
             return sampler.ShuffledSampler(self.data.train, data.context, train.batch_size, train.seed)
         require_length(self.data.train, data.context * train.batch_size, "the training")

@@ -17,6 +17,7 @@ from hvdlm.checkpoints.state_checks import Comparison
 from hvdlm.config import Config
 from hvdlm.configuration import validation
 from hvdlm.configuration.availability import choose_backend, require_framework, without_horovod
+from hvdlm.data import corpora
 from hvdlm.diagnostics import failure_files
 from hvdlm.diagnostics.phases import READING, process
 from hvdlm.errors import HvdlmError
@@ -36,7 +37,6 @@ from hvdlm.protocols.world import World
 from hvdlm.training import preflight, run_folder, run_lock
 from hvdlm.training.data_cursor import DataCursor
 from hvdlm.training.step_guard import StepGuard
-from hvdlm_corpora.preparation import without_stdin
 
 _DAY = 86400.0  # seconds
 
@@ -176,7 +176,7 @@ def plan(config: Config, *, writes: bool = True, resume: str | None = None) -> P
     validation.model(config, manager)
     validation.communication(config, size, backend_name, plugins.compressors(manager))
     require_framework(config.framework, size, backend_name)
-    data = without_stdin(config.data)
+    data = corpora.store_stdin(config)
     if resume is None:
         resume = config.checkpoint.resume if writes else "none"
     return Plan(replace(config, data=data), replace(requested, data=data), manager, backend, mesh, resume, writes)

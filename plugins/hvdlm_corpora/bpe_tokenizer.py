@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from hvdlm.data.tokenizer_base import Tokenizer
+from hvdlm.data.tokenizer_base import Result, Tokenizer
+from hvdlm.data.tokenizers import SLACK
 from hvdlm.errors import HvdlmError
 from hvdlm.io import untrusted_input
 from hvdlm.io.untrusted_input import shown
+from hvdlm_corpora import time_limit
 from hvdlm_corpora.tokenizer_expansion import expansion
 
-SLACK = 1 << 24  # bytes that reading one may take beyond 10 times its file's size: a vocabulary is many small objects
 _MAX_EXPANSION = 256  # text that gets longer than so many times before encoding is a decompression bomb
 _PROBES = ("a", "0", ".", "\u4e00")  # texts of which a vocabulary knows at least one
 
@@ -86,8 +87,13 @@ class BPETokenizer(Tokenizer):
         return self._text_vocab
 
     @staticmethod
-    def train(texts: Iterable[str], size: int) -> BPETokenizer:
-        """Return a tokenizer of at most ``size`` entries."""
+    def load(description: Mapping[str, Any]) -> BPETokenizer:
+        """Return the tokenizer of a description."""
+        return BPETokenizer(json.dumps(description["description"]))
+
+    @staticmethod
+    def train(texts: Iterable[str], size: int | None = None) -> BPETokenizer:
+        """Return a tokenizer of at most ``size`` entries (None: 4096)."""
         from tokenizers import Tokenizer as Encoder
         from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -95,7 +101,7 @@ class BPETokenizer(Tokenizer):
         encoder.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         encoder.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
+        trainer = trainers.BpeTrainer(vocab_size=size or 4096, initial_alphabet=alphabet, show_progress=False)
         encoder.train_from_iterator(texts, trainer)
         return BPETokenizer(encoder.to_str())
 
@@ -130,6 +136,10 @@ class BPETokenizer(Tokenizer):
             return untrusted_input.guarded(action)
         except ValueError as error:
             raise HvdlmError(f"the tokenizer fails ({error}): check its tokenizer.json, or use another.") from error
+
+    def within_budget(self, size: int, action: Callable[[], Result]) -> Result:
+        """Return the result of ``action``; raise TooSlow where it takes much more processor time than any should."""
+        return time_limit.limited(size, action, self._description)
 
     def to_json(self) -> dict[str, Any]:
         """Return kind and the Hugging Face description."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -13,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from hvdlm.config import DataConfig
+from hvdlm.data.corpora import Corpus
 from hvdlm.data.token_files import TokenData, is_prepared, open_tokens
+from hvdlm.data.tokenizers import find_kind
 from hvdlm.errors import HvdlmError, nearest
 from hvdlm.io import safe_files
 from hvdlm.io.atomic_files import replace as write_whole
@@ -22,15 +23,6 @@ from hvdlm_corpora import compression, corpus_files, preparation, splits
 
 _KEYS = ("path", "weight", "validation_path", "field", "separator")
 _EXAMPLE = "write for example --data.mixture '{wiki.txt: 3, books.txt: 1}'"
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """An open corpus; ``share``: its weight divided by the sum of all. Outside of a mixture it has no name."""
-
-    name: str
-    share: float
-    data: TokenData
 
 
 @dataclass(frozen=True)
@@ -175,7 +167,7 @@ def _with_one_tokenizer(config: DataConfig, corpora: Sequence[CorpusConfig]) -> 
 
 def _trained(config: DataConfig, corpora: Sequence[CorpusConfig]) -> str:
     """Return the path of a tokenizer trained on all texts, or the name of a kind that needs no training."""
-    if config.tokenizer not in ("char", "word", "bpe"):
+    if config.tokenizer == "byte" or find_kind(config.tokenizer) is None:
         return config.tokenizer
     path = preparation.cache(config) / f"tokenizer-{preparation.key(*(corpus.config for corpus in corpora))}.json"
     with preparation.writing(path):
@@ -188,9 +180,3 @@ def _trained(config: DataConfig, corpora: Sequence[CorpusConfig]) -> str:
             ]
             write_whole(path, json.dumps(preparation.train_tokenizer(config, groups).to_json()))
     return str(path)
-
-
-def fingerprint(corpora: Sequence[Corpus]) -> str:
-    """Return a hash of the data, names and shares of all corpora."""
-    identity = [[corpus.name, corpus.share, corpus.data.fingerprint] for corpus in corpora]
-    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hvdlm.data.tokenizer_base import Tokenizer
+from hvdlm.data.tokenizer_base import Tokenizer, spells_special
 from hvdlm_corpora.source_chunks import SourceChunk, SourcePosition
 
 _SEARCHED = 512  # special tokens that are looked for: an expression of all in a hostile tokenizer would take minutes
@@ -82,24 +82,10 @@ def encode(tokenizer: Tokenizer, passage: Passage | str) -> np.ndarray:
     return ids[0] if len(ids) == 1 else np.concatenate([np.zeros(0, np.int32), *ids])
 
 
-def required_ids(tokenizer: Tokenizer, options: SpecialTokens) -> int:
-    """Return how many ids a model needs for all texts: special tokens that don't occur in them need no embedding."""
-    if not options.split:
-        return tokenizer.vocab
-    added = [*tokenizer.prefix, *tokenizer.suffix] if options.add else []
-    if _is_control(tokenizer, options.separator):
-        added += tokenizer.encode(options.separator, special=True).tolist()
-    return max(tokenizer.text_vocab, 1 + max(added, default=-1))
-
-
 def spelled(tokenizer: Tokenizer, options: SpecialTokens) -> re.Pattern[str] | None:
     """Return an expression of the special tokens that documents might spell in vain, None where there are none."""
     tokens = [re.escape(token) for token in tokenizer.special[:_SEARCHED] if token]
     return re.compile("|".join(tokens)) if tokens and options.split else None
-
-
-def _is_control(tokenizer: Tokenizer, separator: str) -> bool:
-    return any(token and token in separator for token in tokenizer.special)
 
 
 def bytes_before(tokenizer: Tokenizer, passage: Passage, count: int) -> int:
@@ -123,7 +109,7 @@ def _segments(tokenizer: Tokenizer, passage: Passage) -> Iterator[tuple[str | np
     """Yield texts, with whether they may spell special tokens, and added ids, in order."""
     options = passage.options
     separator = options.separator
-    control = _is_control(tokenizer, separator)
+    control = spells_special(tokenizer, separator)
     prefix, suffix = (np.array(ids if options.add else (), np.int32) for ids in (tokenizer.prefix, tokenizer.suffix))
     if not (control or len(prefix) or len(suffix)):  # in one go, so that tokens may lie across documents
         yield passage.text, not options.split

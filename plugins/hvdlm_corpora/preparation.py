@@ -18,11 +18,13 @@ import numpy as np
 
 from hvdlm.config import DataConfig
 from hvdlm.data.token_files import FORMAT, TokenData, is_prepared, open_tokens
+from hvdlm.data.tokenizer_base import Tokenizer
 from hvdlm.diagnostics.phases import process
 from hvdlm.errors import HvdlmError
 from hvdlm.io import file_lock, launcher_env, safe_files
 from hvdlm.io.atomic_files import write_synced
 from hvdlm.io.file_lock import FileLock, Held
+from hvdlm.io.terminal import print_line
 from hvdlm.io.text_decoding import without_surrogates
 from hvdlm.io.untrusted_input import shown
 from hvdlm.io.user_folders import user_cache
@@ -30,10 +32,11 @@ from hvdlm_corpora import documents, passages, sources, splits, tokenizers, work
 from hvdlm_corpora.documents import Form
 from hvdlm_corpora.passages import Passage, SpecialTokens
 from hvdlm_corpora.prepare_progress import Journal, itemsize
-from hvdlm_corpora.progress_bar import ProgressBar, note, print_line
+from hvdlm_corpora.progress_bar import ProgressBar, note
 from hvdlm_corpora.source_chunks import START, ReadProgress, SourcePosition
-from hvdlm_corpora.tokenizers import Tokenizer, WordTokenizer
-from hvdlm_corpora.workers import TooSlow, WorkerDied
+from hvdlm_corpora.time_limit import TooSlow
+from hvdlm_corpora.tokenizers import WordTokenizer
+from hvdlm_corpora.workers import WorkerDied
 
 SILENT_BEATS = 5
 """Touches of a lock that its owner may miss, at least."""
@@ -326,7 +329,7 @@ class Preparation:
         dtype = np.dtype(f"<u{itemsize(tokenizer)}")
         offset = first * dtype.itemsize
         ids = np.fromfile(self.journal.tokens / "tokens.bin", dtype, last - first, offset=offset).tolist()
-        budget = partial(workers.within_budget, tokenizer, end - before)
+        budget = partial(tokenizer.within_budget, end - before)
         if not tokenizer.rewrites and budget(lambda: tokenizer.byte_count(ids)) == end - before:
             count = min(budget(lambda: tokenizer.byte_count(ids[: train - first])), end - before)
         else:  # special tokens between documents, or a tokenizer that changes texts

@@ -1,20 +1,19 @@
-"""Tokenize text into token files: ``python -m hvdlm prepare --data.path ... --output FOLDER``."""
+"""Tokenize text into token files.
+
+``python -m hvdlm prepare --data.path ... --output FOLDER``. Imports wait until the command runs: ``--help`` reads this.
+"""
 
 from __future__ import annotations
 
 import sys
 from typing import Any
 
-from hvdlm.config import DataConfig
-from hvdlm.configuration import schema
-from hvdlm.configuration.parsing import command_parser
-from hvdlm.errors import HvdlmError
-from hvdlm.io.terminal import printable
-from hvdlm_corpora import mixture, preparation
-
 
 def main(arguments: list[str]) -> int:
     """Prepare, and print the sizes of what was written."""
+    from hvdlm.io.terminal import printable
+    from hvdlm_corpora import mixture, preparation
+
     values = _parse(arguments)
     try:
         if values.data.mixture is None:
@@ -32,6 +31,11 @@ def main(arguments: list[str]) -> int:
 
 
 def _parse(arguments: list[str]) -> Any:
+    from hvdlm.config import DataConfig
+    from hvdlm.configuration import schema
+    from hvdlm.configuration.parsing import command_parser
+    from hvdlm.errors import HvdlmError
+
     parser = command_parser(
         "prepare",
         "Tokenize text into token files for --data.path.",

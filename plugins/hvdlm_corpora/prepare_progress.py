@@ -17,12 +17,12 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from hvdlm.data import tokenizers
+from hvdlm.data.tokenizer_base import Tokenizer
 from hvdlm.errors import HvdlmError
 from hvdlm.io import atomic_files, safe_files, untrusted_input
 from hvdlm.io.untrusted_input import shown
-from hvdlm_corpora import tokenizers
 from hvdlm_corpora.source_chunks import START, SourcePosition
-from hvdlm_corpora.tokenizers import Tokenizer
 
 _FORMAT = "hvdlm-prepare-1"
 _LIMIT = 1 << 28  # bytes: room for the digests of millions of sources

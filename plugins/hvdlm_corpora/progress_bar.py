@@ -9,7 +9,7 @@ from typing import Any
 
 from hvdlm.diagnostics.phases import process
 from hvdlm.io import launcher_env
-from hvdlm.io.terminal import clock, on_terminal, printable, size
+from hvdlm.io.terminal import clock, on_terminal, print_line, size
 
 _DELAY = 1.0  # seconds until the bar appears: shorter phases need none
 _LINE_SECONDS = 10.0  # between two lines where there is no bar
@@ -70,12 +70,6 @@ class ProgressBar:
     def __exit__(self, *_: object) -> None:
         """Close."""
         self.close()
-
-
-def print_line(text: str) -> None:
-    """Print a line to standard error, where there is one."""
-    if sys.stderr is not None:
-        print(printable(text), file=sys.stderr, flush=True)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -1,45 +1,22 @@
-"""Tokenizers: byte, character, word, and BPE through Hugging Face ``tokenizers``; stored as JSON, never pickled."""
+"""Tokenizers of characters and words; training of the tokenizer that ``data.tokenizer`` names."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hvdlm.data.tokenizer_base import Tokenizer
+from hvdlm.data.tokenizers import LIMIT, SLACK, find_kind, from_json
 from hvdlm.errors import HvdlmError
 from hvdlm.io import untrusted_input
-from hvdlm.io.untrusted_input import shown
-from hvdlm_corpora.bpe_tokenizer import SLACK, BPETokenizer
+from hvdlm_corpora.bpe_tokenizer import BPETokenizer
 
-LIMIT = 1 << 26  # bytes of a tokenizer's file
 _TABLE = 1 << 16  # a table of all code points would take 4 MB even for a vocabulary of one character
-
-
-class ByteTokenizer(Tokenizer):
-    """UTF-8 bytes: 256 ids for any text."""
-
-    vocab = 256
-
-    def encode(self, text: str, special: bool = False) -> np.ndarray:
-        """Return the bytes as int32 ``[n]``."""
-        return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text; invalid UTF-8 becomes U+FFFD."""
-        return bytes(ids).decode("utf-8", "replace")
-
-    def byte_count(self, ids: Sequence[int]) -> int:
-        """Return the number of ids, also where a character is cut off."""
-        return len(ids)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the kind alone."""
-        return {"kind": "byte"}
 
 
 class CharTokenizer(Tokenizer):
@@ -58,7 +35,14 @@ class CharTokenizer(Tokenizer):
         self._table[low] = np.flatnonzero(points < _TABLE)
 
     @staticmethod
-    def train(texts: Iterable[str]) -> CharTokenizer:
+    def load(description: Mapping[str, Any]) -> CharTokenizer:
+        """Return the tokenizer of a description."""
+        if not isinstance(description["characters"], str):
+            raise ValueError("it is of no known kind: 'char'")
+        return CharTokenizer(description["characters"])
+
+    @staticmethod
+    def train(texts: Iterable[str], size: int | None = None) -> CharTokenizer:
         """Return the tokenizer of all characters in ``texts``."""
         characters: set[str] = set()
         for text in texts:
@@ -108,14 +92,22 @@ class WordTokenizer(Tokenizer):
         self._unknown = self._ids["<unk>"]
 
     @staticmethod
-    def train(texts: Iterable[str], size: int) -> WordTokenizer:
-        """Return the tokenizer of the ``size`` most frequent words, ties in alphabetical order."""
+    def load(description: Mapping[str, Any]) -> WordTokenizer:
+        """Return the tokenizer of a description."""
+        words = description["words"]
+        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+            raise ValueError("it is of no known kind: 'word'")
+        return WordTokenizer(words)
+
+    @staticmethod
+    def train(texts: Iterable[str], size: int | None = None) -> WordTokenizer:
+        """Return the tokenizer of the ``size`` (None: 10,000) most frequent words, ties in alphabetical order."""
         counts: Counter[str] = Counter()
         for text in texts:
             counts.update(_words(text))
         fixed = ["<eos>", "<unk>"]
         ranked = sorted((w for w in counts if w not in fixed), key=lambda w: (-counts[w], w))
-        return WordTokenizer(fixed + ranked[: size - len(fixed)])
+        return WordTokenizer(fixed + ranked[: (size or 10000) - len(fixed)])
 
     def encode(self, text: str, special: bool = False) -> np.ndarray:
         """Return one int32 id per word and per end of line; ``<eos>`` in a text is an unknown word."""
@@ -138,43 +130,6 @@ def _words(text: str, special: bool = False) -> Iterable[str]:
             yield "<eos>"
 
 
-def from_json(value: Any) -> Tokenizer:
-    """Return the tokenizer that ``to_json`` described, from an untrusted value.
-
-    Raises:
-        HvdlmError: it is not the description of a tokenizer.
-    """
-    try:
-        kind = value["kind"]
-        if kind == "byte":
-            return ByteTokenizer()
-        if kind == "char" and isinstance(value["characters"], str):
-            return CharTokenizer(value["characters"])
-        if (
-            kind == "word"
-            and isinstance(value["words"], list)
-            and all(isinstance(word, str) for word in value["words"])
-        ):
-            return WordTokenizer(value["words"])
-        if kind == "bpe":
-            return BPETokenizer(json.dumps(value["description"]))
-        raise ValueError(f"it is of no known kind: {shown(repr(kind))}")
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise HvdlmError(
-            f"the tokenizer description is damaged or foreign ({shown(str(error), 200)}): prepare the data again."
-        ) from error
-
-
-def read(path: Path, within: Path | None = None) -> Tokenizer:
-    """Return the tokenizer that a file describes (``to_json``); ``within``: a folder that must contain the file.
-
-    Raises:
-        HvdlmError: it is not the description of a tokenizer.
-        ValueError, OSError: the file can't be read.
-    """
-    return from_json(untrusted_input.read_json(path, LIMIT, within, SLACK))
-
-
 def train(name: str, size: int | None, texts: Iterable[str]) -> Tokenizer:
     """Return the tokenizer ``name`` (see ``DataConfig.tokenizer``), trained on ``texts`` where it needs training.
 
@@ -183,14 +138,8 @@ def train(name: str, size: int | None, texts: Iterable[str]) -> Tokenizer:
     Raises:
         HvdlmError: it is neither a known kind nor a readable tokenizer.json.
     """
-    if name == "byte":
-        return ByteTokenizer()
-    if name == "char":
-        return CharTokenizer.train(texts)
-    if name == "word":
-        return WordTokenizer.train(texts, size or 10000)
-    if name == "bpe":
-        return BPETokenizer.train(texts, size or 4096)
+    if (kind := find_kind(name)) is not None:
+        return kind.train(texts, size)
     check(name)
     try:
         value = untrusted_input.read_json(Path(name), LIMIT, slack=SLACK)
@@ -203,7 +152,7 @@ def train(name: str, size: int | None, texts: Iterable[str]) -> Tokenizer:
 
 def check(name: str) -> None:
     """Check that ``data.tokenizer`` names a known kind or an existing file."""
-    if name not in ("byte", "char", "word", "bpe") and not Path(name).is_file():
+    if find_kind(name) is None and not Path(name).is_file():
         raise HvdlmError(
             f"data.tokenizer {name!r} is neither byte, char, word or bpe nor the path of a tokenizer.json: "
             "choose one of them."

@@ -8,38 +8,31 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
+from hvdlm.data import tokenizers
+from hvdlm.data.tokenizer_base import Tokenizer
+from hvdlm.data.tokenizers import ByteTokenizer
 from hvdlm.diagnostics.probes import cores
 from hvdlm.errors import HvdlmError
-from hvdlm.io.untrusted_input import shown
-from hvdlm_corpora import passages, tokenizers
+from hvdlm_corpora import passages
 from hvdlm_corpora.passages import Passage
-from hvdlm_corpora.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer
+from hvdlm_corpora.time_limit import TooSlow
+from hvdlm_corpora.tokenizers import CharTokenizer
 
 Label = TypeVar("Label")
-Result = TypeVar("Result")
 _SMALL = 1 << 23  # bytes that one process encodes before several have started
-_SECONDS, _SECONDS_PER_MB = 10.0, 10.0  # of processor time for a text: 20 times what slow tokenizers take
-_CHECK_SECONDS = 0.5
 _IN_FLIGHT = 2  # texts for each worker that are being encoded or wait to be written
 
 
 class WorkerDied(HvdlmError):
     """A worker process died, most often because memory ran out."""
-
-
-class TooSlow(HvdlmError):
-    """A text took longer to encode than any useful tokenizer does; ``label``: the text's."""
-
-    label: Any = None
 
 
 def choose(requested: int | None, tokenizer: Tokenizer, size: int) -> int:
@@ -113,48 +106,7 @@ def encode(tokenizer: Tokenizer, text: Passage | str) -> np.ndarray:
         TooSlow: it takes too long.
         HvdlmError: the text can't be encoded.
     """
-    return within_budget(tokenizer, len(text), lambda: passages.encode(tokenizer, text))
-
-
-def within_budget(tokenizer: Tokenizer, size: int, action: Callable[[], Result]) -> Result:
-    """Return the result of ``action``, which lets ``tokenizer`` read or write ``size`` characters.
-
-    Processor time is limited, so that a machine that is busy with other work has no effect. The library can't be
-    interrupted: a thread that takes too long is left behind, and ends with the process.
-
-    Raises:
-        TooSlow: it takes too long. A pattern such as ``a(?=a*b)`` takes hours for a megabyte of ``a``.
-    """
-    if not isinstance(tokenizer, BPETokenizer):
-        return action()
-    result: Future[Result] = Future()
-
-    def run() -> None:
-        try:
-            result.set_result(action())
-        except BaseException as error:
-            result.set_exception(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    limit = _SECONDS + _SECONDS_PER_MB * size / 1e6
-    began = time.process_time()
-    thread.start()
-    while thread.is_alive():
-        thread.join(_CHECK_SECONDS)
-        if thread.is_alive() and time.process_time() - began > limit:
-            patterns = shown(", ".join(_patterns(tokenizer.to_json())) or "none", 200)
-            raise TooSlow(
-                f"the tokenizer takes more than {limit:.0f} s for {size:,} characters: use another tokenizer, or leave "
-                f"the text out. Its patterns: {patterns}."
-            )
-    return result.result()
-
-
-def _patterns(value: Any) -> list[str]:
-    """Return the regular expressions in a tokenizer's description."""
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
-    own = [value["Regex"]] if isinstance(value, dict) and isinstance(value.get("Regex"), str) else []
-    return own + [pattern for item in items for pattern in _patterns(item)]
+    return tokenizer.within_budget(len(text), lambda: passages.encode(tokenizer, text))
 
 
 _tokenizer: Tokenizer  # of this worker process

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hvdlm.data import tokenizers
 from hvdlm.errors import HvdlmError
 from hvdlm.io import untrusted_input
 from hvdlm.io.untrusted_input import shown
-from hvdlm_corpora import tokenizers
 from hvdlm_huggingface.weights import guarded, root_of
 
 GENERATION, TOKENIZER = "generation_config.json", "tokenizer.json"

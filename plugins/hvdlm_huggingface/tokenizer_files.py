@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from hvdlm.data.tokenizers import LIMIT, SLACK, from_json
 from hvdlm.errors import HvdlmError
 from hvdlm.io import untrusted_input
-from hvdlm_corpora.tokenizers import LIMIT, SLACK, from_json
 
 
 def tokenizer_files(path: Path | None, eos: Any) -> tuple[dict[str, bytes], str]:

@@ -9,11 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hvdlm.data.tokenizer_base import Tokenizer
 from hvdlm.errors import HvdlmError
 from hvdlm.io import text_decoding
 from hvdlm_corpora import compression
-from hvdlm_corpora.tokenizers import Tokenizer
-from hvdlm_corpora.workers import within_budget
 
 _MAX_BYTES = 1 << 32  # of a text, which is kept in memory
 
@@ -36,8 +35,7 @@ class Sentences:
     def __init__(self, tokenizer: Tokenizer, lines: Iterable[str], max_length: int) -> None:
         texts = list(lines)
         none = np.zeros(0, np.int32)
-        ids = within_budget(
-            tokenizer,
+        ids = tokenizer.within_budget(
             sum(map(len, texts)),
             lambda: [tokenizer.encode(line)[:max_length] if line else none for line in texts],
         )

@@ -1,0 +1,88 @@
+"""Tokenizers by their descriptions in JSON, never pickled: bytes, and the kinds of plugins (``hvdlm_tokenizers``)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hvdlm import plugins
+from hvdlm.data.tokenizer_base import Tokenizer
+from hvdlm.errors import HvdlmError
+from hvdlm.io import untrusted_input
+from hvdlm.io.untrusted_input import shown
+from hvdlm.protocols.tokenizer_kind import TokenizerKind
+
+LIMIT = 1 << 26  # bytes of a tokenizer's file
+SLACK = 1 << 24  # bytes that reading one may take beyond 10 times its file's size: a vocabulary is many small objects
+
+
+class ByteTokenizer(Tokenizer):
+    """UTF-8 bytes: 256 ids for any text."""
+
+    vocab = 256
+
+    @staticmethod
+    def train(texts: Iterable[str], size: int | None = None) -> ByteTokenizer:
+        """Return the tokenizer; nothing is read."""
+        return ByteTokenizer()
+
+    @staticmethod
+    def load(description: Mapping[str, Any]) -> ByteTokenizer:
+        """Return the tokenizer."""
+        return ByteTokenizer()
+
+    def encode(self, text: str, special: bool = False) -> np.ndarray:
+        """Return the bytes as int32 ``[n]``."""
+        return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text; invalid UTF-8 becomes U+FFFD."""
+        return bytes(ids).decode("utf-8", "replace")
+
+    def byte_count(self, ids: Sequence[int]) -> int:
+        """Return the number of ids, also where a character is cut off."""
+        return len(ids)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the kind alone."""
+        return {"kind": "byte"}
+
+
+@functools.lru_cache(maxsize=64)
+def find_kind(name: str) -> TokenizerKind | None:
+    """Return the kind of tokenizers ``name``: byte, that of ``hvdlm_corpora``, or of the installed plugin ``name``."""
+    if name == "byte":
+        return ByteTokenizer
+    kinds = plugins.load(["corpora", name]).hook.hvdlm_tokenizers()
+    return next((known[name] for known in kinds if name in known), None)
+
+
+def from_json(value: Any) -> Tokenizer:
+    """Return the tokenizer that ``to_json`` described, from an untrusted value.
+
+    Raises:
+        HvdlmError: it is not the description of a tokenizer.
+    """
+    try:
+        name = value["kind"]
+        if (kind := find_kind(name) if isinstance(name, str) else None) is None:
+            raise ValueError(f"it is of no known kind: {shown(repr(name))}")
+        return kind.load(value)
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise HvdlmError(
+            f"the tokenizer description is damaged or foreign ({shown(str(error), 200)}): prepare the data again."
+        ) from error
+
+
+def read(path: Path, within: Path | None = None) -> Tokenizer:
+    """Return the tokenizer that a file describes (``to_json``); ``within``: a folder that must contain the file.
+
+    Raises:
+        HvdlmError: it is not the description of a tokenizer.
+        ValueError, OSError: the file can't be read.
+    """
+    return from_json(untrusted_input.read_json(path, LIMIT, within, SLACK))
