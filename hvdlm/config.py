@@ -94,7 +94,7 @@ class DataConfig:
         separator: text appended to every record
         max_expansion: maximum size of a file's text, as a multiple of the file's size; larger ones are refused as
             decompression bombs, unless they have less than 64 MiB
-        tokenizer: byte, char, word, bpe, or the path of a tokenizer.json (Hugging Face's or a run's)
+        tokenizer: byte, char, word, bpe, one of a plugin, or the path of a tokenizer.json (Hugging Face's or a run's)
         add_special_tokens: begin and end every document with the tokens that the tokenizer.json adds (BOS, EOS), and
             begin prompts with them
         split_special_tokens: read documents that spell a special token, such as <|endoftext|>, as plain text; a

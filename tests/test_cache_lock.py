@@ -17,7 +17,7 @@ from hvdlm.config import DataConfig
 from hvdlm.diagnostics.phases import process
 from hvdlm.errors import HvdlmError
 from hvdlm.io import file_lock
-from hvdlm_corpora import preparation
+from hvdlm_corpora import cache, preparation, write_lock
 
 HOLDER = """
 import fcntl, sys, time
@@ -44,7 +44,7 @@ def held_elsewhere(lock: Path) -> Iterator[int]:
 def _short_limits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     process.reset()
     process.timeout = 1.2
-    monkeypatch.setattr(preparation, "SILENT_BEATS", 0)
+    monkeypatch.setattr(write_lock, "SILENT_BEATS", 0)
     monkeypatch.setattr(file_lock, "_REPORT", 0.3)
     yield
     process.reset()
@@ -56,7 +56,7 @@ def corpus(folder: Path) -> tuple[DataConfig, Path]:
     text.write_text("a few words for a token folder " * 100)
     config = DataConfig(path=str(text), cache=str(folder / "cache"), context=8)
     (folder / "cache").mkdir()
-    return config, folder / "cache" / f".{preparation.key(config)}.lock"
+    return config, folder / "cache" / f".{cache.key(config)}.lock"
 
 
 def test_a_lock_that_is_held_elsewhere_is_a_sentence(tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ from hvdlm.errors import HvdlmError, nearest
 from hvdlm.io import safe_files
 from hvdlm.io.atomic_files import replace as write_whole
 from hvdlm.io.untrusted_input import shown
-from hvdlm_corpora import compression, corpus_files, preparation, splits
+from hvdlm_corpora import cache, compression, corpus_files, preparation, splits
+from hvdlm_corpora.write_lock import writing
 
 _KEYS = ("path", "weight", "validation_path", "field", "separator")
 _EXAMPLE = "write for example --data.mixture '{wiki.txt: 3, books.txt: 1}'"
@@ -131,8 +132,8 @@ def prepare(config: DataConfig, output: str | None, workers: int | None) -> dict
     for corpus in corpora:
         if is_prepared(corpus.config.paths):
             raise HvdlmError(f"--output {folder}: data.mixture {corpus.name} is prepared already: leave it out.")
-    partial = folder.parent / f".{folder.name}.{preparation.key(*(corpus.config for corpus in corpora))}"
-    with preparation.writing(folder, wait=False):
+    partial = folder.parent / f".{folder.name}.{cache.key(*(corpus.config for corpus in corpora))}"
+    with writing(folder, wait=False):
         if safe_files.kind(partial) == "symbolic link":
             safe_files.delete_file(partial)
         partial.mkdir(exist_ok=True)
@@ -169,8 +170,8 @@ def _trained(config: DataConfig, corpora: Sequence[CorpusConfig]) -> str:
     """Return the path of a tokenizer trained on all texts, or the name of a kind that needs no training."""
     if config.tokenizer == "byte" or find_kind(config.tokenizer) is None:
         return config.tokenizer
-    path = preparation.cache(config) / f"tokenizer-{preparation.key(*(corpus.config for corpus in corpora))}.json"
-    with preparation.writing(path):
+    path = cache.folder(config) / f"tokenizer-{cache.key(*(corpus.config for corpus in corpora))}.json"
+    with writing(path):
         if not path.is_file():
             groups = [
                 (paths, preparation.form_of(corpus.config))

@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from hvdlm.config import DataConfig
 from hvdlm.data.token_files import FORMAT, TokenData, is_prepared, open_tokens
 from hvdlm.data.tokenizer_base import Tokenizer
-from hvdlm.diagnostics.phases import process
 from hvdlm.errors import HvdlmError
-from hvdlm.io import file_lock, launcher_env, safe_files
+from hvdlm.io import safe_files
 from hvdlm.io.atomic_files import write_synced
-from hvdlm.io.file_lock import FileLock, Held
 from hvdlm.io.terminal import print_line
 from hvdlm.io.text_decoding import without_surrogates
 from hvdlm.io.untrusted_input import shown
-from hvdlm.io.user_folders import user_cache
-from hvdlm_corpora import documents, passages, sources, splits, tokenizers, workers
+from hvdlm_corpora import cache, passages, sources, splits, tokenizers, workers
 from hvdlm_corpora.documents import Form
 from hvdlm_corpora.passages import Passage, SpecialTokens
 from hvdlm_corpora.prepare_progress import Journal, itemsize
@@ -37,9 +31,7 @@ from hvdlm_corpora.source_chunks import START, ReadProgress, SourcePosition
 from hvdlm_corpora.time_limit import TooSlow
 from hvdlm_corpora.tokenizers import WordTokenizer
 from hvdlm_corpora.workers import WorkerDied
-
-SILENT_BEATS = 5
-"""Touches of a lock that its owner may miss, at least."""
+from hvdlm_corpora.write_lock import writing
 
 
 def prepare(config: DataConfig, output: str | None = None, processes: int | None = None) -> TokenData:
@@ -54,7 +46,7 @@ def prepare(config: DataConfig, output: str | None = None, processes: int | None
         return open_tokens(Path(config.paths[0]))
     config = splits.choose(without_stdin(config))
     check_sources(config)
-    folder = Path(output) if output else cache(config) / key(config)
+    folder = Path(output) if output else cache.folder(config) / cache.key(config)
     if output:
         check_free(folder)
     with writing(folder, wait=not output):
@@ -82,7 +74,7 @@ def without_stdin(config: DataConfig) -> DataConfig:
     paths, held_out = config.paths, config.validation_paths
     if "-" not in (*paths, *held_out):
         return config
-    saved = sources.spool(cache(config))
+    saved = sources.spool(cache.folder(config))
     paths, held_out = ([saved if path == "-" else path for path in group] for group in (paths, held_out))
     return replace(config, path=paths, validation_path=held_out or None)
 
@@ -107,85 +99,6 @@ def check_sources(config: DataConfig) -> None:
     for path in sources.expand([*config.paths, *config.validation_paths], config.field):
         if path != "embedded" and os.path.getsize(path) == 0:
             raise HvdlmError(f"data.path {path}: the file is empty: give a file with text.")
-
-
-def cache(config: DataConfig) -> Path:
-    """Return the folder of cached token folders."""
-    if config.cache:
-        return Path(config.cache)
-    return user_cache() / "tokens"
-
-
-def key(*configs: DataConfig) -> str:
-    """Return a hash of these texts and settings, the name of what is made of them."""
-    settings: list[Any] = [FORMAT]
-    for config in configs:
-        settings += [config.tokenizer, config.vocab_size, config.validation_share, config.field, config.separator]
-        for group in (config.paths, config.validation_paths):
-            settings += [*map(_source_identity, sources.expand(group, config.field)), "|"]
-        if os.path.isfile(config.tokenizer):
-            settings.append(_identity(config.tokenizer))
-        if config.tokenizer not in ("byte", "char", "bpe"):  # special tokens have an effect
-            settings += ["documents", config.add_special_tokens, config.split_special_tokens]
-    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:24]
-
-
-def _source_identity(source: str) -> list[Any]:
-    if source == "embedded":
-        return [source, hashlib.sha256(sources.embedded().encode()).hexdigest()]
-    # Earlier versions read these as they are: the tokens that they left in the cache are others.
-    decoded = documents.kind(source) in (".json", ".csv", ".tsv") or sources.is_decoded(source)
-    return [*_identity(source), *(["decoded"] if decoded else [])]
-
-
-def _identity(path: str) -> list[Any]:
-    status = os.stat(path)
-    return [os.path.abspath(path), status.st_size, status.st_mtime_ns]
-
-
-@contextmanager
-def writing(path: Path, wait: bool = True) -> Iterator[None]:
-    """Hold the lock on writing ``path``, after waiting for its owner if asked to; an OSError becomes an HvdlmError."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _lock_of_cache(path) if wait else file_lock.exclusive(path):
-            yield
-    except OSError as error:
-        raise HvdlmError(
-            f"the token files can't be written to {path}: {_described(error)}"
-            ": free space or choose another folder (--data.cache FOLDER)."
-        ) from error
-
-
-def _lock_of_cache(path: Path) -> FileLock:
-    """Wait for and take the lock on writing ``path`` in the cache; the ranks of one launch wait silently.
-
-    Raises:
-        HvdlmError: its owner shows no sign of life for too long.
-    """
-    lock, limit = file_lock.beside(path), max(SILENT_BEATS * file_lock.BEAT, process.timeout)
-
-    def say(line: str) -> None:
-        if launcher_env.local_rank_for_messages() == 0:
-            print_line(f"hvdlm: {line}")
-
-    try:
-        with process.during("waiting for another process to write the token folder", patience=math.inf):
-            return file_lock.acquire(
-                lock, wait=True, launch=launcher_env.launch_identity(), shared=False, say=say, patience=limit
-            )
-    except Held as held:
-        raise HvdlmError(
-            f"the lock {lock} is held by {held.owner or 'another process'}, which has shown no sign of life for "
-            f"{limit:.0f} s (limit: --communication.timeout): end that process, or choose another folder "
-            "(--data.cache FOLDER)."
-        ) from None
-
-
-def _described(error: OSError) -> str:
-    """Return what failed, and with which file: a lock, for example."""
-    where = f" ({error.filename})" if isinstance(error.filename, str) else ""
-    return f"{error.strerror or error}{where}"
 
 
 def train_tokenizer(config: DataConfig, groups: Sequence[tuple[Sequence[str], Form]]) -> Tokenizer:
@@ -230,7 +143,7 @@ class Preparation:
         self._paths = sources.expand(config.paths, config.field)
         self._validation_paths = sources.expand(config.validation_paths, config.field)
         self._sources = self._paths + self._validation_paths
-        self.journal = Journal(folder, key(config), len(self._sources))
+        self.journal = Journal(folder, cache.key(config), len(self._sources))
 
     def run(self, processes: int | None) -> None:
         """Write the folder, resuming earlier work."""
