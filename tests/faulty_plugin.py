@@ -8,6 +8,7 @@ import mpi4py  # noqa: F401
 import numpy as np
 
 from hvdlm import hookimpl
+from hvdlm.data.tokenizers import ByteTokenizer
 from hvdlm.models.rnn import make_rnn
 from hvdlm.protocols.types import Batch
 
@@ -57,6 +58,26 @@ class Faulty:
     @hookimpl
     def hvdlm_step_ended(self, step):
         return step / (1 - self.rank)
+
+
+class Letters(ByteTokenizer):
+    """Its description lacks what it was trained on, so that any other loads as the same."""
+
+    def to_json(self):
+        return {"kind": "letters"}
+
+    def encode(self, text, special=False):
+        return super().encode(text).astype(np.int64)
+
+
+class Data:
+    @hookimpl
+    def hvdlm_tokenizers(self):
+        return {"letters": Letters, "char": Letters}
+
+    @hookimpl
+    def hvdlm_data_preparer(self, data):
+        return SimpleNamespace(check=None, open=print)
 
 
 class Hooks:

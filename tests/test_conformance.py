@@ -135,6 +135,12 @@ REPORTS = [
     "rows of batch 1, divided at (0, 2, 4) between ranks, differ from the whole batch",
     "2 ranks together count 64 targets of the validation split, one rank 32",
     "hvdlm_make_backend returns a backend for every name",
+    "faulty_data: the name char of its tokenizers is taken",
+    "tokenizer letters: encode returns int64 [1660], expected int32 [n]",
+    "tokenizer char: its description has the kind 'letters', expected 'char'",
+    "a token folder with the tokenizer letters can't be opened: name the entry point letters",
+    "faulty_data: its data preparer has no method check",
+    "faulty_data: its data preparer has no method store_stdin",
     "plugin faulty_import (nowhere) does not import: ModuleNotFoundError",
 ]
 
@@ -145,7 +151,7 @@ def test_every_fault_of_a_plugin_is_reported(tmp_path: Path) -> None:
     (source / "faulty.py").write_text(FAULTY.read_text())
     entries = {"faulty": "faulty:Faulty", "faulty_hooks": "faulty:Hooks", "faulty_options": "faulty:Options"}
     entries |= {"faulty_writer": "faulty:Writer", "faulty_task": "faulty:Task", "faulty_backend": "faulty:Backend"}
-    entries |= {"faulty_import": "nowhere"}
+    entries |= {"faulty_import": "nowhere", "faulty_data": "faulty:Data"}
     lines = "\n".join(f'{name} = "{module}"' for name, module in entries.items())
     (source / "pyproject.toml").write_text(
         '[build-system]\nrequires = ["setuptools"]\nbuild-backend = "setuptools.build_meta"\n[project]\n'

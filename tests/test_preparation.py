@@ -18,11 +18,19 @@ from typing import Any
 import pytest
 
 from hvdlm import cli
-from hvdlm.commands import prepare
 from hvdlm.config import DataConfig
 from hvdlm.data.tokenizers import ByteTokenizer
 from hvdlm.errors import HvdlmError
-from hvdlm_corpora import documents, preparation, prepare_progress, progress_bar, sources, tokenizers, workers
+from hvdlm_corpora import (
+    documents,
+    preparation,
+    prepare_command,
+    prepare_progress,
+    progress_bar,
+    sources,
+    tokenizers,
+    workers,
+)
 from hvdlm_corpora.source_chunks import ReadProgress
 from hvdlm_corpora.workers import WorkerDied
 from launching import environment, run_python, wait_until
@@ -503,4 +511,4 @@ def test_an_invalid_number_of_workers_is_refused(corpus: list[str], tmp_path: Pa
     for value, sentence in (("0", "--workers: got 0, expected 1 or more."), ("two", "--workers: got 'two', expected")):
         arguments = [*command(corpus, tmp_path, 1), "--workers", value]
         with pytest.raises(HvdlmError, match=sentence):
-            prepare._parse(arguments[1:])
+            prepare_command._parse(arguments[1:])
