@@ -46,7 +46,7 @@ def test_records_become_the_tokens_of_their_text(tmp_path: Path, name: str) -> N
         )
         for path in (tmp_path / name, tmp_path / "same.txt")
     ]
-    first, second = ([*data.train.tolist(), *data.validation.tolist()] for data in prepared_folders)
+    first, second = ([*data.train[:].tolist(), *data.validation[:].tolist()] for data in prepared_folders)
     assert prepared_folders[0].tokenizer.decode(first) == prepared_folders[1].tokenizer.decode(second) == WHOLE * 20
 
 
@@ -140,7 +140,7 @@ def prepared(path: Path, **options: Any) -> tuple[str, str]:
     data = preparation.prepare(
         DataConfig(path=str(path), tokenizer="byte", cache=str(path.parent / "cache"), **options)
     )
-    return data.tokenizer.decode(data.train.tolist()), data.tokenizer.decode(data.validation.tolist())
+    return data.tokenizer.decode(data.train[:].tolist()), data.tokenizer.decode(data.validation[:].tolist())
 
 
 @pytest.mark.parametrize("write", [write_data_set_splits, write_hub_splits])
