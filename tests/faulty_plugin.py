@@ -8,7 +8,7 @@ import mpi4py  # noqa: F401
 import numpy as np
 
 from hvdlm import hookimpl
-from hvdlm.models.rnn import make_rnn
+from hvdlm_language.rnn import make_rnn
 from hvdlm.protocols.types import Batch
 
 

@@ -24,10 +24,11 @@ from hvdlm.checkpoints.manifest import FORMAT
 from hvdlm.checkpoints.rebuild_spec import spec_of
 from hvdlm.checkpoints.shards import to_json
 from hvdlm.config import Config, ModelConfig, TrainConfig
-from hvdlm.diagnostics import diagnosis, failure_files
+from hvdlm.diagnostics import failure_files
+from hvdlm_diagnosis import diagnosis
 from hvdlm.diagnostics.flight_recorder import CALL, FIRST, HEADER, MAGIC, RECORD
 from hvdlm.io.terminal import printable
-from hvdlm.models.gpt import make_gpt
+from hvdlm_language.gpt import make_gpt
 from hvdlm.parallel.flat_layout import whole
 from hvdlm.training import preflight
 from hvdlm.training.data_cursor import DataCursor

@@ -13,7 +13,8 @@ import pytest
 
 from hvdlm.config import CommunicationConfig, Config, ParallelConfig
 from hvdlm.configuration.availability import choose_backend
-from hvdlm.diagnostics.probes import THREADS, WAITING, cores
+from hvdlm.io.machine import cores
+from hvdlm_backends.probes import THREADS, WAITING
 from hvdlm.errors import HvdlmError
 from hvdlm.io import launcher_env
 from hvdlm_backends import environment, horovod, nccl

@@ -27,7 +27,7 @@ from builders import (
 )
 from hvdlm import cli
 from hvdlm.checkpoints import discovery, load
-from hvdlm.checkpoints.merge import convert
+from hvdlm_convert.merge import convert
 from hvdlm.errors import HvdlmError
 from hvdlm.parallel.flat_layout import Shard, whole
 from hvdlm_backends.local import LocalWorld

@@ -12,7 +12,7 @@ import pytest
 
 from hvdlm.config import CommunicationConfig, Config, TrainConfig
 from hvdlm.configuration import availability, validation
-from hvdlm.diagnostics.probes import THREADS
+from hvdlm_backends.probes import THREADS
 from hvdlm.errors import HvdlmError
 from hvdlm.protocols.group import Done
 from hvdlm_backends import mpi_collectives

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from hvdlm.config import Config, DataConfig
 from hvdlm.errors import STOPPED, HvdlmError
-from hvdlm.tasks.language_model import LanguageModel
+from hvdlm_language.language_model import LanguageModel
 from hvdlm.training.consensus import Consensus, Votes
 from hvdlm.training.data_cursor import DataCursor
 from hvdlm.training.signals import Signals

@@ -14,11 +14,11 @@ import pytest
 from hvdlm.config import Config
 from hvdlm.protocols.types import StepResult
 from hvdlm.telemetry import default_plugins
-from hvdlm.telemetry.memory import peak_memory_bytes
-from hvdlm.telemetry.metrics import Metrics
-from hvdlm.telemetry.progress import Progress
+from hvdlm.io.machine import peak_memory_bytes
+from hvdlm_telemetry.metrics import Metrics
+from hvdlm_telemetry.progress import Progress
 from hvdlm.telemetry.rates import Rates
-from hvdlm.telemetry.tensorboard import TensorBoard
+from hvdlm_telemetry.tensorboard import TensorBoard
 from launching import run_python
 
 
@@ -180,7 +180,7 @@ def test_tensorboard_reads_events_of_an_unclosed_file(config: Config) -> None:
 def test_tensorboard_events_need_no_framework(tmp_path: Path) -> None:
     code = (
         "import sys; from types import SimpleNamespace as N; from hvdlm.config import Config\n"
-        "from hvdlm.telemetry.tensorboard import TensorBoard\n"
+        "from hvdlm_telemetry.tensorboard import TensorBoard\n"
         f"config = Config(); config.log.run = {str(tmp_path)!r}; board = TensorBoard(config)\n"
         "board.hvdlm_run_started(config, N(rank=0), {'start_step': 0, 'parameters': 1})\n"
         "board.hvdlm_evaluated(1, {'val_loss': 1.0})\n"

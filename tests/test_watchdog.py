@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hvdlm.diagnostics import abort, diagnosis, failure_files, phases, watchdog
+from hvdlm.diagnostics import abort, failure_files, phases, watchdog
+from hvdlm_diagnosis import diagnosis
 from hvdlm.diagnostics.failure_files import Failure, FailureFiles
 from hvdlm.diagnostics.flight_recorder import RECORDS, FlightRecorder, clean, named_ranks, ranks_in, ranks_text
 from hvdlm.diagnostics.phases import TRAINING, Process
-from hvdlm.diagnostics.recorder_reader import Entry, Recording, read_recording
+from hvdlm_diagnosis.recorder_reader import Entry, Recording, read_recording
 from hvdlm.diagnostics.watchdog import Watchdog
 from hvdlm.errors import HvdlmError, RankError
 

@@ -24,7 +24,7 @@ def main(arguments: list[str]) -> int:
 
 def examine_machine() -> int:
     """Print the findings about this machine; return 0 where there is no problem, else 1."""
-    from hvdlm.diagnostics.probes import gather
+    from hvdlm_backends.probes import gather
     from hvdlm.io.terminal import printable
     from hvdlm_backends.machine_checks import check
 

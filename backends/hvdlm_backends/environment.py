@@ -14,7 +14,8 @@ from typing import Any
 
 from hvdlm.config import CommunicationConfig, Config
 from hvdlm.diagnostics.phases import process
-from hvdlm.diagnostics.probes import SPIN_COUNT, THREADS, WAITING, cores
+from hvdlm.io.machine import cores
+from hvdlm_backends.probes import SPIN_COUNT, THREADS, WAITING
 from hvdlm.errors import HvdlmError
 from hvdlm.io import launcher_env
 from hvdlm.io.launcher_env import Launch

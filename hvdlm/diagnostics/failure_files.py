@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from hvdlm.diagnostics.recorder_reader import Recording, read_recording
+from hvdlm_diagnosis.recorder_reader import Recording, read_recording
 from hvdlm.errors import FAILED, HvdlmError
 from hvdlm.io import safe_files, untrusted_input, value_checks
 from hvdlm.io.terminal import printable

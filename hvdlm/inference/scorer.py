@@ -26,7 +26,7 @@ from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.mesh import make_mesh
 from hvdlm.protocols.task import OpenScorer
 from hvdlm.protocols.trainable import Trainable
-from hvdlm.tasks.likelihood import sequence_logs
+from hvdlm.inference.likelihood import sequence_logs
 
 _SEPARATOR = "\n"  # stands before and after a text in the language model's corpus
 

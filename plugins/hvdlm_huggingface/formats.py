@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from hvdlm.models.gpt import GPTSettings
+from hvdlm_language.gpt import GPTSettings
 from hvdlm_huggingface.fields import Fields
 
 # transformers/activations.py: classes that compute the same function.

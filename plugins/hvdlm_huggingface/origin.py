@@ -11,7 +11,7 @@ import numpy as np
 from hvdlm.checkpoints.load import Checkpoint
 from hvdlm.data import tokenizers
 from hvdlm.errors import HvdlmError
-from hvdlm.models.gpt import GPTSettings
+from hvdlm_language.gpt import GPTSettings
 from hvdlm_huggingface import metadata
 from hvdlm_huggingface.folder import Folder
 from hvdlm_huggingface.metadata import GENERATION, SPECIAL, TOKENIZER

@@ -14,7 +14,7 @@ from typing import Any
 
 from hvdlm import cli
 from hvdlm.configuration.parsing import parse_config
-from hvdlm.diagnostics.probes import cores
+from hvdlm.io.machine import cores
 from hvdlm.errors import FAILED, HvdlmError, nearest
 from hvdlm.io import launcher_env, terminal
 from hvdlm_launchers.launcher_output import OutputCleaner

@@ -19,8 +19,8 @@ from hvdlm.models.spec import ModelSpec
 from hvdlm.protocols.task import OpenScorer, Scorer
 from hvdlm.protocols.trainable import Trainable
 from hvdlm.protocols.types import Batch
-from hvdlm.tasks.language_model import loss_figures
-from hvdlm.tasks.likelihood import log_softmax
+from hvdlm_language.language_model import loss_figures
+from hvdlm.inference.likelihood import log_softmax
 from hvdlm_tasks.ctc_beam import prefix_beam_search
 from hvdlm_tasks.items import ShuffledItems, split_evenly
 from hvdlm_tasks.mel import HOP, frame_count, log_mel

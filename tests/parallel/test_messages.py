@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hvdlm.diagnostics.recorder_reader import read_recording
+from hvdlm_diagnosis.recorder_reader import read_recording
 from hvdlm.protocols.world import World
 
 

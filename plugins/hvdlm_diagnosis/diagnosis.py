@@ -17,7 +17,7 @@ from typing import Any
 
 from hvdlm.diagnostics.failure_files import FailureFiles
 from hvdlm.diagnostics.flight_recorder import named_ranks, ranks_in
-from hvdlm.diagnostics.recorder_reader import Entry, Recording
+from hvdlm_diagnosis.recorder_reader import Entry, Recording
 
 Column = dict[int, Entry]
 """A rank's collectives in one group, by index."""

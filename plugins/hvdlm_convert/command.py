@@ -1,4 +1,4 @@
-"""Merge a checkpoint into one file: ``python -m hvdlm convert --run RUN --output FILE.safetensors``."""
+"""Merge a checkpoint into one safetensors file or a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hvdlm import plugins
-from hvdlm.checkpoints.merge import convert
+from hvdlm_convert.merge import convert
 from hvdlm.commands.trained_run import chosen_checkpoint, run_file, run_parser
 from hvdlm.errors import HvdlmError, nearest
 from hvdlm.io import file_lock, safe_files

@@ -1,0 +1,1 @@
+"""The command `convert`: merges the shards of a checkpoint into one file."""
