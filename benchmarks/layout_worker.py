@@ -12,8 +12,8 @@ from harness import emit
 from hvdlm import plugins
 from hvdlm.config import Config, ModelConfig, ParallelConfig
 from hvdlm.configuration.availability import choose_backend
-from hvdlm_language.presets import PRESETS
 from hvdlm.parallel.mesh import Mesh
+from hvdlm_language.presets import PRESETS
 
 BLOCK = 3
 

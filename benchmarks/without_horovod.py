@@ -31,8 +31,8 @@ class Training:
     def __init__(self, backend_name: str, o: argparse.Namespace) -> None:
         from hvdlm import plugins
         from hvdlm.config import Config, ModelConfig
-        from hvdlm_language.presets import PRESETS
         from hvdlm.parallel.mesh import make_mesh
+        from hvdlm_language.presets import PRESETS
 
         framework_name = o.frameworks[0]
         config = Config(framework=framework_name, backend=backend_name)

@@ -8,8 +8,8 @@ import mpi4py  # noqa: F401
 import numpy as np
 
 from hvdlm import hookimpl
-from hvdlm_language.rnn import make_rnn
 from hvdlm.protocols.types import Batch
+from hvdlm_language.rnn import make_rnn
 
 
 def unseeded(model, vocab, context):

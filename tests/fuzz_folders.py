@@ -13,9 +13,9 @@ from typing import Any
 import ml_dtypes  # noqa: F401  imported here, so that no input is charged with its memory
 
 from hvdlm.config import Config
-from hvdlm_language.presets import PRESETS
 from hvdlm_huggingface import metadata
 from hvdlm_huggingface.folder import Folder
+from hvdlm_language.presets import PRESETS
 
 WORDS = (
     *("model_type", "gpt2", "llama", "vocab_size", "n_layer", "tie_word_embeddings", "quantization_config"),

@@ -21,10 +21,10 @@ from hvdlm.config import Config
 from hvdlm.data.tokenizers import from_json
 from hvdlm.errors import HvdlmError
 from hvdlm.models.spec import ModelSpec
-from hvdlm_language.presets import PRESETS
 from hvdlm.parallel.flat_layout import whole
 from hvdlm_huggingface.folder import Folder
 from hvdlm_huggingface.tokenizer_files import from_characters
+from hvdlm_language.presets import PRESETS
 from launching import ROOT, environment, launch, losses, run_python
 
 FRAMEWORKS = ["torch", "tensorflow"]

@@ -23,10 +23,10 @@ from hvdlm import cli, plugins
 from hvdlm.checkpoints.base_weights import attach
 from hvdlm.config import Config, LoRAConfig, ModelConfig
 from hvdlm.data.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer
-from hvdlm.inference.scorer import opener
-from hvdlm.protocols.types import Batch
 from hvdlm.inference import likelihood
 from hvdlm.inference.likelihood import log_softmax, sequence_logs
+from hvdlm.inference.scorer import opener
+from hvdlm.protocols.types import Batch
 from hvdlm_backends.local import LocalWorld
 from hvdlm_tasks.ctc_beam import Transcript, prefix_beam_search
 from hvdlm_tasks.models.ctc import output_frames

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from hvdlm.config import Config
+from hvdlm.io.machine import peak_memory_bytes
 from hvdlm.protocols.types import StepResult
 from hvdlm.telemetry import default_plugins
-from hvdlm.io.machine import peak_memory_bytes
+from hvdlm.telemetry.rates import Rates
 from hvdlm_telemetry.metrics import Metrics
 from hvdlm_telemetry.progress import Progress
-from hvdlm.telemetry.rates import Rates
 from hvdlm_telemetry.tensorboard import TensorBoard
 from launching import run_python
 

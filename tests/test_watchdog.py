@@ -18,13 +18,13 @@ import numpy as np
 import pytest
 
 from hvdlm.diagnostics import abort, failure_files, phases, watchdog
-from hvdlm_diagnosis import diagnosis
-from hvdlm.diagnostics.failure_files import Failure, FailureFiles
+from hvdlm.diagnostics.failure_files import Failure
 from hvdlm.diagnostics.flight_recorder import RECORDS, FlightRecorder, clean, named_ranks, ranks_in, ranks_text
 from hvdlm.diagnostics.phases import TRAINING, Process
-from hvdlm_diagnosis.recorder_reader import Entry, Recording, read_recording
 from hvdlm.diagnostics.watchdog import Watchdog
 from hvdlm.errors import HvdlmError, RankError
+from hvdlm_diagnosis import diagnosis
+from hvdlm_diagnosis.recorder_reader import Entry, FailureFiles, Recording, read_files, read_recording
 
 # A rank's abort does not return: here, it ends the thread.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -179,7 +179,7 @@ def test_flipped_bytes_are_refused_or_printed_safely(tmp_path: Path) -> None:
         for index in random.integers(0, len(bad), 20):
             bad[index] = random.integers(0, 256)
         path.write_bytes(bad)
-        files = failure_files.read_files(tmp_path)
+        files = read_files(tmp_path)
         if files.recordings:
             assert all(c.isprintable() or c == "\n" for c in diagnosis.report(files))
         else:

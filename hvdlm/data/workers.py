@@ -20,8 +20,8 @@ import numpy as np
 from hvdlm.data import passages, tokenizers
 from hvdlm.data.passages import Passage
 from hvdlm.data.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer
-from hvdlm.io.machine import cores
 from hvdlm.errors import HvdlmError
+from hvdlm.io.machine import cores
 from hvdlm.io.untrusted_input import shown
 
 Label = TypeVar("Label")

@@ -22,11 +22,11 @@ from hvdlm.data import tokenizers
 from hvdlm.data.tokenizers import Tokenizer
 from hvdlm.data.workers import within_budget
 from hvdlm.errors import HvdlmError
+from hvdlm.inference.likelihood import sequence_logs
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.mesh import make_mesh
 from hvdlm.protocols.task import OpenScorer
 from hvdlm.protocols.trainable import Trainable
-from hvdlm.inference.likelihood import sequence_logs
 
 _SEPARATOR = "\n"  # stands before and after a text in the language model's corpus
 

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from hvdlm import plugins
-from hvdlm_convert.merge import convert
 from hvdlm.commands.trained_run import chosen_checkpoint, run_file, run_parser
 from hvdlm.errors import HvdlmError, nearest
 from hvdlm.io import file_lock, safe_files
 from hvdlm.io.terminal import printable
+from hvdlm_convert.merge import convert
 
 
 def main(arguments: list[str]) -> int:

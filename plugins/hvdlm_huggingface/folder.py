@@ -15,11 +15,11 @@ from hvdlm.io import untrusted_input
 from hvdlm.io.atomic_files import sha256
 from hvdlm.io.untrusted_input import shown
 from hvdlm.models.spec import ModelSpec, ParamSpec
-from hvdlm_language.presets import PRESETS
 from hvdlm_huggingface import metadata
 from hvdlm_huggingface.fields import Fields
 from hvdlm_huggingface.formats import FORMATS, TensorLocation
 from hvdlm_huggingface.weights import Box, Weights, guarded, print_note, root_of
+from hvdlm_language.presets import PRESETS
 
 _CONFIG_BYTES = 2**20  # largest config.json that is read
 _NAMED = 5  # unused names that a sentence has room for

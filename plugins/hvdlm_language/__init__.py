@@ -1,1 +1,1 @@
-"""Language models: GPT, recurrent models and custom modules, independent of the framework, and the task that trains them."""
+"""Language models in both frameworks: GPT, recurrent models, custom modules, and the task that trains them."""

@@ -15,12 +15,12 @@ from hvdlm.config import Config
 from hvdlm.data.padding import pad_rows, round_up
 from hvdlm.data.tokenizers import CharTokenizer
 from hvdlm.errors import HvdlmError
+from hvdlm.inference.likelihood import log_softmax
 from hvdlm.models.spec import ModelSpec
 from hvdlm.protocols.task import OpenScorer, Scorer
 from hvdlm.protocols.trainable import Trainable
 from hvdlm.protocols.types import Batch
 from hvdlm_language.language_model import loss_figures
-from hvdlm.inference.likelihood import log_softmax
 from hvdlm_tasks.ctc_beam import prefix_beam_search
 from hvdlm_tasks.items import ShuffledItems, split_evenly
 from hvdlm_tasks.mel import HOP, frame_count, log_mel

@@ -13,8 +13,8 @@ import numpy as np
 import tensorflow as tf
 
 from hvdlm.errors import HvdlmError
-from hvdlm_language.gpt import GPTSettings
 from hvdlm.parallel.sharding_rules import ModelShard
+from hvdlm_language.gpt import GPTSettings
 from hvdlm_tensorflow.collectives import Collectives
 
 Layer = Mapping[str, tf.Tensor]

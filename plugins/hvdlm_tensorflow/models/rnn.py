@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from hvdlm_language.rnn import RNNSettings
 from hvdlm.parallel.sharding_rules import ModelShard
+from hvdlm_language.rnn import RNNSettings
 from hvdlm_tensorflow.collectives import Collectives
 
 Carry = list[tuple[tf.Tensor, ...]]  # of every layer: h, and c of an LSTM, each [rows, hidden / ranks]

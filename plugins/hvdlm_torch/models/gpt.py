@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from hvdlm.errors import HvdlmError
-from hvdlm_language.gpt import GPTSettings
 from hvdlm.parallel.sharding_rules import ModelShard
+from hvdlm_language.gpt import GPTSettings
 from hvdlm_torch.collectives import Collectives
 
 Layer = Mapping[str, torch.Tensor]

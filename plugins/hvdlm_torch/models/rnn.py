@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from hvdlm_language.rnn import RNNSettings
 from hvdlm.parallel.sharding_rules import ModelShard
+from hvdlm_language.rnn import RNNSettings
 from hvdlm_torch.collectives import Collectives
 
 Carry = list[tuple[torch.Tensor, ...]]  # of every layer: h, and c of an LSTM, each [rows, hidden / ranks]
