@@ -21,7 +21,6 @@ COMMANDS = {
     "evaluate": "compute a run's metrics on the whole validation split",
     "generate": "generate text with a run's model",
     "prepare": "tokenize text into token files",
-    "plan": "predict the memory and communication of every rank, without starting a run",
     "plugins": "list installed plugins, what they provide and their versions",
 }
 """The commands of the core, each a module ``hvdlm.commands.NAME`` with ``main(arguments) -> exit code``."""

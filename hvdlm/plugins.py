@@ -12,7 +12,6 @@ from typing import Any
 import pluggy
 
 from hvdlm import hookspecs
-from hvdlm.config import Config
 from hvdlm.errors import HvdlmError, nearest
 from hvdlm.models.spec import ModelMaker
 from hvdlm.protocols.compressor import CompressorMaker
@@ -67,13 +66,16 @@ def keras_alone() -> Iterator[None]:
             del sys.modules[name]
 
 
-def observers() -> list[Callable[[Config], Iterable[object]]]:
-    """Return what makes the event plugins of every run, of all installed packages (group ``hvdlm.observers``).
+def extensions(group: str) -> list[Callable[..., Any]]:
+    """Return the functions that installed packages bring for every run: those of the entry point group ``hvdlm.GROUP``.
+
+    - ``observers``: (config) -> event plugins.
+    - ``option_names``: (an unknown option) -> a sentence on what to write instead, or None.
 
     Raises:
         HvdlmError: one can't be imported.
     """
-    entries = importlib.metadata.entry_points(group="hvdlm.observers")
+    entries = importlib.metadata.entry_points(group=f"hvdlm.{group}")
     return [_import(entry) for entry in sorted(entries, key=lambda entry: entry.name)]
 
 

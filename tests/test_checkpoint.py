@@ -30,7 +30,7 @@ from hvdlm.checkpoints import discovery, load
 from hvdlm.errors import HvdlmError
 from hvdlm.parallel.flat_layout import Shard, whole
 from hvdlm_backends.local import LocalWorld
-from hvdlm_convert.merge import convert
+from hvdlm_tools.merge import convert
 
 
 def edit_slice(path: Path, **entries: Any) -> None:

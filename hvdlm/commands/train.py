@@ -19,9 +19,9 @@ def main(arguments: list[str]) -> int:
         print(_help(arguments))
         return 0
     if "--dry_run" in arguments:
-        from hvdlm.commands.plan import main as print_plan
+        from hvdlm.cli import run
 
-        return print_plan([a for a in arguments if a != "--dry_run"])
+        return run(["plan", *(a for a in arguments if a != "--dry_run")])
     signals = Signals(launcher_env.rank_for_messages()).listen()  # before there are other threads, and before imports
     with watching() as watchdog:
         watchdog.code = _train(arguments, signals)

@@ -11,4 +11,4 @@ def default_plugins(config: Config) -> list[object]:
 
     Each is called before those in front of it in the list.
     """
-    return [plugin for make in plugins.observers() for plugin in make(config)]
+    return [plugin for make in plugins.extensions("observers") for plugin in make(config)]

@@ -21,13 +21,13 @@ from hvdlm.io.atomic_files import sync_folder, write_synced
 from hvdlm.io.safe_files import delete_file
 from hvdlm.io.untrusted_input import shown
 from hvdlm.models.spec import ModelSpec
-from hvdlm_convert.merge import MergedWeights
 from hvdlm_huggingface.formats import FORMATS, INERT, Format
 from hvdlm_huggingface.metadata import COPIED
 from hvdlm_huggingface.origin import Origin, eos_of, find
 from hvdlm_huggingface.tokenizer_files import tokenizer_files
 from hvdlm_huggingface.weights import FILE
 from hvdlm_language.gpt import GPTSettings
+from hvdlm_tools.merge import MergedWeights
 
 WRITTEN = {"config.json", FILE, *COPIED}
 """The names of all files that an export may write."""

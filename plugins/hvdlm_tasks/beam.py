@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hvdlm.inference.likelihood import log_softmax
 from hvdlm.protocols.trainable import Trainable
 from hvdlm.protocols.types import Batch
+from hvdlm_language.likelihood import log_softmax
 
 
 class Hypothesis(NamedTuple):

@@ -13,7 +13,7 @@ from hvdlm.io.terminal import printable
 def main(arguments: list[str]) -> int:
     """Convert, and print what was written."""
     from hvdlm.commands.trained_run import chosen_checkpoint
-    from hvdlm_convert.merge import convert
+    from hvdlm_tools.merge import convert
 
     values = _parse(arguments)
     if values.format != "safetensors":

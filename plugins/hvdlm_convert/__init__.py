@@ -1,1 +1,0 @@
-"""The command `convert`: merges the shards of a checkpoint into one file."""
