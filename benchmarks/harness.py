@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hvdlm.diagnostics.probes import unpinned
+from hvdlm_backends.probes import unpinned
 
 FOLDER = Path(__file__).resolve().parent
 FRAMEWORKS = ["torch", "tensorflow"]

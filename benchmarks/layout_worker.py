@@ -12,8 +12,8 @@ from harness import emit
 from hvdlm import plugins
 from hvdlm.config import Config, ModelConfig, ParallelConfig
 from hvdlm.configuration.availability import choose_backend
-from hvdlm.models.spec import builtin_models
 from hvdlm.parallel.mesh import Mesh
+from hvdlm_language.presets import PRESETS
 
 BLOCK = 3
 
@@ -43,7 +43,7 @@ class Layout:
         self.shape = shape
         self.mesh = make_mesh(shape)
         self.config = make_config(o, self.mesh)
-        spec = builtin_models()["gpt"](self.config.model, o.vocab, o.context)
+        spec = PRESETS["gpt"](self.config.model, o.vocab, o.context)
         group = world.group(self.mesh.group("data", world.rank))
         settings: dict[str, Any] = {"compressors": {}, "index": group.ranks.index(world.rank)}
         exchange = plugins.make(manager, "exchange", "all_reduce", group=group, config=self.config, **settings)

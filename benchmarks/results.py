@@ -23,7 +23,7 @@ from typing import Any
 
 from harness import Bar, make_parser, report
 
-from hvdlm.diagnostics.probes import cores
+from hvdlm.io.machine import cores
 
 ROOT = Path(__file__).resolve().parent.parent
 STORED, PAGE = ROOT / "docs" / "results.json", ROOT / "docs" / "results.md"

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from harness import FOLDER, SKIPPED, Figure, figures, make_parser
 
-from hvdlm.diagnostics.probes import cores
+from hvdlm.io.machine import cores
 
 PAGE = FOLDER.parent / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- measured -->\n", "<!-- end -->\n"

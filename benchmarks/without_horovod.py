@@ -31,8 +31,8 @@ class Training:
     def __init__(self, backend_name: str, o: argparse.Namespace) -> None:
         from hvdlm import plugins
         from hvdlm.config import Config, ModelConfig
-        from hvdlm.models.spec import builtin_models
         from hvdlm.parallel.mesh import make_mesh
+        from hvdlm_language.presets import PRESETS
 
         framework_name = o.frameworks[0]
         config = Config(framework=framework_name, backend=backend_name)
@@ -50,7 +50,7 @@ class Training:
         group = self.world.group(mesh.group("data", self.world.rank))
         settings: dict[str, Any] = {"compressors": {}, "index": self.world.rank}
         exchange = plugins.make(manager, "exchange", "all_reduce", group=group, config=config, **settings)
-        spec = builtin_models()["gpt"](config.model, VOCAB, o.context)
+        spec = PRESETS["gpt"](config.model, VOCAB, o.context)
         self.trainable = framework.build(spec, mesh, self.world, exchange, config)
         self.step = 0
         self.waited = 0.0

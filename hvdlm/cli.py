@@ -20,8 +20,6 @@ COMMANDS = {
     "train": "train a model (the default)",
     "evaluate": "compute a run's metrics on the whole validation split",
     "generate": "generate text with a run's model",
-    "convert": "merge a checkpoint into one safetensors file or a Hugging Face folder",
-    "plan": "predict the memory and communication of every rank, without starting a run",
     "plugins": "list installed plugins, what they provide and their versions",
 }
 """The commands of the core, each a module ``hvdlm.commands.NAME`` with ``main(arguments) -> exit code``."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from hvdlm.protocols.group import Group
     from hvdlm.protocols.pretrained import PretrainedFolder
     from hvdlm.protocols.scheduler import Scheduler
-    from hvdlm.protocols.task import OpenScorer, Task
+    from hvdlm.protocols.task import Task
     from hvdlm.protocols.tokenizer_kind import TokenizerKind
     from hvdlm.protocols.types import Prediction, StepResult
     from hvdlm.protocols.world import World
@@ -56,11 +56,8 @@ def hvdlm_make_exchange(
 
 
 @hookspec(firstresult=True)
-def hvdlm_make_task(name: str, config: Config, open_scorer: OpenScorer) -> Task | None:
-    """Return the task of this name with its data opened; called on every rank, before ranks are connected.
-
-    ``open_scorer``: opens the run of a language model, for tasks that rescore with one.
-    """
+def hvdlm_make_task(name: str, config: Config) -> Task | None:
+    """Return the task of this name with its data opened; called on every rank, before ranks are connected."""
 
 
 @hookspec

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from importlib.metadata import EntryPoint
 from typing import Any
 
@@ -13,7 +13,7 @@ import pluggy
 
 from hvdlm import hookspecs
 from hvdlm.errors import HvdlmError, nearest
-from hvdlm.models.spec import ModelMaker, builtin_models
+from hvdlm.models.spec import ModelMaker
 from hvdlm.protocols.compressor import CompressorMaker
 
 
@@ -66,6 +66,19 @@ def keras_alone() -> Iterator[None]:
             del sys.modules[name]
 
 
+def extensions(group: str) -> list[Callable[..., Any]]:
+    """Return the functions that installed packages bring for every run: those of the entry point group ``hvdlm.GROUP``.
+
+    - ``observers``: (config) -> event plugins.
+    - ``option_names``: (an unknown option) -> a sentence on what to write instead, or None.
+
+    Raises:
+        HvdlmError: one can't be imported.
+    """
+    entries = importlib.metadata.entry_points(group=f"hvdlm.{group}")
+    return [_import(entry) for entry in sorted(entries, key=lambda entry: entry.name)]
+
+
 def require(names: Iterable[str]) -> None:
     """Check that every name of ``plugins`` is installed.
 
@@ -96,18 +109,15 @@ def unknown(kind: str, name: str) -> HvdlmError:
 
 
 def models(manager: pluggy.PluginManager) -> Mapping[str, ModelMaker]:
-    """Return every model by name: the built-in ones and those of the registered plugins."""
-    known = dict(builtin_models())
-    for makers in manager.hook.hvdlm_models():
-        known.update(makers)
-    return known
+    """Return every model of the registered plugins by name."""
+    return {name: maker for more in manager.hook.hvdlm_models() for name, maker in more.items()}
 
 
 def find_model(manager: pluggy.PluginManager, name: str) -> ModelMaker:
     """Return the maker of the model ``name``.
 
     Raises:
-        HvdlmError: neither hvdlm nor a registered plugin has it; the sentence names the nearest.
+        HvdlmError: no registered plugin has it; the sentence names the nearest.
     """
     known = models(manager)
     if name not in known:

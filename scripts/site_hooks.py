@@ -172,10 +172,10 @@ def _help(command: str) -> str:
 def models() -> str:
     """Return mkdocstrings directives for the modules that describe models."""
     modules = []
-    for package, folder in (("hvdlm", ROOT / "hvdlm"), ("hvdlm_tasks", ROOT / "plugins" / "hvdlm_tasks")):
-        for path in sorted((folder / "models").glob("*.py")):
-            if re.search(r"^(PRESETS|def hvdlm_models)\b", path.read_text(), re.MULTILINE):
-                modules.append(f"::: {package}.models.{path.stem}\n")
+    for package in ("hvdlm_language", "hvdlm_tasks.models"):
+        for path in sorted((ROOT / "plugins" / package.replace(".", "/")).glob("*.py")):
+            if re.search(r"^def (make_\w+|hvdlm_models)\(", path.read_text(), re.MULTILINE):
+                modules.append(f"::: {package}.{path.stem}\n")
     return "\n".join(modules)
 
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from hvdlm import hookimpl
 from hvdlm.data.tokenizers import ByteTokenizer
-from hvdlm.models.rnn import make_rnn
 from hvdlm.protocols.types import Batch
+from hvdlm_language.rnn import make_rnn
 
 
 def unseeded(model, vocab, context):

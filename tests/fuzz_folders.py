@@ -13,11 +13,10 @@ from typing import Any
 import ml_dtypes  # noqa: F401  imported here, so that no input is charged with its memory
 
 from hvdlm.config import Config
-from hvdlm.models.spec import builtin_models
 from hvdlm_huggingface import metadata
 from hvdlm_huggingface.folder import Folder
+from hvdlm_language.presets import PRESETS
 
-builtin_models()  # imports them
 WORDS = (
     *("model_type", "gpt2", "llama", "vocab_size", "n_layer", "tie_word_embeddings", "quantization_config"),
     *("rope_scaling", "rope_parameters", "weight_map", "data_offsets", "BF16", "I8", "lm_head.weight", "wte.weight"),
@@ -64,7 +63,7 @@ def read_a_folder(data: bytes, folder: Path) -> int:
         config = opened.resolve(config)
     assert all(line.isprintable() for line in printed.getvalue().split("\n")), printed.getvalue()
     assert config.model.vocab is not None
-    spec = opened.attach(builtin_models()[config.model.name](config.model, config.model.vocab, 4))
+    spec = opened.attach(PRESETS[config.model.name](config.model, config.model.vocab, 4))
     for param in spec.params:
         assert param.source is not None
         assert param.source(param.name, tuple(slice(0, size) for size in param.shape)).shape == param.shape

@@ -24,14 +24,15 @@ from hvdlm.checkpoints.manifest import FORMAT
 from hvdlm.checkpoints.rebuild_spec import spec_of
 from hvdlm.checkpoints.shards import to_json
 from hvdlm.config import Config, ModelConfig, TrainConfig
-from hvdlm.diagnostics import diagnosis, failure_files
 from hvdlm.diagnostics.flight_recorder import CALL, FIRST, HEADER, MAGIC, RECORD
 from hvdlm.io.terminal import printable
-from hvdlm.models.gpt import make_gpt
 from hvdlm.parallel.flat_layout import whole
 from hvdlm.training import preflight
 from hvdlm.training.data_cursor import DataCursor
 from hvdlm.training.step_guard import StepGuard
+from hvdlm_diagnosis import diagnosis
+from hvdlm_diagnosis.recorder_reader import read_files
+from hvdlm_language.gpt import make_gpt
 from hvdlm_launchers.run_status import RunStatus, outcome
 from hvdlm_report import page
 from hvdlm_tasks.digits import Digits
@@ -61,7 +62,7 @@ def read_a_failed_run(data: bytes, folder: Path) -> int:
     for name, content in zip(names, contents, strict=True):
         (files / name).write_bytes(content)
     (run / "status.json").write_bytes(status)
-    seen = failure_files.read_files(files)
+    seen = read_files(files)
     state = RunStatus.of(run)
     lines = [diagnosis.report(seen)] if seen.recordings else []
     text = "\n".join([*lines, *diagnosis.explain_refused(seen, 1e9), str(state), str(state.step)])

@@ -13,13 +13,14 @@ import pytest
 
 from hvdlm.config import CommunicationConfig, Config, ParallelConfig
 from hvdlm.configuration.availability import choose_backend
-from hvdlm.diagnostics.probes import THREADS, WAITING, cores
 from hvdlm.errors import HvdlmError
 from hvdlm.io import launcher_env
+from hvdlm.io.machine import cores
 from hvdlm_backends import environment, horovod, nccl
 from hvdlm_backends.gloo import GlooBackend
 from hvdlm_backends.local import LocalBackend
 from hvdlm_backends.mpi import MPIBackend
+from hvdlm_backends.probes import THREADS, WAITING
 from launching import launch, run_command, run_python
 
 LAUNCHERS = {

@@ -149,7 +149,7 @@ def test_a_read_only_folder_is_refused_in_one_sentence(folder: Path) -> None:
 def test_another_users_home_is_not_used_as_cache(folder: Path) -> None:
     """As after ``sudo -u`` without ``-H``: HOME is a folder that this user can't read."""
     (folder / "home").mkdir(mode=0o700)
-    code = ["-c", "from hvdlm.diagnostics import probes; print(probes.user_cache())"]
+    code = ["-c", "from hvdlm_backends import probes; print(probes.user_cache())"]
     done = start([*UNKNOWN_USER, sys.executable, *code], folder, HOME=str(folder / "home"), TMPDIR=str(folder))
     assert done.stdout == f"{folder}/hvdlm-54321\n", done.stderr
 

@@ -27,10 +27,10 @@ from builders import (
 )
 from hvdlm import cli
 from hvdlm.checkpoints import discovery, load
-from hvdlm.checkpoints.merge import convert
 from hvdlm.errors import HvdlmError
 from hvdlm.parallel.flat_layout import Shard, whole
 from hvdlm_backends.local import LocalWorld
+from hvdlm_tools.merge import convert
 
 
 def edit_slice(path: Path, **entries: Any) -> None:

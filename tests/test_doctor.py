@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from hvdlm.diagnostics import probes
 from hvdlm_backends import doctor_command as doctor
+from hvdlm_backends import probes
 from hvdlm_backends.machine_checks import check
 
 LIBRARY = "/env/lib/libmpi.so.40"

@@ -11,10 +11,11 @@ import pytest
 from hvdlm import cli, plugins
 from hvdlm.commands.trained_run import run_config
 from hvdlm.config import Config
-from hvdlm.configuration import other_tools, schema
+from hvdlm.configuration import schema
 from hvdlm.configuration.parsing import parse_config
 from hvdlm.errors import HvdlmError
 from hvdlm.io import launcher_env
+from hvdlm_tools import other_tools
 from launching import SMALL
 
 KNOWN = schema.types_of({"": Config})

@@ -20,10 +20,11 @@ from hvdlm.checkpoints.discovery import find
 from hvdlm.config import Config
 from hvdlm.data.tokenizers import from_json
 from hvdlm.errors import HvdlmError
-from hvdlm.models.spec import ModelSpec, builtin_models
+from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.flat_layout import whole
 from hvdlm_huggingface.folder import Folder
 from hvdlm_huggingface.tokenizer_files import from_characters
+from hvdlm_language.presets import PRESETS
 from launching import ROOT, environment, launch, losses, run_python
 
 FRAMEWORKS = ["torch", "tensorflow"]
@@ -73,7 +74,7 @@ def resolved(path: Path, framework: str, **data: Any) -> tuple[Config, ModelSpec
     config = Config(framework=framework)
     config.model.pretrained, config.data.context, config.data.tokenizer = str(path), data.get("context", 16), "byte"
     config = base_weights.resolve(config)
-    spec = builtin_models()[config.model.name](config.model, config.model.vocab or 0, config.data.context)
+    spec = PRESETS[config.model.name](config.model, config.model.vocab or 0, config.data.context)
     return config, Folder(path).attach(spec)
 
 

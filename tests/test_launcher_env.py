@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from hvdlm.configuration.availability import choose_backend
-from hvdlm.diagnostics import probes
 from hvdlm.errors import HvdlmError
 from hvdlm.io import launcher_env
 from hvdlm.io.launcher_env import HOROVODRUN, MPICH, OPEN_MPI, SRUN, VARIABLES
 from hvdlm.io.terminal import on_terminal
+from hvdlm_backends import probes
 from hvdlm_launchers import settings
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -36,10 +36,10 @@ from hvdlm.checkpoints.rebuild_spec import spec_of
 from hvdlm.config import Config, LoRAConfig, ModelConfig, ParallelConfig, TrainConfig
 from hvdlm.errors import HvdlmError
 from hvdlm.models.lora import adapt
-from hvdlm.models.spec import builtin_models
 from hvdlm.parallel.mesh import make_mesh
 from hvdlm.planning.closed_forms import closed_form
 from hvdlm_backends.local import LocalWorld
+from hvdlm_language.presets import PRESETS
 from launching import losses, run_python
 
 SGD = {"optimizer": "sgd", "weight_decay": 0.0, "clip": 0.0}
@@ -155,7 +155,7 @@ def test_a_restored_state_continues_bit_for_bit(framework: str) -> None:
 
 
 def test_adapted_layers_are_chosen_by_pattern() -> None:
-    spec = builtin_models()["llama"](ModelConfig("llama"), VOCAB, CONTEXT)
+    spec = PRESETS["llama"](ModelConfig("llama"), VOCAB, CONTEXT)
     usual = adapt(spec, LoRAConfig(4)).adapters
     assert {one.weight.split(".", 2)[2] for one in usual} == {
         f"attention.{projection}.weight" for projection in ("query", "key", "value", "output")
@@ -304,7 +304,7 @@ def test_unsupported_adapters_are_refused_in_one_sentence(
 
 
 def test_adapters_to_a_custom_module_are_refused() -> None:
-    spec = replace(builtin_models()["gpt"](ModelConfig(), VOCAB, CONTEXT), kind="own")
+    spec = replace(PRESETS["gpt"](ModelConfig(), VOCAB, CONTEXT), kind="own")
     with pytest.raises(HvdlmError, match=r"hvdlm doesn't know the layers of a plugin's own module"):
         adapt(spec, LoRAConfig(2))
 
@@ -320,7 +320,7 @@ HOSTILE: list[dict[str, Any]] = [
 @pytest.mark.parametrize("settings", HOSTILE, ids=str)
 def test_manifests_with_contradictory_adapters_are_refused(tmp_path: Path, settings: dict[str, Any]) -> None:
     config = Config(model=ModelConfig("gpt", 1, 8, 2), lora=LoRAConfig(2))
-    spec = adapt(builtin_models()["gpt"](config.model, VOCAB, config.data.context), config.lora)
+    spec = adapt(PRESETS["gpt"](config.model, VOCAB, config.data.context), config.lora)
     meta = {"config": config.to_dict(), "vocab": VOCAB, "base": attach(spec, None, config.train.seed)[1]}
     state = {f"parameters/{param.name}": param.initial(1) for param in spec.params}
     good = save_checkpoint(tmp_path / "checkpoints", 1, state, meta, LocalWorld())

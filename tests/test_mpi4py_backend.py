@@ -12,12 +12,12 @@ import pytest
 
 from hvdlm.config import CommunicationConfig, Config, TrainConfig
 from hvdlm.configuration import availability, validation
-from hvdlm.diagnostics.probes import THREADS
 from hvdlm.errors import HvdlmError
 from hvdlm.protocols.group import Done
 from hvdlm_backends import mpi_collectives
 from hvdlm_backends.host_tensors import ArrayTensors, host_tensors
 from hvdlm_backends.mpi4py import MPI4PyBackend
+from hvdlm_backends.probes import THREADS
 from launching import SMALL, launch, losses, run_python, with_step_hook
 
 FRAMEWORKS = ["torch", "tensorflow"]

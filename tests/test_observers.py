@@ -22,9 +22,9 @@ from hvdlm.errors import BAD_INPUT, FAILED, HvdlmError, RankError
 from hvdlm.io.atomic_files import AppendFile, overwrite
 from hvdlm.io.folder_identity import FolderIdentity
 from hvdlm.io.terminal import SurvivingStream, surviving_streams
-from hvdlm.telemetry.metrics import Metrics
 from hvdlm.telemetry.observers import EVENTS, Observers
-from hvdlm.telemetry.tensorboard import TensorBoard
+from hvdlm_telemetry.metrics import Metrics
+from hvdlm_telemetry.tensorboard import TensorBoard
 from launching import ROOT, SMALL, environment, launch, losses, run_python, with_step_hook
 
 TRAIN = [*SMALL, "--train.warmup", "2", "--train.eval_every", "0"]

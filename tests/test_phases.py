@@ -16,6 +16,7 @@ from hvdlm.diagnostics import failure_files, phases, watchdog
 from hvdlm.diagnostics.failure_files import Failure
 from hvdlm.diagnostics.phases import Process
 from hvdlm.diagnostics.watchdog import Watchdog
+from hvdlm_diagnosis.recorder_reader import read_diagnosis
 from launching import run_python, wait_until
 
 # A rank's abort does not return: here, it ends the thread.
@@ -83,7 +84,7 @@ def test_ranks_that_never_arrive_are_named_once(
     assert output.count("the run hangs") == 1 and "Not arrived: ranks 2-4, which have not begun" in output, output
     assert f"Rank 0 has been {WAITING}" in output or f"Rank 1 has been {WAITING}" in output
     assert list(ranks.codes.values()) == [[1], [1]]
-    assert "Not arrived: ranks 2-4" in failure_files.read_diagnosis(tmp_path / "flight_recorder")
+    assert "Not arrived: ranks 2-4" in read_diagnosis(tmp_path / "flight_recorder")
 
 
 def test_a_rank_at_work_is_waited_for_up_to_its_own_limit(

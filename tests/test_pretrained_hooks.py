@@ -14,7 +14,8 @@ from hvdlm.checkpoints.base_weights import attach, open_pretrained
 from hvdlm.config import Config, LoRAConfig
 from hvdlm.errors import HvdlmError
 from hvdlm.models.lora import adapt
-from hvdlm.models.spec import ModelSpec, builtin_models
+from hvdlm.models.spec import ModelSpec
+from hvdlm_language.presets import PRESETS
 from launching import environment
 
 
@@ -54,7 +55,7 @@ def test_a_plugin_opens_folders_of_its_own_kind(other: Folder, tmp_path: Path) -
 
 def test_adapters_are_added_to_the_weights_of_a_plugins_folder(other: Folder) -> None:
     config = Config()
-    spec = adapt(builtin_models()["gpt"](config.model, 16, 8), LoRAConfig(rank=2))
+    spec = adapt(PRESETS["gpt"](config.model, 16, 8), LoRAConfig(rank=2))
     _, base = attach(spec, "other", seed=1)
     assert base is not None and base["weights"] == "the weights"
     with pytest.raises(HvdlmError, match="whose weights adapters are added to, is gone"):

@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 
 from builders import model_spec, single_rank_trainable, token_batch
 from hvdlm.config import Config, ModelConfig, ParallelConfig, TrainConfig
-from hvdlm.models.spec import ModelSpec, builtin_models
+from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.mesh import Mesh, make_mesh
 from hvdlm.parallel.pipeline_schedules import idle_share, kept_micro_batches, make_pipeline_schedule
 from hvdlm.parallel.pipeline_stages import cut_into_stages, layer_flops
 from hvdlm.parallel.sharding_rules import bounds, make_model_shard
 from hvdlm.planning.closed_forms import closed_form
+from hvdlm_language.presets import PRESETS
 from launching import ROOT, run_python
 
 
@@ -134,7 +135,7 @@ def test_predicted_memory_has_a_closed_form() -> None:
 def test_predicted_activations_are_near_what_torch_keeps(name: str, recomputed: bool) -> None:
     config = configured((1, 1, 1), name, micro_batch_size=None, activation_checkpointing=recomputed)
     config.model = ModelConfig(name=name, layers=3, width=64, heads=4)
-    model, mesh = builtin_models()[name](config.model, 97, 16), Mesh(1, 1, 1)
+    model, mesh = PRESETS[name](config.model, 97, 16), Mesh(1, 1, 1)
     trainable = single_rank_trainable(model, config)
     trainable.train_step([token_batch(shape=(8, 16), vocab=97)], 1e-3, 0)
     predicted = closed_form(config, model, mesh, 0)
@@ -147,7 +148,7 @@ def test_predicted_activations_are_near_what_torch_keeps(name: str, recomputed: 
 def test_predicted_bf16_activations_are_what_torch_keeps(name: str, width: int, rows: int) -> None:
     config = configured((1, 1, 1), name, micro_batch_size=None, batch_size=rows, precision="bf16")
     config.model = ModelConfig(name=name, layers=3, width=width, heads=4)
-    model, mesh = builtin_models()[name](config.model, 97, 16), Mesh(1, 1, 1)
+    model, mesh = PRESETS[name](config.model, 97, 16), Mesh(1, 1, 1)
     trainable = single_rank_trainable(model, config)
     trainable.train_step([token_batch(shape=(rows, 16), vocab=97)], 1e-3, 0)
     predicted = closed_form(config, model, mesh, 0)

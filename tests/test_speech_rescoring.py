@@ -24,13 +24,13 @@ from hvdlm.checkpoints.base_weights import attach
 from hvdlm.config import Config, LoRAConfig, ModelConfig
 from hvdlm.data.tokenizer_base import Tokenizer
 from hvdlm.data.tokenizers import ByteTokenizer
-from hvdlm.inference.scorer import opener
 from hvdlm.protocols.types import Batch
-from hvdlm.tasks import likelihood
-from hvdlm.tasks.likelihood import log_softmax, sequence_logs
 from hvdlm_backends.local import LocalWorld
 from hvdlm_corpora.bpe_tokenizer import BPETokenizer
 from hvdlm_corpora.tokenizers import CharTokenizer
+from hvdlm_language import likelihood
+from hvdlm_language.likelihood import log_softmax, sequence_logs
+from hvdlm_language.scorer import open_scorer
 from hvdlm_tasks.ctc_beam import Transcript, prefix_beam_search
 from hvdlm_tasks.models.ctc import output_frames
 from hvdlm_tasks.rescoring import rescore
@@ -208,7 +208,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @cache
 def scorer(framework: str, run: Path) -> Any:
     config = Config(framework=framework, backend="local")
-    return opener(config)("speech.language_model", str(run), " abcdenorst")
+    return open_scorer("speech.language_model", str(run), " abcdenorst", config)
 
 
 @pytest.mark.parametrize("model", TOKENIZERS)
@@ -274,7 +274,7 @@ def task(recordings: Path, framework: str, **options: Any) -> Any:
     config = Config(task="speech", framework=framework, backend="local")
     config.data.path, config.data.validation_share, config.train.eval_batch_size = str(recordings), 0.1, 8
     config.plugin_options = {"speech": SpeechOptions(**options)}
-    return plugins.make(plugins.load(["speech"]), "task", "speech", config=config, open_scorer=opener(config))
+    return plugins.make(plugins.load(["speech"]), "task", "speech", config=config)
 
 
 @both_frameworks

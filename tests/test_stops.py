@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 
 from hvdlm.config import Config, DataConfig
 from hvdlm.errors import STOPPED, HvdlmError
-from hvdlm.tasks.language_model import LanguageModel
 from hvdlm.training.consensus import Consensus, Votes
 from hvdlm.training.data_cursor import DataCursor
 from hvdlm.training.signals import Signals
 from hvdlm_backends.local import LocalWorld
+from hvdlm_language.language_model import LanguageModel
 from launching import SMALL, STEPS, losses, read_rows, run_python, run_with_faults
 
 

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 from hvdlm.config import Config
+from hvdlm.io.machine import peak_memory_bytes
 from hvdlm.protocols.types import StepResult
 from hvdlm.telemetry import default_plugins
-from hvdlm.telemetry.memory import peak_memory_bytes
-from hvdlm.telemetry.metrics import Metrics
-from hvdlm.telemetry.progress import Progress
 from hvdlm.telemetry.rates import Rates
-from hvdlm.telemetry.tensorboard import TensorBoard
+from hvdlm_telemetry.metrics import Metrics
+from hvdlm_telemetry.progress import Progress
+from hvdlm_telemetry.tensorboard import TensorBoard
 from launching import run_python
 
 
@@ -134,6 +134,28 @@ def test_the_log_options_choose_the_plugins(config: Config) -> None:
     assert [type(plugin) for plugin in default_plugins(config)] == [Metrics]
 
 
+def test_installed_packages_add_observers_to_every_run(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "lamp.py").write_text(
+        "from hvdlm import hookimpl\n"
+        "class Lamp:\n"
+        "    @hookimpl\n"
+        "    def hvdlm_step_ended(self, step):\n"
+        "        print('lamp', step)\n"
+        "def observers(config):\n"
+        "    return [Lamp()]\n"
+    )
+    (tmp_path / "lamp-1.dist-info").mkdir()
+    (tmp_path / "lamp-1.dist-info" / "METADATA").write_text("Name: lamp\nVersion: 1\n")
+    (tmp_path / "lamp-1.dist-info" / "entry_points.txt").write_text("[hvdlm.observers]\nlamp = lamp:observers\n")
+    code = (
+        "from hvdlm.config import Config\n"
+        "from hvdlm.telemetry import default_plugins\n"
+        "print(*(type(plugin).__name__ for plugin in default_plugins(Config())))"
+    )
+    done = run_python(["-c", f"import sys; sys.path.append({str(tmp_path)!r})\n{code}"])
+    assert done.stdout.split() == ["Lamp", "Metrics", "TensorBoard", "Progress"], done.stderr
+
+
 def test_plain_lines_are_rare_and_readable(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
     progress = Progress(config)
     start(progress, config)
@@ -180,7 +202,7 @@ def test_tensorboard_reads_events_of_an_unclosed_file(config: Config) -> None:
 def test_tensorboard_events_need_no_framework(tmp_path: Path) -> None:
     code = (
         "import sys; from types import SimpleNamespace as N; from hvdlm.config import Config\n"
-        "from hvdlm.telemetry.tensorboard import TensorBoard\n"
+        "from hvdlm_telemetry.tensorboard import TensorBoard\n"
         f"config = Config(); config.log.run = {str(tmp_path)!r}; board = TensorBoard(config)\n"
         "board.hvdlm_run_started(config, N(rank=0), {'start_step': 0, 'parameters': 1})\n"
         "board.hvdlm_evaluated(1, {'val_loss': 1.0})\n"

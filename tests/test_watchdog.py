@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hvdlm.diagnostics import abort, diagnosis, failure_files, phases, watchdog
-from hvdlm.diagnostics.failure_files import Failure, FailureFiles
+from hvdlm.diagnostics import abort, explanations, failure_files, phases, watchdog
+from hvdlm.diagnostics.failure_files import Failure
 from hvdlm.diagnostics.flight_recorder import RECORDS, FlightRecorder, clean, named_ranks, ranks_in, ranks_text
 from hvdlm.diagnostics.phases import TRAINING, Process
-from hvdlm.diagnostics.recorder_reader import Entry, Recording, read_recording
 from hvdlm.diagnostics.watchdog import Watchdog
 from hvdlm.errors import HvdlmError, RankError
+from hvdlm_diagnosis import diagnosis
+from hvdlm_diagnosis.recorder_reader import Entry, FailureFiles, Recording, read_files, read_recording
 
 # A rank's abort does not return: here, it ends the thread.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -178,7 +180,7 @@ def test_flipped_bytes_are_refused_or_printed_safely(tmp_path: Path) -> None:
         for index in random.integers(0, len(bad), 20):
             bad[index] = random.integers(0, 256)
         path.write_bytes(bad)
-        files = failure_files.read_files(tmp_path)
+        files = read_files(tmp_path)
         if files.recordings:
             assert all(c.isprintable() or c == "\n" for c in diagnosis.report(files))
         else:
@@ -421,6 +423,63 @@ def test_a_timed_out_collective_ends_the_run_with_a_diagnosis(
     assert "Not arrived there: rank 1." in output and "in test_a_timed_out_collective_ends_the_run" in output
     assert f"doctor --run {tmp_path / 'run'}" in output
     assert failure_files.ranks_with_stacks(folder) == {0, 1}
+
+
+class InstalledDiagnosis:
+    """An entry point of the group ``hvdlm.diagnosis``."""
+
+    def __init__(self, loaded: object) -> None:
+        self._loaded = loaded
+
+    def load(self) -> object:
+        if isinstance(self._loaded, Exception):
+            raise self._loaded
+        return self._loaded
+
+
+@pytest.fixture
+def diagnoses(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Return a function that replaces what is installed for the diagnosis of hangs."""
+
+    def install(*loaded: object) -> None:
+        entries = [InstalledDiagnosis(each) for each in loaded]
+        monkeypatch.setattr("importlib.metadata.entry_points", lambda group: entries if "diagnosis" in group else [])
+        explanations.diagnosis.cache_clear()
+
+    yield install
+    explanations.diagnosis.cache_clear()
+
+
+class RaisingDiagnosis:
+    def explain_hang(self, folder: Path, now: float) -> str | None:
+        raise ValueError("a bug of the diagnosis")
+
+    explain_refused = explain_hang
+
+
+@pytest.mark.parametrize("installed", [(), (ImportError("broken"),), (RaisingDiagnosis(),)])
+def test_without_a_working_diagnosis_stacks_are_printed(
+    installed: tuple[object, ...], diagnoses: Callable[..., None], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    diagnoses(*installed)
+    worlds = [FakeWorld(tmp_path, rank, 2) for rank in (0, 1)]
+    watchers = [start_watchdog(world.process) for world in worlds]
+    begin_all_reduce(worlds[0].recorder, "gradients.0")
+    assert all(world.ended.wait(10) for world in worlds)
+    for watcher in watchers:
+        watcher.stop()
+    output = capfd.readouterr().err
+    assert output.count("the run hangs") == 1 and [world.codes for world in worlds] == [[1], [1]]
+    assert "has been training" in output and "in test_without_a_working_diagnosis_stacks_are_printed" in output
+
+
+@pytest.mark.parametrize("installed", [(), (RaisingDiagnosis(),)])
+def test_an_error_is_reported_without_a_working_diagnosis(
+    installed: tuple[object, ...], diagnoses: Callable[..., None], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    diagnoses(*installed)
+    abort.report(FakeWorld(tmp_path, 0, 2), RuntimeError("Horovod has been shut down"), is_cause=False)
+    assert "hvdlm: rank 0 failed: RuntimeError: Horovod has been shut down" in capfd.readouterr().err
 
 
 def test_a_rank_without_any_progress_ends_the_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -24,9 +24,9 @@ def main(arguments: list[str]) -> int:
 
 def examine_machine() -> int:
     """Print the findings about this machine; return 0 where there is no problem, else 1."""
-    from hvdlm.diagnostics.probes import gather
     from hvdlm.io.terminal import printable
     from hvdlm_backends.machine_checks import check
+    from hvdlm_backends.probes import gather
 
     findings = check(gather())
     print(printable(table(findings)), flush=True)
@@ -47,17 +47,19 @@ def explain_run(run: Path) -> int:
     Raises:
         HvdlmError: there are no flight recorders to read.
     """
-    from hvdlm.diagnostics import diagnosis, failure_files
+    from hvdlm.diagnostics import failure_files
     from hvdlm.errors import HvdlmError
     from hvdlm.io.terminal import printable
     from hvdlm.io.user_folders import similar_run
+    from hvdlm_diagnosis import diagnosis
+    from hvdlm_diagnosis.recorder_reader import read_diagnosis, read_files
 
     folder = failure_files.files_folder(run)
-    files = failure_files.read_files(folder)
+    files = read_files(folder)
     if not files.recordings:
         if not run.is_dir():
             raise HvdlmError(f"--run {run}: there is no such folder: name that of a run.{similar_run(run)}")
-        if text := failure_files.read_diagnosis(folder):  # ranks were not connected, or there was only one
+        if text := read_diagnosis(folder):  # ranks were not connected, or there was only one
             print(text, flush=True)
             return 0
         reason = "the run ended normally, or its ranks were killed before they connected."

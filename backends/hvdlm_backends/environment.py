@@ -14,11 +14,12 @@ from typing import Any
 
 from hvdlm.config import CommunicationConfig, Config
 from hvdlm.diagnostics.phases import process
-from hvdlm.diagnostics.probes import SPIN_COUNT, THREADS, WAITING, cores
 from hvdlm.errors import HvdlmError
 from hvdlm.io import launcher_env
 from hvdlm.io.launcher_env import Launch
+from hvdlm.io.machine import cores
 from hvdlm.io.untrusted_input import shown
+from hvdlm_backends.probes import SPIN_COUNT, THREADS, WAITING
 
 # Names of processes that start ranks. All but horovodrun, whose Gloo ranks share its cores, may bind a rank to a subset
 # of their own cores.

@@ -1,4 +1,4 @@
-"""Checks of the installation, on facts that ``hvdlm.diagnostics.probes`` has gathered (or a test has made up)."""
+"""Checks of the installation, on facts that ``hvdlm_backends.probes`` has gathered (or a test has made up)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from hvdlm.diagnostics.probes import BUILT, GPUS, SPIN_COUNT, THREADS, WAITING, Facts
+from hvdlm_backends.probes import BUILT, GPUS, SPIN_COUNT, THREADS, WAITING, Facts
 
 
 @dataclass(frozen=True)

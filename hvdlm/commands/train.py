@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 from contextlib import nullcontext
 
+from hvdlm.config import Config
 from hvdlm.diagnostics.phases import process
 from hvdlm.diagnostics.watchdog import watching
 from hvdlm.errors import STOPPED
@@ -17,9 +19,9 @@ def main(arguments: list[str]) -> int:
         print(_help(arguments))
         return 0
     if "--dry_run" in arguments:
-        from hvdlm.commands.plan import main as print_plan
+        from hvdlm.cli import run
 
-        return print_plan([a for a in arguments if a != "--dry_run"])
+        return run(["plan", *(a for a in arguments if a != "--dry_run")])
     signals = Signals(launcher_env.rank_for_messages()).listen()  # before there are other threads, and before imports
     with watching() as watchdog:
         watchdog.code = _train(arguments, signals)
@@ -44,11 +46,22 @@ def _train(arguments: list[str], signals: Signals) -> int:
             run.manager.register(plugin)
         stopped = bool(train(run, signals)["stopped"])
         if run.world.rank == 0 and config.log.progress and not stopped:
-            from hvdlm.telemetry.progress import next_commands
-
-            print(next_commands(config), flush=True)
+            print(_next_commands(config), flush=True)
         signals.ignore()
     return STOPPED if stopped else 0
+
+
+def _next_commands(config: Config) -> str:
+    """Return the run's folder and what can be done with it, for the end of a run."""
+    folder = shlex.quote(config.log.run)
+    prompt = f" --prompt {shlex.quote(config.log.sample_prompt)}" if config.log.sample_prompt.strip() else ""
+    language_model = config.task == "language_model"
+    commands = [
+        f"generate --run {folder}{prompt}" if language_model else f"convert --run {folder} --output model.safetensors",
+        f"evaluate --run {folder}",
+        f"report {folder} --output report.html",
+    ]
+    return "\n".join([f"The run is in {folder}. Next:", *(f"  python -m hvdlm {command}" for command in commands)])
 
 
 def _help(arguments: list[str]) -> str:

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
-from hvdlm.configuration.other_tools import translate
 from hvdlm.errors import HvdlmError
 from hvdlm.io import untrusted_input
 
@@ -53,9 +52,11 @@ def expectation(hint: Any) -> str:
 
 def advice(key: str, known: Iterable[str]) -> str:
     """Return a suggestion for the unknown ``key``: what it is called here, or the closest name."""
-    elsewhere = translate(key)
-    if elsewhere:
-        return elsewhere
+    from hvdlm import plugins
+
+    for translate in plugins.extensions("option_names"):
+        if elsewhere := translate(key):
+            return str(elsewhere)
     names = sorted({*known, *(name.split(".")[0] for name in known)})
     last = {name.rsplit(".", 1)[-1]: name for name in names}
     # A section that was forgotten: of several that have such an option, the first.

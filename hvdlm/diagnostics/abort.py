@@ -16,7 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hvdlm.diagnostics import diagnosis, failure_files
+from hvdlm.diagnostics import failure_files
+from hvdlm.diagnostics.explanations import diagnosis
 from hvdlm.diagnostics.failure_files import Failure
 from hvdlm.diagnostics.phases import process
 from hvdlm.errors import BAD_INPUT, HvdlmError, RankError
@@ -25,6 +26,7 @@ from hvdlm.io.terminal import printable
 _ERROR_SECONDS = 3.0  # waited for the error of another rank
 _TURN_SECONDS = 1.0  # after which the next rank reports, if the one before it has not
 _ABORT_SECONDS = 2.0  # in which the rank that reports may end all ranks
+_EXPLAIN_SECONDS = 20.0  # in which the recordings are read: the file system may not respond
 _TRANSPORT = re.compile(r"horovod|\bmpi_|has been shut down|mismatched \w+ (tensor|operation|data)|gloo/", re.I)
 
 
@@ -105,6 +107,7 @@ def report(world: Any, error: BaseException, is_cause: bool) -> None:
     failure: Failure = failure_files.make_failure(world.rank, error, world.recorder.current_step, is_cause)
     text = f"hvdlm: rank {world.rank} failed: {failure.message}"
     if not is_cause and world.recorder.folder is not None:
-        files = failure_files.read_files(world.recorder.folder)
-        text = "\n".join([text, *diagnosis.explain_refused(files, time.time())])
+        folder = world.recorder.folder
+        lines = failure_files.within(_EXPLAIN_SECONDS, lambda: diagnosis().explain_refused(folder, time.time()), [])
+        text = "\n".join([text, *lines])
     failure_files.report(world.recorder.folder, text)

@@ -1,4 +1,4 @@
-"""Files in RUN/flight_recorder about hangs and failures, for other ranks and the doctor: recordings, stacks, errors.
+"""Files in RUN/flight_recorder about hangs and failures, for other ranks and the doctor: stacks and errors.
 
 Files are written under a temporary name and renamed, so that they are always complete. All content is untrusted.
 """
@@ -13,12 +13,11 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from hvdlm.diagnostics.recorder_reader import Recording, read_recording
 from hvdlm.errors import FAILED, HvdlmError
 from hvdlm.io import safe_files, untrusted_input, value_checks
 from hvdlm.io.terminal import printable
@@ -61,43 +60,8 @@ class Failure:
     code: int = FAILED
 
 
-@dataclass(frozen=True)
-class FailureFiles:
-    """The content of RUN/flight_recorder as far as this host can read it.
-
-    Attributes:
-        recordings: the flight recorder of each rank.
-        stacks: the Python stacks of each rank that wrote them when a hang was noticed.
-        failures: the error of each failed rank.
-        unreadable: sentences about recordings that can't be read.
-    """
-
-    recordings: dict[int, Recording] = field(default_factory=dict)
-    stacks: dict[int, str] = field(default_factory=dict)
-    failures: dict[int, Failure] = field(default_factory=dict)
-    unreadable: tuple[str, ...] = ()
-
-    @property
-    def size(self) -> int:
-        """The number of ranks of the run."""
-        return max((recording.size for recording in self.recordings.values()), default=0)
-
-
-def read_files(folder: Path) -> FailureFiles:
-    """Return the content of ``folder``; a file that can't be read becomes a sentence in ``unreadable``."""
-    recordings, unreadable = {}, []
-    for path in _files_of_ranks(folder, "rank", "recorder"):
-        try:
-            recording = read_recording(path)
-            if recording.rank != _rank(path):
-                raise HvdlmError(f"{path}: is damaged or renamed: it is of rank {recording.rank}.")
-            recordings[recording.rank] = recording
-        except HvdlmError as error:
-            unreadable.append(printable(error))
-    return FailureFiles(recordings, read_stacks(folder), read_failures(folder), tuple(unreadable))
-
-
-def _files_of_ranks(folder: Path, kind: str, suffix: str) -> list[Path]:
+def files_of_ranks(folder: Path, kind: str, suffix: str) -> list[Path]:
+    """Return the files ``KIND-RANK.SUFFIX`` in ``folder``, by rank."""
     try:
         names = sorted(os.listdir(folder))
     except OSError:
@@ -105,11 +69,12 @@ def _files_of_ranks(folder: Path, kind: str, suffix: str) -> list[Path]:
     return [folder / name for name in names if re.fullmatch(rf"{kind}-\d{{4,5}}\.{suffix}", name)][:_MAX_RANKS]
 
 
-def _rank(path: Path) -> int:
+def rank_of(path: Path) -> int:
+    """Return the rank that a file's name ends with."""
     return int(path.stem.partition("-")[2])
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
     """Return the beginning of a file's text, safe for a terminal; "" where there is no such file."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -170,16 +135,16 @@ def write_failure(folder: Path | None, failure: Failure) -> None:
 def read_failures(folder: Path | None) -> dict[int, Failure]:
     """Return the error of each failed rank."""
     failures = {}
-    for path in _files_of_ranks(folder, "failed", "json") if folder is not None else []:
+    for path in files_of_ranks(folder, "failed", "json") if folder is not None else []:
         try:
-            content = untrusted_input.parse_json(_read(path))
+            content = untrusted_input.parse_json(read_text(path))
             _FAILURE(content, "")
         except ValueError:
             continue
         # JSON spells control characters out: they are there only now.
         message = printable(content["message"]).strip() or "it left no message"
         step, seconds, code = content["step"], float(content["time"]), content.get("code", FAILED)
-        failure = Failure(_rank(path), message, step, seconds, content["own"], code)
+        failure = Failure(rank_of(path), message, step, seconds, content["own"], code)
         failures[failure.rank] = failure
     return failures
 
@@ -187,13 +152,13 @@ def read_failures(folder: Path | None) -> dict[int, Failure]:
 def read_phases(folder: Path) -> dict[int, dict[str, Any]]:
     """Return what each rank was doing, of those that have written it (``phases.Process.write``)."""
     phases = {}
-    for path in _files_of_ranks(folder, "phase", "json"):
+    for path in files_of_ranks(folder, "phase", "json"):
         try:
-            content = untrusted_input.parse_json(_read(path))
+            content = untrusted_input.parse_json(read_text(path))
             _PHASE(content, "")
         except ValueError:
             continue
-        phases[_rank(path)] = content | {key: printable(content[key][:200]) for key in ("phase", "host")}
+        phases[rank_of(path)] = content | {key: printable(content[key][:200]) for key in ("phase", "host")}
     return phases
 
 
@@ -228,12 +193,12 @@ def _thread(name: str, frame: FrameType) -> str:
 
 def read_stacks(folder: Path) -> dict[int, str]:
     """Return the stacks of each rank that wrote them."""
-    return {_rank(path): _read(path) for path in _files_of_ranks(folder, "rank", "stack")}
+    return {rank_of(path): read_text(path) for path in files_of_ranks(folder, "rank", "stack")}
 
 
 def ranks_with_stacks(folder: Path) -> set[int]:
     """Return the ranks that have written their stacks."""
-    return {_rank(path) for path in _files_of_ranks(folder, "rank", "stack")}
+    return {rank_of(path) for path in files_of_ranks(folder, "rank", "stack")}
 
 
 def report(folder: Path | None, text: str) -> None:
@@ -247,12 +212,6 @@ def write_diagnosis(folder: Path | None, text: str) -> None:
     """Write why the run ends to ``diagnosis.txt``."""
     if folder is not None:
         _write(folder / "diagnosis.txt", text + "\n")
-
-
-def read_diagnosis(folder: Path) -> str:
-    """Return why the last attempt of a run ended, as it was reported; "" where nothing was."""
-    paths = [folder / "diagnosis.txt", *sorted(folder.glob("attempt-*/diagnosis.txt"))]
-    return next(filter(None, map(_read, paths)), "").strip()
 
 
 def make_failure(rank: int, error: BaseException, step: int, is_cause: bool) -> Failure:

@@ -18,7 +18,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hvdlm.diagnostics import diagnosis, failure_files
+from hvdlm.diagnostics import failure_files
+from hvdlm.diagnostics.explanations import diagnosis
 from hvdlm.diagnostics.phases import STARTUP_SECONDS, TRAINING, Process, process
 from hvdlm.errors import BAD_INPUT, FAILED, HvdlmError
 
@@ -163,13 +164,9 @@ class Watchdog:
         return f"{head}\n{text}"
 
     def _explanation(self, folder: Path) -> str:
-        watched, files = self._process, failure_files.read_files(folder)
-        if files.recordings:
-            text = diagnosis.explain(files, time.time())
-            if watched.phase.name != TRAINING:
-                text = f"{watched.describe()}\n{text}"
-        else:
-            text = f"{watched.describe()}\n{diagnosis.explain_stacks(files.stacks)}"
+        watched, text = self._process, diagnosis().explain_hang(folder, time.time())
+        if text is None or watched.phase.name != TRAINING:
+            text = f"{watched.describe()}\n{text or diagnosis().explain_stacks(folder)}"
         advice = f"All stacks are in {folder}"
         run = next((parent for parent in folder.parents if (parent / "flight_recorder").is_dir()), None)
         return f"{text}\n{advice}" + (f"; python -m hvdlm doctor --run {run} prints this again." if run else ".")
@@ -185,6 +182,7 @@ def watching() -> Iterator[Watchdog]:
     watchdog = Watchdog(process)
     watchdog.start()
     try:
+        diagnosis()
         yield watchdog
         for close in process.closers:
             close()

@@ -180,10 +180,3 @@ class ModelSpec:
 
 ModelMaker = Callable[[Any, int, int], ModelSpec]
 """``maker(config: ModelConfig, vocab: int, context: int) -> ModelSpec``; what ``hvdlm_models`` collects by name."""
-
-
-def builtin_models() -> Mapping[str, ModelMaker]:
-    """Return the language models and presets of the core; plugins add others (``plugins.models``)."""
-    from hvdlm.models import gpt, rnn
-
-    return {**gpt.PRESETS, **rnn.PRESETS}

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
 
 from hvdlm.protocols.trainable import Trainable
 from hvdlm.protocols.types import Batch
-
-if TYPE_CHECKING:
-    import numpy as np
 
 
 class Task(Protocol):
@@ -51,25 +48,3 @@ class Task(Protocol):
 
         All ranks that hold a copy of the model call.
         """
-
-
-class Scorer(Protocol):
-    """A trained language model that scores texts for the task in training, on every rank without communication.
-
-    ``fingerprint``: identifies the model, for the task's own fingerprint.
-    """
-
-    fingerprint: str
-
-    def logs(self, texts: Sequence[str]) -> np.ndarray:
-        """Return the log-probability of each text as a whole line, its end included: float64 ``[texts]``, in nats.
-
-        The first call builds the model: ranks have to be connected.
-        """
-
-
-OpenScorer = Callable[[str, str, str], Scorer]
-"""(the option that names it, the folder of its run, the characters of all texts) -> Scorer.
-
-HvdlmError where there is no language model, or its vocabulary lacks some of these characters. Nothing is computed yet.
-"""

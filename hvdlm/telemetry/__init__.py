@@ -1,19 +1,14 @@
-"""The built-in reporting of a run, as event plugins like any other."""
+"""The reporting of runs: event plugins that every run has, and what happens when one fails."""
 
 from __future__ import annotations
 
+from hvdlm import plugins
 from hvdlm.config import Config
 
 
 def default_plugins(config: Config) -> list[object]:
-    """Return the event plugins that the options of ``log`` select."""
-    from hvdlm.telemetry.metrics import Metrics
-    from hvdlm.telemetry.progress import Progress
-    from hvdlm.telemetry.tensorboard import TensorBoard
+    """Return the event plugins of every run, as installed packages make them of the options.
 
-    plugins: list[object] = [Metrics(config)]
-    if config.log.tensorboard:
-        plugins.append(TensorBoard(config))
-    if config.log.progress:
-        plugins.append(Progress(config))
-    return plugins
+    Each is called before those in front of it in the list.
+    """
+    return [plugin for make in plugins.extensions("observers") for plugin in make(config)]

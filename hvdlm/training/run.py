@@ -21,7 +21,6 @@ from hvdlm.data import corpora
 from hvdlm.diagnostics import failure_files
 from hvdlm.diagnostics.phases import READING, process
 from hvdlm.errors import HvdlmError
-from hvdlm.inference import scorer
 from hvdlm.inference.generation import encode
 from hvdlm.io.file_lock import FileLock
 from hvdlm.io.folder_identity import FolderIdentity
@@ -220,7 +219,7 @@ def _connect(plan: Plan, lock: FileLock | None) -> Connected:
     _, size, _, _ = plan.backend.launch_shape()
     checkpoint = _check_folder(config, size) if plan.writes else None  # now that no other run writes it
     with process.during("preparing the data", patience=READING):
-        task = plugins.make(manager, "task", config.task, config=config, open_scorer=scorer.opener(config))
+        task = plugins.make(manager, "task", config.task, config=config)
     vocab = config.model.vocab or task.vocab
     if vocab < task.vocab:
         raise HvdlmError(

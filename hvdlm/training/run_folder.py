@@ -22,7 +22,6 @@ from hvdlm.io import safe_files, safe_yaml, untrusted_input
 from hvdlm.io.atomic_files import overwrite, replace
 from hvdlm.io.folder_identity import FolderIdentity
 from hvdlm.telemetry.observers import Observers
-from hvdlm.telemetry.tensorboard import EVENTS
 from hvdlm.training import run_lock
 from hvdlm.training.signals import Signals
 
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from hvdlm.training.run import Run
 
 _FILES = ("config.yaml", "metrics.jsonl", "summary.json", "tokenizer.json", "status.json", "sample.txt")
+_EVENTS = r"events\.out\.tfevents\..+\.hvdlm"  # in tensorboard/: other programs' files may lie beside them
 _SECTIONS = {"model", "data", "train", "checkpoint", "log"}
 _CONFIG_BYTES = 2**18
 
@@ -99,7 +99,7 @@ def clear(folder: Path) -> None:
         events = folder / "tensorboard"
         if safe_files.kind(events) == "symbolic link":
             safe_files.delete_file(events)
-        safe_files.delete_owned(events, EVENTS)
+        safe_files.delete_owned(events, _EVENTS)
     except OSError as error:
         raise HvdlmError(
             f"log.overwrite: the run in {folder} can't be deleted: {error.filename}: {error.strerror}: delete it "

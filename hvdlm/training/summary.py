@@ -80,7 +80,7 @@ def summarise(
     axis, each beside the closed-form prediction. ``idle_share`` is the mean over ranks, ``steps`` the number of steps
     done, ``stopped`` the reason why they are fewer than ``train.steps``.
     """
-    from hvdlm.telemetry.memory import peak_memory_bytes
+    from hvdlm.io.machine import peak_memory_bytes
 
     traffic = {key: [entry.calls, entry.bytes, entry.seconds] for key, entry in sorted(run.trainable.traffic().items())}
     predicted = predict_costs(run.manager, run.config, run.spec, run.mesh, run.world.rank)

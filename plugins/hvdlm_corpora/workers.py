@@ -19,8 +19,8 @@ import numpy as np
 from hvdlm.data import tokenizers
 from hvdlm.data.tokenizer_base import Tokenizer
 from hvdlm.data.tokenizers import ByteTokenizer
-from hvdlm.diagnostics.probes import cores
 from hvdlm.errors import HvdlmError
+from hvdlm.io.machine import cores
 from hvdlm_corpora import passages
 from hvdlm_corpora.passages import Passage
 from hvdlm_corpora.time_limit import TooSlow

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from hvdlm.checkpoints.load import Checkpoint
-from hvdlm.checkpoints.merge import MergedWeights
 from hvdlm.checkpoints.rebuild_spec import spec_of
 from hvdlm.checkpoints.safetensors_io import TensorInfo, open_tensors, replace_tensors
 from hvdlm.errors import HvdlmError
@@ -21,13 +20,14 @@ from hvdlm.io.atomic_files import replace as write_text
 from hvdlm.io.atomic_files import sync_folder, write_synced
 from hvdlm.io.safe_files import delete_file
 from hvdlm.io.untrusted_input import shown
-from hvdlm.models.gpt import GPTSettings
 from hvdlm.models.spec import ModelSpec
 from hvdlm_huggingface.formats import FORMATS, INERT, Format
 from hvdlm_huggingface.metadata import COPIED
 from hvdlm_huggingface.origin import Origin, eos_of, find
 from hvdlm_huggingface.tokenizer_files import tokenizer_files
 from hvdlm_huggingface.weights import FILE
+from hvdlm_language.gpt import GPTSettings
+from hvdlm_tools.merge import MergedWeights
 
 WRITTEN = {"config.json", FILE, *COPIED}
 """The names of all files that an export may write."""

@@ -14,11 +14,12 @@ from hvdlm.errors import HvdlmError
 from hvdlm.io import untrusted_input
 from hvdlm.io.atomic_files import sha256
 from hvdlm.io.untrusted_input import shown
-from hvdlm.models.spec import ModelSpec, ParamSpec, builtin_models
+from hvdlm.models.spec import ModelSpec, ParamSpec
 from hvdlm_huggingface import metadata
 from hvdlm_huggingface.fields import Fields
 from hvdlm_huggingface.formats import FORMATS, TensorLocation
 from hvdlm_huggingface.weights import Box, Weights, guarded, print_note, root_of
+from hvdlm_language.presets import PRESETS
 
 _CONFIG_BYTES = 2**20  # largest config.json that is read
 _NAMED = 5  # unused names that a sentence has room for
@@ -141,7 +142,7 @@ class Folder:
 
     def _report_unused(self, model: ModelConfig) -> None:
         """Print which fields of config.json, tensors and files have no effect on the model."""
-        spec = builtin_models()[model.name](model, self.settings["vocab"], self.context)
+        spec = PRESETS[model.name](model, self.settings["vocab"], self.context)
         used = {
             self._weights.name(t) for t in (self._location(p.name).tensor for p in spec.params) if t in self._weights
         }

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from hvdlm.models.gpt import GPTSettings
 from hvdlm_huggingface.fields import Fields
+from hvdlm_language.gpt import GPTSettings
 
 # transformers/activations.py: classes that compute the same function.
 _TANH_GELU = ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh", "gelu_python_tanh")

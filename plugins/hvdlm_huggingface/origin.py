@@ -10,11 +10,11 @@ import numpy as np
 
 from hvdlm.checkpoints.load import Checkpoint
 from hvdlm.errors import HvdlmError
-from hvdlm.models.gpt import GPTSettings
 from hvdlm_corpora import tokenizers
 from hvdlm_huggingface import metadata
 from hvdlm_huggingface.folder import Folder
 from hvdlm_huggingface.metadata import GENERATION, SPECIAL, TOKENIZER
+from hvdlm_language.gpt import GPTSettings
 
 _OF_THE_EXPORT = {"dtype", "torch_dtype", "rope_scaling", "transformers_version", "_name_or_path", "architectures"}
 

@@ -14,9 +14,9 @@ from typing import Any
 
 from hvdlm import cli
 from hvdlm.configuration.parsing import parse_config
-from hvdlm.diagnostics.probes import cores
 from hvdlm.errors import FAILED, HvdlmError, nearest
 from hvdlm.io import launcher_env, terminal
+from hvdlm.io.machine import cores
 from hvdlm_launchers.launcher_output import OutputCleaner
 from hvdlm_launchers.process_tree import ProcessTree, handling_signals
 from hvdlm_launchers.run_status import CODES, RunStatus, outcome

@@ -8,7 +8,7 @@ import numpy as np
 
 from hvdlm.protocols.trainable import Trainable
 from hvdlm.protocols.types import Batch
-from hvdlm.tasks.likelihood import log_softmax
+from hvdlm_language.likelihood import log_softmax
 
 
 class Hypothesis(NamedTuple):

@@ -18,9 +18,9 @@ from hvdlm.io.untrusted_input import shown
 from hvdlm.protocols.trainable import Trainable
 from hvdlm.protocols.types import Batch
 from hvdlm.protocols.world import World
-from hvdlm.tasks.language_model import loss_figures
 from hvdlm_corpora import compression
 from hvdlm_corpora.tokenizers import CharTokenizer
+from hvdlm_language.language_model import loss_figures
 from hvdlm_tasks.items import ShuffledItems, split_evenly
 from hvdlm_tasks.models.convnet import READS, SIDE
 

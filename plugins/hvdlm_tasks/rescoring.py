@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hvdlm.protocols.task import Scorer
+from hvdlm_language.scorer import Scorer
 
 
 def rescore(

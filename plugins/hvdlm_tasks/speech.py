@@ -15,12 +15,12 @@ from hvdlm.config import Config
 from hvdlm.data.padding import pad_rows, round_up
 from hvdlm.errors import HvdlmError
 from hvdlm.models.spec import ModelSpec
-from hvdlm.protocols.task import OpenScorer, Scorer
 from hvdlm.protocols.trainable import Trainable
 from hvdlm.protocols.types import Batch
-from hvdlm.tasks.language_model import loss_figures
-from hvdlm.tasks.likelihood import log_softmax
 from hvdlm_corpora.tokenizers import CharTokenizer
+from hvdlm_language.language_model import loss_figures
+from hvdlm_language.likelihood import log_softmax
+from hvdlm_language.scorer import Scorer, open_scorer
 from hvdlm_tasks.ctc_beam import prefix_beam_search
 from hvdlm_tasks.items import ShuffledItems, split_evenly
 from hvdlm_tasks.mel import HOP, frame_count, log_mel
@@ -107,7 +107,7 @@ class Speech:
 
     reads = READS
 
-    def __init__(self, config: Config, open_scorer: OpenScorer | None = None) -> None:
+    def __init__(self, config: Config) -> None:
         self._config = config
         self._options = config.own("speech", SpeechOptions)
         recordings = read_recordings(config.data.paths, "data.path")
@@ -118,8 +118,8 @@ class Speech:
         self.rate = recordings.rate
         o = self._options
         self._scorer: Scorer | None = None
-        if o.language_model is not None and open_scorer is not None:
-            self._scorer = open_scorer("speech.language_model", o.language_model, "".join(characters))
+        if o.language_model is not None:
+            self._scorer = open_scorer("speech.language_model", o.language_model, "".join(characters), config)
         scorer_fingerprint = self._scorer.fingerprint if self._scorer else ""
         self.fingerprint = hashlib.sha256(f"{digest} {o} {scorer_fingerprint}".encode()).hexdigest()
         seed, validation_joined = config.train.seed, (o.validation_shortest, o.validation_longest)
@@ -297,6 +297,6 @@ def _check_beams(o: SpeechOptions) -> None:
 
 
 @hookimpl
-def hvdlm_make_task(name: str, config: Config, open_scorer: OpenScorer) -> Speech | None:
+def hvdlm_make_task(name: str, config: Config) -> Speech | None:
     """Return the task ``speech``."""
-    return Speech(config, open_scorer) if name == "speech" else None
+    return Speech(config) if name == "speech" else None

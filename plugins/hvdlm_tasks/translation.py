@@ -17,8 +17,8 @@ from hvdlm.errors import HvdlmError
 from hvdlm.models.spec import ModelSpec
 from hvdlm.protocols.trainable import Trainable
 from hvdlm.protocols.types import Batch
-from hvdlm.tasks.language_model import loss_figures
 from hvdlm_corpora import tokenizers
+from hvdlm_language.language_model import loss_figures
 from hvdlm_tasks.beam import beam_search
 from hvdlm_tasks.items import ShuffledItems, split_evenly
 from hvdlm_tasks.models.seq2seq import READS

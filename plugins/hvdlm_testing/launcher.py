@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from hvdlm.configuration.availability import mpi_backend, require_framework
-from hvdlm.diagnostics.probes import unpinned
 from hvdlm.errors import HvdlmError
+from hvdlm_backends.probes import unpinned
 from hvdlm_testing.plugin_under_test import PluginUnderTest, frameworks
 
 _TIMEOUT = 900  # seconds of a launch

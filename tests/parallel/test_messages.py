@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hvdlm.diagnostics.recorder_reader import read_recording
 from hvdlm.protocols.world import World
+from hvdlm_diagnosis.recorder_reader import read_recording
 
 
 def test_agree_sums_counts_in_the_background(world: World, tensor: Callable[[np.ndarray], Any]) -> None:

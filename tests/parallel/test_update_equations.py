@@ -38,7 +38,7 @@ def norm(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
 
 
 def loss(p: dict[str, np.ndarray], batch: Batch) -> Any:
-    """Return the mean loss of the GPT of ``hvdlm.models.gpt`` with parameters ``p``, complex or float64."""
+    """Return the mean loss of the GPT of ``hvdlm_language.gpt`` with parameters ``p``, complex or float64."""
     heads, width = 4, 8
     x = p["embed.tokens"][batch.inputs] + p["embed.positions"][:TIME]
     mask = np.triu(np.full((TIME, TIME), -1e30), 1)

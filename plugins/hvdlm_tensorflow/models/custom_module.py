@@ -9,9 +9,9 @@ import numpy as np
 import tensorflow as tf
 
 from hvdlm.errors import HvdlmError
-from hvdlm.models.custom_module import CustomModuleSettings, custom_module_spec
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.sharding_rules import ModelShard
+from hvdlm_language.custom_module import CustomModuleSettings, custom_module_spec
 from hvdlm_tensorflow.collectives import Collectives
 from hvdlm_tensorflow.models.base import ModelBase
 

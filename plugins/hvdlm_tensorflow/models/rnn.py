@@ -1,4 +1,4 @@
-"""Recurrent models in TensorFlow: the equations of ``hvdlm.models.rnn``, unrolled over time in the graph.
+"""Recurrent models in TensorFlow: the equations of ``hvdlm_language.rnn``, unrolled over time in the graph.
 
 Tensor ranks that share a layer each compute some of its hidden units, and gather all after every time step.
 """
@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from hvdlm.models.rnn import RNNSettings
 from hvdlm.parallel.sharding_rules import ModelShard
+from hvdlm_language.rnn import RNNSettings
 from hvdlm_tensorflow.collectives import Collectives
 
 Carry = list[tuple[tf.Tensor, ...]]  # of every layer: h, and c of an LSTM, each [rows, hidden / ranks]

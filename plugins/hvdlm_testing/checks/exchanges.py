@@ -29,5 +29,5 @@ def check_exchange(harness: Harness, plugin: PluginUnderTest, member: str, findi
     findings.require(
         exchange.size == size, f"exchange {plugin.name}: its size is {exchange.size}, there are {size} ranks."
     )
-    spec = plugins.models(plugins.load([]))["rnn"](config.model, VOCAB, CONTEXT)
+    spec = plugins.models(plugins.load(["rnn"]))["rnn"](config.model, VOCAB, CONTEXT)
     check_training(harness, spec, config, f"exchange {plugin.name} in {harness.framework_name}", findings)

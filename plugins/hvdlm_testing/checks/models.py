@@ -40,7 +40,7 @@ def check_framework(harness: Harness, plugin: PluginUnderTest, member: str, find
     for name in _BUILT_IN:
         config = harness.config()
         config.model.name = name
-        spec = plugins.models(plugins.load([]))[name](config.model, VOCAB, CONTEXT)
+        spec = plugins.models(plugins.load([name]))[name](config.model, VOCAB, CONTEXT)
         _check(harness, spec, config, name, findings)
 
 

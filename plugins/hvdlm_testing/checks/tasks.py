@@ -7,7 +7,6 @@ from collections import Counter
 from itertools import islice
 
 from hvdlm import plugins
-from hvdlm.inference.scorer import opener
 from hvdlm.training.loop import over_ranks, sums_of
 from hvdlm_testing.checks.harness import Findings, Harness
 from hvdlm_testing.plugin_under_test import PluginUnderTest
@@ -19,7 +18,7 @@ def check_task(harness: Harness, plugin: PluginUnderTest, member: str, findings:
     """Train the model of the task's configuration for two steps, and evaluate it on two batches."""
     config = harness.config(plugin)
     label = f"task {plugin.name} in {harness.framework_name}"
-    task = plugins.make(harness.manager, "task", plugin.name, config=config, open_scorer=opener(config))
+    task = plugins.make(harness.manager, "task", plugin.name, config=config)
     models = {**plugins.models(plugins.load([config.model.name])), **plugins.models(harness.manager)}
     maker = models[config.model.name]
     trainable, _ = harness.build(maker(config.model, config.model.vocab or task.vocab, config.data.context), config)

@@ -18,7 +18,6 @@ from hvdlm import plugins
 from hvdlm.config import Config
 from hvdlm.configuration import schema
 from hvdlm.errors import nearest
-from hvdlm.models.spec import builtin_models
 from hvdlm_testing.plugin_under_test import COLLECTIONS, HOOKS, PluginUnderTest, find
 from hvdlm_testing.suite import fail
 
@@ -90,8 +89,7 @@ def _taken(kind: str, plugin: PluginUnderTest) -> set[str]:
     """Return the names that hvdlm's own plugins use, except for the tested one."""
     entries = [entry for entry in entry_points(group="hvdlm") if entry.dist and entry.dist.name == "hvdlm"]
     others = find([entry.name for entry in entries if entry.name != plugin.name], [])
-    names = {name for other in others for name in other.members(kind)}
-    return names | (set(builtin_models()) if kind == "models" else set())
+    return {name for other in others for name in other.members(kind)}
 
 
 @pytest.mark.provides("hvdlm_schedulers")

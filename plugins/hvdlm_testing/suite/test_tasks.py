@@ -14,7 +14,6 @@ import pytest
 from hvdlm import plugins
 from hvdlm.config import Config
 from hvdlm.errors import HvdlmError
-from hvdlm.inference.scorer import opener
 from hvdlm.protocols.types import Batch
 from hvdlm_testing.plugin_under_test import PluginUnderTest
 from hvdlm_testing.suite import fail
@@ -33,8 +32,7 @@ def config(plugin: PluginUnderTest) -> Config:
 
 def _make(plugin: PluginUnderTest, config: Config) -> Any:
     try:
-        arguments = {"config": copy.deepcopy(config), "open_scorer": opener(config)}
-        return plugins.make(plugins.load([plugin.name]), "task", plugin.name, **arguments)
+        return plugins.make(plugins.load([plugin.name]), "task", plugin.name, config=copy.deepcopy(config))
     except HvdlmError as error:
         hint = "" if plugin.config else f" Name its data: --hvdlm-config {plugin.name}=FILE.yaml."
         pytest.fail(f"task {plugin.name} is refused: {error}{hint}", pytrace=False)

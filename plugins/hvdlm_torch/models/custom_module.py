@@ -11,9 +11,9 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hvdlm.errors import HvdlmError
-from hvdlm.models.custom_module import PREFIX, CustomModuleSettings, custom_module_spec
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.sharding_rules import ModelShard
+from hvdlm_language.custom_module import PREFIX, CustomModuleSettings, custom_module_spec
 from hvdlm_torch.collectives import Collectives
 from hvdlm_torch.models.base import ModelBase
 

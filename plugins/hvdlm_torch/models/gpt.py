@@ -1,4 +1,4 @@
-"""GPT in PyTorch: the equations of ``hvdlm.models.gpt``, in the same order.
+"""GPT in PyTorch: the equations of ``hvdlm_language.gpt``, in the same order.
 
 A rank computes the layers of its pipeline stage, and of each layer its tensor rank's heads and columns of the MLP. Its
 parameters are cut already; only the collectives between the products show it.
@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from hvdlm.errors import HvdlmError
-from hvdlm.models.gpt import GPTSettings
 from hvdlm.parallel.sharding_rules import ModelShard
+from hvdlm_language.gpt import GPTSettings
 from hvdlm_torch.collectives import Collectives
 
 Layer = Mapping[str, torch.Tensor]

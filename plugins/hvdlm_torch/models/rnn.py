@@ -1,4 +1,4 @@
-"""Recurrent models in PyTorch: the equations of ``hvdlm.models.rnn``, by PyTorch's fused layers.
+"""Recurrent models in PyTorch: the equations of ``hvdlm_language.rnn``, by PyTorch's fused layers.
 
 Tensor ranks that share a layer each compute some of its hidden units, and gather all after every time step.
 """
@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from hvdlm.models.rnn import RNNSettings
 from hvdlm.parallel.sharding_rules import ModelShard
+from hvdlm_language.rnn import RNNSettings
 from hvdlm_torch.collectives import Collectives
 
 Carry = list[tuple[torch.Tensor, ...]]  # of every layer: h, and c of an LSTM, each [rows, hidden / ranks]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -122,19 +121,6 @@ class Progress:
             self._bar.write(printable(text), file=sys.stdout)
         elif self._active:
             print(printable(text), flush=True)
-
-
-def next_commands(config: Config) -> str:
-    """Return the run's folder and what can be done with it, for the end of a run."""
-    folder = shlex.quote(config.log.run)
-    prompt = f" --prompt {shlex.quote(config.log.sample_prompt)}" if config.log.sample_prompt.strip() else ""
-    language_model = config.task == "language_model"
-    commands = [
-        f"generate --run {folder}{prompt}" if language_model else f"convert --run {folder} --output model.safetensors",
-        f"evaluate --run {folder}",
-        f"report {folder} --output report.html",
-    ]
-    return "\n".join([f"The run is in {folder}. Next:", *(f"  python -m hvdlm {command}" for command in commands)])
 
 
 def _communication(rates: Rates) -> str:

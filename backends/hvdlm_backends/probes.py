@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from hvdlm.io import launcher_env
+from hvdlm.io.machine import cores
 from hvdlm.io.user_folders import user_cache
 
 Facts = dict[str, Any]
@@ -74,11 +75,6 @@ def unpinned() -> dict[str, str]:
     """Return this process's environment without thread counts, launchers' and Horovod's variables."""
     environ = launcher_env.without_transport(os.environ)
     return {name: value for name, value in environ.items() if name not in (*THREADS, *WAITING)}
-
-
-def cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def gather(timeout: float = 120.0) -> Facts:

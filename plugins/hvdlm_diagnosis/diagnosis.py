@@ -1,6 +1,6 @@
 """Diagnosis of a run that hangs or has ended, from its flight recorders: which ranks wait for which, where, and why.
 
-Pure functions on what ``failure_files.read_files`` returns. Members of a group call the same collectives in the same
+Pure functions on what ``recorder_reader.read_files`` returns. Members of a group call the same collectives in the same
 order: the fault is at the first index where their recordings differ, and everything after it is a consequence.
 """
 
@@ -15,9 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hvdlm.diagnostics.failure_files import FailureFiles
 from hvdlm.diagnostics.flight_recorder import named_ranks, ranks_in
-from hvdlm.diagnostics.recorder_reader import Entry, Recording
+from hvdlm_diagnosis.recorder_reader import Entry, FailureFiles, Recording
 
 Column = dict[int, Entry]
 """A rank's collectives in one group, by index."""

@@ -1,4 +1,4 @@
-"""Predict the memory and communication of every rank: ``python -m hvdlm plan [OPTIONS of train]``."""
+"""The predicted memory and communication of every rank, as text: ``python -m hvdlm plan [OPTIONS of train]``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from hvdlm import plugins
 from hvdlm.checkpoints.base_weights import resolve
 from hvdlm.config import Config
 from hvdlm.configuration import validation
-from hvdlm.configuration.parsing import parse_config
 from hvdlm.errors import HvdlmError
 from hvdlm.models.lora import adapt
 from hvdlm.models.spec import ModelSpec
@@ -19,12 +18,6 @@ from hvdlm.training.run import load_plugins
 
 _MEMORY = ("parameters", "gradients", "optimizer", "activations")
 _VOCAB = {"word": 10_000, "bpe": 4096}  # defaults of data.vocab_size
-
-
-def main(arguments: list[str]) -> int:
-    """Print the plan of the run that ``arguments``, options of train, describe."""
-    print(describe(parse_config(arguments, "plan")))
-    return 0
 
 
 def describe(config: Config) -> str:

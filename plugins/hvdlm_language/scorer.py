@@ -10,6 +10,7 @@ import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -23,15 +24,29 @@ from hvdlm.data.tokenizer_base import Tokenizer
 from hvdlm.errors import HvdlmError
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.mesh import make_mesh
-from hvdlm.protocols.task import OpenScorer
 from hvdlm.protocols.trainable import Trainable
-from hvdlm.tasks.likelihood import sequence_logs
+from hvdlm_language.likelihood import sequence_logs
 
 _SEPARATOR = "\n"  # stands before and after a text in the language model's corpus
 
 
+class Scorer(Protocol):
+    """A trained language model that scores texts for the task in training, on every rank without communication.
+
+    ``fingerprint``: identifies the model, for the task's own fingerprint.
+    """
+
+    fingerprint: str
+
+    def logs(self, texts: Sequence[str]) -> np.ndarray:
+        """Return the log-probability of each text as a whole line, its end included: float64 ``[texts]``, in nats.
+
+        The first call builds the model: ranks have to be connected.
+        """
+
+
 class RunScorer:
-    """The language model of a run, as an ``Scorer``; built at the first call.
+    """The language model of a run, as a ``Scorer``; built at the first call.
 
     A text is scored as a line of a corpus: given the line end before it, and including the line end after it.
     """
@@ -78,16 +93,22 @@ class RunScorer:
         return trainable
 
 
-def opener(config: Config) -> OpenScorer:
-    """Return a function that opens and checks scorers for a run with ``config``."""
+def open_scorer(key: str, folder: str, characters: str, config: Config) -> RunScorer:
+    """Return the scorer of a run of a language model; nothing is computed yet.
 
-    def open_scorer(key: str, folder: str, characters: str) -> RunScorer:
-        try:
-            return _open(Path(folder), characters, config)
-        except HvdlmError as error:
-            raise HvdlmError(f"{key} {folder}: {error}") from error
+    Args:
+        key: the option that names the folder.
+        folder: the run.
+        characters: those of all texts that will be scored.
+        config: of the run that uses the scorer.
 
-    return open_scorer
+    Raises:
+        HvdlmError: there is no language model, or its vocabulary lacks some of these characters.
+    """
+    try:
+        return _open(Path(folder), characters, config)
+    except HvdlmError as error:
+        raise HvdlmError(f"{key} {folder}: {error}") from error
 
 
 def _open(run: Path, characters: str, config: Config) -> RunScorer:

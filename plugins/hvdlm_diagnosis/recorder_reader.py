@@ -1,14 +1,16 @@
-"""Reads the files of flight recorders (``flight_recorder``), which may be truncated, damaged or malicious."""
+"""Reads what ranks left in RUN/flight_recorder: recordings, which may be truncated, damaged or malicious."""
 
 from __future__ import annotations
 
 import os
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from hvdlm.diagnostics.failure_files import Failure, files_of_ranks, rank_of, read_failures, read_stacks, read_text
 from hvdlm.diagnostics.flight_recorder import CALL, FIRST, HEADER, IN_GRAPH, MAGIC, MOST_RANKS, RECORD, RECORDS
 from hvdlm.errors import HvdlmError
+from hvdlm.io.terminal import printable
 from hvdlm.io.untrusted_input import shown
 
 _MOST_BYTES = FIRST + RECORDS * RECORD.size
@@ -107,3 +109,45 @@ def _step(value: int) -> int:
 
 def _seconds(value: float) -> float:
     return value if 0.0 <= value < 1e11 else 0.0
+
+
+@dataclass(frozen=True)
+class FailureFiles:
+    """The content of RUN/flight_recorder as far as this host can read it.
+
+    Attributes:
+        recordings: the flight recorder of each rank.
+        stacks: the Python stacks of each rank that wrote them when a hang was noticed.
+        failures: the error of each failed rank.
+        unreadable: sentences about recordings that can't be read.
+    """
+
+    recordings: dict[int, Recording] = field(default_factory=dict)
+    stacks: dict[int, str] = field(default_factory=dict)
+    failures: dict[int, Failure] = field(default_factory=dict)
+    unreadable: tuple[str, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """The number of ranks of the run."""
+        return max((recording.size for recording in self.recordings.values()), default=0)
+
+
+def read_files(folder: Path) -> FailureFiles:
+    """Return the content of ``folder``; a file that can't be read becomes a sentence in ``unreadable``."""
+    recordings, unreadable = {}, []
+    for path in files_of_ranks(folder, "rank", "recorder"):
+        try:
+            recording = read_recording(path)
+            if recording.rank != rank_of(path):
+                raise HvdlmError(f"{path}: is damaged or renamed: it is of rank {recording.rank}.")
+            recordings[recording.rank] = recording
+        except HvdlmError as error:
+            unreadable.append(printable(error))
+    return FailureFiles(recordings, read_stacks(folder), read_failures(folder), tuple(unreadable))
+
+
+def read_diagnosis(folder: Path) -> str:
+    """Return why the last attempt of a run ended, as it was reported; "" where nothing was."""
+    paths = [folder / "diagnosis.txt", *sorted(folder.glob("attempt-*/diagnosis.txt"))]
+    return next(filter(None, map(read_text, paths)), "").strip()

@@ -16,9 +16,6 @@ from hvdlm.protocols.types import StepResult
 from hvdlm.protocols.world import World
 from hvdlm.telemetry.rates import Rates
 
-EVENTS = r"events\.out\.tfevents\..+\.hvdlm"
-"""Matches the names of the files that hvdlm writes: those of other programs may lie beside them."""
-
 
 class TensorBoard:
     """Event plugin that writes the scalars train/*, comm/* and val/*."""

@@ -1,13 +1,10 @@
-"""Merge a checkpoint into one file: ``python -m hvdlm convert --run RUN --output FILE.safetensors``."""
+"""Merge a checkpoint into one safetensors file or a Hugging Face folder."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from hvdlm import plugins
-from hvdlm.checkpoints.merge import convert
-from hvdlm.commands.trained_run import chosen_checkpoint, run_file, run_parser
 from hvdlm.errors import HvdlmError, nearest
 from hvdlm.io import file_lock, safe_files
 from hvdlm.io.terminal import printable
@@ -15,6 +12,9 @@ from hvdlm.io.terminal import printable
 
 def main(arguments: list[str]) -> int:
     """Convert, and print what was written."""
+    from hvdlm.commands.trained_run import chosen_checkpoint
+    from hvdlm_tools.merge import convert
+
     values = _parse(arguments)
     if values.format != "safetensors":
         return _export(values)
@@ -29,6 +29,9 @@ def main(arguments: list[str]) -> int:
 
 def _export(values: Any) -> int:
     """Write the checkpoint by the plugin that has the name of the format."""
+    from hvdlm import plugins
+    from hvdlm.commands.trained_run import chosen_checkpoint
+
     manager, name = plugins.load([values.format]), values.format
     if not manager.hook.hvdlm_export.get_hookimpls():
         raise HvdlmError(f"--format: no plugin writes {name!r}; {nearest(name, ('safetensors', 'huggingface'))}")
@@ -45,6 +48,8 @@ def _export(values: Any) -> int:
 
 
 def _parse(arguments: list[str]) -> Any:
+    from hvdlm.commands.trained_run import run_file, run_parser
+
     parser = run_parser(
         "convert", "Merge a checkpoint's shards into one file, or export it to another format.", epilog=""
     )

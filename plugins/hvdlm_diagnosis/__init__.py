@@ -1,0 +1,1 @@
+"""Explains from flight recorders why a run hung or died: which ranks wait for which, and where."""

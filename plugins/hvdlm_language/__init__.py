@@ -1,0 +1,1 @@
+"""Language models in both frameworks: GPT, recurrent models, custom modules, and the task that trains them."""

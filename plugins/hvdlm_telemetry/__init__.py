@@ -1,0 +1,19 @@
+"""What every run reports: its progress, its metrics as JSON lines, and TensorBoard; event plugins like any other."""
+
+from __future__ import annotations
+
+from hvdlm.config import Config
+
+
+def observers(config: Config) -> list[object]:
+    """Return the event plugins that the options of ``log`` select."""
+    from hvdlm_telemetry.metrics import Metrics
+    from hvdlm_telemetry.progress import Progress
+    from hvdlm_telemetry.tensorboard import TensorBoard
+
+    plugins: list[object] = [Metrics(config)]
+    if config.log.tensorboard:
+        plugins.append(TensorBoard(config))
+    if config.log.progress:
+        plugins.append(Progress(config))
+    return plugins
