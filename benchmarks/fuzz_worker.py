@@ -68,7 +68,9 @@ def fuzz(name: str, folder: Path, work: Path, seconds: int, longest: int) -> Non
         "-timeout=20",
         f"-artifact_prefix={folder}/failing-",
     ]
-    arguments += [f"-dict={folder}/dictionary", "-print_final_stats=1", "-rss_limit_mb=0", str(corpus)]
+    if (folder / "dictionary").stat().st_size:  # libFuzzer refuses an empty one
+        arguments.append(f"-dict={folder}/dictionary")
+    arguments += ["-print_final_stats=1", "-rss_limit_mb=0", str(corpus)]
 
     def mutator(data: bytes, longest: int, seed: int) -> bytes:
         if name in ("yaml", "arrow", "parquet") or seed % 2:

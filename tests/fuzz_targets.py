@@ -459,6 +459,16 @@ def check_input(target: Target, data: bytes, folder: Path) -> None:
         AssertionError: it took too long, or too much memory, or its error is not one printable sentence. Any other
             error is one that the reader should have turned into HvdlmError.
     """
+    allowed = untrusted_input.FACTOR * len(data) + target.slack + INTERPRETER_BYTES
+    seconds, peak = _measured(target, data, folder)
+    if peak > allowed:  # a table of the interpreter, such as that of interned strings, may have grown
+        seconds, peak = _measured(target, data, folder)
+    assert seconds < SECONDS, f"{len(data)} bytes took {seconds:.1f} s"
+    assert peak <= allowed, f"{len(data)} bytes took {peak} bytes of memory"
+
+
+def _measured(target: Target, data: bytes, folder: Path) -> tuple[float, int]:
+    """Read an input; return the seconds and the bytes of memory, at its peak, that it took."""
     tracing = tracemalloc.is_tracing()
     if not tracing:
         tracemalloc.start()
@@ -472,6 +482,4 @@ def check_input(target: Target, data: bytes, folder: Path) -> None:
         seconds, peak = time.thread_time() - began, tracemalloc.get_traced_memory()[1] - before
         if not tracing:
             tracemalloc.stop()
-    assert seconds < SECONDS, f"{len(data)} bytes took {seconds:.1f} s"
-    allowed = untrusted_input.FACTOR * len(data) + target.slack + INTERPRETER_BYTES
-    assert peak <= allowed, f"{len(data)} bytes took {peak} bytes of memory"
+    return seconds, peak
