@@ -160,7 +160,7 @@ def plan(config: Config, *, writes: bool = True, resume: str | None = None) -> P
     rank, size, _, _ = backend.launch_shape()
     if config.backend == "auto" and backend_name == "mpi4py" and rank == 0:
         missing = without_horovod(config.framework)
-        print(f"hvdlm: backend mpi4py carries this run, since {missing} (python -m hvdlm horovod build)", flush=True)
+        print(f"hvdlm: backend mpi4py carries this run, since {missing}", flush=True)
     # Standard input is stored in a file, which config.yaml names, so that the run can be resumed and evaluated.
     requested = config
     config = replace(config, train=replace(config.train, threads=backend.prepare(config)))
