@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from hvdlm.protocols.backend import Backend
     from hvdlm.protocols.compressor import CompressorMaker
     from hvdlm.protocols.exchange import Exchange
-    from hvdlm.protocols.framework import Framework
+    from hvdlm.protocols.framework import Framework, Probe
     from hvdlm.protocols.group import Group
     from hvdlm.protocols.pretrained import PretrainedFolder
     from hvdlm.protocols.scheduler import Scheduler
@@ -36,6 +36,12 @@ hookimpl = pluggy.HookimplMarker("hvdlm")
 @hookspec(firstresult=True)
 def hvdlm_make_framework(name: str) -> Framework | None:
     """Return the framework of this name; may import it."""
+
+
+@hookspec
+def hvdlm_probes() -> Mapping[str, Probe]:
+    """Return how ``python -m hvdlm doctor`` examines frameworks, by their names; imports none of them."""
+    raise NotImplementedError
 
 
 @hookspec(firstresult=True)

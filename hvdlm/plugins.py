@@ -15,6 +15,7 @@ from hvdlm import hookspecs
 from hvdlm.errors import HvdlmError, nearest
 from hvdlm.models.spec import ModelMaker, builtin_models
 from hvdlm.protocols.compressor import CompressorMaker
+from hvdlm.protocols.framework import Probe
 
 
 def installed() -> dict[str, EntryPoint]:
@@ -142,6 +143,15 @@ def _collections(hook: str) -> dict[str, list[str]]:
     return names
 
 
+def probes() -> Mapping[str, Probe]:
+    """Return how the installed frameworks are examined, by name (``hvdlm_probes``); broken plugins are left out."""
+    known: dict[str, Probe] = {}
+    for _, entry in sorted(installed().items(), reverse=True):  # torch, the default, comes first
+        with contextlib.suppress(Exception):  # a third party's module may fail in any way
+            known.update(getattr(_import(entry), "hvdlm_probes", dict)())
+    return known
+
+
 def compressors(manager: pluggy.PluginManager) -> Mapping[str, CompressorMaker]:
     """Return every compressor of the registered plugins by name."""
     return {name: maker for more in manager.hook.hvdlm_compressors() for name, maker in more.items()}
@@ -164,6 +174,6 @@ def describe() -> list[tuple[str, str, str, str]]:
 
 def _with_names(plugin: Any, hook: str) -> str:
     """Return a hook's name, and of a hook that brings a collection what it holds."""
-    if hook not in ("models", "compressors", "options", "schedulers"):
+    if hook not in ("models", "compressors", "options", "probes", "schedulers"):
         return hook
     return f"{hook} ({', '.join(getattr(plugin, f'hvdlm_{hook}')())})"

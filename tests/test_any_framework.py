@@ -2,17 +2,78 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
-from launching import SMALL, launch, losses
+from launching import ROOT, SMALL, launch, losses
 
+# What may not branch on the name of a framework. The builds in hvdlm_horovod may: they compile Horovod's own sources,
+# which it has for some frameworks only, in a folder each.
+ROOMS = ["hvdlm", "backends/hvdlm_backends"]
+NAMES = "torch|tensorflow|jax"
+# A default, and a distribution whose version is listed where it is installed.
+NAMED = {("hvdlm/config.py", "torch"), ("hvdlm/training/preflight.py", "tensorflow-cpu")}
 SOURCE = Path(__file__).parent / "numpy_framework.py"
 RECURRENT = [*SMALL, "--model.name", "rnn", "--train.steps", "12", "--train.warmup", "3", "--train.eval_every", "6"]
+
+
+def names(source: str) -> list[tuple[int, str]]:
+    """Return (line, string) of strings that name a framework, but for docstrings and sentences (advice to users)."""
+    tree, found = ast.parse(source), []
+    prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    prose |= {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in sentence(node)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose:
+            if re.search(rf"(?<![a-z])({NAMES})(?![a-z])", node.value) and " " not in node.value.strip():
+                found.append((node.lineno, node.value))
+        if isinstance(node, ast.Attribute | ast.Name | ast.keyword):
+            word = getattr(node, "attr", None) or getattr(node, "id", None) or getattr(node, "arg", None) or ""
+            if re.fullmatch(rf"(horovod_)?({NAMES})(_\w+)?", word):
+                found.append((getattr(node, "lineno", 0), word))
+    return found
+
+
+def sentence(node: ast.JoinedStr) -> list[ast.expr]:
+    """Return the parts of an f-string with spaces."""
+    text = "".join(part.value for part in node.values if isinstance(part, ast.Constant))
+    return node.values if " " in text.strip() else []
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_no_file_branches_on_the_name_of_a_framework(room: str) -> None:
+    for path in sorted((ROOT / room).rglob("*.py")):
+        file = str(path.relative_to(ROOT))
+        for line, name in names(path.read_text(encoding="utf-8")):
+            assert (file, name) in NAMED, f"{file}:{line} knows {name}: its plugin has to provide what differs"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        'if framework == "torch": pass',
+        'sys.modules["tensorflow"].function(call)',
+        'hvd.__name__.endswith("tensorflow")',
+        'hasattr(library, "horovod_torch_wait")',
+        "import_module('torch._utils')",
+        'GPUS = {"jax": 1}',
+        "f'horovod.torch{x}'",
+        "import x; x.torch.cuda",
+    ],
+)
+def test_every_way_to_name_a_framework_is_noticed(code: str) -> None:
+    assert names(code)
+    assert not names('"""torch."""\nraise E("use --framework torch")\nf"pip install torch {x}"')
+
+
+def test_the_named_exceptions_exist() -> None:
+    for file, name in NAMED:
+        assert name in [word for _, word in names((ROOT / file).read_text(encoding="utf-8"))]
 
 
 @pytest.fixture(scope="module")

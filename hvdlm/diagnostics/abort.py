@@ -33,7 +33,8 @@ def is_transport_error(error: BaseException) -> bool:
     kinds = {f"{kind.__module__}.{kind.__name__}" for kind in type(error).__mro__}
     if "mpi4py.MPI.Exception" in kinds or any(kind.endswith(".HorovodInternalError") for kind in kinds):
         return True
-    if not any(kind.startswith("tensorflow.") or kind == "builtins.RuntimeError" for kind in kinds):
+    own = ("builtins.", "hvdlm")  # other classes are those of a framework, which wraps the transport's error
+    if all(kind.startswith(own) and kind != "builtins.RuntimeError" for kind in kinds):
         return False
     return bool(_TRANSPORT.search(failure_files.short_message(error)))
 
