@@ -7,7 +7,7 @@ import importlib.metadata
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from importlib.metadata import EntryPoint
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import pluggy
 
@@ -15,7 +15,12 @@ from hvdlm import hookspecs
 from hvdlm.errors import HvdlmError, nearest
 from hvdlm.models.spec import ModelMaker, builtin_models
 from hvdlm.protocols.compressor import CompressorMaker
-from hvdlm.protocols.framework import Probe
+from hvdlm.protocols.framework import Framework, Probe
+
+if TYPE_CHECKING:
+    from hvdlm.protocols.backend import Backend
+    from hvdlm.protocols.exchange import Exchange
+    from hvdlm.protocols.task import Task
 
 
 def installed() -> dict[str, EntryPoint]:
@@ -79,6 +84,14 @@ def require(names: Iterable[str]) -> None:
             raise HvdlmError(f"plugins: no plugin {name!r} is installed; {nearest(name, known)}")
 
 
+@overload
+def make(manager: pluggy.PluginManager, kind: Literal["framework"], name: str, **arguments: Any) -> Framework: ...
+@overload
+def make(manager: pluggy.PluginManager, kind: Literal["backend"], name: str, **arguments: Any) -> Backend: ...
+@overload
+def make(manager: pluggy.PluginManager, kind: Literal["exchange"], name: str, **arguments: Any) -> Exchange: ...
+@overload
+def make(manager: pluggy.PluginManager, kind: Literal["task"], name: str, **arguments: Any) -> Task: ...
 def make(manager: pluggy.PluginManager, kind: str, name: str, **arguments: Any) -> Any:
     """Return what ``hvdlm_make_<kind>`` makes of ``name``.
 

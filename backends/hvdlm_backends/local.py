@@ -81,9 +81,6 @@ class LocalWorld:
         """Return a finished handle of the counts."""
         return Done(list(counts))
 
-    def raw(self, collective: str, array: Any, in_place: bool = False) -> None:
-        """Return None: there is no transport."""
-
     def transfer_seconds(self) -> float | None:
         """Return None: a single rank transfers nothing."""
         return None

@@ -23,6 +23,7 @@ from hvdlm.data.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, To
 from hvdlm.diagnostics.probes import cores
 from hvdlm.errors import HvdlmError
 from hvdlm.io.untrusted_input import shown
+from hvdlm.protocols import tokenizer as tokenizer_protocol
 
 Label = TypeVar("Label")
 Result = TypeVar("Result")
@@ -116,7 +117,7 @@ def encode(tokenizer: Tokenizer, text: Passage | str) -> np.ndarray:
     return within_budget(tokenizer, len(text), lambda: passages.encode(tokenizer, text))
 
 
-def within_budget(tokenizer: Tokenizer, size: int, action: Callable[[], Result]) -> Result:
+def within_budget(tokenizer: tokenizer_protocol.Tokenizer, size: int, action: Callable[[], Result]) -> Result:
     """Return the result of ``action``, which lets ``tokenizer`` read or write ``size`` characters.
 
     Processor time is limited, so that a machine that is busy with other work has no effect. The library can't be

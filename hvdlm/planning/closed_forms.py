@@ -18,9 +18,8 @@ from hvdlm.parallel.flat_layout import FlatLayout, make_layout
 from hvdlm.parallel.mesh import Mesh
 from hvdlm.parallel.pipeline_schedules import idle_share, kept_micro_batches
 from hvdlm.parallel.sharding_rules import ModelShard, make_model_shard
+from hvdlm.protocols.state_dict import optimizer_state
 from hvdlm.protocols.types import Prediction
-
-_MOMENTS = {"adamw": 2, "adagrad": 1, "sgd": 1}
 
 
 def predict_costs(
@@ -100,7 +99,7 @@ class _Step:
         size = self.layout.size
         zero_shard = size // self.mesh.data
         c = self.config.train
-        kinds = 0 if c.optimizer == "sgd" and not c.momentum else _MOMENTS[c.optimizer]
+        kinds = len(optimizer_state(c))
         buckets = [self.layout.bucket_range(i) for i in range(len(self.layout.buckets))]
         # While one bucket is sent, the next one is filled.
         passing = max(b - a for (a, _), (_, b) in zip(buckets, [*buckets[1:], buckets[-1]], strict=True))
