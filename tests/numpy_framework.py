@@ -72,7 +72,7 @@ class Trainable:
         if applied:
             clip = self.config.train.clip
             self.apply(summed / tokens * (min(1.0, clip / (norm + 1e-6)) if clip else 1.0), learning_rate, step)
-        replaced = self.exchange.finish(self.flat) if self.exchange.zero_size == 1 else self.gathered()
+        replaced = self.exchange.finish(self.flat) if self.exchange.traits.zero_size == 1 else self.gathered()
         if replaced is not None:
             self.flat[...] = np.asarray(replaced)
         axes = grown(by_axis(self.counters.traffic()), before)
@@ -88,7 +88,7 @@ class Trainable:
         handles = [self.exchange.start(tensor(gradient[a:b]), index) for index, (a, b) in enumerate(ranges)]
         summed = np.concatenate([np.asarray(handle.wait()) for handle in handles]).astype(np.float32)
         squared = sum(float(np.square(summed[a:b], dtype=np.float64).sum()) for a, b in self.sharded.norm_ranges)
-        if self.exchange.zero_size == 1:
+        if self.exchange.traits.zero_size == 1:
             return (*np.asarray(self.exchange.start_metrics(tensor(totals)).wait()).tolist(), squared), summed
         return np.asarray(self.exchange.start_metrics(tensor([*totals, squared])).wait()).tolist(), summed
 

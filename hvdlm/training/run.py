@@ -322,7 +322,7 @@ def build(connected: Connected) -> Run:
         trainable=trainable,
         checkpoint=checkpoint,
         cursor=DataCursor.of(manifest, batch_size) if checkpoint else DataCursor(batch_size),
-        guard=StepGuard(config.train, exchange.replicas_diverge, manifest.get("guard")),
+        guard=StepGuard(config.train, exchange.traits.replicas_diverge, manifest.get("guard")),
         saver=Saver(folder / "checkpoints", world, config.checkpoint, 2 * config.communication.timeout),
         comparison=Comparison(world),
         base=base,

@@ -6,12 +6,13 @@ import importlib.util
 import os
 import platform
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hvdlm import hookimpl
 from hvdlm.config import Config
 from hvdlm.errors import HvdlmError
 from hvdlm.plugins import keras_alone
+from hvdlm.protocols import framework as protocols
 from hvdlm.protocols.framework import Probe
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def hvdlm_predict(config: Config, spec: ModelSpec, mesh: Mesh, rank: int) -> Pre
 
 
 @hookimpl
-def hvdlm_make_framework(name: str) -> Any:
+def hvdlm_make_framework(name: str) -> protocols.Framework | None:
     """Return the framework named ``tensorflow``."""
     if name != "tensorflow":
         return None

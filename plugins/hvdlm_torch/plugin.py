@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hvdlm import hookimpl
 from hvdlm.config import Config
 from hvdlm.errors import HvdlmError
+from hvdlm.protocols import framework as protocols
 from hvdlm.protocols.framework import Probe
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def hvdlm_predict(config: Config, spec: ModelSpec, mesh: Mesh, rank: int) -> Pre
 
 
 @hookimpl
-def hvdlm_make_framework(name: str) -> Any:
+def hvdlm_make_framework(name: str) -> protocols.Framework | None:
     """Return the framework named ``torch``."""
     if name != "torch":
         return None

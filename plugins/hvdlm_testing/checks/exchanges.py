@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from hvdlm import plugins
+from hvdlm.protocols.exchange import ExchangeTraits
 from hvdlm_testing.checks.harness import CONTEXT, VOCAB, Findings, Harness, Skip
 from hvdlm_testing.checks.training import check_training
 from hvdlm_testing.plugin_under_test import PluginUnderTest
 
-_ATTRIBUTES = {"size": int, "replicas_diverge": bool, "agreed": bool, "stands_for": int, "traffic": dict}
-_ATTRIBUTES |= {"zero_rank": int, "zero_size": int, "replicated": tuple, "scatters_every": bool}
+_ATTRIBUTES = {"traits": ExchangeTraits, "agreed": bool, "stands_for": int, "traffic": dict}
 
 
 def check_exchange(harness: Harness, plugin: PluginUnderTest, member: str, findings: Findings) -> None:
@@ -25,9 +25,11 @@ def check_exchange(harness: Harness, plugin: PluginUnderTest, member: str, findi
         findings.require(
             isinstance(value, kind), f"exchange {plugin.name}: {name} is {value!r}, expected {kind.__name__}."
         )
-    size = harness.world.size
+    if findings.faults:
+        return
+    size, traits = harness.world.size, exchange.traits
     findings.require(
-        exchange.size == size, f"exchange {plugin.name}: its size is {exchange.size}, there are {size} ranks."
+        traits.size == size, f"exchange {plugin.name}: its traits.size is {traits.size}, there are {size} ranks."
     )
     spec = plugins.models(plugins.load([]))["rnn"](config.model, VOCAB, CONTEXT)
     check_training(harness, spec, config, f"exchange {plugin.name} in {harness.framework_name}", findings)
