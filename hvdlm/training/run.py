@@ -215,10 +215,23 @@ def connect(plan: Plan) -> Connected:
 
 
 def _connect(plan: Plan, lock: FileLock | None) -> Connected:
-    config, manager = plan.config, plan.manager
     share_phases(plan)
     _, size, _, _ = plan.backend.launch_shape()
-    checkpoint = _check_folder(config, size) if plan.writes else None  # now that no other run writes it
+    checkpoint = _check_folder(plan.config, size) if plan.writes else None  # now that no other run writes it
+    task, spec, base = open_task(plan)
+    if checkpoint:
+        preflight.check_continuation(checkpoint, task, spec, plan.config, base)
+    framework, world = connect_ranks(plan)
+    return Connected(plan, task, spec, base, framework, world, lock)
+
+
+def open_task(plan: Plan) -> tuple[Task, ModelSpec, Base | None]:
+    """Open the data; return the task, the model's description, and the base weights of adapters.
+
+    Raises:
+        HvdlmError: the data don't fit the model.
+    """
+    config, manager = plan.config, plan.manager
     with process.during("preparing the data", patience=READING):
         task = plugins.make(manager, "task", config.task, config=config, open_scorer=scorer.opener(config))
     vocab = config.model.vocab or task.vocab
@@ -237,10 +250,7 @@ def _connect(plan: Plan, lock: FileLock | None) -> Connected:
     if config.log.sample_tokens and not task.reads:
         encode(task.tokenizer, config.log.sample_prompt, config)
     spec, base = attach(adapt(spec, config.lora), config.model.pretrained, config.train.seed, config.plugins)
-    if checkpoint:
-        preflight.check_continuation(checkpoint, task, spec, config, base)
-    framework, world = connect_ranks(plan)
-    return Connected(plan, task, spec, base, framework, world, lock)
+    return task, spec, base
 
 
 def share_phases(plan: Plan) -> None:
