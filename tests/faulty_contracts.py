@@ -1,5 +1,6 @@
 """Plugins that each break one contract, which ``pytest --hvdlm-plugin`` has to report (test_conformance.py)."""
 
+import os
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -96,10 +97,10 @@ class Forgetful(MPI4PyBackend):
 
     def start(self, framework, groups, config):
         world = super().start(framework, groups, config)
+        counts = world.rank < world.size - 1
         for group in getattr(world, "_groups", {}).values():
             whole = group._all_reduce
-            zero = world.rank == world.size - 1
-            group._all_reduce = lambda tensor, *rest, whole=whole: whole(tensor * 0 if zero else tensor, *rest)
+            group._all_reduce = lambda tensor, *rest, whole=whole: whole(tensor * counts, *rest)
         return world
 
 
@@ -161,6 +162,11 @@ class peeking:
 
 class misnamed:
     """A framework whose optimizer state has names of its own, and which applies every gradient."""
+
+    @hookimpl
+    def hvdlm_prepare(self, config):
+        if config.framework == "misnamed":
+            os.environ["KERAS_BACKEND"] = "torch"
 
     @hookimpl
     def hvdlm_make_framework(self, name):

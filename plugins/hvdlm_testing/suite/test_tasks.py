@@ -139,8 +139,8 @@ def test_rows_are_as_many_as_asked_for_without_end(plugin: PluginUnderTest, conf
         batch = task.rows(first, first + _ROWS)
         if len(batch.inputs) != _ROWS or len(batch.targets) != _ROWS:
             faults.append(
-                f"task {plugin.name}: rows({first}, {first + _ROWS}) has {len(batch.inputs)} rows, expected {_ROWS}: the "
-                "order of rows is endless, and begins again where the data end."
+                f"task {plugin.name}: rows({first}, {first + _ROWS}) has {len(batch.inputs)} rows, expected {_ROWS}: "
+                "the order of rows is endless, and begins again where the data end."
             )
     fail(faults[:1])
 
@@ -148,7 +148,7 @@ def test_rows_are_as_many_as_asked_for_without_end(plugin: PluginUnderTest, conf
 @pytest.mark.provides("hvdlm_make_task")
 def test_a_tokenizer_restores_what_it_encodes(plugin: PluginUnderTest, config: Config) -> None:
     task, label, faults = _make(plugin, config), f"task {plugin.name}", []
-    tokenizer = getattr(task, "tokenizer", None)
+    tokenizer: Any = getattr(task, "tokenizer", None)
     lacking = [name for name in _TOKENIZER if not hasattr(tokenizer, name)]
     if lacking:
         fail([f"{label}: its tokenizer lacks {', '.join(lacking)}, without which a run can't save or resume."])
