@@ -25,23 +25,23 @@ RECURRENT = [*SMALL, "--model.name", "rnn", "--train.steps", "12", "--train.warm
 
 def names(source: str) -> list[tuple[int, str]]:
     """Return (line, string) of strings that name a framework, but for docstrings and sentences (advice to users)."""
-    tree, found = ast.parse(source), []
+    tree, matches = ast.parse(source), []
     prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
-    prose |= {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in sentence(node)}
+    prose |= {id(value) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for value in sentence(node)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose:
             if re.search(rf"(?<![a-z])({NAMES})(?![a-z])", node.value) and " " not in node.value.strip():
-                found.append((node.lineno, node.value))
+                matches.append((node.lineno, node.value))
         if isinstance(node, ast.Attribute | ast.Name | ast.keyword):
             word = getattr(node, "attr", None) or getattr(node, "id", None) or getattr(node, "arg", None) or ""
             if re.fullmatch(rf"(horovod_)?({NAMES})(_\w+)?", word):
-                found.append((getattr(node, "lineno", 0), word))
-    return found
+                matches.append((getattr(node, "lineno", 0), word))
+    return matches
 
 
 def sentence(node: ast.JoinedStr) -> list[ast.expr]:
-    """Return the parts of an f-string with spaces."""
-    text = "".join(part.value for part in node.values if isinstance(part, ast.Constant))
+    """Return what an f-string with spaces is made of."""
+    text = "".join(value.value for value in node.values if isinstance(value, ast.Constant))
     return node.values if " " in text.strip() else []
 
 

@@ -19,14 +19,14 @@ PROTOCOLS = sorted((ROOT / "hvdlm" / "protocols").glob("*.py"))
 
 def protocols(source: str) -> dict[str, list[str]]:
     """Return the methods of every Protocol class that it defines itself, properties (attributes) left out."""
-    found = {}
+    classes = {}
     for node in ast.parse(source).body:
         if isinstance(node, ast.ClassDef) and any(ast.unparse(base) == "Protocol" for base in node.bases):
             functions = [f for f in node.body if isinstance(f, ast.FunctionDef)]
-            found[node.name] = [
+            classes[node.name] = [
                 f.name for f in functions if not any("property" in ast.unparse(d) for d in f.decorator_list)
             ]
-    return found
+    return classes
 
 
 @pytest.mark.parametrize("path", PROTOCOLS, ids=lambda path: path.stem)

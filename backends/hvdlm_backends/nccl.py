@@ -54,7 +54,7 @@ class NCCLBackend:
         gpus.bind(local_rank)
         world = self._controller.start(framework, groups, config)
         world.transport = "nccl"
-        self_check(world, gpus.place(np.full(1024, world.rank + 1, np.float32), local_rank))
+        self_check(world, gpus.copy_to(np.full(1024, world.rank + 1, np.float32), local_rank))
         return world
 
 

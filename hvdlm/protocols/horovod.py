@@ -62,7 +62,7 @@ class GPUs(Protocol):
     def bind(self, local_rank: int) -> None:
         """Make the GPU of this local rank the current one, on which NCCL will create its communicator."""
 
-    def place(self, array: np.ndarray, local_rank: int) -> Tensor:
+    def copy_to(self, array: np.ndarray, local_rank: int) -> Tensor:
         """Return ``array`` on the GPU of this local rank."""
 
 

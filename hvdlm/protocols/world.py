@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class HostMessages(Protocol):
-    """Small values between all ranks, in host memory. All ranks call the same methods in the same order."""
+    """Host-side messages (JSON, bytes, counts) between ranks. All ranks call the same methods in the same order."""
 
     def broadcast_object(self, value: Any, root: int = 0) -> Any:
         """Return rank ``root``'s JSON-like ``value`` on all ranks. All ranks call."""

@@ -116,7 +116,7 @@ class GPUs:
         tf.config.set_visible_devices(gpu, "GPU")
         tf.config.experimental.set_memory_growth(gpu, True)
 
-    def place(self, array: np.ndarray, local_rank: int) -> tf.Tensor:
+    def copy_to(self, array: np.ndarray, local_rank: int) -> tf.Tensor:
         """Return ``array`` on the GPU that ``bind`` has made visible."""
         with tf.device("GPU:0"):
             return tf.constant(array)

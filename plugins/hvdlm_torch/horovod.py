@@ -105,7 +105,7 @@ class GPUs:
         """Make the local rank's GPU the current one."""
         torch.cuda.set_device(local_rank)
 
-    def place(self, array: np.ndarray, local_rank: int) -> torch.Tensor:
+    def copy_to(self, array: np.ndarray, local_rank: int) -> torch.Tensor:
         """Return ``array`` on the local rank's GPU."""
         return torch.from_numpy(array).cuda(local_rank)
 
