@@ -15,9 +15,10 @@ from hvdlm.errors import HvdlmError
 from hvdlm.parallel.axis_groups import count_traffic, make_axes
 from hvdlm.parallel.sharded_state import ShardedState, recurrent_entries, recurrent_state
 from hvdlm.parallel.sharding_rules import make_model_shard
+from hvdlm.protocols.state_dict import optimizer_state
 from hvdlm.protocols.types import StepResult
 
-KINDS = {"adamw": ("first_moment", "second_moment"), "sgd": ("momentum",)}
+OPTIMIZERS = ("adamw", "sgd")
 
 
 class Framework:
@@ -27,7 +28,8 @@ class Framework:
     in_place = False
 
     def build(self, model, mesh, world, exchange, config):
-        if mesh.tensor * mesh.pipeline > 1 or model.adapters or model.kind != "rnn" or config.model.dropout:
+        unknown = model.kind != "rnn" or model.settings.cell != "rnn" or config.train.optimizer not in OPTIMIZERS
+        if unknown or mesh.tensor * mesh.pipeline > 1 or model.adapters or config.model.dropout:
             raise HvdlmError("framework numpy_framework computes plain recurrent models on data-parallel ranks only.")
         return Trainable(model, mesh, world, exchange, config)
 
@@ -46,8 +48,7 @@ class Trainable:
         self.sharded = ShardedState(spec, shard, exchange, config, mesh, world.rank)
         self.flat = self.sharded.initial()
         self.decay = self.sharded.update_shard(self.sharded.layout.decay_mask())
-        kinds = () if config.train.optimizer == "sgd" and not config.train.momentum else KINDS[config.train.optimizer]
-        self.memories = {kind: np.zeros_like(self.decay) for kind in kinds}
+        self.memories = {kind: np.zeros_like(self.decay) for kind in optimizer_state(config.train)}
         self.counters = count_traffic(make_axes(world, mesh, shard), exchange)
         self.carry, self.eval_carry = {}, None
         exchange.open(self.sharded.layout, self.flat)
