@@ -14,6 +14,7 @@ import pluggy
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from hvdlm.checkpoints.load import Checkpoint
     from hvdlm.config import Config
     from hvdlm.models.spec import ModelMaker, ModelSpec
     from hvdlm.parallel.mesh import Mesh
@@ -110,11 +111,11 @@ def hvdlm_open_pretrained(path: Path) -> PretrainedFolder | None:
 
 @hookspec(firstresult=True)
 def hvdlm_export(
-    name: str, checkpoint: Any, tokenizer: Path | None, output: Path, base: str | None
+    name: str, checkpoint: Checkpoint, tokenizer: Path | None, output: Path, base: str | None
 ) -> tuple[int, str] | None:
     """Write a checkpoint to ``output`` in the format ``name``; return the number of parameters and a note to print.
 
-    ``checkpoint``: an open ``hvdlm.checkpoints.load.Checkpoint``; ``tokenizer``: the run's tokenizer.json;
+    ``checkpoint``: open for reading; ``tokenizer``: the run's tokenizer.json;
     ``base``: the folder of the base weights of adapters, None: the one that the checkpoint names.
     """
 
