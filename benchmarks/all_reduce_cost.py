@@ -26,7 +26,7 @@ def work(o: argparse.Namespace) -> None:
 
     from hvdlm.config import Config
     from hvdlm.training import run
-    from hvdlm_backends.collective_benchmark import turns
+    from hvdlm_backends.collective_benchmark import raw_call, turns
 
     config = Config(framework=o.frameworks[0], backend=o.backend)
     config.train.batch_size = 2
@@ -35,7 +35,7 @@ def work(o: argparse.Namespace) -> None:
     group = world.group(range(world.size))
     array = np.ones(o.elements, np.float32)
     large = make_tensor(array)
-    raw = world.raw("all_reduce", array.copy(), framework.in_place)
+    raw = raw_call(world, "all_reduce", array.copy(), framework.in_place)
     assert raw
     small = [make_tensor(np.ones(4096, np.float32)) for _ in range(o.tensors)]
     joined = make_tensor(np.ones(4096 * o.tensors, np.float32))

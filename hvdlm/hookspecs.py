@@ -14,6 +14,7 @@ import pluggy
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from hvdlm.checkpoints.load import Checkpoint
     from hvdlm.config import Config, DataConfig
     from hvdlm.models.spec import ModelMaker, ModelSpec
     from hvdlm.parallel.mesh import Mesh
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from hvdlm.protocols.compressor import CompressorMaker
     from hvdlm.protocols.data_preparer import DataPreparer
     from hvdlm.protocols.exchange import Exchange
-    from hvdlm.protocols.framework import Framework
+    from hvdlm.protocols.framework import Framework, Probe
     from hvdlm.protocols.group import Group
     from hvdlm.protocols.pretrained import PretrainedFolder
     from hvdlm.protocols.scheduler import Scheduler
@@ -38,6 +39,12 @@ hookimpl = pluggy.HookimplMarker("hvdlm")
 @hookspec(firstresult=True)
 def hvdlm_make_framework(name: str) -> Framework | None:
     """Return the framework of this name; may import it."""
+
+
+@hookspec
+def hvdlm_probes() -> Mapping[str, Probe]:
+    """Return how ``python -m hvdlm doctor`` examines frameworks, by their names; imports none of them."""
+    raise NotImplementedError
 
 
 @hookspec(firstresult=True)
@@ -114,11 +121,11 @@ def hvdlm_open_pretrained(path: Path) -> PretrainedFolder | None:
 
 @hookspec(firstresult=True)
 def hvdlm_export(
-    name: str, checkpoint: Any, tokenizer: Path | None, output: Path, base: str | None
+    name: str, checkpoint: Checkpoint, tokenizer: Path | None, output: Path, base: str | None
 ) -> tuple[int, str] | None:
     """Write a checkpoint to ``output`` in the format ``name``; return the number of parameters and a note to print.
 
-    ``checkpoint``: an open ``hvdlm.checkpoints.load.Checkpoint``; ``tokenizer``: the run's tokenizer.json;
+    ``checkpoint``: open for reading; ``tokenizer``: the run's tokenizer.json;
     ``base``: the folder of the base weights of adapters, None: the one that the checkpoint names.
     """
 

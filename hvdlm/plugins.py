@@ -7,7 +7,7 @@ import importlib.metadata
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from importlib.metadata import EntryPoint
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import pluggy
 
@@ -15,6 +15,12 @@ from hvdlm import hookspecs
 from hvdlm.errors import HvdlmError, nearest
 from hvdlm.models.spec import ModelMaker
 from hvdlm.protocols.compressor import CompressorMaker
+from hvdlm.protocols.framework import Framework, Probe
+
+if TYPE_CHECKING:
+    from hvdlm.protocols.backend import Backend
+    from hvdlm.protocols.exchange import Exchange
+    from hvdlm.protocols.task import Task
 
 
 def installed() -> dict[str, EntryPoint]:
@@ -91,6 +97,14 @@ def require(names: Iterable[str]) -> None:
             raise HvdlmError(f"plugins: no plugin {name!r} is installed; {nearest(name, known)}")
 
 
+@overload
+def make(manager: pluggy.PluginManager, kind: Literal["framework"], name: str, **arguments: Any) -> Framework: ...
+@overload
+def make(manager: pluggy.PluginManager, kind: Literal["backend"], name: str, **arguments: Any) -> Backend: ...
+@overload
+def make(manager: pluggy.PluginManager, kind: Literal["exchange"], name: str, **arguments: Any) -> Exchange: ...
+@overload
+def make(manager: pluggy.PluginManager, kind: Literal["task"], name: str, **arguments: Any) -> Task: ...
 def make(manager: pluggy.PluginManager, kind: str, name: str, **arguments: Any) -> Any:
     """Return what ``hvdlm_make_<kind>`` makes of ``name``.
 
@@ -152,6 +166,15 @@ def _collections(hook: str) -> dict[str, list[str]]:
     return names
 
 
+def probes() -> Mapping[str, Probe]:
+    """Return how the installed frameworks are examined, by name (``hvdlm_probes``); broken plugins are left out."""
+    known: dict[str, Probe] = {}
+    for _, entry in sorted(installed().items(), reverse=True):  # torch, the default, comes first
+        with contextlib.suppress(Exception):  # a third party's module may fail in any way
+            known.update(getattr(_import(entry), "hvdlm_probes", dict)())
+    return known
+
+
 def compressors(manager: pluggy.PluginManager) -> Mapping[str, CompressorMaker]:
     """Return every compressor of the registered plugins by name."""
     return {name: maker for more in manager.hook.hvdlm_compressors() for name, maker in more.items()}
@@ -174,6 +197,6 @@ def describe() -> list[tuple[str, str, str, str]]:
 
 def _with_names(plugin: Any, hook: str) -> str:
     """Return a hook's name, and of a hook that brings a collection what it holds."""
-    if hook not in ("models", "compressors", "options", "schedulers", "tokenizers"):
+    if hook not in ("models", "compressors", "options", "probes", "schedulers", "tokenizers"):
         return hook
     return f"{hook} ({', '.join(getattr(plugin, f'hvdlm_{hook}')())})"

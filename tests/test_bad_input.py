@@ -246,7 +246,7 @@ CASES: list[tuple[str, list[str], Setup | None, str]] = [
     ("an unknown task", ["--task", "translate"], None, "task: no plugin provides 'translate'"),
     ("a missing framework", [], framework_missing, 'torch is not installed here: make setup FRAMEWORKS="torch"'),
     ("Horovod without torch", ["--backend", "mpi"], horovod_without_torch,
-     "Horovod was built without torch, and backend mpi needs it: python -m hvdlm horovod build, or --backend mpi4py"),
+     "Horovod was built without torch (python -m hvdlm horovod build), and backend mpi needs it: use --backend mpi4py"),
     ("local under a launcher", ["--backend", "local"], two_ranks, "but Open MPI started 2"),
     ("a launch of no rank", [], env(OMPI_COMM_WORLD_RANK="0", OMPI_COMM_WORLD_SIZE="0"), "rank 0 of 0, 0 of them"),
     ("a launch of no local rank", [],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import subprocess
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
@@ -143,6 +144,49 @@ REPORTS = [
     "faulty_data: its data preparer has no method store_stdin",
     "plugin faulty_import (nowhere) does not import: ModuleNotFoundError",
 ]
+
+
+def install_faulty(folder: Path, entries: dict[str, str], *files: Path) -> Path:
+    """Install modules with these entry points; return the folder for ``PYTHONPATH``."""
+    for file in files:
+        (folder / file.name).write_text(file.read_text())
+    dist = folder / "faulty-1.dist-info"
+    dist.mkdir()
+    (dist / "METADATA").write_text("Metadata-Version: 2.1\nName: faulty\nVersion: 1\n")
+    lines = "\n".join(f"{name} = {module}" for name, module in entries.items())
+    (dist / "entry_points.txt").write_text(f"[hvdlm]\n{lines}\n")
+    return folder
+
+
+# Plugins of faulty_contracts.py, and the sentence about each.
+BROKEN_CONTRACTS = {
+    "untrainable": ["task untrainable: its tokenizer lacks encode, encode_prompt, decode, to_json, without which"],
+    "short": ["task short: rows(1000, 1004) has 0 rows, expected 4: the order of rows is endless"],
+    "lossy": ["task lossy: its tokenizer decodes 'ihgfedcb', encoded, to 'bcdefghi'"],
+    "forgetting": ["task run forgetting fails in torch: KeyError: 'the last row'"],
+    "greedy": ["greedy: hvdlm_make_task returns a task for every name"],
+    "forgetful": ["group of forgetful: all_reduce is [0.0, 1.0,"],
+    "reordered": ["exchange reordered: the sum of a bucket has another direction than its gradients"],
+    "hidden_state": ["compressor hiding in torch: after load_state(state()) sums differ: memory() lacks a part of"],
+    "peeking": ["peeking in torch: scores change with a token that follows them"],
+    "misnamed": [
+        "framework misnamed: adamw keeps optimizer/['exp_avg', 'second_moment'] in state(), expected ['first_moment'",
+        "framework misnamed: sgd: train_step applies a gradient whose norm is above its limit",
+    ],
+}
+
+
+def test_each_broken_contract_is_reported_in_a_sentence(tmp_path: Path) -> None:
+    names = list(BROKEN_CONTRACTS)
+    files = [FAULTY.with_name(name) for name in ("faulty_contracts.py", "faulty_framework.py")]
+    installed = install_faulty(tmp_path, {name: f"faulty_contracts:{name}" for name in names}, *files)
+    chosen = "not tensorflow and not same_losses"
+    path = os.pathsep.join([str(installed), os.environ.get("PYTHONPATH", "")])
+    done = run_suite(tmp_path, names, "-k", chosen, "--tb=short", PYTHONPATH=path)
+    assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-3000:]
+    missing = [text for texts in BROKEN_CONTRACTS.values() for text in texts if text not in done.stdout]
+    assert not missing, "\n".join([*missing, "are not in:", done.stdout])
+    assert "Traceback" not in done.stdout and "INTERNALERROR" not in done.stdout
 
 
 def test_every_fault_of_a_plugin_is_reported(tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from hvdlm import plugins
+from hvdlm.protocols.framework import Probe
 from hvdlm_backends import doctor_command as doctor
 from hvdlm_backends import probes
 from hvdlm_backends.machine_checks import check
@@ -21,6 +23,7 @@ def framework(version: str) -> dict[str, Any]:
 
 
 SOUND: dict[str, Any] = {
+    "frameworks": plugins.probes(),
     "torch": framework("2.13.0"),
     "tensorflow": framework("2.21.0"),
     "mpi4py": {"version": "4.1.2", "library": "Open MPI v4.1.8, package: Open MPI", "libmpi": [LIBRARY]},
@@ -51,7 +54,7 @@ BROKEN_MPIRUN = {"path": "mpirun", "version": "mpirun (Open MPI) 4.1.8", "start_
 
 PROBLEMS = [
     ({"tensorflow": MISSING}, "warning", "tensorflow", 'make setup FRAMEWORKS="tensorflow"'),
-    ({"torch": MISSING, "tensorflow": MISSING}, "problem", "torch", 'FRAMEWORKS="torch tensorflow"'),
+    ({"torch": MISSING, "tensorflow": MISSING}, "problem", "torch", 'FRAMEWORKS="torch"'),
     ({"torch": NO_HOROVOD}, "problem", "horovod.torch", "undefined symbol"),
     ({"torch": NOT_BUILT}, "warning", "horovod.torch", "ranks communicate over mpi4py"),
     ({"torch": NOT_BUILT, "mpi4py": MISSING}, "problem", "horovod.torch", "only one process can train"),
@@ -102,6 +105,14 @@ def test_the_doctor_shows_how_threads_wait(chosen: dict[str, str], shown: str) -
     assert [f.text.startswith(shown) for f in findings if f.subject == "GOMP_SPINCOUNT"] == [True]
 
 
+def test_a_framework_that_horovod_lacks_gets_no_advice_on_it() -> None:
+    third = {"frameworks": {**plugins.probes(), "third": Probe("", "pip install third")}, "third": {"version": "1"}}
+    about = [f for f in check({**copy.deepcopy(SOUND), **third}) if "third" in f.subject]
+    assert [(f.level, f.text) for f in about] == [("ok", "1, 0 GPU(s)")]
+    about = [f for f in check({**copy.deepcopy(SOUND), **third, "third": MISSING}) if "third" in f.subject]
+    assert [(f.level, f.text) for f in about] == [("warning", "is not installed: pip install third")]
+
+
 def test_root_with_permission_is_no_problem() -> None:
     allowed = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     assert "root" not in [f.subject for f in check({**SOUND, "root": True, "environment": allowed})]
@@ -111,7 +122,7 @@ def test_root_with_permission_is_no_problem() -> None:
 def test_the_exit_code_is_1_if_there_is_a_problem(
     broken: dict[str, Any], code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(probes, "gather", lambda: {**SOUND, **broken})
+    monkeypatch.setattr(probes, "gather", lambda frameworks: {**SOUND, **broken})
     assert doctor.examine_machine() == code
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +160,7 @@ MODELS: list[dict[str, Any]] = [
 class ZeroStub(AllReduceExchange):
     def __init__(self, rank: int, size: int) -> None:
         super().__init__(AloneGroup())
-        self.zero_rank, self.zero_size = rank, size
+        self.traits = replace(self.traits, zero_rank=rank, zero_size=size)
 
 
 def states_of_ranks(mesh: Mesh, model: dict[str, Any], zero: bool, compression: str = "none") -> list[Any]:
@@ -238,7 +239,8 @@ def identities_with(agreed: bool) -> list[dict[str, str]]:
     mesh, spec, identities = Mesh(2, 1, 1), configured_spec(config), []
     for rank in (0, 1):
         exchange = AllReduceExchange(AloneGroup())
-        exchange.replicas_diverge, exchange.agreed, exchange.replicated = True, agreed, ("outer_momentum/",)
+        exchange.traits = replace(exchange.traits, replicas_diverge=True, replicated=("outer_momentum/",))
+        exchange.agreed = agreed
         state = ShardedState(spec, make_model_shard(spec, mesh, rank, config.parallel), exchange, config, mesh, rank)
         flat = state.initial()
         names = [*state.arrays(flat, {"first": flat}), "exchange/outer_momentum/embed.tokens", "exchange/error/w"]

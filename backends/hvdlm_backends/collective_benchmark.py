@@ -22,6 +22,7 @@ from hvdlm.io.atomic_files import replace
 from hvdlm.protocols.framework import Framework
 from hvdlm.protocols.group import Group
 from hvdlm.protocols.world import World
+from hvdlm_backends.worlds import RanksWorld
 
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "all_to_all")
 _CALLS = (5, 200)  # fewest and most calls per size
@@ -94,6 +95,15 @@ def turns(world: World, group: Group, actions: Sequence[Callable[[], Any]], call
     return np.max(world.gather_objects(seconds), axis=0).tolist()
 
 
+def raw_call(world: World, collective: str, array: np.ndarray, in_place: bool) -> Callable[[], Any] | None:
+    """Return a function that runs the transport's own collective on flat ``array``, without hvdlm in between.
+
+    ``collective`` is the name of a Group's method, ``in_place`` whether a sum overwrites its input. None where the
+    transport can't be called directly.
+    """
+    return world.raw(collective, array, in_place) if isinstance(world, RanksWorld) else None
+
+
 def measure(world: World, framework: Framework, collectives: Sequence[str], counts: Sequence[int]) -> list[Timing]:
     """Return the timings of every collective at every size. All ranks call."""
     group, timings = world.group(range(world.size)), []
@@ -102,7 +112,7 @@ def measure(world: World, framework: Framework, collectives: Sequence[str], coun
             elements = max(world.size, count // 4 // world.size * world.size)
             array = np.ones(elements, np.float32)
             tensor = framework.tensor(array)
-            raw = world.raw(collective, array.copy(), framework.in_place)
+            raw = raw_call(world, collective, array.copy(), framework.in_place)
             seconds, raw_seconds = paired(world, group, [partial(call, group, collective, tensor), raw])
             assert seconds is not None
             timings.append(Timing(collective, 4 * elements, seconds, raw_seconds))

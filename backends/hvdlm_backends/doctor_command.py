@@ -24,11 +24,12 @@ def main(arguments: list[str]) -> int:
 
 def examine_machine() -> int:
     """Print the findings about this machine; return 0 where there is no problem, else 1."""
+    from hvdlm import plugins
     from hvdlm.io.terminal import printable
     from hvdlm_backends.machine_checks import check
     from hvdlm_backends.probes import gather
 
-    findings = check(gather())
+    findings = check(gather(plugins.probes()))
     print(printable(table(findings)), flush=True)
     return 1 if any(finding.level == "problem" for finding in findings) else 0
 

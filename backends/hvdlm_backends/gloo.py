@@ -40,8 +40,8 @@ class GlooBackend:
         launch = launcher_env.detect()
         check = None if launch is None else partial(rendezvous.check_settings, launch.rank)
         advice = "Start all ranks with one horovodrun --gloo."
-        hvd, sets = horovod.start(framework.name, groups, launch, advice, check)
-        return horovod.HorovodWorld(hvd, sets)
+        hvd, sets = horovod.start(framework, groups, launch, advice, check)
+        return horovod.HorovodWorld(framework, hvd, sets)
 
 
 @hookimpl

@@ -1,4 +1,4 @@
-"""World over ``horovod.torch`` or ``horovod.tensorflow``; its groups (``groups.py``) are process sets.
+"""World over ``horovod.FRAMEWORK``; its groups (``groups.py``) are process sets.
 
 Only Horovod's plain collectives are used. Process sets are declared when Horovod starts: added later, they fail over
 Gloo.
@@ -9,16 +9,17 @@ from __future__ import annotations
 import ctypes
 import importlib
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
 from hvdlm.errors import HvdlmError
 from hvdlm.io.launcher_env import Launch
+from hvdlm.protocols.framework import Framework
+from hvdlm.protocols.horovod import GPUs, HasHorovod, HorovodSupport
 from hvdlm_backends.environment import check_gloo_address
-from hvdlm_backends.groups import make_group
-from hvdlm_backends.messages import make_messages
+from hvdlm_backends.groups import HorovodGroup
+from hvdlm_backends.messages import ArrayMessages, MPIMessages
 from hvdlm_backends.worlds import RanksWorld
 
 
@@ -34,13 +35,18 @@ def _transfer_counter(hvd: ModuleType) -> Callable[[], float] | None:
 class HorovodWorld(RanksWorld):
     """World of Horovod's ranks; host-side messages use mpi4py where there is MPI."""
 
-    def __init__(self, hvd: ModuleType, sets: Mapping[tuple[int, ...], Any], communicator: Any = None) -> None:
-        super().__init__(hvd.rank(), hvd.size(), make_messages(hvd, communicator), communicator)
+    def __init__(
+        self, framework: Framework, hvd: ModuleType, sets: Mapping[tuple[int, ...], Any], communicator: Any = None
+    ) -> None:
+        served = support(framework)
+        messages = ArrayMessages(hvd, served.messages(hvd)) if communicator is None else MPIMessages(communicator)
+        super().__init__(hvd.rank(), hvd.size(), messages, communicator)
         self.local_rank = hvd.local_rank()
         self.local_size = hvd.local_size()
         self._hvd = hvd
+        operations = served.operations(hvd)
         for ranks, process_set in {tuple(range(self.size)): hvd.global_process_set, **sets}.items():
-            self._groups[ranks] = make_group(hvd, ranks, process_set, self.recorder)
+            self._groups[ranks] = HorovodGroup(operations, ranks, process_set, self.recorder)
         self._transfer_counter = _transfer_counter(hvd)
         self.transport = "gloo" if communicator is None else "mpi"
 
@@ -54,8 +60,15 @@ class HorovodWorld(RanksWorld):
         self._hvd.shutdown()
 
 
+def support(framework: Framework) -> HorovodSupport:
+    """Return what Horovod needs of the framework; raise HvdlmError where it doesn't provide that."""
+    if not isinstance(framework, HasHorovod):
+        raise HvdlmError(f"framework {framework.name} is not served by Horovod: use --backend mpi4py.")
+    return framework.horovod
+
+
 def start(
-    framework: str,
+    framework: Framework,
     groups: Sequence[tuple[int, ...]],
     launch: Launch | None,
     advice: str,
@@ -68,15 +81,16 @@ def start(
     Raises:
         HvdlmError: Horovod isn't built for the framework, or has fewer ranks than the launcher started.
     """
+    gpus = support(framework).gpus
     try:
-        hvd = importlib.import_module(f"horovod.{framework}")
+        hvd = importlib.import_module(f"horovod.{framework.name}")
     except ImportError as error:
         raise HvdlmError(
-            f"Horovod has no {framework} operations here ({str(error).splitlines()[0]}): python -m hvdlm horovod "
+            f"Horovod has no {framework.name} operations here ({str(error).splitlines()[0]}): python -m hvdlm horovod "
             "build, or --backend mpi4py."
         ) from error
     size = launch.size if launch else 1
-    check_gpus(hvd, framework, size)
+    check_gpus(hvd, framework.name, gpus, size)
     if size > 1 and os.environ.get("HOROVOD_CONTROLLER") == "gloo":
         check_gloo_address(bound_by_name=_transfer_counter(hvd) is None)
     sets = {ranks: hvd.ProcessSet(list(ranks)) for ranks in groups if len(ranks) < size}
@@ -95,19 +109,16 @@ def start(
     return hvd, sets
 
 
-def check_gpus(hvd: ModuleType, framework: str, size: int) -> None:
-    """Check that Horovod supports CUDA where torch computes on GPUs.
-
-    TensorFlow copies tensors to the host by itself, and a single rank exchanges nothing.
+def check_gpus(hvd: ModuleType, framework: str, gpus: GPUs, size: int) -> None:
+    """Check that Horovod supports GPUs where the framework gives it tensors on them; a single rank sends nothing.
 
     Raises:
         HvdlmError: it doesn't, so that the first collective would fail.
     """
-    if framework != "torch" or size == 1 or hvd.cuda_built() or hvd.rocm_built():
+    if size == 1 or hvd.cuda_built() or hvd.rocm_built() or not gpus.in_use():
         return
-    if sys.modules["torch"].cuda.is_available():
-        raise HvdlmError(
-            "torch uses a GPU, but Horovod was built without CUDA and can't exchange tensors on GPUs: "
-            "HOROVOD_GPU_OPERATIONS=NCCL make setup (python -m hvdlm horovod build --gpu nccl), --backend mpi4py, "
-            "which copies through host memory, or CUDA_VISIBLE_DEVICES='', which hides the GPU."
-        )
+    raise HvdlmError(
+        f"{framework} uses a GPU, but Horovod was built without CUDA and can't exchange tensors on GPUs: "
+        "HOROVOD_GPU_OPERATIONS=NCCL make setup (python -m hvdlm horovod build --gpu nccl), --backend mpi4py, "
+        "which copies through host memory, or CUDA_VISIBLE_DEVICES='', which hides the GPU."
+    )

@@ -65,7 +65,7 @@ class HostGroup(CountedGroup):
         """Start ``call(array, communicator)``; ``shape``: of the result, with None where ranks may differ."""
         traffic, number = self._begin(operation, name, tensor)
         handle = self._tensors.through(tensor, self._collective(operation, name, call, now), shape)
-        return _TimedHandle(handle, traffic, partial(self._recorder.end, number)) if number else handle
+        return _TimedHandle(handle, traffic, self._end(number)) if number else handle
 
     def _collective(self, operation: str, name: str, call: Callable[..., np.ndarray], now: bool) -> HostCollective:
         """Return the function that submits ``call`` on an array to the lane; ranks compare the calls' signatures."""
@@ -82,11 +82,14 @@ class HostGroup(CountedGroup):
         call = _call(summed, self._in_place)
         return self._start("all_reduce", tensor, name, call, tuple(tensor.shape), now)
 
-    def _sum_fused(self, tensors: Sequence[Any], name: str) -> list[Any]:
+    def _sum(self, tensor: Any, name: str) -> Any:
+        return self._all_reduce(tensor, name, "sum", True).wait()
+
+    def _sum_together(self, tensors: Sequence[Any], name: str) -> list[Any]:
         traffic, number = self._begin("all_reduce", name, *tensors)
         collective = self._collective("all_reduce", name, _call(mpi_collectives.all_reduce, self._in_place), True)
         handle = self._tensors.together(tensors, collective)
-        return (_TimedHandle(handle, traffic, partial(self._recorder.end, number)) if number else handle).wait()
+        return (_TimedHandle(handle, traffic, self._end(number)) if number else handle).wait()
 
     def _all_gather(self, tensor: Any, name: str, now: bool) -> Handle:
         shape = (None, *tuple(tensor.shape)[1:])
@@ -109,7 +112,7 @@ class HostGroup(CountedGroup):
         call = _call(mpi_collectives.broadcast, root)
         collective = self._collective("broadcast", name, call, now) if now else post
         handle = self._tensors.through(tensor, collective, tuple(tensor.shape))
-        return _TimedHandle(handle, traffic, partial(self._recorder.end, number)) if number else handle
+        return _TimedHandle(handle, traffic, self._end(number)) if number else handle
 
     def _all_to_all(self, tensor: Any, name: str, now: bool) -> Handle:
         return self._start("all_to_all", tensor, name, mpi_collectives.all_to_all, tuple(tensor.shape), now)
@@ -134,18 +137,6 @@ class HostGroup(CountedGroup):
         """Start an all-to-all."""
         return self._all_to_all(tensor, name, False)
 
-    def all_reduce(self, tensors: Sequence[Any], name: str) -> list[Any]:
-        """Return the sums, one collective for each dtype."""
-        if len(tensors) == 1:
-            return [self._all_reduce(tensors[0], name, "sum", True).wait()]
-        sums = list(tensors)
-        for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):  # in the same order on all ranks
-            indices = [i for i, tensor in enumerate(tensors) if tensor.dtype == dtype]
-            same_dtype = [tensors[i] for i in indices]
-            for index, total in zip(indices, self._sum_fused(same_dtype, f"{name}.{dtype}"), strict=True):
-                sums[index] = total
-        return sums
-
     def all_gather(self, tensor: Any, name: str) -> Any:
         """Return the concatenation."""
         return self._all_gather(tensor, name, True).wait()
@@ -166,7 +157,7 @@ class HostGroup(CountedGroup):
         """Wait for all members."""
         traffic, number = self._begin("barrier", "barrier")
         job = self._lane.submit(mpi_collectives.barrier, "barrier", True)
-        _TimedHandle(job, traffic, partial(self._recorder.end, number)).wait()
+        _TimedHandle(job, traffic, self._end(number)).wait()
 
 
 def _call(function: Callable[..., np.ndarray], setting: Any) -> Callable[..., np.ndarray]:

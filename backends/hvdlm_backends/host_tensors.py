@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from hvdlm.protocols.framework import Framework, HostCollective, HostTensors
+from hvdlm.protocols.framework import Framework, HasHostTensors, HostCollective, HostTensors
 from hvdlm.protocols.group import Handle
 from hvdlm_backends.messages import FunctionHandle
 
@@ -45,4 +45,4 @@ class ArrayTensors:
 
 def host_tensors(framework: Framework) -> HostTensors:
     """Return the framework's own transfer through host memory, or the one through arrays."""
-    return getattr(framework, "host_tensors", None) or ArrayTensors(framework)
+    return framework.host_tensors if isinstance(framework, HasHostTensors) else ArrayTensors(framework)

@@ -13,12 +13,12 @@ from hvdlm.diagnostics.flight_recorder import FlightRecorder
 from hvdlm.errors import HvdlmError
 from hvdlm.io import launcher_env
 from hvdlm.protocols.framework import Framework
-from hvdlm.protocols.group import Done, Group
+from hvdlm.protocols.group import BlockingForms, Done, Group
 from hvdlm.protocols.types import Traffic
 from hvdlm_backends import environment
 
 
-class AloneGroup:
+class AloneGroup(BlockingForms):
     """A group of one rank, in which every collective returns its input."""
 
     def __init__(self, rank: int = 0) -> None:
@@ -44,26 +44,6 @@ class AloneGroup:
     def all_to_all_async(self, tensor: Any, name: str) -> Done:
         """Return a finished handle of the tensor."""
         return Done(tensor)
-
-    def all_reduce(self, tensors: Sequence[Any], name: str) -> list[Any]:
-        """Return the tensors."""
-        return list(tensors)
-
-    def all_gather(self, tensor: Any, name: str) -> Any:
-        """Return the tensor."""
-        return tensor
-
-    def reduce_scatter(self, tensor: Any, name: str) -> Any:
-        """Return the tensor."""
-        return tensor
-
-    def broadcast(self, tensor: Any, root: int, name: str) -> Any:
-        """Return the tensor."""
-        return tensor
-
-    def all_to_all(self, tensor: Any, name: str) -> Any:
-        """Return the tensor."""
-        return tensor
 
     def barrier(self) -> None:
         """Return at once."""
@@ -100,9 +80,6 @@ class LocalWorld:
     def agree(self, counts: Sequence[int]) -> Done:
         """Return a finished handle of the counts."""
         return Done(list(counts))
-
-    def raw(self, collective: str, array: Any, in_place: bool = False) -> None:
-        """Return None: there is no transport."""
 
     def transfer_seconds(self) -> float | None:
         """Return None: a single rank transfers nothing."""

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from hvdlm_backends.probes import BUILT, GPUS, SPIN_COUNT, THREADS, WAITING, Facts
+from hvdlm_backends.probes import BUILT, SPIN_COUNT, THREADS, WAITING, Facts
 
 
 @dataclass(frozen=True)
@@ -45,23 +45,20 @@ def _python(facts: Facts) -> Iterator[Finding]:
 
 
 def _frameworks(facts: Facts) -> Iterator[Finding]:
-    present = [name for name in GPUS if "version" in facts[name]]
-    for name in GPUS:
-        frameworks = name if present else "torch tensorflow"
-        remedy = f"pip install 'hvdlm[{name}]', or in a checkout make setup FRAMEWORKS=\"{frameworks}\""
+    present = [name for name in facts["frameworks"] if "version" in facts[name]]
+    for name, probe in facts["frameworks"].items():
         if name in present:
-            keras = f", Keras {facts['installed']['keras']}" if name == "tensorflow" else ""
-            yield Finding("ok", name, f"{facts[name]['version']}{keras}, {facts[name].get('gpus', 0)} GPU(s)")
+            yield Finding("ok", name, f"{facts[name]['version']}, {facts[name].get('gpus', 0)} GPU(s)")
         else:
             error = facts[name].get("error", "")
             state = "is not installed" if "ModuleNotFoundError" in error else f"does not import ({error})"
-            yield Finding("warning" if present else "problem", name, f"{state}: {remedy}")
+            yield Finding("warning" if present else "problem", name, f"{state}: {probe.install}")
 
 
 def _horovod(facts: Facts) -> Iterator[Finding]:
-    for name in GPUS:
+    for name, probe in facts["frameworks"].items():
         framework, subject = facts[name], f"horovod.{name}"
-        if "version" not in framework:
+        if "version" not in framework or not probe.horovod:
             continue
         if "mpi_built" not in framework:
             yield _without_horovod(facts, name)
@@ -136,7 +133,9 @@ def _mpi_version(text: str) -> str:
 
 def _one_mpi(facts: Facts) -> Iterator[Finding]:
     users = {"mpi4py": facts["mpi4py"].get("libmpi")}
-    users |= {f"horovod.{name}": facts[name].get("libmpi") for name in GPUS if facts[name].get("mpi_built")}
+    users |= {
+        f"horovod.{name}": facts[name].get("libmpi") for name in facts["frameworks"] if facts[name].get("mpi_built")
+    }
     loaded = {user: libraries for user, libraries in users.items() if libraries}
     if len(loaded) < 2:
         return
@@ -153,7 +152,7 @@ def _launchers(facts: Facts) -> Iterator[Finding]:
     version = _mpi_version(facts["mpirun"].get("version", ""))
     if not version:
         return
-    patched = any(facts[name].get("patched") for name in GPUS)
+    patched = any(facts[name].get("patched") for name in facts["frameworks"])
     if int(version.split()[-1].split(".")[0]) >= 5 and facts["installed"]["horovod"] and not patched:
         text = (
             f'{version} refuses horovodrun\'s binding options ("Executable: none"): '
@@ -195,7 +194,8 @@ def _unresolved_name(facts: Facts) -> Finding:
     """Return the finding on a host's name without an address, to which the Gloo of the released Horovod binds ranks."""
     name = facts["host"].get("name", "")
     remedy = f'add "127.0.0.1 {name}" to /etc/hosts'
-    if any(facts[framework].get("gloo_built") and not facts[framework].get("patched") for framework in GPUS):
+    frameworks = [facts[name] for name in facts["frameworks"]]
+    if any(framework.get("gloo_built") and not framework.get("patched") for framework in frameworks):
         text = f"{name} has no address, without which horovodrun --gloo crashes: {remedy}, or use mpirun"
         return Finding("problem", "host name", text)
     return Finding("warning", "host name", f"{name} has no address, but ranks on several hosts need one: {remedy}")

@@ -125,8 +125,8 @@ class MPIBackend:
         if launch is None:  # without a launcher, MPI would start a daemon to serve a single rank
             return LocalWorld()
         mpi = start_mpi(launch, "backend mpi needs mpi4py", "make setup builds it")
-        hvd, sets = horovod.start(framework.name, groups, launch, _ADVICE, partial(check_settings, mpi))
-        return horovod.HorovodWorld(hvd, sets, mpi.COMM_WORLD.Dup())
+        hvd, sets = horovod.start(framework, groups, launch, _ADVICE, partial(check_settings, mpi))
+        return horovod.HorovodWorld(framework, hvd, sets, mpi.COMM_WORLD.Dup())
 
 
 @hookimpl

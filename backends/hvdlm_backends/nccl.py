@@ -6,7 +6,6 @@ A Horovod built with NCCL uses it for every tensor on a GPU, whatever the backen
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from hvdlm.errors import HvdlmError
 from hvdlm.io import launcher_env
 from hvdlm.protocols.framework import Framework
 from hvdlm.protocols.world import World
+from hvdlm_backends import horovod
 from hvdlm_backends.gloo import GlooBackend
 from hvdlm_backends.local import LocalWorld
 from hvdlm_backends.mpi import MPIBackend
@@ -47,13 +47,14 @@ class NCCLBackend:
         """
         _, size, local_rank, local_size = self.launch_shape()
         check_build(importlib.import_module(f"horovod.{framework.name}"), framework.name)
-        check_devices(devices(framework.name), local_size)
+        gpus = horovod.support(framework).gpus
+        check_devices(gpus.count(), local_size)
         if size == 1:
             return LocalWorld()
-        bind(framework.name, local_rank)
+        gpus.bind(local_rank)
         world = self._controller.start(framework, groups, config)
         world.transport = "nccl"
-        self_check(world, on_gpu(framework.name, np.full(1024, world.rank + 1, np.float32), local_rank))
+        self_check(world, gpus.copy_to(np.full(1024, world.rank + 1, np.float32), local_rank))
         return world
 
 
@@ -78,33 +79,6 @@ def check_devices(count: int, local_size: int) -> None:
             f"backend nccl: {local_size} ranks would share {count} GPU(s) on this node, and NCCL needs one for each: "
             f"start {count} per node, or --backend mpi."
         )
-
-
-def devices(framework: str) -> int:
-    """Return the number of GPUs that the framework finds."""
-    if framework == "torch":
-        return sys.modules["torch"].cuda.device_count()
-    return len(sys.modules["tensorflow"].config.list_physical_devices("GPU"))
-
-
-def bind(framework: str, local_rank: int) -> None:
-    """Make this rank's GPU the current one, on which NCCL will create its communicator."""
-    if framework == "torch":
-        sys.modules["torch"].cuda.set_device(local_rank)
-        return
-    tensorflow = sys.modules["tensorflow"]
-    gpus = tensorflow.config.list_physical_devices("GPU")
-    tensorflow.config.set_visible_devices(gpus[local_rank], "GPU")
-    tensorflow.config.experimental.set_memory_growth(gpus[local_rank], True)
-
-
-def on_gpu(framework: str, array: np.ndarray, local_rank: int) -> Any:
-    """Return ``array`` on this rank's GPU."""
-    if framework == "torch":
-        return sys.modules["torch"].from_numpy(array).cuda(local_rank)
-    tensorflow = sys.modules["tensorflow"]
-    with tensorflow.device("GPU:0"):
-        return tensorflow.constant(array)
 
 
 def self_check(world: World, tensor: Any) -> None:

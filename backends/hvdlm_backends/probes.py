@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 from hvdlm.io import launcher_env
 from hvdlm.io.machine import cores
 from hvdlm.io.user_folders import user_cache
+from hvdlm.protocols.framework import Probe
 
 Facts = dict[str, Any]
 
@@ -45,10 +47,7 @@ def libmpi():
     names = ('libmpi.so', 'libmpich.so')
     return sorted({os.path.realpath(path) for path in paths if os.path.basename(path).startswith(names)})
 """
-GPUS = {"torch": "f.cuda.device_count()", "tensorflow": "len(f.config.list_physical_devices('GPU'))"}
-_FRAMEWORK = """
-import {name} as f
-report(version=f.__version__, gpus={gpus})
+_HOROVOD = """
 import horovod.{name} as hvd
 patched = hasattr(hvd.mpi_ops._basics.MPI_LIB_CTYPES, 'horovod_transfer_seconds')
 report(libmpi=libmpi(), patched=patched, **{{name: bool(getattr(hvd, name)()) for name in {built}}})
@@ -77,9 +76,10 @@ def unpinned() -> dict[str, str]:
     return {name: value for name, value in environ.items() if name not in (*THREADS, *WAITING)}
 
 
-def gather(timeout: float = 120.0) -> Facts:
+def gather(frameworks: Mapping[str, Probe], timeout: float = 120.0) -> Facts:
     """Return the facts about this machine; probes run in parallel, each for at most ``timeout`` seconds."""
-    codes = {name: _FRAMEWORK.format(name=name, gpus=gpus, built=BUILT) for name, gpus in GPUS.items()}
+    horovod = {name: _HOROVOD.format(name=name, built=BUILT) if p.horovod else "" for name, p in frameworks.items()}
+    codes = {name: f"\n{p.code}\n{horovod[name]}" for name, p in frameworks.items()}
     codes |= {"mpi4py": _MPI4PY, "host": _HOST_NAME}
     with ThreadPoolExecutor(len(codes)) as pool:
         probes = dict(zip(codes, pool.map(lambda code: probe(code, timeout), codes.values()), strict=True))
@@ -88,6 +88,7 @@ def gather(timeout: float = 120.0) -> Facts:
     shown = ("HOROVOD_", "OMPI_ALLOW_RUN_AS_ROOT", "OMPI_MCA_mpi_yield_when_idle", *THREADS, *WAITING)
     return {
         **probes,
+        "frameworks": frameworks,
         "installed": {name: _version(name) for name in ("hvdlm", "keras", "horovod")},
         "mpirun": _mpirun(),
         "cores": cores(),

@@ -10,6 +10,7 @@ from hvdlm.config import CommunicationConfig, Config
 from hvdlm.diagnostics.flight_recorder import skip_in_call_sites
 from hvdlm.hookspecs import hookimpl
 from hvdlm.parallel.flat_layout import FlatLayout
+from hvdlm.protocols.exchange import ExchangeTraits
 from hvdlm.protocols.group import Group, Handle
 from hvdlm.protocols.types import Tensor, Traffic
 
@@ -19,18 +20,14 @@ skip_in_call_sites(__name__)
 class AllReduceExchange:
     """Sums gradients as they are: no compression, nothing left out, no state between steps."""
 
-    replicas_diverge = False
     agreed = True
     stands_for = 1
-    zero_rank = 0
-    zero_size = 1
-    replicated: tuple[str, ...] = ()
-    scatters_every = False
 
     def __init__(self, group: Group, options: CommunicationConfig | None = None) -> None:
         options = options or CommunicationConfig()
         self._group = group
         self.size = len(group.ranks)
+        self.traits = ExchangeTraits(self.size)
         self._before = 1.0 / options.predivide
         self._after: float = options.predivide * (self.size if options.reduction == "sum" else 1.0)
 

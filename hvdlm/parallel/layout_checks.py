@@ -60,11 +60,6 @@ def _check_custom_module(config: Config, s: Any) -> None:
             f"train.activation_checkpointing recomputes layers, and hvdlm sees none in {config.model.name}: leave "
             "it false, and recompute inside of the module."
         )
-    if config.framework == "tensorflow" and config.train.precision != "fp32":
-        raise HvdlmError(
-            f"train.precision {config.train.precision}: Keras layers have a precision of their own: leave it fp32, and "
-            "give the model's layers dtype='mixed_bfloat16'."
-        )
 
 
 def _check_tensor(config: Config, s: Any, kind: str) -> None:

@@ -86,7 +86,7 @@ class ShardedState:
         self.config = config
         self.mesh = mesh
         self.coordinates = mesh.coordinates(rank)
-        zero_rank, zero_size = exchange.zero_rank, exchange.zero_size
+        zero_rank, zero_size = exchange.traits.zero_rank, exchange.traits.zero_size
         self.layout = make_layout(
             model_shard.params, config.communication.bucket_bytes, align=zero_size, alone=model_shard.tied
         )
@@ -142,7 +142,7 @@ class ShardedState:
         state = self._weights.arrays(flat, "parameters")
         for kind, array in memory.items():
             state |= self._memory.arrays(array, f"optimizer/{kind}")
-            if self.exchange.replicas_diverge:
+            if self.exchange.traits.replicas_diverge:
                 state |= self._memory.arrays(array, f"exchange/own/{kind}")
         if self.loss_scale.active:
             state["optimizer/loss_scale"] = self.loss_scale.state()
@@ -150,7 +150,7 @@ class ShardedState:
 
     def fingerprints(self, flat: np.ndarray) -> dict[str, int]:
         """Return ``Trainable.fingerprints`` of the flat vector ``[size]``."""
-        if self.exchange.replicas_diverge and not self.exchange.agreed:
+        if self.exchange.traits.replicas_diverge and not self.exchange.agreed:
             return {}
         return {slot.name: zlib.crc32(flat[slot.start : slot.stop].data) for slot in self.layout.slots}
 
@@ -163,15 +163,17 @@ class ShardedState:
 
     def _identify(self, names: Collection[str], memory: Mapping[str, Any]) -> dict[str, str]:
         """Return identities by the shard, and where ranks differ, by their coordinates."""
-        exchange, shards = self.exchange, self.shards(memory)
+        exchange, traits, shards = self.exchange, self.exchange.traits, self.shards(memory)
         # Compression of a bucket depends on all of its contents, so that what several tensor ranks hold drifts apart.
         lossy = self.config.communication.compression.algorithm != "none"
         identities = {}
         for name in names:
-            replicated = name.startswith("exchange/") and name.removeprefix("exchange/").startswith(exchange.replicated)
+            replicated = name.startswith("exchange/") and name.removeprefix("exchange/").startswith(
+                exchange.traits.replicated
+            )
             if name.startswith("exchange/") and not replicated:
                 continue
-            independent = exchange.replicas_diverge and not replicated
+            independent = traits.replicas_diverge and not replicated
             independent = independent and not (exchange.agreed and name.startswith("parameters/"))
             axes = ["data"] * independent + ["pipeline", "tensor"] * (lossy or replicated)
             identities[name] = repr((shards.get(name), [self.coordinates[axis] for axis in axes]))

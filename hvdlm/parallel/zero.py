@@ -15,6 +15,7 @@ import numpy as np
 from hvdlm.communication.all_reduce import AllReduceExchange
 from hvdlm.config import CommunicationConfig
 from hvdlm.parallel.flat_layout import FlatLayout
+from hvdlm.protocols.exchange import ExchangeTraits
 from hvdlm.protocols.group import Group, Handle
 from hvdlm.protocols.types import Tensor
 
@@ -24,9 +25,7 @@ class ZeroExchange(AllReduceExchange):
 
     def __init__(self, group: Group, options: CommunicationConfig, index: int, stage: int) -> None:
         super().__init__(group, options)
-        self.zero_rank = index
-        self.zero_size = len(group.ranks)
-        self.scatters_every = stage == 2
+        self.traits = ExchangeTraits(self.size, zero_rank=index, zero_size=self.size, scatters_every=stage == 2)
 
     def open(self, layout: FlatLayout, parameters: np.ndarray) -> None:
         """Store the number of buckets."""

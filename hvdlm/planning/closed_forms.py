@@ -7,6 +7,7 @@ bubble: Narayanan et al. 2021, section 2.2.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pluggy
@@ -17,9 +18,8 @@ from hvdlm.parallel.flat_layout import FlatLayout, make_layout
 from hvdlm.parallel.mesh import Mesh
 from hvdlm.parallel.pipeline_schedules import idle_share, kept_micro_batches
 from hvdlm.parallel.sharding_rules import ModelShard, make_model_shard
+from hvdlm.protocols.state_dict import optimizer_state
 from hvdlm.protocols.types import Prediction
-
-_MOMENTS = {"adamw": 2, "adagrad": 1, "sgd": 1}
 
 
 def predict_costs(
@@ -33,18 +33,35 @@ def predict_costs(
     return prediction if prediction is not None else closed_form(config, spec, mesh, rank)
 
 
-def closed_form(config: Config, spec: ModelSpec, mesh: Mesh, rank: int) -> Prediction | None:
+@dataclass(frozen=True)
+class Habits:
+    """What a framework's plugin communicates in another way than PyTorch's, whose ways are the defaults.
+
+    Attributes:
+        half_activations: whether stages exchange activations in the precision of the step; else in float32, in which
+            the layers' outputs are added up.
+        recomputes_all: whether activation checkpointing repeats the last collective of a layer's forward pass, too.
+    """
+
+    half_activations: bool = False
+    recomputes_all: bool = False
+
+
+def closed_form(
+    config: Config, spec: ModelSpec, mesh: Mesh, rank: int, habits: Habits | None = None
+) -> Prediction | None:
     """Return the costs of a step of ``rank``, or None for an architecture other than GPT and recurrent ones."""
     if spec.kind not in ("gpt", "rnn"):
         return None
-    return _Step(config, spec, mesh, rank).prediction()
+    return _Step(config, spec, mesh, rank, habits or Habits()).prediction()
 
 
 class _Step:
     """One rank's step: ``rows`` x ``time`` tokens in each of ``count`` micro-batches."""
 
-    def __init__(self, config: Config, spec: ModelSpec, mesh: Mesh, rank: int) -> None:
+    def __init__(self, config: Config, spec: ModelSpec, mesh: Mesh, rank: int, habits: Habits) -> None:
         self.config = config
+        self.habits = habits
         self.spec = spec
         self.s = spec.settings
         self.kind = spec.kind
@@ -82,7 +99,7 @@ class _Step:
         size = self.layout.size
         zero_shard = size // self.mesh.data
         c = self.config.train
-        kinds = 0 if c.optimizer == "sgd" and not c.momentum else _MOMENTS[c.optimizer]
+        kinds = len(optimizer_state(c))
         buckets = [self.layout.bucket_range(i) for i in range(len(self.layout.buckets))]
         # While one bucket is sent, the next one is filled.
         passing = max(b - a for (a, _), (_, b) in zip(buckets, [*buckets[1:], buckets[-1]], strict=True))
@@ -167,16 +184,13 @@ class _Step:
         return whole * (self.count if self.zero == 2 else 1) + whole // self.mesh.data + 3 * 8
 
     def on_pipeline(self) -> int:
-        """Return the bytes of activations and their gradients, to and from neighbours, and of tied gradients.
-
-        torch adds up the layers' outputs in float32, TensorFlow in the precision of the step.
-        """
+        """Return the bytes of activations and their gradients, to and from neighbours, and of tied gradients."""
         stage = self.shard.stage
         if stage.count == 1:
             return 0
         positions = self.tokens // self.mesh.tensor if self.sequence else self.tokens
         neighbours = (not stage.first) + (not stage.last)
-        item = 2 if self.config.framework == "tensorflow" and self.config.train.precision != "fp32" else 4
+        item = 2 if self.habits.half_activations and self.config.train.precision != "fp32" else 4
         moved = self.count * neighbours * 2 * item * positions * self.s.width
         if self.shard.tied and (stage.first or stage.last):
             names = [self.layout.slots[first].name for first, _ in self.layout.buckets]
@@ -197,8 +211,8 @@ class _Step:
         both = x + x // self.mesh.tensor if self.sequence else x  # g or f, forward and backward together
         recomputed = 0
         if self.config.train.activation_checkpointing:
-            # The forward collectives of a layer once more; torch stops before the last of them.
-            sums = 2 if self.config.framework == "tensorflow" else 1
+            # The forward collectives of a layer once more, with or without the last of them.
+            sums = 2 if self.habits.recomputes_all else 1
             recomputed = sums * x + (2 * (x // self.mesh.tensor) if self.sequence else 0)
         total = layers * (4 * both + recomputed + 4 * self.partial("layers."))
         if stage.first:
@@ -225,8 +239,8 @@ class _Step:
         stage, layers = self.shard.stage, len(self.shard.layers)
         state = 4 * self.rows * self.s.width
         gathers = self.time + 1
-        if self.config.train.activation_checkpointing:  # torch stops before the last of them
-            gathers += self.time + (self.config.framework == "tensorflow")
+        if self.config.train.activation_checkpointing:
+            gathers += self.time + self.habits.recomputes_all
         total = layers * (gathers * (state // self.mesh.tensor) + self.time * state)
         total += 2 * 4 * self.tokens * self.s.width if stage.first else 0
         return total + (3 * 4 * self.tokens if stage.last else 0)

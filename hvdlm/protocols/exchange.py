@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from hvdlm.protocols.group import Handle
@@ -14,7 +15,41 @@ if TYPE_CHECKING:
     from hvdlm.parallel.flat_layout import FlatLayout
 
 
-class Exchange(Protocol):
+@dataclass(frozen=True)
+class ExchangeTraits:
+    """What an exchange is, the same from its first step to its last.
+
+    Attributes:
+        size: ranks along the data axis.
+        replicas_diverge: whether ranks' parameters and optimizer states differ between steps (local SGD, DiLoCo).
+        zero_rank, zero_size: this rank updates shard ``zero_rank`` of ``zero_size`` equal shards of every bucket
+            (ZeRO); 0 and 1: all of it.
+        scatters_every: whether every micro-batch's gradients are scattered, so that none are kept whole (ZeRO-2).
+        replicated: prefixes of the names in ``state()`` whose entries are equal on all ranks of the data axis.
+    """
+
+    size: int
+    replicas_diverge: bool = False
+    zero_rank: int = 0
+    zero_size: int = 1
+    scatters_every: bool = False
+    replicated: tuple[str, ...] = ()
+
+
+class ExchangeState(Protocol):
+    """What an exchange keeps from step to step."""
+
+    def open(self, layout: FlatLayout, parameters: np.ndarray) -> None:
+        """Start from flat float32 ``parameters`` ``[size]``; called again when they are replaced. All ranks call."""
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Return copies of what is kept from step to step (error feedback), for the checkpoint."""
+
+    def load_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """Restore what ``state()`` returned; missing entries start from their initial values."""
+
+
+class Exchange(ExchangeState, Protocol):
     """Reduces gradients over the data axis, between the backward pass and the optimizer step.
 
     The framework passes its gradients in flat buckets, in the order in which the backward pass finishes them, and gets
@@ -22,30 +57,23 @@ class Exchange(Protocol):
     for every bucket and ``start_metrics``, waiting for all handles, the update, ``finish``.
 
     Attributes:
-        size: ranks along the data axis.
-        replicas_diverge: whether ranks' parameters and optimizer states differ between steps (local SGD, DiLoCo).
+        traits: what it is.
         agreed: whether all ranks have the same parameters now, after the last step.
         stands_for: factor on this step's token count: 1 if metrics were summed over all ranks, otherwise the number of
             ranks that they stand for.
-        zero_rank, zero_size: this rank updates shard ``zero_rank`` of ``zero_size`` equal shards of every bucket
-            (ZeRO); 0 and 1: all of it.
-        replicated: prefixes of the names in ``state()`` whose entries are equal on all ranks of the data axis.
-        scatters_every: whether every micro-batch's gradients are scattered, so that none are kept whole (ZeRO-2).
         traffic: the group's counters.
     """
 
-    size: int
-    replicas_diverge: bool
-    agreed: bool
-    stands_for: int
-    zero_rank: int
-    zero_size: int
-    replicated: tuple[str, ...]
-    scatters_every: bool
-    traffic: dict[str, Traffic]
+    traits: ExchangeTraits
 
-    def open(self, layout: FlatLayout, parameters: np.ndarray) -> None:
-        """Start from flat float32 ``parameters`` ``[size]``; called again when they are replaced. All ranks call."""
+    @property
+    def agreed(self) -> bool: ...
+
+    @property
+    def stands_for(self) -> int: ...
+
+    @property
+    def traffic(self) -> dict[str, Traffic]: ...
 
     def begin(self, step: int) -> Hashable:
         """Prepare for ``step``; return its phase: steps of one phase call the same collectives (and share a graph)."""
@@ -64,9 +92,3 @@ class Exchange(Protocol):
 
     def finish(self, parameters: Tensor) -> Tensor | None:
         """Return what replaces the updated flat ``parameters`` ``[size]``; None: they stay."""
-
-    def state(self) -> dict[str, np.ndarray]:
-        """Return copies of what is kept from step to step (error feedback), for the checkpoint."""
-
-    def load_state(self, state: Mapping[str, np.ndarray]) -> None:
-        """Restore what ``state()`` returned; missing entries start from their initial values."""

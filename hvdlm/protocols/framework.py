@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from hvdlm.protocols.exchange import Exchange
 from hvdlm.protocols.group import Handle
@@ -17,6 +18,21 @@ if TYPE_CHECKING:
     from hvdlm.config import Config
     from hvdlm.models.spec import ModelSpec
     from hvdlm.parallel.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class Probe:
+    """How ``python -m hvdlm doctor`` examines a framework.
+
+    Attributes:
+        code: Python code for a process of its own: imports the framework, calls ``report(version=..., gpus=...)``.
+        install: how to install the framework.
+        horovod: whether Horovod has operations for it, ``horovod.NAME``, which are examined too.
+    """
+
+    code: str
+    install: str
+    horovod: bool = False
 
 
 class HostCollective(Protocol):
@@ -45,11 +61,22 @@ class HostTensors(Protocol):
         """
 
 
-class Framework(Protocol):
-    """A deep-learning framework: builds Trainables from descriptions. ``in_place``: its all-reduces overwrite tensors.
+@runtime_checkable
+class HasHostTensors(Protocol):
+    """A framework whose tensors are not arrays in host memory; those of others are read by ``numpy.asarray``."""
 
-    A framework whose tensors are not arrays in host memory also has an attribute ``host_tensors`` (HostTensors) if it
-    supports backend ``mpi4py``; the tensors of others are read by ``numpy.asarray`` and made by ``tensor``.
+    host_tensors: HostTensors
+
+
+class Framework(Protocol):
+    """A deep-learning framework: builds Trainables from descriptions.
+
+    Its tensors have ``shape``, ``dtype`` and ``nbytes``. Backend ``mpi4py`` reads them by ``numpy.asarray`` and makes
+    them by ``tensor``, or asks ``HasHostTensors``; Horovod's backends need ``protocols.horovod.HasHorovod``.
+
+    Attributes:
+        name: the name that ``--framework`` takes, that of the plugin's entry point.
+        in_place: whether a sum may overwrite the tensor that it is given; False where tensors are immutable.
     """
 
     name: str
@@ -59,4 +86,4 @@ class Framework(Protocol):
         """Return the model at its initial values (``ModelSpec.initial``), ready to train. No communication."""
 
     def tensor(self, array: np.ndarray) -> Tensor:
-        """Return ``array`` on this rank's device; may share its memory."""
+        """Return ``array``, of its dtype, on this rank's device; may share its memory."""

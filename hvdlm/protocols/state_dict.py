@@ -8,7 +8,25 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     import numpy as np
 
+    from hvdlm.config import TrainConfig
     from hvdlm.parallel.flat_layout import Shard
+
+
+OPTIMIZER_STATE: dict[str, tuple[str, ...]] = {
+    "adamw": ("first_moment", "second_moment"),
+    "sgd": ("momentum",),
+    "adagrad": ("sum_of_squares",),
+}
+"""The kinds of state of each ``train.optimizer`` by their names in checkpoints, the same in every framework.
+
+Of every parameter, float32 of its shape: AdamW's running means of the gradient and of its square (without correction of
+their bias), SGD's velocity (the sum of gradients, not of updates), and Adagrad's sum of squared gradients.
+"""
+
+
+def optimizer_state(config: TrainConfig) -> tuple[str, ...]:
+    """Return the kinds of state that the configured optimizer keeps: SGD without momentum keeps none."""
+    return () if config.optimizer == "sgd" and not config.momentum else OPTIMIZER_STATE[config.optimizer]
 
 
 class StateDict(Protocol):
@@ -17,8 +35,8 @@ class StateDict(Protocol):
     def state(self) -> dict[str, np.ndarray]:
         """Return copies of everything that training resumes from, under global names.
 
-        ``parameters/NAME`` as in the ModelSpec, ``optimizer/KIND/NAME`` of the parameter's shape, ``exchange/...``,
-        and ``carry/...`` of recurrent models.
+        ``parameters/NAME`` as in the ModelSpec, ``optimizer/KIND/NAME`` of the parameter's shape for every KIND of
+        ``optimizer_state``, ``exchange/...`` of the exchange's state, and ``carry/...`` of recurrent models.
         """
 
     def shards(self) -> dict[str, Shard]:

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
+from hvdlm.protocols.tokenizer import Tokenizer
 from hvdlm.protocols.trainable import Trainable
 from hvdlm.protocols.types import Batch
 
 
 class Task(Protocol):
-    """Provides batches and metrics; ``tokenizer`` turns text into ids below ``vocab``.
+    """Provides batches and metrics.
 
-    ``fingerprint``: identifies the data, the same on all ranks that have the same data. ``reads``: the names of its
-    batches' features, those of ``ModelSpec.reads``.
+    ``vocab``: ids are below it. ``fingerprint``: identifies the data, the same on all ranks that have the same data.
+    ``reads``: the names of its batches' features, those of ``ModelSpec.reads``.
     """
 
-    tokenizer: Any
     vocab: int
     fingerprint: str
     reads: tuple[str, ...]
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Turns text into ids below ``vocab``."""
 
     def rows(self, first: int, last: int) -> Batch:
         """Return rows ``first:last`` of the endless global order of training rows, which depends on the seed alone.

@@ -10,8 +10,8 @@ from hvdlm.protocols.state_dict import StateDict
 from hvdlm.protocols.types import Batch, StepResult, Traffic
 
 
-class Trainable(Inference, StateDict, Protocol):
-    """A model with its optimizer: computes gradients, has them reduced, and updates the parameters."""
+class Training(Protocol):
+    """Computes gradients, has them reduced, updates the parameters, and reports on itself."""
 
     def train_step(
         self, micro_batches: Sequence[Batch], learning_rate: float, step: int, limit: float = float("inf")
@@ -41,3 +41,7 @@ class Trainable(Inference, StateDict, Protocol):
 
     def traffic(self) -> dict[str, Traffic]:
         """Return the counters of all groups of this rank, by ``purpose/operation``."""
+
+
+class Trainable(Training, Inference, StateDict, Protocol):
+    """A model with its optimizer."""

@@ -2,34 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from hvdlm.protocols.group import Group, Handle
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from hvdlm.diagnostics.flight_recorder import FlightRecorder
 
 
-class World(Protocol):
-    """The ranks of one run. Started by a Backend, closed by the loop.
-
-    Attributes:
-        transport: the library that moves the bytes.
-        recorder: the flight recorder of this rank's collectives, for the diagnosis of a hang.
-    """
-
-    rank: int
-    size: int
-    local_rank: int
-    local_size: int
-    transport: str
-    recorder: FlightRecorder
-
-    def group(self, ranks: Sequence[int]) -> Group:
-        """Return the group of these ranks, made at the start from the mesh; HvdlmError for any other."""
+class HostMessages(Protocol):
+    """Host-side messages (JSON, bytes, counts) between ranks. All ranks call the same methods in the same order."""
 
     def broadcast_object(self, value: Any, root: int = 0) -> Any:
         """Return rank ``root``'s JSON-like ``value`` on all ranks. All ranks call."""
@@ -50,12 +33,24 @@ class World(Protocol):
     def broadcast_bytes(self, data: bytes | None, root: int) -> bytes:
         """Return rank ``root``'s ``data`` (below 2 GB) on all ranks. All ranks call; the others' is ignored."""
 
-    def raw(self, collective: str, array: np.ndarray, in_place: bool = False) -> Callable[[], Any] | None:
-        """Return a function that runs the transport's own collective on flat ``array``, without hvdlm in between.
 
-        For measurements. ``collective`` is the name of a Group's method, ``in_place`` whether a sum overwrites its
-        input. None where the transport can't be called directly.
-        """
+class World(HostMessages, Protocol):
+    """The ranks of one run. Started by a Backend, closed by the loop.
+
+    Attributes:
+        transport: the library that moves the bytes.
+        recorder: the flight recorder of this rank's collectives, for the diagnosis of a hang.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    transport: str
+    recorder: FlightRecorder
+
+    def group(self, ranks: Sequence[int]) -> Group:
+        """Return the group of these ranks, made at the start from the mesh; HvdlmError for any other."""
 
     def transfer_seconds(self) -> float | None:
         """Return the seconds that this rank's collectives took so far, in the background or not; None: unknown."""

@@ -159,7 +159,7 @@ def plan(config: Config, *, writes: bool = True, resume: str | None = None) -> P
     rank, size, _, _ = backend.launch_shape()
     if config.backend == "auto" and backend_name == "mpi4py" and rank == 0:
         missing = without_horovod(config.framework)
-        print(f"hvdlm: backend mpi4py carries this run, since {missing} (python -m hvdlm horovod build)", flush=True)
+        print(f"hvdlm: backend mpi4py carries this run, since {missing}", flush=True)
     # Standard input is stored in a file, which config.yaml names, so that the run can be resumed and evaluated.
     requested = config
     config = replace(config, train=replace(config.train, threads=backend.prepare(config)))
@@ -214,10 +214,23 @@ def connect(plan: Plan) -> Connected:
 
 
 def _connect(plan: Plan, lock: FileLock | None) -> Connected:
-    config, manager = plan.config, plan.manager
     share_phases(plan)
     _, size, _, _ = plan.backend.launch_shape()
-    checkpoint = _check_folder(config, size) if plan.writes else None  # now that no other run writes it
+    checkpoint = _check_folder(plan.config, size) if plan.writes else None  # now that no other run writes it
+    task, spec, base = open_task(plan)
+    if checkpoint:
+        preflight.check_continuation(checkpoint, task, spec, plan.config, base)
+    framework, world = connect_ranks(plan)
+    return Connected(plan, task, spec, base, framework, world, lock)
+
+
+def open_task(plan: Plan) -> tuple[Task, ModelSpec, Base | None]:
+    """Open the data; return the task, the model's description, and the base weights of adapters.
+
+    Raises:
+        HvdlmError: the data don't fit the model.
+    """
+    config, manager = plan.config, plan.manager
     with process.during("preparing the data", patience=READING):
         task = plugins.make(manager, "task", config.task, config=config)
     vocab = config.model.vocab or task.vocab
@@ -236,10 +249,7 @@ def _connect(plan: Plan, lock: FileLock | None) -> Connected:
     if config.log.sample_tokens and not task.reads:
         encode(task.tokenizer, config.log.sample_prompt, config)
     spec, base = attach(adapt(spec, config.lora), config.model.pretrained, config.train.seed, config.plugins)
-    if checkpoint:
-        preflight.check_continuation(checkpoint, task, spec, config, base)
-    framework, world = connect_ranks(plan)
-    return Connected(plan, task, spec, base, framework, world, lock)
+    return task, spec, base
 
 
 def share_phases(plan: Plan) -> None:
@@ -321,7 +331,7 @@ def build(connected: Connected) -> Run:
         trainable=trainable,
         checkpoint=checkpoint,
         cursor=DataCursor.of(manifest, batch_size) if checkpoint else DataCursor(batch_size),
-        guard=StepGuard(config.train, exchange.replicas_diverge, manifest.get("guard")),
+        guard=StepGuard(config.train, exchange.traits.replicas_diverge, manifest.get("guard")),
         saver=Saver(folder / "checkpoints", world, config.checkpoint, 2 * config.communication.timeout),
         comparison=Comparison(world),
         base=base,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -56,7 +56,7 @@ class CompressedExchange(AllReduceExchange):
         feedback = self._settings.error_feedback
         if feedback is None:
             feedback = compressor.biased
-        self.replicated = tuple(f"{kind}/" for kind in compressor.replicated)
+        self.traits = replace(self.traits, replicated=tuple(f"{kind}/" for kind in compressor.replicated))
         self._feedback = feedback and not compressor.feeds_back
         self._buckets: list[Bucket] = []
         self._dense = False

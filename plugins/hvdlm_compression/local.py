@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
+from dataclasses import replace
 
 import numpy as np
 from keras import Variable, ops
@@ -22,8 +23,6 @@ class LocalExchange(AllReduceExchange):
     local SGD (Stich 2019, algorithm 1). The differences are summed by the exchange ``inner``, which may compress them.
     """
 
-    replicas_diverge = True
-
     def __init__(
         self, group: Group, inner: AllReduceExchange, settings: LocalConfig, rate: float, momentum: float, last: int
     ) -> None:
@@ -36,7 +35,8 @@ class LocalExchange(AllReduceExchange):
         self._momentum = momentum
         self._phase = "local"
         self._ready = False
-        self.replicated = ("outer_momentum/", *inner.replicated)
+        replicated = ("outer_momentum/", *inner.traits.replicated)
+        self.traits = replace(self.traits, replicas_diverge=True, replicated=replicated)
 
     def open(self, layout: FlatLayout, parameters: np.ndarray) -> None:
         """Begin a round from ``parameters``; reset the outer momentum."""

@@ -35,9 +35,9 @@ class Forward:
         self.axes = axes
         self.config = config
         self.collectives = Collectives(axes.tensor, model_shard)
-        self.model = make_model(spec, model_shard, self.collectives)
-        self.model.dtype = _HALF_PRECISION.get(config.train.precision, tf.float32)
-        self.pipeline = Pipeline(model_shard, axes, config.parallel.schedule, rank, self.model.dtype)
+        dtype = _HALF_PRECISION.get(config.train.precision, tf.float32)
+        self.model = make_model(spec, model_shard, self.collectives, dtype)
+        self.pipeline = Pipeline(model_shard, axes, config.parallel.schedule, rank, dtype)
 
     def losses(
         self,

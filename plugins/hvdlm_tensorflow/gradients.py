@@ -76,11 +76,11 @@ class Gradients(ABC):
             # Not right after the forward pass: Horovod's thread would take a core from the backward pass.
             totals = tf.stack([loss_sum, tokens])
             ready = tf.timestamp()
-        metrics = exchange.start_metrics(totals) if exchange.zero_size == 1 else None
+        metrics = exchange.start_metrics(totals) if exchange.traits.zero_size == 1 else None
         shards = self._shards([handle.wait() for handle in handles])
         with tf.control_dependencies(shards):
             reduced = tf.timestamp()
-            gradient_seconds = tf.maximum(reduced - ready, 0.0) if exchange.size > 1 else ready * 0.0
+            gradient_seconds = tf.maximum(reduced - ready, 0.0) if exchange.traits.size > 1 else ready * 0.0
         self._add_tied(shards)
         shard = tf.concat(shards, 0)
         squared = self._squared_norm(shard)
@@ -160,7 +160,7 @@ class WholeGradients(Gradients):
 
     def bytes(self) -> int:
         """Return the bytes held for gradients."""
-        ranks = self._exchange.zero_size
+        ranks = self._exchange.traits.zero_size
         return 4 * (self._layout.size + (self._layout.size // ranks if ranks > 1 else 0))
 
 
@@ -169,7 +169,7 @@ class ScatteredGradients(Gradients):
 
     def __init__(self, state: ShardedState, axes: Axes) -> None:
         super().__init__(state, axes)
-        self._shard = tf.Variable(tf.zeros(self._layout.size // self._exchange.zero_size), trainable=False)
+        self._shard = tf.Variable(tf.zeros(self._layout.size // self._exchange.traits.zero_size), trainable=False)
 
     def begin(self) -> None:
         """Set the shard to zero: micro-batches add to it."""
@@ -193,10 +193,10 @@ class ScatteredGradients(Gradients):
         """Return the bytes held for gradients: of buckets under way, the most that two neighbours have."""
         following = zip(self._ranges, [*self._ranges[1:], self._ranges[-1]], strict=True)
         most_in_flight = max(stop - start for (start, _), (_, stop) in following)
-        return 4 * (most_in_flight + self._layout.size // self._exchange.zero_size)
+        return 4 * (most_in_flight + self._layout.size // self._exchange.traits.zero_size)
 
 
 def make_gradients(state: ShardedState, axes: Axes) -> WholeGradients | ScatteredGradients:
     """Return the gradients in the form that the exchange asks for."""
-    kind = ScatteredGradients if state.exchange.scatters_every else WholeGradients
+    kind = ScatteredGradients if state.exchange.traits.scatters_every else WholeGradients
     return kind(state, axes)

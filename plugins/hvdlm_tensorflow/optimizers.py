@@ -9,13 +9,7 @@ from __future__ import annotations
 import tensorflow as tf
 
 from hvdlm.config import TrainConfig
-
-# The state of each rule, by its name in checkpoints.
-KINDS = {
-    "adamw": ("first_moment", "second_moment"),
-    "sgd": ("momentum",),
-    "adagrad": ("sum_of_squares",),
-}
+from hvdlm.protocols.state_dict import optimizer_state
 
 
 class FlatOptimizer:
@@ -25,8 +19,7 @@ class FlatOptimizer:
         self._config = config
         self._parameter = parameter
         self._mask = mask
-        kinds = () if config.optimizer == "sgd" and not config.momentum else KINDS[config.optimizer]
-        self._state = {kind: tf.Variable(tf.zeros_like(parameter), trainable=False) for kind in kinds}
+        self._state = {kind: tf.Variable(tf.zeros_like(parameter), trainable=False) for kind in optimizer_state(config)}
 
     @property
     def state(self) -> dict[str, tf.Variable]:

@@ -2,12 +2,36 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
-from typing import Any
+import platform
+import sys
+from typing import TYPE_CHECKING
 
 from hvdlm import hookimpl
 from hvdlm.config import Config
+from hvdlm.errors import HvdlmError
 from hvdlm.plugins import keras_alone
+from hvdlm.protocols import framework as protocols
+from hvdlm.protocols.framework import Probe
+
+if TYPE_CHECKING:
+    from hvdlm.models.spec import ModelSpec
+    from hvdlm.parallel.mesh import Mesh
+    from hvdlm.protocols.types import Prediction
+
+_CODE = """
+import tensorflow as tf
+from importlib.metadata import version
+report(version=f"{tf.__version__}, Keras {version('keras')}", gpus=len(tf.config.list_physical_devices("GPU")))
+"""
+
+
+@hookimpl
+def hvdlm_probes() -> dict[str, Probe]:
+    """Return how TensorFlow is examined."""
+    install = "pip install 'hvdlm[tensorflow]', or in a checkout make setup FRAMEWORKS=\"tensorflow\""
+    return {"tensorflow": Probe(_CODE, install, horovod=True)}
 
 
 @hookimpl
@@ -20,7 +44,40 @@ def hvdlm_prepare(config: Config) -> None:
 
 
 @hookimpl
-def hvdlm_make_framework(name: str) -> Any:
+def hvdlm_check(config: Config, spec: ModelSpec) -> None:
+    """Check that TensorFlow is installed, and the precision of a Keras model.
+
+    Raises:
+        HvdlmError: it isn't, or the model has a precision of its own.
+    """
+    if config.framework != "tensorflow":
+        return
+    if importlib.util.find_spec("tensorflow") is None:
+        if sys.version_info >= (3, 14):
+            version = platform.python_version()
+            raise HvdlmError(f"framework tensorflow has no wheel for Python {version}: use 3.10 to 3.13, or torch.")
+        raise HvdlmError(
+            'framework tensorflow is not installed here: make setup FRAMEWORKS="tensorflow", or --framework torch.'
+        )
+    if spec.kind == "own" and config.train.precision != "fp32":
+        raise HvdlmError(
+            f"train.precision {config.train.precision}: Keras layers have a precision of their own: leave it fp32, and "
+            "give the model's layers dtype='mixed_bfloat16'."
+        )
+
+
+@hookimpl
+def hvdlm_predict(config: Config, spec: ModelSpec, mesh: Mesh, rank: int) -> Prediction | None:
+    """Return the costs of a step with TensorFlow."""
+    if config.framework != "tensorflow":
+        return None
+    from hvdlm.planning.closed_forms import Habits, closed_form
+
+    return closed_form(config, spec, mesh, rank, Habits(half_activations=True, recomputes_all=True))
+
+
+@hookimpl
+def hvdlm_make_framework(name: str) -> protocols.Framework | None:
     """Return the framework named ``tensorflow``."""
     if name != "tensorflow":
         return None

@@ -66,7 +66,7 @@ class Trainable(Inference):
         self._flat = tf.Variable(initial)
         self._adapters = Adapters(state, self._flat)
         # What this rank updates: the flat variable itself, or its shard of every bucket (ZeRO).
-        self._updated = self._flat if exchange.zero_size == 1 else tf.Variable(state.update_shard(initial))
+        self._updated = self._flat if exchange.traits.zero_size == 1 else tf.Variable(state.update_shard(initial))
         self._gradients = make_gradients(state, axes)
         self._optimizer = FlatOptimizer(
             config.train, self._updated, tf.constant(state.update_shard(self.layout.decay_mask()))
@@ -237,7 +237,7 @@ class Trainable(Inference):
         """Gather the shards that other ranks updated, or what the exchange replaces them by; return the seconds."""
         with tf.control_dependencies([norm]):
             ready = tf.timestamp()
-        if self._exchange.zero_size == 1:
+        if self._exchange.traits.zero_size == 1:
             replaced = self._exchange.finish(self._flat.read_value())
             if replaced is None:
                 return 0.0

@@ -19,6 +19,7 @@ from hvdlm_testing.plugin_under_test import PluginUnderTest, frameworks
 
 _TIMEOUT = 900  # seconds of a launch
 RANKS = 2
+RUNS = ("framework_run", "task_run")  # checks that an error on one rank ends
 
 
 @dataclass
@@ -77,6 +78,7 @@ class Launches:
     def of(self, framework: str, kind: str, plugin: PluginUnderTest, member: str = "") -> Result:
         """Return the result of a check (``models``, ``exchange``, ...) of a plugin with this framework."""
         checks = [list(check) for p in self._plugins for check in _checks(p)]
+        checks.sort(key=lambda check: check[0] in RUNS)
         request = Request(framework, "", checks, {}, "")
         return self._result(("framework", framework), request, [kind, plugin.name, member])
 
@@ -88,11 +90,25 @@ class Launches:
     def _result(self, key: tuple[str, str], request: Request, check: list[str]) -> Result:
         if key not in self._results:
             request.configs = {p.name: str(p.config) for p in self._plugins if p.config}
-            self._results[key] = self._launch(request)
+            self._results[key] = self._launch_all(request)
         results = self._results[key]
         if isinstance(results, str):
             return Result([results])
         return results.get(":".join(check)) or Result([f"the ranks ended before the check of {' '.join(check)}"])
+
+    def _launch_all(self, request: Request) -> dict[str, Result] | str:
+        """Launch until all checks have been made: an error in one of ``RUNS`` ends the ranks before the next."""
+        results: dict[str, Result] = {}
+        while request.checks:
+            made = self._launch(request)
+            if isinstance(made, str):
+                return results or made
+            results |= made
+            pending = [check for check in request.checks if ":".join(check) not in results]
+            if len(pending) == len(request.checks):
+                break
+            request.checks = pending
+        return results
 
     def _launch(self, request: Request) -> dict[str, Result] | str:
         """Return {check: result}, or a sentence if the launch failed without any result."""
@@ -109,9 +125,12 @@ class Launches:
             results = _read(Path(request.output))
             if code and not results:
                 return f"{' '.join(command)} failed: {output}"
+            errors = [line for path in Path(folder).glob("results.rank-*") for line in path.read_text().splitlines()]
             for check, result in results.items():
                 if result.skipped == "begun":  # ranks ended, or hung, in the middle of it
-                    results[check] = Result([f"the ranks ended in the middle of it: {output}"])
+                    results[check] = Result(
+                        list(dict.fromkeys(errors)) or [f"the ranks ended in the middle of it: {output}"]
+                    )
             return results
 
     def _launcher(self, request: Request) -> list[str]:
@@ -132,6 +151,7 @@ def _checks(plugin: PluginUnderTest) -> list[tuple[str, str, str]]:
     for kind in ("framework", "exchange", "task"):
         if plugin.provides(f"hvdlm_make_{kind}"):
             checks.append((kind, plugin.name, ""))
+            checks += [(f"{kind}_run", plugin.name, "")] if f"{kind}_run" in RUNS else []
     return checks
 
 

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
 from hvdlm.configuration.availability import choose_backend
 from hvdlm.errors import HvdlmError, RankError
-from hvdlm_testing.checks import backends, compressors, exchanges, models, tasks
+from hvdlm_testing.checks import backends, compressors, exchanges, models, runs, tasks
 from hvdlm_testing.checks.harness import Findings, Harness, Skip
-from hvdlm_testing.launcher import Request, Result
+from hvdlm_testing.launcher import RUNS, Request, Result
 from hvdlm_testing.plugin_under_test import PluginUnderTest, find
 
+_REPORT_SECONDS = 2.0  # in which other ranks may report the same error
 _CHECKS = {
     "models": models.check_model,
     "compressors": compressors.check_compressor,
     "exchange": exchanges.check_exchange,
     "framework": models.check_framework,
     "task": tasks.check_task,
+    "framework_run": runs.check_framework_run,
+    "task_run": runs.check_task_run,
 }
 
 
@@ -37,7 +41,7 @@ def main(path: str) -> int:
     with Harness.open(request.framework, choose_backend(request.framework), tested) as harness:
         for kind, name, member in request.checks:
             _write(output, [kind, name, member], Result(skipped="begun"), harness.world.rank)
-            result = _check(harness, kind, plugins[name], member)
+            result = _check(harness, kind, plugins[name], member, output)
             of_ranks = harness.world.gather_objects([result.faults, result.skipped])
             faults = dict.fromkeys(fault for faults, _ in of_ranks for fault in faults)
             skipped = next((reason for _, reason in of_ranks if reason), "")
@@ -45,9 +49,10 @@ def main(path: str) -> int:
     return 0
 
 
-def _check(harness: Harness, kind: str, plugin: PluginUnderTest, member: str) -> Result:
+def _check(harness: Harness, kind: str, plugin: PluginUnderTest, member: str, output: Path) -> Result:
+    """Return the result of a check on this rank; an error in a run ends all ranks, of which others may wait for it."""
     findings = Findings()
-    label = f"{kind} {member or plugin.name}"
+    label = f"{kind.replace('_', ' ')} {member or plugin.name}"
     try:
         _CHECKS[kind](harness, plugin, member, findings)
     except Skip as reason:
@@ -62,6 +67,13 @@ def _check(harness: Harness, kind: str, plugin: PluginUnderTest, member: str) ->
             f"{label} fails in {harness.framework_name}: {type(error).__name__}: {error} "
             f"({frame.filename}:{frame.lineno})"
         )
+    else:
+        return Result(findings.faults, "", findings.figures)
+    if kind in RUNS:
+        with output.with_suffix(f".rank-{harness.world.rank}").open("a") as file:
+            file.write("\n".join(findings.faults) + "\n")
+        time.sleep(_REPORT_SECONDS)
+        harness.world.abort(1)
     return Result(findings.faults, "", findings.figures)
 
 

@@ -13,6 +13,7 @@ from hvdlm.parallel.mesh import Mesh
 from hvdlm.parallel.sharding_rules import make_model_shard
 from hvdlm.protocols.exchange import Exchange
 from hvdlm.protocols.world import World
+from hvdlm_torch.horovod import Horovod
 from hvdlm_torch.host_tensors import HostTensors
 from hvdlm_torch.trainable import Trainable
 
@@ -25,6 +26,7 @@ class Framework:
 
     def __init__(self) -> None:
         self.host_tensors = HostTensors()
+        self.horovod = Horovod()
 
     def build(self, model: ModelSpec, mesh: Mesh, world: World, exchange: Exchange, config: Config) -> Trainable:
         """Return the model at its initial values on this rank's device."""

@@ -67,7 +67,7 @@ class Gradients(ABC):
     def reduce(self, totals: torch.Tensor) -> Sums:
         """Sum ``shard`` and ``totals`` (loss sum, valid tokens; float64 ``[2]``) over the ranks."""
         # Not right after the forward pass: Horovod's thread would take a core from the backward pass.
-        metrics = self._exchange.start_metrics(totals) if self._exchange.zero_size == 1 else None
+        metrics = self._exchange.start_metrics(totals) if self._exchange.traits.zero_size == 1 else None
         gradient_seconds = self._wait()
         began = time.perf_counter()
         self._add_tied()
@@ -124,13 +124,13 @@ class WholeGradients(Gradients):
         self, state: ShardedState, axes: Axes, parameters: Parameters, leaves: Parameters, device: torch.device
     ) -> None:
         super().__init__(state, axes)
-        layout, ranks = self._layout, self._exchange.zero_size
+        layout, ranks = self._layout, self._exchange.traits.zero_size
         self._flat = torch.zeros(layout.size, device=device)
         self.shard = self._flat if ranks == 1 else torch.zeros(layout.size // ranks, device=device)
         self._missing: list[int] | None = None  # per bucket, the gradients that the last backward pass still owes
         for slot in layout.slots:
             parameters[slot.name].grad = self._flat[slot.start : slot.stop].view(slot.shape)
-        if self._exchange.size > 1:
+        if self._exchange.traits.size > 1:
             _register_hooks(layout, leaves, self._arrived)
 
     def begin(self) -> None:
@@ -182,7 +182,7 @@ class ScatteredGradients(Gradients):
     ) -> None:
         super().__init__(state, axes)
         self._parameters = parameters
-        self.shard = torch.zeros(self._layout.size // self._exchange.zero_size, device=device)
+        self.shard = torch.zeros(self._layout.size // self._exchange.traits.zero_size, device=device)
         self._missing = [0] * len(self._ranges)
         self._waited = 0.0
         self._in_flight: dict[int, int] = {}  # elements of the buckets under way
@@ -256,7 +256,7 @@ def make_gradients(
     ``leaves``: of every parameter, the tensor whose gradient the backward pass computes. Where that is another tensor
     (LoRA), the hook that derives the parameter's gradient has to be registered on it before.
     """
-    kind = ScatteredGradients if state.exchange.scatters_every else WholeGradients
+    kind = ScatteredGradients if state.exchange.traits.scatters_every else WholeGradients
     return kind(state, axes, parameters, leaves, device)
 
 

@@ -13,13 +13,7 @@ from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
 from hvdlm.config import TrainConfig
-
-# The state of each rule, by its name in checkpoints, in the order of torch's arguments.
-KINDS = {
-    "adamw": ("first_moment", "second_moment"),
-    "sgd": ("momentum",),
-    "adagrad": ("sum_of_squares",),
-}
+from hvdlm.protocols.state_dict import optimizer_state
 
 
 class FlatOptimizer:
@@ -32,8 +26,7 @@ class FlatOptimizer:
         self._parameter = parameter
         self._gradient = gradient
         self._mask = mask
-        kinds = () if config.optimizer == "sgd" and not config.momentum else KINDS[config.optimizer]
-        self._state = {kind: torch.zeros_like(parameter) for kind in kinds}
+        self._state = {kind: torch.zeros_like(parameter) for kind in optimizer_state(config)}
         self._step = torch.zeros((), dtype=torch.float32, device=parameter.device)
 
     @property

@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
-from typing import Any
+from typing import TYPE_CHECKING
 
 from hvdlm import hookimpl
 from hvdlm.config import Config
+from hvdlm.errors import HvdlmError
+from hvdlm.protocols import framework as protocols
+from hvdlm.protocols.framework import Probe
+
+if TYPE_CHECKING:
+    from hvdlm.models.spec import ModelSpec
+    from hvdlm.parallel.mesh import Mesh
+    from hvdlm.protocols.types import Prediction
+
+_CODE = "import torch; report(version=torch.__version__, gpus=torch.cuda.device_count())"
+
+
+@hookimpl
+def hvdlm_probes() -> dict[str, Probe]:
+    """Return how PyTorch is examined."""
+    install = "pip install 'hvdlm[torch]', or in a checkout make setup FRAMEWORKS=\"torch\""
+    return {"torch": Probe(_CODE, install, horovod=True)}
 
 
 @hookimpl
@@ -17,7 +35,30 @@ def hvdlm_prepare(config: Config) -> None:
 
 
 @hookimpl
-def hvdlm_make_framework(name: str) -> Any:
+def hvdlm_check(config: Config, spec: ModelSpec) -> None:
+    """Check that PyTorch is installed.
+
+    Raises:
+        HvdlmError: it isn't.
+    """
+    if config.framework == "torch" and importlib.util.find_spec("torch") is None:
+        raise HvdlmError(
+            'framework torch is not installed here: make setup FRAMEWORKS="torch", or --framework tensorflow.'
+        )
+
+
+@hookimpl
+def hvdlm_predict(config: Config, spec: ModelSpec, mesh: Mesh, rank: int) -> Prediction | None:
+    """Return the costs of a step with PyTorch."""
+    if config.framework != "torch":
+        return None
+    from hvdlm.planning.closed_forms import Habits, closed_form
+
+    return closed_form(config, spec, mesh, rank, Habits(half_activations=False, recomputes_all=False))
+
+
+@hookimpl
+def hvdlm_make_framework(name: str) -> protocols.Framework | None:
     """Return the framework named ``torch``."""
     if name != "torch":
         return None

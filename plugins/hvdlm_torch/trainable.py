@@ -56,7 +56,7 @@ class Trainable(Inference):
         self._gradients = make_gradients(state, axes, parameters, self._adapters.leaves, device)
         # What this rank updates: the flat vector itself, or its shard of every bucket (ZeRO).
         self._updated = (
-            self._flat if exchange.zero_size == 1 else torch.from_numpy(state.update_shard(initial)).to(device)
+            self._flat if exchange.traits.zero_size == 1 else torch.from_numpy(state.update_shard(initial)).to(device)
         )
         decay_mask = torch.from_numpy(state.update_shard(self.layout.decay_mask())).to(device)
         self._optimizer = FlatOptimizer(config.train, self._updated, self._gradients.shard, decay_mask)
@@ -160,7 +160,7 @@ class Trainable(Inference):
     def _replace_parameters(self) -> float:
         """Gather the shards that other ranks updated, or what the exchange replaces them by; return the seconds."""
         began = time.perf_counter()
-        if self._exchange.zero_size > 1:
+        if self._exchange.traits.zero_size > 1:
             shards = [self._updated[start:stop] for start, stop in self._sharded.shard_ranges]
             for index, bucket in enumerate(self._exchange.gather(shards)):
                 start, stop = self.layout.bucket_range(index)

@@ -15,7 +15,7 @@ from hvdlm import plugins
 from hvdlm.checkpoints.load import open_checkpoint, read_state
 from hvdlm.config import Config, LoRAConfig, ModelConfig, ParallelConfig, TrainConfig
 from hvdlm.parallel.mesh import Mesh
-from hvdlm.planning.closed_forms import closed_form
+from hvdlm.planning.closed_forms import predict_costs
 from hvdlm.protocols.types import Batch, StepResult
 from hvdlm.protocols.world import World
 from launching import FRAMEWORK, RANKS
@@ -148,7 +148,7 @@ def test_every_layout_follows_the_curve_of_one_rank(world: World, case: tuple[Me
 
 
 def _predicted(world: World, mesh: Mesh, config: Config) -> Any:
-    return closed_form(config, configured_spec(config, VOCAB), mesh, world.rank)
+    return predict_costs(plugins.load([FRAMEWORK]), config, configured_spec(config, VOCAB), mesh, world.rank)
 
 
 def assert_traffic_is_predicted(world: World, mesh: Mesh, config: Config, results: list[StepResult]) -> None:

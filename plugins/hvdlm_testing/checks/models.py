@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from hvdlm import plugins
 from hvdlm.config import Config
+from hvdlm.errors import HvdlmError
 from hvdlm.models.spec import ModelSpec
+from hvdlm.protocols.state_dict import optimizer_state
+from hvdlm.protocols.trainable import Trainable
+from hvdlm.protocols.types import Batch
 from hvdlm_testing.checks.harness import CONTEXT, VOCAB, Findings, Harness, Skip
 from hvdlm_testing.checks.training import check_training
 from hvdlm_testing.plugin_under_test import PluginUnderTest
@@ -37,11 +43,45 @@ def check_framework(harness: Harness, plugin: PluginUnderTest, member: str, find
         array = np.arange(6, dtype=np.float32).reshape(2, 3)
         converted = np.asarray(framework.tensor(array.copy()))
         findings.require(np.array_equal(converted, array), f"framework {plugin.name}: tensor() changes an array.")
+        findings.require(
+            plugin.implementation.hvdlm_make_framework(name="another") is None,
+            f"{plugin.name}: hvdlm_make_framework returns a framework for every name: return None unless it is its "
+            "own.",
+        )
+        _check_optimizers(harness, plugin.name, findings)
     for name in _BUILT_IN:
         config = harness.config()
         config.model.name = name
         spec = plugins.models(plugins.load([name]))[name](config.model, VOCAB, CONTEXT)
         _check(harness, spec, config, name, findings)
+
+
+def _check_optimizers(harness: Harness, name: str, findings: Findings) -> None:
+    """Check the names of every optimizer's state, and that a gradient above the limit is not applied."""
+    for optimizer, momentum in (("adamw", 0.0), ("sgd", 0.9), ("sgd", 0.0), ("adagrad", 0.0)):
+        config = harness.config()
+        config.train.optimizer, config.train.momentum = optimizer, momentum  # type: ignore[assignment]
+        spec = plugins.models(plugins.load([]))["rnn"](config.model, VOCAB, CONTEXT)
+        try:
+            trainable, _ = harness.build(spec, config)
+        except HvdlmError:  # a framework may refuse all optimizers but AdamW
+            if optimizer == "adamw":
+                raise
+            continue
+        label, before = f"framework {name}: {optimizer}", trainable.fingerprints()
+        result = trainable.train_step([harness.batch(spec, config)], 1e-2, 0, 0.0)
+        findings.require(
+            result.skipped and trainable.fingerprints() == before,
+            f"{label}: train_step applies a gradient whose norm is above its limit, or doesn't say that it skips it.",
+        )
+        trainable.train_step([harness.batch(spec, config)], 1e-2, 0)
+        kinds = {key.split("/")[1] for key in trainable.state() if key.startswith("optimizer/")}
+        expected = set(optimizer_state(config.train))
+        findings.require(
+            kinds == expected,
+            f"{label} keeps optimizer/{sorted(kinds)} in state(), expected {sorted(expected)}: other frameworks resume "
+            "from these names.",
+        )
 
 
 def check_description(spec: ModelSpec, name: str, findings: Findings) -> None:
@@ -73,6 +113,22 @@ def check_description(spec: ModelSpec, name: str, findings: Findings) -> None:
         )
 
 
+def _check_causality(trainable: Trainable, batch: Batch, label: str, findings: Findings) -> None:
+    """Check that scores do not depend on later tokens."""
+    other = replace(batch, inputs=batch.inputs.copy())
+    other.inputs[:, -1] += 1 - 2 * (other.inputs[:, -1] > 0)  # another token of the vocabulary
+    first, second = trainable.predict(batch), trainable.predict(other)
+    findings.require(
+        np.allclose(first[:, :-1], second[:, :-1], atol=1e-5),
+        f"{label}: scores change with a token that follows them: those of a position may depend on tokens up to it "
+        "only.",
+    )
+    findings.require(
+        not np.allclose(first[:, -1], second[:, -1], atol=1e-7),
+        f"{label}: scores don't change with the token of their own position.",
+    )
+
+
 def _check(harness: Harness, spec: ModelSpec, config: Config, name: str, findings: Findings) -> None:
     label = f"{name} in {harness.framework_name}"
     first = check_training(harness, spec, config, label, findings)[0]
@@ -87,6 +143,7 @@ def _check(harness: Harness, spec: ModelSpec, config: Config, name: str, finding
         abs(mean - first) < 1e-4 or config.model.dropout,
         f"{label}: the loss of eval_step is {mean:.6f}, of train_step {first:.6f}.",
     )
+    _check_causality(trainable, batch, label, findings)
     prompt = batch.inputs[:2]
     whole, _ = trainable.logits(prompt)
     expected = (2, spec.settings.vocab)

@@ -79,7 +79,7 @@ def _check_state(
                 f"{label}: parameters/{param.name} of state() is {list(array.shape)}, expected {list(param.shape)}.",
             )
     names = {name for name in state if not name.startswith("exchange/")}
-    findings.require(names == shards, f"{label}: pieces() and state() differ in {', '.join(sorted(names ^ shards))}.")
+    findings.require(names == shards, f"{label}: shards() and state() differ in {', '.join(sorted(names ^ shards))}.")
 
 
 def _text(losses: list[float]) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import traceback
+from collections.abc import Generator, Iterator
 
 import pytest
 
@@ -29,3 +30,16 @@ def _restored_environment() -> Iterator[None]:
     for name in set(os.environ) - set(original):
         del os.environ[name]
     os.environ.update(original)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    """Report an exception that a plugin raises as one sentence: the traceback is mostly that of the suite."""
+    try:
+        return (yield)
+    except (pytest.fail.Exception, pytest.skip.Exception):
+        raise
+    except Exception as error:  # a third party's code may raise anything
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        sentence = f"{item.name}: {type(error).__name__}: {error} ({frame.filename}:{frame.lineno})"
+        raise pytest.fail.Exception(sentence, pytrace=False) from None

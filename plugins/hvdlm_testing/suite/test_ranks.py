@@ -43,6 +43,16 @@ def test_a_task_is_trained_and_evaluated(plugin: PluginUnderTest, framework: str
     _report(launches.of(framework, "task", plugin))
 
 
+@pytest.mark.provides("hvdlm_make_framework")
+def test_a_framework_runs_to_a_checkpoint_and_resumes(plugin: PluginUnderTest, launches: Launches) -> None:
+    _report(launches.of(plugin.name, "framework_run", plugin))
+
+
+@pytest.mark.provides("hvdlm_make_task")
+def test_a_task_runs_to_a_checkpoint_and_resumes(plugin: PluginUnderTest, framework: str, launches: Launches) -> None:
+    _report(launches.of(framework, "task_run", plugin))
+
+
 @pytest.mark.provides("hvdlm_make_backend")
 def test_a_backend_has_correct_collectives(plugin: PluginUnderTest, framework: str, launches: Launches) -> None:
     backend = plugin.implementation.hvdlm_make_backend(name=plugin.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections import Counter
 from collections.abc import Iterable
 from itertools import pairwise
@@ -18,6 +19,7 @@ from hvdlm.protocols.types import Batch
 from hvdlm_testing.plugin_under_test import PluginUnderTest
 from hvdlm_testing.suite import fail
 
+_TOKENIZER = ("vocab", "hash", "encode", "encode_prompt", "decode", "to_json")
 _SIZES = (1, 2, 3, 5)  # ranks that share the validation split
 _ROWS = 4
 
@@ -126,3 +128,53 @@ def test_ranks_divide_the_validation_split_completely(plugin: PluginUnderTest, c
         if counts != by_size[1]
     ]
     fail(faults if by_size[1] else [f"task {plugin.name}: its validation split is empty."])
+
+
+@pytest.mark.provides("hvdlm_make_task")
+def test_rows_are_as_many_as_asked_for_without_end(plugin: PluginUnderTest, config: Config) -> None:
+    task, faults = _make(plugin, config), []
+    for first in (0, 1, 97, 1_000, 10**5 + 1):
+        batch = task.rows(first, first + _ROWS)
+        if len(batch.inputs) != _ROWS or len(batch.targets) != _ROWS:
+            faults.append(
+                f"task {plugin.name}: rows({first}, {first + _ROWS}) has {len(batch.inputs)} rows, expected {_ROWS}: "
+                "the order of rows is endless, and begins again where the data end."
+            )
+    fail(faults[:1])
+
+
+@pytest.mark.provides("hvdlm_make_task")
+def test_a_tokenizer_restores_what_it_encodes(plugin: PluginUnderTest, config: Config) -> None:
+    task, label, faults = _make(plugin, config), f"task {plugin.name}", []
+    tokenizer: Any = getattr(task, "tokenizer", None)
+    lacking = [name for name in _TOKENIZER if not hasattr(tokenizer, name)]
+    if lacking:
+        fail([f"{label}: its tokenizer lacks {', '.join(lacking)}, without which a run can't save or resume."])
+    if not isinstance(tokenizer.hash, str) or _make(plugin, config).tokenizer.hash != tokenizer.hash:
+        faults.append(f"{label}: its tokenizer's hash is {tokenizer.hash!r}, expected one string for the same data.")
+    if _json(tokenizer) is None:
+        faults.append(f"{label}: to_json() of its tokenizer returns no JSON values, which tokenizer.json holds.")
+    ids = [int(i) for i in task.rows(0, _ROWS).targets[0] if i < tokenizer.vocab]
+    text = tokenizer.decode(ids)
+    encoded = tokenizer.encode(text)
+    if encoded.dtype != np.int32 or encoded.ndim != 1:
+        faults.append(
+            f"{label}: encode() of its tokenizer returns {encoded.dtype} {list(encoded.shape)}, not int32 [n]."
+        )
+    restored = tokenizer.decode([int(i) for i in encoded])
+    if restored.strip() != text.strip():
+        faults.append(f"{label}: its tokenizer decodes {text[:40]!r}, encoded, to {restored[:40]!r}.")
+    fail(faults)
+
+
+def _json(tokenizer: Any) -> str | None:
+    try:
+        return json.dumps(tokenizer.to_json())
+    except (TypeError, ValueError):
+        return None
+
+
+@pytest.mark.provides("hvdlm_make_task")
+def test_a_task_is_made_for_its_own_name_only(plugin: PluginUnderTest, config: Config) -> None:
+    if plugins.load([plugin.name]).hook.hvdlm_make_task(name="another", config=config):
+        fail([f"{plugin.name}: hvdlm_make_task returns a task for every name: return None unless it is its own."])

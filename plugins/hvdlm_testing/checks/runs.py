@@ -1,0 +1,110 @@
+"""Checks of whole runs: the training loop trains a task, saves checkpoints, and resumes from one of them."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from hvdlm import hookimpl
+from hvdlm.config import Config
+from hvdlm.protocols.types import StepResult
+from hvdlm.training import run
+from hvdlm.training.loop import train
+from hvdlm.training.signals import Signals
+from hvdlm_testing.checks.harness import Findings, Harness, Skip
+from hvdlm_testing.plugin_under_test import PluginUnderTest
+
+_STEPS, _SAVED = 4, 2
+_TEXT = "the quick brown fox jumps over the lazy dog, and runs away\n" * 40
+
+
+class _Losses:
+    """Collects the losses and the checkpoints of a run."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.saved: list[Path] = []
+
+    @hookimpl
+    def hvdlm_step_ended(self, result: StepResult) -> None:
+        """Add the step's loss."""
+        self.losses.append(float(result.loss))
+
+    @hookimpl
+    def hvdlm_checkpoint_saved(self, path: str) -> None:
+        """Add the checkpoint's folder."""
+        self.saved.append(Path(path))
+
+
+def check_task_run(harness: Harness, plugin: PluginUnderTest, member: str, findings: Findings) -> None:
+    """Run the task of the plugin's configuration to checkpoints, and resume it."""
+    with _folder(harness) as folder:
+        _check_run(harness, harness.config(plugin), folder, f"task {plugin.name} in {harness.framework_name}", findings)
+
+
+def check_framework_run(harness: Harness, plugin: PluginUnderTest, member: str, findings: Findings) -> None:
+    """Run language models to checkpoints, and resume them; a recurrent one carries its state from step to step."""
+    if harness.framework_name != plugin.name:
+        raise Skip(f"the runs of {harness.framework_name} are its own plugin's to test")
+    with _folder(harness) as folder:
+        text = folder / "text.txt"
+        if harness.world.rank == 0:
+            text.write_text(_TEXT)
+        harness.world.gather_objects(None)
+        for model, sampling in (("gpt", "random"), ("rnn", "sequential")):
+            config = harness.config()
+            config.model.name, config.data.path, config.data.tokenizer = model, [str(text)], "byte"
+            config.data.sampling = sampling  # type: ignore[assignment]
+            _check_run(harness, config, folder / model, f"{model} in {harness.framework_name}", findings)
+
+
+def _check_run(harness: Harness, config: Config, folder: Path, label: str, findings: Findings) -> None:
+    config = copy.deepcopy(config)
+    config.train = replace(config.train, steps=_STEPS, warmup=0, schedule="constant", eval_every=0)
+    config.checkpoint = replace(config.checkpoint, every=_SAVED, keep=_STEPS)
+    config.log = replace(config.log, progress=False, sample_tokens=0)
+    whole = _train(harness, config, folder / "whole", "none")
+    steps = [path.name for path in whole.saved]
+    if not findings.require(len(steps) == _STEPS // _SAVED, f"{label}: a run saved {steps}, not every {_SAVED} steps."):
+        return
+    resumed = _train(harness, config, folder / "resumed", str(whole.saved[0]))
+    findings.require(
+        np.allclose(resumed.losses, whole.losses[_SAVED:], atol=1e-5),
+        f"{label}: resumed from the checkpoint of step {_SAVED}, the losses are {_text(resumed.losses)}, in the run "
+        f"that wrote it {_text(whole.losses[_SAVED:])}.",
+    )
+
+
+def _train(harness: Harness, config: Config, folder: Path, resume: str) -> _Losses:
+    """Run ``config`` with the harness's ranks and framework; return its losses and checkpoints."""
+    config = copy.deepcopy(config)
+    config.log.run, config.checkpoint.resume = str(folder), resume
+    plan = run.plan(config)
+    task, spec, base = run.open_task(plan)
+    started = run.build(run.Connected(plan, task, spec, base, harness.framework, harness.world, None))
+    losses = _Losses()
+    started.manager.register(losses)
+    train(started, Signals(harness.world.rank))
+    return losses
+
+
+@contextmanager
+def _folder(harness: Harness) -> Iterator[Path]:
+    """Make a folder that all ranks share; delete it at the end."""
+    made = tempfile.mkdtemp(prefix="hvdlm-conformance-") if harness.world.rank == 0 else ""
+    folder = harness.world.broadcast_object(made)
+    yield Path(folder)
+    harness.world.gather_objects(None)
+    if harness.world.rank == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _text(losses: list[float]) -> str:
+    return ", ".join(f"{loss:.6f}" for loss in losses)

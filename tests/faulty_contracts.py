@@ -1,0 +1,177 @@
+"""Plugins that each break one contract, which ``pytest --hvdlm-plugin`` has to report (test_conformance.py)."""
+
+import os
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+
+from hvdlm import hookimpl
+from hvdlm.communication.all_reduce import AllReduceExchange
+from hvdlm.data.tokenizers import CharTokenizer
+from hvdlm.protocols.types import Batch
+from hvdlm_backends.mpi4py import MPI4PyBackend
+from hvdlm_language.rnn import make_rnn
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz012345"
+
+
+class Letters:
+    """A sound task: the alphabet, from a letter on that follows from the row."""
+
+    vocab, fingerprint, reads, tokenizer = 32, "letters", (), CharTokenizer(LETTERS)
+
+    def rows(self, first, last):
+        rows = np.arange(first, last)[:, None] * 7 + np.arange(8)[None]
+        return Batch((rows % 32).astype(np.int32), ((rows + 1) % 32).astype(np.int32))
+
+    def validation(self, rank, size):
+        for row in range(rank, 8, size):
+            yield Letters.rows(self, row, row + 1)
+
+    def count(self, trainable, batch):
+        return {}
+
+    def metrics(self, sums):
+        return {"val_loss": sums["loss"] / sums["tokens"]}
+
+    def respond(self, trainable, prompt):
+        return None
+
+
+class Untrainable(Letters):
+    """Its tokenizer can't be written into the run's folder."""
+
+    tokenizer = SimpleNamespace(hash="none", vocab=32)
+
+
+class Short(Letters):
+    """Its rows end with its data."""
+
+    def rows(self, first, last):
+        return super().rows(min(first, 512), min(last, 512))
+
+
+class LossyTokenizer(CharTokenizer):
+    def decode(self, ids):
+        return super().decode(ids)[::-1] if len(ids) % 2 == 0 else super().decode(ids)
+
+
+class Lossy(Letters):
+    """Its tokenizer's decode is not the inverse of its encode."""
+
+    tokenizer = LossyTokenizer(LETTERS)
+
+
+class Forgetting(Letters):
+    """It fails on one rank alone, when the run has begun."""
+
+    def validation(self, rank, size):
+        yield from super().validation(rank, size)
+        if rank and size == 2:
+            raise KeyError("the last row")
+
+
+def task_plugin(plugin_name, task, every_name=False):
+    """Return a class of plugin that makes ``task``."""
+
+    class Plugin:
+        @hookimpl
+        def hvdlm_make_task(self, name):
+            return task() if every_name or name == plugin_name else None
+
+    return Plugin
+
+
+untrainable = task_plugin("untrainable", Untrainable)
+short = task_plugin("short", Short)
+lossy = task_plugin("lossy", Lossy)
+forgetting = task_plugin("forgetting", Forgetting)
+greedy = task_plugin("greedy", Letters, every_name=True)
+
+
+class Forgetful(MPI4PyBackend):
+    """Its sums leave out the last rank."""
+
+    name = "forgetful"
+
+    def start(self, framework, groups, config):
+        world = super().start(framework, groups, config)
+        counts = world.rank < world.size - 1
+        for group in getattr(world, "_groups", {}).values():
+            whole = group._all_reduce
+            group._all_reduce = lambda tensor, *rest, whole=whole: whole(tensor * counts, *rest)
+        return world
+
+
+class forgetful:
+    @hookimpl
+    def hvdlm_make_backend(self, name):
+        return Forgetful() if name == "forgetful" else None
+
+
+class Reordered(AllReduceExchange):
+    """Its sums are in the opposite order."""
+
+    def start(self, bucket, index):
+        bucket[...] = bucket.flip(0)
+        return super().start(bucket, index)
+
+
+class reordered:
+    @hookimpl
+    def hvdlm_make_exchange(self, name, group):
+        return Reordered(group) if name == "reordered" else None
+
+
+def hiding(settings, seed, group_rank, ranks):
+    """Return a compressor that keeps state in itself, where no checkpoint finds it."""
+    from hvdlm_compression.compressor import Compressor
+
+    class Hiding(Compressor):
+        biased, calls = False, 0
+
+        def compress(self, tensor, step):
+            self.calls += 1
+            return [tensor[::2] * (1.0 + 0.01 * self.calls)]
+
+        def decompress(self, payload, shape, step):
+            from keras import ops
+
+            return ops.repeat(payload[0], 2)
+
+    return Hiding(settings, seed, group_rank, ranks)
+
+
+class hidden_state:
+    @hookimpl
+    def hvdlm_compressors(self):
+        return {"hiding": hiding}
+
+
+def make_peeking(model, vocab, context):
+    spec = make_rnn(model, vocab, context, cell="rnn")
+    return replace(spec, kind="peeking", implementations={"torch": "faulty_framework:Peeking"})
+
+
+class peeking:
+    @hookimpl
+    def hvdlm_models(self):
+        return {"peeking": make_peeking}
+
+
+class misnamed:
+    """A framework whose optimizer state has names of its own, and which applies every gradient."""
+
+    @hookimpl
+    def hvdlm_prepare(self, config):
+        if config.framework == "misnamed":
+            os.environ["KERAS_BACKEND"] = "torch"
+
+    @hookimpl
+    def hvdlm_make_framework(self, name):
+        if name != "misnamed":
+            return None
+        from faulty_framework import Framework
+
+        return Framework()
