@@ -64,7 +64,7 @@ check:  ## check format, lint, types and import rules
 format:  ## format the code and apply the linter's fixes
 	@ruff format -q . && ruff check -q --fix .
 
-chaos:  ## kill runs at random moments and compare the results (about an hour)
+chaos:  ## kill runs at random moments and compare the results (about 70 minutes)
 	@$(PYTHON) scripts/setup_environment.py torch tensorflow
 	@python benchmarks/chaos.py
 	@HVDLM_CHAOS=1 python -m pytest tests/test_faults.py tests/test_stops.py

@@ -85,7 +85,7 @@ def run_interrupted(framework: str, folder: Path, length: int, kind: Kind, limit
         hits += hit
         if code and not hit:
             raise Violation(f"an undisturbed launch exited with code {code}: {attempt.errors()}")
-        if code == 0:
+        if code == 0 and not hit:
             return hits
         resume = kind.resume(folder, chance) if hits < limit else None
 

@@ -6,6 +6,7 @@ It imports as little as possible before atheris, which instruments only modules 
 from __future__ import annotations
 
 import argparse
+import itertools
 import resource
 import sys
 import tracemalloc
@@ -16,6 +17,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 PACKAGES = ("hvdlm", "hvdlm_corpora", "hvdlm_huggingface", "hvdlm_launchers", "hvdlm_report", "hvdlm_tasks")
 # Bytes of address space beyond those used at the start: tracemalloc doesn't see what compiled libraries allocate.
 HEADROOM = 2**27
+
+
+def limit_memory() -> None:
+    """Limit this process's address space to ``HEADROOM`` above what it has now."""
+    limit = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + HEADROOM
+    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
 
 
 def main() -> None:
@@ -59,8 +66,6 @@ def fuzz(name: str, folder: Path, work: Path, seconds: int, longest: int) -> Non
     target = fuzz_targets.TARGETS[name]
     for data in target.seeds():  # what is imported late is imported before memory is limited
         fuzz_targets.check_input(fuzz_targets.Target(target.read, target.seeds, slack=2**30), data, work)
-    limit = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + HEADROOM
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     tracemalloc.start()
     arguments = [
         f"-max_total_time={seconds}",
@@ -77,9 +82,14 @@ def fuzz(name: str, folder: Path, work: Path, seconds: int, longest: int) -> Non
             return atheris.Mutate(data, longest)
         return fuzz_targets.mutate(name, data, Random(seed))[:longest]
 
-    atheris.Setup(
-        [sys.argv[0], *arguments], lambda data: fuzz_targets.check_input(target, data, work), custom_mutator=mutator
-    )
+    inputs = itertools.count()
+
+    def check(data: bytes) -> None:
+        if next(inputs) % 100 == 0:  # libFuzzer itself takes a kilobyte for every input
+            limit_memory()
+        fuzz_targets.check_input(target, data, work)
+
+    atheris.Setup([sys.argv[0], *arguments], check, custom_mutator=mutator)
     atheris.Fuzz()
 
 

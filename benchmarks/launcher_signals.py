@@ -36,16 +36,18 @@ def interrupt(attempt: Attempt, chance: random.Random) -> None:
 def was_interrupted(attempt: Attempt, code: int) -> bool:
     """Return whether the signal came before the end; whatever the launcher's exit code, status.json has to be true.
 
+    horovodrun may exit with 0 although its ranks were interrupted.
+
     Raises:
         Violation: ``status.json`` is wrong, or a rank reported an error.
     """
     if code == BAD_INPUT or "damaged" in attempt.errors():
         raise Violation(f"a restart reports an error: {attempt.errors()}")
-    if code == 0:
-        return False
     path = attempt.folder / "status.json"
     status = json.loads(path.read_text()) if path.exists() else {"state": "running"}
     state, step = status["state"], status.get("step")
+    if code == 0 and state == "done":
+        return False
     if state == "stopped":
         saved = attempt.folder / "checkpoints" / f"step-{step:08d}" / "manifest.json"
         if status["code"] != STOPPED or (step and not saved.exists()):

@@ -385,6 +385,8 @@ def _mutate_part(data: bytes, random: Random) -> bytes:
     lines = files[index].split(b"\n") if files[index][:1] in (b"{", b"[") else [files[index]]
     number = random.randrange(len(lines))
     try:
+        if len(lines[number]) > 1000:
+            raise ValueError("yaml takes quadratic time for deep nesting")
         value = yaml.safe_load(lines[number])
         for _ in range(random.randint(1, 3)):
             value = mutated_value(value, random)

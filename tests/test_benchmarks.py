@@ -23,6 +23,7 @@ RUNS = [
     ("chaos", ["torch", "--seed", "1"], 1),
     ("communication_cost", ["torch"], 2),
     ("fuzz", ["yaml"], 1),
+    ("fuzz", ["digits"], 1),  # without a dictionary
     ("loop_overhead", ["torch"], 1),
     ("loop_overhead", ["tensorflow"], 1),
     ("parallel", ["torch"], 2),

@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
-from launching import run_python
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from launching import ROOT, run_python
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from launcher_signals import was_interrupted
 
 
 def test_ten_kills_and_two_stops_lose_no_data() -> None:
     done = run_python(["benchmarks/chaos.py", "--short", "--kills", "10", "--stops", "2", "--steps", "90"], timeout=900)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "10 kills, 2 stops" in done.stdout and "nothing lost" in done.stdout
+
+
+@pytest.mark.parametrize("state, interrupted", [("done", False), ("running", True)])
+def test_a_launcher_that_exits_with_0_may_be_interrupted(state: str, interrupted: bool, tmp_path: Path) -> None:
+    (tmp_path / "status.json").write_text(json.dumps({"state": state, "step": 3, "code": 0}))
+    attempt = SimpleNamespace(folder=tmp_path, errors=lambda: "")
+    assert was_interrupted(attempt, 0) is interrupted
