@@ -7,7 +7,10 @@ YAML files have the same structure: ``model: {layers: 6}`` is ``--model.layers 6
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from importlib import import_module
+from os import PathLike
 from typing import Any, Literal, TypeVar
 
 Options = TypeVar("Options")
@@ -391,6 +394,21 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     plugin_options: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, *sources: Config | Mapping[str, Any] | str | PathLike[str]) -> Config:
+        """Return the configuration that ``sources`` give, of which later ones override earlier ones.
+
+        Args:
+            sources: paths of YAML files, configurations, and mappings of options: nested by section, as in YAML, or
+                with the names of the command line, ``{"train.steps": 100}``
+
+        Raises:
+            HvdlmError: an unknown option, a wrong type, or an unreadable file.
+        """
+        # By name: the parser lies above this module, and importing it takes a tenth of a second.
+        config: Config = import_module("hvdlm.configuration.parsing").load_config(sources)
+        return config
 
     def own(self, section: str, kind: type[Options]) -> Options:
         """Return a plugin's options, by default those of their dataclass ``kind``."""

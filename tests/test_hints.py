@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hvdlm import cli, plugins
-from hvdlm.commands.trained_run import run_config
+from hvdlm.training.trained_run import run_config
 from hvdlm.config import Config
 from hvdlm.configuration import other_tools, schema
 from hvdlm.configuration.parsing import parse_config

@@ -23,7 +23,7 @@ import fuzz_targets
 from fuzz_targets import CORPUS, TARGETS, TEXT, huggingface_tokenizer
 from hvdlm import cli
 from hvdlm.checkpoints import manifest
-from hvdlm.commands import trained_run
+from hvdlm.training import trained_run
 from hvdlm.config import DataConfig
 from hvdlm.configuration import parsing
 from hvdlm.data import documents, preparation, sources, token_files, tokenizers

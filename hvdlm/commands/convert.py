@@ -7,10 +7,10 @@ from typing import Any
 
 from hvdlm import plugins
 from hvdlm.checkpoints.merge import convert
-from hvdlm.commands.trained_run import chosen_checkpoint, run_file, run_parser
 from hvdlm.errors import HvdlmError, nearest
 from hvdlm.io import file_lock, safe_files
 from hvdlm.io.terminal import printable
+from hvdlm.training.trained_run import chosen_checkpoint, run_file, run_parser
 
 
 def main(arguments: list[str]) -> int:
@@ -21,7 +21,7 @@ def main(arguments: list[str]) -> int:
     output = Path(values.output)
     safe_files.check_output(output)
     with file_lock.exclusive(output):
-        checkpoint = chosen_checkpoint(values)
+        checkpoint = chosen_checkpoint(values.run, values.checkpoint)
         count = convert(checkpoint, output, values.base)
     print(printable(f"{output}: {count:,} parameters of {checkpoint.path}"))
     return 0
@@ -36,7 +36,7 @@ def _export(values: Any) -> int:
     safe_files.check_output(output, folder=True)
     tokenizer = None if values.checkpoint else Path(values.run) / "tokenizer.json"
     with file_lock.exclusive(output):
-        checkpoint = chosen_checkpoint(values)
+        checkpoint = chosen_checkpoint(values.run, values.checkpoint)
         count, note = manager.hook.hvdlm_export(
             name=name, checkpoint=checkpoint, tokenizer=tokenizer, output=output, base=values.base
         )

@@ -21,6 +21,7 @@ from hvdlm.diagnostics.failure_files import Failure
 from hvdlm.diagnostics.phases import process
 from hvdlm.errors import BAD_INPUT, HvdlmError, RankError
 from hvdlm.io.terminal import printable
+from hvdlm.protocols.world import World
 
 _ERROR_SECONDS = 3.0  # waited for the error of another rank
 _TURN_SECONDS = 1.0  # after which the next rank reports, if the one before it has not
@@ -55,6 +56,25 @@ def end(world: Any, error: BaseException) -> None:
             world.abort(1)
     time.sleep(_ABORT_SECONDS)  # the rank that reports usually ends this one, too
     world.abort(1)
+
+
+def fails_on_all_ranks(world: World, error: BaseException) -> bool:
+    """Return whether every rank fails at the same step, as all do where a loss isn't finite; waits a moment for them.
+
+    They are then between the same two collectives, so that their callers may continue after the exception.
+    """
+    recorder = world.recorder
+    if is_transport_error(error) or not isinstance(error, Exception) or recorder.folder is None:
+        return False
+    failure = failure_files.make_failure(world.rank, error, recorder.current_step, is_cause=True)
+    failure_files.write_failure(recorder.folder, failure)
+
+    def failures() -> list[Failure]:
+        return list(failure_files.read_failures(recorder.folder).values())
+
+    if not failure_files.wait_for(lambda: len(failures()) == world.size, _ERROR_SECONDS):
+        return False
+    return all(other.is_cause and other.step == failure.step for other in failures())
 
 
 def another_rank_failed(recorder: Any) -> bool:
