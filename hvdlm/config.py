@@ -97,7 +97,8 @@ class DataConfig:
         separator: text appended to every record
         max_expansion: maximum size of a file's text, as a multiple of the file's size; larger ones are refused as
             decompression bombs, unless they have less than 64 MiB
-        tokenizer: byte, char, word, bpe, or the path of a tokenizer.json (Hugging Face's or a run's)
+        tokenizer: byte, char, word, bpe, one provided by a plugin, or the path of a tokenizer.json (Hugging Face's or
+            a run's)
         add_special_tokens: begin and end every document with the tokens that the tokenizer.json adds (BOS, EOS), and
             begin prompts with them
         split_special_tokens: read documents that spell a special token, such as <|endoftext|>, as plain text; a
@@ -146,10 +147,11 @@ class TrainConfig:
         micro_batch_size: sequences per rank in one forward and backward pass; null: the rank's whole batch (no gradient
             accumulation)
         seed: random seed
-        optimizer: optimizer
+        optimizer: adamw, sgd, adagrad, or one provided by a plugin
         learning_rate: peak learning rate, reached after warm-up
         min_learning_rate: final learning rate of decaying schedules
-        schedule: learning-rate schedule after warm-up
+        schedule: learning-rate schedule after warm-up: constant, linear, cosine, inverse_sqrt, step, or one provided
+            by a plugin
         warmup: steps of linear warm-up, or, if below 1, a fraction of all steps
         decay_every: step schedule: steps between decays
         decay_start: step schedule: steps after warm-up before the first decay; null: decay_every
@@ -181,10 +183,10 @@ class TrainConfig:
     batch_size: int = 32
     micro_batch_size: int | None = None
     seed: int = 1
-    optimizer: Literal["adamw", "sgd", "adagrad"] = "adamw"
+    optimizer: str = "adamw"
     learning_rate: float = 1e-3
     min_learning_rate: float = 1e-4
-    schedule: Literal["constant", "linear", "cosine", "inverse_sqrt", "step"] = "cosine"
+    schedule: str = "cosine"
     warmup: float = 100.0
     decay_every: int = 1000
     decay_start: int | None = None

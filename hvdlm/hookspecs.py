@@ -22,12 +22,15 @@ if TYPE_CHECKING:
     from hvdlm.protocols.exchange import Exchange
     from hvdlm.protocols.framework import Framework
     from hvdlm.protocols.group import Group
+    from hvdlm.protocols.optimizer import OptimizerMaker, ScheduleMaker
     from hvdlm.protocols.pretrained import PretrainedFolder
     from hvdlm.protocols.scheduler import Scheduler
     from hvdlm.protocols.task import OpenScorer, Task
+    from hvdlm.protocols.tokenizer import TokenizerKind
     from hvdlm.protocols.types import Prediction, StepResult
     from hvdlm.protocols.world import World
     from hvdlm.telemetry.rates import Rates
+    from hvdlm.training.run_control import RunControl
 
 hookspec = pluggy.HookspecMarker("hvdlm")
 hookimpl = pluggy.HookimplMarker("hvdlm")
@@ -71,6 +74,26 @@ def hvdlm_models() -> Mapping[str, ModelMaker]:
 def hvdlm_compressors() -> Mapping[str, CompressorMaker]:
     """Return compressors by the names that ``communication.compression.algorithm`` takes; keras isn't imported yet."""
     raise NotImplementedError
+
+
+@hookspec
+def hvdlm_optimizers() -> Mapping[str, OptimizerMaker]:
+    """Return optimizers by the names that ``train.optimizer`` takes; keras isn't imported yet."""
+    raise NotImplementedError
+
+
+@hookspec
+def hvdlm_lr_schedules() -> Mapping[str, ScheduleMaker]:
+    """Return learning-rate schedules by the names that ``train.schedule`` takes.
+
+    A maker takes ``config.train`` and returns the rate after warm-up as a function of the updates done, 0, 1, ...
+    """
+    raise NotImplementedError
+
+
+@hookspec(firstresult=True)
+def hvdlm_make_tokenizer(name: str) -> TokenizerKind | None:
+    """Return the kind of tokenizer of this name, which ``data.tokenizer`` takes; the entry point has the same name."""
 
 
 @hookspec
@@ -120,8 +143,11 @@ def hvdlm_schedulers() -> Mapping[str, Scheduler]:
 
 
 @hookspec
-def hvdlm_run_started(config: Config, world: World, info: Mapping[str, Any]) -> None:
-    """Called when all ranks are ready. ``info``: parameters, flops_per_token, start_step, versions, ..."""
+def hvdlm_run_started(config: Config, world: World, info: Mapping[str, Any], run: RunControl) -> None:
+    """Called when all ranks are ready. ``info``: parameters, flops_per_token, start_step, versions, ...
+
+    ``run``: asks the run to stop, to save or to evaluate, at this or any later event, and generates text.
+    """
 
 
 @hookspec

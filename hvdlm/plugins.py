@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import EntryPoint
 from typing import Any
 
 import pluggy
 
 from hvdlm import hookspecs
+from hvdlm.config import TrainConfig
 from hvdlm.errors import HvdlmError, nearest
 from hvdlm.models.spec import ModelMaker, builtin_models
 from hvdlm.protocols.compressor import CompressorMaker
+from hvdlm.protocols.optimizer import Optimizer
+from hvdlm.protocols.tokenizer import TokenizerKind
 
 
 def installed() -> dict[str, EntryPoint]:
@@ -119,6 +122,66 @@ def find_model(manager: pluggy.PluginManager, name: str) -> ModelMaker:
     return known[name]
 
 
+_OPTIMIZERS = ("adamw", "sgd", "adagrad")
+_SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt", "step")
+
+
+def find_optimizer(manager: pluggy.PluginManager, config: TrainConfig) -> Optimizer | None:
+    """Return the plugin's optimizer that ``train.optimizer`` names; None for one that every framework has.
+
+    Raises:
+        HvdlmError: nobody has it; the sentence names those there are.
+    """
+    maker = _provided(manager, "optimizers", "train.optimizer", config.optimizer, _OPTIMIZERS)
+    return maker(config) if maker else None
+
+
+def find_schedule(manager: pluggy.PluginManager, config: TrainConfig) -> Callable[[int], float] | None:
+    """Return the plugin's schedule that ``train.schedule`` names; None for one of hvdlm.
+
+    Raises:
+        HvdlmError: nobody has it; the sentence names those there are.
+    """
+    maker = _provided(manager, "lr_schedules", "train.schedule", config.schedule, _SCHEDULES)
+    return maker(config) if maker else None
+
+
+def _provided(manager: pluggy.PluginManager, hook: str, option: str, name: str, builtin: Sequence[str]) -> Any:
+    """Return what ``hvdlm_<hook>`` of the registered plugins returns under ``name``; None where it is built in."""
+    if name in builtin:
+        return None
+    known = {key: value for more in getattr(manager.hook, f"hvdlm_{hook}")() for key, value in more.items()}
+    if name not in known:
+        by_plugin = _collections(hook)
+        installed_names = {name for names in by_plugin.values() for name in names}
+        advice = _not_loaded(name, by_plugin) or nearest(name, {*builtin, *known, *installed_names})
+        raise HvdlmError(f"{option}: no plugin provides {name!r}; {advice}")
+    return known[name]
+
+
+def tokenizer_kind(name: str) -> TokenizerKind | None:
+    """Return the kind of tokenizer that the installed plugin of this name brings; None where there is none.
+
+    Not from the plugins of a run: files and processes that prepare data know the name alone.
+
+    Raises:
+        HvdlmError: the plugin can't be imported.
+    """
+    entry = installed().get(name)
+    hook = getattr(_import(entry), "hvdlm_make_tokenizer", None) if entry else None
+    kind: TokenizerKind | None = hook(name=name) if hook else None
+    return kind
+
+
+def tokenizer_names() -> list[str]:
+    """Return the names of the installed plugins that bring a tokenizer; imports every installed plugin."""
+    names = []
+    for name in installed():
+        with contextlib.suppress(HvdlmError):
+            names += [name] if tokenizer_kind(name) else []
+    return names
+
+
 def not_loaded(hook: str, name: str) -> str | None:
     """Return what to do where an installed plugin that isn't loaded brings ``name`` (hook: models, options, ...)."""
     return _not_loaded(name, _collections(hook))
@@ -164,6 +227,6 @@ def describe() -> list[tuple[str, str, str, str]]:
 
 def _with_names(plugin: Any, hook: str) -> str:
     """Return a hook's name, and of a hook that brings a collection what it holds."""
-    if hook not in ("models", "compressors", "options", "schedulers"):
+    if hook not in ("models", "compressors", "options", "schedulers", "optimizers", "lr_schedules"):
         return hook
     return f"{hook} ({', '.join(getattr(plugin, f'hvdlm_{hook}')())})"

@@ -139,7 +139,6 @@ def interrupted(folder: Path, framework: str) -> Any:
 
 if __name__ == "__main__":
     action, target, chosen = sys.argv[1:]
-    content = {"trainings": trainings, "failures": failures, "alone": alone, "interrupted": interrupted}[action](
-        Path(target), chosen
-    )
+    actions = {"trainings": trainings, "failures": failures, "alone": alone, "interrupted": interrupted}
+    content = actions[action](Path(target), chosen)
     (Path(target) / f"result-{RANK}.json").write_text(json.dumps(content))

@@ -23,12 +23,12 @@ import fuzz_targets
 from fuzz_targets import CORPUS, TARGETS, TEXT, huggingface_tokenizer
 from hvdlm import cli
 from hvdlm.checkpoints import manifest
-from hvdlm.training import trained_run
 from hvdlm.config import DataConfig
 from hvdlm.configuration import parsing
 from hvdlm.data import documents, preparation, sources, token_files, tokenizers
 from hvdlm.errors import HvdlmError
 from hvdlm.io import compression, untrusted_input
+from hvdlm.training import trained_run
 from launching import run_python
 
 SEEDS = {name: target.seeds() for name, target in TARGETS.items()}

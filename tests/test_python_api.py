@@ -85,8 +85,8 @@ def test_a_configuration_is_loaded_from_files_and_mappings(tmp_path: Path) -> No
     assert hvdlm.Config.load(config, {"train.warmup": 0, "train.threads": None}).train.warmup == 0
     parsed = parse_config(["--model.layers", "3", "--train.steps", "9"])
     assert hvdlm.Config.load({"model": {"layers": 3}, "train.steps": 9}) == parsed
-    plugin = hvdlm.Config.load({"task": "digits", "digits.path": "x"})
-    assert plugin.plugin_options["digits"].path == "x" and hvdlm.Config.load(plugin) == plugin
+    plugin = hvdlm.Config.load({"task": "translation", "translation.beams": 3})
+    assert plugin.plugin_options["translation"].beams == 3 and hvdlm.Config.load(plugin) == plugin
 
 
 @pytest.mark.parametrize(
@@ -109,9 +109,9 @@ def test_a_wrong_option_in_python_is_one_sentence(source: Any, sentence: str) ->
 def test_assigned_values_are_checked_before_training() -> None:
     config = hvdlm.Config()
     config.train.steps = "many"  # type: ignore[assignment]
-    with pytest.raises(hvdlm.HvdlmError, match="--train.steps: got 'many', expected a whole number"):
+    with pytest.raises(hvdlm.HvdlmError, match=r"--train\.steps: got 'many', expected a whole number"):
         hvdlm.train(config)
-    with pytest.raises(hvdlm.HvdlmError, match="takes a hvdlm.Config, got a dict"):
+    with pytest.raises(hvdlm.HvdlmError, match=r"takes a hvdlm\.Config, got a dict"):
         hvdlm.train({"train.steps": 5})  # type: ignore[arg-type]
 
 

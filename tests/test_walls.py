@@ -114,6 +114,7 @@ ALLOWED = {
     "plugins/hvdlm_launchers": set(),
     "plugins/hvdlm_huggingface": set(),
     "plugins/hvdlm_report": set(),
+    "plugins/hvdlm_steering": set(),
     "plugins/hvdlm_trackers": set(),
     "plugins/hvdlm_testing": {"hvdlm_backends", "hvdlm_launchers"},
     "backends/hvdlm_backends": {*TRANSPORTS},

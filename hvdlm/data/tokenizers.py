@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from hvdlm import plugins
 from hvdlm.data.bpe_tokenizer import SLACK, BPETokenizer
 from hvdlm.data.tokenizer_base import Tokenizer
 from hvdlm.errors import HvdlmError
@@ -158,6 +159,8 @@ def from_json(value: Any) -> Tokenizer:
             return WordTokenizer(value["words"])
         if kind == "bpe":
             return BPETokenizer(json.dumps(value["description"]))
+        if isinstance(kind, str) and (own := plugins.tokenizer_kind(kind)):
+            return own.from_json(value)
         raise ValueError(f"it is of no known kind: {shown(repr(kind))}")
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise HvdlmError(
@@ -192,6 +195,8 @@ def train(name: str, size: int | None, texts: Iterable[str]) -> Tokenizer:
     if name == "bpe":
         return BPETokenizer.train(texts, size or 4096)
     check(name)
+    if own := plugins.tokenizer_kind(name):
+        return own.train(texts, size)
     try:
         value = untrusted_input.read_json(Path(name), LIMIT, slack=SLACK)
         return from_json(value) if isinstance(value, dict) and "kind" in value else BPETokenizer(json.dumps(value))
@@ -202,9 +207,11 @@ def train(name: str, size: int | None, texts: Iterable[str]) -> Tokenizer:
 
 
 def check(name: str) -> None:
-    """Check that ``data.tokenizer`` names a known kind or an existing file."""
-    if name not in ("byte", "char", "word", "bpe") and not Path(name).is_file():
-        raise HvdlmError(
-            f"data.tokenizer {name!r} is neither byte, char, word or bpe nor the path of a tokenizer.json: "
-            "choose one of them."
-        )
+    """Check that ``data.tokenizer`` names a known kind, an installed plugin's, or an existing file."""
+    if name in ("byte", "char", "word", "bpe") or Path(name).is_file() or plugins.tokenizer_kind(name):
+        return
+    own = ", ".join(plugins.tokenizer_names())
+    raise HvdlmError(
+        f"data.tokenizer {name!r} is neither byte, char, word or bpe{f', nor {own} of a plugin,' if own else ''} nor "
+        "the path of a tokenizer.json: choose one of them."
+    )

@@ -11,6 +11,7 @@ from typing import Any
 
 import pluggy
 
+from hvdlm import plugins
 from hvdlm.config import Config
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.flat_layout import FlatLayout, make_layout
@@ -30,20 +31,33 @@ def predict_costs(
     None where neither knows the architecture.
     """
     prediction = manager.hook.hvdlm_predict(config=config, spec=spec, mesh=mesh, rank=rank)
-    return prediction if prediction is not None else closed_form(config, spec, mesh, rank)
+    if prediction is not None:
+        return prediction
+    optimizer = plugins.find_optimizer(manager, config.train)
+    return closed_form(config, spec, mesh, rank, len(optimizer.state) if optimizer else None)
 
 
-def closed_form(config: Config, spec: ModelSpec, mesh: Mesh, rank: int) -> Prediction | None:
-    """Return the costs of a step of ``rank``, or None for an architecture other than GPT and recurrent ones."""
+def closed_form(
+    config: Config, spec: ModelSpec, mesh: Mesh, rank: int, moments: int | None = None
+) -> Prediction | None:
+    """Return the costs of a step of ``rank``, or None for an architecture other than GPT and recurrent ones.
+
+    ``moments``: state vectors of a plugin's optimizer; None: ``train.optimizer`` is built in.
+    """
     if spec.kind not in ("gpt", "rnn"):
         return None
-    return _Step(config, spec, mesh, rank).prediction()
+    if moments is None:
+        moments = (
+            0 if config.train.optimizer == "sgd" and not config.train.momentum else _MOMENTS[config.train.optimizer]
+        )
+    return _Step(config, spec, mesh, rank, moments).prediction()
 
 
 class _Step:
     """One rank's step: ``rows`` x ``time`` tokens in each of ``count`` micro-batches."""
 
-    def __init__(self, config: Config, spec: ModelSpec, mesh: Mesh, rank: int) -> None:
+    def __init__(self, config: Config, spec: ModelSpec, mesh: Mesh, rank: int, moments: int) -> None:
+        self.moments = moments
         self.config = config
         self.spec = spec
         self.s = spec.settings
@@ -81,8 +95,6 @@ class _Step:
         """Return bytes of parameters, gradients, optimizer and activations."""
         size = self.layout.size
         zero_shard = size // self.mesh.data
-        c = self.config.train
-        kinds = 0 if c.optimizer == "sgd" and not c.momentum else _MOMENTS[c.optimizer]
         buckets = [self.layout.bucket_range(i) for i in range(len(self.layout.buckets))]
         # While one bucket is sent, the next one is filled.
         passing = max(b - a for (a, _), (_, b) in zip(buckets, [*buckets[1:], buckets[-1]], strict=True))
@@ -90,7 +102,7 @@ class _Step:
         return {
             "parameters": 4 * (size + (zero_shard if self.zero else 0)) + self.spec.frozen_bytes,
             "gradients": 4 * gradients,
-            "optimizer": 4 * kinds * (zero_shard if self.zero else size),
+            "optimizer": 4 * self.moments * (zero_shard if self.zero else size),
             "activations": self.activations(),
         }
 

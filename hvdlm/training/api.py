@@ -107,7 +107,7 @@ def _result(run: Run, outcome: _Outcome, summary: Mapping[str, Any]) -> Result:
     return Result(
         run=run.folder,
         status="stopped" if summary["stopped"] else "done",
-        reason=summary["stopped"],
+        reason=summary["stopped"] or summary["ended_early"],
         steps=summary["steps"],
         val_loss=summary.get("val_loss"),
         best_val_loss=outcome.best if math.isfinite(outcome.best) else None,

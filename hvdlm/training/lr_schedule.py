@@ -11,12 +11,13 @@ from hvdlm.config import TrainConfig
 from hvdlm.io.untrusted_input import shown
 
 
-def make_schedule(config: TrainConfig) -> Callable[[int], float]:
+def make_schedule(config: TrainConfig, own: Callable[[int], float] | None = None) -> Callable[[int], float]:
     """Return ``rate(step)`` for step 0, 1, ...: the learning rate of the update that follows ``step`` updates.
 
     Warm-up of w steps: ``peak * (step + 1) / (w + 1)``. Then: constant; linear or cosine (Loshchilov and Hutter 2017,
     eq. 5) to ``min_learning_rate`` at the last step; inverse_sqrt: ``peak * sqrt(w / step)`` (Vaswani et al. 2017,
-    eq. 3), never below the minimum; step: ``peak`` times ``decay_factor`` to the power of the decays so far.
+    eq. 3), never below the minimum; step: ``peak`` times ``decay_factor`` to the power of the decays so far; ``own``:
+    that of a plugin, in place of these.
     """
     peak, low = config.learning_rate, config.min_learning_rate
     warmup = round(config.warmup * config.steps) if 0 < config.warmup < 1 else int(config.warmup)
@@ -35,7 +36,8 @@ def make_schedule(config: TrainConfig) -> Callable[[int], float]:
             return peak * config.decay_factor ** max(0, (step - warmup - decay_start) // config.decay_every + 1)
         return peak
 
-    return lambda step: peak * (step + 1) / (warmup + 1) if step < warmup else after(step)
+    later = own or after
+    return lambda step: peak * (step + 1) / (warmup + 1) if step < warmup else later(step)
 
 
 _SETTINGS = ["steps", "schedule", "learning_rate", "min_learning_rate", "warmup"]

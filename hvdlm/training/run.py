@@ -132,6 +132,9 @@ def load_plugins(config: Config, *names: str) -> pluggy.PluginManager:
         config.task,
         config.model.name,  # a model and an exchange may come from a plugin of the same name
         config.communication.exchange,
+        config.train.optimizer,
+        config.train.schedule,
+        *(("samples",) if config.log.sample_tokens else ()),
         *config.plugins,
         *(("compression", compression) if compression != "none" else ()),
     )
@@ -306,7 +309,9 @@ def build(connected: Connected) -> Run:
     )
     if config.model.pretrained and not checkpoint and base is None:
         spec = open_pretrained(config.model.pretrained, config.plugins).attach(spec)
-    trainable = framework.build(spec, mesh, world, exchange, config)
+    optimizer = plugins.find_optimizer(manager, config.train)
+    own = {"optimizer": optimizer} if optimizer else {}  # frameworks without such optimizers need no parameter
+    trainable = framework.build(spec, mesh, world, exchange, config, **own)
     if checkpoint:
         load_state(checkpoint, trainable, world, mesh)
     manifest = checkpoint.manifest if checkpoint else {}

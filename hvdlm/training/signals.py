@@ -20,6 +20,7 @@ LAUNCHER_ENDS = "the launcher ends, interrupted or because a rank has ended"
 
 _WAITS = "Ctrl-C of python -m hvdlm run or supervise, which wait for the save"
 _NOTE_SECONDS = 1.0  # given to the file system to note a signal
+_AGAIN_SECONDS = 0.1  # between two signals to the main thread
 _TOGETHER = 1.0  # seconds within which signals count as one: schedulers signal launchers and ranks alike
 
 
@@ -76,14 +77,16 @@ class Signals:
         read_end, write_end = os.pipe()
         os.set_blocking(write_end, False)
         before = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
-        threading.Thread(target=self._wait, args=(read_end,), name="hvdlm-signals", daemon=True).start()
-        self._restorers += [lambda: os.close(write_end), lambda: signal.set_wakeup_fd(before)]
+        acting = threading.Thread(target=self._wait, args=(read_end,), name="hvdlm-signals", daemon=True)
+        acting.start()
         for number in SIGNALS:
             handler = signal.getsignal(number)
             if number == signal.SIGHUP and handler == signal.SIG_IGN:
                 continue  # under nohup, the run outlives its terminal
             signal.signal(number, self._interrupt)
             self._restorers.append(partial(signal.signal, number, handler or signal.SIG_DFL))
+        # The thread has ended before the program's own handlers are back, so that it sends them no signal.
+        self._restorers += [acting.join, lambda: os.close(write_end), lambda: signal.set_wakeup_fd(before)]
         return self
 
     def _interrupt(self, *_: Any) -> None:
@@ -100,7 +103,7 @@ class Signals:
 
     def restore(self) -> None:
         """Install the handlers that were there before ``listen`` again, and end its threads."""
-        self._over = True
+        self._over, self._raising = True, False
         while self._restorers:
             self._restorers.pop()()
 
@@ -154,10 +157,7 @@ class Signals:
         if again:
             self._print(f"rank {self._rank}: {name}: again: stopped at once")
             if self.interrupts:
-                self._over = self._raising = True
-                signal.pthread_kill(
-                    threading.main_thread().ident or 0, signal.SIGINT
-                )  # also wakes it from a system call
+                self._interrupt_main()
                 return
             self._note(f"{name} after an earlier signal", 128 + number)
             self.abort(128 + number)
@@ -165,6 +165,16 @@ class Signals:
         from_launcher = launcher_env.has_gloo_rendezvous() and number == signal.SIGTERM
         self._print(f"rank {self._rank}: {name}: {self._prospect(from_launcher)}; once more stops at once.")
         self._note(name)
+
+    def _interrupt_main(self) -> None:
+        """Raise KeyboardInterrupt in the main thread.
+
+        A signal wakes it from a system call, too, unless it arrives just before the call: it is sent again.
+        """
+        self._over = self._raising = True
+        while self._raising:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            time.sleep(_AGAIN_SECONDS)
 
     def _note(self, reason: str, code: int | None = None) -> None:
         """Call ``on_request``; where it blocks, as on a file server that is gone, continue without it."""
