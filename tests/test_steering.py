@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from test_snippets import blocks
@@ -13,6 +15,8 @@ import hvdlm
 from builders import file_names, read_json
 from hvdlm.data import tokenizers
 from hvdlm.training.run import plan
+from hvdlm.training.run_control import RunControl
+from hvdlm_backends.local import LocalWorld
 from launching import ROOT, STEPS, launch, losses, metrics
 
 STEER = """
@@ -83,6 +87,11 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def with_path(folder: Path) -> str:
+    """Return PYTHONPATH with ``folder`` first."""
+    return os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH", "")]))
+
+
 @pytest.fixture
 def discovered(installed: Path, monkeypatch: pytest.MonkeyPatch, restored_environment: None) -> Iterator[Path]:
     """Make this process discover the installed plugins."""
@@ -98,7 +107,7 @@ def test_a_plugin_on_one_rank_steers_all_ranks(
     plain = curve(framework, 2, *STEPS)
     options = (plain / "config.yaml", "--plugins", "[steer]", "--log.run", tmp_path / "run", "--checkpoint.keep", "9")
     arguments = ["-m", "hvdlm", "--config", *map(str, options)]
-    done = launch("mpirun", 2, arguments, PYTHONPATH=f"{installed}:{ROOT}:{ROOT / 'plugins'}:{ROOT / 'backends'}")
+    done = launch("mpirun", 2, arguments, PYTHONPATH=with_path(installed))
     assert done.returncode == 0, done.stderr[-3000:]
     status, summary = read_json(tmp_path / "run" / "status.json"), read_json(tmp_path / "run" / "summary.json")
     assert (status["state"], status["reason"], status["step"], status["code"]) == ("done", "it is enough", 8, 0)
@@ -116,27 +125,17 @@ def train(folder: Path, *options: dict) -> hvdlm.Result:
 
 @pytest.mark.parametrize("framework", ["torch", "tensorflow"])
 def test_an_optimizer_of_a_plugin_trains_as_the_built_in_one(framework: str, installed: Path, tmp_path: Path) -> None:
-    own = {
-        "data.tokenizer": "pairs",
-        "train.schedule": "late_decay",
-        "train.momentum": 0.9,
-        "train.learning_rate": 0.05,
-    }
-    own |= {"framework": framework, "train.steps": 10, "parallel.zero": 1, "checkpoint.every": 5, "checkpoint.keep": 9}
+    options = {"framework": framework, "data.tokenizer": "pairs", "parallel.zero": 1, "train.steps": 10}
+    options |= {"train.schedule": "late_decay", "train.momentum": 0.9, "train.learning_rate": 0.05}
     program = f"""
-import hvdlm, json
-from pathlib import Path
+import hvdlm
 for optimizer in ("sgd", "own_sgd"):
-    options = {own!r} | {{"train.optimizer": optimizer, "log.run": {str(tmp_path)!r} + "/" + optimizer}}
-    hvdlm.train(hvdlm.Config.load({SMALL_OPTIONS!r}, options))
-other = {{"framework": {({"torch": "tensorflow", "tensorflow": "torch"})[framework]!r}}}
-resumed = {{"checkpoint.resume": {str(tmp_path / "own_sgd" / "checkpoints" / "step-00000005")!r}}}
-if framework := {framework == "torch"!r}:
-    with hvdlm.load({str(tmp_path / "own_sgd")!r}) as run:
-        assert len(run.generate("The ", 10)) == 24, run.generate("The ", 10)
+    options = {options!r} | {{"train.optimizer": optimizer, "log.run": {str(tmp_path)!r} + "/" + optimizer}}
+    run = hvdlm.train(hvdlm.Config.load({SMALL_OPTIONS!r}, options)).run
+text = hvdlm.load(run).generate("The ", 10)
+assert len(text) == 24, text
 """
-    path = f"{installed}:{ROOT}:{ROOT / 'plugins'}:{ROOT / 'backends'}"
-    done = launch("mpirun", 2, ["-c", program], PYTHONPATH=path)
+    done = launch("mpirun", 2, ["-c", program], PYTHONPATH=with_path(installed))
     assert done.returncode == 0, done.stderr[-3000:]
     assert losses(tmp_path / "own_sgd") == pytest.approx(losses(tmp_path / "sgd"), abs=2e-6)
     rates = [line["learning_rate"] for line in metrics(tmp_path / "own_sgd") if "loss" in line]
@@ -201,3 +200,14 @@ def test_samples_are_printed_at_every_evaluation(
     assert printed.count("The ") == 2 and text in printed and (tmp_path / "every" / "sample.txt").read_text() == text
     with pytest.raises(hvdlm.HvdlmError, match=r"log\.sample_tokens"):
         train(tmp_path / "none", {"plugins": ["samples"]})
+
+
+def test_requests_travel_once_and_a_stop_until_the_end() -> None:
+    control = RunControl(SimpleNamespace(world=LocalWorld()))  # type: ignore[arg-type]
+    assert control.take_requests() == (False, False, False)
+    control.save()
+    control.evaluate()
+    control.stop("first")
+    control.stop("second")
+    assert control.take_requests() == (True, True, True) and control.take_requests() == (True, False, False)
+    assert control.agreed_reason() == "first"

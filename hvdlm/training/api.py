@@ -60,7 +60,7 @@ class Result:
 
 
 class _Outcome:
-    """Event plugin that keeps what ``Result`` tells of evaluations and checkpoints."""
+    """Event plugin that keeps the lowest validation loss and the newest checkpoint."""
 
     def __init__(self) -> None:
         self.best = math.inf
