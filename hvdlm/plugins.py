@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import EntryPoint
@@ -12,12 +13,15 @@ from typing import Any
 import pluggy
 
 from hvdlm import hookspecs
-from hvdlm.config import TrainConfig
+from hvdlm.config import Config, TrainConfig
 from hvdlm.errors import HvdlmError, nearest
 from hvdlm.models.spec import ModelMaker, builtin_models
 from hvdlm.protocols.compressor import CompressorMaker
 from hvdlm.protocols.optimizer import Optimizer
 from hvdlm.protocols.tokenizer import TokenizerKind
+
+_OPTIMIZERS = ("adamw", "sgd", "adagrad")
+_SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt", "step")
 
 
 def installed() -> dict[str, EntryPoint]:
@@ -67,6 +71,24 @@ def keras_alone() -> Iterator[None]:
     finally:
         for name in hidden:
             del sys.modules[name]
+
+
+def check_keras(config: Config) -> None:
+    """Check that keras, where a run uses it, isn't loaded for another framework: it can't change in a process.
+
+    Raises:
+        HvdlmError: it is.
+    """
+    communication, keras = config.communication, sys.modules.get("keras")
+    compressed = communication.compression.algorithm != "none" or communication.exchange != "all_reduce"
+    wanted = os.environ.get("KERAS_BACKEND")
+    if keras is None or not (compressed or config.train.optimizer not in _OPTIMIZERS):
+        return
+    if wanted and keras.config.backend() != wanted:
+        raise HvdlmError(
+            f"keras, which this run uses, was loaded for {keras.config.backend()} in this process and can't change: "
+            f"train with framework {config.framework} in another process."
+        )
 
 
 def require(names: Iterable[str]) -> None:
@@ -120,10 +142,6 @@ def find_model(manager: pluggy.PluginManager, name: str) -> ModelMaker:
         advice = _not_loaded(name, by_plugin) or nearest(name, {*known, *alone})
         raise HvdlmError(f"model.name: no model {name!r}; {advice}")
     return known[name]
-
-
-_OPTIMIZERS = ("adamw", "sgd", "adagrad")
-_SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt", "step")
 
 
 def find_optimizer(manager: pluggy.PluginManager, config: TrainConfig) -> Optimizer | None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ import pytest
 import hvdlm
 from builders import read_json
 from hvdlm.configuration.parsing import parse_config
+from hvdlm.training.run import plan
 from launching import launch, losses, run_python
 
 PROGRAM = str(Path(__file__).with_name("api_program.py"))
@@ -120,3 +123,14 @@ def test_importing_hvdlm_imports_nothing_that_is_not_used() -> None:
     code += "assert not {'numpy', 'jsonargparse', 'torch', 'hvdlm.training'} & set(sys.modules); hvdlm.train; "
     done = run_python(["-c", code + "assert not {'torch', 'tensorflow', 'keras', 'mpi4py'} & set(sys.modules)"])
     assert done.returncode == 0, done.stderr
+
+
+def test_keras_that_another_framework_has_loaded_is_refused(
+    restored_environment: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    loaded = SimpleNamespace(config=SimpleNamespace(backend=lambda: "tensorflow"))
+    monkeypatch.setitem(sys.modules, "keras", loaded)
+    config = hvdlm.Config.load({"log.run": tmp_path / "run", "communication.compression.algorithm": "int8"})
+    with pytest.raises(hvdlm.HvdlmError, match="keras, which this run uses, was loaded for tensorflow"):
+        plan(config)
+    assert plan(hvdlm.Config.load({"log.run": tmp_path / "run"})).config.framework == "torch"

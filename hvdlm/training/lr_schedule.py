@@ -8,6 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 from hvdlm.config import TrainConfig
+from hvdlm.errors import HvdlmError
 from hvdlm.io.untrusted_input import shown
 
 
@@ -45,15 +46,20 @@ _SETTINGS += ["decay_every", "decay_start", "decay_factor"]
 _TOLERANCE = 0.05  # relative change of the rate that is not worth a sentence
 
 
-def changed_rate(before: Mapping[str, Any], config: TrainConfig, step: int) -> str | None:
+def changed_rate(
+    before: Mapping[str, Any],
+    config: TrainConfig,
+    step: int,
+    find_own: Callable[[TrainConfig], Callable[[int], float] | None] = lambda config: None,
+) -> str | None:
     """Return a sentence if the update after ``step`` has another learning rate than with the settings ``before``.
 
     ``before``: the entries ``train`` of an earlier configuration, as a checkpoint's manifest has them; None is returned
-    where they are damaged.
+    where they are damaged. ``find_own``: returns a plugin's schedule, and None for others.
     """
     try:
         known = {field.name: before[field.name] for field in fields(TrainConfig) if field.name in before}
-        old, new = make_schedule(TrainConfig(**known))(step), make_schedule(config)(step)
+        old, new = (make_schedule(c, find_own(c))(step) for c in (TrainConfig(**known), config))
         if not abs(new - old) > _TOLERANCE * abs(old):
             return None
         differing = [name for name in _SETTINGS if name in known and known[name] != getattr(config, name)]
@@ -62,5 +68,5 @@ def changed_rate(before: Mapping[str, Any], config: TrainConfig, step: int) -> s
             f"hvdlm: the learning rate of step {step + 1} is {new:.2g}, not {old:.2g} as with the settings of the "
             f"checkpoint ({'; '.join(changes)}): --train.learning_rate and --train.schedule set another one"
         )
-    except (TypeError, ValueError, ArithmeticError, AttributeError):
+    except (TypeError, ValueError, ArithmeticError, AttributeError, HvdlmError):
         return None

@@ -168,6 +168,7 @@ def plan(config: Config, *, writes: bool = True, resume: str | None = None) -> P
     requested = config
     config = replace(config, train=replace(config.train, threads=backend.prepare(config)))
     manager.hook.hvdlm_prepare(config=config)
+    plugins.check_keras(config)
     config = replace(config, backend=backend_name)
     mesh = make_mesh(size, config.parallel)
     validation.layout(config, mesh)
