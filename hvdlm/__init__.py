@@ -1,20 +1,42 @@
-"""hvdlm trains language models on MPI clusters, with Horovod, in PyTorch and TensorFlow alike."""
+"""hvdlm trains language models on MPI clusters, with Horovod, in PyTorch and TensorFlow alike.
+
+In Python: ``Config``, ``train`` and ``load``; for plugins: ``hookimpl``.
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hvdlm.config import Config
+    from hvdlm.errors import HvdlmError, RankError
     from hvdlm.hookspecs import hookimpl
+    from hvdlm.training.api import Result, TrainedRun, load, train
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "hookimpl"]
+__all__ = [
+    "Config", "HvdlmError", "RankError", "Result", "TrainedRun", "__version__", "hookimpl", "load", "train",
+]  # fmt: skip
+_MODULES = {
+    "Config": "hvdlm.config",
+    "HvdlmError": "hvdlm.errors",
+    "RankError": "hvdlm.errors",
+    "Result": "hvdlm.training.api",
+    "TrainedRun": "hvdlm.training.api",
+    "hookimpl": "hvdlm.hookspecs",
+    "load": "hvdlm.training.api",
+    "train": "hvdlm.training.api",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Import ``hookimpl`` when it is asked for: ``make setup`` uses ``hvdlm.io`` before anything is installed."""
-    if name == "hookimpl":
-        from hvdlm.hookspecs import hookimpl
-
-        return hookimpl
+    """Import what is asked for only then: ``--help`` stays fast, and ``make setup`` uses ``hvdlm.io`` uninstalled."""
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'hvdlm' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Return the names of the Python API, for completion in a notebook."""
+    return sorted({*globals(), *__all__})

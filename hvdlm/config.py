@@ -7,7 +7,10 @@ YAML files have the same structure: ``model: {layers: 6}`` is ``--model.layers 6
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from importlib import import_module
+from os import PathLike
 from typing import Any, Literal, TypeVar
 
 Options = TypeVar("Options")
@@ -94,7 +97,8 @@ class DataConfig:
         separator: text appended to every record
         max_expansion: maximum size of a file's text, as a multiple of the file's size; larger ones are refused as
             decompression bombs, unless they have less than 64 MiB
-        tokenizer: byte, char, word, bpe, one of a plugin, or the path of a tokenizer.json (Hugging Face's or a run's)
+        tokenizer: byte, char, word, bpe, one provided by a plugin, or the path of a tokenizer.json (Hugging Face's or
+            a run's)
         add_special_tokens: begin and end every document with the tokens that the tokenizer.json adds (BOS, EOS), and
             begin prompts with them
         split_special_tokens: read documents that spell a special token, such as <|endoftext|>, as plain text; a
@@ -143,10 +147,11 @@ class TrainConfig:
         micro_batch_size: sequences per rank in one forward and backward pass; null: the rank's whole batch (no gradient
             accumulation)
         seed: random seed
-        optimizer: optimizer
+        optimizer: adamw, sgd, adagrad, or one provided by a plugin
         learning_rate: peak learning rate, reached after warm-up
         min_learning_rate: final learning rate of decaying schedules
-        schedule: learning-rate schedule after warm-up
+        schedule: learning-rate schedule after warm-up: constant, linear, cosine, inverse_sqrt, step, or one provided
+            by a plugin
         warmup: steps of linear warm-up, or, if below 1, a fraction of all steps
         decay_every: step schedule: steps between decays
         decay_start: step schedule: steps after warm-up before the first decay; null: decay_every
@@ -178,10 +183,10 @@ class TrainConfig:
     batch_size: int = 32
     micro_batch_size: int | None = None
     seed: int = 1
-    optimizer: Literal["adamw", "sgd", "adagrad"] = "adamw"
+    optimizer: str = "adamw"
     learning_rate: float = 1e-3
     min_learning_rate: float = 1e-4
-    schedule: Literal["constant", "linear", "cosine", "inverse_sqrt", "step"] = "cosine"
+    schedule: str = "cosine"
     warmup: float = 100.0
     decay_every: int = 1000
     decay_start: int | None = None
@@ -391,6 +396,21 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     plugin_options: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, *sources: Config | Mapping[str, Any] | str | PathLike[str]) -> Config:
+        """Return the configuration that ``sources`` give, of which later ones override earlier ones.
+
+        Args:
+            sources: paths of YAML files, configurations, and mappings of options: nested by section, as in YAML, or
+                with the names of the command line, ``{"train.steps": 100}``
+
+        Raises:
+            HvdlmError: an unknown option, a wrong type, or an unreadable file.
+        """
+        # By name: the parser lies above this module, and importing it takes a tenth of a second.
+        config: Config = import_module("hvdlm.configuration.parsing").load_config(sources)
+        return config
 
     def own(self, section: str, kind: type[Options]) -> Options:
         """Return a plugin's options, by default those of their dataclass ``kind``."""

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from hvdlm.protocols.exchange import Exchange
     from hvdlm.protocols.framework import Framework, Probe
     from hvdlm.protocols.group import Group
+    from hvdlm.protocols.optimizer import OptimizerMaker, ScheduleMaker
     from hvdlm.protocols.pretrained import PretrainedFolder
     from hvdlm.protocols.scheduler import Scheduler
     from hvdlm.protocols.task import Task
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from hvdlm.protocols.types import Prediction, StepResult
     from hvdlm.protocols.world import World
     from hvdlm.telemetry.rates import Rates
+    from hvdlm.training.run_control import RunControl
 
 hookspec = pluggy.HookspecMarker("hvdlm")
 hookimpl = pluggy.HookimplMarker("hvdlm")
@@ -80,6 +82,21 @@ def hvdlm_compressors() -> Mapping[str, CompressorMaker]:
 
 
 @hookspec
+def hvdlm_optimizers() -> Mapping[str, OptimizerMaker]:
+    """Return optimizers by the names that ``train.optimizer`` takes; keras isn't imported yet."""
+    raise NotImplementedError
+
+
+@hookspec
+def hvdlm_lr_schedules() -> Mapping[str, ScheduleMaker]:
+    """Return learning-rate schedules by the names that ``train.schedule`` takes.
+
+    A maker takes ``config.train`` and returns the rate after warm-up as a function of the updates done, 0, 1, ...
+    """
+    raise NotImplementedError
+
+
+@hookspec
 def hvdlm_tokenizers() -> Mapping[str, TokenizerKind]:
     """Return kinds of tokenizers by the names that ``data.tokenizer`` and descriptions of tokenizers take."""
     raise NotImplementedError
@@ -104,7 +121,7 @@ def hvdlm_check(config: Config, spec: ModelSpec) -> None:
 
 
 @hookspec(firstresult=True)
-def hvdlm_predict(config: Config, spec: ModelSpec, mesh: Mesh, rank: int) -> Prediction | None:
+def hvdlm_predict(config: Config, spec: ModelSpec, mesh: Mesh, rank: int, moments: int) -> Prediction | None:
     """Return the closed-form costs of a step of ``rank``, or None for an unknown architecture."""
 
 
@@ -137,8 +154,11 @@ def hvdlm_schedulers() -> Mapping[str, Scheduler]:
 
 
 @hookspec
-def hvdlm_run_started(config: Config, world: World, info: Mapping[str, Any]) -> None:
-    """Called when all ranks are ready. ``info``: parameters, flops_per_token, start_step, versions, ..."""
+def hvdlm_run_started(config: Config, world: World, info: Mapping[str, Any], run: RunControl) -> None:
+    """Called when all ranks are ready. ``info``: parameters, flops_per_token, start_step, versions, ...
+
+    ``run``: asks the run to stop, to save or to evaluate, at this or any later event, and generates text.
+    """
 
 
 @hookspec

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from importlib.metadata import EntryPoint
@@ -12,15 +13,23 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import pluggy
 
 from hvdlm import hookspecs
+from hvdlm.config import Config, TrainConfig
 from hvdlm.errors import HvdlmError, nearest
 from hvdlm.models.spec import ModelMaker
 from hvdlm.protocols.compressor import CompressorMaker
 from hvdlm.protocols.framework import Framework, Probe
+from hvdlm.protocols.optimizer import Optimizer
+from hvdlm.protocols.state_dict import OPTIMIZER_STATE
 
 if TYPE_CHECKING:
     from hvdlm.protocols.backend import Backend
     from hvdlm.protocols.exchange import Exchange
     from hvdlm.protocols.task import Task
+
+_COLLECTIONS = (
+    "compressors", "lr_schedules", "models", "optimizers", "options", "probes", "schedulers", "tokenizers",
+)  # fmt: skip
+_SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt", "step")
 
 
 def installed() -> dict[str, EntryPoint]:
@@ -85,6 +94,24 @@ def extensions(group: str) -> list[Callable[..., Any]]:
     return [_import(entry) for entry in sorted(entries, key=lambda entry: entry.name)]
 
 
+def check_keras(config: Config) -> None:
+    """Check that keras, where a run uses it, isn't loaded for another framework: it can't change in a process.
+
+    Raises:
+        HvdlmError: it is.
+    """
+    communication, keras = config.communication, sys.modules.get("keras")
+    compressed = communication.compression.algorithm != "none" or communication.exchange != "all_reduce"
+    wanted = os.environ.get("KERAS_BACKEND")
+    if keras is None or not (compressed or config.train.optimizer not in OPTIMIZER_STATE):
+        return
+    if wanted and keras.config.backend() != wanted:
+        raise HvdlmError(
+            f"keras, which this run uses, was loaded for {keras.config.backend()} in this process and can't change: "
+            f"train with framework {config.framework} in another process."
+        )
+
+
 def require(names: Iterable[str]) -> None:
     """Check that every name of ``plugins`` is installed.
 
@@ -143,6 +170,39 @@ def find_model(manager: pluggy.PluginManager, name: str) -> ModelMaker:
     return known[name]
 
 
+def find_optimizer(manager: pluggy.PluginManager, config: TrainConfig) -> Optimizer | None:
+    """Return the plugin's optimizer that ``train.optimizer`` names; None for one that every framework has.
+
+    Raises:
+        HvdlmError: nobody has it; the sentence names those there are.
+    """
+    maker = _provided(manager, "optimizers", "train.optimizer", config.optimizer, OPTIMIZER_STATE)
+    return maker(config) if maker else None
+
+
+def find_schedule(manager: pluggy.PluginManager, config: TrainConfig) -> Callable[[int], float] | None:
+    """Return the plugin's schedule that ``train.schedule`` names; None for one of hvdlm.
+
+    Raises:
+        HvdlmError: nobody has it; the sentence names those there are.
+    """
+    maker = _provided(manager, "lr_schedules", "train.schedule", config.schedule, _SCHEDULES)
+    return maker(config) if maker else None
+
+
+def _provided(manager: pluggy.PluginManager, hook: str, option: str, name: str, builtin: Collection[str]) -> Any:
+    """Return what ``hvdlm_<hook>`` of the registered plugins returns under ``name``; None where it is built in."""
+    if name in builtin:
+        return None
+    known = {key: value for more in getattr(manager.hook, f"hvdlm_{hook}")() for key, value in more.items()}
+    if name not in known:
+        by_plugin = _collections(hook)
+        installed_names = {name for names in by_plugin.values() for name in names}
+        advice = _not_loaded(name, by_plugin) or nearest(name, {*builtin, *known, *installed_names})
+        raise HvdlmError(f"{option}: no plugin provides {name!r}; {advice}")
+    return known[name]
+
+
 def not_loaded(hook: str, name: str) -> str | None:
     """Return what to do where an installed plugin that isn't loaded brings ``name`` (hook: models, options, ...)."""
     return _not_loaded(name, _collections(hook))
@@ -197,6 +257,6 @@ def describe() -> list[tuple[str, str, str, str]]:
 
 def _with_names(plugin: Any, hook: str) -> str:
     """Return a hook's name, and of a hook that brings a collection what it holds."""
-    if hook not in ("models", "compressors", "options", "probes", "schedulers", "tokenizers"):
+    if hook not in _COLLECTIONS:
         return hook
     return f"{hook} ({', '.join(getattr(plugin, f'hvdlm_{hook}')())})"

@@ -57,7 +57,7 @@ def test_the_readme_s_plugin_works_as_printed(capsys: pytest.CaptureFixture[str]
     manager = pluggy.PluginManager("hvdlm")
     manager.add_hookspecs(hookspecs)
     manager.register(module)
-    manager.hook.hvdlm_run_started(config=None, world=SimpleNamespace(rank=0), info={})
+    manager.hook.hvdlm_run_started(config=None, world=SimpleNamespace(rank=0), info={}, run=None)
     for step, loss in enumerate([2.0, 2.0, 9.0], 1):
         result = SimpleNamespace(loss=loss)
         manager.hook.hvdlm_step_ended(step=step, result=result, learning_rate=0.1, seconds=1.0, rates=None)

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from hvdlm import cli, plugins
-from hvdlm.commands.trained_run import run_config
 from hvdlm.config import Config
 from hvdlm.configuration import schema
 from hvdlm.configuration.parsing import parse_config
 from hvdlm.errors import HvdlmError
 from hvdlm.io import launcher_env
+from hvdlm.training.trained_run import run_config
 from hvdlm_tools import other_tools
 from launching import SMALL
 

@@ -23,12 +23,12 @@ import fuzz_targets
 from fuzz_targets import CORPUS, TARGETS, TEXT, huggingface_tokenizer
 from hvdlm import cli
 from hvdlm.checkpoints import manifest
-from hvdlm.commands import trained_run
 from hvdlm.config import DataConfig
 from hvdlm.configuration import parsing
 from hvdlm.data import token_files
 from hvdlm.errors import HvdlmError
 from hvdlm.io import untrusted_input
+from hvdlm.training import trained_run
 from hvdlm_corpora import compression, documents, preparation, sources, tokenizers
 from launching import run_python
 

@@ -18,6 +18,7 @@ from hvdlm.config import Config, DataConfig
 from hvdlm.errors import STOPPED, HvdlmError
 from hvdlm.training.consensus import Consensus, Votes
 from hvdlm.training.data_cursor import DataCursor
+from hvdlm.training.run_control import RunControl
 from hvdlm.training.signals import Signals
 from hvdlm_backends.local import LocalWorld
 from hvdlm_language.language_model import LanguageModel
@@ -186,7 +187,8 @@ def test_a_batch_size_that_is_no_number_is_refused(config: object) -> None:
 
 def test_ranks_agree_one_step_late() -> None:
     signals = Signals(0)
-    consensus = Consensus(LocalWorld(), None, signals)
+    control = RunControl(SimpleNamespace(world=LocalWorld()))  # type: ignore[arg-type]
+    consensus = Consensus(LocalWorld(), None, signals, control)
     assert consensus.result() == Votes() and consensus.stopped_before() is None
     consensus.vote(row=8, ready=True, skipped=False)
     signals._handle(signal.SIGTERM)
@@ -194,6 +196,6 @@ def test_ranks_agree_one_step_late() -> None:
     consensus.vote(row=16, ready=False, skipped=True)
     agreed = consensus.result()
     assert agreed == Votes(16, 1, 0, 0, 1) and agreed.stop_reason == "signal" and consensus.stopped_before() == "signal"
-    late = Consensus(LocalWorld(), 1e-9, SimpleNamespace(received=False, abort=None))  # type: ignore[arg-type]
+    late = Consensus(LocalWorld(), 1e-9, SimpleNamespace(received=False, abort=None), control)  # type: ignore[arg-type]
     late.vote(0, False, False)
     assert late.result().stop_reason == "train.max_seconds"

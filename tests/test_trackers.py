@@ -168,7 +168,7 @@ def send_events(plugin: tracker.Tracker, config: Config, rank: int = 0) -> None:
     manager = plugins.load([])
     manager.register(plugin)
     info = {"parameters": 10, "start_step": 0}
-    manager.hook.hvdlm_run_started(config=config, world=SimpleNamespace(rank=rank, size=2), info=info)
+    manager.hook.hvdlm_run_started(config=config, world=SimpleNamespace(rank=rank, size=2), info=info, run=None)
     rates = Rates(40)
     for step in range(1, 5):
         result = StepResult(1.0, 10.0, 0.5, skipped=step == 3)

@@ -118,6 +118,7 @@ ALLOWED = {
     "plugins/hvdlm_launchers": set(),
     "plugins/hvdlm_huggingface": {"hvdlm_corpora", "hvdlm_tools", "hvdlm_language"},  # tokenizer.json of a folder
     "plugins/hvdlm_report": set(),
+    "plugins/hvdlm_steering": set(),
     "plugins/hvdlm_trackers": set(),
     "plugins/hvdlm_testing": {"hvdlm_backends", "hvdlm_launchers"},
     "backends/hvdlm_backends": {*TRANSPORTS, "hvdlm_diagnosis"},

@@ -1,7 +1,8 @@
 """World over ``horovod.FRAMEWORK``; its groups (``groups.py``) are process sets.
 
 Only Horovod's plain collectives are used. Process sets are declared when Horovod starts: added later, they fail over
-Gloo.
+Gloo. Horovod starts once in a process, since the launcher's server keeps the addresses of the first time: later worlds
+of the process use it again, and it is shut down when the process ends.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ import importlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
+from hvdlm.diagnostics.phases import process
 from hvdlm.errors import HvdlmError
 from hvdlm.io.launcher_env import Launch
 from hvdlm.protocols.framework import Framework
 from hvdlm.protocols.horovod import GPUs, HasHorovod, HorovodSupport
-from hvdlm_backends.environment import check_gloo_address
+from hvdlm_backends.environment import check_gloo_address, shared_settings
 from hvdlm_backends.groups import HorovodGroup
 from hvdlm_backends.messages import ArrayMessages, MPIMessages
 from hvdlm_backends.worlds import RanksWorld
@@ -56,8 +58,40 @@ class HorovodWorld(RanksWorld):
         return seconds if seconds >= 0 else None
 
     def close(self) -> None:
-        """Shut Horovod down."""
-        self._hvd.shutdown()
+        """Do nothing: Horovod is shut down when the process ends, since it can't be started again."""
+
+
+class _Started(NamedTuple):
+    """Horovod as it was started in this process."""
+
+    framework: str
+    hvd: ModuleType
+    sets: dict[tuple[int, ...], Any]
+    settings: bytes
+
+
+_started: list[_Started] = []
+
+
+def _use_again(started: _Started, framework: str, needed: Sequence[tuple[int, ...]]) -> tuple:
+    """Return Horovod as it was started, and its process sets; ``needed``: the groups that need one.
+
+    Raises:
+        HvdlmError: it was started for another framework or layout, or with other settings.
+    """
+    differing = None
+    if framework != started.framework:
+        differing = f"framework {started.framework}, not {framework}"
+    elif not started.sets.keys() >= set(needed):
+        differing = "another layout (parallel.*)"
+    elif shared_settings() != started.settings:
+        differing = "other settings of Horovod (communication.*, HOROVOD_*)"
+    if differing:
+        raise HvdlmError(
+            f"Horovod starts once in a process, and was started here with {differing}: use another process, or "
+            "--backend mpi4py, which can change it."
+        )
+    return started.hvd, {ranks: started.sets[ranks] for ranks in needed}
 
 
 def support(framework: Framework) -> HorovodSupport:
@@ -79,9 +113,14 @@ def start(
     ``check_settings`` compares the settings of several ranks, before Horovod starts, which hangs where they differ.
 
     Raises:
-        HvdlmError: Horovod isn't built for the framework, or has fewer ranks than the launcher started.
+        HvdlmError: Horovod isn't built for the framework, has fewer ranks than the launcher started, or was started
+            otherwise in this process.
     """
     gpus = support(framework).gpus
+    size = launch.size if launch else 1
+    needed = list(dict.fromkeys(tuple(ranks) for ranks in groups if len(ranks) < size))
+    if _started:
+        return _use_again(_started[0], framework.name, needed)
     try:
         hvd = importlib.import_module(f"horovod.{framework.name}")
     except ImportError as error:
@@ -89,11 +128,10 @@ def start(
             f"Horovod has no {framework.name} operations here ({str(error).splitlines()[0]}): python -m hvdlm horovod "
             "build, or --backend mpi4py."
         ) from error
-    size = launch.size if launch else 1
     check_gpus(hvd, framework.name, gpus, size)
     if size > 1 and os.environ.get("HOROVOD_CONTROLLER") == "gloo":
         check_gloo_address(bound_by_name=_transfer_counter(hvd) is None)
-    sets = {ranks: hvd.ProcessSet(list(ranks)) for ranks in groups if len(ranks) < size}
+    sets = {ranks: hvd.ProcessSet(list(ranks)) for ranks in needed}
     if not sets:
         # In hvdlm's build of Horovod (hvdlm_horovod.patches), the thread sleeps until there is a tensor to send. With
         # process sets, a set's tensor would wait for the sleeping threads of ranks outside of the set.
@@ -106,6 +144,8 @@ def start(
             f"{launch.launcher if launch else 'the environment'} started {size} ranks but Horovod found {hvd.size()}: "
             f"each would train on its own. {advice}"
         )
+    _started.append(_Started(framework.name, hvd, sets, shared_settings()))
+    process.closers.append(hvd.shutdown)
     return hvd, sets
 
 

@@ -7,6 +7,7 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -87,6 +88,8 @@ def _initialized() -> Any:
 
 def _restore_signal_handlers() -> None:
     """Install Python's signal handlers again: MPI's libraries replace some (UCX takes SIGHUP to enter a debug mode)."""
+    if threading.current_thread() is not threading.main_thread():
+        return  # Python allows it to the main thread alone
     for number in signal.valid_signals():
         if callable(handler := signal.getsignal(number)):
             signal.signal(number, handler)

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hvdlm.commands.trained_run import connect_trained, run_parser
 from hvdlm.configuration.parsing import split_overrides
 from hvdlm.diagnostics.rank_errors import ending_all_ranks
 from hvdlm.diagnostics.watchdog import watching
@@ -15,6 +14,7 @@ from hvdlm.errors import HvdlmError
 from hvdlm.inference.generation import read_prompt, write
 from hvdlm.inference.sampling import Sampling
 from hvdlm.training.run import build
+from hvdlm.training.trained_run import connect_trained, run_parser
 
 
 def main(arguments: list[str]) -> int:
@@ -23,15 +23,17 @@ def main(arguments: list[str]) -> int:
     values = _parse(own)
     sampling = Sampling(values.temperature, values.top_k, values.top_p, values.seed)
     text = None if values.prompt_file is None else read_prompt(Path(values.prompt_file))
-    with watching() as watchdog, ending_all_ranks((connected := connect_trained(values, overrides)).world):
-        run = build(connected)
-        prompt = values.prompt if text is None else text
-        if prompt == "-":  # a launcher passes standard input to rank 0 only
-            prompt = run.world.broadcast_object(sys.stdin.read() if run.world.rank == 0 else None)
-        for number in range(values.num_samples):
-            if number and run.world.rank == 0:
-                print("-" * 16, flush=True)
-            write(run, prompt, values.tokens, replace(sampling, seed=values.seed + number))
+    with watching() as watchdog:
+        connected = connect_trained(values.run, values.checkpoint, overrides)
+        with ending_all_ranks(connected.world):
+            run = build(connected)
+            prompt = values.prompt if text is None else text
+            if prompt == "-":  # a launcher passes standard input to rank 0 only
+                prompt = run.world.broadcast_object(sys.stdin.read() if run.world.rank == 0 else None)
+            for number in range(values.num_samples):
+                if number and run.world.rank == 0:
+                    print("-" * 16, flush=True)
+                write(run, prompt, values.tokens, replace(sampling, seed=values.seed + number))
         watchdog.code = 0
     return 0
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from contextlib import nullcontext
 
 from hvdlm.config import Config
 from hvdlm.diagnostics.phases import process
@@ -35,19 +34,12 @@ def _train(arguments: list[str], signals: Signals) -> int:
     config = parse_config(arguments)
     process.timeout = config.communication.timeout
     from hvdlm.diagnostics.rank_errors import ending_all_ranks
-    from hvdlm.telemetry import default_plugins
-    from hvdlm.training.loop import train
-    from hvdlm.training.run import build, connect, plan
+    from hvdlm.training.api import run_training
 
-    connected = connect(plan(config))
-    with connected.lock or nullcontext(), ending_all_ranks(connected.world):
-        run = build(connected)
-        for plugin in default_plugins(run.config):
-            run.manager.register(plugin)
-        stopped = bool(train(run, signals)["stopped"])
-        if run.world.rank == 0 and config.log.progress and not stopped:
-            print(_next_commands(config), flush=True)
-        signals.ignore()
+    result, world = run_training(config, signals, ending_all_ranks)
+    stopped = result.status == "stopped"
+    if world.rank == 0 and config.log.progress and not stopped:
+        print(_next_commands(config), flush=True)
     return STOPPED if stopped else 0
 
 

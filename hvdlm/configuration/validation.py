@@ -91,6 +91,8 @@ def model(config: Config, manager: pluggy.PluginManager) -> None:
     """
     maker = plugins.find_model(manager, config.model.name)
     spec = adapt(maker(config.model, _STAND_IN_VOCAB, config.data.context), config.lora)
+    plugins.find_optimizer(manager, config.train)
+    plugins.find_schedule(manager, config.train)
     layout_checks.check(config, spec)
     manager.hook.hvdlm_check(config=config, spec=spec)
 

@@ -68,10 +68,12 @@ class Process:
     """
 
     def __init__(self) -> None:
+        self._commands = -1
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything: a command begins."""
+        """Forget everything: a command begins, or a function of the Python API, of which a process may call several."""
+        self._commands += 1
         self.rank = launcher_env.rank_for_messages()
         self.size = 1
         self.timeout = DEFAULT_TIMEOUT
@@ -138,7 +140,7 @@ class Process:
         The first rank of each host deletes what earlier attempts left in ``folder``, after ``keep_seconds``.
         """
         self.size = size
-        attempt = folder / f"attempt-{launcher_env.attempt()}"
+        attempt = folder / f"attempt-{launcher_env.attempt()}{f'-{self._commands}' if self._commands > 1 else ''}"
         if launcher_env.launch_shape()[2] == 0:
             clean(folder)
             for other in folder.glob("attempt-*"):

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from hvdlm.diagnostics import failure_files
@@ -172,32 +173,51 @@ class Watchdog:
         return f"{text}\n{advice}" + (f"; python -m hvdlm doctor --run {run} prints this again." if run else ".")
 
 
+_watched = threading.Lock()
+
+
 @contextmanager
-def watching() -> Iterator[Watchdog]:
+def watching(process_ends: bool = True) -> Iterator[Watchdog]:
     """Watch this process while a command runs, and its exit afterwards; set ``code`` to the command's exit code.
 
-    Where the command fails before ranks are connected, those that MPI reaches are ended.
+    Where the command fails before ranks are connected, those that MPI reaches are ended. Without ``process_ends``, a
+    program continues afterwards: its transport stays open, and its exit is its own.
+
+    Raises:
+        HvdlmError: something is being watched already.
     """
+    if not _watched.acquire(blocking=False):
+        raise HvdlmError(
+            "hvdlm is in use in this process: call train, load, evaluate and generate one after another, or start "
+            "another process."
+        )
     process.reset()
     watchdog = Watchdog(process)
     watchdog.start()
     try:
         diagnosis()
         yield watchdog
-        for close in process.closers:
+        for close in reversed(process.closers if process_ends else []):
             close()
-    except HvdlmError:
-        watchdog.code = BAD_INPUT
-        raise
     except Exception as error:
-        if process.recorder is None and process.size > 1:  # ranks that wait for this one see it
-            failure = failure_files.make_failure(process.rank, error, 0, is_cause=True)
-            failure_files.write_failure(process.attempt, failure)
-            failure_files.create_marker(process.attempt, failure_files.REPORTED)
+        refused = isinstance(error, HvdlmError)
+        watchdog.code = BAD_INPUT if refused else FAILED
+        if not refused or not process_ends:  # the command line reports what is refused
+            _leave_failure(error, watchdog.code)
         raise
     finally:
         watchdog.stop()
-        _watch_exit(watchdog.code, process.limit)
+        if process_ends:
+            _watch_exit(watchdog.code, process.limit)
+        _watched.release()
+
+
+def _leave_failure(error: Exception, code: int) -> None:
+    """Write the error of a rank that fails before ranks are connected: those that wait for it end after a moment."""
+    if process.recorder is None and process.size > 1:
+        failure = replace(failure_files.make_failure(process.rank, error, 0, is_cause=True), code=code)
+        failure_files.write_failure(process.attempt, failure)
+        failure_files.create_marker(process.attempt, failure_files.REPORTED)
 
 
 _exit_limits: list[tuple[int, float]] = []

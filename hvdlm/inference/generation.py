@@ -102,31 +102,37 @@ def read_prompt(path: Path) -> str:
         raise HvdlmError(f"--prompt_file {path}: {error}: give a readable UTF-8 text.") from error
 
 
+def chunks_of_text(run: Run, prompt: str, count: int, sampling: Sampling) -> Iterator[str]:
+    """Yield ``prompt`` and then its continuation in chunks, or the task's response to it as one.
+
+    All ranks of rank 0's copy of the model call; others get nothing.
+    """
+    if run.mesh.coordinates(run.world.rank)["data"] != 0:
+        return
+    prompt = text_decoding.without_surrogates(prompt)
+    response = run.task.respond(run.trainable, prompt)
+    if response is not None:
+        yield response
+        return
+    tokenizer, settings = run.task.tokenizer, run.spec.settings
+    ids = encode(tokenizer, prompt, run.config)
+    context = getattr(settings, "context", sys.maxsize)
+    generated = generate(run.trainable, ids, count, context, sampling, tokenizer.vocab)
+    yield prompt
+    for chunk in generate_text(tokenizer, ids, generated, run.config.model.stop_tokens or ()):
+        process.alive()
+        yield chunk
+
+
 def write(run: Run, prompt: str, count: int, sampling: Sampling) -> str:
     """Print ``prompt`` and its continuation on rank 0, or the task's response to it; return the text.
 
     On a terminal, text is printed as it is generated, elsewhere line by line. All ranks call; those of rank 0's copy of
     the model take part.
     """
-    if run.mesh.coordinates(run.world.rank)["data"] != 0:
-        return ""
-    prompt = text_decoding.without_surrogates(prompt)
-    response = run.task.respond(run.trainable, prompt)
-    if response is not None:
-        if run.world.rank == 0:
-            print(response, flush=True)
-        return response
-    tokenizer, settings = run.task.tokenizer, run.spec.settings
-    ids = encode(tokenizer, prompt, run.config)
-    generated = generate(
-        run.trainable, ids, count, getattr(settings, "context", sys.maxsize), sampling, tokenizer.vocab
-    )
     chunks = []
     unprinted = ""
-    for chunk in itertools.chain(
-        [prompt], generate_text(tokenizer, ids, generated, run.config.model.stop_tokens or ())
-    ):
-        process.alive()
+    for chunk in chunks_of_text(run, prompt, count, sampling):
         chunks.append(chunk)
         if run.world.rank != 0:
             continue

@@ -12,6 +12,7 @@ from typing import Any
 
 import pluggy
 
+from hvdlm import plugins
 from hvdlm.config import Config
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.flat_layout import FlatLayout, make_layout
@@ -29,8 +30,9 @@ def predict_costs(
 
     None where neither knows the architecture.
     """
-    prediction = manager.hook.hvdlm_predict(config=config, spec=spec, mesh=mesh, rank=rank)
-    return prediction if prediction is not None else closed_form(config, spec, mesh, rank)
+    moments = len(optimizer_state(config.train, plugins.find_optimizer(manager, config.train)))
+    prediction = manager.hook.hvdlm_predict(config=config, spec=spec, mesh=mesh, rank=rank, moments=moments)
+    return prediction if prediction is not None else closed_form(config, spec, mesh, rank, moments=moments)
 
 
 @dataclass(frozen=True)
@@ -48,18 +50,24 @@ class Habits:
 
 
 def closed_form(
-    config: Config, spec: ModelSpec, mesh: Mesh, rank: int, habits: Habits | None = None
+    config: Config, spec: ModelSpec, mesh: Mesh, rank: int, habits: Habits | None = None, moments: int | None = None
 ) -> Prediction | None:
-    """Return the costs of a step of ``rank``, or None for an architecture other than GPT and recurrent ones."""
+    """Return the costs of a step of ``rank``, or None for an architecture other than GPT and recurrent ones.
+
+    ``moments``: state vectors of the optimizer; None: those of a built-in ``train.optimizer``.
+    """
     if spec.kind not in ("gpt", "rnn"):
         return None
-    return _Step(config, spec, mesh, rank, habits or Habits()).prediction()
+    if moments is None:
+        moments = len(optimizer_state(config.train))
+    return _Step(config, spec, mesh, rank, habits or Habits(), moments).prediction()
 
 
 class _Step:
     """One rank's step: ``rows`` x ``time`` tokens in each of ``count`` micro-batches."""
 
-    def __init__(self, config: Config, spec: ModelSpec, mesh: Mesh, rank: int, habits: Habits) -> None:
+    def __init__(self, config: Config, spec: ModelSpec, mesh: Mesh, rank: int, habits: Habits, moments: int) -> None:
+        self.moments = moments
         self.config = config
         self.habits = habits
         self.spec = spec
@@ -98,8 +106,6 @@ class _Step:
         """Return bytes of parameters, gradients, optimizer and activations."""
         size = self.layout.size
         zero_shard = size // self.mesh.data
-        c = self.config.train
-        kinds = len(optimizer_state(c))
         buckets = [self.layout.bucket_range(i) for i in range(len(self.layout.buckets))]
         # While one bucket is sent, the next one is filled.
         passing = max(b - a for (a, _), (_, b) in zip(buckets, [*buckets[1:], buckets[-1]], strict=True))
@@ -107,7 +113,7 @@ class _Step:
         return {
             "parameters": 4 * (size + (zero_shard if self.zero else 0)) + self.spec.frozen_bytes,
             "gradients": 4 * gradients,
-            "optimizer": 4 * kinds * (zero_shard if self.zero else size),
+            "optimizer": 4 * self.moments * (zero_shard if self.zero else size),
             "activations": self.activations(),
         }
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from hvdlm.protocols.exchange import Exchange
 from hvdlm.protocols.group import Handle
+from hvdlm.protocols.optimizer import Optimizer
 from hvdlm.protocols.trainable import Trainable
 from hvdlm.protocols.types import Tensor
 from hvdlm.protocols.world import World
@@ -82,8 +83,19 @@ class Framework(Protocol):
     name: str
     in_place: bool
 
-    def build(self, model: ModelSpec, mesh: Mesh, world: World, exchange: Exchange, config: Config) -> Trainable:
-        """Return the model at its initial values (``ModelSpec.initial``), ready to train. No communication."""
+    def build(
+        self,
+        model: ModelSpec,
+        mesh: Mesh,
+        world: World,
+        exchange: Exchange,
+        config: Config,
+        optimizer: Optimizer | None = None,
+    ) -> Trainable:
+        """Return the model at its initial values (``ModelSpec.initial``), ready to train. No communication.
+
+        ``optimizer``: a plugin's; None: the one of the framework that ``train.optimizer`` names.
+        """
 
     def tensor(self, array: np.ndarray) -> Tensor:
         """Return ``array``, of its dtype, on this rank's device; may share its memory."""

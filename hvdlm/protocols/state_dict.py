@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
     from hvdlm.config import TrainConfig
     from hvdlm.parallel.flat_layout import Shard
+    from hvdlm.protocols.optimizer import Optimizer
 
 
 OPTIMIZER_STATE: dict[str, tuple[str, ...]] = {
@@ -24,8 +25,13 @@ their bias), SGD's velocity (the sum of gradients, not of updates), and Adagrad'
 """
 
 
-def optimizer_state(config: TrainConfig) -> tuple[str, ...]:
-    """Return the kinds of state that the configured optimizer keeps: SGD without momentum keeps none."""
+def optimizer_state(config: TrainConfig, own: Optimizer | None = None) -> tuple[str, ...]:
+    """Return the kinds of state that the configured optimizer keeps: SGD without momentum keeps none.
+
+    ``own``: the optimizer of a plugin, which names its own.
+    """
+    if own is not None:
+        return own.state
     return () if config.optimizer == "sgd" and not config.momentum else OPTIMIZER_STATE[config.optimizer]
 
 

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from hvdlm import plugins
 from hvdlm.checkpoints.save import Saved
 from hvdlm.diagnostics.phases import TRAINING, process
 from hvdlm.errors import STOPPED
@@ -20,7 +21,8 @@ from hvdlm.training.lr_schedule import make_schedule
 from hvdlm.training.preflight import versions
 from hvdlm.training.rollback import check_replicas, check_result, roll_back
 from hvdlm.training.run import Run
-from hvdlm.training.run_folder import Status, open_folder, write_sample
+from hvdlm.training.run_control import RunControl
+from hvdlm.training.run_folder import Status, open_folder
 from hvdlm.training.signals import Signals
 from hvdlm.training.summary import RunTotals, describe, report_changed_rate, summarise
 
@@ -28,26 +30,29 @@ from hvdlm.training.summary import RunTotals, describe, report_changed_rate, sum
 def train(run: Run, signals: Signals) -> dict[str, Any]:
     """Train from the checkpoint, or from the start, to ``train.steps``; return the summary. All ranks call.
 
-    Where a signal or ``train.max_seconds`` ends the run earlier, it saves first, and the summary says why. While steps
-    are skipped, the run neither saves nor stops. The status is ``done`` or ``stopped`` once everything is written.
+    Where a signal or ``train.max_seconds`` ends the run earlier, it saves first, and the summary says why. Where a
+    plugin does, the run ends as after its last step. While steps are skipped, the run neither saves nor stops. The
+    status is ``done`` or ``stopped`` once everything is written.
 
     Raises:
         RankError: the result is not finite, or rollbacks did not help.
     """
     config, hook, saver = run.config, run.manager.hook, run.saver
-    rate, totals, step = make_schedule(config.train), RunTotals(run.spec.parameters), run.start_step
+    rate = make_schedule(config.train, plugins.find_schedule(run.manager, config.train))
+    totals, step = RunTotals(run.spec.parameters), run.start_step
     open_folder(run)
     report_changed_rate(run)
-    consensus = Consensus(run.world, config.train.max_seconds, signals)
+    control = RunControl(run)
+    consensus = Consensus(run.world, config.train.max_seconds, signals, control)
     observers = Observers(run.world.rank)
     with Status(run, observers, signals) as status:
         run.manager.register(status)
         observers.protect_run(run.manager)
-        hook.hvdlm_run_started(config=config, world=run.world, info=describe(run, step))
+        hook.hvdlm_run_started(config=config, world=run.world, info=describe(run, step), run=control)
         metrics, saved, stopped = last_metrics(run, step), step, consensus.stopped_before()
-        save_due = False
+        save_due, finish = False, 0
         process.begin(TRAINING)
-        while step < config.train.steps and not stopped:
+        while step < config.train.steps and not stopped and not finish:
             process.step(step + 1)
             row = run.cursor.advance()
             result = do_step(run, step, row, rate(step), totals)
@@ -58,21 +63,23 @@ def train(run: Run, signals: Signals) -> dict[str, Any]:
                 status.interrupted(stopped)
             if saver.active and votes.ready == run.world.size:
                 report_saved(run, saver.advance())
-            save_due = save_due or due(step, config.checkpoint.every)
-            deferred = bool(stopped or save_due) and run.world.any(not result.applied)
-            stopped = None if deferred else stopped  # the next steps decide whether the run rolls back
+            finish = votes.finish
+            save_due = save_due or due(step, config.checkpoint.every) or votes.save > 0
+            deferred = bool(stopped or save_due or finish) and run.world.any(not result.applied)
+            if deferred:
+                stopped, finish = None, 0  # the next steps decide whether the run rolls back
             wrong = step == config.train.steps and run.world.any(result.failed)
             bad_rows = run.guard.bad_rows(votes, run.world.size, row if wrong else None)
             if bad_rows or saver.refused:
                 report_saved(run, saver.finish())
                 checkpoint = roll_back(run, bad_rows, step)
                 status.step = step = saved = checkpoint.step
-                metrics, save_due = checkpoint.manifest.get("metrics") or {}, False
+                metrics, save_due, finish = checkpoint.manifest.get("metrics") or {}, False, 0
                 continue
             saving = save_due and not deferred
             if due(step, config.train.replica_check_every) and not saving:  # a save compares all of the state
                 check_replicas(run, step)
-            if due(step, config.train.eval_every) and not stopped:
+            if (due(step, config.train.eval_every) or votes.evaluate) and not stopped:
                 metrics = evaluate(run, step)
             if saving:
                 saved, save_due = save(run, step, metrics), False
@@ -86,7 +93,8 @@ def train(run: Run, signals: Signals) -> dict[str, Any]:
             save(run, step, metrics)
         report_saved(run, saver.finish())
         check_result(run, step, {})
-        summary = summarise(run, totals, metrics, step, stopped)
+        ended_early = control.agreed_reason() if finish else None
+        summary = summarise(run, totals, metrics, step, stopped) | {"ended_early": ended_early}
         run.check_folder()
         if stopped:  # before plugins: the launcher may give no time for them
             status.ended(stopped, STOPPED)
@@ -95,10 +103,8 @@ def train(run: Run, signals: Signals) -> dict[str, Any]:
         with process.during("waiting for plugins on other ranks to end", patience=2.0, waits=True):
             run.world.gather_objects(None)  # the run is done where all ranks are
         if not stopped:
-            process.begin("generating the sample text")
-            write_sample(run)
             run.check_folder()
-            status.ended(None, 0)
+            status.ended(ended_early, 0)
     return summary
 
 

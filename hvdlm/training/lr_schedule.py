@@ -8,15 +8,17 @@ from dataclasses import fields
 from typing import Any
 
 from hvdlm.config import TrainConfig
+from hvdlm.errors import HvdlmError
 from hvdlm.io.untrusted_input import shown
 
 
-def make_schedule(config: TrainConfig) -> Callable[[int], float]:
+def make_schedule(config: TrainConfig, own: Callable[[int], float] | None = None) -> Callable[[int], float]:
     """Return ``rate(step)`` for step 0, 1, ...: the learning rate of the update that follows ``step`` updates.
 
     Warm-up of w steps: ``peak * (step + 1) / (w + 1)``. Then: constant; linear or cosine (Loshchilov and Hutter 2017,
     eq. 5) to ``min_learning_rate`` at the last step; inverse_sqrt: ``peak * sqrt(w / step)`` (Vaswani et al. 2017,
-    eq. 3), never below the minimum; step: ``peak`` times ``decay_factor`` to the power of the decays so far.
+    eq. 3), never below the minimum; step: ``peak`` times ``decay_factor`` to the power of the decays so far; ``own``:
+    that of a plugin, in place of these.
     """
     peak, low = config.learning_rate, config.min_learning_rate
     warmup = round(config.warmup * config.steps) if 0 < config.warmup < 1 else int(config.warmup)
@@ -35,7 +37,8 @@ def make_schedule(config: TrainConfig) -> Callable[[int], float]:
             return peak * config.decay_factor ** max(0, (step - warmup - decay_start) // config.decay_every + 1)
         return peak
 
-    return lambda step: peak * (step + 1) / (warmup + 1) if step < warmup else after(step)
+    later = own or after
+    return lambda step: peak * (step + 1) / (warmup + 1) if step < warmup else later(step)
 
 
 _SETTINGS = ["steps", "schedule", "learning_rate", "min_learning_rate", "warmup"]
@@ -43,15 +46,20 @@ _SETTINGS += ["decay_every", "decay_start", "decay_factor"]
 _TOLERANCE = 0.05  # relative change of the rate that is not worth a sentence
 
 
-def changed_rate(before: Mapping[str, Any], config: TrainConfig, step: int) -> str | None:
+def changed_rate(
+    before: Mapping[str, Any],
+    config: TrainConfig,
+    step: int,
+    find_own: Callable[[TrainConfig], Callable[[int], float] | None] = lambda config: None,
+) -> str | None:
     """Return a sentence if the update after ``step`` has another learning rate than with the settings ``before``.
 
     ``before``: the entries ``train`` of an earlier configuration, as a checkpoint's manifest has them; None is returned
-    where they are damaged.
+    where they are damaged. ``find_own``: returns a plugin's schedule, and None for others.
     """
     try:
         known = {field.name: before[field.name] for field in fields(TrainConfig) if field.name in before}
-        old, new = make_schedule(TrainConfig(**known))(step), make_schedule(config)(step)
+        old, new = (make_schedule(c, find_own(c))(step) for c in (TrainConfig(**known), config))
         if not abs(new - old) > _TOLERANCE * abs(old):
             return None
         differing = [name for name in _SETTINGS if name in known and known[name] != getattr(config, name)]
@@ -60,5 +68,5 @@ def changed_rate(before: Mapping[str, Any], config: TrainConfig, step: int) -> s
             f"hvdlm: the learning rate of step {step + 1} is {new:.2g}, not {old:.2g} as with the settings of the "
             f"checkpoint ({'; '.join(changes)}): --train.learning_rate and --train.schedule set another one"
         )
-    except (TypeError, ValueError, ArithmeticError, AttributeError):
+    except (TypeError, ValueError, ArithmeticError, AttributeError, HvdlmError):
         return None

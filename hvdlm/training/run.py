@@ -131,6 +131,9 @@ def load_plugins(config: Config, *names: str) -> pluggy.PluginManager:
         config.task,
         config.model.name,  # a model and an exchange may come from a plugin of the same name
         config.communication.exchange,
+        config.train.optimizer,
+        config.train.schedule,
+        *(("samples",) if config.log.sample_tokens else ()),
         *config.plugins,
         *(("compression", compression) if compression != "none" else ()),
     )
@@ -164,6 +167,7 @@ def plan(config: Config, *, writes: bool = True, resume: str | None = None) -> P
     requested = config
     config = replace(config, train=replace(config.train, threads=backend.prepare(config)))
     manager.hook.hvdlm_prepare(config=config)
+    plugins.check_keras(config)
     config = replace(config, backend=backend_name)
     mesh = make_mesh(size, config.parallel)
     validation.layout(config, mesh)
@@ -315,7 +319,9 @@ def build(connected: Connected) -> Run:
     )
     if config.model.pretrained and not checkpoint and base is None:
         spec = open_pretrained(config.model.pretrained, config.plugins).attach(spec)
-    trainable = framework.build(spec, mesh, world, exchange, config)
+    optimizer = plugins.find_optimizer(manager, config.train)
+    own = {"optimizer": optimizer} if optimizer else {}  # frameworks without such optimizers need no parameter
+    trainable = framework.build(spec, mesh, world, exchange, config, **own)
     if checkpoint:
         load_state(checkpoint, trainable, world, mesh)
     manifest = checkpoint.manifest if checkpoint else {}

@@ -15,9 +15,7 @@ import yaml
 
 from hvdlm import hookimpl
 from hvdlm.checkpoints import retention
-from hvdlm.errors import BAD_INPUT, FAILED, HvdlmError, RankError
-from hvdlm.inference.generation import write
-from hvdlm.inference.sampling import Sampling
+from hvdlm.errors import BAD_INPUT, FAILED, STOPPED, HvdlmError, RankError
 from hvdlm.io import safe_files, safe_yaml, untrusted_input
 from hvdlm.io.atomic_files import overwrite, replace
 from hvdlm.io.folder_identity import FolderIdentity
@@ -66,24 +64,6 @@ def _delete_leftovers(folder: Path) -> None:
     """Delete the temporary files of a run that was killed while it wrote."""
     names = "|".join(re.escape(name) for name in (*_FILES, run_lock.NAME.removeprefix(".")))
     safe_files.delete_owned(folder, rf"\.({names})(\.[0-9a-f]{{8}})?\.partial")
-
-
-def write_sample(run: Run) -> None:
-    """Generate ``log.sample_tokens`` tokens, print them and write sample.txt on rank 0. All ranks call.
-
-    Raises:
-        RankError: sample.txt could not be written.
-    """
-    log = run.config.log
-    if not log.sample_tokens:
-        return
-    text = write(run, log.sample_prompt, log.sample_tokens, Sampling(seed=run.config.train.seed))
-    path = run.folder / "sample.txt"
-    try:
-        if run.world.rank == 0:
-            replace(path, text)
-    except (OSError, UnicodeError) as error:
-        raise RankError(f"{path} could not be written: {error}.") from error
 
 
 def clear(folder: Path) -> None:
@@ -197,14 +177,14 @@ class Status:
         """Note that the run was asked to stop; ``code``: it ends at once, with this exit code."""
         self._try_to_write("interrupted", reason, code)
 
-    def ended(self, stopped: str | None, code: int) -> None:
-        """Write that the run has saved and ended normally, with this exit code.
+    def ended(self, reason: str | None, code: int) -> None:
+        """Write that the run has saved and ended normally, with this exit code; ``reason``: why before its last step.
 
         Raises:
             RankError: it could not be written.
         """
         try:
-            self._write("stopped" if stopped else "done", stopped, code)
+            self._write("stopped" if code == STOPPED else "done", reason, code)
         except OSError as error:
             raise RankError(f"{self._path} could not be written: {error.strerror}.") from error
 

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from hvdlm.io import launcher_env
@@ -19,6 +20,7 @@ LAUNCHER_ENDS = "the launcher ends, interrupted or because a rank has ended"
 
 _WAITS = "Ctrl-C of python -m hvdlm run or supervise, which wait for the save"
 _NOTE_SECONDS = 1.0  # given to the file system to note a signal
+_AGAIN_SECONDS = 0.1  # between two signals to the main thread
 _TOGETHER = 1.0  # seconds within which signals count as one: schedulers signal launchers and ranks alike
 
 
@@ -37,6 +39,7 @@ class Signals:
         ends_elsewhere: returns whether another rank has failed, so that the signal is the launcher's.
         on_request: called with the reason why the run stops, or ends at once with an exit code.
         connected: whether ranks are connected: until then there is nothing to save.
+        interrupts: whether a second signal raises KeyboardInterrupt in the main thread in place of ending the process.
         checkpoint: the step of the newest checkpoint, or None.
     """
 
@@ -51,7 +54,10 @@ class Signals:
         self.ends_elsewhere: Callable[[], bool] = lambda: False
         self.on_request: Callable[[str, int | None], Any] = lambda reason, code: None
         self.connected = False
+        self.interrupts = False
         self.checkpoint: int | None = None
+        self._raising = False
+        self._restorers: list[Callable[[], Any]] = []  # undo what ``listen`` did, the last first
 
     @property
     def received(self) -> bool:
@@ -59,26 +65,47 @@ class Signals:
         return self._first > 0
 
     def listen(self) -> Signals:
-        """Install the handlers; main thread only, before there are other threads."""
+        """Install the handlers before there are other threads; does nothing outside of the main thread."""
+        if threading.current_thread() is not threading.main_thread():
+            return self
         if launcher_env.started_by_open_mpi():
             # Blocked in all threads, it can be waited for along with its sender; it continues a stopped process anyway.
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCONT})
-            threading.Thread(target=self._wait_for_launcher, name="hvdlm-launcher", daemon=True).start()
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCONT})
+            waiting = threading.Thread(target=self._wait_for_launcher, name="hvdlm-launcher", daemon=True)
+            waiting.start()
+            self._restorers += [lambda: signal.pthread_sigmask(signal.SIG_SETMASK, mask), lambda: _wake(waiting)]
         read_end, write_end = os.pipe()
         os.set_blocking(write_end, False)
-        signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+        before = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+        acting = threading.Thread(target=self._wait, args=(read_end,), name="hvdlm-signals", daemon=True)
+        acting.start()
         for number in SIGNALS:
-            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+            handler = signal.getsignal(number)
+            if number == signal.SIGHUP and handler == signal.SIG_IGN:
                 continue  # under nohup, the run outlives its terminal
-            signal.signal(number, lambda *_: None)  # the thread acts, whatever the main thread is doing
-        threading.Thread(target=self._wait, args=(read_end,), name="hvdlm-signals", daemon=True).start()
+            signal.signal(number, self._interrupt)
+            self._restorers.append(partial(signal.signal, number, handler or signal.SIG_DFL))
+        # The thread has ended before the program's own handlers are back, so that it sends them no signal.
+        self._restorers += [acting.join, lambda: os.close(write_end), lambda: signal.set_wakeup_fd(before)]
         return self
 
+    def _interrupt(self, *_: Any) -> None:
+        """Raise KeyboardInterrupt where a second signal asks for it; the thread acts on the first."""
+        if self._raising:
+            self._raising = False
+            raise KeyboardInterrupt
+
     def ignore(self) -> None:
-        """Ignore signals from now on: everything is saved, and this process ends; main thread only."""
+        """Ignore signals from now on: everything is saved, and this process ends or restores its own handlers."""
         self._over = True
-        for number in SIGNALS:
+        for number in SIGNALS if self._restorers else ():
             signal.signal(number, signal.SIG_IGN)  # an interpreter that exits resets Python's handlers
+
+    def restore(self) -> None:
+        """Install the handlers that were there before ``listen`` again, and end its threads."""
+        self._over, self._raising = True, False
+        while self._restorers:
+            self._restorers.pop()()
 
     def warn_of_limit(self, seconds: float) -> None:
         """Print once, on rank 0, that a save takes longer than the launcher waits before it kills its ranks."""
@@ -92,14 +119,17 @@ class Signals:
         )
 
     def _wait(self, read_end: int) -> None:
-        while numbers := os.read(read_end, 64):
-            for number in numbers:
-                if number in SIGNALS:
-                    self._handle(number)
+        with open(read_end, "rb", buffering=0) as pipe:
+            while numbers := pipe.read(64):
+                for number in numbers:
+                    if number in SIGNALS:
+                        self._handle(number)
 
     def _wait_for_launcher(self) -> None:
         while True:
             sender = signal.sigwaitinfo({signal.SIGCONT}).si_pid
+            if self._over and sender == os.getpid():
+                return
             if launcher_env.is_open_mpi_launcher(sender) and not self._over:
                 self._handle_launcher()
 
@@ -126,12 +156,25 @@ class Signals:
         self._first = self._first or now
         if again:
             self._print(f"rank {self._rank}: {name}: again: stopped at once")
+            if self.interrupts:
+                self._interrupt_main()
+                return
             self._note(f"{name} after an earlier signal", 128 + number)
             self.abort(128 + number)
             return
         from_launcher = launcher_env.has_gloo_rendezvous() and number == signal.SIGTERM
         self._print(f"rank {self._rank}: {name}: {self._prospect(from_launcher)}; once more stops at once.")
         self._note(name)
+
+    def _interrupt_main(self) -> None:
+        """Raise KeyboardInterrupt in the main thread.
+
+        A signal wakes it from a system call, too, unless it arrives just before the call: it is sent again.
+        """
+        self._over = self._raising = True
+        while self._raising:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            time.sleep(_AGAIN_SECONDS)
 
     def _note(self, reason: str, code: int | None = None) -> None:
         """Call ``on_request``; where it blocks, as on a file server that is gone, continue without it."""
@@ -153,3 +196,10 @@ class Signals:
 
     def _print(self, text: str) -> None:
         print(f"hvdlm: {text}", file=sys.stderr, flush=True)
+
+
+def _wake(waiting: threading.Thread) -> None:
+    """End the thread that waits for SIGCONT."""
+    if waiting.ident is not None:
+        signal.pthread_kill(waiting.ident, signal.SIGCONT)
+        waiting.join(_NOTE_SECONDS)

@@ -104,6 +104,8 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+        if summary.get("ended_early"):
+            self._print(f"the run ends after step {summary['steps']}: {summary['ended_early']}")
         if summary.get("stopped"):
             self._print(
                 f"stopped after step {summary['steps']} ({summary['stopped']}); --checkpoint.resume auto continues"

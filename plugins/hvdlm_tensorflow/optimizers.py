@@ -9,17 +9,24 @@ from __future__ import annotations
 import tensorflow as tf
 
 from hvdlm.config import TrainConfig
+from hvdlm.protocols.optimizer import Optimizer
 from hvdlm.protocols.state_dict import optimizer_state
 
 
 class FlatOptimizer:
     """One update rule over a flat float32 parameter vector ``[size]``."""
 
-    def __init__(self, config: TrainConfig, parameter: tf.Variable, mask: tf.Tensor) -> None:
+    def __init__(
+        self, config: TrainConfig, parameter: tf.Variable, mask: tf.Tensor, own: Optimizer | None = None
+    ) -> None:
         self._config = config
         self._parameter = parameter
         self._mask = mask
-        self._state = {kind: tf.Variable(tf.zeros_like(parameter), trainable=False) for kind in optimizer_state(config)}
+        self._own = own
+        self._decoupled = own.decoupled if own else config.optimizer == "adamw"
+        self._state = {
+            kind: tf.Variable(tf.zeros_like(parameter), trainable=False) for kind in optimizer_state(config, own)
+        }
 
     @property
     def state(self) -> dict[str, tf.Variable]:
@@ -29,7 +36,7 @@ class FlatOptimizer:
     def update(self, gradient: tf.Tensor, learning_rate: tf.Tensor, step: tf.Tensor) -> None:
         """Apply ``gradient`` ``[size]`` as update number ``step`` (from 0), in a graph."""
         c = self._config
-        if c.weight_decay and c.optimizer == "adamw":  # decoupled
+        if c.weight_decay and self._decoupled:  # decoupled
             tf.raw_ops.ResourceApplyGradientDescent(
                 var=self._parameter.handle,
                 alpha=learning_rate * c.weight_decay,
@@ -37,8 +44,19 @@ class FlatOptimizer:
             )
         elif c.weight_decay:  # L2 regularisation: part of the gradient
             gradient += c.weight_decay * self._mask * self._parameter
+        if self._own:
+            self._apply_own(self._own, gradient, learning_rate, tf.cast(step, tf.float32))
+            return
         rules = {"adamw": self._adamw, "sgd": self._sgd, "adagrad": self._adagrad}
         rules[c.optimizer](gradient, learning_rate, tf.cast(step + 1, tf.float64))
+
+    def _apply_own(self, rule: Optimizer, gradient: tf.Tensor, learning_rate: tf.Tensor, step: tf.Tensor) -> None:
+        """Apply a plugin's rule."""
+        values = {name: variable.read_value() for name, variable in self._state.items()}
+        parameter, state = rule.update(self._parameter.read_value(), gradient, values, learning_rate, step)
+        self._parameter.assign(parameter)
+        for name, variable in self._state.items():
+            variable.assign(state[name])
 
     def _adamw(self, gradient: tf.Tensor, learning_rate: tf.Tensor, count: tf.Tensor) -> None:
         c = self._config

@@ -67,13 +67,14 @@ def hvdlm_check(config: Config, spec: ModelSpec) -> None:
 
 
 @hookimpl
-def hvdlm_predict(config: Config, spec: ModelSpec, mesh: Mesh, rank: int) -> Prediction | None:
+def hvdlm_predict(config: Config, spec: ModelSpec, mesh: Mesh, rank: int, moments: int) -> Prediction | None:
     """Return the costs of a step with TensorFlow."""
     if config.framework != "tensorflow":
         return None
     from hvdlm.planning.closed_forms import Habits, closed_form
 
-    return closed_form(config, spec, mesh, rank, Habits(half_activations=True, recomputes_all=True))
+    habits = Habits(half_activations=True, recomputes_all=True)
+    return closed_form(config, spec, mesh, rank, habits, moments)
 
 
 @hookimpl

@@ -19,6 +19,7 @@ from hvdlm.parallel.pipeline_schedules import kept_micro_batches
 from hvdlm.parallel.sharded_state import ShardedState, recurrent_entries, recurrent_state
 from hvdlm.parallel.sharding_rules import ModelShard
 from hvdlm.protocols.exchange import Exchange
+from hvdlm.protocols.optimizer import Optimizer
 from hvdlm.protocols.types import Batch, StepResult, Traffic
 from hvdlm_tensorflow.adapters import Adapters
 from hvdlm_tensorflow.counted_graph import CountedGraph
@@ -56,6 +57,7 @@ class Trainable(Inference):
         config: Config,
         mesh: Mesh,
         rank: int,
+        optimizer: Optimizer | None = None,
     ) -> None:
         super().__init__(Forward(spec, model_shard, axes, config, rank), count_traffic(axes, exchange))
         self._config = config
@@ -69,7 +71,7 @@ class Trainable(Inference):
         self._updated = self._flat if exchange.traits.zero_size == 1 else tf.Variable(state.update_shard(initial))
         self._gradients = make_gradients(state, axes)
         self._optimizer = FlatOptimizer(
-            config.train, self._updated, tf.constant(state.update_shard(self.layout.decay_mask()))
+            config.train, self._updated, tf.constant(state.update_shard(self.layout.decay_mask())), optimizer
         )
         self._carry: dict[int, Any] = {}  # by micro-batch: the state that a recurrent model carries to the next step
         self._activations = ActivationMemory()

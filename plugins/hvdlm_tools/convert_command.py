@@ -12,7 +12,7 @@ from hvdlm.io.terminal import printable
 
 def main(arguments: list[str]) -> int:
     """Convert, and print what was written."""
-    from hvdlm.commands.trained_run import chosen_checkpoint
+    from hvdlm.training.trained_run import chosen_checkpoint
     from hvdlm_tools.merge import convert
 
     values = _parse(arguments)
@@ -21,7 +21,7 @@ def main(arguments: list[str]) -> int:
     output = Path(values.output)
     safe_files.check_output(output)
     with file_lock.exclusive(output):
-        checkpoint = chosen_checkpoint(values)
+        checkpoint = chosen_checkpoint(values.run, values.checkpoint)
         count = convert(checkpoint, output, values.base)
     print(printable(f"{output}: {count:,} parameters of {checkpoint.path}"))
     return 0
@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> int:
 def _export(values: Any) -> int:
     """Write the checkpoint by the plugin that has the name of the format."""
     from hvdlm import plugins
-    from hvdlm.commands.trained_run import chosen_checkpoint
+    from hvdlm.training.trained_run import chosen_checkpoint
 
     manager, name = plugins.load([values.format]), values.format
     if not manager.hook.hvdlm_export.get_hookimpls():
@@ -39,7 +39,7 @@ def _export(values: Any) -> int:
     safe_files.check_output(output, folder=True)
     tokenizer = None if values.checkpoint else Path(values.run) / "tokenizer.json"
     with file_lock.exclusive(output):
-        checkpoint = chosen_checkpoint(values)
+        checkpoint = chosen_checkpoint(values.run, values.checkpoint)
         count, note = manager.hook.hvdlm_export(
             name=name, checkpoint=checkpoint, tokenizer=tokenizer, output=output, base=values.base
         )
@@ -48,7 +48,7 @@ def _export(values: Any) -> int:
 
 
 def _parse(arguments: list[str]) -> Any:
-    from hvdlm.commands.trained_run import run_file, run_parser
+    from hvdlm.training.trained_run import run_file, run_parser
 
     parser = run_parser(
         "convert", "Merge a checkpoint's shards into one file, or export it to another format.", epilog=""

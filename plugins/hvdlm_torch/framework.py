@@ -12,6 +12,7 @@ from hvdlm.parallel.axis_groups import make_axes
 from hvdlm.parallel.mesh import Mesh
 from hvdlm.parallel.sharding_rules import make_model_shard
 from hvdlm.protocols.exchange import Exchange
+from hvdlm.protocols.optimizer import Optimizer
 from hvdlm.protocols.world import World
 from hvdlm_torch.horovod import Horovod
 from hvdlm_torch.host_tensors import HostTensors
@@ -28,14 +29,22 @@ class Framework:
         self.host_tensors = HostTensors()
         self.horovod = Horovod()
 
-    def build(self, model: ModelSpec, mesh: Mesh, world: World, exchange: Exchange, config: Config) -> Trainable:
+    def build(
+        self,
+        model: ModelSpec,
+        mesh: Mesh,
+        world: World,
+        exchange: Exchange,
+        config: Config,
+        optimizer: Optimizer | None = None,
+    ) -> Trainable:
         """Return the model at its initial values on this rank's device."""
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
         device = _choose_device(world, config)
         shard = make_model_shard(model, mesh, world.rank, config.parallel)
         axes = make_axes(world, mesh, shard)
-        return Trainable(model, shard, axes, exchange, config, device, mesh, world.rank)
+        return Trainable(model, shard, axes, exchange, config, device, mesh, world.rank, optimizer)
 
     def tensor(self, array: np.ndarray) -> torch.Tensor:
         """Return ``array`` on the current device; on a CPU, the tensor shares its memory."""

@@ -13,6 +13,7 @@ from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
 from hvdlm.config import TrainConfig
+from hvdlm.protocols.optimizer import Optimizer
 from hvdlm.protocols.state_dict import optimizer_state
 
 
@@ -20,13 +21,20 @@ class FlatOptimizer:
     """One update rule over a flat float32 parameter vector and its gradient ``[size]``."""
 
     def __init__(
-        self, config: TrainConfig, parameter: torch.Tensor, gradient: torch.Tensor, mask: torch.Tensor
+        self,
+        config: TrainConfig,
+        parameter: torch.Tensor,
+        gradient: torch.Tensor,
+        mask: torch.Tensor,
+        own: Optimizer | None = None,
     ) -> None:
         self._config = config
         self._parameter = parameter
         self._gradient = gradient
         self._mask = mask
-        self._state = {kind: torch.zeros_like(parameter) for kind in optimizer_state(config)}
+        self._own = own
+        self._decoupled = own.decoupled if own else config.optimizer == "adamw"
+        self._state = {kind: torch.zeros_like(parameter) for kind in optimizer_state(config, own)}
         self._step = torch.zeros((), dtype=torch.float32, device=parameter.device)
 
     @property
@@ -38,12 +46,23 @@ class FlatOptimizer:
     def update(self, learning_rate: float, step: int) -> None:
         """Apply the gradient as update number ``step`` (from 0)."""
         c = self._config
-        if c.weight_decay and c.optimizer == "adamw":  # decoupled
+        if c.weight_decay and self._decoupled:  # decoupled
             self._parameter.addcmul_(self._parameter, self._mask, value=-learning_rate * c.weight_decay)
         elif c.weight_decay:  # L2 regularisation: part of the gradient
             self._gradient.addcmul_(self._parameter, self._mask, value=c.weight_decay)
         self._step.fill_(step)
-        self._apply_rule(learning_rate)
+        if self._own:
+            self._apply_own(self._own, learning_rate)
+        else:
+            self._apply_rule(learning_rate)
+
+    def _apply_own(self, rule: Optimizer, learning_rate: float) -> None:
+        """Apply a plugin's rule."""
+        rate = torch.full_like(self._step, learning_rate)
+        parameter, state = rule.update(self._parameter, self._gradient, self._state, rate, self._step)
+        self._parameter.copy_(parameter)
+        for name, tensor in self._state.items():
+            tensor.copy_(state[name])
 
     def _apply_rule(self, lr: float) -> None:
         c, parameters, gradients, steps = self._config, [self._parameter], [self._gradient], [self._step]

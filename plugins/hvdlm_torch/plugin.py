@@ -48,13 +48,14 @@ def hvdlm_check(config: Config, spec: ModelSpec) -> None:
 
 
 @hookimpl
-def hvdlm_predict(config: Config, spec: ModelSpec, mesh: Mesh, rank: int) -> Prediction | None:
+def hvdlm_predict(config: Config, spec: ModelSpec, mesh: Mesh, rank: int, moments: int) -> Prediction | None:
     """Return the costs of a step with PyTorch."""
     if config.framework != "torch":
         return None
     from hvdlm.planning.closed_forms import Habits, closed_form
 
-    return closed_form(config, spec, mesh, rank, Habits(half_activations=False, recomputes_all=False))
+    habits = Habits(half_activations=False, recomputes_all=False)
+    return closed_form(config, spec, mesh, rank, habits, moments)
 
 
 @hookimpl

@@ -19,6 +19,7 @@ from hvdlm.parallel.mesh import Mesh
 from hvdlm.parallel.sharded_state import ShardedState, recurrent_entries, recurrent_state
 from hvdlm.parallel.sharding_rules import ModelShard
 from hvdlm.protocols.exchange import Exchange
+from hvdlm.protocols.optimizer import Optimizer
 from hvdlm.protocols.types import Batch, StepResult, Traffic
 from hvdlm_torch.adapters import Adapters
 from hvdlm_torch.compiler import compiles
@@ -42,6 +43,7 @@ class Trainable(Inference):
         device: torch.device,
         mesh: Mesh,
         rank: int,
+        optimizer: Optimizer | None = None,
     ) -> None:
         super().__init__(Forward(spec, model_shard, axes, config, device, rank))
         self._config = config
@@ -59,7 +61,7 @@ class Trainable(Inference):
             self._flat if exchange.traits.zero_size == 1 else torch.from_numpy(state.update_shard(initial)).to(device)
         )
         decay_mask = torch.from_numpy(state.update_shard(self.layout.decay_mask())).to(device)
-        self._optimizer = FlatOptimizer(config.train, self._updated, self._gradients.shard, decay_mask)
+        self._optimizer = FlatOptimizer(config.train, self._updated, self._gradients.shard, decay_mask, optimizer)
         self._counters = count_traffic(axes, exchange)
         self._carry: dict[int, Any] = {}  # by micro-batch: the state that a recurrent model carries to the next step
         self._activations = ActivationMemory()

@@ -11,17 +11,36 @@ import pytest
 
 from hvdlm import plugins
 from hvdlm.diagnostics.flight_recorder import FlightRecorder
+from hvdlm.inference.sampling import Sampling
 from hvdlm.protocols.types import StepResult
 from hvdlm.telemetry.rates import Rates
 from hvdlm_testing.plugin_under_test import PluginUnderTest
 
 _SUMMARY: dict[str, Any] = {
     **{"train_loss": 2.0, "step": 6, "val_loss": 2.1, "perplexity": 8.2, "tokens_per_second": 100.0, "seconds": 3.0},
+    **{"ended_early": None},
     **{"steps": 6, "stopped": None, "skipped_steps": 1, "framework": "torch", "backend": "mpi", "parameters": 1000},
     **{"world_size": 2, "mesh": {"data": 2, "pipeline": 1, "tensor": 1}, "versions": {"hvdlm": "0.1.0"}},
     **{"bytes_communicated": 8000, "compression": None, "comm_share": 0.1, "overlap": None, "traffic": {}},
     **{"peak_memory_bytes": 10**8, "ranks": []},
 }
+
+
+class _Control:
+    """Stands for the ``RunControl`` of a run."""
+
+    def stop(self, reason: str) -> None:
+        """Ignore the request."""
+
+    def save(self) -> None:
+        """Ignore the request."""
+
+    def evaluate(self) -> None:
+        """Ignore the request."""
+
+    def generate(self, prompt: str, tokens: int, sampling: Sampling) -> str:
+        """Return the prompt."""
+        return prompt
 
 
 def _send_events(plugin: PluginUnderTest, folder: Path, rank: int) -> str:
@@ -38,7 +57,7 @@ def _send_events(plugin: PluginUnderTest, folder: Path, rank: int) -> str:
     info.update({"framework": "torch", "backend": "mpi", "versions": {"hvdlm": "0.1.0"}})
     event, rates = "hvdlm_run_started", Rates(4000)
     try:
-        manager.hook.hvdlm_run_started(config=config, world=world, info=info)
+        manager.hook.hvdlm_run_started(config=config, world=world, info=info, run=_Control())
         for step in range(1, 7):
             event = "hvdlm_step_ended"
             skipped = step == 3

@@ -1,9 +1,8 @@
-"""Shared by the commands that use a trained run: their options, the run's configuration and its checkpoint."""
+"""A trained run that is used again: the options of commands that do so, its configuration and its checkpoint."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from hvdlm.checkpoints import discovery, load
 from hvdlm.checkpoints.load import Checkpoint
@@ -54,21 +53,21 @@ def run_config(run: str, arguments: list[str]) -> Config:
     return parse_config(["--config", str(run_file(run)), "--backend", "auto", *arguments], "")
 
 
-def chosen_checkpoint(values: Any) -> Checkpoint:
-    """Open the checkpoint that ``--checkpoint`` names, or the newest of ``--run``.
+def chosen_checkpoint(run: str, checkpoint: str | None) -> Checkpoint:
+    """Open the folder ``checkpoint`` (``--checkpoint``), or the newest checkpoint of ``run``.
 
     Raises:
         HvdlmError: there is none, or it is damaged.
     """
-    if values.checkpoint is not None:
-        return load.open_checkpoint(Path(values.checkpoint))
-    checkpoint = discovery.find(Path(values.run), "auto")
-    if checkpoint is None:
-        raise HvdlmError(f"{values.run} holds no checkpoint yet: train first, or name another run with --run.")
-    return checkpoint
+    if checkpoint is not None:
+        return load.open_checkpoint(Path(checkpoint))
+    newest = discovery.find(Path(run), "auto")
+    if newest is None:
+        raise HvdlmError(f"{run} holds no checkpoint yet: train first, or name another run with --run.")
+    return newest
 
 
-def connect_trained(values: Any, arguments: list[str]) -> Connected:
+def connect_trained(run: str, checkpoint: str | None, arguments: list[str]) -> Connected:
     """Connect the ranks of a trained run, with the options of its config.yaml overridden by ``arguments``."""
-    config = run_config(values.run, arguments)
-    return connect(plan(config, writes=False, resume=str(chosen_checkpoint(values).path)))
+    config = run_config(run, arguments)
+    return connect(plan(config, writes=False, resume=str(chosen_checkpoint(run, checkpoint).path)))

@@ -1,0 +1,59 @@
+"""What event plugins ask of a run: to stop in good order, to save, to evaluate; and texts that its model generates."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hvdlm.inference.generation import chunks_of_text
+from hvdlm.inference.sampling import Sampling
+
+if TYPE_CHECKING:
+    from hvdlm.training.run import Run
+
+
+class RunControl:
+    """The ``run`` of ``hvdlm_run_started``.
+
+    A request on any rank is enough. It travels with the votes on signals, so that all ranks follow it after the next
+    step, without a collective of its own.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._save = self._evaluate = False
+        self._reason: str | None = None
+
+    def stop(self, reason: str) -> None:
+        """Ask the run to end as after ``train.steps``: it evaluates and saves; the exit code is 0. The first counts.
+
+        ``reason``: a sentence for ``status.json`` and ``summary.json``.
+        """
+        self._reason = self._reason or reason
+
+    def save(self) -> None:
+        """Ask the run to write a checkpoint."""
+        self._save = True
+
+    def evaluate(self) -> None:
+        """Ask the run to evaluate the validation split."""
+        self._evaluate = True
+
+    def generate(self, prompt: str, tokens: int, sampling: Sampling) -> str:
+        """Return ``prompt`` and its continuation, or the task's response; "" on ranks without rank 0's copy.
+
+        All ranks call, in the same event.
+
+        Raises:
+            HvdlmError: the vocabulary lacks a character of the prompt.
+        """
+        return "".join(chunks_of_text(self._run, prompt, tokens, sampling))
+
+    def take_requests(self) -> tuple[bool, bool, bool]:
+        """Return whether this rank asks to stop, to save, to evaluate; a stop is asked for until the run ends."""
+        asked = self._reason is not None, self._save, self._evaluate
+        self._save = self._evaluate = False
+        return asked
+
+    def agreed_reason(self) -> str:
+        """Return the reason of the first rank that asks to stop. All ranks call."""
+        return next(filter(None, self._run.world.gather_objects(self._reason)), "")

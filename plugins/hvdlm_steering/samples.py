@@ -1,0 +1,72 @@
+"""Samples of text at the end of a run (``log.sample_tokens``); with ``--plugins [samples]``, at every evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hvdlm import hookimpl
+from hvdlm.config import Config
+from hvdlm.diagnostics.phases import process
+from hvdlm.errors import HvdlmError, RankError
+from hvdlm.inference.sampling import Sampling
+from hvdlm.io.atomic_files import replace
+from hvdlm.models.spec import ModelSpec
+from hvdlm.protocols.world import World
+from hvdlm.training.run_control import RunControl
+
+
+class Samples:
+    """Generates ``log.sample_tokens`` tokens on all ranks, prints them and writes ``RUN/sample.txt`` on rank 0."""
+
+    observer = False
+
+    def __init__(self) -> None:
+        self._config = Config()
+        self._run: RunControl | None = None
+        self._first_rank = False
+        self._every = False
+        self._step: int | None = None  # of the latest sample
+
+    @hookimpl
+    def hvdlm_check(self, config: Config, spec: ModelSpec) -> None:
+        """Check that samples have a length."""
+        if not config.log.sample_tokens:
+            raise HvdlmError("the plugin samples generates --log.sample_tokens tokens, which is 0: set it.")
+
+    @hookimpl
+    def hvdlm_run_started(self, config: Config, world: World, run: RunControl) -> None:
+        """Keep the run."""
+        self._config, self._run, self._first_rank, self._step = config, run, world.rank == 0, None
+        self._every = "samples" in config.plugins
+
+    @hookimpl(trylast=True)
+    def hvdlm_evaluated(self, step: int) -> None:
+        """Sample, where that is asked for."""
+        if self._every:
+            self._sample(step)
+
+    @hookimpl(trylast=True)
+    def hvdlm_run_ended(self, summary: Mapping[str, Any]) -> None:
+        """Sample, unless the run was stopped or its last evaluation has done so.
+
+        Raises:
+            RankError: sample.txt could not be written.
+        """
+        if not summary["stopped"] and self._step != summary["steps"]:
+            process.begin("generating the sample text")
+            self._sample(summary["steps"])
+
+    def _sample(self, step: int) -> None:
+        log, self._step = self._config.log, step
+        assert self._run is not None
+        text = self._run.generate(log.sample_prompt, log.sample_tokens, Sampling(seed=self._config.train.seed))
+        if not self._first_rank:
+            return
+        print(text, flush=True)
+        path = Path(log.run) / "sample.txt"
+        try:
+            replace(path, text)
+        except (OSError, UnicodeError) as error:
+            raise RankError(f"{path} could not be written: {error}.") from error

@@ -1,0 +1,209 @@
+"""Plugins that steer a run, and that bring optimizers, learning-rate schedules and tokenizers of the documents."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from test_snippets import blocks
+
+import hvdlm
+from builders import file_names, read_json
+from hvdlm.training.run import plan
+from hvdlm.training.run_control import RunControl
+from hvdlm_backends.local import LocalWorld
+from launching import ROOT, STEPS, launch, losses, metrics
+
+STEER = """
+from hvdlm import hookimpl
+
+state = {}
+
+
+@hookimpl
+def hvdlm_run_started(world, run):
+    state.update(run=run if world.rank == world.size - 1 else None)
+
+
+@hookimpl
+def hvdlm_step_ended(step):
+    if state["run"]:
+        requests = {3: state["run"].save, 5: state["run"].evaluate, 7: lambda: state["run"].stop("it is enough")}
+        requests.get(step, lambda: None)()
+"""
+OWN_SGD = """
+from hvdlm import hookimpl
+
+
+class Momentum:
+    state = ("momentum",)
+    decoupled = False
+
+    def __init__(self, train):
+        self.factor = train.momentum
+
+    def update(self, parameters, gradient, state, learning_rate, step):
+        from keras import ops
+
+        momentum = self.factor * state["momentum"] + gradient
+        return parameters - learning_rate * momentum, {"momentum": ops.convert_to_tensor(momentum)}
+
+
+@hookimpl
+def hvdlm_optimizers():
+    return {"own_sgd": Momentum}
+"""
+DOCUMENTED = {
+    name: next(block.code for block in blocks((ROOT / "docs" / "plugins.md").read_text()) if hook in block.code)
+    for name, hook in {
+        "lion": "def hvdlm_optimizers", "late_decay": "def hvdlm_lr_schedules", "pairs": "def hvdlm_tokenizers"
+    }.items()
+}  # fmt: skip
+SMALL_OPTIONS = {
+    "model": {"layers": 1, "width": 16, "heads": 2},
+    "data.context": 16,
+    "data.validation_share": 0.02,
+    "train": {"batch_size": 8, "warmup": 2},
+    "log": {"every": 1, "progress": False, "tensorboard": False},
+}
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder for ``PYTHONPATH`` in which the plugins are installed."""
+    folder = tmp_path_factory.mktemp("installed")
+    modules = {"steer": STEER, "own_sgd": OWN_SGD, **DOCUMENTED}
+    (folder / "steering-1.dist-info").mkdir()
+    (folder / "steering-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: steering\nVersion: 1\n")
+    entries = "".join(f"{name} = {name}_plugin\n" for name in modules)
+    (folder / "steering-1.dist-info" / "entry_points.txt").write_text(f"[hvdlm]\n{entries}")
+    for name, code in modules.items():
+        (folder / f"{name}_plugin.py").write_text(code)
+    return folder
+
+
+def with_path(folder: Path) -> str:
+    """Return PYTHONPATH with ``folder`` first."""
+    return os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH", "")]))
+
+
+@pytest.fixture
+def discovered(installed: Path, monkeypatch: pytest.MonkeyPatch, restored_environment: None) -> Iterator[Path]:
+    """Make this process discover the installed plugins."""
+    monkeypatch.syspath_prepend(str(installed))
+    importlib.invalidate_caches()
+    yield installed
+
+
+@pytest.mark.parametrize("framework", ["torch", "tensorflow"])
+def test_a_plugin_on_one_rank_steers_all_ranks(
+    framework: str, installed: Path, tmp_path: Path, curve: Callable[..., Path]
+) -> None:
+    plain = curve(framework, 2, *STEPS)
+    options = (plain / "config.yaml", "--plugins", "[steer]", "--log.run", tmp_path / "run", "--checkpoint.keep", "9")
+    arguments = ["-m", "hvdlm", "--config", *map(str, options)]
+    done = launch("mpirun", 2, arguments, PYTHONPATH=with_path(installed))
+    assert done.returncode == 0, done.stderr[-3000:]
+    status, summary = read_json(tmp_path / "run" / "status.json"), read_json(tmp_path / "run" / "summary.json")
+    assert (status["state"], status["reason"], status["step"], status["code"]) == ("done", "it is enough", 8, 0)
+    assert summary["ended_early"] == "it is enough" and summary["stopped"] is None and summary["steps"] == 8
+    assert "the run ends after step 8: it is enough" in done.stdout
+    assert file_names(tmp_path / "run" / "checkpoints") == ["step-00000004", "step-00000008"]
+    assert [line["step"] for line in metrics(tmp_path / "run") if "val_loss" in line] == [6, 8]
+    assert losses(tmp_path / "run") == losses(plain)[:8]
+
+
+def train(folder: Path, *options: dict) -> hvdlm.Result:
+    """Train a small run in this process."""
+    return hvdlm.train(hvdlm.Config.load(SMALL_OPTIONS, {"log.run": folder}, *options))
+
+
+@pytest.mark.parametrize("framework", ["torch", "tensorflow"])
+def test_an_optimizer_of_a_plugin_trains_as_the_built_in_one(framework: str, installed: Path, tmp_path: Path) -> None:
+    options = {"framework": framework, "data.tokenizer": "pairs", "parallel.zero": 1, "train.steps": 10}
+    options |= {"train.schedule": "late_decay", "train.momentum": 0.9, "train.learning_rate": 0.05}
+    program = f"""
+import hvdlm
+for optimizer in ("sgd", "own_sgd"):
+    options = {options!r} | {{"train.optimizer": optimizer, "log.run": {str(tmp_path)!r} + "/" + optimizer}}
+    run = hvdlm.train(hvdlm.Config.load({SMALL_OPTIONS!r}, options)).run
+text = hvdlm.load(run).generate("The ", 10)
+assert len(text) == 24, text
+"""
+    done = launch("mpirun", 2, ["-c", program], PYTHONPATH=with_path(installed))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(tmp_path / "own_sgd") == pytest.approx(losses(tmp_path / "sgd"), abs=2e-6)
+    rates = [line["learning_rate"] for line in metrics(tmp_path / "own_sgd") if "loss" in line]
+    assert rates[2:] == pytest.approx([0.05] * 7 + [0.05 - (0.05 - 1e-4) / 2]) and rates[0] < rates[1] < 0.05
+    assert read_json(tmp_path / "own_sgd" / "tokenizer.json")["kind"] == "pairs"
+
+
+def test_lion_of_the_documents_lowers_the_loss(discovered: Path, tmp_path: Path) -> None:
+    result = train(tmp_path / "run", {"train.optimizer": "lion", "train.steps": 30, "train.learning_rate": 3e-3})
+    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0] - 0.5
+    resumed = {"train.optimizer": "lion", "train.steps": 31, "checkpoint.resume": "auto", "train.learning_rate": 3e-3}
+    assert train(tmp_path / "run", resumed).steps == result.steps + 1
+
+
+@pytest.mark.parametrize(
+    "option, name, sentence",
+    [
+        ("train.optimizer", "adam", "did you mean adamw? Known: adagrad, adamw, lion, own_sgd, sgd."),
+        ("train.schedule", "cosin", "did you mean cosine? Known: constant, cosine, inverse_sqrt, late_decay, linear,"),
+    ],
+)
+def test_an_unknown_name_is_refused_with_all_that_are_there(
+    option: str, name: str, sentence: str, discovered: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(hvdlm.HvdlmError) as raised:
+        plan(hvdlm.Config.load({option: name, "log.run": tmp_path / "run"}))
+    assert sentence in str(raised.value)
+
+
+EARLY = {"plugins": ["early_stopping"], "train.eval_every": 2, "early_stopping.patience": 2}
+
+
+def test_early_stopping_ends_a_run_that_improves_no_more(restored_environment: None, tmp_path: Path) -> None:
+    never = EARLY | {"early_stopping.min_improvement": 100.0, "train.steps": 50}
+    result = train(tmp_path / "run", never)
+    assert result.status == "done" and result.steps == 7  # evaluations after 2, 4 and 6 steps, and one step to agree
+    assert str(result.reason).startswith("early_stopping: val_loss has not improved on ")
+    assert read_json(tmp_path / "run" / "status.json")["reason"] == result.reason
+    improving = EARLY | {"early_stopping.min_improvement": 0.0, "train.steps": 8, "train.learning_rate": 0.01}
+    assert train(tmp_path / "improving", improving).reason is None
+
+
+def test_a_resumed_run_counts_earlier_evaluations(restored_environment: None, tmp_path: Path) -> None:
+    never = EARLY | {"early_stopping.min_improvement": 100.0, "checkpoint.resume": "auto"}
+    assert train(tmp_path / "run", never, {"train.steps": 4}).steps == 4
+    assert train(tmp_path / "run", never, {"train.steps": 50}).steps == 7
+
+
+def test_samples_are_printed_at_every_evaluation(
+    restored_environment: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sampled = {"log.sample_tokens": 12, "log.sample_prompt": "The ", "train.steps": 4, "train.eval_every": 2}
+    train(tmp_path / "end", sampled)
+    assert capsys.readouterr().out.count("The ") == 1
+    text = (tmp_path / "end" / "sample.txt").read_text()
+    assert text.startswith("The ") and len(text) == 16
+    train(tmp_path / "every", sampled, {"plugins": ["samples"]})
+    printed = capsys.readouterr().out
+    assert printed.count("The ") == 2 and text in printed and (tmp_path / "every" / "sample.txt").read_text() == text
+    with pytest.raises(hvdlm.HvdlmError, match=r"log\.sample_tokens"):
+        train(tmp_path / "none", {"plugins": ["samples"]})
+
+
+def test_requests_travel_once_and_a_stop_until_the_end() -> None:
+    control = RunControl(SimpleNamespace(world=LocalWorld()))  # type: ignore[arg-type]
+    assert control.take_requests() == (False, False, False)
+    control.save()
+    control.evaluate()
+    control.stop("first")
+    control.stop("second")
+    assert control.take_requests() == (True, True, True) and control.take_requests() == (True, False, False)
+    assert control.agreed_reason() == "first"
