@@ -1,0 +1,31 @@
+"""The framework plugin for JAX: makes tensors and builds Trainables."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+
+from hvdlm.config import Config
+from hvdlm.models.spec import ModelSpec
+from hvdlm.parallel.mesh import Mesh
+from hvdlm.protocols.exchange import Exchange
+from hvdlm.protocols.world import World
+from hvdlm_jax.trainable import Trainable
+
+# Tensors keep their dtypes: without this, JAX turns float64 (loss sums) and int64 into 32 bits.
+jax.config.update("jax_enable_x64", True)
+
+
+class Framework:
+    """Implements ``Framework`` for ``jax``. Arrays on CPUs are host memory, so that it needs no ``host_tensors``."""
+
+    name = "jax"
+    in_place = False  # arrays are immutable
+
+    def build(self, model: ModelSpec, mesh: Mesh, world: World, exchange: Exchange, config: Config) -> Trainable:
+        """Return the model at its initial values."""
+        return Trainable(model, mesh, world, exchange, config)
+
+    def tensor(self, array: np.ndarray) -> jax.Array:
+        """Return ``array`` as an array of JAX."""
+        return jax.numpy.asarray(array)

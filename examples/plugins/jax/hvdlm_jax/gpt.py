@@ -1,0 +1,133 @@
+"""GPT in JAX: the equations of ``hvdlm.models.gpt``, in the same order, as functions of the parameters by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from hvdlm.models.gpt import GPTSettings
+from hvdlm_jax.dropout import dropout
+
+Parameters = Mapping[str, jax.Array]
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens so far, each ``[layers, rows, kv_heads, context, head]``."""
+
+    keys: jax.Array
+    values: jax.Array
+
+
+class GPT:
+    """A decoder-only Transformer."""
+
+    def __init__(self, settings: GPTSettings, checkpointing: bool = False) -> None:
+        self.s = settings
+        # In float64, as in the other frameworks: the angles of late positions are large.
+        power = np.arange(0, settings.head_width, 2) / settings.head_width
+        angle = np.outer(np.arange(settings.context), settings.rotary_base**-power)
+        angle = np.concatenate([angle, angle], -1)  # [context, head]
+        self._cos, self._sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+        self._training_layer = jax.checkpoint(self._layer, static_argnums=(1,)) if checkpointing else self._layer
+
+    def hidden(self, p: Parameters, tokens: jax.Array, carry: Any, key: jax.Array | None) -> tuple[jax.Array, Any]:
+        """Return ``[rows, time, embed]`` of ``tokens`` ``[rows, time]``, and ``carry`` unchanged.
+
+        ``key``: seed of dropout; None outside of training.
+        """
+        keys = [None] * (self.s.layers + 1) if key is None else jax.random.split(key, self.s.layers + 1)
+        x = self._embed(p, tokens, 0, keys[-1])
+        mask = np.tril(np.ones((tokens.shape[1],) * 2, bool))
+        layer = self._layer if key is None else self._training_layer
+        for i in range(self.s.layers):
+            x = layer(p, i, x, mask, keys[i])
+        return self._norm(p, "final_norm", x), carry
+
+    def scores(self, p: Parameters, hidden: jax.Array) -> jax.Array:
+        """Return logits ``[..., vocab]`` of hidden states ``[..., embed]``."""
+        return hidden @ p["embed.tokens" if self.s.tie_embeddings else "head.weight"].T
+
+    def initial_carry(self, rows: int) -> None:
+        """Return the state at the start of a text: a Transformer carries none."""
+
+    def empty_cache(self, rows: int) -> Cache:
+        """Return a cache without tokens."""
+        shape = (self.s.layers, rows, self.s.kv_heads, self.s.context, self.s.head_width)
+        return Cache(jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32))
+
+    def extend(self, p: Parameters, tokens: jax.Array, start: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Return ``[rows, time, embed]`` of tokens from position ``start`` on, and the grown cache."""
+        x = self._embed(p, tokens, start, None)
+        positions = start + np.arange(tokens.shape[1])
+        mask = np.arange(self.s.context) <= positions[:, None]  # [time, context]
+        for i in range(self.s.layers):
+            h = self._norm(p, f"layers.{i}.attention_norm", x)
+            q, k, v = self._heads(p, i, h, start)
+            cache = Cache(*(lax.dynamic_update_slice(c, n[None], (i, 0, 0, start, 0)) for c, n in zip(cache, (k, v))))
+            x = x + self._attention(p, i, q, cache.keys[i], cache.values[i], mask)
+            x = x + self._mlp(p, i, self._norm(p, f"layers.{i}.mlp_norm", x))
+        return self._norm(p, "final_norm", x), cache
+
+    def select(self, cache: Cache, rows: np.ndarray) -> Cache:
+        """Return the cache of these rows."""
+        return Cache(cache.keys[:, rows], cache.values[:, rows])
+
+    def _embed(self, p: Parameters, tokens: jax.Array, start: Any, key: jax.Array | None) -> jax.Array:
+        x = p["embed.tokens"][tokens]
+        if self.s.positions == "learned":
+            x = x + lax.dynamic_slice_in_dim(p["embed.positions"], start, tokens.shape[1])
+        return dropout(x, self.s.dropout, key)
+
+    def _layer(self, p: Parameters, i: int, x: jax.Array, mask: Any, key: jax.Array | None) -> jax.Array:
+        first, second = (None, None) if key is None else jax.random.split(key)
+        h = self._norm(p, f"layers.{i}.attention_norm", x)
+        x = x + dropout(self._attention(p, i, *self._heads(p, i, h, 0), mask), self.s.dropout, first)
+        m = self._mlp(p, i, self._norm(p, f"layers.{i}.mlp_norm", x))
+        return x + dropout(m, self.s.dropout, second)
+
+    def _heads(self, p: Parameters, i: int, h: jax.Array, start: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return queries, keys and values, each ``[rows, heads or kv_heads, time, head]``."""
+        rows, time, _ = h.shape
+        q, k, v = (_linear(p, f"layers.{i}.attention.{name}", h) for name in ("query", "key", "value"))
+        q, k, v = (t.reshape(rows, time, -1, self.s.head_width).swapaxes(1, 2) for t in (q, k, v))
+        if self.s.positions == "rotary":
+            q, k = self._rotate(q, start), self._rotate(k, start)
+        return q, k, v
+
+    def _attention(
+        self, p: Parameters, i: int, q: jax.Array, k: jax.Array, v: jax.Array, mask: Any
+    ) -> jax.Array:
+        """Return ``[rows, time, embed]``; ``mask`` ``[queries, keys]`` is true where a query may see a key."""
+        rows, _, time, head = q.shape
+        q = q.reshape(rows, self.s.kv_heads, -1, time, head)  # the queries that share a key-value head
+        scores = jnp.einsum("rkgth,rksh->rkgts", q, k) / head**0.5
+        a = jnp.einsum("rkgts,rksh->rkgth", jax.nn.softmax(jnp.where(mask, scores, -jnp.inf)), v)
+        a = a.reshape(rows, -1, time, head).swapaxes(1, 2).reshape(rows, time, -1)
+        return _linear(p, f"layers.{i}.attention.output", a)
+
+    def _rotate(self, x: jax.Array, start: Any) -> jax.Array:
+        cos, sin = (lax.dynamic_slice_in_dim(jnp.asarray(t), start, x.shape[2]) for t in (self._cos, self._sin))
+        half = x.shape[-1] // 2
+        return x * cos + jnp.concatenate([-x[..., half:], x[..., :half]], -1) * sin
+
+    def _mlp(self, p: Parameters, i: int, h: jax.Array) -> jax.Array:
+        up = _linear(p, f"layers.{i}.mlp.up", h)
+        if self.s.activation == "swiglu":
+            return _linear(p, f"layers.{i}.mlp.down", jax.nn.silu(_linear(p, f"layers.{i}.mlp.gate", h)) * up)
+        return _linear(p, f"layers.{i}.mlp.down", jax.nn.gelu(up, approximate=True))
+
+    def _norm(self, p: Parameters, name: str, x: jax.Array) -> jax.Array:
+        if self.s.norm == "layernorm":
+            x = x - x.mean(-1, keepdims=True)
+        x = x * lax.rsqrt((x * x).mean(-1, keepdims=True) + self.s.norm_epsilon) * p[f"{name}.scale"]
+        return x + p[f"{name}.bias"] if f"{name}.bias" in p else x
+
+
+def _linear(p: Parameters, name: str, x: jax.Array) -> jax.Array:
+    product = x @ p[f"{name}.weight"]
+    return product + p[f"{name}.bias"] if f"{name}.bias" in p else product
