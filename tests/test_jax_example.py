@@ -1,0 +1,98 @@
+"""The framework of examples/plugins/jax, installed with pip: on the curves of torch, checkpoints in every direction."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from launching import ROOT, SMALL, install_example, launch, losses, metrics, run_command, run_python
+
+SOURCE = ROOT / "examples" / "plugins" / "jax"
+STEPS = 50
+MODELS = {
+    "gpt": ("--model.name", "gpt", "--log.sample_tokens", "20"),
+    "lstm": ("--model.name", "lstm", "--data.sampling", "sequential", "--train.optimizer", "sgd")
+    + ("--train.momentum", "0.9", "--train.learning_rate", "0.3", "--train.micro_batch_size", "4"),
+}
+
+
+@pytest.fixture(scope="module")
+def jax_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return ``PYTHONPATH`` with the example, and with JAX from the package index where this Python lacks it."""
+    folder = tmp_path_factory.mktemp("jax")
+    installed = install_example("jax", folder)
+    pinned = re.findall(r'"(jax\w*>=[^"]+)"', (SOURCE / "pyproject.toml").read_text())
+    required = [*pinned, "opt_einsum", "scipy"]
+    missing = [name for name in required if importlib.util.find_spec(name.partition(">")[0]) is None]
+    if missing:
+        # Without dependencies: numpy and ml_dtypes are those of this Python.
+        command = ["pip", "install", "-q", "--no-deps", "--target", str(installed), *missing]
+        done = run_command([sys.executable, "-m", *command], timeout=240, PIP_ROOT_USER_ACTION="ignore")
+        if done.returncode:
+            pytest.skip(f"JAX can't be installed here: {done.stderr.strip().splitlines()[-1]}")
+    return os.pathsep.join([str(installed), os.environ.get("PYTHONPATH", "")])
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with runs of torch, named by their models."""
+    folder = tmp_path_factory.mktemp("torch")
+    for model in MODELS:
+        train(folder / model, "torch", model)
+    return folder
+
+
+def train(run: Path, framework: str, model: str, *options: str, ranks: int = 1, path: str | None = None) -> list[float]:
+    """Train, or resume; return the loss of every step."""
+    command = ["-m", "hvdlm", "--framework", framework, "--log.run", str(run), *SMALL, *MODELS[model]]
+    command += ["--train.schedule", "constant", "--train.steps", str(STEPS), "--checkpoint.every", "20"]
+    command += ["--checkpoint.keep", "9", "--log.tensorboard", "false", *options]
+    done = launch("mpirun", ranks, command, PYTHONPATH=path or os.environ.get("PYTHONPATH", ""))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return losses(run)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("model", list(MODELS))
+def test_jax_is_on_the_curve_of_torch(jax_path: str, runs: Path, tmp_path: Path, model: str, ranks: int) -> None:
+    curve = train(tmp_path / "jax", "jax", model, ranks=ranks, path=jax_path)
+    summary = json.loads((tmp_path / "jax" / "summary.json").read_text())
+    assert (summary["framework"], summary["backend"]) == ("jax", "local" if ranks == 1 else "mpi4py")
+    expected = losses(runs / model)
+    assert len(curve) == STEPS and curve[-1] < curve[0] - 0.3
+    assert curve == pytest.approx(expected, abs=1e-5)
+    validation = [metrics(run)[-1]["val_loss"] for run in (tmp_path / "jax", runs / model)]
+    assert validation[0] == pytest.approx(validation[1], abs=1e-5)
+    if model == "gpt":  # tokens are drawn from the same scores
+        assert (tmp_path / "jax" / "sample.txt").read_text() == (runs / model / "sample.txt").read_text()
+
+
+@pytest.mark.parametrize("model, ranks", [("gpt", 2), ("lstm", 1)])
+def test_a_checkpoint_moves_from_torch_to_jax_to_tensorflow(
+    jax_path: str, runs: Path, tmp_path: Path, model: str, ranks: int
+) -> None:
+    run, expected = tmp_path / "run", losses(runs / model)
+    shutil.copytree(runs / model, run)
+    for step in (40, STEPS):
+        shutil.rmtree(run / "checkpoints" / f"step-{step:08}")
+    resume = ("--checkpoint.resume", "auto")
+    train(run, "jax", model, *resume, "--train.steps", "30", ranks=ranks, path=jax_path)
+    state = json.loads((run / "checkpoints" / "step-00000030" / "manifest.json").read_text())
+    assert state["versions"]["jax"]
+    curve = train(run, "tensorflow", model, *resume)
+    assert len(curve) >= STEPS and curve[-30:] == pytest.approx(expected[-30:], abs=1e-5)
+
+
+def test_the_example_passes_its_own_tests_and_conforms(jax_path: str, tmp_path: Path) -> None:
+    chosen = "not same_losses and not torch and not tensorflow"  # which tests of their own compare with
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), "-k", chosen]
+    done = run_python([*command, "--hvdlm-plugin", "jax", str(SOURCE / "tests")], cwd=tmp_path, PYTHONPATH=jax_path)
+    assert done.returncode == 0 and "skipped" not in done.stdout, done.stdout[-3000:] + done.stderr[-2000:]
+    assert "jax-jax" in run_python([*command, "--co", "--hvdlm-plugin", "jax"], cwd=tmp_path, PYTHONPATH=jax_path).stdout
