@@ -11,20 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from hvdlm.config import TrainConfig
+from hvdlm.protocols.state_dict import optimizer_state
 
-# The state of each rule, by its name in checkpoints.
-KINDS = {
-    "adamw": ("first_moment", "second_moment"),
-    "sgd": ("momentum",),
-    "adagrad": ("sum_of_squares",),
-}
 Memory = dict[str, jax.Array]
 
 
 def initial_memory(config: TrainConfig, size: int) -> Memory:
     """Return the rule's state before the first step, by kind, each float32 ``[size]``."""
-    kinds = () if config.optimizer == "sgd" and not config.momentum else KINDS[config.optimizer]
-    return {kind: jnp.zeros(size, jnp.float32) for kind in kinds}
+    return {kind: jnp.zeros(size, jnp.float32) for kind in optimizer_state(config)}
 
 
 def rates(config: TrainConfig, learning_rate: float, step: int, factor: float) -> np.ndarray:

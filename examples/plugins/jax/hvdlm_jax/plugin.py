@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from typing import Any
 
@@ -9,6 +10,15 @@ from hvdlm import hookimpl
 from hvdlm.config import Config
 from hvdlm.errors import HvdlmError
 from hvdlm.models.spec import ModelSpec
+from hvdlm.protocols.framework import Probe
+
+_CODE = "import jax; report(version=jax.__version__, gpus=0)"
+
+
+@hookimpl
+def hvdlm_probes() -> dict[str, Probe]:
+    """Return how ``python -m hvdlm doctor`` examines JAX."""
+    return {"jax": Probe(_CODE, "pip install 'jax>=0.10,<0.11'")}
 
 
 @hookimpl
@@ -23,9 +33,11 @@ def hvdlm_prepare(config: Config) -> None:
 
 @hookimpl
 def hvdlm_check(config: Config, spec: ModelSpec) -> None:
-    """Refuse the settings that this framework does not implement."""
+    """Refuse to run without JAX, and the settings that this framework does not implement."""
     if config.framework != "jax":
         return
+    if importlib.util.find_spec("jax") is None:
+        raise HvdlmError("framework jax is not installed here: pip install 'jax>=0.10,<0.11', or --framework torch.")
     if spec.kind not in ("gpt", "rnn") and "jax" not in spec.implementations:
         raise HvdlmError(
             f"model.name {config.model.name}: framework jax computes GPTs and recurrent models: choose one of them, or "

@@ -47,7 +47,7 @@ class Trainable(Inference):
         frozen = {name: jnp.asarray(array) for name, array in state.initial_frozen()}
         super().__init__(Forward(spec, self.layout, config), jnp.array(initial), frozen)
         # What this rank updates: all parameters, or with ZeRO its shard of every bucket.
-        self._updated = self._flat if exchange.zero_size == 1 else jnp.array(state.update_shard(initial))
+        self._updated = self._flat if exchange.traits.zero_size == 1 else jnp.array(state.update_shard(initial))
         self._mask = jnp.asarray(state.update_shard(self.layout.decay_mask()))
         self._memory = optimizers.initial_memory(config.train, len(self._mask))
         self._carry: dict[int, Any] = {}  # by micro-batch: the state that a recurrent model carries to the next step
@@ -75,7 +75,7 @@ class Trainable(Inference):
             self._apply(gradient, learning_rate, step, norm, scale)
         began = time.perf_counter()
         self._replace_parameters()
-        waited += time.perf_counter() - began if self._exchange.size > 1 else 0.0
+        waited += time.perf_counter() - began if self._exchange.traits.size > 1 else 0.0
         axis_bytes = grown(by_axis(self._counters.traffic()), bytes_before)
         return StepResult(
             loss_sum / tokens,
@@ -94,11 +94,11 @@ class Trainable(Inference):
             if batch.reset or number not in self._carry:
                 self._carry[number] = self._forward.model.initial_carry(len(batch.inputs))
             seed = self._sharded.seed(step, number).generate_state(2)
-            earlier = None if self._exchange.scatters_every else buckets
+            earlier = None if self._exchange.traits.scatters_every else buckets
             new, totals, self._carry[number] = self._backward(
                 self._flat, self._frozen, earlier, totals, tokens_of(batch), self._carry[number], seed
             )
-            if self._exchange.scatters_every:  # ZeRO-2: a rank keeps the sums of its shards
+            if self._exchange.traits.scatters_every:  # ZeRO-2: a rank keeps the sums of its shards
                 new = self._exchanged(new)
                 new = new if buckets is None else self._add(buckets, new)
             buckets = new
@@ -112,8 +112,8 @@ class Trainable(Inference):
     def _reduce(self, buckets: Buckets, totals: jax.Array) -> tuple[Buckets, list[float]]:
         """Return the summed gradients, and (loss sum, valid tokens, squared norm) of the global batch."""
         # With ZeRO a rank has the norm of its shard only, which is summed with the metrics.
-        metrics = self._exchange.start_metrics(totals) if self._exchange.zero_size == 1 else None
-        gradient = buckets if self._exchange.scatters_every else self._exchanged(buckets)
+        metrics = self._exchange.start_metrics(totals) if self._exchange.traits.zero_size == 1 else None
+        gradient = buckets if self._exchange.traits.scatters_every else self._exchanged(buckets)
         squared = self._squared_norm(gradient)
         if metrics is None:
             return gradient, self._exchange.start_metrics(jnp.concatenate([totals, squared])).wait().tolist()
@@ -128,7 +128,7 @@ class Trainable(Inference):
 
     def _replace_parameters(self) -> None:
         """Gather the shards that other ranks updated, or take what the exchange replaces the parameters by."""
-        if self._exchange.zero_size > 1:
+        if self._exchange.traits.zero_size > 1:
             shards = [self._updated[start:stop] for start, stop in self._sharded.shard_ranges]
             self._flat = jnp.concatenate(self._exchange.gather(shards))
             return
@@ -142,7 +142,7 @@ class Trainable(Inference):
 
     def memory(self) -> dict[str, int]:
         """Return the bytes that this rank holds; those of activations, which XLA allocates itself, are unknown: 0."""
-        shard = 0 if self._exchange.zero_size == 1 else len(self._updated)
+        shard = 0 if self._exchange.traits.zero_size == 1 else len(self._updated)
         return {
             "parameters": 4 * (self.layout.size + shard) + self._forward.spec.frozen_bytes,
             "gradients": 4 * (self.layout.size + shard),
@@ -178,7 +178,7 @@ class Trainable(Inference):
         """Replace parameters, optimizer, exchange and carried state by those of ``state``."""
         flat, memory = self._sharded.restore(state, np.asarray(self._flat), self._memory_arrays())
         self._flat = jnp.array(flat)
-        whole = self._exchange.zero_size == 1
+        whole = self._exchange.traits.zero_size == 1
         self._updated = self._flat if whole else jnp.array(self._sharded.update_shard(flat))
         self._memory = {kind: jnp.array(array) for kind, array in memory.items()}
         self._carry = self._carry_of(recurrent_state(state))
