@@ -10,6 +10,7 @@ import pytest
 from launching import SMALL, install_example, launch, losses, run_python
 
 TEMPLATES = ["template_event", "template_compressor", "template_model"]
+TEMPLATES += ["template_task", "template_backend", "template_framework"]
 
 
 @pytest.fixture(scope="module")

@@ -99,7 +99,9 @@ def hvdlm_check(config):
     options = config.own("template_task", AdditionOptions)
     time = 3 * options.digits + 3  # a row but for its last token
     if config.data.context < time:
-        raise HvdlmError(f"data.context {config.data.context} is shorter than a sum: set --data.context {time} or more.")
+        raise HvdlmError(
+            f"data.context {config.data.context} is shorter than a sum: set --data.context {time} or more."
+        )
     if not 1 <= options.digits <= 9 or options.validation_sums < 1:
         raise HvdlmError("template_task.digits has to be 1 to 9, and validation_sums 1 or more.")
 

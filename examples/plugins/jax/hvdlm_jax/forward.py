@@ -56,9 +56,7 @@ class Forward:
             weights[adapter.weight] = weight + adapter.factor * product.reshape(weight.shape)
         return weights
 
-    def losses(
-        self, weights: Parameters, batch: Tokens, carry: Any, key: jax.Array | None
-    ) -> tuple[jax.Array, Any]:
+    def losses(self, weights: Parameters, batch: Tokens, carry: Any, key: jax.Array | None) -> tuple[jax.Array, Any]:
         """Return the losses in nats, float32 ``[rows, time]``, 0 where the target doesn't count; and the new carry.
 
         ``key``: seed of dropout in training; None: evaluation, without label smoothing.

@@ -68,7 +68,9 @@ class GPT:
         for i in range(self.s.layers):
             h = self._norm(p, f"layers.{i}.attention_norm", x)
             q, k, v = self._heads(p, i, h, start)
-            cache = Cache(*(lax.dynamic_update_slice(c, n[None], (i, 0, 0, start, 0)) for c, n in zip(cache, (k, v))))
+            at = (i, 0, 0, start, 0)
+            keys = lax.dynamic_update_slice(cache.keys, k[None], at)
+            cache = Cache(keys, lax.dynamic_update_slice(cache.values, v[None], at))
             x = x + self._attention(p, i, q, cache.keys[i], cache.values[i], mask)
             x = x + self._mlp(p, i, self._norm(p, f"layers.{i}.mlp_norm", x))
         return self._norm(p, "final_norm", x), cache
@@ -99,9 +101,7 @@ class GPT:
             q, k = self._rotate(q, start), self._rotate(k, start)
         return q, k, v
 
-    def _attention(
-        self, p: Parameters, i: int, q: jax.Array, k: jax.Array, v: jax.Array, mask: Any
-    ) -> jax.Array:
+    def _attention(self, p: Parameters, i: int, q: jax.Array, k: jax.Array, v: jax.Array, mask: Any) -> jax.Array:
         """Return ``[rows, time, embed]``; ``mask`` ``[queries, keys]`` is true where a query may see a key."""
         rows, _, time, head = q.shape
         q = q.reshape(rows, self.s.kv_heads, -1, time, head)  # the queries that share a key-value head

@@ -61,9 +61,7 @@ class Inference:
         """Return the cache whose row i is row ``rows[i]`` of ``cache``."""
         return TextCache(cache.length, self._forward.model.select(cache.arrays, rows))
 
-    def _trace_losses(
-        self, flat: jax.Array, frozen: Parameters, batch: Tokens, carry: Any
-    ) -> tuple[jax.Array, Any]:
+    def _trace_losses(self, flat: jax.Array, frozen: Parameters, batch: Tokens, carry: Any) -> tuple[jax.Array, Any]:
         weights = self._forward.weights(self._forward.parameters(flat), frozen)
         losses, carry = self._forward.losses(weights, batch, carry, None)
         return losses.sum(dtype=jnp.float64), carry

@@ -47,7 +47,8 @@ class Hub:
                 return
             of_ranks = [self._parts[header][member] for member in members]
             del self._parts[header]
-            message = header + b"\0" + json.dumps([len(part) for part in of_ranks]).encode() + b"\0" + b"".join(of_ranks)
+            lengths = json.dumps([len(part) for part in of_ranks]).encode()
+            message = b"\0".join([header, lengths, b"".join(of_ranks)])
             for member in members:
                 self._connections[member].send_bytes(message)
 
@@ -61,7 +62,6 @@ class Connection:
         self._calls = Counter()
         self._results = defaultdict(queue.SimpleQueue)
         self._lock = threading.Lock()
-        self.failure = None
         threading.Thread(target=self._receive, daemon=True).start()
 
     def send(self, members, name, data):

@@ -57,9 +57,7 @@ class SocketGroup(CountedGroup):
                 arrived()  # until the tensor's copy in host memory is complete
             wait = self._connection.send(self.ranks, f"{operation} {name}", array.tobytes())
             shape = (-1, *array.shape[1:]) if operation == "all_gather" else array.shape
-            return FunctionHandle(
-                lambda: combine([np.frombuffer(data, array.dtype).reshape(shape) for data in wait()])
-            )
+            return FunctionHandle(lambda: combine([np.frombuffer(data, array.dtype).reshape(shape) for data in wait()]))
 
         handle = self._tensors.through(tensor, send, shape)
 

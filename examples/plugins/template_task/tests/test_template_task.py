@@ -50,5 +50,5 @@ def test_the_accuracy_is_the_share_of_right_sums(config):
 
 def test_a_short_context_is_refused(config):
     config.data.context = 8
-    with pytest.raises(HvdlmError, match="set --data.context 9 or more"):
+    with pytest.raises(HvdlmError, match=r"set --data\.context 9 or more"):
         hvdlm_check(config)
