@@ -19,7 +19,7 @@ class Hub:
     def __init__(self, address, size):
         self._listener = Listener(address, "AF_UNIX", backlog=size)
         self._connections = {}
-        self._parts = defaultdict(dict)
+        self._contributions = defaultdict(dict)
         self._lock = threading.Lock()
         threading.Thread(target=self._accept, args=(size,), daemon=True).start()
 
@@ -42,12 +42,12 @@ class Hub:
     def _add(self, rank, header, data):
         members, _, _ = json.loads(header)
         with self._lock:
-            self._parts[header][rank] = data
-            if len(self._parts[header]) < len(members):
+            self._contributions[header][rank] = data
+            if len(self._contributions[header]) < len(members):
                 return
-            of_ranks = [self._parts[header][member] for member in members]
-            del self._parts[header]
-            lengths = json.dumps([len(part) for part in of_ranks]).encode()
+            contributions = self._contributions.pop(header)
+            of_ranks = [contributions[member] for member in members]
+            lengths = json.dumps([len(bytes_of_rank) for bytes_of_rank in of_ranks]).encode()
             message = b"\0".join([header, lengths, b"".join(of_ranks)])
             for member in members:
                 self._connections[member].send_bytes(message)

@@ -60,10 +60,10 @@ class Trainable:
         for number, batch in enumerate(micro_batches):
             state = None if batch.reset else self._states.get(number)
             smoothing = self._config.train.label_smoothing
-            part, by_name, self._states[number] = library.gradients(
+            batch_loss, by_name, self._states[number] = library.gradients(
                 *self._model, self._parameters, batch, state, smoothing
             )
-            loss += part
+            loss += batch_loss
             flat = self._layout.flatten(by_name) / np.float32(self._sharded.loss_divisor)
             # ZeRO-2 sums every micro-batch's gradients at once, and keeps this rank's shard of them.
             gradient = gradient + (self._sum(flat) if self._exchange.traits.scatters_every else flat)
