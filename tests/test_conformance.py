@@ -18,7 +18,7 @@ from launching import ROOT, install, install_example, run_python
 
 BUILT_IN = sorted(e.name for e in importlib.metadata.distribution("hvdlm").entry_points if e.group == "hvdlm")
 TEMPLATES = ["template_compressor", "template_event", "template_model"]
-TEMPLATES += ["template_task", "template_backend", "template_framework"]
+TEMPLATES += ["template_task", "template_backend"]
 # Reasons for skipping a test, and the plugins that may give them.
 LEFT_OUT = {
     "makes no exchange of its own name": {"compression"},

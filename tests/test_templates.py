@@ -54,6 +54,39 @@ def test_the_template_compressor_compresses(installed: Path, tmp_path: Path) -> 
     assert 8 < summary["compression"] < 12.9 and losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0] - 0.2
 
 
+def test_the_template_task_learns_to_add(installed: Path, tmp_path: Path) -> None:
+    options = ["--task", "template_task", "--template_task.digits", "1", "--train.steps", "40"]
+    train(installed, tmp_path / "run", "torch", *options, "--train.learning_rate", "0.01")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["accuracy"] >= 0 and summary["val_loss"] < losses(tmp_path / "run")[0] - 0.5
+
+
+def test_the_template_backend_has_the_curve_of_mpi4py(installed: Path, tmp_path: Path) -> None:
+    for backend in ("template_backend", "mpi4py"):
+        options = ["--backend", backend, "--train.steps", "12", "--parallel.zero", "1"]
+        train(installed, tmp_path / backend, "torch", *options)
+        assert json.loads((tmp_path / backend / "summary.json").read_text())["backend"] == backend
+    assert losses(tmp_path / "template_backend") == pytest.approx(losses(tmp_path / "mpi4py"), abs=1e-6)
+
+
+@pytest.mark.parametrize("model", ["llama", "lstm"])
+def test_the_template_framework_has_the_curve_of_torch(installed: Path, tmp_path: Path, model: str) -> None:
+    options = ["--backend", "mpi4py", "--model.name", model, "--train.steps", "12", "--train.micro_batch_size", "2"]
+    for framework in ("template_framework", "torch"):
+        train(installed, tmp_path / framework, framework, *options, "--parallel.zero", "2", "--log.sample_tokens", "9")
+    assert losses(tmp_path / "template_framework") == pytest.approx(losses(tmp_path / "torch"), abs=1e-5)
+    samples = [(tmp_path / framework / "sample.txt").read_text() for framework in ("template_framework", "torch")]
+    assert samples[0] == samples[1]
+
+
+def test_the_template_framework_conforms(installed: Path, tmp_path: Path) -> None:
+    # Not with test_conformance.py: a launch makes the checks of all plugins that it tests, in every framework.
+    chosen = "not same_losses and not tensorflow and not torch"
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--hvdlm-plugin", "template_framework", "-k", chosen]
+    done = run_python(command, cwd=tmp_path, timeout=600, PYTHONPATH=str(installed))
+    assert done.returncode == 0 and "skipped" not in done.stdout, done.stdout[-3000:] + done.stderr[-2000:]
+
+
 def test_a_missing_architecture_is_named(installed: Path, tmp_path: Path) -> None:
     (tmp_path / "half.py").write_text(
         "from dataclasses import replace\nfrom hvdlm import hookimpl\nfrom template_model import make\n\n"
