@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -22,16 +23,23 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "installed"
 
 
+def path_with(installed: Path) -> str:
+    """Return ``PYTHONPATH`` with the folder of the templates."""
+    return os.pathsep.join([str(installed), os.environ.get("PYTHONPATH", "")])
+
+
 def train(installed: Path, run: Path, framework: str, *options: str) -> str:
     command = ["-m", "hvdlm", "--framework", framework, "--log.run", str(run), *SMALL, "--train.warmup", "2", *options]
-    done = launch("mpirun", 2, command, PYTHONPATH=str(installed))
+    done = launch("mpirun", 2, command, PYTHONPATH=path_with(installed))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return done.stdout
 
 
 def test_the_tests_of_the_templates_pass(installed: Path) -> None:
     copies = [str(installed.parent / name) for name in TEMPLATES]
-    done = run_python(["-m", "pytest", "-q", "--rootdir", str(installed.parent), *copies], PYTHONPATH=str(installed))
+    done = run_python(
+        ["-m", "pytest", "-q", "--rootdir", str(installed.parent), *copies], PYTHONPATH=path_with(installed)
+    )
     assert done.returncode == 0 and "skipped" not in done.stdout, done.stdout[-3000:] + done.stderr[-2000:]
 
 
@@ -83,7 +91,7 @@ def test_the_template_framework_conforms(installed: Path, tmp_path: Path) -> Non
     # Not with test_conformance.py: a launch makes the checks of all plugins that it tests, in every framework.
     chosen = "not same_losses and not tensorflow and not torch"
     command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--hvdlm-plugin", "template_framework", "-k", chosen]
-    done = run_python(command, cwd=tmp_path, timeout=600, PYTHONPATH=str(installed))
+    done = run_python(command, cwd=tmp_path, timeout=600, PYTHONPATH=path_with(installed))
     assert done.returncode == 0 and "skipped" not in done.stdout, done.stdout[-3000:] + done.stderr[-2000:]
 
 
