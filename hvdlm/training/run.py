@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from inspect import signature
 from pathlib import Path
 
 import pluggy
@@ -321,6 +322,8 @@ def build(connected: Connected) -> Run:
         spec = open_pretrained(config.model.pretrained, config.plugins).attach(spec)
     optimizer = plugins.find_optimizer(manager, config.train)
     own = {"optimizer": optimizer} if optimizer else {}  # frameworks without such optimizers need no parameter
+    if own and "optimizer" not in signature(framework.build).parameters:
+        raise HvdlmError(f"train.optimizer {config.train.optimizer}: {framework.name} has no optimizers of plugins.")
     trainable = framework.build(spec, mesh, world, exchange, config, **own)
     if checkpoint:
         load_state(checkpoint, trainable, world, mesh)

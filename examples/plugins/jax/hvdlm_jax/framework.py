@@ -9,6 +9,7 @@ from hvdlm.config import Config
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.mesh import Mesh
 from hvdlm.protocols.exchange import Exchange
+from hvdlm.protocols.optimizer import Optimizer
 from hvdlm.protocols.world import World
 from hvdlm_jax.trainable import Trainable
 
@@ -22,9 +23,17 @@ class Framework:
     name = "jax"
     in_place = False  # arrays are immutable
 
-    def build(self, model: ModelSpec, mesh: Mesh, world: World, exchange: Exchange, config: Config) -> Trainable:
-        """Return the model at its initial values."""
-        return Trainable(model, mesh, world, exchange, config)
+    def build(
+        self,
+        model: ModelSpec,
+        mesh: Mesh,
+        world: World,
+        exchange: Exchange,
+        config: Config,
+        optimizer: Optimizer | None = None,
+    ) -> Trainable:
+        """Return the model at its initial values; ``optimizer``: that of a plugin."""
+        return Trainable(model, mesh, world, exchange, config, optimizer)
 
     def tensor(self, array: np.ndarray) -> jax.Array:
         """Return ``array`` as an array of JAX."""

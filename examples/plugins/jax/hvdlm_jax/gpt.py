@@ -1,4 +1,4 @@
-"""GPT in JAX: the equations of ``hvdlm.models.gpt``, in the same order, as functions of the parameters by name."""
+"""GPT in JAX: the equations of ``hvdlm_language.gpt``, in the same order, as functions of the parameters by name."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from hvdlm.models.gpt import GPTSettings
 from hvdlm_jax.dropout import dropout
+from hvdlm_language.gpt import GPTSettings
 
 Parameters = Mapping[str, jax.Array]
 

@@ -11,38 +11,50 @@ import jax.numpy as jnp
 import numpy as np
 
 from hvdlm.config import TrainConfig
+from hvdlm.protocols.optimizer import Optimizer
 from hvdlm.protocols.state_dict import optimizer_state
 
 Memory = dict[str, jax.Array]
 
 
-def initial_memory(config: TrainConfig, size: int) -> Memory:
-    """Return the rule's state before the first step, by kind, each float32 ``[size]``."""
-    return {kind: jnp.zeros(size, jnp.float32) for kind in optimizer_state(config)}
+def initial_memory(config: TrainConfig, size: int, own: Optimizer | None = None) -> Memory:
+    """Return the rule's state before the first step, by kind, each float32 ``[size]``; ``own``: a plugin's rule."""
+    return {kind: jnp.zeros(size, jnp.float32) for kind in optimizer_state(config, own)}
 
 
 def rates(config: TrainConfig, learning_rate: float, step: int, factor: float) -> np.ndarray:
     """Return what changes from step to step, as one array, so that no step is traced anew.
 
-    Those are ``factor`` of the gradient, the learning rate, and AdamW's bias corrections of update ``step`` (from 0).
+    Those are ``factor`` of the gradient, the learning rate, AdamW's bias corrections of update ``step``, and ``step``
+    (from 0).
     """
     corrections = [1.0 - config.beta1 ** (step + 1), 1.0 - config.beta2 ** (step + 1)]
-    return np.array([factor, learning_rate, *corrections], np.float32)
+    return np.array([factor, learning_rate, *corrections, step], np.float32)
 
 
 def update(
-    config: TrainConfig, x: jax.Array, memory: Memory, gradient: jax.Array, mask: jax.Array, rates: jax.Array
+    config: TrainConfig,
+    x: jax.Array,
+    memory: Memory,
+    gradient: jax.Array,
+    mask: jax.Array,
+    rates: jax.Array,
+    own: Optimizer | None = None,
 ) -> tuple[jax.Array, Memory]:
     """Return the updated parameters and state, each ``[size]``, from the summed ``gradient`` ``[size]``."""
-    factor, lr, correction1, correction2 = rates
+    factor, lr, correction1, correction2, step = rates
     g = gradient * factor
+    decay = config.weight_decay * mask * x
+    if own is not None:
+        x, g = (x - lr * decay, g) if own.decoupled else (x, g + decay)
+        return own.update(x, g, memory, lr, step)
     if config.optimizer == "adamw":
-        x = x - lr * config.weight_decay * mask * x  # decoupled
+        x = x - lr * decay  # decoupled
         m = config.beta1 * memory["first_moment"] + (1.0 - config.beta1) * g
         v = config.beta2 * memory["second_moment"] + (1.0 - config.beta2) * g * g
         x = x - lr / correction1 * m / (jnp.sqrt(v) / jnp.sqrt(correction2) + config.epsilon)
         return x, {"first_moment": m, "second_moment": v}
-    g = g + config.weight_decay * mask * x  # L2 regularisation: part of the gradient
+    g = g + decay  # L2 regularisation: part of the gradient
     if config.optimizer == "adagrad":
         squares = memory["sum_of_squares"] + g * g
         return x - lr * g / (jnp.sqrt(squares) + config.epsilon), {"sum_of_squares": squares}

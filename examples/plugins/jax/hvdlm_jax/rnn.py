@@ -1,4 +1,4 @@
-"""Recurrent models in JAX: the equations of ``hvdlm.models.rnn``, as functions of the parameters by name."""
+"""Recurrent models in JAX: the equations of ``hvdlm_language.rnn``, as functions of the parameters by name."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hvdlm.models.rnn import RNNSettings
 from hvdlm_jax.dropout import dropout
+from hvdlm_language.rnn import RNNSettings
 
 Parameters = Mapping[str, jax.Array]
 Carry = list[tuple[jax.Array, ...]]  # of every layer: h, and c of an LSTM, each [rows, hidden]

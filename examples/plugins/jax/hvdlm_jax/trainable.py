@@ -20,6 +20,7 @@ from hvdlm.parallel.mesh import Mesh
 from hvdlm.parallel.sharded_state import ShardedState, recurrent_entries, recurrent_state
 from hvdlm.parallel.sharding_rules import make_model_shard
 from hvdlm.protocols.exchange import Exchange
+from hvdlm.protocols.optimizer import Optimizer
 from hvdlm.protocols.types import Batch, StepResult, Traffic
 from hvdlm.protocols.world import World
 from hvdlm_jax import optimizers
@@ -36,12 +37,21 @@ class Trainable(Inference):
     Python hands the buckets to the exchange.
     """
 
-    def __init__(self, spec: ModelSpec, mesh: Mesh, world: World, exchange: Exchange, config: Config) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        mesh: Mesh,
+        world: World,
+        exchange: Exchange,
+        config: Config,
+        optimizer: Optimizer | None = None,
+    ) -> None:
         model_shard = make_model_shard(spec, mesh, world.rank, config.parallel)
         self._sharded = state = ShardedState(spec, model_shard, exchange, config, mesh, world.rank)
         self.layout = state.layout
         self._config = config
         self._exchange = exchange
+        self._optimizer = optimizer  # of a plugin; None: one of those in optimizers.py
         self._counters = count_traffic(make_axes(world, mesh, model_shard), exchange)
         initial = state.initial()
         frozen = {name: jnp.asarray(array) for name, array in state.initial_frozen()}
@@ -49,7 +59,7 @@ class Trainable(Inference):
         # What this rank updates: all parameters, or with ZeRO its shard of every bucket.
         self._updated = self._flat if exchange.traits.zero_size == 1 else jnp.array(state.update_shard(initial))
         self._mask = jnp.asarray(state.update_shard(self.layout.decay_mask()))
-        self._memory = optimizers.initial_memory(config.train, len(self._mask))
+        self._memory = optimizers.initial_memory(config.train, len(self._mask), optimizer)
         self._carry: dict[int, Any] = {}  # by micro-batch: the state that a recurrent model carries to the next step
         self._backward = jax.jit(self._trace_backward, donate_argnums=(2, 3))
         self._squared_norm = jax.jit(_trace_squared_norm)
@@ -231,7 +241,7 @@ class Trainable(Inference):
     def _trace_update(
         self, x: jax.Array, memory: optimizers.Memory, gradient: Buckets, mask: jax.Array, rates: jax.Array
     ) -> tuple[jax.Array, optimizers.Memory]:
-        return optimizers.update(self._config.train, x, memory, jnp.concatenate(gradient), mask, rates)
+        return optimizers.update(self._config.train, x, memory, jnp.concatenate(gradient), mask, rates, self._optimizer)
 
 
 def _trace_squared_norm(gradient: Buckets) -> jax.Array:

@@ -22,12 +22,12 @@ def small_config(model: str = "gpt", **sizes) -> Config:
     return config
 
 
-def build(config: Config):
+def build(config: Config, optimizer=None):
     manager = plugins.load(["jax"])
     manager.hook.hvdlm_prepare(config=config)
     framework = plugins.make(manager, "framework", "jax")
     spec = plugins.find_model(manager, config.model.name)(config.model, VOCAB, CONTEXT)
-    return framework.build(spec, Mesh(1, 1, 1), LocalWorld(), AllReduceExchange(AloneGroup()), config)
+    return framework.build(spec, Mesh(1, 1, 1), LocalWorld(), AllReduceExchange(AloneGroup()), config, optimizer)
 
 
 def batch(seed: int = 1) -> Batch:
@@ -44,6 +44,30 @@ def test_a_step_is_compiled_once(model):
         trainable.state()
         sizes.append([function._cache_size() for function in functions])
     assert sizes[0] == sizes[-1] and sizes[0][0] == 1
+
+
+class Momentum:
+    """SGD with momentum, as a plugin would bring it."""
+
+    state = ("momentum",)
+    decoupled = False
+
+    def update(self, parameters, gradient, state, learning_rate, step):
+        from keras import ops
+
+        momentum = 0.9 * state["momentum"] + gradient
+        return parameters - learning_rate * momentum, {"momentum": ops.convert_to_tensor(momentum)}
+
+
+def test_an_optimizer_of_a_plugin_trains_as_the_built_in_one():
+    losses = []
+    for name, optimizer in (("sgd", None), ("own", Momentum())):
+        config = small_config()
+        config.train.optimizer, config.train.momentum = name, 0.9
+        trainable = build(config, optimizer)
+        losses.append([trainable.train_step([batch()], 0.1, step).loss for step in range(4)])
+        assert "optimizer/momentum/embed.tokens" in trainable.state()
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6) and losses[0][-1] < losses[0][0]
 
 
 @pytest.mark.parametrize("model", ["gpt", "lstm"])

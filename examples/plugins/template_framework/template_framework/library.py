@@ -1,6 +1,6 @@
 """What the library computes: losses, gradients and scores, from numpy arrays to numpy arrays.
 
-The equations are those in ``hvdlm.models.gpt`` and ``hvdlm.models.rnn``. ``p``: the parameters by name; ``s``: the
+The equations are those in ``hvdlm_language.gpt`` and ``hvdlm_language.rnn``. ``p``: the parameters by name; ``s``: the
 model's settings. A recurrent model's state is ``[[array of rows, width, ...] of every layer]``, a GPT's is None.
 """
 
