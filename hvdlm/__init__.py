@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from hvdlm.config import Config
     from hvdlm.errors import HvdlmError, RankError
     from hvdlm.hookspecs import hookimpl
-    from hvdlm.training.api import Result, TrainedRun, load, train
+    from hvdlm_api.loaded_run import TrainedRun, load
+    from hvdlm_api.training import Result, train
 
 __version__ = "0.1.0"
 __all__ = [
@@ -22,11 +23,11 @@ _MODULES = {
     "Config": "hvdlm.config",
     "HvdlmError": "hvdlm.errors",
     "RankError": "hvdlm.errors",
-    "Result": "hvdlm.training.api",
-    "TrainedRun": "hvdlm.training.api",
+    "Result": "hvdlm_api.training",
+    "TrainedRun": "hvdlm_api.loaded_run",
     "hookimpl": "hvdlm.hookspecs",
-    "load": "hvdlm.training.api",
-    "train": "hvdlm.training.api",
+    "load": "hvdlm_api.loaded_run",
+    "train": "hvdlm_api.training",
 }
 
 

@@ -18,9 +18,6 @@ from hvdlm.io.untrusted_input import shown
 
 COMMANDS = {
     "train": "train a model (the default)",
-    "evaluate": "compute a run's metrics on the whole validation split",
-    "generate": "generate text with a run's model",
-    "plugins": "list installed plugins, what they provide and their versions",
 }
 """The commands of the core, each a module ``hvdlm.commands.NAME`` with ``main(arguments) -> exit code``."""
 

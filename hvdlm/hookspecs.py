@@ -120,6 +120,11 @@ def hvdlm_check(config: Config, spec: ModelSpec) -> None:
     """
 
 
+@hookspec
+def hvdlm_check_data(config: Config, task: Task) -> None:
+    """Raise HvdlmError with one sentence where settings contradict the data, before ranks are connected."""
+
+
 @hookspec(firstresult=True)
 def hvdlm_predict(config: Config, spec: ModelSpec, mesh: Mesh, rank: int, moments: int) -> Prediction | None:
     """Return the closed-form costs of a step of ``rank``, or None for an unknown architecture."""

@@ -26,9 +26,6 @@ if TYPE_CHECKING:
     from hvdlm.protocols.exchange import Exchange
     from hvdlm.protocols.task import Task
 
-_COLLECTIONS = (
-    "compressors", "lr_schedules", "models", "optimizers", "options", "probes", "schedulers", "tokenizers",
-)  # fmt: skip
 _SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt", "step")
 
 
@@ -48,11 +45,12 @@ def load(names: Iterable[str]) -> pluggy.PluginManager:
     entries = installed()
     for name in dict.fromkeys(names):
         if name in entries:
-            manager.register(_import(entries[name]), name)
+            manager.register(import_plugin(entries[name]), name)
     return manager
 
 
-def _import(entry: EntryPoint) -> Any:
+def import_plugin(entry: EntryPoint) -> Any:
+    """Return the plugin of an entry point, made where it is a class; raise HvdlmError where it does not import."""
     try:
         plugin = entry.load()
     except Exception as error:  # a third party's module may fail in any way
@@ -85,13 +83,14 @@ def extensions(group: str) -> list[Callable[..., Any]]:
     """Return the functions that installed packages bring for every run: those of the entry point group ``hvdlm.GROUP``.
 
     - ``observers``: (config) -> event plugins.
+    - ``generation``: (run, prompt, tokens, shown, **sampling) -> the text that the run's model generates.
     - ``option_names``: (an unknown option) -> a sentence on what to write instead, or None.
 
     Raises:
         HvdlmError: one can't be imported.
     """
     entries = importlib.metadata.entry_points(group=f"hvdlm.{group}")
-    return [_import(entry) for entry in sorted(entries, key=lambda entry: entry.name)]
+    return [import_plugin(entry) for entry in sorted(entries, key=lambda entry: entry.name)]
 
 
 def check_keras(config: Config) -> None:
@@ -220,7 +219,7 @@ def _collections(hook: str) -> dict[str, list[str]]:
     names = {}
     for plugin_name, entry in installed().items():
         with contextlib.suppress(Exception):  # a third party's module may fail in any way
-            plugin = _import(entry)
+            plugin = import_plugin(entry)
             if hasattr(plugin, f"hvdlm_{hook}"):
                 names[plugin_name] = list(getattr(plugin, f"hvdlm_{hook}")())
     return names
@@ -231,32 +230,10 @@ def probes() -> Mapping[str, Probe]:
     known: dict[str, Probe] = {}
     for _, entry in sorted(installed().items(), reverse=True):  # torch, the default, comes first
         with contextlib.suppress(Exception):  # a third party's module may fail in any way
-            known.update(getattr(_import(entry), "hvdlm_probes", dict)())
+            known.update(getattr(import_plugin(entry), "hvdlm_probes", dict)())
     return known
 
 
 def compressors(manager: pluggy.PluginManager) -> Mapping[str, CompressorMaker]:
     """Return every compressor of the registered plugins by name."""
     return {name: maker for more in manager.hook.hvdlm_compressors() for name, maker in more.items()}
-
-
-def describe() -> list[tuple[str, str, str, str]]:
-    """Return (name, distribution and version, module, what it provides) of every plugin; broken ones say why."""
-    rows = []
-    for name, entry in sorted(installed().items()):
-        origin = f"{entry.dist.name} {entry.dist.version}" if entry.dist else "?"
-        try:
-            plugin = _import(entry)
-            hooks = sorted(h.removeprefix("hvdlm_") for h in dir(plugin) if h.startswith("hvdlm_"))
-            provides = ", ".join(_with_names(plugin, hook) for hook in hooks) or "nothing"
-        except HvdlmError as error:
-            provides = f"BROKEN: {error}"
-        rows.append((name, origin, entry.value, provides))
-    return rows
-
-
-def _with_names(plugin: Any, hook: str) -> str:
-    """Return a hook's name, and of a hook that brings a collection what it holds."""
-    if hook not in _COLLECTIONS:
-        return hook
-    return f"{hook} ({', '.join(getattr(plugin, f'hvdlm_{hook}')())})"

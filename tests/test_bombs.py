@@ -16,9 +16,9 @@ from test_preparation import files
 from fuzz_targets import arrow_memory, huggingface_tokenizer
 from hvdlm.config import Config, DataConfig
 from hvdlm.errors import HvdlmError
-from hvdlm.inference import generation
 from hvdlm_corpora import compression, preparation, sources, tables, time_limit, tokenizers, workers
 from hvdlm_corpora.documents import Form
+from hvdlm_inference import generation
 from hvdlm_tasks import pairs
 from record_files import PACKERS, WRITERS
 

@@ -31,8 +31,8 @@ from hvdlm.checkpoints.order import PENDING, sequence_number, set_aside_folders,
 from hvdlm.checkpoints.save import Saver
 from hvdlm.config import CheckpointConfig, TrainConfig
 from hvdlm.errors import HvdlmError
-from hvdlm.training.lr_schedule import changed_rate
 from hvdlm_backends.local import LocalWorld
+from hvdlm_telemetry.changed_rate import changed_rate
 from launching import SMALL, launch, losses, metrics, run_with_faults
 from launching import STEPS as STEPS_OF_RUNS
 

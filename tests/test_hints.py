@@ -14,7 +14,7 @@ from hvdlm.configuration import schema
 from hvdlm.configuration.parsing import parse_config
 from hvdlm.errors import HvdlmError
 from hvdlm.io import launcher_env
-from hvdlm.training.trained_run import run_config
+from hvdlm_inference.trained_run import run_config
 from hvdlm_tools import other_tools
 from launching import SMALL
 

@@ -28,8 +28,8 @@ from hvdlm.configuration import parsing
 from hvdlm.data import token_files
 from hvdlm.errors import HvdlmError
 from hvdlm.io import untrusted_input
-from hvdlm.training import trained_run
 from hvdlm_corpora import compression, documents, preparation, sources, tokenizers
+from hvdlm_inference import trained_run
 from launching import run_python
 
 SEEDS = {name: target.seeds() for name, target in TARGETS.items()}

@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from hvdlm import cli
 from hvdlm.config import Config, DataConfig
 from hvdlm.data.corpora import fingerprint
-from hvdlm.data.sampler import MixtureSampler, ShuffledSampler
 from hvdlm_corpora import mixture, preparation
 from hvdlm_language.language_model import LanguageModel
+from hvdlm_language.sampler import MixtureSampler, ShuffledSampler
 from launching import launch, losses, run_python
 
 PROSE = "It was the best of times, it was the worst of times, it was the age of wisdom.\n" * 400

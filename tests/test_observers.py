@@ -19,10 +19,11 @@ from builders import both_frameworks, file_names, read_json
 from hvdlm import hookimpl, hookspecs
 from hvdlm.config import Config
 from hvdlm.errors import BAD_INPUT, FAILED, HvdlmError, RankError
-from hvdlm.io.atomic_files import AppendFile, overwrite
+from hvdlm.io.atomic_files import overwrite
 from hvdlm.io.folder_identity import FolderIdentity
 from hvdlm.io.terminal import SurvivingStream, surviving_streams
 from hvdlm.telemetry.observers import EVENTS, Observers
+from hvdlm_telemetry.append_file import AppendFile
 from hvdlm_telemetry.metrics import Metrics
 from hvdlm_telemetry.tensorboard import TensorBoard
 from launching import ROOT, SMALL, environment, launch, losses, run_python, with_step_hook

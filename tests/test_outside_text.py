@@ -16,10 +16,10 @@ import yaml
 from hvdlm.config import Config, DataConfig, LogConfig
 from hvdlm.configuration import parsing
 from hvdlm.errors import HvdlmError
-from hvdlm.inference import generation
 from hvdlm.io import text_decoding, untrusted_input
 from hvdlm_corpora import preparation, sources
 from hvdlm_corpora.documents import Form
+from hvdlm_inference import generation
 from hvdlm_tasks import pairs, recordings
 from launching import run_python
 from record_files import PACKERS

@@ -17,10 +17,10 @@ from hvdlm.config import Config, DataConfig
 from hvdlm.data.token_files import TokenData
 from hvdlm.data.tokenizers import ByteTokenizer
 from hvdlm.errors import HvdlmError
-from hvdlm.inference.generation import encode, generate_text
 from hvdlm_corpora import tokenizers
 from hvdlm_corpora.bpe_tokenizer import BPETokenizer
 from hvdlm_corpora.preparation import prepare
+from hvdlm_inference.generation import encode, generate_text
 from record_files import WRITERS
 
 SPECIAL = ("<s>", "</s>", "<|endoftext|>", "[PAD]")

@@ -10,8 +10,8 @@ import pytest
 
 from builders import CONTEXT, ROWS, both_frameworks, parameters, small_trainable, token_batch, train_steps
 from hvdlm.config import TrainConfig
-from hvdlm.inference.generation import generate
-from hvdlm.inference.sampling import Sampling, sample
+from hvdlm_inference.generation import generate
+from hvdlm_inference.sampling import Sampling, sample
 from launching import run_python
 
 MODELS = ["gpt", "llama", "rnn", "gru", "lstm"]

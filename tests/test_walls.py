@@ -35,14 +35,14 @@ FLOORS = [
     ],
     ["hvdlm.parallel", "hvdlm.communication"],
     ["hvdlm.planning", "hvdlm.data", "hvdlm.telemetry", "hvdlm.checkpoints"],
-    ["hvdlm.configuration", "hvdlm.inference"],
+    ["hvdlm.configuration"],
     ["hvdlm.training"],
     ["hvdlm.commands", "hvdlm.cli", "hvdlm.__main__"],
 ]
 TOP = {
     "__init__.py", "__main__.py", "cli.py", "config.py", "errors.py", "hookspecs.py", "plugins.py", "py.typed",
-    "checkpoints", "commands", "communication", "configuration", "data", "diagnostics", "inference", "io", "models",
-    "parallel", "planning", "protocols", "telemetry", "training",
+    "checkpoints", "commands", "communication", "configuration", "data", "diagnostics", "io", "models", "parallel",
+    "planning", "protocols", "telemetry", "training",
 }  # fmt: skip
 
 
@@ -111,14 +111,16 @@ ALLOWED = {
     "plugins/hvdlm_diagnosis": set(),
     "plugins/hvdlm_language": set(),
     "plugins/hvdlm_telemetry": set(),
-    "plugins/hvdlm_tools": set(),
+    "plugins/hvdlm_tools": {"hvdlm_inference"},
     "plugins/hvdlm_tasks": {"hvdlm_corpora", "hvdlm_language"},  # unpacking, training of tokenizers; losses
     "plugins/hvdlm_tasks/torch_models": {"torch", "hvdlm_torch"},
     "plugins/hvdlm_tasks/tensorflow_models": {"tensorflow", "hvdlm_tensorflow"},
     "plugins/hvdlm_launchers": set(),
     "plugins/hvdlm_huggingface": {"hvdlm_corpora", "hvdlm_tools", "hvdlm_language"},  # tokenizer.json of a folder
     "plugins/hvdlm_report": set(),
-    "plugins/hvdlm_steering": set(),
+    "plugins/hvdlm_steering": {"hvdlm_inference"},
+    "plugins/hvdlm_inference": set(),
+    "plugins/hvdlm_api": {"hvdlm_inference"},
     "plugins/hvdlm_trackers": set(),
     "plugins/hvdlm_testing": {"hvdlm_backends", "hvdlm_launchers"},
     "backends/hvdlm_backends": {*TRANSPORTS, "hvdlm_diagnosis"},

@@ -64,25 +64,6 @@ def end(world: World, error: BaseException) -> None:
     world.abort(1)
 
 
-def fails_on_all_ranks(world: World, error: BaseException) -> bool:
-    """Return whether every rank fails at the same step, as all do where a loss isn't finite; waits a moment for them.
-
-    They are then between the same two collectives, so that their callers may continue after the exception.
-    """
-    recorder = world.recorder
-    if is_transport_error(error) or not isinstance(error, Exception) or recorder.folder is None:
-        return False
-    failure = failure_files.make_failure(world.rank, error, recorder.current_step, is_cause=True)
-    failure_files.write_failure(recorder.folder, failure)
-
-    def failures() -> list[Failure]:
-        return list(failure_files.read_failures(recorder.folder).values())
-
-    if not failure_files.wait_for(lambda: len(failures()) == world.size, _ERROR_SECONDS):
-        return False
-    return all(other.is_cause and other.step == failure.step for other in failures())
-
-
 def another_rank_failed(recorder: FlightRecorder) -> bool:
     """Return whether another rank has failed: a signal then comes from the launcher, not from the user."""
     folder = recorder.folder

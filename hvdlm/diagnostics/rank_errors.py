@@ -37,28 +37,11 @@ def ending_all_ranks(world: World) -> Iterator[None]:
         from hvdlm.diagnostics import abort
 
         abort.end(world, error)
-    _end_together(world)
+    end_together(world)
     world.close()
 
 
-@contextmanager
-def raising_on_all_ranks(world: World) -> Iterator[None]:
-    """Let an exception out of the block where every rank raises one; end all ranks where only some do."""
-    try:
-        yield
-    except BaseException as error:
-        if world.size > 1:
-            from hvdlm.diagnostics import abort
-
-            if not abort.fails_on_all_ranks(world, error):
-                abort.end(world, error)
-        _end_together(world)
-        world.close()
-        raise
-    _end_together(world)
-
-
-def _end_together(world: World) -> None:
+def end_together(world: World) -> None:
     """Wait for the other ranks, and delete the files of this one. All ranks call."""
     with process.during("waiting for the other ranks to end", patience=2.0, waits=True):
         world.gather_objects(None)  # a rank that is missing is named; a transport that shuts down would only wait

@@ -12,7 +12,6 @@ from typing import BinaryIO
 
 from hvdlm.io import safe_files
 
-_KEPT_BYTES = 2**24
 _CHUNK = 2**20  # bytes; a larger buffer would be allocated even for the smallest untrusted file
 
 
@@ -74,44 +73,3 @@ def overwrite(path: Path, text: str) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-class AppendFile:
-    """A file to which records are appended. What can't be written, as on a full disk, is kept and written later.
-
-    Only the file's last record may be incomplete.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._descriptor = safe_files.open_regular(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        self._pending = b""
-        self._lost = False
-
-    def write(self, record: bytes) -> None:
-        """Append ``record``, after those that could not be written before.
-
-        Raises:
-            OSError: it could not be written; it is kept, unless 16 MiB are kept already.
-        """
-        if len(self._pending) + len(record) > _KEPT_BYTES:
-            self._lost = True
-        else:
-            self._pending += record
-        while self._pending:
-            self._pending = self._pending[os.write(self._descriptor, self._pending) :]
-
-    def flush(self) -> None:
-        """Do nothing: ``write`` leaves nothing in a buffer."""
-
-    def close(self) -> None:
-        """Write what is still to be written, and close.
-
-        Raises:
-            OSError: records are lost.
-        """
-        try:
-            self.write(b"")
-            if self._lost:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        finally:
-            os.close(self._descriptor)

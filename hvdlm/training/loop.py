@@ -24,7 +24,7 @@ from hvdlm.training.run import Run
 from hvdlm.training.run_control import RunControl
 from hvdlm.training.run_folder import Status, open_folder
 from hvdlm.training.signals import Signals
-from hvdlm.training.summary import RunTotals, describe, report_changed_rate, summarise
+from hvdlm.training.summary import RunTotals, describe, summarise
 
 
 def train(run: Run, signals: Signals) -> dict[str, Any]:
@@ -41,7 +41,6 @@ def train(run: Run, signals: Signals) -> dict[str, Any]:
     rate = make_schedule(config.train, plugins.find_schedule(run.manager, config.train))
     totals, step = RunTotals(run.spec.parameters), run.start_step
     open_folder(run)
-    report_changed_rate(run)
     control = RunControl(run)
     consensus = Consensus(run.world, config.train.max_seconds, signals, control)
     observers = Observers(run.world.rank)

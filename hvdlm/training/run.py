@@ -22,7 +22,6 @@ from hvdlm.data import corpora
 from hvdlm.diagnostics import failure_files
 from hvdlm.diagnostics.phases import READING, process
 from hvdlm.errors import HvdlmError
-from hvdlm.inference.generation import encode
 from hvdlm.io.file_lock import FileLock
 from hvdlm.io.folder_identity import FolderIdentity
 from hvdlm.io.user_folders import similar_run, user_cache
@@ -251,8 +250,7 @@ def open_task(plan: Plan) -> tuple[Task, ModelSpec, Base | None]:
             f"model.name {config.model.name} reads {reads}, task {config.task} gives {gives}: choose another of the "
             "two (a seq2seq translates, a ctc transcribes speech, a convnet classifies digits)."
         )
-    if config.log.sample_tokens and not task.reads:
-        encode(task.tokenizer, config.log.sample_prompt, config)
+    manager.hook.hvdlm_check_data(config=config, task=task)
     spec, base = attach(adapt(spec, config.lora), config.model.pretrained, config.train.seed, config.plugins)
     return task, spec, base
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from hvdlm.inference.generation import chunks_of_text
-from hvdlm.inference.sampling import Sampling
+from hvdlm import plugins
+from hvdlm.errors import HvdlmError
 
 if TYPE_CHECKING:
     from hvdlm.training.run import Run
@@ -16,10 +16,13 @@ class RunControl:
 
     A request on any rank is enough. It travels with the votes on signals, so that all ranks follow it after the next
     step, without a collective of its own.
+
+    Attributes:
+        opened: the run itself.
     """
 
     def __init__(self, run: Run) -> None:
-        self._run = run
+        self.opened = run
         self._save = self._evaluate = False
         self._reason: str | None = None
 
@@ -38,15 +41,18 @@ class RunControl:
         """Ask the run to evaluate the validation split."""
         self._evaluate = True
 
-    def generate(self, prompt: str, tokens: int, sampling: Sampling) -> str:
+    def generate(self, prompt: str, tokens: int, shown: bool = False, **sampling: Any) -> str:
         """Return ``prompt`` and its continuation, or the task's response; "" on ranks without rank 0's copy.
 
-        All ranks call, in the same event.
+        All ranks call, in the same event. ``shown``: rank 0 also prints it; ``sampling``: temperature, top_k, top_p,
+        seed (``hvdlm_inference.sampling.Sampling``).
 
         Raises:
-            HvdlmError: the vocabulary lacks a character of the prompt.
+            HvdlmError: the vocabulary lacks a character of the prompt, or no installed package generates text.
         """
-        return "".join(chunks_of_text(self._run, prompt, tokens, sampling))
+        for generate in plugins.extensions("generation"):
+            return str(generate(self.opened, prompt, tokens, shown, **sampling))
+        raise HvdlmError("no installed package generates text: install hvdlm_inference.")
 
     def take_requests(self) -> tuple[bool, bool, bool]:
         """Return whether this rank asks to stop, to save, to evaluate; a stop is asked for until the run ends."""
@@ -56,4 +62,4 @@ class RunControl:
 
     def agreed_reason(self) -> str:
         """Return the reason of the first rank that asks to stop. All ranks call."""
-        return next(filter(None, self._run.world.gather_objects(self._reason)), "")
+        return next(filter(None, self.opened.world.gather_objects(self._reason)), "")

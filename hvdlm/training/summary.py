@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
-from hvdlm import plugins
 from hvdlm.parallel.mesh import AXES
 from hvdlm.planning.closed_forms import predict_costs
 from hvdlm.protocols.types import StepResult
 from hvdlm.telemetry.rates import Rates
-from hvdlm.training.lr_schedule import changed_rate
 from hvdlm.training.preflight import versions
 from hvdlm.training.run import Run
 
@@ -29,16 +26,6 @@ def describe(run: Run, start_step: int) -> dict[str, Any]:
         "backend": run.config.backend,
         "versions": versions(run.config.framework),
     }
-
-
-def report_changed_rate(run: Run) -> None:
-    """Print a sentence where other settings than before change the learning rate of a resumed run."""
-    if run.checkpoint and run.world.rank == 0:
-        before = run.checkpoint.manifest.get("config", {}).get("train", {})
-        find_own = partial(plugins.find_schedule, run.manager)
-        sentence = changed_rate(before, run.config.train, run.start_step, find_own)
-        if sentence:
-            print(sentence, flush=True)
 
 
 class RunTotals:

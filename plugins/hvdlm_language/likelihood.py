@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hvdlm.data.padding import pad_rows, round_up
 from hvdlm.protocols.trainable import Trainable
 from hvdlm.protocols.types import Batch
+from hvdlm_language.padding import pad_rows, round_up
 
 _LENGTH_MULTIPLE = 16  # tokens to a multiple of which batches are padded
 _MAX_LOGITS = 1 << 22  # of a batch, which bounds the memory

@@ -10,11 +10,12 @@ from hvdlm import hookimpl
 from hvdlm.config import Config
 from hvdlm.diagnostics.phases import process
 from hvdlm.errors import HvdlmError, RankError
-from hvdlm.inference.sampling import Sampling
 from hvdlm.io.atomic_files import replace
 from hvdlm.models.spec import ModelSpec
+from hvdlm.protocols.task import Task
 from hvdlm.protocols.world import World
 from hvdlm.training.run_control import RunControl
+from hvdlm_inference.generation import encode
 
 
 class Samples:
@@ -34,6 +35,12 @@ class Samples:
         """Check that samples have a length."""
         if not config.log.sample_tokens:
             raise HvdlmError("the plugin samples generates --log.sample_tokens tokens, which is 0: set it.")
+
+    @hookimpl
+    def hvdlm_check_data(self, config: Config, task: Task) -> None:
+        """Check that the vocabulary has the prompt's characters."""
+        if not task.reads:
+            encode(task.tokenizer, config.log.sample_prompt, config)
 
     @hookimpl
     def hvdlm_run_started(self, config: Config, world: World, run: RunControl) -> None:
@@ -61,10 +68,9 @@ class Samples:
     def _sample(self, step: int) -> None:
         log, self._step = self._config.log, step
         assert self._run is not None
-        text = self._run.generate(log.sample_prompt, log.sample_tokens, Sampling(seed=self._config.train.seed))
+        text = self._run.generate(log.sample_prompt, log.sample_tokens, shown=True, seed=self._config.train.seed)
         if not self._first_rank:
             return
-        print(text, flush=True)
         path = Path(log.run) / "sample.txt"
         try:
             replace(path, text)

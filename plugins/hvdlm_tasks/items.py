@@ -7,8 +7,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from hvdlm.data.sampler import permutation_key, permute
 from hvdlm.parallel.mesh import bounds
+from hvdlm_language.sampler import permutation_key, permute
 
 _POOL = 64  # batches that are sorted by length together
 

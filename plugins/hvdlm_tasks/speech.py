@@ -12,7 +12,6 @@ import numpy as np
 
 from hvdlm import hookimpl
 from hvdlm.config import Config
-from hvdlm.data.padding import pad_rows, round_up
 from hvdlm.errors import HvdlmError
 from hvdlm.models.spec import ModelSpec
 from hvdlm.protocols.trainable import Trainable
@@ -20,6 +19,7 @@ from hvdlm.protocols.types import Batch
 from hvdlm_corpora.tokenizers import CharTokenizer
 from hvdlm_language.language_model import loss_figures
 from hvdlm_language.likelihood import log_softmax
+from hvdlm_language.padding import pad_rows, round_up
 from hvdlm_language.scorer import Scorer, open_scorer
 from hvdlm_tasks.ctc_beam import prefix_beam_search
 from hvdlm_tasks.items import ShuffledItems, split_evenly

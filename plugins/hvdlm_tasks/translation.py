@@ -12,13 +12,13 @@ import numpy as np
 
 from hvdlm import hookimpl
 from hvdlm.config import Config
-from hvdlm.data.padding import pad_rows, round_up
 from hvdlm.errors import HvdlmError
 from hvdlm.models.spec import ModelSpec
 from hvdlm.protocols.trainable import Trainable
 from hvdlm.protocols.types import Batch
 from hvdlm_corpora import tokenizers
 from hvdlm_language.language_model import loss_figures
+from hvdlm_language.padding import pad_rows, round_up
 from hvdlm_tasks.beam import beam_search
 from hvdlm_tasks.items import ShuffledItems, split_evenly
 from hvdlm_tasks.models.seq2seq import READS

@@ -6,7 +6,8 @@ from hvdlm.config import Config
 
 
 def observers(config: Config) -> list[object]:
-    """Return the event plugins that the options of ``log`` select."""
+    """Return the event plugins that the options of ``log`` select, and the one that every run has."""
+    from hvdlm_telemetry.changed_rate import ChangedRate
     from hvdlm_telemetry.metrics import Metrics
     from hvdlm_telemetry.progress import Progress
     from hvdlm_telemetry.tensorboard import TensorBoard
@@ -16,4 +17,5 @@ def observers(config: Config) -> list[object]:
         plugins.append(TensorBoard(config))
     if config.log.progress:
         plugins.append(Progress(config))
+    plugins.append(ChangedRate())
     return plugins

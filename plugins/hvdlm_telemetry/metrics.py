@@ -12,10 +12,11 @@ from hvdlm import hookimpl
 from hvdlm.config import Config
 from hvdlm.errors import RankError
 from hvdlm.io import safe_files, untrusted_input
-from hvdlm.io.atomic_files import AppendFile, replace
+from hvdlm.io.atomic_files import replace
 from hvdlm.protocols.types import StepResult
 from hvdlm.protocols.world import World
 from hvdlm.telemetry.rates import Rates, is_logged
+from hvdlm_telemetry.append_file import AppendFile
 
 
 class Metrics:

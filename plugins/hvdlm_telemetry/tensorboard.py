@@ -11,10 +11,10 @@ from typing import Any
 
 from hvdlm import hookimpl
 from hvdlm.config import Config
-from hvdlm.io.atomic_files import AppendFile
 from hvdlm.protocols.types import StepResult
 from hvdlm.protocols.world import World
 from hvdlm.telemetry.rates import Rates
+from hvdlm_telemetry.append_file import AppendFile
 
 
 class TensorBoard:

@@ -12,7 +12,7 @@ from hvdlm.io.terminal import printable
 
 def main(arguments: list[str]) -> int:
     """Convert, and print what was written."""
-    from hvdlm.training.trained_run import chosen_checkpoint
+    from hvdlm_inference.trained_run import chosen_checkpoint
     from hvdlm_tools.merge import convert
 
     values = _parse(arguments)
@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> int:
 def _export(values: Any) -> int:
     """Write the checkpoint by the plugin that has the name of the format."""
     from hvdlm import plugins
-    from hvdlm.training.trained_run import chosen_checkpoint
+    from hvdlm_inference.trained_run import chosen_checkpoint
 
     manager, name = plugins.load([values.format]), values.format
     if not manager.hook.hvdlm_export.get_hookimpls():
@@ -48,7 +48,7 @@ def _export(values: Any) -> int:
 
 
 def _parse(arguments: list[str]) -> Any:
-    from hvdlm.training.trained_run import run_file, run_parser
+    from hvdlm_inference.trained_run import run_file, run_parser
 
     parser = run_parser(
         "convert", "Merge a checkpoint's shards into one file, or export it to another format.", epilog=""

@@ -60,7 +60,7 @@ def _check_optimizers(harness: Harness, name: str, findings: Findings) -> None:
     """Check the names of every optimizer's state, and that a gradient above the limit is not applied."""
     for optimizer, momentum in (("adamw", 0.0), ("sgd", 0.9), ("sgd", 0.0), ("adagrad", 0.0)):
         config = harness.config()
-        config.train.optimizer, config.train.momentum = optimizer, momentum  # type: ignore[assignment]
+        config.train.optimizer, config.train.momentum = optimizer, momentum
         spec = plugins.models(plugins.load([]))["rnn"](config.model, VOCAB, CONTEXT)
         try:
             trainable, _ = harness.build(spec, config)

@@ -11,7 +11,6 @@ import pytest
 
 from hvdlm import plugins
 from hvdlm.diagnostics.flight_recorder import FlightRecorder
-from hvdlm.inference.sampling import Sampling
 from hvdlm.protocols.types import StepResult
 from hvdlm.telemetry.rates import Rates
 from hvdlm_testing.plugin_under_test import PluginUnderTest
@@ -38,7 +37,7 @@ class _Control:
     def evaluate(self) -> None:
         """Ignore the request."""
 
-    def generate(self, prompt: str, tokens: int, sampling: Sampling) -> str:
+    def generate(self, prompt: str, tokens: int, shown: bool = False, **sampling: Any) -> str:
         """Return the prompt."""
         return prompt
 

@@ -13,12 +13,12 @@ import numpy as np
 from hvdlm.config import Config
 from hvdlm.diagnostics.phases import process
 from hvdlm.errors import HvdlmError
-from hvdlm.inference.sampling import Sampling, sample
 from hvdlm.io import text_decoding, untrusted_input
 from hvdlm.io.terminal import on_terminal
 from hvdlm.io.untrusted_input import shown
 from hvdlm.protocols.tokenizer import Tokenizer
 from hvdlm.protocols.trainable import Trainable
+from hvdlm_inference.sampling import Sampling, sample
 
 if TYPE_CHECKING:
     from hvdlm.training.run import Run
@@ -147,3 +147,15 @@ def write(run: Run, prompt: str, count: int, sampling: Sampling) -> str:
     if run.world.rank == 0:
         print(unprinted, flush=True)
     return "".join(chunks)
+
+
+def text_of(run: Run, prompt: str, count: int, shown: bool = False, **sampling: Any) -> str:
+    """Return ``prompt`` and its continuation, or the task's response; "" on ranks without rank 0's copy of the model.
+
+    All ranks call. ``shown``: rank 0 also prints it, as ``write`` does; ``sampling``: the fields of ``Sampling``.
+
+    Raises:
+        HvdlmError: a value is out of its range, or the vocabulary lacks a character of the prompt.
+    """
+    chosen = Sampling(**sampling)
+    return write(run, prompt, count, chosen) if shown else "".join(chunks_of_text(run, prompt, count, chosen))

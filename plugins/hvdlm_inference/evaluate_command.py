@@ -9,7 +9,7 @@ from hvdlm.diagnostics.rank_errors import ending_all_ranks
 from hvdlm.diagnostics.watchdog import watching
 from hvdlm.training.loop import evaluate
 from hvdlm.training.run import build
-from hvdlm.training.trained_run import connect_trained, run_parser
+from hvdlm_inference.trained_run import connect_trained, run_parser
 
 
 def main(arguments: list[str]) -> int:

@@ -11,10 +11,10 @@ from hvdlm.configuration.parsing import split_overrides
 from hvdlm.diagnostics.rank_errors import ending_all_ranks
 from hvdlm.diagnostics.watchdog import watching
 from hvdlm.errors import HvdlmError
-from hvdlm.inference.generation import read_prompt, write
-from hvdlm.inference.sampling import Sampling
 from hvdlm.training.run import build
-from hvdlm.training.trained_run import connect_trained, run_parser
+from hvdlm_inference.generation import read_prompt, write
+from hvdlm_inference.sampling import Sampling
+from hvdlm_inference.trained_run import connect_trained, run_parser
 
 
 def main(arguments: list[str]) -> int:

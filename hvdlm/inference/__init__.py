@@ -1,1 +1,0 @@
-"""Inference: text from a trained model, and scores of given texts."""
