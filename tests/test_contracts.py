@@ -47,7 +47,7 @@ def test_optimizer_state_has_the_names_of_the_contract(framework: str, optimizer
     trainable = small_trainable(framework, "rnn", optimizer=name, momentum=momentum)
     trainable.train_step([token_batch()], 1e-3, 0)
     kinds = {key.split("/")[1] for key in trainable.state() if key.startswith("optimizer/")}
-    expected = optimizer_state(TrainConfig(optimizer=name, momentum=momentum))  # type: ignore[arg-type]
+    expected = optimizer_state(TrainConfig(optimizer=name, momentum=momentum))
     assert kinds == set(expected) and ("without" in optimizer) == (not expected)
     for kind in expected:
         assert all(np.abs(a).sum() > 0 for key, a in trainable.state().items() if key.endswith(f"{kind}/head.bias"))

@@ -70,7 +70,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = (ROOT / "docs" / "plugins.md").read_text()
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("target")
     (source / "pyproject.toml").write_text(re.findall(r"```toml\n(.*?)```", text, re.S)[0])
-    code_blocks = [code for code in re.findall(r"```python\n(.*?)```", text, re.S) if "loss" in code]
+    code_blocks = [code for code in re.findall(r"```python\n(.*?)```", text, re.S) if "running mean" in code]
     (source / "loss_spike.py").write_text("\n".join(code_blocks))
     return install(source, target)
 
