@@ -1,19 +1,19 @@
-"""Compute a run's metrics on the whole validation split: ``python -m hvdlm evaluate --run RUN``."""
+"""Compute a run's metrics on the whole validation split."""
 
 from __future__ import annotations
 
 import json
 
-from hvdlm.configuration.parsing import split_overrides
-from hvdlm.diagnostics.rank_errors import ending_all_ranks
-from hvdlm.diagnostics.watchdog import watching
-from hvdlm.training.loop import evaluate
-from hvdlm.training.run import build
-from hvdlm_inference.trained_run import connect_trained, run_parser
-
 
 def main(arguments: list[str]) -> int:
     """Evaluate, and print the metrics as JSON on rank 0."""
+    from hvdlm.configuration.parsing import split_overrides
+    from hvdlm.diagnostics.rank_errors import ending_all_ranks
+    from hvdlm.diagnostics.watchdog import watching
+    from hvdlm.training.loop import evaluate
+    from hvdlm.training.run import build
+    from hvdlm_inference.trained_run import connect_trained, run_parser
+
     own, overrides = split_overrides(arguments)
     values = run_parser("evaluate", "Compute a run's metrics on the whole validation split.").parse_args(own)
     with watching() as watchdog:

@@ -1,4 +1,4 @@
-"""Generate text with a run's model: ``python -m hvdlm generate --run RUN --prompt TEXT``."""
+"""Generate text with a run's model."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hvdlm.configuration.parsing import split_overrides
-from hvdlm.diagnostics.rank_errors import ending_all_ranks
-from hvdlm.diagnostics.watchdog import watching
 from hvdlm.errors import HvdlmError
-from hvdlm.training.run import build
-from hvdlm_inference.generation import read_prompt, write
-from hvdlm_inference.sampling import Sampling
-from hvdlm_inference.trained_run import connect_trained, run_parser
 
 
 def main(arguments: list[str]) -> int:
     """Generate, and print the texts on rank 0."""
+    from hvdlm.configuration.parsing import split_overrides
+    from hvdlm.diagnostics.rank_errors import ending_all_ranks
+    from hvdlm.diagnostics.watchdog import watching
+    from hvdlm.training.run import build
+    from hvdlm_inference.generation import read_prompt, write
+    from hvdlm_inference.sampling import Sampling
+    from hvdlm_inference.trained_run import connect_trained
+
     own, overrides = split_overrides(arguments)
     values = _parse(own)
     sampling = Sampling(values.temperature, values.top_k, values.top_p, values.seed)
@@ -39,6 +40,8 @@ def main(arguments: list[str]) -> int:
 
 
 def _parse(arguments: list[str]) -> Any:
+    from hvdlm_inference.trained_run import run_parser
+
     parser = run_parser("generate", "Generate text with a run's model.")
     parser.add_argument("--prompt", type=str, default="\n", help="prompt; -: read standard input")
     parser.add_argument("--prompt_file", type=str, default=None, help="file with the prompt")

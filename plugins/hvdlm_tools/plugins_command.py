@@ -1,11 +1,9 @@
-"""List installed plugins: ``python -m hvdlm plugins``."""
+"""List installed plugins, what they provide and their versions."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from hvdlm import plugins
-from hvdlm.configuration.parsing import command_parser
 from hvdlm.errors import HvdlmError
 from hvdlm.io.terminal import printable
 
@@ -16,6 +14,8 @@ _COLLECTIONS = (
 
 def main(arguments: list[str]) -> int:
     """Print a table of all plugins; broken ones say why."""
+    from hvdlm.configuration.parsing import command_parser
+
     command_parser("plugins", "List installed plugins, what they provide and their versions.").parse_args(arguments)
     rows = [("plugin", "from", "module", "provides"), *describe()]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
@@ -27,6 +27,8 @@ def main(arguments: list[str]) -> int:
 
 def describe() -> list[tuple[str, str, str, str]]:
     """Return (name, distribution and version, module, what it provides) of every plugin; broken ones say why."""
+    from hvdlm import plugins
+
     rows = []
     for name, entry in sorted(plugins.installed().items()):
         origin = f"{entry.dist.name} {entry.dist.version}" if entry.dist else "?"
