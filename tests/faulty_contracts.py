@@ -8,9 +8,9 @@ import numpy as np
 
 from hvdlm import hookimpl
 from hvdlm.communication.all_reduce import AllReduceExchange
-from hvdlm.data.tokenizers import CharTokenizer
 from hvdlm.protocols.types import Batch
 from hvdlm_backends.mpi4py import MPI4PyBackend
+from hvdlm_corpora.tokenizers import CharTokenizer
 from hvdlm_language.rnn import make_rnn
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz012345"

@@ -16,9 +16,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from hvdlm.config import DataConfig
-from hvdlm.data import sampler
 from hvdlm.errors import HvdlmError, RankError
 from hvdlm_corpora import preparation, sources, tokenizers
+from hvdlm_language import sampler
 from launching import DATA
 
 TEXT = "To be, or not to be:\nthat is the question.\n红楼梦，石头记。\n" * 40

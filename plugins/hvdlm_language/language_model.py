@@ -7,13 +7,14 @@ from collections.abc import Iterator, Mapping
 
 from hvdlm import hookimpl
 from hvdlm.config import Config
-from hvdlm.data import corpora, sampler
+from hvdlm.data import corpora
 from hvdlm.data.corpora import Corpus
 from hvdlm.data.token_files import highest, require_length
 from hvdlm.data.tokenizer_base import required_ids
 from hvdlm.errors import HvdlmError, RankError
 from hvdlm.protocols.trainable import Trainable
 from hvdlm.protocols.types import Batch
+from hvdlm_language import sampler
 
 
 def loss_figures(sums: Mapping[str, float]) -> dict[str, float]:

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from hvdlm import hookimpl
-from hvdlm.data.tokenizers import CharTokenizer
 from hvdlm.errors import HvdlmError
 from hvdlm.parallel.mesh import bounds
 from hvdlm.protocols.types import Batch
+from hvdlm_corpora.tokenizers import CharTokenizer
 
 HELD_OUT = 7  # every 7th pair of numbers is in the validation split
 
