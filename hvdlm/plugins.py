@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from hvdlm.protocols.exchange import Exchange
     from hvdlm.protocols.task import Task
 
-_SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt", "step")
+SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt", "step")
 
 
 def installed() -> dict[str, EntryPoint]:
@@ -185,7 +185,7 @@ def find_schedule(manager: pluggy.PluginManager, config: TrainConfig) -> Callabl
     Raises:
         HvdlmError: nobody has it; the sentence names those there are.
     """
-    maker = _provided(manager, "lr_schedules", "train.schedule", config.schedule, _SCHEDULES)
+    maker = _provided(manager, "lr_schedules", "train.schedule", config.schedule, SCHEDULES)
     return maker(config) if maker else None
 
 

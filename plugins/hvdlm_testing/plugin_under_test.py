@@ -16,7 +16,7 @@ from hvdlm.errors import HvdlmError, nearest
 EVENTS = ("run_started", "step_ended", "evaluated", "checkpoint_saved", "rolled_back", "run_ended")
 HOOKS = sorted(name for name in vars(hookspecs) if name.startswith("hvdlm_"))
 COLLECTIONS = {"models": "hvdlm_models", "compressors": "hvdlm_compressors", "schedulers": "hvdlm_schedulers"}
-COLLECTIONS["tokenizers"] = "hvdlm_tokenizers"
+COLLECTIONS |= {name: f"hvdlm_{name}" for name in ("tokenizers", "optimizers", "lr_schedules")}
 MADE = {"framework": "hvdlm_make_framework", "backend": "hvdlm_make_backend", "task": "hvdlm_make_task"}
 MADE["exchange"] = "hvdlm_make_exchange"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hvdlm.configuration.availability import choose_backend
 from hvdlm.errors import HvdlmError, RankError
-from hvdlm_testing.checks import backends, compressors, exchanges, models, runs, tasks
+from hvdlm_testing.checks import backends, compressors, exchanges, models, optimizers, runs, tasks
 from hvdlm_testing.checks.harness import Findings, Harness, Skip
 from hvdlm_testing.launcher import RUNS, Request, Result
 from hvdlm_testing.plugin_under_test import PluginUnderTest, find
@@ -19,6 +19,7 @@ _REPORT_SECONDS = 2.0  # in which other ranks may report the same error
 _CHECKS = {
     "models": models.check_model,
     "compressors": compressors.check_compressor,
+    "optimizers": optimizers.check_optimizer,
     "exchange": exchanges.check_exchange,
     "framework": models.check_framework,
     "task": tasks.check_task,

@@ -108,7 +108,9 @@ class Harness:
         """Return a model with its initial values, and its exchange."""
         exchange = self.exchange(config)
         mesh = make_mesh(self.world.size, config.parallel)
-        return self.framework.build(spec, mesh, self.world, exchange, config), exchange
+        optimizer = plugins.find_optimizer(self.manager, config.train)
+        own = {"optimizer": optimizer} if optimizer else {}
+        return self.framework.build(spec, mesh, self.world, exchange, config, **own), exchange
 
     def batch(self, spec: ModelSpec, config: Config) -> Batch:
         """Return this rank's rows of a batch; ranks have different rows and different numbers of targets that count."""

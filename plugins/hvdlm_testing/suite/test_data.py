@@ -1,15 +1,16 @@
-"""Tests of tokenizers and data preparers."""
+"""Tests of tokenizers, data preparers and learning-rate schedules."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
-from hvdlm.config import DataConfig
+from hvdlm.config import DataConfig, TrainConfig
 from hvdlm.data.tokenizers import from_json
 from hvdlm.errors import HvdlmError
 from hvdlm.protocols.tokenizer_kind import TokenizerKind
@@ -86,3 +87,20 @@ def test_a_data_preparer_has_the_methods_of_the_contract(plugin: PluginUnderTest
         return  # the default data are not its own
     missing = [name for name in ("check", "store_stdin", "open") if not callable(getattr(preparer, name, None))]
     fail([f"{plugin.name}: its data preparer has no method {name}." for name in missing])
+
+
+@pytest.mark.provides("lr_schedules")
+def test_a_schedule_has_a_rate_for_every_update(plugin: PluginUnderTest) -> None:
+    faults, config = [], TrainConfig(steps=40, warmup=0)
+    for name, maker in plugin.members("lr_schedules").items():
+        try:
+            rates = [maker(config)(step) for step in range(config.steps)]
+            wrong = next((i for i, r in enumerate(rates) if not (math.isfinite(r) and r >= 0)), None)
+        except Exception as error:  # a third party's module may fail in any way
+            faults.append(f"schedule {name} fails with 40 steps: {type(error).__name__}: {error}")
+            continue
+        if wrong is not None:
+            faults.append(
+                f"schedule {name}: the rate after {wrong} of 40 updates is {rates[wrong]}, expected 0 or more."
+            )
+    fail(faults)

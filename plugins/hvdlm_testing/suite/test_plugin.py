@@ -18,6 +18,7 @@ from hvdlm import plugins
 from hvdlm.config import Config
 from hvdlm.configuration import schema
 from hvdlm.errors import nearest
+from hvdlm.protocols.state_dict import OPTIMIZER_STATE
 from hvdlm_testing.plugin_under_test import COLLECTIONS, HOOKS, PluginUnderTest, find
 from hvdlm_testing.suite import fail
 
@@ -89,7 +90,8 @@ def _taken(kind: str, plugin: PluginUnderTest) -> set[str]:
     """Return the names that hvdlm's own plugins use, except for the tested one."""
     entries = [entry for entry in entry_points(group="hvdlm") if entry.dist and entry.dist.name == "hvdlm"]
     others = find([entry.name for entry in entries if entry.name != plugin.name], [])
-    return {name for other in others for name in other.members(kind)}
+    built_in = {"optimizers": OPTIMIZER_STATE, "lr_schedules": plugins.SCHEDULES}
+    return {name for other in others for name in other.members(kind)} | set(built_in.get(kind, ()))
 
 
 @pytest.mark.provides("hvdlm_schedulers")

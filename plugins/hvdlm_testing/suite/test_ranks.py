@@ -1,4 +1,4 @@
-"""Results of two ranks in each framework: models, compressors, exchanges, frameworks, tasks and backends."""
+"""Results of two ranks in each framework: models, compressors, optimizers, exchanges, frameworks, tasks, backends."""
 
 from __future__ import annotations
 
@@ -26,6 +26,13 @@ def test_a_compressor_meets_its_contract(
     plugin: PluginUnderTest, member: str, framework: str, launches: Launches
 ) -> None:
     _report(launches.of(framework, "compressors", plugin, member))
+
+
+@pytest.mark.provides("optimizers")
+def test_an_optimizer_trains_and_resumes(
+    plugin: PluginUnderTest, member: str, framework: str, launches: Launches
+) -> None:
+    _report(launches.of(framework, "optimizers", plugin, member))
 
 
 @pytest.mark.provides("hvdlm_make_exchange")
@@ -92,6 +99,13 @@ def test_a_compressor_has_the_same_losses_in_every_framework(
 ) -> None:
     # A value at the boundary of two quantisation levels may be rounded to either.
     _compare(plugin, "compressors", launches, member, 1e-3)
+
+
+@pytest.mark.provides("optimizers")
+def test_an_optimizer_has_the_same_losses_in_every_framework(
+    plugin: PluginUnderTest, member: str, launches: Launches
+) -> None:
+    _compare(plugin, "optimizers", launches, member)
 
 
 @pytest.mark.provides("hvdlm_make_exchange")
