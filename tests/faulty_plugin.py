@@ -80,6 +80,30 @@ class Data:
         return SimpleNamespace(check=None, open=print)
 
 
+class Normalised:
+    """An optimizer whose updates depend on the norm of the whole vector."""
+
+    state, decoupled = (), True
+
+    def __init__(self, train):
+        pass
+
+    def update(self, parameters, gradient, state, learning_rate, step):
+        from keras import ops
+
+        return parameters - learning_rate * gradient / ops.sqrt(ops.sum(gradient * gradient)), {}
+
+
+class Rules:
+    @hookimpl
+    def hvdlm_optimizers(self):
+        return {"adagrad": Normalised, "normalised": Normalised}
+
+    @hookimpl
+    def hvdlm_lr_schedules(self):
+        return {"endless": lambda train: lambda step: 1.0 if step < 5 else float("nan")}
+
+
 class Hooks:
     @hookimpl
     def hvdlm_step_finished(self, step):

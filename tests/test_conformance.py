@@ -143,6 +143,9 @@ REPORTS = [
     "a token folder with the tokenizer letters can't be opened: name the entry point letters",
     "faulty_data: its data preparer has no method check",
     "faulty_data: its data preparer has no method store_stdin",
+    "faulty_rules: the name adagrad of its optimizers is taken",
+    "optimizer normalised in torch: parameters of an element depends on other elements",
+    "schedule endless: the rate after 5 of 40 updates is nan",
     "plugin faulty_import (nowhere) does not import: ModuleNotFoundError",
 ]
 
@@ -196,7 +199,7 @@ def test_every_fault_of_a_plugin_is_reported(tmp_path: Path) -> None:
     (source / "faulty.py").write_text(FAULTY.read_text())
     entries = {"faulty": "faulty:Faulty", "faulty_hooks": "faulty:Hooks", "faulty_options": "faulty:Options"}
     entries |= {"faulty_writer": "faulty:Writer", "faulty_task": "faulty:Task", "faulty_backend": "faulty:Backend"}
-    entries |= {"faulty_import": "nowhere", "faulty_data": "faulty:Data"}
+    entries |= {"faulty_import": "nowhere", "faulty_data": "faulty:Data", "faulty_rules": "faulty:Rules"}
     lines = "\n".join(f'{name} = "{module}"' for name, module in entries.items())
     (source / "pyproject.toml").write_text(
         '[build-system]\nrequires = ["setuptools"]\nbuild-backend = "setuptools.build_meta"\n[project]\n'

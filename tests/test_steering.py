@@ -16,7 +16,7 @@ from builders import file_names, read_json
 from hvdlm.training.run import plan
 from hvdlm.training.run_control import RunControl
 from hvdlm_backends.local import LocalWorld
-from launching import ROOT, STEPS, launch, losses, metrics
+from launching import ROOT, STEPS, launch, losses, metrics, run_python
 
 STEER = """
 from hvdlm import hookimpl
@@ -140,6 +140,13 @@ assert len(text) == 24, text
     rates = [line["learning_rate"] for line in metrics(tmp_path / "own_sgd") if "loss" in line]
     assert rates[2:] == pytest.approx([0.05] * 7 + [0.05 - (0.05 - 1e-4) / 2]) and rates[0] < rates[1] < 0.05
     assert read_json(tmp_path / "own_sgd" / "tokenizer.json")["kind"] == "pairs"
+
+
+def test_plugins_of_the_documents_conform(installed: Path, tmp_path: Path) -> None:
+    chosen = [option for name in DOCUMENTED for option in ("--hvdlm-plugin", name)]
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen]
+    done = run_python(command, cwd=tmp_path, timeout=600, PYTHONPATH=with_path(installed))
+    assert done.returncode == 0 and "skipped" not in done.stdout, done.stdout[-3000:] + done.stderr[-2000:]
 
 
 def test_lion_of_the_documents_lowers_the_loss(discovered: Path, tmp_path: Path) -> None:

@@ -147,11 +147,8 @@ class Launches:
 
 def _checks(plugin: PluginUnderTest) -> list[tuple[str, str, str]]:
     """Return (kind, plugin, member) of each check that needs a framework."""
-    checks = [
-        (kind, plugin.name, member)
-        for kind in ("models", "compressors", "optimizers")
-        for member in plugin.members(kind)
-    ]
+    kinds = ("models", "compressors", "optimizers")
+    checks = [(kind, plugin.name, member) for kind in kinds for member in plugin.members(kind)]
     for kind in ("framework", "exchange", "task"):
         if plugin.provides(f"hvdlm_make_{kind}"):
             checks.append((kind, plugin.name, ""))

@@ -41,12 +41,13 @@ def _check_elements(harness: Harness, optimizer: Optimizer, label: str, findings
     if not findings.require(set(whole) == names, f"{label}: update returns {sorted(whole)}, expected {sorted(names)}."):
         return
     for name in sorted(names):
+        array = whole[name]
         findings.require(
-            whole[name].dtype == np.float32 and whole[name].shape == (_SIZE,),
-            f"{label}: update returns {name} as {whole[name].dtype} {list(whole[name].shape)}, expected float32 [size].",
+            array.dtype == np.float32 and array.shape == (_SIZE,),
+            f"{label}: update returns {name} as {array.dtype} {list(array.shape)}, expected float32 [size].",
         )
         findings.require(
-            np.allclose(whole[name][: _SIZE // 2], half[name], atol=1e-6),
+            np.allclose(array[: _SIZE // 2], half[name], atol=1e-6),
             f"{label}: {name} of an element depends on other elements, of which a rank may hold a part only.",
         )
 
