@@ -23,6 +23,18 @@ SOURCE = Path(__file__).parent / "numpy_framework.py"
 RECURRENT = [*SMALL, "--model.name", "rnn", "--train.steps", "12", "--train.warmup", "3", "--train.eval_every", "6"]
 
 
+OWN_RULE = """
+from types import SimpleNamespace
+
+from hvdlm import hookimpl
+
+
+@hookimpl
+def hvdlm_optimizers():
+    return {"own_rule": lambda train: SimpleNamespace(state=(), decoupled=True)}
+"""
+
+
 def names(source: str) -> list[tuple[int, str]]:
     """Return (line, string) of strings that name a framework, but for docstrings and sentences (advice to users)."""
     tree, matches = ast.parse(source), []
@@ -84,7 +96,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> str:
     entries = folder / "numpy_framework-1.dist-info" / "entry_points.txt"
     entries.parent.mkdir()
     (entries.parent / "METADATA").write_text("Name: numpy-framework\nVersion: 1\n")
-    entries.write_text("[hvdlm]\nnumpy_framework = numpy_framework\n")
+    entries.write_text("[hvdlm]\nnumpy_framework = numpy_framework\nown_rule = own_rule\n")
+    (folder / "own_rule.py").write_text(OWN_RULE)
     return str(folder)
 
 
@@ -137,3 +150,10 @@ def test_a_framework_unknown_to_horovod_gets_no_advice_to_build(installed: str, 
     done = launch("mpirun", 2, [*command, "--backend", "mpi"], PYTHONPATH=path_with(installed))
     assert done.returncode == 2 and "Horovod has no operations for numpy_framework" in done.stderr, done.stderr
     assert "horovod build" not in done.stderr and "--backend mpi4py" in done.stderr
+
+
+def test_a_framework_without_plugins_optimizers_refuses_them(installed: str, tmp_path: Path) -> None:
+    command = ["-m", "hvdlm", *RECURRENT, "--framework", "numpy_framework", "--log.run", str(tmp_path / "run")]
+    done = launch("", 1, [*command, "--train.optimizer", "own_rule"], PYTHONPATH=path_with(installed))
+    sentence = "hvdlm: train.optimizer own_rule: numpy_framework takes none of plugins: choose adamw."
+    assert done.returncode == 2 and done.stderr.strip() == sentence, done.stderr

@@ -321,7 +321,8 @@ def build(connected: Connected) -> Run:
     optimizer = plugins.find_optimizer(manager, config.train)
     own = {"optimizer": optimizer} if optimizer else {}  # frameworks without such optimizers need no parameter
     if own and "optimizer" not in signature(framework.build).parameters:
-        raise HvdlmError(f"train.optimizer {config.train.optimizer}: {framework.name} has no optimizers of plugins.")
+        rule = config.train.optimizer
+        raise HvdlmError(f"train.optimizer {rule}: {framework.name} takes none of plugins: choose adamw.")
     trainable = framework.build(spec, mesh, world, exchange, config, **own)
     if checkpoint:
         load_state(checkpoint, trainable, world, mesh)
