@@ -19,7 +19,7 @@ from hvdlm.io.untrusted_input import shown
 COMMANDS = {
     "train": "train a model (the default)",
 }
-"""The commands of the core, each a module ``hvdlm.commands.NAME`` with ``main(arguments) -> exit code``."""
+"""The command of the core, a module ``hvdlm.commands.NAME`` with ``main(arguments) -> exit code``."""
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,1 +1,1 @@
-"""The commands of ``python -m hvdlm``, one per file: its parser and its ``main(arguments) -> exit code``."""
+"""The command ``train``, with ``main(arguments) -> exit code``; the others are those of packages."""
