@@ -113,7 +113,8 @@ def interrupted(folder: Path, framework: str) -> Any:
     results: list[hvdlm.Result] = []
     other = threading.Thread(target=lambda: results.append(hvdlm.train(resumed)))
     other.start()
-    while other.is_alive() and not watchdog._watched.locked():
+    deadline = time.monotonic() + 60
+    while other.is_alive() and not watchdog._watched.locked() and time.monotonic() < deadline:
         time.sleep(0.001)
     try:
         hvdlm.train(config(folder, framework, "second"))

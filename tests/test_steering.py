@@ -112,7 +112,7 @@ def test_a_plugin_on_one_rank_steers_all_ranks(
     assert (status["state"], status["reason"], status["step"], status["code"]) == ("done", "it is enough", 8, 0)
     assert summary["ended_early"] == "it is enough" and summary["stopped"] is None and summary["steps"] == 8
     assert "the run ends after step 8: it is enough" in done.stdout
-    assert file_names(tmp_path / "run" / "checkpoints") == ["step-00000004", "step-00000008"]
+    assert file_names(tmp_path / "run" / "checkpoints") == ["latest", "step-00000004", "step-00000008"]
     assert [line["step"] for line in metrics(tmp_path / "run") if "val_loss" in line] == [6, 8]
     assert losses(tmp_path / "run") == losses(plain)[:8]
 
