@@ -61,7 +61,7 @@ def _check_optimizers(harness: Harness, name: str, findings: Findings) -> None:
     for optimizer, momentum in (("adamw", 0.0), ("sgd", 0.9), ("sgd", 0.0), ("adagrad", 0.0)):
         config = harness.config()
         config.train.optimizer, config.train.momentum = optimizer, momentum
-        spec = plugins.models(plugins.load([]))["rnn"](config.model, VOCAB, CONTEXT)
+        spec = plugins.models(plugins.load(["rnn"]))["rnn"](config.model, VOCAB, CONTEXT)
         try:
             trainable, _ = harness.build(spec, config)
         except HvdlmError:  # a framework may refuse all optimizers but AdamW

@@ -23,7 +23,7 @@ def small_config(model: str = "gpt", **sizes) -> Config:
 
 
 def build(config: Config, optimizer=None):
-    manager = plugins.load(["jax"])
+    manager = plugins.load(["jax", config.model.name])
     manager.hook.hvdlm_prepare(config=config)
     framework = plugins.make(manager, "framework", "jax")
     spec = plugins.find_model(manager, config.model.name)(config.model, VOCAB, CONTEXT)
@@ -115,7 +115,7 @@ def test_a_step_with_a_norm_that_is_not_finite_is_skipped():
 def test_settings_that_jax_lacks_are_refused(section, option, value, sentence):
     config = small_config()
     setattr(getattr(config, section), option, value)
-    manager = plugins.load(["jax"])
+    manager = plugins.load(["jax", config.model.name])
     spec = plugins.find_model(manager, "gpt")(config.model, VOCAB, CONTEXT)
     with pytest.raises(HvdlmError, match=sentence):
         manager.hook.hvdlm_check(config=config, spec=spec)

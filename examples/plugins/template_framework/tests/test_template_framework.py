@@ -19,7 +19,7 @@ from hvdlm.errors import HvdlmError
 def test_settings_that_it_lacks_are_refused(section, option, value):
     config = Config(framework="template_framework")
     setattr(getattr(config, section), option, value)
-    manager = plugins.load(["template_framework"])
+    manager = plugins.load(["template_framework", "gpt"])
     spec = plugins.find_model(manager, "gpt")(config.model, 20, 8)
     with pytest.raises(HvdlmError, match=rf"has no {section}\.{option} {value}"):
         manager.hook.hvdlm_check(config=config, spec=spec)
