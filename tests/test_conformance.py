@@ -138,7 +138,7 @@ REPORTS = [
     "2 ranks together count 64 targets of the validation split, one rank 32",
     "hvdlm_make_backend returns a backend for every name",
     "faulty_data: the name char of its tokenizers is taken",
-    "tokenizer letters: encode returns int64 [1660], expected int32 [n]",
+    "tokenizer letters: encode returns int64 [1640], expected int32 [n]",
     "tokenizer char: its description has the kind 'letters', expected 'char'",
     "a token folder with the tokenizer letters can't be opened: name the entry point letters",
     "faulty_data: its data preparer has no method check",
