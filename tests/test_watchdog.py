@@ -406,6 +406,16 @@ def start_watchdog(process: Process, timeout: float = 0.4) -> Watchdog:
     return watchdog
 
 
+def output_of_a_hang(worlds: list[FakeWorld], watchers: list[Watchdog], capfd: pytest.CaptureFixture[str]) -> str:
+    """Wait until the watchdogs have ended all ranks with one report; return what was printed."""
+    assert all(world.ended.wait(10) for world in worlds)
+    for watcher in watchers:
+        watcher.stop()
+    output = capfd.readouterr().err
+    assert output.count("the run hangs") == 1 and [world.codes for world in worlds] == [[1], [1]]
+    return output
+
+
 def test_a_timed_out_collective_ends_the_run_with_a_diagnosis(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -414,11 +424,7 @@ def test_a_timed_out_collective_ends_the_run_with_a_diagnosis(
     watchers = [start_watchdog(world.process) for world in worlds]
     worlds[0].process.step(3)
     begin_all_reduce(worlds[0].recorder, "gradients.0")
-    assert all(world.ended.wait(10) for world in worlds)
-    for watcher in watchers:
-        watcher.stop()
-    output = capfd.readouterr().err
-    assert output.count("the run hangs") == 1 and [world.codes for world in worlds] == [[1], [1]]
+    output = output_of_a_hang(worlds, watchers, capfd)
     assert "in all_reduce gradients.0 [3,2] float32 of ranks 0-1, step 3, called at tests/test_watchdog.py:" in output
     assert "Not arrived there: rank 1." in output and "in test_a_timed_out_collective_ends_the_run" in output
     assert f"doctor --run {tmp_path / 'run'}" in output
@@ -465,11 +471,7 @@ def test_without_a_working_diagnosis_stacks_are_printed(
     worlds = [FakeWorld(tmp_path, rank, 2) for rank in (0, 1)]
     watchers = [start_watchdog(world.process) for world in worlds]
     begin_all_reduce(worlds[0].recorder, "gradients.0")
-    assert all(world.ended.wait(10) for world in worlds)
-    for watcher in watchers:
-        watcher.stop()
-    output = capfd.readouterr().err
-    assert output.count("the run hangs") == 1 and [world.codes for world in worlds] == [[1], [1]]
+    output = output_of_a_hang(worlds, watchers, capfd)
     assert "has been training" in output and "in test_without_a_working_diagnosis_stacks_are_printed" in output
 
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import queue
 import re
 import socket
-import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hvdlm.config import CommunicationConfig, Config
+from hvdlm.diagnostics import failure_files
 from hvdlm.diagnostics.phases import process
 from hvdlm.errors import HvdlmError
 from hvdlm.io import launcher_env
@@ -167,22 +166,18 @@ def _unresolved(name: str) -> OSError | None:
 
     A name server that doesn't answer would hold this rank for 10 s and more, while the others wait for it to connect.
     """
-    failures: queue.SimpleQueue[OSError | None] = queue.SimpleQueue()
-
-    def resolve() -> None:
-        try:
-            socket.getaddrinfo(name, None)
-        except OSError as error:
-            failures.put(error)
-        else:
-            failures.put(None)
-
     limit = min(_NAME_SERVER_SECONDS, process.timeout / 2)  # before the others' watchdogs report this rank
-    threading.Thread(target=resolve, daemon=True).start()
+    late = TimeoutError(f"no name server answered within {limit:g} s")
+    failure: OSError | None = failure_files.within(limit, lambda: _lookup_error(name), late)
+    return failure
+
+
+def _lookup_error(name: str) -> OSError | None:
     try:
-        return failures.get(timeout=limit)
-    except queue.Empty:
-        return TimeoutError(f"no name server answered within {limit:g} s")
+        socket.getaddrinfo(name, None)
+    except OSError as error:
+        return error
+    return None
 
 
 def check_alone(launch: Launch | None) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from hvdlm.diagnostics.flight_recorder import MOST_RANKS
 from hvdlm.errors import FAILED, HvdlmError
 from hvdlm.io import safe_files, untrusted_input, value_checks
 from hvdlm.io.terminal import printable
@@ -26,7 +27,6 @@ HANG, REPORTED = "hang", "told"
 """Markers: a rank has noticed a hang; a rank has reported (on standard error) why the run ends."""
 
 _MAX_BYTES = 1 << 20  # read of a stack or an error
-_MAX_RANKS = 65536
 _FAILURE = value_checks.fields(
     {
         "message": value_checks.text,
@@ -66,7 +66,7 @@ def files_of_ranks(folder: Path, kind: str, suffix: str) -> list[Path]:
         names = sorted(os.listdir(folder))
     except OSError:
         return []
-    return [folder / name for name in names if re.fullmatch(rf"{kind}-\d{{4,5}}\.{suffix}", name)][:_MAX_RANKS]
+    return [folder / name for name in names if re.fullmatch(rf"{kind}-\d{{4,5}}\.{suffix}", name)][:MOST_RANKS]
 
 
 def rank_of(path: Path) -> int:
@@ -163,7 +163,7 @@ def read_phases(folder: Path) -> dict[int, dict[str, Any]]:
 
 
 def within(seconds: float, action: Callable[[], Any], default: Any) -> Any:
-    """Return ``action()``, or ``default`` where it takes longer than ``seconds``: the file system may not respond."""
+    """Return ``action()``, or ``default`` where it takes longer than ``seconds``: what it asks may not respond."""
     results: list[Any] = []
     thread = threading.Thread(target=lambda: results.append(action()), daemon=True)
     thread.start()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from hvdlm import plugins
 from hvdlm.config import Config
 
 
@@ -11,4 +10,6 @@ def default_plugins(config: Config) -> list[object]:
 
     Each is called before those in front of it in the list.
     """
+    from hvdlm import plugins  # imports numpy, whose threads must not be there before signals are blocked
+
     return [plugin for make in plugins.extensions("observers") for plugin in make(config)]
