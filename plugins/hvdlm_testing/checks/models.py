@@ -63,6 +63,7 @@ def _check_optimizers(harness: Harness, name: str, findings: Findings) -> None:
         config.train.optimizer, config.train.momentum = optimizer, momentum
         spec = plugins.models(plugins.load(["rnn"]))["rnn"](config.model, VOCAB, CONTEXT)
         try:
+            harness.manager.hook.hvdlm_check(config=config, spec=spec)
             trainable, _ = harness.build(spec, config)
         except HvdlmError:  # a framework may refuse all optimizers but AdamW
             if optimizer == "adamw":
