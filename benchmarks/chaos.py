@@ -51,6 +51,8 @@ KINDS = {
 FULL = {name: kind.count for name, kind in KINDS.items()} | {"steps": 150}
 SHORT = dict.fromkeys(KINDS, 1) | {"steps": 45}
 NONE = Bar(at_most=0)
+SEGMENTS = ["OMPI_MCA_btl_vader_backing_directory", "OMPI_MCA_btl_sm_backing_directory"]
+"""Where Open MPI 4 and 5 keep the memory that ranks share."""
 TOLERANCE = {"torch": 0.0, "tensorflow": 1e-5}
 
 
@@ -92,35 +94,23 @@ def run_interrupted(framework: str, folder: Path, length: int, kind: Kind, limit
 
 @contextlib.contextmanager
 def nothing_left_behind() -> Iterator[None]:
-    """Give launches a temporary folder of their own; check that it is empty afterwards, and shared memory as before.
+    """Give launches temporary folders of their own, on disk and in shared memory; check afterwards that they are empty.
 
-    Shared memory that a living process has mapped belongs to another run on this machine.
+    Names in shared memory don't tell the runs of a machine apart, so that Open MPI is given a folder for its segments.
     """
-    prefixes = ("ompi", "vader", "sm_segment", "pmix", "hvdlm")
-    shared = Path("/dev/shm")
-    before = set(shared.glob("*"))
-    with tempfile.TemporaryDirectory(prefix="hvdlm-") as name:
-        with mock.patch.dict(os.environ, TMPDIR=name):
+    shared = "/dev/shm" if Path("/dev/shm").is_dir() else None
+    with (
+        tempfile.TemporaryDirectory(prefix="hvdlm-") as temporary,
+        tempfile.TemporaryDirectory(prefix="hvdlm-", dir=shared) as segments,
+    ):
+        with mock.patch.dict(os.environ, {"TMPDIR": temporary, **dict.fromkeys(SEGMENTS, segments)}):
             yield
-
-        def left() -> list[Path]:
-            new = [path for path in set(shared.glob("*")) - before if path.name.startswith(prefixes)]
-            return [*Path(name).iterdir(), *(path for path in new if not mapped(path))]
-
-        for _ in range(10):  # files of another run may be appearing or disappearing just now
-            if not left():
+        for _ in range(10):  # launchers may be deleting files just now
+            left = [str(path) for name in (temporary, segments) for path in Path(name).iterdir()]
+            if not left:
                 return
             time.sleep(0.5)
-        raise Violation(f"left behind: {', '.join(map(str, left()))}")
-
-
-def mapped(path: Path) -> bool:
-    """Return whether a living process has mapped the file."""
-    for maps in Path("/proc").glob("[0-9]*/maps"):
-        with contextlib.suppress(OSError):
-            if str(path) in maps.read_text():
-                return True
-    return False
+        raise Violation(f"left behind: {', '.join(left)}")
 
 
 def check_leftovers(folder: Path) -> None:

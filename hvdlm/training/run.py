@@ -167,7 +167,6 @@ def plan(config: Config, *, writes: bool = True, resume: str | None = None) -> P
     requested = config
     config = replace(config, train=replace(config.train, threads=backend.prepare(config)))
     manager.hook.hvdlm_prepare(config=config)
-    plugins.check_keras(config)
     config = replace(config, backend=backend_name)
     mesh = make_mesh(size, config.parallel)
     validation.layout(config, mesh)
@@ -179,6 +178,7 @@ def plan(config: Config, *, writes: bool = True, resume: str | None = None) -> P
     validation.model(config, manager)
     validation.communication(config, size, backend_name, plugins.compressors(manager))
     require_framework(config.framework, size, backend_name)
+    plugins.check_keras(config)
     data = corpora.store_stdin(config)
     if resume is None:
         resume = config.checkpoint.resume if writes else "none"
