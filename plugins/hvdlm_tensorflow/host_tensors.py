@@ -22,7 +22,7 @@ from hvdlm.protocols.group import Handle
 
 Shape = tuple[int | None, ...]
 _LAST_START = "hvdlm_last_start"  # the attribute of a graph that holds the operation of its newest start
-_ALIGNMENT = 64  # bytes: TensorFlow copies memory that begins elsewhere
+_ALIGNMENT = 64  # bytes: TensorFlow's kernels take no memory that begins elsewhere
 
 
 class HostTensors:
@@ -149,7 +149,13 @@ def _array(tensor: tf.Tensor, dtype: tf.DType) -> np.ndarray:
 
 
 def _tensor(array: np.ndarray) -> tf.Tensor:
-    """Return the tensor that takes over an array's memory; of bfloat16, the integers of its bits."""
+    """Return the tensor that takes over an array's memory; of bfloat16, the integers of its bits.
+
+    A backend may return any array; kernels abort the process on memory that isn't aligned, so that it is copied.
+    """
     if array.dtype == ml_dtypes.bfloat16:
         array = array.view(np.int16)
+    flags = array.flags
+    if array.__array_interface__["data"][0] % _ALIGNMENT or not (flags.c_contiguous and flags.writeable):
+        return tf.constant(array)
     return tf.experimental.dlpack.from_dlpack(array.__dlpack__())

@@ -139,7 +139,9 @@ def _array(tensor: torch.Tensor) -> np.ndarray:
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:
-    """Return the tensor that shares an array's memory."""
+    """Return the tensor that shares an array's memory, unless it can't be written or isn't contiguous."""
+    if not (array.flags.c_contiguous and array.flags.writeable):
+        array = array.copy()
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
