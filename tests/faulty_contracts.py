@@ -8,6 +8,8 @@ import numpy as np
 
 from hvdlm import hookimpl
 from hvdlm.communication.all_reduce import AllReduceExchange
+from hvdlm.errors import HvdlmError
+from hvdlm.protocols.group import Done
 from hvdlm.protocols.types import Batch
 from hvdlm_backends.mpi4py import MPI4PyBackend
 from hvdlm_corpora.tokenizers import CharTokenizer
@@ -72,6 +74,31 @@ class Forgetting(Letters):
             raise KeyError("the last row")
 
 
+class Uncounted(Letters):
+    """None of its targets counts."""
+
+    def rows(self, first, last):
+        batch = super().rows(first, last)
+        return replace(batch, weights=np.zeros(batch.targets.shape, np.float32))
+
+
+class Ragged(Letters):
+    """Its rows are as long as their texts."""
+
+    def rows(self, first, last):
+        batch = super().rows(first, last)
+        width = 8 - first % 2
+        return Batch(batch.inputs[:, :width], batch.targets[:, :width])
+
+
+class Misaligned(Letters):
+    """Its inputs have one token more than its targets, and more than the context."""
+
+    def rows(self, first, last):
+        rows = np.arange(first, last)[:, None] * 7 + np.arange(65)[None]
+        return Batch((rows % 32).astype(np.int32), ((rows[:, 1:] + 1) % 32).astype(np.int32))
+
+
 def task_plugin(plugin_name, task, every_name=False):
     """Return a class of plugin that makes ``task``."""
 
@@ -87,6 +114,9 @@ untrainable = task_plugin("untrainable", Untrainable)
 short = task_plugin("short", Short)
 lossy = task_plugin("lossy", Lossy)
 forgetting = task_plugin("forgetting", Forgetting)
+uncounted = task_plugin("uncounted", Uncounted)
+ragged = task_plugin("ragged", Ragged)
+misaligned = task_plugin("misaligned", Misaligned)
 greedy = task_plugin("greedy", Letters, every_name=True)
 
 
@@ -104,10 +134,58 @@ class Forgetful(MPI4PyBackend):
         return world
 
 
-class forgetful:
-    @hookimpl
-    def hvdlm_make_backend(self, name):
-        return Forgetful() if name == "forgetful" else None
+class Averaging(MPI4PyBackend):
+    """Its sums are means."""
+
+    name = "averaging"
+
+    def start(self, framework, groups, config):
+        world = super().start(framework, groups, config)
+        for group in getattr(world, "_groups", {}).values():
+            whole = group._all_reduce
+            group._all_reduce = lambda tensor, *rest, whole=whole: whole(tensor / world.size, *rest)
+        return world
+
+
+class Unordered(MPI4PyBackend):
+    """It gathers this rank's array first."""
+
+    name = "unordered"
+
+    def start(self, framework, groups, config):
+        world = super().start(framework, groups, config)
+        for group in getattr(world, "_groups", {}).values():
+            gather = group._all_gather
+            group._all_gather = lambda tensor, *rest, gather=gather: Done(
+                gather(tensor, *rest).wait().roll(-world.rank * len(tensor), 0)
+            )
+        return world
+
+
+class Crashing(MPI4PyBackend):
+    """It can't start."""
+
+    name = "crashing"
+
+    def start(self, framework, groups, config):
+        return self.address + 1
+
+
+def backend_plugin(backend):
+    """Return a class of plugin that makes ``backend``."""
+
+    class Plugin:
+        @hookimpl
+        def hvdlm_make_backend(self, name):
+            return backend() if name == backend.name else None
+
+    return Plugin
+
+
+forgetful = backend_plugin(Forgetful)
+averaging = backend_plugin(Averaging)
+unordered = backend_plugin(Unordered)
+crashing = backend_plugin(Crashing)
 
 
 class Reordered(AllReduceExchange):
@@ -160,18 +238,44 @@ class peeking:
         return {"peeking": make_peeking}
 
 
-class misnamed:
-    """A framework whose optimizer state has names of its own, and which applies every gradient."""
+def framework_plugin(framework_name, class_name):
+    """Return a class of plugin that makes a framework of faulty_framework.py."""
+
+    class Plugin:
+        @hookimpl
+        def hvdlm_prepare(self, config):
+            if config.framework == framework_name:
+                os.environ["KERAS_BACKEND"] = "torch"
+
+        @hookimpl
+        def hvdlm_make_framework(self, name):
+            if name != framework_name:
+                return None
+            import faulty_framework
+
+            return faulty_framework.Framework(name, getattr(faulty_framework, class_name))
+
+    return Plugin
+
+
+misnamed = framework_plugin("misnamed", "Misnamed")
+amnesic = framework_plugin("amnesic", "Amnesic")
+uphill = framework_plugin("uphill", "Uphill")
+unclipped = framework_plugin("unclipped", "Unclipped")
+
+
+class idle(framework_plugin("idle", "Misnamed")):
+    """A framework that refuses every model, and brings none."""
 
     @hookimpl
-    def hvdlm_prepare(self, config):
-        if config.framework == "misnamed":
-            os.environ["KERAS_BACKEND"] = "torch"
+    def hvdlm_check(self, config, spec):
+        if config.framework == "idle":
+            raise HvdlmError(f"framework idle computes no {spec.kind}.")
+
+
+class careless:
+    """It reads an option that doesn't exist."""
 
     @hookimpl
-    def hvdlm_make_framework(self, name):
-        if name != "misnamed":
-            return None
-        from faulty_framework import Framework
-
-        return Framework()
+    def hvdlm_check(self, config, spec):
+        return config.plugin_options["careless"].limit

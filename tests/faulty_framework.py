@@ -1,6 +1,7 @@
-"""PyTorch, but with optimizer state under other names, and without the limit of gradients (faulty_contracts.py)."""
+"""Frameworks that are PyTorch but for one broken contract each, and a faulty model (faulty_contracts.py)."""
 
 import math
+from dataclasses import replace
 
 from hvdlm_torch import framework
 from hvdlm_torch.models.base import ModelBase
@@ -8,6 +9,8 @@ from hvdlm_torch.trainable import Trainable
 
 
 class Misnamed(Trainable):
+    """Has optimizer state under other names, and applies every gradient."""
+
     def train_step(self, micro_batches, learning_rate, step, limit=math.inf):
         return super().train_step(micro_batches, learning_rate, step)
 
@@ -21,12 +24,36 @@ class Misnamed(Trainable):
         super().load_state({name.replace("exp_avg", "first_moment"): array for name, array in state.items()})
 
 
-class Framework(framework.Framework):
-    name = "misnamed"
+class Amnesic(Trainable):
+    """Resumes with an optimizer that has forgotten everything."""
 
-    def build(self, *arguments):
-        trainable = super().build(*arguments)
-        trainable.__class__ = Misnamed
+    def load_state(self, state):
+        super().load_state({name: array for name, array in state.items() if not name.startswith("optimizer/")})
+
+
+class Uphill(Trainable):
+    """Its gradients have the wrong sign."""
+
+    def train_step(self, micro_batches, learning_rate, step, limit=math.inf):
+        return super().train_step(micro_batches, -learning_rate, step, limit)
+
+
+class Unclipped(Trainable):
+    """It clips no gradient."""
+
+
+class Framework(framework.Framework):
+    """PyTorch with trainables of another class."""
+
+    def __init__(self, name, kind):
+        super().__init__()
+        self.name, self._kind = name, kind
+
+    def build(self, model, mesh, world, exchange, config, *optimizer):
+        if self._kind is Unclipped:
+            config = replace(config, train=replace(config.train, clip=0.0))
+        trainable = super().build(model, mesh, world, exchange, config, *optimizer)
+        trainable.__class__ = self._kind
         return trainable
 
 

@@ -169,14 +169,33 @@ BROKEN_CONTRACTS = {
     "short": ["task short: rows(1000, 1004) has 0 rows, expected 4: the order of rows is endless"],
     "lossy": ["task lossy: its tokenizer decodes 'ihgfedcb', encoded, to 'bcdefghi'"],
     "forgetting": ["task run forgetting fails in torch: KeyError: 'the last row'"],
+    "uncounted": ["task uncounted: no target of rows(0, 4) counts, their weights are 0: there is nothing to learn"],
+    "ragged": ["task ragged: rows 0 to 3 have the shapes [8], [7], [8], [7] (inputs): ranks need rows of one shape"],
+    "misaligned": [
+        "task misaligned: targets are [4, 64], inputs [4, 65]",
+        "task misaligned: rows are 65 tokens wide, data.context is 64",
+    ],
     "greedy": ["greedy: hvdlm_make_task returns a task for every name"],
-    "forgetful": ["group of forgetful: all_reduce is [0.0, 1.0,"],
+    "careless": ["careless: hvdlm_check fails with the model gpt: KeyError: 'careless' ("],
+    "forgetful": ["group of forgetful: all_reduce of float32 is float32 [2] ["],
+    "averaging": [": it is the mean of the ranks', and reductions are sums"],
+    "unordered": [": it has the same values in another order, and theirs is that of the ranks"],
+    "crashing": [
+        "backend crashing does not start, with torch: AttributeError: 'Crashing' object has no attribute 'address' (",
+    ],
     "reordered": ["exchange reordered: the sum of a bucket has another direction than its gradients"],
     "hidden_state": ["compressor hiding in torch: after load_state(state()) sums differ: memory() lacks a part of"],
     "peeking": ["peeking in torch: scores change with a token that follows them"],
     "misnamed": [
         "framework misnamed: adamw keeps optimizer/['exp_avg', 'second_moment'] in state(), expected ['first_moment'",
         "framework misnamed: sgd: train_step applies a gradient whose norm is above its limit",
+    ],
+    "amnesic": ["rnn in amnesic: load_state(state()) does not restore optimizer/first_moment/"],
+    "uphill": ["rnn in uphill: the loss does not fall in 7 steps on one batch"],
+    "unclipped": ["framework unclipped: a step of sgd changes the parameters by "],
+    "idle": [
+        "framework idle is refused: it refuses gpt and rnn (framework idle computes no gpt.), and its plugin has no "
+        "model of its own",
     ],
 }
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import sys
 import time
+import traceback
 from dataclasses import asdict
 from pathlib import Path
 
 from hvdlm.configuration.availability import choose_backend
 from hvdlm.errors import HvdlmError, RankError
+from hvdlm.io.launcher_env import rank_for_messages
 from hvdlm_testing.checks import backends, compressors, exchanges, models, optimizers, runs, tasks
 from hvdlm_testing.checks.harness import Findings, Harness, Skip
 from hvdlm_testing.launcher import RUNS, Request, Result
@@ -23,6 +25,7 @@ _CHECKS = {
     "exchange": exchanges.check_exchange,
     "framework": models.check_framework,
     "task": tasks.check_task,
+    "backend": backends.check_backend,
     "framework_run": runs.check_framework_run,
     "task_run": runs.check_task_run,
 }
@@ -35,19 +38,33 @@ def main(path: str) -> int:
     names = list(dict.fromkeys(name for _, name, _ in request.checks))
     tested = find(names, [f"{name}={file}" for name, file in request.configs.items() if name in names])
     plugins = {plugin.name: plugin for plugin in tested}
-    if request.backend:
-        result = backends.check_backend(plugins[request.backend], request.framework)
-        _write(output, request.checks[0], result, 0)
-        return 0
-    with Harness.open(request.framework, choose_backend(request.framework), tested) as harness:
-        for kind, name, member in request.checks:
-            _write(output, [kind, name, member], Result(skipped="begun"), harness.world.rank)
-            result = _check(harness, kind, plugins[name], member, output)
-            of_ranks = harness.world.gather_objects([result.faults, result.skipped])
-            faults = dict.fromkeys(fault for faults, _ in of_ranks for fault in faults)
-            skipped = next((reason for _, reason in of_ranks if reason), "")
-            _write(output, [kind, name, member], Result(list(faults), skipped, result.figures), harness.world.rank)
+    backend = request.backend or choose_backend(request.framework)
+    stage = "does not start"
+    try:
+        with Harness.open(request.framework, backend, tested) as harness:
+            stage = "fails while its ranks gather their results"
+            for kind, name, member in request.checks:
+                _make(harness, kind, plugins[name], member, output)
+            stage = "fails in close() of its world"
+    except HvdlmError as error:
+        if not request.backend or stage != "does not start":
+            raise
+        _write(output, request.checks[0], Result(skipped=f"backend {backend} does not start here: {error}"), 0)
+    except Exception as error:  # a third party's code may raise anything
+        _report(output, rank_for_messages(), [f"backend {backend} {stage}, with {request.framework}: {_text(error)}"])
+        return 1
     return 0
+
+
+def _make(harness: Harness, kind: str, plugin: PluginUnderTest, member: str, output: Path) -> None:
+    """Make a check; rank 0 writes the result of all ranks."""
+    check, rank = [kind, plugin.name, member], harness.world.rank
+    _write(output, check, Result(skipped="begun"), rank)
+    result = _check(harness, kind, plugin, member, output)
+    of_ranks = harness.world.gather_objects([result.faults, result.skipped])
+    faults = dict.fromkeys(fault for faults, _ in of_ranks for fault in faults)
+    skipped = next((reason for _, reason in of_ranks if reason), "")
+    _write(output, check, Result(list(faults), skipped, result.figures), rank)
 
 
 def _check(harness: Harness, kind: str, plugin: PluginUnderTest, member: str, output: Path) -> Result:
@@ -61,21 +78,26 @@ def _check(harness: Harness, kind: str, plugin: PluginUnderTest, member: str, ou
     except (HvdlmError, RankError) as error:
         findings.fault(f"{label} is refused: {error}")
     except Exception as error:  # a third party's code may raise anything
-        import traceback
-
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        findings.fault(
-            f"{label} fails in {harness.framework_name}: {type(error).__name__}: {error} "
-            f"({frame.filename}:{frame.lineno})"
-        )
+        findings.fault(f"{label} fails in {harness.framework_name}: {_text(error)}")
     else:
         return Result(findings.faults, "", findings.figures)
     if kind in RUNS:
-        with output.with_suffix(f".rank-{harness.world.rank}").open("a") as file:
-            file.write("\n".join(findings.faults) + "\n")
+        _report(output, harness.world.rank, findings.faults)
         time.sleep(_REPORT_SECONDS)
         harness.world.abort(1)
     return Result(findings.faults, "", findings.figures)
+
+
+def _text(error: Exception) -> str:
+    """Return an error and where it was raised, in one line."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {' '.join(str(error).split())} ({frame.filename}:{frame.lineno})"
+
+
+def _report(output: Path, rank: int, faults: list[str]) -> None:
+    """Write the faults of a rank that can't gather them any more."""
+    with output.with_suffix(f".rank-{rank}").open("a", encoding="utf-8") as file:
+        file.write("\n".join(faults) + "\n")
 
 
 def _write(output: Path, check: list[str], result: Result, rank: int) -> None:

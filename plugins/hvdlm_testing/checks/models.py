@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from hvdlm import plugins
 from hvdlm.config import Config
 from hvdlm.errors import HvdlmError
-from hvdlm.models.spec import ModelSpec
+from hvdlm.models.spec import ModelMaker, ModelSpec
 from hvdlm.protocols.state_dict import optimizer_state
 from hvdlm.protocols.trainable import Trainable
 from hvdlm.protocols.types import Batch
@@ -17,7 +18,8 @@ from hvdlm_testing.checks.harness import CONTEXT, VOCAB, Findings, Harness, Skip
 from hvdlm_testing.checks.training import check_training
 from hvdlm_testing.plugin_under_test import PluginUnderTest
 
-_BUILT_IN = ("gpt", "rnn")  # every framework has to compute these
+_BUILT_IN = ("gpt", "rnn")  # what a framework computes, unless its hvdlm_check refuses them
+_RATE, _CLIP = 1e-2, 0.05  # learning rate of single steps, and a limit below the norm of their gradients
 
 
 def check_model(harness: Harness, plugin: PluginUnderTest, member: str, findings: Findings) -> None:
@@ -48,20 +50,67 @@ def check_framework(harness: Harness, plugin: PluginUnderTest, member: str, find
             f"{plugin.name}: hvdlm_make_framework returns a framework for every name: return None unless it is its "
             "own.",
         )
-        _check_optimizers(harness, plugin.name, findings)
-    for name in _BUILT_IN:
+        _check_optimizers(harness, plugin, findings)
+    trained, refusals = trained_models(harness, plugin), refused_models(harness, plugin)
+    for name in (name for name in _BUILT_IN if name not in refusals):
         config = harness.config()
         config.model.name = name
-        spec = plugins.models(plugins.load([name]))[name](config.model, VOCAB, CONTEXT)
-        _check(harness, spec, config, name, findings)
+        _check(harness, trained[name](config.model, VOCAB, CONTEXT), config, name, findings)
+    if refusals:
+        findings.figures.clear()  # the losses of other models are not comparable
+        raise Skip(f"{plugin.name} leaves out {', '.join(refusals)}: {'; '.join(refusals.values())}")
 
 
-def _check_optimizers(harness: Harness, name: str, findings: Findings) -> None:
-    """Check the names of every optimizer's state, and that a gradient above the limit is not applied."""
+def _refusal(harness: Harness, plugin: PluginUnderTest, config: Config, spec: ModelSpec) -> str:
+    """Return why the plugin's framework refuses a model or its optimizer; empty if it does not."""
+    config = copy.deepcopy(config)
+    config.framework = plugin.name
+    try:
+        harness.manager.hook.hvdlm_check(config=config, spec=spec)
+    except HvdlmError as error:
+        return str(error)
+    return ""
+
+
+def refused_models(harness: Harness, plugin: PluginUnderTest) -> dict[str, str]:
+    """Return the built-in models that the framework refuses in ``hvdlm_check``, with its sentences."""
+    refusals = {}
+    for name, maker in _built_in().items():
+        config = harness.config()
+        config.model.name = name
+        refusals[name] = _refusal(harness, plugin, config, maker(config.model, VOCAB, CONTEXT))
+    return {name: sentence for name, sentence in refusals.items() if sentence}
+
+
+def _built_in() -> dict[str, ModelMaker]:
+    return {name: plugins.models(plugins.load([name]))[name] for name in _BUILT_IN}
+
+
+def trained_models(harness: Harness, plugin: PluginUnderTest) -> dict[str, ModelMaker]:
+    """Return the built-in models that a framework trains, or, where it refuses them all, those of its plugin.
+
+    Raises:
+        HvdlmError: there are none.
+    """
+    refusals = refused_models(harness, plugin)
+    trained = {name: maker for name, maker in _built_in().items() if name not in refusals}
+    if not trained and not plugin.members("models"):
+        raise HvdlmError(
+            f"it refuses {' and '.join(refusals)} ({next(iter(refusals.values()))}), and its plugin has no model of "
+            "its own (hvdlm_models): there is nothing to train."
+        )
+    return trained or plugin.members("models")
+
+
+def _check_optimizers(harness: Harness, plugin: PluginUnderTest, findings: Findings) -> None:
+    """Check every optimizer that the framework doesn't refuse."""
+    model, maker = next(iter(trained_models(harness, plugin).items()))
     for optimizer, momentum in (("adamw", 0.0), ("sgd", 0.9), ("sgd", 0.0), ("adagrad", 0.0)):
         config = harness.config()
-        config.train.optimizer, config.train.momentum = optimizer, momentum
-        spec = plugins.models(plugins.load(["rnn"]))["rnn"](config.model, VOCAB, CONTEXT)
+        config.model.name, config.train.optimizer, config.train.momentum = model, optimizer, momentum
+        spec = maker(config.model, VOCAB, CONTEXT)
+        if _refusal(harness, plugin, config, spec):
+            continue
         try:
             harness.manager.hook.hvdlm_check(config=config, spec=spec)
             trainable, _ = harness.build(spec, config)
@@ -69,20 +118,44 @@ def _check_optimizers(harness: Harness, name: str, findings: Findings) -> None:
             if optimizer == "adamw":
                 raise
             continue
-        label, before = f"framework {name}: {optimizer}", trainable.fingerprints()
-        result = trainable.train_step([harness.batch(spec, config)], 1e-2, 0, 0.0)
-        findings.require(
-            result.skipped and trainable.fingerprints() == before,
-            f"{label}: train_step applies a gradient whose norm is above its limit, or doesn't say that it skips it.",
-        )
-        trainable.train_step([harness.batch(spec, config)], 1e-2, 0)
-        kinds = {key.split("/")[1] for key in trainable.state() if key.startswith("optimizer/")}
-        expected = set(optimizer_state(config.train))
-        findings.require(
-            kinds == expected,
-            f"{label} keeps optimizer/{sorted(kinds)} in state(), expected {sorted(expected)}: other frameworks resume "
-            "from these names.",
-        )
+        batch = harness.batch(spec, config)
+        _check_optimizer(trainable, batch, config, f"framework {plugin.name}: {optimizer}", findings)
+        if optimizer == "sgd" and not momentum:
+            _check_clipping(harness, spec, config, f"framework {plugin.name}", findings)
+
+
+def _check_optimizer(trainable: Trainable, batch: Batch, config: Config, label: str, findings: Findings) -> None:
+    """Check the names of an optimizer's state, and that a gradient above the limit is not applied."""
+    before = trainable.fingerprints()
+    result = trainable.train_step([batch], _RATE, 0, 0.0)
+    findings.require(
+        result.skipped and trainable.fingerprints() == before,
+        f"{label}: train_step applies a gradient whose norm is above its limit, or doesn't say that it skips it.",
+    )
+    trainable.train_step([batch], _RATE, 0)
+    kinds = {key.split("/")[1] for key in trainable.state() if key.startswith("optimizer/")}
+    expected = set(optimizer_state(config.train))
+    findings.require(
+        kinds == expected,
+        f"{label} keeps optimizer/{sorted(kinds)} in state(), expected {sorted(expected)}: other frameworks resume "
+        "from these names.",
+    )
+
+
+def _check_clipping(harness: Harness, spec: ModelSpec, config: Config, label: str, findings: Findings) -> None:
+    """Check that a step of plain SGD is as long as the learning rate times the clipped norm of the gradient."""
+    config.train.weight_decay, config.train.clip = 0.0, _CLIP
+    trainable, _ = harness.build(spec, config)
+    before = trainable.state()
+    result = trainable.train_step([harness.batch(spec, config)], _RATE, 0)
+    after = trainable.state()
+    squares = [np.square(after[f"parameters/{p.name}"] - before[f"parameters/{p.name}"]).sum() for p in spec.params]
+    moved, expected = float(np.sqrt(sum(squares))), _RATE * min(result.grad_norm, _CLIP)
+    findings.require(
+        np.isclose(moved, expected, rtol=1e-3),
+        f"{label}: a step of sgd changes the parameters by {moved:.3g}, expected {expected:.3g}: train.learning_rate "
+        f"{_RATE} times the norm of the gradient, {result.grad_norm:.3g}, or train.clip {_CLIP} where that is less.",
+    )
 
 
 def check_description(spec: ModelSpec, name: str, findings: Findings) -> None:

@@ -15,10 +15,11 @@ import numpy as np
 from hvdlm import hookimpl
 from hvdlm.config import Config
 from hvdlm.protocols.types import StepResult
-from hvdlm.training import run
+from hvdlm.training import run, run_lock
 from hvdlm.training.loop import train
 from hvdlm.training.signals import Signals
 from hvdlm_testing.checks.harness import Findings, Harness, Skip
+from hvdlm_testing.checks.models import trained_models
 from hvdlm_testing.plugin_under_test import PluginUnderTest
 
 _STEPS, _SAVED = 4, 2
@@ -53,16 +54,23 @@ def check_framework_run(harness: Harness, plugin: PluginUnderTest, member: str, 
     """Run language models to checkpoints, and resume them; a recurrent one carries its state from step to step."""
     if harness.framework_name != plugin.name:
         raise Skip(f"the runs of {harness.framework_name} are its own plugin's to test")
+    for model in trained_models(harness, plugin):
+        check_text_run(harness, model, findings)
+
+
+def check_text_run(harness: Harness, model: str, findings: Findings, zero: int = 0) -> None:
+    """Run a language model to a checkpoint, and resume it; all but GPTs may carry a state from step to step."""
     with _folder(harness) as folder:
         text = folder / "text.txt"
         if harness.world.rank == 0:
             text.write_text(_TEXT)
         harness.world.gather_objects(None)
-        for model, sampling in (("gpt", "random"), ("rnn", "sequential")):
-            config = harness.config()
-            config.model.name, config.data.path, config.data.tokenizer = model, [str(text)], "byte"
-            config.data.sampling = sampling  # type: ignore[assignment]
-            _check_run(harness, config, folder / model, f"{model} in {harness.framework_name}", findings)
+        config = harness.config()
+        config.model.name, config.data.path, config.data.tokenizer = model, [str(text)], "byte"
+        config.data.sampling = "shuffled" if model == "gpt" else "sequential"
+        config.parallel.zero = zero  # type: ignore[assignment]
+        label = f"{model} in {harness.framework_name} over {harness.base.backend}"
+        _check_run(harness, config, folder / model, label, findings)
 
 
 def _check_run(harness: Harness, config: Config, folder: Path, label: str, findings: Findings) -> None:
@@ -87,11 +95,16 @@ def _train(harness: Harness, config: Config, folder: Path, resume: str) -> _Loss
     config = copy.deepcopy(config)
     config.log.run, config.checkpoint.resume = str(folder), resume
     plan = run.plan(config)
-    task, spec, base = run.open_task(plan)
-    started = run.build(run.Connected(plan, task, spec, base, harness.framework, harness.world, None))
-    losses = _Losses()
-    started.manager.register(losses)
-    train(started, Signals(harness.world.rank))
+    losses, world = _Losses(), harness.world
+    lock = run_lock.hold(folder, world.rank, world.local_rank)
+    try:
+        task, spec, base = run.open_task(plan)
+        started = run.build(run.Connected(plan, task, spec, base, harness.framework, world, None))
+        started.manager.register(losses)
+        train(started, Signals(world.rank))
+    finally:
+        if lock:
+            lock.release()
     return losses
 
 

@@ -34,6 +34,7 @@ def check_training(
     losses += _steps(trainable, batch, _HALF, _WHOLE)
     restored, _ = harness.build(spec, copy.deepcopy(config))
     restored.load_state(state)
+    _check_restored(state, restored.state(), label, findings)
     resumed = _steps(restored, batch, _HALF, _WHOLE)
     _record(losses, label, findings)
     findings.require(
@@ -68,6 +69,18 @@ def _steps(trainable: Trainable, batch: Batch, first: int, last: int) -> list[fl
 def _agree(harness: Harness, trainable: Trainable, exchange: Exchange) -> bool:
     fingerprints = harness.world.gather_objects(trainable.fingerprints() if exchange.agreed else {})
     return all(fingerprint == fingerprints[0] for fingerprint in fingerprints)
+
+
+def _check_restored(
+    saved: dict[str, np.ndarray], restored: dict[str, np.ndarray], label: str, findings: Findings
+) -> None:
+    """Check that what was loaded is what was saved; an exchange may keep its entries in another form."""
+    names = [name for name in saved if not name.startswith("exchange/")]
+    lost = [name for name in names if name not in restored or not np.array_equal(saved[name], restored[name])]
+    more = f" and {len(lost) - 2} more" if len(lost) > 2 else ""
+    findings.require(
+        not lost, f"{label}: load_state(state()) does not restore {', '.join(lost[:2])}{more}: state() differs then."
+    )
 
 
 def _check_state(

@@ -7,21 +7,24 @@ import json
 import re
 import subprocess
 import sys
+import traceback
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+import pluggy
 import pytest
 import yaml
 
 from hvdlm import plugins
 from hvdlm.config import Config
 from hvdlm.configuration import schema
-from hvdlm.errors import nearest
+from hvdlm.errors import HvdlmError, nearest
 from hvdlm.protocols.state_dict import OPTIMIZER_STATE
 from hvdlm_testing.plugin_under_test import COLLECTIONS, HOOKS, PluginUnderTest, find
 from hvdlm_testing.suite import fail
 
+_VOCAB = 64
 _IMPORTED = """
 import json, os, sys
 from hvdlm import plugins
@@ -69,6 +72,30 @@ def test_importing_it_imports_no_framework_and_no_transport(plugin: PluginUnderT
     imported = json.loads(done.stdout.splitlines()[-1])
     if imported:
         fail([f"importing {plugin.name} imports {', '.join(imported)}: import it in the function that needs it."])
+
+
+@pytest.mark.provides("hvdlm_check")
+def test_its_check_refuses_in_a_sentence_or_accepts(plugin: PluginUnderTest) -> None:
+    manager = plugins.load([plugin.name, "gpt", "rnn"])
+    faults = [_fault_of_check(plugin, manager, name) for name in ("gpt", "rnn")]
+    fail([fault for fault in faults if fault])
+
+
+def _fault_of_check(plugin: PluginUnderTest, manager: pluggy.PluginManager, model: str) -> str:
+    config = plugin.run_config("--model.name", model)
+    config.framework = plugin.name if plugin.provides("hvdlm_make_framework") else config.framework
+    spec = plugins.models(manager)[model](config.model, _VOCAB, config.data.context)
+    try:
+        manager.hook.hvdlm_check(config=config, spec=spec)
+    except HvdlmError as error:
+        return "" if str(error).strip() else f"{plugin.name}: hvdlm_check raises an HvdlmError without a sentence."
+    except Exception as error:  # a third party's code may raise anything
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        return (
+            f"{plugin.name}: hvdlm_check fails with the model {model}: {_line(error)} ({frame.filename}:{frame.lineno})"
+            ": it raises an HvdlmError to refuse settings, and nothing otherwise."
+        )
+    return ""
 
 
 @pytest.mark.provides("everything")

@@ -45,6 +45,12 @@ def _arrays(batch: Batch) -> dict[str, np.ndarray]:
     return {"inputs": batch.inputs, "targets": batch.targets, **weights, **batch.features}
 
 
+def _shapes(shapes: list[dict[str, tuple[int, ...]]]) -> str:
+    """Return the shapes of the first array that differs between rows."""
+    name = next(n for n in shapes[0] if any(shape.get(n) != shapes[0][n] for shape in shapes))
+    return ", ".join(str(list(shape.get(name, ()))) for shape in shapes) + f" ({name})"
+
+
 def _same(first: Batch, second: Batch) -> bool:
     a, b = _arrays(first), _arrays(second)
     return a.keys() == b.keys() and all(a[n].shape == b[n].shape and np.array_equal(a[n], b[n]) for n in a)
@@ -84,12 +90,24 @@ def test_a_batch_has_the_shapes_and_dtypes_of_the_contract(plugin: PluginUnderTe
     missing = set(getattr(task, "reads", ())) - set(batch.features)
     if missing or any(len(array) != _ROWS for array in batch.features.values()):
         faults.append(f"{label}: batches lack {sorted(missing)}, or features have another number of rows.")
+    if not task.reads and batch.targets.shape != batch.inputs.shape:
+        faults.append(f"{label}: targets are {list(batch.targets.shape)}, inputs {list(batch.inputs.shape)}.")
+    if not task.reads and batch.inputs.shape[-1] > config.data.context:
+        faults.append(f"{label}: rows are {batch.inputs.shape[-1]} tokens wide, data.context is {config.data.context}.")
+    if not batch.tokens:
+        faults.append(
+            f"{label}: no target of rows(0, {_ROWS}) counts, their weights are 0: there is nothing to learn, and the "
+            "mean loss is 0 / 0."
+        )
     fail(faults)
 
 
 @pytest.mark.provides("hvdlm_make_task")
 def test_rows_depend_only_on_the_seed_and_their_numbers(plugin: PluginUnderTest, config: Config) -> None:
     task, label, faults = _make(plugin, config), f"task {plugin.name}", []
+    shapes = [{name: a.shape[1:] for name, a in _arrays(task.rows(n, n + 1)).items()} for n in range(_ROWS)]
+    if any(shape != shapes[0] for shape in shapes):
+        fail([f"{label}: rows 0 to {_ROWS - 1} have the shapes {_shapes(shapes)}: ranks need rows of one shape."])
     whole = task.rows(_ROWS, 2 * _ROWS)
     for bounds in ((0, 2, 4), (0, 1, 4)):
         of_ranks = [task.rows(_ROWS + first, _ROWS + last) for first, last in pairwise(bounds)]
@@ -127,7 +145,7 @@ def test_ranks_divide_the_validation_split_completely(plugin: PluginUnderTest, c
         for size, counts in by_size.items()
         if counts != by_size[1]
     ]
-    fail(faults if by_size[1] else [f"task {plugin.name}: its validation split is empty."])
+    fail(faults if by_size[1] else [f"task {plugin.name}: its validation split has no target that counts."])
 
 
 @pytest.mark.provides("hvdlm_make_task")
