@@ -128,7 +128,7 @@ class Forgetful(MPI4PyBackend):
     def start(self, framework, groups, config):
         world = super().start(framework, groups, config)
         counts = world.rank < world.size - 1
-        for group in getattr(world, "_groups", {}).values():
+        for group in getattr(world, "groups", {}).values():
             whole = group._all_reduce
             group._all_reduce = lambda tensor, *rest, whole=whole: whole(tensor * counts, *rest)
         return world
@@ -141,7 +141,7 @@ class Averaging(MPI4PyBackend):
 
     def start(self, framework, groups, config):
         world = super().start(framework, groups, config)
-        for group in getattr(world, "_groups", {}).values():
+        for group in getattr(world, "groups", {}).values():
             whole = group._all_reduce
             group._all_reduce = lambda tensor, *rest, whole=whole: whole(tensor / world.size, *rest)
         return world
@@ -154,7 +154,7 @@ class Unordered(MPI4PyBackend):
 
     def start(self, framework, groups, config):
         world = super().start(framework, groups, config)
-        for group in getattr(world, "_groups", {}).values():
+        for group in getattr(world, "groups", {}).values():
             gather = group._all_gather
             group._all_gather = lambda tensor, *rest, gather=gather: Done(
                 gather(tensor, *rest).wait().roll(-world.rank * len(tensor), 0)

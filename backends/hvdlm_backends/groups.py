@@ -30,10 +30,24 @@ class _TimedHandle:
         return result
 
 
+class _HostHandle(_TimedHandle):
+    """A collective in flight over host memory, which has ended for this rank where it fails, too."""
+
+    def wait(self) -> Tensor:
+        """Return the result."""
+        started = time.perf_counter()
+        try:
+            return self._handle.wait()
+        finally:
+            self._traffic.seconds += time.perf_counter() - started
+            self._ended()
+
+
 class CountedGroup(BlockingForms):
     """A group that counts calls and bytes and records its collectives in the flight recorder.
 
-    In a TensorFlow graph this happens once, when the graph is traced: the graph's caller counts its later runs.
+    A backend starts each of its collectives by ``counted``. In a TensorFlow graph this happens once, when the graph is
+    traced: the graph's caller counts its later runs.
     """
 
     def __init__(self, ranks: Sequence[int], recorder: FlightRecorder | None = None) -> None:
@@ -49,8 +63,17 @@ class CountedGroup(BlockingForms):
         traffic.bytes += sum(_bytes(tensor) for tensor in tensors)
         return traffic, self._recorder.begin(operation, name, self._members, tensors)
 
+    def counted(self, operation: str, name: str, tensors: Sequence[Tensor], start: Callable[[], Handle]) -> Handle:
+        """Start a collective by ``start()``; it is counted, recorded, and timed while it is waited for.
+
+        ``operation``: the method's name without ``_async``; ``tensors``: what this rank hands over.
+        """
+        traffic, number = self._begin(operation, name, *tensors)
+        handle = start()
+        return _HostHandle(handle, traffic, self._end(number)) if number else handle  # a graph waits itself
+
     def all_reduce(self, tensors: Sequence[Tensor], name: str) -> list[Tensor]:
-        """Return the sums, one collective for each dtype."""
+        """Return the sums, one collective for each dtype where the backend joins tensors."""
         if len(tensors) == 1:
             return [self._sum(tensors[0], name)]
         sums = list(tensors)
@@ -66,8 +89,8 @@ class CountedGroup(BlockingForms):
         return self.all_reduce_async(tensor, name).wait()
 
     def _sum_together(self, tensors: Sequence[Tensor], name: str) -> list[Tensor]:
-        """Return the sums of several tensors of one dtype, in one collective."""
-        raise NotImplementedError
+        """Return the sums of several tensors of one dtype: of each by itself, unless a backend joins them."""
+        return [self._sum(tensor, f"{name}.{index}") for index, tensor in enumerate(tensors)]
 
     def _end(self, number: int) -> Callable[[], None]:
         """Return the function to call when the collective of this sequence number has ended."""

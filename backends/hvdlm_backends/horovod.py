@@ -48,7 +48,7 @@ class HorovodWorld(RanksWorld):
         self._hvd = hvd
         operations = served.operations(hvd)
         for ranks, process_set in {tuple(range(self.size)): hvd.global_process_set, **sets}.items():
-            self._groups[ranks] = HorovodGroup(operations, ranks, process_set, self.recorder)
+            self.groups[ranks] = HorovodGroup(operations, ranks, process_set, self.recorder)
         self._transfer_counter = _transfer_counter(hvd)
         self.transport = "gloo" if communicator is None else "mpi"
 

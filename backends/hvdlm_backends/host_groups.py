@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -12,31 +11,12 @@ import numpy as np
 from hvdlm.diagnostics.flight_recorder import FlightRecorder
 from hvdlm.protocols.framework import HostCollective, HostTensors
 from hvdlm.protocols.group import Handle
-from hvdlm.protocols.types import Traffic
 from hvdlm_backends import mpi_collectives
 from hvdlm_backends.groups import CountedGroup
 from hvdlm_backends.lanes import Lane
 from hvdlm_backends.named_messages import NamedMessages
 
 Shape = tuple[int | None, ...]
-
-
-class _TimedHandle:
-    """A collective in flight outside of graphs; waiting for it is timed."""
-
-    def __init__(self, handle: Handle, traffic: Traffic, ended: Callable[[], None]) -> None:
-        self._handle = handle
-        self._traffic = traffic
-        self._ended = ended
-
-    def wait(self) -> Any:
-        """Return the result."""
-        started = time.perf_counter()
-        try:
-            return self._handle.wait()
-        finally:
-            self._traffic.seconds += time.perf_counter() - started
-            self._ended()
 
 
 class HostGroup(CountedGroup):
@@ -63,9 +43,8 @@ class HostGroup(CountedGroup):
         self, operation: str, tensor: Any, name: str, call: Callable[..., np.ndarray], shape: Shape, now: bool
     ) -> Handle:
         """Start ``call(array, communicator)``; ``shape``: of the result, with None where ranks may differ."""
-        traffic, number = self._begin(operation, name, tensor)
-        handle = self._tensors.through(tensor, self._collective(operation, name, call, now), shape)
-        return _TimedHandle(handle, traffic, self._end(number)) if number else handle
+        collective = self._collective(operation, name, call, now)
+        return self.counted(operation, name, [tensor], lambda: self._tensors.through(tensor, collective, shape))
 
     def _collective(self, operation: str, name: str, call: Callable[..., np.ndarray], now: bool) -> HostCollective:
         """Return the function that submits ``call`` on an array to the lane; ranks compare the calls' signatures."""
@@ -86,10 +65,8 @@ class HostGroup(CountedGroup):
         return self._all_reduce(tensor, name, "sum", True).wait()
 
     def _sum_together(self, tensors: Sequence[Any], name: str) -> list[Any]:
-        traffic, number = self._begin("all_reduce", name, *tensors)
         collective = self._collective("all_reduce", name, _call(mpi_collectives.all_reduce, self._in_place), True)
-        handle = self._tensors.together(tensors, collective)
-        return (_TimedHandle(handle, traffic, self._end(number)) if number else handle).wait()
+        return self.counted("all_reduce", name, tensors, lambda: self._tensors.together(tensors, collective)).wait()
 
     def _all_gather(self, tensor: Any, name: str, now: bool) -> Handle:
         shape = (None, *tuple(tensor.shape)[1:])
@@ -102,8 +79,6 @@ class HostGroup(CountedGroup):
         return self._start("reduce_scatter", tensor, name, mpi_collectives.reduce_scatter, shape, now)
 
     def _broadcast(self, tensor: Any, root: int, name: str, now: bool) -> Handle:
-        traffic, number = self._begin("broadcast", name, tensor)
-
         def post(array: np.ndarray, arrived: Callable[[], None] | None) -> Handle:
             if arrived is not None:
                 arrived()
@@ -111,8 +86,8 @@ class HostGroup(CountedGroup):
 
         call = _call(mpi_collectives.broadcast, root)
         collective = self._collective("broadcast", name, call, now) if now else post
-        handle = self._tensors.through(tensor, collective, tuple(tensor.shape))
-        return _TimedHandle(handle, traffic, self._end(number)) if number else handle
+        shape = tuple(tensor.shape)
+        return self.counted("broadcast", name, [tensor], lambda: self._tensors.through(tensor, collective, shape))
 
     def _all_to_all(self, tensor: Any, name: str, now: bool) -> Handle:
         return self._start("all_to_all", tensor, name, mpi_collectives.all_to_all, tuple(tensor.shape), now)
@@ -155,9 +130,8 @@ class HostGroup(CountedGroup):
 
     def barrier(self) -> None:
         """Wait for all members."""
-        traffic, number = self._begin("barrier", "barrier")
-        job = self._lane.submit(mpi_collectives.barrier, "barrier", True)
-        _TimedHandle(job, traffic, self._end(number)).wait()
+        submit = partial(self._lane.submit, mpi_collectives.barrier, "barrier", True)
+        self.counted("barrier", "barrier", [], submit).wait()
 
 
 def _call(function: Callable[..., np.ndarray], setting: Any) -> Callable[..., np.ndarray]:

@@ -48,7 +48,7 @@ class MPIWorld(RanksWorld):
             lane = Lane(group_communicator, ranks)
             messages = NamedMessages(group_communicator, f"hvdlm-{number}")
             self._threads += [lane, messages]
-            self._groups[ranks] = HostGroup(lane, messages, tensors, framework.in_place, self.recorder)
+            self.groups[ranks] = HostGroup(lane, messages, tensors, framework.in_place, self.recorder)
 
     def transfer_seconds(self) -> float:
         """Return the seconds that this rank spent in collectives, in the background or not."""

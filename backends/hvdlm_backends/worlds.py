@@ -18,7 +18,20 @@ from hvdlm_backends.messages import FunctionHandle, Messages
 
 
 class RanksWorld:
-    """Ranks that are connected; ``communicator``: that of mpi4py, None without MPI."""
+    """Base class of worlds: the messages of a ``World``, from those of bytes; ``group`` and ``abort``.
+
+    A backend adds ``local_rank``, ``local_size``, ``transport``, ``transfer_seconds`` and ``close``.
+
+    Attributes:
+        groups: its groups of two ranks or more by their ranks, that of all ranks among them; the backend fills it.
+        recorder: the flight recorder, for the groups.
+
+    Args:
+        rank: this rank.
+        size: the number of ranks.
+        messages: host-side messages of bytes between all ranks.
+        communicator: that of mpi4py, None without MPI.
+    """
 
     def __init__(self, rank: int, size: int, messages: Messages, communicator: Any) -> None:
         self.rank = rank
@@ -26,7 +39,7 @@ class RanksWorld:
         self._messages = messages
         self._communicator = communicator
         self.recorder = FlightRecorder(rank, size)
-        self._groups: dict[tuple[int, ...], Group] = {}
+        self.groups: dict[tuple[int, ...], Group] = {}
         self._everyone = self.recorder.recorded_group(tuple(range(size)))
 
     def group(self, ranks: Sequence[int]) -> Group:
@@ -34,9 +47,9 @@ class RanksWorld:
         key = tuple(ranks)
         if len(key) == 1:
             return AloneGroup(key[0])
-        if key not in self._groups:
+        if key not in self.groups:
             raise HvdlmError(f"ranks {key} are not a group of this run's mesh, whose groups are declared at the start.")
-        return self._groups[key]
+        return self.groups[key]
 
     def broadcast_object(self, value: Any, root: int = 0) -> Any:
         """Return the root's value on all ranks."""

@@ -61,7 +61,7 @@ def add_suite(config: Any) -> None:
         raise pytest.UsageError(str(error)) from error
     config.addinivalue_line("markers", "provides(feature): a test of plugins that provide this hook or collection")
     # Of the command line's parser, whose version is not the plugin's concern.
-    config.addinivalue_line("filterwarnings", "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
+    config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning:hvdlm.configuration.parsing")
     named = list(config.args) if config.args_source is config.ArgsSource.ARGS else []
     config.args = named + [str(path) for path in sorted(_SUITE.glob("test_*.py"))]
     config.pluginmanager.register(Conformance(plugins), "hvdlm-conformance")

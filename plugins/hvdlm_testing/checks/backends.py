@@ -173,6 +173,13 @@ def _check_order(harness: Harness, findings: Findings) -> None:
         totals == [[float(i * world.size)] * 3 for i in range(3)] and message == list(range(world.size)),
         f"{label}: three sums in flight are {totals}, and a message meanwhile {message}: a result is another call's.",
     )
+    several = [np.full(n, world.rank + 1, dtype) for n, dtype in ((3, np.float32), (5, np.float32), (2, np.int64))]
+    sums = group.all_reduce([tensor(array.copy()) for array in several], "check.several")
+    expected_sums = [np.full(len(a), sum(range(1, world.size + 1)), a.dtype) for a in several]
+    findings.require(
+        all(np.array_equal(np.asarray(a), b) for a, b in zip(sums, expected_sums, strict=True)),
+        f"{label}: all_reduce of three tensors is {[_text(np.asarray(a)) for a in sums]}.",
+    )
     rows = np.arange(2 * (world.rank + 1), dtype=np.float32).reshape(-1, 2)
     gathered = np.asarray(group.all_gather(tensor(rows), "check.rows"))
     expected = np.concatenate([np.arange(2 * (r + 1), dtype=np.float32).reshape(-1, 2) for r in range(world.size)])

@@ -1,11 +1,8 @@
 """The world of ranks, its messages, and groups with their collectives."""
 
-import time
-
 import numpy as np
 
 from hvdlm.errors import HvdlmError
-from hvdlm.protocols.group import BlockingForms
 from hvdlm_backends.groups import CountedGroup
 from hvdlm_backends.host_tensors import host_tensors
 from hvdlm_backends.messages import FunctionHandle
@@ -37,10 +34,8 @@ class SocketMessages:
 class SocketGroup(CountedGroup):
     """The collectives of some ranks: every member gets all members' arrays, and makes its result of them.
 
-    ``CountedGroup`` counts them and records them for the diagnosis of hangs.
+    ``counted`` counts and times them, and records them for the diagnosis of hangs.
     """
-
-    all_reduce = BlockingForms.all_reduce  # one collective for each tensor
 
     def __init__(self, connection, ranks, index, tensors, recorder):
         super().__init__(ranks, recorder)
@@ -50,7 +45,6 @@ class SocketGroup(CountedGroup):
 
     def _start(self, operation, tensor, name, combine, shape):
         """Start a collective of which ``combine(arrays)`` is the result; ``shape``: its shape, None where unknown."""
-        traffic, number = self._begin(operation, name, tensor)
 
         def send(array, arrived):
             if arrived is not None:
@@ -59,16 +53,7 @@ class SocketGroup(CountedGroup):
             shape = (-1, *array.shape[1:]) if operation == "all_gather" else array.shape
             return FunctionHandle(lambda: combine([np.frombuffer(data, array.dtype).reshape(shape) for data in wait()]))
 
-        handle = self._tensors.through(tensor, send, shape)
-
-        def wait():
-            began = time.perf_counter()
-            result = handle.wait()
-            traffic.seconds += time.perf_counter() - began
-            self._recorder.end(number)
-            return result
-
-        return FunctionHandle(wait) if number else handle  # inside a graph of TensorFlow, the graph waits
+        return self.counted(operation, name, [tensor], lambda: self._tensors.through(tensor, send, shape))
 
     def all_reduce_async(self, tensor, name, op="sum"):
         """Start the sum, in the order of ranks on all of them: they get equal bits."""
@@ -100,9 +85,8 @@ class SocketGroup(CountedGroup):
 
     def barrier(self):
         """Wait for all members."""
-        _, number = self._begin("barrier", "barrier")
-        self._connection.send(self.ranks, "barrier", b"")()
-        self._recorder.end(number)
+        send = self._connection.send
+        self.counted("barrier", "barrier", [], lambda: FunctionHandle(send(self.ranks, "barrier", b""))).wait()
 
     def _chunk(self, array):
         """Return this member's chunk of an array that is split equally."""
@@ -129,9 +113,9 @@ class SocketWorld(RanksWorld):
         super().__init__(rank, size, SocketMessages(self._connection, size), None)
         tensors = host_tensors(framework)
         for ranks in dict.fromkeys([tuple(range(size)), *map(tuple, groups)]):
-            if len(ranks) > 1 and rank in ranks:
-                group = SocketGroup(self._connection, ranks, ranks.index(rank), tensors, self.recorder)
-                self._groups[ranks] = group
+            if len(ranks) > 1 and rank in ranks:  # RanksWorld has the groups of one rank
+                index = ranks.index(rank)
+                self.groups[ranks] = SocketGroup(self._connection, ranks, index, tensors, self.recorder)
 
     def transfer_seconds(self):
         """Return None: the seconds in the background are not measured."""
