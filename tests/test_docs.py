@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import re
 import subprocess
 from pathlib import Path
@@ -26,6 +28,33 @@ def test_every_hook_is_documented_with_its_arguments(hook: str) -> None:
     function = getattr(hookspecs, hook)
     arguments = function.__code__.co_varnames[: function.__code__.co_argcount]
     assert f"### `{hook}({', '.join(arguments)})" in (ROOT / "docs" / "plugins.md").read_text()
+
+
+def module_of(name: str) -> str:
+    """Return the module that a dotted name is in, or the name itself."""
+    parts = name.split(".")
+    for length in range(len(parts), 1, -1):
+        with contextlib.suppress(ModuleNotFoundError):  # a name within a module has no parent package
+            if importlib.util.find_spec(".".join(parts[:length])):
+                return ".".join(parts[:length])
+    return name
+
+
+def test_the_reference_has_all_that_plugin_authors_are_told() -> None:
+    text = (ROOT / "docs" / "plugins.md").read_text()
+    groups = set(re.findall(r"^\| `(hvdlm\.\w+)` \|", text, re.M))  # of entry points
+    named = (
+        set(re.findall(r"\b(hvdlm(?:_\w+)?(?:\.\w+)+)", re.sub(r"\]\(.*?\)|```.*?```", "", text, flags=re.S))) - groups
+    )
+    pages = "\n".join(path.read_text() for path in (ROOT / "docs" / "reference").glob("*.md"))
+    shown = {module_of(name) for name in re.findall(r"^::: (\S+)", pages, re.M)}
+    missing = sorted(name for name in named if module_of(name) not in shown and f"::: {name}" not in pages)
+    assert len(named) > 30 and not missing, missing
+
+
+def test_the_reference_shows_what_is_called_like_a_function() -> None:
+    (pattern,) = re.findall(r'filters: \["!(.*)"\]', (ROOT / "mkdocs.yml").read_text())
+    assert re.search(pattern, "_private") and re.search(pattern, "__init__") and not re.search(pattern, "__call__")
 
 
 def test_no_document_names_a_hook_that_is_not_there() -> None:
