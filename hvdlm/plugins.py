@@ -80,11 +80,7 @@ def keras_alone() -> Iterator[None]:
 
 
 def extensions(group: str) -> list[Callable[..., Any]]:
-    """Return the functions that installed packages bring for every run: those of the entry point group ``hvdlm.GROUP``.
-
-    - ``observers``: (config) -> event plugins.
-    - ``generation``: (run, prompt, tokens, shown, **sampling) -> the text that the run's model generates.
-    - ``option_names``: (an unknown option) -> a sentence on what to write instead, or None.
+    """Return the functions in the entry point group ``hvdlm.GROUP`` of all installed packages (docs/plugins.md).
 
     Raises:
         HvdlmError: one can't be imported.

@@ -32,11 +32,11 @@ def test_every_hook_is_documented_with_its_arguments(hook: str) -> None:
 
 def module_of(name: str) -> str:
     """Return the module that a dotted name is in, or the name itself."""
-    parts = name.split(".")
-    for length in range(len(parts), 1, -1):
+    segments = name.split(".")
+    for length in range(len(segments), 1, -1):
         with contextlib.suppress(ModuleNotFoundError):  # a name within a module has no parent package
-            if importlib.util.find_spec(".".join(parts[:length])):
-                return ".".join(parts[:length])
+            if importlib.util.find_spec(".".join(segments[:length])):
+                return ".".join(segments[:length])
     return name
 
 

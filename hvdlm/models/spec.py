@@ -116,7 +116,7 @@ class ModelSpec:
 
     Attributes:
         kind: the architecture that a framework plugin implements (``gpt``, ``rnn``, ...).
-        settings: the architecture's dataclass (``GPTSettings``, ``RNNSettings``, ...), all values resolved.
+        settings: the architecture's dataclass, with ``vocab``, ``layers``, ``width`` (recurrent models: ``carries``).
         params: the trained parameters.
         flops_per_token: multiplications and additions per token in training (forward and backward pass).
         loss: ``cross_entropy`` of every target, or ``ctc``: the negative log-probability of a row's targets, summed

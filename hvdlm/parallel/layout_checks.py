@@ -16,6 +16,9 @@ def check(config: Config, spec: ModelSpec) -> None:
         HvdlmError: the first problem.
     """
     p, s = config.parallel, spec.settings
+    missing = [name for name in ("vocab", "layers", "width") if not isinstance(getattr(s, name, None), int)]
+    if missing:
+        raise HvdlmError(f"model.name {config.model.name}: its ModelSpec.settings lack the integer {missing[0]}.")
     if spec.kind == "own":
         _check_custom_module(config, s)
     elif spec.kind not in ("gpt", "rnn") and config.train.activation_checkpointing:

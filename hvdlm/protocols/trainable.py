@@ -18,7 +18,7 @@ class Training(Protocol):
     ) -> StepResult:
         """Do one optimizer step on this rank's rows of the global batch. All ranks call, with equally many.
 
-        Gradients that are not finite, or whose norm is above ``limit``, are not applied (``StepResult.skipped``).
+        Gradients that are not finite (those of no target at all, too) or above ``limit`` are not applied (``skipped``).
         """
 
     def eval_step(self, batch: Batch) -> tuple[float, float]:

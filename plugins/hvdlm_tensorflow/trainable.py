@@ -108,7 +108,7 @@ class Trainable(Inference):
         idle = self._pipeline.waited + stage_seconds if staged else 0.0
         axis_bytes = grown(by_axis(self._counters.traffic()), bytes_before)
         return StepResult(
-            loss_sum / tokens,
+            loss_sum / (tokens or math.nan),  # a step without any is skipped
             tokens * self._exchange.stands_for,
             norm,
             waited + idle,

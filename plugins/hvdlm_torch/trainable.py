@@ -85,7 +85,8 @@ class Trainable(Inference):
         sums = self._gradients.reduce(totals)
         loss_sum_value, tokens, squared = sums.totals
         # Losses were divided by a constant, not by the step's valid tokens, which all ranks together know only now.
-        scale = self._sharded.loss_divisor / (tokens * self._sharded.loss_scale.value)
+        counted = tokens or math.nan  # a step without any is skipped
+        scale = self._sharded.loss_divisor / (counted * self._sharded.loss_scale.value)
         norm = squared**0.5 * scale
         usable = self._sharded.loss_scale.update(norm, loss_sum_value)  # fp16 overflows now and then
         applied = self._apply(learning_rate, step, norm, scale, limit)
@@ -95,7 +96,7 @@ class Trainable(Inference):
         idle = self._pipeline.waited + sums.stage_seconds if self._model_shard.stage.count > 1 else 0.0
         axis_bytes = grown(by_axis(self._counters.traffic()), bytes_before)
         return StepResult(
-            loss_sum_value / tokens,
+            loss_sum_value / counted,
             tokens * self._exchange.stands_for,
             norm,
             waited + idle,

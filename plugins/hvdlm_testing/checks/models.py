@@ -132,6 +132,12 @@ def _check_optimizer(trainable: Trainable, batch: Batch, config: Config, label: 
         result.skipped and trainable.fingerprints() == before,
         f"{label}: train_step applies a gradient whose norm is above its limit, or doesn't say that it skips it.",
     )
+    uncounted = replace(batch, weights=np.zeros(batch.targets.shape, np.float32))
+    result = trainable.train_step([uncounted], _RATE, 0)
+    findings.require(
+        result.skipped and trainable.fingerprints() == before,
+        f"{label}: train_step on a batch without targets changes parameters, or doesn't say that it skips it.",
+    )
     trainable.train_step([batch], _RATE, 0)
     kinds = {key.split("/")[1] for key in trainable.state() if key.startswith("optimizer/")}
     expected = set(optimizer_state(config.train))

@@ -78,7 +78,8 @@ class Trainable(Inference):
         gradient, (loss_sum, tokens, squared) = self._reduce(buckets, totals)
         waited = time.perf_counter() - began
         # Losses were divided by a constant, not by the step's valid tokens, which all ranks together know only now.
-        scale = self._sharded.loss_divisor / tokens
+        counted = tokens or math.nan  # a step without any is skipped
+        scale = self._sharded.loss_divisor / counted
         norm = math.sqrt(squared) * scale if squared >= 0 else math.nan
         applied = norm <= limit and norm != math.inf  # in this form, NaN is skipped too
         if applied:
@@ -88,7 +89,7 @@ class Trainable(Inference):
         waited += time.perf_counter() - began if self._exchange.traits.size > 1 else 0.0
         axis_bytes = grown(by_axis(self._counters.traffic()), bytes_before)
         return StepResult(
-            loss_sum / tokens,
+            loss_sum / counted,
             tokens * self._exchange.stands_for,
             norm,
             waited,

@@ -71,7 +71,8 @@ class Trainable:
         gradient = gradient if self._exchange.traits.scatters_every else self._sum(gradient)
         loss, tokens, squared = self._metrics(loss, sum(b.tokens for b in micro_batches), gradient)
         waited = time.perf_counter() - began
-        scale = self._sharded.loss_divisor / tokens
+        counted = tokens or math.nan  # a step without any is skipped
+        scale = self._sharded.loss_divisor / counted
         norm = math.sqrt(squared) * scale
         applied = norm <= limit and norm != math.inf  # in this form, NaN is skipped too
         if applied:
@@ -81,7 +82,7 @@ class Trainable:
         self._replace_parameters()
         axes = grown(by_axis(self._counters.traffic()), before)
         tokens_of_all, sent = tokens * self._exchange.stands_for, sum(axes.values())
-        return StepResult(loss / tokens, tokens_of_all, norm, waited, sent, axis_bytes=axes, skipped=not applied)
+        return StepResult(loss / counted, tokens_of_all, norm, waited, sent, axis_bytes=axes, skipped=not applied)
 
     def _sum(self, flat):
         """Return the sums over the data ranks of all buckets, or this rank's shards of them; concatenated."""
