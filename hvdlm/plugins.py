@@ -38,14 +38,17 @@ def load(names: Iterable[str]) -> pluggy.PluginManager:
     """Return a manager with the named plugins registered; a name without an entry point may be another plugin's.
 
     Raises:
-        HvdlmError: a plugin can't be imported.
+        HvdlmError: a plugin can't be imported, or a hook's arguments are wrong.
     """
     manager = pluggy.PluginManager("hvdlm")
     manager.add_hookspecs(hookspecs)
     entries = installed()
     for name in dict.fromkeys(names):
         if name in entries:
-            manager.register(import_plugin(entries[name]), name)
+            try:
+                manager.register(import_plugin(entries[name]), name)
+            except pluggy.PluginValidationError as error:  # a hook with an argument that does not exist
+                raise HvdlmError(f"plugin {name}: {' '.join(str(error).split())}.") from None
     return manager
 
 
@@ -108,11 +111,7 @@ def check_keras(config: Config) -> None:
 
 
 def require(names: Iterable[str]) -> None:
-    """Check that every name of ``plugins`` is installed.
-
-    Raises:
-        HvdlmError: one is not; the sentence names the nearest.
-    """
+    """Check that every name of ``plugins`` is installed; raise HvdlmError, which names the nearest, where one isn't."""
     known = installed()
     for name in names:
         if name not in known:

@@ -99,6 +99,15 @@ class Misaligned(Letters):
         return Batch((rows % 32).astype(np.int32), ((rows[:, 1:] + 1) % 32).astype(np.int32))
 
 
+class Partial(Letters):
+    """It has no metrics, and doesn't say what its batches read."""
+
+    def __getattribute__(self, name):
+        if name in ("metrics", "reads"):
+            raise AttributeError(name)
+        return super().__getattribute__(name)
+
+
 def task_plugin(plugin_name, task, every_name=False):
     """Return a class of plugin that makes ``task``."""
 
@@ -117,6 +126,7 @@ forgetting = task_plugin("forgetting", Forgetting)
 uncounted = task_plugin("uncounted", Uncounted)
 ragged = task_plugin("ragged", Ragged)
 misaligned = task_plugin("misaligned", Misaligned)
+partial = task_plugin("partial", Partial)
 greedy = task_plugin("greedy", Letters, every_name=True)
 
 

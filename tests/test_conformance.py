@@ -175,6 +175,7 @@ BROKEN_CONTRACTS = {
         "task misaligned: targets are [4, 64], inputs [4, 65]",
         "task misaligned: rows are 65 tokens wide, data.context is 64",
     ],
+    "partial": ["task partial lacks reads, metrics of hvdlm.protocols.task.Task."],
     "greedy": ["greedy: hvdlm_make_task returns a task for every name"],
     "careless": ["careless: hvdlm_check fails with the model gpt: KeyError: 'careless' ("],
     "forgetful": ["group of forgetful: all_reduce of float32 is float32 [2] ["],

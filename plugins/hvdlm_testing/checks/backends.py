@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 
 from hvdlm.errors import HvdlmError
+from hvdlm.protocols.backend import Backend
 from hvdlm.protocols.group import Group
-from hvdlm_testing.checks.harness import Findings, Harness
+from hvdlm.protocols.world import World
+from hvdlm_testing.checks.harness import Findings, Harness, lacking
 from hvdlm_testing.checks.runs import check_text_run
 from hvdlm_testing.plugin_under_test import PluginUnderTest
 
@@ -22,6 +24,9 @@ _SIZES = (1, 17, 1000)  # elements of each rank's shard
 def check_backend(harness: Harness, plugin: PluginUnderTest, member: str, findings: Findings) -> None:
     """Check the world that the plugin's backend has started."""
     backend = plugin.implementation.hvdlm_make_backend(name=plugin.name)
+    for made, contract in ((backend, Backend), (harness.world, World), (harness.group, Group)):
+        if missing := lacking(made, contract):
+            raise HvdlmError(f"its {contract.__name__.lower()} lacks {missing} of {contract.__module__}.")
     shape = tuple(backend.launch_shape())
     valid = len(shape) == 4 and all(isinstance(n, int) for n in shape)
     valid = valid and shape[0] < shape[1] and shape[2] < shape[3]

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, Protocol
 
 import numpy as np
 import pluggy
@@ -24,10 +24,19 @@ from hvdlm.protocols.world import World
 from hvdlm_testing.plugin_under_test import PluginUnderTest
 
 VOCAB, CONTEXT, ROWS = 64, 8, 4
+_NO_CONTRACTS = (object, Protocol, Generic)
 
 
 class Skip(Exception):
     """Raised by a check that does not apply; carries the reason."""
+
+
+def lacking(implementation: Any, *contracts: type) -> str:
+    """Return the members of ``contracts`` (protocols) that an object lacks, as a phrase; empty if it has all."""
+    bases = dict.fromkeys(base for contract in contracts for base in contract.__mro__ if base not in _NO_CONTRACTS)
+    members = [name for base in reversed(bases) for name in {**vars(base).get("__annotations__", {}), **vars(base)}]
+    missing = [name for name in dict.fromkeys(members) if name[0] != "_" and not hasattr(implementation, name)]
+    return ", ".join(missing)
 
 
 @dataclass

@@ -14,7 +14,7 @@ from hvdlm.models.spec import ModelMaker, ModelSpec
 from hvdlm.protocols.state_dict import optimizer_state
 from hvdlm.protocols.trainable import Trainable
 from hvdlm.protocols.types import Batch
-from hvdlm_testing.checks.harness import CONTEXT, VOCAB, Findings, Harness, Skip
+from hvdlm_testing.checks.harness import CONTEXT, VOCAB, Findings, Harness, Skip, lacking
 from hvdlm_testing.checks.training import check_training
 from hvdlm_testing.plugin_under_test import PluginUnderTest
 
@@ -211,6 +211,8 @@ def _check_causality(trainable: Trainable, batch: Batch, label: str, findings: F
 
 def _check(harness: Harness, spec: ModelSpec, config: Config, name: str, findings: Findings) -> None:
     label = f"{name} in {harness.framework_name}"
+    if missing := lacking(harness.build(spec, config)[0], Trainable):
+        raise HvdlmError(f"{label}: the trainable lacks {missing} of hvdlm.protocols.trainable.Trainable.")
     first = check_training(harness, spec, config, label, findings)[0]
     trainable, _ = harness.build(spec, config)
     batch = harness.batch(spec, config)

@@ -15,7 +15,9 @@ import pytest
 from hvdlm import plugins
 from hvdlm.config import Config
 from hvdlm.errors import HvdlmError
+from hvdlm.protocols.task import Task
 from hvdlm.protocols.types import Batch
+from hvdlm_testing.checks.harness import lacking
 from hvdlm_testing.plugin_under_test import PluginUnderTest
 from hvdlm_testing.suite import fail
 
@@ -34,10 +36,13 @@ def config(plugin: PluginUnderTest) -> Config:
 
 def _make(plugin: PluginUnderTest, config: Config) -> Any:
     try:
-        return plugins.make(plugins.load([plugin.name]), "task", plugin.name, config=copy.deepcopy(config))
+        task = plugins.make(plugins.load([plugin.name]), "task", plugin.name, config=copy.deepcopy(config))
     except HvdlmError as error:
         hint = "" if plugin.config else f" Name its data: --hvdlm-config {plugin.name}=FILE.yaml."
         pytest.fail(f"task {plugin.name} is refused: {error}{hint}", pytrace=False)
+    if missing := lacking(task, Task):
+        fail([f"task {plugin.name} lacks {missing} of hvdlm.protocols.task.Task."])
+    return task
 
 
 def _arrays(batch: Batch) -> dict[str, np.ndarray]:

@@ -2,12 +2,15 @@
 
 import numpy as np
 
+from hvdlm.diagnostics.flight_recorder import skip_in_call_sites
 from hvdlm.errors import HvdlmError
 from hvdlm_backends.groups import CountedGroup
 from hvdlm_backends.host_tensors import host_tensors
 from hvdlm_backends.messages import FunctionHandle
 from hvdlm_backends.worlds import RanksWorld
 from template_backend.sockets import Connection, Hub
+
+skip_in_call_sites(__name__)  # the diagnosis of a hang names the line that called a collective
 
 
 class SocketMessages:
