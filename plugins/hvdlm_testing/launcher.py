@@ -78,7 +78,8 @@ class Launches:
 
     def of(self, framework: str, kind: str, plugin: PluginUnderTest, member: str = "") -> Result:
         """Return the result of a check (``models``, ``exchange``, ...) of a plugin with this framework."""
-        checks = [list(check) for p in self._plugins for check in _checks(p)]
+        concerned = [p for p in self._plugins if framework in self.frameworks_of(p)]
+        checks = [list(check) for p in concerned for check in _checks(p)]
         checks.sort(key=lambda check: check[0] in RUNS)
         request = Request(framework, "", checks, {}, "")
         return self._result(("framework", framework), request, [kind, plugin.name, member])
