@@ -63,7 +63,8 @@ class Trainable(Inference):
         self._carry: dict[int, Any] = {}  # by micro-batch: the state that a recurrent model carries to the next step
         self._backward = jax.jit(self._trace_backward, donate_argnums=(2, 3))
         self._squared_norm = jax.jit(_trace_squared_norm)
-        self._update = jax.jit(self._trace_update, donate_argnums=(0, 1))
+        # The parameters are not donated: exchanges keep what they were given or returned (local SGD, DiLoCo).
+        self._update = jax.jit(self._trace_update, donate_argnums=(1,))
         self._add = jax.jit(_trace_sums, donate_argnums=(0,))
         exchange.open(self.layout, initial)
 
