@@ -5,13 +5,16 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import re
+from dataclasses import replace
 from typing import Any
 
 from hvdlm import hookimpl
 from hvdlm.config import Config
 from hvdlm.errors import HvdlmError
 from hvdlm.models.spec import ModelSpec
+from hvdlm.parallel.mesh import Mesh
 from hvdlm.protocols.framework import Probe
+from hvdlm.protocols.types import Prediction
 
 _VERSION = "0.10"  # as in pyproject.toml
 _INSTALL = f"pip install 'jax=={_VERSION}.*'"
@@ -74,6 +77,19 @@ def _check_installation() -> None:
     platforms = os.environ.get("JAX_PLATFORMS")
     if platforms not in (None, "", "cpu"):
         raise HvdlmError(f"JAX_PLATFORMS={platforms}: framework jax trains on CPUs: unset it, or --framework torch.")
+
+
+@hookimpl
+def hvdlm_predict(config: Config, spec: ModelSpec, mesh: Mesh, rank: int, moments: int) -> Prediction | None:
+    """Return the costs of a step with JAX: ZeRO-2 holds the gradients of a whole micro-batch, as ZeRO-1 does."""
+    if config.framework != "jax":
+        return None
+    from hvdlm.planning.closed_forms import closed_form
+
+    prediction = closed_form(config, spec, mesh, rank, moments=moments)
+    whole = replace(config, parallel=replace(config.parallel, zero=min(config.parallel.zero, 1)))
+    held = closed_form(whole, spec, mesh, rank, moments=moments)
+    return prediction and held and replace(prediction, memory=held.memory)
 
 
 @hookimpl
