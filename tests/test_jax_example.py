@@ -14,14 +14,22 @@ from pathlib import Path
 import pytest
 
 from launching import ROOT, SMALL, install_example, launch, losses, metrics, run_command, run_python
+from test_launches import PYTEST, assert_train_alike
 
 SOURCE = ROOT / "examples" / "plugins" / "jax"
 STEPS = 50
+# Micro-batches of the rows that one of 2 ranks has: what one rank compiles serves two, too.
 MODELS = {
-    "gpt": ("--model.name", "gpt", "--log.sample_tokens", "20"),
-    "lstm": ("--model.name", "lstm", "--data.sampling", "sequential", "--train.optimizer", "sgd")
-    + ("--train.momentum", "0.9", "--train.learning_rate", "0.3", "--train.micro_batch_size", "4"),
+    "gpt": ("--model.name", "gpt", "--train.micro_batch_size", "4", "--log.sample_tokens", "20"),
+    "lstm": ("--model.name", "lstm", "--train.micro_batch_size", "4", "--data.sampling", "sequential")
+    + ("--train.optimizer", "sgd", "--train.momentum", "0.9", "--train.learning_rate", "0.3")
+    + ("--train.label_smoothing", "0.1"),
 }
+# Most time of these tests is that of compilation. Curves are those of optimized code.
+UNOPTIMIZED = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+# What depends on the framework of the tests that run on every rank (tests/parallel), and of those of one rank.
+ON_EVERY_RANK = "test_collectives or test_host_tensors or losses_of or adapters or (every_layout and 2x1x1)"
+ON_ONE_RANK = "(same_updates and (gpt or lstm)) or (clipping and jax) or (beyond and llama)"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -86,23 +94,46 @@ def test_jax_is_on_the_curve_of_torch(jax_path: str, runs: Path, tmp_path: Path,
 
 
 @pytest.mark.parametrize("model, ranks", [("gpt", 2), ("lstm", 1)])
-def test_a_checkpoint_moves_from_torch_to_jax_to_tensorflow(
+def test_a_checkpoint_moves_between_all_frameworks(
     jax_path: str, runs: Path, tmp_path: Path, model: str, ranks: int
 ) -> None:
     run, expected = tmp_path / "run", losses(runs / model)
     shutil.copytree(runs / model, run)
     for step in (40, STEPS):
         shutil.rmtree(run / "checkpoints" / f"step-{step:08}")
-    resume = ("--checkpoint.resume", "auto")
-    train(run, "jax", model, *resume, "--train.steps", "30", ranks=ranks, path=jax_path)
-    state = json.loads((run / "checkpoints" / "step-00000030" / "manifest.json").read_text())
-    assert state["versions"]["jax"]
-    curve = train(run, "tensorflow", model, *resume)
+    last = 20
+    for framework, ranks_now in (("jax", ranks), ("tensorflow", 1), ("jax", 3 - ranks), ("torch", 1)):
+        last = STEPS if framework == "torch" else last + 8
+        options = ("--checkpoint.resume", "auto", "--train.steps", str(last))
+        curve = train(run, framework, model, *options, ranks=ranks_now, path=jax_path)
+        manifest = run / "checkpoints" / f"step-{last:08}" / "manifest.json"
+        assert framework in " ".join(json.loads(manifest.read_text())["versions"])
     assert len(curve) >= STEPS and curve[-30:] == pytest.approx(expected[-30:], abs=1e-5)
+
+
+def test_jax_passes_the_tests_of_every_rank(jax_path: str, tmp_path: Path) -> None:
+    """Collectives, ZeRO, adapters, and every exchange: all compressors, local SGD and DiLoCo, on torch's curves."""
+    for framework, chosen in (("jax", ON_EVERY_RANK), ("torch", "losses_of")):
+        tests = {"HVDLM_TEST_FRAMEWORK": framework, "HVDLM_TEST_RANKS": "2", "HVDLM_TEST_BACKEND": "mpi4py"}
+        tests |= {"HVDLM_TEST_OUTPUT": str(tmp_path / f"{framework}.npz"), "PYTHONPATH": jax_path}
+        command = [*PYTEST, "tests/parallel", "-k", chosen]
+        done = launch("mpirun", 2, command, timeout=900, XLA_FLAGS=UNOPTIMIZED, **tests)
+        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
+        assert done.stdout.count(" passed") == 2 and "skipped" not in done.stdout, done.stdout[-3000:]
+    assert_train_alike(tmp_path, "jax", "torch")
+
+
+def test_jax_passes_the_tests_of_one_rank(jax_path: str) -> None:
+    """Every update rule on torch's losses, clipping, generation beyond the context."""
+    command = [*PYTEST, "tests/test_trainables.py", "-k", ON_ONE_RANK]
+    tests = {"HVDLM_TEST_FRAMEWORKS": "torch jax", "PYTHONPATH": jax_path, "XLA_FLAGS": UNOPTIMIZED}
+    done = run_python(command, **tests)
+    assert done.returncode == 0 and "8 passed" in done.stdout, done.stdout[-3000:] + done.stderr[-2000:]
 
 
 def test_the_example_passes_its_own_tests_and_conforms(jax_path: str, tmp_path: Path) -> None:
     chosen = "not same_losses and not torch and not tensorflow"  # which tests of their own compare with
     command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), "-k", chosen]
-    done = run_python([*command, "--hvdlm-plugin", "jax", str(SOURCE / "tests")], cwd=tmp_path, PYTHONPATH=jax_path)
+    command += ["--hvdlm-plugin", "jax", str(SOURCE / "tests")]
+    done = run_python(command, cwd=tmp_path, PYTHONPATH=jax_path, XLA_FLAGS=UNOPTIMIZED)
     assert done.returncode == 0 and "skipped" not in done.stdout, done.stdout[-3000:] + done.stderr[-2000:]
