@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from test_launches import PYTEST, assert_train_alike
 
 from launching import ROOT, SMALL, install_example, launch, losses, metrics, run_command, run_python
-from test_launches import PYTEST, assert_train_alike
 
 SOURCE = ROOT / "examples" / "plugins" / "jax"
 STEPS = 50
@@ -30,6 +30,17 @@ UNOPTIMIZED = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=
 # What depends on the framework of the tests that run on every rank (tests/parallel), and of those of one rank.
 ON_EVERY_RANK = "test_collectives or test_host_tensors or losses_of or adapters or (every_layout and 2x1x1)"
 ON_ONE_RANK = "(same_updates and (gpt or lstm)) or (clipping and jax) or (beyond and llama)"
+
+MOVES = """
+import sys
+import hvdlm
+
+for run in sys.argv[1:]:
+    for framework, steps in (("jax", 28), ("tensorflow", 36), ("jax", 44), ("torch", 50)):
+        moved = {"framework": framework, "log.run": run, "checkpoint.resume": "auto", "train.steps": steps}
+        result = hvdlm.train(hvdlm.Config.load(f"{run}/config.yaml", moved))
+        assert (result.summary["framework"], result.steps) == (framework, steps)
+"""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -93,22 +104,30 @@ def test_jax_is_on_the_curve_of_torch(jax_path: str, runs: Path, tmp_path: Path,
         assert (tmp_path / "jax" / "sample.txt").read_text() == (runs / model / "sample.txt").read_text()
 
 
-@pytest.mark.parametrize("model, ranks", [("gpt", 2), ("lstm", 1)])
-def test_a_checkpoint_moves_between_all_frameworks(
-    jax_path: str, runs: Path, tmp_path: Path, model: str, ranks: int
-) -> None:
-    run, expected = tmp_path / "run", losses(runs / model)
-    shutil.copytree(runs / model, run)
-    for step in (40, STEPS):
-        shutil.rmtree(run / "checkpoints" / f"step-{step:08}")
-    last = 20
-    for framework, ranks_now in (("jax", ranks), ("tensorflow", 1), ("jax", 3 - ranks), ("torch", 1)):
-        last = STEPS if framework == "torch" else last + 8
-        options = ("--checkpoint.resume", "auto", "--train.steps", str(last))
-        curve = train(run, framework, model, *options, ranks=ranks_now, path=jax_path)
-        manifest = run / "checkpoints" / f"step-{last:08}" / "manifest.json"
-        assert framework in " ".join(json.loads(manifest.read_text())["versions"])
-    assert len(curve) >= STEPS and curve[-30:] == pytest.approx(expected[-30:], abs=1e-5)
+def copy_until(run: Path, step: int, folder: Path) -> Path:
+    """Return a copy of a run in which the checkpoint of ``step`` is the newest."""
+    copy = folder / run.name
+    shutil.copytree(run, copy)
+    for path in (copy / "checkpoints").glob("step-*"):
+        if int(path.name.removeprefix("step-")) > step:
+            shutil.rmtree(path)
+    return copy
+
+
+def test_a_checkpoint_moves_between_all_frameworks(jax_path: str, runs: Path, tmp_path: Path) -> None:
+    """From torch to JAX to TensorFlow to JAX to torch, in one process, which is started once."""
+    copies = [copy_until(runs / model, 20, tmp_path) for model in MODELS]
+    done = run_python(["-c", MOVES, *map(str, copies)], PYTHONPATH=jax_path)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    for copy in copies:
+        expected, curve = losses(runs / copy.name)[20:], losses(copy)[-30:]
+        assert len(expected) == 30 and curve == pytest.approx(expected, abs=1e-5), copy.name
+
+
+def test_two_ranks_of_jax_resume_from_one_of_torch(jax_path: str, runs: Path, tmp_path: Path) -> None:
+    copy = copy_until(runs / "gpt", 40, tmp_path)
+    curve = train(copy, "jax", "gpt", "--checkpoint.resume", "auto", ranks=2, path=jax_path)
+    assert curve[-10:] == pytest.approx(losses(runs / "gpt")[-10:], abs=1e-5)
 
 
 def test_jax_passes_the_tests_of_every_rank(jax_path: str, tmp_path: Path) -> None:
