@@ -25,8 +25,11 @@ MODELS = {
     + ("--train.optimizer", "sgd", "--train.momentum", "0.9", "--train.learning_rate", "0.3")
     + ("--train.label_smoothing", "0.1"),
 }
-# Most time of these tests is that of compilation. Curves are those of optimized code.
-UNOPTIMIZED = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+# Most time of these tests is that of compilation. Curves are those of optimized code, which processes share.
+QUICKLY = {
+    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
+    "JAX_ENABLE_COMPILATION_CACHE": "false",
+}
 # What depends on the framework of the tests that run on every rank (tests/parallel), and of those of one rank.
 ON_EVERY_RANK = "test_collectives or test_host_tensors or losses_of or adapters or (every_layout and 2x1x1)"
 ON_ONE_RANK = "(same_updates and (gpt or lstm)) or (clipping and jax) or (beyond and llama)"
@@ -45,7 +48,7 @@ for run in sys.argv[1:]:
 
 @pytest.fixture(scope="module", autouse=True)
 def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Let the processes of these tests share what XLA has compiled, which takes most of their time."""
+    """Let the processes of these tests share what XLA has compiled."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
         patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
@@ -136,7 +139,7 @@ def test_jax_passes_the_tests_of_every_rank(jax_path: str, tmp_path: Path) -> No
         tests = {"HVDLM_TEST_FRAMEWORK": framework, "HVDLM_TEST_RANKS": "2", "HVDLM_TEST_BACKEND": "mpi4py"}
         tests |= {"HVDLM_TEST_OUTPUT": str(tmp_path / f"{framework}.npz"), "PYTHONPATH": jax_path}
         command = [*PYTEST, "tests/parallel", "-k", chosen]
-        done = launch("mpirun", 2, command, timeout=900, XLA_FLAGS=UNOPTIMIZED, **tests)
+        done = launch("mpirun", 2, command, timeout=900, **QUICKLY, **tests)
         assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
         assert done.stdout.count(" passed") == 2 and "skipped" not in done.stdout, done.stdout[-3000:]
     assert_train_alike(tmp_path, "jax", "torch")
@@ -145,8 +148,7 @@ def test_jax_passes_the_tests_of_every_rank(jax_path: str, tmp_path: Path) -> No
 def test_jax_passes_the_tests_of_one_rank(jax_path: str) -> None:
     """Every update rule on torch's losses, clipping, generation beyond the context."""
     command = [*PYTEST, "tests/test_trainables.py", "-k", ON_ONE_RANK]
-    tests = {"HVDLM_TEST_FRAMEWORKS": "torch jax", "PYTHONPATH": jax_path, "XLA_FLAGS": UNOPTIMIZED}
-    done = run_python(command, **tests)
+    done = run_python(command, HVDLM_TEST_FRAMEWORKS="torch jax", PYTHONPATH=jax_path, **QUICKLY)
     assert done.returncode == 0 and "8 passed" in done.stdout, done.stdout[-3000:] + done.stderr[-2000:]
 
 
@@ -154,5 +156,5 @@ def test_the_example_passes_its_own_tests_and_conforms(jax_path: str, tmp_path: 
     chosen = "not same_losses and not torch and not tensorflow"  # which tests of their own compare with
     command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), "-k", chosen]
     command += ["--hvdlm-plugin", "jax", str(SOURCE / "tests")]
-    done = run_python(command, cwd=tmp_path, PYTHONPATH=jax_path, XLA_FLAGS=UNOPTIMIZED)
+    done = run_python(command, cwd=tmp_path, PYTHONPATH=jax_path, **QUICKLY)
     assert done.returncode == 0 and "skipped" not in done.stdout, done.stdout[-3000:] + done.stderr[-2000:]

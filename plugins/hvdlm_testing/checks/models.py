@@ -14,7 +14,7 @@ from hvdlm.protocols.state_dict import optimizer_state
 from hvdlm.protocols.trainable import Trainable
 from hvdlm.protocols.types import Batch
 from hvdlm_testing.checks.harness import CONTEXT, VOCAB, Findings, Harness, Skip
-from hvdlm_testing.checks.training import check_training
+from hvdlm_testing.checks.training import check_steps, check_training
 from hvdlm_testing.plugin_under_test import PluginUnderTest
 
 _BUILT_IN = ("gpt", "rnn")  # every framework has to compute these
@@ -49,6 +49,7 @@ def check_framework(harness: Harness, plugin: PluginUnderTest, member: str, find
             "own.",
         )
         _check_optimizers(harness, plugin.name, findings)
+        _check_exchanges(harness, plugin.name, findings)
     for name in _BUILT_IN:
         config = harness.config()
         config.model.name = name
@@ -83,6 +84,21 @@ def _check_optimizers(harness: Harness, name: str, findings: Findings) -> None:
             f"{label} keeps optimizer/{sorted(kinds)} in state(), expected {sorted(expected)}: other frameworks resume "
             "from these names.",
         )
+
+
+def _check_exchanges(harness: Harness, name: str, findings: Findings) -> None:
+    """Check that steps run with exchanges that keep the parameters which they are given, or shard what is updated."""
+    for exchange, zero in (("local_sgd", 0), ("all_reduce", 1), ("all_reduce", 2)):
+        config = harness.config()
+        config.communication.exchange, config.parallel.zero = exchange, zero
+        spec = plugins.models(plugins.load(["rnn"]))["rnn"](config.model, VOCAB, CONTEXT)
+        label = f"framework {name}: {exchange} with parallel.zero {zero}"
+        try:
+            check_steps(harness, spec, config, label, findings)
+        except HvdlmError:
+            continue  # a framework may refuse it
+        except Exception as error:  # a third party's code may raise anything
+            findings.fault(f"{label}: a step fails: {type(error).__name__}: {error}")
 
 
 def check_description(spec: ModelSpec, name: str, findings: Findings) -> None:
