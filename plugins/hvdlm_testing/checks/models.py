@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 
@@ -88,7 +89,8 @@ def _check_optimizers(harness: Harness, name: str, findings: Findings) -> None:
 
 def _check_exchanges(harness: Harness, name: str, findings: Findings) -> None:
     """Check that steps run with exchanges that keep the parameters which they are given, or shard what is updated."""
-    for exchange, zero in (("local_sgd", 0), ("all_reduce", 1), ("all_reduce", 2)):
+    cases: tuple[tuple[str, Literal[0, 1, 2]], ...] = (("local_sgd", 0), ("all_reduce", 1), ("all_reduce", 2))
+    for exchange, zero in cases:
         config = harness.config()
         config.communication.exchange, config.parallel.zero = exchange, zero
         spec = plugins.models(plugins.load(["rnn"]))["rnn"](config.model, VOCAB, CONTEXT)
