@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import re
 
@@ -28,11 +29,11 @@ def small_config(model: str = "gpt", **sizes) -> Config:
     return config
 
 
-def build(config: Config, optimizer=None, exchange=None):
+def build(config: Config, optimizer=None, exchange=None, spec=None):
     manager = plugins.load(["jax", config.model.name])
     manager.hook.hvdlm_prepare(config=config)
     framework = plugins.make(manager, "framework", "jax")
-    spec = plugins.find_model(manager, config.model.name)(config.model, VOCAB, CONTEXT)
+    spec = spec or plugins.find_model(manager, config.model.name)(config.model, VOCAB, CONTEXT)
     exchange = exchange or AllReduceExchange(AloneGroup())
     return framework.build(spec, Mesh(1, 1, 1), LocalWorld(), exchange, config, optimizer)
 
@@ -117,6 +118,13 @@ def test_an_optimizer_of_a_plugin_trains_as_the_built_in_one():
         losses.append([trainable.train_step([batch()], 0.1, step).loss for step in range(4)])
         assert "optimizer/momentum/embed.tokens" in trainable.state()
     assert losses[0] == pytest.approx(losses[1], abs=1e-6) and losses[0][-1] < losses[0][0]
+
+
+def test_an_architecture_of_a_plugin_names_its_class_for_jax():
+    spec = plugins.find_model(plugins.load(["gpt"]), "gpt")(small_config().model, VOCAB, CONTEXT)
+    own = dataclasses.replace(spec, kind="own", implementations={"jax": "hvdlm_jax.gpt:GPT"})
+    losses = [build(small_config(), spec=model).train_step([batch()], 1e-3, 0).loss for model in (spec, own)]
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("model", ["gpt", "lstm"])
