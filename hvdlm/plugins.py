@@ -130,9 +130,14 @@ def make(manager: pluggy.PluginManager, kind: str, name: str, **arguments: Any) 
     """Return what ``hvdlm_make_<kind>`` makes of ``name``.
 
     Raises:
-        HvdlmError: no plugin knows the name.
+        HvdlmError: no plugin knows the name, or the library of a framework does not import.
     """
-    made = getattr(manager.hook, f"hvdlm_make_{kind}")(name=name, **arguments)
+    try:
+        made = getattr(manager.hook, f"hvdlm_make_{kind}")(name=name, **arguments)
+    except (ImportError, OSError, RuntimeError) as error:  # a missing file; a part of another version; an older CPU
+        if kind != "framework":
+            raise
+        raise HvdlmError(f"framework {name} does not import, repair it: {type(error).__name__}: {error}") from error
     if made is None:
         raise unknown(kind, name)
     return made
@@ -140,7 +145,7 @@ def make(manager: pluggy.PluginManager, kind: str, name: str, **arguments: Any) 
 
 def unknown(kind: str, name: str) -> HvdlmError:
     """Return the error about a name that no plugin provides."""
-    return HvdlmError(f"{kind}: no plugin provides {name!r}; {nearest(name, installed())}")
+    return HvdlmError(f"{kind}: no plugin provides {name!r}; {nearest(name, installed())} Or pip install a plugin.")
 
 
 def models(manager: pluggy.PluginManager) -> Mapping[str, ModelMaker]:
@@ -159,7 +164,7 @@ def find_model(manager: pluggy.PluginManager, name: str) -> ModelMaker:
         by_plugin = _collections("models")
         # ``model.name`` alone loads a plugin that brings a model of its own name.
         alone = [plugin for plugin, names in by_plugin.items() if plugin in names]
-        advice = _not_loaded(name, by_plugin) or nearest(name, {*known, *alone})
+        advice = not_loaded("models", name) or nearest(name, {*known, *alone})
         raise HvdlmError(f"model.name: no model {name!r}; {advice}")
     return known[name]
 
@@ -190,20 +195,15 @@ def _provided(manager: pluggy.PluginManager, hook: str, option: str, name: str, 
         return None
     known = {key: value for more in getattr(manager.hook, f"hvdlm_{hook}")() for key, value in more.items()}
     if name not in known:
-        by_plugin = _collections(hook)
-        installed_names = {name for names in by_plugin.values() for name in names}
-        advice = _not_loaded(name, by_plugin) or nearest(name, {*builtin, *known, *installed_names})
+        installed_names = {name for names in _collections(hook).values() for name in names}
+        advice = not_loaded(hook, name) or nearest(name, {*builtin, *known, *installed_names})
         raise HvdlmError(f"{option}: no plugin provides {name!r}; {advice}")
     return known[name]
 
 
 def not_loaded(hook: str, name: str) -> str | None:
     """Return what to do where an installed plugin that isn't loaded brings ``name`` (hook: models, options, ...)."""
-    return _not_loaded(name, _collections(hook))
-
-
-def _not_loaded(name: str, by_plugin: Mapping[str, Collection[str]]) -> str | None:
-    plugin = next((plugin for plugin, names in by_plugin.items() if name in names), None)
+    plugin = next((plugin for plugin, names in _collections(hook).items() if name in names), None)
     if plugin is None:
         return None
     return f"the installed plugin {plugin} brings it: add {plugin} to --plugins, for example --plugins '[{plugin}]'."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import os
 import stat
 import sys
 import threading
@@ -31,7 +32,9 @@ from hvdlm.protocols.types import Batch, StepResult
 from hvdlm_backends.local import AloneGroup, LocalWorld
 from hvdlm_tasks.models.ctc import BANDS
 
-both_frameworks = pytest.mark.parametrize("framework", ["torch", "tensorflow"])
+# The two frameworks of the tests; tests/test_jax_example.py names others.
+FRAMEWORKS = os.environ.get("HVDLM_TEST_FRAMEWORKS", "torch tensorflow").split()
+both_frameworks = pytest.mark.parametrize("framework", FRAMEWORKS)
 
 # Models and trainables
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from builders import both_frameworks
 from launching import ROOT, SMALL, launch, losses
 
 # What may not branch on the name of a framework. The builds in hvdlm_horovod may: they compile Horovod's own sources,
@@ -150,6 +151,21 @@ def test_a_framework_unknown_to_horovod_gets_no_advice_to_build(installed: str, 
     done = launch("mpirun", 2, [*command, "--backend", "mpi"], PYTHONPATH=path_with(installed))
     assert done.returncode == 2 and "Horovod has no operations for numpy_framework" in done.stderr, done.stderr
     assert "horovod build" not in done.stderr and "--backend mpi4py" in done.stderr
+
+
+@both_frameworks
+@pytest.mark.parametrize(
+    "error", ["ImportError('libcudart.so: cannot open shared object file')", "RuntimeError('built for AVX')"]
+)
+def test_a_library_that_does_not_import_is_one_sentence(framework: str, error: str, tmp_path: Path) -> None:
+    """A file is missing, a part is of another version, or the processor is too old."""
+    (tmp_path / framework).mkdir()
+    (tmp_path / framework / "__init__.py").write_text(f"raise {error}\n")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    command = ["-m", "hvdlm", *RECURRENT, "--framework", framework, "--log.run", str(tmp_path / "run")]
+    done = launch("", 1, command, PYTHONPATH=path)
+    sentence = f"hvdlm: framework {framework} does not import, repair it: {error.replace('(', ': ')[:-1]}"
+    assert done.returncode == 2 and done.stderr.strip() == sentence.replace("'", ""), done.stderr
 
 
 def test_a_framework_without_plugins_optimizers_refuses_them(installed: str, tmp_path: Path) -> None:

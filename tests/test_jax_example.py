@@ -12,21 +12,43 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from test_launches import PYTEST, assert_train_alike
 
 from launching import ROOT, SMALL, install_example, launch, losses, metrics, run_command, run_python
 
 SOURCE = ROOT / "examples" / "plugins" / "jax"
 STEPS = 50
+# Micro-batches of the rows that one of 2 ranks has: what one rank compiles serves two, too.
 MODELS = {
-    "gpt": ("--model.name", "gpt", "--log.sample_tokens", "20"),
-    "lstm": ("--model.name", "lstm", "--data.sampling", "sequential", "--train.optimizer", "sgd")
-    + ("--train.momentum", "0.9", "--train.learning_rate", "0.3", "--train.micro_batch_size", "4"),
+    "gpt": ("--model.name", "gpt", "--train.micro_batch_size", "4", "--log.sample_tokens", "20"),
+    "lstm": ("--model.name", "lstm", "--train.micro_batch_size", "4", "--data.sampling", "sequential")
+    + ("--train.optimizer", "sgd", "--train.momentum", "0.9", "--train.learning_rate", "0.3")
+    + ("--train.label_smoothing", "0.1"),
 }
+# Most time of these tests is that of compilation. Curves are those of optimized code, which processes share.
+QUICKLY = {
+    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
+    "JAX_ENABLE_COMPILATION_CACHE": "false",
+}
+# What depends on the framework of the tests that run on every rank (tests/parallel), and of those of one rank.
+ON_EVERY_RANK = "test_collectives or test_host_tensors or losses_of or adapters or (every_layout and 2x1x1)"
+ON_ONE_RANK = "(same_updates and (gpt or lstm)) or (clipping and jax) or (beyond and llama)"
+
+MOVES = """
+import sys
+import hvdlm
+
+for run in sys.argv[1:]:
+    for framework, steps in (("jax", 28), ("tensorflow", 36), ("jax", 44), ("torch", 50)):
+        moved = {"framework": framework, "log.run": run, "checkpoint.resume": "auto", "train.steps": steps}
+        result = hvdlm.train(hvdlm.Config.load(f"{run}/config.yaml", moved))
+        assert (result.summary["framework"], result.steps) == (framework, steps)
+"""
 
 
 @pytest.fixture(scope="module", autouse=True)
 def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Let the processes of these tests share what XLA has compiled, which takes most of their time."""
+    """Let the processes of these tests share what XLA has compiled."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
         patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
@@ -85,24 +107,54 @@ def test_jax_is_on_the_curve_of_torch(jax_path: str, runs: Path, tmp_path: Path,
         assert (tmp_path / "jax" / "sample.txt").read_text() == (runs / model / "sample.txt").read_text()
 
 
-@pytest.mark.parametrize("model, ranks", [("gpt", 2), ("lstm", 1)])
-def test_a_checkpoint_moves_from_torch_to_jax_to_tensorflow(
-    jax_path: str, runs: Path, tmp_path: Path, model: str, ranks: int
-) -> None:
-    run, expected = tmp_path / "run", losses(runs / model)
-    shutil.copytree(runs / model, run)
-    for step in (40, STEPS):
-        shutil.rmtree(run / "checkpoints" / f"step-{step:08}")
-    resume = ("--checkpoint.resume", "auto")
-    train(run, "jax", model, *resume, "--train.steps", "30", ranks=ranks, path=jax_path)
-    state = json.loads((run / "checkpoints" / "step-00000030" / "manifest.json").read_text())
-    assert state["versions"]["jax"]
-    curve = train(run, "tensorflow", model, *resume)
-    assert len(curve) >= STEPS and curve[-30:] == pytest.approx(expected[-30:], abs=1e-5)
+def copy_until(run: Path, step: int, folder: Path) -> Path:
+    """Return a copy of a run in which the checkpoint of ``step`` is the newest."""
+    copy = folder / run.name
+    shutil.copytree(run, copy)
+    for path in (copy / "checkpoints").glob("step-*"):
+        if int(path.name.removeprefix("step-")) > step:
+            shutil.rmtree(path)
+    return copy
+
+
+def test_a_checkpoint_moves_between_all_frameworks(jax_path: str, runs: Path, tmp_path: Path) -> None:
+    """From torch to JAX to TensorFlow to JAX to torch, in one process, which is started once."""
+    copies = [copy_until(runs / model, 20, tmp_path) for model in MODELS]
+    done = run_python(["-c", MOVES, *map(str, copies)], PYTHONPATH=jax_path)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    for copy in copies:
+        expected, curve = losses(runs / copy.name)[20:], losses(copy)[-30:]
+        assert len(expected) == 30 and curve == pytest.approx(expected, abs=1e-5), copy.name
+
+
+def test_two_ranks_of_jax_resume_from_one_of_torch(jax_path: str, runs: Path, tmp_path: Path) -> None:
+    copy = copy_until(runs / "gpt", 40, tmp_path)
+    curve = train(copy, "jax", "gpt", "--checkpoint.resume", "auto", ranks=2, path=jax_path)
+    assert curve[-10:] == pytest.approx(losses(runs / "gpt")[-10:], abs=1e-5)
+
+
+def test_jax_passes_the_tests_of_every_rank(jax_path: str, tmp_path: Path) -> None:
+    """Collectives, ZeRO, adapters, and every exchange: all compressors, local SGD and DiLoCo, on torch's curves."""
+    for framework, chosen in (("jax", ON_EVERY_RANK), ("torch", "losses_of")):
+        tests = {"HVDLM_TEST_FRAMEWORK": framework, "HVDLM_TEST_RANKS": "2", "HVDLM_TEST_BACKEND": "mpi4py"}
+        tests |= {"HVDLM_TEST_OUTPUT": str(tmp_path / f"{framework}.npz"), "PYTHONPATH": jax_path}
+        command = [*PYTEST, "tests/parallel", "-k", chosen]
+        done = launch("mpirun", 2, command, timeout=900, **QUICKLY, **tests)
+        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
+        assert done.stdout.count(" passed") == 2 and "skipped" not in done.stdout, done.stdout[-3000:]
+    assert_train_alike(tmp_path, "jax", "torch")
+
+
+def test_jax_passes_the_tests_of_one_rank(jax_path: str) -> None:
+    """Every update rule on torch's losses, clipping, generation beyond the context."""
+    command = [*PYTEST, "tests/test_trainables.py", "-k", ON_ONE_RANK]
+    done = run_python(command, HVDLM_TEST_FRAMEWORKS="torch jax", PYTHONPATH=jax_path, **QUICKLY)
+    assert done.returncode == 0 and "8 passed" in done.stdout, done.stdout[-3000:] + done.stderr[-2000:]
 
 
 def test_the_example_passes_its_own_tests_and_conforms(jax_path: str, tmp_path: Path) -> None:
     chosen = "not same_losses and not torch and not tensorflow"  # which tests of their own compare with
     command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), "-k", chosen]
-    done = run_python([*command, "--hvdlm-plugin", "jax", str(SOURCE / "tests")], cwd=tmp_path, PYTHONPATH=jax_path)
+    command += ["--hvdlm-plugin", "jax", str(SOURCE / "tests")]
+    done = run_python(command, cwd=tmp_path, PYTHONPATH=jax_path, **QUICKLY)
     assert done.returncode == 0 and "skipped" not in done.stdout, done.stdout[-3000:] + done.stderr[-2000:]

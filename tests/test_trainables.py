@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from builders import CONTEXT, ROWS, both_frameworks, parameters, small_trainable, token_batch, train_steps
+from builders import CONTEXT, FRAMEWORKS, ROWS, both_frameworks, parameters, small_trainable, token_batch, train_steps
 from hvdlm.config import TrainConfig
 from hvdlm_inference.generation import generate
 from hvdlm_inference.sampling import Sampling, sample
@@ -39,7 +39,7 @@ def test_micro_batches_give_the_same_update_as_one_batch(framework: str, model: 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "adagrad"])
 def test_both_frameworks_make_the_same_updates(model: str, optimizer: str) -> None:
     options = {"optimizer": optimizer, "momentum": 0.9 if optimizer == "sgd" else 0.0}
-    one, other = (small_trainable(framework, model, **options, bias=False) for framework in ("torch", "tensorflow"))
+    one, other = (small_trainable(framework, model, **options, bias=False) for framework in FRAMEWORKS)
     for a, b in zip(train_steps(one, 5), train_steps(other, 5), strict=True):
         assert abs(a.loss - b.loss) < 1e-5 and abs(a.grad_norm - b.grad_norm) < 1e-4 * max(1.0, a.grad_norm)
     assert one.state().keys() == other.state().keys()
@@ -224,7 +224,7 @@ def test_sampling_follows_temperature_top_k_and_top_p() -> None:
 @pytest.mark.parametrize("model", ["llama", "gru"])
 def test_both_frameworks_generate_alike_beyond_the_context(model: str) -> None:
     written = []
-    for framework in ("torch", "tensorflow"):
+    for framework in FRAMEWORKS:
         trainable = small_trainable(framework, model, initial_scale=0.5)
         context = CONTEXT if model == "llama" else 10**9
         tokens = generate(trainable, np.array([1, 2, 3], np.int32), 30, context, Sampling(temperature=1.0, seed=4))

@@ -45,9 +45,11 @@ def tensor():
         import torch
 
         return torch.from_numpy
-    import tensorflow
+    if FRAMEWORK == "tensorflow":
+        import tensorflow
 
-    return tensorflow.constant
+        return tensorflow.constant
+    return plugins.make(plugins.load([FRAMEWORK]), "framework", FRAMEWORK).tensor
 
 
 @pytest.hookimpl(trylast=True)

@@ -21,7 +21,7 @@ from hvdlm.protocols.world import World
 from launching import FRAMEWORK, RANKS
 
 VOCAB, CONTEXT, ROWS, STEPS = 51, 16, 8, 50
-TOLERANCE = {"torch": 1e-4, "tensorflow": 2e-4}[FRAMEWORK]
+TOLERANCE = 2e-4 if FRAMEWORK == "tensorflow" else 1e-4
 GPT = {"name": "gpt", "layers": 2, "width": 32, "heads": 4, "kv_heads": 2, "bias": False}
 DEEP = {**GPT, "layers": 4}  # as many as stages can be here
 
@@ -164,7 +164,7 @@ def assert_memory_is_predicted(world: World, mesh: Mesh, config: Config, trainab
 
 
 @pytest.mark.skipif(RANKS != 2, reason="data parallelism only: two ranks show what four would")
-@pytest.mark.parametrize("zero", [0, 1, 2] if FRAMEWORK == "torch" else [2])
+@pytest.mark.parametrize("zero", [2] if FRAMEWORK == "tensorflow" else [0, 1, 2])
 def test_adapters_follow_one_rank_and_alone_are_communicated(world: World, zero: int) -> None:
     mesh, one, more = Mesh(2, 1, 1), Mesh(1, 1, 1), {"lora": {"rank": 2}, "train": {"steps": 8}}
     config, single = configured(mesh, GPT, parallel={"zero": zero}, **more), configured(one, GPT, **more)

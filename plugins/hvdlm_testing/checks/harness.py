@@ -71,7 +71,7 @@ class Harness:
     @contextmanager
     def open(cls, framework: str, backend_name: str, tested: Sequence[PluginUnderTest]) -> Iterator[Harness]:
         """Start the world as a run does, with all plugins under test loaded; close it at the end of the context."""
-        manager = plugins.load([framework, backend_name, "all_reduce", "compression"])
+        manager = plugins.load([framework, backend_name, "all_reduce", "compression", "local_sgd"])
         for plugin in tested:
             if plugin.implementation is not None and not manager.has_plugin(plugin.name):
                 manager.register(plugin.implementation, plugin.name)

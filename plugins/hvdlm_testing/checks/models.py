@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from hvdlm.protocols.state_dict import optimizer_state
 from hvdlm.protocols.trainable import Trainable
 from hvdlm.protocols.types import Batch
 from hvdlm_testing.checks.harness import CONTEXT, VOCAB, Findings, Harness, Skip, lacking
-from hvdlm_testing.checks.training import check_training
+from hvdlm_testing.checks.training import check_steps, check_training
 from hvdlm_testing.plugin_under_test import PluginUnderTest
 
 _BUILT_IN = ("gpt", "rnn")  # what a framework computes, unless its hvdlm_check refuses them
@@ -51,6 +52,7 @@ def check_framework(harness: Harness, plugin: PluginUnderTest, member: str, find
             "own.",
         )
         _check_optimizers(harness, plugin, findings)
+        _check_exchanges(harness, plugin, findings)
     trained, refusals = trained_models(harness, plugin), refused_models(harness, plugin)
     for name in (name for name in _BUILT_IN if name not in refusals):
         config = harness.config()
@@ -112,7 +114,6 @@ def _check_optimizers(harness: Harness, plugin: PluginUnderTest, findings: Findi
         if _refusal(harness, plugin, config, spec):
             continue
         try:
-            harness.manager.hook.hvdlm_check(config=config, spec=spec)
             trainable, _ = harness.build(spec, config)
         except HvdlmError:  # a framework may refuse all optimizers but AdamW
             if optimizer == "adamw":
@@ -162,6 +163,25 @@ def _check_clipping(harness: Harness, spec: ModelSpec, config: Config, label: st
         f"{label}: a step of sgd changes the parameters by {moved:.3g}, expected {expected:.3g}: train.learning_rate "
         f"{_RATE} times the norm of the gradient, {result.grad_norm:.3g}, or train.clip {_CLIP} where that is less.",
     )
+
+
+def _check_exchanges(harness: Harness, plugin: PluginUnderTest, findings: Findings) -> None:
+    """Check that steps run with exchanges that keep the parameters which they are given, or shard what is updated."""
+    model, maker = next(iter(trained_models(harness, plugin).items()))
+    cases: tuple[tuple[str, Literal[0, 1, 2]], ...] = (("local_sgd", 0), ("all_reduce", 1), ("all_reduce", 2))
+    for exchange, zero in cases:
+        config = harness.config()
+        config.model.name, config.communication.exchange, config.parallel.zero = model, exchange, zero
+        spec = maker(config.model, VOCAB, CONTEXT)
+        if _refusal(harness, plugin, config, spec):
+            continue
+        label = f"framework {plugin.name}: {exchange} with parallel.zero {zero}"
+        try:
+            check_steps(harness, spec, config, label, findings)
+        except HvdlmError:
+            continue  # a framework may refuse it
+        except Exception as error:  # a third party's code may raise anything
+            findings.fault(f"{label}: a step fails: {type(error).__name__}: {error}")
 
 
 def check_description(spec: ModelSpec, name: str, findings: Findings) -> None:

@@ -15,6 +15,8 @@ from hvdlm_jax.trainable import Trainable
 
 # Tensors keep their dtypes: without this, JAX turns float64 (loss sums) and int64 into 32 bits.
 jax.config.update("jax_enable_x64", True)
+# The models add vectors to matrices, whatever JAX_NUMPY_RANK_PROMOTION says of other programs.
+jax.config.update("jax_numpy_rank_promotion", "allow")
 
 
 class Framework:

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 import os
+import re
+from dataclasses import replace
 from typing import Any
 
 from hvdlm import hookimpl
 from hvdlm.config import Config
 from hvdlm.errors import HvdlmError
 from hvdlm.models.spec import ModelSpec
+from hvdlm.parallel.mesh import Mesh
 from hvdlm.protocols.framework import Probe
+from hvdlm.protocols.types import Prediction
 
+_VERSION = "0.10"  # as in pyproject.toml
+_INSTALL = f"pip install 'jax=={_VERSION}.*'"
 _CODE = "import jax; report(version=jax.__version__, gpus=0)"
 
 
 @hookimpl
 def hvdlm_probes() -> dict[str, Probe]:
     """Return how ``python -m hvdlm doctor`` examines JAX."""
-    return {"jax": Probe(_CODE, "pip install 'jax>=0.10,<0.11'")}
+    return {"jax": Probe(_CODE, _INSTALL)}
 
 
 @hookimpl
@@ -26,7 +32,7 @@ def hvdlm_prepare(config: Config) -> None:
     """Set what JAX and Keras (for compressors) read from the environment when they are imported."""
     if config.framework == "jax":
         os.environ["KERAS_BACKEND"] = "jax"
-        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS") or "cpu"  # another is refused below
         if config.train.threads:
             os.environ["NPROC"] = str(config.train.threads)  # the size of XLA's thread pool
 
@@ -36,8 +42,7 @@ def hvdlm_check(config: Config, spec: ModelSpec) -> None:
     """Refuse to run without JAX, and the settings that this framework does not implement."""
     if config.framework != "jax":
         return
-    if importlib.util.find_spec("jax") is None:
-        raise HvdlmError("framework jax is not installed here: pip install 'jax>=0.10,<0.11', or --framework torch.")
+    _check_installation()
     if spec.kind not in ("gpt", "rnn") and "jax" not in spec.implementations:
         raise HvdlmError(
             f"model.name {config.model.name}: framework jax computes GPTs and recurrent models: choose one of them, or "
@@ -55,6 +60,36 @@ def hvdlm_check(config: Config, spec: ModelSpec) -> None:
         )
     if config.train.compile is False:
         raise HvdlmError("framework jax compiles every step: leave out train.compile, or --framework torch.")
+
+
+def _check_installation() -> None:
+    """Refuse, without importing it, a JAX that is missing, of another version, or told to use another device."""
+    try:
+        jax, jaxlib = (importlib.metadata.version(name) for name in ("jax", "jaxlib"))
+    except importlib.metadata.PackageNotFoundError as error:
+        raise HvdlmError(f"{error.name} is not installed here: {_INSTALL}, or --framework torch.") from None
+    numbers, others = (list(map(int, re.findall(r"\d+", version)[:3])) for version in (jax, jaxlib))
+    if not jax.startswith(f"{_VERSION}.") or others > numbers:
+        raise HvdlmError(
+            f"framework jax needs jax {_VERSION} and a jaxlib that is not newer, installed are {jax} and {jaxlib}: "
+            f"{_INSTALL}."
+        )
+    platforms = os.environ.get("JAX_PLATFORMS")
+    if platforms not in (None, "", "cpu"):
+        raise HvdlmError(f"JAX_PLATFORMS={platforms}: framework jax trains on CPUs: unset it, or --framework torch.")
+
+
+@hookimpl
+def hvdlm_predict(config: Config, spec: ModelSpec, mesh: Mesh, rank: int, moments: int) -> Prediction | None:
+    """Return the costs of a step with JAX: ZeRO-2 holds the gradients of a whole micro-batch, as ZeRO-1 does."""
+    if config.framework != "jax":
+        return None
+    from hvdlm.planning.closed_forms import closed_form
+
+    prediction = closed_form(config, spec, mesh, rank, moments=moments)
+    whole = replace(config, parallel=replace(config.parallel, zero=min(config.parallel.zero, 1)))
+    held = closed_form(whole, spec, mesh, rank, moments=moments)
+    return prediction and held and replace(prediction, memory=held.memory)
 
 
 @hookimpl

@@ -61,10 +61,12 @@ class Trainable(Inference):
         self._mask = jnp.asarray(state.update_shard(self.layout.decay_mask()))
         self._memory = optimizers.initial_memory(config.train, len(self._mask), optimizer)
         self._carry: dict[int, Any] = {}  # by micro-batch: the state that a recurrent model carries to the next step
-        self._backward = jax.jit(self._trace_backward, donate_argnums=(2, 3))
+        self._backward = jax.jit(self._trace_backward, donate_argnums=(2,))
         self._squared_norm = jax.jit(_trace_squared_norm)
-        self._update = jax.jit(self._trace_update, donate_argnums=(0, 1))
+        # The parameters are not donated: exchanges keep what they were given or returned (local SGD, DiLoCo).
+        self._update = jax.jit(self._trace_update, donate_argnums=(1,))
         self._add = jax.jit(_trace_sums, donate_argnums=(0,))
+        self._divide = jax.jit(self._trace_shards)
         exchange.open(self.layout, initial)
 
     def train_step(
@@ -100,20 +102,19 @@ class Trainable(Inference):
 
     def _gradients(self, micro_batches: Sequence[Batch], step: int) -> tuple[Buckets, jax.Array]:
         """Return the gradients of all micro-batches, in buckets, and float64 (loss sum, valid tokens)."""
-        buckets, totals = None, jnp.zeros(2, jnp.float64)
+        buckets, totals = None, np.zeros(2)
         for number, batch in enumerate(micro_batches):
             if batch.reset or number not in self._carry:
                 self._carry[number] = self._forward.model.initial_carry(len(batch.inputs))
             seed = self._sharded.seed(step, number).generate_state(2)
-            earlier = None if self._exchange.traits.scatters_every else buckets
             new, totals, self._carry[number] = self._backward(
-                self._flat, self._frozen, earlier, totals, tokens_of(batch), self._carry[number], seed
+                self._flat, self._frozen, totals, tokens_of(batch), self._carry[number], seed
             )
             if self._exchange.traits.scatters_every:  # ZeRO-2: a rank keeps the sums of its shards
                 new = self._exchanged(new)
-                new = new if buckets is None else self._add(buckets, new)
-            buckets = new
-        return buckets, totals
+            buckets = new if buckets is None else self._add(buckets, new)
+        # JAX returns before it has computed: without this, the exchange would seem to take that time.
+        return jax.block_until_ready((buckets, totals))
 
     def _exchanged(self, buckets: Buckets) -> Buckets:
         """Return this rank's shards of the sums of ``buckets`` over the data ranks."""
@@ -140,8 +141,7 @@ class Trainable(Inference):
     def _replace_parameters(self) -> None:
         """Gather the shards that other ranks updated, or take what the exchange replaces the parameters by."""
         if self._exchange.traits.zero_size > 1:
-            shards = [self._updated[start:stop] for start, stop in self._sharded.shard_ranges]
-            self._flat = jnp.concatenate(self._exchange.gather(shards))
+            self._flat = jnp.concatenate(self._exchange.gather(self._divide(self._updated)))
             return
         replaced = self._exchange.finish(self._updated)
         self._updated = self._updated if replaced is None else replaced
@@ -210,25 +210,22 @@ class Trainable(Inference):
         self,
         flat: jax.Array,
         frozen: Parameters,
-        buckets: Buckets | None,
         totals: jax.Array,
         batch: Tokens,
         carry: Any,
         seed: jax.Array,
     ) -> tuple[Buckets, jax.Array, Any]:
-        """Return ``buckets`` and ``totals`` with a micro-batch's gradients and sums added, and the new carry."""
+        """Return a micro-batch's gradients, ``totals`` with its sums added, and the new carry."""
 
         def mean(trained: Parameters) -> tuple[jax.Array, tuple[jax.Array, Any]]:
-            key = jax.random.wrap_key_data(seed)
+            key = jax.random.wrap_key_data(seed, impl="threefry2x32")
             losses, after = self._forward.losses(self._forward.weights(trained, frozen), batch, carry, key)
             return losses.sum() / self._sharded.loss_divisor, (losses.sum(dtype=jnp.float64), after)
 
         gradients, (loss_sum, after) = jax.grad(mean, has_aux=True)(self._forward.parameters(flat))
         weights = batch.weights
         tokens = np.float64(batch.targets.size) if weights is None else weights.sum(dtype=jnp.float64)
-        new = self._in_buckets(gradients)
-        new = new if buckets is None else _trace_sums(buckets, new)
-        return new, totals + jnp.stack([loss_sum, tokens]), after
+        return self._in_buckets(gradients), totals + jnp.stack([loss_sum, tokens]), after
 
     def _in_buckets(self, gradients: Parameters) -> Buckets:
         """Return the flat buckets of the layout, each padded to its length."""
@@ -243,6 +240,10 @@ class Trainable(Inference):
         self, x: jax.Array, memory: optimizers.Memory, gradient: Buckets, mask: jax.Array, rates: jax.Array
     ) -> tuple[jax.Array, optimizers.Memory]:
         return optimizers.update(self._config.train, x, memory, jnp.concatenate(gradient), mask, rates, self._optimizer)
+
+    def _trace_shards(self, updated: jax.Array) -> Buckets:
+        """Return this rank's shard of every bucket, of the vector that it updates."""
+        return tuple(updated[start:stop] for start, stop in self._sharded.shard_ranges)
 
 
 def _trace_squared_norm(gradient: Buckets) -> jax.Array:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import importlib.metadata
+import re
+
 import numpy as np
 import pytest
 
@@ -12,6 +17,8 @@ from hvdlm.errors import HvdlmError
 from hvdlm.parallel.mesh import Mesh
 from hvdlm.protocols.types import Batch
 from hvdlm_backends.local import AloneGroup, LocalWorld
+from hvdlm_inference.generation import generate
+from hvdlm_inference.sampling import Sampling
 
 VOCAB, CONTEXT, ROWS = 20, 8, 4
 
@@ -22,12 +29,13 @@ def small_config(model: str = "gpt", **sizes) -> Config:
     return config
 
 
-def build(config: Config, optimizer=None):
+def build(config: Config, optimizer=None, exchange=None, spec=None):
     manager = plugins.load(["jax", config.model.name])
     manager.hook.hvdlm_prepare(config=config)
     framework = plugins.make(manager, "framework", "jax")
-    spec = plugins.find_model(manager, config.model.name)(config.model, VOCAB, CONTEXT)
-    return framework.build(spec, Mesh(1, 1, 1), LocalWorld(), AllReduceExchange(AloneGroup()), config, optimizer)
+    spec = spec or plugins.find_model(manager, config.model.name)(config.model, VOCAB, CONTEXT)
+    exchange = exchange or AllReduceExchange(AloneGroup())
+    return framework.build(spec, Mesh(1, 1, 1), LocalWorld(), exchange, config, optimizer)
 
 
 def batch(seed: int = 1) -> Batch:
@@ -35,15 +43,57 @@ def batch(seed: int = 1) -> Batch:
     return Batch(tokens[:, :-1], tokens[:, 1:])
 
 
+@pytest.fixture
+def compiled():
+    """Return a list to which the name of every function is added that is compiled."""
+    import jax
+
+    def listen(event, seconds, fun_name="", **details):
+        if event.endswith("backend_compile_duration"):
+            names.append(fun_name)
+
+    names: list[str] = []
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield names
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
 @pytest.mark.parametrize("model", ["gpt", "lstm"])
-def test_a_step_is_compiled_once(model):
-    trainable = build(small_config(model))
-    functions, sizes = (trainable._backward, trainable._squared_norm, trainable._update), []
+def test_a_step_is_compiled_once(model, compiled):
+    config = small_config(model)
+    config.communication.bucket_bytes = 4000
+    trainable = build(config)
     for step in range(4):
-        trainable.train_step([batch(step)], 1e-3 / (step + 1), step)
+        rows = batch(step)
+        trainable.train_step([rows.rows(0, 2), rows.rows(2, 4)], 1e-3 / (step + 1), step)
         trainable.state()
-        sizes.append([function._cache_size() for function in functions])
-    assert sizes[0] == sizes[-1] and sizes[0][0] == 1
+        if step == 0:
+            assert compiled.count("jit(_trace_backward)") == 1 and len(trainable.layout.buckets) > 2
+            compiled.clear()
+    assert not compiled
+
+
+@pytest.mark.parametrize("model", ["gpt", "lstm"])
+def test_generation_compiles_nothing_per_token(model, compiled):
+    trainable, context = build(small_config(model)), CONTEXT if model == "gpt" else 10**9
+    for seed in (1, 2):  # the prompt, a token, and beyond the context of a GPT all of it
+        assert len(list(generate(trainable, np.int32([1, 2, 3]), 20, context, Sampling(seed=seed)))) == 20
+        assert len([name for name in compiled if "extend" in name]) == (3 if model == "gpt" else 2)
+
+
+def test_gradients_are_complete_before_they_are_exchanged():
+    """Otherwise the seconds of communication would include those of the computation."""
+    ready = []
+
+    class Observed(AllReduceExchange):
+        def start(self, bucket, index):
+            ready.append(bucket.is_ready())
+            return super().start(bucket, index)
+
+    config = small_config()
+    config.model.width, config.model.layers = 256, 4
+    build(config, exchange=Observed(AloneGroup())).train_step([batch()], 1e-3, 0)
+    assert ready and all(ready)
 
 
 class Momentum:
@@ -68,6 +118,13 @@ def test_an_optimizer_of_a_plugin_trains_as_the_built_in_one():
         losses.append([trainable.train_step([batch()], 0.1, step).loss for step in range(4)])
         assert "optimizer/momentum/embed.tokens" in trainable.state()
     assert losses[0] == pytest.approx(losses[1], abs=1e-6) and losses[0][-1] < losses[0][0]
+
+
+def test_an_architecture_of_a_plugin_names_its_class_for_jax():
+    spec = plugins.find_model(plugins.load(["gpt"]), "gpt")(small_config().model, VOCAB, CONTEXT)
+    own = dataclasses.replace(spec, kind="own", implementations={"jax": "hvdlm_jax.gpt:GPT"})
+    losses = [build(small_config(), spec=model).train_step([batch()], 1e-3, 0).loss for model in (spec, own)]
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("model", ["gpt", "lstm"])
@@ -108,14 +165,48 @@ def test_a_step_with_a_norm_that_is_not_finite_is_skipped():
     ("section", "option", "value", "sentence"),
     [
         ("train", "precision", "bf16", "framework jax computes in fp32, not in bf16"),
+        ("train", "precision", "fp16", "framework jax computes in fp32, not in fp16"),
         ("train", "compile", False, "framework jax compiles every step"),
         ("parallel", "tensor", 2, "framework jax has data-parallel ranks only"),
+        ("parallel", "pipeline", 2, "framework jax has data-parallel ranks only"),
+        ("model", "name", "seq2seq", "framework jax computes GPTs and recurrent models"),
     ],
 )
 def test_settings_that_jax_lacks_are_refused(section, option, value, sentence):
     config = small_config()
     setattr(getattr(config, section), option, value)
-    manager = plugins.load(["jax", config.model.name])
-    spec = plugins.find_model(manager, "gpt")(config.model, VOCAB, CONTEXT)
     with pytest.raises(HvdlmError, match=sentence):
-        manager.hook.hvdlm_check(config=config, spec=spec)
+        check(config)
+
+
+def check(config: Config) -> None:
+    manager = plugins.load(["jax", config.model.name])
+    spec = plugins.find_model(manager, config.model.name)(config.model, VOCAB, CONTEXT)
+    manager.hook.hvdlm_check(config=config, spec=spec)
+
+
+@pytest.mark.parametrize(
+    ("versions", "sentence"),
+    [
+        ({}, "jax is not installed here: pip install 'jax==0.10.*', or --framework torch"),
+        ({"jax": "0.10.2"}, "jaxlib is not installed here"),
+        ({"jax": "0.4.38", "jaxlib": "0.4.38"}, "needs jax 0.10 and a jaxlib that is not newer, installed are 0.4.38"),
+        ({"jax": "0.10.2", "jaxlib": "0.10.11"}, "installed are 0.10.2 and 0.10.11: pip install"),
+        ({"jax": "0.10.2", "jaxlib": "0.10.1"}, None),
+    ],
+)
+def test_a_jax_that_does_not_fit_is_refused(monkeypatch, versions, sentence):
+    def version(name: str) -> str:
+        if name not in versions:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    with pytest.raises(HvdlmError, match=re.escape(sentence)) if sentence else contextlib.nullcontext():
+        check(small_config())
+
+
+def test_other_platforms_than_cpus_are_refused(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    with pytest.raises(HvdlmError, match="JAX_PLATFORMS=cuda: framework jax trains on CPUs"):
+        check(small_config())
