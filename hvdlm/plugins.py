@@ -43,8 +43,12 @@ def load(names: Iterable[str]) -> pluggy.PluginManager:
     manager = pluggy.PluginManager("hvdlm")
     manager.add_hookspecs(hookspecs)
     entries = installed()
+    loaded: set[str] = set()
     for name in dict.fromkeys(names):
-        if name in entries:
+        if name in entries and entries[name].value not in loaded:  # of several names of one plugin, the first
+            loaded.add(entries[name].value)
+            same_name = importlib.metadata.entry_points(group="hvdlm", name=name)
+            _refuse_several("plugins", name, {entry.value for entry in same_name})
             try:
                 manager.register(import_plugin(entries[name]), name)
             except pluggy.PluginValidationError as error:  # a hook with an argument that does not exist
@@ -143,9 +147,28 @@ def unknown(kind: str, name: str) -> HvdlmError:
     return HvdlmError(f"{kind}: no plugin provides {name!r}; {nearest(name, installed())}")
 
 
-def models(manager: pluggy.PluginManager) -> Mapping[str, ModelMaker]:
-    """Return every model of the registered plugins by name."""
-    return {name: maker for more in manager.hook.hvdlm_models() for name, maker in more.items()}
+def provided(manager: pluggy.PluginManager, hook: str, name: str = "", builtin: Collection[str] = ()) -> dict[str, Any]:
+    """Return what ``hvdlm_<hook>`` of the registered plugins returns, by name; ``builtin``: what hvdlm itself provides.
+
+    Raises:
+        HvdlmError: ``name`` is provided twice.
+    """
+    implementations = getattr(manager.hook, f"hvdlm_{hook}").get_hookimpls()
+    by_plugin = {implementation.plugin_name: implementation.function() for implementation in implementations}
+    own = ["hvdlm"] if name in builtin else []
+    _refuse_several(hook, name, own + [plugin for plugin, names in by_plugin.items() if name in names])
+    return {key: value for names in by_plugin.values() for key, value in names.items()}
+
+
+def _refuse_several(kind: str, name: str, providers: Collection[str]) -> None:
+    if len(providers) > 1:
+        several = " and by ".join(sorted(providers))
+        raise HvdlmError(f"{kind}: {name!r} is provided by {several}: rename one of them, or leave its plugin out.")
+
+
+def models(manager: pluggy.PluginManager, name: str = "") -> Mapping[str, ModelMaker]:
+    """Return every model of the registered plugins by name; raise HvdlmError where two have ``name``."""
+    return provided(manager, "models", name)
 
 
 def find_model(manager: pluggy.PluginManager, name: str) -> ModelMaker:
@@ -154,9 +177,9 @@ def find_model(manager: pluggy.PluginManager, name: str) -> ModelMaker:
     Raises:
         HvdlmError: no registered plugin has it; the sentence names the nearest.
     """
-    known = models(manager)
+    known = models(manager, name)
     if name not in known:
-        by_plugin = _collections("models")
+        by_plugin = collections("models")
         # ``model.name`` alone loads a plugin that brings a model of its own name.
         alone = [plugin for plugin, names in by_plugin.items() if plugin in names]
         advice = _not_loaded(name, by_plugin) or nearest(name, {*known, *alone})
@@ -186,11 +209,11 @@ def find_schedule(manager: pluggy.PluginManager, config: TrainConfig) -> Callabl
 
 def _provided(manager: pluggy.PluginManager, hook: str, option: str, name: str, builtin: Collection[str]) -> Any:
     """Return what ``hvdlm_<hook>`` of the registered plugins returns under ``name``; None where it is built in."""
+    known = provided(manager, hook, name, builtin)
     if name in builtin:
         return None
-    known = {key: value for more in getattr(manager.hook, f"hvdlm_{hook}")() for key, value in more.items()}
     if name not in known:
-        by_plugin = _collections(hook)
+        by_plugin = collections(hook)
         installed_names = {name for names in by_plugin.values() for name in names}
         advice = _not_loaded(name, by_plugin) or nearest(name, {*builtin, *known, *installed_names})
         raise HvdlmError(f"{option}: no plugin provides {name!r}; {advice}")
@@ -199,7 +222,7 @@ def _provided(manager: pluggy.PluginManager, hook: str, option: str, name: str, 
 
 def not_loaded(hook: str, name: str) -> str | None:
     """Return what to do where an installed plugin that isn't loaded brings ``name`` (hook: models, options, ...)."""
-    return _not_loaded(name, _collections(hook))
+    return _not_loaded(name, collections(hook))
 
 
 def _not_loaded(name: str, by_plugin: Mapping[str, Collection[str]]) -> str | None:
@@ -209,7 +232,7 @@ def _not_loaded(name: str, by_plugin: Mapping[str, Collection[str]]) -> str | No
     return f"the installed plugin {plugin} brings it: add {plugin} to --plugins, for example --plugins '[{plugin}]'."
 
 
-def _collections(hook: str) -> dict[str, list[str]]:
+def collections(hook: str) -> dict[str, list[str]]:
     """Return the names in what ``hvdlm_<hook>`` of every installed plugin returns, by plugin, broken ones left out."""
     names = {}
     for plugin_name, entry in installed().items():
@@ -229,6 +252,6 @@ def probes() -> Mapping[str, Probe]:
     return known
 
 
-def compressors(manager: pluggy.PluginManager) -> Mapping[str, CompressorMaker]:
-    """Return every compressor of the registered plugins by name."""
-    return {name: maker for more in manager.hook.hvdlm_compressors() for name, maker in more.items()}
+def compressors(manager: pluggy.PluginManager, name: str = "") -> Mapping[str, CompressorMaker]:
+    """Return every compressor of the registered plugins by name; raise HvdlmError where two have ``name``."""
+    return provided(manager, "compressors", name)

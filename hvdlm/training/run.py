@@ -176,7 +176,8 @@ def plan(config: Config, *, writes: bool = True, resume: str | None = None) -> P
             "first, then --data.path FOLDER."
         )
     validation.model(config, manager)
-    validation.communication(config, size, backend_name, plugins.compressors(manager))
+    algorithm = config.communication.compression.algorithm
+    validation.communication(config, size, backend_name, plugins.compressors(manager, algorithm))
     require_framework(config.framework, size, backend_name)
     plugins.check_keras(config)
     data = corpora.store_stdin(config)

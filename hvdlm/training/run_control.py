@@ -31,7 +31,7 @@ class RunControl:
 
         ``reason``: a sentence for ``status.json`` and ``summary.json``.
         """
-        self._reason = self._reason or reason
+        self._reason = str(reason) if self._reason is None else self._reason
 
     def save(self) -> None:
         """Ask the run to write a checkpoint."""
@@ -62,4 +62,4 @@ class RunControl:
 
     def agreed_reason(self) -> str:
         """Return the reason of the first rank that asks to stop. All ranks call."""
-        return next(filter(None, self.opened.world.gather_objects(self._reason)), "")
+        return next(reason for reason in self.opened.world.gather_objects(self._reason) if reason is not None)
