@@ -16,7 +16,6 @@ from hvdlm import hookspecs
 from hvdlm.config import Config, TrainConfig
 from hvdlm.errors import HvdlmError, nearest
 from hvdlm.models.spec import ModelMaker
-from hvdlm.protocols.compressor import CompressorMaker
 from hvdlm.protocols.framework import Framework, Probe
 from hvdlm.protocols.optimizer import Optimizer
 from hvdlm.protocols.state_dict import OPTIMIZER_STATE
@@ -155,8 +154,7 @@ def provided(manager: pluggy.PluginManager, hook: str, name: str = "", builtin: 
     """
     implementations = getattr(manager.hook, f"hvdlm_{hook}").get_hookimpls()
     by_plugin = {implementation.plugin_name: implementation.function() for implementation in implementations}
-    own = ["hvdlm"] if name in builtin else []
-    _refuse_several(hook, name, own + [plugin for plugin, names in by_plugin.items() if name in names])
+    _refuse_several(hook, name, ["hvdlm"] * (name in builtin) + [p for p, names in by_plugin.items() if name in names])
     return {key: value for names in by_plugin.values() for key, value in names.items()}
 
 
@@ -166,18 +164,13 @@ def _refuse_several(kind: str, name: str, providers: Collection[str]) -> None:
         raise HvdlmError(f"{kind}: {name!r} is provided by {several}: rename one of them, or leave its plugin out.")
 
 
-def models(manager: pluggy.PluginManager, name: str = "") -> Mapping[str, ModelMaker]:
-    """Return every model of the registered plugins by name; raise HvdlmError where two have ``name``."""
-    return provided(manager, "models", name)
-
-
 def find_model(manager: pluggy.PluginManager, name: str) -> ModelMaker:
     """Return the maker of the model ``name``.
 
     Raises:
         HvdlmError: no registered plugin has it; the sentence names the nearest.
     """
-    known = models(manager, name)
+    known = provided(manager, "models", name)
     if name not in known:
         by_plugin = collections("models")
         # ``model.name`` alone loads a plugin that brings a model of its own name.
@@ -250,8 +243,3 @@ def probes() -> Mapping[str, Probe]:
         with contextlib.suppress(Exception):  # a third party's module may fail in any way
             known.update(getattr(import_plugin(entry), "hvdlm_probes", dict)())
     return known
-
-
-def compressors(manager: pluggy.PluginManager, name: str = "") -> Mapping[str, CompressorMaker]:
-    """Return every compressor of the registered plugins by name; raise HvdlmError where two have ``name``."""
-    return provided(manager, "compressors", name)

@@ -101,6 +101,13 @@ class TrainedRun:
             process.connect(run.world.recorder, run.world.abort)
             process.begin(phase)
             with raising_on_all_ranks(run.world, closes=False):
+                calls = run.world.gather_objects(phase)
+                other = next((rank for rank, call in enumerate(calls) if call != calls[0]), None)
+                if other is not None:
+                    raise HvdlmError(
+                        f"all ranks make the same calls, but rank 0 is {calls[0]} and rank {other} is {calls[other]}: "
+                        "call evaluate and generate on every rank, in the same order."
+                    )
                 yield run
 
 
