@@ -209,7 +209,7 @@ def _provided(manager: pluggy.PluginManager, hook: str, option: str, name: str, 
         by_plugin = collections(hook)
         installed_names = {name for names in by_plugin.values() for name in names}
         advice = _not_loaded(name, by_plugin) or nearest(name, {*builtin, *known, *installed_names})
-        raise HvdlmError(f"{option}: no plugin provides {name!r}; {advice}")
+        raise HvdlmError(f"{option}: no installed plugin provides {name!r}: install it, or choose another; {advice}")
     return known[name]
 
 

@@ -56,7 +56,7 @@ class ByteTokenizer(Tokenizer):
 def find_kind(name: str) -> TokenizerKind | None:
     """Return the kind of tokenizers ``name``: byte, or that of ``hvdlm_corpora`` or of any installed plugin."""
     kinds = plugins.provided(plugins.load(["corpora", name]), "tokenizers", name, ("byte",)) | {"byte": ByteTokenizer}
-    if name not in kinds and name.isidentifier():  # not the path of a file
+    if name not in kinds and not {"/", "."} & set(name):  # not the path of a file
         others = [plugin for plugin, names in plugins.collections("tokenizers").items() if name in names]
         kinds = plugins.provided(plugins.load(others), "tokenizers", name)
     return kinds.get(name)

@@ -62,7 +62,7 @@ class RunControl:
         return asked
 
     def due(self, finish: int, save: int, evaluate: int) -> tuple[int, bool, bool]:
-        """Return whether all ranks' votes ask to stop, to save, to evaluate; with local SGD, at the next round's end."""
+        """Return whether all ranks' votes ask to stop, to save, to evaluate; with local SGD, when a round ends."""
         due = self._due[0] or save > 0, self._due[1] or evaluate > 0
         agreed = self.opened.exchange.agreed
         self._due = (False, False) if agreed else due

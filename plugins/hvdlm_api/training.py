@@ -82,13 +82,13 @@ def train(config: Config) -> Result:
     with watching(process_ends=False):
         try:
             signals.listen()
-            with preserved(lambda: _plan(config)) as plan:
-                run, summary = run_training(plan, signals, raising_on_all_ranks, outcome)
+            with preserved(lambda: _plan(config)) as checked:
+                run, summary = run_training(checked, signals, raising_on_all_ranks, outcome)
                 run.world.close()
         finally:
             signals.restore()
     result = _result(run, outcome, summary)
-    del run
+    del run, checked, signals  # the model among what they know
     collect()
     return result
 

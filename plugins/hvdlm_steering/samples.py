@@ -84,4 +84,4 @@ class Samples:
         except Exception as error:
             mesh = self._run.opened.mesh
             kind = RuntimeError if mesh.tensor * mesh.pipeline == 1 else RankError
-            raise kind(f"the sample could not be generated: {short_message(error)}") from error
+            raise kind(f"no sample could be generated: {short_message(error).rstrip('.')}") from error
