@@ -14,6 +14,7 @@ from test_snippets import blocks
 
 import hvdlm
 from builders import file_names, read_json
+from hvdlm.data.tokenizers import find_kind
 from hvdlm.errors import RankError
 from hvdlm.training.run_control import RunControl
 from hvdlm_backends.local import LocalWorld
@@ -168,7 +169,9 @@ def discovered(installed: Path, monkeypatch: pytest.MonkeyPatch, restored_enviro
     """Make this process discover the installed plugins."""
     monkeypatch.syspath_prepend(str(installed))
     importlib.invalidate_caches()
+    find_kind.cache_clear()
     yield installed
+    find_kind.cache_clear()
 
 
 @pytest.mark.parametrize("framework", ["torch", "tensorflow"])

@@ -55,7 +55,9 @@ class ByteTokenizer(Tokenizer):
 @functools.lru_cache(maxsize=64)
 def find_kind(name: str) -> TokenizerKind | None:
     """Return the kind of tokenizers ``name``: byte, or that of ``hvdlm_corpora`` or of any installed plugin."""
-    kinds = plugins.provided(plugins.load(["corpora", name]), "tokenizers", name, ("byte",)) | {"byte": ByteTokenizer}
+    if name == "byte":  # needs no plugin
+        return ByteTokenizer
+    kinds = plugins.provided(plugins.load(["corpora", name]), "tokenizers", name)
     if name not in kinds and not {"/", "."} & set(name):  # not the path of a file
         others = [plugin for plugin, names in plugins.collections("tokenizers").items() if name in names]
         kinds = plugins.provided(plugins.load(others), "tokenizers", name)
