@@ -147,7 +147,7 @@ def unknown(kind: str, name: str) -> HvdlmError:
 
 
 def provided(manager: pluggy.PluginManager, hook: str, name: str = "", builtin: Collection[str] = ()) -> dict[str, Any]:
-    """Return what ``hvdlm_<hook>`` of the plugins returns, by name; raise HvdlmError where two of them have ``name``."""
+    """Return what ``hvdlm_<hook>`` of the plugins returns, by name; raise HvdlmError where two have ``name``."""
     implementations = getattr(manager.hook, f"hvdlm_{hook}").get_hookimpls()
     by_plugin = {implementation.plugin_name: implementation.function() for implementation in implementations}
     _refuse_several(hook, name, ["hvdlm"] * (name in builtin) + [p for p, names in by_plugin.items() if name in names])
