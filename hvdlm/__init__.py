@@ -31,13 +31,15 @@ _MODULES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    """Import what is asked for only then: ``--help`` stays fast, and ``make setup`` uses ``hvdlm.io`` uninstalled."""
-    if name in _MODULES:
-        return getattr(import_module(_MODULES[name]), name)
-    raise AttributeError(f"module 'hvdlm' has no attribute {name!r}")
+if not TYPE_CHECKING:  # type checkers would take every misspelled name for an Any
+
+    def __getattr__(name: str) -> Any:
+        """Import what is used only then: ``--help`` stays fast, and ``make setup`` uses ``hvdlm.io`` uninstalled."""
+        if name in _MODULES:
+            return getattr(import_module(_MODULES[name]), name)
+        raise AttributeError(f"module 'hvdlm' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
     """Return the names of the Python API, for completion in a notebook."""
-    return sorted({*globals(), *__all__})
+    return sorted(__all__)

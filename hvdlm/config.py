@@ -409,7 +409,7 @@ class Config:
             HvdlmError: an unknown option, a wrong type, or an unreadable file.
         """
         # By name: the parser lies above this module, and importing it takes a tenth of a second.
-        config: Config = import_module("hvdlm.configuration.parsing").load_config(sources)
+        config: Config = import_module("hvdlm_api.configurations").load_config(sources)
         return config
 
     def own(self, section: str, kind: type[Options]) -> Options:

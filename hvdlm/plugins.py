@@ -16,7 +16,6 @@ from hvdlm import hookspecs
 from hvdlm.config import Config, TrainConfig
 from hvdlm.errors import HvdlmError, nearest
 from hvdlm.models.spec import ModelMaker
-from hvdlm.protocols.compressor import CompressorMaker
 from hvdlm.protocols.framework import Framework, Probe
 from hvdlm.protocols.optimizer import Optimizer
 from hvdlm.protocols.state_dict import OPTIMIZER_STATE
@@ -43,8 +42,12 @@ def load(names: Iterable[str]) -> pluggy.PluginManager:
     manager = pluggy.PluginManager("hvdlm")
     manager.add_hookspecs(hookspecs)
     entries = installed()
+    loaded: set[str] = set()
     for name in dict.fromkeys(names):
-        if name in entries:
+        if name in entries and entries[name].value not in loaded:  # of several names of one plugin, the first
+            loaded.add(entries[name].value)
+            same_name = importlib.metadata.entry_points(group="hvdlm", name=name)
+            _refuse_several("plugins", name, {entry.value for entry in same_name})
             try:
                 manager.register(import_plugin(entries[name]), name)
             except pluggy.PluginValidationError as error:  # a hook with an argument that does not exist
@@ -148,9 +151,18 @@ def unknown(kind: str, name: str) -> HvdlmError:
     return HvdlmError(f"{kind}: no plugin provides {name!r}; {nearest(name, installed())} Or pip install a plugin.")
 
 
-def models(manager: pluggy.PluginManager) -> Mapping[str, ModelMaker]:
-    """Return every model of the registered plugins by name."""
-    return {name: maker for more in manager.hook.hvdlm_models() for name, maker in more.items()}
+def provided(manager: pluggy.PluginManager, hook: str, name: str = "", builtin: Collection[str] = ()) -> dict[str, Any]:
+    """Return what ``hvdlm_<hook>`` of the plugins returns, by name; raise HvdlmError where two have ``name``."""
+    implementations = getattr(manager.hook, f"hvdlm_{hook}").get_hookimpls()
+    by_plugin = {implementation.plugin_name: implementation.function() for implementation in implementations}
+    _refuse_several(hook, name, ["hvdlm"] * (name in builtin) + [p for p, names in by_plugin.items() if name in names])
+    return {key: value for names in by_plugin.values() for key, value in names.items()}
+
+
+def _refuse_several(kind: str, name: str, providers: Collection[str]) -> None:
+    if len(providers) > 1:
+        several = " and by ".join(sorted(providers))
+        raise HvdlmError(f"{kind}: {name!r} is provided by {several}: rename one of them, or leave its plugin out.")
 
 
 def find_model(manager: pluggy.PluginManager, name: str) -> ModelMaker:
@@ -159,9 +171,9 @@ def find_model(manager: pluggy.PluginManager, name: str) -> ModelMaker:
     Raises:
         HvdlmError: no registered plugin has it; the sentence names the nearest.
     """
-    known = models(manager)
+    known = provided(manager, "models", name)
     if name not in known:
-        by_plugin = _collections("models")
+        by_plugin = collections("models")
         # ``model.name`` alone loads a plugin that brings a model of its own name.
         alone = [plugin for plugin, names in by_plugin.items() if plugin in names]
         advice = not_loaded("models", name) or nearest(name, {*known, *alone})
@@ -191,25 +203,25 @@ def find_schedule(manager: pluggy.PluginManager, config: TrainConfig) -> Callabl
 
 def _provided(manager: pluggy.PluginManager, hook: str, option: str, name: str, builtin: Collection[str]) -> Any:
     """Return what ``hvdlm_<hook>`` of the registered plugins returns under ``name``; None where it is built in."""
+    known = provided(manager, hook, name, builtin)
     if name in builtin:
         return None
-    known = {key: value for more in getattr(manager.hook, f"hvdlm_{hook}")() for key, value in more.items()}
     if name not in known:
-        installed_names = {name for names in _collections(hook).values() for name in names}
+        installed_names = {name for names in collections(hook).values() for name in names}
         advice = not_loaded(hook, name) or nearest(name, {*builtin, *known, *installed_names})
-        raise HvdlmError(f"{option}: no plugin provides {name!r}; {advice}")
+        raise HvdlmError(f"{option}: no installed plugin provides {name!r}: install it, or choose another; {advice}")
     return known[name]
 
 
 def not_loaded(hook: str, name: str) -> str | None:
     """Return what to do where an installed plugin that isn't loaded brings ``name`` (hook: models, options, ...)."""
-    plugin = next((plugin for plugin, names in _collections(hook).items() if name in names), None)
+    plugin = next((plugin for plugin, names in collections(hook).items() if name in names), None)
     if plugin is None:
         return None
     return f"the installed plugin {plugin} brings it: add {plugin} to --plugins, for example --plugins '[{plugin}]'."
 
 
-def _collections(hook: str) -> dict[str, list[str]]:
+def collections(hook: str) -> dict[str, list[str]]:
     """Return the names in what ``hvdlm_<hook>`` of every installed plugin returns, by plugin, broken ones left out."""
     names = {}
     for plugin_name, entry in installed().items():
@@ -227,8 +239,3 @@ def probes() -> Mapping[str, Probe]:
         with contextlib.suppress(Exception):  # a third party's module may fail in any way
             known.update(getattr(import_plugin(entry), "hvdlm_probes", dict)())
     return known
-
-
-def compressors(manager: pluggy.PluginManager) -> Mapping[str, CompressorMaker]:
-    """Return every compressor of the registered plugins by name."""
-    return {name: maker for more in manager.hook.hvdlm_compressors() for name, maker in more.items()}

@@ -77,7 +77,19 @@ def failures(folder: Path, framework: str) -> Any:
         except (hvdlm.HvdlmError, hvdlm.RankError) as error:
             messages.append(f"{type(error).__name__}: {error}")
     result = hvdlm.train(config(folder, framework, "last"))
-    return {"messages": messages, "status": result.status}
+    refused = []
+    with hvdlm.load(result.run) as run:
+        for action in (
+            lambda: run.generate("\u65e5"),
+            lambda: run.generate("The ", temperature=float("nan")),
+            *([] if launcher_env.launch_shape()[1] == 1 else [run.evaluate if RANK else lambda: run.generate("The ")]),
+        ):
+            try:
+                action()
+            except hvdlm.HvdlmError as error:
+                refused.append(str(error))
+        text = run.generate("The ", 5)
+    return {"messages": messages, "status": result.status, "refused": refused, "text": text}
 
 
 def alone(folder: Path, framework: str) -> Any:

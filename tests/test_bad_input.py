@@ -271,7 +271,7 @@ CASES: list[tuple[str, list[str], Setup | None, str]] = [
     ("a validation share of all", ["--data.validation_share", "1"], None,
      "data.validation_share is 1.0, expected above"),
     ("standard input on ranks", ["--data.path", "-"], two_ranks, "a launcher gives standard input to one rank only"),
-    ("an unknown tokenizer", ["--data.tokenizer", "chars"], None, "data.tokenizer 'chars' is neither byte, char, word"),
+    ("an unknown tokenizer", ["--data.tokenizer", "chars"], None, "data.tokenizer: 'chars' is no kind and no file"),
     ("a foreign tokenizer", ["--data.tokenizer", "t.json"], write("t.json", "{}"), "not a Hugging Face tokenizer.json"),
     # Token folders
     ("tokens cut off", ["--data.path", "tokens"], tokens(cut("tokens.bin")), "tokens.bin has"),

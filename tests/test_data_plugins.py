@@ -112,7 +112,7 @@ def test_a_tokenizer_of_a_plugin_is_named_like_its_plugin(plugin: str, tmp_path:
     text = hvdlm("generate", "--run", str(run), "--prompt", "ab", "--tokens", "4", PYTHONPATH=plugin).stdout
     assert text.startswith("ab") and len(text.strip()) == 10
     absent = run_python(["-m", "hvdlm", "generate", "--run", str(run), "--prompt", "ab", "--tokens", "4"])
-    assert absent.returncode == 2 and "data.tokenizer 'number_data' is neither byte" in absent.stderr
+    assert absent.returncode == 2 and "data.tokenizer: 'number_data' is no kind" in absent.stderr
 
 
 def test_a_token_folder_trains_without_the_readers_of_texts(tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import os
+import random
 import sys
 import time
 from collections.abc import Callable
@@ -55,7 +58,17 @@ def test_trainings_follow_one_another_in_one_process(
 def test_an_exception_of_all_ranks_lets_the_program_continue(
     framework: str, launcher: str, ranks: int, tmp_path: Path
 ) -> None:
-    for result in run_program("failures", tmp_path, framework, launcher, ranks):
+    results = run_program("failures", tmp_path, framework, launcher, ranks)
+    assert all(result == results[0] for result in results)
+    for result in results:
+        prompt, temperature, *calls = result["refused"]
+        assert prompt.startswith("character '\u65e5' is not among the ") and temperature.startswith(
+            "temperature is nan,"
+        )
+        assert [call.split(": ")[0] for call in calls] == [
+            "all ranks make the same calls, but rank 0 is generating and rank 1 is evaluating"
+        ][: ranks - 1]
+        assert len(result["text"]) == 9  # after all this
         bad_value, no_data, not_finite = result["messages"]
         assert bad_value == "HvdlmError: train.steps is 0, expected 1 or more: set --train.steps."
         assert "none.txt" in no_data and not_finite.startswith("RankError: ")
@@ -100,6 +113,13 @@ def test_a_configuration_is_loaded_from_files_and_mappings(tmp_path: Path) -> No
         ({"train": 5}, "--train is a section"),
         ({"train.steps": None}, "--train.steps: got null"),
         ("none.yaml", "none.yaml: No such file or directory"),
+        (None, "takes paths of YAML files, configurations and mappings of options, got a NoneType."),
+        (b"run.yaml", "takes paths of YAML files, configurations and mappings of options, got a bytes."),
+        ({"help": 1}, "--help: there is no such option"),
+        ({"print_config": ""}, "--print_config: there is no such option"),
+        ({"config": "run.yaml"}, "--config: there is no such option"),
+        ({"train": {"steps": {1, 2}}}, "--train.steps: expected text, a path, a number, true or false, or a list"),
+        ({"train.steps": np.array([1, 2])}, "--train.steps: got '[1, 2]', expected a whole number."),
     ],
     ids=str,
 )
@@ -107,6 +127,21 @@ def test_a_wrong_option_in_python_is_one_sentence(source: Any, sentence: str) ->
     with pytest.raises(hvdlm.HvdlmError) as raised:
         hvdlm.Config.load(source)
     assert sentence in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_section_is_taken_from_another_configuration() -> None:
+    wide = hvdlm.Config.load({"model.width": 64, "train.steps": 3})
+    config = hvdlm.Config.load({"model": wide.model})
+    assert config.model == wide.model and config.train.steps == hvdlm.Config().train.steps
+
+
+@pytest.mark.parametrize("name, near", [("train.stepz", "train.steps"), ("trian", "train"), ("log.rum", "log.run")])
+def test_an_attribute_that_is_no_option_is_refused(name: str, near: str) -> None:
+    config = hvdlm.Config()
+    section, _, attribute = name.rpartition(".")
+    setattr(getattr(config, section) if section else config, attribute, "5")
+    with pytest.raises(hvdlm.HvdlmError, match=f"--{name}: there is no such option; did you mean --{near}"):
+        hvdlm.train(config)
 
 
 def test_assigned_values_are_checked_before_training() -> None:
@@ -118,8 +153,85 @@ def test_assigned_values_are_checked_before_training() -> None:
         hvdlm.train({"train.steps": 5})  # type: ignore[arg-type]
 
 
+SMALL: dict[str, Any] = {
+    "model": {"layers": 1, "width": 16, "heads": 2, "dropout": 0.1},
+    "data.context": 16,
+    "data.validation_share": 0.02,
+    "train": {"batch_size": 8, "steps": 2},
+    "log": {"progress": False, "tensorboard": False},
+}
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a run of two steps."""
+    return hvdlm.train(hvdlm.Config.load(SMALL, {"log.run": tmp_path_factory.mktemp("small") / "run"})).run
+
+
+def open_folders(folder: Path) -> list[str]:
+    links = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]
+    return [os.readlink(link) for link in links if os.path.exists(link) and os.readlink(link).startswith(str(folder))]
+
+
+def test_calls_leave_the_program_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delenv("KERAS_BACKEND", raising=False)
+
+    def state() -> Any:
+        numbers, places, *_ = np.random.get_state()[1:]  # type: ignore[misc]
+        return dict(os.environ), random.getstate(), numbers.tolist(), places, torch.get_rng_state().tolist()
+
+    before = state()
+    result = hvdlm.train(hvdlm.Config.load(SMALL, {"log.run": tmp_path / "run", "train.threads": 2}))
+    assert state() == before and open_folders(tmp_path) == []
+    with hvdlm.load(result.run) as run:
+        assert len(run.generate("The ", 3)) == 7
+    assert state() == before and open_folders(tmp_path) == []
+    with pytest.raises(hvdlm.HvdlmError):
+        hvdlm.train(hvdlm.Config.load(SMALL, {"log.run": tmp_path / "none", "data.path": tmp_path / "none.txt"}))
+    assert state() == before and "summary" not in repr(result)
+
+
+def test_arguments_of_generation_are_checked(small_run: Path) -> None:
+    wrong = [("prompt", None), ("prompt", b"a"), ("tokens", 0), ("tokens", 1.5), ("tokens", "5"), ("top_p", 0.0)]
+    wrong += [("temperature", value) for value in (math.nan, math.inf, -1, "hot", None)]
+    wrong += [(name, value) for name in ("top_k", "seed") for value in (-1, 1.5, None)]
+    with hvdlm.load(small_run) as run:
+        for name, value in wrong:
+            with pytest.raises(hvdlm.HvdlmError, match=f"^{name}"):
+                run.generate(**{"prompt": "The ", name: value})
+        greedy = run.generate("The ", np.int64(5), temperature=0)
+        assert run.generate("The ", 5, temperature=1e-320) == greedy and len(greedy) == 9
+
+
+@pytest.mark.parametrize("options", ["run.yaml", ["train.steps"], hvdlm.Config()], ids=["path", "list", "config"])
+def test_a_run_is_loaded_with_a_mapping_of_options(options: Any, small_run: Path) -> None:
+    with pytest.raises(hvdlm.HvdlmError, match="options: expected a mapping such as"):
+        hvdlm.load(small_run, options)
+    with pytest.raises(hvdlm.HvdlmError, match=r"takes the folder of a run, such as Result\.run, got an? "):
+        hvdlm.load(options if not isinstance(options, str) else None)  # type: ignore[arg-type]
+    with pytest.raises(hvdlm.HvdlmError, match="checkpoint: expected a checkpoint's folder"):
+        hvdlm.load(small_run, checkpoint=5)  # type: ignore[arg-type]
+
+
+def test_threads_of_numpy_leave_the_notice_of_mpirun() -> None:
+    code = """
+import os, pathlib, signal, hvdlm
+hvdlm.train
+tasks = {task.name: task / "status" for task in pathlib.Path("/proc/self/task").iterdir()}
+masks = {name: path.read_text().split("SigBlk:")[1].split()[0] for name, path in tasks.items()}
+blocked = {name: int(mask, 16) >> signal.SIGCONT - 1 & 1 for name, mask in masks.items()}
+assert not blocked.pop(str(os.getpid())), "the program's own thread is as it was"
+assert blocked and all(blocked.values()), blocked
+"""
+    done = run_python(["-c", code], OPENBLAS_NUM_THREADS="3")
+    assert done.returncode == 0, done.stderr
+
+
 def test_importing_hvdlm_imports_nothing_that_is_not_used() -> None:
-    code = "import sys, hvdlm; assert {'Config', 'train', 'load'} <= set(dir(hvdlm)); hvdlm.hookimpl; "
+    code = "import sys, hvdlm; assert dir(hvdlm) == sorted(hvdlm.__all__); hvdlm.hookimpl; "
     code += "assert not {'numpy', 'jsonargparse', 'torch', 'hvdlm.training'} & set(sys.modules); hvdlm.train; "
     done = run_python(["-c", code + "assert not {'torch', 'tensorflow', 'keras', 'mpi4py'} & set(sys.modules)"])
     assert done.returncode == 0, done.stderr

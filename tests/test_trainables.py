@@ -240,7 +240,7 @@ from hvdlm.config import CompressionConfig, Config
 manager = plugins.load([{framework!r}, "compression"])
 manager.hook.hvdlm_prepare(config=Config(framework={framework!r}))
 plugins.make(manager, "framework", {framework!r})
-plugins.compressors(manager)["top_k"](CompressionConfig(algorithm="top_k"), 0, 0, 1)
+plugins.provided(manager, "compressors")["top_k"](CompressionConfig(algorithm="top_k"), 0, 0, 1)
 assert "keras" in sys.modules and not {{"sklearn", "matplotlib"}} & set(sys.modules)
 import matplotlib, sklearn
 """

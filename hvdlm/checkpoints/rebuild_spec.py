@@ -43,7 +43,7 @@ def spec_of(checkpoint: Checkpoint, folder: str | None = None, plugin_names: Ite
         check_ranges({"model": model, "lora": lora, "data": data, "train": train})
         if model.layers > max(_LAYERS, len(checkpoint.tensors)):
             raise ValueError(f"{model.layers} layers have more parameters than it holds")
-        maker = plugins.models(plugins.load([model.name, *plugin_names]))[model.name]
+        maker = plugins.provided(plugins.load([model.name, *plugin_names]), "models")[model.name]
         spec = adapt(maker(model, checkpoint.manifest["vocab"], data.context), lora)
         named = list(map(str, config.get("plugins") or []))
     except (KeyError, TypeError, ValueError, AttributeError, HvdlmError) as error:

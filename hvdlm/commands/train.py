@@ -34,9 +34,10 @@ def _train(arguments: list[str], signals: Signals) -> int:
     config = parse_config(arguments)
     process.timeout = config.communication.timeout
     from hvdlm.diagnostics.rank_errors import ending_all_ranks
+    from hvdlm.training.run import plan
     from hvdlm.training.whole_run import run_training
 
-    run, summary = run_training(config, signals, ending_all_ranks)
+    run, summary = run_training(plan(config), signals, ending_all_ranks)
     stopped = bool(summary["stopped"])
     if run.world.rank == 0 and config.log.progress and not stopped:
         print(_next_commands(config), flush=True)

@@ -7,7 +7,6 @@ command line, so that it is read once and later options override it.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -77,32 +76,6 @@ def command_parser(command: str, description: str, epilog: str = "") -> Parser:
     """Return an empty parser for ``command``."""
     epilog = " ".join([epilog, "With --debug, every command shows the traceback of an error."]).strip()
     return Parser(prog=f"python -m hvdlm {command}", description=description, epilog=epilog, allow_abbrev=False)
-
-
-def load_config(sources: Iterable[Config | Mapping[str, Any] | str | os.PathLike[str]]) -> Config:
-    """Return the configuration that ``sources`` give, of which later ones override earlier ones (``Config.load``).
-
-    Raises:
-        HvdlmError: an unknown option, a wrong type, or an unreadable file.
-    """
-    arguments: list[str] = []
-    for source in sources:
-        if isinstance(source, Config | Mapping):
-            arguments += as_arguments(source.to_dict() if isinstance(source, Config) else source)
-        else:
-            arguments += ["--config", os.fspath(source)]
-    return parse_config(arguments)
-
-
-def as_arguments(options: Mapping[str, Any]) -> list[str]:
-    """Return options, whose names may be dotted or nested by section, as arguments of the command line."""
-    known = schema.types_of({"": Config})
-    return list(_as_options(json.loads(json.dumps(options, default=_plain)), known, ""))
-
-
-def _plain(value: Any) -> Any:
-    """Return a path as text, a number of numpy as Python's."""
-    return value.item() if hasattr(value, "item") else os.fspath(value)
 
 
 def parse_config(arguments: list[str], command: str = "[train]") -> Config:
@@ -178,16 +151,17 @@ def _expand_files(
         value = argument.partition("=")[2]
         if not value:
             value, skip = arguments[index + 1], True
-        yield from _as_options(files[value], known, "")
+        yield from as_options(files[value], known, "")
 
 
-def _as_options(content: Mapping[str, Any], known: Mapping[str, Any], prefix: str) -> Iterator[str]:
+def as_options(content: Mapping[str, Any], known: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    """Yield options, whose names may be dotted or nested by section, as arguments of the command line."""
     for name, value in content.items():
         key = f"{prefix}{name}"
         if key in known or not isinstance(value, Mapping):
             yield f"--{key}={value if isinstance(value, str) else json.dumps(value)}"
         else:
-            yield from _as_options(value, known, f"{key}.")
+            yield from as_options(value, known, f"{key}.")
 
 
 def _is_option(argument: str, name: str) -> bool:

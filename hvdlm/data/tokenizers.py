@@ -54,11 +54,14 @@ class ByteTokenizer(Tokenizer):
 
 @functools.lru_cache(maxsize=64)
 def find_kind(name: str) -> TokenizerKind | None:
-    """Return the kind of tokenizers ``name``: byte, that of ``hvdlm_corpora``, or of the installed plugin ``name``."""
-    if name == "byte":
+    """Return the kind of tokenizers ``name``: byte, or that of ``hvdlm_corpora`` or of any installed plugin."""
+    if name == "byte":  # needs no plugin
         return ByteTokenizer
-    kinds = plugins.load(["corpora", name]).hook.hvdlm_tokenizers()
-    return next((known[name] for known in kinds if name in known), None)
+    kinds = plugins.provided(plugins.load(["corpora", name]), "tokenizers", name)
+    if name not in kinds and not {"/", "."} & set(name):  # not the path of a file
+        others = [plugin for plugin, names in plugins.collections("tokenizers").items() if name in names]
+        kinds = plugins.provided(plugins.load(others), "tokenizers", name)
+    return kinds.get(name)
 
 
 def from_json(value: Any) -> Tokenizer:
@@ -70,7 +73,7 @@ def from_json(value: Any) -> Tokenizer:
     try:
         name = value["kind"]
         if (kind := find_kind(name) if isinstance(name, str) else None) is None:
-            raise ValueError(f"it is of no known kind: {shown(repr(name))}")
+            raise ValueError(f"it is of no known kind: {shown(repr(name))}, which a plugin may bring")
         return kind.load(value)
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise HvdlmError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import weakref
 from pathlib import Path
 
 from hvdlm.errors import RankError
@@ -12,7 +13,7 @@ from hvdlm.errors import RankError
 class FolderIdentity:
     """The folder to which a path leads now; any or none where it can't be opened, as on a node that lacks it.
 
-    As long as it is open, no other folder gets its inode, and its file system stays mounted.
+    As long as this object lives, no other folder gets its inode, and its file system stays mounted.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -20,6 +21,7 @@ class FolderIdentity:
         self._descriptor: int | None = None
         with contextlib.suppress(OSError):
             self._descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            weakref.finalize(self, os.close, self._descriptor)
 
     def is_same(self) -> bool:
         """Return whether the path still leads to the same folder."""

@@ -62,8 +62,8 @@ def train(run: Run, signals: Signals) -> dict[str, Any]:
                 status.interrupted(stopped)
             if saver.active and votes.ready == run.world.size:
                 report_saved(run, saver.advance())
-            finish = votes.finish
-            save_due = save_due or due(step, config.checkpoint.every) or votes.save > 0
+            finish, save_asked, evaluate_asked = control.due(votes.finish, votes.save, votes.evaluate)
+            save_due = save_due or due(step, config.checkpoint.every) or save_asked
             deferred = bool(stopped or save_due or finish) and run.world.any(not result.applied)
             if deferred:
                 stopped, finish = None, 0  # the next steps decide whether the run rolls back
@@ -78,7 +78,7 @@ def train(run: Run, signals: Signals) -> dict[str, Any]:
             saving = save_due and not deferred
             if due(step, config.train.replica_check_every) and not saving:  # a save compares all of the state
                 check_replicas(run, step)
-            if (due(step, config.train.eval_every) or votes.evaluate) and not stopped:
+            if (due(step, config.train.eval_every) or evaluate_asked) and not stopped:
                 metrics = evaluate(run, step)
             if saving:
                 saved, save_due = save(run, step, metrics), False
@@ -92,7 +92,7 @@ def train(run: Run, signals: Signals) -> dict[str, Any]:
             save(run, step, metrics)
         report_saved(run, saver.finish())
         check_result(run, step, {})
-        ended_early = control.agreed_reason() if finish else None
+        ended_early = control.agreed_reason() if finish and step < config.train.steps else None
         summary = summarise(run, totals, metrics, step, stopped) | {"ended_early": ended_early}
         run.check_folder()
         if stopped:  # before plugins: the launcher may give no time for them

@@ -29,6 +29,7 @@ from hvdlm.models.lora import adapt
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.mesh import Mesh, make_mesh
 from hvdlm.protocols.backend import Backend
+from hvdlm.protocols.exchange import Exchange
 from hvdlm.protocols.framework import Framework
 from hvdlm.protocols.task import Task
 from hvdlm.protocols.trainable import Trainable
@@ -55,6 +56,7 @@ class Run:
     mesh: Mesh
     task: Task
     spec: ModelSpec
+    exchange: Exchange
     trainable: Trainable
     checkpoint: Checkpoint | None
     cursor: DataCursor
@@ -176,7 +178,8 @@ def plan(config: Config, *, writes: bool = True, resume: str | None = None) -> P
             "first, then --data.path FOLDER."
         )
     validation.model(config, manager)
-    validation.communication(config, size, backend_name, plugins.compressors(manager))
+    algorithm = config.communication.compression.algorithm
+    validation.communication(config, size, backend_name, plugins.provided(manager, "compressors", algorithm))
     require_framework(config.framework, size, backend_name)
     plugins.check_keras(config)
     data = corpora.store_stdin(config)
@@ -313,7 +316,7 @@ def build(connected: Connected) -> Run:
         config.communication.exchange,
         group=group,
         config=config,
-        compressors=plugins.compressors(manager),
+        compressors=plugins.provided(manager, "compressors"),
         index=group.ranks.index(world.rank),
     )
     if config.model.pretrained and not checkpoint and base is None:
@@ -336,6 +339,7 @@ def build(connected: Connected) -> Run:
         mesh=mesh,
         task=task,
         spec=spec,
+        exchange=exchange,
         trainable=trainable,
         checkpoint=checkpoint,
         cursor=DataCursor.of(manifest, batch_size) if checkpoint else DataCursor(batch_size),

@@ -25,13 +25,14 @@ class RunControl:
         self.opened = run
         self._save = self._evaluate = False
         self._reason: str | None = None
+        self._due = False, False  # saving and evaluating, which all ranks have agreed on and not done
 
     def stop(self, reason: str) -> None:
         """Ask the run to end as after ``train.steps``: it evaluates and saves; the exit code is 0. The first counts.
 
         ``reason``: a sentence for ``status.json`` and ``summary.json``.
         """
-        self._reason = self._reason or reason
+        self._reason = str(reason) if self._reason is None else self._reason
 
     def save(self) -> None:
         """Ask the run to write a checkpoint."""
@@ -60,6 +61,13 @@ class RunControl:
         self._save = self._evaluate = False
         return asked
 
+    def due(self, finish: int, save: int, evaluate: int) -> tuple[int, bool, bool]:
+        """Return whether all ranks' votes ask to stop, to save, to evaluate; with local SGD, when a round ends."""
+        due = self._due[0] or save > 0, self._due[1] or evaluate > 0
+        agreed = self.opened.exchange.agreed
+        self._due = (False, False) if agreed else due
+        return (finish, *due) if agreed else (0, False, False)
+
     def agreed_reason(self) -> str:
         """Return the reason of the first rank that asks to stop. All ranks call."""
-        return next(filter(None, self.opened.world.gather_objects(self._reason)), "")
+        return next(reason for reason in self.opened.world.gather_objects(self._reason) if reason is not None)

@@ -1,4 +1,4 @@
-"""From a configuration to the end of its run: what the command ``train`` and the Python API share."""
+"""From a plan to the end of its run: what the command ``train`` and the Python API share."""
 
 from __future__ import annotations
 
@@ -7,19 +7,17 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from hvdlm.config import Config
-from hvdlm.diagnostics.phases import process
 from hvdlm.protocols.world import World
 from hvdlm.telemetry import default_plugins
 from hvdlm.training import loop
-from hvdlm.training.run import Run, build, connect, plan
+from hvdlm.training.run import Plan, Run, build, connect
 from hvdlm.training.signals import Signals
 
 
 def run_training(
-    config: Config, signals: Signals, guard: Callable[[World], AbstractContextManager[Any]], *own: object
+    plan: Plan, signals: Signals, guard: Callable[[World], AbstractContextManager[Any]], *own: object
 ) -> tuple[Run, dict[str, Any]]:
-    """Train, and return the run and its summary. All ranks call.
+    """Train as planned, and return the run and its summary. All ranks call.
 
     ``guard`` ends the ranks where one of them fails; ``own``: event plugins of the caller.
 
@@ -27,8 +25,7 @@ def run_training(
         HvdlmError: bad input.
         RankError: the result is not finite, or ranks can't communicate.
     """
-    process.timeout = config.communication.timeout
-    connected = connect(plan(config))
+    connected = connect(plan)
     try:
         with connected.lock or nullcontext(), guard(connected.world):
             run = build(connected)

@@ -6,17 +6,20 @@ import os
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
-from hvdlm.configuration.parsing import as_arguments
 from hvdlm.diagnostics.phases import process
 from hvdlm.diagnostics.watchdog import watching
 from hvdlm.errors import HvdlmError
 from hvdlm.training import loop
-from hvdlm.training.run import Run, build
+from hvdlm.training.run import Plan, Run, build, connect
+from hvdlm_api.configurations import as_arguments, path_of
+from hvdlm_api.program_state import collect, preserved
 from hvdlm_api.rank_errors import raising_on_all_ranks
-from hvdlm_inference.generation import text_of
-from hvdlm_inference.trained_run import connect_trained
+from hvdlm_inference.generation import check_request, text_of
+from hvdlm_inference.sampling import Sampling
+from hvdlm_inference.trained_run import plan_trained, run_file
 
 
 class TrainedRun:
@@ -28,15 +31,15 @@ class TrainedRun:
     """
 
     def __init__(self, run: Run) -> None:
-        self._run = run
+        self._run: Run | None = run
         self.config = run.requested
         self.step = run.start_step
         self._closer = weakref.finalize(self, run.world.close)
 
     def evaluate(self) -> dict[str, float]:
         """Return the task's metrics on the whole validation split, such as ``val_loss`` and ``perplexity``."""
-        with self._in_use("evaluating"):
-            return loop.evaluate(self._run)
+        with self._in_use("evaluating") as run:
+            return loop.evaluate(run)
 
     def generate(
         self,
@@ -61,16 +64,26 @@ class TrainedRun:
         Raises:
             HvdlmError: a value is out of its range, or the vocabulary lacks a character of the prompt.
         """
-        if tokens < 1:
-            raise HvdlmError(f"tokens is {tokens}, expected 1 or more.")
-        sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-        with self._in_use("generating"):
-            text = text_of(self._run, prompt, tokens, **sampling)
-            return str(self._run.world.broadcast_object(text))
+        with self._in_use("generating") as run:
+            check_request(prompt, tokens)
+            sampling = asdict(Sampling(temperature, top_k, top_p, seed))
+            prompt, tokens, sampling = run.world.broadcast_object([prompt, int(tokens), sampling])
+            text = refusal = ""
+            try:
+                text = text_of(run, prompt, tokens, **sampling)
+            except HvdlmError as error:  # on the ranks that generate, which are some of all
+                refusal = str(error)
+            text, refusal = run.world.broadcast_object([text, refusal])
+            if refusal:
+                raise HvdlmError(refusal)
+            return str(text)
 
     def close(self) -> None:
-        """Release the ranks' connections; other methods can't be called any more. Also at the end of a ``with``."""
-        self._closer()
+        """Release the model and the ranks' connections; only ``config`` and ``step`` remain. ``with`` calls it, too."""
+        if self._closer.alive:
+            self._closer()
+            self._run = None
+            collect()
 
     def __enter__(self) -> TrainedRun:
         return self
@@ -79,16 +92,23 @@ class TrainedRun:
         self.close()
 
     @contextmanager
-    def _in_use(self, phase: str) -> Iterator[None]:
-        world = self._run.world
-        if not self._closer.alive:
+    def _in_use(self, phase: str) -> Iterator[Run]:
+        run = self._run
+        if run is None:
             raise HvdlmError("this run is closed: load it again (hvdlm.load).")
         with watching(process_ends=False):
-            process.timeout, process.size = self._run.config.communication.timeout, world.size
-            process.connect(world.recorder, world.abort)
+            process.timeout, process.size = run.config.communication.timeout, run.world.size
+            process.connect(run.world.recorder, run.world.abort)
             process.begin(phase)
-            with raising_on_all_ranks(world):
-                yield
+            with raising_on_all_ranks(run.world, closes=False):
+                calls = run.world.gather_objects(phase)
+                other = next((rank for rank, call in enumerate(calls) if call != calls[0]), None)
+                if other is not None:
+                    raise HvdlmError(
+                        f"all ranks make the same calls, but rank 0 is {calls[0]} and rank {other} is {calls[other]}: "
+                        "call evaluate and generate on every rank, in the same order."
+                    )
+                yield run
 
 
 def load(
@@ -107,8 +127,15 @@ def load(
     Raises:
         HvdlmError: there is no such run or checkpoint, or it is damaged.
     """
-    with watching(process_ends=False):
-        chosen = None if checkpoint is None else os.fspath(checkpoint)
-        connected = connect_trained(os.fspath(run), chosen, as_arguments(options or {}))
+    folder = path_of(run, "hvdlm.load takes the folder of a run, such as Result.run")
+    chosen = None if checkpoint is None else path_of(checkpoint, "checkpoint: expected a checkpoint's folder")
+    if not isinstance(options or {}, Mapping):
+        raise HvdlmError(f"options: expected a mapping such as {{'data.path': 'other.txt'}}, got {options!r:.80}.")
+    with watching(process_ends=False), preserved(lambda: _plan(folder, chosen, options or {})) as plan:
+        connected = connect(plan)
         with raising_on_all_ranks(connected.world):
             return TrainedRun(build(connected))
+
+
+def _plan(run: str, checkpoint: str | None, options: Mapping[str, Any]) -> Plan:
+    return plan_trained(run, checkpoint, as_arguments([options], [run_file(run)]))

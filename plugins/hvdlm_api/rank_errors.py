@@ -14,8 +14,11 @@ _ERROR_SECONDS = 3.0  # waited for the errors of the other ranks
 
 
 @contextmanager
-def raising_on_all_ranks(world: World) -> Iterator[None]:
-    """Let an exception out of the block where every rank raises one; end all ranks where only some do."""
+def raising_on_all_ranks(world: World, closes: bool = True) -> Iterator[None]:
+    """Let an exception out of the block where every rank raises one; end all ranks where only some do.
+
+    ``closes``: close the world after an exception, which is of no more use.
+    """
     try:
         yield
     except BaseException as error:
@@ -23,7 +26,8 @@ def raising_on_all_ranks(world: World) -> Iterator[None]:
             if not _fails_on_all_ranks(world, error):
                 abort.end(world, error)
         end_together(world)
-        world.close()
+        if closes:
+            world.close()
         raise
     end_together(world)
 

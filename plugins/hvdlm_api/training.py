@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hvdlm import hookimpl
 from hvdlm.config import Config
+from hvdlm.diagnostics.phases import process
 from hvdlm.diagnostics.watchdog import watching
 from hvdlm.errors import HvdlmError
 from hvdlm.io import launcher_env
-from hvdlm.training.run import Run
+from hvdlm.training.run import Plan, Run, plan
 from hvdlm.training.signals import Signals
 from hvdlm.training.whole_run import run_training
+from hvdlm_api.program_state import collect, preserved
 from hvdlm_api.rank_errors import raising_on_all_ranks
 
 
@@ -41,7 +43,7 @@ class Result:
     val_loss: float | None
     best_val_loss: float | None
     checkpoint: Path | None
-    summary: Mapping[str, Any]
+    summary: Mapping[str, Any] = field(repr=False)
 
 
 class _Outcome:
@@ -79,12 +81,23 @@ def train(config: Config) -> Result:
     outcome = _Outcome()
     with watching(process_ends=False):
         try:
-            # Loaded again, so that values which were assigned are checked as those on the command line are.
-            run, summary = run_training(Config.load(config), signals.listen(), raising_on_all_ranks, outcome)
+            signals.listen()
+            with preserved(lambda: _plan(config)) as checked:
+                run, summary = run_training(checked, signals, raising_on_all_ranks, outcome)
+                run.world.close()
         finally:
             signals.restore()
-        run.world.close()
-    return _result(run, outcome, summary)
+    result = _result(run, outcome, summary)
+    del run, checked, signals  # the model among what they know
+    collect()
+    return result
+
+
+def _plan(config: Config) -> Plan:
+    """Check the configuration, which is loaded again: values may have been assigned."""
+    config = Config.load(config)
+    process.timeout = config.communication.timeout
+    return plan(config)
 
 
 def _result(run: Run, outcome: _Outcome, summary: Mapping[str, Any]) -> Result:

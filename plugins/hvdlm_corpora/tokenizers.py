@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from hvdlm import plugins
 from hvdlm.data.tokenizer_base import Tokenizer
 from hvdlm.data.tokenizers import LIMIT, SLACK, find_kind, from_json
-from hvdlm.errors import HvdlmError
+from hvdlm.errors import HvdlmError, nearest
 from hvdlm.io import untrusted_input
+from hvdlm.io.untrusted_input import shown
 from hvdlm_corpora.bpe_tokenizer import BPETokenizer
 
 _TABLE = 1 << 16  # a table of all code points would take 4 MB even for a vocabulary of one character
@@ -153,7 +155,5 @@ def train(name: str, size: int | None, texts: Iterable[str]) -> Tokenizer:
 def check(name: str) -> None:
     """Check that ``data.tokenizer`` names a known kind or an existing file."""
     if find_kind(name) is None and not Path(name).is_file():
-        raise HvdlmError(
-            f"data.tokenizer {name!r} is neither byte, char, word or bpe nor the path of a tokenizer.json: "
-            "choose one of them."
-        )
+        advice = nearest(name, {"byte"}.union(*plugins.collections("tokenizers").values()))
+        raise HvdlmError(f"data.tokenizer: {shown(repr(name))} is no kind and no file of a tokenizer; {advice}")

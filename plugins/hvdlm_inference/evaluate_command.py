@@ -11,13 +11,13 @@ def main(arguments: list[str]) -> int:
     from hvdlm.diagnostics.rank_errors import ending_all_ranks
     from hvdlm.diagnostics.watchdog import watching
     from hvdlm.training.loop import evaluate
-    from hvdlm.training.run import build
-    from hvdlm_inference.trained_run import connect_trained, run_parser
+    from hvdlm.training.run import build, connect
+    from hvdlm_inference.trained_run import plan_trained, run_parser
 
     own, overrides = split_overrides(arguments)
     values = run_parser("evaluate", "Compute a run's metrics on the whole validation split.").parse_args(own)
     with watching() as watchdog:
-        connected = connect_trained(values.run, values.checkpoint, overrides)
+        connected = connect(plan_trained(values.run, values.checkpoint, overrides))
         with ending_all_ranks(connected.world):
             run = build(connected)
             metrics = evaluate(run)

@@ -15,17 +15,17 @@ def main(arguments: list[str]) -> int:
     from hvdlm.configuration.parsing import split_overrides
     from hvdlm.diagnostics.rank_errors import ending_all_ranks
     from hvdlm.diagnostics.watchdog import watching
-    from hvdlm.training.run import build
+    from hvdlm.training.run import build, connect
     from hvdlm_inference.generation import read_prompt, write
     from hvdlm_inference.sampling import Sampling
-    from hvdlm_inference.trained_run import connect_trained
+    from hvdlm_inference.trained_run import plan_trained
 
     own, overrides = split_overrides(arguments)
     values = _parse(own)
     sampling = Sampling(values.temperature, values.top_k, values.top_p, values.seed)
     text = None if values.prompt_file is None else read_prompt(Path(values.prompt_file))
     with watching() as watchdog:
-        connected = connect_trained(values.run, values.checkpoint, overrides)
+        connected = connect(plan_trained(values.run, values.checkpoint, overrides))
         with ending_all_ranks(connected.world):
             run = build(connected)
             prompt = values.prompt if text is None else text

@@ -18,7 +18,7 @@ from hvdlm.io.terminal import on_terminal
 from hvdlm.io.untrusted_input import shown
 from hvdlm.protocols.tokenizer import Tokenizer
 from hvdlm.protocols.trainable import Trainable
-from hvdlm_inference.sampling import Sampling, sample
+from hvdlm_inference.sampling import Sampling, number, sample
 
 if TYPE_CHECKING:
     from hvdlm.training.run import Run
@@ -51,6 +51,17 @@ def _fill_cache(trainable: Trainable, tokens: list[int]) -> tuple[np.ndarray, An
     """Return the logits after ``tokens``, a new cache with them, and their number."""
     logits, cache = trainable.logits(np.array([tokens], np.int32), None)
     return logits, cache, len(tokens)
+
+
+def check_request(prompt: object, tokens: object) -> None:
+    """Check the types of a prompt and of the number of tokens to generate.
+
+    Raises:
+        HvdlmError: the prompt is no text, or the number none of at least 1.
+    """
+    if not isinstance(prompt, str):
+        raise HvdlmError(f"prompt: expected text, got {shown(repr(prompt))}.")
+    number("tokens", tokens, int, least=1)
 
 
 def encode(tokenizer: Tokenizer, prompt: str, config: Config) -> np.ndarray:
@@ -157,5 +168,6 @@ def text_of(run: Run, prompt: str, count: int, shown: bool = False, **sampling: 
     Raises:
         HvdlmError: a value is out of its range, or the vocabulary lacks a character of the prompt.
     """
+    check_request(prompt, count)
     chosen = Sampling(**sampling)
     return write(run, prompt, count, chosen) if shown else "".join(chunks_of_text(run, prompt, count, chosen))

@@ -10,7 +10,7 @@ from hvdlm.config import Config
 from hvdlm.configuration.parsing import Parser, command_parser, parse_config
 from hvdlm.errors import HvdlmError
 from hvdlm.io.user_folders import similar_run
-from hvdlm.training.run import Connected, connect, plan
+from hvdlm.training.run import Plan, plan
 
 OVERRIDES = "Options with a dot, --framework and --backend override the run's own."
 
@@ -67,7 +67,7 @@ def chosen_checkpoint(run: str, checkpoint: str | None) -> Checkpoint:
     return newest
 
 
-def connect_trained(run: str, checkpoint: str | None, arguments: list[str]) -> Connected:
-    """Connect the ranks of a trained run, with the options of its config.yaml overridden by ``arguments``."""
+def plan_trained(run: str, checkpoint: str | None, arguments: list[str]) -> Plan:
+    """Return the plan of a trained run, with the options of its config.yaml overridden by ``arguments``."""
     config = run_config(run, arguments)
-    return connect(plan(config, writes=False, resume=str(chosen_checkpoint(run, checkpoint).path)))
+    return plan(config, writes=False, resume=str(chosen_checkpoint(run, checkpoint).path))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,8 @@ class EarlyStoppingOptions:
 class EarlyStopping:
     """Counts the evaluations since the last improvement, on rank 0; all ranks agree to stop.
 
-    A resumed run continues to count where ``metrics.jsonl`` ends.
+    A resumed run continues to count where ``metrics.jsonl`` ends, that of the checkpoint's run; a rollback takes back
+    the evaluations after the checkpoint.
     """
 
     observer = False
@@ -41,7 +43,7 @@ class EarlyStopping:
     def __init__(self) -> None:
         self._options = EarlyStoppingOptions()
         self._run: RunControl | None = None
-        self._best, self._since = math.inf, 0
+        self._losses: dict[int, float] = {}  # by step
 
     @hookimpl
     def hvdlm_options(self) -> Mapping[str, type]:
@@ -54,49 +56,68 @@ class EarlyStopping:
         options = config.own("early_stopping", EarlyStoppingOptions)
         if options.patience < 1:
             raise HvdlmError(f"early_stopping.patience is {options.patience}, expected 1 or more.")
-        if not options.min_improvement >= 0:
+        if not 0 <= options.min_improvement < math.inf:
             raise HvdlmError(f"early_stopping.min_improvement is {options.min_improvement}, expected 0 or more.")
         if not config.train.eval_every:
             raise HvdlmError("early_stopping needs evaluations: set --train.eval_every.")
 
     @hookimpl
     def hvdlm_run_started(self, config: Config, world: World, info: Mapping[str, Any], run: RunControl) -> None:
-        """Start to count, after the evaluations before the step that is resumed."""
+        """Start to count, after the evaluations up to the step that is resumed."""
         self._options = config.own("early_stopping", EarlyStoppingOptions)
-        self._best, self._since = math.inf, 0
         self._run = run if world.rank == 0 else None
-        if self._run is not None and info["start_step"]:
-            for loss in _earlier_losses(Path(config.log.run) / "metrics.jsonl", info["start_step"]):
-                self._count(loss)
+        checkpoint = run.opened.checkpoint
+        self._losses = _earlier_losses(checkpoint.path, info["start_step"]) if self._run and checkpoint else {}
 
     @hookimpl
     def hvdlm_evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Count the evaluation, and ask to stop where patience is over."""
-        if self._run is None or "val_loss" not in metrics:
+        """Count the evaluation, and ask to stop where patience is over.
+
+        Raises:
+            HvdlmError: the task's metrics have no val_loss.
+        """
+        if "val_loss" not in metrics:
+            raise HvdlmError("early_stopping compares val_loss, which this task doesn't measure: leave the plugin out.")
+        if self._run is None:
             return
-        self._count(metrics["val_loss"])
-        if self._since >= self._options.patience:
+        self._losses[step] = metrics["val_loss"]
+        best, since = _best_and_since(self._losses, self._options.min_improvement)
+        if since >= self._options.patience:
             self._run.stop(
-                f"early_stopping: val_loss has not improved on {self._best:.4f} in {self._since} evaluations, up to "
-                f"step {step}"
+                f"early_stopping: val_loss has not improved on {best:.4f} in {since} evaluations, up to step {step}"
             )
 
-    def _count(self, loss: float) -> None:
-        if loss < self._best - self._options.min_improvement or not math.isfinite(self._best):
-            self._best, self._since = loss, 0
-        else:
-            self._since += 1
+    @hookimpl
+    def hvdlm_rolled_back(self, to_step: int) -> None:
+        """Forget the evaluations of the steps that were taken back."""
+        self._losses = {step: loss for step, loss in self._losses.items() if step <= to_step}
 
 
-def _earlier_losses(path: Path, step: int) -> list[float]:
-    """Return the validation losses up to ``step``, of every step the last."""
+def _best_and_since(losses: Mapping[int, float], min_improvement: float) -> tuple[float, int]:
+    """Return the loss of the last improvement, and the number of evaluations since; NaN is none."""
+    best, since = math.inf, 0
+    for _, loss in sorted(losses.items()):
+        improves = loss < best - min_improvement
+        best, since = (loss, 0) if improves else (best, since + 1)
+    return best, since
+
+
+def _earlier_losses(checkpoint: Path, step: int) -> dict[int, float]:
+    """Return the validation losses up to ``step`` by step, of several of one step the last."""
     losses: dict[int, float] = {}
-    try:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            for line in file:
-                if '"val_loss"' in line:
-                    values = untrusted_input.parse_json(line)
-                    losses[int(values["step"])] = float(values["val_loss"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # a damaged end of the file: what was read counts
-    return [loss for number, loss in sorted(losses.items()) if number <= step]
+    # The checkpoint is RUN/checkpoints/STEP, or that of a branch: RUN/checkpoints/BRANCH/STEP.
+    files = (parent / "metrics.jsonl" for parent in list(checkpoint.absolute().parents)[1:3])
+    for line in _lines(next((path for path in files if path.is_file()), None)):
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # a damaged line: the others count
+            values = untrusted_input.parse_json(line)
+            loss = values["val_loss"]
+            losses[int(values["step"])] = math.nan if loss is None else float(loss)  # JSON has no NaN
+    return {number: loss for number, loss in losses.items() if number <= step}
+
+
+def _lines(path: Path | None) -> Iterator[str]:
+    """Yield the lines of evaluations, as far as they can be read."""
+    with contextlib.suppress(OSError):
+        if path is not None:
+            with path.open(encoding="utf-8", errors="replace") as file:
+                yield from (line for line in file if '"val_loss"' in line)

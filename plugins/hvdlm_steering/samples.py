@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from hvdlm import hookimpl
-from hvdlm.config import Config
+from hvdlm.config import Config, LogConfig
+from hvdlm.diagnostics.failure_files import short_message
 from hvdlm.diagnostics.phases import process
 from hvdlm.errors import HvdlmError, RankError
 from hvdlm.io.atomic_files import replace
@@ -19,9 +20,12 @@ from hvdlm_inference.generation import encode
 
 
 class Samples:
-    """Generates ``log.sample_tokens`` tokens on all ranks, prints them and writes ``RUN/sample.txt`` on rank 0."""
+    """Generates ``log.sample_tokens`` tokens on all ranks, prints them and writes ``RUN/sample.txt`` on rank 0.
 
-    observer = False
+    A sample that fails is reported, and training continues.
+    """
+
+    observer = True
 
     def __init__(self) -> None:
         self._config = Config()
@@ -56,23 +60,28 @@ class Samples:
 
     @hookimpl(trylast=True)
     def hvdlm_run_ended(self, summary: Mapping[str, Any]) -> None:
-        """Sample, unless the run was stopped or its last evaluation has done so.
-
-        Raises:
-            RankError: sample.txt could not be written.
-        """
+        """Sample, unless the run was stopped or its last evaluation has done so."""
         if not summary["stopped"] and self._step != summary["steps"]:
             process.begin("generating the sample text")
             self._sample(summary["steps"])
 
     def _sample(self, step: int) -> None:
-        log, self._step = self._config.log, step
+        self._step = step
+        text = self._generate(self._config.log)
+        if self._first_rank:
+            replace(Path(self._config.log.run) / "sample.txt", text)
+
+    def _generate(self, log: LogConfig) -> str:
+        """Generate and print a sample.
+
+        Raises:
+            RankError: it failed on this rank, for which others wait, since they share the model with it.
+            RuntimeError: it failed where no other rank waits.
+        """
         assert self._run is not None
-        text = self._run.generate(log.sample_prompt, log.sample_tokens, shown=True, seed=self._config.train.seed)
-        if not self._first_rank:
-            return
-        path = Path(log.run) / "sample.txt"
         try:
-            replace(path, text)
-        except (OSError, UnicodeError) as error:
-            raise RankError(f"{path} could not be written: {error}.") from error
+            return self._run.generate(log.sample_prompt, log.sample_tokens, shown=True, seed=self._config.train.seed)
+        except Exception as error:
+            mesh = self._run.opened.mesh
+            kind = RuntimeError if mesh.tensor * mesh.pipeline == 1 else RankError
+            raise kind(f"no sample could be generated: {short_message(error).rstrip('.')}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -79,8 +80,8 @@ class Trainable(Inference):
         bytes_before = by_axis(self._counters.traffic())
         self._exchange.begin(step)
         self._gradients.begin()
-        self._seed_dropout(step)
-        loss_sum = self._backward(micro_batches)
+        with self._seeded_dropout(step):
+            loss_sum = self._backward(micro_batches)
         totals = torch.stack([loss_sum, loss_sum.new_tensor(sum(batch.tokens for batch in micro_batches))])
         sums = self._gradients.reduce(totals)
         loss_sum_value, tokens, squared = sums.totals
@@ -106,11 +107,19 @@ class Trainable(Inference):
             skipped=usable and not applied,
         )
 
-    def _seed_dropout(self, step: int) -> None:
-        """Seed dropout by the step, so that a resumed run draws what the uninterrupted one drew."""
-        if self._config.model.dropout:
-            words = self._sharded.seed(step).generate_state(1, np.uint64)
+    @contextmanager
+    def _seeded_dropout(self, step: int) -> Iterator[None]:
+        """Seed dropout by the step, so that a resumed run draws what the uninterrupted one drew.
+
+        PyTorch's random numbers are those of the program again afterwards.
+        """
+        if not self._config.model.dropout:
+            yield
+            return
+        words = self._sharded.seed(step).generate_state(1, np.uint64)
+        with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
             torch.manual_seed(int(words[0] >> np.uint64(1)))
+            yield
 
     def _backward(self, micro_batches: Sequence[Batch]) -> torch.Tensor:
         """Do all forward and backward passes; return the sum of losses, float64."""

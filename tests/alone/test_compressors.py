@@ -17,7 +17,7 @@ from parallel import references
 from hvdlm import plugins
 from hvdlm.config import CompressionConfig
 
-MAKERS = plugins.compressors(plugins.load(["compression"]))
+MAKERS = plugins.provided(plugins.load(["compression"]), "compressors")
 
 
 @pytest.fixture(scope="session")

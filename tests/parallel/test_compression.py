@@ -43,7 +43,7 @@ def make(manager: Any, world: World, name: str = "all_reduce", **options: Any) -
     """Return an exchange over all ranks."""
     config = Config(framework=FRAMEWORK, communication=CommunicationConfig(exchange=name, **options))
     config.train = TrainConfig(steps=STEPS, seed=1)
-    context = {"compressors": plugins.compressors(manager), "index": world.rank}
+    context = {"compressors": plugins.provided(manager, "compressors"), "index": world.rank}
     return plugins.make(manager, "exchange", name, group=world.group(range(world.size)), config=config, **context)
 
 

@@ -27,7 +27,9 @@ def check_compressor(harness: Harness, plugin: PluginUnderTest, member: str, fin
     chosen.algorithm, chosen.ratio, chosen.error_feedback = member, chosen.ratio or 0.1, None
     chosen.min_compression = 0.0
     label = f"compressor {member} in {harness.framework_name}"
-    compressor = plugins.compressors(harness.manager)[member](chosen, 1, harness.world.rank, harness.world.size)
+    compressor = plugins.provided(harness.manager, "compressors")[member](
+        chosen, 1, harness.world.rank, harness.world.size
+    )
     for name in ("matrices", "biased", "feeds_back"):
         findings.require(isinstance(getattr(compressor, name, None), bool), f"{label}: {name} is not a bool.")
     replicated = getattr(compressor, "replicated", None)
@@ -39,7 +41,7 @@ def check_compressor(harness: Harness, plugin: PluginUnderTest, member: str, fin
     )
     _check_sums(harness, config, label, bool(compressor.biased or compressor.feeds_back), findings)
     config.model.name, config.data.context = "rnn", 4  # TensorFlow unrolls the steps: few keep the graph small
-    spec = plugins.models(plugins.load(["rnn"]))["rnn"](config.model, VOCAB, config.data.context)
+    spec = plugins.provided(plugins.load(["rnn"]), "models")["rnn"](config.model, VOCAB, config.data.context)
     check_steps(harness, spec, config, label, findings)
 
 

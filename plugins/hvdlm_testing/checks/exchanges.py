@@ -20,7 +20,7 @@ def check_exchange(harness: Harness, plugin: PluginUnderTest, member: str, findi
     """Check the exchange that has the plugin's name."""
     config = harness.config(plugin)
     config.model.name, config.communication.exchange = "rnn", plugin.name
-    arguments = {"compressors": plugins.compressors(harness.manager), "index": harness.world.rank}
+    arguments = {"compressors": plugins.provided(harness.manager, "compressors"), "index": harness.world.rank}
     make = harness.manager.hook.hvdlm_make_exchange
     exchange = make(name=plugin.name, group=harness.group, config=config, **arguments)
     if exchange is None:
@@ -37,7 +37,7 @@ def check_exchange(harness: Harness, plugin: PluginUnderTest, member: str, findi
         traits.size == size, f"exchange {plugin.name}: its traits.size is {traits.size}, there are {size} ranks."
     )
     _check_order(harness, exchange, plugin.name, findings)
-    spec = plugins.models(plugins.load(["rnn"]))["rnn"](config.model, VOCAB, CONTEXT)
+    spec = plugins.provided(plugins.load(["rnn"]), "models")["rnn"](config.model, VOCAB, CONTEXT)
     check_training(harness, spec, config, f"exchange {plugin.name} in {harness.framework_name}", findings)
 
 

@@ -109,7 +109,7 @@ class Harness:
 
     def exchange(self, config: Config) -> Exchange:
         """Return the exchange that ``config`` names."""
-        arguments = {"compressors": plugins.compressors(self.manager), "index": self.world.rank}
+        arguments = {"compressors": plugins.provided(self.manager, "compressors"), "index": self.world.rank}
         name = config.communication.exchange
         return plugins.make(self.manager, "exchange", name, group=self.group, config=config, **arguments)
 

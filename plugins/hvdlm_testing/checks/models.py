@@ -85,7 +85,7 @@ def refused_models(harness: Harness, plugin: PluginUnderTest) -> dict[str, str]:
 
 
 def _built_in() -> dict[str, ModelMaker]:
-    return {name: plugins.models(plugins.load([name]))[name] for name in _BUILT_IN}
+    return {name: plugins.provided(plugins.load([name]), "models")[name] for name in _BUILT_IN}
 
 
 def trained_models(harness: Harness, plugin: PluginUnderTest) -> dict[str, ModelMaker]:

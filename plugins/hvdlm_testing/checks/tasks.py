@@ -19,7 +19,10 @@ def check_task(harness: Harness, plugin: PluginUnderTest, member: str, findings:
     config = harness.config(plugin)
     label = f"task {plugin.name} in {harness.framework_name}"
     task = plugins.make(harness.manager, "task", plugin.name, config=config)
-    models = {**plugins.models(plugins.load([config.model.name])), **plugins.models(harness.manager)}
+    models = {
+        **plugins.provided(plugins.load([config.model.name]), "models"),
+        **plugins.provided(harness.manager, "models"),
+    }
     maker = models[config.model.name]
     trainable, _ = harness.build(maker(config.model, config.model.vocab or task.vocab, config.data.context), config)
     batch_size, rank = config.train.batch_size, harness.world.rank

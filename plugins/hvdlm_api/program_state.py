@@ -1,0 +1,45 @@
+"""What a call of the Python API leaves as the program had it: environment variables, random numbers, memory."""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+from hvdlm.io import launcher_env
+from hvdlm.training.run import Plan
+
+
+@contextmanager
+def preserved(make: Callable[[], Plan]) -> Iterator[Plan]:
+    """Yield the plan that ``make`` makes; undo at the end of the block what it changed in the environment.
+
+    What libraries set when they are imported stays. The random states of Python and numpy are those of before, too.
+    """
+    before, changed = dict(os.environ), set()
+    states = random.getstate(), np.random.get_state()
+    try:
+        try:
+            plan = make()
+        finally:
+            changed = {name for name in before.keys() | os.environ.keys() if before.get(name) != os.environ.get(name)}
+        yield plan
+    finally:
+        # Horovod's own settings are compared with those of the next call, since it starts once in a process.
+        starts_once = launcher_env.launch_shape()[1] > 1
+        for name in changed:
+            if name in before:
+                os.environ[name] = before[name]
+            elif not (starts_once and name.startswith("HOROVOD_")):
+                os.environ.pop(name, None)
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
+def collect() -> None:
+    """Free the model of a call that has ended, on a GPU, too: its parts refer to each other."""
+    gc.collect()
