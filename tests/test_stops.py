@@ -98,10 +98,12 @@ def test_samples_continue_exactly_on_any_number_of_ranks(tmp_path: Path) -> None
     seen: list[int] = []
     for number, ranks in enumerate(CHAIN):
         last = number == len(CHAIN) - 1
-        limit = [] if last else [[ranks - 1, 3 * number + 2, "SIGUSR1"]]
+        signalled = [ranks - 1, 3 * number + 2]
+        # The rank sleeps a moment, so that its thread has the signal before the few steps that are left have ended.
+        limit = {} if last else {"signals": [[*signalled, "SIGUSR1"]], "sleep": [*signalled, 0.5]}
         resume = ["--checkpoint.resume", "auto"] if number else []
         path = tmp_path / f"rows{number}"
-        done = run_with_faults(tmp_path / "run", "torch", ranks, *resume, rows=str(path), signals=limit)
+        done = run_with_faults(tmp_path / "run", "torch", ranks, *resume, rows=str(path), **limit)
         assert done.returncode == (0 if last else STOPPED), done.stderr[-3000:]
         for row, shards in read_rows(path, ranks):
             seen.append(row)
