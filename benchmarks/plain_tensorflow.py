@@ -26,7 +26,8 @@ def unsharded_model(run: Run) -> Any:
     Everything used of hvdlm's TensorFlow plugin is called in this function and in ``PlainLoop.loss``.
     """
     layout = make_model_shard(run.spec, Mesh(1, 1, 1), 0, ParallelConfig())
-    return make_model(run.spec, layout, Collectives(run.world.group((run.world.rank,)), layout))
+    collectives = Collectives(run.world.group((run.world.rank,)), layout)
+    return make_model(run.spec, layout, collectives, tf.float32)
 
 
 class PlainLoop:
