@@ -78,10 +78,21 @@ class Letters(ByteTokenizer):
         return super().encode(text).astype(np.int64)
 
 
+class Dotted(Letters):
+    """Its name is taken for the path of a file."""
+
+    @staticmethod
+    def train(texts, size=None):
+        return Dotted()
+
+    def to_json(self):
+        return {"kind": "two.letters"}
+
+
 class Data:
     @hookimpl
     def hvdlm_tokenizers(self):
-        return {"letters": Letters, "char": Letters}
+        return {"letters": Letters, "char": Letters, "two.letters": Dotted}
 
     @hookimpl
     def hvdlm_data_preparer(self, data):

@@ -141,7 +141,7 @@ REPORTS = [
     "faulty_data: the name char of its tokenizers is taken",
     "tokenizer letters: encode returns int64 [1640], expected int32 [n]",
     "tokenizer char: its description has the kind 'letters', expected 'char'",
-    "a token folder with the tokenizer letters can't be opened: name the entry point letters",
+    "a token folder with the tokenizer two.letters can't be opened: give it a name of its own, without dots and",
     "faulty_data: its data preparer has no method check",
     "faulty_data: its data preparer has no method store_stdin",
     "faulty_rules: the name adagrad of its optimizers is taken",

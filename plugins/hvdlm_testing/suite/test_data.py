@@ -74,8 +74,8 @@ def test_tokenizers_are_found_by_their_names(plugin: PluginUnderTest) -> None:
             from_json(kind.train(iter([_TEXT]), _SIZE).to_json())
         except Exception as error:
             faults.append(
-                f"{plugin.name}: a token folder with the tokenizer {name} can't be opened: name the entry point {name} "
-                f"({error})"
+                f"{plugin.name}: a token folder with the tokenizer {name} can't be opened: give it a name of its own, "
+                f"without dots and slashes ({error})"
             )
     fail(faults)
 

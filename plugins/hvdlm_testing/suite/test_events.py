@@ -7,10 +7,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pluggy
 import pytest
 
 from hvdlm import plugins
+from hvdlm.config import Config
 from hvdlm.diagnostics.flight_recorder import FlightRecorder
+from hvdlm.parallel.mesh import make_mesh
 from hvdlm.protocols.types import StepResult
 from hvdlm.telemetry.rates import Rates
 from hvdlm_testing.plugin_under_test import PluginUnderTest
@@ -26,7 +29,11 @@ _SUMMARY: dict[str, Any] = {
 
 
 class _Control:
-    """Stands for the ``RunControl`` of a run."""
+    """Stands for the ``RunControl`` of a run that is not resumed."""
+
+    def __init__(self, config: Config, manager: pluggy.PluginManager, world: Any) -> None:
+        own = {"config": config, "manager": manager, "world": world, "mesh": make_mesh(world.size, config.parallel)}
+        self.opened = SimpleNamespace(folder=Path(config.log.run), checkpoint=None, **own)
 
     def stop(self, reason: str) -> None:
         """Ignore the request."""
@@ -56,7 +63,7 @@ def _send_events(plugin: PluginUnderTest, folder: Path, rank: int) -> str:
     info.update({"framework": "torch", "backend": "mpi", "versions": {"hvdlm": "0.1.0"}})
     event, rates = "hvdlm_run_started", Rates(4000)
     try:
-        manager.hook.hvdlm_run_started(config=config, world=world, info=info, run=_Control())
+        manager.hook.hvdlm_run_started(config=config, world=world, info=info, run=_Control(config, manager, world))
         for step in range(1, 7):
             event = "hvdlm_step_ended"
             skipped = step == 3
