@@ -219,6 +219,7 @@ def test_a_run_is_loaded_with_a_mapping_of_options(options: Any, small_run: Path
 def test_threads_of_numpy_leave_the_notice_of_mpirun() -> None:
     code = """
 import os, pathlib, signal, hvdlm
+signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCONT})  # the process of the tests may have blocked it
 hvdlm.train
 tasks = {task.name: task / "status" for task in pathlib.Path("/proc/self/task").iterdir()}
 masks = {name: path.read_text().split("SigBlk:")[1].split()[0] for name, path in tasks.items()}
