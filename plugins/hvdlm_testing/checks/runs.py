@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ import numpy as np
 
 from hvdlm import hookimpl
 from hvdlm.config import Config
+from hvdlm.io import safe_files
 from hvdlm.protocols.types import StepResult
 from hvdlm.training import run, run_lock
 from hvdlm.training.loop import train
@@ -112,11 +112,13 @@ def _train(harness: Harness, config: Config, folder: Path, resume: str) -> _Loss
 def _folder(harness: Harness) -> Iterator[Path]:
     """Make a folder that all ranks share; delete it at the end."""
     made = tempfile.mkdtemp(prefix="hvdlm-conformance-") if harness.world.rank == 0 else ""
-    folder = harness.world.broadcast_object(made)
-    yield Path(folder)
-    harness.world.gather_objects(None)
-    if harness.world.rank == 0:
-        shutil.rmtree(folder, ignore_errors=True)
+    folder = Path(harness.world.broadcast_object(made))
+    try:
+        yield folder
+        harness.world.gather_objects(None)
+    finally:
+        if harness.world.rank == 0:
+            safe_files.delete_folder(folder)
 
 
 def _text(losses: list[float]) -> str:
