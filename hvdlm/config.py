@@ -164,8 +164,10 @@ class TrainConfig:
         nesterov: SGD: use Nesterov momentum
         clip: maximum global norm of the gradient; 0: no clipping
         label_smoothing: share of the target probability spread over the vocabulary (Szegedy et al. 2016, section 7)
-        precision: fp32, bf16 (weights stay fp32), or fp16 with loss scaling (GPU only)
-        compile: use torch.compile or XLA; null: where it was measured to be faster
+        precision: fp32, bf16 (weights stay fp32), fp16 with loss scaling (GPU only), or auto: bf16 on GPUs that have it,
+            else fp32; a resumed run keeps its checkpoint's
+        tf32: multiply fp32 matrices in TF32 on GPUs, with 10 bits of fraction instead of 23; false: in strict fp32
+        compile: use torch.compile or XLA; auto (or null): where it was measured to be faster
         activation_checkpointing: recompute activations in the backward pass
         eval_every: steps between evaluations; 0: only at the end
         eval_batch_size: sequences per rank in an evaluation batch
@@ -199,8 +201,9 @@ class TrainConfig:
     nesterov: bool = False
     label_smoothing: float = 0.0
     clip: float = 1.0
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    compile: bool | None = None
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    tf32: bool = True
+    compile: bool | Literal["auto"] | None = "auto"
     activation_checkpointing: bool = False
     eval_every: int = 500
     eval_batch_size: int = 64

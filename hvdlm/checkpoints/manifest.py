@@ -45,6 +45,7 @@ _SCHEMA = fields(
         "base": fields({"weights": text, "factor": number()}),
         "tokenizer": text,
         "data": text,
+        "device": text,
         "vocab": count(),
         "mesh": list_of(count(1), 1, 8),
     },

@@ -73,6 +73,7 @@ class _Step:
         self.spec = spec
         self.s = spec.settings
         self.kind = spec.kind
+        self.half = config.train.precision in ("bf16", "fp16")  # auto may be either: fp32, which takes more
         self.mesh = mesh
         self.shard: ModelShard = make_model_shard(spec, mesh, rank, config.parallel)
         self.zero = config.parallel.zero if mesh.data > 1 else 0
@@ -143,7 +144,7 @@ class _Step:
         norms = 2 * between + (2 * between if s.norm == "rmsnorm" else 0)  # their inputs; rmsnorm's products
         statistics = s.heads / t + (2 if s.norm == "rmsnorm" else 4)
         wide, narrow = norms + statistics, 2 * s.width + 2 * heads + 2 * kv + inner
-        if self.config.train.precision == "fp32":
+        if not self.half:
             return round(4 * self.tokens * (wide + narrow))
         # torch casts every weight, and the input of every product: 3 in the attention, 1 or 2 in the MLP.
         inward = 2 if s.activation == "swiglu" else 1
@@ -169,7 +170,7 @@ class _Step:
             return round(4 * self.tokens * each)
         each += s.width / self.mesh.tensor if self.sequence else s.width
         each += s.width if s.norm == "rmsnorm" else 0
-        if self.config.train.precision == "fp32":
+        if not self.half:
             return round(4 * self.tokens * each)
         return round(self.tokens * (4 * each - 2 * s.width) + 2 * (last - first) * s.width)
 
@@ -196,7 +197,7 @@ class _Step:
             return 0
         positions = self.tokens // self.mesh.tensor if self.sequence else self.tokens
         neighbours = (not stage.first) + (not stage.last)
-        item = 2 if self.habits.half_activations and self.config.train.precision != "fp32" else 4
+        item = 2 if self.habits.half_activations and self.half else 4
         moved = self.count * neighbours * 2 * item * positions * self.s.width
         if self.shard.tied and (stage.first or stage.last):
             names = [self.layout.slots[first].name for first, _ in self.layout.buckets]

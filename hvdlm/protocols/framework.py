@@ -36,6 +36,35 @@ class Probe:
     horovod: bool = False
 
 
+@dataclass(frozen=True)
+class Resolved:
+    """What a rank computes with, where options leave it to the machine.
+
+    Attributes:
+        device: CPU, or the GPU's name.
+        precision: what ``train.precision auto`` stands for on it.
+        compile: whether steps are compiled; False also where ``train.compile true`` is impossible.
+        notes: what else is to be printed beside these, such as the reason why steps are not compiled.
+    """
+
+    device: str = "CPU"
+    precision: str = "fp32"
+    compile: bool = False
+    notes: tuple[str, ...] = ()
+
+
+@runtime_checkable
+class ResolvesOptions(Protocol):
+    """A framework that resolves ``auto``; others compute in fp32 and compile nothing."""
+
+    def resolve(self, config: Config, spec: ModelSpec, world: World) -> Resolved:
+        """Select this rank's device and return what it computes with. Once, before tensors are made. No communication.
+
+        Raises:
+            HvdlmError: this rank has no device, or it can't do what an option asks for.
+        """
+
+
 class HostCollective(Protocol):
     """A collective on a contiguous array in host memory."""
 
@@ -94,6 +123,7 @@ class Framework(Protocol):
     ) -> Trainable:
         """Return the model at its initial values (``ModelSpec.initial``), ready to train. No communication.
 
+        ``config``: with ``auto`` resolved; where it is left, it stands for fp32, and for no compilation.
         ``optimizer``: a plugin's; None: the one of the framework that ``train.optimizer`` names.
         """
 

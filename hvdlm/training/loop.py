@@ -188,6 +188,7 @@ def save(run: Run, done: int, metrics: dict[str, Any]) -> int:
         "data": run.task.fingerprint,
         "mesh": run.mesh.shape,
         "versions": versions(run.config.framework),
+        "device": run.resolved.device,
         "cursor": run.cursor.to_json(),
         "guard": run.guard.state(),
         "metrics": metrics,

@@ -18,13 +18,20 @@ from hvdlm.config import Config
 from hvdlm.errors import HvdlmError, RankError
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.mesh import Mesh
-from hvdlm.protocols.framework import Framework
+from hvdlm.protocols.framework import Framework, Resolved
 from hvdlm.protocols.task import Task
 from hvdlm.protocols.world import World
 
 
-def agree(world: World, config: Config, task: Task, base: Base | None = None) -> None:
+_SAFE = {"train.precision": "fp32", "train.compile": "false"}  # what every machine can do
+
+
+def agree(
+    world: World, config: Config, task: Task, base: Base | None = None, resolved: Resolved | None = None
+) -> None:
     """Check that all ranks have the same configuration, data, frozen weights and versions. All ranks call.
+
+    ``resolved``: what this rank computes with, which has to be the same on all ranks.
 
     Raises:
         HvdlmError: a rank differs from rank 0; the sentence names the rank and the difference.
@@ -38,6 +45,10 @@ def agree(world: World, config: Config, task: Task, base: Base | None = None) ->
         "pretrained folder": base and base["weights"],
         **versions(config.framework),
     }
+    if resolved:
+        precision = config.train.precision
+        checked["train.precision"] = resolved.precision if precision == "auto" else precision
+        checked["train.compile"] = str(resolved.compile).lower()
     values = world.gather_objects(checked)
     for rank, other in enumerate(values):
         for name, value in values[0].items():
@@ -47,6 +58,7 @@ def agree(world: World, config: Config, task: Task, base: Base | None = None) ->
                 advice, shown = "give all ranks the same options and files", ""
             else:
                 advice, shown = "install the same on all hosts", f" ({other.get(name)}, not {value})"
+                advice = f"their devices differ, set --{name} {_SAFE[name]}" if name in _SAFE else advice
             raise HvdlmError(f"rank {rank} has another {name} than rank 0{shown}: {advice}.")
 
 
@@ -97,6 +109,15 @@ def check_continuation(
             f"checkpoint {checkpoint.path} read the corpus in {batch} streams, not in train.batch_size "
             f"{config.train.batch_size}: with data.sampling sequential, resume with --train.batch_size {batch}."
         )
+
+
+def precision(asked: str, resolved: Resolved, checkpoint: Checkpoint | None) -> Any:
+    """Return the precision of a run whose ``train.precision`` is ``asked``: auto keeps that of its checkpoint."""
+    config: Any = checkpoint.manifest.get("config") if checkpoint else None
+    train = (config or {}).get("train")
+    before = train.get("precision") if isinstance(train, dict) else None
+    kept = before if before in ("fp32", "bf16", "fp16") else resolved.precision
+    return kept if asked == "auto" else asked
 
 
 @functools.cache  # searching installed distributions takes milliseconds, which would block every save

@@ -30,7 +30,7 @@ from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.mesh import Mesh, make_mesh
 from hvdlm.protocols.backend import Backend
 from hvdlm.protocols.exchange import Exchange
-from hvdlm.protocols.framework import Framework
+from hvdlm.protocols.framework import Framework, Resolved, ResolvesOptions
 from hvdlm.protocols.task import Task
 from hvdlm.protocols.trainable import Trainable
 from hvdlm.protocols.world import World
@@ -45,8 +45,9 @@ _DAY = 86400.0  # seconds
 class Run:
     """Everything the loop needs, ready on this rank.
 
-    ``requested``: the configuration before this machine filled it in, as config.yaml keeps it; ``base``: the frozen
-    weights that adapters are added to; ``identity``: that of the run's folder, on the rank that writes it.
+    ``requested``: the configuration before this machine filled it in, as config.yaml keeps it, but for the precision;
+    ``resolved``: what this rank computes with; ``base``: the frozen weights that adapters are added to; ``identity``:
+    that of the run's folder, on the rank that writes it.
     """
 
     config: Config
@@ -63,6 +64,7 @@ class Run:
     guard: StepGuard
     saver: Saver
     comparison: Comparison
+    resolved: Resolved
     base: Base | None = None
     identity: FolderIdentity | None = None
 
@@ -302,13 +304,17 @@ def build(connected: Connected) -> Run:
     config, manager, mesh = plan.config, plan.manager, plan.mesh
     folder = Path(config.log.run)
     keep_recorder(plan, world)
-    preflight.agree(world, config, task, base)
+    resolver = framework if isinstance(framework, ResolvesOptions) else None
+    resolved = resolver.resolve(config, spec, world) if resolver else Resolved()
+    preflight.agree(world, config, task, base, resolved)
     preflight.check_groups(world, framework, mesh)
     checkpoint = agreement.choose(folder, plan.resume, world)
     if checkpoint:
         preflight.check_continuation(checkpoint, task, spec, config, base)
     elif plan.resume == "auto" and world.rank == 0:
         print(f"hvdlm: {folder} holds no checkpoint yet: the run starts afresh.{similar_run(folder)}", flush=True)
+    precision = preflight.precision(config.train.precision, resolved, checkpoint if resolver else None)
+    config = replace(config, train=replace(config.train, precision=precision, compile=resolved.compile))
     group = world.group(mesh.group("data", world.rank))
     exchange = plugins.make(
         manager,
@@ -333,7 +339,7 @@ def build(connected: Connected) -> Run:
     batch_size = config.train.batch_size
     return Run(
         config=config,
-        requested=plan.requested,
+        requested=replace(plan.requested, train=replace(plan.requested.train, precision=precision)),
         manager=manager,
         world=world,
         mesh=mesh,
@@ -346,6 +352,7 @@ def build(connected: Connected) -> Run:
         guard=StepGuard(config.train, exchange.traits.replicas_diverge, manifest.get("guard")),
         saver=Saver(folder / "checkpoints", world, config.checkpoint, 2 * config.communication.timeout),
         comparison=Comparison(world),
+        resolved=resolved,
         base=base,
     )
 

@@ -16,15 +16,25 @@ from hvdlm.training.run import Run
 def describe(run: Run, start_step: int) -> dict[str, Any]:
     """Return the ``info`` of ``hvdlm_run_started``."""
     return {
-        "parameters": run.spec.parameters,
-        "frozen_parameters": run.spec.frozen_parameters,
+        **_identity(run),
         "flops_per_token": run.spec.flops_per_token,
         "vocab": run.task.vocab,
         "start_step": start_step,
         "steps": run.config.train.steps,
+    }
+
+
+def _identity(run: Run) -> dict[str, Any]:
+    """Return what is trained, and what computes it."""
+    return {
         "framework": run.config.framework,
         "backend": run.config.backend,
+        "device": run.resolved.device,
+        "precision": run.config.train.precision,
+        "compile": run.config.train.compile,
         "versions": versions(run.config.framework),
+        "parameters": run.spec.parameters,
+        "frozen_parameters": run.spec.frozen_parameters,
     }
 
 
@@ -92,11 +102,7 @@ def summarise(
         "skipped_steps": totals.skipped,
         "world_size": run.world.size,
         "mesh": dict(zip(AXES, run.mesh.shape, strict=True)),
-        "framework": run.config.framework,
-        "backend": run.config.backend,
-        "versions": versions(run.config.framework),
-        "parameters": run.spec.parameters,
-        "frozen_parameters": run.spec.frozen_parameters,
+        **_identity(run),
         "bytes_communicated": sum(rank_bytes),
         "compression": rates.compression,
         "comm_share": rates.comm_share if rates.steps else 0.0,

@@ -79,7 +79,7 @@ class RunScorer:
         config.train.threads = run.train.threads
         # It isn't trained: SGD has no optimizer state, and compiling would not pay off.
         config.train.optimizer = "sgd"
-        config.train.compile = False
+        config.train.precision, config.train.compile = "fp32", False
         exchange_name = config.communication.exchange
         manager = plugins.load([run.framework, "local", exchange_name, *run.plugins])
         framework = plugins.make(manager, "framework", run.framework)

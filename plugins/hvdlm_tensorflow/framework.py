@@ -1,4 +1,4 @@
-"""The framework plugin for TensorFlow: chooses the device and builds Trainables."""
+"""The framework plugin for TensorFlow: makes tensors and builds Trainables."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import numpy as np
 import tensorflow as tf
 
 from hvdlm.config import Config
-from hvdlm.errors import HvdlmError
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.axis_groups import make_axes
 from hvdlm.parallel.mesh import Mesh
 from hvdlm.parallel.sharding_rules import make_model_shard
 from hvdlm.protocols.exchange import Exchange
+from hvdlm.protocols.framework import Resolved
 from hvdlm.protocols.optimizer import Optimizer
 from hvdlm.protocols.world import World
+from hvdlm_tensorflow import devices
 from hvdlm_tensorflow.horovod import Horovod
 from hvdlm_tensorflow.host_tensors import HostTensors
 from hvdlm_tensorflow.trainable import Trainable
@@ -29,6 +30,10 @@ class Framework:
         self.host_tensors = HostTensors()
         self.horovod = Horovod()
 
+    def resolve(self, config: Config, spec: ModelSpec, world: World) -> Resolved:
+        """Select this rank's device; return what the rank computes with."""
+        return devices.resolve(config, spec, world)
+
     def build(
         self,
         model: ModelSpec,
@@ -41,7 +46,7 @@ class Framework:
         """Return the model at its initial values on this rank's device."""
         # TensorFlow would warn that a graph is traced several times: once for each of the few shapes of batches.
         tf.get_logger().setLevel("ERROR")
-        _choose_device(world, config)
+        devices.select(world, config)
         shard = make_model_shard(model, mesh, world.rank, config.parallel)
         axes = make_axes(world, mesh, shard)
         return Trainable(model, shard, axes, exchange, config, mesh, world.rank, optimizer)
@@ -49,18 +54,3 @@ class Framework:
     def tensor(self, array: np.ndarray) -> tf.Tensor:
         """Return a copy of ``array`` on the device."""
         return tf.constant(array)
-
-
-def _choose_device(world: World, config: Config) -> None:
-    """Make the GPU of this local rank the only visible one; without GPUs, do nothing."""
-    devices = tf.config.list_physical_devices("GPU")
-    if devices:
-        if world.local_rank >= len(devices):
-            raise HvdlmError(
-                f"there is no GPU for local rank {world.local_rank}: this node has {len(devices)}. "
-                "Start as many ranks per node as it has GPUs, or hide them with CUDA_VISIBLE_DEVICES=''."
-            )
-        tf.config.set_visible_devices(devices[world.local_rank], "GPU")
-        tf.config.experimental.set_memory_growth(devices[world.local_rank], True)
-    elif config.train.precision == "fp16":
-        raise HvdlmError("train.precision fp16 needs a GPU, and none is visible here: use bf16 or fp32.")

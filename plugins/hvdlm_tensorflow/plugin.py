@@ -59,7 +59,7 @@ def hvdlm_check(config: Config, spec: ModelSpec) -> None:
         raise HvdlmError(
             'framework tensorflow is not installed here: make setup FRAMEWORKS="tensorflow", or --framework torch.'
         )
-    if spec.kind == "own" and config.train.precision != "fp32":
+    if spec.kind == "own" and config.train.precision not in ("auto", "fp32"):
         raise HvdlmError(
             f"train.precision {config.train.precision}: Keras layers have a precision of their own: leave it fp32, and "
             "give the model's layers dtype='mixed_bfloat16'."

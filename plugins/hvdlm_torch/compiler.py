@@ -1,28 +1,57 @@
-"""Whether torch.compile can work here: it writes C++ for a CPU and C for a GPU, and calls a compiler for it.
+"""Whether steps are compiled: where that was measured to be faster, and where torch.compile can work.
+
+It writes C++ for a CPU and C for a GPU, and calls a compiler of the machine for it.
 
 Without a twin: TensorFlow's compiler (XLA) needs no other program.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
+import sysconfig
+from pathlib import Path
 
 import torch
 
+from hvdlm.config import Config
+from hvdlm.models.spec import ModelSpec
+from hvdlm.protocols.world import World
 
-def missing_compiler(device: torch.device) -> str:
-    """Return the compilers of which torch.compile needs one on PATH for ``device``; ``""`` where one is there."""
+_INCLUDES = ("CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH")
+
+
+def resolve(config: Config, spec: ModelSpec, world: World, device: torch.device) -> tuple[bool, tuple[str, ...]]:
+    """Return whether to compile; and why not, where it was asked for or would be faster."""
+    asked = config.train.compile
+    wanted = asked if isinstance(asked, bool) else is_faster(config, spec, world, device)
+    lacking = missing(device) if wanted else ""
+    return wanted and not lacking, ((f"torch.compile needs {lacking}",) if lacking else ())
+
+
+def is_faster(config: Config, spec: ModelSpec, world: World, device: torch.device) -> bool:
+    """Return whether compiled steps of this run were measured to be faster, the time of compiling included.
+
+    On a GPU, bf16 steps of GPT-2 124M were 1.5 times as fast (docs/gpu.md). Other models, and ranks that share a model,
+    were not measured.
+    """
+    if spec.kind != "gpt" or config.parallel.tensor * config.parallel.pipeline > 1:
+        return False
+    return device.type != "cpu"
+
+
+def missing(device: torch.device) -> str:
+    """Return what torch.compile lacks to compile for ``device``; ``""`` where all is there."""
     if device.type == "cpu":
         names = [os.environ.get("CXX") or "g++"]  # torch tries no other
     else:
         names = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
-    return "" if any(shutil.which(name) for name in names) else " or ".join(names)
-
-
-def compiles(requested: bool | None, device: torch.device, rank: int) -> bool:
-    """Return whether to compile; where that is requested and impossible, rank 0 prints why."""
-    missing = missing_compiler(device) if requested else ""
-    if missing and rank == 0:
-        print(f"hvdlm: train.compile is off: torch.compile needs a compiler, and {missing} is not on PATH.", flush=True)
-    return bool(requested) and not missing
+    if not any(shutil.which(name) for name in names):
+        return f"a compiler, and {' or '.join(names)} is not on PATH"
+    if device.type != "cpu" and importlib.util.find_spec("triton") is None:
+        return "triton, which is not installed"
+    folders = [sysconfig.get_path("include"), *":".join(os.environ.get(name, "") for name in _INCLUDES).split(":")]
+    if not any(folder and (Path(folder) / "Python.h").exists() for folder in folders):
+        return "Python's headers (Python.h), which are not installed: CPATH may name their folder"
+    return ""

@@ -23,7 +23,6 @@ from hvdlm.protocols.exchange import Exchange
 from hvdlm.protocols.optimizer import Optimizer
 from hvdlm.protocols.types import Batch, StepResult, Traffic
 from hvdlm_torch.adapters import Adapters
-from hvdlm_torch.compiler import compiles
 from hvdlm_torch.forward import Forward
 from hvdlm_torch.gradients import make_gradients
 from hvdlm_torch.inference import Inference
@@ -66,8 +65,7 @@ class Trainable(Inference):
         self._counters = count_traffic(axes, exchange)
         self._carry: dict[int, Any] = {}  # by micro-batch: the state that a recurrent model carries to the next step
         self._activations = ActivationMemory()
-        compiled = compiles(config.train.compile, device, rank)
-        self._losses = torch.compile(self._forward.losses) if compiled else self._forward.losses
+        self._losses = torch.compile(self._forward.losses) if config.train.compile is True else self._forward.losses
         exchange.open(self.layout, initial)
 
     def _view(self, slot: Slot) -> torch.nn.Parameter:

@@ -53,11 +53,7 @@ def hvdlm_check(config: Config, spec: ModelSpec) -> None:
             "framework jax has data-parallel ranks only: leave parallel.tensor and parallel.pipeline at 1, or "
             "--framework torch."
         )
-    if config.train.precision != "fp32":
-        raise HvdlmError(
-            f"framework jax computes in fp32, not in {config.train.precision}: leave train.precision at fp32, or "
-            "--framework torch."
-        )
+    check_precision(config)
     if config.train.compile is False:
         raise HvdlmError("framework jax compiles every step: leave out train.compile, or --framework torch.")
 
@@ -90,6 +86,15 @@ def hvdlm_predict(config: Config, spec: ModelSpec, mesh: Mesh, rank: int, moment
     whole = replace(config, parallel=replace(config.parallel, zero=min(config.parallel.zero, 1)))
     held = closed_form(whole, spec, mesh, rank, moments=moments)
     return prediction and held and replace(prediction, memory=held.memory)
+
+
+def check_precision(config: Config) -> None:
+    """Refuse a precision that was asked for, or that a checkpoint of another framework was trained in."""
+    if config.train.precision not in ("auto", "fp32"):
+        raise HvdlmError(
+            f"framework jax computes in fp32, not in {config.train.precision}: --train.precision fp32, or --framework "
+            "torch."
+        )
 
 
 @hookimpl

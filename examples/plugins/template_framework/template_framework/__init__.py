@@ -31,17 +31,17 @@ def hvdlm_check(config, spec):
         raise HvdlmError(f"framework template_framework needs {LIBRARY}: pip install {LIBRARY}.")
     if spec.kind not in ("gpt", "rnn") or config.lora.rank:
         raise HvdlmError("framework template_framework computes GPTs and recurrent models without adapters.")
-    for section, option, supported in (
+    for section, option, *supported in (
         ("model", "dropout", 0.0),
         ("parallel", "tensor", 1),
         ("parallel", "pipeline", 1),
         ("train", "optimizer", "adamw"),
-        ("train", "precision", "fp32"),
-        ("train", "compile", None),
+        ("train", "precision", "auto", "fp32"),
+        ("train", "compile", "auto", None, False),
     ):
         value = getattr(getattr(config, section), option)
-        if value != supported:
-            raise HvdlmError(f"framework template_framework has no {section}.{option} {value}: leave it {supported}.")
+        if value not in supported:
+            raise HvdlmError(f"framework template_framework has no {section}.{option} {value}: leave it {supported[0]}.")
 
 
 @hookimpl

@@ -1,0 +1,54 @@
+"""The device of a rank, and what options that are left to it stand for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tensorflow as tf
+
+from hvdlm.config import Config
+from hvdlm.errors import HvdlmError
+from hvdlm.models.spec import ModelSpec
+from hvdlm.protocols.framework import Resolved
+from hvdlm.protocols.world import World
+
+_BF16 = (8, 0)  # compute capability of the first GPUs with bf16 and TF32 (Ampere)
+
+
+def select(world: World, config: Config) -> Any:
+    """Make the GPU of this local rank the only visible one, and set how it multiplies fp32 matrices.
+
+    Returns:
+        The GPU, or None (the CPU) where no GPU is visible.
+
+    Raises:
+        HvdlmError: there are fewer GPUs than local ranks, or the precision needs a GPU.
+    """
+    devices = tf.config.list_physical_devices("GPU")
+    if devices:
+        if world.local_rank >= len(devices):
+            raise HvdlmError(
+                f"there is no GPU for local rank {world.local_rank}: this node has {len(devices)}. "
+                "Start as many ranks per node as it has GPUs, or hide them with CUDA_VISIBLE_DEVICES=''."
+            )
+        tf.config.set_visible_devices(devices[world.local_rank], "GPU")
+        tf.config.experimental.set_memory_growth(devices[world.local_rank], True)
+        tf.config.experimental.enable_tensor_float_32_execution(config.train.tf32)
+        return devices[world.local_rank]
+    if config.train.precision == "fp16":
+        raise HvdlmError("train.precision fp16 needs a GPU, and none is visible here: use bf16 or fp32.")
+    return None
+
+
+def resolve(config: Config, spec: ModelSpec, world: World) -> Resolved:
+    """Select this rank's device; return what the rank computes with."""
+    device = select(world, config)
+    compiled = config.train.compile is True  # auto is off: compiled steps were not faster, or not measured (GPUs)
+    if device is None:
+        return Resolved("CPU", "fp32", compiled)
+    details = tf.config.experimental.get_device_details(device)
+    ampere = details.get("compute_capability", (0, 0)) >= _BF16
+    # The layers of a Keras model have a precision of their own.
+    precision = "bf16" if ampere and spec.kind != "own" else "fp32"
+    products = "TF32" if config.train.tf32 and ampere else "fp32"
+    return Resolved(details.get("device_name", "GPU"), precision, compiled, (f"fp32 products in {products}",))

@@ -1,0 +1,50 @@
+"""The device of a rank, and what options that are left to it stand for."""
+
+from __future__ import annotations
+
+import torch
+
+from hvdlm.config import Config
+from hvdlm.errors import HvdlmError
+from hvdlm.models.spec import ModelSpec
+from hvdlm.protocols.framework import Resolved
+from hvdlm.protocols.world import World
+from hvdlm_torch import compiler
+
+_BF16 = (8, 0)  # compute capability of the first GPUs with bf16 and TF32 (Ampere)
+
+
+def select(world: World, config: Config) -> torch.device:
+    """Make the GPU of this local rank the current one, and set how it multiplies fp32 matrices.
+
+    Returns:
+        The GPU, or the CPU where no GPU is visible.
+
+    Raises:
+        HvdlmError: there are fewer GPUs than local ranks, or the precision needs a GPU.
+    """
+    if torch.cuda.is_available():
+        if world.local_rank >= torch.cuda.device_count():
+            raise HvdlmError(
+                f"there is no GPU for local rank {world.local_rank}: this node has {torch.cuda.device_count()}. "
+                "Start as many ranks per node as it has GPUs, or hide them with CUDA_VISIBLE_DEVICES=''."
+            )
+        torch.cuda.set_device(world.local_rank)
+        torch.backends.cuda.matmul.allow_tf32 = config.train.tf32
+        torch.backends.cudnn.allow_tf32 = config.train.tf32
+        return torch.device("cuda", world.local_rank)
+    if config.train.precision == "fp16":
+        raise HvdlmError("train.precision fp16 needs a GPU, and none is visible here: use bf16 or fp32.")
+    return torch.device("cpu")
+
+
+def resolve(config: Config, spec: ModelSpec, world: World) -> Resolved:
+    """Select this rank's device; return what the rank computes with."""
+    device = select(world, config)
+    compiled, notes = compiler.resolve(config, spec, world, device)
+    if device.type == "cpu":
+        return Resolved("CPU", "fp32", compiled, notes)
+    ampere = torch.cuda.get_device_capability(device) >= _BF16
+    products = "TF32" if config.train.tf32 and ampere else "fp32"
+    notes = (f"fp32 products in {products}", *notes)
+    return Resolved(torch.cuda.get_device_name(device), "bf16" if ampere else "fp32", compiled, notes)
