@@ -25,12 +25,12 @@ def work(o: argparse.Namespace) -> None:
     import numpy as np
 
     from hvdlm.config import Config
-    from hvdlm.training import run
     from hvdlm_backends.collective_benchmark import raw_call, turns
+    from hvdlm_backends.connecting import connect_only
 
     config = Config(framework=o.frameworks[0], backend=o.backend)
     config.train.batch_size = 2
-    world, framework = run.connect_only(config)
+    world, framework = connect_only(config)
     make_tensor = framework.tensor
     group = world.group(range(world.size))
     array = np.ones(o.elements, np.float32)

@@ -58,7 +58,7 @@ def work(o: argparse.Namespace) -> None:
     """Be a rank: save in turns; rank 0 emits the rounds and the bytes that all ranks hold and wrote."""
     from hvdlm.checkpoints.save import Saver
     from hvdlm.config import CheckpointConfig, Config
-    from hvdlm.training.run import connect_only
+    from hvdlm_backends.connecting import connect_only
 
     config = Config()
     config.train.batch_size = 4

@@ -164,8 +164,8 @@ class TrainConfig:
         nesterov: SGD: use Nesterov momentum
         clip: maximum global norm of the gradient; 0: no clipping
         label_smoothing: share of the target probability spread over the vocabulary (Szegedy et al. 2016, section 7)
-        precision: fp32, bf16 (weights stay fp32), fp16 with loss scaling (GPU only), or auto: bf16 on GPUs that have it,
-            else fp32; a resumed run keeps its checkpoint's
+        precision: fp32, bf16 (weights stay fp32), fp16 with loss scaling (GPU only), or auto: that of the checkpoint in
+            a resumed run, else bf16 on GPUs that have it and fp32 elsewhere
         tf32: multiply fp32 matrices in TF32 on GPUs, with 10 bits of fraction instead of 23; false: in strict fp32
         compile: use torch.compile or XLA; auto (or null): where it was measured to be faster
         activation_checkpointing: recompute activations in the backward pass

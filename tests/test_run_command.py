@@ -140,7 +140,8 @@ def test_output_is_that_of_one_program(framework: str, backend: str, tmp_path: P
     done = run_python([*RUN, "-np", "2", "--backend", backend, "--", *options])
     assert done.returncode == 0 and done.stderr == "", done.stderr
     lines = done.stdout.splitlines()
-    assert f"{framework}, 2 rank(s) over {backend}" in lines[0] and lines[-4] == f"The run is in {run}. Next:"
+    assert lines[0] == "hvdlm: precision fp32, compile off, device CPU"
+    assert f"{framework}, 2 rank(s) over {backend}" in lines[1] and lines[-4] == f"The run is in {run}. Next:"
     assert not re.search(r"^\[\d", done.stdout, re.M) and len(losses(run)) == 30
     if framework == "torch":
         again = [line.split()[3:] for line in lines[-3:]]

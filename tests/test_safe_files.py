@@ -14,7 +14,6 @@ import yaml
 
 from builders import file_names, save_state
 from hvdlm.checkpoints import retention
-from hvdlm.checkpoints.safetensors_io import replace_tensors
 from hvdlm.cli import main
 from hvdlm.config import Config
 from hvdlm.diagnostics import flight_recorder
@@ -22,6 +21,7 @@ from hvdlm.errors import HvdlmError
 from hvdlm.io import safe_files
 from hvdlm.io.atomic_files import replace, write_synced
 from hvdlm.training import run_folder
+from hvdlm_tools.merge import replace_tensors
 from launching import ROOT
 
 DELETIONS = {"unlink", "rmdir", "removedirs", "rmtree", "remove"}

@@ -12,8 +12,8 @@ def main(arguments: list[str]) -> int:
     from hvdlm.diagnostics.watchdog import watching
     from hvdlm.errors import HvdlmError, nearest
     from hvdlm.io.safe_files import check_output
-    from hvdlm.training.run import connect_only
     from hvdlm_backends import collective_benchmark
+    from hvdlm_backends.connecting import connect_only
 
     description = "Measure latency and bandwidth of every collective, compared with raw MPI. Start it with a launcher."
     parser = command_parser("bench", description, "--framework, --backend and options with a dot are those of train.")

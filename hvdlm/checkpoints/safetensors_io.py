@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from hvdlm.io import safe_files, untrusted_input
-from hvdlm.io.atomic_files import sync, sync_folder
+from hvdlm.io.atomic_files import sync
 
 _MAX_HEADER = 100 * 10**6  # bytes; the limit of the safetensors library
 _CHUNK = 4 * 2**20  # bytes that are hashed and then written: they stay in the processor's cache between the two
@@ -52,19 +52,6 @@ def write_tensors(
                 progress()
         sync(file)
     return {"bytes": size, "sha256": digest.hexdigest()}
-
-
-def replace_tensors(
-    path: Path, tensors: Mapping[str, TensorInfo], array: Callable[[str], np.ndarray], metadata: Mapping[str, str]
-) -> None:
-    """Write the file ``path`` as ``write_tensors`` does, atomically, under a temporary name beside it."""
-    temporary = path.with_name(f".{path.name}.partial")  # the caller holds the lock of its output
-    try:
-        write_tensors(temporary, tensors, array, metadata)
-        safe_files.move(temporary, path)
-    finally:
-        safe_files.delete_file(temporary)
-    sync_folder(path.parent)
 
 
 def open_tensors(path: Path, within: Path) -> Any:

@@ -43,7 +43,7 @@ def expectation(hint: Any) -> str:
     """Return a description of the values that an option of this type takes."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Literal:
-        return f"one of {', '.join(map(str, arguments))}"
+        return f"one of {', '.join(map(str, arguments))}" if len(arguments) > 1 else str(arguments[0])
     if origin in (typing.Union, types.UnionType):
         phrases = [expectation(a) for a in arguments if a is not type(None)]
         return " or ".join([*phrases, "null"] if type(None) in arguments else phrases)

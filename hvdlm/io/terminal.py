@@ -145,12 +145,6 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() or c in _HARMLESS else "?" for c in line)
 
 
-def print_line(text: str) -> None:
-    """Print a line to standard error, where there is one."""
-    if sys.stderr is not None:
-        print(printable(text), file=sys.stderr, flush=True)
-
-
 def size(count: float) -> str:
     """Format a number of bytes with three digits and a unit."""
     for unit in ("B", "KB", "MB"):

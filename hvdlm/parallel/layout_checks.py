@@ -47,11 +47,6 @@ def check(config: Config, spec: ModelSpec) -> None:
         )
     if p.sequence and p.tensor == 1:
         raise HvdlmError("parallel.sequence shards positions over tensor ranks: set --parallel.tensor 2 or more.")
-    if config.train.compile is True and p.tensor * p.pipeline > 1:
-        raise HvdlmError(
-            "train.compile can't compile across the collectives of tensor and pipeline ranks: leave it false, or keep "
-            "parallel.tensor and parallel.pipeline at 1."
-        )
     _check_exchange(config, s)
 
 

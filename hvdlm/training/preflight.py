@@ -22,16 +22,11 @@ from hvdlm.protocols.framework import Framework, Resolved
 from hvdlm.protocols.task import Task
 from hvdlm.protocols.world import World
 
-
 _SAFE = {"train.precision": "fp32", "train.compile": "false"}  # what every machine can do
 
 
-def agree(
-    world: World, config: Config, task: Task, base: Base | None = None, resolved: Resolved | None = None
-) -> None:
-    """Check that all ranks have the same configuration, data, frozen weights and versions. All ranks call.
-
-    ``resolved``: what this rank computes with, which has to be the same on all ranks.
+def agree(world: World, config: Config, task: Task, base: Base | None, resolved: Resolved) -> None:
+    """Check that all ranks have the same settings (``resolved`` ones, too), data and versions. All ranks call.
 
     Raises:
         HvdlmError: a rank differs from rank 0; the sentence names the rank and the difference.
@@ -44,11 +39,9 @@ def agree(
         "data": task.fingerprint,
         "pretrained folder": base and base["weights"],
         **versions(config.framework),
+        "train.precision": precision(config.train.precision, resolved, None),
+        "train.compile": str(resolved.compile).lower(),
     }
-    if resolved:
-        precision = config.train.precision
-        checked["train.precision"] = resolved.precision if precision == "auto" else precision
-        checked["train.compile"] = str(resolved.compile).lower()
     values = world.gather_objects(checked)
     for rank, other in enumerate(values):
         for name, value in values[0].items():

@@ -378,12 +378,3 @@ def load_state(checkpoint: Checkpoint, trainable: Trainable, world: World, mesh:
     state = read_state(checkpoint, trainable.shards(), world.rank, world.size)
     same_mesh = tuple(checkpoint.manifest.get("mesh", ())) == mesh.shape
     trainable.load_state({name: a for name, a in state.items() if same_mesh or not name.startswith("exchange/")})
-
-
-def connect_only(config: Config) -> tuple[World, Framework]:
-    """Connect the ranks as a run with ``config`` would, without data or a model, for measurements. All ranks call."""
-    checked = plan(config, writes=False)
-    share_phases(checked)
-    framework, world = connect_ranks(checked)
-    keep_recorder(checked, world)
-    return world, framework

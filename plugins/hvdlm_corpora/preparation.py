@@ -19,14 +19,13 @@ from hvdlm.data.tokenizer_base import Tokenizer
 from hvdlm.errors import HvdlmError
 from hvdlm.io import safe_files
 from hvdlm.io.atomic_files import write_synced
-from hvdlm.io.terminal import print_line
 from hvdlm.io.text_decoding import without_surrogates
 from hvdlm.io.untrusted_input import shown
 from hvdlm_corpora import cache, passages, sources, splits, tokenizers, workers
 from hvdlm_corpora.documents import Form
 from hvdlm_corpora.passages import Passage, SpecialTokens
 from hvdlm_corpora.prepare_progress import Journal, itemsize
-from hvdlm_corpora.progress_bar import ProgressBar, note
+from hvdlm_corpora.progress_bar import ProgressBar, note, print_line
 from hvdlm_corpora.source_chunks import START, ReadProgress, SourcePosition
 from hvdlm_corpora.time_limit import TooSlow
 from hvdlm_corpora.tokenizers import WordTokenizer

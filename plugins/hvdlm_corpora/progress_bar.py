@@ -9,7 +9,7 @@ from typing import Any
 
 from hvdlm.diagnostics.phases import process
 from hvdlm.io import launcher_env
-from hvdlm.io.terminal import clock, on_terminal, print_line, size
+from hvdlm.io.terminal import clock, on_terminal, printable, size
 
 _DELAY = 1.0  # seconds until the bar appears: shorter phases need none
 _LINE_SECONDS = 10.0  # between two lines where there is no bar
@@ -77,3 +77,9 @@ def note(text: str) -> None:
     """Print a line on the data to standard error, once, and not on every rank."""
     if launcher_env.rank_for_messages() == 0:
         print_line(f"hvdlm: {text}")
+
+
+def print_line(text: str) -> None:
+    """Print a line to standard error, where there is one."""
+    if sys.stderr is not None:
+        print(printable(text), file=sys.stderr, flush=True)

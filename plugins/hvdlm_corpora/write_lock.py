@@ -11,7 +11,7 @@ from hvdlm.diagnostics.phases import process
 from hvdlm.errors import HvdlmError
 from hvdlm.io import file_lock, launcher_env
 from hvdlm.io.file_lock import FileLock, Held
-from hvdlm.io.terminal import print_line
+from hvdlm_corpora.progress_bar import print_line
 
 SILENT_BEATS = 5
 """Touches of a lock that its owner may miss, at least."""

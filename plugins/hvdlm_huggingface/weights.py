@@ -12,8 +12,8 @@ import numpy as np
 from hvdlm.checkpoints.safetensors_io import open_tensors
 from hvdlm.errors import HvdlmError
 from hvdlm.io import launcher_env, untrusted_input
-from hvdlm.io.terminal import print_line
 from hvdlm.io.untrusted_input import shown
+from hvdlm_corpora.progress_bar import print_line
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _INDEX_BYTES = 2**26  # largest index that is read

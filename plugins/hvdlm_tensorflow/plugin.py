@@ -45,10 +45,10 @@ def hvdlm_prepare(config: Config) -> None:
 
 @hookimpl
 def hvdlm_check(config: Config, spec: ModelSpec) -> None:
-    """Check that TensorFlow is installed, and the precision of a Keras model.
+    """Check that TensorFlow is installed, what it can compile, and the precision of a Keras model.
 
     Raises:
-        HvdlmError: it isn't, or the model has a precision of its own.
+        HvdlmError: it isn't or can't, or the model has a precision of its own.
     """
     if config.framework != "tensorflow":
         return
@@ -58,6 +58,11 @@ def hvdlm_check(config: Config, spec: ModelSpec) -> None:
             raise HvdlmError(f"framework tensorflow has no wheel for Python {version}: use 3.10 to 3.13, or torch.")
         raise HvdlmError(
             'framework tensorflow is not installed here: make setup FRAMEWORKS="tensorflow", or --framework torch.'
+        )
+    if config.train.compile is True and config.parallel.tensor * config.parallel.pipeline > 1:
+        raise HvdlmError(
+            "train.compile can't compile across the collectives of tensor and pipeline ranks: leave it out, or keep "
+            "parallel.tensor and parallel.pipeline at 1."
         )
     if spec.kind == "own" and config.train.precision not in ("auto", "fp32"):
         raise HvdlmError(

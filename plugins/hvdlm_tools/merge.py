@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from hvdlm.checkpoints.load import Checkpoint
 from hvdlm.checkpoints.rebuild_spec import spec_of
-from hvdlm.checkpoints.safetensors_io import TensorInfo, replace_tensors
+from hvdlm.checkpoints.safetensors_io import TensorInfo, write_tensors
 from hvdlm.checkpoints.shards import key
 from hvdlm.errors import HvdlmError
+from hvdlm.io import safe_files
+from hvdlm.io.atomic_files import sync_folder
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.flat_layout import whole
 
@@ -76,3 +79,16 @@ def convert(checkpoint: Checkpoint, output: Path, base: str | None = None) -> in
             "space."
         ) from error
     return sum(math.prod(shape) for _, shape in weights.tensors.values())
+
+
+def replace_tensors(
+    path: Path, tensors: Mapping[str, TensorInfo], array: Callable[[str], np.ndarray], metadata: Mapping[str, str]
+) -> None:
+    """Write the file ``path`` as ``write_tensors`` does, atomically, under a temporary name beside it."""
+    temporary = path.with_name(f".{path.name}.partial")  # the caller holds the lock of its output
+    try:
+        write_tensors(temporary, tensors, array, metadata)
+        safe_files.move(temporary, path)
+    finally:
+        safe_files.delete_file(temporary)
+    sync_folder(path.parent)

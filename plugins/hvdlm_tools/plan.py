@@ -61,7 +61,10 @@ def _header(config: Config, spec: ModelSpec, mesh: Mesh, first: Prediction, voca
     switches = [f"zero {parallel.zero}", f"sequence {str(parallel.sequence).lower()}", f"schedule {parallel.schedule}"]
     yield f"ranks     {mesh.size}: {shape} ({' x '.join(AXES)}); {', '.join(switches)}"
     recomputed = "recomputed" if train.activation_checkpointing else "kept"
-    yield f"precision {train.precision}, weights and gradients fp32; activations {recomputed}"
+    precision = (
+        "fp32 (auto; on a GPU with bf16, activations take less)" if train.precision == "auto" else train.precision
+    )
+    yield f"precision {precision}, weights and gradients fp32; activations {recomputed}"
     yield (
         f"step      {train.batch_size:,} sequences, {tokens:,} tokens; {first.micro_batches} micro-batch(es) of {rows} "
         f"sequence(s) on a rank; idle share {100 * first.idle_share:.1f}%"

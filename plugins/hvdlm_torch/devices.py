@@ -41,7 +41,7 @@ def select(world: World, config: Config) -> torch.device:
 def resolve(config: Config, spec: ModelSpec, world: World) -> Resolved:
     """Select this rank's device; return what the rank computes with."""
     device = select(world, config)
-    compiled, notes = compiler.resolve(config, spec, world, device)
+    compiled, notes = compiler.resolve(config, spec, device)
     if device.type == "cpu":
         return Resolved("CPU", "fp32", compiled, notes)
     ampere = torch.cuda.get_device_capability(device) >= _BF16

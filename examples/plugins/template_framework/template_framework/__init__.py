@@ -41,7 +41,9 @@ def hvdlm_check(config, spec):
     ):
         value = getattr(getattr(config, section), option)
         if value not in supported:
-            raise HvdlmError(f"framework template_framework has no {section}.{option} {value}: leave it {supported[0]}.")
+            raise HvdlmError(
+                f"framework template_framework has no {section}.{option} {value}: leave it {supported[0]}."
+            )
 
 
 @hookimpl
