@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "backends")]
-from hvdlm.io import safe_files, user_folders  # noqa: E402
+from hvdlm.io import safe_files  # noqa: E402
 from hvdlm_horovod import build, cache, check, local_launch, mpi, target, toolchain  # noqa: E402
 from hvdlm_horovod.console import BuildError, NoCompilerError, say  # noqa: E402
 from hvdlm_horovod.target import FRAMEWORKS, Target  # noqa: E402
@@ -55,7 +55,7 @@ def main() -> int:
 
 def _main(named: list[str], package: str) -> None:
     _check_python()
-    if unwritable := user_folders.read_only(ROOT):
+    if unwritable := target.read_only(ROOT):
         raise BuildError(unwritable)
     wanted = _wanted(named)
     gpu = os.environ.get("HOROVOD_GPU_OPERATIONS", "")

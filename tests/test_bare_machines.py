@@ -136,7 +136,7 @@ def test_a_read_only_folder_is_refused_in_one_sentence(folder: Path) -> None:
     folder.chmod(0o755)
     done = start([*UNKNOWN_USER, sys.executable, *RUN], folder, HOME=None)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "can't be written" in done.stderr, done.stderr
-    check = "import sys; from pathlib import Path; from hvdlm.io import user_folders as f; "
+    check = "import sys; from pathlib import Path; from hvdlm_horovod import target as f; "
     done = start([*UNKNOWN_USER, sys.executable, "-c", f"{check}print(f.read_only(Path('.')))"], folder)
     assert "can't be written" in done.stdout and "cp -r" in done.stdout
     folder.chmod(0o777)

@@ -114,7 +114,7 @@ def test_horovod_only_options_are_refused(option: dict) -> None:
     config = Config(communication=CommunicationConfig(**option))
     validation.communication(config, 2, "mpi", {})
     with pytest.raises(HvdlmError, match=f"communication.{next(iter(option))} is a setting of Horovod.*--backend mpi"):
-        validation.communication(config, 2, "mpi4py", {})
+        MPI4PyBackend().prepare(config)
 
 
 def test_adasum_needs_no_horovod() -> None:

@@ -75,7 +75,18 @@ class MPI4PyBackend:
         return launcher_env.launch_shape()
 
     def prepare(self, config: Config) -> int:
-        """Set threads and settings in the environment; return the framework's threads per rank."""
+        """Set threads and settings in the environment; return the framework's threads per rank.
+
+        Raises:
+            HvdlmError: a setting is Horovod's.
+        """
+        options = config.communication
+        for name, value in (("autotune", options.autotune), ("timeline", options.timeline)):
+            if value:
+                raise HvdlmError(
+                    f"communication.{name} is a setting of Horovod, which backend mpi4py doesn't use: leave it out, or "
+                    "use --backend mpi."
+                )
         mpi.find_installation()
         user_threads = os.environ.get("TF_NUM_INTEROP_THREADS")
         threads = environment.prepare(launcher_env.detect(), config)

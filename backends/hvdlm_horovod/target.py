@@ -111,3 +111,13 @@ def no_wheels(framework: str, python: str) -> str:
         newest = ".".join(map(str, TENSORFLOW_LAST))
         return f"; TensorFlow has no wheel for Python {python}: use Python 3.10 to {newest}, or PyTorch"
     return ""
+
+
+def read_only(checkout: Path) -> str | None:
+    """Return what to do where ``checkout`` can't be written, else None: ``make`` keeps its environment there."""
+    if os.access(checkout, os.W_OK):
+        return None
+    return (
+        f"{checkout} can't be written, and make sets up .venv and writes runs there: run it in a copy of the folder: "
+        f"cp -r {checkout} NEW_FOLDER && cd NEW_FOLDER && make setup"
+    )

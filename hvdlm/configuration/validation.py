@@ -116,12 +116,5 @@ def communication(config: Config, size: int, backend: str, compressors: Mapping[
                 f"communication.reduction adasum combines ranks pair by pair, {size} is no power of two: start "
                 f"{2 ** (size.bit_length() - 1)} or {2 ** size.bit_length()} ranks."
             )
-    horovod_settings = {"autotune": options.autotune, "timeline": options.timeline}
-    for name, value in horovod_settings.items():
-        if value and backend == "mpi4py":
-            raise HvdlmError(
-                f"communication.{name} is a setting of Horovod, which backend mpi4py doesn't use: leave it out, or use "
-                "--backend mpi."
-            )
     if options.autotune_log and not options.autotune:
         raise HvdlmError("communication.autotune_log needs --communication.autotune true.")

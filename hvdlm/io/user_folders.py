@@ -35,16 +35,6 @@ def can_write(folder: Path) -> bool:
     return os.path.isdir(existing) and os.access(existing, os.W_OK | os.X_OK)
 
 
-def read_only(checkout: Path) -> str | None:
-    """Return what to do where ``checkout`` can't be written, else None: ``make`` keeps its environment there."""
-    if os.access(checkout, os.W_OK):
-        return None
-    return (
-        f"{checkout} can't be written, and make sets up .venv and writes runs there: run it in a copy of the folder: "
-        f"cp -r {checkout} NEW_FOLDER && cd NEW_FOLDER && make setup"
-    )
-
-
 def similar_run(folder: Path) -> str:
     """Return " Did you mean FOLDER?" of a run whose folder has a name like that of ``folder``; "" where none has."""
     runs: dict[str, Path] = {}

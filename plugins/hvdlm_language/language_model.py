@@ -9,12 +9,12 @@ from hvdlm import hookimpl
 from hvdlm.config import Config
 from hvdlm.data import corpora
 from hvdlm.data.corpora import Corpus
-from hvdlm.data.token_files import highest
+from hvdlm.data.token_files import highest, require_length
+from hvdlm.data.tokenizer_base import required_ids
 from hvdlm.errors import HvdlmError, RankError
 from hvdlm.protocols.trainable import Trainable
 from hvdlm.protocols.types import Batch
 from hvdlm_language import sampler
-from hvdlm_language.data_checks import require_length, required_ids
 
 
 def loss_figures(sums: Mapping[str, float]) -> dict[str, float]:
