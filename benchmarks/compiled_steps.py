@@ -4,9 +4,9 @@
 
 The figure is the processor seconds of a step that is not compiled divided by those of a compiled one. With one thread,
 the default, they are the seconds of a step on a machine without other work, which slows them little. Both models live
-in one process, and train a block of steps each in turns. The details say how many seconds compiling took (by the clock),
-and after how many steps it has paid off.
-``train.compile auto`` follows these figures (``devices.py`` of both frameworks).
+in one process, and train a block of steps each in turns. The details say how many seconds compiling took, and after how
+many steps it has paid off. ``train.compile auto`` follows these figures (``hvdlm_torch/compiler.py``,
+``hvdlm_tensorflow/devices.py``).
 """
 
 from __future__ import annotations

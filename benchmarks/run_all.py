@@ -34,6 +34,7 @@ NAMES = [
     "save_cost",
     "replica_check",
     "waiting_threads",
+    "compiled_steps",
     "slow_network",
 ]
 OPTIONS = {"parallel": ["--ranks", "2"]}  # the table of 4 ranks has no bars and takes minutes
