@@ -213,11 +213,6 @@ def has_gloo_rendezvous() -> bool:
     return _GLOO_RENDEZVOUS in os.environ
 
 
-def is_horovodrun_rank(environ: Mapping[str, str]) -> bool:
-    """Return whether ``environ`` is that of a rank which ``horovodrun --gloo`` started."""
-    return VARIABLES[HOROVODRUN].rank in environ
-
-
 def without_rank(environ: Mapping[str, str]) -> dict[str, str]:
     """Return ``environ`` without the variables that make a process a rank, so that it can start a launcher itself."""
     return {name: value for name, value in environ.items() if not name.startswith(_RANK_PREFIXES)}

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 
 # The mark of UTF-32 begins with that of UTF-16: it is compared first.
-_MARKS = {
+MARKS = {
     codecs.BOM_UTF8: "utf-8",
     codecs.BOM_UTF32_LE: "utf-32-le",
     codecs.BOM_UTF32_BE: "utf-32-be",
@@ -18,11 +18,6 @@ _MARKS = {
 _LONGEST_MARK = 4
 _HEAD = 8000  # bytes in which a NUL byte means that a file is no text; git has the same rule
 _SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-def has_mark(head: bytes) -> bool:
-    """Return whether a file that begins with ``head`` begins with a byte order mark."""
-    return head.startswith(tuple(_MARKS))
 
 
 def as_utf8(chunks: Iterable[bytes]) -> Iterator[bytes]:
@@ -38,7 +33,7 @@ def as_utf8(chunks: Iterable[bytes]) -> Iterator[bytes]:
     first = b""
     while len(first) < _LONGEST_MARK and (chunk := next(chunks, b"")):
         first += chunk
-    mark, encoding = next(((m, e) for m, e in _MARKS.items() if first.startswith(m)), (b"", "utf-8"))
+    mark, encoding = next(((m, e) for m, e in MARKS.items() if first.startswith(m)), (b"", "utf-8"))
     transcoded = _transcode(chain([first[len(mark) :]], chunks), encoding)
     head = next(transcoded, b"")
     if b"\0" in head[:_HEAD]:

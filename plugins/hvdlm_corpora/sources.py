@@ -105,7 +105,7 @@ def is_decoded(source: str) -> bool:
             head = next(compression.unpack(file, source, _HEAD), b"")
     except (OSError, ValueError):
         return False  # reading it will say what is wrong
-    return not documents.kind(source) and (text_decoding.has_mark(head) or b"\r\n" in head)
+    return not documents.kind(source) and (head.startswith(tuple(text_decoding.MARKS)) or b"\r\n" in head)
 
 
 def digest(source: str, progress: ReadProgress) -> str:

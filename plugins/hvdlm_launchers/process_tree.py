@@ -134,7 +134,8 @@ class ProcessTree:
         alive = self._processes()
         programs = _where(alive, lambda process: process.name() not in _SHELLS)
         launchers = _where(programs, lambda process: process.name() in LAUNCHERS)
-        ranks = _where(programs, lambda process: launcher_env.is_horovodrun_rank(process.environ()))
+        rank_variable = launcher_env.VARIABLES[launcher_env.HOROVODRUN].rank
+        ranks = _where(programs, lambda process: rank_variable in process.environ())
         return _topmost(launchers or ranks or programs or alive)
 
     def _processes(self) -> list[psutil.Process]:

@@ -164,7 +164,7 @@ def test_a_step_with_a_norm_that_is_not_finite_is_skipped():
 def test_the_precision_of_another_framework_s_checkpoint_is_refused():
     config = small_config()
     config.train.precision = "bf16"  # auto keeps that of the checkpoint
-    with pytest.raises(HvdlmError, match="framework jax computes in fp32, not in bf16: --train.precision fp32"):
+    with pytest.raises(HvdlmError, match=r"framework jax computes in fp32, not in bf16: --train\.precision fp32"):
         build(config)
 
 
