@@ -17,6 +17,7 @@ from hvdlm.protocols.types import StepResult
 from hvdlm.telemetry import default_plugins
 from hvdlm.telemetry.rates import Rates
 from hvdlm_telemetry.changed_rate import ChangedRate
+from hvdlm_telemetry.computation import Computation
 from hvdlm_telemetry.metrics import Metrics
 from hvdlm_telemetry.progress import Progress
 from hvdlm_telemetry.tensorboard import TensorBoard
@@ -132,7 +133,7 @@ def test_other_ranks_write_and_print_nothing(config: Config, capsys: pytest.Capt
 
 def test_the_log_options_choose_the_plugins(config: Config) -> None:
     config.log.tensorboard = config.log.progress = False
-    assert [type(plugin) for plugin in default_plugins(config)] == [Metrics, ChangedRate]
+    assert [type(plugin) for plugin in default_plugins(config)] == [Metrics, ChangedRate, Computation]
 
 
 def test_installed_packages_add_observers_to_every_run(config: Config, tmp_path: Path) -> None:
@@ -154,7 +155,9 @@ def test_installed_packages_add_observers_to_every_run(config: Config, tmp_path:
         "print(*(type(plugin).__name__ for plugin in default_plugins(Config())))"
     )
     done = run_python(["-c", f"import sys; sys.path.append({str(tmp_path)!r})\n{code}"])
-    assert done.stdout.split() == ["Lamp", "Metrics", "TensorBoard", "Progress", "ChangedRate"], done.stderr
+    assert done.stdout.split() == ["Lamp", "Metrics", "TensorBoard", "Progress", "ChangedRate", "Computation"], (
+        done.stderr
+    )
 
 
 def test_plain_lines_are_rare_and_readable(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
