@@ -23,7 +23,6 @@ RUNS = [
     ("chaos", ["torch", "--seed", "1"], 1),
     ("communication_cost", ["torch"], 2),
     ("compiled_steps", ["torch"], 1),
-    ("compiled_steps", ["tensorflow"], 1),
     ("fuzz", ["yaml"], 1),
     ("fuzz", ["digits"], 1),  # without a dictionary
     ("loop_overhead", ["torch"], 1),
