@@ -20,6 +20,8 @@ from hvdlm.errors import HvdlmError
 from hvdlm.protocols.framework import Resolved
 from hvdlm.training import preflight
 from hvdlm_backends.local import LocalWorld
+from hvdlm_testing.checks.harness import Findings
+from hvdlm_testing.checks.models import check_resolved
 from launching import SMALL, launch
 
 H100, V100 = ("NVIDIA H100 80GB HBM3", (9, 0)), ("Tesla V100-SXM2-16GB", (7, 0))
@@ -243,6 +245,22 @@ def test_what_auto_resolves_to_is_stored(framework: str, tmp_path: Path) -> None
         assert options["precision"] == "fp32" and options["compile"] == "auto" and options["tf32"] is True
     summary = read_json(run / "summary.json")
     assert (summary["precision"], summary["compile"], summary["device"]) == ("fp32", False, "CPU")
+
+
+@pytest.mark.parametrize(
+    ("resolved", "fault"),
+    [
+        (Resolved(precision="auto"), "the precision 'auto' for auto, expected fp32 or bf16"),
+        (Resolved(compile=None), "compile None, expected a bool"),  # type: ignore[arg-type]
+        (Resolved(device=""), "expected texts"),
+    ],
+)
+def test_conformance_covers_what_a_framework_resolves(resolved: Resolved, fault: str) -> None:
+    config, findings = small_config("torch"), Findings()
+    for answer in (Resolved(), resolved):
+        framework: Any = SimpleNamespace(name="made", resolve=lambda *_, answer=answer: answer)
+        check_resolved(framework, config, configured_spec(config), LocalWorld(), findings)
+    assert len(findings.faults) == 1 and fault in findings.faults[0]
 
 
 @pytest.mark.parametrize(("text", "value"), [("auto", "auto"), ("null", None), ("true", True), ("false", False)])

@@ -20,6 +20,7 @@ _SAME = {
     "train.epsilon": "eps adam_epsilon adam_eps",
     "train.clip": "grad_clip clip_grad max_grad_norm max_norm gradient_clip_val gradient_clipping clip_grad_norm",
     "train.precision": "dtype torch_dtype amp mixed_precision bf16 fp16 half autocast",
+    "train.tf32": "allow_tf32 enable_tf32",
     "train.compile": "torch_compile use_compile",
     "train.activation_checkpointing": "gradient_checkpointing recompute_activations activation_checkpoint",
     "train.eval_every": "eval_interval eval_steps eval_freq val_check_interval evaluation_strategy eval_strategy",

@@ -12,9 +12,11 @@ from hvdlm import plugins
 from hvdlm.config import Config
 from hvdlm.errors import HvdlmError
 from hvdlm.models.spec import ModelMaker, ModelSpec
+from hvdlm.protocols.framework import Framework, ResolvesOptions
 from hvdlm.protocols.state_dict import optimizer_state
 from hvdlm.protocols.trainable import Trainable
 from hvdlm.protocols.types import Batch
+from hvdlm.protocols.world import World
 from hvdlm_testing.checks.harness import CONTEXT, VOCAB, Findings, Harness, Skip, lacking
 from hvdlm_testing.checks.training import check_steps, check_training
 from hvdlm_testing.plugin_under_test import PluginUnderTest
@@ -58,10 +60,27 @@ def check_framework(harness: Harness, plugin: PluginUnderTest, member: str, find
     for name in (name for name in _BUILT_IN if name not in refusals):
         config = harness.config()
         config.model.name = name
-        _check(harness, trained[name](config.model, VOCAB, CONTEXT), config, name, findings)
+        spec = trained[name](config.model, VOCAB, CONTEXT)
+        if harness.framework_name == plugin.name:
+            check_resolved(framework, config, spec, harness.world, findings)
+        _check(harness, spec, config, name, findings)
     if refusals:
         findings.figures.clear()  # the losses of other models are not comparable
         raise Skip(f"{plugin.name} leaves out {', '.join(refusals)}: {'; '.join(refusals.values())}")
+
+
+def check_resolved(framework: Framework, config: Config, spec: ModelSpec, world: World, findings: Findings) -> None:
+    """Check what a framework resolves ``auto`` to, if it does."""
+    if not isinstance(framework, ResolvesOptions):
+        return
+    resolved, label = framework.resolve(config, spec, world), f"framework {framework.name}: resolve() returns"
+    findings.require(
+        resolved.precision in ("fp32", "bf16"),
+        f"{label} the precision {resolved.precision!r} for auto, expected fp32 or bf16.",
+    )
+    findings.require(isinstance(resolved.compile, bool), f"{label} compile {resolved.compile!r}, expected a bool.")
+    texts = [resolved.device, *resolved.notes]
+    findings.require(all(isinstance(text, str) and text for text in texts), f"{label} {texts}, expected texts.")
 
 
 def _refusal(harness: Harness, plugin: PluginUnderTest, config: Config, spec: ModelSpec) -> str:
