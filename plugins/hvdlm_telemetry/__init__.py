@@ -6,9 +6,10 @@ from hvdlm.config import Config
 
 
 def observers(config: Config) -> list[object]:
-    """Return the event plugins that the options of ``log`` select, and the one that every run has."""
+    """Return the event plugins that the options of ``log`` select, and those that every run has."""
     from hvdlm_telemetry.changed_rate import ChangedRate
     from hvdlm_telemetry.metrics import Metrics
+    from hvdlm_telemetry.peaks import Peaks
     from hvdlm_telemetry.progress import Progress
     from hvdlm_telemetry.tensorboard import TensorBoard
 
@@ -17,5 +18,5 @@ def observers(config: Config) -> list[object]:
         plugins.append(TensorBoard(config))
     if config.log.progress:
         plugins.append(Progress(config))
-    plugins.append(ChangedRate())
+    plugins += [ChangedRate(), Peaks()]
     return plugins
