@@ -60,8 +60,7 @@ def _plane_events(number: int, plane: Any) -> Iterator[dict[str, Any]]:
 def _event(plane: Any, line: Any, event: Any) -> dict[str, Any]:
     """Return an event, in microseconds."""
     start, seconds = line.timestamp_ns / 1e3 + event.offset_ps / 1e6, event.duration_ps / 1e6
-    metadata = plane.event_metadata[event.metadata_id]
-    name = metadata.display_name or metadata.name
+    name = plane.event_metadata[event.metadata_id].name  # with its scope, unlike the name to be displayed
     return {"ph": "X", "name": name, "cat": "op", "ts": start, "dur": seconds}
 
 
