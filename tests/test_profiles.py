@@ -38,7 +38,7 @@ def test_a_trace_names_the_parts_of_every_step(framework: str, tmp_path: Path) -
     assert done.returncode == 0, done.stderr[-3000:]
     assert names_in(run / "profile") == ["steps-3-4-rank-0.json"]
     counts = ranges(run / "profile" / "steps-3-4-rank-0.json")
-    assert all(count >= 2 and count % 2 == 0 for count in counts.values()) and len(counts) == 4, counts
+    assert len(counts) == 4 and min(counts.values()) >= 2, counts
 
 
 @both_frameworks

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import tempfile
+from bisect import bisect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,9 @@ import tensorflow as tf
 
 from hvdlm.protocols.types import Device
 
-# The first name scope of an operation in a graph, and its range. The tape has a scope of its own for its gradients.
-_RANGES = {"forward": "forward", "gradient_tape": "backward", "exchange": "exchange", "update": "update"}
+# The first name scope of an operation in a graph. Gradients have scopes of their own.
+_SCOPE = re.compile(r"(forward|exchange|update|gradient_tape|gradients)(_\d+)?/")
+_GRADIENTS = ("gradient_tape", "gradients")
 
 
 def named_range(name: str) -> AbstractContextManager[Any]:
@@ -49,12 +53,15 @@ class Trace:
 def _plane_events(number: int, plane: Any) -> Iterator[dict[str, Any]]:
     """Yield the events of a plane (the host, a GPU, ...), whose lines (threads, streams) have their ranges beside."""
     yield {"ph": "M", "pid": number, "name": "process_name", "args": {"name": plane.name}}
+    lines = []
     for index, line in enumerate(plane.lines):
         thread = {"pid": number, "tid": index}
         yield {"ph": "M", **thread, "name": "thread_name", "args": {"name": line.name or str(line.id)}}
-        events = [_event(plane, line, event) | thread for event in line.events]
+        lines.append([_event(plane, line, event) | thread for event in line.events])
+    graphs = sorted(event["ts"] for events in lines for event in events if event["name"] == "FunctionRun")
+    for events in lines:
         yield from events
-        yield from _ranges(events)
+        yield from _ranges(events, graphs)
 
 
 def _event(plane: Any, line: Any, event: Any) -> dict[str, Any]:
@@ -64,21 +71,18 @@ def _event(plane: Any, line: Any, event: Any) -> dict[str, Any]:
     return {"ph": "X", "name": name, "cat": "op", "ts": start, "dur": seconds}
 
 
-def _ranges(events: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yield the ranges of a line: consecutive operations whose names begin with the same scope."""
-    current: dict[str, Any] | None = None
-    for event in sorted(events, key=lambda event: event["ts"]):
-        name = _RANGES.get(event["name"].partition("/")[0])
-        if name is None:  # TensorFlow's own work between two operations
-            continue
-        if current and current["name"] == name:
-            current["dur"] = event["ts"] + event["dur"] - current["ts"]
-            continue
-        if current:
-            yield current
-        current = {**event, "name": name, "cat": "user_annotation"}
-    if current:
-        yield current
+def _ranges(events: list[dict[str, Any]], graphs: list[float]) -> Iterator[dict[str, Any]]:
+    """Yield the ranges of a line: consecutive operations of a graph, which have the same scope.
+
+    ``graphs``: when each began to run.
+    """
+    scopes = [(match, event) for event in events if (match := _SCOPE.match(event["name"]))]
+    named = [("backward" if match[1] in _GRADIENTS else match[1], event) for match, event in scopes]
+    in_order = sorted(named, key=lambda item: item[1]["ts"])
+    for (name, _), group in groupby(in_order, key=lambda item: (item[0], bisect(graphs, item[1]["ts"]))):
+        operations = [event for _, event in group]
+        end = max(event["ts"] + event["dur"] for event in operations)
+        yield operations[0] | {"name": name, "cat": "user_annotation", "dur": end - operations[0]["ts"]}
 
 
 def gpu(precision: str) -> Device | None:
