@@ -108,7 +108,7 @@ class DataConfig:
         sampling: shuffled (each window once per epoch) or sequential (consecutive windows; recurrent state is carried
             over)
         cache: cache folder of token files; null: hvdlm/tokens in the user's cache folder
-        prefetch: steps whose batches a thread makes ahead while others are computed; 0: none
+        prefetch: steps whose batches a thread makes ahead, once they take more than 1% of the time; 0: none
     """
 
     path: list[str] | str = field(default_factory=lambda: ["embedded"])

@@ -20,11 +20,20 @@ from hvdlm.config import Config
 from hvdlm.diagnostics.phases import process
 from hvdlm.errors import RankError
 from hvdlm.protocols.types import Batch
+from hvdlm.training import batches as module
 from hvdlm.training.batches import THREAD, Batches
 from hvdlm.training.data_cursor import DataCursor
 from launching import wait_until
 
 STEPS = 10**6
+
+
+@pytest.fixture(autouse=True, scope="module")
+def always() -> Iterator[None]:
+    """Have the thread make batches from the third step on, however fast they are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "SHARE", -1.0)
+        yield
 
 
 class Rows:
@@ -115,7 +124,8 @@ def test_later_batches_are_made_while_a_step_is_computed() -> None:
     with Batches(run) as batches:
         for number in range(5):
             assert step(run, batches)[0] == 4 * number
-            wait_until(lambda: len(task.calls) == number + 3, 10)  # noqa: B023
+            made = number + 3 if number > 1 else number + 1  # two steps come before the thread
+            wait_until(lambda: len(task.calls) == made, 10)  # noqa: B023
     assert task.calls == [4 * number for number in range(7)]
 
 
@@ -123,9 +133,9 @@ def test_no_batch_is_made_that_no_step_will_take() -> None:
     task = Rows()
     run = data_run(task, DataCursor(4), 4, 3)
     with Batches(run) as batches:
-        for left in (2, 1, 0):
+        for left in (4, 3, 2, 1, 0):
             step(run, batches, left)
-    assert task.calls == [0, 4, 8]
+    assert task.calls == [0, 4, 8, 12, 16]
 
 
 def test_memory_holds_no_more_batches_than_asked_for() -> None:
@@ -134,7 +144,8 @@ def test_memory_holds_no_more_batches_than_asked_for() -> None:
     with Batches(run) as batches:
         for number in range(6):
             step(run, batches)
-            wait_until(lambda: len(task.made) == number + 3, 10)  # noqa: B023
+            made = number + 3 if number > 1 else number + 1
+            wait_until(lambda: len(task.made) == made, 10)  # noqa: B023
             time.sleep(0.01)
             assert sum(made() is not None for made in task.made) <= 3
             assert sum(future.done() for _, future in batches._queue) <= 2
@@ -142,15 +153,15 @@ def test_memory_holds_no_more_batches_than_asked_for() -> None:
 
 def test_an_error_is_raised_by_the_step_that_needs_the_batch() -> None:
     def read(first: int) -> None:
-        if first == 8:
+        if first == 16:
             raise RankError("tokens.bin has been truncated")
 
     run = data_run(Rows(read), DataCursor(4), 4, 3)
     with pytest.raises(RankError, match=r"^tokens\.bin has been truncated$"), Batches(run) as batches:
-        for number in range(4):
+        for number in range(6):
             assert step(run, batches) == (4 * number, list(range(4 * number, 4 * number + 4)))
-            wait_until(lambda: batches._queue[-1][1].done(), 10)
-    assert run.cursor.rows == 12  # steps 0 and 1 are done, the third had the error
+            wait_until(lambda: all(made.done() for _, made in batches._queue), 10)
+    assert run.cursor.rows == 20  # four steps are done, the fifth had the error
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -161,7 +172,8 @@ def test_the_thread_ends_with_the_run(fails: bool) -> None:
     run = data_run(Rows(), DataCursor(4), 4, 2)
     try:
         with Batches(run) as batches:
-            step(run, batches)
+            for _ in range(3):
+                step(run, batches)
             assert alive() == [THREAD]
             if fails:
                 raise RankError("another rank failed")
@@ -176,19 +188,32 @@ def test_a_task_may_refuse_another_thread() -> None:
     task.rows_in_thread = False
     run = data_run(task, DataCursor(4), 4, 2)
     with Batches(run) as batches:
-        assert step(run, batches)[0] == 0
-    assert threads == {threading.current_thread()} and task.calls == [0]
+        assert [step(run, batches)[0] for _ in range(4)] == [0, 4, 8, 12]
+    assert threads == {threading.current_thread()} and task.calls == [0, 4, 8, 12]
 
 
 def test_waiting_for_a_batch_is_a_phase_of_its_own() -> None:
     phases: list[str] = []
 
     def read(first: int) -> None:
-        wait_until(lambda: process.phase.name == "waiting for its next batch", 10)
+        if threading.current_thread().name == THREAD:
+            wait_until(lambda: process.phase.name != before.name, 10)
         phases.append(process.phase.name)
 
     before = process.phase
     run = data_run(Rows(read), DataCursor(4), 4, 1)
     with Batches(run) as batches:
-        step(run, batches, 0)
-    assert phases == ["waiting for its next batch"] and process.phase is before
+        for _ in range(3):
+            step(run, batches, 0)
+    assert phases == [before.name, before.name, "waiting for its next batch"] and process.phase is before
+
+
+@pytest.mark.parametrize("seconds, threaded", [(0.0, False), (0.02, True)])
+def test_only_slow_batches_are_worth_a_thread(seconds: float, threaded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SHARE", 0.2)
+    run = data_run(Rows(lambda first: time.sleep(seconds)), DataCursor(4), 4, 2)
+    with Batches(run) as batches:
+        for _ in range(5):
+            step(run, batches)
+            time.sleep(0.03)  # the step
+        assert (batches._thread.ident is not None) == threaded

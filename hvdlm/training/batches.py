@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import threading
+import time
 from collections import deque
 from concurrent.futures import Future
 from queue import SimpleQueue
-from types import TracebackType
+from typing import Any
 
 from hvdlm.diagnostics.phases import process
 from hvdlm.protocols.types import Batch
@@ -17,6 +18,9 @@ from hvdlm.training.run import Run
 THREAD = "hvdlm-batches"
 """Name of the thread."""
 
+# Share of the time that batches may take in the main thread. Below it, a thread would cost more than it saves: it takes
+# the interpreter lock and a core from the step (of shakespeare_char on 2 busy cores, 0.15% became 3%).
+SHARE = 0.01
 _END_SECONDS = 10.0  # waited for a batch that no step will take
 
 Made = tuple[int, "Future[list[Batch]]"]
@@ -24,7 +28,7 @@ Made = tuple[int, "Future[list[Batch]]"]
 
 
 class Batches:
-    """The micro-batches of every step; ``data.prefetch`` steps after the present one are made ahead.
+    """The micro-batches of every step; the thread makes those of ``data.prefetch`` later steps ahead.
 
     The run's data cursor alone decides what is read. The thread follows a copy of it; where the next step reads
     other rows than those made ahead, as after a rollback, these are dropped.
@@ -36,18 +40,18 @@ class Batches:
         self._next: DataCursor = run.cursor
         self._queue: deque[Made] = deque()  # in the order of steps
         self._requests: SimpleQueue[Made | None] = SimpleQueue()
+        self._taken = 0
+        self._began = self._seconds = 0.0  # since the second step: when that was, what batches have taken
         # A daemon: an error of this rank ends the process even where the thread waits for a file system.
         self._thread = threading.Thread(target=self._work, name=THREAD, daemon=True)
 
     def __enter__(self) -> Batches:
-        if self._ahead:
-            self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         self._drop()
         self._requests.put(None)
-        if self._ahead and error is None:
+        if self._thread.ident and kind is None:
             self._thread.join(_END_SECONDS)
 
     def take(self, row: int, left: int) -> list[Batch]:
@@ -58,8 +62,11 @@ class Batches:
         Raises:
             Exception: what ``Task.rows`` raised for this batch.
         """
-        if not self._ahead:
-            return micro_batches(self._run, row)
+        if not self._uses_thread():
+            began = time.perf_counter()
+            batches = micro_batches(self._run, row)
+            self._seconds += time.perf_counter() - began
+            return batches
         if not self._queue or self._queue[0][0] != row:
             self._drop()
             self._next = copy.copy(self._run.cursor)
@@ -71,6 +78,17 @@ class Batches:
             return made.result()
         with process.during("waiting for its next batch"):
             return made.result()
+
+    def _uses_thread(self) -> bool:
+        """Return whether the thread makes batches: from when they took more than ``SHARE`` of the time on."""
+        if self._thread.ident or not self._ahead:
+            return self._ahead > 0
+        self._taken += 1
+        if self._taken <= 2:  # the first step builds graphs
+            self._began, self._seconds = time.perf_counter(), 0.0
+        elif self._seconds > SHARE * (time.perf_counter() - self._began):
+            self._thread.start()
+        return self._thread.ident is not None
 
     def _request(self, row: int) -> None:
         self._queue.append((row, Future()))
