@@ -1,4 +1,4 @@
-"""A rank that trains examples/shakespeare_char.yaml, in turns with and without batches made ahead."""
+"""A rank that trains examples/shakespeare_char.yaml, in turns with and without ``data.prefetch``."""
 
 from __future__ import annotations
 
@@ -56,6 +56,7 @@ def main() -> None:
         parser.add_argument(f"--{name}")
     for name in ("rounds", "block"):
         parser.add_argument(f"--{name}", type=int)
+    parser.add_argument("--delay", type=float, help="seconds added to reading a batch")
     o = parser.parse_args()
     config = Config.load(FOLDER.parent / "examples" / "shakespeare_char.yaml")
     config.framework, config.data.path, config.data.cache = o.framework, o.text, o.folder
@@ -63,11 +64,17 @@ def main() -> None:
     config.checkpoint.every, config.log.progress = 0, False
     config.log.run, config.log.overwrite = f"{o.folder}/run", True
     opened = run.start(run.plan(config))
-    turns, take = Turns(opened, o.block), batches.Batches.take
+    turns, take, rows = Turns(opened, o.block), batches.Batches.take, opened.task.rows
+
+    def slow_rows(first: int, last: int) -> Batch:
+        time.sleep(o.delay)
+        return rows(first, last)
 
     def take_in_turns(self: batches.Batches, row: int, left: int) -> list[Batch]:
         return take(self, row, left) if turns.ahead else batches.micro_batches(opened, row)
 
+    if o.delay:
+        opened.task.rows = slow_rows  # type: ignore[method-assign]
     batches.Batches.take = take_in_turns  # type: ignore[method-assign]
     for plugin in (*telemetry.default_plugins(opened.config), turns):
         opened.manager.register(plugin)

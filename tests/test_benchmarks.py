@@ -28,7 +28,6 @@ RUNS = [
     ("loop_overhead", ["tensorflow"], 1),
     ("parallel", ["torch"], 2),
     pytest.param("prefetching", ["torch", "--data", str(DATA)], 2, marks=needs_data),
-    pytest.param("prefetching", ["tensorflow", "--data", str(DATA)], 2, marks=needs_data),
     pytest.param("results", ["digits", "--frameworks", "torch", "--data", str(DATA)], 1, marks=needs_data),
     ("replica_check", ["torch"], 2),
     ("replica_check", ["tensorflow"], 2),
