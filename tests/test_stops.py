@@ -143,7 +143,7 @@ def consumed(
         for number in range(steps):
             row = cursor.advance()
             for each in batches:
-                sequences += [row.tobytes() for part in each.take(row, steps - number - 1) for row in part.inputs]
+                sequences += [row.tobytes() for shard in each.take(row, steps - number - 1) for row in shard.inputs]
     return sequences
 
 
