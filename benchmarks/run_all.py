@@ -31,6 +31,7 @@ NAMES = [
     "all_reduce_cost",
     "without_horovod",
     "parallel",
+    "prefetching",
     "save_cost",
     "replica_check",
     "waiting_threads",

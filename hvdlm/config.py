@@ -108,6 +108,7 @@ class DataConfig:
         sampling: shuffled (each window once per epoch) or sequential (consecutive windows; recurrent state is carried
             over)
         cache: cache folder of token files; null: hvdlm/tokens in the user's cache folder
+        prefetch: steps whose batches a thread makes ahead, once they take more than 1% of the time; 0: none
     """
 
     path: list[str] | str = field(default_factory=lambda: ["embedded"])
@@ -125,6 +126,7 @@ class DataConfig:
     context: int = 64
     sampling: Literal["shuffled", "sequential"] = "shuffled"
     cache: str | None = None
+    prefetch: int = 2
 
     @property
     def paths(self) -> list[str]:
@@ -363,6 +365,7 @@ class LogConfig:
         tensorboard: write TensorBoard events
         sample_tokens: number of tokens of the sample generated at the end; 0: none
         sample_prompt: prompt of the sample
+        profile: steps of which a trace is written into the run folder, FIRST:LAST, for example 10:13; null: none
     """
 
     run: str = "runs/default"
@@ -372,6 +375,7 @@ class LogConfig:
     tensorboard: bool = True
     sample_tokens: int = 0
     sample_prompt: str = "\n"
+    profile: str | None = None
 
 
 @dataclass

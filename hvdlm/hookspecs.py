@@ -130,6 +130,11 @@ def hvdlm_predict(config: Config, spec: ModelSpec, mesh: Mesh, rank: int, moment
     """Return the closed-form costs of a step of ``rank``, or None for an unknown architecture."""
 
 
+@hookspec(firstresult=True)
+def hvdlm_peak_flops(name: str, precision: str) -> float | None:
+    """Return the peak rate of a device's dense products (flop/s), from ``Device``, or None for an unknown device."""
+
+
 @hookspec
 def hvdlm_options() -> Mapping[str, type]:
     """Return {section: dataclass}, the plugin's options: typed, and explained by ``--help SECTION``."""

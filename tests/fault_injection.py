@@ -28,9 +28,10 @@ import numpy as np
 
 from hvdlm import cli
 from hvdlm.training import loop
+from hvdlm.training.batches import Batches
 
 FAULTS = json.loads(os.environ["HVDLM_TEST_FAULTS"])
-do_step, micro_batches, check_replicas = loop.do_step, loop.micro_batches, loop.check_replicas
+do_step, take, check_replicas = loop.do_step, Batches.take, loop.check_replicas
 
 
 def append_line(path: str, rank: int, values: list[Any]) -> None:
@@ -100,8 +101,8 @@ def store(target: Any, values: np.ndarray) -> None:
         target.copy_(torch.from_numpy(values))
 
 
-def faulty_batches(run: Any, row: int) -> Any:
-    batches = micro_batches(run, row)
+def faulty_batches(self: Batches, row: int, left: int) -> Any:
+    run, batches = self._run, take(self, row, left)
     if "rows" in FAULTS:
         crc = zlib.crc32(b"".join(batch.inputs.tobytes() for batch in batches))
         append_line(FAULTS["rows"], run.world.rank, [row, *run.rows, crc])
@@ -118,7 +119,7 @@ def recorded_check(run: Any, step: int) -> None:
 
 
 signal.signal(signal.SIGHUP, signal.SIG_IGN if FAULTS.get("nohup") else signal.SIG_DFL)
-loop.do_step, loop.micro_batches = faulty_step, faulty_batches
+loop.do_step, Batches.take = faulty_step, faulty_batches  # type: ignore[method-assign]
 if "comparisons" in FAULTS:
     loop.check_replicas = recorded_check
 sys.exit(cli.main())

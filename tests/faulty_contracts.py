@@ -1,6 +1,7 @@
 """Plugins that each break one contract, which ``pytest --hvdlm-plugin`` has to report (test_conformance.py)."""
 
 import os
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -52,6 +53,33 @@ class Short(Letters):
 
     def rows(self, first, last):
         return super().rows(min(first, 512), min(last, 512))
+
+
+class Reusing(Letters):
+    """All its batches share one array."""
+
+    array = np.zeros((4, 8), np.int32)
+
+    def rows(self, first, last):
+        batch = super().rows(first, last)
+        self.array[: last - first] = batch.inputs
+        return replace(batch, inputs=self.array[: last - first])
+
+
+class Entangled(Letters):
+    """Its rows follow from where its validation has come to."""
+
+    offset = 0
+
+    def rows(self, first, last):
+        time.sleep(0.01)
+        return super().rows(first + self.offset, last + self.offset)
+
+    def validation(self, rank, size):
+        for batch in super().validation(rank, size):
+            self.offset += 1
+            yield batch
+        self.offset = 0
 
 
 class LossyTokenizer(CharTokenizer):
@@ -121,6 +149,8 @@ def task_plugin(plugin_name, task, every_name=False):
 
 untrainable = task_plugin("untrainable", Untrainable)
 short = task_plugin("short", Short)
+reusing = task_plugin("reusing", Reusing)
+entangled = task_plugin("entangled", Entangled)
 lossy = task_plugin("lossy", Lossy)
 forgetting = task_plugin("forgetting", Forgetting)
 uncounted = task_plugin("uncounted", Uncounted)

@@ -28,6 +28,7 @@ RUNS = [
     ("loop_overhead", ["torch"], 1),
     ("loop_overhead", ["tensorflow"], 1),
     ("parallel", ["torch"], 2),
+    pytest.param("prefetching", ["torch", "--data", str(DATA)], 2, marks=needs_data),
     pytest.param("results", ["digits", "--frameworks", "torch", "--data", str(DATA)], 1, marks=needs_data),
     ("replica_check", ["torch"], 2),
     ("replica_check", ["tensorflow"], 2),
@@ -49,7 +50,15 @@ HELPERS = {
     "plain_torch",
     "plain_tensorflow",
 }
-WORKERS = {"damage_worker", "fuzz_worker", "layout_worker", "paired_worker", "steady_worker", "waiting_worker"}
+WORKERS = {
+    "damage_worker",
+    "fuzz_worker",
+    "layout_worker",
+    "paired_worker",
+    "prefetching_worker",
+    "steady_worker",
+    "waiting_worker",
+}
 
 
 def run(script: str, *options: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:

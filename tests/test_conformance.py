@@ -166,6 +166,8 @@ def install_faulty(folder: Path, entries: dict[str, str], *files: Path) -> Path:
 # Plugins of faulty_contracts.py, and the sentence about each.
 BROKEN_CONTRACTS = {
     "untrainable": ["task untrainable: its tokenizer lacks encode, encode_prompt, decode, to_json, without which"],
+    "reusing": ["task reusing: later calls of rows change the arrays of batch 1"],
+    "entangled": ["task entangled: rows in a thread beside validation returns other batches"],
     "short": ["task short: rows(1000, 1004) has 0 rows, expected 4: the order of rows is endless"],
     "lossy": ["task lossy: its tokenizer decodes 'ihgfedcb', encoded, to 'bcdefghi'"],
     "forgetting": ["task run forgetting fails in torch: KeyError: 'the last row'"],

@@ -7,8 +7,10 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -16,6 +18,7 @@ from hypothesis import strategies as st
 
 from hvdlm.config import Config, DataConfig
 from hvdlm.errors import STOPPED, HvdlmError
+from hvdlm.training.batches import Batches
 from hvdlm.training.consensus import Consensus, Votes
 from hvdlm.training.data_cursor import DataCursor
 from hvdlm.training.run_control import RunControl
@@ -129,14 +132,20 @@ class Text:
         return cls.known[key]
 
 
-def consumed(task: LanguageModel, cursor: DataCursor, batch: int, steps: int, ranks: int) -> list[bytes]:
+def consumed(
+    task: LanguageModel, cursor: DataCursor, batch: int, steps: int, ranks: int, prefetch: int = 0
+) -> list[bytes]:
     """Return the sequences that ``steps`` steps on ``ranks`` ranks read, in order."""
     sequences = []
-    for _ in range(steps):
-        row = cursor.advance()
-        for rank in range(ranks):
-            first, last = row + rank * batch // ranks, row + (rank + 1) * batch // ranks
-            sequences += [row.tobytes() for row in task.rows(first, last).inputs]
+    config = Config(data=DataConfig(prefetch=prefetch))
+    shares = [(rank * batch // ranks, (rank + 1) * batch // ranks) for rank in range(ranks)]
+    runs: list[Any] = [SimpleNamespace(config=config, task=task, cursor=cursor, rows=share) for share in shares]
+    with ExitStack() as stack:
+        batches = [stack.enter_context(Batches(run)) for run in runs]
+        for number in range(steps):
+            row = cursor.advance()
+            for each in batches:
+                sequences += [row.tobytes() for shard in each.take(row, steps - number - 1) for row in shard.inputs]
     return sequences
 
 
@@ -146,9 +155,15 @@ def consumed(task: LanguageModel, cursor: DataCursor, batch: int, steps: int, ra
     per_rank=st.integers(1, 4),
     stops=st.lists(st.tuples(st.integers(1, 9), st.sampled_from([1, 2, 4])), min_size=1, max_size=5),
     sampling=st.sampled_from(["shuffled", "sequential"]),
+    prefetch=st.integers(0, 3),
 )
 def test_stops_do_not_change_the_order_of_samples(
-    tmp_path_factory: pytest.TempPathFactory, seed: int, per_rank: int, stops: list[tuple[int, int]], sampling: str
+    tmp_path_factory: pytest.TempPathFactory,
+    seed: int,
+    per_rank: int,
+    stops: list[tuple[int, int]],
+    sampling: str,
+    prefetch: int,
 ) -> None:
     batch = 4 * per_rank
     folder = Path(tmp_path_factory.getbasetemp()) / "text"
@@ -158,7 +173,7 @@ def test_stops_do_not_change_the_order_of_samples(
     sequences, manifest = [], {"cursor": DataCursor(batch).to_json()}
     for steps, ranks in stops:
         cursor = DataCursor.of(json.loads(json.dumps(manifest)), batch)
-        sequences += consumed(task, cursor, batch, steps, ranks)
+        sequences += consumed(task, cursor, batch, steps, ranks, prefetch)
         manifest = {"cursor": cursor.to_json()}
     assert sequences == expected
 

@@ -11,14 +11,18 @@ from typing import Any
 
 import pytest
 
+from builders import ThreadRanks
+from hvdlm import plugins
 from hvdlm.config import Config
 from hvdlm.io.machine import peak_memory_bytes
-from hvdlm.protocols.types import StepResult
+from hvdlm.protocols.types import Device, StepResult
 from hvdlm.telemetry import default_plugins
 from hvdlm.telemetry.rates import Rates
+from hvdlm.training.summary import peak_tokens_per_second
 from hvdlm_telemetry.changed_rate import ChangedRate
 from hvdlm_telemetry.computation import Computation
 from hvdlm_telemetry.metrics import Metrics
+from hvdlm_telemetry.peaks import Peaks
 from hvdlm_telemetry.progress import Progress
 from hvdlm_telemetry.tensorboard import TensorBoard
 from launching import run_python
@@ -133,7 +137,7 @@ def test_other_ranks_write_and_print_nothing(config: Config, capsys: pytest.Capt
 
 def test_the_log_options_choose_the_plugins(config: Config) -> None:
     config.log.tensorboard = config.log.progress = False
-    assert [type(plugin) for plugin in default_plugins(config)] == [Metrics, ChangedRate, Computation]
+    assert [type(plugin) for plugin in default_plugins(config)] == [Metrics, ChangedRate, Peaks, Computation]
 
 
 def test_installed_packages_add_observers_to_every_run(config: Config, tmp_path: Path) -> None:
@@ -155,9 +159,8 @@ def test_installed_packages_add_observers_to_every_run(config: Config, tmp_path:
         "print(*(type(plugin).__name__ for plugin in default_plugins(Config())))"
     )
     done = run_python(["-c", f"import sys; sys.path.append({str(tmp_path)!r})\n{code}"])
-    assert done.stdout.split() == ["Lamp", "Metrics", "TensorBoard", "Progress", "ChangedRate", "Computation"], (
-        done.stderr
-    )
+    names = ["Lamp", "Metrics", "TensorBoard", "Progress", "ChangedRate", "Peaks", "Computation"]
+    assert done.stdout.split() == names, done.stderr
 
 
 def test_plain_lines_are_rare_and_readable(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
@@ -169,7 +172,10 @@ def test_plain_lines_are_rare_and_readable(config: Config, capsys: pytest.Captur
     progress.hvdlm_rolled_back(20, 15, [16, 17])
     printed = capsys.readouterr().out.splitlines()[1:]
     # The steps here take no time, so that only the first and the last one are due.
-    assert printed[0] == "step 1: loss 0.3333, lr 1.00e-03, 200 tokens/s, comm 20.0%, 4 KB/step (1/2.0), 0:10 left"
+    assert (
+        printed[0]
+        == "step 1: loss 0.3333, lr 1.00e-03, 200 tokens/s, comm 20.0%, 4 KB/step (1/2.0), data 0.0%, 0:10 left"
+    )
     assert printed[1].startswith("step 20: ") and printed[1].endswith("0:00 left")
     assert printed[2] == "step 20: val_loss 1.9012, perplexity 6.69, bits_per_byte 2.74"
     assert printed[3] == "step 20: saved run/checkpoints/20 in 1.50 s, training was blocked for 0.25 s"
@@ -228,3 +234,63 @@ def test_importing_telemetry_loads_nothing_heavy() -> None:
 
 def test_peak_memory_is_in_bytes() -> None:
     assert 5e6 < peak_memory_bytes() < 1e12
+
+
+def test_waiting_for_data_is_a_figure_of_the_log(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics, progress = Metrics(config), Progress(config)
+    for plugin in (metrics, progress):
+        start(plugin, config)
+        for step in range(1, 6):
+            end_step(plugin, step, StepResult(1.0, 100.0, 0.5, data_seconds=0.01 * step))
+    assert lines(config)[0]["data_share"] == pytest.approx(0.02) and lines(config)[0]["mfu"] is None
+    assert lines(config)[1]["data_seconds"] == pytest.approx(0.035)  # the mean of steps 2 to 5
+    assert ", data 2.0%, " in capsys.readouterr().out
+
+
+def test_the_share_of_a_known_peak_and_memory_are_logged(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics, progress = Metrics(config), Progress(config)
+    for plugin in (metrics, progress):
+        start(plugin, config)
+        plugin.summed = Rates(8000, peak_tokens_per_second=800.0)
+        end_step(plugin, 1, StepResult(1.0, 100.0, 0.5, device_memory_peak=5 * 10**9))
+    assert lines(config)[0]["mfu"] == pytest.approx(0.25) and lines(config)[0]["device_memory_peak"] == 5 * 10**9
+    assert ", MFU 25.0%, 5 GB, " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name, precision, expected",
+    [
+        ("NVIDIA H100 80GB HBM3", "bf16", 989.4e12),
+        ("NVIDIA H100 80GB HBM3", "tf32", 494.7e12),
+        ("NVIDIA H100 PCIe", "fp16", 756e12),
+        ("NVIDIA H200", "bf16", 989.4e12),
+        ("NVIDIA A100-SXM4-80GB", "fp32", 19.5e12),
+        ("Tesla V100-SXM2-32GB", "fp16", 125e12),
+        ("Tesla V100-SXM2-32GB", "bf16", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bf16", None),
+        ("NVIDIA GeForce GTX 1080", "fp32", None),
+        ("AMD EPYC 7763", "fp32", None),
+    ],
+)
+def test_peak_rates_are_those_of_the_data_sheets(name: str, precision: str, expected: float | None) -> None:
+    assert Peaks().hvdlm_peak_flops(name, precision) == expected
+
+
+def test_ranks_that_share_a_device_share_its_peak() -> None:
+    """Two ranks on one GPU and one on another: the peak of two GPUs; a rank without a GPU: no peak is known."""
+
+    def total(identities: list[str | None]) -> Any:
+        def of_rank(world: Any) -> float | None:
+            identity = identities[world.rank]
+            device = Device("NVIDIA H200", "bf16", identity, 0) if identity else None
+            manager = plugins.load([])
+            manager.register(Peaks())
+            trainable = SimpleNamespace(device=lambda: device)
+            spec = SimpleNamespace(flops_per_token=1e9)
+            run: Any = SimpleNamespace(trainable=trainable, manager=manager, world=world, spec=spec)
+            return peak_tokens_per_second(run)
+
+        return ThreadRanks(3).run(of_rank)
+
+    assert total(["a", "a", "b"]) == [2 * 989.4e3] * 3
+    assert total(["a", None, "b"]) == [None] * 3

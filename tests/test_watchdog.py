@@ -24,6 +24,7 @@ from hvdlm.diagnostics.flight_recorder import RECORDS, FlightRecorder, clean, na
 from hvdlm.diagnostics.phases import TRAINING, Process
 from hvdlm.diagnostics.watchdog import Watchdog
 from hvdlm.errors import HvdlmError, RankError
+from hvdlm.training.batches import THREAD
 from hvdlm_diagnosis import diagnosis
 from hvdlm_diagnosis.recorder_reader import Entry, FailureFiles, Recording, read_files, read_recording
 
@@ -274,6 +275,15 @@ def test_a_sleeping_rank_is_named_with_its_stack() -> None:
     assert "Not arrived there: rank 1." in output and "rank 1 differs from the expected order" in output
     assert "Rank 1 (step 3, process 101 on host): its last collective, ended" in output
     assert 'File "hook.py", line 5, in nap' in output and "other" not in output
+
+
+def test_a_rank_without_a_batch_shows_what_makes_it() -> None:
+    stack = (
+        'MainThread, the innermost call last:\n  File "/h/training/batches.py", line 5, in take\n    made.result()\n\n'
+    )
+    stack += f'{THREAD}, the innermost call last:\n  File "disk.py", line 7, in rows\n    read()\n\nother, ...\n'
+    output = Scenario(2).steps(3).do("gradients.0", 0, ended=False, step=4).explanation({1: stack})
+    assert 'File "disk.py", line 7, in rows' in output and "other" not in output and "made.result" not in output
 
 
 def test_a_rank_that_skips_a_collective_is_named() -> None:

@@ -9,8 +9,8 @@ from typing import Any
 
 from hvdlm.diagnostics.flight_recorder import FlightRecorder
 from hvdlm.protocols.group import BlockingForms, Done, Handle
-from hvdlm.protocols.horovod import HorovodOperations
 from hvdlm.protocols.types import Tensor, Traffic
+from hvdlm_backends.horovod_support import HorovodOperations
 
 
 class _TimedHandle:

@@ -18,9 +18,9 @@ from hvdlm.diagnostics.phases import process
 from hvdlm.errors import HvdlmError
 from hvdlm.io.launcher_env import Launch
 from hvdlm.protocols.framework import Framework
-from hvdlm.protocols.horovod import GPUs, HasHorovod, HorovodSupport
 from hvdlm_backends.environment import check_gloo_address, shared_settings
 from hvdlm_backends.groups import HorovodGroup
+from hvdlm_backends.horovod_support import GPUs, HasHorovod, HorovodSupport
 from hvdlm_backends.messages import ArrayMessages, MPIMessages
 from hvdlm_backends.worlds import RanksWorld
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from hvdlm.protocols.group import Handle
-from hvdlm.protocols.horovod import HorovodMessages
+from hvdlm_backends.horovod_support import HorovodMessages
 
 
 class Messages(Protocol):

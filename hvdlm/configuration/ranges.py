@@ -28,6 +28,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "lora.alpha": (lambda v: v > 0, "above 0"),
     "data.validation_share": (lambda v: 0 < v < 1, "above 0 and below 1"),
     "data.max_expansion": (lambda v: v >= 1, "1 or more"),
+    "data.prefetch": (lambda v: 0 <= v <= 1000, "0 (none) to 1000"),
     "train.seed": (lambda v: 0 <= v < 2**63, "0 or more"),
     "train.learning_rate": (lambda v: v > 0, "above 0"),
     "train.min_learning_rate": (lambda v: v >= 0, "0 or more"),

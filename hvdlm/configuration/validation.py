@@ -67,11 +67,12 @@ def layout(config: Config, mesh: Mesh) -> None:
         sizes = f"{low} or {high}" if low else str(high)
         raise HvdlmError(f"train.batch_size {batch} can't be split over {data} data ranks: choose {sizes}.")
     rows = batch // data
-    tokens = rows * config.data.context
-    if tokens * _BYTES_PER_TOKEN > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+    tokens, steps = rows * config.data.context, 1 + config.data.prefetch
+    if tokens * _BYTES_PER_TOKEN * steps > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
         raise HvdlmError(
             f"train.batch_size {batch} with data.context {config.data.context} is {tokens:,} tokens of a rank in a "
-            "step, more than this machine's memory holds: lower them (--train.batch_size, --data.context)."
+            f"step, and {steps} of these more than this machine's memory holds: lower them (--train.batch_size, "
+            "--data.context, --data.prefetch)."
         )
     micro_batch = config.train.micro_batch_size or rows
     if rows % micro_batch:

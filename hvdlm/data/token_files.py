@@ -152,12 +152,3 @@ def highest(tokens: Tokens) -> int:
     if len(tokens) > _CHECKED:
         starts = np.linspace(0, len(tokens) - _BLOCK, 64, dtype=np.int64).tolist()
     return max((int(tokens[start : start + _BLOCK].max()) for start in starts), default=-1)
-
-
-def require_length(tokens: Tokens, context: int, split: str) -> None:
-    """Check that a split holds at least one window."""
-    if len(tokens) < context + 1:
-        raise HvdlmError(
-            f"{split} split has {len(tokens)} tokens, fewer than data.context + 1 = {context + 1}: "
-            "give more text or a smaller --data.context."
-        )

@@ -9,9 +9,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from hvdlm.config import DataConfig
-from hvdlm.io.text_decoding import without_surrogates
-
 Result = TypeVar("Result")
 
 
@@ -76,17 +73,6 @@ class Tokenizer:
     def hash(self) -> str:
         """SHA-256 of the canonical JSON: equal tokenizers have equal hashes."""
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
-
-
-def required_ids(tokenizer: Tokenizer, data: DataConfig) -> int:
-    """Return how many ids a model needs for all texts: special tokens that don't occur in them need no embedding."""
-    if not data.split_special_tokens:
-        return tokenizer.vocab
-    added = [*tokenizer.prefix, *tokenizer.suffix] if data.add_special_tokens else []
-    separator = without_surrogates(data.separator)
-    if spells_special(tokenizer, separator):
-        added += tokenizer.encode(separator, special=True).tolist()
-    return max(tokenizer.text_vocab, 1 + max(added, default=-1))
 
 
 def spells_special(tokenizer: Tokenizer, text: str) -> bool:

@@ -102,7 +102,7 @@ class Framework(Protocol):
     """A deep-learning framework: builds Trainables from descriptions.
 
     Its tensors have ``shape``, ``dtype`` and ``nbytes``. Backend ``mpi4py`` reads them by ``numpy.asarray`` and makes
-    them by ``tensor``, or asks ``HasHostTensors``; Horovod's backends need ``protocols.horovod.HasHorovod``.
+    them by ``tensor``, or asks ``HasHostTensors``; Horovod's backends need ``HasHorovod`` of hvdlm_backends.
 
     Attributes:
         name: the name that ``--framework`` takes, that of the plugin's entry point.

@@ -30,6 +30,9 @@ class Task(Protocol):
 
         A step reads the next ``train.batch_size`` rows, each data rank a contiguous range of them. A run that was
         resumed with another batch size may read rows of two of its batches.
+
+        Called in a thread of its own (``data.prefetch``) while other methods may run, and never twice at a time; the
+        arrays aren't changed by later calls. Not in a thread where the task has ``rows_in_thread = False``.
         """
 
     def validation(self, rank: int, size: int) -> Iterator[Batch]:

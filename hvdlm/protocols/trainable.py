@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from hvdlm.protocols.inference import Inference
 from hvdlm.protocols.state_dict import StateDict
-from hvdlm.protocols.types import Batch, StepResult, Traffic
+from hvdlm.protocols.types import Batch, Device, StepResult, Traffic
 
 
 class Training(Protocol):
@@ -45,3 +45,11 @@ class Training(Protocol):
 
 class Trainable(Training, Inference, StateDict, Protocol):
     """A model with its optimizer."""
+
+
+@runtime_checkable
+class HasDevice(Protocol):
+    """A Trainable that may compute on a GPU."""
+
+    def device(self) -> Device | None:
+        """Return the GPU and its memory's peak so far; None: it computes on the host's processors."""

@@ -61,9 +61,11 @@ class StepResult:
         comm_seconds: time for which the step was blocked on communication (what the backward pass did not hide).
         comm_bytes: bytes this rank handed to collectives.
         transfer_seconds: time that collectives took in the background, hidden or not; None: unknown. Set by the loop.
+        data_seconds: time this rank waited for its batch. Set by the loop.
         idle_seconds: time this rank waited for other pipeline stages' results (included in comm_seconds).
         axis_bytes: comm_bytes by mesh axis (``communication.traffic.AXIS_OF``).
         skipped: the update was not applied, because gradients were not finite or their norm was above the limit.
+        device_memory_peak: ``Device.memory_peak`` of this rank, in steps that are logged. Set by the loop.
     """
 
     loss: float
@@ -72,9 +74,11 @@ class StepResult:
     comm_seconds: float = 0.0
     comm_bytes: int = 0
     transfer_seconds: float | None = None
+    data_seconds: float = 0.0
     idle_seconds: float = 0.0
     axis_bytes: dict[str, int] = field(default_factory=dict)
     skipped: bool = False
+    device_memory_peak: int | None = None
 
     @property
     def failed(self) -> bool:
@@ -85,6 +89,23 @@ class StepResult:
     def applied(self) -> bool:
         """Whether the update was applied; in fp16 it isn't where the loss scale was too large, which is no fault."""
         return not self.skipped and math.isfinite(self.grad_norm)
+
+
+@dataclass(frozen=True)
+class Device:
+    """The GPU, or other device with memory of its own, that a rank computes on.
+
+    Attributes:
+        name: what its driver calls it, such as NVIDIA H100 80GB HBM3.
+        precision: of products of matrices: fp32, tf32, bf16 or fp16.
+        identity: the same on ranks that share the device, and on no others.
+        memory_peak: the most bytes of its memory that this rank's tensors have taken at once.
+    """
+
+    name: str
+    precision: str
+    identity: str
+    memory_peak: int
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ single steps would mislead where only some of them communicate.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 from hvdlm.protocols.types import StepResult
 
@@ -17,6 +17,7 @@ class Rates:
 
     Attributes:
         gradient_bytes: float32 gradients of this rank, which a plain all-reduce communicates at every step.
+        peak_tokens_per_second: what all ranks' devices would reach at their peak rate; None: unknown.
         steps: steps that are summed up.
         tokens: valid tokens of all ranks.
         total_seconds: wall time.
@@ -24,9 +25,11 @@ class Rates:
         total_comm_bytes: bytes that this rank passed to collectives.
         transfer_seconds: time of collectives, hidden behind computation or not.
         steps_without_transfer: steps whose backend doesn't measure transfer_seconds.
+        total_data_seconds: time that this rank waited for batches.
     """
 
     gradient_bytes: int
+    peak_tokens_per_second: float | None = None
     steps: int = 0
     tokens: float = 0.0
     total_seconds: float = 0.0
@@ -34,11 +37,13 @@ class Rates:
     total_comm_bytes: int = 0
     transfer_seconds: float = 0.0
     steps_without_transfer: int = 0
+    total_data_seconds: float = 0.0
 
     def after(self, result: StepResult, seconds: float) -> Rates:
         """Return the sums after one more step, which took ``seconds``."""
         return Rates(
             self.gradient_bytes,
+            self.peak_tokens_per_second,
             self.steps + 1,
             self.tokens + result.tokens,
             self.total_seconds + seconds,
@@ -46,22 +51,12 @@ class Rates:
             self.total_comm_bytes + result.comm_bytes,
             self.transfer_seconds + (result.transfer_seconds or 0.0),
             self.steps_without_transfer + (result.transfer_seconds is None),
+            self.total_data_seconds + result.data_seconds,
         )
 
     def since(self, earlier: Rates | None) -> Rates:
         """Return the sums over the steps after ``earlier``; None: over all."""
-        if earlier is None:
-            return self
-        return Rates(
-            self.gradient_bytes,
-            self.steps - earlier.steps,
-            self.tokens - earlier.tokens,
-            self.total_seconds - earlier.total_seconds,
-            self.total_comm_seconds - earlier.total_comm_seconds,
-            self.total_comm_bytes - earlier.total_comm_bytes,
-            self.transfer_seconds - earlier.transfer_seconds,
-            self.steps_without_transfer - earlier.steps_without_transfer,
-        )
+        return replace(self, **{name: getattr(self, name) - getattr(earlier, name) for name in _SUMS if earlier})
 
     @property
     def seconds(self) -> float:
@@ -89,6 +84,16 @@ class Rates:
         return self.total_comm_bytes / self.steps
 
     @property
+    def data_share(self) -> float:
+        """Fraction of the time in which this rank waited for batches."""
+        return self.total_data_seconds / self.total_seconds
+
+    @property
+    def mfu(self) -> float | None:
+        """Model FLOPs utilization (Chowdhery et al. 2022, appendix B): the fraction of the devices' peak rate."""
+        return self.tokens_per_second / self.peak_tokens_per_second if self.peak_tokens_per_second else None
+
+    @property
     def compression(self) -> float | None:
         """Bytes of dense float32 gradients at every step, divided by the bytes communicated; None where none were."""
         return self.gradient_bytes * self.steps / self.total_comm_bytes if self.total_comm_bytes else None
@@ -114,8 +119,15 @@ class Rates:
             "comm_bytes": self.comm_bytes,
             "compression": self.compression,
             "overlap": self.overlap,
+            "data_seconds": self.total_data_seconds / self.steps,
+            "data_share": self.data_share,
+            "mfu": self.mfu,
+            "device_memory_peak": result.device_memory_peak,
             **({"skipped": True} if result.skipped else {}),
         }
+
+
+_SUMS = [field.name for field in fields(Rates)[2:]]
 
 
 def is_logged(step: int, every: int, result: StepResult) -> bool:

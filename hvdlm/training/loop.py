@@ -16,6 +16,8 @@ from hvdlm.protocols.trainable import Trainable
 from hvdlm.protocols.types import Batch, StepResult
 from hvdlm.protocols.world import World
 from hvdlm.telemetry.observers import Observers
+from hvdlm.telemetry.rates import is_logged
+from hvdlm.training.batches import Batches
 from hvdlm.training.consensus import Consensus
 from hvdlm.training.lr_schedule import make_schedule
 from hvdlm.training.preflight import versions
@@ -24,7 +26,7 @@ from hvdlm.training.run import Run
 from hvdlm.training.run_control import RunControl
 from hvdlm.training.run_folder import Status, open_folder
 from hvdlm.training.signals import Signals
-from hvdlm.training.summary import RunTotals, describe, summarise
+from hvdlm.training.summary import RunTotals, describe, device_of, summarise
 
 
 def train(run: Run, signals: Signals) -> dict[str, Any]:
@@ -39,12 +41,12 @@ def train(run: Run, signals: Signals) -> dict[str, Any]:
     """
     config, hook, saver = run.config, run.manager.hook, run.saver
     rate = make_schedule(config.train, plugins.find_schedule(run.manager, config.train))
-    totals, step = RunTotals(run.spec.parameters), run.start_step
+    totals, step = RunTotals(run), run.start_step
     open_folder(run)
     control = RunControl(run)
     consensus = Consensus(run.world, config.train.max_seconds, signals, control)
     observers = Observers(run.world.rank)
-    with Status(run, observers, signals) as status:
+    with Status(run, observers, signals) as status, run.closing, Batches(run) as batches:
         run.manager.register(status)
         observers.protect_run(run.manager)
         hook.hvdlm_run_started(config=config, world=run.world, info=describe(run, step), run=control)
@@ -54,7 +56,7 @@ def train(run: Run, signals: Signals) -> dict[str, Any]:
         while step < config.train.steps and not stopped and not finish:
             process.step(step + 1)
             row = run.cursor.advance()
-            result = do_step(run, step, row, rate(step), totals)
+            result = do_step(run, step, row, batches, rate(step), totals)
             status.step = step = step + 1
             votes = consensus.result()
             stopped = votes.stop_reason
@@ -115,13 +117,18 @@ def last_metrics(run: Run, step: int) -> dict[str, Any]:
     return evaluate(run, step) if left_out and known.get("step") != step else known
 
 
-def do_step(run: Run, step: int, row: int, learning_rate: float, totals: RunTotals) -> StepResult:
+def do_step(run: Run, step: int, row: int, batches: Batches, learning_rate: float, totals: RunTotals) -> StepResult:
     """Do step number ``step`` (from 0) on the batch that begins at ``row``, and report it. All ranks call."""
     began, busy = time.perf_counter(), run.world.transfer_seconds()
-    result = run.trainable.train_step(micro_batches(run, row), learning_rate, step, run.guard.limit)
+    own = batches.take(row, run.config.train.steps - step - 1)
+    data_seconds = time.perf_counter() - began
+    result = run.trainable.train_step(own, learning_rate, step, run.guard.limit)
     seconds = time.perf_counter() - began
+    result.data_seconds = data_seconds
     if busy is not None:
         result.transfer_seconds = run.world.transfer_seconds() - busy  # type: ignore[operator]
+    if is_logged(step + 1, run.config.log.every, result) and (device := device_of(run)):
+        result.device_memory_peak = device.memory_peak
     run.guard.add(result)
     totals.add(result, seconds)
     run.manager.hook.hvdlm_step_ended(
@@ -133,14 +140,6 @@ def do_step(run: Run, step: int, row: int, learning_rate: float, totals: RunTota
 def due(done: int, every: int) -> bool:
     """Return whether something that happens every ``every`` steps (0: never) happens after ``done``."""
     return every > 0 and done % every == 0
-
-
-def micro_batches(run: Run, row: int) -> list[Batch]:
-    """Return this rank's rows of the global batch that begins at ``row``, split into micro-batches."""
-    first, last = run.rows
-    batch = run.task.rows(row + first, row + last)
-    size = run.config.train.micro_batch_size or last - first
-    return [batch.rows(start, start + size) for start in range(0, last - first, size)]
 
 
 def evaluate(run: Run, step: int | None = None) -> dict[str, Any]:

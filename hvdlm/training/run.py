@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from inspect import signature
 from pathlib import Path
 
@@ -47,7 +48,7 @@ class Run:
 
     ``requested``: the configuration before this machine filled it in, as config.yaml keeps it, but for the precision;
     ``resolved``: what this rank computes with; ``base``: the frozen weights that adapters are added to; ``identity``:
-    that of the run's folder, on the rank that writes it.
+    that of the run's folder, on the rank that writes it; ``closing``: what the end of training ends, also by an error.
     """
 
     config: Config
@@ -67,6 +68,7 @@ class Run:
     resolved: Resolved
     base: Base | None = None
     identity: FolderIdentity | None = None
+    closing: ExitStack = field(default_factory=ExitStack)
 
     def check_folder(self) -> None:
         """Raise RankError where the run's folder was removed, renamed or replaced."""
@@ -138,6 +140,7 @@ def load_plugins(config: Config, *names: str) -> pluggy.PluginManager:
         config.train.optimizer,
         config.train.schedule,
         *(("samples",) if config.log.sample_tokens else ()),
+        *(("profile",) if config.log.profile is not None else ()),
         *config.plugins,
         *(("compression", compression) if compression != "none" else ()),
     )

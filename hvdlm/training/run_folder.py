@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _FILES = ("config.yaml", "metrics.jsonl", "summary.json", "tokenizer.json", "status.json", "sample.txt")
 _EVENTS = r"events\.out\.tfevents\..+\.hvdlm"  # in tensorboard/: other programs' files may lie beside them
+_TRACES = r"(\.?)steps-\d+-\d+-rank-\d+\.json(\.[0-9a-f]{8}\.partial)?"  # in profile/
 _SECTIONS = {"model", "data", "train", "checkpoint", "log"}
 _CONFIG_BYTES = 2**18
 
@@ -76,10 +77,10 @@ def clear(folder: Path) -> None:
         for name in _FILES:
             safe_files.delete_file(folder / name)
         retention.delete_all(folder / "checkpoints")
-        events = folder / "tensorboard"
-        if safe_files.kind(events) == "symbolic link":
-            safe_files.delete_file(events)
-        safe_files.delete_owned(events, _EVENTS)
+        for name, files in (("tensorboard", _EVENTS), ("profile", _TRACES)):
+            if safe_files.kind(folder / name) == "symbolic link":
+                safe_files.delete_file(folder / name)
+            safe_files.delete_owned(folder / name, files)
     except OSError as error:
         raise HvdlmError(
             f"log.overwrite: the run in {folder} can't be deleted: {error.filename}: {error.strerror}: delete it "

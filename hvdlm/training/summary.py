@@ -7,7 +7,8 @@ from typing import Any
 
 from hvdlm.parallel.mesh import AXES
 from hvdlm.planning.closed_forms import predict_costs
-from hvdlm.protocols.types import StepResult
+from hvdlm.protocols.trainable import HasDevice
+from hvdlm.protocols.types import Device, StepResult
 from hvdlm.telemetry.rates import Rates
 from hvdlm.training.preflight import versions
 from hvdlm.training.run import Run
@@ -38,17 +39,30 @@ def _identity(run: Run) -> dict[str, Any]:
     }
 
 
+def device_of(run: Run) -> Device | None:
+    """Return the GPU that this rank computes on, or None."""
+    return run.trainable.device() if isinstance(run.trainable, HasDevice) else None
+
+
+def peak_tokens_per_second(run: Run) -> float | None:
+    """Return what all ranks' devices together would reach at their peak rate; None: one is unknown. All ranks call."""
+    device = device_of(run)
+    peak = run.manager.hook.hvdlm_peak_flops(name=device.name, precision=device.precision) if device else None
+    peaks = dict(run.world.gather_objects([device.identity if device else "", peak]))  # ranks may share a device
+    return None if None in peaks.values() else sum(peaks.values()) / run.spec.flops_per_token
+
+
 class RunTotals:
-    """Totals over the steps of this process.
+    """Totals over the steps of this process. All ranks create it.
 
     The first step is left out of ``steady_rates`` and the totals of seconds: frameworks build their graphs in it.
     """
 
-    def __init__(self, parameters: int) -> None:
+    def __init__(self, run: Run) -> None:
         self.bytes = self.steps = self.skipped = 0
         self.last_loss = self.seconds = self.idle = 0.0
         self.axis_bytes: dict[str, int] = {}
-        self.rates = Rates(4 * parameters)
+        self.rates = Rates(4 * run.spec.parameters, peak_tokens_per_second(run))
         self._first = self.rates  # with the first step alone
 
     def add(self, result: StepResult, seconds: float) -> None:
@@ -76,9 +90,9 @@ def summarise(
 ) -> dict[str, Any]:
     """Return the content of ``summary.json``. All ranks call.
 
-    Peak memory is the maximum over ranks. ``ranks`` has the memory of every rank and the bytes of its last step by
-    axis, each beside the closed-form prediction. ``idle_share`` is the mean over ranks, ``steps`` the number of steps
-    done, ``stopped`` the reason why they are fewer than ``train.steps``.
+    Peaks of memory and the share of waiting for data are maxima over ranks. ``ranks`` has the memory of every rank and
+    the bytes of its last step by axis, each beside the closed-form prediction. ``idle_share`` is the mean over ranks,
+    ``steps`` the number of steps done, ``stopped`` the reason why they are fewer than ``train.steps``.
     """
     from hvdlm.io.machine import peak_memory_bytes
 
@@ -88,10 +102,12 @@ def summarise(
     if predicted:
         own_costs |= {"predicted_memory": predicted.memory, "predicted_step_bytes": predicted.bytes}
     idle = totals.idle / totals.seconds if totals.seconds else 0.0
-    rank_bytes, peaks, traffics, costs, idle_shares = zip(
-        *run.world.gather_objects([totals.bytes, peak_memory_bytes(), traffic, own_costs, idle]), strict=True
+    rates, device = totals.steady_rates, device_of(run)
+    data_share, device_peak = rates.data_share if rates.steps else 0.0, device.memory_peak if device else 0
+    own = [totals.bytes, peak_memory_bytes(), traffic, own_costs, idle, data_share, device_peak]
+    rank_bytes, peaks, traffics, costs, idle_shares, data_shares, device_peaks = zip(
+        *run.world.gather_objects(own), strict=True
     )
-    rates = totals.steady_rates
     return {
         "train_loss": totals.last_loss,
         **metrics,
@@ -110,6 +126,10 @@ def summarise(
         "idle_share": sum(idle_shares) / len(idle_shares),
         "predicted_idle_share": predicted.idle_share if predicted else None,
         "traffic": _over_ranks(traffics),
+        "data_share": max(data_shares),
+        "device": device.name if device else None,
+        "mfu": rates.mfu if rates.steps else None,
+        "device_memory_peak": max(device_peaks) or None,
         "peak_memory_bytes": max(peaks),
         "ranks": list(costs),
     }

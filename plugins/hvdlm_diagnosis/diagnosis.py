@@ -22,6 +22,7 @@ Column = dict[int, Entry]
 """A rank's collectives in one group, by index."""
 
 _LIBRARIES = re.compile(r"site-packages|<frozen |/lib/python3")
+_MAKES_BATCHES, _TAKES_BATCH = "hvdlm-batches, ", "/training/batches.py"  # a thread of a stack, a file in it
 _FRAMES, _RANKS = 6, 8  # shown in a diagnosis; RUN/flight_recorder has all
 _CALL_LINES = 4  # of a call in a stack: its file, its source line and marks below that
 
@@ -264,9 +265,14 @@ def explain_stacks(stacks: Mapping[int, str]) -> str:
 
 
 def _shortened(stack: str) -> list[str]:
-    """Return the innermost calls of the main thread, calls of libraries only at the very end."""
+    """Return the innermost calls of the main thread, calls of libraries only at the very end.
+
+    Where the main thread waits for a batch: those of the thread that makes it.
+    """
     calls: list[list[str]] = []
-    for line in stack.split("\n\n")[0].rstrip().splitlines()[1:]:
+    threads = stack.split("\n\n")
+    makers = [thread for thread in threads if thread.startswith(_MAKES_BATCHES) and _TAKES_BATCH in threads[0]]
+    for line in (makers or threads)[0].rstrip().splitlines()[1:]:
         if line.startswith("  File ") or not calls:
             calls.append([])
         calls[-1].append("  " + line)

@@ -6,12 +6,13 @@ import math
 from collections.abc import Iterator, Mapping
 
 from hvdlm import hookimpl
-from hvdlm.config import Config
+from hvdlm.config import Config, DataConfig
 from hvdlm.data import corpora
 from hvdlm.data.corpora import Corpus
-from hvdlm.data.token_files import highest, require_length
-from hvdlm.data.tokenizer_base import required_ids
+from hvdlm.data.token_files import Tokens, highest
+from hvdlm.data.tokenizer_base import Tokenizer, spells_special
 from hvdlm.errors import HvdlmError, RankError
+from hvdlm.io.text_decoding import without_surrogates
 from hvdlm.protocols.trainable import Trainable
 from hvdlm.protocols.types import Batch
 from hvdlm_language import sampler
@@ -44,7 +45,7 @@ class LanguageModel:
         rows = self._config.model.vocab
         if rows is None:
             return self.tokenizer.vocab
-        return min(self.tokenizer.vocab, max(rows, required_ids(self.tokenizer, self._config.data)))
+        return min(self.tokenizer.vocab, max(rows, _required_ids(self.tokenizer, self._config.data)))
 
     def _check(self, corpus: Corpus) -> None:
         """Check that a corpus holds at least one training window and one validation target, and only known ids."""
@@ -52,7 +53,7 @@ class LanguageModel:
             for tokens in (corpus.data.train, corpus.data.validation):
                 self._check_ids(highest(tokens), HvdlmError)
         prefix = f"data.mixture {corpus.name}: " if corpus.name else ""
-        require_length(corpus.data.train, self._config.data.context, f"{prefix}the training")
+        _require_length(corpus.data.train, self._config.data.context, f"{prefix}the training")
         if len(corpus.data.validation) < 2:
             raise HvdlmError(
                 f"{prefix}the validation split has {len(corpus.data.validation)} tokens, 2 are needed: give more "
@@ -66,7 +67,7 @@ class LanguageModel:
             return sampler.MixtureSampler(shares, data.context, train.batch_size, train.seed)
         if data.sampling == "shuffled":
             return sampler.ShuffledSampler(self.data.train, data.context, train.batch_size, train.seed)
-        require_length(self.data.train, data.context * train.batch_size, "the training")
+        _require_length(self.data.train, data.context * train.batch_size, "the training")
         return sampler.SequentialSampler(self.data.train, data.context, train.batch_size)
 
     def rows(self, first: int, last: int) -> Batch:
@@ -116,6 +117,26 @@ class LanguageModel:
             )
             figures["bits_per_byte"] = loss / math.log(2) / bytes_per_token
         return figures | {f"val_loss/{name}": value for name, value in losses.items() if name}
+
+
+def _require_length(tokens: Tokens, context: int, split: str) -> None:
+    """Check that a split holds at least one window."""
+    if len(tokens) < context + 1:
+        raise HvdlmError(
+            f"{split} split has {len(tokens)} tokens, fewer than data.context + 1 = {context + 1}: "
+            "give more text or a smaller --data.context."
+        )
+
+
+def _required_ids(tokenizer: Tokenizer, data: DataConfig) -> int:
+    """Return how many ids a model needs for all texts: special tokens that don't occur in them need no embedding."""
+    if not data.split_special_tokens:
+        return tokenizer.vocab
+    added = [*tokenizer.prefix, *tokenizer.suffix] if data.add_special_tokens else []
+    separator = without_surrogates(data.separator)
+    if spells_special(tokenizer, separator):
+        added += tokenizer.encode(separator, special=True).tolist()
+    return max(tokenizer.text_vocab, 1 + max(added, default=-1))
 
 
 @hookimpl

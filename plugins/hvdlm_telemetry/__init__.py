@@ -10,6 +10,7 @@ def observers(config: Config) -> list[object]:
     from hvdlm_telemetry.changed_rate import ChangedRate
     from hvdlm_telemetry.computation import Computation
     from hvdlm_telemetry.metrics import Metrics
+    from hvdlm_telemetry.peaks import Peaks
     from hvdlm_telemetry.progress import Progress
     from hvdlm_telemetry.tensorboard import TensorBoard
 
@@ -18,5 +19,5 @@ def observers(config: Config) -> list[object]:
         plugins.append(TensorBoard(config))
     if config.log.progress:
         plugins.append(Progress(config))
-    plugins += [ChangedRate(), Computation()]  # the last is called first
+    plugins += [ChangedRate(), Peaks(), Computation()]  # the last is called first
     return plugins

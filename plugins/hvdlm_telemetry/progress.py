@@ -18,7 +18,7 @@ _RESULTS = ("perplexity", "accuracy", "word_error_rate")
 
 
 class Progress:
-    """Event plugin that prints loss, learning rate, tokens per second, communication and time left."""
+    """Event plugin that prints loss, learning rate, tokens per second, communication, data, GPU, and time left."""
 
     observer = True
 
@@ -27,6 +27,7 @@ class Progress:
         self._bar: Any = None
         self._active = False
         self._printed = float("-inf")
+        self._memory_peak: int | None = None  # of the GPU, in the last step that was logged
         self._reported: Rates | None = None  # at the last line, or at the last log.every of a bar
 
     @hookimpl
@@ -58,7 +59,7 @@ class Progress:
         recent = rates.since(self._reported)
         text = (
             f"loss {result.loss:.4f}, lr {learning_rate:.2e}, {recent.tokens_per_second:,.0f} tokens/s"
-            f"{_communication(recent)}"
+            f"{_communication(recent)}, data {recent.data_share:.1%}{self._device(recent, result)}"
         )
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
@@ -71,6 +72,12 @@ class Progress:
             left = (self._config.train.steps - step) * recent.seconds
             print(f"step {step}: {text}, {clock(left)} left", flush=True)
             self._reported = rates
+
+    def _device(self, rates: Rates, result: StepResult) -> str:
+        """Return the figures of the GPU, for example MFU 41.3%, 23.4 GB; empty where they aren't known."""
+        self._memory_peak = result.device_memory_peak or self._memory_peak
+        utilization = "" if rates.mfu is None else f", MFU {rates.mfu:.1%}"
+        return utilization + (f", {size(self._memory_peak)}" if self._memory_peak else "")
 
     def _is_due(self, step: int) -> bool:
         """Return whether a line is due: at the first and the last step, and at logged steps at least 2 s apart."""

@@ -20,7 +20,7 @@ from hvdlm.parallel.sharded_state import ShardedState, recurrent_entries, recurr
 from hvdlm.parallel.sharding_rules import ModelShard
 from hvdlm.protocols.exchange import Exchange
 from hvdlm.protocols.optimizer import Optimizer
-from hvdlm.protocols.types import Batch, StepResult, Traffic
+from hvdlm.protocols.types import Batch, Device, StepResult, Traffic
 from hvdlm_tensorflow.adapters import Adapters
 from hvdlm_tensorflow.counted_graph import CountedGraph
 from hvdlm_tensorflow.forward import Forward
@@ -28,6 +28,7 @@ from hvdlm_tensorflow.gradients import make_gradients
 from hvdlm_tensorflow.inference import Inference
 from hvdlm_tensorflow.memory import ActivationMemory
 from hvdlm_tensorflow.optimizers import FlatOptimizer
+from hvdlm_tensorflow.profiling import Trace, gpu, named_range
 
 
 class _Pass(NamedTuple):
@@ -161,7 +162,8 @@ class Trainable(Inference):
         return tf.constant(self._sharded.loss_scale.value, tf.float32)
 
     def _losses(self, parameters: Mapping[str, tf.Tensor], arguments: _Pass) -> tuple[tf.Tensor, Any]:
-        return self._forward.losses(parameters, *arguments[:-1], training=True)
+        with named_range("forward"):
+            return self._forward.losses(parameters, *arguments[:-1], training=True)
 
     def _stage(self, arguments: _Pass) -> tuple[tf.Tensor, tf.Tensor, Any]:
         """Return a stage's activations (the last: the scaled loss), the sum of losses (float64), the carried state."""
@@ -210,13 +212,16 @@ class Trainable(Inference):
             gradients and for the other stages; 1 where the update was applied.
         """
         learning_rate, step, local_tokens, limit = tf.unstack(scalars)
-        sums = self._gradients.reduce(buckets, loss_sum, local_tokens)
+        with named_range("exchange"):
+            sums = self._gradients.reduce(buckets, loss_sum, local_tokens)
         total_loss, tokens, squared = tf.unstack(sums.totals)
         # Losses were divided by a constant, not by the step's valid tokens, which all ranks together know only now.
         rescale = self._sharded.loss_divisor / (tokens * tf.cast(scale, tf.float64))
         norm = tf.sqrt(squared) * rescale
-        applied = tf.cast(self._apply(sums.shard, norm, rescale, learning_rate, step, limit), tf.float64)
-        waited = sums.gradient_seconds + self._replace_parameters(norm)
+        with named_range("update"):
+            applied = tf.cast(self._apply(sums.shard, norm, rescale, learning_rate, step, limit), tf.float64)
+        with named_range("exchange"):
+            waited = sums.gradient_seconds + self._replace_parameters(norm)
         self._adapters.add()
         return tf.stack([total_loss, tokens, tf.square(norm), waited, sums.stage_seconds, applied])
 
@@ -280,6 +285,14 @@ class Trainable(Inference):
         return self._activations.bytes * kept_micro_batches(
             self._config.parallel.schedule, stage.number, stage.count, count
         )
+
+    def device(self) -> Device | None:
+        """Return the GPU that this rank computes on; None: it computes on the CPU."""
+        return gpu(self._config.train.precision)
+
+    def start_trace(self) -> Trace:
+        """Start to record what this process computes."""
+        return Trace()
 
     def traffic(self) -> dict[str, Traffic]:
         """Return the calls, bytes and seconds of this rank's collectives so far, by ``purpose/operation``."""

@@ -10,6 +10,7 @@ from hvdlm.parallel.axis_groups import Axes
 from hvdlm.parallel.sharding_rules import ModelShard
 from hvdlm.parallel.stage_runner import PipelineStage
 from hvdlm.protocols.types import Batch
+from hvdlm_torch.profiling import named_range
 
 Compute = Callable[[int, Batch, torch.Tensor | None], torch.Tensor]
 """(number, micro-batch, the stage before's activations) -> this stage's activations; in the last stage, the loss."""
@@ -40,7 +41,8 @@ class Pipeline(PipelineStage):
                 x, y = graphs.pop(number)
                 before_backward(number + 1 == len(micro_batches))
                 # received: the gradient of y; None where y is the loss.
-                torch.autograd.backward(y, received)
+                with named_range("backward"):
+                    torch.autograd.backward(y, received)
                 if x is not None:
                     self.pass_on(action, x.grad)
 

@@ -21,13 +21,14 @@ from hvdlm.parallel.sharded_state import ShardedState, recurrent_entries, recurr
 from hvdlm.parallel.sharding_rules import ModelShard
 from hvdlm.protocols.exchange import Exchange
 from hvdlm.protocols.optimizer import Optimizer
-from hvdlm.protocols.types import Batch, StepResult, Traffic
+from hvdlm.protocols.types import Batch, Device, StepResult, Traffic
 from hvdlm_torch.adapters import Adapters
 from hvdlm_torch.forward import Forward
 from hvdlm_torch.gradients import make_gradients
 from hvdlm_torch.inference import Inference
 from hvdlm_torch.memory import ActivationMemory
 from hvdlm_torch.optimizers import FlatOptimizer
+from hvdlm_torch.profiling import Trace, gpu, named_range
 
 
 class Trainable(Inference):
@@ -81,15 +82,18 @@ class Trainable(Inference):
         with self._seeded_dropout(step):
             loss_sum = self._backward(micro_batches)
         totals = torch.stack([loss_sum, loss_sum.new_tensor(sum(batch.tokens for batch in micro_batches))])
-        sums = self._gradients.reduce(totals)
+        with named_range("exchange"):
+            sums = self._gradients.reduce(totals)
         loss_sum_value, tokens, squared = sums.totals
         # Losses were divided by a constant, not by the step's valid tokens, which all ranks together know only now.
         counted = tokens or math.nan  # a step without any is skipped
         scale = self._sharded.loss_divisor / (counted * self._sharded.loss_scale.value)
         norm = squared**0.5 * scale
         usable = self._sharded.loss_scale.update(norm, loss_sum_value)  # fp16 overflows now and then
-        applied = self._apply(learning_rate, step, norm, scale, limit)
-        waited = sums.gradient_seconds + self._replace_parameters()
+        with named_range("update"):
+            applied = self._apply(learning_rate, step, norm, scale, limit)
+        with named_range("exchange"):
+            waited = sums.gradient_seconds + self._replace_parameters()
         self._adapters.add()
         # A stage that has done its passes waits for the others in the first sum over all stages.
         idle = self._pipeline.waited + sums.stage_seconds if self._model_shard.stage.count > 1 else 0.0
@@ -127,9 +131,9 @@ class Trainable(Inference):
         def compute(number: int, batch: Batch, x: torch.Tensor | None) -> torch.Tensor:
             nonlocal loss_sum
             x = self._forward.features(batch) if x is None else x
-            output, self._carry[number] = self._losses(
-                x, *self._forward.tensors(batch), self._carry_into(number, batch), True
-            )
+            tensors = self._forward.tensors(batch)
+            with named_range("forward"):
+                output, self._carry[number] = self._losses(x, *tensors, self._carry_into(number, batch), True)
             if not self._model_shard.stage.last:
                 return output.float()  # activations travel in float32, as the sums of tensor ranks do
             loss_sum += output.detach().sum(dtype=torch.float64)
@@ -145,7 +149,8 @@ class Trainable(Inference):
             with self._activations.forward(bound):
                 loss = compute(number, batch, None)
             self._gradients.before_backward(number + 1 == len(micro_batches))
-            loss.backward()
+            with named_range("backward"):
+                loss.backward()
         return loss_sum
 
     def _carry_into(self, number: int, batch: Batch) -> Any:
@@ -195,6 +200,14 @@ class Trainable(Inference):
             "optimizer": sum(4 * len(flat) for flat in self._optimizer.state.values()),
             "activations": self._activations.bytes,
         }
+
+    def device(self) -> Device | None:
+        """Return the GPU that this rank computes on; None: it computes on the CPU."""
+        return gpu(self._device, self._config.train.precision)
+
+    def start_trace(self) -> Trace:
+        """Start to record what this process computes."""
+        return Trace()
 
     def traffic(self) -> dict[str, Traffic]:
         """Return the calls, bytes and seconds of this rank's collectives so far, by ``purpose/operation``."""

@@ -133,6 +133,14 @@ def test_schedulers_write_job_files(plugin: PluginUnderTest) -> None:
     fail(faults)
 
 
+@pytest.mark.provides("hvdlm_peak_flops")
+def test_the_peak_of_an_unknown_device_is_none(plugin: PluginUnderTest) -> None:
+    hook = plugins.load([plugin.name]).hook.hvdlm_peak_flops
+    for name, precision in (("no device of this name", "bf16"), ("", "fp32")):
+        if hook(name=name, precision=precision) is not None:
+            fail([f"{plugin.name}: hvdlm_peak_flops returns a peak for the device {name!r}: return None unless known."])
+
+
 @pytest.mark.provides("hvdlm_options")
 def test_options_have_defaults_types_and_help(plugin: PluginUnderTest) -> None:
     faults = []

@@ -6,7 +6,8 @@ import copy
 import json
 from collections import Counter
 from collections.abc import Iterable
-from itertools import pairwise
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from hvdlm_testing.suite import fail
 _TOKENIZER = ("vocab", "hash", "encode", "encode_prompt", "decode", "to_json")
 _SIZES = (1, 2, 3, 5)  # ranks that share the validation split
 _ROWS = 4
+_BESIDE = 8  # batches that are made in a thread and validated at once
 
 
 @pytest.fixture
@@ -114,6 +116,7 @@ def test_rows_depend_only_on_the_seed_and_their_numbers(plugin: PluginUnderTest,
     if any(shape != shapes[0] for shape in shapes):
         fail([f"{label}: rows 0 to {_ROWS - 1} have the shapes {_shapes(shapes)}: ranks need rows of one shape."])
     whole = task.rows(_ROWS, 2 * _ROWS)
+    kept = copy.deepcopy(whole)
     for bounds in ((0, 2, 4), (0, 1, 4)):
         of_ranks = [task.rows(_ROWS + first, _ROWS + last) for first, last in pairwise(bounds)]
         if not _same(_joined(of_ranks), whole):
@@ -121,6 +124,10 @@ def test_rows_depend_only_on_the_seed_and_their_numbers(plugin: PluginUnderTest,
     before = task.rows(2, 4)
     if not _same(_joined([before, task.rows(4, 6)]), _joined([before, whole.rows(0, 2)])):
         faults.append(f"{label}: batch 1 differs after batch 0 was asked for.")
+    if not _same(whole, kept):
+        faults.append(
+            f"{label}: later calls of rows change the arrays of batch 1, which is still in use: return others."
+        )
     second = _make(plugin, config)
     if second.fingerprint != task.fingerprint:
         faults.append(f"{label}: its fingerprint differs every time, so that no run could be resumed.")
@@ -195,6 +202,25 @@ def _json(tokenizer: Any) -> str | None:
         return json.dumps(tokenizer.to_json())
     except (TypeError, ValueError):
         return None
+
+
+@pytest.mark.provides("hvdlm_make_task")
+def test_rows_are_the_same_in_a_thread_beside_validation(plugin: PluginUnderTest, config: Config) -> None:
+    task, threaded = _make(plugin, config), _make(plugin, config)
+    expected = [task.rows(row, row + _ROWS) for row in range(0, _BESIDE * _ROWS, _ROWS)]
+    validation = list(islice(task.validation(0, 1), _BESIDE))
+    if not getattr(task, "rows_in_thread", True):
+        return
+    with ThreadPoolExecutor(1) as pool:
+        made = pool.submit(lambda: [threaded.rows(row, row + _ROWS) for row in range(0, _BESIDE * _ROWS, _ROWS)])
+        beside = list(islice(threaded.validation(0, 1), _BESIDE))
+    if not all(map(_same, [*expected, *validation], [*made.result(), *beside])):
+        fail(
+            [
+                f"task {plugin.name}: rows in a thread beside validation returns other batches: separate them, "
+                "or set rows_in_thread = False."
+            ]
+        )
 
 
 @pytest.mark.provides("hvdlm_make_task")
