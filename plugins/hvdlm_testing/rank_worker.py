@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-import traceback
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from hvdlm.configuration.availability import choose_backend
 from hvdlm.errors import HvdlmError, RankError
 from hvdlm.io.launcher_env import rank_for_messages
 from hvdlm_testing.checks import backends, compressors, exchanges, models, optimizers, runs, tasks
-from hvdlm_testing.checks.harness import Findings, Harness, Skip
+from hvdlm_testing.checks.harness import Findings, Harness, Skip, location
 from hvdlm_testing.launcher import RUNS, Request, Result
 from hvdlm_testing.plugin_under_test import PluginUnderTest, find
 
@@ -90,8 +89,7 @@ def _check(harness: Harness, kind: str, plugin: PluginUnderTest, member: str, ou
 
 def _text(error: Exception) -> str:
     """Return an error and where it was raised, in one line."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {' '.join(str(error).split())} ({frame.filename}:{frame.lineno})"
+    return f"{type(error).__name__}: {' '.join(str(error).split())} ({location(error)})"
 
 
 def _report(output: Path, rank: int, faults: list[str]) -> None:

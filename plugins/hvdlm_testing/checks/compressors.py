@@ -41,7 +41,7 @@ def check_compressor(harness: Harness, plugin: PluginUnderTest, member: str, fin
     )
     _check_sums(harness, config, label, bool(compressor.biased or compressor.feeds_back), findings)
     config.model.name, config.data.context = "rnn", 4  # TensorFlow unrolls the steps: few keep the graph small
-    spec = plugins.provided(plugins.load(["rnn"]), "models")["rnn"](config.model, VOCAB, config.data.context)
+    spec = plugins.find_model(plugins.load(["rnn"]), "rnn")(config.model, VOCAB, config.data.context)
     check_steps(harness, spec, config, label, findings)
 
 

@@ -37,7 +37,7 @@ def check_exchange(harness: Harness, plugin: PluginUnderTest, member: str, findi
         traits.size == size, f"exchange {plugin.name}: its traits.size is {traits.size}, there are {size} ranks."
     )
     _check_order(harness, exchange, plugin.name, findings)
-    spec = plugins.provided(plugins.load(["rnn"]), "models")["rnn"](config.model, VOCAB, CONTEXT)
+    spec = plugins.find_model(plugins.load(["rnn"]), "rnn")(config.model, VOCAB, CONTEXT)
     check_training(harness, spec, config, f"exchange {plugin.name} in {harness.framework_name}", findings)
 
 

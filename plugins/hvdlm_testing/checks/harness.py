@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -37,6 +38,12 @@ def lacking(implementation: Any, *contracts: type) -> str:
     members = [name for base in reversed(bases) for name in {**vars(base).get("__annotations__", {}), **vars(base)}]
     missing = [name for name in dict.fromkeys(members) if name[0] != "_" and not hasattr(implementation, name)]
     return ", ".join(missing)
+
+
+def location(error: Exception) -> str:
+    """Return the file and the line where an exception was raised."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{frame.filename}:{frame.lineno}"
 
 
 @dataclass

@@ -41,22 +41,14 @@ def check_model(harness: Harness, plugin: PluginUnderTest, member: str, findings
 
 def check_framework(harness: Harness, plugin: PluginUnderTest, member: str, findings: Findings) -> None:
     """Check that a framework computes the built-in models; other frameworks compute them for comparison."""
-    framework = harness.framework
-    if harness.framework_name == plugin.name:
-        findings.require(framework.name == plugin.name, f"framework {plugin.name}: its name is {framework.name!r}.")
-        findings.require(isinstance(framework.in_place, bool), f"framework {plugin.name}: in_place is not a bool.")
-        array = np.arange(6, dtype=np.float32).reshape(2, 3)
-        converted = np.asarray(framework.tensor(array.copy()))
-        findings.require(np.array_equal(converted, array), f"framework {plugin.name}: tensor() changes an array.")
-        findings.require(
-            plugin.implementation.hvdlm_make_framework(name="another") is None,
-            f"{plugin.name}: hvdlm_make_framework returns a framework for every name: return None unless it is its "
-            "own.",
-        )
-        _check_optimizers(harness, plugin, findings)
-        _check_exchanges(harness, plugin, findings)
-        findings.figures.clear()  # other frameworks compare the losses of models alone
+    own = harness.framework_name == plugin.name
+    if own:
+        _check_members(harness, plugin, findings)
     trained, refusals = trained_models(harness, plugin), refused_models(harness, plugin)
+    if own:
+        _check_optimizers(harness, plugin, trained, findings)
+        _check_exchanges(harness, plugin, trained, findings)
+        findings.figures.clear()  # other frameworks compare the losses of models alone
     for name in (name for name in _BUILT_IN if name not in refusals):
         config = harness.config()
         config.model.name = name
@@ -83,6 +75,20 @@ def check_resolved(framework: Framework, config: Config, spec: ModelSpec, world:
     findings.require(all(isinstance(text, str) and text for text in texts), f"{label} {texts}, expected texts.")
 
 
+def _check_members(harness: Harness, plugin: PluginUnderTest, findings: Findings) -> None:
+    """Check what the framework has besides ``build``, and that it is made for its own name only."""
+    framework = harness.framework
+    findings.require(framework.name == plugin.name, f"framework {plugin.name}: its name is {framework.name!r}.")
+    findings.require(isinstance(framework.in_place, bool), f"framework {plugin.name}: in_place is not a bool.")
+    array = np.arange(6, dtype=np.float32).reshape(2, 3)
+    converted = np.asarray(framework.tensor(array.copy()))
+    findings.require(np.array_equal(converted, array), f"framework {plugin.name}: tensor() changes an array.")
+    findings.require(
+        plugin.implementation.hvdlm_make_framework(name="another") is None,
+        f"{plugin.name}: hvdlm_make_framework returns a framework for every name: return None unless it is its own.",
+    )
+
+
 def _refusal(harness: Harness, plugin: PluginUnderTest, config: Config, spec: ModelSpec) -> str:
     """Return why the plugin's framework refuses a model or its optimizer; empty if it does not."""
     config = copy.deepcopy(config)
@@ -105,7 +111,7 @@ def refused_models(harness: Harness, plugin: PluginUnderTest) -> dict[str, str]:
 
 
 def _built_in() -> dict[str, ModelMaker]:
-    return {name: plugins.provided(plugins.load([name]), "models")[name] for name in _BUILT_IN}
+    return {name: plugins.find_model(plugins.load([name]), name) for name in _BUILT_IN}
 
 
 def trained_models(harness: Harness, plugin: PluginUnderTest) -> dict[str, ModelMaker]:
@@ -124,9 +130,11 @@ def trained_models(harness: Harness, plugin: PluginUnderTest) -> dict[str, Model
     return trained or plugin.members("models")
 
 
-def _check_optimizers(harness: Harness, plugin: PluginUnderTest, findings: Findings) -> None:
-    """Check every optimizer that the framework doesn't refuse."""
-    model, maker = next(iter(trained_models(harness, plugin).items()))
+def _check_optimizers(
+    harness: Harness, plugin: PluginUnderTest, trained: dict[str, ModelMaker], findings: Findings
+) -> None:
+    """Check every optimizer that the framework doesn't refuse, with the first of the models that it trains."""
+    model, maker = next(iter(trained.items()))
     for optimizer, momentum in (("adamw", 0.0), ("sgd", 0.9), ("sgd", 0.0), ("adagrad", 0.0)):
         config = harness.config()
         config.model.name, config.train.optimizer, config.train.momentum = model, optimizer, momentum
@@ -185,9 +193,11 @@ def _check_clipping(harness: Harness, spec: ModelSpec, config: Config, label: st
     )
 
 
-def _check_exchanges(harness: Harness, plugin: PluginUnderTest, findings: Findings) -> None:
+def _check_exchanges(
+    harness: Harness, plugin: PluginUnderTest, trained: dict[str, ModelMaker], findings: Findings
+) -> None:
     """Check that steps run with exchanges that keep the parameters which they are given, or shard what is updated."""
-    model, maker = next(iter(trained_models(harness, plugin).items()))
+    model, maker = next(iter(trained.items()))
     cases: tuple[tuple[str, Literal[0, 1, 2]], ...] = (("local_sgd", 0), ("all_reduce", 1), ("all_reduce", 2))
     for exchange, zero in cases:
         config = harness.config()

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import traceback
 from collections.abc import Generator, Iterator
 
 import pytest
 
+from hvdlm_testing.checks.harness import location
 from hvdlm_testing.launcher import Launches
 
 
@@ -40,6 +40,5 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
     except (pytest.fail.Exception, pytest.skip.Exception):
         raise
     except Exception as error:  # a third party's code may raise anything
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        sentence = f"{item.name}: {type(error).__name__}: {error} ({frame.filename}:{frame.lineno})"
+        sentence = f"{item.name}: {type(error).__name__}: {error} ({location(error)})"
         raise pytest.fail.Exception(sentence, pytrace=False) from None

@@ -7,7 +7,6 @@ import json
 import re
 import subprocess
 import sys
-import traceback
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from hvdlm.config import Config
 from hvdlm.configuration import schema
 from hvdlm.errors import HvdlmError, nearest
 from hvdlm.protocols.state_dict import OPTIMIZER_STATE
+from hvdlm_testing.checks.harness import location
 from hvdlm_testing.plugin_under_test import COLLECTIONS, HOOKS, PluginUnderTest, find
 from hvdlm_testing.suite import fail
 
@@ -90,10 +90,9 @@ def _fault_of_check(plugin: PluginUnderTest, manager: pluggy.PluginManager, mode
     except HvdlmError as error:
         return "" if str(error).strip() else f"{plugin.name}: hvdlm_check raises an HvdlmError without a sentence."
     except Exception as error:  # a third party's code may raise anything
-        frame = traceback.extract_tb(error.__traceback__)[-1]
         return (
-            f"{plugin.name}: hvdlm_check fails with the model {model}: {_line(error)} ({frame.filename}:{frame.lineno})"
-            ": it raises an HvdlmError to refuse settings, and nothing otherwise."
+            f"{plugin.name}: hvdlm_check fails with the model {model}: {_line(error)} ({location(error)}): "
+            "it raises an HvdlmError to refuse settings, and nothing otherwise."
         )
     return ""
 
