@@ -53,8 +53,8 @@ def check_framework(harness: Harness, plugin: PluginUnderTest, member: str, find
         config = harness.config()
         config.model.name = name
         spec = trained[name](config.model, VOCAB, CONTEXT)
-        if harness.framework_name == plugin.name:
-            check_resolved(framework, config, spec, harness.world, findings)
+        if own:
+            check_resolved(harness.framework, config, spec, harness.world, findings)
         _check(harness, spec, config, name, findings)
     if refusals:
         findings.figures.clear()  # the losses of other models are not comparable
