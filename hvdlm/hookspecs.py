@@ -132,7 +132,10 @@ def hvdlm_predict(config: Config, spec: ModelSpec, mesh: Mesh, rank: int, moment
 
 @hookspec(firstresult=True)
 def hvdlm_peak_flops(name: str, precision: str) -> float | None:
-    """Return the peak rate of a device's dense products (flop/s), from ``Device``, or None for an unknown device."""
+    """Return the peak rate of a device's dense products (flop/s), or None for an unknown device.
+
+    ``name``: ``Resolved.device``. ``precision``: fp32, tf32, bf16 or fp16.
+    """
 
 
 @hookspec

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +26,7 @@ from hvdlm_testing.checks.models import check_resolved
 from launching import SMALL, launch
 
 H100, V100 = ("NVIDIA H100 80GB HBM3", (9, 0)), ("Tesla V100-SXM2-16GB", (7, 0))
+FP32_PRODUCTS = ("fp32 products in fp32",)
 
 
 @pytest.fixture
@@ -39,7 +41,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
                 "is_available": True,
                 "device_count": 1,
                 "set_device": None,
-                "get_device_name": name,
+                "get_device_properties": SimpleNamespace(name=name, uuid="GPU-1"),
                 "get_device_capability": capability,
             }
             for function, value in stubs.items():
@@ -90,16 +92,19 @@ def multiplies_in_tf32(framework: str) -> bool:
 def test_auto_follows_what_the_gpu_can_do(framework: str, fake_gpu: Any) -> None:
     fake_gpu(framework, *H100)
     compiled = framework == "torch"  # in TensorFlow, compiled steps were not measured on GPUs
-    assert resolve(framework) == Resolved(H100[0], "bf16", compiled, ("fp32 products in TF32",))
+    resolved = resolve(framework)
+    assert resolved == Resolved(H100[0], resolved.identity, "bf16", True, compiled, ("fp32 products in TF32",))
+    assert resolved.identity  # of the GPU
     fake_gpu(framework, *V100)
-    assert resolve(framework) == Resolved(V100[0], "fp32", compiled, ("fp32 products in fp32",))
+    assert resolve(framework) == replace(resolved, device=V100[0], precision="fp32", tf32=False, notes=FP32_PRODUCTS)
 
 
 @both_frameworks
 def test_tf32_is_an_option_of_gpus(framework: str, fake_gpu: Any) -> None:
     fake_gpu(framework, *H100)
     for wanted in (False, True):
-        assert resolve(framework, tf32=wanted).notes[0] == f"fp32 products in {'TF32' if wanted else 'fp32'}"
+        resolved = resolve(framework, tf32=wanted)
+        assert resolved.notes[0] == f"fp32 products in {'TF32' if wanted else 'fp32'}" and resolved.tf32 is wanted
         assert multiplies_in_tf32(framework) is wanted
 
 
@@ -126,7 +131,7 @@ def test_a_rank_without_a_gpu_of_its_own_is_refused(framework: str, fake_gpu: An
 
 @both_frameworks
 def test_a_cpu_computes_in_fp32(framework: str) -> None:
-    assert resolve(framework) == Resolved("CPU", "fp32", False, ())
+    assert resolve(framework) == Resolved("CPU", "", "fp32", False, False, ())
     assert resolve(framework, compile=True).compile
     with pytest.raises(HvdlmError, match=r"train\.precision fp16 needs a GPU, and none is visible here"):
         resolve(framework, precision="fp16")
@@ -189,7 +194,7 @@ from hvdlm.protocols.framework import Resolved
 from hvdlm_backends.local import LocalWorld
 devices = importlib.import_module(f"hvdlm_{sys.argv.pop(1)}.devices")
 if os.environ["OMPI_COMM_WORLD_RANK"] == "1":
-    devices.resolve = lambda *_: Resolved("NVIDIA H100", "bf16")
+    devices.resolve = lambda *_: Resolved("NVIDIA H100", precision="bf16")
 sys.exit(cli.main())
 """
 

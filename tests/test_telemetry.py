@@ -15,7 +15,8 @@ from builders import ThreadRanks
 from hvdlm import plugins
 from hvdlm.config import Config
 from hvdlm.io.machine import peak_memory_bytes
-from hvdlm.protocols.types import Device, StepResult
+from hvdlm.protocols.framework import Resolved
+from hvdlm.protocols.types import StepResult
 from hvdlm.telemetry import default_plugins
 from hvdlm.telemetry.rates import Rates
 from hvdlm.training.summary import peak_tokens_per_second
@@ -282,12 +283,12 @@ def test_ranks_that_share_a_device_share_its_peak() -> None:
     def total(identities: list[str | None]) -> Any:
         def of_rank(world: Any) -> float | None:
             identity = identities[world.rank]
-            device = Device("NVIDIA H200", "bf16", identity, 0) if identity else None
+            resolved = Resolved("NVIDIA H200", identity, "bf16") if identity else Resolved()
             manager = plugins.load([])
             manager.register(Peaks())
-            trainable = SimpleNamespace(device=lambda: device)
             spec = SimpleNamespace(flops_per_token=1e9)
-            run: Any = SimpleNamespace(trainable=trainable, manager=manager, world=world, spec=spec)
+            config = SimpleNamespace(train=SimpleNamespace(precision="bf16"))
+            run: Any = SimpleNamespace(resolved=resolved, config=config, manager=manager, world=world, spec=spec)
             return peak_tokens_per_second(run)
 
         return ThreadRanks(3).run(of_rank)

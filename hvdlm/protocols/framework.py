@@ -41,14 +41,18 @@ class Resolved:
     """What a rank computes with, where options leave it to the machine.
 
     Attributes:
-        device: CPU, or the GPU's name.
+        device: CPU, or what the driver calls the GPU, such as NVIDIA H100 80GB HBM3.
+        identity: of a GPU, the same on ranks that share it, and on no others; ``""``: the host's processors.
         precision: what ``train.precision auto`` stands for on it.
+        tf32: whether products in fp32 are computed in TF32.
         compile: whether steps are compiled; False also where ``train.compile true`` is impossible.
         notes: what else is to be printed beside these, such as the reason why steps are not compiled.
     """
 
     device: str = "CPU"
+    identity: str = ""
     precision: str = "fp32"
+    tf32: bool = False
     compile: bool = False
     notes: tuple[str, ...] = ()
 

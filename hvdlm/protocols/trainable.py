@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 
 from hvdlm.protocols.inference import Inference
 from hvdlm.protocols.state_dict import StateDict
-from hvdlm.protocols.types import Batch, Device, StepResult, Traffic
+from hvdlm.protocols.types import Batch, StepResult, Traffic
 
 
 class Training(Protocol):
@@ -48,8 +48,8 @@ class Trainable(Training, Inference, StateDict, Protocol):
 
 
 @runtime_checkable
-class HasDevice(Protocol):
+class HasDeviceMemory(Protocol):
     """A Trainable that may compute on a GPU."""
 
-    def device(self) -> Device | None:
-        """Return the GPU and its memory's peak so far; None: it computes on the host's processors."""
+    def device_memory_peak(self) -> int | None:
+        """Return the most bytes of the GPU's memory that this rank's tensors took at once; None: it has no GPU."""

@@ -65,7 +65,7 @@ class StepResult:
         idle_seconds: time this rank waited for other pipeline stages' results (included in comm_seconds).
         axis_bytes: comm_bytes by mesh axis (``communication.traffic.AXIS_OF``).
         skipped: the update was not applied, because gradients were not finite or their norm was above the limit.
-        device_memory_peak: ``Device.memory_peak`` of this rank, in steps that are logged. Set by the loop.
+        device_memory_peak: ``HasDeviceMemory`` of this rank, in steps that are logged. Set by the loop.
     """
 
     loss: float
@@ -89,23 +89,6 @@ class StepResult:
     def applied(self) -> bool:
         """Whether the update was applied; in fp16 it isn't where the loss scale was too large, which is no fault."""
         return not self.skipped and math.isfinite(self.grad_norm)
-
-
-@dataclass(frozen=True)
-class Device:
-    """The GPU, or other device with memory of its own, that a rank computes on.
-
-    Attributes:
-        name: what its driver calls it, such as NVIDIA H100 80GB HBM3.
-        precision: of products of matrices: fp32, tf32, bf16 or fp16.
-        identity: the same on ranks that share the device, and on no others.
-        memory_peak: the most bytes of its memory that this rank's tensors have taken at once.
-    """
-
-    name: str
-    precision: str
-    identity: str
-    memory_peak: int
 
 
 @dataclass(frozen=True)

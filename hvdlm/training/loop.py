@@ -26,7 +26,7 @@ from hvdlm.training.run import Run
 from hvdlm.training.run_control import RunControl
 from hvdlm.training.run_folder import Status, open_folder
 from hvdlm.training.signals import Signals
-from hvdlm.training.summary import RunTotals, describe, device_of, summarise
+from hvdlm.training.summary import RunTotals, describe, device_memory_peak, summarise
 
 
 def train(run: Run, signals: Signals) -> dict[str, Any]:
@@ -127,8 +127,8 @@ def do_step(run: Run, step: int, row: int, batches: Batches, learning_rate: floa
     result.data_seconds = data_seconds
     if busy is not None:
         result.transfer_seconds = run.world.transfer_seconds() - busy  # type: ignore[operator]
-    if is_logged(step + 1, run.config.log.every, result) and (device := device_of(run)):
-        result.device_memory_peak = device.memory_peak
+    if is_logged(step + 1, run.config.log.every, result):
+        result.device_memory_peak = device_memory_peak(run)
     run.guard.add(result)
     totals.add(result, seconds)
     run.manager.hook.hvdlm_step_ended(

@@ -7,8 +7,8 @@ from typing import Any
 
 from hvdlm.parallel.mesh import AXES
 from hvdlm.planning.closed_forms import predict_costs
-from hvdlm.protocols.trainable import HasDevice
-from hvdlm.protocols.types import Device, StepResult
+from hvdlm.protocols.trainable import HasDeviceMemory
+from hvdlm.protocols.types import StepResult
 from hvdlm.telemetry.rates import Rates
 from hvdlm.training.preflight import versions
 from hvdlm.training.run import Run
@@ -39,16 +39,17 @@ def _identity(run: Run) -> dict[str, Any]:
     }
 
 
-def device_of(run: Run) -> Device | None:
-    """Return the GPU that this rank computes on, or None."""
-    return run.trainable.device() if isinstance(run.trainable, HasDevice) else None
+def device_memory_peak(run: Run) -> int | None:
+    """Return the most bytes of its GPU's memory that this rank's tensors took at once; None: it has no GPU."""
+    return run.trainable.device_memory_peak() if isinstance(run.trainable, HasDeviceMemory) else None
 
 
 def peak_tokens_per_second(run: Run) -> float | None:
     """Return what all ranks' devices together would reach at their peak rate; None: one is unknown. All ranks call."""
-    device = device_of(run)
-    peak = run.manager.hook.hvdlm_peak_flops(name=device.name, precision=device.precision) if device else None
-    peaks = dict(run.world.gather_objects([device.identity if device else "", peak]))  # ranks may share a device
+    resolved, asked = run.resolved, run.config.train.precision
+    precision = "tf32" if asked == "fp32" and resolved.tf32 else asked
+    peak = run.manager.hook.hvdlm_peak_flops(name=resolved.device, precision=precision)
+    peaks = dict(run.world.gather_objects([resolved.identity, peak]))  # ranks may share a device
     return None if None in peaks.values() else sum(peaks.values()) / run.spec.flops_per_token
 
 
@@ -102,8 +103,8 @@ def summarise(
     if predicted:
         own_costs |= {"predicted_memory": predicted.memory, "predicted_step_bytes": predicted.bytes}
     idle = totals.idle / totals.seconds if totals.seconds else 0.0
-    rates, device = totals.steady_rates, device_of(run)
-    data_share, device_peak = rates.data_share if rates.steps else 0.0, device.memory_peak if device else 0
+    rates = totals.steady_rates
+    data_share, device_peak = rates.data_share if rates.steps else 0.0, device_memory_peak(run) or 0
     own = [totals.bytes, peak_memory_bytes(), traffic, own_costs, idle, data_share, device_peak]
     rank_bytes, peaks, traffics, costs, idle_shares, data_shares, device_peaks = zip(
         *run.world.gather_objects(own), strict=True
@@ -127,7 +128,6 @@ def summarise(
         "predicted_idle_share": predicted.idle_share if predicted else None,
         "traffic": _over_ranks(traffics),
         "data_share": max(data_shares),
-        "device": device.name if device else None,
         "mfu": rates.mfu if rates.steps else None,
         "device_memory_peak": max(device_peaks) or None,
         "peak_memory_bytes": max(peaks),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from typing import Any
 
 import tensorflow as tf
@@ -47,10 +49,13 @@ def resolve(config: Config, spec: ModelSpec, world: World) -> Resolved:
     # (benchmarks/compiled_steps.py); on GPUs it was not measured.
     compiled = config.train.compile is True
     if device is None:
-        return Resolved("CPU", "fp32", compiled)
+        return Resolved(compile=compiled)
     details = tf.config.experimental.get_device_details(device)
     ampere = details.get("compute_capability", (0, 0)) >= _BF16
     # The layers of a Keras model have a precision of their own.
     precision = "bf16" if ampere and spec.kind != "own" else "fp32"
-    products = "TF32" if config.train.tf32 and ampere else "fp32"
-    return Resolved(details.get("device_name", "GPU"), precision, compiled, (f"fp32 products in {products}",))
+    tf32 = config.train.tf32 and ampere
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")  # ranks that see one GPU each number it alike
+    identity = f"{socket.gethostname()} {visible} {device.name}"
+    notes = (f"fp32 products in {'TF32' if tf32 else 'fp32'}",)
+    return Resolved(details.get("device_name", "GPU"), identity, precision, tf32, compiled, notes)

@@ -1,11 +1,9 @@
-"""Traces of steps, the ranges in them, and the GPU of this rank."""
+"""Traces of steps, and the ranges in them."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import socket
 import tempfile
 from bisect import bisect
 from collections.abc import Iterator
@@ -15,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import tensorflow as tf
-
-from hvdlm.protocols.types import Device
 
 # The first name scope of an operation in a graph. Gradients have scopes of their own.
 _SCOPE = re.compile(r"(forward|exchange|update|gradient_tape|gradients)(_\d+)?/")
@@ -83,16 +79,3 @@ def _ranges(events: list[dict[str, Any]], graphs: list[float]) -> Iterator[dict[
         operations = [event for _, event in group]
         end = max(event["ts"] + event["dur"] for event in operations)
         yield operations[0] | {"name": name, "cat": "user_annotation", "dur": end - operations[0]["ts"]}
-
-
-def gpu(precision: str) -> Device | None:
-    """Return this rank's GPU if it has one, with the precision of its products; ``precision``: ``train.precision``."""
-    devices = tf.config.get_visible_devices("GPU")
-    if not devices:
-        return None
-    name = tf.config.experimental.get_device_details(devices[0]).get("device_name", "")
-    if precision == "fp32" and tf.config.experimental.tensor_float_32_execution_enabled():
-        precision = "tf32"
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")  # ranks that see one GPU each number it alike
-    identity = f"{socket.gethostname()} {visible} {devices[0].name}"
-    return Device(name, precision, identity, tf.config.experimental.get_memory_info("GPU:0")["peak"])

@@ -20,7 +20,7 @@ from hvdlm.parallel.sharded_state import ShardedState, recurrent_entries, recurr
 from hvdlm.parallel.sharding_rules import ModelShard
 from hvdlm.protocols.exchange import Exchange
 from hvdlm.protocols.optimizer import Optimizer
-from hvdlm.protocols.types import Batch, Device, StepResult, Traffic
+from hvdlm.protocols.types import Batch, StepResult, Traffic
 from hvdlm_tensorflow.adapters import Adapters
 from hvdlm_tensorflow.counted_graph import CountedGraph
 from hvdlm_tensorflow.forward import Forward
@@ -28,7 +28,7 @@ from hvdlm_tensorflow.gradients import make_gradients
 from hvdlm_tensorflow.inference import Inference
 from hvdlm_tensorflow.memory import ActivationMemory
 from hvdlm_tensorflow.optimizers import FlatOptimizer
-from hvdlm_tensorflow.profiling import Trace, gpu, named_range
+from hvdlm_tensorflow.profiling import Trace, named_range
 
 
 class _Pass(NamedTuple):
@@ -286,9 +286,10 @@ class Trainable(Inference):
             self._config.parallel.schedule, stage.number, stage.count, count
         )
 
-    def device(self) -> Device | None:
-        """Return the GPU that this rank computes on; None: it computes on the CPU."""
-        return gpu(self._config.train.precision)
+    def device_memory_peak(self) -> int | None:
+        """Return the most bytes of the GPU's memory that this rank's tensors took at once; None: it has no GPU."""
+        visible = tf.config.get_visible_devices("GPU")
+        return tf.config.experimental.get_memory_info("GPU:0")["peak"] if visible else None
 
     def start_trace(self) -> Trace:
         """Start to record what this process computes."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 import torch
 
 from hvdlm.config import Config
@@ -43,8 +45,10 @@ def resolve(config: Config, spec: ModelSpec, world: World) -> Resolved:
     device = select(world, config)
     compiled, notes = compiler.resolve(config, spec, device)
     if device.type == "cpu":
-        return Resolved("CPU", "fp32", compiled, notes)
+        return Resolved(compile=compiled, notes=notes)
+    properties = torch.cuda.get_device_properties(device)
+    identity = str(getattr(properties, "uuid", f"{socket.gethostname()} {device.index}"))
     ampere = torch.cuda.get_device_capability(device) >= _BF16
-    products = "TF32" if config.train.tf32 and ampere else "fp32"
-    notes = (f"fp32 products in {products}", *notes)
-    return Resolved(torch.cuda.get_device_name(device), "bf16" if ampere else "fp32", compiled, notes)
+    tf32 = config.train.tf32 and ampere
+    notes = (f"fp32 products in {'TF32' if tf32 else 'fp32'}", *notes)
+    return Resolved(properties.name, identity, "bf16" if ampere else "fp32", tf32, compiled, notes)

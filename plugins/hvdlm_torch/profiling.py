@@ -1,8 +1,7 @@
-"""Traces of steps, the ranges in them, and the GPU of this rank."""
+"""Traces of steps, and the ranges in them."""
 
 from __future__ import annotations
 
-import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -10,8 +9,6 @@ from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
-
-from hvdlm.protocols.types import Device
 
 
 @contextmanager
@@ -44,14 +41,3 @@ class Trace:
             path = Path(folder) / "trace.json"
             self._profiler.export_chrome_trace(str(path))
             return path.read_text()
-
-
-def gpu(device: torch.device, precision: str) -> Device | None:
-    """Return ``device`` if it is a GPU, with the precision of its products; ``precision``: ``train.precision``."""
-    if device.type != "cuda":
-        return None
-    properties = torch.cuda.get_device_properties(device)
-    if precision == "fp32" and torch.backends.cuda.matmul.fp32_precision == "tf32":
-        precision = "tf32"
-    identity = str(getattr(properties, "uuid", f"{socket.gethostname()} {device.index}"))
-    return Device(properties.name, precision, identity, torch.cuda.max_memory_allocated(device))

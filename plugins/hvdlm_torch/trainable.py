@@ -21,14 +21,14 @@ from hvdlm.parallel.sharded_state import ShardedState, recurrent_entries, recurr
 from hvdlm.parallel.sharding_rules import ModelShard
 from hvdlm.protocols.exchange import Exchange
 from hvdlm.protocols.optimizer import Optimizer
-from hvdlm.protocols.types import Batch, Device, StepResult, Traffic
+from hvdlm.protocols.types import Batch, StepResult, Traffic
 from hvdlm_torch.adapters import Adapters
 from hvdlm_torch.forward import Forward
 from hvdlm_torch.gradients import make_gradients
 from hvdlm_torch.inference import Inference
 from hvdlm_torch.memory import ActivationMemory
 from hvdlm_torch.optimizers import FlatOptimizer
-from hvdlm_torch.profiling import Trace, gpu, named_range
+from hvdlm_torch.profiling import Trace, named_range
 
 
 class Trainable(Inference):
@@ -201,9 +201,9 @@ class Trainable(Inference):
             "activations": self._activations.bytes,
         }
 
-    def device(self) -> Device | None:
-        """Return the GPU that this rank computes on; None: it computes on the CPU."""
-        return gpu(self._device, self._config.train.precision)
+    def device_memory_peak(self) -> int | None:
+        """Return the most bytes of the GPU's memory that this rank's tensors took at once; None: it has no GPU."""
+        return torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else None
 
     def start_trace(self) -> Trace:
         """Start to record what this process computes."""
