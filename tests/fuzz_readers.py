@@ -21,7 +21,6 @@ from safetensors.numpy import save
 
 from hvdlm.checkpoints.load import open_checkpoint
 from hvdlm.checkpoints.manifest import FORMAT
-from hvdlm.checkpoints.rebuild_spec import spec_of
 from hvdlm.checkpoints.shards import to_json
 from hvdlm.config import Config, ModelConfig, TrainConfig
 from hvdlm.diagnostics.flight_recorder import CALL, FIRST, HEADER, MAGIC, RECORD
@@ -33,6 +32,7 @@ from hvdlm.training.step_guard import StepGuard
 from hvdlm_diagnosis import diagnosis
 from hvdlm_diagnosis.recorder_reader import read_files
 from hvdlm_language.gpt import make_gpt
+from hvdlm_language.rebuild_spec import spec_of
 from hvdlm_launchers.run_status import RunStatus, outcome
 from hvdlm_report import page
 from hvdlm_tasks.digits import Digits

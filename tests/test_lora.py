@@ -32,7 +32,6 @@ from builders import (
 from hvdlm import cli
 from hvdlm.checkpoints import discovery, load
 from hvdlm.checkpoints.base_weights import attach, check
-from hvdlm.checkpoints.rebuild_spec import spec_of
 from hvdlm.config import Config, LoRAConfig, ModelConfig, ParallelConfig, TrainConfig
 from hvdlm.errors import HvdlmError
 from hvdlm.models.lora import adapt
@@ -40,6 +39,7 @@ from hvdlm.parallel.mesh import make_mesh
 from hvdlm.planning.closed_forms import closed_form
 from hvdlm_backends.local import LocalWorld
 from hvdlm_language.presets import PRESETS
+from hvdlm_language.rebuild_spec import spec_of
 from launching import losses, run_python
 
 SGD = {"optimizer": "sgd", "weight_decay": 0.0, "clip": 0.0}

@@ -19,6 +19,7 @@ import numpy as np
 from hvdlm.checkpoints.manifest import read_manifest
 from hvdlm.checkpoints.shards import Reader, Stored
 from hvdlm.errors import HvdlmError
+from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.flat_layout import Shard, whole
 
 
@@ -55,6 +56,13 @@ def open_checkpoint(path: Path) -> Checkpoint:
         CheckpointError: it is missing, foreign or damaged.
     """
     return Checkpoint(path, *read_manifest(path))
+
+
+def unknown_parameter(checkpoint: Checkpoint, spec: ModelSpec) -> str | None:
+    """Return the name of a stored parameter that ``spec`` lacks; None: there is none."""
+    known = {param.name for param in spec.params}
+    stored = (name.removeprefix("parameters/") for name in sorted(checkpoint.tensors) if name.startswith("parameters/"))
+    return next((name for name in stored if name not in known), None)
 
 
 def read_state(checkpoint: Checkpoint, wanted: Mapping[str, Shard], rank: int, size: int) -> dict[str, np.ndarray]:

@@ -12,8 +12,7 @@ import numpy as np
 
 from hvdlm.checkpoints.base_weights import Base
 from hvdlm.checkpoints.base_weights import check as check_base
-from hvdlm.checkpoints.load import Checkpoint
-from hvdlm.checkpoints.rebuild_spec import unknown_parameter
+from hvdlm.checkpoints.load import Checkpoint, unknown_parameter
 from hvdlm.config import Config
 from hvdlm.errors import HvdlmError, RankError
 from hvdlm.models.spec import ModelSpec

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from hvdlm.checkpoints.load import Checkpoint
-from hvdlm.checkpoints.rebuild_spec import spec_of
 from hvdlm.checkpoints.safetensors_io import TensorInfo, open_tensors
 from hvdlm.errors import HvdlmError
 from hvdlm.io.atomic_files import replace as write_text
@@ -27,6 +26,7 @@ from hvdlm_huggingface.origin import Origin, eos_of, find
 from hvdlm_huggingface.tokenizer_files import tokenizer_files
 from hvdlm_huggingface.weights import FILE
 from hvdlm_language.gpt import GPTSettings
+from hvdlm_language.rebuild_spec import spec_of
 from hvdlm_tools.merge import MergedWeights, replace_tensors
 
 WRITTEN = {"config.json", FILE, *COPIED}

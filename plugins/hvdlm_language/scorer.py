@@ -17,7 +17,6 @@ import numpy as np
 from hvdlm import plugins
 from hvdlm.checkpoints import discovery
 from hvdlm.checkpoints.load import Checkpoint, read_state
-from hvdlm.checkpoints.rebuild_spec import spec_of
 from hvdlm.config import Config
 from hvdlm.data import tokenizers
 from hvdlm.data.tokenizer_base import Tokenizer
@@ -26,6 +25,7 @@ from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.mesh import make_mesh
 from hvdlm.protocols.trainable import Trainable
 from hvdlm_language.likelihood import sequence_logs
+from hvdlm_language.rebuild_spec import spec_of
 
 _SEPARATOR = "\n"  # stands before and after a text in the language model's corpus
 

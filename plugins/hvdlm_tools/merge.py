@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 
 from hvdlm.checkpoints.load import Checkpoint
-from hvdlm.checkpoints.rebuild_spec import spec_of
 from hvdlm.checkpoints.safetensors_io import TensorInfo, write_tensors
 from hvdlm.checkpoints.shards import key
 from hvdlm.errors import HvdlmError
@@ -17,6 +16,7 @@ from hvdlm.io import safe_files
 from hvdlm.io.atomic_files import sync_folder
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.flat_layout import whole
+from hvdlm_language.rebuild_spec import spec_of
 
 _PARAMETERS = "parameters/"
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from hvdlm import plugins
 from hvdlm.checkpoints.base_weights import attach, check
-from hvdlm.checkpoints.load import Checkpoint
+from hvdlm.checkpoints.load import Checkpoint, unknown_parameter
 from hvdlm.config import DataConfig, LoRAConfig, ModelConfig, TrainConfig
 from hvdlm.configuration.ranges import check as check_ranges
 from hvdlm.configuration.schema import instance
@@ -74,10 +74,3 @@ def require_parameters(checkpoint: Checkpoint, spec: ModelSpec) -> None:
             f"checkpoint {checkpoint.path} holds {other}, which its model {spec.kind} lacks: its manifest doesn't "
             "describe what it holds. Use another checkpoint."
         )
-
-
-def unknown_parameter(checkpoint: Checkpoint, spec: ModelSpec) -> str | None:
-    """Return the name of a stored parameter that ``spec`` lacks; None: there is none."""
-    known = {param.name for param in spec.params}
-    stored = (name.removeprefix(_PREFIX) for name in sorted(checkpoint.tensors) if name.startswith(_PREFIX))
-    return next((name for name in stored if name not in known), None)
