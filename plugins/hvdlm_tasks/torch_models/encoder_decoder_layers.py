@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from hvdlm_tasks.models import encoder_decoder_layers as layers
+from hvdlm_torch.kernels import linear, linear_joined
 from hvdlm_torch.models.base import ModelBase
 
 Parameters = Mapping[str, torch.Tensor]
@@ -30,7 +31,7 @@ class EncoderBase(ModelBase):
 
     def linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
         """Apply a linear layer to ``x`` ``[..., inputs]``; return ``[..., outputs]``."""
-        return F.linear(x, self.p[f"{name}.weight"].t(), self.p[f"{name}.bias"])
+        return linear(x, self.p[f"{name}.weight"], self.p[f"{name}.bias"])
 
     def norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
         """Apply layer normalisation to ``x`` ``[..., width]``."""
@@ -48,7 +49,9 @@ class EncoderBase(ModelBase):
 
     def keys_values(self, y: torch.Tensor, name: str) -> KeysValues:
         """Return the keys and values of ``y`` ``[rows, keys, width]``."""
-        return self._heads(self.linear(y, f"{name}.key")), self._heads(self.linear(y, f"{name}.value"))
+        names = (f"{name}.key", f"{name}.value")
+        products = linear_joined(y, *([self.p[f"{n}.{kind}"] for n in names] for kind in ("weight", "bias")))
+        return self._heads(products[0]), self._heads(products[1])
 
     def attend(self, x: torch.Tensor, kv: KeysValues, mask: torch.Tensor | None, name: str) -> torch.Tensor:
         """Attend from ``x`` ``[rows, time, width]`` to keys where ``mask``, bool ``[rows, 1, time, keys]``, is true."""

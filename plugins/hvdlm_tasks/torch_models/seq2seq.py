@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from hvdlm_tasks.torch_models.encoder_decoder_layers import EncoderBase, KeysValues, valid_positions
+from hvdlm_torch.kernels import linear_rows
 
 
 class Cache(NamedTuple):
@@ -35,7 +36,7 @@ class Seq2Seq(EncoderBase):
 
     def scores(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return logits ``[..., vocab]`` of hidden states ``[..., width]``."""
-        return F.linear(hidden, self.p["embed.tokens" if self.s.tie_embeddings else "head.weight"])
+        return linear_rows(hidden, self.p["embed.tokens" if self.s.tie_embeddings else "head.weight"])
 
     def read(self, x: Mapping[str, torch.Tensor]) -> Cache:
         """Encode the source; return the decoder's cache without tokens."""

@@ -6,7 +6,7 @@ parameters are cut already; only the collectives between the products show it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from hvdlm.errors import HvdlmError
 from hvdlm.parallel.sharding_rules import ModelShard
 from hvdlm_language.gpt import GPTSettings
 from hvdlm_torch.collectives import Collectives
+from hvdlm_torch.kernels import linear, linear_joined, linear_rows
 
 Layer = Mapping[str, torch.Tensor]
 # Parameters of a layer that are used between the products, where sequence parallelism cuts the positions.
@@ -81,7 +82,7 @@ class GPT:
 
     def scores(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return logits ``[..., vocab]`` of hidden states ``[..., embed]``: this rank's range of the vocabulary."""
-        return F.linear(hidden, self._head)
+        return linear_rows(hidden, self._head)
 
     def initial_carry(self, rows: int, device: torch.device) -> None:
         """Return the state at the start of a text: a Transformer carries none."""
@@ -143,7 +144,7 @@ class GPT:
         """Return the output of this rank's heads, ``[rows, time, heads * head / ranks]``."""
         rows, time, _ = h.shape
         p = self._one_kv_head(p) if self._kv_replicated else p
-        q, k, v = (_linear(h, p, f"attention.{name}") for name in ("query", "key", "value"))
+        q, k, v = _joined(h, p, ("attention.query", "attention.key", "attention.value"))
         q, k, v = (t.view(rows, time, -1, self.s.head_width).transpose(1, 2) for t in (q, k, v))
         start = cache.length if cache else 0
         if self.s.positions == "rotary":
@@ -180,10 +181,10 @@ class GPT:
 
     def _mlp(self, h: torch.Tensor, p: Layer) -> torch.Tensor:
         """Return this rank's columns of the inner layer, ``[rows, time, mlp / ranks]``."""
-        up = _linear(h, p, "mlp.up")
         if self.s.activation == "swiglu":
-            return F.silu(_linear(h, p, "mlp.gate")) * up
-        return F.gelu(up, approximate="tanh")
+            gate, up = _joined(h, p, ("mlp.gate", "mlp.up"))
+            return F.silu(gate) * up
+        return F.gelu(_linear(h, p, "mlp.up"), approximate="tanh")
 
     def _norm(self, x: torch.Tensor, p: Layer, name: str) -> torch.Tensor:
         scale, width = p[f"{name}.scale"], (self.s.width,)
@@ -200,9 +201,15 @@ def _row_parallel(x: torch.Tensor, p: Layer, name: str, c: Collectives, label: s
     if c.size == 1:
         return _linear(x, p, name)
     # The bias is added after the sum, which would count it once per rank.
-    product, bias = c.leave(F.linear(x, p[f"{name}.weight"].t()), label), p.get(f"{name}.bias")
+    product, bias = c.leave(linear(x, p[f"{name}.weight"]), label), p.get(f"{name}.bias")
     return product if bias is None else product + bias
 
 
 def _linear(x: torch.Tensor, p: Layer, name: str) -> torch.Tensor:
-    return F.linear(x, p[f"{name}.weight"].t(), p.get(f"{name}.bias"))
+    return linear(x, p[f"{name}.weight"], p.get(f"{name}.bias"))
+
+
+def _joined(x: torch.Tensor, p: Layer, names: Sequence[str]) -> Sequence[torch.Tensor]:
+    """Return the products of ``x`` and several weights, each as ``_linear`` computes it."""
+    biases = [p[f"{name}.bias"] for name in names if f"{name}.bias" in p]
+    return linear_joined(x, [p[f"{name}.weight"] for name in names], biases)

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from hvdlm.parallel.sharding_rules import ModelShard
 from hvdlm_language.rnn import RNNSettings
 from hvdlm_torch.collectives import Collectives
+from hvdlm_torch.kernels import linear_rows
 
 Carry = list[tuple[torch.Tensor, ...]]  # of every layer: h, and c of an LSTM, each [rows, hidden / ranks]
 _LAYERS = {"rnn": torch.rnn_tanh, "gru": torch.gru, "lstm": torch.lstm}
@@ -61,7 +62,7 @@ class RNN:
 
     def scores(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return logits ``[..., vocab]`` of hidden states ``[..., embed]``: this rank's range of the vocabulary."""
-        return F.linear(hidden, self._head, self._p["head.bias"])
+        return linear_rows(hidden, self._head, self._p["head.bias"])
 
     def initial_carry(self, rows: int, device: torch.device) -> Carry:
         """Return the state at the start of a text: zeros."""
