@@ -51,8 +51,9 @@ def _keep_freed_memory() -> None:
     0.8 million parameters. TensorFlow reuses its memory by itself.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
-    for parameter, value in _KEEP.items() if mallopt else ():
-        mallopt(parameter, value)
+    if mallopt is not None:
+        for parameter, value in _KEEP.items():
+            mallopt(parameter, value)
 
 
 def resolve(config: Config, spec: ModelSpec, world: World) -> Resolved:

@@ -12,7 +12,7 @@ from hvdlm.parallel.axis_groups import Axes
 from hvdlm.parallel.sharding_rules import ModelShard
 from hvdlm.protocols.types import Batch
 from hvdlm_torch.collectives import Collectives
-from hvdlm_torch.losses import ctc
+from hvdlm_torch.losses import chunked_cross_entropy, ctc, rows_of_chunk
 from hvdlm_torch.models import make_model
 from hvdlm_torch.pipeline import Pipeline
 
@@ -36,6 +36,7 @@ class Forward:
         self.axes = axes
         self.config = config
         self.device = device
+        self._half = _HALF_PRECISION.get(config.train.precision)
         self.collectives = Collectives(axes.tensor, model_shard)
         self.model = make_model(spec, model_shard, self.collectives)
         self.pipeline = Pipeline(model_shard, axes, config.parallel.schedule, rank, device)
@@ -56,18 +57,37 @@ class Forward:
         before; in the first stage, the batch's features.
         """
         train = self.config.train
-        half = _HALF_PRECISION.get(train.precision)
-        with torch.autocast(self.device.type, dtype=half, enabled=half is not None):
+        smoothing = train.label_smoothing if training else 0.0
+        flat = targets.flatten(), None if weights is None else weights.flatten()
+        head = self._chunked_head(targets)
+        with torch.autocast(self.device.type, dtype=self._half, enabled=self._half is not None):
             hidden, carry = self.model.hidden(inputs, x, carry, training, train.activation_checkpointing)
             if not self.model_shard.stage.last:
                 return hidden, carry
-            scores = self.model.scores(hidden)  # [rows, time, vocab / tensor ranks]
+            scores = hidden if head else self.model.scores(hidden)  # [rows, time, vocab / tensor ranks]
         # Outside of autocast and in float32: exponentials of large scores overflow in half precision.
+        if head:
+            dtype = self._half or hidden.dtype
+            return chunked_cross_entropy(
+                hidden.flatten(0, 1), head[0], head[1], flat[0], flat[1], smoothing, dtype
+            ), carry
         if self.spec.loss == "ctc":
             return ctc(scores.float(), self.model.lengths(x), targets, weights), carry
-        smoothing = train.label_smoothing if training else 0.0
-        losses = self.collectives.cross_entropy(scores.flatten(0, 1).float(), targets.flatten(), smoothing)
-        return (losses if weights is None else losses * weights.flatten()), carry
+        losses = self.collectives.cross_entropy(scores.flatten(0, 1).float(), flat[0], smoothing)
+        return (losses if flat[1] is None else losses * flat[1]), carry
+
+    def _chunked_head(self, targets: torch.Tensor) -> Any:
+        """Return the head of the model if the logits of ``targets`` are computed in chunks, else None.
+
+        They are where they are more than one chunk, but not in compiled steps, which write no logits in float32; not
+        by ranks that share a vocabulary, which would exchange figures for every chunk; and not in fp16, whose gradients
+        have to be scaled before they are rounded.
+        """
+        head: Any = getattr(self.model, "head", None)
+        plain = self._half == torch.float16 or self.collectives.size > 1 or torch.compiler.is_compiling()
+        if head is None or head[0] is None or plain:
+            return None
+        return head if targets.numel() > rows_of_chunk(len(head[0]), self.device) else None
 
     def features(self, batch: Batch) -> dict[str, torch.Tensor] | None:
         """Return what the model reads besides tokens; None where it reads tokens alone."""

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 
 _FEWEST_ROWS = 32  # of a product with oneDNN, whose calls cost 15 microseconds: with 16 rows, MKL is as fast
-_FEWEST_ROWS_JOINED = 256  # of a product with joined weights: with fewer, copying the weights costs more than it saves
+_FEWEST_ROWS_JOINED = 256  # of a product with copied weights: with fewer, copying them costs more than it saves
+_OUTPUTS_OF_GPUS = 64  # outputs of a product on a GPU are padded to a multiple: its kernels compute tiles
 
 
 def _onednn_is_faster() -> bool:
@@ -41,6 +42,9 @@ def linear_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     """Return ``x`` ``[..., inputs]`` times the transpose of ``weight`` ``[outputs, inputs]``, plus ``bias``."""
     if _by_onednn(x, weight):
         return _OneDNN.apply(x, weight, bias, True)
+    if missing := missing_outputs(x, weight):
+        bias = None if bias is None else F.pad(bias, (0, missing))
+        return F.linear(x, F.pad(_as_computed(weight), (0, 0, 0, missing)), bias)[..., :-missing]
     return F.linear(x, weight, bias)
 
 
@@ -53,10 +57,24 @@ def linear_joined(
     """
     if x.numel() < _FEWEST_ROWS_JOINED * x.shape[-1]:
         return [linear(x, w, b) for w, b in zip(weights, biases or [None] * len(weights), strict=True)]
-    if torch.is_autocast_enabled(x.device.type):  # which would join in float32, and cast in another pass
-        weights = [w.to(torch.get_autocast_dtype(x.device.type)) for w in weights]
-    product = linear(x, torch.cat(list(weights), 1), torch.cat(list(biases)) if biases else None)
+    joined_bias = torch.cat(list(biases)) if biases else None
+    if torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
+        product = linear(x, torch.cat([_as_computed(w) for w in weights], 1), joined_bias)
+    else:
+        product = _Joined.apply(x, joined_bias, *weights)
     return product.split([w.shape[1] for w in weights], -1)
+
+
+def _as_computed(weight: torch.Tensor) -> torch.Tensor:
+    """Return ``weight`` as autocast would convert it: before it is copied, which is less to copy."""
+    device = weight.device.type
+    return weight.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else weight
+
+
+def missing_outputs(x: torch.Tensor, weight: torch.Tensor) -> int:
+    """Return how many outputs a product with ``weight`` ``[outputs, inputs]`` should have more, for a GPU's kernels."""
+    padded = x.device.type == "cuda" and x.numel() >= _FEWEST_ROWS_JOINED * x.shape[-1]
+    return -len(weight) % _OUTPUTS_OF_GPUS if padded else 0
 
 
 def _by_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -92,6 +110,26 @@ class _OneDNN(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             of_bias = outputs.sum(0)
         return of_x, of_weight, of_bias, None
+
+
+class _Joined(torch.autograd.Function):
+    """A product with joined weights ``[inputs, outputs]``, which are joined again for the backward pass, not kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, *weights: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, *weights)
+        return linear(x, torch.cat(weights, 1), bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
+        x, *weights = ctx.saved_tensors
+        of_x = linear_rows(gradient, torch.cat(weights, 1)) if ctx.needs_input_grad[0] else None
+        outputs = gradient.reshape(-1, gradient.shape[-1])
+        of_bias = outputs.sum(0) if ctx.needs_input_grad[1] else None
+        if not any(ctx.needs_input_grad[2:]):
+            return of_x, of_bias, *(None for _ in weights)
+        of_weights = linear(x.reshape(-1, x.shape[-1]).t(), outputs)
+        return of_x, of_bias, *of_weights.split([w.shape[1] for w in weights], 1)
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -34,9 +34,15 @@ class Seq2Seq(EncoderBase):
             y, _ = self._layer(y, f"decoder.{i}", None, source, causal, mask, training)
         return self.norm(y, "final_norm")
 
+    def bind(self, parameters: Mapping[str, torch.Tensor]) -> None:
+        """Use these tensors as parameters."""
+        super().bind(parameters)
+        self._table = self.p["embed.tokens" if self.s.tie_embeddings else "head.weight"]
+        self.head = self._table, None
+
     def scores(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return logits ``[..., vocab]`` of hidden states ``[..., width]``."""
-        return linear_rows(hidden, self.p["embed.tokens" if self.s.tie_embeddings else "head.weight"])
+        return linear_rows(hidden, self._table)
 
     def read(self, x: Mapping[str, torch.Tensor]) -> Cache:
         """Encode the source; return the decoder's cache without tokens."""

@@ -13,7 +13,16 @@ from hvdlm_torch.collectives import Collectives
 
 
 class ModelBase:
-    """A language model. ``s``: its settings; ``p``: its parameters by name."""
+    """A language model.
+
+    Attributes:
+        s: its settings.
+        p: its parameters by name.
+        head: the table ``[vocab, embed]`` and bias of which ``scores`` is the product, if it is one and nothing else:
+            losses of large vocabularies are then computed in chunks.
+    """
+
+    head: tuple[torch.Tensor, torch.Tensor | None] | None = None
 
     def __init__(self, settings: Any, model_shard: ModelShard, collectives: Collectives) -> None:
         self.s = settings

@@ -42,7 +42,11 @@ class Cache:
 
 
 class GPT:
-    """A decoder-only Transformer over parameters by name."""
+    """A decoder-only Transformer over parameters by name.
+
+    Attributes:
+        head: of the last stage: the table ``[vocab, embed]`` of ``scores``, and its bias: None.
+    """
 
     def __init__(self, settings: GPTSettings, model_shard: ModelShard, collectives: Collectives) -> None:
         self.s = settings
@@ -58,7 +62,8 @@ class GPT:
         self._p = dict(parameters)
         prefixes = [f"layers.{i}." for i in self._model_shard.layers]
         self._layers = [{n[len(p) :]: t for n, t in self._p.items() if n.startswith(p)} for p in prefixes]
-        self._head: Any = self._p.get("embed.tokens" if self.s.tie_embeddings else "head.weight")
+        table: Any = self._p.get("embed.tokens" if self.s.tie_embeddings else "head.weight")
+        self.head = table, None
         # Replicated parameters of which each rank computes only a part of the gradient, without and with sequence
         # parallelism: their gradients have to be summed.
         kv = [name for name in self._layers[0] if self._kv_replicated and name.startswith(_KV)]
@@ -82,7 +87,7 @@ class GPT:
 
     def scores(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return logits ``[..., vocab]`` of hidden states ``[..., embed]``: this rank's range of the vocabulary."""
-        return linear_rows(hidden, self._head)
+        return linear_rows(hidden, *self.head)
 
     def initial_carry(self, rows: int, device: torch.device) -> None:
         """Return the state at the start of a text: a Transformer carries none."""

@@ -25,7 +25,11 @@ _LAYERS = {"rnn": torch.rnn_tanh, "gru": torch.gru, "lstm": torch.lstm}
 
 
 class RNN:
-    """A recurrent language model over parameters by name."""
+    """A recurrent language model over parameters by name.
+
+    Attributes:
+        head: of the last stage: the table ``[vocab, embed]`` of ``scores``, and its bias.
+    """
 
     def __init__(self, settings: RNNSettings, model_shard: ModelShard, collectives: Collectives) -> None:
         self.s = settings
@@ -37,7 +41,8 @@ class RNN:
     def bind(self, parameters: Mapping[str, torch.Tensor]) -> None:
         """Use these tensors as parameters."""
         self._p = dict(parameters)
-        self._head: Any = self._p.get("embed.tokens" if self.s.tie_embeddings else "head.weight")
+        table: Any = self._p.get("embed.tokens" if self.s.tie_embeddings else "head.weight")
+        self.head = table, self._p.get("head.bias")
 
     def hidden(
         self, tokens: torch.Tensor, x: torch.Tensor | None, carry: Carry, training: bool, checkpointing: bool
@@ -62,7 +67,7 @@ class RNN:
 
     def scores(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return logits ``[..., vocab]`` of hidden states ``[..., embed]``: this rank's range of the vocabulary."""
-        return linear_rows(hidden, self._head, self._p["head.bias"])
+        return linear_rows(hidden, *self.head)
 
     def initial_carry(self, rows: int, device: torch.device) -> Carry:
         """Return the state at the start of a text: zeros."""
