@@ -214,6 +214,37 @@ def test_models_and_switches_follow_the_curve_of_one_rank(
     assert_traffic_is_predicted(world, mesh, configured(mesh, model, **options), results)
 
 
+LARGE: list[tuple[tuple[int, int, int], dict[str, Any], dict[str, Any]]] = [
+    ((1, 1, 2), {**GPT, "bias": True}, {}),
+    ((1, 1, 2), LLAMA, {}),  # one key-value head that both ranks hold
+    ((1, 1, 2), GPT, {"parallel": {"sequence": True}}),
+    ((1, 2, 1), GPT, {}),  # the last stage's head is the first one's embedding
+    ((2, 1, 1), GPT, {"parallel": {"zero": 2}}),
+]
+
+
+@pytest.mark.skipif(RANKS != 2 or FRAMEWORK != "torch", reason="what PyTorch computes from thresholds on")
+@pytest.mark.parametrize("shape, model, options", LARGE)
+def test_ways_to_compute_large_batches_follow_one_rank(
+    world: World,
+    shape: tuple[int, int, int],
+    model: dict[str, Any],
+    options: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Joined weights, padded vocabularies and logits in chunks, beside one rank that has none of them."""
+    from hvdlm_torch import kernels, losses
+
+    options = {**options, "train": {**SGD, "steps": 8}}
+    reference(world, model, **options)
+    monkeypatch.setattr(kernels, "_FEWEST_ROWS_JOINED", 1)
+    monkeypatch.setattr(kernels, "ONEDNN_IS_FASTER", False)
+    for module in (kernels, losses):
+        monkeypatch.setattr(module, "missing_outputs", lambda x, weight: -len(weight) % 64)
+    monkeypatch.setitem(losses._CHUNK, "cpu", 5 * VOCAB)
+    assert_follows_one_rank(world, Mesh(*shape), model, **options)
+
+
 @pytest.mark.skipif(RANKS != 4, reason="layouts of four ranks")
 def test_memory_per_rank_shrinks_with_the_mesh(world: World) -> None:
     def held(shape: tuple[int, int, int], kind: str, zero: int = 0) -> float:
