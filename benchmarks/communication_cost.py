@@ -29,14 +29,13 @@ SHORT = {"turns": 2, "seconds": 0.3, "settle": 0.1, "warm": 2, "rounds": 2, "blo
 
 
 class Job:
-    """Ranks that train without end, each counting its steps in a file (steady_worker.py)."""
+    """Ranks that train without end, each counting its steps in a file; ``rows``: of a rank and step."""
 
-    def __init__(self, framework: str, ranks: int, rows: int, folder: Path) -> None:
+    def __init__(self, script: str, ranks: int, rows: int, folder: Path, *options: str) -> None:
         folder.mkdir()
         self._rows = rows * ranks
         self._counters = [folder / f"count-{rank}" for rank in range(ranks)]
-        options = ("--framework", framework, "--folder", str(folder), "--rows", str(self._rows))
-        worker = command("steady_worker.py", ranks, *options)
+        worker = command(script, ranks, "--folder", str(folder), "--rows", str(self._rows), *options)
         self._log = folder / "log"
         with self._log.open("w") as log:
             self._launcher = subprocess.Popen(worker, env=environment(), stdout=log, stderr=log)
@@ -65,6 +64,10 @@ class Job:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process, number)
 
+    def halt(self) -> None:
+        """Halt all ranks."""
+        self.send(signal.SIGSTOP)
+
     def end(self) -> None:
         """End all ranks, halted or not."""
         self.send(signal.SIGKILL)
@@ -92,8 +95,18 @@ def throughput(jobs: list[Job], settle: float, seconds: float) -> float:
         time.sleep(0.05)
     after, ended = sum(job.sequences() for job in jobs), time.perf_counter()
     for job in jobs:
-        job.send(signal.SIGSTOP)
+        job.halt()
     return (after - sum(before)) / (ended - began)
+
+
+def take_turns(first: list[Job], second: list[Job], turns: int, settle: float, seconds: float) -> Rounds:
+    """Return sequences per second of every pair of turns: of the jobs ``first``, of the jobs ``second``."""
+    rounds = []
+    for number in range(turns):
+        one, other = (first, second) if number % 2 else (second, first)
+        pair = throughput(one, settle, seconds), throughput(other, settle, seconds)
+        rounds.append(pair if number % 2 else pair[::-1])
+    return rounds
 
 
 def scaling(framework: str, turns: int, settle: float, seconds: float, warm: int, rows: int) -> Rounds:
@@ -101,16 +114,11 @@ def scaling(framework: str, turns: int, settle: float, seconds: float, warm: int
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         jobs = []
         for name, ranks in (("together", 2), ("alone-a", 1), ("alone-b", 1)):
-            jobs.append(Job(framework, ranks, rows, Path(folder) / name))
+            jobs.append(Job("steady_worker.py", ranks, rows, Path(folder) / name, "--framework", framework))
             stack.callback(jobs[-1].end)
             jobs[-1].wait_until_warm(warm)
-            jobs[-1].send(signal.SIGSTOP)
-        rounds = []
-        for number in range(turns):
-            first, second = (jobs[:1], jobs[1:]) if number % 2 else (jobs[1:], jobs[:1])
-            pair = throughput(first, settle, seconds), throughput(second, settle, seconds)
-            rounds.append(pair if number % 2 else pair[::-1])
-        return rounds
+            jobs[-1].halt()
+        return take_turns(jobs[:1], jobs[1:], turns, settle, seconds)
 
 
 def main() -> int:

@@ -28,6 +28,7 @@ BEGIN, END = "<!-- measured -->\n", "<!-- end -->\n"
 NAMES = [
     "loop_overhead",
     "communication_cost",
+    "cpu_speed",
     "all_reduce_cost",
     "without_horovod",
     "parallel",

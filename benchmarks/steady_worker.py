@@ -34,14 +34,21 @@ def main() -> None:
     parser.add_argument("--framework")
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--rows", type=int)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--config", type=Path, help="trains this file's model, on --text")
+    parser.add_argument("--text", type=Path)
     o = parser.parse_args()
-    config = Config(framework=o.framework)
+    config = Config()
+    if o.config:
+        config = Config.load(o.config)
+        config.data.path, config.data.cache = str(o.text), str(o.folder)
+    config.framework = o.framework
     config.log.run = str(o.folder / "run")
     config.log.overwrite = True
     config.log.progress = False
     config.train.steps = 10**7
     config.train.eval_every = 0
-    config.train.threads = 1
+    config.train.threads = o.threads
     config.train.batch_size = o.rows
     config.checkpoint.every = 0
     config.model.bias = False

@@ -23,6 +23,7 @@ RUNS = [
     ("chaos", ["torch", "--seed", "1"], 1),
     ("communication_cost", ["torch"], 2),
     ("compiled_steps", ["torch"], 1),
+    pytest.param("cpu_speed", ["--data", str(DATA)], 3, marks=needs_data),
     ("fuzz", ["yaml"], 1),
     ("fuzz", ["digits"], 1),  # without a dictionary
     ("loop_overhead", ["torch"], 1),
@@ -54,6 +55,7 @@ WORKERS = {
     "damage_worker",
     "fuzz_worker",
     "layout_worker",
+    "nanogpt_worker",
     "paired_worker",
     "prefetching_worker",
     "steady_worker",
