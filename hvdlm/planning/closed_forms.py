@@ -144,12 +144,16 @@ class _Step:
         norms = 2 * between + (2 * between if s.norm == "rmsnorm" else 0)  # their inputs; rmsnorm's products
         statistics = s.heads / t + (2 if s.norm == "rmsnorm" else 4)
         wide, narrow = norms + statistics, 2 * s.width + 2 * heads + 2 * kv + inner
+        joined = self.tokens >= 256  # products of the same input are one from so many positions on
+        if joined and s.positions == "rotary":  # its values keep the queries and keys from before their rotation
+            narrow += heads + kv
         if not self.half:
             return round(4 * self.tokens * (wide + narrow))
         # torch casts every weight, and the input of every product: 3 in the attention, 1 or 2 in the MLP.
         inward = 2 if s.activation == "swiglu" else 1
+        again = 0 if joined else 1 + inward
         weights = 2 * s.width * heads + 2 * s.width * kv + (inward + 1) * s.width * (s.mlp_width // t)
-        return round(self.tokens * (4 * wide + 2 * (narrow + (1 + inward) * s.width)) + 2 * weights)
+        return round(self.tokens * (4 * wide + 2 * (narrow + again * s.width)) + 2 * weights)
 
     def rnn_layer(self) -> int:
         """Return the bytes of a recurrent layer and micro-batch."""
