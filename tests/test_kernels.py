@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import resource
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from builders import configured_spec, single_rank_trainable, small_config, token_batch
 from hvdlm_torch import kernels
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
@@ -98,3 +101,21 @@ def test_onednn_is_left_out_where_it_is_slower(monkeypatch: pytest.MonkeyPatch) 
         assert kernels.linear_joined(random(*ROWS, INPUTS), [weight, weight])[1].dtype == torch.bfloat16
     monkeypatch.setattr(kernels, "ONEDNN_IS_FASTER", False)
     assert kernels.linear(random(*ROWS, INPUTS), weight).shape == (*ROWS, OUTPUTS)
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
+def test_steps_reuse_the_memory_of_earlier_ones() -> None:
+    config = small_config("torch", width=128)
+    config.data.context = 64
+    trainable = single_rank_trainable(configured_spec(config), config)
+    batch = token_batch(shape=(8, 64))
+
+    def train(first: int, last: int) -> int:
+        """Return the page faults of some steps."""
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for step in range(first, last):
+            trainable.train_step([batch], 1e-4, step)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    train(0, 5)
+    assert train(5, 15) < 10 * 100  # glibc's defaults: 500 to 1,000 a step
