@@ -40,12 +40,9 @@ class Habits:
     """What a framework's plugin communicates in another way than PyTorch's, whose ways are the defaults.
 
     Attributes:
-        half_activations: whether stages exchange activations in the precision of the step; else in float32, in which
-            the layers' outputs are added up.
         recomputes_all: whether activation checkpointing repeats the last collective of a layer's forward pass, too.
     """
 
-    half_activations: bool = False
     recomputes_all: bool = False
 
 
@@ -74,6 +71,7 @@ class _Step:
         self.s = spec.settings
         self.kind = spec.kind
         self.half = config.train.precision in ("bf16", "fp16")  # auto may be either: fp32, which takes more
+        self.item = 2 if self.half else 4  # bytes of an activation that is sent
         self.mesh = mesh
         self.shard: ModelShard = make_model_shard(spec, mesh, rank, config.parallel)
         self.zero = config.parallel.zero if mesh.data > 1 else 0
@@ -197,8 +195,7 @@ class _Step:
             return 0
         positions = self.tokens // self.mesh.tensor if self.sequence else self.tokens
         neighbours = (not stage.first) + (not stage.last)
-        item = 2 if self.habits.half_activations and self.half else 4
-        moved = self.count * neighbours * 2 * item * positions * self.s.width
+        moved = self.count * neighbours * 2 * self.item * positions * self.s.width
         if self.shard.tied and (stage.first or stage.last):
             names = [self.layout.slots[first].name for first, _ in self.layout.buckets]
             start, stop = self.layout.bucket_range(names.index(self.shard.tied[0]))
@@ -214,7 +211,7 @@ class _Step:
     def gpt_tensor_bytes(self) -> int:
         """With ``x`` all tokens' states: f and g sum ``x``; sharded positions scatter ``x`` and gather its shard."""
         stage, layers = self.shard.stage, len(self.shard.layers)
-        x = 4 * self.tokens * self.s.width
+        x = self.item * self.tokens * self.s.width
         both = x + x // self.mesh.tensor if self.sequence else x  # g or f, forward and backward together
         recomputed = 0
         if self.config.train.activation_checkpointing:
@@ -244,10 +241,10 @@ class _Step:
     def rnn_tensor_bytes(self) -> int:
         """Return the bytes of hidden units after every time step and their gradients, the embedding, the loss."""
         stage, layers = self.shard.stage, len(self.shard.layers)
-        state = 4 * self.rows * self.s.width
+        state = self.item * self.rows * self.s.width
         gathers = self.time + 1
         if self.config.train.activation_checkpointing:
             gathers += self.time + self.habits.recomputes_all
         total = layers * (gathers * (state // self.mesh.tensor) + self.time * state)
-        total += 2 * 4 * self.tokens * self.s.width if stage.first else 0
+        total += 2 * self.item * self.tokens * self.s.width if stage.first else 0
         return total + (3 * 4 * self.tokens if stage.last else 0)
