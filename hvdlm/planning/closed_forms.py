@@ -144,10 +144,12 @@ class _Step:
         wide, narrow = norms + statistics, 2 * s.width + 2 * heads + 2 * kv + inner
         if not self.half:
             return round(4 * self.tokens * (wide + narrow))
-        # torch casts every weight, and the input of every product: 3 in the attention, 1 or 2 in the MLP.
+        # torch casts every weight, and the input of every product: 3 in the attention, 1 or 2 in the MLP. Tensor ranks
+        # cast the input of the attention and that of the MLP once, since their gradients are sent.
         inward = 2 if s.activation == "swiglu" else 1
+        again = 1 + inward if t == 1 else 0
         weights = 2 * s.width * heads + 2 * s.width * kv + (inward + 1) * s.width * (s.mlp_width // t)
-        return round(self.tokens * (4 * wide + 2 * (narrow + (1 + inward) * s.width)) + 2 * weights)
+        return round(self.tokens * (4 * wide + 2 * (narrow + again * s.width)) + 2 * weights)
 
     def rnn_layer(self) -> int:
         """Return the bytes of a recurrent layer and micro-batch."""
