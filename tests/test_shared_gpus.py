@@ -101,5 +101,5 @@ def test_bench_gives_every_rank_its_gpu(launcher: str, backend: str, framework: 
     options = ["bench", *BENCH, "--framework", framework, "--backend", backend, "--output", str(tmp_path / "b.json")]
     done = launch(launcher, 2, ["-c", ONE_GPU, framework, *options])
     assert done.returncode == 0, done.stdout + done.stderr
-    assert {"bound 0", "bound 1"} <= {line[-7:] for line in done.stdout.splitlines()}
+    assert "bound 0" in done.stdout and "bound 1" in done.stdout
     assert (done.stdout + done.stderr).count(WARNING) == 1

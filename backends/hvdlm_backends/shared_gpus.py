@@ -1,7 +1,7 @@
 """The GPUs of a node's ranks: local ranks have them in turn, and share them where there are fewer than ranks.
 
 Ranks that share a GPU take turns on it, which is for tests of several ranks on one card. They exchange tensors through
-host memory; NCCL takes one rank per GPU, unless ranks are told to be on different nodes (``nccl.py``).
+host memory; NCCL takes one rank per GPU, unless it takes them for different nodes (``nccl.py``).
 """
 
 from __future__ import annotations
