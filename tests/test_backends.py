@@ -329,15 +329,17 @@ def test_torch_on_a_gpu_needs_a_horovod_built_with_cuda(
 ) -> None:
     """PyPI's torch detects a GPU, while Horovod is built without CUDA by default."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: visible)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2 * visible)
     monkeypatch.setattr("tensorflow.config.list_physical_devices", lambda kind: ["GPU"] * visible)
     of_torch = pkgutil.resolve_name("hvdlm_torch.horovod:GPUs")()
     of_tensorflow = pkgutil.resolve_name("hvdlm_tensorflow.horovod:GPUs")()
     hvd = SimpleNamespace(cuda_built=lambda: built, rocm_built=lambda: 0)
     refused = pytest.raises(HvdlmError, match=r"built without CUDA.*CUDA_VISIBLE_DEVICES=''")
     with refused if visible and not built else nullcontext():
-        horovod.check_gpus(hvd, "torch", of_torch, 2)  # type: ignore[arg-type]
-    horovod.check_gpus(hvd, "torch", of_torch, 1)  # type: ignore[arg-type]
-    horovod.check_gpus(hvd, "tensorflow", of_tensorflow, 2)  # type: ignore[arg-type]
+        horovod.check_gpus(hvd, "torch", of_torch, 2, 2)  # type: ignore[arg-type]
+    horovod.check_gpus(hvd, "torch", of_torch, 1, 1)  # type: ignore[arg-type]
+    horovod.check_gpus(hvd, "torch", of_torch, 3, 3)  # type: ignore[arg-type]  # which share, through host memory
+    horovod.check_gpus(hvd, "tensorflow", of_tensorflow, 2, 2)  # type: ignore[arg-type]
 
 
 def test_nccl_checks_its_first_all_reduce() -> None:

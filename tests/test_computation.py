@@ -31,15 +31,15 @@ FP32_PRODUCTS = ("fp32 products in fp32",)
 
 @pytest.fixture
 def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Return a function that shows one GPU, of a name and a compute capability, to a framework."""
+    """Return a function that shows GPUs, of a name and a compute capability, to a framework."""
 
-    def show(framework: str, name: str, capability: tuple[int, int]) -> None:
+    def show(framework: str, name: str, capability: tuple[int, int], count: int = 1) -> None:
         if framework == "torch":
             import torch
 
             stubs = {
                 "is_available": True,
-                "device_count": 1,
+                "device_count": count,
                 "set_device": None,
                 "get_device_properties": SimpleNamespace(name=name, uuid="GPU-1"),
                 "get_device_capability": capability,
@@ -50,9 +50,9 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
         else:
             import tensorflow as tf
 
-            gpu = SimpleNamespace(name="GPU:0")
+            gpus = [SimpleNamespace(name=f"GPU:{number}") for number in range(count)]
             details = {"device_name": name, "compute_capability": capability}
-            monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: [gpu])
+            monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: gpus)
             monkeypatch.setattr(tf.config, "set_visible_devices", lambda *_: None)
             experimental = tf.config.experimental
             monkeypatch.setattr(experimental, "set_memory_growth", lambda *_: None)
@@ -121,12 +121,12 @@ def test_what_is_asked_for_is_kept_on_a_gpu(framework: str, fake_gpu: Any) -> No
 
 
 @both_frameworks
-def test_a_rank_without_a_gpu_of_its_own_is_refused(framework: str, fake_gpu: Any) -> None:
-    fake_gpu(framework, *H100)
-    world = LocalWorld()
-    world.local_rank = 1
-    with pytest.raises(HvdlmError, match="no GPU for local rank 1: this node has 1"):
-        resolve(framework, world)
+def test_local_ranks_have_the_gpus_in_turn(framework: str, fake_gpu: Any) -> None:
+    fake_gpu(framework, *H100, count=2)
+    devices = importlib.import_module(f"hvdlm_{framework}.devices")
+    selected = [devices.select(LocalWorld(local_rank), small_config(framework)) for local_rank in range(4)]
+    numbers = [device.index if framework == "torch" else int(device.name[-1]) for device in selected]
+    assert numbers == [0, 1, 0, 1]
 
 
 @both_frameworks

@@ -53,6 +53,16 @@ def test_parallel_tests_pass_without_horovod(framework: str, output_folder: Path
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize("launcher, backend", [("mpirun", "mpi"), ("mpirun", "mpi4py"), ("horovodrun --gloo", "gloo")])
+def test_half_precision_is_summed_on_three_ranks(launcher: str, backend: str, framework: str) -> None:
+    """A number of ranks for which transports have other algorithms than for powers of two."""
+    tests = {"HVDLM_TEST_FRAMEWORK": framework, "HVDLM_TEST_RANKS": "3", "HVDLM_TEST_BACKEND": backend}
+    done = launch(launcher, 3, [*PYTEST, "tests/parallel/test_half_precision.py"], **tests)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
+    assert done.stdout.count("6 passed") == 3, done.stdout[-3000:]
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_every_exchange_has_the_same_curve_without_horovod(framework: str, output_folder: Path) -> None:
     without, horovod = (curves(output_folder, f"{name}-2-{framework}") for name in ("mpi4py", "mpirun"))
     assert without.keys() == horovod.keys() and len(without) >= 14

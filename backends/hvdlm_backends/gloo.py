@@ -12,13 +12,16 @@ from hvdlm.diagnostics.phases import STARTUP_SECONDS
 from hvdlm.errors import HvdlmError
 from hvdlm.io import launcher_env
 from hvdlm.protocols.framework import Framework
-from hvdlm_backends import environment, horovod, rendezvous
+from hvdlm_backends import environment, horovod, rendezvous, shared_gpus
 
 
 class GlooBackend:
-    """The backend ``gloo``."""
+    """The backend ``gloo``; ``nccl``: as that of ``nccl``, whose ranks connect through Gloo."""
 
     name = "gloo"
+
+    def __init__(self, nccl: bool = False) -> None:
+        self._nccl = nccl
 
     def launch_shape(self) -> tuple[int, int, int, int]:
         """Return the launch shape; raise HvdlmError where ``horovodrun --gloo`` didn't start the ranks."""
@@ -40,8 +43,9 @@ class GlooBackend:
         launch = launcher_env.detect()
         check = None if launch is None else partial(rendezvous.check_settings, launch.rank)
         advice = "Start all ranks with one horovodrun --gloo."
+        on_host = launch is not None and shared_gpus.select(framework, launch, self._nccl)
         hvd, sets = horovod.start(framework, groups, launch, advice, check)
-        return horovod.HorovodWorld(framework, hvd, sets)
+        return horovod.HorovodWorld(framework, hvd, sets, on_host=on_host)
 
 
 @hookimpl

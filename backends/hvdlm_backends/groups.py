@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from hvdlm.diagnostics.flight_recorder import FlightRecorder
+from hvdlm.errors import HvdlmError
 from hvdlm.protocols.group import BlockingForms, Done, Handle
 from hvdlm.protocols.types import Tensor, Traffic
 from hvdlm_backends.horovod_support import HorovodOperations
@@ -98,14 +99,28 @@ class CountedGroup(BlockingForms):
 
 
 class HorovodGroup(CountedGroup):
-    """The collectives of one process set of Horovod."""
+    """The collectives of one process set of Horovod; ``bf16``: whether this Horovod sends and sums bfloat16."""
 
     def __init__(
-        self, operations: HorovodOperations, ranks: Sequence[int], members: Any, recorder: FlightRecorder | None = None
+        self,
+        operations: HorovodOperations,
+        ranks: Sequence[int],
+        members: Any,
+        recorder: FlightRecorder | None = None,
+        bf16: bool = True,
     ) -> None:
         super().__init__(ranks, recorder)
         self._operations = operations
         self._set = members
+        self._bf16 = bf16
+
+    def _begin(self, operation: str, name: str, *tensors: Any) -> tuple[Traffic, int]:
+        if not self._bf16 and any("bfloat16" in str(tensor.dtype) for tensor in tensors):
+            raise HvdlmError(
+                f"this Horovod can't send {name} in bfloat16, which only hvdlm's build of it can: python -m hvdlm "
+                "horovod build, --train.precision fp32, or --backend mpi4py."
+            )
+        return super()._begin(operation, name, *tensors)
 
     def _start(self, operation: str, tensor: Tensor, name: str, op: str = "sum") -> Handle:
         """Start an operation without waiting for its result."""

@@ -25,20 +25,32 @@ from hvdlm_backends.messages import ArrayMessages, MPIMessages
 from hvdlm_backends.worlds import RanksWorld
 
 
+def _library(hvd: ModuleType) -> Any:
+    """Return the functions that Horovod exports; hvdlm's build (hvdlm_horovod.patches) has some more."""
+    return importlib.import_module(f"{hvd.__name__}.mpi_ops")._basics.MPI_LIB_CTYPES
+
+
 def _transfer_counter(hvd: ModuleType) -> Callable[[], float] | None:
-    """Return the counter of transfer seconds in hvdlm's build of Horovod (hvdlm_horovod.patches), None in others."""
-    library = importlib.import_module(f"{hvd.__name__}.mpi_ops")._basics.MPI_LIB_CTYPES
-    function = getattr(library, "horovod_transfer_seconds", None)
+    """Return the counter of transfer seconds in hvdlm's build of Horovod, None in others."""
+    function = getattr(_library(hvd), "horovod_transfer_seconds", None)
     if function is not None:
         function.restype = ctypes.c_double
     return function
 
 
 class HorovodWorld(RanksWorld):
-    """World of Horovod's ranks; host-side messages use mpi4py where there is MPI."""
+    """World of Horovod's ranks; host-side messages use mpi4py where there is MPI.
+
+    ``on_host``: whether tensors on GPUs travel through host memory, since ranks share GPUs.
+    """
 
     def __init__(
-        self, framework: Framework, hvd: ModuleType, sets: Mapping[tuple[int, ...], Any], communicator: Any = None
+        self,
+        framework: Framework,
+        hvd: ModuleType,
+        sets: Mapping[tuple[int, ...], Any],
+        communicator: Any = None,
+        on_host: bool = False,
     ) -> None:
         served = support(framework)
         messages = ArrayMessages(hvd, served.messages(hvd)) if communicator is None else MPIMessages(communicator)
@@ -46,9 +58,9 @@ class HorovodWorld(RanksWorld):
         self.local_rank = hvd.local_rank()
         self.local_size = hvd.local_size()
         self._hvd = hvd
-        operations = served.operations(hvd)
+        operations, bf16 = served.operations(hvd, on_host), hasattr(_library(hvd), "horovod_bfloat16")
         for ranks, process_set in {tuple(range(self.size)): hvd.global_process_set, **sets}.items():
-            self.groups[ranks] = HorovodGroup(operations, ranks, process_set, self.recorder)
+            self.groups[ranks] = HorovodGroup(operations, ranks, process_set, self.recorder, bf16)
         self._transfer_counter = _transfer_counter(hvd)
         self.transport = "gloo" if communicator is None else "mpi"
 
@@ -128,7 +140,7 @@ def start(
             f"Horovod has no {framework.name} operations here ({str(error).splitlines()[0]}): python -m hvdlm horovod "
             "build, or --backend mpi4py."
         ) from error
-    check_gpus(hvd, framework.name, gpus, size)
+    check_gpus(hvd, framework.name, gpus, size, launch.local_size if launch else 1)
     if size > 1 and os.environ.get("HOROVOD_CONTROLLER") == "gloo":
         check_gloo_address(bound_by_name=_transfer_counter(hvd) is None)
     sets = {ranks: hvd.ProcessSet(list(ranks)) for ranks in needed}
@@ -149,13 +161,15 @@ def start(
     return hvd, sets
 
 
-def check_gpus(hvd: ModuleType, framework: str, gpus: GPUs, size: int) -> None:
-    """Check that Horovod supports GPUs where the framework gives it tensors on them; a single rank sends nothing.
+def check_gpus(hvd: ModuleType, framework: str, gpus: GPUs, size: int, local_size: int) -> None:
+    """Check that Horovod supports GPUs where the framework gives it tensors on them.
+
+    A single rank sends nothing, and ranks that share GPUs send from host memory.
 
     Raises:
         HvdlmError: it doesn't, so that the first collective would fail.
     """
-    if size == 1 or hvd.cuda_built() or hvd.rocm_built() or not gpus.in_use():
+    if size == 1 or hvd.cuda_built() or hvd.rocm_built() or not gpus.in_use() or gpus.count() < local_size:
         return
     raise HvdlmError(
         f"{framework} uses a GPU, but Horovod was built without CUDA and can't exchange tensors on GPUs: "

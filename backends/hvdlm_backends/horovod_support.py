@@ -51,7 +51,7 @@ class HorovodMessages(Protocol):
 
 
 class GPUs(Protocol):
-    """The GPUs of this node as the framework sees them, for backend ``nccl``."""
+    """The GPUs of this node as the framework sees them. Local ranks have them in turn, so that some may share one."""
 
     def count(self) -> int:
         """Return how many there are; 0: none."""
@@ -60,7 +60,7 @@ class GPUs(Protocol):
         """Return whether collectives get tensors on a GPU, which Horovod has to be built for."""
 
     def bind(self, local_rank: int) -> None:
-        """Make the GPU of this local rank the current one, on which NCCL will create its communicator."""
+        """Make the GPU of this local rank the current one, on which tensors will be made."""
 
     def copy_to(self, array: np.ndarray, local_rank: int) -> Tensor:
         """Return ``array`` on the GPU of this local rank."""
@@ -71,8 +71,11 @@ class HorovodSupport(Protocol):
 
     gpus: GPUs
 
-    def operations(self, hvd: ModuleType) -> HorovodOperations:
-        """Return the collectives; ``hvd``: the module ``horovod.FRAMEWORK``."""
+    def operations(self, hvd: ModuleType, on_host: bool) -> HorovodOperations:
+        """Return the collectives; ``hvd``: the module ``horovod.FRAMEWORK``.
+
+        ``on_host``: whether they copy tensors on GPUs to host memory and back.
+        """
 
     def messages(self, hvd: ModuleType) -> HorovodMessages:
         """Return the messages between ranks; ``hvd``: the module ``horovod.FRAMEWORK``."""

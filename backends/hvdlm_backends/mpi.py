@@ -21,7 +21,7 @@ from hvdlm.io import launcher_env
 from hvdlm.io.launcher_env import Launch
 from hvdlm.protocols.framework import Framework
 from hvdlm.protocols.world import World
-from hvdlm_backends import environment, horovod
+from hvdlm_backends import environment, horovod, shared_gpus
 from hvdlm_backends.local import LocalWorld
 from hvdlm_backends.messages import MPIMessages
 
@@ -107,9 +107,12 @@ def check_settings(mpi: Any) -> None:
 
 
 class MPIBackend:
-    """The backend ``mpi``."""
+    """The backend ``mpi``; ``nccl``: as that of ``nccl``, whose ranks connect through MPI."""
 
     name = "mpi"
+
+    def __init__(self, nccl: bool = False) -> None:
+        self._nccl = nccl
 
     def launch_shape(self) -> tuple[int, int, int, int]:
         """Return the launch shape; without a launcher, that of a single process."""
@@ -128,8 +131,9 @@ class MPIBackend:
         if launch is None:  # without a launcher, MPI would start a daemon to serve a single rank
             return LocalWorld()
         mpi = start_mpi(launch, "backend mpi needs mpi4py", "make setup builds it")
+        on_host = shared_gpus.select(framework, launch, self._nccl)
         hvd, sets = horovod.start(framework, groups, launch, _ADVICE, partial(check_settings, mpi))
-        return horovod.HorovodWorld(framework, hvd, sets, mpi.COMM_WORLD.Dup())
+        return horovod.HorovodWorld(framework, hvd, sets, mpi.COMM_WORLD.Dup(), on_host)
 
 
 @hookimpl

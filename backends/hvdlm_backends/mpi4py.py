@@ -16,7 +16,7 @@ from hvdlm.errors import HvdlmError
 from hvdlm.io import launcher_env
 from hvdlm.protocols.framework import Framework
 from hvdlm.protocols.world import World
-from hvdlm_backends import environment, mpi
+from hvdlm_backends import environment, mpi, shared_gpus
 from hvdlm_backends.host_groups import HostGroup
 from hvdlm_backends.host_tensors import host_tensors
 from hvdlm_backends.lanes import Lane
@@ -110,6 +110,7 @@ class MPI4PyBackend:
                 "backend mpi4py calls MPI from several threads, and this MPI was built without support for that "
                 "(MPI_THREAD_MULTIPLE): load another MPI, or use --backend mpi."
             )
+        shared_gpus.select(framework, launch)
         return MPIWorld(module.COMM_WORLD.Dup(), launch, groups, framework)
 
 

@@ -6,6 +6,7 @@ A Horovod built with NCCL uses it for every tensor on a GPU, whatever the backen
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,14 +23,17 @@ from hvdlm_backends.gloo import GlooBackend
 from hvdlm_backends.local import LocalWorld
 from hvdlm_backends.mpi import MPIBackend
 
+SHARED_GPUS = "HVDLM_NCCL_SHARED_GPUS"
+"""Environment variable: with 1, ranks of a node may share GPUs under NCCL, each as a node of its own."""
+
 
 class NCCLBackend:
-    """The backend ``nccl``: one GPU for each local rank."""
+    """The backend ``nccl``: one GPU for each local rank, unless the environment allows ranks to share GPUs."""
 
     name = "nccl"
 
     def __init__(self) -> None:
-        self._controller = GlooBackend() if launcher_env.has_gloo_rendezvous() else MPIBackend()
+        self._controller = GlooBackend(nccl=True) if launcher_env.has_gloo_rendezvous() else MPIBackend(nccl=True)
 
     def launch_shape(self) -> tuple[int, int, int, int]:
         """Return the launch shape; see the controller's backend."""
@@ -45,13 +49,14 @@ class NCCLBackend:
         Raises:
             HvdlmError: Horovod has no NCCL, ranks would share a GPU, or the sum is wrong.
         """
-        _, size, local_rank, local_size = self.launch_shape()
+        rank, size, local_rank, local_size = self.launch_shape()
         check_build(importlib.import_module(f"horovod.{framework.name}"), framework.name)
         gpus = horovod.support(framework).gpus
         check_devices(gpus.count(), local_size)
         if size == 1:
             return LocalWorld()
-        gpus.bind(local_rank)
+        if gpus.count() < local_size:
+            os.environ["NCCL_HOSTID"] = f"hvdlm-rank-{rank}"  # NCCL takes the ranks for nodes, and uses sockets
         world = self._controller.start(framework, groups, config)
         world.transport = "nccl"
         self_check(world, gpus.copy_to(np.full(1024, world.rank + 1, np.float32), local_rank))
@@ -69,15 +74,15 @@ def check_build(hvd: Any, framework: str) -> None:
 
 
 def check_devices(count: int, local_size: int) -> None:
-    """Raise HvdlmError if ranks have no GPU of their own: NCCL hangs or fails where two share one."""
+    """Raise HvdlmError if ranks have no GPU of their own: NCCL fails where two of a node share one."""
     if count == 0:
         raise HvdlmError(
             "backend nccl: the framework finds no GPU on this node: use --backend mpi, or check nvidia-smi."
         )
-    if local_size > count:
+    if local_size > count and os.environ.get(SHARED_GPUS) != "1":
         raise HvdlmError(
             f"backend nccl: {local_size} ranks would share {count} GPU(s) on this node, and NCCL needs one for each: "
-            f"start {count} per node, or --backend mpi."
+            f"start {count} per node, or --backend mpi; for tests, {SHARED_GPUS}=1 in the environment allows it."
         )
 
 

@@ -40,12 +40,9 @@ class Habits:
     """What a framework's plugin communicates in another way than PyTorch's, whose ways are the defaults.
 
     Attributes:
-        half_activations: whether stages exchange activations in the precision of the step; else in float32, in which
-            the layers' outputs are added up.
         recomputes_all: whether activation checkpointing repeats the last collective of a layer's forward pass, too.
     """
 
-    half_activations: bool = False
     recomputes_all: bool = False
 
 
@@ -74,6 +71,7 @@ class _Step:
         self.s = spec.settings
         self.kind = spec.kind
         self.half = config.train.precision in ("bf16", "fp16")  # auto may be either: fp32, which takes more
+        self.item = 2 if self.half else 4  # bytes of an activation that is sent
         self.mesh = mesh
         self.shard: ModelShard = make_model_shard(spec, mesh, rank, config.parallel)
         self.zero = config.parallel.zero if mesh.data > 1 else 0
@@ -149,9 +147,10 @@ class _Step:
             narrow += heads + kv
         if not self.half:
             return round(4 * self.tokens * (wide + narrow))
-        # torch casts every weight, and the input of every product: 3 in the attention, 1 or 2 in the MLP.
+        # torch casts every weight, and the input of every product: 3 in the attention, 1 or 2 in the MLP. Where products
+        # are joined, and by tensor ranks, which send the input's gradient, it is cast once for all of them.
         inward = 2 if s.activation == "swiglu" else 1
-        again = 0 if joined else 1 + inward
+        again = 0 if joined or t > 1 else 1 + inward
         weights = 2 * s.width * heads + 2 * s.width * kv + (inward + 1) * s.width * (s.mlp_width // t)
         return round(self.tokens * (4 * wide + 2 * (narrow + again * s.width)) + 2 * weights)
 
@@ -201,8 +200,7 @@ class _Step:
             return 0
         positions = self.tokens // self.mesh.tensor if self.sequence else self.tokens
         neighbours = (not stage.first) + (not stage.last)
-        item = 2 if self.habits.half_activations and self.half else 4
-        moved = self.count * neighbours * 2 * item * positions * self.s.width
+        moved = self.count * neighbours * 2 * self.item * positions * self.s.width
         if self.shard.tied and (stage.first or stage.last):
             names = [self.layout.slots[first].name for first, _ in self.layout.buckets]
             start, stop = self.layout.bucket_range(names.index(self.shard.tied[0]))
@@ -218,7 +216,7 @@ class _Step:
     def gpt_tensor_bytes(self) -> int:
         """With ``x`` all tokens' states: f and g sum ``x``; sharded positions scatter ``x`` and gather its shard."""
         stage, layers = self.shard.stage, len(self.shard.layers)
-        x = 4 * self.tokens * self.s.width
+        x = self.item * self.tokens * self.s.width
         both = x + x // self.mesh.tensor if self.sequence else x  # g or f, forward and backward together
         recomputed = 0
         if self.config.train.activation_checkpointing:
@@ -248,10 +246,10 @@ class _Step:
     def rnn_tensor_bytes(self) -> int:
         """Return the bytes of hidden units after every time step and their gradients, the embedding, the loss."""
         stage, layers = self.shard.stage, len(self.shard.layers)
-        state = 4 * self.rows * self.s.width
+        state = self.item * self.rows * self.s.width
         gathers = self.time + 1
         if self.config.train.activation_checkpointing:
             gathers += self.time + self.habits.recomputes_all
         total = layers * (gathers * (state // self.mesh.tensor) + self.time * state)
-        total += 2 * 4 * self.tokens * self.s.width if stage.first else 0
+        total += 2 * self.item * self.tokens * self.s.width if stage.first else 0
         return total + (3 * 4 * self.tokens if stage.last else 0)

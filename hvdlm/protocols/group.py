@@ -60,7 +60,7 @@ class Group(AsyncGroup, Protocol):
 
     Every member calls the same operations in the same order with the same names. With one member every operation is
     the identity and no library is called. Reductions are sums, never averages: the caller knows the weights.
-    dtypes of sums: float32, float64, float16, int32, int64; of the other collectives int8, uint8 and int16 as well.
+    dtypes of sums: float32, float64, float16, bfloat16, int32, int64; of other collectives int8, uint8, int16 as well.
     A name begins with its purpose and a dot (``gradients.3``); ``traffic`` counts by ``purpose/operation``.
 
     The methods here wait for the results of the methods of ``AsyncGroup``; ``BlockingForms`` provides them.

@@ -21,22 +21,18 @@ def select(world: World, config: Config) -> Any:
     """Make the GPU of this local rank the only visible one, and set how it multiplies fp32 matrices.
 
     Returns:
-        The GPU, or None (the CPU) where no GPU is visible.
+        The GPU, which ranks share where there are fewer, or None (the CPU) where no GPU is visible.
 
     Raises:
-        HvdlmError: there are fewer GPUs than local ranks, or the precision needs a GPU.
+        HvdlmError: the precision needs a GPU.
     """
     devices = tf.config.list_physical_devices("GPU")
     if devices:
-        if world.local_rank >= len(devices):
-            raise HvdlmError(
-                f"there is no GPU for local rank {world.local_rank}: this node has {len(devices)}. "
-                "Start as many ranks per node as it has GPUs, or hide them with CUDA_VISIBLE_DEVICES=''."
-            )
-        tf.config.set_visible_devices(devices[world.local_rank], "GPU")
-        tf.config.experimental.set_memory_growth(devices[world.local_rank], True)
+        device = devices[world.local_rank % len(devices)]
+        tf.config.set_visible_devices(device, "GPU")
+        tf.config.experimental.set_memory_growth(device, True)
         tf.config.experimental.enable_tensor_float_32_execution(config.train.tf32)
-        return devices[world.local_rank]
+        return device
     if config.train.precision == "fp16":
         raise HvdlmError("train.precision fp16 needs a GPU, and none is visible here: use bf16 or fp32.")
     return None

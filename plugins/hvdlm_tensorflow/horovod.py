@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -30,12 +29,14 @@ class _Handle:
 
 
 class Operations:
-    """Implements ``HorovodOperations``."""
+    """Implements ``HorovodOperations``; ``on_host``: tensors on GPUs are copied to host memory and back."""
 
     _threads = ThreadPoolExecutor(16, "hvdlm-broadcast")
 
-    def __init__(self, hvd: ModuleType) -> None:
+    def __init__(self, hvd: ModuleType, on_host: bool) -> None:
         self._hvd = hvd
+        # TensorFlow copies the inputs of an operation to its device. None: where there is a kernel, the GPU first.
+        self._device = "CPU:0" if on_host else None
         self._reductions = {"sum": hvd.Sum, "adasum": hvd.Adasum}
         self._broadcasts: dict[tuple[str, int, int], Callable[[Any], Any]] = {}
 
@@ -43,7 +44,8 @@ class Operations:
         """Start a collective in a graph; outside of graphs, do it."""
         options = {"op": self._reductions[op]} if operation in ("all_reduce", "reduce_scatter") else {}
         call = getattr(self._hvd, operation.replace("_", ""))
-        result = call(tensor, **_options(operation, name, members), **options)
+        with tf.device(self._device):
+            result = call(tensor, **_options(operation, name, members), **options)
         result = result[0] if isinstance(result, tuple) else result  # an all-to-all returns (tensor, splits)
         if operation == "reduce_scatter" and tensor.shape[0] and tensor.shape[0] % members.size() == 0:
             # Horovod leaves the length open in a graph, and later collectives on the shard are counted by its shape.
@@ -62,19 +64,26 @@ class Operations:
         """Return the broadcast of this name as a graph of its own."""
         key = name, root, id(members)
         if key not in self._broadcasts:
-            call = partial(self._hvd.broadcast, root_rank=root, **_options("broadcast", name, members))
+            options = {"root_rank": root, **_options("broadcast", name, members)}
+
+            def call(tensor: tf.Tensor) -> tf.Tensor:
+                with tf.device(self._device):
+                    return self._hvd.broadcast(tensor, **options)
+
             self._broadcasts[key] = tf.function(call, autograph=False)
         return self._broadcasts[key]
 
     def sum_together(self, tensors: Sequence[tf.Tensor], name: str, members: Any) -> list[tf.Tensor]:
         """Return the sums, fused by Horovod."""
         options = {"op": self._hvd.Sum, **_options("all_reduce", name, members)}
-        return list(self._hvd.grouped_allreduce(list(tensors), **options))
+        with tf.device(self._device):
+            return list(self._hvd.grouped_allreduce(list(tensors), **options))
 
     def barrier(self, members: Any) -> None:
         """Wait for all members, by a sum: ``horovod.tensorflow`` has no barrier."""
         options = {**_options("all_reduce", "barrier", members), "op": self._hvd.Sum, "name": "barrier"}
-        self._hvd.allreduce(tf.zeros(1), **options).numpy()
+        with tf.device("CPU:0"):
+            self._hvd.allreduce(tf.zeros(1), **options).numpy()
 
 
 class Messages:
@@ -87,13 +96,19 @@ class Messages:
 
     def all_gather(self, array: np.ndarray, name: str) -> np.ndarray:
         """Return the concatenation of the ranks' arrays."""
-        return self._hvd.allgather(tf.constant(array), name=name).numpy()
+        with tf.device("CPU:0"):
+            return self._hvd.allgather(tf.constant(array), name=name).numpy()
 
     def start_sum(self, counts: Sequence[int], name: str) -> Callable[[], list[int]]:
         """Start a sum in the background."""
         if name not in self._sums:
             options = {"op": self._hvd.Sum, "name": name, "ignore_name_scope": True}
-            self._sums[name] = tf.function(partial(self._hvd.allreduce, **options), autograph=False)
+
+            def add(tensor: tf.Tensor) -> tf.Tensor:
+                with tf.device("CPU:0"):
+                    return self._hvd.allreduce(tensor, **options)
+
+            self._sums[name] = tf.function(add, autograph=False)
         tensor, call = tf.constant(list(counts), "int32"), self._sums[name]
         # TensorFlow returns from a graph only when its operations have finished: a thread waits for it.
         return self._thread.submit(lambda: call(tensor).numpy().tolist()).result
@@ -112,7 +127,7 @@ class GPUs:
 
     def bind(self, local_rank: int) -> None:
         """Make the local rank's GPU the only one that is visible."""
-        gpu = tf.config.list_physical_devices("GPU")[local_rank]
+        gpu = tf.config.list_physical_devices("GPU")[local_rank % self.count()]
         tf.config.set_visible_devices(gpu, "GPU")
         tf.config.experimental.set_memory_growth(gpu, True)
 
@@ -128,9 +143,9 @@ class Horovod:
     def __init__(self) -> None:
         self.gpus = GPUs()
 
-    def operations(self, hvd: ModuleType) -> Operations:
+    def operations(self, hvd: ModuleType, on_host: bool) -> Operations:
         """Return the collectives of ``hvd``."""
-        return Operations(hvd)
+        return Operations(hvd, on_host)
 
     def messages(self, hvd: ModuleType) -> Messages:
         """Return the messages over ``hvd``."""

@@ -58,9 +58,9 @@ class Pipeline(PipelineStage):
         return tf.zeros(shape, self._dtype)
 
     def packed(self, tensor: tf.Tensor) -> tf.Tensor:
-        """Return ``tensor`` in the form in which it is sent; Horovod sends bfloat16 as the integers of its bits."""
-        return tf.bitcast(tensor, tf.int16) if tensor.dtype == tf.bfloat16 else tensor
+        """Return ``tensor`` in the form in which it is sent."""
+        return tensor
 
     def unpacked(self, tensor: tf.Tensor) -> tf.Tensor:
         """Return a received tensor in the form in which it is computed with."""
-        return tf.bitcast(tensor, self._dtype) if tensor.dtype != self._dtype else tensor
+        return tensor

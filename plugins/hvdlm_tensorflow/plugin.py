@@ -78,7 +78,7 @@ def hvdlm_predict(config: Config, spec: ModelSpec, mesh: Mesh, rank: int, moment
         return None
     from hvdlm.planning.closed_forms import Habits, closed_form
 
-    habits = Habits(half_activations=True, recomputes_all=True)
+    habits = Habits(recomputes_all=True)
     return closed_form(config, spec, mesh, rank, habits, moments)
 
 

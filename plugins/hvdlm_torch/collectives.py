@@ -2,6 +2,9 @@
 
 ``enter`` and ``leave`` are f and g of Shoeybi et al. 2019, figure 3; under sequence parallelism they become g and
 g-bar of Korthikanti et al. 2022, figure 5. With one tensor rank all are the identity.
+
+Activations and their gradients are sent in the precision of the layers' products: under autocast in bf16 or fp16. A sum
+over n ranks is then rounded up to n - 1 times, by at most half a unit in the last place of a partial sum each.
 """
 
 from __future__ import annotations
@@ -23,17 +26,17 @@ class Collectives(TensorRanks):
         """Return ``x`` ``[rows, time, embed]``, the input of a column-parallel product; its gradient is summed."""
         if self.size == 1:
             return x
-        return (_GatherTime if self.sequence else _SumGradient).apply(x, self.group, f"tensor.{name}")
+        return (_GatherTime if self.sequence else _SumGradient).apply(_sent(x), self.group, f"tensor.{name}")
 
     def leave(self, x: torch.Tensor, name: str) -> torch.Tensor:
         """Return the sum over ranks of ``x`` ``[rows, time, embed]``; with ``sequence``, this rank's positions."""
         if self.size == 1:
             return x
-        return (_ScatterTime if self.sequence else _Sum).apply(x, self.group, f"tensor.{name}")
+        return (_ScatterTime if self.sequence else _Sum).apply(_sent(x), self.group, f"tensor.{name}").to(x.dtype)
 
     def join(self, x: torch.Tensor, name: str) -> torch.Tensor:
         """Return ``[rows, hidden]`` from ranks' ``x`` ``[rows, hidden / ranks]``; the gradients of it are summed."""
-        return _Join.apply(x, self.group, f"tensor.{name}")
+        return _Join.apply(_sent(x), self.group, f"tensor.{name}").to(x.dtype)
 
     def shared(self, p: Mapping[str, torch.Tensor], names: Collection[str], name: str) -> Mapping[str, torch.Tensor]:
         """Return ``p``, of whose replicated parameters ``names`` the gradients are summed, in one all-reduce."""
@@ -125,12 +128,12 @@ class _Join(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: Group, name: str) -> torch.Tensor:
         ctx.collective = group, f"{name}.backward"
-        return group.all_gather(x.t().float().contiguous(), name).t().to(x.dtype)
+        return group.all_gather(x.t().contiguous(), name).t()
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
         group, name = ctx.collective
-        return group.reduce_scatter(gradient.t().float().contiguous(), name).t().to(gradient.dtype), None, None
+        return group.reduce_scatter(gradient.t().contiguous(), name).t(), None, None
 
 
 class _SumGradients(torch.autograd.Function):
@@ -179,18 +182,23 @@ class _CrossEntropy(torch.autograd.Function):
         return of_scores, None, None
 
 
+def _sent(x: torch.Tensor) -> torch.Tensor:
+    """Return ``x`` in the precision in which it is sent: that of the layers' products under the present autocast."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
 def _sum(x: torch.Tensor, group: Group, name: str) -> torch.Tensor:
-    """Return the sum over ranks, of a copy; half precision, which Horovod can't sum, travels as float32."""
-    return group.all_reduce_async(x.to(torch.float32, copy=True).contiguous(), name).wait().to(x.dtype)
+    """Return the sum over ranks, of a copy: sums are computed in place."""
+    return group.all_reduce_async(x.clone(memory_format=torch.contiguous_format), name).wait()
 
 
 def _scatter(x: torch.Tensor, group: Group, name: str) -> torch.Tensor:
     """Return this rank's positions ``[rows, time / ranks, embed]`` of the sum of ranks' ``[rows, time, embed]``."""
-    time_first = x.transpose(0, 1).float().contiguous()  # [time, rows, embed]: collectives cut the first dimension
-    return group.reduce_scatter(time_first, name).transpose(0, 1).to(x.dtype)
+    time_first = x.transpose(0, 1).contiguous()  # [time, rows, embed]: collectives cut the first dimension
+    return group.reduce_scatter(time_first, name).transpose(0, 1)
 
 
 def _gather(x: torch.Tensor, group: Group, name: str) -> torch.Tensor:
     """Return ``[rows, time, embed]`` from ranks' positions ``[rows, time / ranks, embed]``."""
-    time_first = x.transpose(0, 1).float().contiguous()
-    return group.all_gather(time_first, name).transpose(0, 1).to(x.dtype)
+    return group.all_gather(x.transpose(0, 1).contiguous(), name).transpose(0, 1)

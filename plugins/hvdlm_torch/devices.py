@@ -23,21 +23,17 @@ def select(world: World, config: Config) -> torch.device:
     """Make the GPU of this local rank the current one, and set how it multiplies fp32 matrices.
 
     Returns:
-        The GPU, or the CPU where no GPU is visible.
+        The GPU, which ranks share where there are fewer; the CPU where no GPU is visible.
 
     Raises:
-        HvdlmError: there are fewer GPUs than local ranks, or the precision needs a GPU.
+        HvdlmError: the precision needs a GPU.
     """
     if torch.cuda.is_available():
-        if world.local_rank >= torch.cuda.device_count():
-            raise HvdlmError(
-                f"there is no GPU for local rank {world.local_rank}: this node has {torch.cuda.device_count()}. "
-                "Start as many ranks per node as it has GPUs, or hide them with CUDA_VISIBLE_DEVICES=''."
-            )
-        torch.cuda.set_device(world.local_rank)
+        number = world.local_rank % torch.cuda.device_count()
+        torch.cuda.set_device(number)
         torch.backends.cuda.matmul.allow_tf32 = config.train.tf32
         torch.backends.cudnn.allow_tf32 = config.train.tf32
-        return torch.device("cuda", world.local_rank)
+        return torch.device("cuda", number)
     if config.train.precision == "fp16":
         raise HvdlmError("train.precision fp16 needs a GPU, and none is visible here: use bf16 or fp32.")
     _keep_freed_memory()

@@ -26,6 +26,7 @@ class Forward:
         model: the layers of this rank's pipeline stage; its parameters are bound by the Trainable.
         collectives: those of its tensor group.
         pipeline: passes activations and their gradients between stages.
+        fp32_pipeline: passes activations in float32, in which texts are generated in any precision.
     """
 
     def __init__(
@@ -39,7 +40,9 @@ class Forward:
         self._half = _HALF_PRECISION.get(config.train.precision)
         self.collectives = Collectives(axes.tensor, model_shard)
         self.model = make_model(spec, model_shard, self.collectives)
-        self.pipeline = Pipeline(model_shard, axes, config.parallel.schedule, rank, device)
+        dtype, schedule = _HALF_PRECISION.get(config.train.precision, torch.float32), config.parallel.schedule
+        self.pipeline = Pipeline(model_shard, axes, schedule, rank, device, dtype)
+        self.fp32_pipeline = Pipeline(model_shard, axes, schedule, rank, device, torch.float32)
 
     def losses(
         self,

@@ -53,4 +53,6 @@ class Framework:
 
     def tensor(self, array: np.ndarray) -> torch.Tensor:
         """Return ``array`` on the current device; on a CPU, the tensor shares its memory."""
-        return torch.from_numpy(array).to("cuda" if torch.cuda.is_available() else "cpu")
+        half = array.dtype.name == "bfloat16"  # a type of ml_dtypes, of which PyTorch takes the bits
+        tensor = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16) if half else torch.from_numpy(array)
+        return tensor.to("cuda" if torch.cuda.is_available() else "cpu")

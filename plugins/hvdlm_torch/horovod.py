@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+from hvdlm.protocols.group import Handle
+
 _POLL_SECONDS = 5e-5  # shortest interval between two polls
 _POLL_FRACTION = 0.03  # of the time waited so far: the longer the wait, the rarer the polls
 
@@ -34,11 +36,29 @@ class _Handle:
         return result[0] if isinstance(result, tuple) else result  # an all-to-all returns (tensor, splits)
 
 
-class Operations:
-    """Implements ``HorovodOperations``."""
+class _FromHost:
+    """A collective in flight on a copy in host memory of ``tensor``, which is on a GPU."""
 
-    def __init__(self, hvd: ModuleType) -> None:
+    def __init__(self, handle: Handle, tensor: torch.Tensor, in_place: bool) -> None:
+        self._handle = handle
+        self._tensor = tensor
+        self._in_place = in_place
+
+    def wait(self) -> torch.Tensor:
+        """Return the result, on the GPU."""
+        result = self._handle.wait()
+        if not self._in_place:
+            return result.to(self._tensor.device)
+        with torch.no_grad():
+            return self._tensor.copy_(result)
+
+
+class Operations:
+    """Implements ``HorovodOperations``; ``on_host``: tensors on GPUs are copied to host memory and back."""
+
+    def __init__(self, hvd: ModuleType, on_host: bool) -> None:
         self._hvd = hvd
+        self._on_host = on_host
         self._sleeps = hasattr(hvd.mpi_ops.mpi_lib, "horovod_torch_wait_sleeps")
         self._reductions = {"sum": hvd.Sum, "adasum": hvd.Adasum}
         self._start = {
@@ -48,20 +68,25 @@ class Operations:
             "all_to_all": hvd.alltoall_async,
         }
 
-    def start(self, operation: str, tensor: torch.Tensor, name: str, members: Any, op: str = "sum") -> _Handle:
+    def start(self, operation: str, tensor: torch.Tensor, name: str, members: Any, op: str = "sum") -> Handle:
         """Start a collective."""
+        if self._on_host and tensor.device.type != "cpu":
+            handle = self.start(operation, tensor.detach().cpu(), name, members, op)
+            return _FromHost(handle, tensor, operation == "all_reduce")
         options = {"op": self._reductions[op]} if operation in ("all_reduce", "reduce_scatter") else {}
         handle = self._start[operation](tensor, name=name, process_set=members, **options)
         return _Handle(self._hvd, handle, self._sleeps)
 
-    def start_broadcast(self, tensor: torch.Tensor, root: int, name: str, members: Any) -> _Handle:
+    def start_broadcast(self, tensor: torch.Tensor, root: int, name: str, members: Any) -> Handle:
         """Start a broadcast."""
+        if self._on_host and tensor.device.type != "cpu":
+            return _FromHost(self.start_broadcast(tensor.detach().cpu(), root, name, members), tensor, False)
         handle = self._hvd.broadcast_async(tensor, root_rank=root, name=name, process_set=members)
         return _Handle(self._hvd, handle, self._sleeps)
 
     def broadcast(self, tensor: torch.Tensor, root: int, name: str, members: Any) -> torch.Tensor:
         """Return the root's tensor."""
-        return self._hvd.broadcast(tensor, root_rank=root, name=name, process_set=members)
+        return self.start_broadcast(tensor, root, name, members).wait()
 
     def sum_together(self, tensors: Sequence[torch.Tensor], name: str, members: Any) -> list[torch.Tensor]:
         """Return the sums, of one flat tensor: far cheaper than Horovod's fusion with its handle for each tensor."""
@@ -103,11 +128,11 @@ class GPUs:
 
     def bind(self, local_rank: int) -> None:
         """Make the local rank's GPU the current one."""
-        torch.cuda.set_device(local_rank)
+        torch.cuda.set_device(local_rank % self.count())
 
     def copy_to(self, array: np.ndarray, local_rank: int) -> torch.Tensor:
         """Return ``array`` on the local rank's GPU."""
-        return torch.from_numpy(array).cuda(local_rank)
+        return torch.from_numpy(array).cuda(local_rank % self.count())
 
 
 class Horovod:
@@ -116,9 +141,9 @@ class Horovod:
     def __init__(self) -> None:
         self.gpus = GPUs()
 
-    def operations(self, hvd: ModuleType) -> Operations:
+    def operations(self, hvd: ModuleType, on_host: bool) -> Operations:
         """Return the collectives of ``hvd``."""
-        return Operations(hvd)
+        return Operations(hvd, on_host)
 
     def messages(self, hvd: ModuleType) -> Messages:
         """Return the messages over ``hvd``."""

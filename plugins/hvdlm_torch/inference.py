@@ -32,7 +32,7 @@ class Inference:
         def compute(x: torch.Tensor | None) -> torch.Tensor:
             x = self._forward.features(batch) if x is None else x
             output, self._eval_carry = self._forward.losses(x, *self._forward.tensors(batch), self._eval_carry, False)
-            return output if self._model_shard.stage.last else output.float()
+            return output
 
         output = self._pipeline.relay(self._pipeline.shape(batch, self._spec.settings.width), compute)
         loss_sum = float(output.sum(dtype=torch.float64)) if self._model_shard.stage.last else 0.0
@@ -53,7 +53,7 @@ class Inference:
                 return hidden
             return self._forward.collectives.all_scores(self._model.scores(hidden[:, -1])).float()
 
-        scores = self._pipeline.relay((*tokens.shape, settings.width), compute)
+        scores = self._forward.fp32_pipeline.relay((*tokens.shape, settings.width), compute)
         if stage.count > 1:  # every rank continues with the same token, so that all need the last stage's scores
             if stage.last:
                 scores = scores.contiguous()

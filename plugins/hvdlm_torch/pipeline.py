@@ -17,11 +17,14 @@ Compute = Callable[[int, Batch, torch.Tensor | None], torch.Tensor]
 
 
 class Pipeline(PipelineStage):
-    """The passes of one stage."""
+    """The passes of one stage, which computes between its layers in float32 and sends activations in ``dtype``."""
 
-    def __init__(self, model_shard: ModelShard, axes: Axes, schedule: str, rank: int, device: torch.device) -> None:
+    def __init__(
+        self, model_shard: ModelShard, axes: Axes, schedule: str, rank: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
         super().__init__(model_shard, axes, schedule, rank)
         self._device = device
+        self._dtype = dtype
 
     def run(
         self, micro_batches: Sequence[Batch], width: int, compute: Compute, before_backward: Callable[[bool], None]
@@ -48,12 +51,12 @@ class Pipeline(PipelineStage):
 
     def empty(self, shape: tuple[int, ...]) -> torch.Tensor:
         """Return a tensor to receive into."""
-        return torch.empty(shape, device=self._device)
+        return torch.empty(shape, dtype=self._dtype, device=self._device)
 
     def packed(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return ``tensor`` in the form in which it is sent."""
-        return tensor.contiguous()
+        return tensor.to(self._dtype).contiguous()
 
     def unpacked(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a received tensor in the form in which it is computed with."""
-        return tensor
+        return tensor.float()

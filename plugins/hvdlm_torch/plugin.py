@@ -61,7 +61,7 @@ def hvdlm_predict(config: Config, spec: ModelSpec, mesh: Mesh, rank: int, moment
         return None
     from hvdlm.planning.closed_forms import Habits, closed_form
 
-    habits = Habits(half_activations=False, recomputes_all=False)
+    habits = Habits(recomputes_all=False)
     return closed_form(config, spec, mesh, rank, habits, moments)
 
 

@@ -135,7 +135,7 @@ class Trainable(Inference):
             with named_range("forward"):
                 output, self._carry[number] = self._losses(x, *tensors, self._carry_into(number, batch), True)
             if not self._model_shard.stage.last:
-                return output.float()  # activations travel in float32, as the sums of tensor ranks do
+                return output.float()  # the pipeline sends them in the precision of the step
             loss_sum += output.detach().sum(dtype=torch.float64)
             return output.sum() * factor
 

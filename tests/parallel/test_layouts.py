@@ -198,6 +198,46 @@ VARIANTS: list[tuple[str, tuple[int, int, int], dict[str, Any], dict[str, Any]]]
     ("rnn", (1, 1, 4), {"name": "rnn", "layers": 2, "width": 32, "tie_embeddings": True}, {"train": FEW}),
 ]
 
+LSTM = {"name": "lstm", "layers": 2, "width": 32}
+SHARING = [
+    ("tensor", (1, 1, 2), GPT, {}),
+    ("sequence", (1, 1, 2), {**GPT, "bias": True}, {"parallel": {"sequence": True}}),
+    ("pipeline", (1, 2, 1), {**GPT, "tie_embeddings": False}, {}),
+    ("lstm", (1, 1, 2), LSTM, {}),
+    ("lstm-stages", (1, 2, 1), LSTM, {}),
+]
+SHARING = SHARING if FRAMEWORK == "torch" else [SHARING[0], SHARING[2]]  # TensorFlow traces each for 10 s
+
+
+@pytest.mark.skipif(RANKS != 2, reason="two ranks show what four would")
+@pytest.mark.parametrize("name, shape, model, options", SHARING, ids=[one[0] for one in SHARING])
+def test_bf16_activations_cost_half_and_follow_one_rank(
+    world: World, name: str, shape: tuple[int, int, int], model: dict[str, Any], options: dict[str, Any]
+) -> None:
+    mesh, one, train_options = Mesh(*shape), Mesh(1, 1, 1), {"steps": 10, "precision": "bf16"}
+    single = configured(one, model, train=train_options)
+    expected = train(unsharded(single), one, 0, range(10), single)
+    config = configured(mesh, model, train=train_options, **options)
+    trainable = build(world, mesh, config)
+    results = train(trainable, mesh, world.rank, range(10), config)
+    assert [r.loss for r in results] == pytest.approx([r.loss for r in expected], abs=2e-2)
+    assert_traffic_is_predicted(world, mesh, config, results)
+    axis, whole = ("pipeline" if mesh.pipeline > 1 else "tensor"), configured(mesh, model, **options)
+    in_fp32 = _predicted(world, mesh, whole).bytes[axis]
+    # Three figures of every target and the gradients of replicated parameters stay fp32.
+    wide = 0 if axis == "pipeline" else 3 * 4 * ROWS * CONTEXT + _replicated_bytes(name, model)
+    assert results[-1].axis_bytes[axis] == (in_fp32 - wide) // 2 + wide
+    if FRAMEWORK == "torch" and model is GPT:
+        measured, planned = trainable.memory()["activations"], _predicted(world, mesh, config).memory["activations"]
+        assert measured == pytest.approx(planned, rel=0.02)
+
+
+def _replicated_bytes(name: str, model: dict[str, Any]) -> int:
+    """Return the bytes of gradients of positions, norms and biases that sequence parallelism sums in a step."""
+    width, layers = model["width"], model["layers"]
+    elements = CONTEXT * width + 2 * width + layers * (2 * 2 * width + 2 * width)
+    return 4 * elements * ROWS // 2 if name == "sequence" else 0
+
 
 # TensorFlow traces its graphs anew for every layout, which takes seconds on few cores: it runs a selection.
 SELECTED = ("llama-sequence", "stages-sequence", "stages-zero2", "recomputed", "lstm")
