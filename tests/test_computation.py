@@ -6,6 +6,7 @@ import importlib
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from builders import ThreadRanks, both_frameworks, configured_spec, edit_json, r
 from hvdlm import plugins
 from hvdlm.config import Config
 from hvdlm.configuration.parsing import parse_config
+from hvdlm.diagnostics.phases import process
 from hvdlm.errors import HvdlmError
 from hvdlm.protocols.framework import Resolved
 from hvdlm.training import preflight
@@ -140,10 +142,25 @@ def test_a_cpu_computes_in_fp32(framework: str) -> None:
 def test_torch_compiles_on_gpus_what_was_measured(fake_gpu: Any) -> None:
     fake_gpu("torch", *H100)
     assert resolve("torch", compile=None).compile and not resolve("torch", model="lstm").compile
-    config = small_config("torch")
-    config.parallel.tensor = 2
-    made = plugins.make(plugins.load(["torch"]), "framework", "torch")
-    assert not made.resolve(config, configured_spec(config), LocalWorld()).compile
+
+
+def test_watchdogs_see_when_a_step_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from hvdlm_torch import compiler
+
+    phases: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        phases.append(process.phase.name)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    before = process.phase.name
+    for size in (1, 3):
+        assert torch.equal(compiler.compiled(lambda x: x + 1)(torch.ones(size, 2)), torch.full((size, 2), 2.0))
+        assert process.phase.name == before
+    assert set(phases) == {"compiling a step"} != {before}
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])

@@ -59,10 +59,10 @@ def hvdlm_check(config: Config, spec: ModelSpec) -> None:
         raise HvdlmError(
             'framework tensorflow is not installed here: make setup FRAMEWORKS="tensorflow", or --framework torch.'
         )
-    if config.train.compile is True and config.parallel.tensor * config.parallel.pipeline > 1:
+    if config.train.compile is True and config.parallel.tensor > 1:
         raise HvdlmError(
-            "train.compile can't compile across the collectives of tensor and pipeline ranks: leave it out, or keep "
-            "parallel.tensor and parallel.pipeline at 1."
+            "train.compile: XLA can't compile the collectives of tensor ranks, which Horovod and MPI execute: leave it "
+            "out, keep parallel.tensor at 1, or use framework torch, which can."
         )
     if spec.kind == "own" and config.train.precision not in ("auto", "fp32"):
         raise HvdlmError(

@@ -1,4 +1,4 @@
-"""Whether steps are compiled: where that was measured to be faster, and where torch.compile can work.
+"""Compiled steps, and whether there are any: where they were measured to be faster, and torch.compile can work.
 
 It writes C++ for a CPU and C for a GPU, and calls a compiler of the machine for it.
 
@@ -7,15 +7,20 @@ Without a twin: TensorFlow's compiler (XLA) needs no other program.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import shutil
 import sysconfig
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from hvdlm.config import Config
+from hvdlm.diagnostics.phases import READING, process
 from hvdlm.models.spec import ModelSpec
 
 _INCLUDES = ("CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH")
@@ -24,21 +29,20 @@ _INCLUDES = ("CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH")
 def resolve(config: Config, spec: ModelSpec, device: torch.device) -> tuple[bool, tuple[str, ...]]:
     """Return whether to compile; and why not, where it was asked for or would be faster."""
     asked = config.train.compile
-    wanted = asked if isinstance(asked, bool) else is_faster(config, spec, device)
+    wanted = asked if isinstance(asked, bool) else is_faster(spec, device)
     lacking = missing(device) if wanted else ""
     return wanted and not lacking, ((f"torch.compile needs {lacking}",) if lacking else ())
 
 
-def is_faster(config: Config, spec: ModelSpec, device: torch.device) -> bool:
+def is_faster(spec: ModelSpec, device: torch.device) -> bool:
     """Return whether compiled steps of this run were measured to be faster, the time of compiling included.
 
     On an H100, bf16 steps of GPT-2 124M are 1.5 times as fast. On a CPU, GPTs of 0.8 and 10.7 million parameters gain
-    0.3% and 1%, and compiling takes as long as thousands of steps (benchmarks/compiled_steps.py). Other models, and
-    ranks that share a model, were not measured.
+    0.3% and 1%, and compiling takes as long as thousands of steps (benchmarks/compiled_steps.py). Other models were not
+    measured. Ranks that share a model compile, too: what they compute between collectives is the same, but several GPUs
+    were not measured.
     """
-    if spec.kind != "gpt" or config.parallel.tensor * config.parallel.pipeline > 1:
-        return False
-    return device.type != "cpu"
+    return spec.kind == "gpt" and device.type != "cpu"
 
 
 def missing(device: torch.device) -> str:
@@ -55,3 +59,24 @@ def missing(device: torch.device) -> str:
     if not any(folder and (Path(folder) / "Python.h").exists() for folder in folders):
         return "Python's headers (Python.h), which are not installed: CPATH may name their folder"
     return ""
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``function``, to be compiled when it is called, and again where shapes differ."""
+    _show_phase()
+    return torch.compile(function)
+
+
+@functools.cache
+def _show_phase() -> None:
+    """Have the watchdogs see when this process compiles.
+
+    Others may find their code in a cache, and then wait for this rank in a collective.
+    """
+    from torch._dynamo.callback import callback_handler
+
+    phase = ExitStack()
+    callback_handler.register_start_callback(
+        lambda _: phase.enter_context(process.during("compiling a step", patience=READING))
+    )
+    callback_handler.register_end_callback(lambda _: phase.close())

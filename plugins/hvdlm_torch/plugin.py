@@ -36,21 +36,16 @@ def hvdlm_prepare(config: Config) -> None:
 
 @hookimpl
 def hvdlm_check(config: Config, spec: ModelSpec) -> None:
-    """Check that PyTorch is installed, and what it can compile.
+    """Check that PyTorch is installed.
 
     Raises:
-        HvdlmError: it isn't, or can't.
+        HvdlmError: it isn't.
     """
     if config.framework != "torch":
         return
     if importlib.util.find_spec("torch") is None:
         raise HvdlmError(
             'framework torch is not installed here: make setup FRAMEWORKS="torch", or --framework tensorflow.'
-        )
-    if config.train.compile is True and config.parallel.tensor * config.parallel.pipeline > 1:
-        raise HvdlmError(
-            "train.compile can't compile across the collectives of tensor and pipeline ranks: leave it out, or keep "
-            "parallel.tensor and parallel.pipeline at 1."
         )
 
 
