@@ -36,16 +36,21 @@ def hvdlm_prepare(config: Config) -> None:
 
 @hookimpl
 def hvdlm_check(config: Config, spec: ModelSpec) -> None:
-    """Check that PyTorch is installed.
+    """Check that PyTorch is installed, and what it can compile.
 
     Raises:
-        HvdlmError: it isn't.
+        HvdlmError: it isn't, or can't.
     """
     if config.framework != "torch":
         return
     if importlib.util.find_spec("torch") is None:
         raise HvdlmError(
             'framework torch is not installed here: make setup FRAMEWORKS="torch", or --framework tensorflow.'
+        )
+    if config.train.compile is True and config.parallel.tensor > 1 and spec.kind == "rnn":
+        raise HvdlmError(
+            "train.compile: tensor ranks of a recurrent model communicate after every position, and compiling all "
+            "positions takes too long: leave it out, or keep parallel.tensor at 1."
         )
 
 
