@@ -23,7 +23,16 @@ from typing import Any
 
 from harness import emit, flags, make_parser, parse, report_ratio, run_worker
 
-FULL = {"models": ["4x128", "6x384", "12x512"], "layouts": ["1x1x2", "1x2x1"], "width": 256, "context": 128, "rows": 6, "threads": 1, "rounds": 15, "block": 2}
+FULL = {
+    "models": ["4x128", "6x384", "12x512"],
+    "layouts": ["1x1x2", "1x2x1"],
+    "width": 256,
+    "context": 128,
+    "rows": 6,
+    "threads": 1,
+    "rounds": 15,
+    "block": 2,
+}
 SHORT = {"models": ["1x32"], "layouts": ["1x2x1"], "width": 32, "context": 16, "rows": 2, "rounds": 2, "block": 1}
 VOCAB = 96
 

@@ -23,7 +23,7 @@ class Collectives(TensorRanks):
 
     def __init__(self, group: Group, model_shard: ModelShard, sequence: bool | None = None) -> None:
         super().__init__(group, model_shard, sequence)
-        self.group = TracedGroup(group)
+        self.group: Any = TracedGroup(group)
 
     def enter(self, x: torch.Tensor, name: str) -> torch.Tensor:
         """Return ``x`` ``[rows, time, embed]``, the input of a column-parallel product; its gradient is summed."""

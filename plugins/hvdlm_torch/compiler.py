@@ -22,6 +22,7 @@ import torch
 from hvdlm.config import Config
 from hvdlm.diagnostics.phases import READING, process
 from hvdlm.models.spec import ModelSpec
+from hvdlm_torch import operations
 
 _INCLUDES = ("CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH")
 
@@ -63,17 +64,19 @@ def missing(device: torch.device) -> str:
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return ``function``, to be compiled when it is called, and again where shapes differ."""
-    _show_phase()
+    _prepare()
     return torch.compile(function)
 
 
 @functools.cache
-def _show_phase() -> None:
-    """Have the watchdogs see when this process compiles.
+def _prepare() -> None:
+    """Keep the order of collectives, and have the watchdogs of all ranks see when this process compiles.
 
-    Others may find their code in a cache, and then wait for this rank in a collective.
+    Other ranks may find their code in a cache, and then wait for this one in a collective.
     """
     from torch._dynamo.callback import callback_handler
+
+    operations.keep_order()
 
     phase = ExitStack()
     callback_handler.register_start_callback(

@@ -12,7 +12,6 @@ import itertools
 import weakref
 
 import torch
-from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
 
 from hvdlm.protocols.group import Done, Group, Handle
 
@@ -85,5 +84,9 @@ def _(tensor: torch.Tensor, key: str, name: str, ranks: int) -> torch.Tensor:
     return tensor.new_empty((tensor.shape[0] // ranks, *tensor.shape[1:]))
 
 
-for _operation in (torch.ops.hvdlm.all_reduce, torch.ops.hvdlm.all_gather, torch.ops.hvdlm.reduce_scatter):
-    _register_effectful_op(_operation.default, _EffectType.ORDERED)
+def keep_order() -> None:
+    """Have torch.compile keep all calls of these operations, in their order; to be called before it compiles."""
+    from torch._higher_order_ops.effects import _EffectType, _register_effectful_op  # torch has no public name for it
+
+    for operation in (torch.ops.hvdlm.all_reduce, torch.ops.hvdlm.all_gather, torch.ops.hvdlm.reduce_scatter):
+        _register_effectful_op(operation.default, _EffectType.ORDERED)

@@ -127,7 +127,8 @@ class GPT:
             return x
         names = [n for n in self._p if n.startswith("final_norm.")] if c.sequence else []
         p = c.shared(self._p, names, "final")
-        if checkpointing:  # as the layers: torch.compile would recompute the last one's output, and its collective
+        if checkpointing and torch.compiler.is_compiling():
+            # As the layers: else the compiled step would recompute the last one's output, and its collective.
             return c.enter(checkpoint(self._norm, x, p, "final_norm", use_reentrant=False), "head")
         return c.enter(self._norm(x, p, "final_norm"), "head")
 
