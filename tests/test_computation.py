@@ -142,6 +142,12 @@ def test_a_cpu_computes_in_fp32(framework: str) -> None:
 def test_torch_compiles_on_gpus_what_was_measured(fake_gpu: Any) -> None:
     fake_gpu("torch", *H100)
     assert resolve("torch", compile=None).compile and not resolve("torch", model="lstm").compile
+    config = small_config("torch")
+    config.parallel.tensor = 2
+    made = plugins.make(plugins.load(["torch"]), "framework", "torch")
+    for recomputes in (False, True):  # which ranks that share a model can't
+        config.train.activation_checkpointing = recomputes
+        assert made.resolve(config, configured_spec(config), LocalWorld()).compile is not recomputes
 
 
 def test_watchdogs_see_when_a_step_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:

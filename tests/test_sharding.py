@@ -178,6 +178,7 @@ BAD = [
     (["--parallel.tensor", "4", "--model.heads", "12", "--model.width", "48", "--model.kv_heads", "6"], "kv_heads 6"),
     (["--parallel.tensor", "2", "--framework", "tensorflow", "--train.compile", "true"], "XLA can't compile"),
     (["--parallel.tensor", "2", "--model.name", "lstm", "--train.compile", "true"], "after every position"),
+    (["--parallel.tensor", "2", "--train.activation_checkpointing", "true", "--train.compile", "true"], "recompute"),
     (["--parallel.data", "2", "--parallel.zero", "1", "--communication.exchange", "diloco"], "and diloco has none"),
     (["--parallel.data", "2", "--parallel.zero", "2", "--communication.compression.algorithm", "int8"], "int8"),
 ]

@@ -23,6 +23,7 @@ from hvdlm.config import Config
 from hvdlm.diagnostics.phases import READING, process
 from hvdlm.models.spec import ModelSpec
 from hvdlm_torch import operations
+from hvdlm_torch.plugin import uncompilable
 
 _INCLUDES = ("CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH")
 
@@ -30,12 +31,12 @@ _INCLUDES = ("CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH")
 def resolve(config: Config, spec: ModelSpec, device: torch.device) -> tuple[bool, tuple[str, ...]]:
     """Return whether to compile; and why not, where it was asked for or would be faster."""
     asked = config.train.compile
-    wanted = asked if isinstance(asked, bool) else is_faster(spec, device)
+    wanted = asked if isinstance(asked, bool) else is_faster(config, spec, device)
     lacking = missing(device) if wanted else ""
     return wanted and not lacking, ((f"torch.compile needs {lacking}",) if lacking else ())
 
 
-def is_faster(spec: ModelSpec, device: torch.device) -> bool:
+def is_faster(config: Config, spec: ModelSpec, device: torch.device) -> bool:
     """Return whether compiled steps of this run were measured to be faster, the time of compiling included.
 
     On an H100, bf16 steps of GPT-2 124M are 1.5 times as fast. On a CPU, GPTs of 0.8 and 10.7 million parameters gain
@@ -43,7 +44,7 @@ def is_faster(spec: ModelSpec, device: torch.device) -> bool:
     measured. Ranks that share a model compile, too: what they compute between collectives is the same, but several GPUs
     were not measured.
     """
-    return spec.kind == "gpt" and device.type != "cpu"
+    return spec.kind == "gpt" and device.type != "cpu" and not uncompilable(config, spec)
 
 
 def missing(device: torch.device) -> str:

@@ -19,8 +19,6 @@ pytestmark = pytest.mark.skipif(
 )
 STEPS = 5
 SHALLOW = {**GPT, "layers": 1}  # tracing takes seconds a layer
-BIASES = {**GPT, "bias": True}
-RECOMPUTED = {"activation_checkpointing": True}
 Way = tuple[tuple[int, int, int], dict[str, Any], dict[str, Any]]
 WAYS: dict[str, Way] = {
     "stages": ((1, 2, 1), GPT, {}),
@@ -29,7 +27,8 @@ WAYS: dict[str, Way] = {
 if FRAMEWORK == "torch":  # XLA compiles no collectives, so that tensor ranks are refused
     WAYS["zero1"] = ((2, 1, 1), SHALLOW, {"parallel": {"zero": 1}})
     WAYS["tensor"] = ((1, 1, 2), SHALLOW, {})
-    WAYS["sequence"] = ((1, 1, 2), BIASES, {"parallel": {"sequence": True}, "train": RECOMPUTED})
+    WAYS["sequence"] = ((1, 1, 2), {**GPT, "bias": True}, {"parallel": {"sequence": True}})
+    WAYS["recomputed"] = ((1, 2, 1), GPT, {"train": {"activation_checkpointing": True}})
 
 
 @pytest.fixture

@@ -77,7 +77,7 @@ class GPT:
                 x = checkpoint(self._layer, x, number, layer, training, None, c, use_reentrant=False)
             else:
                 x = self._layer(x, number, layer, training, None, c)
-        return self._finish(x, c, checkpointing and training), carry
+        return self._finish(x, c), carry
 
     def scores(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return logits ``[..., vocab]`` of hidden states ``[..., embed]``: this rank's range of the vocabulary."""
@@ -121,16 +121,12 @@ class GPT:
             x = x + p["embed.positions"][first : first + x.shape[1]]
         return self._dropout(x, training)
 
-    def _finish(self, x: torch.Tensor, c: Collectives, checkpointing: bool = False) -> torch.Tensor:
+    def _finish(self, x: torch.Tensor, c: Collectives) -> torch.Tensor:
         """Return ``x`` through the last norm, in the last stage."""
         if not self._model_shard.stage.last:
             return x
         names = [n for n in self._p if n.startswith("final_norm.")] if c.sequence else []
-        p = c.shared(self._p, names, "final")
-        if checkpointing and torch.compiler.is_compiling():
-            # As the layers: else the compiled step would recompute the last one's output, and its collective.
-            return c.enter(checkpoint(self._norm, x, p, "final_norm", use_reentrant=False), "head")
-        return c.enter(self._norm(x, p, "final_norm"), "head")
+        return c.enter(self._norm(x, c.shared(self._p, names, "final"), "final_norm"), "head")
 
     def _layer(
         self, x: torch.Tensor, number: int, p: Layer, training: bool, cache: Cache | None, c: Collectives
