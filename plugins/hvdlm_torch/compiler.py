@@ -15,6 +15,7 @@ import sysconfig
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -63,10 +64,14 @@ def missing(device: torch.device) -> str:
     return ""
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return ``function``, to be compiled when it is called, and again where shapes differ."""
+def compiled(method: MethodType) -> Callable[..., Any]:
+    """Return ``method`` of this object, to be compiled when it is called, and again where shapes differ."""
     _prepare()
-    return torch.compile(function)
+    # Of a copy of the code, because torch compiles no code object more than 8 times: the ninth model of a process would
+    # be computed as it is.
+    code, f = method.__func__.__code__.replace(), method.__func__
+    copy = FunctionType(code, f.__globals__, f.__name__, f.__defaults__, f.__closure__)
+    return torch.compile(MethodType(copy, method.__self__))
 
 
 @functools.cache

@@ -40,8 +40,17 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
 
 
+def traced_graphs() -> int:
+    """Return how many graphs this process has traced to compile them, of a step one if nothing interrupts it."""
+    if FRAMEWORK != "torch":
+        return 0
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])
+
+
 class Recorded:
-    """The results of some steps on this rank, its collectives (operation, name, ranks, bytes), and its gradients."""
+    """The results of some steps on this rank, and its collectives: operation, name, ranks, (shape, dtype)."""
 
     def __init__(self, world: World, way: Way, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         shape, model, options = way
@@ -64,7 +73,10 @@ class Recorded:
         return begin(group, operation, name, *tensors)
 
 
-def assert_same_steps(plain: Recorded, compiled: Recorded) -> None:
+def assert_compiles_the_same(world: World, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = traced_graphs()
+    plain, compiled = (Recorded(world, WAYS[way], flag, monkeypatch) for flag in (False, True))
+    assert FRAMEWORK != "torch" or traced_graphs() == before + 1
     np.testing.assert_allclose(compiled.losses, plain.losses, rtol=0, atol=1e-5)
     np.testing.assert_allclose(compiled.norms, plain.norms, rtol=1e-4)
     assert compiled.collectives == plain.collectives and compiled.bytes == plain.bytes
@@ -75,34 +87,16 @@ def assert_same_steps(plain: Recorded, compiled: Recorded) -> None:
 def test_compiled_ranks_keep_losses_and_collectives(
     world: World, way: str, monkeypatch: pytest.MonkeyPatch, traced: None
 ) -> None:
-    import time
-
-    t = time.process_time()
-    plain, compiled = (Recorded(world, WAYS[way], flag, monkeypatch) for flag in (False, True))
-    if world.rank == 0:
-        print(way, time.process_time() - t, flush=True)
-    assert_same_steps(plain, compiled)
+    assert_compiles_the_same(world, way, monkeypatch)
 
 
 @pytest.mark.skipif(FRAMEWORK != "torch", reason="XLA has generated its code in the test above")
 def test_generated_code_keeps_losses_and_collectives(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    import time
-
-    t = time.process_time()
-    assert_same_steps(*(Recorded(world, WAYS["sequence"], flag, monkeypatch) for flag in (False, True)))
-    if world.rank == 0:
-        print("inductor", time.process_time() - t, flush=True)
+    assert_compiles_the_same(world, "sequence", monkeypatch)
 
 
 @pytest.mark.skipif(FRAMEWORK != "torch", reason="XLA compiles no tensor ranks")
-def test_compiled_tensor_ranks_draw_the_same_dropout(
-    world: World, monkeypatch: pytest.MonkeyPatch, traced: None
-) -> None:
-    import time
-
-    t = time.process_time()
+def test_compiled_tensor_ranks_draw_the_same_dropout(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = Recorded(world, ((1, 1, 2), {**SHALLOW, "dropout": 0.3}, {}), True, monkeypatch)
-    if world.rank == 0:
-        print("dropout", time.process_time() - t, flush=True)
     norms = {name: value for name, value in compiled.fingerprints.items() if "norm" in name}  # replicated parameters
     assert norms and world.gather_objects(norms) == [norms] * world.size
