@@ -185,10 +185,9 @@ class Process:
             path.with_suffix(".part").replace(path.with_suffix(".json"))
 
     def others_work(self) -> bool:
-        """Return whether another rank is seen at work, in a phase in which it does not wait itself.
+        """Return whether another rank is seen at work: in a phase, such as compiling, in which it does not wait itself.
 
-        A phase file that has not changed for several writes is that of a rank that was stopped or killed. In training,
-        any rank may wait for any other: only phases within it, such as compiling, are known to be work.
+        Ranks in training may wait; one whose file has not changed for several writes was stopped or killed.
         """
         states = [state for state, age in self._other_ranks().values() if age < 5 * _BEAT_SECONDS]
         return any(not state["waits"] and state["phase"] != TRAINING for state in states)
@@ -211,9 +210,8 @@ class Process:
         now, phase = time.monotonic(), self.phase
         lines = [f"Rank {self.rank} has been {phase.name}, for {now - phase.since:.0f} s."]
         states = self._other_ranks()
-        for rank, (state, age) in sorted(states.items())[:16]:
-            text = f"Rank {rank} (process {state['pid']} on {state['host']}): {state['phase']}"
-            text += f", for {state['seconds'] + age:.0f} s"
+        for rank, (s, age) in sorted(states.items())[:16]:
+            text = f"Rank {rank} (process {s['pid']} on {s['host']}): {s['phase']}, for {s['seconds'] + age:.0f} s"
             if age > 5 * _BEAT_SECONDS:
                 text += f"; no sign of life for {age:.0f} s: it was stopped or killed"
             lines.append(text + ".")

@@ -105,8 +105,7 @@ class Watchdog:
         if recorder is not None and not phase.waits and phase.patience <= Phase.patience:
             oldest = max(self._resumed, recorder.open_since(now))
             late = late or now - oldest > watched.timeout + watched.startup_seconds
-        # A rank that still compiles has a limit of its own.
-        return late and not (phase.name == TRAINING and watched.others_work())
+        return late and not (phase.name == TRAINING and watched.others_work())  # they have limits of their own
 
     def _another_failed(self) -> bool:
         """End this process where another rank failed before ranks were connected: it may not be able to end others."""

@@ -72,7 +72,7 @@ def uncompilable(config: Config, spec: ModelSpec) -> str:
     """Return why steps of this run can't be compiled; ``""`` where they can."""
     if config.parallel.tensor == 1:
         return ""
-    return "XLA can't compile the collectives of tensor ranks, which Horovod and MPI execute (PyTorch can those of GPTs)"
+    return "XLA can't compile the collectives of tensor ranks, which Horovod and MPI execute"
 
 
 @hookimpl
