@@ -1,12 +1,16 @@
-"""Speed of compiled steps (``train.compile true``) beside those that are not, by size of model; 1 rank, no GPU needed.
+"""Speed of compiled steps (``train.compile true``) beside those that are not, by size of model; no GPU needed.
 
     python benchmarks/compiled_steps.py [torch tensorflow] [--models 4x128 6x384] [--precision fp32] [--short]
+        [--layouts 1x1x2 1x2x1]
 
 The figure is the processor seconds of a step that is not compiled divided by those of a compiled one. With one thread,
 the default, they are the seconds of a step on a machine without other work, which slows them little. Both models live
 in one process, and train a block of steps each in turns. The details say how many seconds compiling took, and after how
 many steps it has paid off. ``train.compile auto`` follows these figures (``hvdlm_torch/compiler.py``,
 ``hvdlm_tensorflow/devices.py``).
+
+The other figures are those of two ranks that share a model, in layouts written as data x pipeline x tensor: the seconds
+of a block of steps, as both ranks wait for each other.
 """
 
 from __future__ import annotations
@@ -19,8 +23,17 @@ from typing import Any
 
 from harness import emit, flags, make_parser, parse, report_ratio, run_worker
 
-FULL = {"models": ["4x128", "6x384", "12x512"], "context": 128, "rows": 6, "threads": 1, "rounds": 15, "block": 2}
-SHORT = {"models": ["1x32"], "rows": 2, "rounds": 2, "block": 1}
+FULL = {
+    "models": ["4x128", "6x384", "12x512"],
+    "layouts": ["1x1x2", "1x2x1"],
+    "width": 256,
+    "context": 128,
+    "rows": 6,
+    "threads": 1,
+    "rounds": 15,
+    "block": 2,
+}
+SHORT = {"models": ["1x32"], "layouts": ["1x2x1"], "width": 32, "context": 16, "rows": 2, "rounds": 2, "block": 1}
 VOCAB = 96
 
 
@@ -79,6 +92,17 @@ def work(framework: str, shape: str, o: argparse.Namespace) -> None:
     emit("difference", max(abs(a - b) for a, b in zip(losses[True], losses[False], strict=False)))
 
 
+def report_layout(framework: str, layout: str, o: argparse.Namespace) -> None:
+    """Report the ratio of two ranks that share a model; XLA can't compile the collectives of tensor ranks."""
+    if framework == "tensorflow" and not layout.endswith("x1"):
+        return
+    sizes = {"width": o.width, "layers": 4, "context": o.context, "rows": 8, "micro_batches": 4, "rounds": o.rounds}
+    worker = ["--framework", framework, "--layouts", f"{layout},{layout}c", *flags(sizes)]
+    rounds = run_worker("layout_worker.py", 2, worker)["rounds"][0]
+    title = f"step as it is / compiled, {framework}, {layout} (data x pipeline x tensor), width {o.width}"
+    report_ratio(title, [(plain, compiled) for plain, compiled in rounds], None)
+
+
 def main() -> int:
     """Measure each framework and size."""
     parser = make_parser(__doc__)
@@ -88,7 +112,7 @@ def main() -> int:
     if o.work:
         work(o.frameworks[0], o.models[0], o)
         return 0
-    sizes = {name: getattr(o, name) for name in (*FULL, "precision") if name != "models"}
+    sizes = {name: getattr(o, name) for name in (*FULL, "precision") if name not in ("models", "layouts", "width")}
     for framework in o.frameworks:
         for shape in o.models:
             values = run_worker("compiled_steps.py", 1, ["--work", framework, "--models", shape, *flags(sizes)])
@@ -98,6 +122,8 @@ def main() -> int:
             details = f"compiling took {compiling:.0f} s and {paid}; losses differ by {values['difference'][0]:.1e}"
             title = f"step as it is / compiled, {framework}, {shape}, {o.precision}, {o.threads} thread(s)"
             report_ratio(title, [(plain, compiled) for compiled, plain in rounds], None, details)
+        for layout in o.layouts:
+            report_layout(framework, layout, o)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""A rank that trains the same model in several layouts, a block of steps each in turns."""
+"""A rank that trains the same model in several layouts, a block of steps each in turns; ``1x1x2c``: compiled."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from hvdlm_language.presets import PRESETS
 BLOCK = 3
 
 
-def make_config(o: argparse.Namespace, mesh: Mesh) -> Config:
+def make_config(o: argparse.Namespace, mesh: Mesh, compiled: bool = False) -> Config:
     """Return the configuration of ``mesh``; without pipeline stages, a data rank's rows are one micro-batch."""
     model = ModelConfig(layers=o.layers, width=o.width, heads=8, bias=False)
     config = Config(framework=o.framework, model=model)
     config.data.context = o.context
     config.train.batch_size = o.rows
     config.train.threads = 1
+    config.train.compile = compiled
     if mesh.pipeline > 1:
         config.train.micro_batch_size = o.rows // mesh.data // o.micro_batches
     config.parallel = ParallelConfig(*mesh.shape)
@@ -32,8 +33,8 @@ def make_config(o: argparse.Namespace, mesh: Mesh) -> Config:
 
 
 def make_mesh(shape: str) -> Mesh:
-    """Return the mesh that is written as 2x1x1: data x pipeline x tensor."""
-    return Mesh(*map(int, shape.split("x")))
+    """Return the mesh that is written as 2x1x1 or 2x1x1c: data x pipeline x tensor."""
+    return Mesh(*map(int, shape.rstrip("c").split("x")))
 
 
 class Layout:
@@ -42,7 +43,7 @@ class Layout:
     def __init__(self, world: Any, manager: Any, o: argparse.Namespace, shape: str) -> None:
         self.shape = shape
         self.mesh = make_mesh(shape)
-        self.config = make_config(o, self.mesh)
+        self.config = make_config(o, self.mesh, shape.endswith("c"))
         spec = PRESETS["gpt"](self.config.model, o.vocab, o.context)
         group = world.group(self.mesh.group("data", world.rank))
         settings: dict[str, Any] = {"compressors": {}, "index": group.ranks.index(world.rank)}

@@ -253,7 +253,7 @@ SETTINGS = {
     "thread_affinity": ("0,1", "HOROVOD_THREAD_AFFINITY", "0,1"),
     "timeline": ("timeline.json", "HOROVOD_TIMELINE", "timeline.json"),
     "stall_check": (12.0, "HOROVOD_STALL_CHECK_TIME_SECONDS", "12"),
-    "timeout": (40.0, "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", "95"),
+    "timeout": (40.0, "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", "320"),
 }
 
 

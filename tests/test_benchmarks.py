@@ -22,7 +22,7 @@ RUNS = [
     ("all_reduce_cost", ["tensorflow"], 2),
     ("chaos", ["torch", "--seed", "1"], 1),
     ("communication_cost", ["torch"], 2),
-    ("compiled_steps", ["torch"], 1),
+    ("compiled_steps", ["torch"], 2),
     pytest.param("cpu_speed", ["--data", str(DATA)], 3, marks=needs_data),
     ("fuzz", ["yaml"], 1),
     ("fuzz", ["digits"], 1),  # without a dictionary

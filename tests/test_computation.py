@@ -6,6 +6,7 @@ import importlib
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from builders import ThreadRanks, both_frameworks, configured_spec, edit_json, r
 from hvdlm import plugins
 from hvdlm.config import Config
 from hvdlm.configuration.parsing import parse_config
+from hvdlm.diagnostics.phases import process
 from hvdlm.errors import HvdlmError
 from hvdlm.protocols.framework import Resolved
 from hvdlm.training import preflight
@@ -143,7 +145,33 @@ def test_torch_compiles_on_gpus_what_was_measured(fake_gpu: Any) -> None:
     config = small_config("torch")
     config.parallel.tensor = 2
     made = plugins.make(plugins.load(["torch"]), "framework", "torch")
-    assert not made.resolve(config, configured_spec(config), LocalWorld()).compile
+    for recomputes in (False, True):  # which ranks that share a model can't
+        config.train.activation_checkpointing = recomputes
+        assert made.resolve(config, configured_spec(config), LocalWorld()).compile is not recomputes
+
+
+class Doubling:
+    def double(self, x: Any) -> Any:
+        return x + x
+
+
+def test_every_model_of_a_process_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from hvdlm_torch import compiler
+
+    phases: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        phases.append(process.phase.name)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    before = process.phase.name
+    for _ in range(10):
+        assert compiler.compiled(Doubling().double)(torch.ones(2)).tolist() == [2.0, 2.0]
+    # Watchdogs see each time that this rank compiles.
+    assert phases == ["compiling a step"] * 10 and process.phase.name == before
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])

@@ -56,6 +56,31 @@ def test_a_rank_that_never_connects_is_named(launcher: str, tmp_path: Path, caps
     assert "Not arrived: rank 1" in capsys.readouterr().out
 
 
+SLOW_COMPILER = """
+import sys, time
+import torch
+from hvdlm import cli
+from hvdlm.diagnostics import phases
+from hvdlm.io import launcher_env
+
+def backend(graph, inputs):
+    phases.STARTUP_SECONDS = 0.0
+    time.sleep(9.0 if launcher_env.rank_for_messages() == 1 else 0.0)
+    return graph.forward
+
+compiled = torch.compile
+torch.compile = lambda method: compiled(method, backend=backend)
+sys.exit(cli.main())
+"""
+
+
+def test_a_rank_that_compiles_longer_is_waited_for(tmp_path: Path) -> None:
+    options = ["--framework", "torch", "--log.run", str(tmp_path / "run"), *SMALL, "--train.compile", "true"]
+    options += ["--train.steps", "2", "--communication.timeout", str(TIMEOUT)]
+    done = launch("mpirun", 2, ["-c", SLOW_COMPILER, *options], timeout=120)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
 @pytest.mark.parametrize("launcher, framework", [("mpirun", "torch"), ("horovodrun --gloo", "tensorflow")])
 def test_a_library_missing_on_one_rank_ends_all(launcher: str, framework: str, tmp_path: Path) -> None:
     began = time.monotonic()

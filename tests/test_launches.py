@@ -12,11 +12,13 @@ from launching import launch, run_python
 FRAMEWORKS = ["torch", "tensorflow"]
 LAUNCHES = [("mpirun", 2), ("mpirun", 4), ("horovodrun", 2), ("horovodrun --gloo", 2)]
 LAYOUTS = ["--ignore-glob=*/test_layouts.py", "--ignore-glob=*/test_update_equations.py"]
+COMPILED = "--ignore-glob=*/test_compilation.py"
 # Exchanges depend on the transport, not on the launcher, and horovodrun's is that of mpirun; TensorFlow traces layouts
 # for minutes.
 IGNORED = {
-    ("horovodrun", "torch"): [*LAYOUTS, "--ignore-glob=*/test_compression.py"],
-    ("horovodrun", "tensorflow"): [*LAYOUTS, "--ignore-glob=*/test_compression.py"],
+    ("horovodrun", "torch"): [*LAYOUTS, "--ignore-glob=*/test_compression.py", COMPILED],
+    ("horovodrun", "tensorflow"): [*LAYOUTS, COMPILED, "--ignore-glob=*/test_compression.py"],
+    ("horovodrun --gloo", "torch"): [COMPILED],
     ("horovodrun --gloo", "tensorflow"): LAYOUTS,
 }
 PYTEST = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]

@@ -14,7 +14,8 @@ import pytest
 
 from hvdlm.diagnostics import failure_files, phases, watchdog
 from hvdlm.diagnostics.failure_files import Failure
-from hvdlm.diagnostics.phases import Process
+from hvdlm.diagnostics.flight_recorder import FlightRecorder
+from hvdlm.diagnostics.phases import TRAINING, Process
 from hvdlm.diagnostics.watchdog import Watchdog
 from hvdlm_diagnosis.recorder_reader import read_diagnosis
 from launching import run_python, wait_until
@@ -122,6 +123,42 @@ def test_a_phase_without_limit_is_waited_for(tmp_path: Path, contexts: ExitStack
         time.sleep(1.5)
         assert ranks.codes[0] == []
     wait_until(lambda: ranks.codes[0], 20)  # in the phase around it
+
+
+def train_beside(ranks: Ranks, phase: str) -> None:
+    """Let rank 0 wait in a collective of a step, for rank 1, which is in ``phase`` with twice the usual patience."""
+    for rank, process in ranks.processes.items():
+        process.connect(FlightRecorder(rank, 2), process.abort)
+        process.begin(TRAINING)
+    ranks.processes[1].begin(phase)
+    ranks.processes[1].phase.patience = 4.0  # 2 s
+    recorder = ranks.processes[0].recorder
+    assert recorder is not None
+    recorder.begin("all_reduce", "gradients.0", recorder.recorded_group((0, 1)))
+
+
+def test_a_rank_that_compiles_is_waited_for(
+    tmp_path: Path, contexts: ExitStack, capfd: pytest.CaptureFixture[str]
+) -> None:
+    ranks = make_ranks(contexts, tmp_path, 2, (0, 1))
+    train_beside(ranks, "compiling a step")
+    began = time.monotonic()
+    ranks.watch()
+    wait_until(lambda: ranks.codes[1], 20)
+    assert time.monotonic() - began > 1.9 and "the run hangs" in capfd.readouterr().err
+
+
+def test_a_rank_that_trains_is_not_waited_for(
+    tmp_path: Path, contexts: ExitStack, capfd: pytest.CaptureFixture[str]
+) -> None:
+    ranks = make_ranks(contexts, tmp_path, 2, (0, 1))
+    train_beside(ranks, "training")
+    for process in ranks.processes.values():
+        process.write(force=True)
+    began = time.monotonic()
+    ranks.watch()
+    wait_until(lambda: ranks.codes[0], 20)
+    assert time.monotonic() - began < 1.9 and "the run hangs" in capfd.readouterr().err
 
 
 def test_an_error_before_connecting_ends_the_other_ranks(tmp_path: Path, contexts: ExitStack) -> None:

@@ -176,7 +176,9 @@ BAD = [
     (["--parallel.tensor", "2", "--model.name", "lstm", "--model.width", "33"], "model.width 33"),
     (["--parallel.tensor", "2", "--model.name", "lstm", "--parallel.sequence", "true"], "is for Transformers"),
     (["--parallel.tensor", "4", "--model.heads", "12", "--model.width", "48", "--model.kv_heads", "6"], "kv_heads 6"),
-    (["--parallel.tensor", "2", "--train.compile", "true"], "train.compile can't compile across"),
+    (["--parallel.tensor", "2", "--framework", "tensorflow", "--train.compile", "true"], "XLA can't compile"),
+    (["--parallel.tensor", "2", "--model.name", "lstm", "--train.compile", "true"], "after every position"),
+    (["--parallel.tensor", "2", "--train.activation_checkpointing", "true", "--train.compile", "true"], "recompute"),
     (["--parallel.data", "2", "--parallel.zero", "1", "--communication.exchange", "diloco"], "and diloco has none"),
     (["--parallel.data", "2", "--parallel.zero", "2", "--communication.compression.algorithm", "int8"], "int8"),
 ]

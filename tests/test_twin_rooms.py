@@ -14,6 +14,7 @@ TORCH, TENSORFLOW = ROOT / "plugins" / "hvdlm_torch", ROOT / "plugins" / "hvdlm_
 SINGLE = {
     "compiler.py": "torch.compile calls a compiler of the machine; TensorFlow's (XLA) is part of it",
     "kernels.py": "PyTorch multiplies float32 matrices slowly on AMD's processors; TensorFlow doesn't",
+    "operations.py": "torch.compile sees the collectives of tensor ranks; XLA compiles no collective",
     "counted_graph.py": "Python calls a TensorFlow graph's collectives only while the graph is traced",
 }
 # Public names that one room lacks, with the reason.

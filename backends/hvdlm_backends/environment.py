@@ -12,7 +12,7 @@ from typing import Any
 
 from hvdlm.config import CommunicationConfig, Config
 from hvdlm.diagnostics import failure_files
-from hvdlm.diagnostics.phases import process
+from hvdlm.diagnostics.phases import READING, STARTUP_SECONDS, process
 from hvdlm.errors import HvdlmError
 from hvdlm.io import launcher_env
 from hvdlm.io.launcher_env import Launch
@@ -58,8 +58,9 @@ def prepare(launch: Launch | None, config: Config) -> int:
     _set_by_options.update(settings)
     timeout = config.communication.timeout
     os.environ.setdefault("HOROVOD_STALL_CHECK_TIME_SECONDS", str(max(1, round(timeout / 2))))
-    # Later than the watchdog of hvdlm, whose diagnosis is more detailed.
-    os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", str(max(2, round(2 * timeout + 15))))
+    # Later than the watchdog of hvdlm, whose diagnosis is more detailed, and which waits for ranks that compile.
+    shutdown = round((READING + 0.5) * timeout + STARTUP_SECONDS)
+    os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", str(max(2, shutdown)))
     return threads
 
 

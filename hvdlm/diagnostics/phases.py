@@ -29,7 +29,7 @@ STARTUP_SECONDS = 60.0
 """Added to all limits until the second step begins: libraries are loaded, graphs built and code compiled."""
 
 READING = 6.0
-"""Patience of phases that read large files or wait for them, of which some show no progress for minutes."""
+"""Patience of phases that read large files, wait for them or compile, of which some show no progress for minutes."""
 
 TRAINING = "training"
 """The phase of the loop, in which the flight recorder shows what a rank does."""
@@ -84,7 +84,7 @@ class Process:
         self.attempt: Path | None = None
         self._steps = 0
         self._phases = [Phase("starting: reading options, checkpoints and pretrained weights", READING)]
-        self._written = 0.0
+        self._written, self._shown = 0.0, ""
         self._signs: dict[int, tuple[Any, float]] = {}
 
     @property
@@ -172,10 +172,10 @@ class Process:
     def write(self, force: bool = False) -> None:
         """Write this rank's phase file, at most every few seconds; the watchdog's thread calls."""
         now, phase, attempt = time.monotonic(), self.phase, self.attempt  # the main thread may reset it meanwhile
-        due = force or (now - self._written >= _BEAT_SECONDS and phase.name != TRAINING)
-        if attempt is None or self.size == 1 or not due:
+        changes = phase.name != TRAINING or self._shown != TRAINING
+        if attempt is None or self.size == 1 or not (force or (changes and now - self._written >= _BEAT_SECONDS)):
             return
-        self._written = now
+        self._written, self._shown = now, phase.name
         state = {"phase": phase.name, "waits": phase.waits, "seconds": now - phase.since, "beat": now}
         state |= {"pid": os.getpid(), "host": socket.gethostname()}
         path = attempt / f"phase-{self.rank:04d}"
@@ -185,11 +185,12 @@ class Process:
             path.with_suffix(".part").replace(path.with_suffix(".json"))
 
     def others_work(self) -> bool:
-        """Return whether another rank is seen at work, in a phase in which it does not wait itself.
+        """Return whether another rank is seen at work: in a phase, such as compiling, in which it does not wait itself.
 
-        A phase file that has not changed for several writes is that of a rank that was stopped or killed.
+        Ranks in training may wait; one whose file has not changed for several writes was stopped or killed.
         """
-        return any(not state["waits"] and age < 5 * _BEAT_SECONDS for state, age in self._other_ranks().values())
+        states = [state for state, age in self._other_ranks().values() if age < 5 * _BEAT_SECONDS]
+        return any(not state["waits"] and state["phase"] != TRAINING for state in states)
 
     def _other_ranks(self) -> dict[int, tuple[dict[str, Any], float]]:
         """Return {rank: (its state, seconds since it last changed)}, by this host's clock."""
@@ -209,9 +210,8 @@ class Process:
         now, phase = time.monotonic(), self.phase
         lines = [f"Rank {self.rank} has been {phase.name}, for {now - phase.since:.0f} s."]
         states = self._other_ranks()
-        for rank, (state, age) in sorted(states.items())[:16]:
-            text = f"Rank {rank} (process {state['pid']} on {state['host']}): {state['phase']}"
-            text += f", for {state['seconds'] + age:.0f} s"
+        for rank, (s, age) in sorted(states.items())[:16]:
+            text = f"Rank {rank} (process {s['pid']} on {s['host']}): {s['phase']}, for {s['seconds'] + age:.0f} s"
             if age > 5 * _BEAT_SECONDS:
                 text += f"; no sign of life for {age:.0f} s: it was stopped or killed"
             lines.append(text + ".")

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from hvdlm.diagnostics import failure_files
 from hvdlm.diagnostics.explanations import diagnosis
-from hvdlm.diagnostics.phases import STARTUP_SECONDS, TRAINING, Process, process
+from hvdlm.diagnostics.phases import STARTUP_SECONDS, TRAINING, Phase, Process, process
 from hvdlm.errors import BAD_INPUT, FAILED, HvdlmError
 
 _STACK_SECONDS = 5.0  # waited for the other ranks' stacks
@@ -101,11 +101,11 @@ class Watchdog:
             if now - last > watched.limit / 2 and watched.others_work():
                 watched.alive()  # they have limits of their own
                 return False
-        elif recorder is not None:
+        late = now - last > watched.limit
+        if recorder is not None and not phase.waits and phase.patience <= Phase.patience:
             oldest = max(self._resumed, recorder.open_since(now))
-            if now - oldest > watched.timeout + watched.startup_seconds:
-                return True
-        return now - last > watched.limit
+            late = late or now - oldest > watched.timeout + watched.startup_seconds
+        return late and not (phase.name == TRAINING and watched.others_work())  # they have limits of their own
 
     def _another_failed(self) -> bool:
         """End this process where another rank failed before ranks were connected: it may not be able to end others."""

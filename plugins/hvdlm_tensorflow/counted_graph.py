@@ -15,6 +15,7 @@ import tensorflow as tf
 
 from hvdlm.communication.traffic import TrafficCounters
 from hvdlm.diagnostics.flight_recorder import Call
+from hvdlm.diagnostics.phases import READING, process
 from hvdlm.protocols.types import Traffic
 
 Moved = list[dict[str, Traffic]]
@@ -34,9 +35,13 @@ class CountedGraph:
     def forget_traces(self) -> None:
         """Have the function traced anew by the next call."""
         # Without AutoGraph, which nothing here needs: call sites would lie in the files that it generates.
-        self._graph = tf.function(self._function, autograph=False, **self._options)
+        self._graph = tf.function(self._trace, autograph=False, **self._options)
         self._moved: dict[Hashable, Moved] = {}
         self._calls: dict[Hashable, list[Call]] = {}
+
+    def _trace(self, *arguments: Any) -> Any:
+        with process.during("tracing a graph", patience=READING):  # seen by ranks that have traced theirs, and wait
+            return self._function(*arguments)
 
     def __call__(self, key: Hashable, *arguments: Any) -> Any:
         """Run the graph; ``key`` and the arguments' shapes identify the trace."""

@@ -59,16 +59,20 @@ def hvdlm_check(config: Config, spec: ModelSpec) -> None:
         raise HvdlmError(
             'framework tensorflow is not installed here: make setup FRAMEWORKS="tensorflow", or --framework torch.'
         )
-    if config.train.compile is True and config.parallel.tensor * config.parallel.pipeline > 1:
-        raise HvdlmError(
-            "train.compile can't compile across the collectives of tensor and pipeline ranks: leave it out, or keep "
-            "parallel.tensor and parallel.pipeline at 1."
-        )
+    if config.train.compile is True and (reason := uncompilable(config, spec)):
+        raise HvdlmError(f"train.compile: {reason}: leave it out, or keep parallel.tensor at 1.")
     if spec.kind == "own" and config.train.precision not in ("auto", "fp32"):
         raise HvdlmError(
             f"train.precision {config.train.precision}: Keras layers have a precision of their own: leave it fp32, and "
             "give the model's layers dtype='mixed_bfloat16'."
         )
+
+
+def uncompilable(config: Config, spec: ModelSpec) -> str:
+    """Return why steps of this run can't be compiled; ``""`` where they can."""
+    if config.parallel.tensor == 1:
+        return ""
+    return "XLA can't compile the collectives of tensor ranks, which Horovod and MPI execute"
 
 
 @hookimpl

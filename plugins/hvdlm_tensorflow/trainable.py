@@ -80,10 +80,11 @@ class Trainable(Inference):
         exchange.open(self.layout, initial)
         self._accumulate_graph = CountedGraph(self._accumulate, self._counters)
         self._step_graph = CountedGraph(self._step, self._counters)
-        self._stage_graph = CountedGraph(self._stage, self._counters)
+        compiled = config.train.compile is True
+        self._stage_graph = CountedGraph(self._stage, self._counters, jit_compile=compiled)
         self._add_graph = CountedGraph(self._gradients.add, self._counters)
         self._finish_graph = CountedGraph(self._finish, self._counters)
-        self._passes = tf.function(self._backward, jit_compile=True) if config.train.compile is True else self._backward
+        self._passes = tf.function(self._backward, jit_compile=True) if compiled else self._backward
 
     def _parameters(self) -> Mapping[str, tf.Tensor]:
         """Return the weights that the model computes with."""

@@ -15,12 +15,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from hvdlm.parallel.sharding_rules import ModelShard
 from hvdlm.parallel.tensor_parallel import TensorRanks
 from hvdlm.protocols.group import Group
+from hvdlm_torch.operations import TracedGroup
 
 
 class Collectives(TensorRanks):
     """The collectives of one tensor group."""
+
+    def __init__(self, group: Group, model_shard: ModelShard, sequence: bool | None = None) -> None:
+        super().__init__(group, model_shard, sequence)
+        self.group: Any = TracedGroup(group)
 
     def enter(self, x: torch.Tensor, name: str) -> torch.Tensor:
         """Return ``x`` ``[rows, time, embed]``, the input of a column-parallel product; its gradient is summed."""
@@ -75,7 +81,7 @@ class _SumGradient(torch.autograd.Function):
     """f: the identity forward, an all-reduce backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: Group, name: str) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, group: TracedGroup, name: str) -> torch.Tensor:
         ctx.collective = group, f"{name}.backward"
         return x.view_as(x)
 
@@ -88,7 +94,7 @@ class _Sum(torch.autograd.Function):
     """g: an all-reduce forward, the identity backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: Group, name: str) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, group: TracedGroup, name: str) -> torch.Tensor:
         return _sum(x, group, name)
 
     @staticmethod
@@ -100,7 +106,7 @@ class _GatherTime(torch.autograd.Function):
     """g of sequence parallelism: an all-gather of positions forward, a reduce-scatter backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: Group, name: str) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, group: TracedGroup, name: str) -> torch.Tensor:
         ctx.collective = group, f"{name}.backward"
         return _gather(x, group, f"{name}.gather")
 
@@ -113,7 +119,7 @@ class _ScatterTime(torch.autograd.Function):
     """g-bar: a reduce-scatter of positions forward, an all-gather backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: Group, name: str) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, group: TracedGroup, name: str) -> torch.Tensor:
         ctx.collective = group, f"{name}.backward"
         return _scatter(x, group, f"{name}.scatter")
 
@@ -126,7 +132,7 @@ class _Join(torch.autograd.Function):
     """An all-gather of hidden units forward, a reduce-scatter backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: Group, name: str) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, group: TracedGroup, name: str) -> torch.Tensor:
         ctx.collective = group, f"{name}.backward"
         return group.all_gather(x.t().contiguous(), name).t()
 
@@ -140,7 +146,7 @@ class _SumGradients(torch.autograd.Function):
     """The identity of several parameters forward, one all-reduce of their gradients backward."""
 
     @staticmethod
-    def forward(ctx: Any, group: Group, name: str, *parameters: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(ctx: Any, group: TracedGroup, name: str, *parameters: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.collective = group, name
         return tuple(p.view_as(p) for p in parameters)
 
@@ -160,7 +166,7 @@ class _CrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, scores: torch.Tensor, targets: torch.Tensor, group: Group) -> torch.Tensor:
+    def forward(ctx: Any, scores: torch.Tensor, targets: torch.Tensor, group: TracedGroup) -> torch.Tensor:
         here = (targets >= 0) & (targets < scores.shape[1])
         local = targets.masked_fill(~here, 0).unsqueeze(1)
         largest = scores.amax(1)
@@ -188,17 +194,17 @@ def _sent(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
-def _sum(x: torch.Tensor, group: Group, name: str) -> torch.Tensor:
+def _sum(x: torch.Tensor, group: TracedGroup, name: str) -> torch.Tensor:
     """Return the sum over ranks, of a copy: sums are computed in place."""
     return group.all_reduce_async(x.clone(memory_format=torch.contiguous_format), name).wait()
 
 
-def _scatter(x: torch.Tensor, group: Group, name: str) -> torch.Tensor:
+def _scatter(x: torch.Tensor, group: TracedGroup, name: str) -> torch.Tensor:
     """Return this rank's positions ``[rows, time / ranks, embed]`` of the sum of ranks' ``[rows, time, embed]``."""
     time_first = x.transpose(0, 1).contiguous()  # [time, rows, embed]: collectives cut the first dimension
     return group.reduce_scatter(time_first, name).transpose(0, 1)
 
 
-def _gather(x: torch.Tensor, group: Group, name: str) -> torch.Tensor:
+def _gather(x: torch.Tensor, group: TracedGroup, name: str) -> torch.Tensor:
     """Return ``[rows, time, embed]`` from ranks' positions ``[rows, time / ranks, embed]``."""
     return group.all_gather(x.transpose(0, 1).contiguous(), name).transpose(0, 1)

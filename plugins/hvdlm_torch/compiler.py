@@ -1,4 +1,4 @@
-"""Whether steps are compiled: where that was measured to be faster, and where torch.compile can work.
+"""Compiled steps, and whether there are any: where they were measured to be faster, and torch.compile can work.
 
 It writes C++ for a CPU and C for a GPU, and calls a compiler of the machine for it.
 
@@ -7,16 +7,24 @@ Without a twin: TensorFlow's compiler (XLA) needs no other program.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import shutil
 import sysconfig
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from types import FunctionType, MethodType
+from typing import Any
 
 import torch
 
 from hvdlm.config import Config
+from hvdlm.diagnostics.phases import READING, process
 from hvdlm.models.spec import ModelSpec
+from hvdlm_torch import operations
+from hvdlm_torch.plugin import uncompilable
 
 _INCLUDES = ("CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH")
 
@@ -33,12 +41,11 @@ def is_faster(config: Config, spec: ModelSpec, device: torch.device) -> bool:
     """Return whether compiled steps of this run were measured to be faster, the time of compiling included.
 
     On an H100, bf16 steps of GPT-2 124M are 1.5 times as fast. On a CPU, GPTs of 0.8 and 10.7 million parameters gain
-    0.3% and 1%, and compiling takes as long as thousands of steps (benchmarks/compiled_steps.py). Other models, and
-    ranks that share a model, were not measured.
+    0.3% and 1%, and compiling takes as long as thousands of steps (benchmarks/compiled_steps.py). Other models were not
+    measured. Ranks that share a model compile, too: what they compute between collectives is the same, but several GPUs
+    were not measured.
     """
-    if spec.kind != "gpt" or config.parallel.tensor * config.parallel.pipeline > 1:
-        return False
-    return device.type != "cpu"
+    return spec.kind == "gpt" and device.type != "cpu" and not uncompilable(config, spec)
 
 
 def missing(device: torch.device) -> str:
@@ -55,3 +62,30 @@ def missing(device: torch.device) -> str:
     if not any(folder and (Path(folder) / "Python.h").exists() for folder in folders):
         return "Python's headers (Python.h), which are not installed: CPATH may name their folder"
     return ""
+
+
+def compiled(method: MethodType) -> Callable[..., Any]:
+    """Return ``method`` of this object, to be compiled when it is called, and again where shapes differ."""
+    _prepare()
+    # Of a copy of the code, because torch compiles no code object more than 8 times: the ninth model of a process would
+    # be computed as it is.
+    code, f = method.__func__.__code__.replace(), method.__func__
+    copy = FunctionType(code, f.__globals__, f.__name__, f.__defaults__, f.__closure__)
+    return torch.compile(MethodType(copy, method.__self__))
+
+
+@functools.cache
+def _prepare() -> None:
+    """Keep the order of collectives, and have the watchdogs of all ranks see when this process compiles.
+
+    Other ranks may find their code in a cache, and then wait for this one in a collective.
+    """
+    from torch._dynamo.callback import callback_handler
+
+    operations.keep_order()
+
+    phase = ExitStack()
+    callback_handler.register_start_callback(
+        lambda _: phase.enter_context(process.during("compiling a step", patience=READING))
+    )
+    callback_handler.register_end_callback(lambda _: phase.close())

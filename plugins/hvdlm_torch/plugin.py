@@ -47,11 +47,19 @@ def hvdlm_check(config: Config, spec: ModelSpec) -> None:
         raise HvdlmError(
             'framework torch is not installed here: make setup FRAMEWORKS="torch", or --framework tensorflow.'
         )
-    if config.train.compile is True and config.parallel.tensor * config.parallel.pipeline > 1:
-        raise HvdlmError(
-            "train.compile can't compile across the collectives of tensor and pipeline ranks: leave it out, or keep "
-            "parallel.tensor and parallel.pipeline at 1."
-        )
+    if config.train.compile is True and (reason := uncompilable(config, spec)):
+        raise HvdlmError(f"train.compile: {reason}: leave it out, or keep parallel.tensor at 1.")
+
+
+def uncompilable(config: Config, spec: ModelSpec) -> str:
+    """Return why steps of this run can't be compiled; ``""`` where they can."""
+    if config.parallel.tensor == 1:
+        return ""
+    if spec.kind == "rnn":
+        return "tensor ranks of recurrent models communicate after every position, and compiling all takes too long"
+    if config.train.activation_checkpointing:
+        return "torch.compile can't recompute the collectives of tensor ranks (train.activation_checkpointing)"
+    return ""
 
 
 @hookimpl

@@ -22,6 +22,7 @@ from hvdlm.parallel.sharding_rules import ModelShard
 from hvdlm.protocols.exchange import Exchange
 from hvdlm.protocols.optimizer import Optimizer
 from hvdlm.protocols.types import Batch, StepResult, Traffic
+from hvdlm_torch import compiler
 from hvdlm_torch.adapters import Adapters
 from hvdlm_torch.forward import Forward
 from hvdlm_torch.gradients import make_gradients
@@ -66,7 +67,8 @@ class Trainable(Inference):
         self._counters = count_traffic(axes, exchange)
         self._carry: dict[int, Any] = {}  # by micro-batch: the state that a recurrent model carries to the next step
         self._activations = ActivationMemory()
-        self._losses = torch.compile(self._forward.losses) if config.train.compile is True else self._forward.losses
+        losses = self._forward.losses
+        self._losses = compiler.compiled(losses) if config.train.compile is True else losses
         exchange.open(self.layout, initial)
 
     def _view(self, slot: Slot) -> torch.nn.Parameter:

@@ -1,0 +1,102 @@
+"""Compiled steps of several ranks: the losses of steps as they are, and the same collectives in the same order."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+from test_layouts import GPT, build, configured, train
+
+from hvdlm.parallel.mesh import Mesh
+from hvdlm.protocols.world import World
+from hvdlm_backends.groups import CountedGroup
+from launching import FRAMEWORK, RANKS
+
+pytestmark = pytest.mark.skipif(
+    RANKS != 2 or FRAMEWORK not in ("torch", "tensorflow"), reason="two ranks show what four would"
+)
+STEPS = 5
+SHALLOW = {**GPT, "layers": 1}  # tracing takes seconds a layer
+Way = tuple[tuple[int, int, int], dict[str, Any], dict[str, Any]]
+WAYS: dict[str, Way] = {
+    "stages": ((1, 2, 1), GPT, {}),
+    "zero2": ((2, 1, 1), SHALLOW, {"parallel": {"zero": 2}}),
+}
+if FRAMEWORK == "torch":  # XLA compiles no collectives, so that tensor ranks are refused
+    WAYS["zero1"] = ((2, 1, 1), SHALLOW, {"parallel": {"zero": 1}})
+    WAYS["tensor"] = ((1, 1, 2), SHALLOW, {})
+    WAYS["sequence"] = ((1, 1, 2), {**GPT, "bias": True}, {"parallel": {"sequence": True}})
+    WAYS["recomputed"] = ((1, 2, 1), GPT, {"train": {"activation_checkpointing": True}})
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have PyTorch trace and differentiate steps as it always does, but generate no code, which takes longer."""
+    if FRAMEWORK == "torch":
+        import torch
+
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+
+
+def traced_graphs() -> int:
+    """Return how many graphs this process has traced to compile them, of a step one if nothing interrupts it."""
+    if FRAMEWORK != "torch":
+        return 0
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])
+
+
+class Recorded:
+    """The results of some steps on this rank, and its collectives: operation, name, ranks, (shape, dtype)."""
+
+    def __init__(self, world: World, way: Way, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        shape, model, options = way
+        mesh = Mesh(*shape)
+        config = configured(mesh, model, **options | {"train": options.get("train", {}) | {"compile": compiled}})
+        trainable = build(world, mesh, config)
+        self.collectives: list[Any] = []
+        with monkeypatch.context() as patch:
+            begin = CountedGroup._begin
+            patch.setattr(CountedGroup, "_begin", lambda group, *call: self._record(begin, group, *call))
+            results = train(trainable, mesh, world.rank, range(STEPS), config)
+        self.losses = [result.loss for result in results]
+        self.norms = [result.grad_norm for result in results]
+        self.bytes = [result.axis_bytes for result in results]
+        self.fingerprints = trainable.fingerprints()
+
+    def _record(self, begin: Any, group: CountedGroup, operation: str, name: str, *tensors: Any) -> Any:
+        moved = [(tuple(tensor.shape), str(tensor.dtype)) for tensor in tensors]
+        self.collectives.append((operation, name, group.ranks, moved))
+        return begin(group, operation, name, *tensors)
+
+
+def assert_compiles_the_same(world: World, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = traced_graphs()
+    plain, compiled = (Recorded(world, WAYS[way], flag, monkeypatch) for flag in (False, True))
+    assert FRAMEWORK != "torch" or traced_graphs() == before + 1
+    np.testing.assert_allclose(compiled.losses, plain.losses, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(compiled.norms, plain.norms, rtol=1e-4)
+    assert compiled.collectives == plain.collectives and compiled.bytes == plain.bytes
+    assert len(set(plain.losses)) == STEPS
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_compiled_ranks_keep_losses_and_collectives(
+    world: World, way: str, monkeypatch: pytest.MonkeyPatch, traced: None
+) -> None:
+    assert_compiles_the_same(world, way, monkeypatch)
+
+
+@pytest.mark.skipif(FRAMEWORK != "torch", reason="XLA has generated its code in the test above")
+def test_generated_code_keeps_losses_and_collectives(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_compiles_the_same(world, "sequence", monkeypatch)
+
+
+@pytest.mark.skipif(FRAMEWORK != "torch", reason="XLA compiles no tensor ranks")
+def test_compiled_tensor_ranks_draw_the_same_dropout(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = Recorded(world, ((1, 1, 2), {**SHALLOW, "dropout": 0.3}, {}), True, monkeypatch)
+    norms = {name: value for name, value in compiled.fingerprints.items() if "norm" in name}  # replicated parameters
+    assert norms and world.gather_objects(norms) == [norms] * world.size
