@@ -1,0 +1,108 @@
+"""TensorFlow's attention in chunks beside one that keeps its weights for the backward pass; 1 rank, on a CPU.
+
+    python benchmarks/tensorflow_attention.py [--contexts 256 1024] [--short]
+
+The first figure is the processor seconds of a training step of a GPT, in chunks divided by those with all weights kept,
+which are the seconds of a step on a machine without other work if there is one thread. Both models live in one process
+and take turns. The second figure is the memory that a process has taken at most since its model was built, of two
+processes. ``hvdlm_tensorflow/attention.py`` decides by these figures how many chunks there are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import sys
+import time
+from typing import Any
+
+from harness import Bar, emit, flags, make_parser, parse, report, report_ratio, run_worker
+
+FULL = {"contexts": [256, 1024], "tokens": 3072, "layers": 2, "width": 384, "threads": 1, "rounds": 9}
+SHORT = {"contexts": [192], "tokens": 384, "layers": 1, "width": 64, "rounds": 2}
+VOCAB = 65
+
+
+def training(o: argparse.Namespace, chunks: bool) -> Any:
+    """Return a function that does a step of a GPT in this process; the first one has been done."""
+    import numpy as np
+
+    from hvdlm import plugins
+    from hvdlm.communication.all_reduce import AllReduceExchange
+    from hvdlm.config import Config, ModelConfig
+    from hvdlm.parallel.mesh import Mesh
+    from hvdlm.protocols.types import Batch
+    from hvdlm_backends.local import AloneGroup, LocalWorld
+    from hvdlm_language.presets import PRESETS
+
+    context, rows = o.contexts[0], max(1, o.tokens // o.contexts[0])
+    model = ModelConfig(layers=o.layers, width=o.width, heads=max(1, o.width // 64))
+    config = Config(framework="tensorflow", model=model)
+    config.data.context = context
+    config.train.batch_size, config.train.threads = rows, o.threads
+    manager = plugins.load(["tensorflow", "local"])
+    plugins.make(manager, "backend", "local").prepare(config)
+    manager.hook.hvdlm_prepare(config=config)
+    made = plugins.make(manager, "framework", "tensorflow")
+    spec = PRESETS["gpt"](model, VOCAB, context)
+    trainable = made.build(spec, Mesh(1, 1, 1), LocalWorld(), AllReduceExchange(AloneGroup()), config)
+    tokens = np.random.default_rng(1).integers(0, VOCAB, (rows, context + 1)).astype(np.int32)
+    batch = Batch(tokens[:, :-1].copy(), tokens[:, 1:].copy(), None, True)
+
+    from hvdlm_tensorflow import attention
+
+    usual = attention._ONE_CHUNK
+    attention._ONE_CHUNK = usual if chunks else context
+    emit("loss", trainable.train_step([batch], 1e-4, 0).loss)  # traces the graph
+    attention._ONE_CHUNK = usual
+    return lambda step: trainable.train_step([batch], 1e-4, step)
+
+
+def measure_time(o: argparse.Namespace) -> None:
+    """Let both models train in turns; emit the rounds (chunks, weights kept)."""
+    both = {chunks: training(o, chunks) for chunks in (True, False)}
+    rounds = []
+    for number in range(1, o.rounds + 1):
+        seconds = {}
+        for chunks in (True, False) if number % 2 else (False, True):
+            began = time.process_time()
+            both[chunks](number)
+            seconds[chunks] = time.process_time() - began
+        rounds.append((seconds[True], seconds[False]))
+    emit("rounds", rounds)
+
+
+def measure_memory(o: argparse.Namespace, chunks: bool) -> None:
+    """Emit the growth of this process's peak memory in two steps, in MiB."""
+    import tensorflow  # noqa: F401  (what importing takes isn't counted)
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    training(o, chunks)(1)
+    emit("peak", (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+def main() -> int:
+    """Measure each context."""
+    parser = make_parser(__doc__, frameworks=False)
+    parser.add_argument("--work", choices=["time", "chunks", "kept"], help=argparse.SUPPRESS)
+    o = parse(parser, FULL, SHORT)
+    if o.work:
+        measure_time(o) if o.work == "time" else measure_memory(o, o.work == "chunks")
+        return 0
+    sizes = flags({name: getattr(o, name) for name in FULL if name != "contexts"})
+    for context in o.contexts:
+        options = ["--contexts", str(context), *sizes]
+        timed, chunks, kept = (
+            run_worker("tensorflow_attention.py", 1, ["--work", work, *options]) for work in ("time", "chunks", "kept")
+        )
+        of = f"{max(1, o.tokens // context)} sequences of {context} tokens"
+        details = f"losses differ by {abs(timed['loss'][0] - timed['loss'][1]):.1e}"
+        report_ratio(f"step in chunks / with weights kept, {of}", timed["rounds"][0], Bar(at_most=1.0), details)
+        peaks = chunks["peak"][0], kept["peak"][0]
+        details = f"{peaks[0]:.0f} and {peaks[1]:.0f} MiB"
+        report(f"peak memory in chunks / with weights kept, {of}", peaks[0] / peaks[1], Bar(at_most=0.9), details)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
