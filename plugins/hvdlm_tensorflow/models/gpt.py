@@ -35,7 +35,11 @@ class Cache(NamedTuple):
 
 
 class GPT:
-    """A decoder-only Transformer over parameters by name."""
+    """A decoder-only Transformer over parameters by name.
+
+    Attributes:
+        head: of the last stage: the table ``[vocab, embed]`` of ``scores``, and its bias: None.
+    """
 
     def __init__(self, settings: GPTSettings, model_shard: ModelShard, collectives: Collectives) -> None:
         self.s = settings
@@ -52,7 +56,8 @@ class GPT:
         self._p = {n: t if "norm" in n else tf.cast(t, self.dtype) for n, t in parameters.items()}
         prefixes = [f"layers.{i}." for i in self._model_shard.layers]
         self._layers = [{n[len(p) :]: t for n, t in self._p.items() if n.startswith(p)} for p in prefixes]
-        self._head: Any = self._p.get("embed.tokens" if self.s.tie_embeddings else "head.weight")
+        table: Any = self._p.get("embed.tokens" if self.s.tie_embeddings else "head.weight")
+        self.head = table, None
         # Replicated parameters of which each rank computes only a part of the gradient, without and with sequence
         # parallelism: their gradients have to be summed.
         kv = [name for name in self._layers[0] if self._kv_replicated and name.startswith(_KV)]
@@ -88,8 +93,9 @@ class GPT:
 
     def scores(self, hidden: tf.Tensor) -> tf.Tensor:
         """Return logits ``[..., vocab]`` of hidden states ``[..., embed]``: this rank's range of the vocabulary."""
-        flat = tf.matmul(tf.reshape(hidden, [-1, self.s.width]), self._head, transpose_b=True)
-        return tf.reshape(flat, tf.concat([tf.shape(hidden)[:-1], [self._head.shape[0]]], 0))
+        table, _ = self.head
+        flat = tf.matmul(tf.reshape(hidden, [-1, self.s.width]), table, transpose_b=True)
+        return tf.reshape(flat, tf.concat([tf.shape(hidden)[:-1], [table.shape[0]]], 0))
 
     def initial_carry(self, rows: Any) -> tf.Tensor:
         """Return the state at the start of a text: there is none, and graphs take a tensor in its place."""
