@@ -16,7 +16,7 @@ from builders import (
     step_tensor_sizes,
     token_batch,
 )
-from hvdlm.config import TrainConfig
+from hvdlm.config import LoRAConfig, TrainConfig
 
 pytestmark = pytest.mark.skipif("tensorflow" not in FRAMEWORKS, reason="chunks of TensorFlow")
 TARGETS, WIDTH, VOCAB = 50, 16, 300
@@ -48,7 +48,7 @@ def test_chunks_have_the_plain_losses_and_gradients(
 ) -> None:
     import tensorflow as tf
 
-    from hvdlm_tensorflow.losses import chunked_cross_entropy, rows_of_chunk
+    from hvdlm_tensorflow.losses import Wanted, chunked_cross_entropy, rows_of_chunk
 
     assert rows_of_chunk(TARGETS, VOCAB) == 20
     random = np.random.default_rng(0)
@@ -56,7 +56,9 @@ def test_chunks_have_the_plain_losses_and_gradients(
     targets, weights = random.integers(0, VOCAB, TARGETS).astype(np.int32), random.random(TARGETS).astype(np.float32)
 
     def losses(hidden: Any, head: Any, bias: Any) -> Any:
-        return chunked_cross_entropy(hidden, head, bias, tf.constant(targets), tf.constant(weights), smoothing, True)
+        return chunked_cross_entropy(
+            hidden, head, bias, tf.constant(targets), tf.constant(weights), smoothing, Wanted(True, True)
+        )
 
     with tf.GradientTape() as tape:
         tape.watch(inputs)
@@ -72,12 +74,12 @@ def test_gradients_of_single_losses_are_nan(small_chunks: None) -> None:
     """They are those of the sum, and nothing that is not."""
     import tensorflow as tf
 
-    from hvdlm_tensorflow.losses import chunked_cross_entropy
+    from hvdlm_tensorflow.losses import Wanted, chunked_cross_entropy
 
     hidden, head, targets = tf.ones([TARGETS, WIDTH]), tf.ones([VOCAB, WIDTH]), tf.range(TARGETS)
     with tf.GradientTape() as tape:
         tape.watch(hidden)
-        loss = chunked_cross_entropy(hidden, head, None, targets, None, 0.0, True)[0]
+        loss = chunked_cross_entropy(hidden, head, None, targets, None, 0.0, Wanted(True, False))[0]
     assert np.isnan(tape.gradient(loss, hidden).numpy()).all()
 
 
@@ -87,6 +89,8 @@ def test_gradients_of_single_losses_are_nan(small_chunks: None) -> None:
         ("gpt", {}),
         ("gpt", {"precision": "bf16", "label_smoothing": 0.1}),
         ("llama", {"micro_batch_size": 4}),
+        ("gpt", {"lora": {"rank": 2}}),
+        ("gpt", {"lora": {"rank": 2, "layers": ["head"]}, "tie_embeddings": False}),
         ("rnn", {"compile": True}),
     ],
     ids=str,
@@ -96,8 +100,10 @@ def test_chunks_change_no_step_and_hold_few_logits(model: str, options: Any, mon
 
     def trained(chunk: int) -> tuple[Any, Any, tuple[float, float]]:
         monkeypatch.setattr(losses, "_CHUNK", chunk)
-        config = small_config("tensorflow", model)
-        config.train = TrainConfig(**{"batch_size": 8, "warmup": 0, "optimizer": "sgd"} | options)
+        config = small_config("tensorflow", model, tie_embeddings=options.get("tie_embeddings"))
+        config.lora = LoRAConfig(**options.get("lora", {}))
+        train = {name: value for name, value in options.items() if hasattr(config.train, name)}
+        config.train = TrainConfig(**{"batch_size": 8, "warmup": 0, "optimizer": "sgd"} | train)
         trainable = single_rank_trainable(configured_spec(config, VOCAB), config)
         batch, micro = token_batch(vocab=VOCAB, weights=True), config.train.micro_batch_size or 8
         evaluated = trainable.eval_step(batch)

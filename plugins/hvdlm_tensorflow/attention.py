@@ -90,11 +90,12 @@ def _attend(q: tf.Tensor, k: tf.Tensor, v: tf.Tensor, chunks: list[_Chunk], mask
     def function(q: tf.Tensor, k: tf.Tensor, v: tf.Tensor) -> Any:
         q = _scaled(q)
         outputs: list[tf.Tensor] = []
-        for chunk in chunks:
+        # Made without a place in the order of chunks, the masks of all layers are one in the optimized graph.
+        for chunk, added in [(chunk, mask(chunk)) for chunk in chunks]:
             # One chunk after the other: together, they would take the memory of all weights.
             with tf.control_dependencies(outputs[-1:]):
                 queries = q[:, :, chunk.start : chunk.stop]
-                weights = _weights(queries, k[:, :, : chunk.keys], mask(chunk))
+                weights = _weights(queries, k[:, :, : chunk.keys], added)
                 outputs.append(_ungrouped(tf.matmul(weights, v[:, :, : chunk.keys]), queries))
         output = _side_by_side(tf.concat(outputs, 2))
 
@@ -128,19 +129,20 @@ def _gradients(
     of_v: list[tf.Tensor] = []
     sums: list[tf.Tensor] = []  # gradients of the keys and values that are left
     # From the last chunk on: the sums of keys that the chunk before doesn't see are complete.
-    for chunk, before in zip(reversed(chunks), [*reversed(chunks[:-1]), _Chunk(0, 0, 0)], strict=True):
+    masks = [mask(chunk) for chunk in chunks]
+    for chunk, before, added in zip(chunks[::-1], [*chunks[-2::-1], _Chunk(0, 0, 0)], masks[::-1], strict=True):
         with tf.control_dependencies(of_q[-1:] + sums):
             queries = q[:, :, chunk.start : chunk.stop]
             keys, values = k[:, :, : chunk.keys], v[:, :, : chunk.keys]
             of_output = _grouped(gradient[:, :, chunk.start : chunk.stop], k)
-            weights = _weights(queries, keys, mask(chunk))
+            weights = _weights(queries, keys, added)
             of_weights = tf.cast(tf.matmul(of_output, values, transpose_b=True), tf.float32)
             of_weights -= _grouped(products[:, :, chunk.start : chunk.stop], k)
             of_scores = tf.cast(of_weights * tf.cast(weights, tf.float32), q.dtype)
             of_q.append(_ungrouped(tf.matmul(of_scores, keys), queries))
             factors = (of_scores, _grouped(queries, k)), (weights, of_output)
-            added = [tf.cast(tf.matmul(a, b, transpose_a=True), tf.float32) for a, b in factors]
-            sums = [total + more for total, more in zip(sums, added, strict=True)] if sums else added
+            more = [tf.cast(tf.matmul(a, b, transpose_a=True), tf.float32) for a, b in factors]
+            sums = [a + b for a, b in zip(sums, more, strict=True)] if sums else more
             of_k.append(sums[0][:, :, before.keys :])
             of_v.append(sums[1][:, :, before.keys :])
             sums = [total[:, :, : before.keys] for total in sums]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -11,6 +11,13 @@ import tensorflow as tf
 # makes the loss 1.1 times as slow with chunks of 2**24 logits and 1.3 times with 2**22, with 50,304 of width 384.
 _CHUNK = 2**25
 _MOST_CHUNKS = 16  # each is a part of the graph
+
+
+class Wanted(NamedTuple):
+    """Which gradients are computed: of the hidden states, of the head and its bias."""
+
+    hidden: bool
+    head: bool
 
 
 def ctc(scores: tf.Tensor, lengths: tf.Tensor, targets: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
@@ -53,7 +60,7 @@ def chunked_cross_entropy(
     targets: tf.Tensor,
     weights: tf.Tensor | None,
     smoothing: float,
-    training: bool,
+    wanted: Wanted,
 ) -> tf.Tensor:
     """Return the losses in nats, float32 ``[n]``, of ``targets`` ``[n]``, times their ``weights`` ``[n]``.
 
@@ -68,18 +75,19 @@ def chunked_cross_entropy(
         targets: int32.
         weights: None: all 1.
         smoothing: the share of a target that is spread over the whole vocabulary.
-        training: whether gradients are computed.
+        wanted: the gradients that are computed.
     """
     inputs = [hidden, head] if bias is None else [hidden, head, bias]
 
     @tf.custom_gradient
     def function(*inputs: tf.Tensor) -> Any:
-        losses, gradients = _in_chunks(inputs, targets, weights, smoothing, training)
+        losses, gradients = _in_chunks(inputs, targets, weights, smoothing, wanted)
 
-        def backward(gradient: tf.Tensor) -> list[tf.Tensor]:
+        def backward(gradient: tf.Tensor) -> list[tf.Tensor | None]:
             largest = tf.reduce_max(gradient)
             factor = tf.where(tf.reduce_min(gradient) == largest, largest, np.nan)
-            return [tf.cast(g * factor, x.dtype) for g, x in zip(gradients, inputs, strict=True)]
+            scaled = [tf.cast(g * factor, x.dtype) for g, x in zip(gradients, inputs, strict=False)]
+            return scaled + [None] * (len(inputs) - len(scaled))
 
         return losses, backward
 
@@ -87,9 +95,9 @@ def chunked_cross_entropy(
 
 
 def _in_chunks(
-    inputs: tuple[tf.Tensor, ...], targets: tf.Tensor, weights: tf.Tensor | None, smoothing: float, training: bool
+    inputs: tuple[tf.Tensor, ...], targets: tf.Tensor, weights: tf.Tensor | None, smoothing: float, wanted: Wanted
 ) -> tuple[tf.Tensor, list[tf.Tensor]]:
-    """Return the losses and, in training, the gradients of their sum, float32."""
+    """Return the losses and the wanted gradients of their sum, float32, in the order of ``inputs``."""
     hidden, head, *bias = inputs
     rows = rows_of_chunk(hidden.shape[0], head.shape[0])
     losses: list[tf.Tensor] = []
@@ -98,7 +106,7 @@ def _in_chunks(
     for start in range(0, hidden.shape[0], rows):
         chunk = slice(start, start + rows)
         # One chunk after the other: together, they would take the memory of all logits.
-        with tf.control_dependencies([*losses[-1:], *of_hidden[-1:]]):
+        with tf.control_dependencies([*losses[-1:], *of_hidden[-1:], *sums]):
             x = hidden[chunk]
             logits = tf.matmul(x, head, transpose_b=True)
             logits = tf.nn.bias_add(logits, bias[0]) if bias else logits
@@ -106,14 +114,14 @@ def _in_chunks(
             if weights is not None:
                 loss, gradient = loss * weights[chunk], gradient * weights[chunk][:, None]
             losses.append(loss)
-            if not training:
-                continue
-            added = [tf.reduce_sum(gradient, 0)] if bias else []
+            of_bias = [tf.reduce_sum(gradient, 0)] if bias else []
             gradient = tf.cast(gradient, x.dtype)
-            of_hidden.append(tf.cast(tf.matmul(gradient, head), tf.float32))
-            added = [tf.cast(tf.matmul(gradient, x, transpose_a=True), tf.float32), *added]
-            sums = [total + more for total, more in zip(sums, added, strict=True)] if sums else added
-    return tf.concat(losses, 0), [tf.concat(of_hidden, 0), *sums] if training else []
+            if wanted.hidden:
+                of_hidden.append(tf.cast(tf.matmul(gradient, head), tf.float32))
+            if wanted.head:
+                added = [tf.cast(tf.matmul(gradient, x, transpose_a=True), tf.float32), *of_bias]
+                sums = [total + more for total, more in zip(sums, added, strict=True)] if sums else added
+    return tf.concat(losses, 0), [tf.concat(of_hidden, 0), *sums] if wanted.hidden else []
 
 
 def _loss_and_gradient(logits: tf.Tensor, targets: tf.Tensor, smoothing: float) -> tuple[tf.Tensor, tf.Tensor]:
