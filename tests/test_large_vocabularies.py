@@ -48,7 +48,7 @@ def test_chunks_have_the_plain_losses_and_gradients(
 ) -> None:
     import tensorflow as tf
 
-    from hvdlm_tensorflow.losses import Wanted, chunked_cross_entropy, rows_of_chunk
+    from hvdlm_tensorflow.losses import chunked_cross_entropy, rows_of_chunk
 
     assert rows_of_chunk(TARGETS, VOCAB) == 20
     random = np.random.default_rng(0)
@@ -57,7 +57,7 @@ def test_chunks_have_the_plain_losses_and_gradients(
 
     def losses(hidden: Any, head: Any, bias: Any) -> Any:
         return chunked_cross_entropy(
-            hidden, head, bias, tf.constant(targets), tf.constant(weights), smoothing, Wanted(True, True)
+            hidden, head, bias, tf.constant(targets), tf.constant(weights), smoothing, (True, True)
         )
 
     with tf.GradientTape() as tape:
@@ -74,12 +74,12 @@ def test_gradients_of_single_losses_are_nan(small_chunks: None) -> None:
     """They are those of the sum, and nothing that is not."""
     import tensorflow as tf
 
-    from hvdlm_tensorflow.losses import Wanted, chunked_cross_entropy
+    from hvdlm_tensorflow.losses import chunked_cross_entropy
 
     hidden, head, targets = tf.ones([TARGETS, WIDTH]), tf.ones([VOCAB, WIDTH]), tf.range(TARGETS)
     with tf.GradientTape() as tape:
         tape.watch(hidden)
-        loss = chunked_cross_entropy(hidden, head, None, targets, None, 0.0, Wanted(True, False))[0]
+        loss = chunked_cross_entropy(hidden, head, None, targets, None, 0.0, (True, False))[0]
     assert np.isnan(tape.gradient(loss, hidden).numpy()).all()
 
 

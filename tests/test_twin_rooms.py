@@ -12,6 +12,7 @@ TORCH, TENSORFLOW = ROOT / "plugins" / "hvdlm_torch", ROOT / "plugins" / "hvdlm_
 
 # Files without a twin, with the reason.
 SINGLE = {
+    "attention.py": "PyTorch has scaled_dot_product_attention",
     "compiler.py": "torch.compile calls a compiler of the machine; TensorFlow's (XLA) is part of it",
     "counted_graph.py": "Python calls a TensorFlow graph's collectives only while the graph is traced",
 }

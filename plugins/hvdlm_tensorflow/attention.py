@@ -47,14 +47,14 @@ def attend(q: tf.Tensor, k: tf.Tensor, v: tf.Tensor, mask: tf.Tensor | None) -> 
         v: values, as ``k``.
         mask: added to the scores: float32 that broadcasts to ``[rows, heads, time, keys]``. None: all keys are seen.
     """
+    ends = _ends(q, 0)
+    chunks = [_Chunk(a, b, _sizes(k)[2]) for a, b in pairwise(ends)]
+    whole = mask is None or mask.shape[-2] == 1 or len(chunks) == 1  # for all queries of a chunk
 
     def of_chunk(chunk: _Chunk) -> tf.Tensor | None:
-        same = mask is None or mask.shape[-2] == 1  # for all queries
-        return mask if same else mask[..., chunk.start : chunk.stop, :]
+        return mask if whole else mask[..., chunk.start : chunk.stop, :]
 
-    ends = _ends(q, 0)
-    keys = _sizes(k)[2]
-    return _attend(q, k, v, [_Chunk(a, b, keys) for a, b in pairwise(ends)], of_chunk)
+    return _attend(q, k, v, chunks, of_chunk)
 
 
 def attend_causally(q: tf.Tensor, k: tf.Tensor, v: tf.Tensor, longest: int) -> tf.Tensor:

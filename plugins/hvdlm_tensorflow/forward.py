@@ -13,7 +13,7 @@ from hvdlm.parallel.axis_groups import Axes
 from hvdlm.parallel.sharding_rules import ModelShard
 from hvdlm.protocols.types import Batch
 from hvdlm_tensorflow.collectives import Collectives
-from hvdlm_tensorflow.losses import Wanted, chunked_cross_entropy, ctc, rows_of_chunk
+from hvdlm_tensorflow.losses import chunked_cross_entropy, ctc, rows_of_chunk
 from hvdlm_tensorflow.models import make_model
 from hvdlm_tensorflow.pipeline import Pipeline
 
@@ -92,7 +92,7 @@ class Forward:
         flat = tf.reshape(hidden, [targets.shape.num_elements(), hidden.shape[-1]])
         flat_weights = None if weights is None else tf.reshape(weights, [-1])
         losses = chunked_cross_entropy(
-            flat, *self.model.head, tf.reshape(targets, [-1]), flat_weights, smoothing, Wanted(training, head)
+            flat, *self.model.head, tf.reshape(targets, [-1]), flat_weights, smoothing, (training, head)
         )
         return tf.reshape(losses, targets.shape)
 

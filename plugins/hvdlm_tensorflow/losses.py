@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -11,13 +11,6 @@ import tensorflow as tf
 # makes the loss 1.1 times as slow with chunks of 2**24 logits and 1.3 times with 2**22, with 50,304 of width 384.
 _CHUNK = 2**25
 _MOST_CHUNKS = 16  # each is a part of the graph
-
-
-class Wanted(NamedTuple):
-    """Which gradients are computed: of the hidden states, of the head and its bias."""
-
-    hidden: bool
-    head: bool
 
 
 def ctc(scores: tf.Tensor, lengths: tf.Tensor, targets: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
@@ -60,7 +53,7 @@ def chunked_cross_entropy(
     targets: tf.Tensor,
     weights: tf.Tensor | None,
     smoothing: float,
-    wanted: Wanted,
+    wanted: tuple[bool, bool],
 ) -> tf.Tensor:
     """Return the losses in nats, float32 ``[n]``, of ``targets`` ``[n]``, times their ``weights`` ``[n]``.
 
@@ -75,7 +68,7 @@ def chunked_cross_entropy(
         targets: int32.
         weights: None: all 1.
         smoothing: the share of a target that is spread over the whole vocabulary.
-        wanted: the gradients that are computed.
+        wanted: whether gradients of the hidden states, and of the head and its bias are computed.
     """
     inputs = [hidden, head] if bias is None else [hidden, head, bias]
 
@@ -95,7 +88,11 @@ def chunked_cross_entropy(
 
 
 def _in_chunks(
-    inputs: tuple[tf.Tensor, ...], targets: tf.Tensor, weights: tf.Tensor | None, smoothing: float, wanted: Wanted
+    inputs: tuple[tf.Tensor, ...],
+    targets: tf.Tensor,
+    weights: tf.Tensor | None,
+    smoothing: float,
+    wanted: tuple[bool, bool],
 ) -> tuple[tf.Tensor, list[tf.Tensor]]:
     """Return the losses and the wanted gradients of their sum, float32, in the order of ``inputs``."""
     hidden, head, *bias = inputs
@@ -116,12 +113,12 @@ def _in_chunks(
             losses.append(loss)
             of_bias = [tf.reduce_sum(gradient, 0)] if bias else []
             gradient = tf.cast(gradient, x.dtype)
-            if wanted.hidden:
+            if wanted[0]:
                 of_hidden.append(tf.cast(tf.matmul(gradient, head), tf.float32))
-            if wanted.head:
+            if wanted[1]:
                 added = [tf.cast(tf.matmul(gradient, x, transpose_a=True), tf.float32), *of_bias]
                 sums = [total + more for total, more in zip(sums, added, strict=True)] if sums else added
-    return tf.concat(losses, 0), [tf.concat(of_hidden, 0), *sums] if wanted.hidden else []
+    return tf.concat(losses, 0), [tf.concat(of_hidden, 0), *sums] if wanted[0] else []
 
 
 def _loss_and_gradient(logits: tf.Tensor, targets: tf.Tensor, smoothing: float) -> tuple[tf.Tensor, tf.Tensor]:
