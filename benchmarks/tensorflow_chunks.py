@@ -33,6 +33,16 @@ SHORT = {"contexts": [192], "vocabularies": [], "tokens": 384, "layers": 1, "wid
 VOCABULARY, CONTEXT = 65, 64  # one chunk each
 
 
+def keep_weights(q: Any, k: Any, v: Any, longest: int) -> Any:
+    """Return causal attention by the plain formula."""
+    import numpy as np
+
+    from hvdlm_tensorflow import attention
+
+    mask = np.triu(np.full((longest, longest), -np.inf, np.float32), 1)
+    return attention.attend(q, k, v, mask)
+
+
 def training(o: argparse.Namespace, chunks: bool) -> Any:
     """Return a function that does a step of a GPT in this process; the first one has been done."""
     import numpy as np
@@ -61,12 +71,13 @@ def training(o: argparse.Namespace, chunks: bool) -> Any:
     batch = Batch(tokens[:, :-1].copy(), tokens[:, 1:].copy(), None, True)
 
     from hvdlm_tensorflow import attention, losses
+    from hvdlm_tensorflow.models import gpt
 
-    usual = attention._ONE_CHUNK, losses._CHUNK
+    usual = gpt.attend_causally, attention._ONE_CHUNK, losses._CHUNK
     if not chunks:
-        attention._ONE_CHUNK, losses._CHUNK = context, 2**62
+        gpt.attend_causally, attention._ONE_CHUNK, losses._CHUNK = keep_weights, context, 2**62
     emit("loss", trainable.train_step([batch], 1e-4, 0).loss)  # traces the graph
-    attention._ONE_CHUNK, losses._CHUNK = usual
+    gpt.attend_causally, attention._ONE_CHUNK, losses._CHUNK = usual
     return lambda step: trainable.train_step([batch], 1e-4, step)
 
 

@@ -31,7 +31,8 @@ def long_trainable(framework: str, model: str = "gpt", time: int = TIME, **train
     """Return a small trainable of one process with a long context."""
     config = small_config(framework, model, kv_heads=2, bias=False)
     config.data.context = time
-    config.train = TrainConfig(**{"batch_size": ROWS, "warmup": 0, "optimizer": "sgd"} | train)
+    options: dict[str, Any] = {"batch_size": ROWS, "warmup": 0, "optimizer": "sgd"}
+    config.train = TrainConfig(**options | train)
     return single_rank_trainable(configured_spec(config), config)
 
 
@@ -75,7 +76,7 @@ def test_chunks_have_the_plain_formulas_gradients(kv_heads: int, time: int, dtyp
     expected = plain_attention(*(t.numpy().astype(np.float32) for t in tensors))
     *qkv, gradient = tensors
     for compiled in (False, True):
-        graph = tf.function(lambda *qkv: attend_causally(*qkv, time), autograph=False, jit_compile=compiled)
+        graph = tf.function(lambda q, k, v: attend_causally(q, k, v, time), autograph=False, jit_compile=compiled)
         with tf.GradientTape() as tape:
             tape.watch(qkv)
             output = graph(*qkv)

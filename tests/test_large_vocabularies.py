@@ -65,8 +65,8 @@ def test_chunks_have_the_plain_losses_and_gradients(
         computed = tf.function(losses, autograph=False, jit_compile=compiled)(*inputs)
         total = 0.5 * tf.reduce_sum(computed)
     gradients = [2.0 * tf.cast(gradient, tf.float32) for gradient in tape.gradient(total, inputs)]
-    arrays = [t.numpy().astype(np.float32) for t in inputs]
-    for a, b in zip([computed, *gradients], plain(*arrays, targets, weights, smoothing), strict=True):
+    hidden, head, bias = (t.numpy().astype(np.float32) for t in inputs)
+    for a, b in zip([computed, *gradients], plain(hidden, head, bias, targets, weights, smoothing), strict=True):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
 
 
