@@ -163,5 +163,5 @@ def test_rows_of_any_length_are_predicted(framework: str, model: str) -> None:
     trainable, batch = long_trainable(framework, model), token_batch(shape=(ROWS, TIME))
     whole = trainable.predict(batch)
     for time in (TIME - 1, 150, 12, 3):
-        part = trainable.predict(Batch(batch.inputs[:, :time], batch.targets[:, :time]))
-        np.testing.assert_allclose(part, whole[:, :time], rtol=1e-4, atol=1e-5)
+        shorter = trainable.predict(Batch(batch.inputs[:, :time], batch.targets[:, :time]))
+        np.testing.assert_allclose(shorter, whole[:, :time], rtol=1e-4, atol=1e-5)

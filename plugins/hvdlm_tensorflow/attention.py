@@ -48,10 +48,11 @@ def attend(q: tf.Tensor, k: tf.Tensor, v: tf.Tensor, mask: tf.Tensor | None) -> 
     """
     ends = _ends(q, 0)
     chunks = [_Chunk(a, b, _sizes(k)[2]) for a, b in pairwise(ends)]
-    whole = mask is None or mask.shape[-2] == 1 or len(chunks) == 1  # for all queries of a chunk
 
     def of_chunk(chunk: _Chunk) -> tf.Tensor | None:
-        return mask if whole else mask[..., chunk.start : chunk.stop, :]
+        if mask is None or mask.shape[-2] == 1 or len(chunks) == 1:  # as it is for all queries of a chunk
+            return mask
+        return mask[..., chunk.start : chunk.stop, :]
 
     return _attend(q, k, v, chunks, of_chunk)
 
@@ -147,7 +148,7 @@ def _gradients(
             of_k.append(sums[0][:, :, before.keys :])
             of_v.append(sums[1][:, :, before.keys :])
             sums = [total[:, :, : before.keys] for total in sums]
-    whole_q, whole_k, whole_v = (tf.cast(tf.concat(parts[::-1], 2), q.dtype) for parts in (of_q, of_k, of_v))
+    whole_q, whole_k, whole_v = (tf.cast(tf.concat(of_chunks[::-1], 2), q.dtype) for of_chunks in (of_q, of_k, of_v))
     return whole_q, whole_k, whole_v
 
 

@@ -23,7 +23,7 @@ class ModelBase:
             losses of large vocabularies are then computed in chunks.
     """
 
-    head: tuple[tf.Tensor, tf.Tensor | None] | None = None
+    head: Any = None
 
     def __init__(self, settings: Any, model_shard: ModelShard, collectives: Collectives) -> None:
         self.s = settings
