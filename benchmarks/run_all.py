@@ -37,6 +37,7 @@ NAMES = [
     "replica_check",
     "waiting_threads",
     "compiled_steps",
+    "tensorflow_chunks",
     "slow_network",
 ]
 OPTIONS = {"parallel": ["--ranks", "2"]}  # the table of 4 ranks has no bars and takes minutes

@@ -10,7 +10,7 @@ import stat
 import sys
 import threading
 import wave
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
@@ -146,6 +146,14 @@ def train_steps(
         micro_batches = [batch.rows(start, start + micro) for start in range(0, ROWS, micro)]
         results.append(trainable.train_step(micro_batches, rate, step))
     return results
+
+
+def step_tensor_sizes(trainable: Any) -> Iterator[int]:
+    """Yield the number of elements of every tensor in TensorFlow's graph of a step, and in functions it calls."""
+    for function in trainable._step_graph._graph._list_all_concrete_functions():
+        graphs = [function.graph, *(f.graph for f in function.graph._functions.values() if hasattr(f, "graph"))]
+        for operation in (operation for graph in graphs for operation in graph.get_operations()):
+            yield from (t.shape.num_elements() for t in operation.outputs if t.shape.is_fully_defined())
 
 
 # Ranks as threads

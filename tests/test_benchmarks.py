@@ -35,6 +35,7 @@ RUNS = [
     ("replica_check", ["tensorflow"], 2),
     ("save_cost", [], 4),
     ("slow_network", ["torch"], 3),
+    ("tensorflow_chunks", [], 2),
     ("waiting_threads", ["torch"], 4),
     ("without_horovod", ["torch"], 1),
     ("without_horovod", ["tensorflow"], 1),

@@ -13,7 +13,7 @@ from hvdlm.parallel.axis_groups import Axes
 from hvdlm.parallel.sharding_rules import ModelShard
 from hvdlm.protocols.types import Batch
 from hvdlm_tensorflow.collectives import Collectives
-from hvdlm_tensorflow.losses import ctc
+from hvdlm_tensorflow.losses import chunked_cross_entropy, ctc, rows_of_chunk
 from hvdlm_tensorflow.models import make_model
 from hvdlm_tensorflow.pipeline import Pipeline
 
@@ -61,13 +61,45 @@ class Forward:
         hidden, carry = self.model.hidden(inputs, x, carry, training, train.activation_checkpointing, seed)
         if not self.model_shard.stage.last:
             return hidden, carry
+        smoothing = train.label_smoothing if training else 0.0
+        head = getattr(self.model, "head", None)
+        if self._is_chunked(head, targets):
+            return self._chunked_losses(hidden, head, targets, weights, smoothing, training), carry
         # In float32: exponentials of large scores overflow in half precision.
         scores = tf.cast(self.model.scores(hidden), tf.float32)  # [rows, time, vocab / tensor ranks]
         if self.spec.loss == "ctc":
             return ctc(scores, self.model.lengths(x), targets, weights), carry
-        smoothing = train.label_smoothing if training else 0.0
         losses = self.collectives.cross_entropy(scores, targets, smoothing)
         return (losses if weights is None else losses * weights), carry
+
+    def _is_chunked(self, head: Any, targets: tf.Tensor) -> bool:
+        """Return whether the logits of a batch are computed in chunks: where they are more than one chunk.
+
+        Ranks that share a vocabulary would exchange figures for every chunk. Gradients in fp16 have to be scaled before
+        they are rounded.
+        """
+        count = targets.shape.num_elements()  # None: open in the graph
+        if head is None or not count or self.spec.loss == "ctc" or self.config.train.precision == "fp16":
+            return False
+        return self.collectives.size == 1 and count > rows_of_chunk(count, head[0].shape[0])
+
+    def _chunked_losses(
+        self,
+        hidden: tf.Tensor,
+        head: Any,
+        targets: tf.Tensor,
+        weights: tf.Tensor | None,
+        smoothing: float,
+        training: bool,
+    ) -> tf.Tensor:
+        # Adapters of layers leave the head as it is. TensorFlow would leave out what isn't used, if it needed no order.
+        adapted = [adapter.weight for adapter in self.spec.adapters]
+        wanted = training, training and not (adapted and all(name.startswith("layers.") for name in adapted))
+        table, bias = head
+        flat = tf.reshape(hidden, [targets.shape.num_elements(), hidden.shape[-1]])
+        flat_weights = None if weights is None else tf.reshape(weights, [-1])
+        losses = chunked_cross_entropy(flat, table, bias, tf.reshape(targets, [-1]), flat_weights, smoothing, wanted)
+        return tf.reshape(losses, targets.shape)
 
     def features(self, batch: Batch) -> dict[str, tf.Tensor] | None:
         """Return what the model reads besides tokens; None where it reads tokens alone."""

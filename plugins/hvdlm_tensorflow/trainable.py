@@ -84,7 +84,9 @@ class Trainable(Inference):
         self._stage_graph = CountedGraph(self._stage, self._counters, jit_compile=compiled)
         self._add_graph = CountedGraph(self._gradients.add, self._counters)
         self._finish_graph = CountedGraph(self._finish, self._counters)
-        self._passes = tf.function(self._backward, jit_compile=True) if compiled else self._backward
+        self._passes = self._backward
+        if compiled:
+            self._passes = tf.function(self._backward, autograph=False, jit_compile=True)
 
     def _parameters(self) -> Mapping[str, tf.Tensor]:
         """Return the weights that the model computes with."""

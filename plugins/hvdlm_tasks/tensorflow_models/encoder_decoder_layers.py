@@ -11,6 +11,7 @@ import tensorflow as tf
 from hvdlm.errors import HvdlmError
 from hvdlm.parallel.sharding_rules import ModelShard
 from hvdlm_tasks.models import encoder_decoder_layers as layers
+from hvdlm_tensorflow.attention import attend
 from hvdlm_tensorflow.collectives import Collectives
 from hvdlm_tensorflow.models.base import ModelBase
 
@@ -84,11 +85,8 @@ class EncoderBase(ModelBase):
     def attend(self, x: tf.Tensor, kv: KeysValues, mask: tf.Tensor | None, name: str) -> tf.Tensor:
         """Attend from ``x`` ``[rows, time, width]`` to keys where ``mask``, bool ``[rows, 1, time, keys]``, is true."""
         q = self._heads(self.linear(x, f"{name}.query"))
-        scores = tf.cast(tf.matmul(q * (self.s.width // self.s.heads) ** -0.5, kv[0], transpose_b=True), tf.float32)
-        if mask is not None:
-            scores += tf.where(mask, 0.0, -np.inf)
-        attended = tf.matmul(tf.cast(tf.nn.softmax(scores), self.dtype), kv[1])
-        return self.linear(tf.reshape(tf.transpose(attended, [0, 2, 1, 3]), tf.shape(x)), f"{name}.output")
+        attended = attend(q, *kv, None if mask is None else tf.where(mask, 0.0, -np.inf))
+        return self.linear(attended, f"{name}.output")
 
     def mlp(self, x: tf.Tensor, name: str) -> tf.Tensor:
         """Apply a feed-forward layer to ``x`` ``[..., width]``."""

@@ -32,10 +32,14 @@ class Seq2Seq(EncoderBase):
             y, _ = self._layer(y, f"decoder.{i}", None, source, causal, mask)
         return self.norm(y, "final_norm")
 
+    def bind(self, parameters: Mapping[str, tf.Tensor]) -> None:
+        """Use these tensors as parameters, all but those of normalisation in the compute precision."""
+        super().bind(parameters)
+        self.head = (self.p["embed.tokens" if self.s.tie_embeddings else "head.weight"], None)
+
     def scores(self, hidden: tf.Tensor) -> tf.Tensor:
         """Return logits ``[..., vocab]`` of hidden states ``[..., width]``."""
-        head = self.p["embed.tokens" if self.s.tie_embeddings else "head.weight"]
-        flat = tf.matmul(tf.reshape(hidden, [-1, self.s.width]), head, transpose_b=True)
+        flat = tf.matmul(tf.reshape(hidden, [-1, self.s.width]), self.head[0], transpose_b=True)
         return tf.reshape(flat, tf.concat([tf.shape(hidden)[:-1], [self.s.vocab]], 0))
 
     def read(self, x: Mapping[str, tf.Tensor]) -> Cache:

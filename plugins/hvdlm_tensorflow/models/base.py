@@ -13,7 +13,17 @@ from hvdlm_tensorflow.collectives import Collectives
 
 
 class ModelBase:
-    """A language model. ``s``: its settings; ``p``: its parameters by name; ``dtype``: what it computes in."""
+    """A language model.
+
+    Attributes:
+        s: its settings.
+        p: its parameters by name.
+        dtype: what it computes in.
+        head: the table ``[vocab, embed]`` and bias of which ``scores`` is the product, if it is one and nothing else:
+            losses of large vocabularies are then computed in chunks.
+    """
+
+    head: Any = None
 
     def __init__(self, settings: Any, model_shard: ModelShard, collectives: Collectives) -> None:
         self.s = settings

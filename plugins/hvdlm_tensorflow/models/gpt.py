@@ -15,6 +15,7 @@ import tensorflow as tf
 from hvdlm.errors import HvdlmError
 from hvdlm.parallel.sharding_rules import ModelShard
 from hvdlm_language.gpt import GPTSettings
+from hvdlm_tensorflow.attention import attend, attend_causally
 from hvdlm_tensorflow.collectives import Collectives
 
 Layer = Mapping[str, tf.Tensor]
@@ -34,7 +35,11 @@ class Cache(NamedTuple):
 
 
 class GPT:
-    """A decoder-only Transformer over parameters by name."""
+    """A decoder-only Transformer over parameters by name.
+
+    Attributes:
+        head: of the last stage: the table ``[vocab, embed]`` of ``scores``, and its bias: None.
+    """
 
     def __init__(self, settings: GPTSettings, model_shard: ModelShard, collectives: Collectives) -> None:
         self.s = settings
@@ -51,7 +56,8 @@ class GPT:
         self._p = {n: t if "norm" in n else tf.cast(t, self.dtype) for n, t in parameters.items()}
         prefixes = [f"layers.{i}." for i in self._model_shard.layers]
         self._layers = [{n[len(p) :]: t for n, t in self._p.items() if n.startswith(p)} for p in prefixes]
-        self._head: Any = self._p.get("embed.tokens" if self.s.tie_embeddings else "head.weight")
+        table: Any = self._p.get("embed.tokens" if self.s.tie_embeddings else "head.weight")
+        self.head = table, None
         # Replicated parameters of which each rank computes only a part of the gradient, without and with sequence
         # parallelism: their gradients have to be summed.
         kv = [name for name in self._layers[0] if self._kv_replicated and name.startswith(_KV)]
@@ -71,14 +77,14 @@ class GPT:
                 return x
             return tf.nn.experimental.stateless_dropout(x, rate, seed=seed + tf.constant([0, number]))
 
-        c = self._collectives.over(tokens.shape[1])
+        time = tokens.shape[1]  # None: open in the graph
+        c = self._collectives.over(time) if time else self._collectives.alone()
         x = self._embed(tokens, 0, dropout, c) if x is None else x
-        mask = _causal(tokens.shape[1])
         for number, layer in zip(self._model_shard.layers, self._layers, strict=True):
             names = list(layer)
 
             def compute(x: tf.Tensor, *tensors: tf.Tensor, i: int = number, names: list[str] = names) -> tf.Tensor:
-                return self._layer(x, dict(zip(names, tensors, strict=True)), mask, i, dropout, c)
+                return self._layer(x, dict(zip(names, tensors, strict=True)), i, dropout, c)
 
             # Parameters are arguments, because gradients flow to arguments only where a layer is recomputed.
             compute = tf.recompute_grad(compute) if checkpointing and training else compute
@@ -87,8 +93,9 @@ class GPT:
 
     def scores(self, hidden: tf.Tensor) -> tf.Tensor:
         """Return logits ``[..., vocab]`` of hidden states ``[..., embed]``: this rank's range of the vocabulary."""
-        flat = tf.matmul(tf.reshape(hidden, [-1, self.s.width]), self._head, transpose_b=True)
-        return tf.reshape(flat, tf.concat([tf.shape(hidden)[:-1], [self._head.shape[0]]], 0))
+        table, _ = self.head
+        flat = tf.matmul(tf.reshape(hidden, [-1, self.s.width]), table, transpose_b=True)
+        return tf.reshape(flat, tf.concat([tf.shape(hidden)[:-1], [table.shape[0]]], 0))
 
     def initial_carry(self, rows: Any) -> tf.Tensor:
         """Return the state at the start of a text: there is none, and graphs take a tensor in its place."""
@@ -111,9 +118,6 @@ class GPT:
         c = self._collectives.alone()
         start, time = cache.length, tf.shape(tokens)[1]
         x = self._embed(tokens, start, _no_dropout, c) if x is None else x
-        # New token t sees keys 0 .. start + t.
-        seen = tf.range(self.s.context)[None, :] <= start + tf.range(time)[:, None]
-        mask = tf.where(seen, 0.0, -np.inf)  # [time, context]
         stores = []
         for index, (number, layer) in enumerate(zip(self._model_shard.layers, self._layers, strict=True)):
             store = cache.store[index]
@@ -125,7 +129,7 @@ class GPT:
                 stores.append(tf.ensure_shape(whole, store.shape))
                 return whole[0], whole[1]
 
-            x = self._layer(x, layer, mask, number, _no_dropout, c, start, extend)
+            x = self._layer(x, layer, number, _no_dropout, c, start, extend)
         return self._finish(x, c), Cache(tf.stack(stores), start + time)
 
     def carry_arrays(self, carry: Any) -> dict[str, Any]:
@@ -156,7 +160,6 @@ class GPT:
         self,
         x: tf.Tensor,
         p: Layer,
-        mask: tf.Tensor,
         number: int,
         dropout: Dropout,
         c: Collectives,
@@ -165,27 +168,23 @@ class GPT:
     ) -> tf.Tensor:
         p = c.shared(p, self._replicated[c.sequence], str(number))
         h = c.enter(self._norm(x, p, "attention_norm"), f"{number}.attention")
-        a = _row_parallel(self._attention(h, p, mask, start, extend), p, "attention.output", c, f"{number}.attention")
+        a = _row_parallel(self._attention(h, p, start, extend), p, "attention.output", c, f"{number}.attention")
         x += dropout(a, 2 * number + 1)
         h = c.enter(self._norm(x, p, "mlp_norm"), f"{number}.mlp")
         return x + dropout(_row_parallel(self._mlp(h, p), p, "mlp.down", c, f"{number}.mlp"), 2 * number + 2)
 
-    def _attention(self, h: tf.Tensor, p: Layer, mask: tf.Tensor, start: Any, extend: ExtendCache | None) -> tf.Tensor:
+    def _attention(self, h: tf.Tensor, p: Layer, start: Any, extend: ExtendCache | None) -> tf.Tensor:
         """Return the output of this rank's heads, ``[rows, time, heads * head / ranks]``."""
         p = self._one_kv_head(p) if self._kv_replicated else p
         rows, time = tf.shape(h)[0], h.shape[1] if h.shape[1] is not None else tf.shape(h)[1]
         q, k, v = (self._heads(_linear(h, p, f"attention.{n}"), rows, time) for n in ("query", "key", "value"))
         if self.s.positions == "rotary":
             q, k = self._rotate(q, start, time), self._rotate(k, start, time)
-        if extend:
-            k, v = extend(k, v)
-        group = q.shape[1] // k.shape[1]
-        if group > 1:
-            k, v = tf.repeat(k, group, 1), tf.repeat(v, group, 1)
-        scores = tf.matmul(q * self.s.head_width**-0.5, k, transpose_b=True)  # [rows, heads, time, keys]
-        weights = tf.cast(tf.nn.softmax(tf.cast(scores, tf.float32) + mask), self.dtype)
-        a = tf.transpose(tf.matmul(weights, v), [0, 2, 1, 3])
-        return tf.reshape(a, [rows, time, q.shape[1] * self.s.head_width])
+        if extend is None:
+            return attend_causally(q, k, v, self.s.context)
+        # New token t sees keys 0 .. start + t.
+        seen = tf.range(self.s.context)[None, :] <= start + tf.range(time)[:, None]
+        return attend(q, *extend(k, v), tf.where(seen, 0.0, -np.inf))
 
     def _one_kv_head(self, p: Layer) -> Layer:
         """Return ``p`` with the columns of the one key-value head that this rank's query heads use."""
@@ -222,11 +221,6 @@ class GPT:
 
 def _no_dropout(x: tf.Tensor, number: int) -> tf.Tensor:
     return x
-
-
-def _causal(time: int) -> tf.Tensor:
-    """Return float32 ``[time, time]``, to be added to scores: 0 where a query sees a key, else minus infinity."""
-    return tf.constant(np.triu(np.full((time, time), -np.inf, np.float32), 1))
 
 
 def _cos_sin(s: GPTSettings) -> tuple[np.ndarray, np.ndarray]:

@@ -20,7 +20,11 @@ Carry = list[tuple[tf.Tensor, ...]]  # of every layer: h, and c of an LSTM, each
 
 
 class RNN:
-    """A recurrent language model over parameters by name."""
+    """A recurrent language model over parameters by name.
+
+    Attributes:
+        head: of the last stage: the table ``[vocab, embed]`` of ``scores``, and its bias.
+    """
 
     def __init__(self, settings: RNNSettings, model_shard: ModelShard, collectives: Collectives) -> None:
         self.s = settings
@@ -33,7 +37,8 @@ class RNN:
     def bind(self, parameters: Mapping[str, tf.Tensor]) -> None:
         """Use these tensors as parameters, in the precision of the run."""
         self._p = {n: tf.cast(t, self.dtype) for n, t in parameters.items()}
-        self._head: Any = self._p.get("embed.tokens" if self.s.tie_embeddings else "head.weight")
+        table: Any = self._p.get("embed.tokens" if self.s.tie_embeddings else "head.weight")
+        self.head = table, self._p.get("head.bias")
 
     def hidden(
         self, tokens: tf.Tensor, x: tf.Tensor | None, carry: Carry, training: bool, checkpointing: bool, seed: tf.Tensor
@@ -65,8 +70,9 @@ class RNN:
 
     def scores(self, hidden: tf.Tensor) -> tf.Tensor:
         """Return logits ``[..., vocab]`` of hidden states ``[..., embed]``: this rank's range of the vocabulary."""
-        flat = tf.matmul(tf.reshape(hidden, [-1, self.s.width]), self._head, transpose_b=True) + self._p["head.bias"]
-        return tf.reshape(flat, tf.concat([tf.shape(hidden)[:-1], [self._head.shape[0]]], 0))
+        table, bias = self.head
+        flat = tf.matmul(tf.reshape(hidden, [-1, self.s.width]), table, transpose_b=True) + bias
+        return tf.reshape(flat, tf.concat([tf.shape(hidden)[:-1], [table.shape[0]]], 0))
 
     def initial_carry(self, rows: Any) -> Carry:
         """Return the state at the start of a text: zeros."""
