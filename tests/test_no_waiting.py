@@ -12,7 +12,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from builders import ROWS, configured_spec, encoder_batch, small_config, token_batch
+from builders import ROWS, configured_spec, small_config, token_batch
 from hvdlm import plugins
 from hvdlm.communication.all_reduce import AllReduceExchange
 from hvdlm.config import CommunicationConfig, LoRAConfig, ModelConfig, TrainConfig
