@@ -12,6 +12,9 @@ import torch
 
 from hvdlm.protocols.types import StepResult
 
+ON_HOST = ("cpu",)
+"""Types of devices that have computed a tensor when PyTorch returns it."""
+
 _LATE = ("loss", "tokens", "grad_norm", "skipped")
 
 
@@ -27,7 +30,7 @@ class Figures:
             self._values.copy_(values, non_blocking=True)
             self._copied = torch.cuda.Event(blocking=True)  # waiting for it sleeps instead of spinning
             self._copied.record()
-        self.late = not values.is_cpu
+        self.late = values.device.type not in ON_HOST
 
     def read(self) -> list[float]:
         """Wait for the values and return them."""
