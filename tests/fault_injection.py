@@ -120,6 +120,10 @@ def recorded_check(run: Any, step: int) -> None:
 
 signal.signal(signal.SIGHUP, signal.SIG_IGN if FAULTS.get("nohup") else signal.SIG_DFL)
 loop.do_step, Batches.take = faulty_step, faulty_batches  # type: ignore[method-assign]
+if FAULTS.get("pending"):  # figures are read a step later, as on a GPU
+    from hvdlm_torch import figures
+
+    figures.ON_HOST = ()
 if "comparisons" in FAULTS:
     loop.check_replicas = recorded_check
 sys.exit(cli.main())

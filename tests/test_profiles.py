@@ -78,7 +78,8 @@ class Events:
         self.config.train.steps = 20
         self.trainable, self.closers = FakeTrainable(), []
         closing = SimpleNamespace(callback=self.closers.append)
-        run: Any = SimpleNamespace(opened=SimpleNamespace(trainable=self.trainable, closing=closing))
+        opened = SimpleNamespace(trainable=self.trainable, closing=closing)
+        run: Any = SimpleNamespace(opened=opened, report_in_time=lambda steps: None)
         self.profile = Profile()
         world: Any = SimpleNamespace(rank=0)
         self.profile.hvdlm_run_started(self.config, world, {"start_step": start_step}, run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -100,10 +101,10 @@ def test_update_rules_follow_the_papers(framework: str, rule: dict[str, Any]) ->
         from hvdlm_torch.optimizers import FlatOptimizer
 
         parameter, gradient = torch.from_numpy(start.copy()), torch.zeros(64)
-        optimizer: Any = FlatOptimizer(config, parameter, gradient, torch.from_numpy(mask))
+        optimizer: Any = FlatOptimizer(config, parameter, gradient, mask)
         for step, g in enumerate(gradients):
             gradient.copy_(torch.from_numpy(g))
-            optimizer.update(0.05, step)
+            optimizer.update(0.05, step, torch.ones((), dtype=torch.float64), torch.tensor(True))
         updated = parameter.numpy()
     else:
         import tensorflow as tf
@@ -118,6 +119,26 @@ def test_update_rules_follow_the_papers(framework: str, rule: dict[str, Any]) ->
     for half, decayed in ((slice(0, 32), True), (slice(32, 64), False)):
         expected = reference(config, [g[half] for g in gradients], start[half], decayed, 0.05)
         np.testing.assert_allclose(updated[half], expected, rtol=2e-5, atol=2e-6)
+
+
+@both_frameworks
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: "-".join(map(str, rule.values())))
+def test_a_skipped_step_changes_nothing(framework: str, rule: dict[str, Any]) -> None:
+    """Neither parameters nor the rule's state, whether the norm is above the limit or NaN."""
+    trainable, other = small_trainable(framework, **rule), small_trainable(framework, **rule)
+    for one in (trainable, other):
+        train_steps(one, 2)
+    before = trainable.state()
+    bad = token_batch(2, weights=True)
+    bad.weights[:] = np.nan  # type: ignore[index]
+    for batch, limit in ((token_batch(2), 1e-9), (bad, math.inf)):
+        result = trainable.train_step([batch], 0.5, 2, limit)
+        assert result.skipped and not result.applied
+        after = trainable.state()
+        assert before.keys() == after.keys()
+        assert all(np.array_equal(before[name], after[name]) for name in before)
+    a, b = (one.train_step([token_batch(3)], 0.01, 3).loss for one in (trainable, other))
+    assert a == b
 
 
 @both_frameworks

@@ -16,10 +16,12 @@ SINGLE = {
     "compiler.py": "torch.compile calls a compiler of the machine; TensorFlow's (XLA) is part of it",
     "kernels.py": "PyTorch multiplies float32 matrices slowly on AMD's processors; TensorFlow doesn't",
     "operations.py": "torch.compile sees the collectives of tensor ranks; XLA compiles no collective",
+    "figures.py": "PyTorch only enqueues a step on a GPU; TensorFlow's graph of a step returns its figures",
     "counted_graph.py": "Python calls a TensorFlow graph's collectives only while the graph is traced",
 }
 # Public names that one room lacks, with the reason.
 DIFFERENT = {
+    "devices.py:to_device": "TensorFlow takes arrays as arguments of its graphs",
     "gradients.py:Gradients.before_backward": "PyTorch starts buckets by hooks; the edges of a graph do the same",
     "gradients.py:WholeGradients.before_backward": "as above",
     "gradients.py:ScatteredGradients.before_backward": "as above",

@@ -54,6 +54,9 @@ class Batch:
 class StepResult:
     """The result of one optimizer step. Seconds and bytes are this rank's; everything else is the same on all ranks.
 
+    A framework may return a subclass of which ``loss``, ``tokens``, ``grad_norm`` and ``skipped`` are ``pending``:
+    the first that is read waits until a device has computed the step. All ranks return the same kind.
+
     Attributes:
         loss: mean loss over all valid tokens of the global batch, in nats, before the update.
         tokens: valid tokens in the global batch.
@@ -79,6 +82,11 @@ class StepResult:
     axis_bytes: dict[str, int] = field(default_factory=dict)
     skipped: bool = False
     device_memory_peak: int | None = None
+
+    @property
+    def pending(self) -> bool:
+        """Whether a figure that is read now waits for a device."""
+        return False
 
     @property
     def failed(self) -> bool:

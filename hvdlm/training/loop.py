@@ -16,17 +16,17 @@ from hvdlm.protocols.trainable import Trainable
 from hvdlm.protocols.types import Batch, StepResult
 from hvdlm.protocols.world import World
 from hvdlm.telemetry.observers import Observers
-from hvdlm.telemetry.rates import is_logged
 from hvdlm.training.batches import Batches
 from hvdlm.training.consensus import Consensus
 from hvdlm.training.lr_schedule import make_schedule
 from hvdlm.training.preflight import versions
+from hvdlm.training.reports import Reports
 from hvdlm.training.rollback import check_replicas, check_result, roll_back
 from hvdlm.training.run import Run
 from hvdlm.training.run_control import RunControl
 from hvdlm.training.run_folder import Status, open_folder
 from hvdlm.training.signals import Signals
-from hvdlm.training.summary import RunTotals, describe, device_memory_peak, summarise
+from hvdlm.training.summary import RunTotals, describe, summarise
 
 
 def train(run: Run, signals: Signals) -> dict[str, Any]:
@@ -51,12 +51,12 @@ def train(run: Run, signals: Signals) -> dict[str, Any]:
         observers.protect_run(run.manager)
         hook.hvdlm_run_started(config=config, world=run.world, info=describe(run, step), run=control)
         metrics, saved, stopped = last_metrics(run, step), step, consensus.stopped_before()
-        save_due, finish = False, 0
+        save_due, finish, reports = False, 0, Reports(run, totals, consensus, control)
         process.begin(TRAINING)
         while step < config.train.steps and not stopped and not finish:
             process.step(step + 1)
             row = run.cursor.advance()
-            result = do_step(run, step, row, batches, rate(step), totals)
+            result = do_step(run, step, row, batches, rate(step), reports)
             status.step = step = step + 1
             votes = consensus.result()
             stopped = votes.stop_reason
@@ -66,25 +66,31 @@ def train(run: Run, signals: Signals) -> dict[str, Any]:
                 report_saved(run, saver.advance())
             finish, save_asked, evaluate_asked = control.due(votes.finish, votes.save, votes.evaluate)
             save_due = save_due or due(step, config.checkpoint.every) or save_asked
+            evaluating = evaluate_asked or due(step, config.train.eval_every)
+            checking = due(step, config.train.replica_check_every)
+            if stopped or save_due or finish or evaluating or checking or saver.refused:
+                reports.report()
             deferred = bool(stopped or save_due or finish) and run.world.any(not result.applied)
             if deferred:
                 stopped, finish = None, 0  # the next steps decide whether the run rolls back
             wrong = step == config.train.steps and run.world.any(result.failed)
             bad_rows = run.guard.bad_rows(votes, run.world.size, row if wrong else None)
             if bad_rows or saver.refused:
+                reports.report()
+                reports.forget()
                 report_saved(run, saver.finish())
                 checkpoint = roll_back(run, bad_rows, step)
                 status.step = step = saved = checkpoint.step
                 metrics, save_due, finish = checkpoint.manifest.get("metrics") or {}, False, 0
                 continue
             saving = save_due and not deferred
-            if due(step, config.train.replica_check_every) and not saving:  # a save compares all of the state
+            if checking and not saving:  # a save compares all of the state
                 check_replicas(run, step)
-            if (due(step, config.train.eval_every) or evaluate_asked) and not stopped:
+            if evaluating and not stopped:
                 metrics = evaluate(run, step)
             if saving:
                 saved, save_due = save(run, step, metrics), False
-            consensus.vote(row, saver.ready(), result.skipped)
+            reports.vote()
         consensus.result()
         if metrics.get("step") != step and not stopped:
             metrics = evaluate(run, step)
@@ -117,23 +123,15 @@ def last_metrics(run: Run, step: int) -> dict[str, Any]:
     return evaluate(run, step) if left_out and known.get("step") != step else known
 
 
-def do_step(run: Run, step: int, row: int, batches: Batches, learning_rate: float, totals: RunTotals) -> StepResult:
-    """Do step number ``step`` (from 0) on the batch that begins at ``row``, and report it. All ranks call."""
-    began, busy = time.perf_counter(), run.world.transfer_seconds()
+def do_step(run: Run, step: int, row: int, batches: Batches, learning_rate: float, reports: Reports) -> StepResult:
+    """Do step number ``step`` (from 0) on the batch that begins at ``row``, and have it reported. All ranks call."""
+    reports.begin()
+    began = time.perf_counter()
     own = batches.take(row, run.config.train.steps - step - 1)
     data_seconds = time.perf_counter() - began
     result = run.trainable.train_step(own, learning_rate, step, run.guard.limit)
-    seconds = time.perf_counter() - began
     result.data_seconds = data_seconds
-    if busy is not None:
-        result.transfer_seconds = run.world.transfer_seconds() - busy  # type: ignore[operator]
-    if is_logged(step + 1, run.config.log.every, result):
-        result.device_memory_peak = device_memory_peak(run)
-    run.guard.add(result)
-    totals.add(result, seconds)
-    run.manager.hook.hvdlm_step_ended(
-        step=step + 1, result=result, learning_rate=learning_rate, seconds=seconds, rates=totals.rates
-    )
+    reports.add(step + 1, row, learning_rate, result)
     return result
 
 

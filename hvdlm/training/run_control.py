@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import TYPE_CHECKING, Any
 
 from hvdlm import plugins
@@ -25,6 +26,7 @@ class RunControl:
         self.opened = run
         self._save = self._evaluate = False
         self._reason: str | None = None
+        self._in_time: list[Container[int]] = []
         self._due = False, False  # saving and evaluating, which all ranks have agreed on and not done
 
     def stop(self, reason: str) -> None:
@@ -41,6 +43,14 @@ class RunControl:
     def evaluate(self) -> None:
         """Ask the run to evaluate the validation split."""
         self._evaluate = True
+
+    def report_in_time(self, steps: Container[int]) -> None:
+        """Ask that ``hvdlm_step_ended`` of these steps is called before the next step starts, on GPUs too."""
+        self._in_time.append(steps)
+
+    def in_time(self, step: int) -> bool:
+        """Return whether a plugin has asked so for ``step``."""
+        return any(step in steps for steps in self._in_time)
 
     def generate(self, prompt: str, tokens: int, shown: bool = False, **sampling: Any) -> str:
         """Return ``prompt`` and its continuation, or the task's response; "" on ranks without rank 0's copy.

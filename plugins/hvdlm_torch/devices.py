@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import socket
 
+import numpy as np
 import torch
 
 from hvdlm.config import Config
@@ -64,3 +65,13 @@ def resolve(config: Config, spec: ModelSpec, world: World) -> Resolved:
     tf32 = config.train.tf32 and ampere
     notes = (f"fp32 products in {'TF32' if tf32 else 'fp32'}", *notes)
     return Resolved(properties.name, identity, "bf16" if ampere else "fp32", tf32, compiled, notes)
+
+
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Return ``array`` on ``device``, where it arrives before work that is enqueued later; a CPU shares its memory.
+
+    From memory that isn't pinned, PyTorch copies only after all work that is enqueued already. It reuses pinned memory
+    once the copy is done.
+    """
+    tensor = torch.from_numpy(array)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

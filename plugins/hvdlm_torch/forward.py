@@ -12,6 +12,7 @@ from hvdlm.parallel.axis_groups import Axes
 from hvdlm.parallel.sharding_rules import ModelShard
 from hvdlm.protocols.types import Batch
 from hvdlm_torch.collectives import Collectives
+from hvdlm_torch.devices import to_device
 from hvdlm_torch.losses import chunked_cross_entropy, ctc, rows_of_chunk
 from hvdlm_torch.models import make_model
 from hvdlm_torch.pipeline import Pipeline
@@ -94,10 +95,10 @@ class Forward:
 
     def features(self, batch: Batch) -> dict[str, torch.Tensor] | None:
         """Return what the model reads besides tokens; None where it reads tokens alone."""
-        return {name: torch.from_numpy(array).to(self.device) for name, array in batch.features.items()} or None
+        return {name: to_device(array, self.device) for name, array in batch.features.items()} or None
 
     def tensors(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Return the inputs, targets and weights of a batch."""
-        weights = None if batch.weights is None else torch.from_numpy(batch.weights).to(self.device)
-        targets = torch.from_numpy(batch.targets).to(self.device, torch.int64)  # cross_entropy takes no int32
-        return torch.from_numpy(batch.inputs).to(self.device), targets, weights
+        weights = None if batch.weights is None else to_device(batch.weights, self.device)
+        targets = to_device(batch.targets, self.device).to(torch.int64)  # cross_entropy takes no int32
+        return to_device(batch.inputs, self.device), targets, weights

@@ -25,12 +25,12 @@ class Sums(NamedTuple):
     """The metrics of a step, summed over the ranks.
 
     Attributes:
-        totals: the loss sum, the valid tokens and the gradient's squared norm of the global batch.
+        totals: the loss sum, the valid tokens and the gradient's squared norm of the global batch, float64 ``[3]``.
         gradient_seconds: the time waited for gradients.
         stage_seconds: the time waited for other pipeline stages.
     """
 
-    totals: list[float]
+    totals: torch.Tensor
     gradient_seconds: float
     stage_seconds: float
 
@@ -107,14 +107,14 @@ class Gradients(ABC):
             return self.shard.new_zeros(1).double()
         return torch.cat(norms).double().square().sum(0, keepdim=True)
 
-    def _sum_over_model(self, totals: torch.Tensor) -> list[float]:
+    def _sum_over_model(self, totals: torch.Tensor) -> torch.Tensor:
         """Return (loss sum, tokens, squared norm) of the whole model from this rank's, float64 ``[3]``."""
         if len(self._axes.model.ranks) > 1:
             model_shard = self._state.model_shard
             if not (model_shard.stage.last and model_shard.index == 0):
                 totals[:2] = 0.0  # all tensor ranks of the last stage know the losses: one of them counts
             totals = self._axes.model.all_reduce_async(totals, "norm").wait()
-        return totals.tolist()
+        return totals
 
 
 class WholeGradients(Gradients):

@@ -2,15 +2,17 @@
 
 AdamW (Loshchilov and Hutter 2019, algorithm 2), SGD with momentum (Sutskever et al. 2013) and Nesterov's variant,
 Adagrad (Duchi et al. 2011), by the equations in PyTorch's documentation; the TensorFlow plugin computes the same.
-They are torch.optim's functions, not its classes: those import torch's compiler, a third of the time of a start.
+They are the kernels of torch.optim, not its classes: those import torch's compiler, a third of the time of a start.
+
+Whether an update is applied is decided on the device, so that the host doesn't wait for the gradient's norm.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
-from torch.optim.adagrad import adagrad
-from torch.optim.adamw import adamw
-from torch.optim.sgd import sgd
 
 from hvdlm.config import TrainConfig
 from hvdlm.protocols.optimizer import Optimizer
@@ -18,24 +20,31 @@ from hvdlm.protocols.state_dict import optimizer_state
 
 
 class FlatOptimizer:
-    """One update rule over a flat float32 parameter vector and its gradient ``[size]``."""
+    """One update rule over a flat float32 parameter vector and its gradient ``[size]``.
+
+    ``mask``: float32 ``[size]``, 1 where weight decay applies, else 0. ``own``: a plugin's rule.
+    """
 
     def __init__(
         self,
         config: TrainConfig,
         parameter: torch.Tensor,
         gradient: torch.Tensor,
-        mask: torch.Tensor,
+        mask: np.ndarray,
         own: Optimizer | None = None,
     ) -> None:
         self._config = config
         self._parameter = parameter
         self._gradient = gradient
-        self._mask = mask
         self._own = own
-        self._decoupled = own.decoupled if own else config.optimizer == "adamw"
         self._state = {kind: torch.zeros_like(parameter) for kind in optimizer_state(config, own)}
-        self._step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        self._count = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        self._fused = own is None and config.optimizer != "adagrad"  # whose kernel PyTorch has for CPUs only
+        if self._fused:
+            exempt = np.flatnonzero(mask == 0) if config.weight_decay else np.zeros(0, np.int64)
+            self._exempt = torch.from_numpy(exempt).to(parameter.device)
+        else:
+            self._mask = torch.from_numpy(mask).to(parameter.device)
 
     @property
     def state(self) -> dict[str, torch.Tensor]:
@@ -43,38 +52,57 @@ class FlatOptimizer:
         return self._state
 
     @torch.no_grad()
-    def update(self, learning_rate: float, step: int) -> None:
-        """Apply the gradient as update number ``step`` (from 0)."""
-        c = self._config
-        if c.weight_decay and self._decoupled:  # decoupled
-            self._parameter.addcmul_(self._parameter, self._mask, value=-learning_rate * c.weight_decay)
-        elif c.weight_decay:  # L2 regularisation: part of the gradient
-            self._gradient.addcmul_(self._parameter, self._mask, value=c.weight_decay)
-        self._step.fill_(step)
-        if self._own:
-            self._apply_own(self._own, learning_rate)
+    def update(self, learning_rate: float, step: int, factor: torch.Tensor, applied: torch.Tensor) -> None:
+        """Apply the gradient times ``factor`` as update number ``step`` (from 0), or change nothing.
+
+        ``factor`` (float64) and ``applied`` (bool) are scalars on the device. The gradient is overwritten.
+        """
+        if self._fused:
+            self._apply_fused(learning_rate, step, factor, applied)
         else:
-            self._apply_rule(learning_rate)
+            self._apply_whole(learning_rate, step, factor.float(), applied)
 
-    def _apply_own(self, rule: Optimizer, learning_rate: float) -> None:
-        """Apply a plugin's rule."""
-        rate = torch.full_like(self._step, learning_rate)
-        parameter, state = rule.update(self._parameter, self._gradient, self._state, rate, self._step)
-        self._parameter.copy_(parameter)
-        for name, tensor in self._state.items():
-            tensor.copy_(state[name])
+    def _apply_fused(self, lr: float, step: int, factor: torch.Tensor, applied: torch.Tensor) -> None:
+        """Apply a rule whose kernel divides the gradient, decays weights, and stops where ``found_inf`` is 1."""
+        # A CPU computes scalars at once: there, dividing by 1, which is a pass over the gradient, can be left out.
+        divisor = None if factor.is_cpu and factor == 1.0 else factor.reciprocal().float()
+        common = {"lr": lr, "maximize": False, "grad_scale": divisor, "found_inf": applied.logical_not().float()}
+        vectors = [self._parameter, self._gradient, *self._state.values()]
+        # The few weights that don't decay (biases, norms) are updated in copies. The kernel would take ranges between
+        # them, too, but starts its threads for every one: 13 times as long on 2 threads that others share.
+        exempt = [vector[self._exempt] for vector in vectors] if len(self._exempt) else []
+        self._count.fill_(step + 1)
+        self._launch(vectors, weight_decay=self._config.weight_decay, **common)
+        if exempt:
+            self._launch(exempt, weight_decay=0.0, **common)
+        for vector, values in zip(vectors, exempt, strict=False):
+            vector[self._exempt] = values
 
-    def _apply_rule(self, lr: float) -> None:
-        c, parameters, gradients, steps = self._config, [self._parameter], [self._gradient], [self._step]
-        state = [[tensor] for tensor in self._state.values()]
-        # No weight decay here: it has been applied already, to the masked elements only.
-        common = {"lr": lr, "weight_decay": 0.0, "maximize": False}
+    def _launch(self, vectors: list[torch.Tensor], **common: Any) -> None:
+        """Apply the rule's kernel to parameters, gradient and state, each ``[n]``."""
+        c, (parameters, gradients, *state) = self._config, [[vector] for vector in vectors]
         if c.optimizer == "adamw":
             settings = {"beta1": c.beta1, "beta2": c.beta2, "eps": c.epsilon, "amsgrad": False}
-            adamw(parameters, gradients, *state, [], steps, fused=True, **settings, **common)
-        elif c.optimizer == "sgd":
-            velocity = state[0] if state else [None]
-            settings = {"momentum": c.momentum, "dampening": 0.0, "nesterov": c.nesterov and c.momentum > 0}
-            sgd(parameters, gradients, velocity, fused=True, **settings, **common)
+            torch._fused_adamw_(parameters, gradients, *state, [], [self._count], **settings, **common)
+            return
+        settings = {"momentum": c.momentum, "dampening": 0.0, "nesterov": c.nesterov and c.momentum > 0}
+        velocity = state[0] if state else []
+        torch._fused_sgd_(parameters, gradients, velocity, is_first_step=False, **settings, **common)
+
+    def _apply_whole(self, lr: float, step: int, factor: torch.Tensor, applied: torch.Tensor) -> None:
+        """Compute new vectors by Adagrad or a plugin's rule, and store them where ``applied``."""
+        c, parameter, gradient = self._config, self._parameter, self._gradient.mul_(factor)
+        if c.weight_decay and self._own and self._own.decoupled:
+            parameter = torch.addcmul(parameter, parameter, self._mask, value=-lr * c.weight_decay)
+        elif c.weight_decay:  # L2 regularisation: part of the gradient
+            gradient.addcmul_(parameter, self._mask, value=c.weight_decay)
+        if self._own:
+            rate, count = torch.full_like(self._count, lr), self._count.fill_(step)
+            parameter, state = self._own.update(parameter, gradient, self._state, rate, count)
         else:
-            adagrad(parameters, gradients, *state, steps, lr_decay=0.0, eps=c.epsilon, **common)
+            ((kind, total),) = self._state.items()
+            state = {kind: torch.addcmul(total, gradient, gradient)}
+            parameter = torch.addcdiv(parameter, gradient, state[kind].sqrt().add_(c.epsilon), value=-lr)
+        torch.where(applied, parameter, self._parameter, out=self._parameter)
+        for kind, old in self._state.items():
+            torch.where(applied, state[kind], old, out=old)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from hvdlm.protocols.optimizer import Optimizer
 from hvdlm.protocols.types import Batch, StepResult, Traffic
 from hvdlm_torch import compiler
 from hvdlm_torch.adapters import Adapters
+from hvdlm_torch.figures import DeviceResult, Figures
 from hvdlm_torch.forward import Forward
 from hvdlm_torch.gradients import make_gradients
 from hvdlm_torch.inference import Inference
@@ -62,7 +64,7 @@ class Trainable(Inference):
         self._updated = (
             self._flat if exchange.traits.zero_size == 1 else torch.from_numpy(state.update_shard(initial)).to(device)
         )
-        decay_mask = torch.from_numpy(state.update_shard(self.layout.decay_mask())).to(device)
+        decay_mask = state.update_shard(self.layout.decay_mask())
         self._optimizer = FlatOptimizer(config.train, self._updated, self._gradients.shard, decay_mask, optimizer)
         self._counters = count_traffic(axes, exchange)
         self._carry: dict[int, Any] = {}  # by micro-batch: the state that a recurrent model carries to the next step
@@ -83,33 +85,32 @@ class Trainable(Inference):
         self._gradients.begin()
         with self._seeded_dropout(step):
             loss_sum = self._backward(micro_batches)
-        totals = torch.stack([loss_sum, loss_sum.new_tensor(sum(batch.tokens for batch in micro_batches))])
+        local_tokens = sum(batch.tokens for batch in micro_batches)
+        totals = torch.stack([loss_sum, torch.full_like(loss_sum, local_tokens)])  # new_tensor waits for the device
         with named_range("exchange"):
             sums = self._gradients.reduce(totals)
-        loss_sum_value, tokens, squared = sums.totals
+        # From here to the figures, scalars are float64 tensors on the device.
+        loss_sum, tokens, squared = sums.totals.unbind()
         # Losses were divided by a constant, not by the step's valid tokens, which all ranks together know only now.
-        counted = tokens or math.nan  # a step without any is skipped
+        counted = tokens.where(tokens > 0, math.nan)  # a step without any is skipped
         scale = self._sharded.loss_divisor / (counted * self._sharded.loss_scale.value)
-        norm = squared**0.5 * scale
-        usable = self._sharded.loss_scale.update(norm, loss_sum_value)  # fp16 overflows now and then
+        norm = squared.sqrt() * scale
+        applied = norm <= min(limit, sys.float_info.max)  # not where it is NaN or infinite
+        figures = Figures(torch.stack([loss_sum / counted, tokens, norm, applied]))
         with named_range("update"):
-            applied = self._apply(learning_rate, step, norm, scale, limit)
+            self._optimizer.update(learning_rate, step, self._factor(norm, scale), applied)
         with named_range("exchange"):
             waited = sums.gradient_seconds + self._replace_parameters()
         self._adapters.add()
         # A stage that has done its passes waits for the others in the first sum over all stages.
         idle = self._pipeline.waited + sums.stage_seconds if self._model_shard.stage.count > 1 else 0.0
         axis_bytes = grown(by_axis(self._counters.traffic()), bytes_before)
-        return StepResult(
-            loss_sum_value / counted,
-            tokens * self._exchange.stands_for,
-            norm,
-            waited + idle,
-            sum(axis_bytes.values()),
-            idle_seconds=idle,
-            axis_bytes=axis_bytes,
-            skipped=usable and not applied,
-        )
+        result = DeviceResult(figures, self._exchange.stands_for, waited + idle, sum(axis_bytes.values()))
+        result.idle_seconds, result.axis_bytes = idle, axis_bytes
+        if self._sharded.loss_scale.active:  # fp16 overflows now and then; the next step needs the scale: this waits
+            usable = self._sharded.loss_scale.update(result.grad_norm, result.loss)
+            result.skipped = usable and result.skipped
+        return result
 
     @contextmanager
     def _seeded_dropout(self, step: int) -> Iterator[None]:
@@ -161,17 +162,10 @@ class Trainable(Inference):
             return self._model.initial_carry(len(batch.inputs), self._device)
         return self._carry[number]
 
-    @torch.no_grad()
-    def _apply(self, learning_rate: float, step: int, norm: float, scale: float, limit: float) -> bool:
-        """Rescale, clip and apply the summed gradient of this rescaled ``norm``; return whether it was applied."""
-        if not norm <= limit or norm == math.inf:  # in this form, NaN is skipped too
-            return False
+    def _factor(self, norm: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """Return the factor that rescales the summed gradient, of this rescaled ``norm``, and clips it."""
         clip = self._config.train.clip
-        factor = scale * min(1.0, clip / (norm + 1e-6)) if clip else scale
-        if factor != 1.0:
-            self._gradients.shard.mul_(factor)
-        self._optimizer.update(learning_rate, step)
-        return True
+        return scale * (clip / (norm + 1e-6)).clamp(max=1.0) if clip else scale
 
     @torch.no_grad()
     def _replace_parameters(self) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Container
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -42,6 +43,9 @@ class _Control:
         """Ignore the request."""
 
     def evaluate(self) -> None:
+        """Ignore the request."""
+
+    def report_in_time(self, steps: Container[int]) -> None:
         """Ignore the request."""
 
     def generate(self, prompt: str, tokens: int, shown: bool = False, **sampling: Any) -> str:
