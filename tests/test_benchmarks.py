@@ -47,6 +47,7 @@ HELPERS = {
     "launcher_signals",
     "two_hosts",
     "two_runs",
+    "plain_gpt",
     "plain_torch",
     "plain_tensorflow",
 }
