@@ -32,6 +32,7 @@ from harness import FOLDER
 
 AGAIN = 75  # exit code where cases are left, as of runs that are to be resumed
 RESERVE = 5.0  # seconds kept for ending a launch and printing the tables
+UNTRIED = "not tried, since others of its launch failed"
 HOPELESS = 2  # failed cases of a launch without any that succeeded, after which its others are not tried
 
 
@@ -100,7 +101,7 @@ class Kit:
             tried = [name for name in names if name in self._results.cases]
             if len(tried) >= HOPELESS and not any(self._results.values(name) for name in tried):
                 for name in names:
-                    self._results.give_up(name, self._results.cases.get(name, {}).get("error", "not tried"))
+                    self._results.give_up(name, self._results.cases.get(name, {}).get("error", UNTRIED))
         return not started.limited
 
     def _killed(self, launch: Launch, cases: tuple[Case, ...]) -> bool:
@@ -138,7 +139,7 @@ class Kit:
 
 def _resumed(values: dict[str, Any], short: bool) -> dict[str, Any]:
     """Return the values of a resumed run with only the losses after the checkpoint that it resumed from."""
-    first = 2 * (gpu_cases.SHORT_STEPS if short else gpu_cases.STEPS) // 3
+    first = gpu_cases.resumed_step(short)
     return values | {"losses": values["losses"][first:], "first_step": first}
 
 
@@ -183,7 +184,7 @@ def ending(results: Results, launches: list[Launch], finished: bool, action: str
     if not finished:
         print(f"{known} of {count} cases are done; next: benchmarks/gpu.sh {action}", flush=True)
         return AGAIN
-    print(f"{known} of {count} cases are done; {f'missed or failed: {chr(44).join(bad)}' if bad else 'none is left'}")
+    print(f"{known} of {count} cases are done" + (f", {len(bad)} failed or missed their bar" if bad else ""))
     return 1 if bad else 0
 
 

@@ -12,7 +12,7 @@ COMPARED = 50  # steps whose losses are compared
 TOLERANCES = {"fp32": 1e-4, "bf16": 2e-2}
 METHOD_TOLERANCE = 1e-3  # int8, PowerSGD and DiLoCo on GPUs beside CPUs
 RESUMED_TOLERANCE = 1e-3
-STEPS, SHORT_STEPS = 60, 12  # of a correctness case; checkpoints at a third and two thirds
+STEPS, SHORT_STEPS = 60, 12  # of a correctness case; checkpoints at a third and two thirds, where DiLoCo synchronises
 BACKENDS = ["nccl", "mpi4py", "mpi"]
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -23,7 +23,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "ZeRO 2": {"parallel.zero": 2},
 }
 METHODS: dict[str, dict[str, Any]] = {
-    "DiLoCo": {"communication.exchange": "diloco", "communication.local.steps": 10},
+    "DiLoCo": {"communication.exchange": "diloco", "communication.local.steps": 4},
     "int8": {"communication.compression.algorithm": "int8"},
     "PowerSGD": {"communication.compression.algorithm": "power_sgd"},
 }
@@ -86,12 +86,13 @@ def references() -> list[Launch]:
     ]
 
 
-def matrix(backend: str) -> Launch:
-    """Return the launch of a backend's cases: fp32 first, since its bar is the strict one."""
+def matrix(backend: str, short: bool = False) -> Launch:
+    """Return the launch of a backend's cases: fp32 first, since its bar is the strict one; ``short``: bf16 once."""
     cases = [
         Case(f"{backend}: {name}, {p}", {"train.precision": p} | options, f"one rank: {p}", tolerance)
         for p, tolerance in TOLERANCES.items()
         for name, options in LAYOUTS.items()
+        if p == "fp32" or name == "tensor 2" or not short
     ]
     cases += [
         Case(f"{backend}: {name}", {"train.precision": "fp32"} | options, f"2 CPU ranks: {name}", METHOD_TOLERANCE)
@@ -112,6 +113,11 @@ def options(case: Case, short: bool) -> dict[str, Any]:
     steps = SHORT_STEPS if short else STEPS
     sizes = SHORT_SIZES if short else SIZES
     return {**COMMON, **sizes, "train.steps": steps, "checkpoint.every": steps // 3, **case.options}
+
+
+def resumed_step(short: bool) -> int:
+    """Return the step of the checkpoint from which the killed run resumes."""
+    return 2 * (SHORT_STEPS if short else STEPS) // 3
 
 
 @dataclass(frozen=True)
@@ -144,12 +150,17 @@ def speed(case: SpeedCase) -> Launch:
 
 
 def plan(action: str, backends: list[str], short: bool = False) -> list[Launch]:
-    """Return the launches of ``speed``, ``check`` or ``all`` in order of priority; ``short``: nothing is compiled."""
-    launches = [speed(case) for case in SPEED if not (short and (case.variant == "compiled" or case.rows > 12))]
+    """Return the launches of ``speed``, ``check`` or ``all`` in order of priority.
+
+    ``short``: one of every kind, so that the whole kit can be tried on a CPU.
+    """
+    launches = [speed(case) for case in SPEED]
     first, rest = launches[:4], launches[4:]
-    if action == "speed":
-        return launches
     checks = references()
     for backend in backends:
         checks += [matrix(backend), killed(backend)]
-    return checks if action == "check" else [*first, *checks, *rest]
+    if short:
+        launches = first = [speed(SpeedCase(12, "eager"))]
+        rest = []
+        checks = [*references(), *(matrix(b, True) for b in backends), *map(killed, backends[:1])]
+    return {"speed": launches, "check": checks, "all": [*first, *checks, *rest]}[action]

@@ -115,20 +115,27 @@ def _comparisons(results: Results) -> list[str]:
     """Return sentences on default options beside the best variant, and on memory at batch 48."""
     lines = []
     for rows in sorted({case.rows for case in gpu_cases.SPEED}):
-        found = {c.variant: results.values(c.name) for c in gpu_cases.SPEED if c.rows == rows}
-        ratios = {variant: v["ratio"] * v["plain_speed"] for variant, v in found.items() if v}
-        if len(ratios) > 1 and "default" in ratios:
-            # Each as a ratio to the plain loop that ran beside it, so that a slower clock does not count.
-            compiled, default = found.get("compiled"), found["default"]
-            paired = compiled is not None and default is not None and default["plain"] == compiled["plain"]
-            best = max(speed for variant, speed in ratios.items() if variant != "default")
-            share = default["ratio"] / compiled["ratio"] if paired else ratios["default"] / best  # type: ignore[index]
-            lines.append(f"Batch {rows}: default options / best: {share:.3f}, {_bar(gpu_cases.DEFAULT_BAR, share)}.")
+        variants = {c.variant: results.values(c.name) for c in gpu_cases.SPEED if c.rows == rows}
+        default = variants.pop("default", None)
+        shares = [_relative_speed(default, other) for other in variants.values() if default and other]
+        if shares:
+            text = f"Batch {rows}: default options / best: {min(shares):.3f}"
+            lines.append(f"{text} (bar {_bar(gpu_cases.DEFAULT_BAR, min(shares))}).")
     value = results.values("speed: batch 48, compiled")
     if value and value["plain_memory"]:
         share = value["hvdlm_memory"] / value["plain_memory"]
-        lines.append(f"Batch 48: memory of hvdlm / plain loop: {share:.3f}, {_bar(gpu_cases.MEMORY_BAR, share)}.")
+        text = f"Batch 48, compiled: memory of hvdlm / of the plain loop: {share:.3f}"
+        lines.append(f"{text} (bar {_bar(gpu_cases.MEMORY_BAR, share)}).")
     return ["", *lines] if lines else []
+
+
+def _relative_speed(one: dict[str, Any], other: dict[str, Any]) -> float:
+    """Return the speed of hvdlm in one case divided by that in another.
+
+    Where both ran beside the same plain loop, by their ratios to it, so that a slower clock of the GPU does not count.
+    """
+    name = "ratio" if one["plain"] == other["plain"] else "hvdlm_speed"
+    return float(one[name] / other[name])
 
 
 def check_table(results: Results, launches: Sequence[Launch]) -> str:

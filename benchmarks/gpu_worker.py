@@ -32,11 +32,16 @@ def losses(run: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
+def run_folder(case: Case, folder: Path) -> Path:
+    """Return the folder of a case's run."""
+    return folder / "".join(c if c.isalnum() else "-" for c in case.name)
+
+
 def train(case: Case, backend: str, folder: Path, short: bool, **more: Any) -> dict[str, Any]:
     """Train a case; return its losses, the first of which is that of the step after ``first_step``."""
     import hvdlm
 
-    run = folder / "".join(c if c.isalnum() else "-" for c in case.name)
+    run = run_folder(case, folder)
     own = {"backend": backend, "log.run": str(run), "log.overwrite": "checkpoint.resume" not in more}
     options = gpu_cases.options(case, short) | own | more
     began = time.perf_counter()
@@ -49,32 +54,39 @@ def train(case: Case, backend: str, folder: Path, short: bool, **more: Any) -> d
     return {"losses": [values[step] for step in sorted(values)], "seconds": seconds, "steps": result.steps}
 
 
-class Killer:
-    """Event plugin that ends rank 1 at a step as the kernel would: without a word."""
-
-    def __init__(self, step: int, rank: int) -> None:
-        self._step = step
-        self._rank = rank
-
-    def install(self) -> None:
-        """Register with the next training of this process."""
-        from hvdlm import hookimpl, telemetry
-
-        killer, plugins = self, telemetry.default_plugins
-
-        class Hook:
-            @hookimpl
-            def hvdlm_step_ended(self, step: int) -> None:
-                if step == killer._step and killer._rank == 1:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        telemetry.default_plugins = lambda config: [*plugins(config), Hook()]  # type: ignore[assignment]
-
-
 def kill_step(short: bool) -> int:
     """Return the step after which the rank is killed: between the second checkpoint and the end."""
     steps = gpu_cases.SHORT_STEPS if short else gpu_cases.STEPS
     return 2 * steps // 3 + steps // 6
+
+
+def install_killer(step: int, folder: Path) -> None:
+    """Let rank 1 end after ``step`` as the kernel would end it; a file says that it got there."""
+    from hvdlm import hookimpl, telemetry
+
+    plugins = telemetry.default_plugins
+
+    class Killer:
+        @hookimpl
+        def hvdlm_step_ended(self, step: int) -> None:
+            if step == last and launcher_env.rank_for_messages() == 1:
+                (folder / "killed").touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    last = step
+    telemetry.default_plugins = lambda config: [*plugins(config), Killer()]  # type: ignore[assignment]
+
+
+def check_killed(run: Path, folder: Path, short: bool) -> None:
+    """Raise RuntimeError where no rank was killed, or the run has another checkpoint than the one before it."""
+    from hvdlm.checkpoints import discovery
+
+    if not (folder / "killed").exists():
+        raise RuntimeError("the launch ended before the step at which a rank was to be killed")
+    expected, newest = gpu_cases.resumed_step(short), discovery.newest_step(run)
+    step = newest[0] if newest else None
+    if step != expected:
+        raise RuntimeError(f"the newest checkpoint is that of step {step}, not of {expected}")
 
 
 def main() -> None:
@@ -92,11 +104,14 @@ def main() -> None:
         # NCCL refuses two ranks on one GPU of one host, and takes ranks with different ids for different hosts.
         os.environ.setdefault("NCCL_HOSTID", f"rank-{rank}")
     if o.kill:
-        Killer(kill_step(o.short), rank).install()
+        (o.folder / "killed").unlink(missing_ok=True)
+        install_killer(kill_step(o.short), o.folder)
     for name in json.loads(o.cases):
         case = find(name)
         if rank == 0:
             emit("begin", name)
+        if o.resume:
+            check_killed(run_folder(case, o.folder), o.folder, o.short)
         values = train(case, o.backend, o.folder, o.short, **({"checkpoint.resume": "auto"} if o.resume else {}))
         if rank == 0:
             emit("end", {"name": name, **values})

@@ -42,6 +42,11 @@ RUNS = [
 HELPERS = {
     "branches",
     "damage",
+    "gpu",  # tests/test_gpu_kit.py
+    "gpu_build",
+    "gpu_cases",
+    "gpu_launch",
+    "gpu_results",
     "harness",
     "interruptions",
     "launcher_signals",
@@ -54,6 +59,8 @@ HELPERS = {
 WORKERS = {
     "damage_worker",
     "fuzz_worker",
+    "gpu_speed_worker",
+    "gpu_worker",
     "layout_worker",
     "paired_worker",
     "prefetching_worker",
