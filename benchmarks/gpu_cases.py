@@ -101,6 +101,20 @@ def matrix(backend: str, short: bool = False) -> Launch:
     return Launch(backend, "ranks", 2, backend, tuple(cases))
 
 
+def compiled(backend: str) -> Launch:
+    """Return the launch of compiled tensor and pipeline ranks."""
+    cases = [
+        Case(
+            f"{backend}: {name}, bf16, compiled",
+            {"train.precision": "bf16"} | LAYOUTS[name] | {"train.compile": True},
+            "one rank: bf16",
+            TOLERANCES["bf16"],
+        )
+        for name in ("tensor 2", "pipeline 2")
+    ]
+    return Launch(f"{backend}, compiled", "ranks", 2, backend, tuple(cases), deadline=180.0)
+
+
 def killed(backend: str) -> Launch:
     """Return the launch in which a rank is killed, and the run resumed on one."""
     name = f"{backend}: one of two killed, resumed on one"
@@ -159,6 +173,7 @@ def plan(action: str, backends: list[str], short: bool = False) -> list[Launch]:
     checks = references()
     for backend in backends:
         checks += [matrix(backend), killed(backend)]
+    checks.append(compiled(backends[0]))
     if short:
         launches = first = [speed(SpeedCase(12, "eager"))]
         rest = []

@@ -130,8 +130,8 @@ def nccl(target: Target, cuda: Cuda, folder: Path, env: Mapping[str, str] = os.e
             rpath = "$ORIGIN/../../nvidia/nccl/lib" if site == target.site else str(package / "lib")
             return Nccl(_linked(package, folder), (rpath,), f"that of torch's dependency ({package})")
     raise BuildError(
-        f"GPU operations: NCCL's header and library are neither in the system's folders nor in {target.site}: install a "
-        "torch with CUDA from PyPI, which brings them, or set HOROVOD_NCCL_HOME to the folder with include and lib"
+        f"GPU operations: NCCL's header and library are neither in the system's folders nor in {target.site}: install "
+        "a torch with CUDA from PyPI, which brings them, or set HOROVOD_NCCL_HOME to the folder with include and lib"
     )
 
 
