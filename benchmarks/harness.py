@@ -164,18 +164,18 @@ def run_worker(script: str, ranks: int, options: Sequence[str], timeout: float =
         sys.exit(f"{script} failed with exit code {done.returncode}:\n{done.stdout[-1000:]}{done.stderr[-3000:]}")
     values: dict[str, list[Any]] = {}
     for line in done.stdout.splitlines():
-        if line.startswith(_EMITTED):
-            label, _, text = line.removeprefix(_EMITTED).partition(" ")
+        if line.startswith(EMITTED):
+            label, _, text = line.removeprefix(EMITTED).partition(" ")
             values.setdefault(label, []).append(json.loads(text))
     return values
 
 
-_EMITTED = "@"  # what the libraries of a worker print must not be taken for its values
+EMITTED = "@"  # what the libraries of a worker print must not be taken for its values
 
 
 def emit(label: str, value: Any) -> None:
     """Print a value for the benchmark that runs this worker."""
-    print(f"{_EMITTED}{label} {json.dumps(value)}", flush=True)
+    print(f"{EMITTED}{label} {json.dumps(value)}", flush=True)
 
 
 def skip(reason: str) -> int:

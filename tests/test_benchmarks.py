@@ -44,17 +44,25 @@ RUNS = [
 HELPERS = {
     "branches",
     "damage",
+    "gpu",  # tests/test_gpu_kit.py
+    "gpu_build",
+    "gpu_cases",
+    "gpu_launch",
+    "gpu_results",
     "harness",
     "interruptions",
     "launcher_signals",
     "two_hosts",
     "two_runs",
+    "plain_gpt",
     "plain_torch",
     "plain_tensorflow",
 }
 WORKERS = {
     "damage_worker",
     "fuzz_worker",
+    "gpu_speed_worker",
+    "gpu_worker",
     "layout_worker",
     "nanogpt_worker",
     "paired_worker",

@@ -129,6 +129,9 @@ def test_nccl_comes_from_the_system_or_from_torchs_dependency(build_target: targ
         assert nccl.home and (nccl.home / "lib" / "libnccl.so").read_text() == "library"
         assert (nccl.home / "include" / "nccl.h").exists()
         assert nccl.rpath == ("$ORIGIN/../../nvidia/nccl/lib",)
+        other = dataclasses.replace(site, site=tmp_path / "empty", search=(str(tmp_path / "site"),))
+        nccl = cuda.nccl(other, installed_cuda, tmp_path / "other", {})  # torch lies in another environment
+        assert nccl.home and nccl.rpath == (str(package / "lib"),)
     write_executable(installed_cuda.home / "include" / "nccl.h", "")
     write_executable(installed_cuda.home / "lib64" / "libnccl.so", "")
     assert cuda.nccl(site, installed_cuda, tmp_path / "more", {}).home == installed_cuda.home

@@ -109,6 +109,18 @@ def test_without_pythons_headers_nothing_is_compiled(build_target: target.Target
     assert not logs(tmp_path)
 
 
+def test_cpath_may_name_a_copy_of_pythons_headers(
+    build_target: target.Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bare = dataclasses.replace(build_target, include=tmp_path / "include")
+    (tmp_path / "copy").mkdir()
+    monkeypatch.setenv("CPATH", f"{tmp_path}:{tmp_path / 'copy'}")
+    with pytest.raises(BuildError, match="or set CPATH to the folder of a copy"):
+        toolchain.check_headers(bare)
+    (tmp_path / "copy" / "Python.h").touch()
+    toolchain.check_headers(bare)
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a file system of 1 MB needs root")
 def test_without_disk_space_nothing_is_compiled(
     build_target: target.Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -124,14 +124,14 @@ def nccl(target: Target, cuda: Cuda, folder: Path, env: Mapping[str, str] = os.e
         if (home / "include" / "nccl.h").is_file() and _library(home):
             rpath = () if home == Path("/usr") else (str(_library(home).parent),)  # type: ignore[union-attr]
             return Nccl(home, rpath, f"the system's ({home})")
-    package = target.site / "nvidia" / "nccl"
-    if (package / "include" / "nccl.h").is_file():
-        return Nccl(
-            _linked(package, folder), ("$ORIGIN/../../nvidia/nccl/lib",), f"that of torch's dependency ({package})"
-        )
+    for site in (target.site, *map(Path, target.search)):
+        package = site / "nvidia" / "nccl"
+        if (package / "include" / "nccl.h").is_file():
+            rpath = "$ORIGIN/../../nvidia/nccl/lib" if site == target.site else str(package / "lib")
+            return Nccl(_linked(package, folder), (rpath,), f"that of torch's dependency ({package})")
     raise BuildError(
-        f"GPU operations: NCCL's header and library are neither in the system's folders nor in {package}: install a "
-        "torch with CUDA from PyPI, which brings them, or set HOROVOD_NCCL_HOME to the folder with include and lib"
+        f"GPU operations: NCCL's header and library are neither in the system's folders nor in {target.site}: install "
+        "a torch with CUDA from PyPI, which brings them, or set HOROVOD_NCCL_HOME to the folder with include and lib"
     )
 
 

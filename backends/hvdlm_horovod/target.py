@@ -27,7 +27,7 @@ stdlib = sysconfig.get_path("stdlib")
 print(json.dumps({
     "prefix": sys.prefix, "include": sysconfig.get_path("include"), "version": platform.python_version(),
     "tag": f"{sys.implementation.cache_tag}-{platform.machine()}", "site": sysconfig.get_path("platlib"),
-    "libc": "-".join(platform.libc_ver()), "packages": packages,
+    "libc": "-".join(platform.libc_ver()), "packages": packages, "search": [one for one in sys.path if one],
     "managed": sys.prefix == sys.base_prefix and os.path.exists(os.path.join(stdlib, "EXTERNALLY-MANAGED")),
 }))
 """
@@ -35,7 +35,12 @@ print(json.dumps({
 
 @dataclass(frozen=True)
 class Target:
-    """A Python environment; ``packages`` maps the names of distributions to their versions."""
+    """A Python environment.
+
+    Attributes:
+        packages: versions by the names of distributions.
+        search: the folders of ``sys.path``: packages may lie in those of another environment.
+    """
 
     python: str
     prefix: Path
@@ -46,6 +51,7 @@ class Target:
     libc: str
     packages: dict[str, str]
     managed: bool
+    search: tuple[str, ...] = ()
 
     @property
     def scripts(self) -> Path:
@@ -102,7 +108,7 @@ def inspect(python: str) -> Target:
         raise BuildError(f"{python} does not start: {first_line(done.stderr[-300:])}")
     facts = json.loads(done.stdout)
     facts |= {name: Path(facts[name]) for name in ("prefix", "include", "site")}
-    return Target(python=python, **facts)
+    return Target(python=python, **{**facts, "search": tuple(facts["search"])})
 
 
 def no_wheels(framework: str, python: str) -> str:

@@ -148,18 +148,19 @@ def check(target: Target, folder: Path, gpu: bool) -> None:
 
 
 def check_headers(target: Target) -> None:
-    """Check that the headers of the target's Python are installed.
+    """Check that the headers of the target's Python are installed, or that CPATH names the folder of a copy.
 
     Raises:
         BuildError: they are missing.
     """
     header = target.include / "Python.h"
-    if not header.is_file():
+    copies = [Path(folder) / "Python.h" for folder in os.environ.get("CPATH", "").split(os.pathsep) if folder]
+    if not any(path.is_file() for path in (header, *copies)):
         major, minor = target.version.split(".")[:2]
         raise BuildError(
             f"Python {target.version} has no headers here ({header} is missing), which Horovod's C++ includes: install "
-            f"them (Debian: python{major}.{minor}-dev, Fedora: python{major}-devel), or use a Python that has them "
-            f"(conda's and uv's do); {NO_COMPILER_NEEDED}"
+            f"them (Debian: python{major}.{minor}-dev, Fedora: python{major}-devel), or set CPATH to the folder of a "
+            f"copy, or use a Python that has them (conda's and uv's do); {NO_COMPILER_NEEDED}"
         )
 
 
