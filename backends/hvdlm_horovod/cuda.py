@@ -127,8 +127,9 @@ def nccl(target: Target, cuda: Cuda, folder: Path, env: Mapping[str, str] = os.e
     for site in (target.site, *map(Path, target.search)):
         package = site / "nvidia" / "nccl"
         if (package / "include" / "nccl.h").is_file():
-            rpath = "$ORIGIN/../../nvidia/nccl/lib" if site == target.site else str(package / "lib")
-            return Nccl(_linked(package, folder), (rpath,), f"that of torch's dependency ({package})")
+            own = site == target.site
+            rpath = ("$ORIGIN/../../nvidia/nccl/lib" if own else str(package / "lib"),)
+            return Nccl(_linked(package, folder), rpath, f"that of torch's dependency ({package})")
     raise BuildError(
         f"GPU operations: NCCL's header and library are neither in the system's folders nor in {target.site}: install "
         "a torch with CUDA from PyPI, which brings them, or set HOROVOD_NCCL_HOME to the folder with include and lib"

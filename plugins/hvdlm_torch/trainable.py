@@ -69,7 +69,7 @@ class Trainable(Inference):
         self._counters = count_traffic(axes, exchange)
         self._carry: dict[int, Any] = {}  # by micro-batch: the state that a recurrent model carries to the next step
         self._activations = ActivationMemory()
-        losses = self._forward.losses
+        losses: Any = self._forward.losses
         self._losses = compiler.compiled(losses) if config.train.compile is True else losses
         exchange.open(self.layout, initial)
 
