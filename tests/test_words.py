@@ -85,7 +85,7 @@ MODULES = {
     "launched": "process_tree",
     "ledger": "flight_recorder",
     "ledger_view": "recorder_reader",
-    "links": "pipeline_stage, tensor_parallel",
+    "links": "pipeline_stage, tensor_ranks",
     "meeting": "preflight",
     "merged": "merge",
     "own": "custom_module",

@@ -147,8 +147,8 @@ class _Step:
             narrow += heads + kv
         if not self.half:
             return round(4 * self.tokens * (wide + narrow))
-        # torch casts every weight, and the input of every product: 3 in the attention, 1 or 2 in the MLP; once for all where
-        # products are joined, and by tensor ranks, which send its gradient.
+        # torch casts every weight, and the input of every product: 3 in the attention, 1 or 2 in the MLP; once for all
+        # of them where they are joined, and where tensor ranks send its gradient.
         inward = 2 if s.activation == "swiglu" else 1
         again = 0 if joined or t > 1 else 1 + inward
         weights = 2 * s.width * heads + 2 * s.width * kv + (inward + 1) * s.width * (s.mlp_width // t)

@@ -14,8 +14,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from hvdlm.parallel.tensor_parallel import TensorRanks
 from hvdlm.protocols.group import Group
+from hvdlm_language.tensor_ranks import TensorRanks
 
 
 class Collectives(TensorRanks):

@@ -8,8 +8,8 @@ import tensorflow as tf
 
 from hvdlm.parallel.axis_groups import Axes
 from hvdlm.parallel.sharding_rules import ModelShard
-from hvdlm.parallel.stage_runner import PipelineStage
 from hvdlm.protocols.types import Batch
+from hvdlm_language.stage_runner import PipelineStage
 
 Compute = Callable[[int, Batch, "tf.Tensor | None"], tf.Tensor]
 """(number, micro-batch, the stage before's activations) -> this stage's activations; in the last stage, the loss."""

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from hvdlm.parallel.sharding_rules import ModelShard
-from hvdlm.parallel.tensor_parallel import TensorRanks
 from hvdlm.protocols.group import Group
+from hvdlm_language.tensor_ranks import TensorRanks
 from hvdlm_torch.operations import TracedGroup
 
 

@@ -8,8 +8,8 @@ import torch
 
 from hvdlm.parallel.axis_groups import Axes
 from hvdlm.parallel.sharding_rules import ModelShard
-from hvdlm.parallel.stage_runner import PipelineStage
 from hvdlm.protocols.types import Batch
+from hvdlm_language.stage_runner import PipelineStage
 from hvdlm_torch.profiling import named_range
 
 Compute = Callable[[int, Batch, torch.Tensor | None], torch.Tensor]
