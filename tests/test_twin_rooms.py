@@ -36,8 +36,6 @@ DIFFERENT = {
     "memory.py:ActivationMemory.trace": "a pipeline stage's passes are two graphs; its memory is that of one",
     "adapters.py:Adapters.bound": "an attribute in PyTorch; in a graph, weights are read anew in every trace",
     "adapters.py:Adapters.gradients": "PyTorch derives the adapters' gradients in a hook of the backward pass",
-    "losses.py:rows_of_chunk": "a GPU holds PyTorch's uncompiled logits in float32; TensorFlow was not measured",
-    "losses.py:chunked_cross_entropy": "as above",
     "models/gpt.py:Cache.extend": "PyTorch's cache is overwritten in place; a graph returns a new one",
 }
 

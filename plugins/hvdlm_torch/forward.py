@@ -87,9 +87,11 @@ class Forward:
         by ranks that share a vocabulary, which would exchange figures for every chunk; and not in fp16, whose gradients
         have to be scaled before they are rounded.
         """
+        # First: the order in which tracing finds parameters is that in which their gradients arrive.
+        if torch.compiler.is_compiling() or self._half == torch.float16 or self.collectives.size > 1:
+            return None
         head: Any = getattr(self.model, "head", None)
-        plain = self._half == torch.float16 or self.collectives.size > 1 or torch.compiler.is_compiling()
-        if head is None or head[0] is None or plain:
+        if head is None or head[0] is None:
             return None
         return head if targets.numel() > rows_of_chunk(len(head[0]), self.device) else None
 

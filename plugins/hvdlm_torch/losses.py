@@ -126,5 +126,6 @@ def _loss_and_gradient(
     if smoothing:
         losses -= smoothing * logits[:, :vocab].mean(-1, keepdim=True, dtype=torch.float32)
         probabilities[:, :vocab] -= smoothing / vocab
-    probabilities.scatter_add_(1, targets, probabilities.new_full((1, 1), smoothing - 1.0).expand_as(targets))
+    # Not scatter_add_, which has no deterministic kernel on GPUs.
+    probabilities.scatter_(1, targets, probabilities.gather(1, targets) - (1.0 - smoothing))
     return losses, probabilities
