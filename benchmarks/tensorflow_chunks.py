@@ -126,7 +126,7 @@ def main() -> int:
         report_ratio(f"step in chunks / without, {of}", timed["rounds"][0], bar, details)
         peaks = chunks["peak"][0], plain["peak"][0]
         details = f"{peaks[0]:.0f} and {peaks[1]:.0f} MiB"
-        report(f"peak memory in chunks / without, {of}", peaks[0] / peaks[1], Bar(at_most=0.9), details)
+        report(f"peak memory in chunks / without, {of}", peaks[0] / peaks[1], Bar(at_most=0.95), details)
     return 0
 
 
