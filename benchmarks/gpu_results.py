@@ -82,8 +82,8 @@ def difference(results: Results, case: Case) -> float:
 
 def tables(results: Results, launches: Sequence[Launch]) -> str:
     """Return the tables, in Markdown, of all cases that have been run."""
-    parts = [machine(results), speed_table(results), check_table(results, launches), failures(results)]
-    return "\n".join(part for part in parts if part)
+    texts = [machine(results), speed_table(results), check_table(results, launches), failures(results)]
+    return "\n".join(text for text in texts if text)
 
 
 def machine(results: Results) -> str:
