@@ -87,7 +87,6 @@ class Forward:
         by ranks that share a vocabulary, which would exchange figures for every chunk; and not in fp16, whose gradients
         have to be scaled before they are rounded.
         """
-        # First: the order in which tracing finds parameters is that in which their gradients arrive.
         if torch.compiler.is_compiling() or self._half == torch.float16 or self.collectives.size > 1:
             return None
         head: Any = getattr(self.model, "head", None)
