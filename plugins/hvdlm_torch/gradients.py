@@ -51,6 +51,8 @@ class Gradients(ABC):
         self._exchange = state.exchange
         self._ranges = [self._layout.bucket_range(index) for index in range(len(self._layout.buckets))]
         self._handles: dict[int, Handle] = {}
+        self._missing: list[int] | None = None  # per bucket, the gradients that the backward pass still owes
+        self._next = len(self._ranges)  # the first bucket that has not been started
 
     @abstractmethod
     def begin(self) -> None:
@@ -63,6 +65,32 @@ class Gradients(ABC):
     @abstractmethod
     def bytes(self) -> int:
         """Return the bytes held for gradients."""
+
+    @abstractmethod
+    def _start(self, index: int) -> None:
+        """Start the collective of a bucket."""
+
+    def _expect_all(self) -> None:
+        """Have buckets started as they fill in the backward pass that follows."""
+        self._missing, self._next = [stop - first for first, stop in self._layout.buckets], 0
+
+    @torch.no_grad()
+    def _arrived(self, index: int) -> None:
+        if self._missing is None:
+            return
+        self._missing[index] -= 1
+        # In their order, since all ranks have to call alike: a compiled backward pass finishes them in another one.
+        while self._next < len(self._ranges) and not self._missing[self._next]:
+            self._start(self._next)
+            self._next += 1
+
+    @torch.no_grad()
+    def _start_rest(self) -> None:
+        """Start the buckets with a parameter that the batch didn't reach, which has called no hook."""
+        self._missing = None
+        for index in range(self._next, len(self._ranges)):
+            self._start(index)
+        self._next = len(self._ranges)
 
     def reduce(self, totals: torch.Tensor) -> Sums:
         """Sum ``shard`` and ``totals`` (loss sum, valid tokens; float64 ``[2]``) over the ranks."""
@@ -127,7 +155,6 @@ class WholeGradients(Gradients):
         layout, ranks = self._layout, self._exchange.traits.zero_size
         self._flat = torch.zeros(layout.size, device=device)
         self.shard = self._flat if ranks == 1 else torch.zeros(layout.size // ranks, device=device)
-        self._missing: list[int] | None = None  # per bucket, the gradients that the last backward pass still owes
         for slot in layout.slots:
             parameters[slot.name].grad = self._flat[slot.start : slot.stop].view(slot.shape)
         if self._exchange.traits.size > 1:
@@ -140,14 +167,7 @@ class WholeGradients(Gradients):
     def before_backward(self, last: bool) -> None:
         """Have buckets sent as they fill in the ``last`` backward pass, after which nothing is added to them."""
         if last:
-            self._missing = [stop - first for first, stop in self._layout.buckets]
-
-    def _arrived(self, index: int) -> None:
-        if self._missing is None:
-            return
-        self._missing[index] -= 1
-        if self._missing[index] == 0:
-            self._start(index)
+            self._expect_all()
 
     def _start(self, index: int) -> None:
         start, stop = self._ranges[index]
@@ -155,11 +175,8 @@ class WholeGradients(Gradients):
 
     def _wait(self) -> float:
         """Start the buckets that no hook has started, and wait for all; return the seconds that this took."""
-        self._missing = None
         began = time.perf_counter()
-        for index in range(len(self._ranges)):
-            if index not in self._handles:
-                self._start(index)
+        self._start_rest()
         start = 0
         for index in range(len(self._ranges)):
             reduced = self._handles.pop(index).wait()
@@ -183,7 +200,6 @@ class ScatteredGradients(Gradients):
         super().__init__(state, axes)
         self._parameters = parameters
         self.shard = torch.zeros(self._layout.size // self._exchange.traits.zero_size, device=device)
-        self._missing = [0] * len(self._ranges)
         self._waited = 0.0
         self._in_flight: dict[int, int] = {}  # elements of the buckets under way
         self._most_in_flight = 0
@@ -196,14 +212,9 @@ class ScatteredGradients(Gradients):
 
     def before_backward(self, last: bool) -> None:
         """Add what the micro-batch before has scattered; every micro-batch scatters its own gradients."""
+        self._start_rest()
         self._finish_all()
-        self._missing = [stop - first for first, stop in self._layout.buckets]
-
-    @torch.no_grad()
-    def _arrived(self, index: int) -> None:
-        self._missing[index] -= 1
-        if self._missing[index] == 0:
-            self._start(index)
+        self._expect_all()
 
     def _start(self, index: int) -> None:
         # One bucket travels while the next one fills; older ones are finished first, to bound the memory.
@@ -237,9 +248,7 @@ class ScatteredGradients(Gradients):
     @torch.no_grad()
     def _wait(self) -> float:
         """Wait for all buckets; return the seconds waited in this step, during backward passes too."""
-        for index, missing in enumerate(self._missing):
-            if missing:  # a parameter that this batch doesn't reach has called no hook
-                self._start(index)
+        self._start_rest()
         self._finish_all()
         return self._waited
 
