@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_no_waiting import TwoRanks
 
 from builders import configured_spec, small_config
 from hvdlm import plugins
@@ -14,7 +15,6 @@ from hvdlm.config import CommunicationConfig
 from hvdlm.parallel.mesh import Mesh
 from hvdlm.parallel.zero import ZeroExchange
 from hvdlm_backends.local import LocalWorld
-from test_no_waiting import TwoRanks
 
 
 def build(zero: int) -> tuple[Any, list[int]]:
@@ -26,7 +26,12 @@ def build(zero: int) -> tuple[Any, list[int]]:
     trainable = framework.build(configured_spec(config), Mesh(2, 1, 1), LocalWorld(), exchange, config)
     started: list[int] = []
     start = exchange.start
-    exchange.start = lambda bucket, index: (started.append(index), start(bucket, index))[1]
+
+    def noted(bucket: torch.Tensor, index: int) -> Any:
+        started.append(index)
+        return start(bucket, index)
+
+    exchange.start = noted
     return trainable, started
 
 
