@@ -79,7 +79,7 @@ class Events:
         self.trainable, self.closers = FakeTrainable(), []
         closing = SimpleNamespace(callback=self.closers.append)
         opened = SimpleNamespace(trainable=self.trainable, closing=closing)
-        run: Any = SimpleNamespace(opened=opened, report_in_time=lambda steps: None)
+        run: Any = SimpleNamespace(opened=opened, in_time=set())
         self.profile = Profile()
         world: Any = SimpleNamespace(rank=0)
         self.profile.hvdlm_run_started(self.config, world, {"start_step": start_step}, run)

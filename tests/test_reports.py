@@ -77,7 +77,7 @@ def test_what_needs_the_figures_has_them_at_once(case: str) -> None:
     """The limit of spikes, a plugin that asked for it after steps 1 and 3, and the end of the run."""
     events = Events(**{"spike": {"spike": 4.0}, "plugin": {}, "last": {"steps": 3}}[case])
     if case == "plugin":
-        events.control.report_in_time((1, 3))
+        events.control.in_time |= {1, 3}
     for number in (1, 2, 3):
         events.step(number, Pending)
     assert events.log == IN_ORDER[case]

@@ -77,7 +77,7 @@ def train(run: Run, signals: Signals) -> dict[str, Any]:
             bad_rows = run.guard.bad_rows(votes, run.world.size, row if wrong else None)
             if bad_rows or saver.refused:
                 reports.report()
-                reports.forget()
+                reports.vote(undone=True)
                 report_saved(run, saver.finish())
                 checkpoint = roll_back(run, bad_rows, step)
                 status.step = step = saved = checkpoint.step

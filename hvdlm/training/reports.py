@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from typing import NamedTuple
 
 from hvdlm.protocols.types import StepResult
 from hvdlm.telemetry.rates import is_logged
@@ -11,13 +10,6 @@ from hvdlm.training.consensus import Consensus
 from hvdlm.training.run import Run
 from hvdlm.training.run_control import RunControl
 from hvdlm.training.summary import RunTotals, device_memory_peak
-
-
-class _Step(NamedTuple):
-    number: int  # from 1
-    row: int  # the first of its batch
-    learning_rate: float
-    result: StepResult
 
 
 class Reports:
@@ -29,14 +21,9 @@ class Reports:
     """
 
     def __init__(self, run: Run, totals: RunTotals, consensus: Consensus, control: RunControl) -> None:
-        self._run = run
-        self._totals = totals
-        self._consensus = consensus
-        self._control = control
-        self._last: _Step | None = None  # the step to vote on
+        self._run, self._totals, self._consensus, self._control = run, totals, consensus, control
+        self._last: tuple[int, int, float, StepResult] | None = None  # the step to vote on, as ``add`` got it
         self._reported = False
-        self._began = 0.0
-        self._busy: float | None = None
 
     def begin(self) -> None:
         """Note that a step begins; while the one before is not reported, its time lasts."""
@@ -47,9 +34,8 @@ class Reports:
         """Report the step before, if that is left to do, and this one, unless that can wait. All ranks call."""
         self.report()
         self.vote()
-        self._last, self._reported = _Step(number, row, learning_rate, result), False
-        train = self._run.config.train
-        if not result.pending or train.spike or number == train.steps or self._control.in_time(number):
+        self._last, self._reported, train = (number, row, learning_rate, result), False, self._run.config.train
+        if not result.pending or train.spike or number == train.steps or number in self._control.in_time:
             self.report()
 
     def report(self) -> None:
@@ -60,22 +46,17 @@ class Reports:
         run.guard.add(result)  # waits for the figures
         began, busy = self._began, self._busy
         self._began, self._busy = time.perf_counter(), run.world.transfer_seconds()
-        if busy is not None:
-            result.transfer_seconds = self._busy - busy  # type: ignore[operator]
+        result.transfer_seconds = None if busy is None or self._busy is None else self._busy - busy
         if is_logged(step, run.config.log.every, result):
             result.device_memory_peak = device_memory_peak(run)
-        seconds = self._began - began
-        self._totals.add(result, seconds)
+        self._totals.add(result, seconds := self._began - began)
         run.manager.hook.hvdlm_step_ended(
             step=step, result=result, learning_rate=learning_rate, seconds=seconds, rates=self._totals.rates
         )
 
-    def vote(self) -> None:
-        """Send this rank's votes on the last step, if it has been reported. All ranks call."""
+    def vote(self, undone: bool = False) -> None:
+        """Send this rank's votes on the last step if it was reported; not if a rollback has ``undone`` it."""
         if self._last is not None and self._reported:
-            self._consensus.vote(self._last.row, self._run.saver.ready(), self._last.result.skipped)
+            if not undone:
+                self._consensus.vote(self._last[1], self._run.saver.ready(), self._last[3].skipped)
             self._last = None
-
-    def forget(self) -> None:
-        """Drop the last step, which a rollback has undone."""
-        self._last = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
 from typing import TYPE_CHECKING, Any
 
 from hvdlm import plugins
@@ -20,13 +19,14 @@ class RunControl:
 
     Attributes:
         opened: the run itself.
+        in_time: the steps after which ``hvdlm_step_ended`` is called before the next one starts, on GPUs too.
     """
 
     def __init__(self, run: Run) -> None:
         self.opened = run
         self._save = self._evaluate = False
         self._reason: str | None = None
-        self._in_time: list[Container[int]] = []
+        self.in_time: set[int] = set()
         self._due = False, False  # saving and evaluating, which all ranks have agreed on and not done
 
     def stop(self, reason: str) -> None:
@@ -43,14 +43,6 @@ class RunControl:
     def evaluate(self) -> None:
         """Ask the run to evaluate the validation split."""
         self._evaluate = True
-
-    def report_in_time(self, steps: Container[int]) -> None:
-        """Ask that ``hvdlm_step_ended`` of these steps is called before the next step starts, on GPUs too."""
-        self._in_time.append(steps)
-
-    def in_time(self, step: int) -> bool:
-        """Return whether a plugin has asked so for ``step``."""
-        return any(step in steps for steps in self._in_time)
 
     def generate(self, prompt: str, tokens: int, shown: bool = False, **sampling: Any) -> str:
         """Return ``prompt`` and its continuation, or the task's response; "" on ranks without rank 0's copy.

@@ -85,7 +85,7 @@ class Profile:
         if not isinstance(trainable, HasTraces):
             raise HvdlmError(f"log.profile: framework {config.framework} records no traces: leave --log.profile out.")
         self._range = first, last = steps_of(config)
-        run.report_in_time((first - 1, last))  # so that the trace has these steps, on GPUs too
+        run.in_time |= {first - 1, last}  # so that the trace has these steps, on GPUs too
         self._rank = world.rank
         self._folder = Path(config.log.run) / "profile"
         self._trainable = trainable

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Container
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,6 +33,7 @@ class _Control:
 
     def __init__(self, config: Config, manager: pluggy.PluginManager, world: Any) -> None:
         own = {"config": config, "manager": manager, "world": world, "mesh": make_mesh(world.size, config.parallel)}
+        self.in_time: set[int] = set()
         self.opened = SimpleNamespace(folder=Path(config.log.run), checkpoint=None, **own)
 
     def stop(self, reason: str) -> None:
@@ -43,9 +43,6 @@ class _Control:
         """Ignore the request."""
 
     def evaluate(self) -> None:
-        """Ignore the request."""
-
-    def report_in_time(self, steps: Container[int]) -> None:
         """Ignore the request."""
 
     def generate(self, prompt: str, tokens: int, shown: bool = False, **sampling: Any) -> str:
