@@ -9,6 +9,7 @@ import threading
 from contextlib import nullcontext
 from types import SimpleNamespace
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -19,6 +20,7 @@ from hvdlm.io import launcher_env
 from hvdlm.io.machine import cores
 from hvdlm_backends import environment, horovod, nccl
 from hvdlm_backends.gloo import GlooBackend
+from hvdlm_backends.groups import HorovodGroup
 from hvdlm_backends.local import LocalBackend
 from hvdlm_backends.mpi import MPIBackend
 from hvdlm_backends.probes import THREADS, WAITING
@@ -340,6 +342,15 @@ def test_torch_on_a_gpu_needs_a_horovod_built_with_cuda(
     horovod.check_gpus(hvd, "torch", of_torch, 1, 1)  # type: ignore[arg-type]
     horovod.check_gpus(hvd, "torch", of_torch, 3, 3)  # type: ignore[arg-type]  # which share, through host memory
     horovod.check_gpus(hvd, "tensorflow", of_tensorflow, 2, 2)  # type: ignore[arg-type]
+
+
+def test_a_horovod_without_bfloat16_says_what_to_build() -> None:
+    group = HorovodGroup(None, (0, 1), None, bf16=False)  # type: ignore[arg-type]
+    with pytest.raises(
+        HvdlmError, match=r"can't send tensor\.0 in bfloat16.*horovod build, --train\.precision fp32, or"
+    ):
+        group.all_reduce_async(np.ones(4, ml_dtypes.bfloat16), "tensor.0")
+    assert group.traffic == {}
 
 
 def test_nccl_checks_its_first_all_reduce() -> None:
