@@ -21,6 +21,8 @@ from builders import (
     token_batch,
 )
 from hvdlm.config import TrainConfig
+from hvdlm.parallel.mesh import Mesh
+from hvdlm.planning.closed_forms import closed_form
 from hvdlm.protocols.types import Batch
 
 HEADS, ROWS, TIME = 4, 2, 256  # TIME: in several chunks
@@ -127,6 +129,19 @@ def test_no_tensor_of_a_step_has_all_scores(model: str, options: Any, monkeypatc
     tolerance = 2e-2 if options.get("precision") else 1e-5
     assert first.loss == pytest.approx(second.loss, rel=tolerance)
     assert first.grad_norm == pytest.approx(second.grad_norm, rel=tolerance)
+
+
+@needs_tensorflow
+def test_activations_grow_with_the_context_as_predicted() -> None:
+    """All weights would be four times as large, all other activations twice as large."""
+    ratios = []
+    for time in (TIME, 2 * TIME):
+        trainable = long_trainable("tensorflow", time=time)
+        step(trainable, time)
+        predicted = closed_form(trainable._config, trainable._spec, Mesh(1, 1, 1), 0)
+        assert predicted is not None
+        ratios.append(trainable.memory()["activations"] / predicted.memory["activations"])
+    assert ratios[0] == pytest.approx(ratios[1], rel=0.02) and 1.0 < ratios[0] < 2.5
 
 
 @needs_tensorflow
