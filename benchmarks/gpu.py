@@ -43,13 +43,13 @@ def facts() -> dict[str, Any]:
     gpu = torch.cuda.is_available()
     device = torch.cuda.get_device_name() if gpu else f"{os.cpu_count()} CPU cores"
     versions = f"PyTorch {torch.__version__}" + (f", CUDA {torch.version.cuda}" if gpu else "")
-    built = Path(sys.prefix) / "horovod-built"  # of gpu_build.py
+    built = Path(sys.prefix) / "horovod-built.json"  # of gpu_build.py
     return {
         "device": device,
         "gpus": torch.cuda.device_count(),
         "versions": versions,
         "date": f"{datetime.now(timezone.utc):%Y-%m-%d}",
-        "build_seconds": float(built.read_text()) if built.exists() else None,
+        "build_seconds": json.loads(built.read_text())["seconds"] if built.exists() else None,
     }
 
 

@@ -21,6 +21,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "backends")]
+from hvdlm_horovod import patches  # noqa: E402
+
 TOOLS = ROOT / "backends" / "hvdlm_horovod" / "build_tools.txt"
 # What hvdlm and Horovod import in these runs. tokenizers is used without its downloader, so that its dependencies stay
 # away; PyPI's mpi4py finds the MPI that is beside it, and building one would take as long as Horovod.
@@ -148,10 +151,14 @@ def variables(folder: Path, environ: Mapping[str, str] = os.environ) -> dict[str
 
 
 def build_horovod(pack: Path, folder: Path, jobs: int, limit: float) -> float:
-    """Build Horovod with NCCL into the environment, for this machine's GPU; return the seconds it took."""
-    python, done = folder / "bin" / "python", folder / "horovod-built"
-    if done.exists():
-        return float(done.read_text())
+    """Build Horovod with NCCL into the environment, for this machine's GPU; return the seconds it took.
+
+    One with the patches of this checkout that is there is kept.
+    """
+    python, done = folder / "bin" / "python", folder / "horovod-built.json"
+    built = json.loads(done.read_text()) if done.exists() else {}
+    if built.get("patches") == patches.digest():
+        return float(built["seconds"])
     began = time.monotonic()
     env = variables(folder, pip_variables(pack)) | {"MAKEFLAGS": f"-j{jobs}", "XDG_CACHE_HOME": str(folder / "cache")}
     code = "import torch; print(*torch.cuda.get_device_capability(), sep='') if torch.cuda.is_available() else None"
@@ -159,8 +166,9 @@ def build_horovod(pack: Path, folder: Path, jobs: int, limit: float) -> float:
     if capability.strip().isdigit():
         env.setdefault("HOROVOD_BUILD_CUDA_CC_LIST", capability.strip())
     run([str(python), "-c", BUILD], env, limit)
-    done.write_text(f"{time.monotonic() - began:.0f}")
-    return time.monotonic() - began
+    seconds = time.monotonic() - began
+    done.write_text(json.dumps({"patches": patches.digest(), "seconds": seconds}))
+    return seconds
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
