@@ -48,10 +48,10 @@ def running(run: Path, framework: str, ranks: int) -> Iterator[subprocess.Popen[
 
 
 def files(run: Path) -> dict[str, int]:
-    """Return the inode of every file outside of the checkpoints, which are still being written."""
+    """Return the inode of every file that the run doesn't write anew: outside of checkpoints, and no phase file."""
     inodes = {}
     for path in run.rglob("*"):
-        if "checkpoints" not in path.parts and path.suffix != ".partial":
+        if "checkpoints" not in path.parts and path.suffix != ".partial" and not path.name.startswith("phase-"):
             with contextlib.suppress(FileNotFoundError):  # renamed meanwhile
                 if path.is_file():
                     inodes[str(path.relative_to(run))] = path.stat().st_ino
