@@ -58,10 +58,17 @@ def prepare(launch: Launch | None, config: Config) -> int:
     _set_by_options.update(settings)
     timeout = config.communication.timeout
     os.environ.setdefault("HOROVOD_STALL_CHECK_TIME_SECONDS", str(max(1, round(timeout / 2))))
-    # Later than the watchdog of hvdlm, whose diagnosis is more detailed, and which waits for ranks that compile.
-    shutdown = round((READING + 0.5) * timeout + STARTUP_SECONDS)
-    os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", str(max(2, shutdown)))
+    os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", str(after_watchdog(timeout)))
     return threads
+
+
+def after_watchdog(timeout: float) -> int:
+    """Return seconds for limits of the transport, by ``communication.timeout``.
+
+    They end later than those of hvdlm's watchdog, whose diagnosis is more detailed, and which waits for ranks that
+    compile.
+    """
+    return round((READING + 0.5) * timeout + STARTUP_SECONDS)
 
 
 def launcher_cores() -> int:

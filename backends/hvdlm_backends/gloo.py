@@ -8,7 +8,6 @@ from functools import partial
 
 from hvdlm import hookimpl
 from hvdlm.config import Config
-from hvdlm.diagnostics.phases import READING, STARTUP_SECONDS
 from hvdlm.errors import HvdlmError
 from hvdlm.io import launcher_env
 from hvdlm.protocols.framework import Framework
@@ -34,9 +33,8 @@ class GlooBackend:
     def prepare(self, config: Config) -> int:
         """Set threads and settings in the environment; return the framework's threads per rank."""
         os.environ["HOROVOD_CONTROLLER"] = os.environ["HOROVOD_CPU_OPERATIONS"] = "gloo"
-        # Later than the watchdog, which waits for ranks that compile.
-        gloo_timeout = round((READING + 0.5) * config.communication.timeout + STARTUP_SECONDS)
-        os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", str(gloo_timeout))
+        limit = environment.after_watchdog(config.communication.timeout)
+        os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", str(limit))
         return environment.prepare(launcher_env.detect(), config)
 
     def start(self, framework: Framework, groups: Sequence[tuple[int, ...]], config: Config) -> horovod.HorovodWorld:
