@@ -149,7 +149,8 @@ class Hardware:
         links: node and network.
         collectives: measured ones; others follow from the links.
         overlap_slowdown: factor on the seconds of computation while a collective is under way.
-        overlap: share of a collective during which computation continues at all; 0: it blocks.
+        speed_deviation: relative standard deviation of the devices' speeds; a step waits for the slowest of them.
+        gathers_by_ring: whether all-gathers and reduce-scatters are rings even for few bytes, as NCCL's are.
         compressors: by ``communication.compression.algorithm``.
         data_seconds_per_token: of making a batch, on one rank's thread.
         save_bytes_per_second: at which a save copies a rank's state while training is paused.
@@ -168,7 +169,8 @@ class Hardware:
     sharing: tuple[Sharing, ...] = ()
     collectives: tuple[MeasuredCollective, ...] = ()
     overlap_slowdown: float = 1.0
-    overlap: float = 1.0
+    speed_deviation: float = 0.0
+    gathers_by_ring: bool = False
     compressors: Mapping[str, CompressorRate] = field(default_factory=dict)
     data_seconds_per_token: float = 0.0
     save_bytes_per_second: float | None = None
@@ -307,6 +309,10 @@ def _build_scalar(kind: type, value: Any, where: str) -> Any:
     if kind is str:
         if not isinstance(value, str):
             raise ValueError(f"{where} must be text, not {_named(value)}")
+        return value
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise ValueError(f"{where} must be true or false, not {_named(value)}")
         return value
     if isinstance(value, str):  # YAML 1.1 reads 1e9, without a point and a sign, as text
         try:
