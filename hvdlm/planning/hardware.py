@@ -153,8 +153,8 @@ class Hardware:
         gathers_by_ring: whether all-gathers and reduce-scatters are rings even for few bytes, as NCCL's are.
         compressors: by ``communication.compression.algorithm``.
         data_seconds_per_token: of making a batch, on one rank's thread.
+        measured: when, where and by which versions, where plan --measure wrote the file.
         save_bytes_per_second: at which a save copies a rank's state while training is paused.
-        peak_flops_per_second: of the model FLOPs utilization; None: that of the rates.
     """
 
     name: str
@@ -174,8 +174,7 @@ class Hardware:
     compressors: Mapping[str, CompressorRate] = field(default_factory=dict)
     data_seconds_per_token: float = 0.0
     save_bytes_per_second: float | None = None
-    peak_flops_per_second: float | None = None
-    measured: Mapping[str, str] = field(default_factory=dict)  # when, where, by which versions: of a measured file
+    measured: Mapping[str, str] = field(default_factory=dict)
 
     def rates_of(self, framework: str, precision: str, ranks: int = 1) -> Rates:
         """Return the rates that fit best: of the framework, then the precision, then the ranks on a node."""
@@ -187,8 +186,8 @@ class Hardware:
         if not fitting:
             known = ", ".join(sorted({f"{rates.framework} in {rates.precision}" for rates in self.rates}))
             raise HvdlmError(
-                f"the hardware {shown(self.name)} has no rates of {framework} in {precision} (it has: {known}): measure "
-                "them with plan --measure, or add an entry to its rates."
+                f"the hardware {shown(self.name)} has no rates of {framework} in {precision} (it has: {known}): "
+                "measure them with plan --measure, or add an entry to its rates."
             )
 
         def rank(rates: Rates) -> tuple[bool, bool, float]:
@@ -210,7 +209,7 @@ def read_hardware(source: str | Path) -> Hardware:
     Raises:
         HvdlmError: no such file or name, or the first wrong field.
     """
-    path = _find(str(source))
+    path = find_hardware(str(source))
     try:
         with path.open(encoding="utf-8") as file:
             text = file.read(_MAX_BYTES + 1)
@@ -242,7 +241,12 @@ def named_files() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def _find(source: str) -> Path:
+def find_hardware(source: str) -> Path:
+    """Return the path of a hardware file, or of the one of this name that comes with hvdlm.
+
+    Raises:
+        HvdlmError: there is none.
+    """
     path = Path(source)
     if path.is_file():
         return path
