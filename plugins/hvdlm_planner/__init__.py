@@ -1,1 +1,1 @@
-"""The planner's measurements of this machine, and the files that describe others."""
+"""The planner: predicted memory, traffic and seconds of a run, measurements of this machine, hardware files."""
