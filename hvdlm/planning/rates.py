@@ -44,14 +44,16 @@ class Computation:
         computed = (2.0 * m * k * n + rates.half_rate_flops) / (
             rates.product_flops_per_second * rates.product_efficiency
         )
-        return computed + self.item * (m * k + k * n + m * n) / rates.memory_bytes_per_second
+        moved = self.item * (m * k + k * n + m * n)
+        return computed + moved / (rates.product_bytes_per_second or rates.memory_bytes_per_second)
 
     def _attend(self, backward: int):  # type: ignore[no-untyped-def]
         def seconds(shape: tuple[float, ...]) -> float:
             heads, time, width = shape
             rate = self.rates.product_flops_per_second * self.rates.attention_efficiency
             forward = 2.0 * heads * time * time * width / rate
-            forward = max(forward, 4.0 * self.item * heads * time * width / self.rates.memory_bytes_per_second)
+            if self.rates.product_bytes_per_second is None:
+                forward = max(forward, 4.0 * self.item * heads * time * width / self.rates.memory_bytes_per_second)
             return forward * (self.rates.attention_backward if backward else 1.0)
 
         return seconds
