@@ -83,7 +83,9 @@ def predict_time(
         habits: what the framework communicates in another way than PyTorch.
     """
     config = resolved(config, hardware)
-    works = [work_of(config, spec, mesh, stage * mesh.tensor, habits, moments) for stage in range(mesh.pipeline)]
+    fused = compiles(config, spec, hardware)
+    ranks = range(0, mesh.pipeline * mesh.tensor, mesh.tensor)  # the first tensor rank of every stage
+    works = [work_of(config, spec, mesh, rank, habits, moments, fused) for rank in ranks]
     known = [work for work in works if work is not None]
     if len(known) < len(works):
         return None
@@ -100,6 +102,14 @@ def resolved(config: Config, hardware: Hardware) -> Config:
         return config
     has_bf16 = any(rates.precision == "bf16" for rates in hardware.rates) and hardware.device == "gpu"
     return replace(config, train=replace(config.train, precision="bf16" if has_bf16 else "fp32"))
+
+
+def compiles(config: Config, spec: ModelSpec, hardware: Hardware) -> bool:
+    """Return whether element-wise operations are compiled: asked for, or by default, as of GPTs on GPUs in PyTorch."""
+    asked = config.train.compile
+    if isinstance(asked, bool):
+        return asked
+    return config.framework == "torch" and hardware.device == "gpu" and spec.kind == "gpt"
 
 
 def step_time(
