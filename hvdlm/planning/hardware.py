@@ -201,9 +201,9 @@ class Hardware:
                 "measure them with plan --measure, or add an entry to its rates."
             )
 
-        def rank(rates: Rates) -> tuple[bool, bool, float]:
+        def rank(rates: Rates) -> tuple[bool, bool, float, bool]:
             distance = abs(math.log((rates.ranks or ranks) / ranks))
-            return (rates.framework == ANY, rates.precision == ANY, distance)
+            return (rates.framework == ANY, rates.precision == ANY, distance, rates.ranks == 0)
 
         return min(fitting, key=rank)
 

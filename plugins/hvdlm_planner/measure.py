@@ -56,7 +56,9 @@ def computing(ranks: Ranks, base: Config, say: Progress) -> Fit:
 
 def fitted(models: Sequence[TimedModel], ranks: Ranks) -> Fit:
     """Return the rates that fit the median seconds of the models' steps best."""
-    works = [work_of(model.config, model.spec, model.mesh, 0, fused=model.config.train.compile is True) for model in models]
+    works = [
+        work_of(model.config, model.spec, model.mesh, 0, fused=model.config.train.compile is True) for model in models
+    ]
     precision = models[0].config.train.precision
     item = 4 if precision == "fp32" else 2
     system = [fitting.amounts(work, item) for work in works if work is not None]
