@@ -8,5 +8,9 @@ def main(arguments: list[str]) -> int:
     from hvdlm.configuration.parsing import parse_config
     from hvdlm_planner.plan import describe
 
+    if "--measure" in arguments:
+        from hvdlm_planner import measure_command
+
+        return measure_command.main([argument for argument in arguments if argument != "--measure"])
     print(describe(parse_config(arguments, "plan")))
     return 0
