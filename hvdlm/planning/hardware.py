@@ -76,8 +76,8 @@ class Rates:
         seconds_per_micro_batch: of every micro-batch, beside its operations.
         seconds_per_step: of every step, beside its micro-batches and its update.
         seconds_per_time_step: of one time step of a recurrent layer, forward and backward, beside its products.
-        product_bytes_per_second: bytes of a product's factors and result, in seconds beside those of its FLOPs; None: the
-            slower of products by FLOPs and of products by ``memory_bytes_per_second`` counts.
+        product_bytes_per_second: at which products read their factors and write their results, in seconds beside those
+            of their FLOPs; None: ``memory_bytes_per_second``.
         overlap_slowdown: factor on the seconds of computation while a collective is under way; None: the hardware's.
         blocking_seconds: of every collective that computation waits for, beside its own: ranks don't arrive at once.
         compressors: seconds of compressors, and of a round's outer update by its exchange; others: the hardware's.
@@ -158,12 +158,13 @@ class Hardware:
         links: node and network.
         collectives: measured ones; others follow from the links.
         overlap_slowdown: factor on the seconds of computation while a collective is under way.
-        overlap: share of a collective during which computation continues at all; 0: it blocks.
+        speed_deviation: relative standard deviation of the devices' speeds; a step waits for the slowest of them.
+        gathers_by_ring: whether all-gathers and reduce-scatters are rings even for few bytes, as NCCL's are.
         cores_per_node: cores that a node's ranks share; 0: each rank has a device of its own.
         compressors: by ``communication.compression.algorithm``.
         data_seconds_per_token: of making a batch, on one rank's thread.
+        measured: when, where and by which versions, where plan --measure wrote the file.
         save_bytes_per_second: at which a save copies a rank's state while training is paused.
-        peak_flops_per_second: of the model FLOPs utilization; None: that of the rates.
     """
 
     name: str
@@ -178,13 +179,13 @@ class Hardware:
     sharing: tuple[Sharing, ...] = ()
     collectives: tuple[MeasuredCollective, ...] = ()
     overlap_slowdown: float = 1.0
-    overlap: float = 1.0
+    speed_deviation: float = 0.0
+    gathers_by_ring: bool = False
     cores_per_node: int = 0
     compressors: Mapping[str, CompressorRate] = field(default_factory=dict)
     data_seconds_per_token: float = 0.0
     save_bytes_per_second: float | None = None
-    peak_flops_per_second: float | None = None
-    measured: Mapping[str, str] = field(default_factory=dict)  # when, where, by which versions: of a measured file
+    measured: Mapping[str, str] = field(default_factory=dict)
 
     def rates_of(self, framework: str, precision: str, ranks: int = 1) -> Rates:
         """Return the rates that fit best: of the framework, then the precision, then the ranks on a node."""
@@ -196,8 +197,8 @@ class Hardware:
         if not fitting:
             known = ", ".join(sorted({f"{rates.framework} in {rates.precision}" for rates in self.rates}))
             raise HvdlmError(
-                f"the hardware {shown(self.name)} has no rates of {framework} in {precision} (it has: {known}): measure "
-                "them with plan --measure, or add an entry to its rates."
+                f"the hardware {shown(self.name)} has no rates of {framework} in {precision} (it has: {known}): "
+                "measure them with plan --measure, or add an entry to its rates."
             )
 
         def rank(rates: Rates) -> tuple[bool, bool, float]:
@@ -219,7 +220,7 @@ def read_hardware(source: str | Path) -> Hardware:
     Raises:
         HvdlmError: no such file or name, or the first wrong field.
     """
-    path = _find(str(source))
+    path = find_hardware(str(source))
     try:
         with path.open(encoding="utf-8") as file:
             text = file.read(_MAX_BYTES + 1)
@@ -251,7 +252,12 @@ def named_files() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def _find(source: str) -> Path:
+def find_hardware(source: str) -> Path:
+    """Return the path of a hardware file, or of the one of this name that comes with hvdlm.
+
+    Raises:
+        HvdlmError: there is none.
+    """
     path = Path(source)
     if path.is_file():
         return path
@@ -318,6 +324,10 @@ def _build_scalar(kind: type, value: Any, where: str) -> Any:
     if kind is str:
         if not isinstance(value, str):
             raise ValueError(f"{where} must be text, not {_named(value)}")
+        return value
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise ValueError(f"{where} must be true or false, not {_named(value)}")
         return value
     if isinstance(value, str):  # YAML 1.1 reads 1e9, without a point and a sign, as text
         try:

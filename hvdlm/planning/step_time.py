@@ -88,7 +88,7 @@ def predict_time(
     if len(known) < len(works):
         return None
     per_node = min(hardware.ranks_per_node, mesh.size)
-    computation = Computation(hardware, config.framework, rates_precision(config), per_node)
+    computation = Computation(hardware, config.framework, config.train.precision, per_node, mesh.size)
     network = Network(hardware, mesh, config.framework)
     data = known[0].tokens * known[0].micro_batches * hardware.data_seconds_per_token
     return step_time(known, config.parallel.schedule, computation, network, data, config.data.prefetch > 0)
@@ -100,11 +100,6 @@ def resolved(config: Config, hardware: Hardware) -> Config:
         return config
     has_bf16 = any(rates.precision == "bf16" for rates in hardware.rates) and hardware.device == "gpu"
     return replace(config, train=replace(config.train, precision="bf16" if has_bf16 else "fp32"))
-
-
-def rates_precision(config: Config) -> str:
-    """Return the precision of the products, by which a machine's rates are chosen."""
-    return config.train.precision
 
 
 def step_time(
@@ -163,6 +158,11 @@ def stage_time(work: Work, computation: Computation, network: Network) -> StageT
     backward = [_Task.of(segment.backward, computation, network) for segment in reversed(work.segments)]
     slowdown = computation.rates.overlap_slowdown or network.hardware.overlap_slowdown
     without = _run(forward, slowdown), _run(backward, slowdown)
+    first = 0.0
+    if work.first_gathers:
+        gathering = zip(forward, work.first_gathers, strict=True)
+        tasks = [replace(task, gathers=network.seconds(gather)) for task, gather in gathering]
+        first = _run(tasks, slowdown).end - without[0].end
     last = _run(_with_buckets(backward, work, computation, network), slowdown)
     every = last if work.scatters_every else without[1]
     blocked = sum(task.blocking for task in [*forward, *backward])
@@ -181,7 +181,7 @@ def stage_time(work: Work, computation: Computation, network: Network) -> StageT
         every.end,
         last.end,
         blocked,
-        last.exposed + scattered,
+        last.exposed + scattered + first,
         last.hidden + without[0].hidden,
         update,
         after + rounds,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 
+from hvdlm.config import Config
 from hvdlm.io.machine import cores
 from hvdlm.io.user_folders import user_cache
 from hvdlm.planning.hardware import Hardware, Link, MeasuredCollective, Rates, read_hardware, write_hardware
@@ -38,6 +39,17 @@ class Measurement:
 def measured_path() -> Path:
     """Return the file of this machine, in the user's cache folder, whether it exists or not."""
     return user_cache() / "hardware.yaml"
+
+
+def measured(config: Config) -> Hardware | None:
+    """Return this machine as it was measured; None where it was not, for this framework and precision."""
+    path = measured_path()
+    if not path.exists():
+        return None
+    hardware = read_hardware(path)
+    precision = "fp32" if config.train.precision == "auto" else config.train.precision
+    known = any((rates.framework, rates.precision) == (config.framework, precision) for rates in hardware.rates)
+    return hardware if known else None
 
 
 def add(measurement: Measurement, path: Path) -> Hardware:
