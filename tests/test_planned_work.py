@@ -138,6 +138,19 @@ def test_compressed_buckets_send_payloads_and_what_stays_dense() -> None:
     assert sum(bucket.received for bucket in work.buckets) == 2 * sum(bucket.compressed for bucket in work.buckets)
 
 
+def test_power_sgd_sends_the_second_factors_after_the_backward_pass() -> None:
+    config = made("gpt", (2, 1, 1))
+    config.communication.compression = CompressionConfig(algorithm="power_sgd")
+    (work,) = works(config)
+    compressed = [bucket for bucket in work.buckets if bucket.compressed]
+    # With the first factors, what stays dense is summed: one collective a bucket.
+    dense = sum(4 * (bucket.elements - bucket.compressed) for bucket in compressed)
+    first = sum(c.bytes for bucket in compressed for c in bucket.collectives)
+    second = sum(c.bytes for bucket in compressed for c in bucket.later)
+    assert all(len(bucket.collectives) == 1 for bucket in compressed)
+    assert compressed and first == pytest.approx(second + dense)
+
+
 def test_local_sgd_sends_in_one_of_many_steps() -> None:
     config = made("gpt", (2, 1, 1))
     config.communication = CommunicationConfig(exchange="diloco", local=LocalConfig(steps=10))
