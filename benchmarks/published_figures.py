@@ -5,6 +5,7 @@ python benchmarks/published_figures.py [--short]
 
 from __future__ import annotations
 
+import published_foundry as foundry
 import published_systems as published
 from harness import Bar, make_parser, report
 
@@ -37,6 +38,11 @@ def main() -> None:
             Bar(0.85, 1.15),
             details,
         )
+    for billions in (13, 3, 1):
+        measured, predicted = foundry.MPT[billions][-1], foundry.tokens_per_second(read_hardware("a100"), billions)
+        details = f"predicted {predicted:.0f}, measured {measured}"
+        title = f"tokens/s a GPU of MPT, {billions} billion parameters on 8 A100, predicted / measured"
+        report(title, predicted / measured, Bar(0.95, 1.05), details)
     for name, (_, _, measured) in published.IMAGES.items():
         predicted = published.horovod_efficiency(p100, name)
         details = f"published {measured:.2f}"

@@ -5,14 +5,12 @@ They are not hvdlm: their work is described here by hand, from their sizes and s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-
-import numpy as np
 
 from hvdlm.parallel.mesh import Mesh
 from hvdlm.planning.hardware import Hardware
-from hvdlm.planning.rates import Computation, Network, slowest_of
+from hvdlm.planning.rates import Computation, Network
 from hvdlm.planning.step_time import StepTime, step_time
 from hvdlm.planning.work import Attention, Bucket, Collective, Pass, Product, Segment, Work, gradients_of
 
@@ -31,43 +29,12 @@ class Transformer:
     context: int
     kv: int
     gated: bool = False
+    tied: bool = False
 
     @property
     def layer_weights(self) -> float:
         """Weights of a layer's products."""
         return self.width * (2.0 * self.width + 2 * self.kv + (3 if self.gated else 2) * self.mlp)
-
-
-# --- How much slower the slowest of many GPUs is: MosaicML's llm-foundry, scripts/train/benchmarking/README.md ---
-
-# Tokens a second and GPU by the number of GPUs, with equal micro-batches: of MPT models with 2,048 positions, on H100
-# (13, 3, 1 and 0.76 billion parameters) and on A100 40 GB (13, 7, 3, 1, 0.76, 0.35 and 0.125 billion). Left out: 1
-# billion on 32 A100, a fifth slower than on 16 and on 64.
-LLM_FOUNDRY = (
-    {8: 4792, 16: 4767, 32: 4811, 64: 4800},
-    {32: 23021, 64: 22525},
-    {16: 46037, 32: 45130, 64: 44402},
-    {16: 68551, 32: 67971},
-    {64: 1976, 128: 1972},
-    {32: 3725, 64: 3665, 128: 3623},
-    {32: 9914, 64: 9736, 128: 9538},
-    {64: 19001, 128: 18647},
-    {16: 29607, 32: 29648, 64: 29344, 128: 28940},
-    {16: 55413, 32: 53811, 64: 52689, 128: 51934},
-    {16: 130535, 32: 127122, 64: 125234, 128: 123936},
-)
-
-
-def speed_deviation() -> float:
-    """Return the deviation that fits these rows best, by least squares of logarithms; each model has its own speed."""
-    products = squares = 0.0
-    for row in LLM_FOUNDRY:
-        slowest = np.array([slowest_of(ranks, 1.0) for ranks in row])
-        slowness = -np.log(np.array(list(row.values()), float))
-        slowest -= slowest.mean()
-        products += float((slowest * slowness).sum())
-        squares += float((slowest**2).sum())
-    return products / squares
 
 
 # --- torchtitan: FSDP2, PyTorch without compilation, at commit 9dec370 (26 December 2024) ---
@@ -77,18 +44,30 @@ LLAMA_8B = Transformer(32, 4096, 32, 14336, 128256, 8192, 1024, gated=True)
 
 def torchtitan(model: Transformer, rows: int) -> Work:
     """Return the work of a rank with ``rows`` sequences in FSDP with selective activation checkpointing ("op")."""
-    tokens, h = float(rows * model.context), model.width
-    columns = (h, model.kv, model.kv)
-    products = (
-        *(Product(tokens, h, n) for n in columns), Product(tokens, h, h),
-        *(Product(tokens, h, model.mlp) for _ in range(2)), Product(tokens, model.mlp, h),
-    )  # fmt: skip
-    attention = Attention(rows * model.heads, model.context, h / model.heads)
+    h = model.width
     # Read and written per token, in bf16 (2) and float32 (4): nn.RMSNorm computes in float32 step by step (cast,
     # square, mean, two products); rotation in complex float32; keys and values repeated; the copy of the attention's
     # output; SiLU and its product; two sums of the residual.
     norms, rotation, repeated = 2 * 40.0 * h, 20.0 * (h + model.kv), 2 * 2.5 * h
     each = norms + rotation + repeated + 4.0 * h + 10.0 * model.mlp + 2 * 6.0 * h
+    return fsdp(model, rows, each, recomputed=True)
+
+
+def fsdp(model: Transformer, rows: int, each: float, recomputed: bool, micro_batches: int = 1) -> Work:
+    """Return the work of a rank in FSDP with mixed precision.
+
+    Args:
+        rows: sequences in a micro-batch.
+        each: bytes that element-wise operations of a layer read and write per token, forward.
+        recomputed: whether they, and every second product, are computed again in the backward pass.
+    """
+    tokens, h = float(rows * model.context), model.width
+    inward = 2 if model.gated else 1
+    products = (
+        *(Product(tokens, h, n) for n in (h, model.kv, model.kv)), Product(tokens, h, h),
+        *(Product(tokens, h, model.mlp) for _ in range(inward)), Product(tokens, model.mlp, h),
+    )  # fmt: skip
+    attention = Attention(rows * model.heads, model.context, h / model.heads)
     weights = model.layer_weights
     # FSDP: parameters are gathered as bf16, and copied out; gradients copied in, cast to float32 and scattered.
     gather, scatter = (
@@ -96,7 +75,7 @@ def torchtitan(model: Transformer, rows: int) -> Work:
         Collective("reduce_scatter", 4.0 * weights, "data"),
     )
     forward = Pass(products, (attention,), each * tokens + 4.0 * weights, gathers=(gather,))
-    again = Pass(products[1::2], (), each * tokens)  # every second product is recomputed, and all between
+    again = Pass(products[1::2], (), each * tokens) if recomputed else Pass()
     backward = again + Pass(
         gradients_of(products), (replace(attention, backward=True),), 2.0 * each * tokens + 10.0 * weights,
         gathers=(gather,), scatters=(scatter,),
@@ -104,7 +83,7 @@ def torchtitan(model: Transformer, rows: int) -> Work:
     # The last layer stays gathered between its passes; embedding, last norm and head are one unit, which does, too.
     last = replace(backward, gathers=())
     layers = [Segment(f"layers.{i}", forward, backward if i < model.layers - 1 else last) for i in range(model.layers)]
-    ends = 2.0 * model.vocab * h
+    ends = (1.0 if model.tied else 2.0) * model.vocab * h
     table = Pass(bytes=8.0 * tokens * h + 2 * 4.0 * ends, gathers=(Collective("all_gather", 2.0 * ends, "data"),))
     table_back = Pass(
         bytes=4.0 * tokens * h + 4.0 * model.vocab * h + 6.0 * ends,
@@ -118,7 +97,8 @@ def torchtitan(model: Transformer, rows: int) -> Work:
         Pass(gradients_of(product), bytes=80.0 * tokens * h + 18.0 * tokens * model.vocab),
     )
     parameters = model.layers * weights + ends
-    return Work((Segment("embed", table, table_back), *layers, head), 1, tokens, update_elements=parameters)
+    segments = (Segment("embed", table, table_back), *layers, head)
+    return Work(segments, micro_batches, tokens, update_elements=parameters)
 
 
 def with_rates(hardware: Hardware, **changes: float) -> Hardware:
@@ -133,7 +113,11 @@ def torchtitan_time(hardware: Hardware, ranks: int) -> StepTime:
     """
     memory = hardware.rates_of("torch", "bf16").memory_bytes_per_second * 2.4 / 3.35
     hardware = with_rates(hardware, memory_bytes_per_second=memory, seconds_per_operation=0.0)
-    work = torchtitan(LLAMA_8B, 2)
+    return fsdp_time(hardware, torchtitan(LLAMA_8B, 2), ranks)
+
+
+def fsdp_time(hardware: Hardware, work: Work, ranks: int) -> StepTime:
+    """Return the step of a model that is sharded over ``ranks``."""
     # AdamW with foreach: 21 passes over vectors of float32, and 3 of clipping, instead of a fused kernel's 8.
     shard = work.update_elements / ranks
     work = replace(work, update_elements=shard, update_bytes=4.0 * (24 - 8) * shard)
@@ -144,11 +128,16 @@ def torchtitan_time(hardware: Hardware, ranks: int) -> StepTime:
 
 def fitted(hardware: Hardware) -> Hardware:
     """Return ``hardware`` with the product efficiency that gives 5,762 tokens a second and GPU on 8 GPUs."""
+    return fit(hardware, lambda candidate: tokens_per_second(candidate, 8), 5762)
+
+
+def fit(hardware: Hardware, predicted: Callable[[Hardware], float], measured: float) -> Hardware:
+    """Return ``hardware`` with the product efficiency whose ``predicted`` speed is the measured one."""
     low, high = 0.1, 1.5
     for _ in range(60):
         efficiency = (low + high) / 2
         candidate = with_rates(hardware, product_efficiency=efficiency)
-        low, high = (efficiency, high) if tokens_per_second(candidate, 8) < 5762 else (low, efficiency)
+        low, high = (efficiency, high) if predicted(candidate) < measured else (low, efficiency)
     return with_rates(hardware, product_efficiency=efficiency)
 
 

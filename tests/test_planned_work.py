@@ -138,7 +138,7 @@ def test_compressed_buckets_send_payloads_and_what_stays_dense() -> None:
     assert sum(bucket.received for bucket in work.buckets) == 2 * sum(bucket.compressed for bucket in work.buckets)
 
 
-def test_power_sgd_sends_the_second_factors_after_the_backward_pass() -> None:
+def test_power_sgd_sends_second_factors_after_the_backward_pass() -> None:
     config = made("gpt", (2, 1, 1))
     config.communication.compression = CompressionConfig(algorithm="power_sgd")
     (work,) = works(config)

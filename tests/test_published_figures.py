@@ -10,6 +10,7 @@ from hvdlm.planning.hardware import read_hardware
 from launching import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import published_foundry as foundry
 import published_systems as published
 
 H100 = read_hardware("h100")
@@ -19,7 +20,7 @@ def test_the_h100_file_is_fitted_on_one_point_alone() -> None:
     fitted = published.fitted(H100).rates[0].product_efficiency
     assert H100.rates[0].product_efficiency == pytest.approx(fitted, abs=5e-4)
     assert published.tokens_per_second(H100, 8) == pytest.approx(5762, rel=0.001)
-    assert H100.speed_deviation == pytest.approx(published.speed_deviation(), abs=5e-4)
+    assert H100.speed_deviation == pytest.approx(foundry.speed_deviation(), abs=5e-4)
 
 
 def test_lost_efficiency_from_8_to_128_gpus_is_predicted() -> None:
@@ -44,3 +45,15 @@ def test_predictions_are_better_than_a_constant_utilization() -> None:
 def test_horovods_efficiency_on_512_gpus_is_predicted(name: str) -> None:
     efficiency = published.horovod_efficiency(read_hardware("p100"), name)
     assert efficiency == pytest.approx(published.IMAGES[name][2], abs=0.10)
+
+
+def test_the_a100_file_is_fitted_on_one_point_alone() -> None:
+    a100 = read_hardware("a100")
+    assert a100.rates[0].product_efficiency == pytest.approx(foundry.fitted(a100).rates[0].product_efficiency, abs=5e-4)
+    assert foundry.tokens_per_second(a100, 7) == pytest.approx(foundry.MPT[7][-1], rel=0.001)
+
+
+@pytest.mark.parametrize("billions", [13, 3, 1])
+def test_speeds_of_other_models_on_a100_are_predicted(billions: int) -> None:
+    predicted = foundry.tokens_per_second(read_hardware("a100"), billions)
+    assert predicted == pytest.approx(foundry.MPT[billions][-1], rel=0.05)
