@@ -38,10 +38,12 @@ def main() -> None:
             Bar(0.85, 1.15),
             details,
         )
-    for billions in (13, 3, 1):
-        measured, predicted = foundry.MPT[billions][-1], foundry.tokens_per_second(read_hardware("a100"), billions)
+    models = [("A100", billions, foundry.MPT[billions][-1], None) for billions in (13, 3, 1)]
+    models += [("H100", billions, rate, 1) for billions, rate in foundry.MPT_H100.items()]
+    for device, billions, measured, micro_batches in models:
+        predicted = foundry.tokens_per_second(read_hardware(device.lower()), billions, micro_batches)
         details = f"predicted {predicted:.0f}, measured {measured}"
-        title = f"tokens/s a GPU of MPT, {billions} billion parameters on 8 A100, predicted / measured"
+        title = f"tokens/s a GPU of MPT, {billions} billion parameters on 8 {device}, predicted / measured"
         report(title, predicted / measured, Bar(0.95, 1.05), details)
     for name, (_, _, measured) in published.IMAGES.items():
         predicted = published.horovod_efficiency(p100, name)

@@ -52,9 +52,14 @@ MPT = {
 }
 
 
-def tokens_per_second(hardware: Hardware, billions: int) -> float:
+# The same on 8 H100, with one micro-batch of as many sequences.
+MPT_H100 = {13: 4792, 7: 10643, 1: 45455}
+
+
+def tokens_per_second(hardware: Hardware, billions: int, micro_batches: int | None = None) -> float:
     """Return the predicted tokens a second and GPU of a model with 2,048 positions."""
-    layers, width, heads, rows, micro_batches, _ = MPT[billions]
+    layers, width, heads, rows, several, _ = MPT[billions]
+    micro_batches = micro_batches or several
     model = Transformer(layers, width, heads, 4 * width, 50368, 2048, width, tied=True)
     # Per token in bf16: two norms, the copy of the attention's output, GELU, two sums of the residual.
     each = 2 * 4.0 * width + 4.0 * width + 4.0 * model.mlp + 2 * 6.0 * width

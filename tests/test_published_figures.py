@@ -57,3 +57,9 @@ def test_the_a100_file_is_fitted_on_one_point_alone() -> None:
 def test_speeds_of_other_models_on_a100_are_predicted(billions: int) -> None:
     predicted = foundry.tokens_per_second(read_hardware("a100"), billions)
     assert predicted == pytest.approx(foundry.MPT[billions][-1], rel=0.05)
+
+
+@pytest.mark.parametrize("billions", [13, 7, 1])
+def test_speeds_of_other_models_on_h100_are_predicted(billions: int) -> None:
+    predicted = foundry.tokens_per_second(H100, billions, micro_batches=1)
+    assert predicted == pytest.approx(foundry.MPT_H100[billions], rel=0.05)
