@@ -6,6 +6,7 @@ python benchmarks/published_figures.py [--short]
 from __future__ import annotations
 
 import published_foundry as foundry
+import published_horovod as horovod
 import published_systems as published
 from harness import Bar, make_parser, report
 
@@ -45,8 +46,8 @@ def main() -> None:
         details = f"predicted {predicted:.0f}, measured {measured}"
         title = f"tokens/s a GPU of MPT, {billions} billion parameters on 8 {device}, predicted / measured"
         report(title, predicted / measured, Bar(0.95, 1.05), details)
-    for name, (_, _, measured) in published.IMAGES.items():
-        predicted = published.horovod_efficiency(p100, name)
+    for name, (_, _, measured) in horovod.IMAGES.items():
+        predicted = horovod.efficiency(p100, name)
         details = f"published {measured:.2f}"
         report(f"efficiency of {name} on 512 P100", predicted, Bar(measured - 0.1, measured + 0.1), details)
 

@@ -59,6 +59,7 @@ HELPERS = {
     "plain_torch",
     "plain_tensorflow",
     "published_foundry",
+    "published_horovod",
     "published_systems",
 }
 WORKERS = {

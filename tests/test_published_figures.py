@@ -11,6 +11,7 @@ from launching import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import published_foundry as foundry
+import published_horovod as horovod
 import published_systems as published
 
 H100 = read_hardware("h100")
@@ -41,10 +42,10 @@ def test_predictions_are_better_than_a_constant_utilization() -> None:
     assert 2 * worst < max(abs(constant / m - 1) for m in measured)
 
 
-@pytest.mark.parametrize("name", published.IMAGES)
+@pytest.mark.parametrize("name", horovod.IMAGES)
 def test_horovods_efficiency_on_512_gpus_is_predicted(name: str) -> None:
-    efficiency = published.horovod_efficiency(read_hardware("p100"), name)
-    assert efficiency == pytest.approx(published.IMAGES[name][2], abs=0.10)
+    efficiency = horovod.efficiency(read_hardware("p100"), name)
+    assert efficiency == pytest.approx(horovod.IMAGES[name][2], abs=0.10)
 
 
 def test_the_a100_file_is_fitted_on_one_point_alone() -> None:
