@@ -27,17 +27,6 @@ BUCKETS = (1_000_000, 4_000_000, 16_000_000, 64_000_000, 256_000_000)
 LOSSY = ("communication.exchange", "communication.compression.algorithm")
 """Options that change the result of a run: they are searched only where that is asked for."""
 
-PLAIN: Mapping[str, Any] = {
-    "parallel.pipeline": 1,
-    "parallel.tensor": 1,
-    "parallel.sequence": False,
-    "parallel.zero": 0,
-    "train.activation_checkpointing": False,
-    "communication.exchange": "all_reduce",
-    "communication.compression.algorithm": "none",
-}
-"""The values of options without which a layout is compared, to say what each of them gains."""
-
 Options = Mapping[str, Any]
 """Values of the searched options, by their full names."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from hvdlm import hookimpl
@@ -14,6 +13,7 @@ from hvdlm.training.run import Run
 from hvdlm.training.run_control import RunControl
 from hvdlm_planner import grades
 from hvdlm_planner.measured_steps import CAUSES, MeasuredSteps, slowest
+from hvdlm_planner.run_prediction import RunPrediction, check, predict
 
 
 class Grading:
@@ -29,8 +29,13 @@ class Grading:
 
     @hookimpl
     def hvdlm_run_started(self, run: RunControl) -> None:
-        """Keep the run, of which the prediction is made at its end."""
+        """Keep the run, of which the prediction is made at its end; check the hardware file that it names.
+
+        Raises:
+            HvdlmError: there is none, or it is wrong.
+        """
         self._run = run.opened
+        check(self._config)
 
     @hookimpl
     def hvdlm_step_ended(self, result: StepResult, seconds: float) -> None:
@@ -49,13 +54,17 @@ class Grading:
         own = prediction = None
         try:
             own = self._own_parts()
-            if self._run.world.rank == 0:
-                prediction = predict(self._run)
+            prediction = predict(self._run) if self._run.world.rank == 0 else None
         finally:  # what fails on one rank must not leave the others waiting
-            messages = self._run.world.gather_objects([own, prediction])
+            figures = {"seconds": prediction.seconds, "hardware": prediction.name} if prediction else None
+            messages = self._run.world.gather_objects([own, figures])
         summary["step_seconds"] = compare([message[0] for message in messages], messages[0][1], self._steps)
         if prediction:
-            _write_back(prediction, summary["step_seconds"], self._config.log.run)
+            self._write_back(summary["step_seconds"], prediction)
+
+    def _write_back(self, figures: Mapping[str, Any], prediction: RunPrediction) -> None:
+        if figures["error"] is not None and prediction.measured:
+            grades.write(prediction.path, prediction.checksum, figures, self._config.log.run)
 
     def _own_parts(self) -> dict[str, float] | None:
         tensor = _tensor_seconds(self._run) - self._tensor_before
