@@ -64,3 +64,150 @@ def test_saves_at_the_end_alone_are_no_cost_of_a_step() -> None:
 def test_the_slowest_rank_is_the_one_that_computes_longest() -> None:
     assert slowest([{"compute": 1.0}, {"compute": 2.0}]) == 1
     assert slowest([{"compute": 1.0}, None]) is None
+
+
+class Ranks:
+    """Ranks that each train some steps, of which they are the only source of figures."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, size: int = 2) -> None:
+        self.threads = ThreadRanks(size)
+        self.config = Config()
+        self.prediction: grading.RunPrediction | None = None
+        monkeypatch.setattr(grading, "predict", lambda run: self.prediction)
+        monkeypatch.setattr(grading, "check", lambda config: None)
+
+    def run(self, seconds: list[float], tensor: float = 0.0) -> list[dict[str, Any]]:
+        """Return the summaries of ranks that do 20 steps of these ``seconds`` each, of which 0.1 s are data."""
+
+        def train(world: Any) -> dict[str, Any]:
+            traffic = {"tensor/all_reduce": Traffic(), "gradients/all_reduce": Traffic()}
+            opened = SimpleNamespace(
+                config=self.config,
+                world=world,
+                exchange=SimpleNamespace(agreed=True),
+                trainable=SimpleNamespace(traffic=lambda: traffic),
+            )
+            plugin = Grading(self.config)
+            plugin.hvdlm_run_started(SimpleNamespace(opened=opened))
+            for _ in range(20):
+                traffic["tensor/all_reduce"].seconds += tensor
+                result = StepResult(1.0, 100.0, 0.5, max(seconds) - seconds[world.rank])
+                result.data_seconds = 0.1
+                plugin.hvdlm_step_ended(result, max(seconds))
+            plugin.hvdlm_checkpoint_saved(5.0)
+            summary: dict[str, Any] = {}
+            plugin.hvdlm_run_ended(summary)
+            return summary
+
+        return self.threads.run(train)
+
+
+@pytest.fixture
+def ranks(monkeypatch: pytest.MonkeyPatch) -> Ranks:
+    return Ranks(monkeypatch)
+
+
+def prediction(path: Path, seconds: float, measured: bool = True) -> grading.RunPrediction:
+    parts = {"seconds": seconds, "compute": seconds, **dict.fromkeys(CAUSES[1:], 0.0)}
+    checksum = grading.grades.atomic_files.sha256(path)
+    return grading.RunPrediction(parts, "test machine", path, checksum, measured)
+
+
+@pytest.fixture
+def hardware(tmp_path: Path) -> Path:
+    path = tmp_path / "machine.yaml"
+    path.write_text("name: first measurements\n")
+    return path
+
+
+def test_the_summary_has_the_slowest_rank_beside_the_prediction(ranks: Ranks, hardware: Path) -> None:
+    ranks.config.checkpoint.every = 50
+    ranks.prediction = prediction(hardware, 1.1)
+    first, second = ranks.run([0.8, 1.0], tensor=0.2)
+    assert first == second  # on every rank
+    figures = first["step_seconds"]
+    assert figures["rank"] == 1 and figures["steps"] == 18 and figures["hardware"] == "test machine"
+    assert figures["measured"] == pytest.approx(
+        {"seconds": 1.1, "compute": 0.7, "communication": 0.2, "bubble": 0.0, "data": 0.1, "save": 0.1}
+    )
+    assert figures["predicted"]["seconds"] == 1.1 and figures["error"] == pytest.approx(0.0)
+
+
+def test_without_measurements_the_prediction_is_null(ranks: Ranks, tmp_path: Path) -> None:
+    figures = ranks.run([1.0, 1.0])[0]["step_seconds"]
+    assert figures["predicted"] is figures["error"] is figures["hardware"] is None
+    assert figures["measured"]["seconds"] == pytest.approx(1.01)  # a save of 5 s every 500 steps
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_above_a_tenth_ends_the_advice(ranks: Ranks, hardware: Path) -> None:
+    grades.check(hardware)  # nothing was graded yet
+    ranks.config.checkpoint.every = 0
+    ranks.prediction = prediction(hardware, 1.09)
+    ranks.run([1.0, 1.0])
+    grades.check(hardware)
+    ranks.prediction = prediction(hardware, 1.12)
+    ranks.run([1.0, 1.0])
+    with pytest.raises(HvdlmError, match=r"machine\.yaml.*runs/default.* 12\.0% too high.*plan --measure"):
+        grades.check(hardware)
+    ranks.prediction = prediction(hardware, 0.8)
+    ranks.run([1.0, 1.0])
+    with pytest.raises(HvdlmError, match=r"20\.0% too low"):
+        grades.check(hardware)
+    hardware.write_text("name: measured anew\n")
+    grades.check(hardware)
+
+
+def test_a_run_under_older_measurements_grades_no_newer_ones(ranks: Ranks, hardware: Path) -> None:
+    ranks.prediction = prediction(hardware, 9.0)
+    hardware.write_text("name: measured anew during the run\n")
+    ranks.run([1.0, 1.0])
+    assert grades.last_error(hardware) is None
+
+
+def test_errors_of_foreign_files_and_short_runs_are_not_kept(ranks: Ranks, hardware: Path) -> None:
+    ranks.prediction = prediction(hardware, 9.0, measured=False)
+    assert ranks.run([1.0, 1.0])[0]["step_seconds"]["error"] == pytest.approx(9.0 / 1.01 - 1)
+    assert grades.last_error(hardware) is None
+    steps = MeasuredSteps()
+    add_steps(steps, [1.0] * 5)
+    figures = grading.compare([steps.parts(0)], {"seconds": {"seconds": 9.0}, "hardware": "x"}, steps)
+    assert figures["error"] is None and figures["predicted"] == {"seconds": 9.0}
+
+
+def test_many_runs_that_end_at_once_leave_one_whole_error(hardware: Path) -> None:
+    checksum = grading.grades.atomic_files.sha256(hardware)
+
+    def end(number: int) -> None:
+        grades.write(hardware, checksum, {"error": number / 100, "padding": "x" * 5000}, f"runs/{number}")
+
+    threads = [threading.Thread(target=end, args=(number,)) for number in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    error, run = grades.last_error(hardware) or (None, "")
+    assert run == f"runs/{round(100 * (error or 0))}"
+    assert sorted(path.name for path in hardware.parent.iterdir()) == ["machine.last_error.json", "machine.yaml"]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"error": "x"}', '{"hardware_sha256": 1, "error": 1, "run": ""}'])
+def test_a_damaged_error_file_is_as_good_as_none(hardware: Path, content: str) -> None:
+    grades.path_of(hardware).write_text(content)
+    assert grades.last_error(hardware) is None
+
+
+def test_the_last_line_has_both_by_cause(hardware: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    measured = {"seconds": 1.5, "compute": 1.2, "communication": 0.25, "bubble": 0.0, "data": 0.05, "save": 0.0}
+    predicted = {"seconds": 1.35, "compute": 1.1, "communication": 0.2, "bubble": 0.0, "data": 0.05, "save": 0.0}
+    figures = {"measured": measured, "predicted": predicted, "error": -0.1, "hardware": "test machine"}
+    for world_rank in (0, 1):
+        plugin = StepSecondsLine()
+        plugin.hvdlm_run_started(SimpleNamespace(rank=world_rank))
+        plugin.hvdlm_run_ended({"step_seconds": figures})
+        plugin.hvdlm_run_ended({"step_seconds": {**figures, "predicted": None}})
+        plugin.hvdlm_run_ended({})
+    assert capsys.readouterr().out == (
+        "a step took 1.5 s (predicted 1.35 s, 10.0% too low): compute 1.2 s (1.1 s), communication 250 ms (200 ms), "
+        "bubble 0 ms (0 ms), data 50 ms (50 ms), save 0 ms (0 ms); by test machine\n"
+    )

@@ -208,7 +208,7 @@ def read_hardware(source: str | Path) -> Hardware:
     Raises:
         HvdlmError: no such file or name, or the first wrong field.
     """
-    path = _find(str(source))
+    path = find_hardware(str(source))
     try:
         with path.open(encoding="utf-8") as file:
             text = file.read(_MAX_BYTES + 1)
@@ -240,7 +240,12 @@ def named_files() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def _find(source: str) -> Path:
+def find_hardware(source: str) -> Path:
+    """Return the path of a hardware file, or of the one of this name that comes with hvdlm.
+
+    Raises:
+        HvdlmError: there is none.
+    """
     path = Path(source)
     if path.is_file():
         return path

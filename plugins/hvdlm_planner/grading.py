@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hvdlm import hookimpl
 from hvdlm.config import Config
+from hvdlm.errors import HvdlmError
 from hvdlm.protocols.types import StepResult
 from hvdlm.protocols.world import World
 from hvdlm.training.run import Run
@@ -16,13 +18,18 @@ from hvdlm_planner.measured_steps import CAUSES, MeasuredSteps, slowest
 from hvdlm_planner.run_prediction import RunPrediction, check, predict
 
 
+def observers(config: Config) -> list[object]:
+    """Return the event plugins of every run; the line is printed after the others' (the last is called first)."""
+    return [*([StepSecondsLine()] if config.log.progress else []), Grading(config)]
+
+
 class Grading:
     """Event plugin that adds ``step_seconds`` to the summary, and writes its error beside the hardware file."""
 
     observer = True
 
     def __init__(self, config: Config) -> None:
-        self._config = config
+        self._config = config  # of this machine: backend, precision and threads are chosen
         local, compression = config.communication.local, config.communication.compression
         self._steps = MeasuredSteps(max(local.warmup, compression.start_after_steps))
         self._tensor_before = 0.0
@@ -55,6 +62,8 @@ class Grading:
         try:
             own = self._own_parts()
             prediction = predict(self._run) if self._run.world.rank == 0 else None
+        except HvdlmError as error:  # a damaged file of measurements is no reason for a run to fail
+            print(f"hvdlm: the seconds of a step are not predicted: {error}", file=sys.stderr, flush=True)
         finally:  # what fails on one rank must not leave the others waiting
             figures = {"seconds": prediction.seconds, "hardware": prediction.name} if prediction else None
             messages = self._run.world.gather_objects([own, figures])
@@ -127,3 +136,8 @@ def line(figures: Mapping[str, Any]) -> str:
 
 def _short(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+
+
+def _tensor_seconds(run: Run) -> float:
+    """Return the seconds for which this rank has waited for collectives of the tensor axis, which steps leave out."""
+    return sum(entry.seconds for key, entry in run.trainable.traffic().items() if key.startswith("tensor/"))
