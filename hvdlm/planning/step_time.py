@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from hvdlm.config import Config
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.mesh import Mesh
 from hvdlm.parallel.pipeline_schedules import make_pipeline_schedule
+from hvdlm.parallel.pipeline_stages import cut_into_stages
 from hvdlm.planning.closed_forms import Habits
 from hvdlm.planning.gradient_work import work_of
 from hvdlm.planning.hardware import Hardware
 from hvdlm.planning.rates import Computation, Network
+from hvdlm.planning.same import Same
 from hvdlm.planning.work import Bucket, Collective, Pass, Work
 
 
@@ -83,15 +86,24 @@ def predict_time(
         habits: what the framework communicates in another way than PyTorch.
     """
     config = resolved(config, hardware)
-    works = [work_of(config, spec, mesh, stage * mesh.tensor, habits, moments) for stage in range(mesh.pipeline)]
-    known = [work for work in works if work is not None]
-    if len(known) < len(works):
+    first = equal_stages(Same(spec), mesh.pipeline)
+    works = {s: work_of(config, spec, mesh, s * mesh.tensor, habits, moments) for s in dict.fromkeys(first)}
+    known = [work for work in map(works.get, first) if work is not None]
+    if len(known) < mesh.pipeline:
         return None
     per_node = min(hardware.ranks_per_node, mesh.size)
     computation = Computation(hardware, config.framework, rates_precision(config), per_node)
     network = Network(hardware, mesh, config.framework)
     data = known[0].tokens * known[0].micro_batches * hardware.data_seconds_per_token
     return step_time(known, config.parallel.schedule, computation, network, data, config.data.prefetch > 0)
+
+
+@lru_cache(maxsize=256)
+def equal_stages(spec: Same[ModelSpec], pipeline: int) -> tuple[int, ...]:
+    """Return for each stage the first one that has the same work: as many layers, and embedding and head alike."""
+    stages = cut_into_stages(spec.value, pipeline)
+    kinds = [(stage.layers[1] - stage.layers[0], stage.first, stage.last) for stage in stages]
+    return tuple(kinds.index(kind) for kind in kinds)
 
 
 def resolved(config: Config, hardware: Hardware) -> Config:
@@ -123,7 +135,8 @@ def step_time(
         prefetch: whether it is made during the step before.
         interleaved: virtual stages on a rank, which divide the bubble (Narayanan et al. 2021, section 2.2).
     """
-    stages = [stage_time(work, computation, network) for work in works]
+    times = {id(work): stage_time(work, computation, network) for work in {id(work): work for work in works}.values()}
+    stages = [times[id(work)] for work in works]
     count = works[0].micro_batches
     ends = simulate_pipeline(stages, schedule, count)
     busy = [count * (stage.forward + stage.backward) + stage.last_backward - stage.backward for stage in stages]
