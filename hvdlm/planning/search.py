@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -67,30 +67,6 @@ class Layout:
     def tokens_per_second(self) -> float:
         """Predicted tokens of all ranks in a second."""
         return self.config.train.batch_size * self.config.data.context / self.time.seconds
-
-
-@dataclass
-class Ranking:
-    """The result of a search.
-
-    Attributes:
-        layouts: the fastest layout of each mesh, the fastest first.
-        considered: layouts that a run would start with.
-        fitting: those of them that fit the memory.
-        smallest: of each mesh, the least memory that a layout needs.
-    """
-
-    layouts: list[Layout] = field(default_factory=list)
-    considered: int = 0
-    fitting: int = 0
-    smallest: dict[Mesh, Fit] = field(default_factory=dict)
-
-    def count(self, mesh: Mesh, fit: Fit) -> None:
-        """Count a layout."""
-        self.considered += 1
-        self.fitting += fit.fits
-        if mesh not in self.smallest or fit.needed < self.smallest[mesh].needed:
-            self.smallest[mesh] = fit
 
 
 @dataclass(frozen=True)
@@ -152,25 +128,25 @@ def value_of(config: Config, name: str) -> Any:
     return value
 
 
-def search(config: Config, space: Space, costs: Costs, count: int = 10, limited: bool = True) -> Ranking:
-    """Return the fastest layout of each of the ``count`` fastest meshes; ``limited``: of those that fit the memory."""
-    ranking, best = Ranking(), _Best(count)
-    for bound, group in sorted(_groups(config, space, costs, ranking, limited), key=lambda pair: pair[0]):
-        for candidate in group:
-            if best.may_enter(candidate.mesh, bound):
-                best.add(candidate, costs.time(candidate.config, candidate.mesh))
-    ranking.layouts = best.ranked()
-    return ranking
+def search(config: Config, space: Space, costs: Costs, count: int = 10, limited: bool = True) -> list[Layout]:
+    """Return the fastest layout of each of the ``count`` fastest meshes, the fastest first.
+
+    ``limited``: of the layouts that fit the memory; else of all. Of equally fast layouts, the plainest comes first.
+    """
+    best = _Best(count)
+    for bound, group in sorted(_groups(config, space, costs), key=lambda pair: pair[0]):
+        if best.may_enter(group.mesh, bound):
+            for number, options in enumerate(_exchanges(space, group.mesh)):
+                _try(config, {**group.options, **options}, group.mesh, (group.number, number), costs, limited, best)
+    return best.ranked()
 
 
-class _Candidate(NamedTuple):
-    """``number``: in the order in which equally fast layouts are preferred."""
+class _Group(NamedTuple):
+    """Layouts that compute alike, and communicate differently along the data axis."""
 
     number: int
-    options: Options
-    config: Config
     mesh: Mesh
-    fit: Fit
+    options: Options
 
 
 class _Best:
@@ -178,51 +154,67 @@ class _Best:
 
     def __init__(self, count: int) -> None:
         self._count = count
-        self._layouts: dict[Mesh, tuple[float, int, Layout]] = {}
+        self._layouts: dict[Mesh, tuple[float, tuple[int, int], Layout]] = {}
 
     def may_enter(self, mesh: Mesh, bound: float) -> bool:
         """Return whether a layout that takes ``bound`` seconds could be the best of ``mesh``, and among the results."""
         own = self._layouts.get(mesh)
-        if own is not None:
-            return bound <= own[0]
-        seconds = heapq.nsmallest(self._count, (entry[0] for entry in self._layouts.values()))
-        return len(seconds) < self._count or bound <= seconds[-1]
+        if own is not None and bound > own[0]:
+            return False
+        others = heapq.nsmallest(self._count, (entry[0] for m, entry in self._layouts.items() if m != mesh))
+        return len(others) < self._count or bound <= others[-1]
 
-    def add(self, candidate: _Candidate, time: StepTime) -> None:
-        """Keep the layout if it is the best of its mesh."""
-        own = self._layouts.get(candidate.mesh)
-        if own is None or (time.seconds, candidate.number) < own[:2]:
-            layout = Layout(candidate.options, candidate.config, candidate.mesh, time, candidate.fit)
-            self._layouts[candidate.mesh] = time.seconds, candidate.number, layout
+    def add(self, number: tuple[int, int], layout: Layout) -> None:
+        """Keep a layout if it is the best of its mesh; ``number``: its rank among equally fast ones."""
+        own = self._layouts.get(layout.mesh)
+        if own is None or (layout.time.seconds, number) < own[:2]:
+            self._layouts[layout.mesh] = layout.time.seconds, number, layout
 
     def ranked(self) -> list[Layout]:
-        """Return the results, the fastest first."""
+        """Return the results."""
         return [layout for *_, layout in sorted(self._layouts.values(), key=lambda e: e[:2])[: self._count]]
 
 
-def _groups(
-    config: Config, space: Space, costs: Costs, ranking: Ranking, limited: bool
-) -> Iterator[tuple[float, list[_Candidate]]]:
-    """Yield the layouts to predict, in groups that have one lower bound, and count all of them."""
+def _try(
+    config: Config, options: Options, mesh: Mesh, number: tuple[int, int], costs: Costs, limited: bool, best: _Best
+) -> None:
+    """Predict a layout, and add it to ``best`` where it is valid and fits."""
+    candidate = with_options(config, options)
+    if not costs.valid(candidate, mesh):
+        return
+    fit = costs.fit(candidate, mesh)
+    if fit.fits or not limited:
+        best.add(number, Layout(options, candidate, mesh, costs.time(candidate, mesh), fit))
+
+
+def _groups(config: Config, space: Space, costs: Costs) -> Iterator[tuple[float, _Group]]:
+    """Yield the groups with a valid layout, each with its lower bound of seconds."""
     number = 0
-    for mesh in _meshes(space):
+    for mesh in meshes(space):
         for options in _computations(config, space, mesh):
-            group = []
-            for exchanged in _exchanges(space, mesh):
-                together = {**options, **exchanged}
-                candidate = with_options(config, together)
-                if not costs.valid(candidate, mesh):
-                    continue
+            candidates = (with_options(config, {**options, **exchange}) for exchange in _exchanges(space, mesh))
+            valid = next((candidate for candidate in candidates if costs.valid(candidate, mesh)), None)
+            if valid is not None:
+                yield costs.bound(valid, mesh), _Group(number, mesh, options)
                 number += 1
-                fit = costs.fit(candidate, mesh)
-                ranking.count(mesh, fit)
-                if fit.fits or not limited:
-                    group.append(_Candidate(number, together, candidate, mesh, fit))
-            if group:
-                yield costs.bound(group[0].config, mesh), group
 
 
-def _meshes(space: Space) -> Iterator[Mesh]:
+def smallest_fits(config: Config, space: Space, costs: Costs) -> dict[Mesh, Fit]:
+    """Return of each mesh with a valid layout the least memory that one of its smallest micro-batches needs."""
+    smallest: dict[Mesh, Fit] = {}
+    for mesh in meshes(space):
+        options = list(_computations(config, space, mesh))
+        for computation, exchange in product(options, _exchanges(space, mesh)):
+            if computation["train.micro_batch_size"] == options[-1]["train.micro_batch_size"]:
+                candidate = with_options(config, {**computation, **exchange})
+                fit = costs.fit(candidate, mesh) if costs.valid(candidate, mesh) else None
+                if fit and (mesh not in smallest or fit.needed < smallest[mesh].needed):
+                    smallest[mesh] = fit
+    return smallest
+
+
+def meshes(space: Space) -> Iterator[Mesh]:
+    """Yield the meshes of the space, those with the fewest tensor and pipeline ranks first."""
     for tensor, pipeline in product(space.choices["parallel.tensor"], space.choices["parallel.pipeline"]):
         if space.ranks % (tensor * pipeline) == 0:
             data = space.ranks // (tensor * pipeline)

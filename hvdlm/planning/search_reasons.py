@@ -48,7 +48,7 @@ def gains(config: Config, space: Space, costs: Costs, best: Layout) -> list[Gain
         plain = PLAIN.get(option, value_of(config, option))
         restricted = _with_plain(space, option, plain)
         if value != plain and restricted is not None:
-            without = search(config, restricted, costs, count=1).layouts
+            without = search(config, restricted, costs, count=1)
             result.append(Gain(option, value, plain, without[0] if without else None))
     return result
 
@@ -64,7 +64,7 @@ def _with_plain(space: Space, option: str, plain: Any) -> Space | None:
 
 def too_large(config: Config, space: Space, costs: Costs, best: Layout | None) -> Layout | None:
     """Return the fastest layout of all if it doesn't fit the memory: what ``best`` is slower than."""
-    fastest = search(config, space, costs, count=1, limited=False).layouts
+    fastest = search(config, space, costs, count=1, limited=False)
     return fastest[0] if fastest and (best is None or fastest[0].options != best.options) else None
 
 

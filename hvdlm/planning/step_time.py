@@ -91,11 +91,26 @@ def predict_time(
     known = [work for work in map(works.get, first) if work is not None]
     if len(known) < mesh.pipeline:
         return None
-    per_node = min(hardware.ranks_per_node, mesh.size)
-    computation = Computation(hardware, config.framework, rates_precision(config), per_node)
-    network = Network(hardware, mesh, config.framework)
+    computation, network = machine_of(config, mesh, hardware)
     data = known[0].tokens * known[0].micro_batches * hardware.data_seconds_per_token
     return step_time(known, config.parallel.schedule, computation, network, data, config.data.prefetch > 0)
+
+
+def machine_of(config: Config, mesh: Mesh, hardware: Hardware) -> tuple[Computation, Network]:
+    """Return the rates of the ranks of ``mesh`` for a configuration whose precision is resolved."""
+    computation = _computation(Same(hardware), config.framework, config.train.precision, mesh.size)
+    return computation, _network(Same(hardware), mesh, config.framework)
+
+
+@lru_cache(maxsize=16)
+def _computation(hardware: Same[Hardware], framework: str, precision: str, size: int) -> Computation:
+    per_node = min(hardware.value.ranks_per_node, size)
+    return Computation(hardware.value, framework, precision, per_node)
+
+
+@lru_cache(maxsize=256)
+def _network(hardware: Same[Hardware], mesh: Mesh, framework: str) -> Network:
+    return Network(hardware.value, mesh, framework)
 
 
 @lru_cache(maxsize=256)

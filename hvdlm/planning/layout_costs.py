@@ -1,0 +1,90 @@
+"""Costs of the layouts of a search: memory and seconds as for any run, and a lower bound of the seconds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import pluggy
+
+from hvdlm.config import CommunicationConfig, Config
+from hvdlm.models.spec import ModelSpec
+from hvdlm.parallel.mesh import Mesh
+from hvdlm.planning.closed_forms import Habits, predict_costs
+from hvdlm.planning.gradient_work import work_of
+from hvdlm.planning.hardware import Hardware
+from hvdlm.planning.memory_fit import Fit, fit
+from hvdlm.planning.same import Same
+from hvdlm.planning.step_time import StepTime, equal_stages, machine_of, predict_time, resolved, stage_time
+
+_ROUNDING = 1e-9  # by which a bound lies below what rounding may give in another order of sums
+_ONE_BUCKET = 2**62
+
+
+@dataclass(frozen=True)
+class LayoutCosts:
+    """Implements ``Costs`` of the search for one model on one machine.
+
+    Attributes:
+        gpu_memory: bytes of a rank's device; None: the hardware's.
+        check: returns whether a run with a configuration on a mesh would start.
+        moments: state vectors of the optimizer.
+    """
+
+    manager: pluggy.PluginManager
+    spec: ModelSpec
+    hardware: Hardware
+    gpu_memory: float | None
+    check: Callable[[Config, Mesh], bool]
+    moments: int
+    habits: Habits
+
+    def valid(self, config: Config, mesh: Mesh) -> bool:
+        """Return whether a run with this configuration would start."""
+        return self.check(config, mesh)
+
+    def fit(self, config: Config, mesh: Mesh) -> Fit:
+        """Return the memory of the rank that needs most; without a limit where none is known."""
+        fits = []
+        for stage in dict.fromkeys(equal_stages(Same(self.spec), mesh.pipeline)):
+            rank = (stage + 1) * mesh.tensor - 1  # the last tensor rank has the larger shards
+            costs = predict_costs(self.manager, resolved(config, self.hardware), self.spec, mesh, rank)
+            if costs is not None:
+                memory = self.gpu_memory or self.hardware.memory_bytes or math.inf
+                fits.append(fit(costs, config, self.spec, mesh, self.hardware, memory))
+        return max((one for one in fits if one is not None), key=lambda one: one.needed)
+
+    def time(self, config: Config, mesh: Mesh) -> StepTime:
+        """Return the predicted seconds of a step."""
+        time = predict_time(config, self.spec, mesh, self.hardware, self.moments, self.habits)
+        assert time is not None, self.spec.kind  # the command refuses unknown architectures
+        return time
+
+    def bound(self, config: Config, mesh: Mesh) -> float:
+        """Return the seconds of the passes alone, whatever data ranks send to each other.
+
+        In a pipeline, a stage starts when the stages before it have done a forward pass, and after its last backward
+        pass they do one, too.
+        """
+        config = resolved(
+            replace(
+                config,
+                parallel=replace(config.parallel, zero=0),
+                communication=CommunicationConfig(bucket_bytes=_ONE_BUCKET),
+            ),
+            self.hardware,
+        )
+        computation, network = machine_of(config, mesh, self.hardware)
+        stages = equal_stages(Same(self.spec), mesh.pipeline)
+        passes, count = {}, 1
+        for stage in dict.fromkeys(stages):
+            work = work_of(config, self.spec, mesh, stage * mesh.tensor, self.habits, self.moments)
+            assert work is not None, self.spec.kind
+            alone = stage_time(replace(work, buckets=(), after=(), rounds=()), computation, network)
+            passes[stage], count = alone.forward + alone.backward, work.micro_batches
+        longest = before = 0.0
+        for stage in stages:
+            longest = max(longest, before + count * passes[stage])
+            before += passes[stage]
+        return (1 - _ROUNDING) * (longest + computation.overhead(count))
