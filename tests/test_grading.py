@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import threading
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +13,7 @@ import pytest
 from builders import ThreadRanks
 from hvdlm.config import Config
 from hvdlm.errors import HvdlmError
+from hvdlm.planning.hardware import Hardware, Link, Rates
 from hvdlm.protocols.types import StepResult, Traffic
 from hvdlm_planner import grades, grading
 from hvdlm_planner.grading import Grading, StepSecondsLine
@@ -107,17 +108,28 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> Ranks:
     return Ranks(monkeypatch)
 
 
-def prediction(path: Path, seconds: float, measured: bool = True) -> grading.RunPrediction:
+RATES = Rates(1e12, 1e11, framework="torch", precision="fp32")
+MACHINE = Hardware("test machine", "", "", (RATES,), {"node": Link(0, 1e9), "network": Link(0, 1e9)})
+KIND = "torch", "fp32"
+
+
+def measured_anew(factor: float = 2.0, **changes: Any) -> Hardware:
+    """Return the machine with rates that were measured again."""
+    return replace(MACHINE, rates=(replace(RATES, memory_bytes_per_second=factor * 1e11, **changes),))
+
+
+def prediction(path: Path | None, seconds: float) -> grading.RunPrediction:
     parts = {"seconds": seconds, "compute": seconds, **dict.fromkeys(CAUSES[1:], 0.0)}
-    checksum = grading.grades.atomic_files.sha256(path)
-    return grading.RunPrediction(parts, "test machine", path, checksum, measured)
+    return grading.RunPrediction(parts, "test machine", grades.checksum(MACHINE, *KIND), path and error_file(path))
+
+
+def error_file(path: Path) -> Path:
+    return grades.path_of(path, *KIND)
 
 
 @pytest.fixture
 def hardware(tmp_path: Path) -> Path:
-    path = tmp_path / "machine.yaml"
-    path.write_text("name: first measurements\n")
-    return path
+    return tmp_path / "machine.yaml"
 
 
 def test_the_summary_has_the_slowest_rank_beside_the_prediction(ranks: Ranks, hardware: Path) -> None:
@@ -141,34 +153,34 @@ def test_without_measurements_the_prediction_is_null(ranks: Ranks, tmp_path: Pat
 
 
 def test_an_error_above_a_tenth_ends_the_advice(ranks: Ranks, hardware: Path) -> None:
-    grades.check(hardware)  # nothing was graded yet
+    grades.check(hardware, MACHINE, *KIND)  # nothing was graded yet
     ranks.config.checkpoint.every = 0
     ranks.prediction = prediction(hardware, 1.09)
     ranks.run([1.0, 1.0])
-    grades.check(hardware)
+    grades.check(hardware, MACHINE, *KIND)
     ranks.prediction = prediction(hardware, 1.12)
     ranks.run([1.0, 1.0])
     with pytest.raises(HvdlmError, match=r"machine\.yaml.*runs/default.* 12\.0% too high.*plan --measure"):
-        grades.check(hardware)
+        grades.check(hardware, MACHINE, *KIND)
+    grades.check(hardware, MACHINE, "tensorflow", "fp32")
     ranks.prediction = prediction(hardware, 0.8)
     ranks.run([1.0, 1.0])
     with pytest.raises(HvdlmError, match=r"20\.0% too low"):
-        grades.check(hardware)
-    hardware.write_text("name: measured anew\n")
-    grades.check(hardware)
+        grades.check(hardware, MACHINE, *KIND)
 
 
-def test_a_run_under_older_measurements_grades_no_newer_ones(ranks: Ranks, hardware: Path) -> None:
+def test_an_error_counts_until_its_kind_is_measured_anew(ranks: Ranks, hardware: Path) -> None:
     ranks.prediction = prediction(hardware, 9.0)
-    hardware.write_text("name: measured anew during the run\n")
     ranks.run([1.0, 1.0])
-    assert grades.last_error(hardware) is None
+    other = replace(MACHINE, rates=(RATES, replace(RATES, framework="tensorflow")))
+    assert grades.last_error(hardware, other, *KIND) is not None
+    assert grades.last_error(hardware, measured_anew(), *KIND) is None
 
 
-def test_errors_of_foreign_files_and_short_runs_are_not_kept(ranks: Ranks, hardware: Path) -> None:
-    ranks.prediction = prediction(hardware, 9.0, measured=False)
+def test_errors_of_foreign_files_and_short_runs_are_not_kept(ranks: Ranks, tmp_path: Path) -> None:
+    ranks.prediction = prediction(None, 9.0)
     assert ranks.run([1.0, 1.0])[0]["step_seconds"]["error"] == pytest.approx(9.0 / 1.01 - 1)
-    assert grades.last_error(hardware) is None
+    assert list(tmp_path.iterdir()) == []
     steps = MeasuredSteps()
     add_steps(steps, [1.0] * 5)
     figures = grading.compare([steps.parts(0)], {"seconds": {"seconds": 9.0}, "hardware": "x"}, steps)
@@ -176,25 +188,26 @@ def test_errors_of_foreign_files_and_short_runs_are_not_kept(ranks: Ranks, hardw
 
 
 def test_many_runs_that_end_at_once_leave_one_whole_error(hardware: Path) -> None:
-    checksum = grading.grades.atomic_files.sha256(hardware)
+    measurements = grades.checksum(MACHINE, *KIND)
 
     def end(number: int) -> None:
-        grades.write(hardware, checksum, {"error": number / 100, "padding": "x" * 5000}, f"runs/{number}")
+        figures = {"error": number / 100, "padding": "x" * 5000}
+        grades.write(error_file(hardware), measurements, figures, f"runs/{number}")
 
     threads = [threading.Thread(target=end, args=(number,)) for number in range(20)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(20)
-    error, run = grades.last_error(hardware) or (None, "")
-    assert run == f"runs/{round(100 * (error or 0))}"
-    assert sorted(path.name for path in hardware.parent.iterdir()) == ["machine.last_error.json", "machine.yaml"]
+    error, run = grades.last_error(hardware, MACHINE, *KIND) or (-1.0, "")
+    assert run == f"runs/{round(100 * error)}"
+    assert list(hardware.parent.iterdir()) == [error_file(hardware)]
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", '{"error": "x"}', '{"hardware_sha256": 1, "error": 1, "run": ""}'])
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"error": "x"}', '{"measurements": 1, "error": 1, "run": ""}'])
 def test_a_damaged_error_file_is_as_good_as_none(hardware: Path, content: str) -> None:
-    grades.path_of(hardware).write_text(content)
-    assert grades.last_error(hardware) is None
+    error_file(hardware).write_text(content)
+    assert grades.last_error(hardware, MACHINE, *KIND) is None
 
 
 def test_the_last_line_has_both_by_cause(hardware: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -65,7 +65,7 @@ class LayoutCosts:
         """Return the seconds of the passes alone, whatever data ranks send to each other.
 
         In a pipeline, a stage starts when the stages before it have done a forward pass, and after its last backward
-        pass they do one, too.
+        pass they do one, too. Stages that share cores are faster where others wait.
         """
         config = resolved(
             replace(
@@ -83,8 +83,9 @@ class LayoutCosts:
             assert work is not None, self.spec.kind
             alone = stage_time(replace(work, buckets=(), after=(), rounds=()), computation, network)
             passes[stage], count = alone.forward + alone.backward, work.micro_batches
-        longest = before = 0.0
+        cores, longest, before = self.hardware.cores_per_node, count * max(passes.values()), 0.0
+        share = min(1.0, cores / network.per_node) if cores else 1.0
         for stage in stages:
-            longest = max(longest, before + count * passes[stage])
+            longest = max(longest, share * (before + count * passes[stage]))
             before += passes[stage]
         return (1 - _ROUNDING) * (longest + computation.overhead(count))

@@ -72,8 +72,8 @@ class Grading:
             self._write_back(summary["step_seconds"], prediction)
 
     def _write_back(self, figures: Mapping[str, Any], prediction: RunPrediction) -> None:
-        if figures["error"] is not None and prediction.measured:
-            grades.write(prediction.path, prediction.checksum, figures, self._config.log.run)
+        if figures["error"] is not None and prediction.error_file is not None:
+            grades.write(prediction.error_file, prediction.measurements, figures, self._config.log.run)
 
     def _own_parts(self) -> dict[str, float] | None:
         tensor = _tensor_seconds(self._run) - self._tensor_before

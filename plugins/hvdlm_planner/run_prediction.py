@@ -4,17 +4,11 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from hvdlm import plugins
 from hvdlm.config import Config
-from hvdlm.io import atomic_files
 from hvdlm.protocols.state_dict import optimizer_state
 from hvdlm.training.run import Run
-from hvdlm_planner import measured_files
-
-if TYPE_CHECKING:
-    from hvdlm.planning.closed_forms import Habits
 
 
 @dataclass(frozen=True)
@@ -24,15 +18,14 @@ class RunPrediction:
     Attributes:
         seconds: of a step, by cause, and ``seconds``, their sum.
         name: of the hardware.
-        path: its file; ``checksum``: the file's SHA-256.
-        measured: whether plan --measure wrote it.
+        measurements: the checksum of the rates that it was made by.
+        error_file: where its error is kept; None: it was not made by measurements.
     """
 
     seconds: dict[str, float]
     name: str
-    path: Path
-    checksum: str
-    measured: bool
+    measurements: str
+    error_file: Path | None
 
 
 def check(config: Config) -> None:
@@ -53,34 +46,22 @@ def predict(run: Run) -> RunPrediction | None:
     Raises:
         HvdlmError: the hardware file is damaged, or has no rates of this framework and precision.
     """
-    from hvdlm.planning.hardware import read_hardware
+    from hvdlm.planning.hardware import find_hardware, read_hardware
     from hvdlm.planning.step_time import predict_time
+    from hvdlm_planner import grades
+    from hvdlm_planner.habits import habits_of
+    from hvdlm_planner.measured_file import measured_path
 
-    config, path = run.config, hardware_path(run)
+    config, named = run.config, run.config.log.hardware
+    path = measured_path() if named is None else find_hardware(named)
     if not path.is_file():
         return None
-    checksum = atomic_files.sha256(path)
-    hardware = read_hardware(path)
-    moments = len(optimizer_state(config.train, plugins.find_optimizer(run.manager, config.train)))
+    hardware, optimizer = read_hardware(path), plugins.find_optimizer(run.manager, config.train)
+    moments = len(optimizer_state(config.train, optimizer))
     time = predict_time(config, run.spec, run.mesh, hardware, moments, habits_of(config))
     if time is None:
         return None
+    kind = config.framework, config.train.precision
+    error_file = grades.path_of(path, *kind) if hardware.measured else None
     seconds = {"seconds": time.seconds, **asdict(time)}
-    return RunPrediction(seconds, hardware.name, path, checksum, bool(hardware.measured))
-
-
-def hardware_path(run: Run) -> Path:
-    """Return the hardware file that a run names, or else that of its machine, whether it exists or not."""
-    config = run.config
-    if config.log.hardware is not None:
-        from hvdlm.planning.hardware import find_hardware
-
-        return find_hardware(config.log.hardware)
-    return measured_files.path_of(run.resolved.device, config.framework, config.train.precision, config.backend)
-
-
-def habits_of(config: Config) -> Habits:
-    """Return what a framework communicates in another way than PyTorch."""
-    from hvdlm.planning.closed_forms import Habits
-
-    return Habits(recomputes_all=config.framework == "tensorflow")
+    return RunPrediction(seconds, hardware.name, grades.checksum(hardware, *kind), error_file)
