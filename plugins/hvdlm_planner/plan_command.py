@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import argparse
 
+from hvdlm_planner import search_command
+
 
 def main(arguments: list[str]) -> int:
     """Print the plan of the run that ``arguments``, options of plan and of train, describe."""
     from hvdlm.configuration.parsing import parse_config
-    from hvdlm.planning.hardware import read_hardware
     from hvdlm.planning.memory_fit import parse_bytes
+    from hvdlm_planner.advice import known_hardware, refusal
     from hvdlm_planner.plan import describe
 
     options, rest = make_parser().parse_known_args(arguments)
+    if options.search:
+        return search_command.main(options, rest)
     gpu_memory = parse_bytes(options.gpu_memory) if options.gpu_memory else None
-    hardware = read_hardware(options.hardware) if options.hardware else None
-    print(describe(parse_config(rest, "plan"), hardware, gpu_memory))
+    config, known = parse_config(rest, "plan"), known_hardware(options.hardware)
+    reason = refusal(*known, config) if known else None
+    hardware = known[1] if known and not reason else None
+    if known and reason:
+        gpu_memory = gpu_memory or known[1].memory_bytes
+    print(describe(config, hardware, gpu_memory))
+    if reason:
+        print(f"\nthe seconds of a step are not predicted: {reason}")
     return 0
 
 
@@ -37,4 +47,5 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="FILE|NAME",
         help="hardware file, or the name of one that comes with hvdlm: h100, a100, p100, cpu_ethernet",
     )
+    search_command.add_options(parser)
     return parser

@@ -46,17 +46,15 @@ def predict(run: Run) -> RunPrediction | None:
     Raises:
         HvdlmError: the hardware file is damaged, or has no rates of this framework and precision.
     """
-    from hvdlm.planning.hardware import find_hardware, read_hardware
     from hvdlm.planning.step_time import predict_time
     from hvdlm_planner import grades
+    from hvdlm_planner.advice import known_hardware
     from hvdlm_planner.habits import habits_of
-    from hvdlm_planner.measured_file import measured_path
 
-    config, named = run.config, run.config.log.hardware
-    path = measured_path() if named is None else find_hardware(named)
-    if not path.is_file():
+    config, known = run.config, known_hardware(run.config.log.hardware)
+    if known is None:
         return None
-    hardware, optimizer = read_hardware(path), plugins.find_optimizer(run.manager, config.train)
+    (path, hardware), optimizer = known, plugins.find_optimizer(run.manager, config.train)
     moments = len(optimizer_state(config.train, optimizer))
     time = predict_time(config, run.spec, run.mesh, hardware, moments, habits_of(config))
     if time is None:
