@@ -68,9 +68,21 @@ def _model_shard(spec: Same[ModelSpec], mesh: Mesh, rank: int, sequence: bool) -
     return make_model_shard(spec.value, mesh, rank, ParallelConfig(sequence=sequence))
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=1024)
 def _layout(shard: Same[ModelShard], bucket_bytes: int, align: int) -> FlatLayout:
     return make_layout(shard.value.params, bucket_bytes, align, shard.value.tied)
+
+
+@lru_cache(maxsize=2048)
+def _partial(shard: Same[ModelShard], prefix: str, few_kv_heads: bool, sequence: bool) -> int:
+    elements = 0
+    for param in shard.value.params:
+        name = param.spec.name
+        kv = few_kv_heads and (".attention.key." in name or ".attention.value." in name)
+        between = sequence and param.shard.extent == param.spec.shape
+        if name.startswith(prefix) and (kv or between):
+            elements += param.spec.size
+    return elements
 
 
 class Step:
@@ -245,15 +257,7 @@ class Step:
     def partial(self, prefix: str) -> int:
         """Return the elements of one layer's parameters that all ranks hold and whose gradients are summed."""
         prefix = f"layers.{self.shard.layers.start}." if prefix == "layers." else prefix
-        few_kv_heads = self.s.kv_heads % self.mesh.tensor > 0
-        elements = 0
-        for param in self.shard.params:
-            name = param.spec.name
-            kv = few_kv_heads and (".attention.key." in name or ".attention.value." in name)
-            between = self.sequence and param.shard.extent == param.spec.shape
-            if name.startswith(prefix) and (kv or between):
-                elements += param.spec.size
-        return elements
+        return _partial(Same(self.shard), prefix, self.s.kv_heads % self.mesh.tensor > 0, self.sequence)
 
     def rnn_tensor_bytes(self) -> int:
         """Return the bytes of hidden units after every time step and their gradients, the embedding, the loss."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pluggy
 
@@ -39,6 +40,7 @@ class LayoutCosts:
     check: Callable[[Config, Mesh], bool]
     moments: int
     habits: Habits
+    _known: dict[tuple[object, ...], Any] = field(default_factory=dict)  # the searches for reasons ask again
 
     def valid(self, config: Config, mesh: Mesh) -> bool:
         """Return whether a run with this configuration would start."""
@@ -46,6 +48,10 @@ class LayoutCosts:
 
     def fit(self, config: Config, mesh: Mesh) -> Fit:
         """Return the memory of the rank that needs most; without a limit where none is known."""
+        fitted: Fit = self._once("fit", config, mesh, self._fit)
+        return fitted
+
+    def _fit(self, config: Config, mesh: Mesh) -> Fit:
         fits = []
         for stage in dict.fromkeys(equal_stages(Same(self.spec), mesh.pipeline)):
             rank = (stage + 1) * mesh.tensor - 1  # the last tensor rank has the larger shards
@@ -57,6 +63,19 @@ class LayoutCosts:
 
     def time(self, config: Config, mesh: Mesh) -> StepTime:
         """Return the predicted seconds of a step."""
+        time: StepTime = self._once("time", config, mesh, self._time)
+        return time
+
+    def _once(self, name: str, config: Config, mesh: Mesh, compute: Callable[[Config, Mesh], Any]) -> Any:
+        p, train, c = config.parallel, config.train, config.communication
+        computed = (p.sequence, p.schedule, train.micro_batch_size, train.activation_checkpointing)
+        exchanged = (p.zero, c.exchange, c.compression.algorithm, c.bucket_bytes) if name != "bound" else ()
+        key = (name, mesh, *computed, *exchanged)
+        if key not in self._known:
+            self._known[key] = compute(config, mesh)
+        return self._known[key]
+
+    def _time(self, config: Config, mesh: Mesh) -> StepTime:
         time = predict_time(config, self.spec, mesh, self.hardware, self.moments, self.habits)
         assert time is not None, self.spec.kind  # the command refuses unknown architectures
         return time
@@ -67,6 +86,10 @@ class LayoutCosts:
         In a pipeline, a stage starts when the stages before it have done a forward pass, and after its last backward
         pass they do one, too. Stages that share cores are faster where others wait.
         """
+        bound: float = self._once("bound", config, mesh, self._bound)
+        return bound
+
+    def _bound(self, config: Config, mesh: Mesh) -> float:
         config = resolved(
             replace(
                 config,

@@ -164,11 +164,14 @@ class _Best:
         others = heapq.nsmallest(self._count, (entry[0] for m, entry in self._layouts.items() if m != mesh))
         return len(others) < self._count or bound <= others[-1]
 
-    def add(self, number: tuple[int, int], layout: Layout) -> None:
-        """Keep a layout if it is the best of its mesh; ``number``: its rank among equally fast ones."""
+    def is_better(self, number: tuple[int, int], layout: Layout) -> bool:
+        """Return whether a layout is the best of its mesh; ``number``: its rank among equally fast ones."""
         own = self._layouts.get(layout.mesh)
-        if own is None or (layout.time.seconds, number) < own[:2]:
-            self._layouts[layout.mesh] = layout.time.seconds, number, layout
+        return own is None or (layout.time.seconds, number) < own[:2]
+
+    def add(self, number: tuple[int, int], layout: Layout) -> None:
+        """Keep the best layout of its mesh."""
+        self._layouts[layout.mesh] = layout.time.seconds, number, layout
 
     def ranked(self) -> list[Layout]:
         """Return the results."""
@@ -178,13 +181,13 @@ class _Best:
 def _try(
     config: Config, options: Options, mesh: Mesh, number: tuple[int, int], costs: Costs, limited: bool, best: _Best
 ) -> None:
-    """Predict a layout, and add it to ``best`` where it is valid and fits."""
+    """Predict a layout, and add it to ``best`` where it fits and is valid: that takes longest to check."""
     candidate = with_options(config, options)
-    if not costs.valid(candidate, mesh):
-        return
     fit = costs.fit(candidate, mesh)
     if fit.fits or not limited:
-        best.add(number, Layout(options, candidate, mesh, costs.time(candidate, mesh), fit))
+        layout = Layout(options, candidate, mesh, costs.time(candidate, mesh), fit)
+        if best.is_better(number, layout) and costs.valid(candidate, mesh):
+            best.add(number, layout)
 
 
 def _groups(config: Config, space: Space, costs: Costs) -> Iterator[tuple[float, _Group]]:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from hvdlm.planning.layout_costs import LayoutCosts
     from hvdlm.planning.search import Layout, Space
 
-_SHOWN = 8  # layouts
+_SHOWN = 5  # layouts
 LOSSY_EXCHANGES = ("diloco",)
 LOSSY_COMPRESSORS = ("bf16", "int8", "power_sgd")
 _LOSSY_NOTE = (

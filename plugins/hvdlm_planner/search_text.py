@@ -12,7 +12,9 @@ from hvdlm.parallel.mesh import AXES, Mesh
 from hvdlm.planning.memory_fit import Fit
 from hvdlm.planning.search import LOSSY, Layout, value_of
 from hvdlm.planning.search_reasons import Gain, largest_difference
+from hvdlm.planning.step_time import StepTime
 
+_LEAST_GAIN = 1e-3  # share of a step's seconds below which an option is not worth a line
 _COLUMNS = ("tokens/s", "seconds", "mesh", "zero", "micro-batch", "bucket", "memory", "compute", "comm.", "bubble", "")
 
 
@@ -34,8 +36,12 @@ def _row(layout: Layout) -> Iterator[str]:
     yield str(options["train.micro_batch_size"] or layout.config.train.batch_size // layout.mesh.data)
     yield size(options["communication.bucket_bytes"])
     yield size(layout.fit.needed)
-    yield from (f"{seconds:.3g}" for seconds in (time.compute, time.communication, time.bubble))
+    yield from (_seconds(seconds, time) for seconds in (time.compute, time.communication, time.bubble))
     yield ", ".join(_switches(options))
+
+
+def _seconds(seconds: float, time: StepTime) -> str:
+    return f"{seconds:.3g}" if seconds > 1e-6 * time.seconds else "0"  # less is rounding
 
 
 def _switches(options: Mapping[str, Any]) -> Iterator[str]:
@@ -59,11 +65,13 @@ def reasons(best: Layout, gains: Sequence[Gain]) -> Iterator[str]:
             yield f"{start}nothing fits the memory"
             continue
         slower = gain.without.time.seconds / best.time.seconds - 1
+        if slower < _LEAST_GAIN:
+            continue
         cause, without, of_best = largest_difference(gain.without.time, best.time)
         where = "" if gain.without.mesh == best.mesh else f" ({shape(gain.without.mesh)})"
         yield (
             f"{start}a step takes {gain.without.time.seconds:.4g} s at best{where}, {slower:.1%} more: {cause} "
-            f"{without:.3g} s instead of {of_best:.3g}"
+            f"{_seconds(without, best.time)} s instead of {_seconds(of_best, best.time)}"
         )
 
 
