@@ -13,11 +13,10 @@ from hvdlm.config import CommunicationConfig, Config
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.mesh import Mesh
 from hvdlm.planning.closed_forms import Habits, predict_costs
-from hvdlm.planning.gradient_work import work_of
 from hvdlm.planning.hardware import Hardware
 from hvdlm.planning.memory_fit import Fit, fit
 from hvdlm.planning.same import Same
-from hvdlm.planning.step_time import StepTime, equal_stages, machine_of, predict_time, resolved, stage_time
+from hvdlm.planning.step_time import StepTime, equal_stages, machine_of, predict_time, resolved, stage_time, stage_works
 
 _ROUNDING = 1e-9  # by which a bound lies below what rounding may give in another order of sums
 _ONE_BUCKET = 2**62
@@ -99,16 +98,18 @@ class LayoutCosts:
             self.hardware,
         )
         computation, network = machine_of(config, mesh, self.hardware)
-        stages = equal_stages(Same(self.spec), mesh.pipeline)
-        passes, count = {}, 1
-        for stage in dict.fromkeys(stages):
-            work = work_of(config, self.spec, mesh, stage * mesh.tensor, self.habits, self.moments)
-            assert work is not None, self.spec.kind
-            alone = stage_time(replace(work, buckets=(), after=(), rounds=()), computation, network)
-            passes[stage], count = alone.forward + alone.backward, work.micro_batches
-        cores, longest, before = self.hardware.cores_per_node, count * max(passes.values()), 0.0
+        works = stage_works(config, self.spec, mesh, self.hardware, self.moments, self.habits)
+        assert works is not None, self.spec.kind  # the command refuses unknown architectures
+        distinct = {id(work): work for work in works}
+        alone = {
+            key: stage_time(replace(work, buckets=(), after=(), rounds=()), computation, network)
+            for key, work in distinct.items()
+        }
+        passes = [alone[id(work)].forward + alone[id(work)].backward for work in works]
+        count = works[0].micro_batches
+        cores, longest, before = self.hardware.cores_per_node, count * max(passes), 0.0
         share = min(1.0, cores / network.per_node) if cores else 1.0
-        for stage in stages:
-            longest = max(longest, share * (before + count * passes[stage]))
-            before += passes[stage]
+        for seconds in passes:
+            longest = max(longest, share * (before + count * seconds))
+            before += seconds
         return (1 - _ROUNDING) * (longest + computation.overhead(count))

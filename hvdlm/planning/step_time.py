@@ -86,14 +86,23 @@ def predict_time(
         habits: what the framework communicates in another way than PyTorch.
     """
     config = resolved(config, hardware)
-    first = equal_stages(Same(spec), mesh.pipeline)
-    works = {s: work_of(config, spec, mesh, s * mesh.tensor, habits, moments) for s in dict.fromkeys(first)}
-    known = [work for work in map(works.get, first) if work is not None]
-    if len(known) < mesh.pipeline:
+    works = stage_works(config, spec, mesh, hardware, moments, habits)
+    if works is None:
         return None
     computation, network = machine_of(config, mesh, hardware)
-    data = known[0].tokens * known[0].micro_batches * hardware.data_seconds_per_token
-    return step_time(known, config.parallel.schedule, computation, network, data, config.data.prefetch > 0)
+    data = works[0].tokens * works[0].micro_batches * hardware.data_seconds_per_token
+    return step_time(works, config.parallel.schedule, computation, network, data, config.data.prefetch > 0)
+
+
+def stage_works(
+    config: Config, spec: ModelSpec, mesh: Mesh, hardware: Hardware, moments: int | None, habits: Habits | None
+) -> list[Work] | None:
+    """Return the work of every stage's first tensor rank; stages with equal work share one object."""
+    fused, first = compiles(config, spec, hardware), equal_stages(Same(spec), mesh.pipeline)
+    ranks = {stage: stage * mesh.tensor for stage in first}
+    works = {stage: work_of(config, spec, mesh, rank, habits, moments, fused) for stage, rank in ranks.items()}
+    known = [work for work in map(works.get, first) if work is not None]
+    return known if len(known) == len(first) else None
 
 
 def machine_of(config: Config, mesh: Mesh, hardware: Hardware) -> tuple[Computation, Network]:
@@ -127,6 +136,14 @@ def resolved(config: Config, hardware: Hardware) -> Config:
         return config
     has_bf16 = any(rates.precision == "bf16" for rates in hardware.rates) and hardware.device == "gpu"
     return replace(config, train=replace(config.train, precision="bf16" if has_bf16 else "fp32"))
+
+
+def compiles(config: Config, spec: ModelSpec, hardware: Hardware) -> bool:
+    """Return whether element-wise operations are compiled: asked for, or by default, as of GPTs on GPUs in PyTorch."""
+    asked = config.train.compile
+    if isinstance(asked, bool):
+        return asked
+    return config.framework == "torch" and hardware.device == "gpu" and spec.kind == "gpt"
 
 
 def step_time(
