@@ -9,17 +9,22 @@ from hvdlm.errors import HvdlmError
 from hvdlm.planning.hardware import Hardware, find_hardware, named_files, read_hardware
 from hvdlm.planning.step_time import resolved
 from hvdlm_planner import grades
-from hvdlm_planner.measured_file import measured_path
+from hvdlm_planner.measured_file import measured, measured_path
 
 
-def known_hardware(named: str | None) -> tuple[Path, Hardware] | None:
-    """Return the hardware file of this name or path, or that of this machine; None where it was not measured.
+def known_hardware(named: str | None, config: Config) -> tuple[Path, Hardware] | None:
+    """Return the hardware file of this name or path, or that of this machine.
+
+    None where this machine was not measured for the framework and precision of ``config``.
 
     Raises:
         HvdlmError: there is no such file, or it is damaged.
     """
-    path = measured_path() if named is None else find_hardware(named)
-    return (path, read_hardware(path)) if path.is_file() else None
+    if named is not None:
+        path = find_hardware(named)
+        return path, read_hardware(path)
+    hardware = measured(config)
+    return (measured_path(), hardware) if hardware else None
 
 
 def refusal(path: Path, hardware: Hardware, config: Config) -> str | None:
@@ -38,7 +43,7 @@ def hardware_for(named: str | None, config: Config) -> Hardware:
     Raises:
         HvdlmError: there is none, or its last error was too large.
     """
-    known = known_hardware(named)
+    known = known_hardware(named, config)
     if known is None:
         raise HvdlmError(
             "plan --search compares predicted seconds, and this machine was not measured: python -m hvdlm plan "

@@ -15,10 +15,15 @@ def main(arguments: list[str]) -> int:
     from hvdlm_planner.plan import describe
 
     options, rest = make_parser().parse_known_args(arguments)
+    if options.measure:
+        from hvdlm_planner import measure_command
+
+        return measure_command.main(options, rest)
     if options.search:
         return search_command.main(options, rest)
     gpu_memory = parse_bytes(options.gpu_memory) if options.gpu_memory else None
-    config, known = parse_config(rest, "plan"), known_hardware(options.hardware)
+    config = parse_config(rest, "plan")
+    known = known_hardware(options.hardware, config)
     reason = refusal(*known, config) if known else None
     hardware = known[1] if known and not reason else None
     if known and reason:
@@ -45,7 +50,15 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--hardware",
         metavar="FILE|NAME",
-        help="hardware file, or the name of one that comes with hvdlm: h100, a100, p100, cpu_ethernet",
+        help="hardware file, or the name of one that comes with hvdlm: h100, a100, p100, cpu_ethernet; default: that of "
+        "this machine, once it was measured",
     )
+    parser.add_argument(
+        "--measure",
+        action="store_true",
+        help="measure how fast this machine trains, with one rank, or under a launcher with several and what they send "
+        "(python -m hvdlm run -np 4 -- plan --measure), and add it to the hardware file",
+    )
+    parser.add_argument("--seconds", type=float, default=60.0, help="that a measurement may take; default: 60")
     search_command.add_options(parser)
     return parser

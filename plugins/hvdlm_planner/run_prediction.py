@@ -51,7 +51,7 @@ def predict(run: Run) -> RunPrediction | None:
     from hvdlm_planner.advice import known_hardware
     from hvdlm_planner.habits import habits_of
 
-    config, known = run.config, known_hardware(run.config.log.hardware)
+    config, known = run.config, known_hardware(run.config.log.hardware, run.config)
     if known is None:
         return None
     (path, hardware), optimizer = known, plugins.find_optimizer(run.manager, config.train)
