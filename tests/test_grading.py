@@ -10,14 +10,16 @@ from typing import Any
 
 import pytest
 
-from builders import ThreadRanks
+from builders import ThreadRanks, both_frameworks, read_json
+from hvdlm import cli
 from hvdlm.config import Config
 from hvdlm.errors import HvdlmError
-from hvdlm.planning.hardware import Hardware, Link, Rates
+from hvdlm.planning.hardware import Hardware, Link, Rates, read_hardware, write_hardware
 from hvdlm.protocols.types import StepResult, Traffic
 from hvdlm_planner import grades, grading
 from hvdlm_planner.grading import Grading, StepSecondsLine
 from hvdlm_planner.measured_steps import CAUSES, MeasuredSteps, slowest
+from launching import SMALL, run_python
 
 
 def add_steps(steps: MeasuredSteps, seconds: list[float], ends: int = 1, **parts: float) -> None:
@@ -224,3 +226,37 @@ def test_the_last_line_has_both_by_cause(hardware: Path, capsys: pytest.CaptureF
         "a step took 1.5 s (predicted 1.35 s, 10.0% too low): compute 1.2 s (1.1 s), communication 250 ms (200 ms), "
         "bubble 0 ms (0 ms), data 50 ms (50 ms), save 0 ms (0 ms); by test machine\n"
     )
+
+
+@both_frameworks
+def test_a_run_is_graded_by_the_measurements_of_its_machine(framework: str, tmp_path: Path) -> None:
+    rates = replace(RATES, framework=framework, seconds_per_step=30.0)
+    measured = replace(MACHINE, rates=(rates,), measured={"a rank": "now"}, save_bytes_per_second=1e6)
+    (tmp_path / "hvdlm").mkdir()
+    hardware, run, report = tmp_path / "hvdlm" / "hardware.yaml", tmp_path / "run", tmp_path / "report.html"
+    write_hardware(measured, hardware)
+    options = ["--framework", framework, "--log.run", str(run), "--train.steps", "14", "--checkpoint.every", "5"]
+    done = run_python(["-m", "hvdlm", *SMALL, *options], XDG_CACHE_HOME=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    figures = read_json(run / "summary.json")["step_seconds"]
+    assert figures["hardware"] == "test machine" and figures["rank"] == 0 and figures["steps"] == 12
+    assert figures["predicted"]["seconds"] > 30 > figures["measured"]["seconds"] > figures["measured"]["save"] > 0
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("a step took ")]
+    assert "too high): compute" in line and done.stdout.index(line) > done.stdout.index("done: validation")
+    error, graded = grades.last_error(hardware, read_hardware(hardware), framework, "fp32") or (0.0, "")
+    assert error == figures["error"] > 1 and graded == str(run)
+    assert cli.main(["report", str(run), "--output", str(report)]) == 0
+    assert "Seconds a step" in report.read_text() and "too high" in report.read_text()
+
+
+def test_a_damaged_hardware_file_is_refused_where_it_is_named(tmp_path: Path) -> None:
+    (tmp_path / "hvdlm").mkdir()
+    hardware, run = tmp_path / "hvdlm" / "hardware.yaml", tmp_path / "run"
+    hardware.write_text("rates: []")
+    options = [*SMALL, "--train.steps", "2", "--log.run", str(run)]
+    done = run_python(["-m", "hvdlm", *options], XDG_CACHE_HOME=str(tmp_path))
+    assert done.returncode == 0 and "name is missing" in done.stderr
+    assert read_json(run / "summary.json")["step_seconds"]["predicted"] is None
+    named = ["--log.hardware", str(hardware), "--log.overwrite", "true"]
+    done = run_python(["-m", "hvdlm", *options, *named])
+    assert done.returncode == 2 and "name is missing" in done.stderr

@@ -81,4 +81,3 @@ def _seconds(call: Callable[[], Any], group: Group, world: World) -> float:
         if len(own) == 3 and world.any(max(own) > _LONGEST):
             break
     return float(np.median(np.max(world.gather_objects(own), axis=0)))
-

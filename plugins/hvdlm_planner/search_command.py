@@ -114,7 +114,10 @@ def _text(config: Config, space: Space, costs: LayoutCosts, layouts: list[Layout
     large, smallest = too_large(config, space, costs, best), smallest_fits(config, space, costs)
     if out := list(search_text.ruled_out(large, smallest, best)):
         lines += ["", "what doesn't fit:", *out]
-    lines += ["", f"by the figures of {hardware.name}; fitted on: {hardware.fitted_on}; tested on: {hardware.tested_on}"]
+    lines += [
+        "",
+        f"by the figures of {hardware.name}; fitted on: {hardware.fitted_on}; tested on: {hardware.tested_on}",
+    ]
     return [*lines, *([_LOSSY_NOTE] if lossy else [])]
 
 
