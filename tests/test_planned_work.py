@@ -6,8 +6,15 @@ from typing import Any
 
 import pytest
 
-from hvdlm.config import CommunicationConfig, CompressionConfig, Config, LocalConfig, ModelConfig, ParallelConfig
-from hvdlm.config import TrainConfig
+from hvdlm.config import (
+    CommunicationConfig,
+    CompressionConfig,
+    Config,
+    LocalConfig,
+    ModelConfig,
+    ParallelConfig,
+    TrainConfig,
+)
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.mesh import Mesh
 from hvdlm.planning.closed_forms import Habits, closed_form

@@ -222,7 +222,9 @@ class _RNN(_Model):
             Product(rows, s.width, s.gates * units, float(time)),
         )
         gates = 4.0 * self.tokens * s.gates * units
-        state, forward_sums, backward_sums = float(self.item * rows * s.width), (), ()
+        state = float(self.item * rows * s.width)
+        forward_sums: tuple[Collective, ...] = ()
+        backward_sums: tuple[Collective, ...] = ()
         if self.tensor > 1:
             forward_sums = (Collective("all_gather", state, "tensor", float(time)),)
             backward_sums = (

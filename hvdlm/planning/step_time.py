@@ -9,11 +9,11 @@ from functools import lru_cache
 from hvdlm.config import Config
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.mesh import Mesh
-from hvdlm.parallel.pipeline_schedules import make_pipeline_schedule
 from hvdlm.parallel.pipeline_stages import cut_into_stages
 from hvdlm.planning.closed_forms import Habits
 from hvdlm.planning.gradient_work import work_of
 from hvdlm.planning.hardware import OUTER_UPDATE, Hardware
+from hvdlm.planning.pipeline_time import simulate_pipeline
 from hvdlm.planning.rates import Computation, Network
 from hvdlm.planning.same import Same
 from hvdlm.planning.work import Bucket, Collective, Pass, Work
@@ -314,35 +314,3 @@ def _run(tasks: Sequence[_Task], slowdown: float) -> _Ran:
         sent += task.then + task.gathers
     exposed = max(0.0, free - now)
     return _Ran(now, waited, exposed, max(0.0, sent - exposed - waited))
-
-
-def simulate_pipeline(stages: Sequence[StageTime], schedule: str, micro_batches: int) -> list[float]:
-    """Return when each stage has ended its last backward pass, by the dependencies of its schedule."""
-    count = len(stages)
-    actions = [make_pipeline_schedule(schedule, index, count, micro_batches) for index in range(count)]
-    done: list[dict[tuple[str, int], float]] = [{} for _ in stages]
-    now, position = [0.0] * count, [0] * count
-    while any(position[index] < len(actions[index]) for index in range(count)):
-        for index, stage in enumerate(stages):
-            while position[index] < len(actions[index]):
-                kind, number = actions[index][position[index]]
-                start = _input_ready(done, index, kind, number, stages)
-                if start is None:
-                    break
-                last = kind == "backward" and number == micro_batches - 1
-                seconds = stage.forward if kind == "forward" else stage.last_backward if last else stage.backward
-                now[index] = max(now[index], start) + seconds
-                done[index][kind, number] = now[index]
-                position[index] += 1
-    return now
-
-
-def _input_ready(
-    done: list[dict[tuple[str, int], float]], index: int, kind: str, number: int, stages: Sequence[StageTime]
-) -> float | None:
-    """Return when the input of an action has arrived; None: its sender has not been simulated yet."""
-    neighbour = index - 1 if kind == "forward" else index + 1
-    if not 0 <= neighbour < len(stages):
-        return 0.0
-    sent = done[neighbour].get((kind, number))
-    return None if sent is None else sent + stages[min(index, neighbour)].send

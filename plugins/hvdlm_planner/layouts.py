@@ -10,7 +10,6 @@ from hvdlm import plugins
 from hvdlm.config import Config
 from hvdlm.configuration import validation
 from hvdlm.errors import HvdlmError
-from hvdlm.models.lora import adapt
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel import layout_checks
 from hvdlm.parallel.mesh import Mesh

@@ -137,6 +137,6 @@ def _nothing(config: Config, space: Space, costs: LayoutCosts) -> Exception:
     least = min(smallest, key=lambda mesh: smallest[mesh].needed)
     fit = smallest[least]
     return HvdlmError(
-        f"plan --search: no layout for {space.ranks} ranks fits into {size(fit.available)}: the smallest, {shape(least)}, "
-        f"needs {size(fit.needed)}: give more ranks (--ranks), or fix fewer options."
+        f"plan --search: no layout for {space.ranks} ranks fits into {size(fit.available)}: the smallest, "
+        f"{shape(least)}, needs {size(fit.needed)}: give more ranks (--ranks), or fix fewer options."
     )

@@ -81,8 +81,8 @@ def ruled_out(large: Layout | None, smallest: Mapping[Mesh, Fit], best: Layout) 
         gain = best.time.seconds / large.time.seconds - 1
         settings = ", ".join([f"zero {large.options['parallel.zero']}", *_switches(large.options)])
         yield (
-            f"  the fastest without a limit of memory, {shape(large.mesh)} with {settings}, would be {gain:.1%} faster and "
-            f"needs {size(large.fit.needed)} of {size(large.fit.available)}"
+            f"  the fastest without a limit of memory, {shape(large.mesh)} with {settings}, would be {gain:.1%} "
+            f"faster and needs {size(large.fit.needed)} of {size(large.fit.available)}"
         )
     without = [f"{shape(mesh)} ({size(fit.needed)})" for mesh, fit in smallest.items() if not fit.fits]
     if without:

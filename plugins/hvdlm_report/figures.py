@@ -117,7 +117,7 @@ def _traffic_cell(entry: dict[str, float] | None) -> str:
 
 
 def step_seconds(runs: Sequence[RunData]) -> list[tuple[str, list[str]]]:
-    """Return a row for each cause of a step's time on the slowest rank, measured beside predicted, and for their sum."""
+    """Return rows of a step's seconds on the slowest rank, by cause, measured beside predicted."""
     causes = {"seconds": "a step", **{cause: cause for cause in ("compute", "communication", "bubble", "data", "save")}}
     rows = [(name, [_seconds_cell(run, cause) for run in runs]) for cause, name in causes.items()]
     return [*rows, ("error of the prediction", [_error_cell(run) for run in runs])]
