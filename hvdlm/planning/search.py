@@ -252,13 +252,13 @@ def _exchanges(space: Space, mesh: Mesh) -> Iterator[dict[str, Any]]:
     yield from (dict(zip(names, combination, strict=True)) for combination in product(*values))
 
 
-def with_options(config: Config, options: Options) -> Config:
+def with_options(config: Any, options: Options) -> Any:
     """Return ``config`` with other values of ``options``, whose names are full."""
     sections: dict[str, dict[str, Any]] = {}
     for name, value in options.items():
         section, _, rest = name.partition(".")
         sections.setdefault(section, {})[rest] = value
-    changed = {}
+    changed: dict[str, Any] = {}
     for section, values in sections.items():
         own = {name: value for name, value in values.items() if "." not in name}
         nested = {name: value for name, value in values.items() if "." in name}

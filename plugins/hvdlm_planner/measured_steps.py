@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import median
 
 from hvdlm.protocols.types import StepResult
@@ -74,7 +74,7 @@ class MeasuredSteps:
         return {"seconds": sum(causes.values()), **causes}
 
 
-def slowest(ranks: list[Mapping[str, float] | None]) -> int | None:
+def slowest(ranks: Sequence[Mapping[str, float] | None]) -> int | None:
     """Return the rank that computes longest, for which the others wait; None where one has no steady step."""
     if not ranks or None in ranks:
         return None
