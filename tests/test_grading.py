@@ -22,11 +22,11 @@ from hvdlm_planner.measured_steps import CAUSES, MeasuredSteps, slowest
 from launching import SMALL, run_python
 
 
-def add_steps(steps: MeasuredSteps, seconds: list[float], ends: int = 1, **parts: float) -> None:
+def add_steps(steps: MeasuredSteps, seconds: list[float], ends: int = 1, **causes: float) -> None:
     """Add steps; every ``ends``-th of them ends a round."""
     for number, value in enumerate(seconds, 1):
-        result = StepResult(1.0, 100.0, 0.5, parts.get("comm", 0.0), idle_seconds=parts.get("idle", 0.0))
-        result.data_seconds = parts.get("data", 0.0)
+        result = StepResult(1.0, 100.0, 0.5, causes.get("comm", 0.0), idle_seconds=causes.get("idle", 0.0))
+        result.data_seconds = causes.get("data", 0.0)
         steps.add(result, value, number % ends == 0)
 
 
@@ -34,34 +34,34 @@ def test_causes_add_up_to_the_median_step() -> None:
     steps = MeasuredSteps()
     add_steps(steps, [9.0, 5.0, 1.0, 1.2, 7.0], comm=0.3, idle=0.1, data=0.05)
     steps.add_save(4.0)
-    parts = steps.parts(save_every=20, tensor_seconds=0.1)
-    assert parts is not None
-    assert parts == pytest.approx(
+    causes = steps.by_cause(save_every=20, tensor_seconds=0.1)
+    assert causes is not None
+    assert causes == pytest.approx(
         {"seconds": 1.4, "compute": 0.75, "communication": 0.3, "bubble": 0.1, "data": 0.05, "save": 0.2}
     )
-    assert parts["seconds"] == pytest.approx(sum(parts[cause] for cause in CAUSES))
+    assert causes["seconds"] == pytest.approx(sum(causes[cause] for cause in CAUSES))
 
 
 def test_first_steps_are_left_out_and_too_few_give_nothing() -> None:
     steps = MeasuredSteps()
     add_steps(steps, [9.0, 5.0])
-    assert steps.parts(10) is None and steps.steady == 0
+    assert steps.by_cause(10) is None and steps.steady == 0
     steps = MeasuredSteps(unsteady=5)  # for example, of a compressor that starts after five steps
     add_steps(steps, [9.0] * 5 + [1.0])
-    assert (steps.parts(0) or {})["seconds"] == 1.0
+    assert (steps.by_cause(0) or {})["seconds"] == 1.0
 
 
 def test_a_round_of_diloco_counts_with_its_synchronisation() -> None:
     steps = MeasuredSteps(unsteady=4)
     add_steps(steps, [9.0] * 4 + [1.0, 1.0, 1.0, 5.0] * 3, ends=4)
-    assert steps.blocks == 3 and (steps.parts(0) or {})["seconds"] == 2.0
+    assert steps.blocks == 3 and (steps.by_cause(0) or {})["seconds"] == 2.0
 
 
 def test_saves_at_the_end_alone_are_no_cost_of_a_step() -> None:
     steps = MeasuredSteps()
     add_steps(steps, [1.0] * 4)
     steps.add_save(100.0)
-    assert (steps.parts(save_every=0) or {})["save"] == 0.0
+    assert (steps.by_cause(save_every=0) or {})["save"] == 0.0
 
 
 def test_the_slowest_rank_is_the_one_that_computes_longest() -> None:
@@ -121,8 +121,8 @@ def measured_anew(factor: float = 2.0, **changes: Any) -> Hardware:
 
 
 def prediction(path: Path | None, seconds: float) -> grading.RunPrediction:
-    parts = {"seconds": seconds, "compute": seconds, **dict.fromkeys(CAUSES[1:], 0.0)}
-    return grading.RunPrediction(parts, "test machine", grades.checksum(MACHINE, *KIND), path and error_file(path))
+    causes = {"seconds": seconds, "compute": seconds, **dict.fromkeys(CAUSES[1:], 0.0)}
+    return grading.RunPrediction(causes, "test machine", grades.checksum(MACHINE, *KIND), path and error_file(path))
 
 
 def error_file(path: Path) -> Path:
@@ -185,7 +185,7 @@ def test_errors_of_foreign_files_and_short_runs_are_not_kept(ranks: Ranks, tmp_p
     assert list(tmp_path.iterdir()) == []
     steps = MeasuredSteps()
     add_steps(steps, [1.0] * 5)
-    figures = grading.compare([steps.parts(0)], {"seconds": {"seconds": 9.0}, "hardware": "x"}, steps)
+    figures = grading.compare([steps.by_cause(0)], {"seconds": {"seconds": 9.0}, "hardware": "x"}, steps)
     assert figures["error"] is None and figures["predicted"] == {"seconds": 9.0}
 
 

@@ -60,7 +60,7 @@ class Grading:
         """Add the figures of the slowest rank to the summary, before others read it. All ranks call."""
         own = prediction = None
         try:
-            own = self._own_parts()
+            own = self._own_seconds()
             prediction = predict(self._run) if self._run.world.rank == 0 else None
         except HvdlmError as error:  # a damaged file of measurements is no reason for a run to fail
             print(f"hvdlm: the seconds of a step are not predicted: {error}", file=sys.stderr, flush=True)
@@ -75,9 +75,9 @@ class Grading:
         if figures["error"] is not None and prediction.error_file is not None:
             grades.write(prediction.error_file, prediction.measurements, figures, self._config.log.run)
 
-    def _own_parts(self) -> dict[str, float] | None:
+    def _own_seconds(self) -> dict[str, float] | None:
         tensor = _tensor_seconds(self._run) - self._tensor_before
-        return self._steps.parts(self._config.checkpoint.every, tensor / max(1, self._steps.steady))
+        return self._steps.by_cause(self._config.checkpoint.every, tensor / max(1, self._steps.steady))
 
 
 def compare(

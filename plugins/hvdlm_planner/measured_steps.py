@@ -56,7 +56,7 @@ class MeasuredSteps:
         """Number of steps after the first, unsteady ones."""
         return max(0, self.steps - self._unsteady)
 
-    def parts(self, save_every: int, tensor_seconds: float = 0.0) -> dict[str, float] | None:
+    def by_cause(self, save_every: int, tensor_seconds: float = 0.0) -> dict[str, float] | None:
         """Return the seconds of a step by cause, and ``seconds``, their sum; None without a steady step.
 
         Args:

@@ -124,7 +124,7 @@ def step_seconds(runs: Sequence[RunData]) -> list[tuple[str, list[str]]]:
 
 
 def _seconds_cell(run: RunData, cause: str) -> str:
-    measured, predicted = (_parts(run, name).get(cause) for name in ("measured", "predicted"))
+    measured, predicted = (_by_cause(run, name).get(cause) for name in ("measured", "predicted"))
     if measured is None:
         return ""
     return duration(measured) if predicted is None else f"{duration(measured)} (predicted {duration(predicted)})"
@@ -135,7 +135,7 @@ def _error_cell(run: RunData) -> str:
     return "" if error is None else f"{share(abs(error))} too {'low' if error < 0 else 'high'}"
 
 
-def _parts(run: RunData, name: str) -> dict[str, float]:
+def _by_cause(run: RunData, name: str) -> dict[str, float]:
     return (run.summary.get("step_seconds") or {}).get(name) or {}
 
 
