@@ -83,7 +83,7 @@ class Grading:
 def compare(
     ranks: Sequence[Mapping[str, float] | None], prediction: Mapping[str, Any] | None, steps: MeasuredSteps
 ) -> dict[str, Any]:
-    """Return ``step_seconds`` of summary.json from every rank's parts and the prediction, None where there is none.
+    """Return ``step_seconds`` of summary.json from all ranks' seconds and the prediction, None where there is none.
 
     ``error``: predicted seconds divided by measured ones, minus 1; None also after fewer steady steps than make it
     reliable.
