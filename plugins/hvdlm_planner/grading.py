@@ -76,8 +76,8 @@ class Grading:
             grades.write(prediction.error_file, prediction.measurements, figures, self._config.log.run)
 
     def _own_seconds(self) -> dict[str, float] | None:
-        tensor = _tensor_seconds(self._run) - self._tensor_before
-        return self._steps.by_cause(self._config.checkpoint.every, tensor / max(1, self._steps.steady))
+        tensor_seconds = _tensor_seconds(self._run) - self._tensor_before
+        return self._steps.by_cause(self._config.checkpoint.every, tensor_seconds)
 
 
 def compare(

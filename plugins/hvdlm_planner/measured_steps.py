@@ -29,12 +29,14 @@ class MeasuredSteps:
         self._blocks: deque[tuple[float, ...]] = deque(maxlen=_KEPT)
         self._block: list[tuple[float, ...]] = []
         self._saves: list[float] = []
+        self._seconds = 0.0  # of all steady steps
         self.steps = 0
 
     def add(self, result: StepResult, seconds: float, ends_block: bool) -> bool:
         """Add a step, which took ``seconds``; return whether it was the last unsteady one."""
         self.steps += 1
         if self.steps > self._unsteady:
+            self._seconds += seconds
             waited = max(0.0, result.comm_seconds - result.idle_seconds)
             self._block.append((seconds, waited, result.idle_seconds, result.data_seconds))
             if ends_block:
@@ -62,13 +64,14 @@ class MeasuredSteps:
         Args:
             save_every: steps between checkpoints, over which the median of their seconds is spread; 0: none during
                 training.
-            tensor_seconds: mean seconds of a step in which this rank waited for collectives of the tensor axis.
+            tensor_seconds: of all steady steps, in which this rank waited for collectives of the tensor axis; the median
+                step has the same share of them.
         """
         if not self._blocks:
             return None
         step, waited, bubble, data = (median(values) for values in zip(*self._blocks, strict=True))
         save = median(self._saves) / save_every if self._saves and save_every else 0.0
-        waited += tensor_seconds
+        waited += step * tensor_seconds / self._seconds if self._seconds else 0.0
         compute = max(0.0, step - waited - bubble - data)
         causes = dict(zip(CAUSES, (compute, waited, bubble, data, save), strict=True))
         return {"seconds": sum(causes.values()), **causes}
