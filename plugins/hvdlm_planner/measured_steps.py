@@ -64,8 +64,8 @@ class MeasuredSteps:
         Args:
             save_every: steps between checkpoints, over which the median of their seconds is spread; 0: none during
                 training.
-            tensor_seconds: of all steady steps, in which this rank waited for collectives of the tensor axis; the median
-                step has the same share of them.
+            tensor_seconds: of all steady steps, in which this rank waited for collectives between tensor ranks; the
+                median step has the same share of them.
         """
         if not self._blocks:
             return None
