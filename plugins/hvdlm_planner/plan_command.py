@@ -41,8 +41,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--hardware",
         metavar="FILE|NAME",
-        help="hardware file, or the name of one that comes with hvdlm: h100, a100, p100, cpu_ethernet; default: that of "
-        "this machine, once it was measured",
+        help="hardware file, or the name of one that comes with hvdlm: h100, a100, p100, cpu_ethernet; default: that "
+        "of this machine, once it was measured",
     )
     parser.add_argument(
         "--measure",
