@@ -41,8 +41,8 @@ def spec_of(config: Config) -> ModelSpec:
 def works(config: Config, habits: Habits | None = None) -> list[Work]:
     """Return the work of every rank of one copy of the model."""
     mesh = Mesh(config.parallel.data or 1, config.parallel.pipeline, config.parallel.tensor)
-    found = [work_of(config, spec_of(config), mesh, rank, habits) for rank in range(mesh.pipeline * mesh.tensor)]
-    return [work for work in found if work is not None]
+    every = [work_of(config, spec_of(config), mesh, rank, habits) for rank in range(mesh.pipeline * mesh.tensor)]
+    return [work for work in every if work is not None]
 
 
 @pytest.mark.parametrize("name", ["gpt", "llama", "rnn", "gru", "lstm"])
@@ -136,6 +136,19 @@ def test_compressed_buckets_send_payloads_and_what_stays_dense() -> None:
     sent = sum(c.bytes / (2 if c.operation == "all_gather" else 1) for b in work.buckets for c in b.collectives)
     assert 0.25 < sent / dense.bytes["data"] < 0.3
     assert sum(bucket.received for bucket in work.buckets) == 2 * sum(bucket.compressed for bucket in work.buckets)
+
+
+def test_power_sgd_sends_the_second_factors_after_the_backward_pass() -> None:
+    config = made("gpt", (2, 1, 1))
+    config.communication.compression = CompressionConfig(algorithm="power_sgd")
+    (work,) = works(config)
+    compressed = [bucket for bucket in work.buckets if bucket.compressed]
+    # With the first factors, what stays dense is summed: one collective a bucket.
+    dense = sum(4 * (bucket.elements - bucket.compressed) for bucket in compressed)
+    first = sum(c.bytes for bucket in compressed for c in bucket.collectives)
+    second = sum(c.bytes for bucket in compressed for c in bucket.later)
+    assert all(len(bucket.collectives) == 1 for bucket in compressed)
+    assert compressed and first == pytest.approx(second + dense)
 
 
 def test_local_sgd_sends_in_one_of_many_steps() -> None:

@@ -80,7 +80,7 @@ def payload(settings: CompressionConfig, shape: tuple[int, ...], ranks: int) -> 
     if name == "random_k":
         return Payload("all_reduce", 4.0 * max(1, round(count * (settings.ratio or 0.1))))
     if name in ("top_k", "dgc"):
-        return Payload("all_gather", 8.0 * max(1, round(count * (settings.ratio or 0.01))), ranks * 0.0 + 1.0)
+        return Payload("all_gather", 8.0 * max(1, round(count * (settings.ratio or 0.01))))
     bits = {"int8": 8, "qsgd": settings.bits, "scaled_sign": 1, "sign_majority": 1}.get(name, 32)
     block = block or (64 if name == "qsgd" else 256)
     blocks = -(-count // block)
@@ -111,7 +111,8 @@ class _Exchange:
         share = 1.0 / self.options.local.steps
         collectives = []
         for index in range(len(self.layout.buckets)):
-            for c in self._bucket(index).collectives:
+            bucket = self._bucket(index)
+            for c in (*bucket.collectives, *bucket.later):
                 collectives.append(Collective(c.operation, c.bytes, c.axis, share))
         return tuple(collectives)
 
@@ -155,16 +156,20 @@ class _Exchange:
         count = sum(math.prod(shape) for shape in taken)
         dense = sum(math.prod(shape) for shape in shapes) - count
         sent = [payload(settings, shape, self.ranks) for shape in (taken if matrices else [(count,)] if count else [])]
-        collectives = []
-        if dense:
-            collectives.append(Collective("all_reduce", 4.0 * dense, "data"))
+        totals: dict[tuple[str, bool], float] = {("all_reduce", False): 4.0 * dense} if dense else {}
+        later: tuple[Collective, ...] = ()
         if sent:
             operation, total = sent[0].operation, sum(one.bytes for one in sent)
             whole = total * self.ranks if operation == "all_gather" else total
-            collectives += [Collective(operation, whole / rounds, "data") for rounds in [2, 2][: 2 if matrices else 0]]
-            collectives += [] if matrices else [Collective(operation, whole, "data")]
+            if matrices:  # one factor, and the other after that of all buckets
+                whole /= 2
+                later = (Collective(operation, whole, "data"),)
+            # Sums of the same precision are one collective.
+            key = (operation, settings.algorithm in ("fp16", "bf16"))
+            totals[key] = totals.get(key, 0.0) + whole
+        collectives = [Collective(operation, size, "data") for (operation, _), size in totals.items()]
         received = count * sent[0].received if sent and sent[0].operation == "all_gather" else 0.0
-        return Bucket(ready, elements, tuple(collectives), settings.algorithm, float(count), received)
+        return Bucket(ready, elements, tuple(collectives), settings.algorithm, float(count), received, later)
 
     def _is_compressible(self, shape: tuple[int, ...]) -> bool:
         settings, count = self.options.compression, math.prod(shape)
@@ -174,10 +179,10 @@ class _Exchange:
 
     def _segment(self, name: str) -> int:
         """Return the index of the segment whose backward pass gives the gradient of ``name``."""
-        parts = name.split(".")
-        if parts[0] == "layers":
-            return self.names[".".join(parts[:2])]
-        return self.names.get("embed", len(self.names) - 1) if parts[0] == "embed" else len(self.names) - 1
+        words = name.split(".")
+        if words[0] == "layers":
+            return self.names[".".join(words[:2])]
+        return self.names.get("embed", len(self.names) - 1) if words[0] == "embed" else len(self.names) - 1
 
 
 def _matrix(slot: Slot) -> tuple[int, ...]:

@@ -180,6 +180,7 @@ def stage_time(work: Work, computation: Computation, network: Network) -> StageT
     blocked += without[0].waited + without[1].waited
     rounds = sum(network.seconds(collective) for collective in work.rounds)
     after = sum(network.seconds(collective) for collective in work.after)
+    after += sum(network.seconds(collective) for bucket in work.buckets for collective in bucket.later)
     update = computation.update(work.update_elements, work.moments, work.update_bytes)
     outer = computation.rates.compressors.get(OUTER_UPDATE)
     round_bytes = work.rounds_bytes

@@ -130,7 +130,8 @@ class Bucket:
     Attributes:
         ready: index of the segment whose backward pass completes it.
         elements: float32 gradients.
-        collectives: that sum it, one after the other.
+        collectives: that sum it, one after the other, from when it is ready.
+        later: further rounds of them, after the backward pass (power_sgd).
         algorithm: compressor; ``none``: sent as it is.
         compressed: elements that are compressed.
         received: elements of all ranks' payloads that this rank decompresses.
@@ -142,6 +143,7 @@ class Bucket:
     algorithm: str = "none"
     compressed: float = 0.0
     received: float = 0.0
+    later: tuple[Collective, ...] = ()
 
 
 @dataclass(frozen=True)
