@@ -39,7 +39,7 @@ class Progress:
     def say(self, text: str) -> None:
         """Print a line on rank 0."""
         if self._world.rank == 0:
-            print(f"measure: {text}", flush=True)
+            print(f"measure: {text}; {max(0.0, self._end - time.monotonic()):.0f} s are left", flush=True)
 
     def left(self) -> float:
         """Return the seconds that are left, the same on all ranks. All ranks call."""
@@ -126,7 +126,7 @@ def _take_turns(models: Sequence[TimedModel], world: World, progress: Progress) 
         before = progress.left()
         take_turns(models, world, 1)
         left = progress.left()
-        progress.say(f"round {number + 1} of at most {_ROUNDS[1]}, {max(0.0, left):.0f} s left")
+        progress.say(f"round {number + 1} of at most {_ROUNDS[1]}")
         if number + 1 >= _ROUNDS[0] and left - _RESERVE < before - left:
             break
 

@@ -17,7 +17,8 @@ from hvdlm_planner.timed_steps import Ranks
 
 OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "broadcast")
 SIZES = (64, 4096, 65536, 2**20, 2**23)  # bytes of the whole tensor
-_CALLS = 9  # of one size
+_BY_LATENCY = 2**16  # bytes up to which the seconds may be those of the latency
+_CALLS = (31, 9)  # of a size that is measured by its latency, and of a larger one
 _LONGEST = 0.25  # seconds of a call: larger sizes follow in proportion
 
 
@@ -46,9 +47,10 @@ def _table(
     """Return the seconds of one operation; groups of the same size call it at the same time, as in training."""
     measured: list[float] = []
     for index, size in enumerate(sizes):
-        if index and measured[-1] * size / sizes[index - 1] > _LONGEST:
+        if size > _BY_LATENCY and measured[-1] * size / sizes[index - 1] > _LONGEST:
             break
-        measured.append(_seconds(_call(operation, group, framework, size), group, world))
+        calls = _CALLS[size > _BY_LATENCY]
+        measured.append(_seconds(_call(operation, group, framework, size), calls, group, world))
     link = "node" if world.local_size == world.size else "network"
     members = len(group.ranks)
     done = tuple(float(size) for size in sizes[: len(measured)])
@@ -69,11 +71,11 @@ def _call(operation: str, group: Group, framework: Framework, size: int) -> Call
     return lambda: start(tensor, name).wait()
 
 
-def _seconds(call: Callable[[], Any], group: Group, world: World) -> float:
-    """Return the median over calls of the slowest rank's seconds; each call follows a barrier."""
+def _seconds(call: Callable[[], Any], calls: int, group: Group, world: World) -> float:
+    """Return the median over ``calls`` calls of the slowest rank's seconds; each call follows a barrier."""
     call()
     own = []
-    for _ in range(_CALLS):
+    for _ in range(calls):
         group.barrier()
         began = time.perf_counter()
         call()
