@@ -57,10 +57,10 @@ def closed_form(
         return None
     if moments is None:
         moments = len(optimizer_state(config.train))
-    return _Step(config, spec, mesh, rank, habits or Habits(), moments).prediction()
+    return Step(config, spec, mesh, rank, habits or Habits(), moments).prediction()
 
 
-class _Step:
+class Step:
     """One rank's step: ``rows`` x ``time`` tokens in each of ``count`` micro-batches."""
 
     def __init__(self, config: Config, spec: ModelSpec, mesh: Mesh, rank: int, habits: Habits, moments: int) -> None:

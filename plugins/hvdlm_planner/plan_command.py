@@ -6,7 +6,7 @@ from __future__ import annotations
 def main(arguments: list[str]) -> int:
     """Print the plan of the run that ``arguments``, options of train, describe."""
     from hvdlm.configuration.parsing import parse_config
-    from hvdlm_tools.plan import describe
+    from hvdlm_planner.plan import describe
 
     print(describe(parse_config(arguments, "plan")))
     return 0

@@ -1,0 +1,176 @@
+"""The work of gradients: buckets and their collectives by exchange and compressor, the update, saves."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from hvdlm.config import CompressionConfig, Config
+from hvdlm.models.spec import ModelSpec
+from hvdlm.parallel.flat_layout import Slot
+from hvdlm.parallel.mesh import Mesh
+from hvdlm.planning.closed_forms import Habits, Step
+from hvdlm.planning.model_work import segments_of
+from hvdlm.planning.work import Bucket, Collective, Segment, Work
+from hvdlm.protocols.state_dict import optimizer_state
+
+
+def work_of(
+    config: Config,
+    spec: ModelSpec,
+    mesh: Mesh,
+    rank: int,
+    habits: Habits | None = None,
+    moments: int | None = None,
+    fused: bool = False,
+) -> Work | None:
+    """Return the work of a step of ``rank``, or None for an architecture other than GPT and recurrent ones.
+
+    ``moments``: as in ``closed_form``. ``fused``: whether element-wise operations are compiled.
+    """
+    if spec.kind not in ("gpt", "rnn"):
+        return None
+    moments = len(optimizer_state(config.train)) if moments is None else moments
+    step = Step(config, spec, mesh, rank, habits or Habits(), moments)
+    segments = segments_of(step, fused)
+    exchange = _Exchange(step, segments)
+    size = float(step.layout.size)
+    updated = size / mesh.data if step.zero else size
+    stages = mesh.pipeline
+    return Work(
+        segments,
+        step.count,
+        float(step.tokens),
+        exchange.buckets(),
+        step.zero == 2,
+        updated,
+        moments,
+        # Zeroing, the norm, and with ZeRO the copy of gathered parameters.
+        4.0 * size + 4.0 * updated + (12.0 * size if step.zero else 0.0),
+        exchange.after(),
+        exchange.rounds(),
+        12.0 * size / config.communication.local.steps if exchange.local else 0.0,
+        0.0 if stages == 1 else float(step.item * step.tokens * step.s.width) / (mesh.tensor if step.sequence else 1),
+        _saved(step) / config.checkpoint.every if config.checkpoint.every else 0.0,
+    )
+
+
+def _saved(step: Step) -> float:
+    memory = step.memory()
+    return float(4 * step.layout.size + memory["optimizer"])
+
+
+class Payload(NamedTuple):
+    """What a compressor sends of a tensor; ``bytes``: of one rank. ``received``: payloads that are decompressed."""
+
+    operation: str
+    bytes: float
+    received: float = 1.0
+
+
+def payload(settings: CompressionConfig, shape: tuple[int, ...], ranks: int) -> Payload:
+    """Return what a built-in compressor sends of a vector ``[n]``, or power_sgd of a matrix, in a step."""
+    count = math.prod(shape)
+    name, block = settings.algorithm, settings.block
+    if name in ("fp16", "bf16"):
+        return Payload("all_reduce", 2.0 * count)
+    if name == "power_sgd":
+        return Payload("all_reduce", 4.0 * settings.rank * sum(shape))
+    if name == "random_k":
+        return Payload("all_reduce", 4.0 * max(1, round(count * (settings.ratio or 0.1))))
+    if name in ("top_k", "dgc"):
+        return Payload("all_gather", 8.0 * max(1, round(count * (settings.ratio or 0.01))), ranks * 0.0 + 1.0)
+    bits = {"int8": 8, "qsgd": settings.bits, "scaled_sign": 1, "sign_majority": 1}.get(name, 32)
+    block = block or (64 if name == "qsgd" else 256)
+    blocks = -(-count // block)
+    return Payload("all_gather", blocks * (4.0 + block * bits / 8), float(ranks))
+
+
+class _Exchange:
+    """The collectives of one rank's gradients."""
+
+    def __init__(self, step: Step, segments: tuple[Segment, ...]) -> None:
+        self.step = step
+        self.options = step.config.communication
+        self.ranks = step.mesh.data
+        self.layout = step.layout
+        self.local = self.options.exchange in ("local_sgd", "diloco") and self.ranks > 1
+        self.names = {segment.name: index for index, segment in enumerate(segments)}
+
+    def buckets(self) -> tuple[Bucket, ...]:
+        """Return the buckets that are sent during the backward pass; none where ranks train independently."""
+        if self.ranks == 1 or self.local:
+            return ()
+        return tuple(self._bucket(index) for index in range(len(self.layout.buckets)))
+
+    def rounds(self) -> tuple[Collective, ...]:
+        """Return the collectives of a round, each counted by the share of steps that have one."""
+        if not self.local:
+            return ()
+        share = 1.0 / self.options.local.steps
+        collectives = []
+        for index in range(len(self.layout.buckets)):
+            for c in self._bucket(index).collectives:
+                collectives.append(Collective(c.operation, c.bytes, c.axis, share))
+        return tuple(collectives)
+
+    def after(self) -> tuple[Collective, ...]:
+        """Return the sums of metrics and norms, and with ZeRO the gathers of parameters."""
+        step, collectives = self.step, []
+        if step.mesh.tensor * step.mesh.pipeline > 1:
+            collectives.append(Collective("all_reduce", 24.0, "model"))
+        if self.ranks > 1 and not self.local:
+            collectives.append(Collective("all_reduce", 24.0 if step.zero else 16.0, "data"))
+        if step.zero:
+            sizes = [stop - start for start, stop in map(self.layout.bucket_range, range(len(self.layout.buckets)))]
+            collectives += [Collective("all_gather", 4.0 * size, "data") for size in sizes]
+        return tuple(collectives)
+
+    def _bucket(self, index: int) -> Bucket:
+        start, stop = self.layout.bucket_range(index)
+        first, last = self.layout.buckets[index]
+        slots = self.layout.slots[first:last]
+        ready = min(self._segment(slot.name) for slot in slots)
+        elements = float(stop - start)
+        if self.step.zero:
+            return Bucket(ready, elements, (Collective("reduce_scatter", 4.0 * elements, "data"),))
+        if self.options.compression.algorithm == "none":
+            return Bucket(ready, elements, (Collective("all_reduce", 4.0 * elements, "data"),))
+        return self._compressed(ready, elements, slots)
+
+    def _compressed(self, ready: int, elements: float, slots: tuple[Slot, ...]) -> Bucket:
+        settings, matrices = self.options.compression, self.options.compression.algorithm == "power_sgd"
+        shapes = [_matrix(slot) if matrices else (slot.stop - slot.start,) for slot in slots]
+        taken = [shape for shape in shapes if self._is_compressible(shape)]
+        count = sum(math.prod(shape) for shape in taken)
+        dense = sum(math.prod(shape) for shape in shapes) - count
+        sent = [payload(settings, shape, self.ranks) for shape in (taken if matrices else [(count,)] if count else [])]
+        collectives = []
+        if dense:
+            collectives.append(Collective("all_reduce", 4.0 * dense, "data"))
+        if sent:
+            operation, total = sent[0].operation, sum(one.bytes for one in sent)
+            whole = total * self.ranks if operation == "all_gather" else total
+            collectives += [Collective(operation, whole / rounds, "data") for rounds in [2, 2][: 2 if matrices else 0]]
+            collectives += [] if matrices else [Collective(operation, whole, "data")]
+        received = count * sent[0].received if sent and sent[0].operation == "all_gather" else 0.0
+        return Bucket(ready, elements, tuple(collectives), settings.algorithm, float(count), received)
+
+    def _is_compressible(self, shape: tuple[int, ...]) -> bool:
+        settings, count = self.options.compression, math.prod(shape)
+        if count < settings.min_elements or (settings.algorithm == "power_sgd" and len(shape) < 2):
+            return False
+        return 4 * count >= settings.min_compression * payload(settings, shape, self.ranks).bytes
+
+    def _segment(self, name: str) -> int:
+        """Return the index of the segment whose backward pass gives the gradient of ``name``."""
+        parts = name.split(".")
+        if parts[0] == "layers":
+            return self.names[".".join(parts[:2])]
+        return self.names.get("embed", len(self.names) - 1) if parts[0] == "embed" else len(self.names) - 1
+
+
+def _matrix(slot: Slot) -> tuple[int, ...]:
+    if len(slot.shape) > 1:
+        return (slot.shape[0], (slot.stop - slot.start) // slot.shape[0])
+    return (slot.stop - slot.start,)

@@ -1,0 +1,343 @@
+"""Hardware files: the rates of a machine's devices and links, measured or from data sheets, as YAML.
+
+All figures are in SI units: bytes, seconds, FLOPs (multiplications and additions) and their ratios. A file needs few of
+the fields; ``docs/planning.md`` explains each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from hvdlm.errors import HvdlmError
+from hvdlm.io import atomic_files, safe_yaml
+from hvdlm.io.untrusted_input import shown
+
+_MAX_BYTES = 4_000_000  # of a hardware file
+ANY = "any"
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How much longer computation takes on each of ``ranks`` ranks of one node than on a rank that has it alone.
+
+    Attributes:
+        ranks: ranks on the node.
+        products: factor on the seconds of products and attention.
+        memory: factor on the seconds of element-wise operations, the loss and the update.
+        overhead: factor on the seconds per operation, micro-batch and step.
+    """
+
+    ranks: int
+    products: float = 1.0
+    memory: float = 1.0
+    overhead: float = 1.0
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Rates of one rank's device in one framework and precision.
+
+    Attributes:
+        product_flops_per_second: peak rate of dense products, as in data sheets.
+        product_efficiency: share of the peak that large products reach.
+        half_rate_flops: FLOPs of a product that reaches half of that rate.
+        products: measured products: rows (m), inner dimension (k), columns (n), seconds.
+        attention_efficiency: share of the peak that attention reaches in the forward pass.
+        attention_backward: seconds of attention's backward pass, as a multiple of the forward pass's.
+        attention: measured attention: rows x heads, positions, width of a head, forward and backward seconds.
+        memory_bytes_per_second: bytes that element-wise operations read and write.
+        update_seconds_per_element: of the optimizer's update, by its state vectors (0, 1, 2); empty: by the bytes.
+        loss_seconds_per_score: softmax, loss and their gradient, of each logit; None: by the bytes.
+        seconds_per_operation: of every operation that is started, beside its work.
+        seconds_per_micro_batch: of every micro-batch, beside its operations.
+        seconds_per_step: of every step, beside its micro-batches and its update.
+        seconds_per_time_step: of one time step of a recurrent layer, forward and backward, beside its products.
+        framework, precision: for which they hold; ``any``: for all that have no entry of their own.
+        ranks: ranks on the node with which they were measured; 0: ``sharing`` tells the difference.
+    """
+
+    product_flops_per_second: float
+    memory_bytes_per_second: float
+    product_efficiency: float = 1.0
+    half_rate_flops: float = 0.0
+    products: tuple[tuple[float, ...], ...] = ()
+    attention_efficiency: float = 0.5
+    attention_backward: float = 2.5
+    attention: tuple[tuple[float, ...], ...] = ()
+    update_seconds_per_element: tuple[float, ...] = ()
+    loss_seconds_per_score: float | None = None
+    seconds_per_operation: float = 0.0
+    seconds_per_micro_batch: float = 0.0
+    seconds_per_step: float = 0.0
+    seconds_per_time_step: float = 0.0
+    framework: str = ANY
+    precision: str = ANY
+    ranks: int = 0
+
+
+@dataclass(frozen=True)
+class Link:
+    """A link, one direction. Of ``node``: between two ranks of a node; of ``network``: of a node to all others.
+
+    Attributes:
+        latency_seconds: of one message, software included.
+        bytes_per_second: that collectives reach.
+    """
+
+    latency_seconds: float
+    bytes_per_second: float
+
+
+@dataclass(frozen=True)
+class MeasuredCollective:
+    """Seconds of one collective by its bytes, ascending.
+
+    Attributes:
+        operation: all_reduce, all_gather, reduce_scatter, broadcast or all_to_all.
+        ranks: the group's size.
+        bytes: of the whole tensor: the sum's, what is gathered or scattered in all, what is broadcast.
+        link: node, or network where the group has ranks on several nodes.
+        framework: whose call was measured; ``any``: for all.
+    """
+
+    operation: str
+    ranks: int
+    bytes: tuple[float, ...]
+    seconds: tuple[float, ...]
+    link: str = "node"
+    framework: str = ANY
+
+
+@dataclass(frozen=True)
+class CompressorRate:
+    """Seconds of a compressor, beside its collectives.
+
+    Attributes:
+        seconds_per_element: of compressing, with error feedback, and of replacing the gradient.
+        seconds_per_received_element: of decompressing the payload of one rank, for each that is gathered.
+        seconds_per_bucket: of every bucket, beside its elements.
+    """
+
+    seconds_per_element: float
+    seconds_per_received_element: float = 0.0
+    seconds_per_bucket: float = 0.0
+    framework: str = ANY
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A machine.
+
+    Attributes:
+        name: in one line.
+        fitted_on: what its figures were taken from or fitted on.
+        tested_on: what its predictions were compared with, and their error.
+        device: cpu or gpu; on a gpu, ``train.precision auto`` is bf16 and ``train.compile auto`` compiles GPTs.
+        ranks_per_node: ranks that a node has in a large run; those of a smaller run are all on one node.
+        memory_bytes: of one rank's device; None: unknown.
+        reserved_bytes: memory that a run can't use, by what takes it.
+        rates: by framework, precision and ranks on a node; the entry that fits best counts.
+        sharing: how ranks of a node slow each other down.
+        links: node and network.
+        collectives: measured ones; others follow from the links.
+        overlap_slowdown: factor on the seconds of computation while a collective is under way.
+        overlap: share of a collective during which computation continues at all; 0: it blocks.
+        compressors: by ``communication.compression.algorithm``.
+        data_seconds_per_token: of making a batch, on one rank's thread.
+        save_bytes_per_second: at which a save copies a rank's state while training is paused.
+        peak_flops_per_second: of the model FLOPs utilization; None: that of the rates.
+    """
+
+    name: str
+    fitted_on: str
+    tested_on: str
+    rates: tuple[Rates, ...]
+    links: Mapping[str, Link]
+    device: str = "cpu"
+    ranks_per_node: int = 1
+    memory_bytes: float | None = None
+    reserved_bytes: Mapping[str, float] = field(default_factory=dict)
+    sharing: tuple[Sharing, ...] = ()
+    collectives: tuple[MeasuredCollective, ...] = ()
+    overlap_slowdown: float = 1.0
+    overlap: float = 1.0
+    compressors: Mapping[str, CompressorRate] = field(default_factory=dict)
+    data_seconds_per_token: float = 0.0
+    save_bytes_per_second: float | None = None
+    peak_flops_per_second: float | None = None
+    measured: Mapping[str, str] = field(default_factory=dict)  # when, where, by which versions: of a measured file
+
+    def rates_of(self, framework: str, precision: str, ranks: int = 1) -> Rates:
+        """Return the rates that fit best: of the framework, then the precision, then the ranks on a node."""
+
+        def fits(rates: Rates) -> bool:
+            return rates.framework in (ANY, framework) and rates.precision in (ANY, precision)
+
+        fitting = [rates for rates in self.rates if fits(rates)]
+        if not fitting:
+            known = ", ".join(sorted({f"{rates.framework} in {rates.precision}" for rates in self.rates}))
+            raise HvdlmError(
+                f"the hardware {shown(self.name)} has no rates of {framework} in {precision} (it has: {known}): measure "
+                "them with plan --measure, or add an entry to its rates."
+            )
+
+        def rank(rates: Rates) -> tuple[bool, bool, float]:
+            distance = abs(math.log((rates.ranks or ranks) / ranks))
+            return (rates.framework == ANY, rates.precision == ANY, distance)
+
+        return min(fitting, key=rank)
+
+    def sharing_of(self, ranks: int, rates: Rates) -> Sharing:
+        """Return the factors for ``ranks`` ranks on a node, which are 1 for rates measured with so many."""
+        if rates.ranks == ranks or not self.sharing:
+            return Sharing(ranks)
+        return min(self.sharing, key=lambda sharing: abs(math.log(sharing.ranks / ranks)))
+
+
+def read_hardware(source: str | Path) -> Hardware:
+    """Return the machine of a YAML file, or of the name of one that comes with hvdlm.
+
+    Raises:
+        HvdlmError: no such file or name, or the first wrong field.
+    """
+    path = _find(str(source))
+    try:
+        with path.open(encoding="utf-8") as file:
+            text = file.read(_MAX_BYTES + 1)
+        if len(text) > _MAX_BYTES:
+            raise ValueError(f"it has more than {_MAX_BYTES:,} characters")
+        content = safe_yaml.load(text, yaml.safe_load)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise HvdlmError(f"the hardware file {shown(str(path))} can't be read: {reason}") from error
+    try:
+        hardware: Hardware = _build(Hardware, content, "")
+        _check(hardware)
+    except ValueError as error:
+        raise HvdlmError(f"the hardware file {shown(str(path))}: {error}.") from error
+    return hardware
+
+
+def write_hardware(hardware: Hardware, path: str | Path) -> None:
+    """Write a hardware file, atomically; fields that have their defaults are left out."""
+    atomic_files.replace(Path(path), yaml.safe_dump(_plain(hardware), sort_keys=False, width=120))
+
+
+def named_files() -> dict[str, Path]:
+    """Return the hardware files that come with hvdlm, by name."""
+    from importlib.util import find_spec
+
+    spec = find_spec("hvdlm_planner")
+    folder = Path(spec.origin).parent / "machines" if spec and spec.origin else Path()
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def _find(source: str) -> Path:
+    path = Path(source)
+    if path.is_file():
+        return path
+    named = named_files()
+    if source in named:
+        return named[source]
+    raise HvdlmError(f"there is no hardware file {shown(source)}, and none of that name: {', '.join(named)}.")
+
+
+def _check(hardware: Hardware) -> None:
+    for name in ("node", "network"):
+        if name not in hardware.links:
+            raise ValueError(f"links.{name} is missing: give latency_seconds and bytes_per_second")
+    if not hardware.rates:
+        raise ValueError("rates has no entry: give at least one")
+    for index, rates in enumerate(hardware.rates):
+        _check_rows(rates.products, 4, f"rates[{index}].products", "rows, inner dimension, columns, seconds")
+        columns = "rows x heads, positions, width, forward and backward seconds"
+        _check_rows(rates.attention, 5, f"rates[{index}].attention", columns)
+    for index, curve in enumerate(hardware.collectives):
+        if not curve.bytes or len(curve.bytes) != len(curve.seconds) or list(curve.bytes) != sorted(set(curve.bytes)):
+            raise ValueError(f"collectives[{index}]: bytes and seconds must be as many, at least one, bytes ascending")
+
+
+def _check_rows(rows: tuple[tuple[float, ...], ...], count: int, where: str, columns: str) -> None:
+    for row in rows:
+        if len(row) != count or min(row) <= 0:
+            raise ValueError(f"{where}: every row has {count} numbers above 0 ({columns})")
+
+
+def _build(kind: Any, value: Any, where: str) -> Any:
+    """Return ``value`` of a YAML file as a ``kind``; raise ValueError with the field that is wrong."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return None if value is None else _build(arguments[0], value, where)
+    if dataclasses.is_dataclass(kind):
+        return _build_dataclass(kind, value, where)
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise ValueError(f"{where} must be a list, not {_named(value)}")
+        return tuple(_build(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
+    if origin is Mapping:
+        if not isinstance(value, dict):
+            raise ValueError(f"{where} must be a mapping, not {_named(value)}")
+        return {name: _build(arguments[1], item, f"{where}.{name}") for name, item in value.items()}
+    return _build_scalar(kind, value, where)
+
+
+def _build_dataclass(kind: Any, value: Any, where: str) -> Any:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where or 'the file'} must be a mapping, not {_named(value)}")
+    hints, prefix = get_type_hints(kind), f"{where}." if where else ""
+    for name in value:
+        if name not in hints:
+            raise ValueError(f"{prefix}{shown(name)} is unknown; the fields are {', '.join(hints)}")
+    for item in dataclasses.fields(kind):
+        required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+        if required and item.name not in value:
+            raise ValueError(f"{prefix}{item.name} is missing")
+    return kind(**{name: _build(hints[name], item, f"{prefix}{name}") for name, item in value.items()})
+
+
+def _build_scalar(kind: type, value: Any, where: str) -> Any:
+    if kind is str:
+        if not isinstance(value, str):
+            raise ValueError(f"{where} must be text, not {_named(value)}")
+        return value
+    if isinstance(value, str):  # YAML 1.1 reads 1e9, without a point and a sign, as text
+        try:
+            value = float(value)
+        except ValueError:
+            raise ValueError(f"{where} must be a number, not {_named(value)}") from None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{where} must be a number, not {_named(value)}")
+    if not math.isfinite(value) or value < 0 or (kind is int and value != int(value)):
+        raise ValueError(
+            f"{where} must be {'a whole' if kind is int else 'a finite'} number of at least 0, not {value}"
+        )
+    return kind(value)
+
+
+def _named(value: Any) -> str:
+    return shown(repr(value))
+
+
+def _plain(value: Any) -> Any:
+    """Return what YAML can write: mappings, lists and plain values."""
+    if dataclasses.is_dataclass(value):
+        plain = {}
+        for item in dataclasses.fields(value):
+            own = getattr(value, item.name)
+            default = item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
+            if own != default:
+                plain[item.name] = _plain(own)
+        return plain
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    return value

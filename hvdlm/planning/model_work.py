@@ -1,0 +1,226 @@
+"""The work of the built-in models, layer by layer: products, attention, element-wise bytes, collectives between ranks.
+
+The bytes of element-wise operations are those of PyTorch's separate kernels; compilers fuse them, which rates of a
+machine, or ``FUSED``, account for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from hvdlm.planning.closed_forms import Step
+from hvdlm.planning.work import Attention, Collective, Pass, Product, Segment, gradients_of
+
+FUSED = 0.5  # share of element-wise bytes and operations that remain where they are compiled
+
+
+def segments_of(step: Step, fused: bool = False) -> tuple[Segment, ...]:
+    """Return the segments of a rank's stage, in the order of the forward pass; ``fused``: compiled."""
+    make = _GPT if step.kind == "gpt" else _RNN
+    segments = make(step).segments()
+    return tuple(_fuse(segment) for segment in segments) if fused else tuple(segments)
+
+
+def _fuse(segment: Segment) -> Segment:
+    return Segment(segment.name, _fused_pass(segment.forward), _fused_pass(segment.backward))
+
+
+def _fused_pass(one: Pass) -> Pass:
+    return Pass(
+        one.products, one.attention, FUSED * one.bytes, one.scores, FUSED * one.operations, one.time_steps,
+        one.blocking, one.gathers, one.scatters,
+    )  # fmt: skip
+
+
+class _Model:
+    """A rank's segments: the embedding, layers, the head."""
+
+    def __init__(self, step: Step) -> None:
+        self.step = step
+        self.s: Any = step.s
+        self.tensor = step.mesh.tensor
+        self.tokens = step.tokens
+        self.item = step.item
+        first, last = step.shard.range_of(self.s.vocab)
+        self.vocab = last - first
+        self.sizes: dict[str, tuple[int, int]] = {}  # by prefix: parameters and their elements on this rank
+        for param in step.shard.params:
+            parts = param.spec.name.split(".")
+            prefix = ".".join(parts[:2]) if parts[0] == "layers" else parts[0]
+            count, elements = self.sizes.get(prefix, (0, 0))
+            size = 1
+            for extent in param.shard.extent:
+                size *= extent
+            self.sizes[prefix] = (count + 1, elements + size)
+
+    def segments(self) -> list[Segment]:
+        stage = self.step.shard.stage
+        segments = [self.embedding()] if stage.first else []
+        layer: Segment | None = None
+        for index in self.step.shard.layers:
+            layer = layer or self.layer(index)
+            segments.append(Segment(f"layers.{index}", layer.forward, layer.backward))
+        return [*segments, self.head()] if stage.last else segments
+
+    def layer(self, index: int) -> Segment:
+        raise NotImplementedError
+
+    def embedding(self) -> Segment:
+        """Rows are looked up; their gradients are added into one of the table's size, which is added to the rest."""
+        width, (count, elements) = self.s.width, self.sizes.get("embed", (1, 0))
+        gather = self.summed("embed", backward=False)
+        forward = Pass(bytes=8.0 * self.tokens * width * count, operations=2.0 * count, blocking=gather)
+        backward = Pass(
+            bytes=8.0 * self.tokens * width * count + 16.0 * elements,
+            operations=4.0 * count,
+            blocking=self.summed("embed", backward=True),
+        )
+        return Segment("embed", forward, backward)
+
+    def head(self) -> Segment:
+        """The last norm, the scores and the loss."""
+        width, tokens = self.s.width, self.tokens
+        product = (Product(tokens, width, self.vocab),)
+        _, elements = self.sizes.get("head", (0, self.vocab * width))
+        cast = 6.0 if self.item == 2 else 0.0
+        blocking = self.summed("head", backward=False)
+        if self.tensor > 1:
+            blocking += (Collective("all_reduce", 4.0 * tokens, "tensor", 3.0),)
+        forward = Pass(product, (), 16.0 * tokens * width + cast * elements, tokens * self.vocab, 8.0, 0.0, blocking)
+        backward = Pass(
+            gradients_of(product), (), 24.0 * tokens * width + 12.0 * elements, tokens * self.vocab, 12.0, 0.0,
+            self.summed("head", backward=True),
+        )  # fmt: skip
+        return Segment("head", forward, backward)
+
+    def summed(self, where: str, backward: bool) -> tuple[Collective, ...]:
+        """Return the collectives between tensor ranks of the embedding or the head."""
+        if self.tensor == 1:
+            return ()
+        whole = float(self.item * self.tokens * self.s.width)
+        if not self.step.sequence:
+            needed = (where == "embed") != backward
+            return (Collective("all_reduce", whole, "tensor"),) if needed else ()
+        # The embedding scatters its sum over the positions, the head gathers them; backward the other way round.
+        gathers = (where == "head") != backward
+        return (Collective("all_gather" if gathers else "reduce_scatter", whole, "tensor"),)
+
+
+class _GPT(_Model):
+    """Transformer layers."""
+
+    def layer(self, index: int) -> Segment:
+        """Return a layer's passes; all are alike."""
+        forward = Pass(
+            self.products(), self.attention(False), self.element_bytes(), 0.0, self.operations(), 0.0,
+            self.sums_between(),
+        )  # fmt: skip
+        params, elements = self.sizes[f"layers.{index}"]
+        trained = not self.step.spec.frozen
+        # Sums of gradients: the new one and the sum are read, the sum is written; of half precision a cast before it.
+        added = (12.0 + (6.0 if self.item == 2 else 0.0)) * elements
+        backward = Pass(
+            gradients_of(forward.products, weights=trained), self.attention(True), 2.0 * self.element_bytes() + added,
+            0.0, 1.5 * self.operations() + 2.0 * params, 0.0, self.sums_between() + self.partial_sums(),
+        )  # fmt: skip
+        if self.step.config.train.activation_checkpointing:
+            again = forward
+            if self.tensor > 1 and not self.step.habits.recomputes_all:  # without the layer's last sum
+                again = Pass(
+                    forward.products, forward.attention, forward.bytes, 0.0, forward.operations, 0.0,
+                    self.sums_between()[: 3 if self.step.sequence else 1],
+                )  # fmt: skip
+            backward = again + backward
+        return Segment(f"layers.{index}", forward, backward)
+
+    def products(self) -> tuple[Product, ...]:
+        """Return the products of the forward pass; those of the same input are one from 256 positions on."""
+        s, tokens = self.s, self.tokens
+        heads, kv, inner = self.columns()
+        joined = tokens >= 256
+        inward: Sequence[int] = (inner, inner) if s.activation == "swiglu" else (inner,)
+        of_attention: Sequence[int] = (heads, kv, kv)
+        columns = [sum(of_attention), sum(inward)] if joined else [*of_attention, *inward]
+        products = [Product(tokens, s.width, n) for n in columns]
+        return (*products, Product(tokens, heads, s.width), Product(tokens, inner, s.width))
+
+    def columns(self) -> tuple[int, int, int]:
+        """Return this rank's columns of queries, of keys, and of the MLP."""
+        s, t = self.s, self.tensor
+        return s.width // t, s.head_width * max(1, s.kv_heads // t), s.mlp_width // t
+
+    def attention(self, backward: bool) -> tuple[Attention, ...]:
+        """Return the attention of this rank's heads."""
+        heads = self.step.rows * self.s.heads / self.tensor
+        return (Attention(heads, self.step.time, self.s.head_width, backward),)
+
+    def element_bytes(self) -> float:
+        """Return the bytes of norms, rotation, activation, residuals, casts and copied weights."""
+        s, item, tokens = self.s, float(self.item), float(self.tokens)
+        between = tokens / self.tensor if self.step.sequence else tokens
+        heads, kv, inner = self.columns()
+        norms = 2 * 8.0 * s.width * between
+        residuals = 2 * (8.0 + item) * s.width * between
+        dropped = 2 * 10.0 * s.width * between if s.dropout else 0.0
+        rotation = 40.0 * (heads + kv) * tokens if s.positions == "rotary" else 0.0
+        activation = (5 if s.activation == "swiglu" else 2) * item * inner * tokens
+        copies = 2 * item * heads * tokens
+        inward = 2 if s.activation == "swiglu" else 1
+        joined = s.width * (heads + 2 * kv) + (s.width * inner * inward if inward > 1 else 0)
+        weights = s.width * (2 * heads + 2 * kv) + (inward + 1) * s.width * inner
+        copied = 8.0 * joined if self.tokens >= 256 and item == 4 else 0.0
+        casts = 6.0 * weights + 4.0 * joined + 2 * 6.0 * s.width * tokens if item == 2 else 0.0
+        return norms + residuals + dropped + rotation + activation + copies + copied + casts
+
+    def operations(self) -> float:
+        """Return how many operations a layer's forward pass starts."""
+        s = self.s
+        count = 14.0 + (12.0 if s.positions == "rotary" else 0.0) + (1.0 if s.activation == "swiglu" else 0.0)
+        count += 2.0 if self.tokens >= 256 else 2.0 + (s.activation == "swiglu")
+        count += 2.0 if s.dropout else 0.0
+        return count + (8.0 if self.item == 2 else 0.0)
+
+    def sums_between(self) -> tuple[Collective, ...]:
+        """Return one pass's collectives between tensor ranks: around the attention and around the MLP."""
+        if self.tensor == 1:
+            return ()
+        whole = float(self.item * self.tokens * self.s.width)
+        if not self.step.sequence:
+            return (Collective("all_reduce", whole, "tensor"),) * 2
+        return (Collective("all_gather", whole, "tensor"), Collective("reduce_scatter", whole, "tensor")) * 2
+
+    def partial_sums(self) -> tuple[Collective, ...]:
+        """Return the sum of gradients that every tensor rank has only a part of."""
+        elements = self.step.partial("layers.") if self.tensor > 1 else 0
+        return (Collective("all_reduce", 4.0 * elements, "tensor"),) if elements else ()
+
+
+class _RNN(_Model):
+    """Recurrent layers."""
+
+    def layer(self, index: int) -> Segment:
+        """Return a layer's passes: the product of all inputs, then time step by time step."""
+        s, rows, time = self.s, self.step.rows, self.step.time
+        units = s.width // self.tensor
+        products = (
+            Product(self.tokens, s.width, s.gates * units),
+            Product(rows, s.width, s.gates * units, float(time)),
+        )
+        gates = 4.0 * self.tokens * s.gates * units
+        state, forward_sums, backward_sums = float(self.item * rows * s.width), (), ()
+        if self.tensor > 1:
+            forward_sums = (Collective("all_gather", state, "tensor", float(time)),)
+            backward_sums = (
+                Collective("reduce_scatter", state, "tensor", float(time)),
+                Collective("all_gather", state, "tensor"),
+            )
+        params, elements = self.sizes[f"layers.{index}"]
+        forward = Pass(products, (), 6.0 * gates, 0.0, 6.0, float(time), forward_sums)
+        backward = Pass(
+            gradients_of(products), (), 10.0 * gates + 12.0 * elements, 0.0, 6.0 + 2.0 * params, float(time),
+            backward_sums,
+        )  # fmt: skip
+        if self.step.config.train.activation_checkpointing:
+            backward = forward + backward
+        return Segment(f"layers.{index}", forward, backward)

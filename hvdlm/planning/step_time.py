@@ -1,0 +1,284 @@
+"""The predicted seconds of a step, by cause, from its work and a machine's rates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from hvdlm.config import Config
+from hvdlm.models.spec import ModelSpec
+from hvdlm.parallel.mesh import Mesh
+from hvdlm.parallel.pipeline_schedules import make_pipeline_schedule
+from hvdlm.planning.closed_forms import Habits
+from hvdlm.planning.gradient_work import work_of
+from hvdlm.planning.hardware import Hardware
+from hvdlm.planning.rates import Computation, Network
+from hvdlm.planning.work import Bucket, Collective, Pass, Work
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one step of the slowest rank, by cause.
+
+    Attributes:
+        compute: forward and backward passes and the update.
+        communication: for which computation waits.
+        bubble: for which a pipeline stage waits for others.
+        data: waiting for batches.
+        save: for which a save pauses training, per step.
+        hidden: communication behind computation, not in the sum.
+    """
+
+    compute: float
+    communication: float = 0.0
+    bubble: float = 0.0
+    data: float = 0.0
+    save: float = 0.0
+    hidden: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """The sum of all parts."""
+        return self.compute + self.communication + self.bubble + self.data + self.save
+
+
+@dataclass(frozen=True)
+class StageTime:
+    """Seconds of one pipeline stage's rank, the input of schedules and simulations.
+
+    Attributes:
+        forward, backward: of one micro-batch, collectives that block included.
+        last_backward: of the last micro-batch, slowed down by the buckets' collectives.
+        blocked: of forward and backward together, in collectives between tensor ranks.
+        exposed: of gradients' collectives, after the last backward pass.
+        hidden: of gradients' collectives, behind the backward pass.
+        update: of the optimizer and of what a step computes beside its passes.
+        after: collectives after the gradients, and the share of rounds (local SGD, DiLoCo).
+        send: of one micro-batch's activations to the next stage.
+    """
+
+    forward: float
+    backward: float
+    last_backward: float
+    blocked: float
+    exposed: float
+    hidden: float
+    update: float
+    after: float
+    send: float
+
+
+def predict_time(
+    config: Config,
+    spec: ModelSpec,
+    mesh: Mesh,
+    hardware: Hardware,
+    moments: int | None = None,
+    habits: Habits | None = None,
+) -> StepTime | None:
+    """Return the seconds of a step, or None for an architecture whose work is unknown.
+
+    Args:
+        moments: state vectors of the optimizer; None: those of a built-in ``train.optimizer``.
+        habits: what the framework communicates in another way than PyTorch.
+    """
+    config = resolved(config, hardware)
+    works = [work_of(config, spec, mesh, stage * mesh.tensor, habits, moments) for stage in range(mesh.pipeline)]
+    known = [work for work in works if work is not None]
+    if len(known) < len(works):
+        return None
+    per_node = min(hardware.ranks_per_node, mesh.size)
+    computation = Computation(hardware, config.framework, rates_precision(config), per_node)
+    network = Network(hardware, mesh, config.framework)
+    data = known[0].tokens * known[0].micro_batches * hardware.data_seconds_per_token
+    return step_time(known, config.parallel.schedule, computation, network, data, config.data.prefetch > 0)
+
+
+def resolved(config: Config, hardware: Hardware) -> Config:
+    """Return ``config`` with the precision that ``auto`` stands for on this machine: bf16 where its rates have it."""
+    if config.train.precision != "auto":
+        return config
+    has_bf16 = any(rates.precision == "bf16" for rates in hardware.rates) and hardware.device == "gpu"
+    return replace(config, train=replace(config.train, precision="bf16" if has_bf16 else "fp32"))
+
+
+def rates_precision(config: Config) -> str:
+    """Return the precision of the products, by which a machine's rates are chosen."""
+    return config.train.precision
+
+
+def step_time(
+    works: Sequence[Work],
+    schedule: str,
+    computation: Computation,
+    network: Network,
+    data_seconds: float = 0.0,
+    prefetch: bool = True,
+    interleaved: int = 1,
+) -> StepTime:
+    """Return the seconds of a step of pipeline stages with these works, first to last.
+
+    Args:
+        data_seconds: of making one rank's batch.
+        prefetch: whether it is made during the step before.
+        interleaved: virtual stages on a rank, which divide the bubble (Narayanan et al. 2021, section 2.2).
+    """
+    stages = [stage_time(work, computation, network) for work in works]
+    count = works[0].micro_batches
+    ends = simulate_pipeline(stages, schedule, count)
+    busy = [count * (stage.forward + stage.backward) + stage.last_backward - stage.backward for stage in stages]
+    whole = max(end + stage.exposed for end, stage in zip(ends, stages, strict=True))
+    slowest = max(range(len(stages)), key=lambda index: busy[index] + stages[index].exposed)
+    stage = stages[slowest]
+    bubble = max(0.0, whole - busy[slowest] - stage.exposed) / interleaved
+    update, after = max(s.update for s in stages), max(s.after for s in stages)
+    blocked = count * stage.blocked
+    compute = busy[slowest] - blocked + update
+    communication = blocked + stage.exposed + after
+    done = compute + communication + bubble
+    waiting = max(0.0, data_seconds - done) if prefetch else data_seconds
+    saved = works[slowest].saved_bytes
+    rate = network.hardware.save_bytes_per_second
+    return StepTime(compute, communication, bubble, waiting, saved / rate if rate else 0.0, stage.hidden)
+
+
+def stage_time(work: Work, computation: Computation, network: Network) -> StageTime:
+    """Return the seconds of one stage."""
+    forward = [_Task.of(segment.forward, computation, network) for segment in work.segments]
+    backward = [_Task.of(segment.backward, computation, network) for segment in reversed(work.segments)]
+    slowdown = network.hardware.overlap_slowdown
+    without = _run(forward, slowdown), _run(backward, slowdown)
+    last = _run(_with_buckets(backward, work, computation, network), slowdown)
+    every = last if work.scatters_every else without[1]
+    blocked = sum(task.blocking for task in [*forward, *backward])
+    # Parameters' gathers that computation waits for (FSDP).
+    blocked += without[0].waited + without[1].waited
+    rounds = sum(network.seconds(collective) for collective in work.rounds)
+    after = sum(network.seconds(collective) for collective in work.after)
+    update = computation.update(work.update_elements, work.moments, work.update_bytes + work.rounds_bytes)
+    update += computation.overhead(work.micro_batches)
+    scattered = (work.micro_batches - 1) * last.exposed if work.scatters_every else 0.0
+    return StageTime(
+        without[0].end,
+        every.end,
+        last.end,
+        blocked,
+        last.exposed + scattered,
+        last.hidden + without[0].hidden,
+        update,
+        after + rounds,
+        network.seconds(Collective("send", work.send_bytes, "pipeline")) if work.send_bytes else 0.0,
+    )
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One segment's pass: computation with collectives before (which it needs), within, and after it.
+
+    Attributes:
+        seconds: of computation.
+        blocking: of collectives that it waits for.
+        gathers: of collectives before it, started with the task before it.
+        then: of collectives that are started when it ends.
+    """
+
+    seconds: float
+    blocking: float
+    gathers: float = 0.0
+    then: float = 0.0
+
+    @classmethod
+    def of(cls, one: Pass, computation: Computation, network: Network) -> _Task:
+        """Return the task of a pass."""
+        blocking, gathers, then = (
+            sum(map(network.seconds, group)) for group in (one.blocking, one.gathers, one.scatters)
+        )
+        return cls(computation.seconds(one), blocking, gathers, then)
+
+
+def _with_buckets(tasks: list[_Task], work: Work, computation: Computation, network: Network) -> list[_Task]:
+    """Return backward tasks (last segment first) that start the collectives of the buckets they complete."""
+    result = list(tasks)
+    for bucket in work.buckets:
+        index = len(tasks) - 1 - bucket.ready
+        task = result[index]
+        compress = _compression(bucket, computation, network)
+        seconds = sum(network.seconds(collective) for collective in bucket.collectives)
+        result[index] = replace(task, seconds=task.seconds + compress, then=task.then + seconds)
+    return result
+
+
+def _compression(bucket: Bucket, computation: Computation, network: Network) -> float:
+    """Return the seconds of compressing and decompressing a bucket."""
+    rate = network.hardware.compressors.get(bucket.algorithm)
+    if rate is None or not bucket.compressed:
+        return computation.bytes(24.0 * bucket.compressed + 8.0 * bucket.received)
+    per_element = rate.seconds_per_element * bucket.compressed + rate.seconds_per_received_element * bucket.received
+    return computation.sharing.memory * per_element + computation.sharing.overhead * rate.seconds_per_bucket
+
+
+@dataclass(frozen=True)
+class _Ran:
+    """End of the computation, how long it waited for gathers, and communication after and behind it."""
+
+    end: float
+    waited: float
+    exposed: float
+    hidden: float
+
+
+def _run(tasks: Sequence[_Task], slowdown: float) -> _Ran:
+    """Run tasks on two streams: computation in their order, and collectives in the order in which they are started.
+
+    Computation takes ``slowdown`` times as long while a collective is under way.
+    """
+    now = free = waited = sent = 0.0
+    free = tasks[0].gathers if tasks else 0.0
+    arrival = free
+    for index, task in enumerate(tasks):
+        waited += max(0.0, arrival - now)
+        now = max(now, arrival)
+        arrival = now
+        if index + 1 < len(tasks) and tasks[index + 1].gathers:
+            free = max(free, now) + tasks[index + 1].gathers
+            arrival = free
+        busy = max(0.0, free - now)
+        slowed = min(task.seconds, busy / slowdown)
+        now += slowed * slowdown + (task.seconds - slowed) + task.blocking
+        if task.then:
+            free = max(free, now) + task.then
+        sent += task.then + task.gathers
+    exposed = max(0.0, free - now)
+    return _Ran(now, waited, exposed, max(0.0, sent - exposed - waited))
+
+
+def simulate_pipeline(stages: Sequence[StageTime], schedule: str, micro_batches: int) -> list[float]:
+    """Return when each stage has ended its last backward pass, by the dependencies of its schedule."""
+    count = len(stages)
+    actions = [make_pipeline_schedule(schedule, index, count, micro_batches) for index in range(count)]
+    done: list[dict[tuple[str, int], float]] = [{} for _ in stages]
+    now, position = [0.0] * count, [0] * count
+    while any(position[index] < len(actions[index]) for index in range(count)):
+        for index, stage in enumerate(stages):
+            while position[index] < len(actions[index]):
+                kind, number = actions[index][position[index]]
+                start = _input_ready(done, index, kind, number, stages)
+                if start is None:
+                    break
+                last = kind == "backward" and number == micro_batches - 1
+                seconds = stage.forward if kind == "forward" else stage.last_backward if last else stage.backward
+                now[index] = max(now[index], start) + seconds
+                done[index][kind, number] = now[index]
+                position[index] += 1
+    return now
+
+
+def _input_ready(
+    done: list[dict[tuple[str, int], float]], index: int, kind: str, number: int, stages: Sequence[StageTime]
+) -> float | None:
+    """Return when the input of an action has arrived; None: its sender has not been simulated yet."""
+    neighbour = index - 1 if kind == "forward" else index + 1
+    if not 0 <= neighbour < len(stages):
+        return 0.0
+    sent = done[neighbour].get((kind, number))
+    return None if sent is None else sent + stages[min(index, neighbour)].send
