@@ -6,13 +6,14 @@ Written from what ``hvdlm.planning.simulator_steps`` states, but with none of it
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Generator, Hashable
+from collections.abc import Callable, Generator, Hashable, Iterator
 from itertools import count
 
 import numpy as np
 
 from hvdlm.parallel.pipeline_schedules import make_pipeline_schedule
-from hvdlm.planning.simulator_steps import StepCosts
+from hvdlm.planning.simulator_costs import StepCosts
+from hvdlm.planning.simulator_failures import Failures
 
 
 class Signal:
@@ -128,7 +129,7 @@ class World:
                 yield self.network.arrive(("gather", k, s, t), mesh.data, stage.gather)
             last = k + 1 == len(self.slowness)
             averaged = costs.every > 1 and k >= costs.warmup and ((k + 1) % costs.every == 0 or last)
-            if averaged and any(other.round for other in costs.stages):
+            if averaged:
                 yield self.network.arrive(("round", k, s, t), mesh.data, stage.round)
             if vote:
                 yield vote
@@ -165,10 +166,12 @@ class World:
             arriving = receive(index + 1)
             stage = costs.stages[s]
             seconds = stage.forward * slowest + stage.tensor_forward
+            sends = buckets is not None and (costs.every_micro_batch or number + 1 == costs.micro_batches)
             if backward:
-                seconds = stage.backward * slowest + stage.tensor_backward
+                compute = stage.backward if stage.last_backward is None or not sends else stage.last_backward
+                seconds = compute * slowest + stage.tensor_backward
             began = self.clock.now
-            if backward and buckets is not None and (costs.every_micro_batch or number + 1 == costs.micro_batches):
+            if backward and buckets is not None and sends:
                 for bucket, (ready, duration) in enumerate(stage.buckets):
                     yield max(0.0, began + ready * seconds - self.clock.now)
                     name = ("bucket", k, s, t, number, bucket)
@@ -178,3 +181,37 @@ class World:
             if 0 <= receiver < mesh.pipeline:
                 sent.append(message(kind, number, s))
         yield from sent
+
+
+def survive_step_by_step(work: float, interval: float, failures: Failures, gaps: Iterator[float]) -> dict[str, float]:
+    """Return the seconds of a run with failures, ``gaps`` apart, by what they went into."""
+    spent = {"saves": 0.0, "lost_work": 0.0, "restarts": 0.0, "failures": 0}
+    safe, restart = 0.0, 0.0
+    while True:
+        left = next(gaps)
+        if restart > left:
+            spent["restarts"] += left
+            spent["failures"] += 1
+            continue
+        spent["restarts"] += restart
+        left -= restart
+        done, clock, begun = safe, 0.0, safe
+        complete_at: list[tuple[float, float, int]] = []  # when a checkpoint is complete, its work, saves until then
+        saves = 0
+        while clock <= left:
+            if work - done <= interval * (1 + 1e-12):
+                clock += work - done
+                if clock <= left:
+                    spent["saves"] += failures.save * saves
+                    return spent
+                break
+            clock += interval + failures.save
+            done += interval
+            saves += 1
+            complete_at.append((clock + failures.write, done, saves))
+        kept = [(done, saves) for at, done, saves in complete_at if at <= left]
+        safe, saved = kept[-1] if kept else (begun, 0)
+        spent["saves"] += failures.save * saved
+        spent["lost_work"] += left - (safe - begun) - failures.save * saved
+        spent["failures"] += 1
+        restart = failures.restart

@@ -15,7 +15,8 @@ from typing import Literal
 import numpy as np
 
 from hvdlm.parallel.mesh import Mesh
-from hvdlm.planning.simulator_steps import Bucket, StageCosts, StepCosts, step_ends
+from hvdlm.planning.simulator_costs import Bucket, StepCosts
+from hvdlm.planning.simulator_steps import step_ends
 
 _BLOCK = 2**19  # times held at once, by rank, micro-batch and step: 4 MiB an array
 
@@ -108,7 +109,7 @@ def simulate(costs: StepCosts, disturbances: Disturbances, steps: int) -> Simula
     with_stragglers = total if disturbances == steady else run(costs, steady, steps)[-1]
     ideal = run(costs, Disturbances(), steps)[-1]
     silent = run(without_communication(costs), Disturbances(), steps)[-1]
-    compute = steps * float(np.mean(costs.computing))
+    compute = costs.computing(steps)
     parts = {
         "compute": compute,
         "communication": ideal - silent,
@@ -130,8 +131,6 @@ def run(costs: StepCosts, disturbances: Disturbances, steps: int) -> np.ndarray:
 
 def without_communication(costs: StepCosts) -> StepCosts:
     """Return ``costs`` with collectives and messages that take no time."""
-    stages = tuple(
-        StageCosts(s.forward, s.backward, buckets=tuple(Bucket(b.ready, 0.0) for b in s.buckets), update=s.update)
-        for s in costs.stages
-    )
+    silent = {"tensor_forward": 0.0, "tensor_backward": 0.0, "gather": 0.0, "round": 0.0}
+    stages = tuple(replace(s, buckets=tuple(Bucket(b.ready, 0.0) for b in s.buckets), **silent) for s in costs.stages)
     return replace(costs, stages=stages, message=0.0, metrics=0.0, tied=0.0, norm=0.0, vote=0.0)

@@ -24,95 +24,17 @@ Tensor ranks of the same stage and data index begin every pass together, so one 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
-from hvdlm.parallel.mesh import Mesh
 from hvdlm.parallel.pipeline_schedules import Action, make_pipeline_schedule
+from hvdlm.planning.simulator_costs import StepCosts
 
 _MOST_REPETITIONS = 20  # of a block of steps; two or three are the rule
 _EQUAL = 1e-13  # relative difference of times that is rounding
 
 Times = np.ndarray
 """Seconds, float64 ``[steps, data, pipeline]``, or ``[steps, data]`` of one stage."""
-
-
-class Bucket(NamedTuple):
-    """A bucket of gradients: ``ready`` after this fraction of the backward pass; ``seconds`` of its collective."""
-
-    ready: float
-    seconds: float
-
-
-@dataclass(frozen=True)
-class StageCosts:
-    """Seconds that a rank of one pipeline stage takes without any disturbance.
-
-    Attributes:
-        forward, backward: computing a pass of one micro-batch.
-        tensor_forward, tensor_backward: the collectives of tensor parallelism within such a pass.
-        buckets: in the order in which the backward pass finishes them; empty with one data rank.
-        update: the optimizer.
-        gather: gathering the updated parameters (ZeRO); 0: there is nothing to gather.
-        round: summing the parameter differences of local SGD or DiLoCo.
-    """
-
-    forward: float
-    backward: float
-    tensor_forward: float = 0.0
-    tensor_backward: float = 0.0
-    buckets: tuple[Bucket, ...] = ()
-    update: float = 0.0
-    gather: float = 0.0
-    round: float = 0.0
-
-
-@dataclass(frozen=True)
-class StepCosts:
-    """The costs of a step, and how its ranks depend on each other.
-
-    Attributes:
-        mesh: the ranks.
-        stages: costs by pipeline stage.
-        micro_batches: of a rank's step.
-        schedule: pipeline schedule, 1f1b or gpipe.
-        data: seconds of waiting for the batch.
-        message: seconds of sending a micro-batch's activations, or their gradient, to the neighbouring stage.
-        metrics, tied, norm, vote: seconds of the sums of metrics (data group), tied embeddings (first and last stage),
-            gradient norm (copy of the model) and votes (all ranks).
-        every: steps between synchronisations of local SGD and DiLoCo; 1: gradients are summed at every step.
-        warmup: first steps whose gradients are summed although ``every`` is more than 1.
-        every_micro_batch: whether every backward pass sends its buckets (ZeRO-2), not the last one alone.
-    """
-
-    mesh: Mesh
-    stages: tuple[StageCosts, ...]
-    micro_batches: int = 1
-    schedule: str = "1f1b"
-    data: float = 0.0
-    message: float = 0.0
-    metrics: float = 0.0
-    tied: float = 0.0
-    norm: float = 0.0
-    vote: float = 0.0
-    every: int = 1
-    warmup: int = 0
-    every_micro_batch: bool = False
-
-    def sums_gradients(self, step: int) -> bool:
-        """Return whether the data groups sum the gradients of ``step``, counted from 0."""
-        return self.every == 1 or step < self.warmup
-
-    def ends_round(self, step: int, steps: int) -> bool:
-        """Return whether the parameters are averaged at the end of ``step`` of ``steps``."""
-        return not self.sums_gradients(step) and ((step + 1) % self.every == 0 or step + 1 == steps)
-
-    @property
-    def computing(self) -> list[float]:
-        """The seconds that an undisturbed rank of each stage computes in a step."""
-        return [self.micro_batches * (stage.forward + stage.backward) + stage.update for stage in self.stages]
 
 
 def step_ends(costs: StepCosts, slowness: Iterable[np.ndarray], steps: int) -> Iterator[Times]:
@@ -193,10 +115,13 @@ class _Run:
         """Return when the parameters of the next step are complete."""
         stages = self._costs.stages
         times = synchronised + np.array([stage.update for stage in stages]) * slowness
-        for seconds in ([s.gather for s in stages], [s.round for s in stages if ends_round]):
-            if any(seconds):
-                times = np.broadcast_to(times.max(axis=1, keepdims=True) + np.array(seconds), times.shape)
-        return times
+        if any(stage.gather for stage in stages):
+            times = self._over_data(times, [stage.gather for stage in stages])
+        return self._over_data(times, [stage.round for stage in stages]) if ends_round else times
+
+    def _over_data(self, times: Times, seconds: list[float]) -> Times:
+        """Return when collectives of the data groups end that their ranks call at ``times``."""
+        return np.broadcast_to(times.max(axis=1, keepdims=True) + np.array(seconds), times.shape)
 
 
 class _Passes:
@@ -247,6 +172,7 @@ class _Step:
         backward = stage.backward * slow + stage.tensor_backward
         last = self._clock[0] + costs.micro_batches * forward + (costs.micro_batches - 1) * backward
         if self.sums:
+            backward = stage.backward_with_buckets * slow + stage.tensor_backward
             self._sum_buckets(0, last, backward)
         self._clock[0] = last + backward
 
@@ -257,14 +183,17 @@ class _Step:
         began = self._clock[stage]
         if 0 <= source < costs.mesh.pipeline:
             began = np.maximum(began, self._receive(source, stage, action))
-        sends_buckets = self.sums and not is_forward
-        if sends_buckets and costs.every_micro_batch:
+        is_last = costs.every_micro_batch or action.micro_batch == costs.micro_batches - 1
+        sends_buckets = self.sums and not is_forward and is_last
+        if sends_buckets:  # of the pass before, with ``every_micro_batch``
             began = np.maximum(began, self._summed[stage])
         self._posted[stage] = began
         s = costs.stages[stage]
         compute, collectives = (s.forward, s.tensor_forward) if is_forward else (s.backward, s.tensor_backward)
+        if sends_buckets:
+            compute = s.backward_with_buckets
         seconds = compute * self._slowness[stage] + collectives
-        if sends_buckets and (costs.every_micro_batch or action.micro_batch == costs.micro_batches - 1):
+        if sends_buckets:
             self._sum_buckets(stage, began, seconds)
         self._clock[stage] = began + seconds
         if 0 <= stage + (1 if is_forward else -1) < costs.mesh.pipeline:
