@@ -1,13 +1,14 @@
-"""Two hosts on this machine with a slow network between them: namespaces, a veth pair, token buckets, an sshd in each.
+"""Two hosts on this machine with a slow network between them: namespaces, a veth pair, token buckets.
 
-Ranks start through ``mpirun --host`` as on two real nodes, and all their bytes pass an interface whose counters can be
-read. Needs Linux, root, iproute2, and OpenSSH with its server. Everything is removed in the end.
+Ranks start through ``mpirun --host`` as on two real nodes, with a script in place of ssh, and all their bytes pass an
+interface whose counters can be read. Needs Linux, root and iproute2. Everything is removed in the end.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -18,27 +19,13 @@ from pathlib import Path
 
 from harness import environment
 
-PROGRAMS = {"ip": "iproute2", "tc": "iproute2", "ssh": "openssh-client", "ssh-keygen": "openssh-client"}
-PROGRAMS |= {"sshd": "openssh-server", "unshare": "util-linux"}
-PORT = 2222
+PROGRAMS = {"ip": "iproute2", "tc": "iproute2", "unshare": "util-linux"}
 NETWORK = "10.213.47"
 BURST_SECONDS = 0.004  # for which the network may exceed its rate: a tick of the scheduler
-_SSHD = """Port {port}
-ListenAddress {address}
-HostKey {folder}/host_key
-AuthorizedKeysFile {folder}/key.pub
-PidFile none
-StrictModes no
-UsePAM no
-PermitRootLogin prohibit-password
-PasswordAuthentication no
-"""
-_SSH = """Host *
-  Port {port}
-  IdentityFile {folder}/key
-  UserKnownHostsFile /dev/null
-  StrictHostKeyChecking no
-  LogLevel ERROR
+# Starts a command on the other host as ssh would: AGENT HOST COMMAND...
+_AGENT = """#!/bin/sh
+shift
+exec {inside} sh -c "$*"
 """
 
 
@@ -63,15 +50,13 @@ class TwoHosts:
     """Both hosts and the network between them; ``two_hosts`` opens and closes it."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._servers: list[subprocess.Popen[bytes]] = []
+        self._agent = folder / "agent"
         self._names = [f"hvdlm-{os.getpid()}-{letter}" for letter in "ab"]
         self._interfaces = [f"hv{os.getpid()}{letter}" for letter in "ab"]
         self.addresses = [f"{NETWORK}.{number}" for number in (1, 2)]
-        self._made_run_folder = False
 
     def open(self) -> None:
-        """Create the namespaces, the network and the servers."""
+        """Create the namespaces, the network between them and the script that starts commands on the second host."""
         first, second = self._interfaces
         for name in self._names:
             _run("ip", "netns", "add", name)
@@ -81,19 +66,8 @@ class TwoHosts:
             _run("ip", "-n", name, "addr", "add", f"{address}/24", "dev", interface)
             _run("ip", "-n", name, "link", "set", interface, "mtu", "9000", "up")
             _run("ip", "-n", name, "link", "set", "lo", "up")
-        for key in ("key", "host_key"):
-            _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self._folder / key))
-        (self._folder / "ssh_config").write_text(_SSH.format(port=PORT, folder=self._folder))
-        if not Path("/run/sshd").exists():
-            Path("/run/sshd").mkdir(mode=0o755)
-            self._made_run_folder = True
-        sshd = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
-        for number, address in enumerate(self.addresses):
-            config = self._folder / f"sshd_config_{number}"
-            log = self._folder / f"sshd_log_{number}"
-            config.write_text(_SSHD.format(port=PORT, address=address, folder=self._folder))
-            server = [str(sshd), "-D", "-E", str(log), "-f", str(config)]
-            self._servers.append(subprocess.Popen(self._inside(number, server)))
+        self._agent.write_text(_AGENT.format(inside=shlex.join(self._inside(1, []))))
+        self._agent.chmod(0o700)
 
     def _inside(self, number: int, command: Sequence[str]) -> list[str]:
         """Return ``command`` as run by host ``number``, under a host name of its own."""
@@ -122,7 +96,7 @@ class TwoHosts:
         subnet = f"{NETWORK}.0/24"
         options = ["--prefix", str(Path(mpirun).resolve().parent.parent), "--host", f"{','.join(self.addresses)}"]
         options += ["-np", "2", "--bind-to", "none"]
-        options += ["--mca", "plm_rsh_agent", f"ssh -F {self._folder}/ssh_config", "--mca", "btl", "tcp,self"]
+        options += ["--mca", "plm_rsh_agent", str(self._agent), "--mca", "btl", "tcp,self"]
         options += ["--mca", "btl_tcp_if_include", subnet, "--mca", "oob_tcp_if_include", subnet]
         # Both hosts share the cores of this machine, which neither MPI nor hvdlm can see.
         options += ["--mca", "mpi_yield_when_idle", "1", "-x", "TF_CPP_MIN_LOG_LEVEL"]
@@ -135,19 +109,12 @@ class TwoHosts:
 
     def close(self) -> None:
         """Remove everything that was created."""
-        for server in self._servers:
-            server.terminate()
         for name in self._names:
             pids = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True).stdout.split()
             for pid in pids:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(int(pid), signal.SIGKILL)
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
-        for server in self._servers:
-            server.wait(10)
-        if self._made_run_folder:
-            with contextlib.suppress(OSError):
-                Path("/run/sshd").rmdir()
 
 
 def _run(*command: str) -> str:

@@ -66,8 +66,8 @@ def test_two_hosts_report_missing_requirements(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(two_hosts.Missing, match="run this as root on Linux"):
         two_hosts.check()
     monkeypatch.setattr(os, "geteuid", lambda: 0)
-    monkeypatch.setattr(two_hosts.shutil, "which", lambda program, path: None if program == "sshd" else "/bin/true")
-    with pytest.raises(two_hosts.Missing, match="install openssh-server"):
+    monkeypatch.setattr(two_hosts.shutil, "which", lambda program, path: None if program == "tc" else "/bin/true")
+    with pytest.raises(two_hosts.Missing, match="install iproute2"):
         two_hosts.check()
 
 

@@ -36,22 +36,23 @@ def work_of(
     exchange = _Exchange(step, segments)
     size = float(step.layout.size)
     updated = size / mesh.data if step.zero else size
-    stages = mesh.pipeline
+    sent = float(step.item * step.tokens * step.s.width) / (mesh.tensor if step.sequence else 1)
+    every = config.checkpoint.every
     return Work(
         segments,
-        step.count,
-        float(step.tokens),
-        exchange.buckets(),
-        step.zero == 2,
-        updated,
-        moments,
+        micro_batches=step.count,
+        tokens=float(step.tokens),
+        buckets=exchange.buckets(),
+        scatters_every=step.zero == 2,
+        update_elements=updated,
+        moments=moments,
         # Zeroing, the norm, and with ZeRO the copy of gathered parameters.
-        4.0 * size + 4.0 * updated + (12.0 * size if step.zero else 0.0),
-        exchange.after(),
-        exchange.rounds(),
-        12.0 * size / config.communication.local.steps if exchange.local else 0.0,
-        0.0 if stages == 1 else float(step.item * step.tokens * step.s.width) / (mesh.tensor if step.sequence else 1),
-        _saved(step) / config.checkpoint.every if config.checkpoint.every else 0.0,
+        update_bytes=4.0 * size + 4.0 * updated + (12.0 * size if step.zero else 0.0),
+        after=exchange.after(),
+        rounds=exchange.rounds(),
+        rounds_bytes=12.0 * size / config.communication.local.steps if exchange.local else 0.0,
+        send_bytes=sent if mesh.pipeline > 1 else 0.0,
+        saved_bytes=_saved(step) / every if every else 0.0,
     )
 
 

@@ -22,6 +22,7 @@ from hvdlm.io.untrusted_input import shown
 
 _MAX_BYTES = 4_000_000  # of a hardware file
 ANY = "any"
+OUTER_UPDATE = "outer_update"  # among compressors: the update of all parameters after a round of local SGD or DiLoCo
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,21 @@ class Sharing:
     products: float = 1.0
     memory: float = 1.0
     overhead: float = 1.0
+
+
+@dataclass(frozen=True)
+class CompressorRate:
+    """Seconds of a compressor, or of a round's outer update, beside its collectives.
+
+    Attributes:
+        seconds_per_element: of compressing, with error feedback, and of replacing the gradient.
+        seconds_per_received_element: of decompressing the payload of one rank, for each that is gathered.
+        seconds_per_bucket: of every bucket, beside its elements.
+    """
+
+    seconds_per_element: float
+    seconds_per_received_element: float = 0.0
+    seconds_per_bucket: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -60,6 +76,11 @@ class Rates:
         seconds_per_micro_batch: of every micro-batch, beside its operations.
         seconds_per_step: of every step, beside its micro-batches and its update.
         seconds_per_time_step: of one time step of a recurrent layer, forward and backward, beside its products.
+        product_bytes_per_second: at which products read their factors and write their results, in seconds beside those
+            of their FLOPs; None: ``memory_bytes_per_second``.
+        overlap_slowdown: factor on the seconds of computation while a collective is under way; None: the hardware's.
+        blocking_seconds: of every collective that computation waits for, beside its own: ranks don't arrive at once.
+        compressors: seconds of compressors, and of a round's outer update by its exchange; others: the hardware's.
         framework, precision: for which they hold; ``any``: for all that have no entry of their own.
         ranks: ranks on the node with which they were measured; 0: ``sharing`` tells the difference.
     """
@@ -78,6 +99,10 @@ class Rates:
     seconds_per_micro_batch: float = 0.0
     seconds_per_step: float = 0.0
     seconds_per_time_step: float = 0.0
+    product_bytes_per_second: float | None = None
+    overlap_slowdown: float | None = None
+    blocking_seconds: float = 0.0
+    compressors: Mapping[str, CompressorRate] = field(default_factory=dict)
     framework: str = ANY
     precision: str = ANY
     ranks: int = 0
@@ -117,22 +142,6 @@ class MeasuredCollective:
 
 
 @dataclass(frozen=True)
-class CompressorRate:
-    """Seconds of a compressor, beside its collectives.
-
-    Attributes:
-        seconds_per_element: of compressing, with error feedback, and of replacing the gradient.
-        seconds_per_received_element: of decompressing the payload of one rank, for each that is gathered.
-        seconds_per_bucket: of every bucket, beside its elements.
-    """
-
-    seconds_per_element: float
-    seconds_per_received_element: float = 0.0
-    seconds_per_bucket: float = 0.0
-    framework: str = ANY
-
-
-@dataclass(frozen=True)
 class Hardware:
     """A machine.
 
@@ -149,11 +158,13 @@ class Hardware:
         links: node and network.
         collectives: measured ones; others follow from the links.
         overlap_slowdown: factor on the seconds of computation while a collective is under way.
-        overlap: share of a collective during which computation continues at all; 0: it blocks.
+        speed_deviation: relative standard deviation of the devices' speeds; a step waits for the slowest of them.
+        gathers_by_ring: whether all-gathers and reduce-scatters are rings even for few bytes, as NCCL's are.
+        cores_per_node: cores that a node's ranks share; 0: each rank has a device of its own.
         compressors: by ``communication.compression.algorithm``.
         data_seconds_per_token: of making a batch, on one rank's thread.
+        measured: when, where and by which versions, where plan --measure wrote the file.
         save_bytes_per_second: at which a save copies a rank's state while training is paused.
-        peak_flops_per_second: of the model FLOPs utilization; None: that of the rates.
     """
 
     name: str
@@ -168,12 +179,13 @@ class Hardware:
     sharing: tuple[Sharing, ...] = ()
     collectives: tuple[MeasuredCollective, ...] = ()
     overlap_slowdown: float = 1.0
-    overlap: float = 1.0
+    speed_deviation: float = 0.0
+    gathers_by_ring: bool = False
+    cores_per_node: int = 0
     compressors: Mapping[str, CompressorRate] = field(default_factory=dict)
     data_seconds_per_token: float = 0.0
     save_bytes_per_second: float | None = None
-    peak_flops_per_second: float | None = None
-    measured: Mapping[str, str] = field(default_factory=dict)  # when, where, by which versions: of a measured file
+    measured: Mapping[str, str] = field(default_factory=dict)
 
     def rates_of(self, framework: str, precision: str, ranks: int = 1) -> Rates:
         """Return the rates that fit best: of the framework, then the precision, then the ranks on a node."""
@@ -185,8 +197,8 @@ class Hardware:
         if not fitting:
             known = ", ".join(sorted({f"{rates.framework} in {rates.precision}" for rates in self.rates}))
             raise HvdlmError(
-                f"the hardware {shown(self.name)} has no rates of {framework} in {precision} (it has: {known}): measure "
-                "them with plan --measure, or add an entry to its rates."
+                f"the hardware {shown(self.name)} has no rates of {framework} in {precision} (it has: {known}): "
+                "measure them with plan --measure, or add an entry to its rates."
             )
 
         def rank(rates: Rates) -> tuple[bool, bool, float]:
@@ -208,7 +220,7 @@ def read_hardware(source: str | Path) -> Hardware:
     Raises:
         HvdlmError: no such file or name, or the first wrong field.
     """
-    path = _find(str(source))
+    path = find_hardware(str(source))
     try:
         with path.open(encoding="utf-8") as file:
             text = file.read(_MAX_BYTES + 1)
@@ -240,7 +252,12 @@ def named_files() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def _find(source: str) -> Path:
+def find_hardware(source: str) -> Path:
+    """Return the path of a hardware file, or of the one of this name that comes with hvdlm.
+
+    Raises:
+        HvdlmError: there is none.
+    """
     path = Path(source)
     if path.is_file():
         return path
@@ -307,6 +324,10 @@ def _build_scalar(kind: type, value: Any, where: str) -> Any:
     if kind is str:
         if not isinstance(value, str):
             raise ValueError(f"{where} must be text, not {_named(value)}")
+        return value
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise ValueError(f"{where} must be true or false, not {_named(value)}")
         return value
     if isinstance(value, str):  # YAML 1.1 reads 1e9, without a point and a sign, as text
         try:

@@ -7,6 +7,7 @@ machine, or ``FUSED``, account for.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from hvdlm.planning.closed_forms import Step
@@ -27,10 +28,7 @@ def _fuse(segment: Segment) -> Segment:
 
 
 def _fused_pass(one: Pass) -> Pass:
-    return Pass(
-        one.products, one.attention, FUSED * one.bytes, one.scores, FUSED * one.operations, one.time_steps,
-        one.blocking, one.gathers, one.scatters,
-    )  # fmt: skip
+    return replace(one, bytes=FUSED * one.bytes, operations=FUSED * one.operations)
 
 
 class _Model:
@@ -87,11 +85,21 @@ class _Model:
         blocking = self.summed("head", backward=False)
         if self.tensor > 1:
             blocking += (Collective("all_reduce", 4.0 * tokens, "tensor", 3.0),)
-        forward = Pass(product, (), 16.0 * tokens * width + cast * elements, tokens * self.vocab, 8.0, 0.0, blocking)
+        scores = float(tokens * self.vocab)
+        forward = Pass(
+            product,
+            bytes=16.0 * tokens * width + cast * elements,
+            scores=scores,
+            operations=8.0,
+            blocking=blocking,
+        )
         backward = Pass(
-            gradients_of(product), (), 24.0 * tokens * width + 12.0 * elements, tokens * self.vocab, 12.0, 0.0,
-            self.summed("head", backward=True),
-        )  # fmt: skip
+            gradients_of(product),
+            bytes=24.0 * tokens * width + 12.0 * elements,
+            scores=scores,
+            operations=12.0,
+            blocking=self.summed("head", backward=True),
+        )
         return Segment("head", forward, backward)
 
     def summed(self, where: str, backward: bool) -> tuple[Collective, ...]:
@@ -112,25 +120,29 @@ class _GPT(_Model):
 
     def layer(self, index: int) -> Segment:
         """Return a layer's passes; all are alike."""
+        between = self.sums_between()
         forward = Pass(
-            self.products(), self.attention(False), self.element_bytes(), 0.0, self.operations(), 0.0,
-            self.sums_between(),
-        )  # fmt: skip
+            self.products(),
+            self.attention(False),
+            bytes=self.element_bytes(),
+            operations=self.operations(),
+            blocking=between,
+        )
         params, elements = self.sizes[f"layers.{index}"]
         trained = not self.step.spec.frozen
         # Sums of gradients: the new one and the sum are read, the sum is written; of half precision a cast before it.
         added = (12.0 + (6.0 if self.item == 2 else 0.0)) * elements
         backward = Pass(
-            gradients_of(forward.products, weights=trained), self.attention(True), 2.0 * self.element_bytes() + added,
-            0.0, 1.5 * self.operations() + 2.0 * params, 0.0, self.sums_between() + self.partial_sums(),
-        )  # fmt: skip
+            gradients_of(forward.products, weights=trained),
+            self.attention(True),
+            bytes=2.0 * forward.bytes + added,
+            operations=1.5 * forward.operations + 2.0 * params,
+            blocking=between + self.partial_sums(),
+        )
         if self.step.config.train.activation_checkpointing:
             again = forward
             if self.tensor > 1 and not self.step.habits.recomputes_all:  # without the layer's last sum
-                again = Pass(
-                    forward.products, forward.attention, forward.bytes, 0.0, forward.operations, 0.0,
-                    self.sums_between()[: 3 if self.step.sequence else 1],
-                )  # fmt: skip
+                again = replace(forward, blocking=between[: 3 if self.step.sequence else 1])
             backward = again + backward
         return Segment(f"layers.{index}", forward, backward)
 
@@ -216,11 +228,14 @@ class _RNN(_Model):
                 Collective("all_gather", state, "tensor"),
             )
         params, elements = self.sizes[f"layers.{index}"]
-        forward = Pass(products, (), 6.0 * gates, 0.0, 6.0, float(time), forward_sums)
+        forward = Pass(products, bytes=6.0 * gates, operations=6.0, time_steps=float(time), blocking=forward_sums)
         backward = Pass(
-            gradients_of(products), (), 10.0 * gates + 12.0 * elements, 0.0, 6.0 + 2.0 * params, float(time),
-            backward_sums,
-        )  # fmt: skip
+            gradients_of(products),
+            bytes=10.0 * gates + 12.0 * elements,
+            operations=6.0 + 2.0 * params,
+            time_steps=float(time),
+            blocking=backward_sums,
+        )
         if self.step.config.train.activation_checkpointing:
             backward = forward + backward
         return Segment(f"layers.{index}", forward, backward)

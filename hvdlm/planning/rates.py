@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from statistics import NormalDist
 
 import numpy as np
 
@@ -14,11 +16,14 @@ _NEIGHBOURS = 8  # measured shapes from which that of another one is interpolate
 
 
 class Computation:
-    """Seconds of what one rank computes, with ``ranks`` ranks on its node."""
+    """Seconds of what one rank computes, with ``ranks`` ranks on its node: of the slowest of ``world`` ranks."""
 
-    def __init__(self, hardware: Hardware, framework: str, precision: str, ranks: int) -> None:
+    def __init__(self, hardware: Hardware, framework: str, precision: str, ranks: int = 1, world: int = 1) -> None:
         self.rates: Rates = hardware.rates_of(framework, precision, ranks)
-        self.sharing: Sharing = hardware.sharing_of(ranks, self.rates)
+        self.slowest = slowest_of(world, hardware.speed_deviation)
+        sharing = hardware.sharing_of(ranks, self.rates)
+        factors = (self.slowest * factor for factor in (sharing.products, sharing.memory, sharing.overhead))
+        self.sharing = Sharing(ranks, *factors)
         self.item = 4 if precision in ("fp32", "tf32") else 2
         self._products = _Table(self.rates.products, 3, lambda shape: self._product(*shape))
         self._attention = [
@@ -39,14 +44,16 @@ class Computation:
         computed = (2.0 * m * k * n + rates.half_rate_flops) / (
             rates.product_flops_per_second * rates.product_efficiency
         )
-        return max(computed, self.item * (m * k + k * n + m * n) / rates.memory_bytes_per_second)
+        moved = self.item * (m * k + k * n + m * n)
+        return computed + moved / (rates.product_bytes_per_second or rates.memory_bytes_per_second)
 
     def _attend(self, backward: int):  # type: ignore[no-untyped-def]
         def seconds(shape: tuple[float, ...]) -> float:
             heads, time, width = shape
             rate = self.rates.product_flops_per_second * self.rates.attention_efficiency
             forward = 2.0 * heads * time * time * width / rate
-            forward = max(forward, 4.0 * self.item * heads * time * width / self.rates.memory_bytes_per_second)
+            if self.rates.product_bytes_per_second is None:
+                forward = max(forward, 4.0 * self.item * heads * time * width / self.rates.memory_bytes_per_second)
             return forward * (self.rates.attention_backward if backward else 1.0)
 
         return seconds
@@ -65,7 +72,7 @@ class Computation:
         rates, sharing = self.rates, self.sharing
         total = sum(p.count * self.product(p.m, p.k, p.n) for p in one.products)
         total += sum(self.attention(attention) for attention in one.attention)
-        total += self.bytes(one.bytes)
+        total += self.bytes(one.bytes) + self.slowest * one.seconds
         if rates.loss_seconds_per_score is None:
             total += self.bytes(12.0 * one.scores)  # read and written: as products, as softmax, as gradient
         else:
@@ -138,7 +145,7 @@ class Network:
     def _pair(self) -> tuple[int, int]:
         """Return (nodes, ranks on each) of two neighbouring stages: the slowest pair of a line counts."""
         line = self.mesh.group("pipeline", 0)
-        across = any(a // self.per_node != b // self.per_node for a, b in zip(line, line[1:], strict=False))
+        across = any(a // self.per_node != b // self.per_node for a, b in itertools.pairwise(line))
         return (2, 1) if across else (1, 2)
 
     def measured(self, operation: str, size: float, nodes: int, local: int) -> float | None:
@@ -174,7 +181,7 @@ class Network:
         tree = math.log2(local) * node.latency_seconds + math.log2(nodes) * network.latency_seconds
         share = (ranks - 1) / ranks * wire
         if operation in ("all_gather", "reduce_scatter", "all_to_all"):
-            return min(ring, tree) + share
+            return (ring if self.hardware.gathers_by_ring else min(ring, tree)) + share
         return min(2.0 * ring + 2.0 * share, 2.0 * tree + 2.0 * wire, tree + max(1.0, math.log2(ranks)) * wire)
 
     def _slowest(self, nodes: int, local: int) -> Link:
@@ -192,3 +199,13 @@ def _interpolated(curve: MeasuredCollective, size: float) -> float:
     if size >= sizes[-1]:
         return seconds[-1] * size / sizes[-1]
     return float(np.interp(size, sizes, seconds))
+
+
+def slowest_of(ranks: int, deviation: float) -> float:
+    """Return by what factor the slowest of ``ranks`` devices is expected to be slower than the mean.
+
+    The expected maximum of normally distributed values, by Blom's approximation (1958).
+    """
+    if ranks < 2 or not deviation:
+        return 1.0
+    return 1.0 + deviation * NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25))

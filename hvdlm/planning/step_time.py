@@ -11,7 +11,7 @@ from hvdlm.parallel.mesh import Mesh
 from hvdlm.parallel.pipeline_schedules import make_pipeline_schedule
 from hvdlm.planning.closed_forms import Habits
 from hvdlm.planning.gradient_work import work_of
-from hvdlm.planning.hardware import Hardware
+from hvdlm.planning.hardware import OUTER_UPDATE, Hardware
 from hvdlm.planning.rates import Computation, Network
 from hvdlm.planning.work import Bucket, Collective, Pass, Work
 
@@ -88,7 +88,7 @@ def predict_time(
     if len(known) < len(works):
         return None
     per_node = min(hardware.ranks_per_node, mesh.size)
-    computation = Computation(hardware, config.framework, rates_precision(config), per_node)
+    computation = Computation(hardware, config.framework, config.train.precision, per_node, mesh.size)
     network = Network(hardware, mesh, config.framework)
     data = known[0].tokens * known[0].micro_batches * hardware.data_seconds_per_token
     return step_time(known, config.parallel.schedule, computation, network, data, config.data.prefetch > 0)
@@ -100,11 +100,6 @@ def resolved(config: Config, hardware: Hardware) -> Config:
         return config
     has_bf16 = any(rates.precision == "bf16" for rates in hardware.rates) and hardware.device == "gpu"
     return replace(config, train=replace(config.train, precision="bf16" if has_bf16 else "fp32"))
-
-
-def rates_precision(config: Config) -> str:
-    """Return the precision of the products, by which a machine's rates are chosen."""
-    return config.train.precision
 
 
 def step_time(
@@ -125,7 +120,7 @@ def step_time(
     """
     stages = [stage_time(work, computation, network) for work in works]
     count = works[0].micro_batches
-    ends = simulate_pipeline(stages, schedule, count)
+    ends = simulate_pipeline(_by_themselves(stages, network), schedule, count)
     busy = [count * (stage.forward + stage.backward) + stage.last_backward - stage.backward for stage in stages]
     whole = max(end + stage.exposed for end, stage in zip(ends, stages, strict=True))
     slowest = max(range(len(stages)), key=lambda index: busy[index] + stages[index].exposed)
@@ -142,12 +137,32 @@ def step_time(
     return StepTime(compute, communication, bubble, waiting, saved / rate if rate else 0.0, stage.hidden)
 
 
+def _by_themselves(stages: Sequence[StageTime], network: Network) -> Sequence[StageTime]:
+    """Return the stages at the speed of ranks whose node's cores are not all taken: a rank that waits leaves its core.
+
+    Rates of more ranks than cores are those of ranks that all compute at once.
+    """
+    cores, ranks = network.hardware.cores_per_node, network.per_node
+    if not 0 < cores < ranks:
+        return stages
+    share = cores / ranks
+    return [
+        replace(s, forward=share * s.forward, backward=share * s.backward, last_backward=share * s.last_backward)
+        for s in stages
+    ]
+
+
 def stage_time(work: Work, computation: Computation, network: Network) -> StageTime:
     """Return the seconds of one stage."""
     forward = [_Task.of(segment.forward, computation, network) for segment in work.segments]
     backward = [_Task.of(segment.backward, computation, network) for segment in reversed(work.segments)]
-    slowdown = network.hardware.overlap_slowdown
+    slowdown = computation.rates.overlap_slowdown or network.hardware.overlap_slowdown
     without = _run(forward, slowdown), _run(backward, slowdown)
+    first = 0.0
+    if work.first_gathers:
+        gathering = zip(forward, work.first_gathers, strict=True)
+        tasks = [replace(task, gathers=network.seconds(gather)) for task, gather in gathering]
+        first = _run(tasks, slowdown).end - without[0].end
     last = _run(_with_buckets(backward, work, computation, network), slowdown)
     every = last if work.scatters_every else without[1]
     blocked = sum(task.blocking for task in [*forward, *backward])
@@ -155,7 +170,10 @@ def stage_time(work: Work, computation: Computation, network: Network) -> StageT
     blocked += without[0].waited + without[1].waited
     rounds = sum(network.seconds(collective) for collective in work.rounds)
     after = sum(network.seconds(collective) for collective in work.after)
-    update = computation.update(work.update_elements, work.moments, work.update_bytes + work.rounds_bytes)
+    update = computation.update(work.update_elements, work.moments, work.update_bytes)
+    outer = computation.rates.compressors.get(OUTER_UPDATE)
+    round_bytes = work.rounds_bytes
+    update += outer.seconds_per_element * round_bytes / 12 if outer else computation.bytes(round_bytes)
     update += computation.overhead(work.micro_batches)
     scattered = (work.micro_batches - 1) * last.exposed if work.scatters_every else 0.0
     return StageTime(
@@ -163,7 +181,7 @@ def stage_time(work: Work, computation: Computation, network: Network) -> StageT
         every.end,
         last.end,
         blocked,
-        last.exposed + scattered,
+        last.exposed + scattered + first,
         last.hidden + without[0].hidden,
         update,
         after + rounds,
@@ -193,6 +211,7 @@ class _Task:
         blocking, gathers, then = (
             sum(map(network.seconds, group)) for group in (one.blocking, one.gathers, one.scatters)
         )
+        blocking += computation.rates.blocking_seconds * sum(collective.count for collective in one.blocking)
         return cls(computation.seconds(one), blocking, gathers, then)
 
 
@@ -210,7 +229,7 @@ def _with_buckets(tasks: list[_Task], work: Work, computation: Computation, netw
 
 def _compression(bucket: Bucket, computation: Computation, network: Network) -> float:
     """Return the seconds of compressing and decompressing a bucket."""
-    rate = network.hardware.compressors.get(bucket.algorithm)
+    rate = computation.rates.compressors.get(bucket.algorithm, network.hardware.compressors.get(bucket.algorithm))
     if rate is None or not bucket.compressed:
         return computation.bytes(24.0 * bucket.compressed + 8.0 * bucket.received)
     per_element = rate.seconds_per_element * bucket.compressed + rate.seconds_per_received_element * bucket.received

@@ -1,12 +1,12 @@
 """What one rank's step computes and communicates, by kind of operation: the input of predicted seconds.
 
-Work is independent of the machine. It is made from a configuration (``work_of``), or by hand for models and systems that
-a configuration can't express, such as those of published measurements.
+Work is independent of the machine. It is made from a configuration (``work_of``), or by hand for models and systems
+that a configuration can't express, such as those of published measurements.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,9 @@ class Pass:
         scores: logits of the loss.
         operations: that are started.
         time_steps: of recurrent layers.
+        seconds: of other computation, where they are known.
         blocking: collectives that the pass waits for.
+        pipelined: collectives that are cut into chunks, one for each rank, and overlap with the pass's products.
         gathers: all-gathers of parameters before it, which overlap with the segment before (FSDP).
         scatters: reduce-scatters of gradients after it, which overlap with the segments that follow (FSDP, ZeRO-2).
     """
@@ -78,7 +80,9 @@ class Pass:
     scores: float = 0.0
     operations: float = 0.0
     time_steps: float = 0.0
+    seconds: float = 0.0
     blocking: tuple[Collective, ...] = ()
+    pipelined: tuple[Collective, ...] = ()
     gathers: tuple[Collective, ...] = ()
     scatters: tuple[Collective, ...] = ()
 
@@ -90,7 +94,9 @@ class Pass:
             self.scores + other.scores,
             self.operations + other.operations,
             self.time_steps + other.time_steps,
+            self.seconds + other.seconds,
             self.blocking + other.blocking,
+            self.pipelined + other.pipelined,
             self.gathers + other.gathers,
             self.scatters + other.scatters,
         )
@@ -110,10 +116,7 @@ def gradients_of(products: tuple[Product, ...], inputs: bool = True, weights: bo
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive operations between which buckets can become ready: the embedding, a layer, or the head.
-
-    ``repeat``: equal segments in a row.
-    """
+    """Consecutive operations between which buckets can become ready: the embedding, a layer, or the head."""
 
     name: str
     forward: Pass
@@ -154,6 +157,7 @@ class Work:
         update_elements: parameters that this rank updates.
         moments: state vectors of the optimizer.
         update_bytes: that clipping, zeroing and copying of the flat vectors read and write beside the update itself.
+        first_gathers: gathers of parameters that overlap with the first forward pass, segment by segment.
         after: collectives after the gradients: norm, metrics, parameters (ZeRO).
         rounds: work and collectives of rounds, by the steps between them (local SGD, DiLoCo).
         sends: bytes of one micro-batch's activations between two stages; 0: one stage.
@@ -168,8 +172,9 @@ class Work:
     update_elements: float = 0.0
     moments: int = 2
     update_bytes: float = 0.0
+    first_gathers: tuple[Collective, ...] = ()
     after: tuple[Collective, ...] = ()
-    rounds: tuple[Collective, ...] = field(default=())
+    rounds: tuple[Collective, ...] = ()
     rounds_bytes: float = 0.0
     send_bytes: float = 0.0
     saved_bytes: float = 0.0
@@ -195,6 +200,3 @@ def _total(passes: list[Pass]) -> Pass:
     for one in passes:
         total = total + one
     return total
-
-
-__all__ = ["Attention", "Bucket", "Collective", "Pass", "Product", "Segment", "Work", "gradients_of", "replace"]

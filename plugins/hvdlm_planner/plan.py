@@ -1,4 +1,4 @@
-"""The predicted memory and communication of every rank, as text: ``python -m hvdlm plan [OPTIONS of train]``."""
+"""The predicted memory, communication and seconds of every rank, as text: ``python -m hvdlm plan [OPTIONS of train]``."""
 
 from __future__ import annotations
 
@@ -13,20 +13,32 @@ from hvdlm.models.lora import adapt
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.mesh import AXES, Mesh, make_mesh
 from hvdlm.planning.closed_forms import predict_costs
+from hvdlm.planning.hardware import Hardware
+from hvdlm.planning.memory_fit import Fit, fit
+from hvdlm.planning.step_time import StepTime, predict_time, resolved
+from hvdlm.protocols.state_dict import optimizer_state
 from hvdlm.protocols.types import Prediction
 from hvdlm.training.run import load_plugins
+from hvdlm_planner.device_memory import device_memory
+from hvdlm_planner.habits import habits_of
 
 _MEMORY = ("parameters", "gradients", "optimizer", "activations")
 _VOCAB = {"word": 10_000, "bpe": 4096}  # defaults of data.vocab_size
 
 
-def describe(config: Config) -> str:
+def describe(config: Config, hardware: Hardware | None = None, gpu_memory: float | None = None) -> str:
     """Return the plan of ``config``, whose number of ranks is the product of the parallel options.
+
+    Args:
+        hardware: the machine by which seconds are predicted; None: they are not.
+        gpu_memory: bytes of a GPU; None: those of ``hardware``, or else of this machine's GPUs.
 
     Raises:
         HvdlmError: the first problem.
     """
     config = resolve(config)
+    if hardware is not None:
+        config = resolved(config, hardware)
     validation.values(config)
     manager = load_plugins(config)
     manager.hook.hvdlm_prepare(config=config)
@@ -47,7 +59,16 @@ def describe(config: Config) -> str:
                 raise HvdlmError(f"model.name {config.model.name}: no plugin predicts the costs of a {spec.kind}.")
             predictions.append(prediction)
         stages.append(max(predictions, key=lambda prediction: sum(prediction.memory.values())))
-    return "\n".join([*_header(config, spec, mesh, stages[0], vocab), "", *_memory(stages), "", *_bytes(stages)])
+    lines = [*_header(config, spec, mesh, stages[0], vocab), "", *_memory(stages)]
+    if gpu_memory is None and hardware is None:
+        gpu_memory = device_memory()
+    lines += _fits(stages, [fit(stage, config, spec, mesh, hardware, gpu_memory) for stage in stages])
+    lines += ["", *_bytes(stages)]
+    if hardware is not None:
+        moments = len(optimizer_state(config.train, plugins.find_optimizer(manager, config.train)))
+        time = predict_time(config, spec, mesh, hardware, moments, habits_of(config))
+        lines += ["", *(_time(time, config, spec, mesh, hardware) if time else _no_time(spec))]
+    return "\n".join(lines)
 
 
 def _header(config: Config, spec: ModelSpec, mesh: Mesh, first: Prediction, vocab: int) -> Iterable[str]:
@@ -78,6 +99,42 @@ def _memory(stages: list[Prediction]) -> Iterable[str]:
     for number, stage in enumerate(stages):
         figures = [stage.memory[name] for name in _MEMORY]
         yield _label(number, stage) + "".join(_size(count).rjust(14) for count in (*figures, sum(figures)))
+
+
+def _fits(stages: list[Prediction], fits: list[Fit | None]) -> Iterable[str]:
+    """Yield whether every stage fits, and what is not counted."""
+    known = [(stage, one) for stage, one in zip(stages, fits, strict=True) if one is not None]
+    if not known:
+        return
+    yield ""
+    yield f"fit into {known[0][1].available / 1e9:,.1f} GB a GPU".ljust(24) + "needed".rjust(14) + "left".rjust(14)
+    for number, (stage, one) in enumerate(known):
+        left = _size(one.headroom) if one.fits else f"-{_size(-one.headroom)}"
+        verdict = "fits" if one.fits else "DOES NOT FIT"
+        yield _label(number, stage) + _size(one.needed).rjust(14) + left.rjust(14) + f"  {verdict}"
+    reserved = ", ".join(f"{name} {_size(size)}" for name, size in known[0][1].reserved.items())
+    counted = f"  counted beside the model: {reserved}; " if reserved else "  "
+    yield f"{counted}not counted: {', '.join(known[0][1].not_counted)}"
+
+
+def _time(time: StepTime, config: Config, spec: ModelSpec, mesh: Mesh, hardware: Hardware) -> Iterable[str]:
+    """Yield the seconds of a step by cause, and by what they were predicted."""
+    causes = ("compute", "communication", "bubble", "data", "save")
+    yield "seconds of a step".ljust(24) + "".join(name.rjust(14) for name in (*causes, "total"))
+    seconds = [getattr(time, name) for name in causes]
+    yield "the slowest rank".ljust(24) + "".join(f"{value:.4g}".rjust(14) for value in (*seconds, time.seconds))
+    rate = config.train.batch_size * config.data.context / time.seconds
+    peak = hardware.rates_of(config.framework, config.train.precision).product_flops_per_second
+    mfu = spec.flops_per_token * rate / mesh.size / peak
+    yield f"  {time.hidden:.4g} s of communication are hidden behind computation"
+    yield f"  {rate:,.0f} tokens/s, {rate / mesh.size:,.0f} on a rank; model FLOPs utilization {100 * mfu:.1f}%"
+    yield f"  by the figures of {hardware.name}"
+    yield f"  fitted on: {hardware.fitted_on}"
+    yield f"  tested on: {hardware.tested_on}"
+
+
+def _no_time(spec: ModelSpec) -> Iterable[str]:
+    yield f"the seconds of a step are not predicted: the work of a {spec.kind} is not known"
 
 
 def _bytes(stages: list[Prediction]) -> Iterable[str]:

@@ -1,12 +1,40 @@
-"""Predict the memory and communication of every rank, without starting a run."""
+"""Predict the memory, traffic and seconds of a step, without starting a run."""
 
 from __future__ import annotations
 
+import argparse
+
 
 def main(arguments: list[str]) -> int:
-    """Print the plan of the run that ``arguments``, options of train, describe."""
+    """Print the plan of the run that ``arguments``, options of plan and of train, describe."""
     from hvdlm.configuration.parsing import parse_config
+    from hvdlm.planning.hardware import read_hardware
+    from hvdlm.planning.memory_fit import parse_bytes
     from hvdlm_planner.plan import describe
 
-    print(describe(parse_config(arguments, "plan")))
+    options, rest = make_parser().parse_known_args(arguments)
+    gpu_memory = parse_bytes(options.gpu_memory) if options.gpu_memory else None
+    hardware = read_hardware(options.hardware) if options.hardware else None
+    print(describe(parse_config(rest, "plan"), hardware, gpu_memory))
     return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the options of plan, which leaves those of train to another one."""
+    parser = argparse.ArgumentParser(
+        "python -m hvdlm plan",
+        description="Predict the memory, traffic and seconds of a step of the run that options of train describe.",
+        epilog="All options of train: python -m hvdlm --help all. hvdlm --dry_run is short for hvdlm plan.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--gpu_memory",
+        metavar="SIZE",
+        help="memory of a GPU, such as 80GB or 40GiB; default: that of the hardware file, or of this machine's GPUs",
+    )
+    parser.add_argument(
+        "--hardware",
+        metavar="FILE|NAME",
+        help="hardware file, or the name of one that comes with hvdlm: h100, a100, p100, cpu_ethernet",
+    )
+    return parser

@@ -1,0 +1,55 @@
+"""A rank that trains several configurations in turns; rank 0 emits the seconds of a step of each, turn by turn."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from harness import emit
+
+from hvdlm.config import Config
+from hvdlm.parallel.mesh import make_mesh
+from hvdlm_planner.timed_steps import build, connect, take_turns, warm_up
+
+
+def make_config(options: dict[str, Any], framework: str, threads: int) -> Config:
+    """Return the configuration of ``options``, as the command line names them."""
+    common = {"framework": framework, "data.context": 64, "model.bias": False, "train.steps": 10**7}
+    if threads:
+        common["train.threads"] = threads
+    return Config.load(common | options)
+
+
+def main() -> None:
+    """Train in turns."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--framework")
+    parser.add_argument("--configurations", help="JSON: options, and vocab, by name")
+    for name in ("ranks", "rounds", "threads"):
+        parser.add_argument(f"--{name}", type=int)
+    parser.add_argument("--seconds", type=float, help="of a turn")
+    o = parser.parse_args()
+    options = json.loads(o.configurations)
+    vocabularies = {name: values.pop("vocab", 96) for name, values in options.items()}
+    configs = {name: make_config(values, o.framework, o.threads) for name, values in options.items()}
+    first = next(iter(configs.values()))
+    ranks = connect(first, [make_mesh(o.ranks, config.parallel) for config in configs.values()])
+    models = {}
+    for name, config in configs.items():
+        config.train.threads = ranks.threads
+        models[name] = build(config, vocabularies[name], ranks.world, ranks.framework)
+        warm_up([models[name]], ranks.world, o.seconds)
+        if ranks.world.rank == 0:
+            emit("steps", [name, models[name].steps * models[name].period])
+    for number in range(o.rounds):
+        take_turns(list(models.values()), ranks.world, 1)
+        if ranks.world.rank == 0:
+            emit("seconds", {name: model.seconds[-1] for name, model in models.items()})
+            emit("cpu", {name: model.cpu_seconds[-1] for name, model in models.items()})
+            emit("round", number)
+    ranks.world.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Rates of a machine from the seconds of training steps: non-negative least squares over kinds of work.
+
+The seconds of a step are taken as a sum over the kinds of work that ``hvdlm.planning.work`` counts, each times a
+constant of the machine, framework and precision. The constants are fitted to steps of a few small models that differ in
+which kind dominates. Relative errors count, so that short steps, which show the overhead, weigh as much as long ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from hvdlm.planning.work import Attention, Work
+
+# Kinds of work, each with the unit of its constant: seconds per ...
+KINDS = (
+    "product_flops",
+    "product_bytes",
+    "attention_flops",
+    "bytes",
+    "scores",
+    "operations",
+    "micro_batches",
+    "steps",
+    "updates",
+)
+
+
+def amounts(work: Work, item: int = 4) -> list[float]:
+    """Return how much of each of ``KINDS`` one rank's step has; ``item``: bytes of an element of a product."""
+    total = work.forward + work.backward
+    count = work.micro_batches
+    each = [
+        sum(product.flops for product in total.products),
+        sum(item * (p.m * p.k + p.k * p.n + p.m * p.n) * p.count for p in total.products),
+        sum(_attention_flops(attention) for attention in total.attention),
+        total.bytes,
+        0.5 * total.scores,  # counted in the forward and in the backward pass
+        total.operations,
+    ]
+    whole = [count * amount for amount in each]
+    whole[KINDS.index("bytes")] += work.update_bytes
+    return [*whole, float(count), 1.0, work.update_elements]
+
+
+def _attention_flops(one: Attention) -> float:
+    return one.flops * (2.5 if one.backward else 1.0)
+
+
+def fit(system: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:
+    """Return the constants, none below zero, that minimise the relative errors of ``system`` times them.
+
+    Args:
+        system: the amounts of each measured step, ``[steps, kinds]``.
+        seconds: measured, ``[steps]``.
+    """
+    relative = np.array(system, float) / np.array(seconds, float)[:, None]
+    scale = np.abs(relative).max(0)
+    scale[scale == 0] = 1.0
+    return (_non_negative(relative / scale, np.ones(len(seconds))) / scale).tolist()
+
+
+def _non_negative(system: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Return the non-negative ``x`` that minimises ``|system x - target|`` (Lawson and Hanson 1974, chapter 23)."""
+    count = system.shape[1]
+    x, free = np.zeros(count), np.zeros(count, bool)
+    for _ in range(10 * count):
+        gradient = system.T @ (target - system @ x)
+        if not (~free & (gradient > 1e-12)).any():
+            break
+        free[int(np.argmax(np.where(free, -np.inf, gradient)))] = True
+        while True:
+            trial = np.zeros(count)
+            trial[free] = np.linalg.lstsq(system[:, free], target, rcond=None)[0]
+            if (trial[free] > 0).all():
+                break
+            falling = free & (trial <= 0)
+            step = (x[falling] / (x[falling] - trial[falling])).min()
+            x = x + step * (trial - x)
+            free &= x > 1e-15
+        x = trial
+    return x
+
+
+def errors(system: Sequence[Sequence[float]], constants: Sequence[float], seconds: Sequence[float]) -> list[float]:
+    """Return the relative errors of the fit, one for each measured step."""
+    predicted = np.array(system, float) @ np.array(constants, float)
+    return (predicted / np.array(seconds, float) - 1.0).tolist()
+

@@ -1,0 +1,88 @@
+"""Seconds of collectives between the ranks of this launch, by size and group, as training calls them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from hvdlm.diagnostics.phases import process
+from hvdlm.planning.hardware import MeasuredCollective
+from hvdlm.protocols.framework import Framework
+from hvdlm.protocols.group import Group
+from hvdlm.protocols.world import World
+from hvdlm_planner.timed_steps import Ranks
+
+OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "broadcast")
+SIZES = (64, 4096, 65536, 2**20, 2**23)  # bytes of the whole tensor
+_CALLS = 9  # of one size
+_LONGEST = 0.25  # seconds: of a call after which larger sizes follow in proportion
+
+
+def measure(ranks: Ranks, sizes: Sequence[int] = SIZES) -> list[MeasuredCollective]:
+    """Return the tables of every operation, for a pair of ranks and for all of them. All ranks call."""
+    world, framework = ranks.world, ranks.framework
+    tables = []
+    for group in _groups(ranks):
+        for operation in OPERATIONS:
+            tables.append(_table(operation, group, world, framework, sizes))
+            process.alive()
+    return tables
+
+
+def _groups(ranks: Ranks) -> list[Group]:
+    """Return this rank's group of each measured size: neighbours, and all ranks."""
+    world = ranks.world
+    pairs = [mesh for mesh in ranks.meshes if mesh.tensor == 2]
+    shapes = [pairs[0].group("tensor", world.rank)] if pairs and world.size > 2 else []
+    return [world.group(shape) for shape in (*shapes, tuple(range(world.size)))]
+
+
+def _table(
+    operation: str, group: Group, world: World, framework: Framework, sizes: Sequence[int]
+) -> MeasuredCollective:
+    """Return the seconds of one operation; groups of the same size call it at the same time, as in training."""
+    measured: list[float] = []
+    for size in sizes:
+        measured.append(_seconds(_call(operation, group, framework, size), group, world))
+        if measured[-1] > _LONGEST:
+            break
+    link = "node" if world.local_size == world.size else "network"
+    members = len(group.ranks)
+    done = tuple(float(size) for size in sizes[: len(measured)])
+    return MeasuredCollective(operation, members, done, tuple(measured), link, framework.name)
+
+
+def _call(operation: str, group: Group, framework: Framework, size: int) -> Callable[[], Any]:
+    """Return a function that starts the collective and waits for it."""
+    members = len(group.ranks)
+    elements = max(members, size // 4 // members * members)
+    tensor = framework.tensor(np.ones(elements // members if operation == "all_gather" else elements, np.float32))
+    name = f"measure.{operation}"
+    if operation == "broadcast":
+        return lambda: group.broadcast_async(tensor, 0, name).wait()
+    start = getattr(group, f"{operation}_async")
+    return lambda: start(tensor, name).wait()
+
+
+def _seconds(call: Callable[[], Any], group: Group, world: World) -> float:
+    """Return the median over calls of the slowest rank's seconds; each call follows a barrier."""
+    call()
+    own = []
+    for _ in range(_CALLS):
+        group.barrier()
+        began = time.perf_counter()
+        call()
+        own.append(time.perf_counter() - began)
+        if len(own) == 3 and world.any(max(own) > _LONGEST):
+            break
+    return float(np.median(np.max(world.gather_objects(own), axis=0)))
+
+
+def floor(tables: Sequence[MeasuredCollective], operation: str, members: int) -> Callable[[float], float]:
+    """Return the seconds of one measured operation by its bytes."""
+    [table] = [t for t in tables if t.operation == operation and t.ranks == members]
+    return partial(np.interp, xp=table.bytes, fp=table.seconds)

@@ -1,0 +1,155 @@
+"""Training steps of small models in given layouts, timed in turns on the ranks of a launch."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pluggy
+
+from hvdlm import plugins
+from hvdlm.config import Config
+from hvdlm.diagnostics.phases import process
+from hvdlm.models.spec import ModelSpec
+from hvdlm.parallel.mesh import Mesh, make_mesh
+from hvdlm.protocols.framework import Framework, Resolved, ResolvesOptions
+from hvdlm.protocols.types import Batch
+from hvdlm.protocols.world import World
+from hvdlm.training.run import keep_recorder, load_plugins, plan, share_phases
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The connected ranks of a launch.
+
+    Attributes:
+        threads: the framework's threads per rank.
+        meshes: the layouts whose groups are connected.
+    """
+
+    world: World
+    framework: Framework
+    threads: int
+    meshes: tuple[Mesh, ...]
+
+
+def connect(config: Config, meshes: Sequence[Mesh] = ()) -> Ranks:
+    """Connect the ranks of this launch with the groups of ``meshes``, beside those of ``config``. All ranks call."""
+    checked = plan(config, writes=False)
+    share_phases(checked)
+    framework = plugins.make(checked.manager, "framework", config.framework)
+    groups = {ranks: None for mesh in (checked.mesh, *meshes) for ranks in mesh.groups()}
+    world = checked.backend.start(framework, list(groups), checked.config)
+    process.connect(world.recorder, world.abort)
+    keep_recorder(checked, world)
+    return Ranks(world, framework, checked.config.train.threads or 1, (checked.mesh, *meshes))
+
+
+@dataclass
+class TimedModel:
+    """A model in training, and the seconds of its steps: one figure for every turn, this rank's.
+
+    Attributes:
+        period: steps after which the work repeats: those of a round of local SGD, else 1.
+    """
+
+    config: Config
+    spec: ModelSpec
+    mesh: Mesh
+    trainable: Any
+    micro_batches: list[Batch]
+    period: int
+    step: int = 0
+    steps: int = 0
+    seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
+
+    def run(self, periods: int) -> float:
+        """Do the steps of ``periods`` rounds; return the mean seconds of one step."""
+        began, cpu = time.perf_counter(), time.process_time()
+        for _ in range(periods * self.period):
+            result = self.trainable.train_step(self.micro_batches, 1e-4, self.step)
+            result.loss  # noqa: B018 -- the loop reads it, which waits for the device
+            self.step += 1
+        self.cpu_seconds.append((time.process_time() - cpu) / (periods * self.period))
+        return (time.perf_counter() - began) / (periods * self.period)
+
+
+def build(config: Config, vocab: int, world: World, framework: Framework) -> TimedModel:
+    """Return the model of ``config`` on the ranks of ``world``, with random tokens to train on. All its ranks call."""
+    manager = load_plugins(config)
+    mesh = make_mesh(world.size, config.parallel)
+    spec = plugins.find_model(manager, config.model.name)(config.model, vocab, config.data.context)
+    resolver = framework if isinstance(framework, ResolvesOptions) else None
+    resolved = resolver.resolve(config, spec, world) if resolver else Resolved()
+    precision = resolved.precision if config.train.precision == "auto" else config.train.precision
+    config = replace(config, train=replace(config.train, precision=precision, compile=resolved.compile))
+    exchange = _exchange(manager, config, mesh, world)
+    trainable = framework.build(spec, mesh, world, exchange, config)
+    local = config.communication.exchange != "all_reduce"
+    period = config.communication.local.steps if local else 1
+    return TimedModel(config, spec, mesh, trainable, _micro_batches(config, vocab, mesh, world.rank), period)
+
+
+def _exchange(manager: pluggy.PluginManager, config: Config, mesh: Mesh, world: World) -> Any:
+    group = world.group(mesh.group("data", world.rank))
+    return plugins.make(
+        manager,
+        "exchange",
+        config.communication.exchange,
+        group=group,
+        config=config,
+        compressors=plugins.provided(manager, "compressors"),
+        index=group.ranks.index(world.rank),
+    )
+
+
+def _micro_batches(config: Config, vocab: int, mesh: Mesh, rank: int) -> list[Batch]:
+    """Return this rank's rows of a batch of random tokens."""
+    shape = (config.train.batch_size, config.data.context + 1)
+    tokens = np.random.default_rng(0).integers(0, vocab, shape).astype(np.int32)
+    batch = Batch(tokens[:, :-1].copy(), tokens[:, 1:].copy(), None, True)
+    rows = config.train.batch_size // mesh.data
+    first = mesh.coordinates(rank)["data"] * rows
+    size = config.train.micro_batch_size or rows
+    return [batch.rows(start, start + size) for start in range(first, first + rows, size)]
+
+
+def warm_up(models: Sequence[TimedModel], world: World, turn_seconds: float) -> None:
+    """Do two periods of each model, and set its periods of a turn of about ``turn_seconds``. All ranks call.
+
+    The first period builds graphs and fills caches.
+    """
+    for model in models:
+        model.run(1)
+        seconds = max(world.gather_objects(model.run(1)))
+        model.steps = max(1, round(turn_seconds / (seconds * model.period)))
+
+
+def take_turns(models: Sequence[TimedModel], world: World, rounds: int) -> None:
+    """Time each model's turn in each of ``rounds`` rounds, in alternating order. All ranks call.
+
+    A turn's figure is that of the slowest rank.
+    """
+    for number in range(rounds):
+        for model in models if number % 2 == 0 else reversed(models):
+            world.gather_objects(None)  # all ranks begin together
+            model.seconds.append(model.run(model.steps))
+            process.alive()
+    for model in models:
+        model.seconds[-rounds:] = np.max(world.gather_objects(model.seconds[-rounds:]), axis=0).tolist()
+
+
+def median(model: TimedModel) -> float:
+    """Return the median seconds of a step over the turns."""
+    return statistics.median(model.seconds)
+
+
+def spread(values: Sequence[float]) -> float:
+    """Return the distance of the quartiles of ``values``, as a share of their median."""
+    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75]).tolist()
+    return (high - low) / middle
