@@ -29,6 +29,7 @@ class Disturbances:
         straggler_share: fraction of the ranks, drawn once, that are slow in every step.
         straggler_rate: probability of each other rank to be slow in a step, drawn anew for every step.
         straggler_factor: of a slow rank's seconds of computing.
+        speed_deviation: standard deviation of the ranks' speeds, which are normal, relative to their mean; drawn once.
         jitter: standard deviation of a rank's seconds of computing in a step, relative to their mean.
         distribution: of the jitter: lognormal or gamma, with mean 1.
         seed: of all that is drawn.
@@ -37,14 +38,10 @@ class Disturbances:
     straggler_share: float = 0.0
     straggler_rate: float = 0.0
     straggler_factor: float = 1.0
+    speed_deviation: float = 0.0
     jitter: float = 0.0
     distribution: Literal["lognormal", "gamma"] = "lognormal"
     seed: int = 1
-
-    @property
-    def varies(self) -> bool:
-        """Whether steps differ."""
-        return self.jitter > 0 or (self.straggler_rate > 0 and self.straggler_factor != 1)
 
     def slowness(self, mesh: Mesh, steps: int, block: int) -> Iterator[np.ndarray]:
         """Yield every rank's factor in ``steps`` steps, ``block`` steps at once: ``[steps, data, pipeline, tensor]``.
@@ -54,10 +51,12 @@ class Disturbances:
         persistent, transient, jitter = (np.random.default_rng(s) for s in np.random.SeedSequence(self.seed).spawn(3))
         slow = np.zeros(mesh.size, bool)
         slow[persistent.permutation(mesh.size)[: round(self.straggler_share * mesh.size)]] = True
+        # A device of less than half the mean speed is replaced, or a straggler.
+        own = np.maximum(1.0 + self.speed_deviation * persistent.standard_normal(mesh.size), 0.5)
         for first in range(0, steps, block):
             shape = (min(block, steps - first), mesh.size)
             now = slow | (transient.random(shape) < self.straggler_rate) if self.straggler_rate else slow
-            factors = np.where(now, self.straggler_factor, 1.0) * self._jittered(jitter, shape)
+            factors = np.where(now, self.straggler_factor, 1.0) * own * self._jittered(jitter, shape)
             yield factors.reshape(-1, *mesh.shape)
 
     def _jittered(self, generator: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:

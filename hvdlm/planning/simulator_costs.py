@@ -12,11 +12,12 @@ from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.flat_layout import make_layout
 from hvdlm.parallel.mesh import Mesh
 from hvdlm.parallel.sharding_rules import make_model_shard
+from hvdlm.planning.closed_forms import Habits
 from hvdlm.planning.gradient_work import work_of
 from hvdlm.planning.hardware import Hardware
 from hvdlm.planning.rates import Computation, Network
-from hvdlm.planning.step_time import rates_precision, resolved, stage_time
-from hvdlm.planning.work import Collective, Work
+from hvdlm.planning.step_time import resolved, stage_time
+from hvdlm.planning.work import Collective, Pass, Work
 
 _MOST_BUCKETS = 64  # of a stage; more are joined to as many, each ready when its last one is
 
@@ -111,21 +112,26 @@ class StepCosts:
 
 
 def step_costs(
-    config: Config, spec: ModelSpec, mesh: Mesh, hardware: Hardware, moments: int | None = None
-) -> tuple[StepCosts, float] | None:
-    """Return the costs of a step, and the seconds for which a save pauses training.
+    config: Config,
+    spec: ModelSpec,
+    mesh: Mesh,
+    hardware: Hardware,
+    moments: int | None = None,
+    habits: Habits | None = None,
+) -> tuple[StepCosts, float | None] | None:
+    """Return the costs of a step of ranks of mean speed, and the seconds for which a save pauses training.
 
-    None for an architecture whose work is unknown. ``moments``: as in ``predict_time``.
+    None for an architecture whose work is unknown, and for the seconds of a save where the hardware has no such rate.
+    ``moments``, ``habits``: as in ``predict_time``.
     """
     config = resolved(config, hardware)
     config = replace(config, checkpoint=replace(config.checkpoint, every=1))  # its work is that of a whole save
-    maybe = [work_of(config, spec, mesh, stage * mesh.tensor, None, moments) for stage in range(mesh.pipeline)]
+    maybe = [work_of(config, spec, mesh, stage * mesh.tensor, habits, moments) for stage in range(mesh.pipeline)]
     works = [work for work in maybe if work is not None]
     if len(works) < mesh.pipeline:
         return None
-    computation = Computation(
-        hardware, config.framework, rates_precision(config), min(hardware.ranks_per_node, mesh.size)
-    )
+    per_node = min(hardware.ranks_per_node, mesh.size)
+    computation = Computation(hardware, config.framework, config.train.precision, per_node)
     network = Network(hardware, mesh, config.framework)
     options, first = config.communication, works[0]
     local = options.exchange in ("local_sgd", "diloco") and mesh.data > 1
@@ -147,14 +153,14 @@ def step_costs(
         every_micro_batch=first.scatters_every,
     )
     rate = hardware.save_bytes_per_second
-    return costs, max(work.saved_bytes for work in works) / rate if rate else 0.0
+    return costs, max(work.saved_bytes for work in works) / rate if rate else None
 
 
 def _stage(work: Work, computation: Computation, network: Network, every: int) -> StageCosts:
     """Return the costs of a stage; the share of rounds in each step becomes whole rounds again."""
     time = stage_time(work, computation, network)
-    forward = sum(network.seconds(c) for segment in work.segments for c in segment.forward.blocking)
-    backward = sum(network.seconds(c) for segment in work.segments for c in segment.backward.blocking)
+    forward = sum(_blocking(segment.forward, computation, network) for segment in work.segments)
+    backward = sum(_blocking(segment.backward, computation, network) for segment in work.segments)
     return StageCosts(
         time.forward - forward,
         (time.last_backward if work.scatters_every else time.backward) - backward,
@@ -168,10 +174,16 @@ def _stage(work: Work, computation: Computation, network: Network, every: int) -
     )
 
 
+def _blocking(one: Pass, computation: Computation, network: Network) -> float:
+    """Return the seconds of the collectives within a pass, as ``step_time`` counts them."""
+    waiting = computation.rates.blocking_seconds
+    return sum(network.seconds(collective) + waiting * collective.count for collective in one.blocking)
+
+
 def _buckets(work: Work, computation: Computation, network: Network) -> tuple[Bucket, ...]:
     """Return a stage's buckets, ready by the seconds of the segments without any slowdown."""
     seconds = [
-        computation.seconds(segment.backward) + sum(map(network.seconds, segment.backward.blocking))
+        computation.seconds(segment.backward) + _blocking(segment.backward, computation, network)
         for segment in reversed(work.segments)
     ]
     ends = list(accumulate(seconds))
