@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from hvdlm_planner import simulate_options
+
 
 def main(arguments: list[str]) -> int:
     """Print the plan of the run that ``arguments``, options of plan and of train, describe."""
@@ -15,7 +17,13 @@ def main(arguments: list[str]) -> int:
     options, rest = make_parser().parse_known_args(arguments)
     gpu_memory = parse_bytes(options.gpu_memory) if options.gpu_memory else None
     hardware = read_hardware(options.hardware) if options.hardware else None
-    print(describe(parse_config(rest, "plan"), hardware, gpu_memory))
+    config = parse_config(rest, "plan")
+    if options.simulate:
+        from hvdlm_planner.simulate_text import simulation
+
+        print(simulation(config, hardware, options))
+        return 0
+    print(describe(config, hardware, gpu_memory))
     return 0
 
 
@@ -37,4 +45,8 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="FILE|NAME",
         help="hardware file, or the name of one that comes with hvdlm: h100, a100, p100, cpu_ethernet",
     )
+    parser.add_argument(
+        "--ranks", metavar="N", help="ranks of the run, in place of parallel.data; default: by the parallel options"
+    )
+    simulate_options.add_options(parser)
     return parser
