@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from event_simulation import World, survive_step_by_step
+from hvdlm_planner.habits import habits_of
+from hvdlm_planner.plan_command import main
+from hvdlm_planner.planned_run import PlannedRun, plan_run
 
+from hvdlm.configuration.parsing import parse_config
+from hvdlm.errors import HvdlmError
 from hvdlm.parallel.mesh import Mesh
 from hvdlm.parallel.pipeline_schedules import idle_share
+from hvdlm.planning.hardware import Hardware, read_hardware
 from hvdlm.planning.simulator import Disturbances, run, simulate
-from hvdlm.planning.simulator_costs import Bucket, StageCosts, StepCosts
+from hvdlm.planning.simulator_costs import Bucket, StageCosts, StepCosts, step_costs
 from hvdlm.planning.simulator_failures import Failures, best_interval, expected_seconds, survive, young_interval
 from hvdlm.planning.simulator_steps import step_ends
+from hvdlm.planning.step_time import predict_time
+from hvdlm_report import scaling
 
 MESHES = [(1, 1, 1), (8, 1, 1), (1, 4, 1), (1, 1, 3), (2, 2, 2), (3, 2, 1), (4, 3, 2), (2, 4, 4), (4, 4, 4), (64, 1, 1)]
 
@@ -157,3 +171,132 @@ def test_results_do_not_depend_on_the_size_of_blocks(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("hvdlm.planning.simulator._BLOCK", 16 * costs.micro_batches * 3)
     np.testing.assert_allclose(run(costs, disturbed, 40), ends, rtol=1e-12)
     assert not np.allclose(run(costs, Disturbances(0.1, 0.1, 2, 0.1, seed=2), 40), ends)
+
+
+# The command
+
+SMALL = [
+    "--hardware",
+    "h100",
+    "--model.name",
+    "gpt",
+    "--model.layers",
+    "4",
+    "--model.width",
+    "256",
+    "--model.heads",
+    "4",
+]
+SMALL += ["--model.vocab", "1000", "--train.batch_size", "64", "--train.micro_batch_size", "1"]
+
+
+def plan(*arguments: str) -> str:
+    """Return what ``plan`` prints for a small model on 64 ranks, simulated."""
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        assert main(["--simulate", "--ranks", "64", *SMALL, *arguments]) == 0
+    return output.getvalue()
+
+
+def small_run(*arguments: str) -> tuple[PlannedRun, Hardware]:
+    hardware = replace(read_hardware("h100"), speed_deviation=0.0)
+    return plan_run(parse_config([*SMALL[2:], *arguments], "plan"), hardware), hardware
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--communication.bucket_bytes", "100000", "--train.batch_size", "256"],
+        ["--parallel.pipeline", "4", "--parallel.tensor", "2", "--train.batch_size", "512"],
+        ["--parallel.zero", "1"],
+        ["--parallel.zero", "2", "--train.batch_size", "256"],
+        ["--communication.exchange", "diloco"],
+        ["--communication.compression.algorithm", "int8"],
+        ["--parallel.data", "1", "--parallel.tensor", "4"],
+    ],
+)
+def test_undisturbed_steps_take_the_predicted_seconds(options: list[str]) -> None:
+    planned, hardware = small_run("--parallel.data", "64", *options)
+    habits = habits_of(planned.config)
+    arguments = planned.config, planned.spec, planned.mesh, hardware, planned.moments, habits
+    predicted, costs = predict_time(*arguments), step_costs(*arguments)
+    assert predicted and costs
+    assert simulate(costs[0], Disturbances(), 100).step == pytest.approx(predicted.seconds - predicted.save, rel=0.03)
+
+
+def test_the_plan_says_where_the_time_goes_and_why() -> None:
+    options = [
+        "--stragglers",
+        "0.02",
+        "--jitter",
+        "0.05",
+        "--rank_mtbf",
+        "30d",
+        "--save",
+        "20s",
+        "--save_write",
+        "1min",
+    ]
+    text = plan(*options, "--checkpoint.every", "100000", "--train.steps", "10000000")
+    assert "ranks     64: 64 x 1 x 1 (data x pipeline x tensor), on H100 SXM" in text
+    assert "2% of the ranks always slow (x 1.5); speeds differ by 4.5%; lognormal jitter of 5%; seed 1" in text
+    assert (
+        "one in 11.3 h on all ranks; 5 min until training continues; a save pauses 20 s and is complete 1 min" in text
+    )
+    rows = {line.split("   ")[0].strip(): line for line in text.splitlines() if line.startswith("  ")}
+    causes = ("compute", "communication", "stragglers", "jitter", "saves", "lost work", "restarts")
+    shares = [float(rows[cause].partition("%")[0].split()[-1]) for cause in causes]
+    assert sum(shares) == pytest.approx(100, abs=0.5) and "bubble" not in rows
+    assert "all wait for the slowest of 64 ranks" in text and "by Daly's formula (2006)" in text
+    best, configured = (
+        float(re.search(rf"([\d.]+)% of the time.*\({n}\)", text)[1]) for n in ("best", "as configured")
+    )
+    assert best < configured
+
+
+def test_the_scaling_is_a_file_that_the_report_draws(tmp_path: Path) -> None:
+    files = [tmp_path / "dense.json", tmp_path / "local.json"]
+    options = ["--jitter", "0.1", "--node_mtbf", "100d", "--save", "5s", "--simulated_steps", "20"]
+    printed = plan(*options, "--scaling", str(files[0]))
+    assert "with 1 sequence(s) on each of its ranks (weak scaling)" in printed
+    plan(*options, "--scaling", str(files[1]), "--communication.exchange", "diloco")
+    rows = json.loads(files[0].read_text())["rows"]
+    assert [row["ranks"] for row in rows] == [2**n for n in range(3, 13)]
+    assert all(sum(row["shares"].values()) == pytest.approx(1) for row in rows)
+    assert [row["efficiency"] for row in rows] == sorted((row["efficiency"] for row in rows), reverse=True)
+    page = tmp_path / "page.html"
+    sentences = scaling.write(files, page)
+    assert len(sentences) == 2 and "efficiency" in sentences[0] and "on 4,096, where most is lost to" in sentences[0]
+    text = page.read_text()
+    for title in ("Efficiency", "Throughput of a rank", "Lost to jitter", "Lost to restarts"):
+        assert f"<figcaption>{title}" in text
+    assert 'aria-label="Efficiency over ranks"' in text and ">4096</text>" in text and "on % ranks" in text
+    assert text.count('class="run1"') >= 6 and "4,096 ranks" in text and "Lost to bubble" not in text
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"kind": "x", "name": "n", "rows": []}', '{"kind": "scaling"}'])
+def test_a_damaged_file_of_a_scaling_is_refused(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "scaling.json"
+    path.write_text(content)
+    with pytest.raises(HvdlmError, match=r"scaling.json: the curves can't be read: "):
+        scaling.write([path], tmp_path / "page.html")
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        (["--jitter", "much"], "--jitter: got much, expected a number from 0 to 10"),
+        (["--node_mtbf", "3 weeks", "--save", "1s"], "--node_mtbf: got 3 weeks, expected a duration such as 90s"),
+        (["--node_mtbf", "3y"], "no save_bytes_per_second: give it as --save 20s"),
+        (["--ranks", "63", "--parallel.tensor", "2"], "--ranks: got 63, expected a multiple of parallel.pipeline x"),
+        (["--jitter_distribution", "cauchy"], "expected lognormal or gamma"),
+    ],
+)
+def test_wrong_options_of_a_simulation_are_refused(options: list[str], sentence: str) -> None:
+    with pytest.raises(HvdlmError, match=re.escape(sentence)):
+        plan(*options)
+
+
+def test_a_run_that_saves_too_rarely_never_ends() -> None:
+    text = plan("--rank_mtbf", "5min", "--restart", "0s", "--save", "1s", "--train.steps", "1000000")
+    assert "the run never ends" in text
