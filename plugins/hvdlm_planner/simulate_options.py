@@ -136,7 +136,5 @@ def _time(name: str, text: str | None, default: float, zero: bool = False) -> fl
 
 def duration(seconds: float) -> str:
     """Return seconds as a duration with a unit: 12.3 s, 4.5 min, 2.1 h, 30 d."""
-    for unit, size in reversed(_UNITS.items()):
-        if seconds >= size * (2 if unit == "y" else 1):
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds:.3g} s"
+    size, unit = max((size, unit) for unit, size in _UNITS.items() if size <= max(abs(seconds), 1.0))
+    return f"{seconds / size:.3g} {unit}"

@@ -106,7 +106,7 @@ def _causes(run: SimulatedRun) -> Iterator[str]:
     yield f"time of {run.steps:,} steps".ljust(24) + "time".rjust(12) + "share".rjust(9) + "   why"
     for cause in CAUSES:
         seconds = run.seconds[cause]
-        if seconds <= 1e-9 * run.total and cause != "compute":
+        if not seconds:
             continue
         yield f"  {cause}".ljust(24) + _time_and_share(seconds, run.total) + f"   {_reason(cause, run)}"
     yield "  total".ljust(24) + _time_and_share(run.total, run.total)
