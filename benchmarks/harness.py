@@ -141,7 +141,12 @@ def flags(values: Mapping[str, Any]) -> list[str]:
 
 def command(script: str, ranks: int, *options: str) -> list[str]:
     """Return the command that runs a worker script on ``ranks`` ranks."""
-    python = [sys.executable, str(FOLDER / script), *options]
+    return python_command(ranks, [str(FOLDER / script), *options])
+
+
+def python_command(ranks: int, arguments: Sequence[str]) -> list[str]:
+    """Return the command that runs ``python ARGUMENTS`` on ``ranks`` ranks."""
+    python = [sys.executable, *arguments]
     launcher = [shutil.which("mpirun") or "mpirun", "--bind-to", "none", "--oversubscribe", "-np", str(ranks)]
     return [*launcher, *python] if ranks > 1 else python
 
@@ -162,8 +167,13 @@ def run_worker(script: str, ranks: int, options: Sequence[str], timeout: float =
     done = subprocess.run(worker, env=environment(), capture_output=True, text=True, timeout=timeout)
     if done.returncode:
         sys.exit(f"{script} failed with exit code {done.returncode}:\n{done.stdout[-1000:]}{done.stderr[-3000:]}")
+    return emitted(done.stdout)
+
+
+def emitted(output: str) -> dict[str, list[Any]]:
+    """Return the values that a worker has printed into ``output`` with ``emit``, by label."""
     values: dict[str, list[Any]] = {}
-    for line in done.stdout.splitlines():
+    for line in output.splitlines():
         if line.startswith(EMITTED):
             label, _, text = line.removeprefix(EMITTED).partition(" ")
             values.setdefault(label, []).append(json.loads(text))

@@ -14,11 +14,15 @@ from hvdlm_planner.timed_steps import build, connect, take_turns, warm_up
 
 
 def make_config(options: dict[str, Any], framework: str, threads: int) -> Config:
-    """Return the configuration of ``options``, as the command line names them."""
+    """Return the configuration of ``options``, as the command line names them; ``threads``: 0: those of a run."""
     common = {"framework": framework, "data.context": 64, "model.bias": False, "train.steps": 10**7}
-    if threads:
-        common["train.threads"] = threads
-    return Config.load(common | options)
+    chosen = {name: value for name, value in options.items() if name != "vocab"}
+    return Config.load(common | ({"train.threads": threads} if threads else {}) | chosen)
+
+
+def vocabulary(options: dict[str, Any]) -> int:
+    """Return the size of the vocabulary that ``options`` name."""
+    return int(options.get("vocab", 96))
 
 
 def main() -> None:
@@ -31,23 +35,20 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, help="of a turn")
     o = parser.parse_args()
     options = json.loads(o.configurations)
-    vocabularies = {name: values.pop("vocab", 96) for name, values in options.items()}
     configs = {name: make_config(values, o.framework, o.threads) for name, values in options.items()}
     first = next(iter(configs.values()))
     ranks = connect(first, [make_mesh(o.ranks, config.parallel) for config in configs.values()])
     models = {}
     for name, config in configs.items():
         config.train.threads = ranks.threads
-        models[name] = build(config, vocabularies[name], ranks.world, ranks.framework)
+        models[name] = build(config, vocabulary(options[name]), ranks.world, ranks.framework)
         warm_up([models[name]], ranks.world, o.seconds)
         if ranks.world.rank == 0:
             emit("steps", [name, models[name].steps * models[name].period])
-    for number in range(o.rounds):
+    for _ in range(o.rounds):
         take_turns(list(models.values()), ranks.world, 1)
         if ranks.world.rank == 0:
             emit("seconds", {name: model.seconds[-1] for name, model in models.items()})
-            emit("cpu", {name: model.cpu_seconds[-1] for name, model in models.items()})
-            emit("round", number)
     ranks.world.close()
 
 

@@ -16,6 +16,8 @@ from hvdlm.planning.rates import Computation, Network, slowest_of
 from hvdlm.planning.step_time import StepTime, step_time
 from hvdlm.planning.work import Attention, Bucket, Collective, Pass, Product, Segment, Work, gradients_of
 
+PEAK = 989.4e12  # FLOP/s of an H100 in bf16
+
 
 @dataclass(frozen=True)
 class Transformer:
@@ -57,7 +59,7 @@ LLM_FOUNDRY = (
 
 
 def speed_deviation() -> float:
-    """Return the deviation that fits these rows best: least squares of the logarithms, each model with its own speed."""
+    """Return the deviation that fits these rows best, by least squares of logarithms; each model has its own speed."""
     products = squares = 0.0
     for row in LLM_FOUNDRY:
         slowest = np.array([slowest_of(ranks, 1.0) for ranks in row])
@@ -96,7 +98,7 @@ def torchtitan(model: Transformer, rows: int) -> Work:
     forward = Pass(products, (attention,), each * tokens + 4.0 * weights, gathers=(gather,))
     again = Pass(products[1::2], (), each * tokens)  # every second product is recomputed, and all between
     backward = again + Pass(
-        gradients_of(products), (replace(attention, backward=True),), 2.0 * each * tokens + 4.0 * weights + 6.0 * weights,
+        gradients_of(products), (replace(attention, backward=True),), 2.0 * each * tokens + 10.0 * weights,
         gathers=(gather,), scatters=(scatter,),
     )  # fmt: skip
     # The last layer stays gathered between its passes; embedding, last norm and head are one unit, which does, too.
@@ -155,6 +157,13 @@ def tokens_per_second(hardware: Hardware, ranks: int) -> float:
     return 2 * LLAMA_8B.context / torchtitan_time(hardware, ranks).seconds
 
 
+def torchtitan_mfu(rate: float) -> float:
+    """Return the model FLOPs utilization of a rate in tokens a second and GPU, by the formula of Megatron-LM."""
+    m = LLAMA_8B
+    flops = 6.0 * (m.layers * m.layer_weights + m.vocab * m.width) + 12.0 * m.layers * m.width * m.context
+    return rate * flops / PEAK
+
+
 # --- Megatron-LM: Megatron-Core r0.8.0 (July 2024), README "Training Speed and Scalability" ---
 
 
@@ -196,7 +205,6 @@ MEGATRON = (
     MegatronCase("314B", 128, 16384, 96, 8, 8, 48, 1536, 474.4),
     MegatronCase("462B", 144, 18432, 112, 8, 16, 48, 3072, 459.9),
 )
-PEAK = 989.4e12
 
 
 def megatron_stage(case: MegatronCase, stage: int) -> Work:

@@ -225,7 +225,7 @@ def test_undisturbed_steps_take_the_predicted_seconds(options: list[str]) -> Non
     predicted, costs = predict_time(*arguments), step_costs(*arguments)
     assert predicted and costs
     # ZeRO-2's collectives overlap with the next forward pass, too, and compression delays buckets.
-    rel = 0.1 if "zero" in str(options) or "int8" in options else 0.02
+    rel = 0.1 if "zero" in str(options) or "int8" in options else 0.03
     assert simulate(costs[0], Disturbances(), 100).step == pytest.approx(predicted.seconds - predicted.save, rel=rel)
 
 

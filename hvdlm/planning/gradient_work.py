@@ -117,7 +117,7 @@ class _Exchange:
 
     def after(self) -> tuple[Collective, ...]:
         """Return the sums of metrics and norms, and with ZeRO the gathers of parameters."""
-        step, collectives = self.step, []
+        step, collectives = self.step, self._tied()
         if step.mesh.tensor * step.mesh.pipeline > 1:
             collectives.append(Collective("all_reduce", 24.0, "model"))
         if self.ranks > 1 and not self.local:
@@ -126,6 +126,15 @@ class _Exchange:
             sizes = [stop - start for start, stop in map(self.layout.bucket_range, range(len(self.layout.buckets)))]
             collectives += [Collective("all_gather", 4.0 * size, "data") for size in sizes]
         return tuple(collectives)
+
+    def _tied(self) -> list[Collective]:
+        """Return the sum of the tied embedding's gradients over the first and the last stage."""
+        stage, tied = self.step.shard.stage, self.step.shard.tied
+        if not tied or not (stage.first or stage.last):
+            return []
+        names = [self.layout.slots[first].name for first, _ in self.layout.buckets]
+        start, stop = self.layout.bucket_range(names.index(tied[0]))
+        return [Collective("all_reduce", 4.0 * (stop - start) / (self.ranks if self.step.zero else 1), "ends")]
 
     def _bucket(self, index: int) -> Bucket:
         start, stop = self.layout.bucket_range(index)

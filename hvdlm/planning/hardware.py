@@ -6,19 +6,17 @@ the fields; ``docs/planning.md`` explains each.
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from hvdlm.errors import HvdlmError
 from hvdlm.io import atomic_files, safe_yaml
 from hvdlm.io.untrusted_input import shown
+from hvdlm.planning import yaml_fields
 
 _MAX_BYTES = 4_000_000  # of a hardware file
 ANY = "any"
@@ -201,9 +199,9 @@ class Hardware:
                 "measure them with plan --measure, or add an entry to its rates."
             )
 
-        def rank(rates: Rates) -> tuple[bool, bool, float]:
+        def rank(rates: Rates) -> tuple[bool, bool, float, bool]:
             distance = abs(math.log((rates.ranks or ranks) / ranks))
-            return (rates.framework == ANY, rates.precision == ANY, distance)
+            return (rates.framework == ANY, rates.precision == ANY, distance, rates.ranks == 0)
 
         return min(fitting, key=rank)
 
@@ -231,7 +229,7 @@ def read_hardware(source: str | Path) -> Hardware:
         reason = " ".join(str(error).split())
         raise HvdlmError(f"the hardware file {shown(str(path))} can't be read: {reason}") from error
     try:
-        hardware: Hardware = _build(Hardware, content, "")
+        hardware: Hardware = yaml_fields.build(Hardware, content)
         _check(hardware)
     except ValueError as error:
         raise HvdlmError(f"the hardware file {shown(str(path))}: {error}.") from error
@@ -240,7 +238,7 @@ def read_hardware(source: str | Path) -> Hardware:
 
 def write_hardware(hardware: Hardware, path: str | Path) -> None:
     """Write a hardware file, atomically; fields that have their defaults are left out."""
-    atomic_files.replace(Path(path), yaml.safe_dump(_plain(hardware), sort_keys=False, width=120))
+    atomic_files.replace(Path(path), yaml.safe_dump(yaml_fields.plain(hardware), sort_keys=False, width=120))
 
 
 def named_files() -> dict[str, Path]:
@@ -286,79 +284,3 @@ def _check_rows(rows: tuple[tuple[float, ...], ...], count: int, where: str, col
     for row in rows:
         if len(row) != count or min(row) <= 0:
             raise ValueError(f"{where}: every row has {count} numbers above 0 ({columns})")
-
-
-def _build(kind: Any, value: Any, where: str) -> Any:
-    """Return ``value`` of a YAML file as a ``kind``; raise ValueError with the field that is wrong."""
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin in (Union, types.UnionType):
-        return None if value is None else _build(arguments[0], value, where)
-    if dataclasses.is_dataclass(kind):
-        return _build_dataclass(kind, value, where)
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise ValueError(f"{where} must be a list, not {_named(value)}")
-        return tuple(_build(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
-    if origin is Mapping:
-        if not isinstance(value, dict):
-            raise ValueError(f"{where} must be a mapping, not {_named(value)}")
-        return {name: _build(arguments[1], item, f"{where}.{name}") for name, item in value.items()}
-    return _build_scalar(kind, value, where)
-
-
-def _build_dataclass(kind: Any, value: Any, where: str) -> Any:
-    if not isinstance(value, dict):
-        raise ValueError(f"{where or 'the file'} must be a mapping, not {_named(value)}")
-    hints, prefix = get_type_hints(kind), f"{where}." if where else ""
-    for name in value:
-        if name not in hints:
-            raise ValueError(f"{prefix}{shown(name)} is unknown; the fields are {', '.join(hints)}")
-    for item in dataclasses.fields(kind):
-        required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
-        if required and item.name not in value:
-            raise ValueError(f"{prefix}{item.name} is missing")
-    return kind(**{name: _build(hints[name], item, f"{prefix}{name}") for name, item in value.items()})
-
-
-def _build_scalar(kind: type, value: Any, where: str) -> Any:
-    if kind is str:
-        if not isinstance(value, str):
-            raise ValueError(f"{where} must be text, not {_named(value)}")
-        return value
-    if kind is bool:
-        if not isinstance(value, bool):
-            raise ValueError(f"{where} must be true or false, not {_named(value)}")
-        return value
-    if isinstance(value, str):  # YAML 1.1 reads 1e9, without a point and a sign, as text
-        try:
-            value = float(value)
-        except ValueError:
-            raise ValueError(f"{where} must be a number, not {_named(value)}") from None
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{where} must be a number, not {_named(value)}")
-    if not math.isfinite(value) or value < 0 or (kind is int and value != int(value)):
-        raise ValueError(
-            f"{where} must be {'a whole' if kind is int else 'a finite'} number of at least 0, not {value}"
-        )
-    return kind(value)
-
-
-def _named(value: Any) -> str:
-    return shown(repr(value))
-
-
-def _plain(value: Any) -> Any:
-    """Return what YAML can write: mappings, lists and plain values."""
-    if dataclasses.is_dataclass(value):
-        plain = {}
-        for item in dataclasses.fields(value):
-            own = getattr(value, item.name)
-            default = item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
-            if own != default:
-                plain[item.name] = _plain(own)
-        return plain
-    if isinstance(value, Mapping):
-        return {str(name): _plain(item) for name, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return [_plain(item) for item in value]
-    return value

@@ -72,7 +72,7 @@ class _Model:
         backward = Pass(
             bytes=8.0 * self.tokens * width * count + 16.0 * elements,
             operations=4.0 * count,
-            blocking=self.summed("embed", backward=True),
+            blocking=self.summed("embed", backward=True) + self.partial_sums("embed.positions"),
         )
         return Segment("embed", forward, backward)
 
@@ -98,7 +98,7 @@ class _Model:
             bytes=24.0 * tokens * width + 12.0 * elements,
             scores=scores,
             operations=12.0,
-            blocking=self.summed("head", backward=True),
+            blocking=self.summed("head", backward=True) + self.partial_sums("final_norm."),
         )
         return Segment("head", forward, backward)
 
@@ -113,6 +113,13 @@ class _Model:
         # The embedding scatters its sum over the positions, the head gathers them; backward the other way round.
         gathers = (where == "head") != backward
         return (Collective("all_gather" if gathers else "reduce_scatter", whole, "tensor"),)
+
+    def partial_sums(self, prefix: str) -> tuple[Collective, ...]:
+        """Return the sum of gradients that every tensor rank has only a part of: of parameters between products."""
+        if self.tensor == 1 or self.step.kind != "gpt":
+            return ()
+        elements = self.step.partial(prefix)
+        return (Collective("all_reduce", 4.0 * elements, "tensor"),) if elements else ()
 
 
 class _GPT(_Model):
@@ -137,7 +144,7 @@ class _GPT(_Model):
             self.attention(True),
             bytes=2.0 * forward.bytes + added,
             operations=1.5 * forward.operations + 2.0 * params,
-            blocking=between + self.partial_sums(),
+            blocking=between + self.partial_sums("layers."),
         )
         if self.step.config.train.activation_checkpointing:
             again = forward
@@ -202,11 +209,6 @@ class _GPT(_Model):
             return (Collective("all_reduce", whole, "tensor"),) * 2
         return (Collective("all_gather", whole, "tensor"), Collective("reduce_scatter", whole, "tensor")) * 2
 
-    def partial_sums(self) -> tuple[Collective, ...]:
-        """Return the sum of gradients that every tensor rank has only a part of."""
-        elements = self.step.partial("layers.") if self.tensor > 1 else 0
-        return (Collective("all_reduce", 4.0 * elements, "tensor"),) if elements else ()
-
 
 class _RNN(_Model):
     """Recurrent layers."""
@@ -220,7 +222,9 @@ class _RNN(_Model):
             Product(rows, s.width, s.gates * units, float(time)),
         )
         gates = 4.0 * self.tokens * s.gates * units
-        state, forward_sums, backward_sums = float(self.item * rows * s.width), (), ()
+        state = float(self.item * rows * s.width)
+        forward_sums: tuple[Collective, ...] = ()
+        backward_sums: tuple[Collective, ...] = ()
         if self.tensor > 1:
             forward_sums = (Collective("all_gather", state, "tensor", float(time)),)
             backward_sums = (

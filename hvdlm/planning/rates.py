@@ -122,11 +122,16 @@ class Network:
         self.mesh = mesh
         self.per_node = min(ranks_per_node or hardware.ranks_per_node, mesh.size)
         self._curves = [c for c in hardware.collectives if c.framework in (ANY, framework)]
-        self._shapes = {axis: self._shape(axis) for axis in ("data", "pipeline", "tensor", "model")}
+        self._shapes = {axis: self._shape(axis) for axis in ("data", "pipeline", "tensor", "model", "ends")}
 
     def _shape(self, axis: str) -> tuple[int, int]:
         """Return (nodes, ranks on each of them) of the group of rank 0 along ``axis``."""
-        ranks = self.mesh.model_group(0) if axis == "model" else self.mesh.group(axis, 0)
+        if axis == "model":
+            ranks = self.mesh.model_group(0)
+        elif axis == "ends":  # the first and the last stage
+            ranks = tuple(sorted({self.mesh.group("pipeline", 0)[index] for index in (0, -1)}))
+        else:
+            ranks = self.mesh.group(axis, 0)
         nodes = len({rank // self.per_node for rank in ranks})
         return nodes, -(-len(ranks) // nodes)
 

@@ -9,14 +9,12 @@ from typing import NamedTuple
 
 from hvdlm.config import Config
 from hvdlm.models.spec import ModelSpec
-from hvdlm.parallel.flat_layout import make_layout
 from hvdlm.parallel.mesh import Mesh
-from hvdlm.parallel.sharding_rules import make_model_shard
 from hvdlm.planning.closed_forms import Habits
 from hvdlm.planning.gradient_work import work_of
 from hvdlm.planning.hardware import Hardware
 from hvdlm.planning.rates import Computation, Network
-from hvdlm.planning.step_time import resolved, stage_time
+from hvdlm.planning.step_time import compiles, resolved, stage_time
 from hvdlm.planning.work import Collective, Pass, Work
 
 _MOST_BUCKETS = 64  # of a stage; more are joined to as many, each ready when its last one is
@@ -126,7 +124,9 @@ def step_costs(
     """
     config = resolved(config, hardware)
     config = replace(config, checkpoint=replace(config.checkpoint, every=1))  # its work is that of a whole save
-    maybe = [work_of(config, spec, mesh, stage * mesh.tensor, habits, moments) for stage in range(mesh.pipeline)]
+    fused = compiles(config, spec, hardware)
+    ranks = range(0, mesh.pipeline * mesh.tensor, mesh.tensor)  # the first tensor rank of every stage
+    maybe = [work_of(config, spec, mesh, rank, habits, moments, fused) for rank in ranks]
     works = [work for work in maybe if work is not None]
     if len(works) < mesh.pipeline:
         return None
@@ -145,7 +145,7 @@ def step_costs(
         data=0.0 if config.data.prefetch else data,
         message=network.seconds(Collective("send", first.send_bytes, "pipeline")) if mesh.pipeline > 1 else 0.0,
         metrics=_after(first, network, "all_reduce", "data"),
-        tied=_tied(config, spec, mesh, network),
+        tied=_after(first, network, "all_reduce", "ends"),
         norm=_after(first, network, "all_reduce", "model"),
         vote=sum(network.seconds(Collective("all_reduce", 56.0, axis)) for axis in ("data", "model")),
         every=options.local.steps if local else 1,
@@ -204,16 +204,3 @@ def _joined(buckets: Sequence[Bucket]) -> list[Bucket]:
 def _after(work: Work, network: Network, operation: str, axis: str) -> float:
     """Return the seconds of one kind of the collectives that follow the gradients."""
     return sum(network.seconds(c) for c in work.after if c.operation == operation and c.axis == axis)
-
-
-def _tied(config: Config, spec: ModelSpec, mesh: Mesh, network: Network) -> float:
-    """Return the seconds of summing tied embeddings over two ranks: each sends half, twice."""
-    shard = make_model_shard(spec, mesh, 0, config.parallel)
-    if mesh.pipeline == 1 or not shard.tied:
-        return 0.0
-    zero = config.parallel.zero and mesh.data > 1
-    layout = make_layout(shard.params, config.communication.bucket_bytes, mesh.data if zero else 1, shard.tied)
-    names = [layout.slots[first].name for first, _ in layout.buckets]
-    start, stop = layout.bucket_range(names.index(shard.tied[0]))
-    size = 4.0 * (stop - start) / (mesh.data if zero else 1)
-    return network.seconds(Collective("send", size / 2, "pipeline", 2.0))

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from hvdlm.config import Config
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.mesh import Mesh
-from hvdlm.parallel.pipeline_schedules import make_pipeline_schedule
 from hvdlm.planning.closed_forms import Habits
 from hvdlm.planning.gradient_work import work_of
 from hvdlm.planning.hardware import OUTER_UPDATE, Hardware
+from hvdlm.planning.pipeline_time import simulate_pipeline
 from hvdlm.planning.rates import Computation, Network
 from hvdlm.planning.work import Bucket, Collective, Pass, Work
 
@@ -83,7 +83,9 @@ def predict_time(
         habits: what the framework communicates in another way than PyTorch.
     """
     config = resolved(config, hardware)
-    works = [work_of(config, spec, mesh, stage * mesh.tensor, habits, moments) for stage in range(mesh.pipeline)]
+    fused = compiles(config, spec, hardware)
+    ranks = range(0, mesh.pipeline * mesh.tensor, mesh.tensor)  # the first tensor rank of every stage
+    works = [work_of(config, spec, mesh, rank, habits, moments, fused) for rank in ranks]
     known = [work for work in works if work is not None]
     if len(known) < len(works):
         return None
@@ -100,6 +102,14 @@ def resolved(config: Config, hardware: Hardware) -> Config:
         return config
     has_bf16 = any(rates.precision == "bf16" for rates in hardware.rates) and hardware.device == "gpu"
     return replace(config, train=replace(config.train, precision="bf16" if has_bf16 else "fp32"))
+
+
+def compiles(config: Config, spec: ModelSpec, hardware: Hardware) -> bool:
+    """Return whether element-wise operations are compiled: asked for, or by default, as of GPTs on GPUs in PyTorch."""
+    asked = config.train.compile
+    if isinstance(asked, bool):
+        return asked
+    return config.framework == "torch" and hardware.device == "gpu" and spec.kind == "gpt"
 
 
 def step_time(
@@ -269,35 +279,3 @@ def _run(tasks: Sequence[_Task], slowdown: float) -> _Ran:
         sent += task.then + task.gathers
     exposed = max(0.0, free - now)
     return _Ran(now, waited, exposed, max(0.0, sent - exposed - waited))
-
-
-def simulate_pipeline(stages: Sequence[StageTime], schedule: str, micro_batches: int) -> list[float]:
-    """Return when each stage has ended its last backward pass, by the dependencies of its schedule."""
-    count = len(stages)
-    actions = [make_pipeline_schedule(schedule, index, count, micro_batches) for index in range(count)]
-    done: list[dict[tuple[str, int], float]] = [{} for _ in stages]
-    now, position = [0.0] * count, [0] * count
-    while any(position[index] < len(actions[index]) for index in range(count)):
-        for index, stage in enumerate(stages):
-            while position[index] < len(actions[index]):
-                kind, number = actions[index][position[index]]
-                start = _input_ready(done, index, kind, number, stages)
-                if start is None:
-                    break
-                last = kind == "backward" and number == micro_batches - 1
-                seconds = stage.forward if kind == "forward" else stage.last_backward if last else stage.backward
-                now[index] = max(now[index], start) + seconds
-                done[index][kind, number] = now[index]
-                position[index] += 1
-    return now
-
-
-def _input_ready(
-    done: list[dict[tuple[str, int], float]], index: int, kind: str, number: int, stages: Sequence[StageTime]
-) -> float | None:
-    """Return when the input of an action has arrived; None: its sender has not been simulated yet."""
-    neighbour = index - 1 if kind == "forward" else index + 1
-    if not 0 <= neighbour < len(stages):
-        return 0.0
-    sent = done[neighbour].get((kind, number))
-    return None if sent is None else sent + stages[min(index, neighbour)].send

@@ -87,4 +87,3 @@ def errors(system: Sequence[Sequence[float]], constants: Sequence[float], second
     """Return the relative errors of the fit, one for each measured step."""
     predicted = np.array(system, float) @ np.array(constants, float)
     return (predicted / np.array(seconds, float) - 1.0).tolist()
-

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -53,7 +52,9 @@ def _table(
     link = "node" if world.local_size == world.size else "network"
     members = len(group.ranks)
     done = tuple(float(size) for size in sizes[: len(measured)])
-    return MeasuredCollective(operation, members, done, tuple(measured), link, framework.name)
+    # Fewer bytes don't take longer: a figure above one of more bytes is an outlier.
+    seconds = tuple(min(measured[index:]) for index in range(len(measured)))
+    return MeasuredCollective(operation, members, done, seconds, link, framework.name)
 
 
 def _call(operation: str, group: Group, framework: Framework, size: int) -> Callable[[], Any]:
@@ -80,9 +81,3 @@ def _seconds(call: Callable[[], Any], group: Group, world: World) -> float:
         if len(own) == 3 and world.any(max(own) > _LONGEST):
             break
     return float(np.median(np.max(world.gather_objects(own), axis=0)))
-
-
-def floor(tables: Sequence[MeasuredCollective], operation: str, members: int) -> Callable[[float], float]:
-    """Return the seconds of one measured operation by its bytes."""
-    [table] = [t for t in tables if t.operation == operation and t.ranks == members]
-    return partial(np.interp, xp=table.bytes, fp=table.seconds)

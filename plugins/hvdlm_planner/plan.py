@@ -1,4 +1,4 @@
-"""The predicted memory, communication and seconds of every rank, as text: ``python -m hvdlm plan [OPTIONS of train]``."""
+"""The predicted memory, communication and seconds of every rank as text: ``python -m hvdlm plan [OPTIONS]``."""
 
 from __future__ import annotations
 

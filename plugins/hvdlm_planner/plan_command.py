@@ -12,12 +12,17 @@ def main(arguments: list[str]) -> int:
     from hvdlm.configuration.parsing import parse_config
     from hvdlm.planning.hardware import read_hardware
     from hvdlm.planning.memory_fit import parse_bytes
+    from hvdlm_planner import measured_file
     from hvdlm_planner.plan import describe
 
     options, rest = make_parser().parse_known_args(arguments)
+    if options.measure:
+        from hvdlm_planner import measure_command
+
+        return measure_command.main(options, rest)
     gpu_memory = parse_bytes(options.gpu_memory) if options.gpu_memory else None
-    hardware = read_hardware(options.hardware) if options.hardware else None
     config = parse_config(rest, "plan")
+    hardware = read_hardware(options.hardware) if options.hardware else measured_file.measured(config)
     if options.simulate:
         from hvdlm_planner.simulate_text import simulation
 
@@ -43,8 +48,16 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--hardware",
         metavar="FILE|NAME",
-        help="hardware file, or the name of one that comes with hvdlm: h100, a100, p100, cpu_ethernet",
+        help="hardware file, or the name of one that comes with hvdlm: h100, a100, p100, cpu_ethernet; default: that of "
+        "this machine, once it was measured",
     )
+    parser.add_argument(
+        "--measure",
+        action="store_true",
+        help="measure how fast this machine trains, with one rank, or under a launcher with several and what they send "
+        "(python -m hvdlm run -np 4 -- plan --measure), and add it to the hardware file",
+    )
+    parser.add_argument("--seconds", type=float, default=60.0, help="that a measurement may take; default: 60")
     parser.add_argument(
         "--ranks", metavar="N", help="ranks of the run, in place of parallel.data; default: by the parallel options"
     )

@@ -1,0 +1,66 @@
+"""The configurations of planner.py by group of ranks; none of them is a calibration of ``plan --measure``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+Options = dict[str, Any]
+NETWORKS = ("1e9", "1e8")  # groups of two hosts: bits per second between them
+
+
+def _gpt(layers: int, width: int, rows: int, **others: Any) -> Options:
+    """Return options of a model with heads of 32, ``rows`` sequences a step, and ``others`` with _ for each dot."""
+    options = {"model.layers": layers, "model.width": width, "model.heads": width // 32, "train.batch_size": rows}
+    return options | {_NAMES[name]: value for name, value in others.items()}
+
+
+_NAMES = {
+    "algorithm": "communication.compression.algorithm",
+    "context": "data.context",
+    "exchange": "communication.exchange",
+    "every": "communication.local.steps",
+    "micro": "train.micro_batch_size",
+    "pipeline": "parallel.pipeline",
+    "tensor": "parallel.tensor",
+    "vocab": "vocab",
+    "zero": "parallel.zero",
+}
+
+GROUPS: dict[str, dict[str, Options]] = {
+    "1": {
+        "4 x 192": _gpt(4, 192, 8),
+        "3 x 256, 4 micro-batches": _gpt(3, 256, 8, micro=2, vocab=500),
+        "2 x 320, context 128, vocabulary 2000": _gpt(2, 320, 4, context=128, vocab=2000),
+    },
+    "2": {
+        "4 x 192, data": _gpt(4, 192, 16),
+        "3 x 256, data, 2 micro-batches": _gpt(3, 256, 16, micro=4),
+        "3 x 256, ZeRO-1": _gpt(3, 256, 16, zero=1),
+        "3 x 192, ZeRO-2, 2 micro-batches": _gpt(3, 192, 16, zero=2, micro=4),
+        "4 x 256, tensor": _gpt(4, 256, 8, tensor=2),
+        "4 x 256, pipeline, 4 micro-batches": _gpt(4, 256, 8, pipeline=2, micro=2),
+        "3 x 288, int8": _gpt(3, 288, 16, algorithm="int8"),
+        "3 x 288, PowerSGD": _gpt(3, 288, 16, algorithm="power_sgd"),
+        "3 x 224, DiLoCo every 10": _gpt(3, 224, 16, exchange="diloco", every=10),
+    },
+    "4": {
+        "3 x 192, data": _gpt(3, 192, 16),
+        "3 x 256, data x tensor": _gpt(3, 256, 8, tensor=2),
+        "4 x 192, data x pipeline, 4 micro-batches": _gpt(4, 192, 8, pipeline=2, micro=1),
+    },
+    "1e9": {
+        "3 x 224, data": _gpt(3, 224, 16),
+        "3 x 224, int8": _gpt(3, 224, 16, algorithm="int8"),
+        "3 x 288, DiLoCo every 10": _gpt(3, 288, 16, exchange="diloco", every=10),
+    },
+    "1e8": {
+        "2 x 160, data": _gpt(2, 160, 16),
+        "3 x 224, PowerSGD": _gpt(3, 224, 16, algorithm="power_sgd"),
+        "3 x 224, DiLoCo every 10": _gpt(3, 224, 16, exchange="diloco", every=10),
+    },
+}
+
+SHORT_GROUPS: dict[str, dict[str, Options]] = {
+    "1": {"1 x 64": _gpt(1, 64, 4, context=16)},
+    "2": {"1 x 64, data": _gpt(1, 64, 4, context=16)},
+}

@@ -1,0 +1,160 @@
+"""The work of a step, by which its seconds are predicted, against closed forms and the compressors themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from hvdlm.config import (
+    CommunicationConfig,
+    CompressionConfig,
+    Config,
+    LocalConfig,
+    ModelConfig,
+    ParallelConfig,
+    TrainConfig,
+)
+from hvdlm.models.spec import ModelSpec
+from hvdlm.parallel.mesh import Mesh
+from hvdlm.planning.closed_forms import Habits, closed_form
+from hvdlm.planning.gradient_work import payload, work_of
+from hvdlm.planning.work import Collective, Work
+from hvdlm_language.presets import PRESETS
+
+CONTEXT, VOCAB = 32, 96
+
+
+def made(name: str, mesh: tuple[int, int, int], sequence: bool = False, zero: int = 0, **train: Any) -> Config:
+    config = Config(model=ModelConfig(name=name, layers=4, width=64, heads=4))
+    config.train = TrainConfig(**{"batch_size": 16, "micro_batch_size": 2} | train)
+    config.data.context = CONTEXT
+    config.parallel = ParallelConfig(*mesh, sequence=sequence, zero=zero)  # type: ignore[arg-type]
+    config.communication.bucket_bytes = 40_000
+    return config
+
+
+def spec_of(config: Config) -> ModelSpec:
+    return PRESETS[config.model.name](config.model, VOCAB, CONTEXT)
+
+
+def works(config: Config, habits: Habits | None = None) -> list[Work]:
+    """Return the work of every rank of one copy of the model."""
+    mesh = Mesh(config.parallel.data or 1, config.parallel.pipeline, config.parallel.tensor)
+    found = [work_of(config, spec_of(config), mesh, rank, habits) for rank in range(mesh.pipeline * mesh.tensor)]
+    return [work for work in found if work is not None]
+
+
+@pytest.mark.parametrize("name", ["gpt", "llama", "rnn", "gru", "lstm"])
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2)])
+def test_flops_of_all_ranks_are_those_of_the_model(name: str, mesh: tuple[int, int, int]) -> None:
+    config = made(name, mesh)
+    spec = spec_of(config)
+    tokens = config.train.batch_size * CONTEXT // mesh[0]
+    attention = 12.0 * 4 * 64 * CONTEXT if spec.kind == "gpt" else 0.0
+    products = [p for work in works(config) for one in (work.forward, work.backward) for p in one.products]
+    flops = works(config)[0].micro_batches * sum(product.flops for product in products)
+    assert flops == pytest.approx((spec.flops_per_token - attention) * tokens)
+    heads = sum(a.flops for work in works(config) for a in work.forward.attention) * works(config)[0].micro_batches
+    assert heads == pytest.approx(attention * tokens / 3 / 2)  # one of three passes, of which causality leaves half
+
+
+LAYOUTS = [
+    ("gpt", (2, 1, 1), {}),
+    ("gpt", (2, 1, 1), {"zero": 1}),
+    ("gpt", (2, 1, 1), {"zero": 2}),
+    ("llama", (1, 1, 2), {}),
+    ("gpt", (1, 1, 2), {"sequence": True}),
+    ("gpt", (1, 1, 2), {"activation_checkpointing": True}),
+    ("gpt", (1, 1, 2), {"sequence": True, "activation_checkpointing": True}),
+    ("lstm", (1, 1, 2), {}),
+    ("gpt", (2, 2, 2), {"zero": 1, "sequence": True}),
+]
+
+
+@pytest.mark.parametrize("name, mesh, options", LAYOUTS, ids=str)
+@pytest.mark.parametrize("habits", [Habits(), Habits(recomputes_all=True)], ids=["torch", "tensorflow"])
+def test_collectives_hand_over_the_predicted_bytes(
+    name: str, mesh: tuple[int, int, int], options: dict[str, Any], habits: Habits
+) -> None:
+    config = made(name, mesh, **options)
+    for rank, work in enumerate(works(config, habits)):
+        predicted = closed_form(config, spec_of(config), Mesh(*mesh), rank, habits)
+        assert predicted is not None and predicted.bytes is not None
+        stage = rank // mesh[2]
+        neighbours = (stage > 0) + (stage < mesh[1] - 1)
+        assert handed(work, mesh, neighbours) == pytest.approx(predicted.bytes, abs=1)
+
+
+def handed(work: Work, mesh: tuple[int, int, int], neighbours: int) -> dict[str, float]:
+    """Return the bytes that a step hands to collectives, by axis: of an all-gather, the rank's own shard."""
+    sizes = dict(zip(("data", "pipeline", "tensor"), mesh, strict=True)) | {"ends": 2, "model": mesh[1] * mesh[2]}
+    totals: dict[str, float] = {}
+
+    def add(collectives: tuple[Collective, ...], times: float = 1.0) -> None:
+        for c in collectives:
+            shard = sizes[c.axis] if c.operation == "all_gather" else 1
+            axis = "pipeline" if c.axis == "ends" else c.axis
+            totals[axis] = totals.get(axis, 0.0) + times * c.count * c.bytes / shard
+
+    for one in (work.forward, work.backward):
+        add(one.blocking, work.micro_batches)
+    for bucket in work.buckets:
+        add(bucket.collectives, work.micro_batches if work.scatters_every else 1.0)
+    add(work.after)
+    # Activations and their gradients, to and from neighbours.
+    add((Collective("send", work.send_bytes, "pipeline", 2.0 * neighbours),), work.micro_batches)
+    return {axis: size for axis, size in totals.items() if size}
+
+
+@pytest.mark.parametrize("name", ["fp16", "bf16", "int8", "qsgd", "scaled_sign", "sign_majority", "top_k", "dgc"])
+@pytest.mark.parametrize("count", [1024, 5000])
+def test_payloads_are_those_of_the_compressors(name: str, count: int) -> None:
+    from hvdlm_compression.plugin import hvdlm_compressors
+
+    settings = CompressionConfig(algorithm=name)
+    compressor = hvdlm_compressors()[name](settings, 1, 0, 2)
+    assert payload(settings, (count,), 2).bytes == compressor.payload_bytes((count,))
+
+
+@pytest.mark.parametrize("name", ["random_k", "power_sgd"])
+def test_payloads_of_sums_are_those_of_the_compressors(name: str) -> None:
+    from hvdlm_compression.plugin import hvdlm_compressors
+
+    settings, shape = CompressionConfig(algorithm=name), ((96, 64) if name == "power_sgd" else (5000,))
+    compressor = hvdlm_compressors()[name](settings, 1, 0, 2)
+    planned = payload(settings, shape, 2)
+    assert planned.bytes == compressor.payload_bytes(shape) and planned.operation == "all_reduce"
+
+
+def test_compressed_buckets_send_payloads_and_what_stays_dense() -> None:
+    config = made("gpt", (2, 1, 1))
+    config.communication.compression = CompressionConfig(algorithm="int8")
+    (work,) = works(config)
+    dense = closed_form(made("gpt", (2, 1, 1)), spec_of(config), Mesh(2, 1, 1), 0)
+    assert dense is not None and dense.bytes is not None
+    sent = sum(c.bytes / (2 if c.operation == "all_gather" else 1) for b in work.buckets for c in b.collectives)
+    assert 0.25 < sent / dense.bytes["data"] < 0.3
+    assert sum(bucket.received for bucket in work.buckets) == 2 * sum(bucket.compressed for bucket in work.buckets)
+
+
+def test_local_sgd_sends_in_one_of_many_steps() -> None:
+    config = made("gpt", (2, 1, 1))
+    config.communication = CommunicationConfig(exchange="diloco", local=LocalConfig(steps=10))
+    (work,) = works(config)
+    assert not work.buckets and not work.after
+    size = sum(4 * param.size for param in spec_of(config).params)
+    assert sum(c.bytes * c.count for c in work.rounds) == pytest.approx(size / 10)
+
+
+def test_a_bucket_is_ready_when_its_first_layer_is() -> None:
+    (work,) = works(made("gpt", (2, 1, 1)))
+    ready = [bucket.ready for bucket in work.buckets]
+    assert ready == sorted(ready, reverse=True) and ready[-1] == 0
+    assert [segment.name for segment in work.segments] == ["embed", *(f"layers.{i}" for i in range(4)), "head"]
+
+
+def test_other_architectures_have_no_known_work() -> None:
+    config = made("convnet", (1, 1, 1))
+    spec = ModelSpec("convnet", spec_of(made("gpt", (1, 1, 1))).settings, (), 0.0)
+    assert work_of(config, spec, Mesh(1, 1, 1), 0) is None
