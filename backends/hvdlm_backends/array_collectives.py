@@ -1,7 +1,7 @@
 """Collectives on the arrays of all members of a group, in one process: the result of each member.
 
-Sums are added in the order of MPI's recursive doubling, (a0 + a1) + (a2 + a3): the same on every run, and on two members
-the same as any MPI's, bit for bit.
+Sums are added in the order of MPI's recursive doubling, (a0 + a1) + (a2 + a3): the same on every run, and on two
+members the same as any MPI's, bit for bit.
 """
 
 from __future__ import annotations

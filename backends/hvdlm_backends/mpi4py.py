@@ -77,13 +77,7 @@ class MPI4PyBackend:
         Raises:
             HvdlmError: a setting is Horovod's.
         """
-        options = config.communication
-        for name, value in (("autotune", options.autotune), ("timeline", options.timeline)):
-            if value:
-                raise HvdlmError(
-                    f"communication.{name} is a setting of Horovod, which backend mpi4py doesn't use: leave it out, or "
-                    "use --backend mpi."
-                )
+        environment.refuse_horovod_settings(config, self.name)
         mpi.find_installation()
         user_threads = os.environ.get("TF_NUM_INTEROP_THREADS")
         threads = environment.prepare(launcher_env.detect(), config)

@@ -21,8 +21,8 @@ Combine = Callable[[list[Any]], Any]
 _ENDED = "another rank of this process has ended"
 
 
-class RanksEnded(BaseException):
-    """Raised in a rank that waits for ranks of this process that have ended; it is not the cause."""
+class RanksEnded(SystemExit):
+    """Raised in a rank whose process ends all ranks, because another one failed; it ends a thread silently."""
 
 
 class Call(NamedTuple):

@@ -34,7 +34,8 @@ class ThreadsWorld(RanksWorld):
         framework: Framework,
         end: Callable[[int], Any],
     ) -> None:
-        super().__init__(rank, network.size, ThreadsMessages(network, rank, self._step), None)
+        messages = ThreadsMessages(network, rank, self._step)
+        super().__init__(rank, network.size, messages, None)
         self.local_rank, self.local_size = rank, network.size
         self._end = end
         self._transports: list[ThreadsTransport] = []
@@ -47,6 +48,10 @@ class ThreadsWorld(RanksWorld):
 
     def _step(self) -> int:
         return self.recorder.current_step
+
+    def wait_for_start(self) -> None:
+        """Return when all ranks have called it."""
+        self._messages.gather(b"")
 
     def transfer_seconds(self) -> float:
         """Return the seconds that this rank's collectives took, without waiting for other ranks."""
