@@ -79,7 +79,7 @@ def _on_ranks(name: str, main: Callable[[list[str]], int], arguments: list[str])
     _, sign, value = arguments[index].partition("=")
     ranks = value if sign else "".join(arguments[index + 1 : index + 2])
     rest = arguments[:index] + arguments[index + (1 if sign else 2) :]
-    backend: Any = plugins.make(plugins.load(["threads"]), "backend", "threads")
+    backend: Any = plugins.make(plugins.load(["threads"]), "backend", "threads")  # a StartsRanks
     return int(backend.run_command(ranks, lambda: main(list(rest))))
 
 

@@ -66,15 +66,28 @@ class ThreadsBackend:
         Raises:
             HvdlmError: there can't be as many, a launcher started this process, or a rank refuses its input.
         """
-        if not (ranks.isascii() and ranks.isdigit() and 0 < int(ranks[:8]) <= MOST_RANKS):
-            raise HvdlmError(f"--ranks: got {shown(repr(ranks))}, expected a number of threads from 1 to {MOST_RANKS}.")
-        launch = launcher_env.detect()
-        if launch and launch.size > 1:
-            raise HvdlmError(
-                f"--ranks starts ranks as threads of one process, but {launch.launcher} started {launch.size} "
-                "processes: leave one of the two out."
-            )
-        return run_command(int(ranks), command)
+        return run_command(_checked(ranks), command)
+
+    def run_ranks(self, ranks: int, function: Callable[[], Any]) -> list[Any]:
+        """Return what ``function()`` returns in each of ``ranks`` threads.
+
+        Raises:
+            BaseException: that of the rank which failed first; the others are ended.
+        """
+        return Launch(_checked(str(ranks))).run(lambda _: function())
+
+
+def _checked(ranks: str) -> int:
+    """Return the number of ranks to start."""
+    if not (ranks.isascii() and ranks.isdigit() and 0 < int(ranks[:8]) <= MOST_RANKS):
+        raise HvdlmError(f"--ranks: got {shown(repr(ranks))}, expected a number of threads from 1 to {MOST_RANKS}.")
+    launch = launcher_env.detect()
+    if launch and launch.size > 1:
+        raise HvdlmError(
+            f"--ranks starts ranks as threads of one process, but {launch.launcher} started {launch.size} "
+            "processes: leave one of the two out."
+        )
+    return int(ranks)
 
 
 def run_ranks(

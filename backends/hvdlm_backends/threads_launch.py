@@ -49,7 +49,9 @@ class Launch(rank_context.ThreadLaunch):
             self._code = code
         self.network.end()
         self._events.put(None)
-        raise RanksEnded(code)
+        if threading.current_thread() is rank_context.main_thread():
+            raise RanksEnded(code)
+        raise SystemExit(code)  # of a thread, such as a watchdog's: Python prints errors of any other class
 
     def in_main_thread(self, function: Callable[[], Any]) -> bool:
         """Call ``function`` in the main thread; return False where it did not start the ranks."""

@@ -166,8 +166,8 @@ def plan(config: Config, *, writes: bool = True, resume: str | None = None) -> P
         raise plugins.unknown("exchange", config.communication.exchange)
     manager = load_plugins(config, backend_name)
     backend = plugins.make(manager, "backend", backend_name)
-    rank, size, _, _ = backend.launch_shape()
     check_threads(backend_name)
+    rank, size, _, _ = backend.launch_shape()
     if config.backend == "auto" and backend_name == "mpi4py" and rank == 0:
         missing = without_horovod(config.framework)
         print(f"hvdlm: backend mpi4py carries this run, since {missing}", flush=True)
