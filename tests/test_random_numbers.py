@@ -122,7 +122,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-# In TensorFlow, every mask has its own seed as an argument: one case shows that seeds are the rank's, one Keras' layers.
+# TensorFlow takes the seed of every mask as an argument: one case shows that it is the rank's, one Keras' layers.
 RUNS = [("torch", case) for case in CASES] + [("tensorflow", case) for case in ("gpt-recomputed", "own")]
 
 
