@@ -57,10 +57,11 @@ def copy_of(array: np.ndarray) -> np.ndarray:
 def _add(a: np.ndarray, b: np.ndarray, out: np.ndarray | None) -> np.ndarray:
     """Return ``a + b``; 16-bit floats are added in float32 and rounded once, as ``mpi_collectives`` does."""
     total = empty(a.shape, a.dtype) if out is None else out
-    if a.dtype.name in _HALF:
-        total[...] = (a.astype(np.float32) + b.astype(np.float32)).astype(a.dtype)
-        return total
-    return np.add(a, b, out=total)
+    with np.errstate(all="ignore"):  # infinite values are the step guard's to notice
+        if a.dtype.name in _HALF:
+            total[...] = (a.astype(np.float32) + b.astype(np.float32)).astype(a.dtype)
+            return total
+        return np.add(a, b, out=total)
 
 
 def _tree(arrays: Sequence[np.ndarray], add: Add) -> np.ndarray:

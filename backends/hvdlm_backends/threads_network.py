@@ -14,15 +14,18 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from hvdlm.errors import RankError
+from hvdlm.errors import FAILED, RankError
 from hvdlm_backends.array_collectives import copy_of
 
 Combine = Callable[[list[Any]], Any]
-_ENDED = "another rank of this process has ended"
+_ENDED = "another rank of this process has failed"
 
 
 class RanksEnded(SystemExit):
     """Raised in a rank whose process ends all ranks, because another one failed; it ends a thread silently."""
+
+    def __str__(self) -> str:
+        return _ENDED
 
 
 class Call(NamedTuple):
@@ -102,7 +105,7 @@ class Network:
     def check(self) -> None:
         """Raise RanksEnded where a rank of this world has ended."""
         if self._ended:
-            raise RanksEnded(_ENDED)
+            raise RanksEnded(FAILED)
 
     def end(self) -> None:
         """End all ranks: those that wait, now or later, raise RanksEnded."""
@@ -151,7 +154,7 @@ class Slot:
         """
         self._awake.wait()
         if not self._finished:
-            raise RanksEnded(_ENDED)
+            raise RanksEnded(FAILED)
         time.sleep(max(0.0, self.complete_at - time.perf_counter()))
         if self._error is not None:
             raise RankError(self._error)
