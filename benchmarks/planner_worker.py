@@ -15,7 +15,13 @@ from hvdlm_planner.timed_steps import build, connect, take_turns, warm_up
 
 def make_config(options: dict[str, Any], framework: str, threads: int) -> Config:
     """Return the configuration of ``options``, as the command line names them; ``threads``: 0: those of a run."""
-    common = {"framework": framework, "data.context": 64, "model.bias": False, "train.steps": 10**7}
+    common = {
+        "framework": framework,
+        "data.context": 64,
+        "model.bias": False,
+        "train.steps": 10**7,
+        "checkpoint.every": 0,
+    }
     chosen = {name: value for name, value in options.items() if name != "vocab"}
     return Config.load(common | ({"train.threads": threads} if threads else {}) | chosen)
 

@@ -30,6 +30,7 @@ RUNS = [
     ("loop_overhead", ["tensorflow"], 1),
     ("parallel", ["torch"], 2),
     pytest.param("prefetching", ["torch", "--data", str(DATA)], 2, marks=needs_data),
+    ("published_figures", [], 12),
     pytest.param("results", ["digits", "--frameworks", "torch", "--data", str(DATA)], 1, marks=needs_data),
     ("replica_check", ["torch"], 2),
     ("replica_check", ["tensorflow"], 2),
@@ -58,6 +59,7 @@ HELPERS = {
     "plain_gpt",
     "plain_torch",
     "plain_tensorflow",
+    "published_systems",
 }
 WORKERS = {
     "damage_worker",

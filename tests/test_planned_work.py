@@ -41,8 +41,8 @@ def spec_of(config: Config) -> ModelSpec:
 def works(config: Config, habits: Habits | None = None) -> list[Work]:
     """Return the work of every rank of one copy of the model."""
     mesh = Mesh(config.parallel.data or 1, config.parallel.pipeline, config.parallel.tensor)
-    found = [work_of(config, spec_of(config), mesh, rank, habits) for rank in range(mesh.pipeline * mesh.tensor)]
-    return [work for work in found if work is not None]
+    every = [work_of(config, spec_of(config), mesh, rank, habits) for rank in range(mesh.pipeline * mesh.tensor)]
+    return [work for work in every if work is not None]
 
 
 @pytest.mark.parametrize("name", ["gpt", "llama", "rnn", "gru", "lstm"])

@@ -10,7 +10,7 @@ from hvdlm.planning.hardware import read_hardware
 from launching import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-import published_figures as published
+import published_systems as published
 
 H100 = read_hardware("h100")
 

@@ -144,7 +144,7 @@ def test_predicted_activations_are_near_what_torch_keeps(name: str, recomputed: 
 
 
 @pytest.mark.parametrize("name", ["gpt", "llama"])
-@pytest.mark.parametrize("width, rows", [(64, 8), (256, 2), (64, 32)])  # activations, casts, joined products
+@pytest.mark.parametrize("width, rows", [(64, 8), (256, 2), (256, 16)])  # activations, casts, joined products and their casts
 def test_predicted_bf16_activations_are_what_torch_keeps(name: str, width: int, rows: int) -> None:
     config = configured((1, 1, 1), name, micro_batch_size=None, batch_size=rows, precision="bf16")
     config.model = ModelConfig(name=name, layers=3, width=width, heads=4)

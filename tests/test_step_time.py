@@ -147,10 +147,10 @@ def test_rates_that_fit_best_count() -> None:
 
     rates = (at(1), at(2, framework="torch"), at(3, precision="bf16"), at(4, framework="torch", precision="bf16"))
     machine = replace(MACHINE, rates=rates, sharing=(Sharing(2, products=1.5),))
-    found = [
+    chosen = [
         machine.rates_of(*key).product_flops_per_second for key in (("x", "fp32"), ("torch", "fp32"), ("x", "bf16"))
     ]
-    assert found == [1, 2, 3] and machine.rates_of("torch", "bf16").product_flops_per_second == 4
+    assert chosen == [1, 2, 3] and machine.rates_of("torch", "bf16").product_flops_per_second == 4
     shared = replace(machine, rates=(at(1e9), at(2e9, ranks=2)))
     assert Computation(shared, "torch", "fp32", 2).sharing.products == 1.0  # measured with two ranks
     assert shared.rates_of("torch", "fp32", 2).product_flops_per_second == 2e9

@@ -112,7 +112,7 @@ ALLOWED = {
     "plugins/hvdlm_language": set(),
     "plugins/hvdlm_telemetry": set(),
     "plugins/hvdlm_tools": {"hvdlm_inference", "hvdlm_language"},
-    "plugins/hvdlm_planner": set(),
+    "plugins/hvdlm_planner": {"hvdlm_backends"},  # a world of one rank, to measure each by itself
     "plugins/hvdlm_tasks": {"hvdlm_corpora", "hvdlm_language"},  # unpacking, training of tokenizers; losses
     "plugins/hvdlm_tasks/torch_models": {"torch", "hvdlm_torch"},
     "plugins/hvdlm_tasks/tensorflow_models": {"tensorflow", "hvdlm_tensorflow"},

@@ -174,10 +174,10 @@ class _Exchange:
 
     def _segment(self, name: str) -> int:
         """Return the index of the segment whose backward pass gives the gradient of ``name``."""
-        parts = name.split(".")
-        if parts[0] == "layers":
-            return self.names[".".join(parts[:2])]
-        return self.names.get("embed", len(self.names) - 1) if parts[0] == "embed" else len(self.names) - 1
+        words = name.split(".")
+        if words[0] == "layers":
+            return self.names[".".join(words[:2])]
+        return self.names.get("embed", len(self.names) - 1) if words[0] == "embed" else len(self.names) - 1
 
 
 def _matrix(slot: Slot) -> tuple[int, ...]:

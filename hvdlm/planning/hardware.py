@@ -78,6 +78,7 @@ class Rates:
             of their FLOPs; None: ``memory_bytes_per_second``.
         overlap_slowdown: factor on the seconds of computation while a collective is under way; None: the hardware's.
         blocking_seconds: of every collective that computation waits for, beside its own: ranks don't arrive at once.
+        blocking_factor: on the seconds of such a collective itself.
         compressors: seconds of compressors, and of a round's outer update by its exchange; others: the hardware's.
         framework, precision: for which they hold; ``any``: for all that have no entry of their own.
         ranks: ranks on the node with which they were measured; 0: ``sharing`` tells the difference.
@@ -100,6 +101,7 @@ class Rates:
     product_bytes_per_second: float | None = None
     overlap_slowdown: float | None = None
     blocking_seconds: float = 0.0
+    blocking_factor: float = 1.0
     compressors: Mapping[str, CompressorRate] = field(default_factory=dict)
     framework: str = ANY
     precision: str = ANY

@@ -44,8 +44,8 @@ class _Model:
         self.vocab = last - first
         self.sizes: dict[str, tuple[int, int]] = {}  # by prefix: parameters and their elements on this rank
         for param in step.shard.params:
-            parts = param.spec.name.split(".")
-            prefix = ".".join(parts[:2]) if parts[0] == "layers" else parts[0]
+            words = param.spec.name.split(".")
+            prefix = ".".join(words[:2]) if words[0] == "layers" else words[0]
             count, elements = self.sizes.get(prefix, (0, 0))
             size = 1
             for extent in param.shard.extent:

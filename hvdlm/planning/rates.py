@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable, Sequence
 from statistics import NormalDist
 
 import numpy as np
@@ -11,6 +12,9 @@ import numpy as np
 from hvdlm.parallel.mesh import Mesh
 from hvdlm.planning.hardware import ANY, Hardware, Link, MeasuredCollective, Rates, Sharing
 from hvdlm.planning.work import Attention, Collective, Pass
+
+Shape = tuple[float, ...]
+Formula = Callable[[Shape], float]
 
 _NEIGHBOURS = 8  # measured shapes from which that of another one is interpolated
 
@@ -30,7 +34,7 @@ class Computation:
             _Table(tuple((*row[:3], row[3 + index]) for row in self.rates.attention), 3, self._attend(index))
             for index in (0, 1)
         ]
-        self._known: dict[tuple[float, ...], float] = {}
+        self._known: dict[Shape, float] = {}
 
     def product(self, m: float, k: float, n: float) -> float:
         """Return the seconds of one product of ``[m, k]`` and ``[k, n]``."""
@@ -47,8 +51,8 @@ class Computation:
         moved = self.item * (m * k + k * n + m * n)
         return computed + moved / (rates.product_bytes_per_second or rates.memory_bytes_per_second)
 
-    def _attend(self, backward: int):  # type: ignore[no-untyped-def]
-        def seconds(shape: tuple[float, ...]) -> float:
+    def _attend(self, backward: int) -> Formula:
+        def seconds(shape: Shape) -> float:
             heads, time, width = shape
             rate = self.rates.product_flops_per_second * self.rates.attention_efficiency
             forward = 2.0 * heads * time * time * width / rate
@@ -98,11 +102,11 @@ class Computation:
 class _Table:
     """Measured seconds by shape: factors on those of the formula, interpolated in the shapes' logarithms."""
 
-    def __init__(self, rows, columns, formula) -> None:  # type: ignore[no-untyped-def]
+    def __init__(self, rows: Sequence[Shape], columns: int, formula: Formula) -> None:
         self._logs = np.log(np.array([row[:columns] for row in rows], float)) if rows else None
         self._ratios = np.array([math.log(row[columns] / formula(tuple(row[:columns]))) for row in rows])
 
-    def ratio(self, shape: tuple[float, ...]) -> float:
+    def ratio(self, shape: Shape) -> float:
         """Return by how much a product of this shape takes longer than by the formula; 1 without a table."""
         if self._logs is None:
             return 1.0

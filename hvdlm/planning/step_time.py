@@ -195,8 +195,20 @@ def stage_time(work: Work, computation: Computation, network: Network) -> StageT
         last.hidden + without[0].hidden,
         update,
         after + rounds,
-        network.seconds(Collective("send", work.send_bytes, "pipeline")) if work.send_bytes else 0.0,
+        _send(work, computation, network),
     )
+
+
+def _send(work: Work, computation: Computation, network: Network) -> float:
+    """Return the seconds until the next stage has a micro-batch's activations."""
+    if not work.send_bytes:
+        return 0.0
+    return _waited(network.seconds(Collective("send", work.send_bytes, "pipeline")), 1.0, computation)
+
+
+def _waited(seconds: float, count: float, computation: Computation) -> float:
+    """Return the seconds of ``count`` collectives, ``seconds`` by themselves, for a rank that waits for them."""
+    return computation.rates.blocking_factor * seconds + computation.rates.blocking_seconds * count
 
 
 @dataclass(frozen=True)
@@ -221,7 +233,7 @@ class _Task:
         blocking, gathers, then = (
             sum(map(network.seconds, group)) for group in (one.blocking, one.gathers, one.scatters)
         )
-        blocking += computation.rates.blocking_seconds * sum(collective.count for collective in one.blocking)
+        blocking = _waited(blocking, sum(collective.count for collective in one.blocking), computation)
         return cls(computation.seconds(one), blocking, gathers, then)
 
 

@@ -64,13 +64,12 @@ def config_of(base: Config, one: Calibration, data: int = 1, pipeline: int = 1, 
 _SMALL = Calibration(2, 128, 4, 64, 8, 8, 64)
 _MANY = Calibration(4, 128, 4, 64, 8, 2, 64)
 _WIDE = Calibration(2, 256, 4, 32, 8, 8, 64)
-_WIDER = Calibration(1, 384, 6, 32, 8, 8, 64)
 COMPRESSORS = ("int8", "power_sgd")  # measured beside the one that is asked for
 
 
 def layouts_of(base: Config, size: int) -> list[tuple[str, Config, int]]:
     """Return (kind, configuration, vocabulary) of what ``size`` ranks train together; see ``layout_fit``."""
-    chosen = [("data", config_of(base, one, size), one.vocab) for one in (_SMALL, _MANY, _WIDER)]
+    chosen = [("data", config_of(base, one, size), one.vocab) for one in (_SMALL, _MANY, _WIDE)]
     chosen += [
         ("data", _with_zero(config_of(base, one, size), stage), one.vocab) for one, stage in ((_WIDE, 1), (_MANY, 2))
     ]

@@ -54,12 +54,15 @@ def fit_layouts(
     rates, collectives = replace(rates, overlap_slowdown=slowdown), scaled(factor)
     latency = max(1e-5, hardware.links["node"].latency_seconds)
 
-    def error_of_blocking(seconds: float) -> float:
-        return _error(blocking, machine(replace(rates, blocking_seconds=seconds), collectives))
+    def error_of_blocking(choice: tuple[float, float]) -> float:
+        factor, seconds = choice
+        changed = replace(rates, blocking_factor=factor, blocking_seconds=seconds)
+        return _error(blocking, machine(changed, collectives))
 
     if blocking:
-        candidates = [0.0, *(latency * 1.2**power for power in range(-12, 25))]
-        rates = replace(rates, blocking_seconds=_best(candidates, error_of_blocking))
+        waits = [0.0, *(latency * 1.3**power for power in range(-8, 16))]
+        factor, seconds = _best(((f, s) for s in waits for f in _FACTORS), error_of_blocking)
+        rates = replace(rates, blocking_factor=factor, blocking_seconds=seconds)
     compressors = dict(_compressors(layouts, machine(rates, collectives)))
     return replace(rates, compressors=compressors), collectives
 

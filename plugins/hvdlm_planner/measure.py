@@ -19,7 +19,7 @@ from hvdlm_planner import fitting, measured_collectives, measured_file
 from hvdlm_planner.calibrations import ALONE, config_of, layouts_of
 from hvdlm_planner.layout_fit import Layout, fit_layouts
 from hvdlm_planner.measured_file import Measurement
-from hvdlm_planner.timed_steps import Ranks, TimedModel, build, connect, median, spread, take_turns, warm_up
+from hvdlm_planner.timed_steps import Ranks, TimedModel, build, connect, median, spread, steady, take_turns, warm_up
 
 SECONDS = 60.0  # that a measurement may take
 _TURN = 0.05  # seconds of a model's turn
@@ -86,13 +86,16 @@ def measure(ranks: Ranks, base: Config, progress: Progress) -> Measurement:
         progress.say(f"{len(layouts)} models of {size} ranks are built")
     _take_turns([*alone, *(layout.model for layout in layouts)], world, progress)
     copied = _copy_rate(alone)
-    rates, error = fitted_rates(alone, ranks)
     noise = _middle([spread(model.seconds) for model in alone])
+    steady([*alone, *(layout.model for layout in layouts)])
+    rates, error = fitted_rates(alone, ranks)
     if noise > _USELESS:
         raise HvdlmError(
             f"the machine is too busy to be measured: half of a model's turns differ by {100 * noise:.0f}% of their "
             "median; end other work on it, and measure again."
         )
+    if noise > _NOISY:
+        progress.say(f"the machine is busy: half of a model's turns differ by {100 * noise:.0f}%; predictions suffer")
     notes = measured_file.about(ranks.framework.name, size, noise, error)
     link = "node" if world.local_size == size else "network"
     new = Measurement(rates, tables, world.local_size, link, copied, notes)

@@ -18,7 +18,7 @@ from hvdlm_planner.timed_steps import Ranks
 OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "broadcast")
 SIZES = (64, 4096, 65536, 2**20, 2**23)  # bytes of the whole tensor
 _CALLS = 9  # of one size
-_LONGEST = 0.25  # seconds: of a call after which larger sizes follow in proportion
+_LONGEST = 0.25  # seconds of a call: larger sizes follow in proportion
 
 
 def measure(ranks: Ranks, sizes: Sequence[int] = SIZES) -> list[MeasuredCollective]:
@@ -45,10 +45,10 @@ def _table(
 ) -> MeasuredCollective:
     """Return the seconds of one operation; groups of the same size call it at the same time, as in training."""
     measured: list[float] = []
-    for size in sizes:
-        measured.append(_seconds(_call(operation, group, framework, size), group, world))
-        if measured[-1] > _LONGEST:
+    for index, size in enumerate(sizes):
+        if index and measured[-1] * size / sizes[index - 1] > _LONGEST:
             break
+        measured.append(_seconds(_call(operation, group, framework, size), group, world))
     link = "node" if world.local_size == world.size else "network"
     members = len(group.ranks)
     done = tuple(float(size) for size in sizes[: len(measured)])

@@ -147,6 +147,18 @@ def median(model: TimedModel) -> float:
     return statistics.median(model.seconds)
 
 
+def steady(models: Sequence[TimedModel]) -> None:
+    """Divide each turn's seconds by the speed of its round: by how much all models' turns in it took longer than usual.
+
+    Other work on the machine comes and goes, and slows what is measured at the same time alike.
+    """
+    seconds = np.array([model.seconds for model in models])
+    usual = np.median(seconds, axis=1, keepdims=True)
+    speeds = np.median(seconds / usual, axis=0)
+    for model, own in zip(models, seconds / speeds, strict=True):
+        model.seconds = own.tolist()
+
+
 def spread(values: Sequence[float]) -> float:
     """Return the distance of the quartiles of ``values``, as a share of their median."""
     low, middle, high = np.quantile(values, [0.25, 0.5, 0.75]).tolist()
