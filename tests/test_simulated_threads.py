@@ -21,13 +21,14 @@ from hvdlm.planning.simulator_steps import step_ends
 from hvdlm.training import loop
 from hvdlm_planner.planned_run import plan_run
 
-STEPS = 5
+STEPS = 3
 OPTIONS: Mapping[str, Any] = {
     **{"backend": "threads", "plugins": ["injected"], "model.layers": 2, "model.width": 16, "model.heads": 2},
+    **{"data.tokenizer": "byte", "model.vocab": 256},
     **{"data.context": 16, "train.steps": STEPS, "train.warmup": 0, "train.eval_every": 0},
     **{"train.replica_check_every": 0, "checkpoint.every": 0, "log.tensorboard": False, "log.progress": False},
 }
-LATENCY = 0.012  # seconds, within a node
+LATENCY = 0.04  # seconds, within a node
 ATTEMPTS = 3  # other work on the machine delays threads, too
 
 
@@ -94,7 +95,9 @@ def planned(options: Mapping[str, Any], mesh: tuple[int, int, int], hardware: Ha
     return costs[0]
 
 
-def check(options: Mapping[str, Any], mesh: tuple[int, int, int], bandwidth: float, slow: Any, tmp: Path, patch: Any) -> None:
+def check(
+    options: Mapping[str, Any], mesh: tuple[int, int, int], bandwidth: float, slow: Any, tmp: Path, patch: Any
+) -> None:
     data, pipeline, tensor = mesh
     copy, ranks = pipeline * tensor, data * pipeline * tensor
     costs = planned(options, mesh, machine(copy, bandwidth))
@@ -114,7 +117,7 @@ def check(options: Mapping[str, Any], mesh: tuple[int, int, int], bandwidth: flo
     for attempt in range(ATTEMPTS):
         (tmp / str(attempt)).mkdir()
         seconds.append(measured(options, conditions, ranks, tmp / str(attempt), patch))
-        print(expected, seconds)
+
         if seconds[-1] == pytest.approx(expected, rel=0.05):
             return
     assert seconds[-1] == pytest.approx(expected, rel=0.05), seconds
@@ -123,13 +126,14 @@ def check(options: Mapping[str, Any], mesh: tuple[int, int, int], bandwidth: flo
 def test_slow_ranks_and_links_delay_threads_as_simulated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slow = [
         {"ranks": [1], "seconds": 0.2},
-        {"ranks": [0, 5], "seconds": 0.5, "from_step": 2, "to_step": 3},
-        {"ranks": [7], "seconds": 0.3, "from_step": 4},
+        {"ranks": [0, 5], "seconds": 0.5, "from_step": 2, "to_step": 2},
+        {"ranks": [7], "seconds": 0.3, "from_step": 3},
     ]
     check({"train.batch_size": 8}, (8, 1, 1), 150e3, slow, tmp_path, monkeypatch)
 
 
 def test_pipelines_and_tensor_ranks_wait_as_simulated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"train.batch_size": 4, "train.micro_batch_size": 1, "parallel.pipeline": 2, "parallel.tensor": 2}
-    slow = [{"ranks": [2], "seconds": 0.3, "from_step": 3}]
-    check(options, (2, 2, 2), 100e3, slow, tmp_path, monkeypatch)
+    # Of the second stage, which waits for the first one meanwhile: half of it costs time.
+    slow = [{"ranks": [2], "seconds": 0.5, "from_step": 3}]
+    check(options, (2, 2, 2), 40e3, slow, tmp_path, monkeypatch)
