@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from hvdlm_planner.planned_run import plan_run
 
 import hvdlm
 from hvdlm import Config
@@ -19,7 +20,6 @@ from hvdlm.planning.hardware import Hardware, Link, MeasuredCollective, Rates
 from hvdlm.planning.simulator_costs import StepCosts, step_costs
 from hvdlm.planning.simulator_steps import step_ends
 from hvdlm.training import loop
-from hvdlm_planner.planned_run import plan_run
 
 STEPS = 3
 OPTIONS: Mapping[str, Any] = {
