@@ -17,7 +17,7 @@ from hvdlm.planning.simulator_failures import Failures
 
 
 class Signal:
-    """Something that happens once, and who waits for it."""
+    """Something that happens once, and the programs that wait for it."""
 
     def __init__(self) -> None:
         self.happened = False

@@ -95,7 +95,7 @@ def planned(options: Mapping[str, Any], mesh: tuple[int, int, int], hardware: Ha
     return costs[0]
 
 
-def check(
+def check_seconds(
     options: Mapping[str, Any], mesh: tuple[int, int, int], bandwidth: float, slow: Any, tmp: Path, patch: Any
 ) -> None:
     data, pipeline, tensor = mesh
@@ -113,11 +113,10 @@ def check(
         pairs = [[r, r + copy] for r in range(ranks - copy)]
         links += [{"between": pair, "bandwidth": f"{bandwidth:.0f} B/s"} for pair in pairs]
     conditions = {"links": links, "slow": list(slow)}
-    seconds = []
+    seconds: list[float] = []
     for attempt in range(ATTEMPTS):
         (tmp / str(attempt)).mkdir()
         seconds.append(measured(options, conditions, ranks, tmp / str(attempt), patch))
-
         if seconds[-1] == pytest.approx(expected, rel=0.05):
             return
     assert seconds[-1] == pytest.approx(expected, rel=0.05), seconds
@@ -129,11 +128,11 @@ def test_slow_ranks_and_links_delay_threads_as_simulated(tmp_path: Path, monkeyp
         {"ranks": [0, 5], "seconds": 0.5, "from_step": 2, "to_step": 2},
         {"ranks": [7], "seconds": 0.3, "from_step": 3},
     ]
-    check({"train.batch_size": 8}, (8, 1, 1), 150e3, slow, tmp_path, monkeypatch)
+    check_seconds({"train.batch_size": 8}, (8, 1, 1), 150e3, slow, tmp_path, monkeypatch)
 
 
 def test_pipelines_and_tensor_ranks_wait_as_simulated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"train.batch_size": 4, "train.micro_batch_size": 1, "parallel.pipeline": 2, "parallel.tensor": 2}
     # Of the second stage, which waits for the first one meanwhile: half of it costs time.
     slow = [{"ranks": [2], "seconds": 0.5, "from_step": 3}]
-    check(options, (2, 2, 2), 40e3, slow, tmp_path, monkeypatch)
+    check_seconds(options, (2, 2, 2), 40e3, slow, tmp_path, monkeypatch)

@@ -110,7 +110,7 @@ def simulate(costs: StepCosts, disturbances: Disturbances, steps: int) -> Simula
     ideal = run(costs, Disturbances(), steps)[-1]
     silent = run(without_communication(costs), Disturbances(), steps)[-1]
     compute = costs.computing(steps)
-    parts = {
+    seconds = {
         "compute": compute,
         "communication": ideal - silent,
         "bubble": silent - compute - steps * costs.data,
@@ -119,7 +119,7 @@ def simulate(costs: StepCosts, disturbances: Disturbances, steps: int) -> Simula
         "jitter": total - with_stragglers,
     }
     rounding = _ROUNDING * total
-    return Simulated({c: float(parts[c]) / steps if abs(parts[c]) > rounding else 0.0 for c in CAUSES}, ends)
+    return Simulated({c: float(seconds[c]) / steps if abs(seconds[c]) > rounding else 0.0 for c in CAUSES}, ends)
 
 
 def run(costs: StepCosts, disturbances: Disturbances, steps: int) -> np.ndarray:
