@@ -38,6 +38,7 @@ NAMES = [
     "waiting_threads",
     "compiled_steps",
     "tensorflow_chunks",
+    "simulator",
     "slow_network",
 ]
 OPTIONS = {"parallel": ["--ranks", "2"]}  # the table of 4 ranks has no bars and takes minutes

@@ -35,6 +35,7 @@ RUNS = [
     ("replica_check", ["torch"], 2),
     ("replica_check", ["tensorflow"], 2),
     ("save_cost", [], 4),
+    ("simulator", [], 7),
     ("slow_network", ["torch"], 3),
     ("tensorflow_chunks", [], 2),
     ("waiting_threads", ["torch"], 4),

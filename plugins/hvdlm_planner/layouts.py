@@ -18,7 +18,7 @@ from hvdlm.planning.hardware import Hardware
 from hvdlm.planning.layout_costs import LayoutCosts
 from hvdlm.protocols.state_dict import optimizer_state
 from hvdlm_planner.habits import habits_of
-from hvdlm_planner.plan import model_of
+from hvdlm_planner.planned_run import model_of
 
 
 def layout_costs(

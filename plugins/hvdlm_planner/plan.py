@@ -4,28 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import pluggy
-
-from hvdlm import plugins
-from hvdlm.checkpoints.base_weights import resolve
 from hvdlm.config import Config
-from hvdlm.configuration import validation
 from hvdlm.errors import HvdlmError
-from hvdlm.models.lora import adapt
 from hvdlm.models.spec import ModelSpec
-from hvdlm.parallel.mesh import AXES, Mesh, make_mesh
+from hvdlm.parallel.mesh import AXES, Mesh
 from hvdlm.planning.closed_forms import predict_costs
 from hvdlm.planning.hardware import Hardware
 from hvdlm.planning.memory_fit import Fit, fit
-from hvdlm.planning.step_time import StepTime, predict_time, resolved
-from hvdlm.protocols.state_dict import optimizer_state
+from hvdlm.planning.step_time import StepTime, predict_time
 from hvdlm.protocols.types import Prediction
-from hvdlm.training.run import load_plugins
 from hvdlm_planner.device_memory import device_memory
 from hvdlm_planner.habits import habits_of
+from hvdlm_planner.planned_run import plan_run
 
 _MEMORY = ("parameters", "gradients", "optimizer", "activations")
-_VOCAB = {"word": 10_000, "bpe": 4096}  # defaults of data.vocab_size
 
 
 def describe(config: Config, hardware: Hardware | None = None, gpu_memory: float | None = None) -> str:
@@ -38,17 +30,8 @@ def describe(config: Config, hardware: Hardware | None = None, gpu_memory: float
     Raises:
         HvdlmError: the first problem.
     """
-    config = resolve(config)
-    if hardware is not None:
-        config = resolved(config, hardware)
-    validation.values(config)
-    manager = load_plugins(config)
-    manager.hook.hvdlm_prepare(config=config)
-    p = config.parallel
-    mesh = make_mesh((p.data or 1) * p.pipeline * p.tensor, p)
-    validation.layout(config, mesh)
-    validation.model(config, manager)
-    spec, vocab = model_of(config, manager)
+    run = plan_run(config, hardware)
+    config, manager, mesh, spec = run.config, run.manager, run.mesh, run.spec
     # Data ranks have equal costs, and tensor ranks nearly so: the one with the highest stands for its stage.
     stages = []
     for stage in range(mesh.pipeline):
@@ -59,23 +42,15 @@ def describe(config: Config, hardware: Hardware | None = None, gpu_memory: float
                 raise HvdlmError(f"model.name {config.model.name}: no plugin predicts the costs of a {spec.kind}.")
             predictions.append(prediction)
         stages.append(max(predictions, key=lambda prediction: sum(prediction.memory.values())))
-    lines = [*_header(config, spec, mesh, stages[0], vocab), "", *_memory(stages)]
+    lines = [*_header(config, spec, mesh, stages[0], run.vocab), "", *_memory(stages)]
     if gpu_memory is None and hardware is None:
         gpu_memory = device_memory()
     lines += _fits(stages, [fit(stage, config, spec, mesh, hardware, gpu_memory) for stage in stages])
     lines += ["", *_bytes(stages)]
     if hardware is not None:
-        moments = len(optimizer_state(config.train, plugins.find_optimizer(manager, config.train)))
-        time = predict_time(config, spec, mesh, hardware, moments, habits_of(config))
+        time = predict_time(config, spec, mesh, hardware, run.moments, habits_of(config))
         lines += ["", *(_time(time, config, spec, mesh, hardware) if time else _no_time(spec))]
     return "\n".join(lines)
-
-
-def model_of(config: Config, manager: pluggy.PluginManager) -> tuple[ModelSpec, int]:
-    """Return the description of the model, and the size of its vocabulary, without looking at the data."""
-    vocab = config.model.vocab or config.data.vocab_size or _VOCAB.get(config.data.tokenizer, 256)
-    maker = plugins.find_model(manager, config.model.name)
-    return adapt(maker(config.model, vocab, config.data.context), config.lora), vocab
 
 
 def _header(config: Config, spec: ModelSpec, mesh: Mesh, first: Prediction, vocab: int) -> Iterable[str]:

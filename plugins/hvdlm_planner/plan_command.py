@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 
-from hvdlm_planner import search_command
+from hvdlm_planner import search_command, simulate_options
 
 
 def main(arguments: list[str]) -> int:
     """Print the plan of the run that ``arguments``, options of plan and of train, describe."""
     from hvdlm.configuration.parsing import parse_config
+    from hvdlm.errors import HvdlmError
     from hvdlm.planning.memory_fit import parse_bytes
     from hvdlm_planner.advice import known_hardware, refusal
     from hvdlm_planner.plan import describe
+    from hvdlm_planner.planned_run import with_ranks
 
     options, rest = make_parser().parse_known_args(arguments)
     if options.measure:
@@ -22,9 +24,16 @@ def main(arguments: list[str]) -> int:
     if options.search:
         return search_command.main(options, rest)
     gpu_memory = parse_bytes(options.gpu_memory) if options.gpu_memory else None
-    config = parse_config(rest, "plan")
+    config = with_ranks(parse_config(rest, "plan"), options.ranks)
     known = known_hardware(options.hardware, config)
     reason = refusal(*known, config) if known else None
+    if options.simulate:
+        from hvdlm_planner.simulate_text import simulation
+
+        if reason:
+            raise HvdlmError(reason)
+        print(simulation(config, known[1] if known else None, options))
+        return 0
     hardware = known[1] if known and not reason else None
     if known and reason:
         gpu_memory = gpu_memory or known[1].memory_bytes
@@ -60,5 +69,12 @@ def make_parser() -> argparse.ArgumentParser:
         "(python -m hvdlm run -np 4 -- plan --measure), and add it to the hardware file",
     )
     parser.add_argument("--seconds", type=float, default=60.0, help="that a measurement may take; default: 60")
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        metavar="N",
+        help="ranks of the run, in place of parallel.data; default: by the parallel options",
+    )
     search_command.add_options(parser)
+    simulate_options.add_options(parser)
     return parser

@@ -31,7 +31,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="list the fastest layouts that fit the memory; options of train that are given stay as they are",
     )
-    group.add_argument("--ranks", type=int, metavar="N", help="ranks to search layouts for")
     group.add_argument(
         "--lossy",
         action="store_true",

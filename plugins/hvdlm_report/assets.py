@@ -46,28 +46,32 @@ SCRIPT = """
 // Show the values of all runs below a chart, at the step that is nearest to the pointer.
 const short = value => String(Number(value.toPrecision(6)));
 for (const figure of document.querySelectorAll("figure")) {
-  const { runs, points } = JSON.parse(figure.dataset.chart);
+  const { runs, points, over } = JSON.parse(figure.dataset.chart);
   const output = figure.querySelector("output");
   for (const svg of figure.querySelectorAll("svg")) {
     const [low, high, first, last] = svg.dataset.x.split(",").map(Number);
+    const inner = svg.dataset.log === "1" ? Math.log : value => value;
+    const outer = svg.dataset.log === "1" ? Math.exp : value => value;
     const factors = svg.dataset.factors.split(",").map(Number);
     const cursor = svg.querySelector(".cursor");
     const show = event => {
       const box = svg.getBoundingClientRect(), view = svg.viewBox.baseVal;
       const at = (event.clientX - box.left) / box.width * view.width;
-      const value = low + (at - first) / (last - first) * (high - low);
+      const value = outer(inner(low) + (at - first) / (last - first) * (inner(high) - inner(low)));
       output.replaceChildren();
       let nearest = null;
       runs.forEach((name, number) => {
-        const distance = point => Math.abs(point[0] * factors[number] - value);
+        const distance = point => Math.abs(inner(point[0] * factors[number]) - inner(value));
         const point = points[number].reduce((a, b) => distance(b) < distance(a) ? b : a, points[number][0]);
         if (!point) return;
-        if (nearest === null || distance(point) < Math.abs(nearest - value)) nearest = point[0] * factors[number];
+        if (nearest === null || distance(point) < Math.abs(inner(nearest) - inner(value)))
+          nearest = point[0] * factors[number];
         const key = document.createElement("span");
         key.className = `key run${number}`;
-        output.append(key, ` ${short(point[1])} at step ${point[0]}  `);
+        output.append(key, ` ${short(point[1])} ${over.replace("%", point[0])}  `);
       });
-      const x = nearest === null ? first : first + (nearest - low) / ((high - low) || 1) * (last - first);
+      const share = (inner(nearest) - inner(low)) / ((inner(high) - inner(low)) || 1);
+      const x = nearest === null ? first : first + share * (last - first);
       for (const [name, place] of [["x1", x], ["x2", x], ["y1", 0], ["y2", view.height - 28]])
         cursor.setAttribute(name, place);
       cursor.style.visibility = "visible";

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import Literal
 
 from hvdlm_report.axes import Axis, axis_range, labels
 from hvdlm_report.curves import smoothed, thinned
@@ -15,6 +16,7 @@ WIDTH, HEIGHT = 400, 230
 FONT = 12  # size of labels; on a phone, a chart is shown at about nine tenths
 _LETTER = 0.62 * FONT  # width of a digit, at most
 _RIGHT, _BOTTOM, _TOP = 8, 28, 10  # margins; the left one depends on the labels
+_AT = {"steps": "at step %", "ranks": "on % ranks"}  # where a value was read
 _SMALLEST = 1e-100  # value on a logarithmic axis
 
 NamedCurve = tuple[str, Curve]
@@ -30,12 +32,14 @@ class Chart:
         unit: of the values, shown beside the heading.
         smooth: whether a moving average is drawn over the curves.
         tokens_per_step: of every run, for an axis of tokens; None: there is no such axis.
+        over: what the curves run over: steps, or ranks, which have a logarithmic axis.
     """
 
     title: str
     unit: str = ""
     smooth: bool = False
     tokens_per_step: Sequence[int] | None = None
+    over: Literal["steps", "ranks"] = "steps"
 
 
 def draw(chart: Chart, curves: Sequence[NamedCurve], marks: Sequence[int] = ()) -> str:
@@ -48,7 +52,8 @@ def draw(chart: Chart, curves: Sequence[NamedCurve], marks: Sequence[int] = ()) 
         return ""
     heading = f"{escape(chart.title)}{f' <small>{escape(chart.unit)}</small>' if chart.unit else ''}"
     points = [[list(item) for item in thinned(curve).items()] for _, curve in curves]
-    data = escape(json.dumps({"runs": [name for name, _ in curves], "points": points}, separators=(",", ":")))
+    values = {"runs": [name for name, _ in curves], "points": points, "over": _AT[chart.over]}
+    data = escape(json.dumps(values, separators=(",", ":")))
     drawings = "".join(_drawings(chart, curves, marks))
     # Without the script, the output stays empty and takes no space.
     return f'<figure data-chart="{data}"><figcaption>{heading}</figcaption>{drawings}<output></output></figure>'
@@ -81,15 +86,17 @@ class _Drawing:
         self._y_ticks = list(zip(self._y.ticks(), labels(self._y.ticks()), strict=True))
         self._left = 8 + _LETTER * max(len(label) for _, label in self._y_ticks)
         ends = [step * factor for curve, factor in zip(self._curves, factors, strict=True) for step in curve]
-        self._x = Axis(min(ends), max(ends), self._left, WIDTH - _RIGHT)
+        self._x = Axis(min(ends), max(ends), self._left, WIDTH - _RIGHT, chart.over == "ranks")
+        self._x_ticks = sorted(set(map(float, ends))) if self._x.log else self._x.ticks()
 
     def svg(self, marks: Sequence[int]) -> str:
         """Return the drawing."""
         x = self._x
         axes = f"{x.low:.17g},{x.high:.17g},{x.first:.1f},{x.last:.1f}"
-        label = f"{escape(self._chart.title)} over {self._kind.split()[0]}"
+        horizontal = self._kind.split()[0]
+        label = f"{escape(self._chart.title)} over {self._chart.over if horizontal == 'steps' else horizontal}"
         head = f'<svg class="{self._kind}" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}" '
-        head += f'data-x="{axes}" data-factors="{",".join(map(str, self._factors))}">'
+        head += f'data-x="{axes}" data-log="{int(x.log)}" data-factors="{",".join(map(str, self._factors))}">'
         return "".join([head, *self._grid(), *self._marks(marks), *self._lines(), '<line class="cursor"/></svg>'])
 
     def _grid(self) -> Iterator[str]:
@@ -97,8 +104,8 @@ class _Drawing:
             y = self._y.position(value)
             yield f'<line class="grid" x1="{self._left:.1f}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
             yield f'<text class="tick" text-anchor="end" x="{self._left - 6:.1f}" y="{y + 4:.1f}">{label}</text>'
-        values = self._x.ticks()
-        names = labels(values)
+        values = self._x_ticks
+        names = [f"{value:.0f}" for value in values] if self._x.log else labels(values)
         half = _LETTER * max(map(len, names)) / 2
         stride = 1 + int(2.3 * half * len(names) / (WIDTH - self._left))  # labels don't overlap
         for value, label in list(zip(values, names, strict=True))[::stride]:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from html import escape as escape_html
 from pathlib import Path
+from typing import Protocol
 
 from hvdlm.errors import HvdlmError
 from hvdlm.io.atomic_files import replace
@@ -60,31 +61,46 @@ def write(folders: Sequence[Path], output: Path, tolerance: float) -> list[str]:
     sentences = [f"{name} beside {runs[0].name}: {comparison.sentence()}" for name, comparison in comparisons]
     marks = [comparison.diverged_at for _, comparison in comparisons if comparison.diverged_at is not None]
     first = headline(runs)
+    publish(output, page(runs, first, sentences, marks))
+    return [*first, *sentences]
+
+
+def publish(output: Path, text: str) -> None:
+    """Write the page to ``output``.
+
+    Raises:
+        HvdlmError: it can't be written.
+    """
+    check_output(output)
     try:
-        replace(output, page(runs, first, sentences, marks))
+        replace(output, text)
     except OSError as error:
         reason = error.strerror or os.strerror(error.errno or 0)
         raise HvdlmError(f"--output {output}: {reason}: name a file in a folder that can be written.") from error
-    return [*first, *sentences]
 
 
 def page(runs: Sequence[RunData], first: Sequence[str], sentences: Sequence[str], marks: Sequence[int]) -> str:
     """Return the page, with ``first`` and ``sentences`` below its title; all text that comes from a run is escaped."""
     title = f"hvdlm: {', '.join(run.name for run in runs)}"
-    body = [f"<h1>{escape(title)}</h1>", _legend(runs), *(f'<p class="headline">{escape(text)}</p>' for text in first)]
+    body = [f"<h1>{escape(title)}</h1>", legend(runs), *(f'<p class="headline">{escape(text)}</p>' for text in first)]
     body += [f"<p>{escape(sentence)}</p>" for sentence in sentences]
-    body += [_section("Figures", runs, figures.rows(runs)), _charts(runs, marks)]
+    body += [section("Figures", runs, figures.rows(runs)), _charts(runs, marks)]
     if any(run.communicates for run in runs):
-        body.append(_section("Communication by purpose", runs, figures.traffic(runs)))
-    body.append(_section("Seconds a step", runs, figures.step_seconds(runs)))
-    body.append(_section("Memory", runs, figures.memory(runs)))
+        body.append(section("Communication by purpose", runs, figures.traffic(runs)))
+    body.append(section("Seconds a step", runs, figures.step_seconds(runs)))
+    body.append(section("Memory", runs, figures.memory(runs)))
     samples = [f"<h3>{escape(r.name)}</h3><pre>{escape(r.sample)}</pre>" for r in runs if r.sample]
     body += ["<h2>Text</h2>", *samples] if samples else []
     versions = sorted({name for run in runs for name in run.summary.get("versions", {})})
     rows = [(name, [run.summary.get("versions", {}).get(name, "") for run in runs]) for name in versions]
-    body.append(_section("Versions", runs, rows))
+    body.append(section("Versions", runs, rows))
     options = list(dict.fromkeys(name for run in runs for name in run.config))
-    body.append(_section("Configuration", runs, [(o, [run.config.get(o, "") for run in runs]) for o in options]))
+    body.append(section("Configuration", runs, [(o, [run.config.get(o, "") for run in runs]) for o in options]))
+    return document(title, body)
+
+
+def document(title: str, body: Sequence[str]) -> str:
+    """Return a page of HTML with a style sheet and a script of its own."""
     head = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{assets.POLICY}">'
     head += f"<title>{escape(title)}</title><style>{assets.STYLE}</style>"
     head += '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
@@ -102,29 +118,39 @@ def _charts(runs: Sequence[RunData], marks: Sequence[int]) -> str:
         unit = loss_unit(runs[0]) if key in ("loss", "val_loss") else unit
         curves = [(run.name, run.curves.get(key, {})) for run in runs]
         drawn.append(draw(Chart(title, unit, smooth, tokens), curves, marks))
-    return f'<h2>Curves</h2>{_legend(runs)}{_choices(tokens is not None)}<div class="curves">{"".join(drawn)}</div>'
+    return f'<h2>Curves</h2>{legend(runs)}{choices(tokens is not None)}<div class="curves">{"".join(drawn)}</div>'
 
 
-def _choices(tokens: bool) -> str:
+def choices(tokens: bool, smooth: bool = True) -> str:
     """Return the choice of axes: the style sheet shows the drawings for it."""
+    offered = {"log": True, "tokens": tokens, "smooth": smooth}
     boxes = []
     for name, label, checked in _CHOICES:
         state = " checked" if checked else ""
-        # Without tokens, the box is there for the style sheet's sake.
-        hidden = " hidden disabled" if name == "tokens" and not tokens else ""
+        # A box that is not offered is there for the style sheet's sake.
+        hidden = "" if offered[name] else " hidden disabled"
         boxes.append(f'<input type="checkbox" id="{name}" autocomplete="off"{state}{hidden}>')
         boxes.append(f' <label for="{name}"{hidden and " hidden"}>{label}</label>')
     return "".join(boxes)
 
 
-def _legend(runs: Sequence[RunData]) -> str:
+class Named(Protocol):
+    """What a page compares."""
+
+    @property
+    def name(self) -> str:
+        """Shown beside its color."""
+
+
+def legend(runs: Sequence[Named]) -> str:
+    """Return the colors of the runs; nothing for a single one."""
     if len(runs) == 1:
         return ""
     keys = [f'<span class="key run{number}"></span> {escape(run.name)}' for number, run in enumerate(runs)]
     return f"<p>{' &nbsp; '.join(keys)}</p>"
 
 
-def _section(title: str, runs: Sequence[RunData], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
+def section(title: str, runs: Sequence[Named], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
     """Return a table with a column for each run; rows in which runs differ are marked, empty rows left out."""
     rows = [(name, cells) for name, cells in rows if any(cells)]
     if not rows:
