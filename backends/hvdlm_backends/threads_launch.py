@@ -58,7 +58,12 @@ class Launch(rank_context.ThreadLaunch):
         if self._starter is not threading.main_thread():
             return False
         called = threading.Event()
-        self._events.put(lambda: (function(), called.set()))
+
+        def call() -> None:
+            function()
+            called.set()
+
+        self._events.put(call)
         return called.wait(_END_SECONDS)
 
     def run(self, function: Callable[[int], Any]) -> list[Any]:
@@ -150,4 +155,4 @@ def _inherit_ranks() -> None:
             thread.run = functools.partial(copy_context().run, thread.run)  # type: ignore[method-assign]
         start(thread)
 
-    threading.Thread.start = start_in_context  # type: ignore[method-assign]
+    threading.Thread.start = start_in_context  # type: ignore[method-assign,assignment]
