@@ -5,6 +5,7 @@ For debugging many ranks on one machine, and for tests: the ranks run the code t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -42,13 +43,10 @@ class ThreadsBackend:
         """Set thread counts in the environment; return the framework's threads per rank.
 
         Raises:
-            HvdlmError: the framework keeps state of a whole process.
+            HvdlmError: a setting is Horovod's.
         """
-        if config.framework == "tensorflow":
-            raise HvdlmError(
-                "backend threads runs ranks as threads of one process, and TensorFlow's random numbers and graphs are "
-                "those of the whole process: use --framework torch, or start processes (python -m hvdlm run)."
-            )
+        # A GPU's backward passes run in one thread of the process, in which ranks would wait for each other.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
         environment.refuse_horovod_settings(config, self.name)
         return environment.set_threads(launcher_env.detect(), config)
 

@@ -51,6 +51,12 @@ class Call(NamedTuple):
 class Injection(Protocol):
     """Delays and faults of a network (``injected*.py``)."""
 
+    def begin_step(self, rank: int, step: int, check: Callable[[], None]) -> None:
+        """Called in the rank's thread when a step begins: may sleep, raise an error, end the rank or hang.
+
+        One that hangs calls ``check`` now and then, which raises RanksEnded when another rank has ended all.
+        """
+
     def arrive(self, call: Call) -> None:
         """Called in the rank's thread before it takes part: may sleep, raise an error or end the rank."""
 
@@ -64,6 +70,9 @@ class Injection(Protocol):
 
 class NoInjection:
     """A network without delays or faults."""
+
+    def begin_step(self, rank: int, step: int, check: Callable[[], None]) -> None:
+        """Do nothing."""
 
     def arrive(self, call: Call) -> None:
         """Do nothing."""

@@ -5,12 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from hvdlm.diagnostics.flight_recorder import FlightRecorder
 from hvdlm.protocols.framework import Framework
 from hvdlm_backends.host_groups import HostGroup
 from hvdlm_backends.host_tensors import host_tensors
 from hvdlm_backends.threads_network import Network
 from hvdlm_backends.threads_transport import ThreadsMessages, ThreadsTransport
 from hvdlm_backends.worlds import RanksWorld
+
+
+class ThreadRecorder(FlightRecorder):
+    """The flight recorder of a thread, whose network learns when a step begins."""
+
+    def __init__(self, network: Network, rank: int) -> None:
+        super().__init__(rank, network.size)
+        self._network = network
+
+    def step(self, number: int) -> None:
+        """Note that step ``number`` begins."""
+        super().step(number)
+        self._network.injection.begin_step(self.rank, number, self._network.check)
 
 
 class ThreadsWorld(RanksWorld):
@@ -35,7 +49,7 @@ class ThreadsWorld(RanksWorld):
         end: Callable[[int], Any],
     ) -> None:
         messages = ThreadsMessages(network, rank, self._step)
-        super().__init__(rank, network.size, messages, None)
+        super().__init__(rank, network.size, messages, None, ThreadRecorder(network, rank))
         self.local_rank, self.local_size = rank, network.size
         self._end = end
         self._transports: list[ThreadsTransport] = []
