@@ -94,6 +94,7 @@ def run_ranks(
     framework: str = "torch",
     groups: Sequence[tuple[int, ...]] = (),
     injection: Injection | None = None,
+    timeout: float = 60.0,
 ) -> list[Any]:
     """Return what ``function(world)`` returns on each of ``size`` ranks, which are threads of this process.
 
@@ -103,8 +104,10 @@ def run_ranks(
         framework: whose tensors are sent.
         groups: the groups of two ranks or more that ``function`` uses besides that of all ranks.
         injection: delays and faults.
+        timeout: seconds that the whole may take.
 
     Raises:
+        TimeoutError: it took longer.
         BaseException: that of the rank which failed first; the others are ended.
     """
     made = plugins.make(plugins.load([framework]), "framework", framework)
@@ -116,7 +119,7 @@ def run_ranks(
         world.close()
         return result
 
-    return launch.run(run_rank)
+    return launch.run(run_rank, timeout)
 
 
 @hookimpl
