@@ -16,8 +16,9 @@ from hvdlm.io import safe_yaml, untrusted_input
 
 _MOST_BYTES = 1 << 20
 _MOST = 2**31
-_BANDWIDTHS = {"bit/s": 0.125, "B/s": 1.0}
-_LATENCIES = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
+# Divisors: 50 us is 50 / 1e6 s, rounded once.
+_BANDWIDTHS = {"bit/s": 8.0, "B/s": 1.0}
+_LATENCIES = {"s": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9}
 _PREFIXES = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9}
 _QUANTITY = re.compile(r"(\d{1,12}(?:\.\d{1,12})?(?:e-?\d{1,2})?) ?([A-Za-z/]{1,6})")
 Kind = Literal["error", "exit", "hang"]
@@ -169,8 +170,8 @@ class _Reader:
 
     def _quantity(self, value: Any, where: str, units: Mapping[str, float], example: str) -> float:
         match = _QUANTITY.fullmatch(value) if isinstance(value, str) else None
-        scale = units.get(match[2]) if match else None
-        if match is None or scale is None or not (number := float(match[1]) * scale) < math.inf:
+        divisor = units.get(match[2]) if match else None
+        if match is None or divisor is None or not (number := float(match[1]) / divisor) < math.inf:
             _refuse(value, where, f"a number with a unit, such as {example}")
         return number
 
@@ -195,7 +196,7 @@ class _Reader:
         return self._quantity(value, where, _LATENCIES, "50 us, 1 ms or 0.5 s")
 
     def _bandwidth(self, value: Any, where: str) -> float:
-        units = {f"{prefix}{unit}": p * u for prefix, p in _PREFIXES.items() for unit, u in _BANDWIDTHS.items()}
+        units = {f"{prefix}{unit}": u / p for prefix, p in _PREFIXES.items() for unit, u in _BANDWIDTHS.items()}
         bandwidth = self._quantity(value, where, units, "10 Mbit/s or 1.25 GB/s")
         return bandwidth if bandwidth > 0 else _refuse(value, where, "more than 0")
 
