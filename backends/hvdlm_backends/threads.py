@@ -17,7 +17,7 @@ from hvdlm.io.untrusted_input import shown
 from hvdlm.protocols.framework import Framework
 from hvdlm.protocols.world import World
 from hvdlm_backends import environment
-from hvdlm_backends.threads_launch import Launch, run_command
+from hvdlm_backends.threads_launch import Launch
 from hvdlm_backends.threads_network import Injection
 from hvdlm_backends.threads_world import ThreadsWorld
 
@@ -58,24 +58,16 @@ class ThreadsBackend:
         world.wait_for_start()
         return world
 
-    def run_command(self, ranks: str, command: Callable[[], int]) -> int:
-        """Run ``command`` on as many ranks as ``--ranks`` says, each in a thread of its own; return the exit code.
-
-        Raises:
-            HvdlmError: there can't be as many, a launcher started this process, or a rank refuses its input.
-        """
-        return run_command(_checked(ranks), command)
-
     def run_ranks(self, ranks: int, function: Callable[[], Any]) -> list[Any]:
         """Return what ``function()`` returns in each of ``ranks`` threads.
 
         Raises:
             BaseException: that of the rank which failed first; the others are ended.
         """
-        return Launch(_checked(str(ranks))).run(lambda _: function())
+        return Launch(checked(str(ranks))).run(lambda _: function())
 
 
-def _checked(ranks: str) -> int:
+def checked(ranks: str) -> int:
     """Return the number of ranks to start."""
     if not (ranks.isascii() and ranks.isdigit() and 0 < int(ranks[:8]) <= MOST_RANKS):
         raise HvdlmError(f"--ranks: got {shown(repr(ranks))}, expected a number of threads from 1 to {MOST_RANKS}.")
