@@ -214,7 +214,7 @@ def test_every_rank_has_state_and_threads_of_its_own() -> None:
         thread.join(10)
         with ThreadPoolExecutor(1) as pool:
             seen.append(pool.submit(lambda: process.size).result(10))
-            names = {thread.name for thread in rank_context.current().threads}
+            names = {thread.name for thread in rank_context.current().threads if thread.is_alive()}
         everyone(world).barrier()
         return {"seen": seen, "names": names, "launch": launcher_env.detect(), "size": process.size}
 

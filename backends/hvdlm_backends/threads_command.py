@@ -4,7 +4,8 @@ from __future__ import annotations
 
 _HELP = (
     "python -m hvdlm --backend threads --ranks 4 OPTIONS runs 4 ranks as threads of this process, with collectives in "
-    "memory. So do evaluate, generate and bench with --ranks. With --debug, every command shows the traceback of an error."
+    "memory. So do evaluate, generate and bench with --ranks. With --debug, every command shows the traceback of an "
+    "error."
 )
 
 
