@@ -134,6 +134,7 @@ def help_text() -> str:
             *(f"  {name.ljust(width)}{text}" for name, text in SECTIONS.items()),
             "",
             "  --config FILE         YAML file of options; options given later override earlier ones",
+            "  --ranks N             run N ranks as threads of this process (backend threads)",
             "  --print_config        print the resulting configuration and exit",
             "  --debug               show the traceback of an error (every command)",
         ]
