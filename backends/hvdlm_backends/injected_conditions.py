@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args
 
@@ -16,10 +17,10 @@ from hvdlm.io import safe_yaml, untrusted_input
 
 _MOST_BYTES = 1 << 20
 _MOST = 2**31
-# Divisors: 50 us is 50 / 1e6 s, rounded once.
-_BANDWIDTHS = {"bit/s": 8.0, "B/s": 1.0}
-_LATENCIES = {"s": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9}
-_PREFIXES = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9}
+# Decimal numbers, so that 50 us is 5e-05 s, rounded once.
+_BANDWIDTHS = {"bit/s": Decimal("0.125"), "B/s": Decimal(1)}
+_LATENCIES = {"s": Decimal(1), "ms": Decimal("1e-3"), "us": Decimal("1e-6"), "ns": Decimal("1e-9")}
+_PREFIXES = {"": Decimal(1), "k": Decimal("1e3"), "M": Decimal("1e6"), "G": Decimal("1e9")}
 _QUANTITY = re.compile(r"(\d{1,12}(?:\.\d{1,12})?(?:e-?\d{1,2})?) ?([A-Za-z/]{1,6})")
 Kind = Literal["error", "exit", "hang"]
 Between = Literal["all", "within_nodes", "across_nodes"]
@@ -168,12 +169,12 @@ class _Reader:
             _refuse(value, where, f"a number, {low:g} or more")
         return float(value)
 
-    def _quantity(self, value: Any, where: str, units: Mapping[str, float], example: str) -> float:
+    def _quantity(self, value: Any, where: str, units: Mapping[str, Decimal], example: str) -> float:
         match = _QUANTITY.fullmatch(value) if isinstance(value, str) else None
-        divisor = units.get(match[2]) if match else None
-        if match is None or divisor is None or not (number := float(match[1]) / divisor) < math.inf:
+        unit = units.get(match[2]) if match else None
+        if match is None or unit is None:
             _refuse(value, where, f"a number with a unit, such as {example}")
-        return number
+        return float(Decimal(match[1]) * unit)
 
     def _rank(self, value: Any, where: str) -> int:
         return self._whole(value, where, 0, self._size - 1)
@@ -196,7 +197,7 @@ class _Reader:
         return self._quantity(value, where, _LATENCIES, "50 us, 1 ms or 0.5 s")
 
     def _bandwidth(self, value: Any, where: str) -> float:
-        units = {f"{prefix}{unit}": u / p for prefix, p in _PREFIXES.items() for unit, u in _BANDWIDTHS.items()}
+        units = {f"{prefix}{unit}": p * u for prefix, p in _PREFIXES.items() for unit, u in _BANDWIDTHS.items()}
         bandwidth = self._quantity(value, where, units, "10 Mbit/s or 1.25 GB/s")
         return bandwidth if bandwidth > 0 else _refuse(value, where, "more than 0")
 
