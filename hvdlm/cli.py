@@ -8,7 +8,6 @@ import importlib.metadata
 import sys
 import time
 import traceback
-from collections.abc import Callable
 from importlib.metadata import EntryPoint
 from typing import Any
 
@@ -22,7 +21,7 @@ COMMANDS = {
 }
 """The command of the core, a module ``hvdlm.commands.NAME`` with ``main(arguments) -> exit code``."""
 
-_ON_RANKS = ("train", "evaluate", "generate", "bench")  # commands that ``--ranks`` runs on threads
+_ON_RANKS = ("train", "evaluate", "generate", "bench")  # with ``--ranks``, on threads of this process
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -55,6 +54,8 @@ def run(arguments: list[str]) -> int:
     name, rest = "train", arguments
     if arguments and not arguments[0].startswith("-"):
         name, rest = arguments[0], arguments[1:]
+    if name in _ON_RANKS and "--dry_run" not in rest and any(a.partition("=")[0] == "--ranks" for a in rest):
+        name, rest = "threads", [name, *rest]
     if name in COMMANDS:
         if rest and not rest[0].startswith("-"):
             raise HvdlmError(f"no command {rest[0]!r}; {nearest(rest[0], [*COMMANDS, *added_commands()])}")
@@ -62,25 +63,11 @@ def run(arguments: list[str]) -> int:
         if name == "train" and (rest in (["--help"], ["-h"]) or (not arguments and on_terminal())):
             print(help_text())
             return 0
-        return _on_ranks(name, importlib.import_module(f"hvdlm.commands.{name}").main, rest)
+        return int(importlib.import_module(f"hvdlm.commands.{name}").main(rest))
     entries = added_commands()
     if name not in entries:
         raise HvdlmError(f"no command {name!r}; {nearest(name, [*COMMANDS, *entries])}")
-    return _on_ranks(name, _load(entries[name]).main, rest)
-
-
-def _on_ranks(name: str, main: Callable[[list[str]], int], arguments: list[str]) -> int:
-    """Return ``main(arguments)``, called by every rank where ``--ranks N`` asks for N threads (backend threads)."""
-    index = next((i for i, a in enumerate(arguments) if a.partition("=")[0] == "--ranks"), None)
-    if index is None or name not in _ON_RANKS or "--dry_run" in arguments:
-        return int(main(arguments))
-    from hvdlm import plugins
-
-    _, sign, value = arguments[index].partition("=")
-    ranks = value if sign else "".join(arguments[index + 1 : index + 2])
-    rest = arguments[:index] + arguments[index + (1 if sign else 2) :]
-    backend: Any = plugins.make(plugins.load(["threads"]), "backend", "threads")  # a StartsRanks
-    return int(backend.run_command(ranks, lambda: main(list(rest))))
+    return int(_load(entries[name]).main(rest))
 
 
 def added_commands() -> dict[str, EntryPoint]:
@@ -134,6 +121,7 @@ def help_text() -> str:
             *(f"  {name.ljust(width)}{text}" for name, text in SECTIONS.items()),
             "",
             "  --config FILE         YAML file of options; options given later override earlier ones",
+            "  --ranks N             run N ranks as threads of this process (backend threads)",
             "  --print_config        print the resulting configuration and exit",
             "  --debug               show the traceback of an error (every command)",
         ]

@@ -387,7 +387,8 @@ class Config:
 
     Args:
         framework: torch, tensorflow, or one provided by a plugin
-        backend: communication backend: auto, local, mpi, gloo, nccl (GPUs), or mpi4py (MPI without Horovod)
+        backend: communication backend: auto, local, mpi, gloo, nccl (GPUs), mpi4py (MPI without Horovod), or
+            threads (--ranks N threads of one process)
         task: language_model, translation, speech, digits, or one provided by a plugin
         plugins: installed plugins to load in addition to those that other options name
         plugin_options: the options of plugins, by section

@@ -6,6 +6,7 @@ import random
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.mesh import Mesh
 from hvdlm.protocols.types import Batch
 from hvdlm_backends.local import AloneGroup, LocalWorld
+from launching import SMALL, launch, losses, run_python
 
 RANKS, STEPS = 4, 3
 
@@ -172,3 +174,17 @@ def program_numbers(framework: str, action: Callable[[], Any]) -> list[float]:
     action()
     drawn = [random.random(), float(np.random.random())]
     return [*drawn, torch.rand(1).item()] if framework == "torch" else drawn
+
+
+@both_frameworks
+def test_threads_and_mpi_have_the_same_losses_with_dropout(framework: str, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 100)
+    options = ["--framework", framework, "--data.path", str(tmp_path / "text.txt"), "--parallel.tensor", "2", *SMALL]
+    options += ["--model.dropout", "0.2", "--train.activation_checkpointing", "true", "--train.steps", "4"]
+    options += ["--train.warmup", "0", "--train.eval_every", "0", "--log.tensorboard", "false"]
+    runs = {name: ["-m", "hvdlm", *options, "--log.run", str(tmp_path / name)] for name in ("threads", "mpi4py")}
+    done = run_python([*runs["threads"], "--backend", "threads", "--ranks", "4"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    done = launch("mpirun", 4, [*runs["mpi4py"], "--backend", "mpi4py"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(tmp_path / "threads") == losses(tmp_path / "mpi4py") and len(losses(tmp_path / "threads")) == 4

@@ -30,6 +30,7 @@ EXCEPTIONS = [
     ("builders.py", "self._barrier.wait", "the barrier is made with a time-out"),
     ("parallel/*.py", "*.wait", "a handle takes none; the launch and --communication.timeout have one"),
     ("numpy_framework.py", "*.wait", "a handle takes none; the run's --communication.timeout has one"),
+    ("test_threads.py", "*.wait", "a handle takes none; run_ranks has a time-out"),
     ("test_mpi4py_backend.py", "tensors.*.wait", "the handle is complete from the start"),
     ("alone/test_returned_arrays.py", "tensors.*.wait", "the handle is complete from the start"),
     ("faulty_contracts.py", "gather(tensor, *.wait", "a handle takes none; the launch has one"),

@@ -205,6 +205,21 @@ def _lookup_error(name: str) -> OSError | None:
     return None
 
 
+def launch_shape(backend: str) -> tuple[int, int, int, int]:
+    """Return the launch shape; without a launcher, that of a single process.
+
+    Raises:
+        HvdlmError: the ranks are threads of one process, which ``backend`` can't connect.
+    """
+    launch = launcher_env.detect()
+    if launch and launch.launcher == launcher_env.THREADS:
+        raise HvdlmError(
+            f"--ranks starts threads of one process, which backend {backend} can't connect: use --backend threads, or "
+            f"start processes (python -m hvdlm run -np {launch.size}) without --ranks."
+        )
+    return launcher_env.launch_shape()
+
+
 def check_alone(launch: Launch | None) -> None:
     """Check that this is the only process.
 

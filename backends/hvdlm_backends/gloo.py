@@ -28,7 +28,7 @@ class GlooBackend:
             raise HvdlmError(
                 "backend gloo needs the rendezvous of horovodrun: start the run with horovodrun --gloo -np N."
             )
-        return launcher_env.launch_shape()
+        return environment.launch_shape(self.name)
 
     def prepare(self, config: Config) -> int:
         """Set threads and settings in the environment; return the framework's threads per rank."""

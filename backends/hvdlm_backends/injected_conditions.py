@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args
 
@@ -16,9 +17,10 @@ from hvdlm.io import safe_yaml, untrusted_input
 
 _MOST_BYTES = 1 << 20
 _MOST = 2**31
-_BANDWIDTHS = {"bit/s": 0.125, "B/s": 1.0}
-_LATENCIES = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
-_PREFIXES = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9}
+# Decimal numbers, so that 50 us is 5e-05 s, rounded once.
+_BANDWIDTHS = {"bit/s": Decimal("0.125"), "B/s": Decimal(1)}
+_LATENCIES = {"s": Decimal(1), "ms": Decimal("1e-3"), "us": Decimal("1e-6"), "ns": Decimal("1e-9")}
+_PREFIXES = {"": Decimal(1), "k": Decimal("1e3"), "M": Decimal("1e6"), "G": Decimal("1e9")}
 _QUANTITY = re.compile(r"(\d{1,12}(?:\.\d{1,12})?(?:e-?\d{1,2})?) ?([A-Za-z/]{1,6})")
 Kind = Literal["error", "exit", "hang"]
 Between = Literal["all", "within_nodes", "across_nodes"]
@@ -167,12 +169,12 @@ class _Reader:
             _refuse(value, where, f"a number, {low:g} or more")
         return float(value)
 
-    def _quantity(self, value: Any, where: str, units: Mapping[str, float], example: str) -> float:
+    def _quantity(self, value: Any, where: str, units: Mapping[str, Decimal], example: str) -> float:
         match = _QUANTITY.fullmatch(value) if isinstance(value, str) else None
-        scale = units.get(match[2]) if match else None
-        if match is None or scale is None or not (number := float(match[1]) * scale) < math.inf:
+        unit = units.get(match[2]) if match else None
+        if match is None or unit is None:
             _refuse(value, where, f"a number with a unit, such as {example}")
-        return number
+        return float(Decimal(match[1]) * unit)
 
     def _rank(self, value: Any, where: str) -> int:
         return self._whole(value, where, 0, self._size - 1)

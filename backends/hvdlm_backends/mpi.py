@@ -116,7 +116,7 @@ class MPIBackend:
 
     def launch_shape(self) -> tuple[int, int, int, int]:
         """Return the launch shape; without a launcher, that of a single process."""
-        return launcher_env.launch_shape()
+        return environment.launch_shape(self.name)
 
     def prepare(self, config: Config) -> int:
         """Set threads and settings in the environment; return the framework's threads per rank."""

@@ -69,7 +69,7 @@ class MPI4PyBackend:
                 "backend mpi4py needs ranks that MPI has started: use mpirun or srun; horovodrun --gloo starts ranks "
                 "for --backend gloo."
             )
-        return launcher_env.launch_shape()
+        return environment.launch_shape(self.name)
 
     def prepare(self, config: Config) -> int:
         """Set threads and settings in the environment; return the framework's threads per rank.

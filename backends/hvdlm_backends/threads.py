@@ -5,6 +5,7 @@ For debugging many ranks on one machine, and for tests: the ranks run the code t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from hvdlm.io.untrusted_input import shown
 from hvdlm.protocols.framework import Framework
 from hvdlm.protocols.world import World
 from hvdlm_backends import environment
-from hvdlm_backends.threads_launch import Launch, run_command
+from hvdlm_backends.threads_launch import Launch
 from hvdlm_backends.threads_network import Injection
 from hvdlm_backends.threads_world import ThreadsWorld
 
@@ -42,13 +43,10 @@ class ThreadsBackend:
         """Set thread counts in the environment; return the framework's threads per rank.
 
         Raises:
-            HvdlmError: the framework keeps state of a whole process.
+            HvdlmError: a setting is Horovod's.
         """
-        if config.framework == "tensorflow":
-            raise HvdlmError(
-                "backend threads runs ranks as threads of one process, and TensorFlow's random numbers and graphs are "
-                "those of the whole process: use --framework torch, or start processes (python -m hvdlm run)."
-            )
+        # A GPU's backward passes run in one thread of the process, in which ranks would wait for each other.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
         environment.refuse_horovod_settings(config, self.name)
         return environment.set_threads(launcher_env.detect(), config)
 
@@ -60,24 +58,16 @@ class ThreadsBackend:
         world.wait_for_start()
         return world
 
-    def run_command(self, ranks: str, command: Callable[[], int]) -> int:
-        """Run ``command`` on as many ranks as ``--ranks`` says, each in a thread of its own; return the exit code.
-
-        Raises:
-            HvdlmError: there can't be as many, a launcher started this process, or a rank refuses its input.
-        """
-        return run_command(_checked(ranks), command)
-
     def run_ranks(self, ranks: int, function: Callable[[], Any]) -> list[Any]:
         """Return what ``function()`` returns in each of ``ranks`` threads.
 
         Raises:
             BaseException: that of the rank which failed first; the others are ended.
         """
-        return Launch(_checked(str(ranks))).run(lambda _: function())
+        return Launch(checked(str(ranks))).run(lambda _: function())
 
 
-def _checked(ranks: str) -> int:
+def checked(ranks: str) -> int:
     """Return the number of ranks to start."""
     if not (ranks.isascii() and ranks.isdigit() and 0 < int(ranks[:8]) <= MOST_RANKS):
         raise HvdlmError(f"--ranks: got {shown(repr(ranks))}, expected a number of threads from 1 to {MOST_RANKS}.")
@@ -96,6 +86,7 @@ def run_ranks(
     framework: str = "torch",
     groups: Sequence[tuple[int, ...]] = (),
     injection: Injection | None = None,
+    timeout: float = 60.0,
 ) -> list[Any]:
     """Return what ``function(world)`` returns on each of ``size`` ranks, which are threads of this process.
 
@@ -105,8 +96,10 @@ def run_ranks(
         framework: whose tensors are sent.
         groups: the groups of two ranks or more that ``function`` uses besides that of all ranks.
         injection: delays and faults.
+        timeout: seconds that the whole may take.
 
     Raises:
+        TimeoutError: it took longer.
         BaseException: that of the rank which failed first; the others are ended.
     """
     made = plugins.make(plugins.load([framework]), "framework", framework)
@@ -118,7 +111,7 @@ def run_ranks(
         world.close()
         return result
 
-    return launch.run(run_rank)
+    return launch.run(run_rank, timeout)
 
 
 @hookimpl

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import math
 import os
 import queue
 import socket
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from contextvars import copy_context
 from typing import Any
 
+from hvdlm.diagnostics.flight_recorder import named_ranks
 from hvdlm.errors import HvdlmError, RankError
 from hvdlm.io import rank_context
 from hvdlm_backends.threads_network import Injection, Network, RanksEnded
@@ -58,13 +60,19 @@ class Launch(rank_context.ThreadLaunch):
         if self._starter is not threading.main_thread():
             return False
         called = threading.Event()
-        self._events.put(lambda: (function(), called.set()))
+
+        def call() -> None:
+            function()
+            called.set()
+
+        self._events.put(call)
         return called.wait(_END_SECONDS)
 
-    def run(self, function: Callable[[int], Any]) -> list[Any]:
-        """Return what ``function(rank)`` returns on every rank.
+    def run(self, function: Callable[[int], Any], seconds: float = math.inf) -> list[Any]:
+        """Return what ``function(rank)`` returns on every rank, within ``seconds``.
 
         Raises:
+            TimeoutError: ranks have not ended by then, and no rank has failed.
             BaseException: that of the rank which failed first.
             RanksStopped: a rank has ended all.
         """
@@ -76,13 +84,15 @@ class Launch(rank_context.ThreadLaunch):
         for thread in threads:
             thread.start()
         try:
-            self._wait()
+            running = self._wait(seconds)
         finally:
             self.network.end()
         if self._errors:
             raise self._first_error()
         if self._code is not None:
             raise RanksStopped(self._code)
+        if running:
+            raise TimeoutError(f"{named_ranks(running)} did not end within {seconds:g} s")
         return self._results
 
     def _run_rank(self, rank: int, function: Callable[[int], Any]) -> None:
@@ -97,21 +107,20 @@ class Launch(rank_context.ThreadLaunch):
         finally:
             self._events.put(rank)
 
-    def _wait(self) -> None:
-        """Wait until all ranks have ended; after a failure, for a moment."""
-        running, deadline = set(range(self.size)), float("inf")
-        while running:
+    def _wait(self, seconds: float) -> set[int]:
+        """Wait until all ranks have ended, or for ``seconds``, after a failure for a moment; return those that run."""
+        running, deadline, failed = set(range(self.size)), time.monotonic() + seconds, 0.0
+        while running and (left := deadline - time.monotonic()) > 0:
             with contextlib.suppress(queue.Empty):
-                seconds = None if deadline == float("inf") else max(0.0, deadline - time.monotonic())
-                event = self._events.get(timeout=seconds)
+                event = self._events.get(timeout=None if left == math.inf else left)
                 if callable(event):
                     event()
                 else:
                     running -= {event}
             if self._errors or self._code is not None:
-                deadline = min(deadline, time.monotonic() + _END_SECONDS)
-                if time.monotonic() >= deadline:
-                    return
+                failed = failed or time.monotonic()
+                deadline = min(deadline, failed + _END_SECONDS)
+        return running
 
     def _first_error(self) -> BaseException:
         """Return the error that was raised first, that of the lowest of the ranks that raised the same."""
@@ -150,4 +159,4 @@ def _inherit_ranks() -> None:
             thread.run = functools.partial(copy_context().run, thread.run)  # type: ignore[method-assign]
         start(thread)
 
-    threading.Thread.start = start_in_context  # type: ignore[method-assign]
+    threading.Thread.start = start_in_context  # type: ignore[method-assign,assignment]

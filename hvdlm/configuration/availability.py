@@ -28,16 +28,6 @@ def choose_backend(framework: str) -> str:
     return mpi_backend(framework)
 
 
-def check_threads(backend: str) -> None:
-    """Raise HvdlmError where ``--ranks`` started threads, which only backend threads connects."""
-    launch = launcher_env.detect()
-    if launch and launch.launcher == launcher_env.THREADS and backend != "threads":
-        raise HvdlmError(
-            f"--ranks starts threads of one process, which backend {backend} can't connect: use --backend threads, or "
-            f"start processes (python -m hvdlm run -np {launch.size}) without --ranks."
-        )
-
-
 def mpi_backend(framework: str) -> str:
     """Return the backend for ranks that MPI starts: mpi, or mpi4py where there is no Horovod for ``framework``."""
     return "mpi4py" if without_horovod(framework) else "mpi"

@@ -178,10 +178,12 @@ def write_stack(folder: Path, rank: int) -> None:
 
 def python_stacks() -> str:
     """Return the Python stacks of this rank's threads except the calling one, the main thread first."""
-    names = {thread.ident: thread.name for thread in rank_context.threads()}
+    own = rank_context.current()
+    threads = [thread for thread in threading.enumerate() if own is None or thread in own.threads]
+    names = {thread.ident: thread.name for thread in threads}
     frames: dict[int, FrameType] = dict(sys._current_frames())
     frames.pop(threading.get_ident(), None)
-    if rank_context.current():
+    if own:
         frames = {ident: frame for ident, frame in frames.items() if ident in names}
     first = rank_context.main_thread().ident
     ordered = sorted(frames.items(), key=lambda item: item[0] != first)

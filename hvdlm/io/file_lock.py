@@ -123,7 +123,7 @@ _held: dict[tuple[int | None, str], FileLock] = {}
 
 def _key(path: Path) -> tuple[int | None, str]:
     own = rank_context.current()
-    return (own and own.rank, str(path.resolve()))
+    return own.rank if own else None, str(path.resolve())
 
 
 def _forget() -> None:

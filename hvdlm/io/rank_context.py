@@ -8,26 +8,21 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 from weakref import WeakSet
 
 T = TypeVar("T")
 
 
+@dataclass
 class ThreadLaunch:
-    """Ranks that were started together, as threads.
+    """Ranks started together; ``identity`` differs from other launches', ``values``: of ``once``."""
 
-    Attributes:
-        size: the number of ranks.
-        identity: distinguishes them from other launches.
-        values: what one of them has made for all (``once``).
-    """
-
-    def __init__(self, size: int, identity: str) -> None:
-        self.size = size
-        self.identity = identity
-        self.values: dict[Hashable, Any] = {}
-        self.lock = threading.Lock()
+    size: int
+    identity: str
+    values: dict[Hashable, Any] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def end(self, code: int) -> Any:
         """End all ranks with this exit code; does not return."""
@@ -38,7 +33,7 @@ class ThreadLaunch:
 
 
 class ThreadRank:
-    """One of the ranks of ``launch``; ``threads``: those that it has started, and ``main``, which runs its command."""
+    """A rank of ``launch``; ``threads``: those that it has started, and ``main``, which runs its command."""
 
     def __init__(self, rank: int, launch: ThreadLaunch) -> None:
         self.rank = rank
@@ -49,10 +44,8 @@ class ThreadRank:
 
 
 _current: ContextVar[ThreadRank | None] = ContextVar("hvdlm_rank", default=None)
-enter = _current.set
-"""Make the calling thread's context that of a ThreadRank."""
-current = _current.get
-"""Return the rank that the calling thread belongs to; None where the process is one."""
+enter, current = _current.set, _current.get
+"""Make the calling thread one of a rank; return the rank that it belongs to, None where the process is one."""
 
 
 def main_thread() -> threading.Thread:
@@ -61,17 +54,8 @@ def main_thread() -> threading.Thread:
     return own.main if own else threading.main_thread()
 
 
-def threads() -> list[threading.Thread]:
-    """Return the living threads of this rank."""
-    own = current()
-    return [thread for thread in threading.enumerate() if own is None or thread in own.threads]
-
-
 def in_main_thread(function: Callable[[], Any]) -> bool:
-    """Call ``function`` in the process's main thread, which alone may handle signals; of several ranks, rank 0 may.
-
-    Return whether it was called.
-    """
+    """Return whether ``function`` could be called in the process's main thread; of several ranks, by rank 0 alone."""
     own = current()
     if threading.current_thread() is threading.main_thread():
         function()
@@ -91,8 +75,6 @@ def once(key: Hashable, make: Callable[[], T]) -> T:
 
 
 class _PerRank:
-    """Stands for one object in each rank: that of the rank whose thread asks."""
-
     def __init__(self, make: Callable[[], Any]) -> None:
         vars(self).update(_make=make, _of_process=make())
 
@@ -112,5 +94,5 @@ class _PerRank:
 
 
 def per_rank(make: Callable[[], T]) -> T:
-    """Return an object that stands for ``make()`` of every rank: what would be one of a process is one of a rank."""
+    """Return an object that stands for ``make()`` of the rank whose thread asks: each rank has its own."""
     return cast(T, _PerRank(make))

@@ -40,15 +40,8 @@ class StartsRanks(Backend, Protocol):
     """A backend whose ranks no launcher starts: they are threads of the process (``threads``)."""
 
     def run_ranks(self, ranks: int, function: Callable[[], Any]) -> list[Any]:
-        """Return what ``function()`` returns in each of ``ranks`` threads; see ``run_command``.
+        """Return what ``function()`` returns in each of ``ranks`` threads.
 
         Raises:
             BaseException: that of the rank which failed first; the others are ended.
-        """
-
-    def run_command(self, ranks: str, command: Callable[[], int]) -> int:
-        """Run ``command`` on as many ranks as ``--ranks`` says; return the exit code of the whole.
-
-        Raises:
-            HvdlmError: there can't be as many, a launcher started this process, or a rank refuses its input.
         """

@@ -10,6 +10,7 @@ from hvdlm.config import Config
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.axis_groups import Axes
 from hvdlm.parallel.sharding_rules import ModelShard
+from hvdlm.protocols.model import Model
 from hvdlm.protocols.types import Batch
 from hvdlm_torch.collectives import Collectives
 from hvdlm_torch.devices import to_device
@@ -42,11 +43,12 @@ class Forward:
         self.device = device
         self._half = _HALF_PRECISION.get(config.train.precision)
         self.collectives = Collectives(axes.tensor, model_shard)
-        self.model: Any = make_model(spec, model_shard, self.collectives)
+        model: Any = make_model(spec, model_shard, self.collectives)
+        self.model: Model = model
         masks_of_pytorch = (
-            device.type != "cpu" or config.train.compile is True or not getattr(self.model, "own_masks", False)
+            device.type != "cpu" or config.train.compile is True or not getattr(model, "own_masks", False)
         )
-        self.masks = self.model.masks = DropoutMasks(device, masks_of_pytorch)
+        self.masks = model.masks = DropoutMasks(device, masks_of_pytorch)
         dtype, schedule = _HALF_PRECISION.get(config.train.precision, torch.float32), config.parallel.schedule
         self.pipeline = Pipeline(model_shard, axes, schedule, rank, device, dtype)
         self.fp32_pipeline = Pipeline(model_shard, axes, schedule, rank, device, torch.float32)
