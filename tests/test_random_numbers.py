@@ -107,7 +107,7 @@ def at_the_same_time(action: Callable[[int], Any]) -> list[Any]:
     start = threading.Barrier(RANKS, timeout=60)
 
     def run(rank: int) -> Any:
-        start.wait()
+        start.wait(60)
         return action(rank)
 
     with ThreadPoolExecutor(RANKS) as pool:

@@ -31,6 +31,7 @@ EXCEPTIONS = [
     ("parallel/*.py", "*.wait", "a handle takes none; the launch and --communication.timeout have one"),
     ("numpy_framework.py", "*.wait", "a handle takes none; the run's --communication.timeout has one"),
     ("test_threads.py", "*.wait", "a handle takes none; run_ranks has a time-out"),
+    ("test_injected.py", "*.wait", "as above"),
     ("test_mpi4py_backend.py", "tensors.*.wait", "the handle is complete from the start"),
     ("alone/test_returned_arrays.py", "tensors.*.wait", "the handle is complete from the start"),
     ("faulty_contracts.py", "gather(tensor, *.wait", "a handle takes none; the launch has one"),
