@@ -39,6 +39,7 @@ NAMES = [
     "compiled_steps",
     "tensorflow_chunks",
     "slow_network",
+    "planner",
 ]
 OPTIONS = {"parallel": ["--ranks", "2"]}  # the table of 4 ranks has no bars and takes minutes
 
