@@ -198,5 +198,5 @@ def hvdlm_rolled_back(step: int, to_step: int, batches: Sequence[int]) -> None:
 
 
 @hookspec
-def hvdlm_run_ended(summary: Mapping[str, Any]) -> None:
-    """Called at the end of training with the content of ``summary.json``."""
+def hvdlm_run_ended(summary: dict[str, Any]) -> None:
+    """Called at the end of training with the content of ``summary.json``, to which it may add (``tryfirst=True``)."""

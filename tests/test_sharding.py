@@ -93,6 +93,10 @@ def test_no_schedule_deadlocks(stages: int, micro_batches: int, name: str) -> No
 def test_the_1f1b_schedule_keeps_few_micro_batches() -> None:
     assert [kept_micro_batches("1f1b", stage, 4, 16) for stage in range(4)] == [4, 3, 2, 1]
     assert [kept_micro_batches("gpipe", stage, 4, 16) for stage in range(4)] == [16] * 4
+    for name, stages, stage, count in itertools.product(("1f1b", "gpipe"), (4,), range(4), (1, 2, 3, 7)):
+        actions = make_pipeline_schedule(name, stage, stages, count)
+        alive = itertools.accumulate(1 if action.kind == "forward" else -1 for action in actions)
+        assert kept_micro_batches(name, stage, stages, count) == max(alive)
     assert idle_share(4, 16) == 3 / 19 and idle_share(1, 5) == 0
     for stage in range(4):
         order = [n for kind, n in make_pipeline_schedule("1f1b", stage, 4, 16) if kind == "backward"]

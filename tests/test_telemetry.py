@@ -20,6 +20,7 @@ from hvdlm.protocols.types import StepResult
 from hvdlm.telemetry import default_plugins
 from hvdlm.telemetry.rates import Rates
 from hvdlm.training.summary import peak_tokens_per_second
+from hvdlm_planner.grading import Grading
 from hvdlm_telemetry.changed_rate import ChangedRate
 from hvdlm_telemetry.computation import Computation
 from hvdlm_telemetry.metrics import Metrics
@@ -138,7 +139,8 @@ def test_other_ranks_write_and_print_nothing(config: Config, capsys: pytest.Capt
 
 def test_the_log_options_choose_the_plugins(config: Config) -> None:
     config.log.tensorboard = config.log.progress = False
-    assert [type(plugin) for plugin in default_plugins(config)] == [Metrics, ChangedRate, Peaks, Computation]
+    plugins_of_logs = [Grading, Metrics, ChangedRate, Peaks, Computation]
+    assert [type(plugin) for plugin in default_plugins(config)] == plugins_of_logs
 
 
 def test_installed_packages_add_observers_to_every_run(config: Config, tmp_path: Path) -> None:
@@ -160,8 +162,8 @@ def test_installed_packages_add_observers_to_every_run(config: Config, tmp_path:
         "print(*(type(plugin).__name__ for plugin in default_plugins(Config())))"
     )
     done = run_python(["-c", f"import sys; sys.path.append({str(tmp_path)!r})\n{code}"])
-    names = ["Lamp", "Metrics", "TensorBoard", "Progress", "ChangedRate", "Peaks", "Computation"]
-    assert done.stdout.split() == names, done.stderr
+    names = ["Lamp", "StepSecondsLine", "Grading", "Metrics", "TensorBoard", "Progress", "ChangedRate", "Peaks"]
+    assert done.stdout.split() == [*names, "Computation"], done.stderr
 
 
 def test_plain_lines_are_rare_and_readable(config: Config, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,17 +8,19 @@ bubble: Narayanan et al. 2021, section 2.2.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import pluggy
 
 from hvdlm import plugins
-from hvdlm.config import Config
+from hvdlm.config import Config, ParallelConfig
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.flat_layout import FlatLayout, make_layout
 from hvdlm.parallel.mesh import Mesh
 from hvdlm.parallel.pipeline_schedules import idle_share, kept_micro_batches
 from hvdlm.parallel.sharding_rules import ModelShard, make_model_shard
+from hvdlm.planning.same import Same
 from hvdlm.protocols.state_dict import optimizer_state
 from hvdlm.protocols.types import Prediction
 
@@ -60,6 +62,29 @@ def closed_form(
     return Step(config, spec, mesh, rank, habits or Habits(), moments).prediction()
 
 
+# A search describes thousands of layouts, many of which have the same parameters on a rank.
+@lru_cache(maxsize=512)
+def _model_shard(spec: Same[ModelSpec], mesh: Mesh, rank: int, sequence: bool) -> ModelShard:
+    return make_model_shard(spec.value, mesh, rank, ParallelConfig(sequence=sequence))
+
+
+@lru_cache(maxsize=1024)
+def _layout(shard: Same[ModelShard], bucket_bytes: int, align: int) -> FlatLayout:
+    return make_layout(shard.value.params, bucket_bytes, align, shard.value.tied)
+
+
+@lru_cache(maxsize=2048)
+def _partial(shard: Same[ModelShard], prefix: str, few_kv_heads: bool, sequence: bool) -> int:
+    elements = 0
+    for param in shard.value.params:
+        name = param.spec.name
+        kv = few_kv_heads and (".attention.key." in name or ".attention.value." in name)
+        between = sequence and param.shard.extent == param.spec.shape
+        if name.startswith(prefix) and (kv or between):
+            elements += param.spec.size
+    return elements
+
+
 class Step:
     """One rank's step: ``rows`` x ``time`` tokens in each of ``count`` micro-batches."""
 
@@ -73,12 +98,11 @@ class Step:
         self.half = config.train.precision in ("bf16", "fp16")  # auto may be either: fp32, which takes more
         self.item = 2 if self.half else 4  # bytes of an activation that is sent
         self.mesh = mesh
-        self.shard: ModelShard = make_model_shard(spec, mesh, rank, config.parallel)
+        within, model_ranks = rank % (mesh.pipeline * mesh.tensor), Mesh(1, mesh.pipeline, mesh.tensor)
+        self.shard: ModelShard = _model_shard(Same(spec), model_ranks, within, config.parallel.sequence)
         self.zero = config.parallel.zero if mesh.data > 1 else 0
         align = mesh.data if self.zero else 1
-        self.layout: FlatLayout = make_layout(
-            self.shard.params, config.communication.bucket_bytes, align, self.shard.tied
-        )
+        self.layout: FlatLayout = _layout(Same(self.shard), config.communication.bucket_bytes, align)
         rows = config.train.batch_size // mesh.data
         self.rows, self.time = config.train.micro_batch_size or rows, config.data.context
         self.count = rows // self.rows
@@ -233,15 +257,7 @@ class Step:
     def partial(self, prefix: str) -> int:
         """Return the elements of one layer's parameters that all ranks hold and whose gradients are summed."""
         prefix = f"layers.{self.shard.layers.start}." if prefix == "layers." else prefix
-        few_kv_heads = self.s.kv_heads % self.mesh.tensor > 0
-        elements = 0
-        for param in self.shard.params:
-            name = param.spec.name
-            kv = few_kv_heads and (".attention.key." in name or ".attention.value." in name)
-            between = self.sequence and param.shard.extent == param.spec.shape
-            if name.startswith(prefix) and (kv or between):
-                elements += param.spec.size
-        return elements
+        return _partial(Same(self.shard), prefix, self.s.kv_heads % self.mesh.tensor > 0, self.sequence)
 
     def rnn_tensor_bytes(self) -> int:
         """Return the bytes of hidden units after every time step and their gradients, the embedding, the loss."""

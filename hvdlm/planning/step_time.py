@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from hvdlm.config import Config
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.mesh import Mesh
+from hvdlm.parallel.pipeline_stages import cut_into_stages
 from hvdlm.planning.closed_forms import Habits
 from hvdlm.planning.gradient_work import work_of
 from hvdlm.planning.hardware import OUTER_UPDATE, Hardware
 from hvdlm.planning.pipeline_time import simulate_pipeline
 from hvdlm.planning.rates import Computation, Network
+from hvdlm.planning.same import Same
 from hvdlm.planning.work import Bucket, Collective, Pass, Work
 
 
@@ -83,17 +86,48 @@ def predict_time(
         habits: what the framework communicates in another way than PyTorch.
     """
     config = resolved(config, hardware)
-    fused = compiles(config, spec, hardware)
-    ranks = range(0, mesh.pipeline * mesh.tensor, mesh.tensor)  # the first tensor rank of every stage
-    works = [work_of(config, spec, mesh, rank, habits, moments, fused) for rank in ranks]
-    known = [work for work in works if work is not None]
-    if len(known) < len(works):
+    works = stage_works(config, spec, mesh, hardware, moments, habits)
+    if works is None:
         return None
-    per_node = min(hardware.ranks_per_node, mesh.size)
-    computation = Computation(hardware, config.framework, config.train.precision, per_node, mesh.size)
-    network = Network(hardware, mesh, config.framework)
-    data = known[0].tokens * known[0].micro_batches * hardware.data_seconds_per_token
-    return step_time(known, config.parallel.schedule, computation, network, data, config.data.prefetch > 0)
+    computation, network = machine_of(config, mesh, hardware)
+    data = works[0].tokens * works[0].micro_batches * hardware.data_seconds_per_token
+    return step_time(works, config.parallel.schedule, computation, network, data, config.data.prefetch > 0)
+
+
+def stage_works(
+    config: Config, spec: ModelSpec, mesh: Mesh, hardware: Hardware, moments: int | None, habits: Habits | None
+) -> list[Work] | None:
+    """Return the work of every stage's first tensor rank; stages with equal work share one object."""
+    fused, first = compiles(config, spec, hardware), equal_stages(Same(spec), mesh.pipeline)
+    ranks = {stage: stage * mesh.tensor for stage in first}
+    works = {stage: work_of(config, spec, mesh, rank, habits, moments, fused) for stage, rank in ranks.items()}
+    known = [work for work in map(works.get, first) if work is not None]
+    return known if len(known) == len(first) else None
+
+
+def machine_of(config: Config, mesh: Mesh, hardware: Hardware) -> tuple[Computation, Network]:
+    """Return the rates of the ranks of ``mesh`` for a configuration whose precision is resolved."""
+    computation = _computation(Same(hardware), config.framework, config.train.precision, mesh.size)
+    return computation, _network(Same(hardware), mesh, config.framework)
+
+
+@lru_cache(maxsize=16)
+def _computation(hardware: Same[Hardware], framework: str, precision: str, size: int) -> Computation:
+    per_node = min(hardware.value.ranks_per_node, size)
+    return Computation(hardware.value, framework, precision, per_node, size)
+
+
+@lru_cache(maxsize=256)
+def _network(hardware: Same[Hardware], mesh: Mesh, framework: str) -> Network:
+    return Network(hardware.value, mesh, framework)
+
+
+@lru_cache(maxsize=256)
+def equal_stages(spec: Same[ModelSpec], pipeline: int) -> tuple[int, ...]:
+    """Return for each stage the first one that has the same work: as many layers, and embedding and head alike."""
+    stages = cut_into_stages(spec.value, pipeline)
+    kinds = [(stage.layers[1] - stage.layers[0], stage.first, stage.last) for stage in stages]
+    return tuple(kinds.index(kind) for kind in kinds)
 
 
 def resolved(config: Config, hardware: Hardware) -> Config:
@@ -128,7 +162,8 @@ def step_time(
         prefetch: whether it is made during the step before.
         interleaved: virtual stages on a rank, which divide the bubble (Narayanan et al. 2021, section 2.2).
     """
-    stages = [stage_time(work, computation, network) for work in works]
+    times = {id(work): stage_time(work, computation, network) for work in {id(work): work for work in works}.values()}
+    stages = [times[id(work)] for work in works]
     count = works[0].micro_batches
     ends = simulate_pipeline(_by_themselves(stages, network), schedule, count)
     busy = [count * (stage.forward + stage.backward) + stage.last_backward - stage.backward for stage in stages]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import pluggy
+
 from hvdlm import plugins
 from hvdlm.checkpoints.base_weights import resolve
 from hvdlm.config import Config
@@ -46,9 +48,7 @@ def describe(config: Config, hardware: Hardware | None = None, gpu_memory: float
     mesh = make_mesh((p.data or 1) * p.pipeline * p.tensor, p)
     validation.layout(config, mesh)
     validation.model(config, manager)
-    vocab = config.model.vocab or config.data.vocab_size or _VOCAB.get(config.data.tokenizer, 256)
-    maker = plugins.find_model(manager, config.model.name)
-    spec = adapt(maker(config.model, vocab, config.data.context), config.lora)
+    spec, vocab = model_of(config, manager)
     # Data ranks have equal costs, and tensor ranks nearly so: the one with the highest stands for its stage.
     stages = []
     for stage in range(mesh.pipeline):
@@ -69,6 +69,13 @@ def describe(config: Config, hardware: Hardware | None = None, gpu_memory: float
         time = predict_time(config, spec, mesh, hardware, moments, habits_of(config))
         lines += ["", *(_time(time, config, spec, mesh, hardware) if time else _no_time(spec))]
     return "\n".join(lines)
+
+
+def model_of(config: Config, manager: pluggy.PluginManager) -> tuple[ModelSpec, int]:
+    """Return the description of the model, and the size of its vocabulary, without looking at the data."""
+    vocab = config.model.vocab or config.data.vocab_size or _VOCAB.get(config.data.tokenizer, 256)
+    maker = plugins.find_model(manager, config.model.name)
+    return adapt(maker(config.model, vocab, config.data.context), config.lora), vocab
 
 
 def _header(config: Config, spec: ModelSpec, mesh: Mesh, first: Prediction, vocab: int) -> Iterable[str]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 
+from hvdlm_planner import search_command
+
 
 def main(arguments: list[str]) -> int:
     """Print the plan of the run that ``arguments``, options of plan and of train, describe."""
     from hvdlm.configuration.parsing import parse_config
-    from hvdlm.planning.hardware import read_hardware
     from hvdlm.planning.memory_fit import parse_bytes
-    from hvdlm_planner import measured_file
+    from hvdlm_planner.advice import known_hardware, refusal
     from hvdlm_planner.plan import describe
 
     options, rest = make_parser().parse_known_args(arguments)
@@ -18,10 +19,18 @@ def main(arguments: list[str]) -> int:
         from hvdlm_planner import measure_command
 
         return measure_command.main(options, rest)
+    if options.search:
+        return search_command.main(options, rest)
     gpu_memory = parse_bytes(options.gpu_memory) if options.gpu_memory else None
     config = parse_config(rest, "plan")
-    hardware = read_hardware(options.hardware) if options.hardware else measured_file.measured(config)
+    known = known_hardware(options.hardware, config)
+    reason = refusal(*known, config) if known else None
+    hardware = known[1] if known and not reason else None
+    if known and reason:
+        gpu_memory = gpu_memory or known[1].memory_bytes
     print(describe(config, hardware, gpu_memory))
+    if reason:
+        print(f"\nthe seconds of a step are not predicted: {reason}")
     return 0
 
 
@@ -51,4 +60,5 @@ def make_parser() -> argparse.ArgumentParser:
         "(python -m hvdlm run -np 4 -- plan --measure), and add it to the hardware file",
     )
     parser.add_argument("--seconds", type=float, default=60.0, help="that a measurement may take; default: 60")
+    search_command.add_options(parser)
     return parser

@@ -116,6 +116,29 @@ def _traffic_cell(entry: dict[str, float] | None) -> str:
     return f"{size(entry.get('bytes', 0))} in {calls:,.0f} calls, {duration(entry.get('seconds', 0))} waited"
 
 
+def step_seconds(runs: Sequence[RunData]) -> list[tuple[str, list[str]]]:
+    """Return rows of a step's seconds on the slowest rank, by cause, measured beside predicted."""
+    causes = {"seconds": "a step", **{cause: cause for cause in ("compute", "communication", "bubble", "data", "save")}}
+    rows = [(name, [_seconds_cell(run, cause) for run in runs]) for cause, name in causes.items()]
+    return [*rows, ("error of the prediction", [_error_cell(run) for run in runs])]
+
+
+def _seconds_cell(run: RunData, cause: str) -> str:
+    measured, predicted = (_by_cause(run, name).get(cause) for name in ("measured", "predicted"))
+    if measured is None:
+        return ""
+    return duration(measured) if predicted is None else f"{duration(measured)} (predicted {duration(predicted)})"
+
+
+def _error_cell(run: RunData) -> str:
+    error = (run.summary.get("step_seconds") or {}).get("error")
+    return "" if error is None else f"{share(abs(error))} too {'low' if error < 0 else 'high'}"
+
+
+def _by_cause(run: RunData, name: str) -> dict[str, float]:
+    return (run.summary.get("step_seconds") or {}).get(name) or {}
+
+
 def memory(runs: Sequence[RunData]) -> list[tuple[str, list[str]]]:
     """Return a row for each kind of memory: its largest size on any rank, and the largest prediction."""
     kinds = ("parameters", "gradients", "optimizer", "activations")

@@ -76,6 +76,7 @@ def page(runs: Sequence[RunData], first: Sequence[str], sentences: Sequence[str]
     body += [_section("Figures", runs, figures.rows(runs)), _charts(runs, marks)]
     if any(run.communicates for run in runs):
         body.append(_section("Communication by purpose", runs, figures.traffic(runs)))
+    body.append(_section("Seconds a step", runs, figures.step_seconds(runs)))
     body.append(_section("Memory", runs, figures.memory(runs)))
     samples = [f"<h3>{escape(r.name)}</h3><pre>{escape(r.sample)}</pre>" for r in runs if r.sample]
     body += ["<h2>Text</h2>", *samples] if samples else []

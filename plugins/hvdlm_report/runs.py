@@ -26,6 +26,7 @@ _LARGEST = 1e100  # figures beyond it are left out: no run has any, and differen
 _TRAFFIC = fields({}, dict.fromkeys(("calls", "bytes", "seconds"), number(0)))
 _FIGURE = or_null(number(finite=False))
 _BYTES = mapping_of(or_null(number()))
+_CAUSES = or_null(mapping_of(or_null(number())))
 _SUMMARY = fields(
     {},
     {
@@ -37,6 +38,7 @@ _SUMMARY = fields(
         **dict.fromkeys(("stopped", "framework", "backend", "device"), or_null(text)),
         "versions": mapping_of(text),
         "traffic": mapping_of(_TRAFFIC),
+        "step_seconds": or_null(fields({}, {"measured": _CAUSES, "predicted": _CAUSES, "error": _FIGURE})),
         "ranks": list_of(
             fields({}, {"memory": or_null(_BYTES), "predicted_memory": or_null(_BYTES), "step_bytes": or_null(_BYTES)})
         ),
