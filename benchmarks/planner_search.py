@@ -64,7 +64,8 @@ def _options(layout: Layout) -> Options:
 
 def _name(options: Options) -> str:
     shape = "x".join(str(options[f"parallel.{axis}"]) for axis in ("data", "pipeline", "tensor"))
-    return f"{shape}, ZeRO-{options.get('parallel.zero', 0)}, micro-batch {options['train.micro_batch_size']}"
+    rows = options["train.micro_batch_size"] or options["train.batch_size"] // options["parallel.data"]
+    return f"{shape}, ZeRO-{options.get('parallel.zero', 0)}, micro-batch {rows}"
 
 
 def setting(launches: Launches, framework: str, name: str, points: dict[str, Any], o: Namespace) -> float:

@@ -93,8 +93,8 @@ def test_layouts_show_what_communication_costs() -> None:
     true = replace(rates, overlap_slowdown=1.5, blocking_seconds=3e-4, compressors=compressors)
     hardware = machine(true, collectives=measured_tables(2), ranks_per_node=2)
     layouts = [Layout(kind, timed(config, vocab, hardware, 2)) for kind, config, vocab in layouts_of(base(), 2)]
-    found, tables = fit_layouts(layouts, replace(hardware, rates=(rates,)), rates)
-    again = replace(hardware, rates=(found,), collectives=tables)
+    fitted, tables = fit_layouts(layouts, replace(hardware, rates=(rates,)), rates)
+    again = replace(hardware, rates=(fitted,), collectives=tables)
     for layout in layouts:
         model = layout.model
         predicted = predict_time(model.config, model.spec, model.mesh, again)
