@@ -203,7 +203,7 @@ class Network:
 
 
 def _interpolated(curve: MeasuredCollective, size: float) -> float:
-    """Return the seconds for ``size`` bytes: linear between measured ones, beyond the largest as between the last two."""
+    """Return the seconds for ``size`` bytes: linear between measured ones, beyond them as between the last two."""
     sizes, seconds = curve.bytes, curve.seconds
     if size >= sizes[-1]:
         if len(sizes) == 1:
