@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from hvdlm.parallel.mesh import make_mesh
 from hvdlm.planning.hardware import read_hardware
 from hvdlm.planning.step_time import StepTime, predict_time
 from hvdlm.training.run import load_plugins
+from hvdlm_planner.habits import habits_of
 
 MEDIAN, WORST = Bar(at_most=10.0), Bar(at_most=25.0)  # per cent
 FULL = {"folder": "runs/planner", "groups": list(GROUPS), "rounds": 9, "seconds": 0.4, "measure_seconds": 60.0}
@@ -80,28 +81,49 @@ def threads_of(group: str) -> int:
     return max(1, (os.cpu_count() or 2) // 2) if group in NETWORKS else 0
 
 
+def measure_machine(launches: Launches, framework: str, points: dict[str, Any], o: Namespace) -> None:
+    """Measure the machine with the ranks of a group, unless the folder has it."""
+    group, folder = launches.group, Path(o.folder)
+    key, threads = f"{framework}/{group}/measured", threads_of(group)
+    if key in points:
+        return
+    print(f"{framework}, {describe(group)}: plan --measure", flush=True)
+    options = ["--framework", framework, "--hardware", str(hardware_file(folder, group))]
+    options += ["--seconds", str(o.measure_seconds), *(["--train.threads", str(threads)] if threads else [])]
+    points[key] = launches.run(["-m", "hvdlm", "plan", "--measure", *options]).splitlines()
+    store(points, folder)
+
+
+def train(
+    launches: Launches, framework: str, configurations: Mapping[str, Options], o: Namespace
+) -> dict[str, list[float]]:
+    """Return the seconds of a step of each configuration, turn by turn."""
+    worker = [str(FOLDER / "planner_worker.py"), "--framework", framework, "--ranks", str(launches.ranks)]
+    worker += ["--configurations", json.dumps(configurations), "--threads", str(threads_of(launches.group))]
+    values = emitted(launches.run([*worker, "--rounds", str(o.rounds), "--seconds", str(o.seconds)]))
+    return {name: [turn[name] for turn in values["seconds"]] for name in configurations}
+
+
 def measure_group(launches: Launches, framework: str, points: dict[str, Any], o: Namespace) -> None:
     """Measure the machine and the group's configurations, unless the folder has them."""
-    group, folder = launches.group, Path(o.folder)
-    key = f"{framework}/{group}"
-    configurations = (SHORT_GROUPS if o.short else GROUPS)[group]
-    missing = {name: options for name, options in configurations.items() if f"{key}/{name}" not in points}
+    prefix = f"{framework}/{launches.group}"
+    configurations = (SHORT_GROUPS if o.short else GROUPS)[launches.group]
+    missing = {name: options for name, options in configurations.items() if f"{prefix}/{name}" not in points}
     if not missing:
         return
-    print(f"{framework}, {describe(group)}", flush=True)
-    threads = threads_of(group)
-    if f"{key}/measured" not in points:
-        options = ["--framework", framework, "--hardware", str(hardware_file(folder, group))]
-        options += ["--seconds", str(o.measure_seconds), *(["--train.threads", str(threads)] if threads else [])]
-        output = launches.run(["-m", "hvdlm", "plan", "--measure", *options])
-        points[f"{key}/measured"] = output.splitlines()
-        store(points, folder)
-    worker = [str(FOLDER / "planner_worker.py"), "--framework", framework, "--configurations", json.dumps(missing)]
-    worker += ["--ranks", str(launches.ranks), "--rounds", str(o.rounds), "--threads", str(threads)]
-    values = emitted(launches.run([*worker, "--seconds", str(o.seconds)]))
-    for name in missing:
-        points[f"{key}/{name}"] = {"seconds": [turn[name] for turn in values["seconds"]]}
-    store(points, folder)
+    measure_machine(launches, framework, points, o)
+    print(f"{framework}, {describe(launches.group)}: {len(missing)} configurations", flush=True)
+    for name, seconds in train(launches, framework, missing, o).items():
+        points[f"{prefix}/{name}"] = {"seconds": seconds}
+    store(points, Path(o.folder))
+
+
+def points_of(o: Namespace) -> dict[str, Any]:
+    """Return what the folder holds, which is created where it is missing."""
+    folder = Path(o.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    stored = folder / "points.json"
+    return json.loads(stored.read_text()) if stored.exists() else {}
 
 
 def store(points: dict[str, Any], folder: Path) -> None:
@@ -120,7 +142,8 @@ def predict(framework: str, group: str, options: Options, folder: Path) -> StepT
     manager = load_plugins(config)
     mesh = make_mesh(2 if group in NETWORKS else int(group), config.parallel)
     spec = plugins.find_model(manager, config.model.name)(config.model, vocabulary(options), config.data.context)
-    predicted = predict_time(config, spec, mesh, read_hardware(hardware_file(folder, group)))
+    hardware = read_hardware(hardware_file(folder, group))
+    predicted = predict_time(config, spec, mesh, hardware, habits=habits_of(config))
     assert predicted is not None
     return predicted
 
@@ -163,9 +186,7 @@ def main() -> int:
     folder = Path(o.folder)
     if o.again:
         shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    stored = folder / "points.json"
-    points = json.loads(stored.read_text()) if stored.exists() else {}
+    points = points_of(o)
     for group in o.groups:
         try:
             with Launches(group).open() as launches:

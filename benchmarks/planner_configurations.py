@@ -64,3 +64,13 @@ SHORT_GROUPS: dict[str, dict[str, Options]] = {
     "1": {"1 x 64": _gpt(1, 64, 4, context=16)},
     "2": {"1 x 64, data": _gpt(1, 64, 4, context=16)},
 }
+
+# Models for which planner_search.py searches a layout, by group of ranks: with both frameworks, 10 settings.
+SEARCHES: dict[str, dict[str, Options]] = {
+    "2": {"6 x 128": _gpt(6, 128, 16), "2 x 384": _gpt(2, 384, 8)},
+    "4": {"4 x 192": _gpt(4, 192, 16)},
+    "1e9": {"4 x 192": _gpt(4, 192, 16)},
+    "1e8": {"4 x 160": _gpt(4, 160, 16)},
+}
+
+SHORT_SEARCHES: dict[str, dict[str, Options]] = {"2": {"2 x 64": _gpt(2, 64, 4, context=16)}}

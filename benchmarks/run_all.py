@@ -40,6 +40,8 @@ NAMES = [
     "tensorflow_chunks",
     "simulator",
     "slow_network",
+    "planner",
+    "planner_search",
 ]
 OPTIONS = {"parallel": ["--ranks", "2"]}  # the table of 4 ranks has no bars and takes minutes
 

@@ -29,6 +29,8 @@ RUNS = [
     ("loop_overhead", ["torch"], 1),
     ("loop_overhead", ["tensorflow"], 1),
     ("parallel", ["torch"], 2),
+    ("planner", ["torch"], 2),
+    ("planner_search", ["torch"], 1),
     pytest.param("prefetching", ["torch", "--data", str(DATA)], 2, marks=needs_data),
     ("published_figures", [], 18),
     pytest.param("results", ["digits", "--frameworks", "torch", "--data", str(DATA)], 1, marks=needs_data),
@@ -57,6 +59,7 @@ HELPERS = {
     "two_hosts",
     "two_runs",
     "plain_gpt",
+    "planner_configurations",
     "plain_torch",
     "plain_tensorflow",
     "published_foundry",
@@ -71,6 +74,7 @@ WORKERS = {
     "layout_worker",
     "nanogpt_worker",
     "paired_worker",
+    "planner_worker",
     "prefetching_worker",
     "steady_worker",
     "waiting_worker",
@@ -84,7 +88,9 @@ def run(script: str, *options: str, timeout: float = 300) -> subprocess.Complete
 
 @pytest.mark.parametrize(("script", "options", "count"), RUNS)
 def test_the_short_form_prints_its_figures(script: str, options: list[str], count: int, tmp_path: Path) -> None:
-    folder = ["--folder", str(tmp_path)] if script in ("fuzz", "results", "save_cost") else []
+    folder = (
+        ["--folder", str(tmp_path)] if script in ("fuzz", "planner", "planner_search", "results", "save_cost") else []
+    )
     done = run(script, *options, "--short", *folder)
     if done.returncode == harness.SKIPPED:
         pytest.skip(done.stderr.strip())

@@ -203,10 +203,12 @@ class Network:
 
 
 def _interpolated(curve: MeasuredCollective, size: float) -> float:
-    """Return the seconds for ``size`` bytes: linear between measured ones, and beyond the largest in proportion."""
+    """Return the seconds for ``size`` bytes: linear between measured ones, beyond them as between the last two."""
     sizes, seconds = curve.bytes, curve.seconds
     if size >= sizes[-1]:
-        return seconds[-1] * size / sizes[-1]
+        if len(sizes) == 1:
+            return seconds[-1] * size / sizes[-1]
+        return seconds[-1] + (size - sizes[-1]) * (seconds[-1] - seconds[-2]) / (sizes[-1] - sizes[-2])
     return float(np.interp(size, sizes, seconds))
 
 

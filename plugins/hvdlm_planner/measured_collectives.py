@@ -18,8 +18,9 @@ from hvdlm_planner.timed_steps import Ranks
 OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "broadcast")
 SIZES = (64, 4096, 65536, 2**20, 2**23)  # bytes of the whole tensor
 _BY_LATENCY = 2**16  # bytes up to which the seconds may be those of the latency
-_CALLS = (31, 9)  # of a size that is measured by its latency, and of a larger one
-_LONGEST = 0.25  # seconds of a call: larger sizes follow in proportion
+_ALWAYS = 2**20  # bytes up to which sizes are measured however long they take
+_CALLS = (15, 7)  # of a size that is measured by its latency, and of a larger one
+_LONGEST = 0.25  # seconds of a call: larger sizes follow from the last two
 
 
 def measure(ranks: Ranks, sizes: Sequence[int] = SIZES) -> list[MeasuredCollective]:
@@ -47,7 +48,7 @@ def _table(
     """Return the seconds of one operation; groups of the same size call it at the same time, as in training."""
     measured: list[float] = []
     for index, size in enumerate(sizes):
-        if size > _BY_LATENCY and measured[-1] * size / sizes[index - 1] > _LONGEST:
+        if size > _ALWAYS and measured[-1] * size / sizes[index - 1] > _LONGEST:
             break
         calls = _CALLS[size > _BY_LATENCY]
         measured.append(_seconds(_call(operation, group, framework, size), calls, group, world))

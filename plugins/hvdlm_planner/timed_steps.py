@@ -84,7 +84,7 @@ def build(config: Config, vocab: int, world: World, framework: Framework) -> Tim
     spec = plugins.find_model(manager, config.model.name)(config.model, vocab, config.data.context)
     resolver = framework if isinstance(framework, ResolvesOptions) else None
     resolved = resolver.resolve(config, spec, world) if resolver else Resolved()
-    precision = resolved.precision if config.train.precision == "auto" else config.train.precision
+    precision: Any = resolved.precision if config.train.precision == "auto" else config.train.precision
     config = replace(config, train=replace(config.train, precision=precision, compile=resolved.compile))
     exchange = _exchange(manager, config, mesh, world)
     trainable = framework.build(spec, mesh, world, exchange, config)

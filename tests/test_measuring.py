@@ -1,0 +1,151 @@
+"""plan --measure: fits of rates to steps, the machine's hardware file, and real measurements of ranks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hvdlm import plugins
+from hvdlm.config import Config
+from hvdlm.parallel.mesh import Mesh
+from hvdlm.planning.gradient_work import work_of
+from hvdlm.planning.hardware import CompressorRate, Hardware, Link, MeasuredCollective, Rates, read_hardware
+from hvdlm.planning.step_time import predict_time
+from hvdlm_planner import fitting, measured_file, timed_steps
+from hvdlm_planner.calibrations import ALONE, config_of, layouts_of
+from hvdlm_planner.layout_fit import Layout, fit_layouts
+from hvdlm_planner.measure import rates_of
+from hvdlm_planner.measured_file import Measurement
+from launching import run_python
+
+CONSTANTS = [5e-12, 8e-11, 3e-11, 2e-10, 2e-9, 1e-5, 2e-4, 4e-4, 1e-9]  # of fitting.KINDS
+LINKS = {"node": Link(5e-5, 1e9), "network": Link(1e-4, 1e8)}
+
+
+def base() -> Config:
+    config = Config()
+    config.train.precision = "fp32"
+    return config
+
+
+def spec_of(config: Config, vocab: int):
+    manager = plugins.load([config.model.name])
+    return plugins.find_model(manager, config.model.name)(config.model, vocab, config.data.context)
+
+
+def machine(rates: Rates, **others) -> Hardware:
+    return Hardware("a machine", "nothing", "nothing", (rates,), LINKS, **others)
+
+
+def measured_tables(ranks: int) -> tuple[MeasuredCollective, ...]:
+    sizes, names = (64.0, 65536.0, 1048576.0), ("all_reduce", "all_gather", "reduce_scatter", "broadcast")
+    return tuple(MeasuredCollective(name, ranks, sizes, (1e-4, 2e-4, 1e-3)) for name in names)
+
+
+def timed(config: Config, vocab: int, hardware: Hardware, ranks: int) -> timed_steps.TimedModel:
+    """Return a model whose steps take what is predicted on ``hardware``."""
+    parallel = config.parallel
+    mesh = Mesh(ranks // parallel.pipeline // parallel.tensor, parallel.pipeline, parallel.tensor)
+    spec = spec_of(config, vocab)
+    predicted = predict_time(config, spec, mesh, hardware)
+    assert predicted is not None
+    return timed_steps.TimedModel(config, spec, mesh, None, [], 1, seconds=[predicted.seconds] * 3)
+
+
+def test_a_fit_finds_the_constants_that_made_the_seconds() -> None:
+    works = [work_of(config := config_of(base(), one), spec_of(config, one.vocab), Mesh(1, 1, 1), 0) for one in ALONE]
+    system = np.array([fitting.amounts(work) for work in works if work is not None])
+    fitted = fitting.fit(system.tolist(), (system @ CONSTANTS).tolist())
+    assert fitted == pytest.approx(CONSTANTS, rel=1e-3)
+    assert max(map(abs, fitting.errors(system.tolist(), fitted, (system @ CONSTANTS).tolist()))) < 1e-6
+
+
+def test_no_fitted_constant_is_negative() -> None:
+    generator = np.random.default_rng(0)
+    for _ in range(20):
+        system, seconds = generator.random((8, 5)), generator.random(8) + 0.1
+        assert min(fitting.fit(system.tolist(), seconds.tolist())) >= 0
+
+
+def test_predicted_seconds_are_amounts_times_constants() -> None:
+    """What is fitted is what the planner computes with."""
+    hardware = machine(rates_of(CONSTANTS, "torch", "fp32", 1))
+    for one in ALONE:
+        config = config_of(base(), one)
+        config.checkpoint.every = 0
+        work = work_of(config, spec_of(config, one.vocab), Mesh(1, 1, 1), 0)
+        predicted = predict_time(config, spec_of(config, one.vocab), Mesh(1, 1, 1), hardware)
+        assert work is not None and predicted is not None
+        assert predicted.seconds == pytest.approx(float(np.dot(fitting.amounts(work), CONSTANTS)), rel=1e-9)
+
+
+def test_layouts_show_what_communication_costs() -> None:
+    """From steps predicted on a machine, its constants are found again, to the grid of the search."""
+    rates = rates_of(CONSTANTS, "torch", "fp32", 2)
+    compressors = {
+        "int8": CompressorRate(3e-8),
+        "power_sgd": CompressorRate(2e-8),
+        "outer_update": CompressorRate(6e-9),
+    }
+    true = replace(rates, overlap_slowdown=1.5, blocking_seconds=3e-4, compressors=compressors)
+    hardware = machine(true, collectives=measured_tables(2), ranks_per_node=2)
+    layouts = [Layout(kind, timed(config, vocab, hardware, 2)) for kind, config, vocab in layouts_of(base(), 2)]
+    fitted, tables = fit_layouts(layouts, replace(hardware, rates=(rates,)), rates)
+    again = replace(hardware, rates=(fitted,), collectives=tables)
+    for layout in layouts:
+        model = layout.model
+        predicted = predict_time(model.config, model.spec, model.mesh, again)
+        assert predicted is not None and predicted.seconds == pytest.approx(model.seconds[0], rel=0.03), layout.kind
+
+
+def test_turns_are_steadied_by_the_speed_of_their_round() -> None:
+    models = [timed(config_of(base(), one), one.vocab, machine(Rates(1e11, 1e10)), 1) for one in ALONE[:3]]
+    usual = [model.seconds[0] for model in models]
+    for model in models:
+        model.seconds = [model.seconds[0] * speed for speed in (1.0, 3.0, 1.0, 0.5, 1.0)]
+    timed_steps.steady(models)
+    assert [model.seconds for model in models] == [pytest.approx([seconds] * 5) for seconds in usual]
+
+
+def test_a_measurement_replaces_its_own_kind_only(tmp_path: Path) -> None:
+    path = tmp_path / "hardware.yaml"
+
+    def measurement(framework: str, ranks: int, seconds: float) -> Measurement:
+        rates = Rates(1e11, seconds, framework=framework, precision="fp32", ranks=ranks)
+        tables = (
+            [MeasuredCollective("broadcast", ranks, (64.0, 1e6), (1e-5, seconds), "node", framework)]
+            if ranks > 1
+            else []
+        )
+        return Measurement(rates, tables, ranks, "node", 1e9, {f"{framework}, {ranks} rank(s)": f"{seconds}"})
+
+    for new in (measurement("torch", 1, 1.0), measurement("torch", 2, 2.0), measurement("tensorflow", 2, 3.0)):
+        measured_file.add(new, path)
+    measured_file.add(measurement("torch", 2, 4.0), path)
+    hardware = read_hardware(path)
+    kinds = {(rates.framework, rates.ranks): rates.memory_bytes_per_second for rates in hardware.rates}
+    assert kinds == {("torch", 1): 1.0, ("torch", 2): 4.0, ("tensorflow", 2): 3.0}
+    assert sorted(table.seconds[-1] for table in hardware.collectives) == [3.0, 4.0]
+    assert hardware.ranks_per_node == 2 and hardware.measured["torch, 2 rank(s)"] == "4.0"
+
+
+def test_ranks_measure_themselves_and_plan_uses_it(tmp_path: Path) -> None:
+    """One rank of TensorFlow, to the file of this user; benchmarks/planner.py measures two of PyTorch."""
+    cache = {"XDG_CACHE_HOME": str(tmp_path)}
+    options = ["--framework", "tensorflow", "--model.layers", "2", "--model.width", "64"]
+    before = run_python(["-m", "hvdlm", "plan", *options], **cache)
+    assert before.returncode == 0, before.stderr
+    done = run_python(["-m", "hvdlm", "plan", "--measure", "--seconds", "10", *options], timeout=120, **cache)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [rates] = read_hardware(tmp_path / "hvdlm" / "hardware.yaml").rates
+    assert (rates.framework, rates.precision, rates.ranks) == ("tensorflow", "fp32", 1)
+    after = run_python(["-m", "hvdlm", "plan", *options], **cache)
+    assert "step" in after.stdout and len(after.stdout) > len(before.stdout), after.stdout + after.stderr
+
+
+def test_a_measurement_needs_time() -> None:
+    done = run_python(["-m", "hvdlm", "plan", "--measure", "--seconds", "0"])
+    assert done.returncode == 2 and "--seconds: got 0, expected more than 0" in done.stderr
