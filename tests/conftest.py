@@ -14,6 +14,9 @@ import pytest
 
 from launching import SMALL, launch
 
+# Tests start Python hundreds of times: each start would compile the package's modules anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 _LAUNCHED = ("parallel", "alone")
 collect_ignore = (
     [] if "HVDLM_TEST_FRAMEWORK" in os.environ else [str(Path(__file__).parent / name) for name in _LAUNCHED]

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hvdlm_backends.probes import unpinned
+from hvdlm_backends.probes import SPIN_COUNT, unpinned
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("HVDLM_DATA", ROOT.parent / "shared" / "data"))
@@ -45,11 +48,45 @@ def run_command(
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, errors="replace", timeout=timeout)
 
 
+@functools.cache
+def warm_python(framework: str) -> str:
+    """Return the address of a process that has imported ``framework`` and ends with this one (see warm_python.py)."""
+    folder = Path(tempfile.mkdtemp(prefix="hvdlm-warm-"))
+    command = [sys.executable, str(ROOT / "tests" / "warm_python.py"), str(folder / "socket"), framework]
+    settings = environment(GOMP_SPINCOUNT=SPIN_COUNT, OPENBLAS_NUM_THREADS="1")
+    with (folder / "errors").open("w") as errors:
+        process = subprocess.Popen(command, env=settings, stdin=subprocess.PIPE, stdout=errors, stderr=errors)
+    atexit.register(shutil.rmtree, folder)
+    atexit.register(process.communicate, timeout=60)
+    wait_until((folder / "socket").exists, 120, process)
+    return str(folder / "socket")
+
+
+def _read_once(variables: Mapping[str, str]) -> dict[str, str]:
+    """Return those of some environment variables that are read when Python, its libraries or a framework are loaded."""
+    return {name: value for name, value in variables.items() if name.startswith(READ_ONCE)}
+
+
+READ_ONCE = ("PYTHON", "LD_", "LC_", "LANG", "OMP_", "GOMP_", "MKL_", "OPENBLAS_", "TF_", "XLA_", "MALLOC_", "TORCH")
+_AT_START = _read_once(environment())
+
+
+def python(arguments: Sequence[str], **variables: str) -> list[str]:
+    """Return the command ``python ARGUMENTS``, as a fork of a warm process where that makes no difference."""
+    named = "--framework" in arguments[:-1]
+    is_run = named or tuple(arguments[:2]) == ("-m", "hvdlm")
+    if not is_run or _read_once(environment(**variables)) != _AT_START:
+        return [sys.executable, *arguments]
+    framework = arguments[arguments.index("--framework") + 1] if named else "none"
+    address = warm_python(framework if framework in ("torch", "tensorflow") else "none")
+    return [sys.executable, "-I", "-S", str(ROOT / "tests" / "warm_client.py"), address, *arguments]
+
+
 def run_python(
     arguments: list[str], cwd: Path = ROOT, timeout: float = 300, **variables: str
 ) -> subprocess.CompletedProcess[str]:
     """Run ``python ARGUMENTS`` without a launcher."""
-    return run_command([sys.executable, *arguments], cwd, timeout, **variables)
+    return run_command(python(arguments, **variables), cwd, timeout, **variables)
 
 
 def launch(
@@ -61,7 +98,7 @@ def launch(
     name, *options = launcher.split()
     if name == "mpirun":
         options += ["--oversubscribe", "--bind-to", "none"]
-    command = [name, *options, "-np", str(ranks), sys.executable, *arguments]
+    command = [name, *options, "-np", str(ranks), *python(arguments, **variables)]
     return run_command(command, timeout=timeout, **variables)
 
 
