@@ -6,13 +6,15 @@ The former run on every rank of a launch, the latter in one process per framewor
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from launching import SMALL, launch
+from launching import SMALL, launch, start_warm
 
 # Tests start Python hundreds of times: each start would compile the package's modules anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -26,6 +28,14 @@ collect_ignore = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the longest file first, so that parallel workers finish at about the same time."""
     items.sort(key=lambda item: item.path.name != "test_launches.py")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Start the processes of which commands of tests are forks; the workers of a session share them."""
+    if "HVDLM_TEST_WARM" not in os.environ:
+        folder = Path(tempfile.mkdtemp(prefix="hvdlm-warm-"))
+        process = start_warm(folder)
+        config.add_cleanup(lambda: (process.communicate(timeout=60), shutil.rmtree(folder)))
 
 
 @pytest.fixture

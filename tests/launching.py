@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
-import functools
 import json
 import os
 import shutil
@@ -11,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from hvdlm_backends.probes import SPIN_COUNT, unpinned
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("HVDLM_DATA", ROOT.parent / "shared" / "data"))
 
+WARM = str(ROOT / "tests" / "warm")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 # The framework and number of ranks of the launch that runs tests/parallel in this process.
@@ -32,9 +31,25 @@ SMALL += ["--train.batch_size", "8", "--data.context", "32", "--log.every", "1"]
 STEPS = ("--train.steps", "30", "--train.warmup", "5")
 
 
+def start_warm(folder: Path) -> subprocess.Popen:
+    """Let the commands that tests start be forks of processes that have imported their framework (see warm/server.py).
+
+    They end with the standard input of the process that is returned. ``HVDLM_TEST_WARM=`` starts all commands afresh.
+    """
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), WARM)))
+    os.environ["HVDLM_TEST_WARM"] = str(folder)
+    settings = environment(HVDLM_TEST_WARM="", GOMP_SPINCOUNT=SPIN_COUNT, OPENBLAS_NUM_THREADS="1")
+    (folder / "environment.json").write_text(json.dumps(settings))
+    with (folder / "log").open("w") as log:
+        command = [sys.executable, f"{WARM}/server.py", str(folder)]
+        return subprocess.Popen(command, env=settings, stdin=subprocess.PIPE, stdout=log, stderr=log)
+
+
 def environment(**variables: str) -> dict[str, str]:
     """Return this process's environment, without pinning of ranks and threads, with Python's folder first on PATH."""
     env = unpinned()
+    if "PYTHONPATH" in variables:
+        variables["PYTHONPATH"] += f"{os.pathsep}{WARM}"
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
     env.update(OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1", TF_CPP_MIN_LOG_LEVEL="3")
     return env | variables
@@ -48,45 +63,11 @@ def run_command(
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, errors="replace", timeout=timeout)
 
 
-@functools.cache
-def warm_python(framework: str) -> str:
-    """Return the address of a process that has imported ``framework`` and ends with this one (see warm_python.py)."""
-    folder = Path(tempfile.mkdtemp(prefix="hvdlm-warm-"))
-    command = [sys.executable, str(ROOT / "tests" / "warm_python.py"), str(folder / "socket"), framework]
-    settings = environment(GOMP_SPINCOUNT=SPIN_COUNT, OPENBLAS_NUM_THREADS="1")
-    with (folder / "errors").open("w") as errors:
-        process = subprocess.Popen(command, env=settings, stdin=subprocess.PIPE, stdout=errors, stderr=errors)
-    atexit.register(shutil.rmtree, folder)
-    atexit.register(process.communicate, timeout=60)
-    wait_until((folder / "socket").exists, 120, process)
-    return str(folder / "socket")
-
-
-def _read_once(variables: Mapping[str, str]) -> dict[str, str]:
-    """Return those of some environment variables that are read when Python, its libraries or a framework are loaded."""
-    return {name: value for name, value in variables.items() if name.startswith(READ_ONCE)}
-
-
-READ_ONCE = ("PYTHON", "LD_", "LC_", "LANG", "OMP_", "GOMP_", "MKL_", "OPENBLAS_", "TF_", "XLA_", "MALLOC_", "TORCH")
-_AT_START = _read_once(environment())
-
-
-def python(arguments: Sequence[str], **variables: str) -> list[str]:
-    """Return the command ``python ARGUMENTS``, as a fork of a warm process where that makes no difference."""
-    named = "--framework" in arguments[:-1]
-    is_run = named or tuple(arguments[:2]) == ("-m", "hvdlm")
-    if not is_run or _read_once(environment(**variables)) != _AT_START:
-        return [sys.executable, *arguments]
-    framework = arguments[arguments.index("--framework") + 1] if named else "none"
-    address = warm_python(framework if framework in ("torch", "tensorflow") else "none")
-    return [sys.executable, "-I", "-S", str(ROOT / "tests" / "warm_client.py"), address, *arguments]
-
-
 def run_python(
     arguments: list[str], cwd: Path = ROOT, timeout: float = 300, **variables: str
 ) -> subprocess.CompletedProcess[str]:
     """Run ``python ARGUMENTS`` without a launcher."""
-    return run_command(python(arguments, **variables), cwd, timeout, **variables)
+    return run_command([sys.executable, *arguments], cwd, timeout, **variables)
 
 
 def launch(
@@ -98,7 +79,7 @@ def launch(
     name, *options = launcher.split()
     if name == "mpirun":
         options += ["--oversubscribe", "--bind-to", "none"]
-    command = [name, *options, "-np", str(ranks), *python(arguments, **variables)]
+    command = [name, *options, "-np", str(ranks), sys.executable, *arguments]
     return run_command(command, timeout=timeout, **variables)
 
 

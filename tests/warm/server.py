@@ -1,9 +1,8 @@
-"""A process that has imported a framework; commands of tests are forks of it, which start in a third of the time.
+"""Processes that have imported a framework; commands of tests are forks of them, which start in a third of the time.
 
-It imports what a run imports and computes nothing, so that a fork is in the state of a fresh process after its imports.
-``python tests/warm_client.py`` stands for a command: it passes arguments, environment and files to this process,
-forwards signals to the fork, and ends as the fork does. The fork ends with its client, and this process with its
-standard input.
+They import what a run imports and compute nothing, so that a fork is in the state of a fresh process after its imports.
+The process that was started for a command (sitecustomize.py) passes on its arguments, environment and files, forwards
+signals to the fork and ends as it does. The fork ends with that process, and the servers with their standard input.
 """
 
 from __future__ import annotations
@@ -21,25 +20,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# What most commands import; nothing that loads MPI.
-COMMON = ["numpy", "ml_dtypes", "pluggy", "yaml", "safetensors.numpy", "tokenizers", "tensorboard.summary"]
-COMMON += [
-    "jsonargparse",
-    "hvdlm.cli",
-    "hvdlm.commands.train",
-    "hvdlm.training.whole_run",
-    "hvdlm.configuration.parsing",
-]
-FRAMEWORKS = {
-    "none": [],
-    "torch": ["torch", "hvdlm_torch.framework", "hvdlm_torch.trainable"],
-    "tensorflow": ["tensorflow", "hvdlm_tensorflow.framework", "hvdlm_tensorflow.trainable"],
-}
-Request = dict[str, Any]
+# What most commands import of other packages, and nothing that loads MPI. Not hvdlm itself: scripts change what it has
+# before they import the rest.
+COMMON = ["numpy", "ml_dtypes", "pluggy", "yaml", "jsonargparse", "safetensors.numpy", "tokenizers", "psutil", "tqdm"]
+COMMON += ["tensorboard.summary"]
+FRAMEWORKS = {"none": [], "torch": ["torch"], "tensorflow": ["tensorflow", "keras"]}
+Request = tuple[dict[str, Any], list[int]]
 
 
-def receive(connection: socket.socket) -> tuple[Request, list[int]]:
-    """Return a client's request and its standard input, output and error."""
+def receive(connection: socket.socket) -> Request:
+    """Return a command's request and its standard input, output and error."""
     files = array.array("i")
     size, ancillary, _, _ = connection.recvmsg(4, socket.CMSG_LEN(3 * files.itemsize))
     for _, _, content in ancillary:
@@ -48,21 +38,21 @@ def receive(connection: socket.socket) -> tuple[Request, list[int]]:
         return json.loads(stream.read(int.from_bytes(size, "little"))), list(files)
 
 
-def become(request: Request, files: list[int]) -> None:
-    """Run the command of a request in this process, as ``python ARGUMENTS`` would."""
+def become(request: dict[str, Any], files: list[int]) -> None:
+    """Run a command in this process, as ``python ARGUMENTS`` would."""
     for target, file in enumerate(files):
         os.dup2(file, target)
         os.close(file)
-    unbuffered = bool(request["environment"].get("PYTHONUNBUFFERED"))
-    sys.stdin = sys.__stdin__ = open(0)
-    sys.stdout = sys.__stdout__ = open(1, "w")
-    sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, errors="backslashreplace")
-    sys.stdout.reconfigure(write_through=unbuffered)
+    sys.path[1:1] = request["environment"].get("PYTHONPATH", "").split(os.pathsep)
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["folder"])
     os.umask(request["umask"])
     os.sched_setaffinity(0, request["cores"])
+    sys.stdin = sys.__stdin__ = open(0)
+    sys.stdout = sys.__stdout__ = open(1, "w")
+    sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, errors="backslashreplace")
+    sys.stdout.reconfigure(write_through=bool(os.environ.get("PYTHONUNBUFFERED")))
     sys.orig_argv = [sys.executable, *request["arguments"]]
     run(*request["arguments"])
 
@@ -82,25 +72,22 @@ def run(option: str, *rest: str) -> None:
 
 
 class Server:
-    """Forks a process for every client; ``connections``: those of running forks, by process id."""
+    """Forks a process for every command; ``connections``: those of running forks, by process id."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, listener: socket.socket) -> None:
         self.connections: dict[int, socket.socket] = {}
-        self.listener = socket.socket(socket.AF_UNIX)
-        self.ended, writer = socket.socketpair()
-        self.files = [self.listener, self.ended, writer]
-        for end in (self.ended, writer):
+        self.listener = listener
+        self.ended, self.writer = socket.socketpair()
+        for end in (self.ended, self.writer):
             end.setblocking(False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
-        signal.set_wakeup_fd(writer.fileno())
+        signal.set_wakeup_fd(self.writer.fileno())
         self.selector = selectors.DefaultSelector()
         for file in (sys.stdin, self.listener, self.ended):
             self.selector.register(file, selectors.EVENT_READ)
-        self.listener.bind(address)
-        self.listener.listen(64)
 
-    def serve(self) -> tuple[Request, list[int]] | None:
-        """Return the request of a client in its fork, and nothing in this process when its standard input ends."""
+    def serve(self) -> Request | None:
+        """Return the request of a command in its fork, and nothing in this process when its standard input ends."""
         while True:
             for key, _ in self.selector.select(timeout=3600):
                 if key.fileobj is sys.stdin:
@@ -116,27 +103,30 @@ class Server:
                 elif key.data in self.connections:
                     self.forward(key.data)
 
-    def fork(self) -> tuple[Request, list[int]] | None:
-        """Fork for the next client; return its request in the fork."""
+    def fork(self) -> Request | None:
+        """Fork for the next command; return its request in the fork."""
         connection, _ = self.listener.accept()
-        request, files = receive(connection)
+        request = receive(connection)
         pid = os.fork()
         if pid:
             self.connections[pid] = connection
             self.selector.register(connection, selectors.EVENT_READ, pid)
-            for file in files:
+            for file in request[1]:
                 os.close(file)
             return None
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self.selector.close()
-        for file in (*self.files, connection, *self.connections.values()):
+        for file in (self.listener, self.ended, self.writer, connection, *self.connections.values()):
             file.close()
-        return request, files
+        return request
 
     def forward(self, pid: int) -> None:
-        """Send a fork the signals that its client got; end it if its client has ended."""
-        numbers = self.connections[pid].recv(16)
+        """Send a fork the signals that its command's process got; end it if that has ended."""
+        try:
+            numbers = self.connections[pid].recv(16)
+        except ConnectionResetError:
+            numbers = b""
         for number in numbers or [signal.SIGKILL]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
@@ -144,7 +134,7 @@ class Server:
             self.selector.unregister(self.connections[pid])
 
     def report_ended(self) -> None:
-        """Send the clients of all forks that have ended their exit codes."""
+        """Pass on the exit codes of all forks that have ended."""
         self.ended.recv(64)
         for pid in list(self.connections):
             ended, status = os.waitpid(pid, os.WNOHANG)
@@ -157,11 +147,40 @@ class Server:
                 connection.close()
 
 
-def main(address: str, framework: str) -> None:
-    """Import what runs of a framework import, then fork for clients."""
+def start_servers(folder: Path) -> tuple[str, socket.socket] | None:
+    """Fork a server when a framework is first asked for; return its framework and socket in the fork.
+
+    Returns nothing in this process, when its standard input ends.
+    """
+    listeners = {}
+    for framework in FRAMEWORKS:
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(folder / framework))
+        listener.listen(64)
+        listeners[framework] = listener
+    (folder / "ready").touch()
+    with selectors.DefaultSelector() as selector:
+        selector.register(sys.stdin, selectors.EVENT_READ)
+        for framework, listener in listeners.items():
+            selector.register(listener, selectors.EVENT_READ, framework)
+        while True:
+            for key, _ in selector.select(timeout=3600):
+                if key.fileobj is sys.stdin:
+                    return None
+                selector.unregister(key.fileobj)
+                if not os.fork():
+                    return key.data, listeners[key.data]
+
+
+def main(folder: str) -> None:
+    """Serve until standard input ends."""
+    started = start_servers(Path(folder))
+    if started is None:
+        return
+    framework, listener = started
     for name in COMMON + FRAMEWORKS[framework]:
         importlib.import_module(name)
-    request = Server(address).serve()
+    request = Server(listener).serve()
     if request is not None:
         become(*request)
 
