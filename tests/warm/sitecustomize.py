@@ -15,14 +15,30 @@ FRAMEWORKS = ("torch", "tensorflow")
 
 
 def framework(arguments: list) -> str:
-    """Return the framework that a command imports, "none" for a command of hvdlm that names none, else ""."""
-    is_tests = arguments[:2] == ["-m", "pytest"]
-    name = os.environ.get("HVDLM_TEST_FRAMEWORK", "") if is_tests else ""
+    """Return the framework that a command imports, "none" for a command of hvdlm that imports none, else ""."""
+    name = os.environ.get("HVDLM_TEST_FRAMEWORK", "") if arguments[:2] == ["-m", "pytest"] else ""
     if "--framework" in arguments[:-1]:
         name = arguments[arguments.index("--framework") + 1]
-    if name in FRAMEWORKS:
-        return name
-    return "none" if arguments[:2] == ["-m", "hvdlm"] else ""
+    elif arguments[:2] == ["-m", "hvdlm"]:
+        name = default_framework(arguments[2:])
+    return name if name in FRAMEWORKS else "none" if arguments[:2] == ["-m", "hvdlm"] else ""
+
+
+def default_framework(arguments: list) -> str:
+    """Return the framework of a command of hvdlm that names none, if it imports one."""
+    computes = arguments[:1] in (["train"], ["generate"], ["evaluate"]) or (arguments[0:1] and arguments[0][:2] == "--")
+    if not computes or {"--help", "-h", "--dry_run", "--version"} & set(arguments):
+        return ""
+    for option, file in (("--config", ""), ("--run", "config.yaml")):
+        if option in arguments[:-1]:
+            path = os.path.join(arguments[arguments.index(option) + 1], file).rstrip("/")
+            try:
+                with open(path) as stream:
+                    lines = [line.split(":")[1].strip() for line in stream if line.startswith("framework:")]
+            except (OSError, ValueError):
+                return ""
+            return lines[0] if lines else "torch"
+    return "torch"
 
 
 def read_once(environment: dict) -> dict:
