@@ -8,6 +8,7 @@ import importlib.metadata
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from importlib.metadata import EntryPoint
 from typing import Any
 
@@ -20,6 +21,8 @@ COMMANDS = {
     "train": "train a model (the default)",
 }
 """The command of the core, a module ``hvdlm.commands.NAME`` with ``main(arguments) -> exit code``."""
+
+_ON_RANKS = ("train", "evaluate", "generate", "bench")  # commands that ``--ranks`` runs on threads
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -59,11 +62,25 @@ def run(arguments: list[str]) -> int:
         if name == "train" and (rest in (["--help"], ["-h"]) or (not arguments and on_terminal())):
             print(help_text())
             return 0
-        return int(importlib.import_module(f"hvdlm.commands.{name}").main(rest))
+        return _on_ranks(name, importlib.import_module(f"hvdlm.commands.{name}").main, rest)
     entries = added_commands()
     if name not in entries:
         raise HvdlmError(f"no command {name!r}; {nearest(name, [*COMMANDS, *entries])}")
-    return int(_load(entries[name]).main(rest))
+    return _on_ranks(name, _load(entries[name]).main, rest)
+
+
+def _on_ranks(name: str, main: Callable[[list[str]], int], arguments: list[str]) -> int:
+    """Return ``main(arguments)``, called by every rank where ``--ranks N`` asks for N threads (backend threads)."""
+    index = next((i for i, a in enumerate(arguments) if a.partition("=")[0] == "--ranks"), None)
+    if index is None or name not in _ON_RANKS or "--dry_run" in arguments:
+        return int(main(arguments))
+    from hvdlm import plugins
+
+    _, sign, value = arguments[index].partition("=")
+    ranks = value if sign else "".join(arguments[index + 1 : index + 2])
+    rest = arguments[:index] + arguments[index + (1 if sign else 2) :]
+    backend: Any = plugins.make(plugins.load(["threads"]), "backend", "threads")  # a StartsRanks
+    return int(backend.run_command(ranks, lambda: main(list(rest))))
 
 
 def added_commands() -> dict[str, EntryPoint]:

@@ -147,7 +147,8 @@ def test_a_package_imports_only_what_it_may(folder: str) -> None:
 
 
 def test_building_horovod_needs_only_the_standard_library() -> None:
-    own = ("hvdlm.errors", "hvdlm.io.user_folders", "hvdlm.io.safe_files", "hvdlm.io.file_lock", "hvdlm.io.lock_owner")
+    names = ("user_folders", "safe_files", "file_lock", "lock_owner", "rank_context")
+    own = ("hvdlm.errors", *(f"hvdlm.io.{name}" for name in names))
     files = [ROOT / f"{name.replace('.', '/')}.py" for name in own]
     for path in [*sources("backends/hvdlm_horovod"), *files]:
         for line, name in imports(path):

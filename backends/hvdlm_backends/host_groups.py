@@ -1,96 +1,68 @@
-"""Group over MPI from host memory: tensors become arrays, which the thread of a lane passes to MPI."""
+"""Group over host memory: tensors become arrays, which a transport passes between ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from hvdlm.diagnostics.flight_recorder import FlightRecorder
-from hvdlm.protocols.framework import HostCollective, HostTensors
+from hvdlm.protocols.framework import HostTensors
 from hvdlm.protocols.group import Handle
-from hvdlm_backends import mpi_collectives
 from hvdlm_backends.groups import CountedGroup
-from hvdlm_backends.lanes import Lane
-from hvdlm_backends.named_messages import NamedMessages
+from hvdlm_backends.host_transport import Collective, HostTransport
 
 Shape = tuple[int | None, ...]
+_NOTHING = np.empty(0, np.uint8)  # what a barrier sends
 
 
 class HostGroup(CountedGroup):
-    """The collectives of one communicator.
+    """The collectives of one group.
 
     ``in_place``: whether a sum may overwrite its input (``Framework.in_place``).
     """
 
     def __init__(
-        self,
-        lane: Lane,
-        messages: NamedMessages,
-        tensors: HostTensors,
-        in_place: bool,
-        recorder: FlightRecorder | None = None,
+        self, transport: HostTransport, tensors: HostTensors, in_place: bool, recorder: FlightRecorder | None = None
     ) -> None:
-        super().__init__(lane.ranks, recorder)
-        self._lane = lane
-        self._messages = messages
+        super().__init__(transport.ranks, recorder)
+        self._transport = transport
         self._tensors = tensors
         self._in_place = in_place
 
-    def _start(
-        self, operation: str, tensor: Any, name: str, call: Callable[..., np.ndarray], shape: Shape, now: bool
-    ) -> Handle:
-        """Start ``call(array, communicator)``; ``shape``: of the result, with None where ranks may differ."""
-        collective = self._collective(operation, name, call, now)
-        return self.counted(operation, name, [tensor], lambda: self._tensors.through(tensor, collective, shape))
-
-    def _collective(self, operation: str, name: str, call: Callable[..., np.ndarray], now: bool) -> HostCollective:
-        """Return the function that submits ``call`` on an array to the lane; ranks compare the calls' signatures."""
-
-        def submit(array: np.ndarray, arrived: Callable[[], None] | None) -> Handle:
-            common_shape = array.shape[1:] if operation == "all_gather" else array.shape
-            signature = f"{operation} {name} {array.dtype}{list(common_shape)}"
-            return self._lane.submit(partial(call, array), signature, now, arrived)
-
-        return submit
+    def _start(self, collective: Collective, tensor: Any, shape: Shape) -> Handle:
+        """Start a collective; ``shape``: of the result, with None where ranks may differ."""
+        start = partial(self._transport.start, collective)
+        through = partial(self._tensors.through, tensor, start, shape)
+        return self.counted(collective.operation, collective.name, [tensor], through)
 
     def _all_reduce(self, tensor: Any, name: str, op: str, now: bool) -> Handle:
-        summed = mpi_collectives.adasum if op == "adasum" else mpi_collectives.all_reduce
-        call = _call(summed, self._in_place)
-        return self._start("all_reduce", tensor, name, call, tuple(tensor.shape), now)
+        collective = Collective("all_reduce", name, op, self._in_place, now=now)
+        return self._start(collective, tensor, tuple(tensor.shape))
 
     def _sum(self, tensor: Any, name: str) -> Any:
         return self._all_reduce(tensor, name, "sum", True).wait()
 
     def _sum_together(self, tensors: Sequence[Any], name: str) -> list[Any]:
-        collective = self._collective("all_reduce", name, _call(mpi_collectives.all_reduce, self._in_place), True)
-        return self.counted("all_reduce", name, tensors, lambda: self._tensors.together(tensors, collective)).wait()
+        start = partial(self._transport.start, Collective("all_reduce", name, "sum", self._in_place, now=True))
+        return self.counted("all_reduce", name, tensors, partial(self._tensors.together, tensors, start)).wait()
 
     def _all_gather(self, tensor: Any, name: str, now: bool) -> Handle:
-        shape = (None, *tuple(tensor.shape)[1:])
-        return self._start("all_gather", tensor, name, mpi_collectives.all_gather, shape, now)
+        return self._start(Collective("all_gather", name, now=now), tensor, (None, *tuple(tensor.shape)[1:]))
 
     def _reduce_scatter(self, tensor: Any, name: str, now: bool) -> Handle:
         rows, size = tensor.shape[0], len(self.ranks)
         even = rows is not None and rows % size == 0
         shape = (rows // size if even else None, *tuple(tensor.shape)[1:])
-        return self._start("reduce_scatter", tensor, name, mpi_collectives.reduce_scatter, shape, now)
+        return self._start(Collective("reduce_scatter", name, now=now), tensor, shape)
 
     def _broadcast(self, tensor: Any, root: int, name: str, now: bool) -> Handle:
-        def post(array: np.ndarray, arrived: Callable[[], None] | None) -> Handle:
-            if arrived is not None:
-                arrived()
-            return self._messages.broadcast(array, root, name, f"broadcast {name} {array.dtype}{list(array.shape)}")
-
-        call = _call(mpi_collectives.broadcast, root)
-        collective = self._collective("broadcast", name, call, now) if now else post
-        shape = tuple(tensor.shape)
-        return self.counted("broadcast", name, [tensor], lambda: self._tensors.through(tensor, collective, shape))
+        return self._start(Collective("broadcast", name, root=root, now=now), tensor, tuple(tensor.shape))
 
     def _all_to_all(self, tensor: Any, name: str, now: bool) -> Handle:
-        return self._start("all_to_all", tensor, name, mpi_collectives.all_to_all, tuple(tensor.shape), now)
+        return self._start(Collective("all_to_all", name, now=now), tensor, tuple(tensor.shape))
 
     def all_reduce_async(self, tensor: Any, name: str, op: str = "sum") -> Handle:
         """Start a sum."""
@@ -130,10 +102,5 @@ class HostGroup(CountedGroup):
 
     def barrier(self) -> None:
         """Wait for all members."""
-        submit = partial(self._lane.submit, mpi_collectives.barrier, "barrier", True)
-        self.counted("barrier", "barrier", [], submit).wait()
-
-
-def _call(function: Callable[..., np.ndarray], setting: Any) -> Callable[..., np.ndarray]:
-    """Return ``function`` with its second argument, ``setting``, filled in."""
-    return lambda array, communicator: function(array, setting, communicator)
+        start = partial(self._transport.start, Collective("barrier", "barrier", now=True), _NOTHING, None)
+        self.counted("barrier", "barrier", [], start).wait()

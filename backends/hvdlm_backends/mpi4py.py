@@ -19,10 +19,9 @@ from hvdlm.protocols.world import World
 from hvdlm_backends import environment, mpi, shared_gpus
 from hvdlm_backends.host_groups import HostGroup
 from hvdlm_backends.host_tensors import host_tensors
-from hvdlm_backends.lanes import Lane
 from hvdlm_backends.local import LocalWorld
 from hvdlm_backends.messages import MPIMessages
-from hvdlm_backends.named_messages import NamedMessages
+from hvdlm_backends.mpi_transport import MPITransport
 from hvdlm_backends.worlds import RanksWorld
 
 
@@ -39,25 +38,23 @@ class MPIWorld(RanksWorld):
         self.local_rank = launch.local_rank
         self.local_size = launch.local_size
         tensors = host_tensors(framework)
-        self._threads: list[Lane | NamedMessages] = []
+        self._transports: list[MPITransport] = []
         for number, ranks in enumerate(dict.fromkeys([tuple(range(size)), *map(tuple, groups)])):
             if len(ranks) == 1 or rank not in ranks:
                 continue
             members = communicator.Get_group().Incl(ranks)
-            group_communicator = communicator.Create_group(members, number)
-            lane = Lane(group_communicator, ranks)
-            messages = NamedMessages(group_communicator, f"hvdlm-{number}")
-            self._threads += [lane, messages]
-            self.groups[ranks] = HostGroup(lane, messages, tensors, framework.in_place, self.recorder)
+            transport = MPITransport(communicator.Create_group(members, number), ranks, f"hvdlm-{number}")
+            self._transports.append(transport)
+            self.groups[ranks] = HostGroup(transport, tensors, framework.in_place, self.recorder)
 
     def transfer_seconds(self) -> float:
         """Return the seconds that this rank spent in collectives, in the background or not."""
-        return sum(thread.seconds for thread in self._threads)
+        return sum(transport.seconds for transport in self._transports)
 
     def close(self) -> None:
         """Wait for the collectives in flight, and end the threads."""
-        for thread in self._threads:
-            thread.close()
+        for transport in self._transports:
+            transport.close()
 
 
 class MPI4PyBackend:
@@ -80,13 +77,7 @@ class MPI4PyBackend:
         Raises:
             HvdlmError: a setting is Horovod's.
         """
-        options = config.communication
-        for name, value in (("autotune", options.autotune), ("timeline", options.timeline)):
-            if value:
-                raise HvdlmError(
-                    f"communication.{name} is a setting of Horovod, which backend mpi4py doesn't use: leave it out, or "
-                    "use --backend mpi."
-                )
+        environment.refuse_horovod_settings(config, self.name)
         mpi.find_installation()
         user_threads = os.environ.get("TF_NUM_INTEROP_THREADS")
         threads = environment.prepare(launcher_env.detect(), config)

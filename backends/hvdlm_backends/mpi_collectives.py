@@ -84,14 +84,15 @@ def adasum(array: np.ndarray, in_place: bool, communicator: Any) -> np.ndarray:
         other = np.empty_like(combined)
         communicator.Sendrecv(combined, partner, recvbuf=other, source=partner)
         first, second = (combined, other) if rank < partner else (other, combined)
-        combined = _combine(first, second)
+        combined = combine(first, second)
         distance *= 2
     total = array if in_place else empty(array.shape, array.dtype)
     total[...] = combined.reshape(array.shape)
     return total
 
 
-def _combine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def combine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return adasum(a, b) of two vectors; see ``adasum``."""
     wide_a, wide_b = a.astype(np.float64), b.astype(np.float64)
     product, square_a, square_b = wide_a @ wide_b, wide_a @ wide_a, wide_b @ wide_b
     factor_a = 1.0 - product / (2.0 * square_a) if square_a else 1.0
@@ -116,7 +117,7 @@ def all_gather(array: np.ndarray, communicator: Any) -> np.ndarray:
 def reduce_scatter(array: np.ndarray, communicator: Any) -> np.ndarray:
     """Return this member's shard ``[n / size, ...]`` of the sum ``[n, ...]``; the first members take the remainder."""
     size, rank = communicator.Get_size(), communicator.Get_rank()
-    rows = [array.shape[0] // size + (member < array.shape[0] % size) for member in range(size)]
+    rows = shard_rows(array.shape[0], size)
     shard = empty((rows[rank], *array.shape[1:]), array.dtype)
     sent, received, operation = _summable(array), _summable(shard), sum_of(array.dtype)
     if array.shape[0] % size == 0:
@@ -124,6 +125,11 @@ def reduce_scatter(array: np.ndarray, communicator: Any) -> np.ndarray:
     else:
         communicator.Reduce_scatter(sent, received, [n * _row_size(array) for n in rows], operation)
     return shard
+
+
+def shard_rows(rows: int, size: int) -> list[int]:
+    """Return how many of ``rows`` each of ``size`` members gets of a reduce-scatter."""
+    return [rows // size + (member < rows % size) for member in range(size)]
 
 
 def broadcast(array: np.ndarray, root: int, communicator: Any) -> np.ndarray:

@@ -31,14 +31,17 @@ class RanksWorld:
         size: the number of ranks.
         messages: host-side messages of bytes between all ranks.
         communicator: that of mpi4py, None without MPI.
+        recorder: None: a new one.
     """
 
-    def __init__(self, rank: int, size: int, messages: Messages, communicator: Any) -> None:
+    def __init__(
+        self, rank: int, size: int, messages: Messages, communicator: Any, recorder: FlightRecorder | None = None
+    ) -> None:
         self.rank = rank
         self.size = size
         self._messages = messages
         self._communicator = communicator
-        self.recorder = FlightRecorder(rank, size)
+        self.recorder = recorder or FlightRecorder(rank, size)
         self.groups: dict[tuple[int, ...], Group] = {}
         self._everyone = self.recorder.recorded_group(tuple(range(size)))
 

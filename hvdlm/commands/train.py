@@ -8,7 +8,7 @@ from hvdlm.config import Config
 from hvdlm.diagnostics.phases import process
 from hvdlm.diagnostics.watchdog import watching
 from hvdlm.errors import STOPPED
-from hvdlm.io import launcher_env
+from hvdlm.io import launcher_env, rank_context
 from hvdlm.training.signals import Signals
 
 
@@ -31,7 +31,7 @@ def _train(arguments: list[str], signals: Signals) -> int:
     """Train, and return the exit code."""
     from hvdlm.configuration.parsing import parse_config
 
-    config = parse_config(arguments)
+    config = rank_context.once("config", lambda: parse_config(arguments))  # parsing takes a tenth of a second
     process.timeout = config.communication.timeout
     from hvdlm.diagnostics.rank_errors import ending_all_ranks
     from hvdlm.training.run import plan

@@ -18,12 +18,24 @@ def choose_backend(framework: str) -> str:
 
     Where no launcher started several ranks: local.
     """
+    launch = launcher_env.detect()
+    if launch and launch.launcher == launcher_env.THREADS:
+        return "threads"
     if launcher_env.has_gloo_rendezvous():
-        launch = launcher_env.detect()
         return "local" if launch and launch.size == 1 else "gloo"
     if not launcher_env.several_ranks(launcher_env.OPEN_MPI, launcher_env.MPICH, launcher_env.SRUN):
         return "local"
     return mpi_backend(framework)
+
+
+def check_threads(backend: str) -> None:
+    """Raise HvdlmError where ``--ranks`` started threads, which only backend threads connects."""
+    launch = launcher_env.detect()
+    if launch and launch.launcher == launcher_env.THREADS and backend != "threads":
+        raise HvdlmError(
+            f"--ranks starts threads of one process, which backend {backend} can't connect: use --backend threads, or "
+            f"start processes (python -m hvdlm run -np {launch.size}) without --ranks."
+        )
 
 
 def mpi_backend(framework: str) -> str:

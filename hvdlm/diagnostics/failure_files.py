@@ -20,7 +20,7 @@ from typing import Any
 
 from hvdlm.diagnostics.flight_recorder import MOST_RANKS
 from hvdlm.errors import FAILED, HvdlmError
-from hvdlm.io import safe_files, untrusted_input, value_checks
+from hvdlm.io import rank_context, safe_files, untrusted_input, value_checks
 from hvdlm.io.terminal import printable
 
 HANG, REPORTED = "hang", "told"
@@ -172,16 +172,18 @@ def within(seconds: float, action: Callable[[], Any], default: Any) -> Any:
 
 
 def write_stack(folder: Path, rank: int) -> None:
-    """Write the Python stacks of this process's threads."""
+    """Write the Python stacks of this rank's threads."""
     _write(folder / f"rank-{rank:04d}.stack", python_stacks())
 
 
 def python_stacks() -> str:
-    """Return the Python stacks of this process's threads except the calling one, the main thread first."""
-    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    """Return the Python stacks of this rank's threads except the calling one, the main thread first."""
+    names = {thread.ident: thread.name for thread in rank_context.threads()}
     frames: dict[int, FrameType] = dict(sys._current_frames())
     frames.pop(threading.get_ident(), None)
-    first = threading.main_thread().ident
+    if rank_context.current():
+        frames = {ident: frame for ident, frame in frames.items() if ident in names}
+    first = rank_context.main_thread().ident
     ordered = sorted(frames.items(), key=lambda item: item[0] != first)
     return "\n".join(_thread(names.get(ident, "a thread of a library"), frame) for ident, frame in ordered)
 

@@ -20,7 +20,7 @@ from typing import Any
 from hvdlm.diagnostics import failure_files
 from hvdlm.diagnostics.flight_recorder import FlightRecorder, clean, named_ranks
 from hvdlm.errors import HvdlmError
-from hvdlm.io import launcher_env, safe_files
+from hvdlm.io import launcher_env, rank_context, safe_files
 
 DEFAULT_TIMEOUT = 300.0
 """Seconds; ``communication.timeout`` until the configuration is known."""
@@ -78,7 +78,8 @@ class Process:
         self.size = 1
         self.timeout = DEFAULT_TIMEOUT
         self.recorder: FlightRecorder | None = None
-        self.abort: Callable[[int], Any] = _exit
+        own = rank_context.current()
+        self.abort: Callable[[int], Any] = own.launch.end if own else _exit
         self.closers: list[Callable[[], Any]] = []
         self.last = time.monotonic()
         self.attempt: Path | None = None
@@ -225,5 +226,5 @@ class Process:
         return "\n".join(lines)
 
 
-process = Process()
-"""The process that runs this code."""
+process = rank_context.per_rank(Process)
+"""The process that runs this code, or the rank of it, where ranks are threads."""

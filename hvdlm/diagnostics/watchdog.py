@@ -23,6 +23,7 @@ from hvdlm.diagnostics import failure_files
 from hvdlm.diagnostics.explanations import diagnosis
 from hvdlm.diagnostics.phases import STARTUP_SECONDS, TRAINING, Phase, Process, process
 from hvdlm.errors import BAD_INPUT, FAILED, HvdlmError
+from hvdlm.io import rank_context
 
 _STACK_SECONDS = 5.0  # waited for the other ranks' stacks
 _TURN_SECONDS = 3.0  # after which the next rank reports, if the one before it has not
@@ -173,7 +174,7 @@ class Watchdog:
         return f"{text}\n{advice}" + (f"; python -m hvdlm doctor --run {run} prints this again." if run else ".")
 
 
-_watched = threading.Lock()
+_watched = rank_context.per_rank(threading.Lock)
 
 
 @contextmanager

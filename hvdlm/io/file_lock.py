@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hvdlm.errors import HvdlmError
-from hvdlm.io import lock_owner, safe_files
+from hvdlm.io import lock_owner, rank_context, safe_files
 from hvdlm.io.lock_owner import Owner
 
 BEAT = 2.0
@@ -66,7 +66,8 @@ class FileLock:
         self.taken_over = taken_over
         self.made: Sequence[Path] = ()
         if descriptor is not None:
-            _held[str(path.resolve())] = self
+            self._key = _key(path)
+            _held[self._key] = self
             threading.Thread(target=self._beat, name="hvdlm-lock", daemon=True).start()
 
     def release(self) -> None:
@@ -76,7 +77,7 @@ class FileLock:
             descriptor, self._descriptor = self._descriptor, None
         if descriptor is None:
             return
-        _held.pop(str(self._path.resolve()), None)
+        _held.pop(self._key, None)
         with contextlib.suppress(OSError):
             if _is_at(self._path, descriptor):
                 safe_files.delete_file(self._path)
@@ -116,7 +117,13 @@ def _end(path: Path) -> None:
     os._exit(1)
 
 
-_held: dict[str, FileLock] = {}
+_held: dict[tuple[int | None, str], FileLock] = {}
+"""The locks that this process holds, by rank, where ranks are threads, and path."""
+
+
+def _key(path: Path) -> tuple[int | None, str]:
+    own = rank_context.current()
+    return own.rank if own else None, str(path.resolve())
 
 
 def _forget() -> None:
@@ -161,7 +168,7 @@ def acquire(
         Held: another process holds it, and ``wait`` is False or the owner shows no sign of life.
         OSError: it is a link, isn't a lock of hvdlm, or can't be written.
     """
-    if str(path.resolve()) in _held:
+    if _key(path) in _held:
         return FileLock(path)
     return _Attempt(path, wait, launch, job, say or _print, shared, patience).acquire()
 

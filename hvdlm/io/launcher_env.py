@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hvdlm.errors import HvdlmError
+from hvdlm.io import rank_context
 
 HOROVODRUN, OPEN_MPI, MPICH, SRUN = "horovodrun (Gloo)", "Open MPI", "MPICH or Intel MPI", "srun"
+THREADS = "--backend threads"
 
 
 class Variables(NamedTuple):
@@ -76,6 +78,9 @@ def detect(environ: Mapping[str, str] | None = None) -> Launch | None:
     Raises:
         HvdlmError: a launcher's variable holds no number, or they contradict each other.
     """
+    own = rank_context.current()
+    if environ is None and own is not None:
+        return Launch(THREADS, own.rank, own.launch.size, own.rank, own.launch.size)
     environ = os.environ if environ is None else environ
     for launcher, names in VARIABLES.items():
         if names.rank in environ and names.size in environ:
@@ -110,6 +115,8 @@ def _number(environ: Mapping[str, str], name: str) -> int:
 
 def launch_identity() -> str:
     """Return what distinguishes this process's launch from all others, "" where the launcher tells nothing."""
+    if own := rank_context.current():
+        return own.launch.identity
     launch = detect()
     values = [os.environ.get(name, "") for name in _IDENTITIES[launch.launcher]] if launch else []
     return " ".join(values) if any(values) else ""
@@ -131,6 +138,8 @@ def local_rank_for_messages() -> int:
 
 
 def _first_number(names: Iterable[str]) -> int:
+    if own := rank_context.current():
+        return own.rank
     values = (os.environ.get(name, "") for name in names)
     return next((int(value) for value in values if _is_number(value)), 0)
 

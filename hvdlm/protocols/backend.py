@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from hvdlm.protocols.framework import Framework
 from hvdlm.protocols.world import World
@@ -32,4 +32,23 @@ class Backend(Protocol):
 
         Raises:
             HvdlmError: the transport is not built, or fewer ranks respond than the launcher started.
+        """
+
+
+@runtime_checkable
+class StartsRanks(Backend, Protocol):
+    """A backend whose ranks no launcher starts: they are threads of the process (``threads``)."""
+
+    def run_ranks(self, ranks: int, function: Callable[[], Any]) -> list[Any]:
+        """Return what ``function()`` returns in each of ``ranks`` threads; see ``run_command``.
+
+        Raises:
+            BaseException: that of the rank which failed first; the others are ended.
+        """
+
+    def run_command(self, ranks: str, command: Callable[[], int]) -> int:
+        """Run ``command`` on as many ranks as ``--ranks`` says; return the exit code of the whole.
+
+        Raises:
+            HvdlmError: there can't be as many, a launcher started this process, or a rank refuses its input.
         """

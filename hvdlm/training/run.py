@@ -18,7 +18,7 @@ from hvdlm.checkpoints.save import Saver
 from hvdlm.checkpoints.state_checks import Comparison
 from hvdlm.config import Config
 from hvdlm.configuration import validation
-from hvdlm.configuration.availability import choose_backend, require_framework, without_horovod
+from hvdlm.configuration.availability import check_threads, choose_backend, require_framework, without_horovod
 from hvdlm.data import corpora
 from hvdlm.diagnostics import failure_files
 from hvdlm.diagnostics.phases import READING, process
@@ -166,6 +166,7 @@ def plan(config: Config, *, writes: bool = True, resume: str | None = None) -> P
         raise plugins.unknown("exchange", config.communication.exchange)
     manager = load_plugins(config, backend_name)
     backend = plugins.make(manager, "backend", backend_name)
+    check_threads(backend_name)
     rank, size, _, _ = backend.launch_shape()
     if config.backend == "auto" and backend_name == "mpi4py" and rank == 0:
         missing = without_horovod(config.framework)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from hvdlm.io import launcher_env
+from hvdlm.io import launcher_env, rank_context
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
@@ -66,8 +66,10 @@ class Signals:
 
     def listen(self) -> Signals:
         """Install the handlers before there are other threads; does nothing outside of the main thread."""
-        if threading.current_thread() is not threading.main_thread():
-            return self
+        rank_context.in_main_thread(self._install)
+        return self
+
+    def _install(self) -> None:
         if launcher_env.started_by_open_mpi():
             # Blocked in all threads, it can be waited for along with its sender; it continues a stopped process anyway.
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCONT})
@@ -87,7 +89,6 @@ class Signals:
             self._restorers.append(partial(signal.signal, number, handler or signal.SIG_DFL))
         # The thread has ended before the program's own handlers are back, so that it sends them no signal.
         self._restorers += [acting.join, lambda: os.close(write_end), lambda: signal.set_wakeup_fd(before)]
-        return self
 
     def _interrupt(self, *_: Any) -> None:
         """Raise KeyboardInterrupt where a second signal asks for it; the thread acts on the first."""
@@ -98,14 +99,14 @@ class Signals:
     def ignore(self) -> None:
         """Ignore signals from now on: everything is saved, and this process ends or restores its own handlers."""
         self._over = True
-        for number in SIGNALS if self._restorers else ():
-            signal.signal(number, signal.SIG_IGN)  # an interpreter that exits resets Python's handlers
+        if self._restorers:
+            rank_context.in_main_thread(_ignore)
 
     def restore(self) -> None:
         """Install the handlers that were there before ``listen`` again, and end its threads."""
         self._over, self._raising = True, False
         while self._restorers:
-            self._restorers.pop()()
+            rank_context.in_main_thread(self._restorers.pop())
 
     def warn_of_limit(self, seconds: float) -> None:
         """Print once, on rank 0, that a save takes longer than the launcher waits before it kills its ranks."""
@@ -196,6 +197,12 @@ class Signals:
 
     def _print(self, text: str) -> None:
         print(f"hvdlm: {text}", file=sys.stderr, flush=True)
+
+
+def _ignore() -> None:
+    """Ignore the signals: an interpreter that exits resets Python's handlers."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _wake(waiting: threading.Thread) -> None:

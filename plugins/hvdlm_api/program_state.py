@@ -7,27 +7,33 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import numpy as np
 
-from hvdlm.io import launcher_env
-from hvdlm.training.run import Plan
+from hvdlm.io import launcher_env, rank_context
+
+T = TypeVar("T")
 
 
 @contextmanager
-def preserved(make: Callable[[], Plan]) -> Iterator[Plan]:
-    """Yield the plan that ``make`` makes; undo at the end of the block what it changed in the environment.
+def preserved(make: Callable[[], T]) -> Iterator[T]:
+    """Yield what ``make`` makes, such as a plan; undo at the end of the block what it changed in the environment.
 
-    What libraries set when they are imported stays. The random states of Python and numpy are those of before, too.
+    What libraries set when they are imported stays. The random states of Python and numpy are those of before, too. Of
+    ranks that are threads, the thread that started them restores both.
     """
+    if rank_context.current():
+        yield make()
+        return
     before, changed = dict(os.environ), set()
     states = random.getstate(), np.random.get_state()
     try:
         try:
-            plan = make()
+            made = make()
         finally:
             changed = {name for name in before.keys() | os.environ.keys() if before.get(name) != os.environ.get(name)}
-        yield plan
+        yield made
     finally:
         # Horovod's own settings are compared with those of the next call, since it starts once in a process.
         starts_once = launcher_env.launch_shape()[1] > 1

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from hvdlm.diagnostics import abort, failure_files
 from hvdlm.diagnostics.failure_files import Failure
 from hvdlm.diagnostics.rank_errors import end_together
+from hvdlm.io import rank_context
 from hvdlm.protocols.world import World
 
 _ERROR_SECONDS = 3.0  # waited for the errors of the other ranks
@@ -22,6 +23,8 @@ def raising_on_all_ranks(world: World, closes: bool = True) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
+        if rank_context.current():
+            raise  # to the thread that started the ranks, which ends the others
         if world.size > 1:
             if not _fails_on_all_ranks(world, error):
                 abort.end(world, error)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hvdlm import hookimpl
+from hvdlm import hookimpl, plugins
 from hvdlm.config import Config
 from hvdlm.diagnostics.phases import process
 from hvdlm.diagnostics.watchdog import watching
 from hvdlm.errors import HvdlmError
 from hvdlm.io import launcher_env
+from hvdlm.protocols.backend import StartsRanks
 from hvdlm.training.run import Plan, Run, plan
 from hvdlm.training.signals import Signals
 from hvdlm.training.whole_run import run_training
@@ -64,16 +66,34 @@ class _Outcome:
         self.checkpoint = Path(path)
 
 
-def train(config: Config) -> Result:
+def train(config: Config, *, ranks: int | None = None) -> Result:
     """Train a model, and return the result; every rank of a launch calls.
 
     A signal, such as Ctrl-C, makes the run save and return; a second one raises KeyboardInterrupt. In a thread other
     than the main one, signals are left to the program.
 
+    Args:
+        config: what to train
+        ranks: train on this many ranks, which are threads of this process (backend threads); None: on those that a
+            launcher started
+
     Raises:
         HvdlmError: bad input, before anything is computed.
-        RankError: the training failed. Where it failed on some of several ranks only, these end all of them instead.
+        RankError: the training failed. Where it failed on some of several processes only, these end all of them
+            instead. Of ranks that are threads, the error is that of the first that failed.
     """
+    if ranks is None:
+        return _train(config)
+    backend = plugins.make(plugins.load(["threads"]), "backend", "threads")
+    if not isinstance(backend, StartsRanks):
+        raise HvdlmError(f"ranks: another plugin's backend {backend.name} starts none.")
+    start = partial(backend.run_ranks, ranks, lambda: _train(config))
+    with preserved(start) as results:
+        return results[0]
+
+
+def _train(config: Config) -> Result:
+    """Train on this rank."""
     if not isinstance(config, Config):
         raise HvdlmError(f"hvdlm.train takes a hvdlm.Config, got a {type(config).__name__}: use hvdlm.Config.load.")
     signals = Signals(launcher_env.rank_for_messages())

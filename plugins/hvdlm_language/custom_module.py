@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -10,6 +11,9 @@ from typing import Any
 import numpy as np
 
 from hvdlm.models.spec import Init, ModelSpec, ParamSpec, Source
+
+PROCESS_RANDOM = threading.RLock()
+"""Held while random numbers of the whole process are drawn under a seed: ranks may be threads of one process."""
 
 PREFIX = "own."
 """Prefix of the names of such a model's parameters."""

@@ -8,6 +8,7 @@ Without a twin: in PyTorch, Python calls every collective of every step.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -19,6 +20,7 @@ from hvdlm.diagnostics.phases import READING, process
 from hvdlm.protocols.types import Traffic
 
 Moved = list[dict[str, Traffic]]
+_tracing = threading.RLock()  # a graph may trace others
 
 
 class CountedGraph:
@@ -40,7 +42,8 @@ class CountedGraph:
         self._calls: dict[Hashable, list[Call]] = {}
 
     def _trace(self, *arguments: Any) -> Any:
-        with process.during("tracing a graph", patience=READING):  # seen by ranks that have traced theirs, and wait
+        # The phase is seen by ranks that have traced their graphs, and wait. Ranks may be threads of one process.
+        with process.during("tracing a graph", patience=READING), _tracing:
             return self._function(*arguments)
 
     def __call__(self, key: Hashable, *arguments: Any) -> Any:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from typing import Any
 
 import tensorflow as tf
 
 from hvdlm.config import Config
 from hvdlm.errors import HvdlmError
+from hvdlm.io import rank_context
 from hvdlm.models.spec import ModelSpec
 from hvdlm.protocols.framework import Resolved
 from hvdlm.protocols.world import World
 
 _BF16 = (8, 0)  # compute capability of the first GPUs with bf16 and TF32 (Ampere)
+_RANKS = 64  # that are threads: TensorFlow's pool of threads, which never grows, is made for as many at least
+_THREADS = "TF_NUM_INTEROP_THREADS"
+_starting = threading.Lock()
 
 
 def select(world: World, config: Config) -> Any:
@@ -26,6 +31,7 @@ def select(world: World, config: Config) -> Any:
     Raises:
         HvdlmError: the precision needs a GPU.
     """
+    _provide_threads()
     devices = tf.config.list_physical_devices("GPU")
     if devices:
         device = devices[world.local_rank % len(devices)]
@@ -36,6 +42,33 @@ def select(world: World, config: Config) -> Any:
     if config.train.precision == "fp16":
         raise HvdlmError("train.precision fp16 needs a GPU, and none is visible here: use bf16 or fp32.")
     return None
+
+
+def _provide_threads() -> None:
+    """Have TensorFlow start a thread for each rank of this process, and for each core one more.
+
+    The graphs of all ranks share one pool of threads, and each rank occupies one of them while it waits for the others.
+
+    Raises:
+        HvdlmError: TensorFlow has started already, with fewer.
+    """
+    own, options = rank_context.current(), tf.config.threading
+    if own is None:
+        return
+    with _starting:
+        if options.get_inter_op_parallelism_threads() > own.launch.size:
+            return
+        cores = os.cpu_count() or 1
+        try:
+            options.set_inter_op_parallelism_threads(max(own.launch.size, _RANKS) + cores)
+        except RuntimeError as error:
+            started = options.get_inter_op_parallelism_threads() or int(os.environ.get(_THREADS) or cores)
+            if started <= own.launch.size:
+                raise HvdlmError(
+                    f"TensorFlow has started in this process with {started} threads for operations, of which each of "
+                    f"{own.launch.size} ranks may occupy one while it waits: start the ranks before anything else uses "
+                    f"TensorFlow, or set {_THREADS}={own.launch.size + cores}."
+                ) from error
 
 
 def resolve(config: Config, spec: ModelSpec, world: World) -> Resolved:

@@ -10,9 +10,11 @@ from hvdlm.config import Config
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.axis_groups import Axes
 from hvdlm.parallel.sharding_rules import ModelShard
+from hvdlm.protocols.model import Model
 from hvdlm.protocols.types import Batch
 from hvdlm_torch.collectives import Collectives
 from hvdlm_torch.devices import to_device
+from hvdlm_torch.dropout import DropoutMasks
 from hvdlm_torch.losses import chunked_cross_entropy, ctc, rows_of_chunk
 from hvdlm_torch.models import make_model
 from hvdlm_torch.pipeline import Pipeline
@@ -26,6 +28,7 @@ class Forward:
     Attributes:
         model: the layers of this rank's pipeline stage; its parameters are bound by the Trainable.
         collectives: those of its tensor group.
+        masks: of dropout.
         pipeline: passes activations and their gradients between stages.
         fp32_pipeline: passes activations in float32, in which texts are generated in any precision.
     """
@@ -40,7 +43,12 @@ class Forward:
         self.device = device
         self._half = _HALF_PRECISION.get(config.train.precision)
         self.collectives = Collectives(axes.tensor, model_shard)
-        self.model = make_model(spec, model_shard, self.collectives)
+        model: Any = make_model(spec, model_shard, self.collectives)
+        self.model: Model = model
+        masks_of_pytorch = (
+            device.type != "cpu" or config.train.compile is True or not getattr(model, "own_masks", False)
+        )
+        self.masks = model.masks = DropoutMasks(device, masks_of_pytorch)
         dtype, schedule = _HALF_PRECISION.get(config.train.precision, torch.float32), config.parallel.schedule
         self.pipeline = Pipeline(model_shard, axes, schedule, rank, device, dtype)
         self.fp32_pipeline = Pipeline(model_shard, axes, schedule, rank, device, torch.float32)

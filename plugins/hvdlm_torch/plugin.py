@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from hvdlm import hookimpl
 from hvdlm.config import Config
 from hvdlm.errors import HvdlmError
+from hvdlm.io import rank_context
 from hvdlm.protocols import framework as protocols
 from hvdlm.protocols.framework import Probe
 
@@ -46,6 +47,11 @@ def hvdlm_check(config: Config, spec: ModelSpec) -> None:
     if importlib.util.find_spec("torch") is None:
         raise HvdlmError(
             'framework torch is not installed here: make setup FRAMEWORKS="torch", or --framework tensorflow.'
+        )
+    if config.train.compile is True and rank_context.current() is not None:
+        raise HvdlmError(
+            "train.compile: torch.compile keeps its state for the whole process, and can't compile ranks that are "
+            "threads of one (backend threads): leave it out."
         )
     if config.train.compile is True and (reason := uncompilable(config, spec)):
         raise HvdlmError(f"train.compile: {reason}: leave it out, or keep parallel.tensor at 1.")

@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -83,8 +83,10 @@ class Trainable(Inference):
         bytes_before = by_axis(self._counters.traffic())
         self._exchange.begin(step)
         self._gradients.begin()
-        with self._seeded_dropout(step):
-            loss_sum = self._backward(micro_batches)
+        if self._config.model.dropout:  # by the step, so that a resumed run draws what the uninterrupted one drew
+            seed = self._sharded.seed(step).generate_state(1, np.uint64)[0]
+            self._forward.masks.seed(int(seed >> np.uint64(1)))
+        loss_sum = self._backward(micro_batches)
         local_tokens = sum(batch.tokens for batch in micro_batches)
         totals = torch.stack([loss_sum, torch.full_like(loss_sum, local_tokens)])  # new_tensor waits for the device
         with named_range("exchange"):
@@ -112,30 +114,17 @@ class Trainable(Inference):
             result.skipped = usable and result.skipped
         return result
 
-    @contextmanager
-    def _seeded_dropout(self, step: int) -> Iterator[None]:
-        """Seed dropout by the step, so that a resumed run draws what the uninterrupted one drew.
-
-        PyTorch's random numbers are those of the program again afterwards.
-        """
-        if not self._config.model.dropout:
-            yield
-            return
-        words = self._sharded.seed(step).generate_state(1, np.uint64)
-        with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
-            torch.manual_seed(int(words[0] >> np.uint64(1)))
-            yield
-
     def _backward(self, micro_batches: Sequence[Batch]) -> torch.Tensor:
         """Do all forward and backward passes; return the sum of losses, float64."""
         loss_sum = torch.zeros((), dtype=torch.float64, device=self._device)
         factor = self._sharded.loss_scale.value / self._sharded.loss_divisor
+        masks = self._forward.masks.forward if self._config.model.dropout else nullcontext
 
         def compute(number: int, batch: Batch, x: torch.Tensor | None) -> torch.Tensor:
             nonlocal loss_sum
             x = self._forward.features(batch) if x is None else x
             tensors = self._forward.tensors(batch)
-            with named_range("forward"):
+            with named_range("forward"), masks():
                 output, self._carry[number] = self._losses(x, *tensors, self._carry_into(number, batch), True)
             if not self._model_shard.stage.last:
                 return output.float()  # the pipeline sends them in the precision of the step

@@ -19,6 +19,8 @@ KeysValues = tuple[torch.Tensor, torch.Tensor]  # each [rows, heads, keys, head]
 class EncoderBase(ModelBase):
     """Base of models with an encoder: their layers. They carry no state from batch to batch."""
 
+    own_masks = True
+
     def hidden(
         self, tokens: torch.Tensor, x: Any, carry: Any, training: bool, checkpointing: bool
     ) -> tuple[torch.Tensor, Any]:
@@ -40,7 +42,7 @@ class EncoderBase(ModelBase):
 
     def dropout(self, x: torch.Tensor, training: bool) -> torch.Tensor:
         """Apply dropout to ``x`` in training."""
-        return F.dropout(x, self.s.dropout) if training and self.s.dropout else x
+        return self.masks.drop(x, self.s.dropout) if training and self.s.dropout else x
 
     def add_positions(self, x: torch.Tensor, start: int = 0) -> torch.Tensor:
         """Add sinusoidal positions from ``start`` on to ``x`` ``[rows, time, width]``."""

@@ -11,7 +11,7 @@ import tensorflow as tf
 from hvdlm.errors import HvdlmError
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.sharding_rules import ModelShard
-from hvdlm_language.custom_module import CustomModuleSettings, custom_module_spec
+from hvdlm_language.custom_module import PROCESS_RANDOM, CustomModuleSettings, custom_module_spec
 from hvdlm_tensorflow.collectives import Collectives
 from hvdlm_tensorflow.models.base import ModelBase
 
@@ -33,8 +33,9 @@ def describe(make: Callable[[], Any], vocab: int, context: int) -> ModelSpec:
         )
 
     def values(seed: int) -> list[np.ndarray]:
-        tf.keras.utils.set_random_seed(seed)
-        return [np.asarray(variable) for variable in _built(make, context).trainable_variables]
+        with PROCESS_RANDOM:
+            tf.keras.utils.set_random_seed(seed)
+            return [np.asarray(variable) for variable in _built(make, context).trainable_variables]
 
     # Not by path: Keras numbers layers as they are made, so that the same model made again has other paths.
     shapes = {f"{i:03}.{v.name}": tuple(v.shape) for i, v in enumerate(module.trainable_variables)}
@@ -42,8 +43,9 @@ def describe(make: Callable[[], Any], vocab: int, context: int) -> ModelSpec:
 
 
 def _built(make: Callable[[], Any], context: int) -> Any:
-    module = make()
-    module(tf.zeros([1, context], tf.int32))
+    with PROCESS_RANDOM:
+        module = make()
+        module(tf.zeros([1, context], tf.int32))
     return module
 
 

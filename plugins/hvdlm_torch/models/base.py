@@ -10,6 +10,7 @@ import torch
 
 from hvdlm.parallel.sharding_rules import ModelShard
 from hvdlm_torch.collectives import Collectives
+from hvdlm_torch.dropout import DropoutMasks
 
 
 class ModelBase:
@@ -20,9 +21,14 @@ class ModelBase:
         p: its parameters by name.
         head: the table ``[vocab, embed]`` and bias of which ``scores`` is the product, if it is one and nothing else:
             losses of large vocabularies are then computed in chunks.
+        masks: draws this rank's dropout masks: ``self.masks.drop(x, rate)`` in training.
+        own_masks: whether the model draws nothing but these. Ranks that are threads of one process then compute their
+            forward passes at the same time; those of other models take turns.
     """
 
     head: tuple[torch.Tensor, torch.Tensor | None] | None = None
+    masks: DropoutMasks
+    own_masks = False
 
     def __init__(self, settings: Any, model_shard: ModelShard, collectives: Collectives) -> None:
         self.s = settings

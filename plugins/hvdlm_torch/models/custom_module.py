@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from hvdlm.errors import HvdlmError
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.sharding_rules import ModelShard
-from hvdlm_language.custom_module import PREFIX, CustomModuleSettings, custom_module_spec
+from hvdlm_language.custom_module import PREFIX, PROCESS_RANDOM, CustomModuleSettings, custom_module_spec
 from hvdlm_torch.collectives import Collectives
 from hvdlm_torch.models.base import ModelBase
 
@@ -27,7 +27,8 @@ def describe(make: Callable[[], torch.nn.Module], vocab: int, context: int) -> M
     Raises:
         HvdlmError: it keeps more than its parameters from batch to batch.
     """
-    module = make()
+    with PROCESS_RANDOM:
+        module = make()
     if any(isinstance(layer, _BatchNorm) for layer in module.modules()):
         raise HvdlmError(
             "a module with batch normalisation keeps statistics from batch to batch, which checkpoints don't contain: "
@@ -35,7 +36,7 @@ def describe(make: Callable[[], torch.nn.Module], vocab: int, context: int) -> M
         )
 
     def values(seed: int) -> list[np.ndarray]:
-        with torch.random.fork_rng(devices=[]):
+        with PROCESS_RANDOM, torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return [p.detach().float().cpu().numpy() for p in make().parameters()]
 
@@ -48,7 +49,8 @@ class CustomModule(ModelBase):
 
     def __init__(self, settings: CustomModuleSettings, model_shard: ModelShard, collectives: Collectives) -> None:
         super().__init__(settings, model_shard, collectives)
-        self._module = settings.make()
+        with PROCESS_RANDOM:
+            self._module = settings.make()
 
     def bind(self, parameters: Mapping[str, torch.Tensor]) -> None:
         """Use these tensors as parameters, and move the module's buffers to their device."""

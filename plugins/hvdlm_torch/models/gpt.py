@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 from hvdlm.errors import HvdlmError
 from hvdlm.parallel.sharding_rules import ModelShard
 from hvdlm_language.gpt import GPTSettings
 from hvdlm_torch.collectives import Collectives
+from hvdlm_torch.dropout import DropoutMasks
 from hvdlm_torch.kernels import linear, linear_joined, linear_rows
 
 Layer = Mapping[str, torch.Tensor]
@@ -46,7 +46,11 @@ class GPT:
 
     Attributes:
         head: of the last stage: the table ``[vocab, embed]`` of ``scores``, and its bias: None.
+        masks: draws this rank's dropout masks.
     """
+
+    masks: DropoutMasks
+    own_masks = True
 
     def __init__(self, settings: GPTSettings, model_shard: ModelShard, collectives: Collectives) -> None:
         self.s = settings
@@ -80,7 +84,7 @@ class GPT:
         x = self._embed(tokens, 0, training, c) if x is None else x
         for number, layer in zip(self._model_shard.layers, self._layers, strict=True):
             if checkpointing and training:
-                x = checkpoint(self._layer, x, number, layer, training, None, c, use_reentrant=False)
+                x = self.masks.recomputed(self._layer, x, number, layer, training, None, c)
             else:
                 x = self._layer(x, number, layer, training, None, c)
         return self._finish(x, c), carry
@@ -198,7 +202,7 @@ class GPT:
         return F.layer_norm(x, width, scale, p.get(f"{name}.bias"), self.s.norm_epsilon)
 
     def _dropout(self, x: torch.Tensor, training: bool) -> torch.Tensor:
-        return F.dropout(x, self.s.dropout) if training and self.s.dropout else x
+        return self.masks.drop(x, self.s.dropout) if training and self.s.dropout else x
 
 
 def _row_parallel(x: torch.Tensor, p: Layer, name: str, c: Collectives, label: str) -> torch.Tensor:

@@ -12,12 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 from hvdlm.parallel.sharding_rules import ModelShard
 from hvdlm_language.rnn import RNNSettings
 from hvdlm_torch.collectives import Collectives
+from hvdlm_torch.dropout import DropoutMasks
 from hvdlm_torch.kernels import linear_rows
 
 Carry = list[tuple[torch.Tensor, ...]]  # of every layer: h, and c of an LSTM, each [rows, hidden / ranks]
@@ -29,7 +28,11 @@ class RNN:
 
     Attributes:
         head: of the last stage: the table ``[vocab, embed]`` of ``scores``, and its bias.
+        masks: draws this rank's dropout masks.
     """
+
+    masks: DropoutMasks
+    own_masks = True
 
     def __init__(self, settings: RNNSettings, model_shard: ModelShard, collectives: Collectives) -> None:
         self.s = settings
@@ -58,7 +61,7 @@ class RNN:
         after: Carry = []
         for number, state in zip(self._model_shard.layers, carry, strict=True):
             if checkpointing and training:
-                x, *last = checkpoint(layer, x, number, state, use_reentrant=False)
+                x, *last = self.masks.recomputed(layer, x, number, state)
             else:
                 x, *last = layer(x, number, state)
             after.append(tuple(t.detach() for t in last))
@@ -139,7 +142,7 @@ class RNN:
         return (torch.stack(outputs, 1), *state)
 
     def _dropout(self, x: torch.Tensor, training: bool) -> torch.Tensor:
-        return F.dropout(x, self.s.dropout) if training and self.s.dropout else x
+        return self.masks.drop(x, self.s.dropout) if training and self.s.dropout else x
 
 
 def _tanh(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], h: torch.Tensor) -> tuple[torch.Tensor]:
