@@ -25,9 +25,15 @@ collect_ignore = (
 )
 
 
+# The files that take longest, which two workers of about the same load begin with.
+_LONGEST = ("launches", "conformance", "snippets", "benchmarks", "chaos", "train", "published_state", "jax_example")
+_LONGEST += ("hangs", "hybrid_runs", "results", "steering", "one_run_a_folder", "gpu_kit", "templates", "python_api")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the longest file first, so that parallel workers finish at about the same time."""
-    items.sort(key=lambda item: item.path.name != "test_launches.py")
+    """Run the longest files first, so that parallel workers finish at about the same time."""
+    order = {f"test_{name}.py": number for number, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 def pytest_configure(config: pytest.Config) -> None:
