@@ -66,7 +66,7 @@ def curve(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Return a function that trains once per set of options and returns the run's folder."""
     runs: dict[tuple, Path] = {}
 
-    def train(framework: str, ranks: int, *options: str, launcher: str = "mpirun") -> Path:
+    def train(framework: str, ranks: int, *options: str, launcher: str = "threads") -> Path:
         key = (framework, ranks, options, launcher)
         if key not in runs:
             run = tmp_path_factory.mktemp("run")

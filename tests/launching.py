@@ -72,8 +72,13 @@ def run_python(
 def launch(
     launcher: str, ranks: int, arguments: list[str], timeout: float = 300, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run ``python ARGUMENTS`` on ``ranks`` ranks; with one rank, without a launcher."""
-    if ranks == 1:
+    """Run ``python ARGUMENTS`` on ``ranks`` ranks; with one rank, without a launcher.
+
+    The launcher ``threads`` starts one process, a command of hvdlm whose ranks are threads.
+    """
+    if launcher == "threads" and ranks > 1:
+        arguments = [*arguments, "--backend", "threads", "--ranks", str(ranks)]
+    if ranks == 1 or launcher == "threads":
         return run_python(arguments, timeout=timeout, **variables)
     name, *options = launcher.split()
     if name == "mpirun":
