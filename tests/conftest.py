@@ -6,13 +6,18 @@ The former run on every rank of a launch, the latter in one process per framewor
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from launching import SMALL, launch
+from launching import SMALL, launch, start_warm
+
+# Tests start Python hundreds of times: each start would compile the package's modules anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 _LAUNCHED = ("parallel", "alone")
 collect_ignore = (
@@ -20,9 +25,23 @@ collect_ignore = (
 )
 
 
+# The files that take longest, which two workers of about the same load begin with.
+_LONGEST = ("launches", "conformance", "snippets", "benchmarks", "chaos", "train", "published_state", "jax_example")
+_LONGEST += ("hangs", "hybrid_runs", "results", "steering", "one_run_a_folder", "gpu_kit", "templates", "python_api")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the longest file first, so that parallel workers finish at about the same time."""
-    items.sort(key=lambda item: item.path.name != "test_launches.py")
+    """Run the longest files first, so that parallel workers finish at about the same time."""
+    order = {f"test_{name}.py": number for number, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Start the processes of which commands of tests are forks; the workers of a session share them."""
+    if "HVDLM_TEST_WARM" not in os.environ:
+        folder = Path(tempfile.mkdtemp(prefix="hvdlm-warm-"))
+        process = start_warm(folder)
+        config.add_cleanup(lambda: (process.communicate(timeout=60), shutil.rmtree(folder)))
 
 
 @pytest.fixture
@@ -47,7 +66,7 @@ def curve(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Return a function that trains once per set of options and returns the run's folder."""
     runs: dict[tuple, Path] = {}
 
-    def train(framework: str, ranks: int, *options: str, launcher: str = "mpirun") -> Path:
+    def train(framework: str, ranks: int, *options: str, launcher: str = "threads") -> Path:
         key = (framework, ranks, options, launcher)
         if key not in runs:
             run = tmp_path_factory.mktemp("run")

@@ -12,11 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hvdlm_backends.probes import unpinned
+from hvdlm_backends.probes import SPIN_COUNT, unpinned
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("HVDLM_DATA", ROOT.parent / "shared" / "data"))
 
+WARM = str(ROOT / "tests" / "warm")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 # The framework and number of ranks of the launch that runs tests/parallel in this process.
@@ -29,9 +30,25 @@ SMALL += ["--train.batch_size", "8", "--data.context", "32", "--log.every", "1"]
 STEPS = ("--train.steps", "30", "--train.warmup", "5")
 
 
+def start_warm(folder: Path) -> subprocess.Popen:
+    """Let the commands that tests start be forks of processes that have imported their framework (see warm/server.py).
+
+    They end with the standard input of the process that is returned. ``HVDLM_TEST_WARM=`` starts all commands afresh.
+    """
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), WARM)))
+    os.environ["HVDLM_TEST_WARM"] = str(folder)
+    settings = environment(HVDLM_TEST_WARM="", GOMP_SPINCOUNT=SPIN_COUNT, OPENBLAS_NUM_THREADS="1")
+    (folder / "environment.json").write_text(json.dumps(settings))
+    with (folder / "log").open("w") as log:
+        command = [sys.executable, f"{WARM}/server.py", str(folder)]
+        return subprocess.Popen(command, env=settings, stdin=subprocess.PIPE, stdout=log, stderr=log)
+
+
 def environment(**variables: str) -> dict[str, str]:
     """Return this process's environment, without pinning of ranks and threads, with Python's folder first on PATH."""
     env = unpinned()
+    if "PYTHONPATH" in variables:
+        variables["PYTHONPATH"] += f"{os.pathsep}{WARM}"
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
     env.update(OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1", TF_CPP_MIN_LOG_LEVEL="3")
     return env | variables
@@ -55,8 +72,13 @@ def run_python(
 def launch(
     launcher: str, ranks: int, arguments: list[str], timeout: float = 300, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run ``python ARGUMENTS`` on ``ranks`` ranks; with one rank, without a launcher."""
-    if ranks == 1:
+    """Run ``python ARGUMENTS`` on ``ranks`` ranks; with one rank, without a launcher.
+
+    The launcher ``threads`` starts one process, a command of hvdlm whose ranks are threads.
+    """
+    if launcher == "threads" and ranks > 1:
+        arguments = [*arguments, "--backend", "threads", "--ranks", str(ranks)]
+    if ranks == 1 or launcher == "threads":
         return run_python(arguments, timeout=timeout, **variables)
     name, *options = launcher.split()
     if name == "mpirun":

@@ -1,9 +1,13 @@
-"""Tests that run on every rank: a launcher starts pytest (see tests/test_launches.py)."""
+"""Tests that run on every rank, of which test_launches.py starts pytest: processes, or threads of one process.
+
+``HVDLM_TEST_BACKEND=threads`` calls every test in a thread for each of ``HVDLM_TEST_RANKS`` ranks.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -11,8 +15,11 @@ from builders import meshes
 from hvdlm import plugins
 from hvdlm.config import Config
 from hvdlm.configuration.availability import choose_backend
+from hvdlm.io import rank_context
 from hvdlm.protocols.world import World
-from launching import FRAMEWORK
+from launching import FRAMEWORK, RANKS
+
+BACKEND = os.environ.get("HVDLM_TEST_BACKEND", "")
 
 
 @pytest.fixture(scope="session")
@@ -21,21 +28,60 @@ def config() -> Config:
     return Config(framework=FRAMEWORK)
 
 
-@pytest.fixture(scope="session")
-def world(config: Config) -> Iterator[World]:
-    """Yield the world of this launch, with the groups of every mesh of its size."""
-    name = os.environ.get("HVDLM_TEST_BACKEND") or choose_backend(FRAMEWORK)
-    assert name != "local", "start these tests under a launcher: see tests/test_launches.py"
+def start_world(config: Config, name: str) -> World:
+    """Return this rank's world, with the groups of every mesh of its size."""
     backend = plugins.make(plugins.load([name]), "backend", name)
     _, size, _, _ = backend.launch_shape()
     config.train.threads = backend.prepare(config)
     groups = {ranks: None for mesh in meshes(size) for ranks in mesh.groups()}
     manager = plugins.load([FRAMEWORK])
     manager.hook.hvdlm_prepare(config=config)
-    framework = plugins.make(manager, "framework", FRAMEWORK)
-    world = backend.start(framework, list(groups), config)
+    return backend.start(plugins.make(manager, "framework", FRAMEWORK), list(groups), config)
+
+
+class OwnWorld:
+    """The world of the rank whose thread asks; elsewhere, such as in fixtures, what is the same on all ranks."""
+
+    def __init__(self) -> None:
+        self.transport, self.size = BACKEND, RANKS
+
+    def __getattribute__(self, name: str) -> Any:
+        own = rank_context.current()
+        return object.__getattribute__(self, name) if own is None else getattr(WORLDS[own.rank], name)
+
+
+WORLDS: dict[int, World] = {}
+
+
+@pytest.fixture(scope="session")
+def world(config: Config) -> Iterator[World]:
+    """Yield the world of this launch."""
+    if BACKEND == "threads":
+        yield OwnWorld()
+        return
+    name = BACKEND or choose_backend(FRAMEWORK)
+    assert name != "local", "start these tests under a launcher: see tests/test_launches.py"
+    world = start_world(config, name)
     yield world
     world.close()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Call a test on every rank of a new world of threads."""
+    if BACKEND != "threads":
+        return None
+    names = pyfuncitem._fixtureinfo.argnames
+    arguments = {name: pyfuncitem.funcargs[name] for name in names}
+
+    def call() -> None:
+        own = rank_context.current()
+        assert own is not None
+        WORLDS[own.rank] = start_world(Config(framework=FRAMEWORK), BACKEND)
+        pyfuncitem.obj(**arguments)
+
+    plugins.make(plugins.load([BACKEND]), "backend", BACKEND).run_ranks(RANKS, call)
+    return True
 
 
 @pytest.fixture(scope="session")

@@ -102,16 +102,19 @@ def _reference_of(model: dict[str, Any], options: dict[str, Any]) -> tuple[str, 
 
 def reference(world: World, model: dict[str, Any], **options: Any) -> Reference:
     """Return (losses, gradient norms, parameters) of an unsharded run; ranks compute different ones and share them."""
-    wanted = {_reference_of(model, options)[0]: _reference_of(model, options)}
-    if not _REFERENCES and RANKS == 4:
-        every = [(GPT, {}), (DEEP, {}), *((model, options) for _, _, model, options in CHOSEN)]
-        wanted |= {_reference_of(*one)[0]: _reference_of(*one) for one in every}
-    missing = [one for name, one in wanted.items() if name not in _REFERENCES]
-    computed = {name: _train_unsharded(*rest) for name, *rest in missing[world.rank :: world.size]}
+    key = _reference_of(model, options)[0]
+    every = [(model, options)]
+    if RANKS == 4:
+        every += [(GPT, {}), (DEEP, {}), *((model, options) for _, _, model, options in CHOSEN)]
+    wanted = {name: rest for name, *rest in (_reference_of(*one) for one in every)}
+    # Where ranks are threads, they share the references: what is missing is what rank 0 misses.
+    missing = [] if key in _REFERENCES else [name for name in wanted if name not in _REFERENCES]
+    missing = world.broadcast_object(missing if world.rank == 0 else None)
+    computed = {name: _train_unsharded(*wanted[name]) for name in missing[world.rank :: world.size]}
     for references in world.gather_objects(computed) if missing else []:
         for name, (losses, norms, state) in references.items():
             _REFERENCES[name] = losses, norms, {k: np.array(v, np.float32) for k, v in state.items()}
-    return _REFERENCES[next(iter(wanted))]
+    return _REFERENCES[key]
 
 
 def assert_follows_one_rank(world: World, mesh: Mesh, model: dict[str, Any], **options: Any) -> Any:

@@ -110,19 +110,17 @@ def step_once(world: World, mesh: Mesh, zero: int) -> tuple[dict[str, np.ndarray
     return states[0], states[1]
 
 
-_EXPECTED: dict[int, dict[str, np.ndarray]] = {}
+_EXPECTED: dict[int, dict[str, Any]] = {}
 
 
 def expected(world: World, before: dict[str, np.ndarray], n: int) -> dict[str, np.ndarray]:
     """Return theta - eta (1/n) sum_i grad f_i(theta), which rank 0 computes."""
-    if n not in _EXPECTED:
-        updated = None
-        if world.rank == 0:
-            share = 4 // n
-            gradients = [gradient(before, rows().rows(i * share, (i + 1) * share)) for i in range(n)]
-            updated = {name: (p - ETA * sum(g[name] for g in gradients) / n).tolist() for name, p in before.items()}
-        _EXPECTED[n] = {name: np.array(value) for name, value in world.broadcast_object(updated).items()}
-    return _EXPECTED[n]
+    if world.rank == 0 and n not in _EXPECTED:
+        share = 4 // n
+        gradients = [gradient(before, rows().rows(i * share, (i + 1) * share)) for i in range(n)]
+        _EXPECTED[n] = {name: (p - ETA * sum(g[name] for g in gradients) / n).tolist() for name, p in before.items()}
+    updated = world.broadcast_object(_EXPECTED[n] if world.rank == 0 else None)
+    return {name: np.array(value) for name, value in updated.items()}
 
 
 CASES = [case for case in layouts.cases(RANKS) if case[1] == 0 or FRAMEWORK == "torch"]

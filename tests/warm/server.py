@@ -1,0 +1,189 @@
+"""Processes that have imported a framework; commands of tests are forks of them, which start in a third of the time.
+
+They import what a run imports and compute nothing, so that a fork is in the state of a fresh process after its imports.
+The process that was started for a command (sitecustomize.py) passes on its arguments, environment and files, forwards
+signals to the fork and ends as it does. The fork ends with that process, and the servers with their standard input.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import importlib
+import json
+import os
+import runpy
+import selectors
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+# What most commands import of other packages, and nothing that loads MPI. Not hvdlm itself: scripts change what it has
+# before they import the rest.
+COMMON = ["numpy", "ml_dtypes", "pluggy", "yaml", "jsonargparse", "safetensors.numpy", "tokenizers", "psutil", "tqdm"]
+COMMON += ["tensorboard.summary"]
+FRAMEWORKS = {"none": [], "torch": ["torch"], "tensorflow": ["tensorflow", "keras"]}
+Request = tuple[dict[str, Any], list[int]]
+
+
+def receive(connection: socket.socket) -> Request:
+    """Return a command's request and its standard input, output and error."""
+    files = array.array("i")
+    size, ancillary, _, _ = connection.recvmsg(4, socket.CMSG_LEN(3 * files.itemsize))
+    for _, _, content in ancillary:
+        files.frombytes(content)
+    with connection.makefile("rb") as stream:
+        return json.loads(stream.read(int.from_bytes(size, "little"))), list(files)
+
+
+def become(request: dict[str, Any], files: list[int]) -> None:
+    """Run a command in this process, as ``python ARGUMENTS`` would."""
+    for target, file in enumerate(files):
+        os.dup2(file, target)
+        os.close(file)
+    sys.path[1:1] = request["environment"].get("PYTHONPATH", "").split(os.pathsep)
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    os.chdir(request["folder"])
+    os.umask(request["umask"])
+    os.sched_setaffinity(0, request["cores"])
+    sys.stdin = sys.__stdin__ = open(0)
+    sys.stdout = sys.__stdout__ = open(1, "w")
+    sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, errors="backslashreplace")
+    sys.stdout.reconfigure(write_through=bool(os.environ.get("PYTHONUNBUFFERED")))
+    sys.orig_argv = [sys.executable, *request["arguments"]]
+    run(*request["arguments"])
+
+
+def run(option: str, *rest: str) -> None:
+    """Run ``-m MODULE``, ``-c CODE`` or a file as the main module."""
+    if option == "-m":
+        sys.path[0], sys.argv = os.getcwd(), list(rest)
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    elif option == "-c":
+        sys.path[0], sys.argv = "", ["-c", *rest[1:]]
+        sys.modules["__main__"] = main_module = type(sys)("__main__")
+        exec(compile(rest[0], "<string>", "exec"), main_module.__dict__)
+    else:
+        sys.path[0], sys.argv = str(Path(option).resolve().parent), [option, *rest]
+        runpy.run_path(option, run_name="__main__")
+
+
+class Server:
+    """Forks a process for every command; ``connections``: those of running forks, by process id."""
+
+    def __init__(self, listener: socket.socket) -> None:
+        self.connections: dict[int, socket.socket] = {}
+        self.listener = listener
+        self.ended, self.writer = socket.socketpair()
+        for end in (self.ended, self.writer):
+            end.setblocking(False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(self.writer.fileno())
+        self.selector = selectors.DefaultSelector()
+        for file in (sys.stdin, self.listener, self.ended):
+            self.selector.register(file, selectors.EVENT_READ)
+
+    def serve(self) -> Request | None:
+        """Return the request of a command in its fork, and nothing in this process when its standard input ends."""
+        while True:
+            for key, _ in self.selector.select(timeout=3600):
+                if key.fileobj is sys.stdin:
+                    for pid in self.connections:
+                        os.kill(pid, signal.SIGKILL)
+                    return None
+                if key.fileobj is self.listener:
+                    request = self.fork()
+                    if request is not None:
+                        return request
+                elif key.fileobj is self.ended:
+                    self.report_ended()
+                elif key.data in self.connections:
+                    self.forward(key.data)
+
+    def fork(self) -> Request | None:
+        """Fork for the next command; return its request in the fork."""
+        connection, _ = self.listener.accept()
+        request = receive(connection)
+        pid = os.fork()
+        if pid:
+            self.connections[pid] = connection
+            self.selector.register(connection, selectors.EVENT_READ, pid)
+            for file in request[1]:
+                os.close(file)
+            return None
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        self.selector.close()
+        for file in (self.listener, self.ended, self.writer, connection, *self.connections.values()):
+            file.close()
+        return request
+
+    def forward(self, pid: int) -> None:
+        """Send a fork the signals that its command's process got; end it if that has ended."""
+        try:
+            numbers = self.connections[pid].recv(16)
+        except ConnectionResetError:
+            numbers = b""
+        for number in numbers or [signal.SIGKILL]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+        if not numbers:
+            self.selector.unregister(self.connections[pid])
+
+    def report_ended(self) -> None:
+        """Pass on the exit codes of all forks that have ended."""
+        self.ended.recv(64)
+        for pid in list(self.connections):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                connection = self.connections.pop(pid)
+                with contextlib.suppress(KeyError):
+                    self.selector.unregister(connection)
+                with contextlib.suppress(OSError):
+                    connection.send(os.waitstatus_to_exitcode(status).to_bytes(4, "little", signed=True))
+                connection.close()
+
+
+def start_servers(folder: Path) -> tuple[str, socket.socket] | None:
+    """Fork a server when a framework is first asked for; return its framework and socket in the fork.
+
+    Returns nothing in this process, when its standard input ends.
+    """
+    listeners = {}
+    for framework in FRAMEWORKS:
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(folder / framework))
+        listener.listen(64)
+        listeners[framework] = listener
+    (folder / "ready").touch()
+    with selectors.DefaultSelector() as selector:
+        selector.register(sys.stdin, selectors.EVENT_READ)
+        for framework, listener in listeners.items():
+            selector.register(listener, selectors.EVENT_READ, framework)
+        while True:
+            for key, _ in selector.select(timeout=3600):
+                if key.fileobj is sys.stdin:
+                    return None
+                selector.unregister(key.fileobj)
+                if not os.fork():
+                    return key.data, listeners[key.data]
+
+
+def main(folder: str) -> None:
+    """Serve until standard input ends."""
+    started = start_servers(Path(folder))
+    if started is None:
+        return
+    framework, listener = started
+    for name in COMMON + FRAMEWORKS[framework]:
+        importlib.import_module(name)
+    request = Server(listener).serve()
+    if request is not None:
+        become(*request)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
