@@ -17,7 +17,7 @@ from typing import Any
 
 from harness import FRAMEWORKS, Bar, flags, make_parser, parse, report, report_ratio, run_worker
 
-from hvdlm.parallel.pipeline_schedules import idle_share
+from hvdlm.planning.closed_forms import idle_share
 
 TENSOR, IDLE = Bar(at_least=0.80), Bar(0.85, 1.15)
 FULL = {"ranks": [2, 4], "rounds": 6, "width": 512, "layers": 4, "context": 64, "rows": 16, "idle_rows": 64}

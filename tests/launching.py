@@ -49,6 +49,8 @@ def environment(**variables: str) -> dict[str, str]:
     env = unpinned()
     if "PYTHONPATH" in variables:
         variables["PYTHONPATH"] += f"{os.pathsep}{WARM}"
+    if "XDG_CACHE_HOME" in variables:
+        env.pop("HVDLM_HARDWARE", None)  # that of the test's own cache
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
     env.update(OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1", TF_CPP_MIN_LOG_LEVEL="3")
     return env | variables

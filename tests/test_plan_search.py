@@ -324,7 +324,7 @@ def test_wrong_searches_are_refused(capsys: pytest.CaptureFixture[str], argument
 def test_searching_needs_measurements(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("HVDLM_HARDWARE", str(tmp_path / "hardware.yaml"))
     code, text = run(capsys, "plan", "--search", "--ranks", "2", *MODEL)
     assert code == 2 and "was not measured: python -m hvdlm plan --measure, or name hardware" in text
 
@@ -332,11 +332,10 @@ def test_searching_needs_measurements(
 def test_wrong_measurements_give_memory_but_no_advice(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("HVDLM_HARDWARE", str(tmp_path / "hardware.yaml"))
     h100 = read_hardware("h100")
     rates = replace(h100.rates[0], framework="torch", precision="fp32")
     hardware = replace(h100, rates=(rates,), device="cpu", measured={"torch, 1 rank(s)": "now"})
-    measured_path().parent.mkdir(parents=True)
     write_hardware(hardware, measured_path())
     code, text = run(capsys, "plan", *MODEL)
     assert code == 0 and "seconds of a step" in text and "not predicted" not in text

@@ -16,10 +16,10 @@ from builders import model_spec, single_rank_trainable, token_batch
 from hvdlm.config import Config, ModelConfig, ParallelConfig, TrainConfig
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.mesh import Mesh, make_mesh
-from hvdlm.parallel.pipeline_schedules import idle_share, kept_micro_batches, make_pipeline_schedule
+from hvdlm.parallel.pipeline_schedules import make_pipeline_schedule
 from hvdlm.parallel.pipeline_stages import cut_into_stages, layer_flops
 from hvdlm.parallel.sharding_rules import bounds, make_model_shard
-from hvdlm.planning.closed_forms import closed_form
+from hvdlm.planning.closed_forms import closed_form, idle_share, kept_micro_batches
 from hvdlm_language.presets import PRESETS
 from launching import ROOT, run_python
 

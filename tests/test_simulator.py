@@ -17,7 +17,7 @@ from event_simulation import World, survive_step_by_step
 from hvdlm.configuration.parsing import parse_config
 from hvdlm.errors import HvdlmError
 from hvdlm.parallel.mesh import Mesh
-from hvdlm.parallel.pipeline_schedules import idle_share
+from hvdlm.planning.closed_forms import idle_share
 from hvdlm.planning.hardware import Hardware, read_hardware
 from hvdlm.planning.simulator import Disturbances, run, simulate
 from hvdlm.planning.simulator_costs import Bucket, StageCosts, StepCosts, step_costs

@@ -9,7 +9,7 @@ import pytest
 
 from hvdlm.config import Config, ModelConfig, ParallelConfig, TrainConfig
 from hvdlm.parallel.mesh import Mesh
-from hvdlm.parallel.pipeline_schedules import idle_share
+from hvdlm.planning.closed_forms import idle_share
 from hvdlm.planning.hardware import Hardware, Link, MeasuredCollective, Rates, Sharing
 from hvdlm.planning.rates import Computation, Network, slowest_of
 from hvdlm.planning.step_time import StepTime, predict_time, resolved, step_time

@@ -30,16 +30,3 @@ def make_pipeline_schedule(name: str, stage: int, stages: int, micro_batches: in
     ahead = min(stages - stage - 1, micro_batches)
     steady = [action for pair in zip(forward[ahead:], backward, strict=False) for action in pair]
     return forward[:ahead] + steady + backward[micro_batches - ahead :]
-
-
-def idle_share(stages: int, micro_batches: int) -> float:
-    """Return the fraction of a step in which a stage waits: (p - 1) / (m + p - 1) (Narayanan et al. 2021, 2.2.1).
-
-    The paper relates the bubble to the ideal time, (p - 1) / m; here it is related to the duration of a step.
-    """
-    return (stages - 1) / (micro_batches + stages - 1)
-
-
-def kept_micro_batches(name: str, stage: int, stages: int, micro_batches: int) -> int:
-    """Return the largest number of micro-batches whose activations ``stage`` keeps at once."""
-    return micro_batches if name == "gpipe" else min(stages - stage, micro_batches)

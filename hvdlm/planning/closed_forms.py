@@ -18,7 +18,6 @@ from hvdlm.config import Config, ParallelConfig
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.flat_layout import FlatLayout, make_layout
 from hvdlm.parallel.mesh import Mesh
-from hvdlm.parallel.pipeline_schedules import idle_share, kept_micro_batches
 from hvdlm.parallel.sharding_rules import ModelShard, make_model_shard
 from hvdlm.planning.same import Same
 from hvdlm.protocols.state_dict import optimizer_state
@@ -269,3 +268,16 @@ class Step:
         total = layers * (gathers * (state // self.mesh.tensor) + self.time * state)
         total += 2 * self.item * self.tokens * self.s.width if stage.first else 0
         return total + (3 * 4 * self.tokens if stage.last else 0)
+
+
+def idle_share(stages: int, micro_batches: int) -> float:
+    """Return the fraction of a step in which a stage waits: (p - 1) / (m + p - 1) (Narayanan et al. 2021, 2.2.1).
+
+    The paper relates the bubble to the ideal time, (p - 1) / m; here it is related to the duration of a step.
+    """
+    return (stages - 1) / (micro_batches + stages - 1)
+
+
+def kept_micro_batches(name: str, stage: int, stages: int, micro_batches: int) -> int:
+    """Return the largest number of micro-batches whose activations ``stage`` keeps at once."""
+    return micro_batches if name == "gpipe" else min(stages - stage, micro_batches)

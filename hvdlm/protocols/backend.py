@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
 
 from hvdlm.protocols.framework import Framework
 from hvdlm.protocols.world import World
@@ -32,16 +32,4 @@ class Backend(Protocol):
 
         Raises:
             HvdlmError: the transport is not built, or fewer ranks respond than the launcher started.
-        """
-
-
-@runtime_checkable
-class StartsRanks(Backend, Protocol):
-    """A backend whose ranks no launcher starts: they are threads of the process (``threads``)."""
-
-    def run_ranks(self, ranks: int, function: Callable[[], Any]) -> list[Any]:
-        """Return what ``function()`` returns in each of ``ranks`` threads.
-
-        Raises:
-            BaseException: that of the rank which failed first; the others are ended.
         """

@@ -9,11 +9,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from hvdlm.parallel.axis_groups import Axes
 from hvdlm.parallel.pipeline_schedules import Action, make_pipeline_schedule
 from hvdlm.parallel.sharding_rules import ModelShard
 from hvdlm.protocols.group import Group, Handle
 from hvdlm.protocols.types import Batch, Tensor
+from hvdlm_language.axis_groups import Axes
 
 
 class PipelineStage:

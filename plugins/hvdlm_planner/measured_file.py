@@ -37,8 +37,9 @@ class Measurement:
 
 
 def measured_path() -> Path:
-    """Return the file of this machine, in the user's cache folder, whether it exists or not."""
-    return user_cache() / "hardware.yaml"
+    """Return the file of this machine, whether it exists or not: in the user's cache, or that of ``HVDLM_HARDWARE``."""
+    named = os.environ.get("HVDLM_HARDWARE")
+    return Path(named) if named else user_cache() / "hardware.yaml"
 
 
 def measured(config: Config) -> Hardware | None:

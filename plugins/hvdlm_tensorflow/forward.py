@@ -9,9 +9,9 @@ import tensorflow as tf
 
 from hvdlm.config import Config
 from hvdlm.models.spec import ModelSpec
-from hvdlm.parallel.axis_groups import Axes
 from hvdlm.parallel.sharding_rules import ModelShard
 from hvdlm.protocols.types import Batch
+from hvdlm_language.axis_groups import Axes
 from hvdlm_tensorflow.collectives import Collectives
 from hvdlm_tensorflow.losses import chunked_cross_entropy, ctc, rows_of_chunk
 from hvdlm_tensorflow.models import make_model

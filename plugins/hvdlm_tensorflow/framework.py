@@ -7,13 +7,13 @@ import tensorflow as tf
 
 from hvdlm.config import Config
 from hvdlm.models.spec import ModelSpec
-from hvdlm.parallel.axis_groups import make_axes
 from hvdlm.parallel.mesh import Mesh
 from hvdlm.parallel.sharding_rules import make_model_shard
 from hvdlm.protocols.exchange import Exchange
 from hvdlm.protocols.framework import Resolved
 from hvdlm.protocols.optimizer import Optimizer
 from hvdlm.protocols.world import World
+from hvdlm_language.axis_groups import make_axes
 from hvdlm_tensorflow import devices
 from hvdlm_tensorflow.horovod import Horovod
 from hvdlm_tensorflow.host_tensors import HostTensors

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from hvdlm.parallel.axis_groups import Axes
 from hvdlm.parallel.sharded_state import ShardedState
+from hvdlm_language.axis_groups import Axes
 
 
 class Sums(NamedTuple):

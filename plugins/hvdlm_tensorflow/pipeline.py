@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
-from hvdlm.parallel.axis_groups import Axes
 from hvdlm.parallel.sharding_rules import ModelShard
 from hvdlm.protocols.types import Batch
+from hvdlm_language.axis_groups import Axes
 from hvdlm_language.stage_runner import PipelineStage
 
 Compute = Callable[[int, Batch, "tf.Tensor | None"], tf.Tensor]

@@ -12,15 +12,15 @@ import tensorflow as tf
 from hvdlm.communication.traffic import by_axis, grown
 from hvdlm.config import Config
 from hvdlm.models.spec import ModelSpec
-from hvdlm.parallel.axis_groups import Axes, count_traffic
 from hvdlm.parallel.flat_layout import Shard
 from hvdlm.parallel.mesh import Mesh
-from hvdlm.parallel.pipeline_schedules import kept_micro_batches
 from hvdlm.parallel.sharded_state import ShardedState, recurrent_entries, recurrent_state
 from hvdlm.parallel.sharding_rules import ModelShard
+from hvdlm.planning.closed_forms import kept_micro_batches
 from hvdlm.protocols.exchange import Exchange
 from hvdlm.protocols.optimizer import Optimizer
 from hvdlm.protocols.types import Batch, StepResult, Traffic
+from hvdlm_language.axis_groups import Axes, count_traffic
 from hvdlm_tensorflow.adapters import Adapters
 from hvdlm_tensorflow.counted_graph import CountedGraph
 from hvdlm_tensorflow.forward import Forward

@@ -8,10 +8,10 @@ import torch
 
 from hvdlm.config import Config
 from hvdlm.models.spec import ModelSpec
-from hvdlm.parallel.axis_groups import Axes
 from hvdlm.parallel.sharding_rules import ModelShard
 from hvdlm.protocols.model import Model
 from hvdlm.protocols.types import Batch
+from hvdlm_language.axis_groups import Axes
 from hvdlm_torch.collectives import Collectives
 from hvdlm_torch.devices import to_device
 from hvdlm_torch.dropout import DropoutMasks

@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 import torch
 
-from hvdlm.parallel.axis_groups import Axes
 from hvdlm.parallel.flat_layout import FlatLayout
 from hvdlm.parallel.sharded_state import ShardedState
 from hvdlm.protocols.group import Handle
+from hvdlm_language.axis_groups import Axes
 
 Parameters = Mapping[str, torch.nn.Parameter]
 

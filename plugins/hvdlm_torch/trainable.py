@@ -15,7 +15,6 @@ import torch
 from hvdlm.communication.traffic import by_axis, grown
 from hvdlm.config import Config
 from hvdlm.models.spec import ModelSpec
-from hvdlm.parallel.axis_groups import Axes, count_traffic
 from hvdlm.parallel.flat_layout import Shard, Slot
 from hvdlm.parallel.mesh import Mesh
 from hvdlm.parallel.sharded_state import ShardedState, recurrent_entries, recurrent_state
@@ -23,6 +22,7 @@ from hvdlm.parallel.sharding_rules import ModelShard
 from hvdlm.protocols.exchange import Exchange
 from hvdlm.protocols.optimizer import Optimizer
 from hvdlm.protocols.types import Batch, StepResult, Traffic
+from hvdlm_language.axis_groups import Axes, count_traffic
 from hvdlm_torch import compiler
 from hvdlm_torch.adapters import Adapters
 from hvdlm_torch.figures import DeviceResult, Figures

@@ -14,7 +14,6 @@ import numpy as np
 from hvdlm.communication.traffic import by_axis, grown
 from hvdlm.config import Config
 from hvdlm.models.spec import ModelSpec
-from hvdlm.parallel.axis_groups import count_traffic, make_axes
 from hvdlm.parallel.flat_layout import Shard
 from hvdlm.parallel.mesh import Mesh
 from hvdlm.parallel.sharded_state import ShardedState, recurrent_entries, recurrent_state
@@ -26,6 +25,7 @@ from hvdlm.protocols.world import World
 from hvdlm_jax import optimizers
 from hvdlm_jax.forward import Forward, Parameters, Tokens, tokens_of
 from hvdlm_jax.inference import Inference
+from hvdlm_language.axis_groups import count_traffic, make_axes
 
 Buckets = tuple[jax.Array, ...]
 

@@ -7,11 +7,11 @@ import numpy as np
 
 from hvdlm.communication.traffic import by_axis, grown
 from hvdlm.errors import HvdlmError
-from hvdlm.parallel.axis_groups import count_traffic, make_axes
 from hvdlm.parallel.sharded_state import ShardedState, recurrent_entries, recurrent_state
 from hvdlm.parallel.sharding_rules import make_model_shard
 from hvdlm.protocols.state_dict import optimizer_state
 from hvdlm.protocols.types import StepResult
+from hvdlm_language.axis_groups import count_traffic, make_axes
 from template_framework import library
 
 
