@@ -13,6 +13,7 @@ TORCH, TENSORFLOW = ROOT / "plugins" / "hvdlm_torch", ROOT / "plugins" / "hvdlm_
 # Files without a twin, with the reason.
 SINGLE = {
     "attention.py": "PyTorch has scaled_dot_product_attention",
+    "dropout.py": "PyTorch draws masks from a generator's state; TensorFlow from a seed that is an argument",
     "compiler.py": "torch.compile calls a compiler of the machine; TensorFlow's (XLA) is part of it",
     "kernels.py": "PyTorch multiplies float32 matrices slowly on AMD's processors; TensorFlow doesn't",
     "operations.py": "torch.compile sees the collectives of tensor ranks; XLA compiles no collective",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 _HELP = (
+    "usage: python -m hvdlm threads [COMMAND] --ranks N OPTIONS\n\n"
     "python -m hvdlm --backend threads --ranks 4 OPTIONS runs 4 ranks as threads of this process, with collectives in "
     "memory. So do evaluate, generate and bench with --ranks. With --debug, every command shows the traceback of an "
     "error."
