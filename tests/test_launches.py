@@ -26,8 +26,6 @@ SELECTED = {
 }
 # What needs processes: PyTorch's compiler; the features of Horovod's and mpi4py's transports.
 ONLY_PROCESSES = [COMPILED, "--ignore-glob=*/test_through_host_memory.py", "--ignore-glob=*/test_host_tensors.py"]
-# TensorFlow 2.21's optimizer of graphs fuses an addition of this one in which ranks are threads, and then refuses it.
-UNFUSED = {("tensorflow", 4): ["-k", "not (evaluation_and_generation and lstm)"]}
 PYTEST = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
 
 
@@ -57,7 +55,7 @@ def test_parallel_tests_pass_in_threads_of_one_process(ranks: int, framework: st
         "TF_NUM_INTEROP_THREADS": "8",
         "HVDLM_TEST_OUTPUT": str(output_folder / f"threads-{ranks}-{framework}.npz"),
     }
-    arguments = [*PYTEST, "tests/parallel", *ONLY_PROCESSES, *UNFUSED.get((framework, ranks), [])]
+    arguments = [*PYTEST, "tests/parallel", *ONLY_PROCESSES]
     done = run_python(arguments, timeout=1800, **tests)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
     assert done.stdout.count(" passed") == 1, done.stdout[-3000:]

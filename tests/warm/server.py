@@ -1,4 +1,4 @@
-"""Processes that have imported a framework; commands of tests are forks of them, which start in a third of the time.
+"""Processes that have imported a framework; commands of tests are forks of them, which start in less time.
 
 They import what a run imports and compute nothing, so that a fork is in the state of a fresh process after its imports.
 The process that was started for a command (sitecustomize.py) passes on its arguments, environment and files, forwards

@@ -71,7 +71,7 @@ class RNN:
     def scores(self, hidden: tf.Tensor) -> tf.Tensor:
         """Return logits ``[..., vocab]`` of hidden states ``[..., embed]``: this rank's range of the vocabulary."""
         table, bias = self.head
-        flat = tf.matmul(tf.reshape(hidden, [-1, self.s.width]), table, transpose_b=True) + bias
+        flat = tf.nn.bias_add(tf.matmul(tf.reshape(hidden, [-1, self.s.width]), table, transpose_b=True), bias)
         return tf.reshape(flat, tf.concat([tf.shape(hidden)[:-1], [table.shape[0]]], 0))
 
     def initial_carry(self, rows: Any) -> Carry:
@@ -123,7 +123,7 @@ class RNN:
         width, units = self.s.width, self.s.gates * (self.s.width // self._model_shard.tensor)
         rows = tf.shape(x)[0]
         # Of all time steps at once: one large product instead of one per token.
-        a = tf.matmul(tf.reshape(x, [-1, width]), tf.reshape(w, [width, -1])) + tf.reshape(b_w, [-1])
+        a = tf.nn.bias_add(tf.matmul(tf.reshape(x, [-1, width]), tf.reshape(w, [width, -1])), tf.reshape(b_w, [-1]))
         a = tf.reshape(a, [rows, -1, units])  # [rows, time, gates * hidden / ranks]
         r, b_r = tf.reshape(r, [width, -1]), tf.reshape(b_r, [-1])
         state = tuple(tf.cast(t, self.dtype) for t in state)
@@ -133,7 +133,8 @@ class RNN:
 
         def step(before: tuple[Any, ...], a_t: Any) -> tuple[Any, ...]:
             """Return (h of all ranks, state of this one) of the next time step from those of the one before."""
-            after = self._cell(a_t, tf.matmul(before[0], r) + b_r, *before[1:])
+            # Not +: of one row, TensorFlow's optimizer of graphs would take a_t for the bias and refuse its shape.
+            after = self._cell(a_t, tf.nn.bias_add(tf.matmul(before[0], r), b_r), *before[1:])
             return (join(after[0]), *after)
 
         # No gradient flows into the batch before: cut here, so that none is summed over ranks for it.
