@@ -366,8 +366,7 @@ class LogConfig:
         sample_tokens: number of tokens of the sample generated at the end; 0: none
         sample_prompt: prompt of the sample
         profile: steps of which a trace is written into the run folder, FIRST:LAST, for example 10:13; null: none
-        hardware: hardware file, or the name of one of hvdlm's, by which the seconds of a step are predicted; null: the
-            measurements of this machine, where python -m hvdlm plan --measure has made them
+        hardware: hardware file or name by which seconds of a step are predicted; null: that of plan --measure, if any
     """
 
     run: str = "runs/default"

@@ -39,11 +39,12 @@ SMALLER = (
 )
 SMALLER_MODEL = "--model.layers 2 --model.width 16 --model.heads 2 --data.context 16"
 PYTHON = f"""#!/bin/bash
-# Trainings are small and begin anew, unless they go on; the bench's messages are small.
+# Trainings are small and begin anew, unless they go on; the bench's messages are small, measurements short.
 given=" $* "
 if [[ "$1 $2" == "-m hvdlm" && $given != *" --dry_run "* ]]; then
   case "${{3:--}} ${{given##* -- }}" in
     bench*) set -- "$@" --smallest 1024 --largest 2048 ;;
+    *"plan --measure"*) set -- "$@" --seconds 2 ;;
     train* | -* | "run -"* | "run train "*)
       set -- "$@" {SMALLER}
       if [[ $given != *" --model.pretrained "* ]]; then set -- "$@" {SMALLER_MODEL}; fi

@@ -102,15 +102,26 @@ def hvdlm_options() -> Mapping[str, type]:
 
 
 @hookimpl
+def hvdlm_check(config: Config) -> None:
+    """Check that there is a file.
+
+    Raises:
+        HvdlmError: there is none.
+    """
+    if config.own("injected", InjectedOptions).file is None:
+        raise HvdlmError("plugin injected needs the file of its conditions: --injected.file conditions.yaml.")
+
+
+@hookimpl
 def hvdlm_prepare(config: Config) -> None:
     """Inject the file's conditions into this rank's world.
 
     Raises:
-        HvdlmError: there is no file, it is wrong, or the ranks aren't threads.
+        HvdlmError: the file is wrong, or the ranks aren't threads.
     """
     options, own = config.own("injected", InjectedOptions), rank_context.current()
     if options.file is None:
-        raise HvdlmError("plugin injected needs the file of its conditions: --injected.file conditions.yaml.")
+        return
     path = Path(options.file)
     if own is not None and isinstance(own.launch, Launch):
         network = own.launch.network

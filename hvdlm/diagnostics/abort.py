@@ -37,9 +37,7 @@ _TRANSPORT = re.compile(r"horovod|\bmpi_|has been shut down|mismatched \w+ (tens
 def is_transport_error(error: BaseException) -> bool:
     """Return whether Horovod or MPI raised ``error``, perhaps through a framework: the cause may be another rank."""
     kinds = {f"{kind.__module__}.{kind.__name__}" for kind in type(error).__mro__}
-    if "mpi4py.MPI.Exception" in kinds or any(
-        kind.endswith((".HorovodInternalError", ".RanksEnded")) for kind in kinds
-    ):
+    if any(kind.endswith(("mpi4py.MPI.Exception", ".HorovodInternalError", ".RanksEnded")) for kind in kinds):
         return True
     own = ("builtins.", "hvdlm")  # other classes are those of a framework, which wraps the transport's error
     if all(kind.startswith(own) and kind != "builtins.RuntimeError" for kind in kinds):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from hvdlm.protocols.framework import Framework
 from hvdlm.protocols.world import World
@@ -33,3 +33,11 @@ class Backend(Protocol):
         Raises:
             HvdlmError: the transport is not built, or fewer ranks respond than the launcher started.
         """
+
+
+@runtime_checkable
+class StartsRanks(Backend, Protocol):
+    """A backend whose ranks no launcher starts: they are threads of the process (``threads``)."""
+
+    def run_ranks(self, ranks: int, function: Callable[[], Any]) -> list[Any]:
+        """Return what ``function()`` returns on each rank; raise the error of the first that fails."""

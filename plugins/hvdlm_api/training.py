@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from hvdlm import hookimpl, plugins
 from hvdlm.config import Config
@@ -15,24 +15,12 @@ from hvdlm.diagnostics.phases import process
 from hvdlm.diagnostics.watchdog import watching
 from hvdlm.errors import HvdlmError
 from hvdlm.io import launcher_env
-from hvdlm.protocols.backend import Backend
+from hvdlm.protocols.backend import StartsRanks
 from hvdlm.training.run import Plan, Run, plan
 from hvdlm.training.signals import Signals
 from hvdlm.training.whole_run import run_training
 from hvdlm_api.program_state import collect, preserved
 from hvdlm_api.rank_errors import raising_on_all_ranks
-
-
-@runtime_checkable
-class StartsRanks(Backend, Protocol):
-    """A backend whose ranks no launcher starts: they are threads of the process (``threads``)."""
-
-    def run_ranks(self, ranks: int, function: Callable[[], Any]) -> list[Any]:
-        """Return what ``function()`` returns in each of ``ranks`` threads.
-
-        Raises:
-            BaseException: that of the rank which failed first; the others are ended.
-        """
 
 
 @dataclass(frozen=True)

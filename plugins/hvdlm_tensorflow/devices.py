@@ -31,7 +31,7 @@ def select(world: World, config: Config) -> Any:
     Raises:
         HvdlmError: the precision needs a GPU.
     """
-    _provide_threads()
+    provide_threads()
     devices = tf.config.list_physical_devices("GPU")
     if devices:
         device = devices[world.local_rank % len(devices)]
@@ -44,7 +44,7 @@ def select(world: World, config: Config) -> Any:
     return None
 
 
-def _provide_threads() -> None:
+def provide_threads() -> None:
     """Have TensorFlow start a thread for each rank of this process, and for each core one more.
 
     The graphs of all ranks share one pool of threads, and each rank occupies one of them while it waits for the others.

@@ -27,6 +27,7 @@ class Framework:
     in_place = False  # its tensors can't be overwritten
 
     def __init__(self) -> None:
+        devices.provide_threads()  # before its first tensor
         self.host_tensors = HostTensors()
         self.horovod = Horovod()
 

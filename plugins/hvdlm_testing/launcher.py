@@ -15,7 +15,7 @@ from typing import Any
 from hvdlm.configuration.availability import mpi_backend, require_framework
 from hvdlm.errors import HvdlmError
 from hvdlm_backends.probes import unpinned
-from hvdlm_testing.plugin_under_test import PluginUnderTest, frameworks
+from hvdlm_testing.plugin_under_test import PluginUnderTest, frameworks, starter_of
 
 _TIMEOUT = 900  # seconds of a launch
 _BACKEND_TIMEOUT = 300  # of one that tests a backend, which may lose a message for which a rank then waits
@@ -141,7 +141,7 @@ class Launches:
     def _launcher(self, request: Request) -> list[str]:
         if request.backend == "gloo" and shutil.which("horovodrun"):
             return ["horovodrun", "--gloo", "-np", str(RANKS)]
-        if not self.launcher or request.backend == "local":
+        if not self.launcher or request.backend == "local" or starter_of(request.backend):
             return []
         try:
             require_framework(request.framework, RANKS, request.backend or mpi_backend(request.framework))

@@ -12,6 +12,7 @@ from hvdlm import hookspecs, plugins
 from hvdlm.config import Config
 from hvdlm.configuration import parsing
 from hvdlm.errors import HvdlmError, nearest
+from hvdlm.protocols.backend import StartsRanks
 
 EVENTS = ("run_started", "step_ended", "evaluated", "checkpoint_saved", "rolled_back", "run_ended")
 HOOKS = sorted(name for name in vars(hookspecs) if name.startswith("hvdlm_"))
@@ -112,3 +113,9 @@ def _load(plugin: PluginUnderTest) -> None:
 def frameworks() -> list[str]:
     """Return the installed ones of the built-in frameworks, without importing them."""
     return [name for name in ("torch", "tensorflow") if importlib.util.find_spec(name)]
+
+
+def starter_of(backend: str) -> StartsRanks | None:
+    """Return the backend of this name where it starts its ranks itself, as threads of one process."""
+    made = plugins.make(plugins.load([backend]), "backend", backend) if backend else None
+    return made if isinstance(made, StartsRanks) else None

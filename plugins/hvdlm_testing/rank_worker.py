@@ -13,8 +13,8 @@ from hvdlm.errors import HvdlmError, RankError
 from hvdlm.io.launcher_env import rank_for_messages
 from hvdlm_testing.checks import backends, compressors, exchanges, models, optimizers, runs, tasks
 from hvdlm_testing.checks.harness import Findings, Harness, Skip, location
-from hvdlm_testing.launcher import RUNS, Request, Result
-from hvdlm_testing.plugin_under_test import PluginUnderTest, find
+from hvdlm_testing.launcher import RANKS, RUNS, Request, Result
+from hvdlm_testing.plugin_under_test import PluginUnderTest, find, starter_of
 
 _REPORT_SECONDS = 2.0  # in which other ranks may report the same error
 _CHECKS = {
@@ -33,6 +33,12 @@ _CHECKS = {
 def main(path: str) -> int:
     """Make all checks of the ``Request`` in the file ``path``; rank 0 writes the results."""
     request = Request(**json.loads(Path(path).read_text()))
+    starter = starter_of(request.backend)
+    return max(starter.run_ranks(RANKS, lambda: _work(request))) if starter else _work(request)
+
+
+def _work(request: Request) -> int:
+    """Make all checks on this rank; return its exit code."""
     output = Path(request.output)
     names = list(dict.fromkeys(name for _, name, _ in request.checks))
     tested = find(names, [f"{name}={file}" for name, file in request.configs.items() if name in names])
