@@ -79,7 +79,7 @@ def launch(
     The launcher ``threads`` starts one process, a command of hvdlm whose ranks are threads.
     """
     if launcher == "threads" and ranks > 1:
-        arguments = [*arguments, "--backend", "threads", "--ranks", str(ranks)]
+        arguments = [*arguments, "--ranks", str(ranks)]
     if ranks == 1 or launcher == "threads":
         return run_python(arguments, timeout=timeout, **variables)
     name, *options = launcher.split()

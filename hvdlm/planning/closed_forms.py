@@ -38,13 +38,15 @@ def predict_costs(
 
 @dataclass(frozen=True)
 class Habits:
-    """What a framework's plugin communicates in another way than PyTorch's, whose ways are the defaults.
+    """What a framework's plugin does in another way than PyTorch's, whose ways are the defaults.
 
     Attributes:
         recomputes_all: whether activation checkpointing repeats the last collective of a layer's forward pass, too.
+        compiles: whether ``train.compile auto`` compiles GPTs on GPUs.
     """
 
     recomputes_all: bool = False
+    compiles: bool = True
 
 
 def closed_form(

@@ -124,7 +124,7 @@ def step_costs(
     """
     config = resolved(config, hardware)
     config = replace(config, checkpoint=replace(config.checkpoint, every=1))  # its work is that of a whole save
-    fused = compiles(config, spec, hardware)
+    fused = compiles(config, spec, hardware, habits)
     ranks = range(0, mesh.pipeline * mesh.tensor, mesh.tensor)  # the first tensor rank of every stage
     maybe = [work_of(config, spec, mesh, rank, habits, moments, fused) for rank in ranks]
     works = [work for work in maybe if work is not None]

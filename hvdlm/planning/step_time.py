@@ -83,7 +83,7 @@ def predict_time(
 
     Args:
         moments: state vectors of the optimizer; None: those of a built-in ``train.optimizer``.
-        habits: what the framework communicates in another way than PyTorch.
+        habits: what the framework does in another way than PyTorch.
     """
     config = resolved(config, hardware)
     works = stage_works(config, spec, mesh, hardware, moments, habits)
@@ -98,7 +98,7 @@ def stage_works(
     config: Config, spec: ModelSpec, mesh: Mesh, hardware: Hardware, moments: int | None, habits: Habits | None
 ) -> list[Work] | None:
     """Return the work of every stage's first tensor rank; stages with equal work share one object."""
-    fused, first = compiles(config, spec, hardware), equal_stages(Same(spec), mesh.pipeline)
+    fused, first = compiles(config, spec, hardware, habits), equal_stages(Same(spec), mesh.pipeline)
     ranks = {stage: stage * mesh.tensor for stage in first}
     works = {stage: work_of(config, spec, mesh, rank, habits, moments, fused) for stage, rank in ranks.items()}
     known = [work for work in map(works.get, first) if work is not None]
@@ -138,12 +138,12 @@ def resolved(config: Config, hardware: Hardware) -> Config:
     return replace(config, train=replace(config.train, precision="bf16" if has_bf16 else "fp32"))
 
 
-def compiles(config: Config, spec: ModelSpec, hardware: Hardware) -> bool:
-    """Return whether element-wise operations are compiled: asked for, or by default, as of GPTs on GPUs in PyTorch."""
+def compiles(config: Config, spec: ModelSpec, hardware: Hardware, habits: Habits | None) -> bool:
+    """Return whether element-wise operations are compiled: asked for, or by default."""
     asked = config.train.compile
     if isinstance(asked, bool):
         return asked
-    return config.framework == "torch" and hardware.device == "gpu" and spec.kind == "gpt"
+    return (habits or Habits()).compiles and hardware.device == "gpu" and spec.kind == "gpt"
 
 
 def step_time(

@@ -1,4 +1,4 @@
-"""What frameworks compute or communicate in another way than PyTorch."""
+"""What frameworks compute, compile or communicate in another way than PyTorch."""
 
 from __future__ import annotations
 
@@ -14,4 +14,5 @@ def habits_of(config: Config) -> Habits:
     """Return the habits of the configured framework."""
     from hvdlm.planning.closed_forms import Habits
 
-    return Habits(recomputes_all=config.framework == "tensorflow")
+    torch = config.framework == "torch"
+    return Habits(recomputes_all=config.framework == "tensorflow", compiles=torch)
