@@ -194,7 +194,7 @@ def test_gloo_needs_names_and_interfaces_that_exist(
 def test_a_name_server_that_does_not_answer_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = threading.Event()
     monkeypatch.setattr(environment.socket, "getaddrinfo", lambda *asked: answers.wait(60))
-    monkeypatch.setattr(environment.process, "timeout", 0.2)
+    monkeypatch.setattr(environment, "process", SimpleNamespace(timeout=0.2))
     monkeypatch.setenv("HOROVOD_GLOO_RENDEZVOUS_ADDR", UNRESOLVED)
     monkeypatch.setenv("HOROVOD_GLOO_RENDEZVOUS_PORT", "12345")
     monkeypatch.delenv("HOROVOD_GLOO_IFACE", raising=False)

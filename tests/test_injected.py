@@ -82,7 +82,7 @@ def ended_after(size: int, conditions: Conditions, action: Callable[[World], Any
         action(world)
         return began, time.perf_counter()
 
-    times = run_ranks(size, timed, injection=InjectedConditions(conditions, size))
+    times = run_ranks(size, timed, "torch", injection=InjectedConditions(conditions, size))
     return max(end for _, end in times) - max(begin for begin, _ in times)
 
 
@@ -130,7 +130,7 @@ def test_injected_delays_take_as_long_as_predicted(case: str) -> None:
 def test_delays_change_no_result() -> None:
     conditions = Conditions(links=(LinkRule("all", latency=0.01),), slow=(SlowRanks((1,), seconds=0.05),))
     plain, delayed = (
-        run_ranks(4, lambda world: sum_over_ranks(world, "ab", elements=9), injection=injection)
+        run_ranks(4, lambda world: sum_over_ranks(world, "ab", elements=9), "torch", injection=injection)
         for injection in (None, InjectedConditions(conditions, 4))
     )
     assert plain == delayed == [[90.0, 90.0]] * 4

@@ -90,7 +90,7 @@ def test_collectives_equal_numpy_for_every_dtype(size: int) -> None:
             np.testing.assert_array_equal(shard, np.split(total, [3, *range(5, 2 * size + 1, 2)])[rank])
         group.barrier()
 
-    run_ranks(size, check)
+    run_ranks(size, check, "torch")
 
 
 @pytest.mark.parametrize("size", [2, 4, 8, 16])
@@ -109,7 +109,7 @@ def test_adasum_combines_vectors_as_backend_mpi4py_does() -> None:
         tensor = to_tensor(vectors[world.rank].copy())
         return to_array(everyone(world).all_reduce_async(tensor, "gradients", "adasum").wait())
 
-    for result in run_ranks(4, combined):
+    for result in run_ranks(4, combined, "torch"):
         np.testing.assert_array_equal(result, expected)
 
 
@@ -126,7 +126,7 @@ def test_results_of_one_rank_share_no_memory_with_others() -> None:
         group.barrier()
         return [float(tensor[0]) for tensor in kept]
 
-    assert run_ranks(2, change) == [[2.0, 2.0, 3.0, 2.0], [3.0, 3.0, 4.0, 3.0]]
+    assert run_ranks(2, change, "torch") == [[2.0, 2.0, 3.0, 2.0], [3.0, 3.0, 4.0, 3.0]]
 
 
 def test_broadcasts_are_matched_by_name_in_any_order() -> None:
@@ -140,7 +140,7 @@ def test_broadcasts_are_matched_by_name_in_any_order() -> None:
         again = group.broadcast_async(torch.full((3,), float(world.rank)), 1, names[0])  # the second of its name
         return [float(handles[name].wait()[0]) for name in names] + [float(again.wait()[0])]
 
-    assert run_ranks(3, receive) == [[48.0, 49.0, 50.0, 51.0, 1.0]] * 3
+    assert run_ranks(3, receive, "torch") == [[48.0, 49.0, 50.0, 51.0, 1.0]] * 3
 
 
 def test_different_collectives_fail_on_all_ranks_with_both() -> None:
@@ -164,7 +164,7 @@ def test_different_collectives_fail_on_all_ranks_with_both() -> None:
             group.broadcast_async(torch.ones(4), 0, "late").wait()
         return messages
 
-    first, second = run_ranks(2, differ)
+    first, second = run_ranks(2, differ, "torch")
     assert first == second
     start = "ranks have come to different collectives: "
     assert first[0] == f"{start}rank 0: all_reduce name.0 float32[2]; rank 1: all_reduce name.1 float32[2]."
@@ -186,7 +186,7 @@ def test_an_error_of_one_rank_ends_all_and_reaches_the_caller() -> None:
 
     began = time.monotonic()
     with pytest.raises(ValueError, match="the one rank that fails"):
-        run_ranks(4, fail)
+        run_ranks(4, fail, "torch")
     assert time.monotonic() - began < 4
     assert sorted(ended) == [0, 1, 2, 3]
 
@@ -200,7 +200,7 @@ def test_ranks_that_wait_for_ever_are_ended_and_named() -> None:
 
     began = time.monotonic()
     with pytest.raises(TimeoutError, match=r"ranks 0-2 did not end within 0\.5 s"):
-        run_ranks(3, wait, timeout=0.5)
+        run_ranks(3, wait, "torch", timeout=0.5)
     assert time.monotonic() - began < 1.5
 
 
@@ -219,7 +219,7 @@ def test_every_rank_has_state_and_threads_of_its_own() -> None:
         return {"seen": seen, "names": names, "launch": launcher_env.detect(), "size": process.size}
 
     before = process.size
-    results = run_ranks(3, describe)
+    results = run_ranks(3, describe, "torch")
     assert [result["seen"] for result in results] == [[0, 10], [1, 11], [2, 12]]
     assert [result["size"] for result in results] == [10, 11, 12]
     assert [result["launch"][1:] for result in results] == [(rank, 3, rank, 3) for rank in range(3)]
@@ -239,7 +239,7 @@ def test_a_file_lock_excludes_other_ranks_of_the_process(tmp_path: Path) -> None
             assert inside[-1] == world.rank
             inside.append(world.rank)
 
-    run_ranks(3, write)
+    run_ranks(3, write, "torch")
     assert sorted(inside) == [0, 0, 1, 1, 2, 2]
     assert inside[::2] == inside[1::2]
 
@@ -266,7 +266,7 @@ def test_every_collective_passes_the_injection_with_its_bytes() -> None:
         assert world.transfer_seconds() >= 0.2
         return started
 
-    assert max(run_ranks(2, communicate, injection=Slow())) < 0.2
+    assert max(run_ranks(2, communicate, "torch", injection=Slow())) < 0.2
     assert {call.ranks for call in calls} == {(0, 1)} and {call.rank for call in calls} == {0, 1}
     own = [(call.operation, call.name, call.bytes, call.step) for call in calls if call.rank == 1]
     assert own == [("all_reduce", "gradients.0", 20, 7), ("broadcast", "stage.1", 12, 7), ("agree", "", 16, 7)]

@@ -84,7 +84,7 @@ def checked(ranks: str) -> int:
 def run_ranks(
     size: int,
     function: Callable[[World], Any],
-    framework: str = "torch",
+    framework: str,
     groups: Sequence[tuple[int, ...]] = (),
     injection: Injection | None = None,
     timeout: float = 60.0,
