@@ -174,7 +174,7 @@ def test_a_wrong_file_is_refused_in_a_sentence(content: str, tmp_path: Path) -> 
 
 
 def test_the_example_is_read_as_it_says() -> None:
-    conditions = read_conditions(ROOT / "examples" / "injected_conditions.yaml", 4)
+    conditions = read_conditions(ROOT / "examples" / "conditions" / "injected.yaml", 4)
     assert conditions.ranks_per_node == 2
     assert conditions.links[1:] == (
         LinkRule("across_nodes", 50e-6, 125e6),
