@@ -11,11 +11,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from hvdlm import hookimpl
+from hvdlm import hookimpl, plugins
 from hvdlm.config import Config
 from hvdlm.errors import HvdlmError
 from hvdlm.io import launcher_env, rank_context
-from hvdlm.protocols.framework import Framework
 from hvdlm_backends.injected_conditions import Conditions, applies, read_conditions
 from hvdlm_backends.injected_links import Links
 from hvdlm_backends.threads_launch import Launch
@@ -42,15 +41,6 @@ class InjectedConditions:
         self._links = Links(conditions)
         self._position = [(0, 0)] * size  # by rank: the step, and the collectives started in it
         self._computed = [0.0] * size  # by rank: the processor time of its thread, up to its last collective
-
-    def check(self, framework: Framework) -> None:
-        """Refuse factors on computing where its processor time is unknown: a thread of the framework does it."""
-        slow = any(s.factor > 1.0 for s in self._conditions.slow)
-        if slow and not getattr(framework, "computes_in_caller", False):
-            raise HvdlmError(
-                f"injected.file: slow[].factor needs the processor time of each rank, and {framework.name} "
-                "computes in threads that all ranks share: give slow[].seconds."
-            )
 
     def begin_step(self, rank: int, step: int, check: Callable[[], None]) -> None:
         """Raise an error, end or hang where a fault says so; sleep where the rank is slow.
@@ -136,6 +126,13 @@ def hvdlm_prepare(config: Config) -> None:
     if own is not None and isinstance(own.launch, Launch):
         network = own.launch.network
         conditions = rank_context.once(("injected", str(path)), lambda: read_conditions(path, network.size))
+        framework = plugins.load([config.framework]).get_plugin(config.framework)
+        slow = any(s.factor > 1.0 for s in conditions.slow)
+        if slow and not getattr(framework, "COMPUTES_IN_CALLER", False):
+            raise HvdlmError(
+                f"injected.file {path}: slow[].factor needs the processor time of each rank, and {config.framework} "
+                "computes in threads that all ranks share: give slow[].seconds."
+            )
         network.injection = rank_context.once("injection", lambda: InjectedConditions(conditions, network.size))
     elif launcher_env.launch_shape()[1] > 1:
         raise HvdlmError("plugin injected delays ranks that are threads only: --backend threads --ranks N.")

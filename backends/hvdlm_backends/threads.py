@@ -54,7 +54,6 @@ class ThreadsBackend:
         """Return this thread's world, once all ranks have come."""
         own = rank_context.current()
         assert own is not None and isinstance(own.launch, Launch)
-        own.launch.network.injection.check(framework)
         world = ThreadsWorld(own.launch.network, own.rank, groups, framework, own.launch.end)
         world.wait_for_start()
         return world

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from hvdlm.errors import FAILED, RankError
-from hvdlm.protocols.framework import Framework
 from hvdlm_backends.array_collectives import copy_of
 
 Combine = Callable[[list[Any]], Any]
@@ -52,9 +51,6 @@ class Call(NamedTuple):
 class Injection(Protocol):
     """Delays and faults of a network (``injected*.py``)."""
 
-    def check(self, framework: Framework) -> None:
-        """Raise HvdlmError where ranks with this framework can't be delayed so."""
-
     def begin_step(self, rank: int, step: int, check: Callable[[], None]) -> None:
         """Called in the rank's thread when a step begins: may sleep, raise an error, end the rank or hang.
 
@@ -74,9 +70,6 @@ class Injection(Protocol):
 
 class NoInjection:
     """A network without delays or faults."""
-
-    def check(self, framework: Framework) -> None:
-        """Accept every framework."""
 
     def begin_step(self, rank: int, step: int, check: Callable[[], None]) -> None:
         """Do nothing."""

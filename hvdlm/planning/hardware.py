@@ -229,12 +229,12 @@ def read_hardware(source: str | Path) -> Hardware:
         content = safe_yaml.load(text, yaml.safe_load)
     except (OSError, ValueError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
-        raise HvdlmError(f"the hardware file {shown(str(path))} can't be read: {reason}") from error
+        raise HvdlmError(f"the hardware file {path} can't be read: {reason}") from error
     try:
         hardware: Hardware = yaml_fields.build(Hardware, content)
         _check(hardware)
     except ValueError as error:
-        raise HvdlmError(f"the hardware file {shown(str(path))}: {error}.") from error
+        raise HvdlmError(f"the hardware file {path}: {error}.") from error
     return hardware
 
 

@@ -25,7 +25,6 @@ class Framework:
 
     name = "torch"
     in_place = True  # an all-reduce overwrites the tensor that it sums
-    computes_in_caller = True  # on a CPU, with one thread a rank
 
     def __init__(self) -> None:
         self.host_tensors = HostTensors()

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from hvdlm.parallel.mesh import Mesh
     from hvdlm.protocols.types import Prediction
 
+COMPUTES_IN_CALLER = True
+"""On a CPU and with one thread a rank: the processor time of a rank's thread is that of its computing."""
+
 _CODE = "import torch; report(version=torch.__version__, gpus=torch.cuda.device_count())"
 
 
