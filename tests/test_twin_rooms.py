@@ -22,6 +22,7 @@ SINGLE = {
 }
 # Public names that one room lacks, with the reason.
 DIFFERENT = {
+    "devices.py:provide_threads": "PyTorch computes in the thread of the rank; TensorFlow in a pool of the process",
     "devices.py:to_device": "TensorFlow takes arrays as arguments of its graphs",
     "gradients.py:Gradients.before_backward": "PyTorch starts buckets by hooks; the edges of a graph do the same",
     "gradients.py:WholeGradients.before_backward": "as above",
