@@ -24,6 +24,11 @@ from hvdlm.protocols.state_dict import optimizer_state
 from hvdlm.protocols.types import Prediction
 
 
+def state_vectors(manager: pluggy.PluginManager, config: Config) -> int:
+    """Return the number of vectors of state that the optimizer keeps, one of a plugin's, too."""
+    return len(optimizer_state(config.train, plugins.find_optimizer(manager, config.train)))
+
+
 def predict_costs(
     manager: pluggy.PluginManager, config: Config, spec: ModelSpec, mesh: Mesh, rank: int
 ) -> Prediction | None:
@@ -31,7 +36,7 @@ def predict_costs(
 
     None where neither knows the architecture.
     """
-    moments = len(optimizer_state(config.train, plugins.find_optimizer(manager, config.train)))
+    moments = state_vectors(manager, config)
     prediction = manager.hook.hvdlm_predict(config=config, spec=spec, mesh=mesh, rank=rank, moments=moments)
     return prediction if prediction is not None else closed_form(config, spec, mesh, rank, moments=moments)
 

@@ -11,10 +11,9 @@ from hvdlm.config import Config
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.mesh import Mesh
 from hvdlm.planning.closed_forms import Habits
-from hvdlm.planning.gradient_work import work_of
 from hvdlm.planning.hardware import Hardware
 from hvdlm.planning.rates import Computation, Network
-from hvdlm.planning.step_time import compiles, resolved, stage_time
+from hvdlm.planning.step_time import resolved, stage_time, stage_works
 from hvdlm.planning.work import Collective, Pass, Work
 
 _MOST_BUCKETS = 64  # of a stage; more are joined to as many, each ready when its last one is
@@ -124,11 +123,8 @@ def step_costs(
     """
     config = resolved(config, hardware)
     config = replace(config, checkpoint=replace(config.checkpoint, every=1))  # its work is that of a whole save
-    fused = compiles(config, spec, hardware, habits)
-    ranks = range(0, mesh.pipeline * mesh.tensor, mesh.tensor)  # the first tensor rank of every stage
-    maybe = [work_of(config, spec, mesh, rank, habits, moments, fused) for rank in ranks]
-    works = [work for work in maybe if work is not None]
-    if len(works) < mesh.pipeline:
+    works = stage_works(config, spec, mesh, hardware, moments, habits)
+    if works is None:
         return None
     per_node = min(hardware.ranks_per_node, mesh.size)
     computation = Computation(hardware, config.framework, config.train.precision, per_node)

@@ -6,17 +6,15 @@ from functools import partial
 
 import pluggy
 
-from hvdlm import plugins
 from hvdlm.config import Config
 from hvdlm.configuration import validation
 from hvdlm.errors import HvdlmError
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel import layout_checks
 from hvdlm.parallel.mesh import Mesh
-from hvdlm.planning.closed_forms import predict_costs
+from hvdlm.planning.closed_forms import predict_costs, state_vectors
 from hvdlm.planning.hardware import Hardware
 from hvdlm.planning.layout_costs import LayoutCosts
-from hvdlm.protocols.state_dict import optimizer_state
 from hvdlm_planner.habits import habits_of
 from hvdlm_planner.planned_run import model_of
 
@@ -32,7 +30,7 @@ def layout_costs(
     spec, _ = model_of(config, manager)
     if predict_costs(manager, config, spec, Mesh(1, 1, 1), 0) is None or spec.kind not in ("gpt", "rnn"):
         raise HvdlmError(f"model.name {config.model.name}: the seconds of a {spec.kind} can't be predicted.")
-    moments = len(optimizer_state(config.train, plugins.find_optimizer(manager, config.train)))
+    moments = state_vectors(manager, config)
     check = partial(_starts, manager, spec)
     return LayoutCosts(manager, spec, hardware, gpu_memory, check, moments, habits_of(config))
 

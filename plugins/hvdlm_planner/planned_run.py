@@ -14,9 +14,9 @@ from hvdlm.errors import HvdlmError
 from hvdlm.models.lora import adapt
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.mesh import Mesh, make_mesh
+from hvdlm.planning.closed_forms import state_vectors
 from hvdlm.planning.hardware import Hardware
 from hvdlm.planning.step_time import resolved
-from hvdlm.protocols.state_dict import optimizer_state
 from hvdlm.training.run import load_plugins
 
 _VOCAB = {"word": 10_000, "bpe": 4096}  # defaults of data.vocab_size
@@ -57,8 +57,7 @@ def plan_run(config: Config, hardware: Hardware | None = None) -> PlannedRun:
     validation.layout(config, mesh)
     validation.model(config, manager)
     spec, vocab = model_of(config, manager)
-    moments = len(optimizer_state(config.train, plugins.find_optimizer(manager, config.train)))
-    return PlannedRun(config, manager, mesh, spec, vocab, moments)
+    return PlannedRun(config, manager, mesh, spec, vocab, state_vectors(manager, config))
 
 
 def model_of(config: Config, manager: pluggy.PluginManager) -> tuple[ModelSpec, int]:

@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from hvdlm import plugins
 from hvdlm.config import Config
-from hvdlm.protocols.state_dict import optimizer_state
 from hvdlm.training.run import Run
 
 
@@ -46,6 +44,7 @@ def predict(run: Run) -> RunPrediction | None:
     Raises:
         HvdlmError: the hardware file is damaged, or has no rates of this framework and precision.
     """
+    from hvdlm.planning.closed_forms import state_vectors
     from hvdlm.planning.step_time import predict_time
     from hvdlm_planner import grades
     from hvdlm_planner.advice import known_hardware
@@ -54,8 +53,8 @@ def predict(run: Run) -> RunPrediction | None:
     config, known = run.config, known_hardware(run.config.log.hardware, run.config)
     if known is None:
         return None
-    (path, hardware), optimizer = known, plugins.find_optimizer(run.manager, config.train)
-    moments = len(optimizer_state(config.train, optimizer))
+    path, hardware = known
+    moments = state_vectors(run.manager, config)
     time = predict_time(config, run.spec, run.mesh, hardware, moments, habits_of(config))
     if time is None:
         return None
