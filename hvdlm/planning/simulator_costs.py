@@ -13,8 +13,8 @@ from hvdlm.parallel.mesh import Mesh
 from hvdlm.planning.closed_forms import Habits
 from hvdlm.planning.hardware import Hardware
 from hvdlm.planning.rates import Computation, Network
-from hvdlm.planning.step_time import resolved, stage_time, stage_works
-from hvdlm.planning.work import Collective, Pass, Work
+from hvdlm.planning.step_time import blocked_seconds, resolved, stage_time, stage_works
+from hvdlm.planning.work import Collective, Work
 
 _MOST_BUCKETS = 64  # of a stage; more are joined to as many, each ready when its last one is
 
@@ -155,8 +155,8 @@ def step_costs(
 def _stage(work: Work, computation: Computation, network: Network, every: int) -> StageCosts:
     """Return the costs of a stage; the share of rounds in each step becomes whole rounds again."""
     time = stage_time(work, computation, network)
-    forward = sum(_blocking(segment.forward, computation, network) for segment in work.segments)
-    backward = sum(_blocking(segment.backward, computation, network) for segment in work.segments)
+    forward = sum(blocked_seconds(segment.forward, computation, network) for segment in work.segments)
+    backward = sum(blocked_seconds(segment.backward, computation, network) for segment in work.segments)
     return StageCosts(
         time.forward - forward,
         (time.last_backward if work.scatters_every else time.backward) - backward,
@@ -170,16 +170,10 @@ def _stage(work: Work, computation: Computation, network: Network, every: int) -
     )
 
 
-def _blocking(one: Pass, computation: Computation, network: Network) -> float:
-    """Return the seconds of the collectives within a pass, as ``step_time`` counts them."""
-    waiting = computation.rates.blocking_seconds
-    return sum(network.seconds(collective) + waiting * collective.count for collective in one.blocking)
-
-
 def _buckets(work: Work, computation: Computation, network: Network) -> tuple[Bucket, ...]:
     """Return a stage's buckets, ready by the seconds of the segments without any slowdown."""
     seconds = [
-        computation.seconds(segment.backward) + _blocking(segment.backward, computation, network)
+        computation.seconds(segment.backward) + blocked_seconds(segment.backward, computation, network)
         for segment in reversed(work.segments)
     ]
     ends = list(accumulate(seconds))

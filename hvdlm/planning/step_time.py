@@ -242,6 +242,12 @@ def _send(work: Work, computation: Computation, network: Network) -> float:
     return _waited(network.seconds(Collective("send", work.send_bytes, "pipeline")), 1.0, computation)
 
 
+def blocked_seconds(one: Pass, computation: Computation, network: Network) -> float:
+    """Return the seconds of the collectives that a pass waits for."""
+    seconds = sum(map(network.seconds, one.blocking))
+    return _waited(seconds, sum(collective.count for collective in one.blocking), computation)
+
+
 def _waited(seconds: float, count: float, computation: Computation) -> float:
     """Return the seconds of ``count`` collectives, ``seconds`` by themselves, for a rank that waits for them."""
     return computation.rates.blocking_factor * seconds + computation.rates.blocking_seconds * count
@@ -266,11 +272,8 @@ class _Task:
     @classmethod
     def of(cls, one: Pass, computation: Computation, network: Network) -> _Task:
         """Return the task of a pass."""
-        blocking, gathers, then = (
-            sum(map(network.seconds, group)) for group in (one.blocking, one.gathers, one.scatters)
-        )
-        blocking = _waited(blocking, sum(collective.count for collective in one.blocking), computation)
-        return cls(computation.seconds(one), blocking, gathers, then)
+        gathers, then = (sum(map(network.seconds, group)) for group in (one.gathers, one.scatters))
+        return cls(computation.seconds(one), blocked_seconds(one, computation, network), gathers, then)
 
 
 def _with_buckets(tasks: list[_Task], work: Work, computation: Computation, network: Network) -> list[_Task]:
