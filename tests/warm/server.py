@@ -29,7 +29,8 @@ Request = tuple[dict[str, Any], list[int]]
 
 
 def receive(connection: socket.socket) -> Request:
-    """Return a command's request and its standard input, output and error."""
+    """Return a command's request and its standard input, output and error; wait for it at most ten seconds."""
+    connection.settimeout(10)
     files = array.array("i")
     size, ancillary, _, _ = connection.recvmsg(4, socket.CMSG_LEN(3 * files.itemsize))
     for _, _, content in ancillary:
@@ -106,8 +107,13 @@ class Server:
     def fork(self) -> Request | None:
         """Fork for the next command; return its request in the fork."""
         connection, _ = self.listener.accept()
-        request = receive(connection)
+        try:
+            request = receive(connection)
+        except (OSError, ValueError):  # its process was killed meanwhile
+            connection.close()
+            return None
         pid = os.fork()
+        connection.settimeout(None)
         if pid:
             self.connections[pid] = connection
             self.selector.register(connection, selectors.EVENT_READ, pid)
@@ -170,12 +176,16 @@ def start_servers(folder: Path) -> tuple[str, socket.socket] | None:
                 selector.unregister(key.fileobj)
                 if not os.fork():
                     return key.data, listeners[key.data]
+                listeners.pop(key.data).close()  # if the server dies, commands are refused, and start afresh
 
 
 def main(folder: str) -> None:
     """Serve until standard input ends."""
     started = start_servers(Path(folder))
     if started is None:
+        with contextlib.suppress(ChildProcessError):
+            while True:
+                os.wait()  # servers end with standard input, too; whoever waits for this process has their CPU time
         return
     framework, listener = started
     for name in COMMON + FRAMEWORKS[framework]:

@@ -57,7 +57,10 @@ def continue_as_fork(folder: str, arguments: list) -> None:
         if read_once(json.load(file)) != read_once(dict(os.environ)):
             return
     connection = socket.socket(socket.AF_UNIX)
-    connection.connect(os.path.join(folder, framework(arguments)))
+    try:
+        connection.connect(os.path.join(folder, framework(arguments)))
+    except ConnectionRefusedError:  # the server has died
+        return
     request = {"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd()}
     request |= {"cores": sorted(os.sched_getaffinity(0)), "umask": os.umask(0)}
     os.umask(request["umask"])
