@@ -212,9 +212,9 @@ def test_each_broken_contract_is_reported_in_a_sentence(tmp_path: Path) -> None:
 
 
 def test_every_fault_of_a_plugin_is_reported(tmp_path: Path) -> None:
-    entries = {"faulty": "faulty:Faulty", "faulty_hooks": "faulty:Hooks", "faulty_options": "faulty:Options"}
-    entries |= {"faulty_writer": "faulty:Writer", "faulty_task": "faulty:Task", "faulty_backend": "faulty:Backend"}
-    entries |= {"faulty_import": "nowhere", "faulty_data": "faulty:Data", "faulty_rules": "faulty:Rules"}
+    kinds = ("hooks", "options", "writer", "task", "backend", "data", "rules")
+    entries = {"faulty": "faulty_plugin:Faulty", "faulty_import": "nowhere"}
+    entries |= {f"faulty_{kind}": f"faulty_plugin:{kind.capitalize()}" for kind in kinds}
     variables = install_faulty(tmp_path, entries, FAULTY)
     # One framework is enough to show the faults; test_built_in_plugins_and_templates_conform runs both.
     done = run_suite(tmp_path, list(entries), "-k", "not tensorflow and not same_losses", "--tb=short", **variables)
