@@ -239,7 +239,7 @@ def test_importing_hvdlm_imports_nothing_that_is_not_used() -> None:
 
 
 def test_keras_that_another_framework_has_loaded_is_refused(
-    restored_environment: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     loaded = SimpleNamespace(config=SimpleNamespace(backend=lambda: "tensorflow"))
     monkeypatch.setitem(sys.modules, "keras", loaded)
