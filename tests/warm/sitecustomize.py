@@ -59,7 +59,7 @@ def continue_as_fork(folder: str, arguments: list) -> None:
     connection = socket.socket(socket.AF_UNIX)
     try:
         connection.connect(os.path.join(folder, framework(arguments)))
-    except ConnectionRefusedError:  # the server has died
+    except (ConnectionRefusedError, PermissionError):  # the server has died, or this is another user
         return
     request = {"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd()}
     request |= {"cores": sorted(os.sched_getaffinity(0)), "umask": os.umask(0)}
