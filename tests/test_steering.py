@@ -401,9 +401,7 @@ def test_a_sample_that_fails_ends_no_run(tmp_path: Path, monkeypatch: pytest.Mon
     assert result.status == "done" and "sample.txt" in read_json(result.run / "status.json")["warnings"][0]
 
 
-def test_samples_are_printed_at_every_evaluation(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_samples_are_printed_at_every_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sampled = {"log.sample_tokens": 12, "log.sample_prompt": "The ", "train.steps": 4, "train.eval_every": 2}
     train(tmp_path / "end", sampled)
     assert capsys.readouterr().out.count("The ") == 1
