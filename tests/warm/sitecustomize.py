@@ -41,6 +41,12 @@ def default_framework(arguments: list) -> str:
     return "torch"
 
 
+def shadowed() -> bool:
+    """Return whether ``PYTHONPATH`` names a folder with another framework than that of the server."""
+    folders = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return any(os.path.exists(os.path.join(folder, name)) for folder in folders if folder for name in FRAMEWORKS)
+
+
 def read_once(environment: dict) -> dict:
     """Return the environment variables that are read when Python, its libraries or a framework are loaded."""
     return {n: value for n, value in environment.items() if n.startswith(READ_ONCE) and n not in NOT_READ}
@@ -80,5 +86,5 @@ def continue_as_fork(folder: str, arguments: list) -> None:
 
 
 _FOLDER = os.environ.get("HVDLM_TEST_WARM")
-if _FOLDER and len(sys.orig_argv) > 1 and framework(sys.orig_argv[1:]):
+if _FOLDER and len(sys.orig_argv) > 1 and framework(sys.orig_argv[1:]) and not shadowed():
     continue_as_fork(_FOLDER, sys.orig_argv[1:])
