@@ -1,4 +1,4 @@
-"""A program that uses the Python API, on one rank or several: ``api_program.py ACTION FOLDER FRAMEWORK``.
+"""A program that uses the Python API, on one rank or several: ``api_program.py ACTION FOLDER --framework NAME``.
 
 Every rank writes what it got to ``FOLDER/result-RANK.json``.
 """
@@ -151,7 +151,7 @@ def interrupted(folder: Path, framework: str) -> Any:
 
 
 if __name__ == "__main__":
-    action, target, chosen = sys.argv[1:]
+    action, target, _, chosen = sys.argv[1:]
     actions = {"trainings": trainings, "failures": failures, "alone": alone, "interrupted": interrupted}
     content = actions[action](Path(target), chosen)
     (Path(target) / f"result-{RANK}.json").write_text(json.dumps(content))

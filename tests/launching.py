@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -127,18 +127,42 @@ def read_rows(path: Path, ranks: int) -> list[tuple[int, list[tuple[int, int, in
     return [(step[0][0], [tuple(values[1:]) for values in step]) for step in zip(*each, strict=True)]
 
 
-def install(source: Path, target: Path) -> Path:
-    """Install the package in ``source`` with pip into the folder ``target``; return it for ``PYTHONPATH``."""
+def install(source: Path, target: Path, *others: Path) -> Path:
+    """Install the packages in ``source`` and ``others`` with pip into the folder ``target``; return it."""
     command = ["-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index", "--target", str(target)]
-    done = run_python([*command, str(source)], PIP_DISABLE_PIP_VERSION_CHECK="1", PIP_ROOT_USER_ACTION="ignore")
+    sources = [str(path) for path in (source, *others)]
+    done = run_python([*command, *sources], PIP_DISABLE_PIP_VERSION_CHECK="1", PIP_ROOT_USER_ACTION="ignore")
     assert done.returncode == 0, done.stderr
     return target
 
 
-def install_example(name: str, folder: Path) -> Path:
-    """Install a copy of ``examples/plugins/NAME`` below ``folder``; return the folder for ``PYTHONPATH``."""
-    shutil.copytree(ROOT / "examples" / "plugins" / name, folder / name)
-    return install(folder / name, folder / "installed")
+def install_example(name: str, folder: Path, *others: str) -> Path:
+    """Install copies of ``examples/plugins/NAME`` and others below ``folder``; return the folder for ``PYTHONPATH``."""
+    for one in (name, *others):
+        shutil.copytree(ROOT / "examples" / "plugins" / one, folder / one)
+    return install(folder / name, folder / "installed", *(folder / one for one in others))
+
+
+def describe_package(folder: Path, name: str, entries: Mapping[str, str]) -> Path:
+    """Let the modules in ``folder`` be those of an installed package with these entry points; return the folder."""
+    info = folder / f"{name}-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
+    lines = "\n".join(f"{entry} = {module}" for entry, module in entries.items())
+    (info / "entry_points.txt").write_text(f"[hvdlm]\n{lines}\n")
+    return folder
+
+
+def place_example(name: str, folder: Path) -> Path:
+    """Place ``examples/plugins/NAME`` in ``folder`` as pip would install it, in no time; return the folder."""
+    source = ROOT / "examples" / "plugins" / name
+    hidden = shutil.ignore_patterns("tests", "pyproject.toml", "__pycache__")
+    shutil.copytree(source, folder, ignore=hidden, dirs_exist_ok=True)
+    section = (
+        (source / "pyproject.toml").read_text().partition("[project.entry-points.hvdlm]\n")[2].partition("\n\n")[0]
+    )
+    entries = dict(line.replace('"', "").split(" = ") for line in section.splitlines())
+    return describe_package(folder, name, entries)
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

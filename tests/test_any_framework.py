@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from builders import both_frameworks
-from launching import ROOT, SMALL, launch, losses
+from launching import ROOT, SMALL, describe_package, launch, losses
 
 # What may not branch on the name of a framework. The builds in hvdlm_horovod may: they compile Horovod's own sources,
 # which it has for some frameworks only, in a folder each.
@@ -94,10 +94,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Return the folder in which the plugin numpy_framework is installed."""
     folder = tmp_path_factory.mktemp("installed")
     shutil.copy(SOURCE, folder)
-    entries = folder / "numpy_framework-1.dist-info" / "entry_points.txt"
-    entries.parent.mkdir()
-    (entries.parent / "METADATA").write_text("Name: numpy-framework\nVersion: 1\n")
-    entries.write_text("[hvdlm]\nnumpy_framework = numpy_framework\nown_rule = own_rule\n")
+    describe_package(folder, "numpy_framework", {name: name for name in ("numpy_framework", "own_rule")})
     (folder / "own_rule.py").write_text(OWN_RULE)
     return str(folder)
 
@@ -110,7 +107,8 @@ def path_with(installed: str) -> str:
 def train(installed: str, run: Path, framework: str, ranks: int, *options: str) -> list[float]:
     """Train a small recurrent model; return its losses."""
     command = ["-m", "hvdlm", *RECURRENT, "--framework", framework, "--log.run", str(run), *options]
-    done = launch("mpirun", ranks, command, PYTHONPATH=path_with(installed))
+    launcher = "threads" if framework == "torch" else "mpirun"
+    done = launch(launcher, ranks, command, PYTHONPATH=path_with(installed))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert json.loads((run / "summary.json").read_text())["framework"] == framework
     return losses(run)

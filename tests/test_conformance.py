@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from builders import write_idx, write_wav
-from launching import ROOT, install, install_example, run_python
+from launching import ROOT, describe_package, place_example, run_python
 
 BUILT_IN = sorted(e.name for e in importlib.metadata.distribution("hvdlm").entry_points if e.group == "hvdlm")
 TEMPLATES = ["template_compressor", "template_event", "template_model"]
@@ -68,8 +68,8 @@ def translation(folder: Path) -> dict:
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[ElementTree.Element]]:
     """Return {plugin: its test cases} of one run on all built-in plugins and the templates."""
     folder = tmp_path_factory.mktemp("conformance")
-    for name in TEMPLATES:
-        install_example(name, folder)
+    for name in TEMPLATES:  # test_templates.py installs them with pip
+        place_example(name, folder / "installed")
     configs = []
     for make in (digits, speech, translation):
         (folder / make.__name__).mkdir()
@@ -78,7 +78,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[ElementT
         configs += ["--hvdlm-config", f"{make.__name__}={folder / make.__name__}.yaml"]
     report = folder / "report.xml"
     names = [*BUILT_IN, *TEMPLATES]
-    done = run_suite(folder, names, *configs, f"--junitxml={report}", PYTHONPATH=str(folder / "installed"))
+    path = os.pathsep.join([str(folder / "installed"), os.environ.get("PYTHONPATH", "")])
+    done = run_suite(folder, names, *configs, f"--junitxml={report}", PYTHONPATH=path)
     assert report.exists(), done.stdout[-3000:] + done.stderr[-3000:]
     cases: dict[str, list[ElementTree.Element]] = {name: [] for name in names}
     for case in ElementTree.parse(report).iter("testcase"):
@@ -151,16 +152,12 @@ REPORTS = [
 ]
 
 
-def install_faulty(folder: Path, entries: dict[str, str], *files: Path) -> Path:
-    """Install modules with these entry points; return the folder for ``PYTHONPATH``."""
+def install_faulty(folder: Path, entries: dict[str, str], *files: Path) -> dict[str, str]:
+    """Place modules with these entry points in ``folder``; return the environment variables of a run with them."""
     for file in files:
         (folder / file.name).write_text(file.read_text())
-    dist = folder / "faulty-1.dist-info"
-    dist.mkdir()
-    (dist / "METADATA").write_text("Metadata-Version: 2.1\nName: faulty\nVersion: 1\n")
-    lines = "\n".join(f"{name} = {module}" for name, module in entries.items())
-    (dist / "entry_points.txt").write_text(f"[hvdlm]\n{lines}\n")
-    return folder
+    path = os.pathsep.join([str(describe_package(folder, "faulty", entries)), os.environ.get("PYTHONPATH", "")])
+    return {"PYTHONPATH": path, "HVDLM_TEST_FRAMEWORK": "torch"}
 
 
 # Plugins of faulty_contracts.py, and the sentence about each.
@@ -206,10 +203,8 @@ BROKEN_CONTRACTS = {
 def test_each_broken_contract_is_reported_in_a_sentence(tmp_path: Path) -> None:
     names = list(BROKEN_CONTRACTS)
     files = [FAULTY.with_name(name) for name in ("faulty_contracts.py", "faulty_framework.py")]
-    installed = install_faulty(tmp_path, {name: f"faulty_contracts:{name}" for name in names}, *files)
-    chosen = "not tensorflow and not same_losses"
-    path = os.pathsep.join([str(installed), os.environ.get("PYTHONPATH", "")])
-    done = run_suite(tmp_path, names, "-k", chosen, "--tb=short", PYTHONPATH=path)
+    variables = install_faulty(tmp_path, {name: f"faulty_contracts:{name}" for name in names}, *files)
+    done = run_suite(tmp_path, names, "-k", "not tensorflow and not same_losses", "--tb=short", **variables)
     assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-3000:]
     missing = [text for texts in BROKEN_CONTRACTS.values() for text in texts if text not in done.stdout]
     assert not missing, "\n".join([*missing, "are not in:", done.stdout])
@@ -217,23 +212,12 @@ def test_each_broken_contract_is_reported_in_a_sentence(tmp_path: Path) -> None:
 
 
 def test_every_fault_of_a_plugin_is_reported(tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    source.mkdir()
-    (source / "faulty.py").write_text(FAULTY.read_text())
     entries = {"faulty": "faulty:Faulty", "faulty_hooks": "faulty:Hooks", "faulty_options": "faulty:Options"}
     entries |= {"faulty_writer": "faulty:Writer", "faulty_task": "faulty:Task", "faulty_backend": "faulty:Backend"}
     entries |= {"faulty_import": "nowhere", "faulty_data": "faulty:Data", "faulty_rules": "faulty:Rules"}
-    lines = "\n".join(f'{name} = "{module}"' for name, module in entries.items())
-    (source / "pyproject.toml").write_text(
-        '[build-system]\nrequires = ["setuptools"]\nbuild-backend = "setuptools.build_meta"\n[project]\n'
-        f'name = "faulty"\nversion = "0.1"\n[project.entry-points.hvdlm]\n{lines}\n'
-        '[tool.setuptools]\npy-modules = ["faulty"]\n'
-    )
-    installed = install(source, tmp_path / "installed")
+    variables = install_faulty(tmp_path, entries, FAULTY)
     # One framework is enough to show the faults; test_built_in_plugins_and_templates_conform runs both.
-    done = run_suite(
-        tmp_path, list(entries), "-k", "not tensorflow and not same_losses", "--tb=short", PYTHONPATH=str(installed)
-    )
+    done = run_suite(tmp_path, list(entries), "-k", "not tensorflow and not same_losses", "--tb=short", **variables)
     assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-3000:]
     missing = [report for report in REPORTS if report not in done.stdout]
     assert not missing, "\n".join([*missing, "are not in:", done.stdout])

@@ -34,11 +34,19 @@ QUICKLY = {
 ON_EVERY_RANK = "test_collectives or test_host_tensors or losses_of or adapters or (every_layout and 2x1x1)"
 ON_ONE_RANK = "(same_updates and (gpt or lstm)) or (clipping and jax) or (beyond and llama)"
 
+RUNS = """
+import json, sys
+import hvdlm
+from hvdlm.configuration.parsing import parse_config
+
+for options in json.loads(sys.argv[1]):
+    hvdlm.train(parse_config(options))
+"""
 MOVES = """
-import sys
+import json, sys
 import hvdlm
 
-for run in sys.argv[1:]:
+for run in json.loads(sys.argv[1]):
     for framework, steps in (("jax", 28), ("tensorflow", 36), ("jax", 44), ("torch", 50)):
         moved = {"framework": framework, "log.run": run, "checkpoint.resume": "auto", "train.steps": steps}
         result = hvdlm.train(hvdlm.Config.load(f"{run}/config.yaml", moved))
@@ -66,7 +74,8 @@ def jax_path(tmp_path_factory: pytest.TempPathFactory) -> str:
     missing = [name for name in required if importlib.util.find_spec(name.partition(">")[0]) is None]
     if missing:
         # Without dependencies: numpy and ml_dtypes are those of this Python.
-        command = ["pip", "install", "-q", "--no-deps", "--target", str(installed), *missing]
+        # Not compiled: most of their modules are never imported.
+        command = ["pip", "install", "-q", "--no-deps", "--no-compile", "--target", str(installed), *missing]
         done = run_command([sys.executable, "-m", *command], timeout=240, PIP_ROOT_USER_ACTION="ignore")
         if done.returncode:
             pytest.skip(f"JAX can't be installed here: {done.stderr.strip().splitlines()[-1]}")
@@ -76,35 +85,46 @@ def jax_path(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with runs of torch, named by their models."""
-    folder = tmp_path_factory.mktemp("torch")
-    for model in MODELS:
-        train(folder / model, "torch", model)
-    return folder
+    return train("torch", tmp_path_factory.mktemp("torch"), os.environ.get("PYTHONPATH", ""))
 
 
-def train(run: Path, framework: str, model: str, *options: str, ranks: int = 1, path: str | None = None) -> list[float]:
-    """Train, or resume; return the loss of every step."""
-    command = ["-m", "hvdlm", "--framework", framework, "--log.run", str(run), *SMALL, *MODELS[model]]
-    command += ["--train.schedule", "constant", "--train.steps", str(STEPS), "--checkpoint.every", "20"]
-    command += ["--checkpoint.keep", "9", "--log.tensorboard", "false", *options]
-    done = launch("mpirun", ranks, command, PYTHONPATH=path or os.environ.get("PYTHONPATH", ""))
+@pytest.fixture(scope="module")
+def jax_runs(jax_path: str, runs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Return {ranks: a folder with runs of JAX}; two ranks have resumed a run of torch, too."""
+    folders = {ranks: tmp_path_factory.mktemp(f"jax{ranks}") for ranks in (1, 2)}
+    train("jax", folders[1], jax_path)
+    copy_until(runs / "gpt", 40, folders[2] / "resumed")
+    train("jax", folders[2], jax_path, ranks=2, resumed="resumed/gpt")
+    return folders
+
+
+def train(framework: str, folder: Path, path: str, ranks: int = 1, resumed: str = "") -> Path:
+    """Train all models, and resume one, in one process per rank; return the folder of runs named by their models."""
+    common = ["--framework", framework, *SMALL, "--train.schedule", "constant", "--train.steps", str(STEPS)]
+    common += ["--checkpoint.every", "20", "--checkpoint.keep", "9", "--log.tensorboard", "false", "--log.run"]
+    commands = [[*options, *common, str(folder / model)] for model, options in MODELS.items()]
+    if resumed:
+        again = ["--checkpoint.resume", "auto"]
+        commands += [[*MODELS[Path(resumed).name], *again, *common, str(folder / resumed)]]
+    # The framework is named for tests/warm.
+    done = launch("mpirun", ranks, ["-c", RUNS, json.dumps(commands), "--framework", framework], PYTHONPATH=path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    return losses(run)
+    return folder
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("model", list(MODELS))
-def test_jax_is_on_the_curve_of_torch(jax_path: str, runs: Path, tmp_path: Path, model: str, ranks: int) -> None:
-    curve = train(tmp_path / "jax", "jax", model, ranks=ranks, path=jax_path)
-    summary = json.loads((tmp_path / "jax" / "summary.json").read_text())
+def test_jax_is_on_the_curve_of_torch(jax_runs: dict[int, Path], runs: Path, model: str, ranks: int) -> None:
+    run = jax_runs[ranks] / model
+    curve, expected = losses(run), losses(runs / model)
+    summary = json.loads((run / "summary.json").read_text())
     assert (summary["framework"], summary["backend"]) == ("jax", "local" if ranks == 1 else "mpi4py")
-    expected = losses(runs / model)
     assert len(curve) == STEPS and curve[-1] < curve[0] - 0.3
     assert curve == pytest.approx(expected, abs=1e-5)
-    validation = [metrics(run)[-1]["val_loss"] for run in (tmp_path / "jax", runs / model)]
+    validation = [metrics(one)[-1]["val_loss"] for one in (run, runs / model)]
     assert validation[0] == pytest.approx(validation[1], abs=1e-5)
     if model == "gpt":  # tokens are drawn from the same scores
-        assert (tmp_path / "jax" / "sample.txt").read_text() == (runs / model / "sample.txt").read_text()
+        assert (run / "sample.txt").read_text() == (runs / model / "sample.txt").read_text()
 
 
 def copy_until(run: Path, step: int, folder: Path) -> Path:
@@ -120,26 +140,28 @@ def copy_until(run: Path, step: int, folder: Path) -> Path:
 def test_a_checkpoint_moves_between_all_frameworks(jax_path: str, runs: Path, tmp_path: Path) -> None:
     """From torch to JAX to TensorFlow to JAX to torch, in one process, which is started once."""
     copies = [copy_until(runs / model, 20, tmp_path) for model in MODELS]
-    done = run_python(["-c", MOVES, *map(str, copies)], PYTHONPATH=jax_path)
+    command = ["-c", MOVES, json.dumps([str(copy) for copy in copies]), "--framework", "tensorflow"]
+    done = run_python(command, PYTHONPATH=jax_path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     for copy in copies:
         expected, curve = losses(runs / copy.name)[20:], losses(copy)[-30:]
         assert len(expected) == 30 and curve == pytest.approx(expected, abs=1e-5), copy.name
 
 
-def test_two_ranks_of_jax_resume_from_one_of_torch(jax_path: str, runs: Path, tmp_path: Path) -> None:
-    copy = copy_until(runs / "gpt", 40, tmp_path)
-    curve = train(copy, "jax", "gpt", "--checkpoint.resume", "auto", ranks=2, path=jax_path)
+def test_two_ranks_of_jax_resume_from_one_of_torch(jax_runs: dict[int, Path], runs: Path) -> None:
+    run = jax_runs[2] / "resumed" / "gpt"
+    curve = losses(run)
+    assert json.loads((run / "summary.json").read_text())["framework"] == "jax"
     assert curve[-10:] == pytest.approx(losses(runs / "gpt")[-10:], abs=1e-5)
 
 
 def test_jax_passes_the_tests_of_every_rank(jax_path: str, tmp_path: Path) -> None:
     """Collectives, ZeRO, adapters, and every exchange: all compressors, local SGD and DiLoCo, on torch's curves."""
-    for framework, chosen in (("jax", ON_EVERY_RANK), ("torch", "losses_of")):
+    for framework, chosen, quickly in (("jax", ON_EVERY_RANK, QUICKLY), ("torch", "losses_of", {})):
         tests = {"HVDLM_TEST_FRAMEWORK": framework, "HVDLM_TEST_RANKS": "2", "HVDLM_TEST_BACKEND": "mpi4py"}
         tests |= {"HVDLM_TEST_OUTPUT": str(tmp_path / f"{framework}.npz"), "PYTHONPATH": jax_path}
         command = [*PYTEST, "tests/parallel", "-k", chosen]
-        done = launch("mpirun", 2, command, timeout=900, **QUICKLY, **tests)
+        done = launch("mpirun", 2, command, timeout=900, **quickly, **tests)
         assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
         assert done.stdout.count(" passed") == 2 and "skipped" not in done.stdout, done.stdout[-3000:]
     assert_train_alike(tmp_path, "jax", "torch")

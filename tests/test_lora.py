@@ -147,11 +147,12 @@ def test_bf16_and_recomputed_activations_work_with_adapters(framework: str) -> N
 
 @both_frameworks
 def test_a_restored_state_continues_bit_for_bit(framework: str) -> None:
-    whole, first, second = (lora_trainable(framework, "gpt", {"rank": 2}) for _ in range(3))
+    first, second = (lora_trainable(framework, "gpt", {"rank": 2}) for _ in range(2))
     train_steps(first, 3)
     second.load_state(first.state())
-    expected = train_steps(whole, 6)[3:]
-    assert [second.train_step([token_batch(s)], 0.01, s).loss for s in range(3, 6)] == [r.loss for r in expected]
+    for step in range(3, 6):
+        a, b = (trainable.train_step([token_batch(step)], 0.01, step) for trainable in (first, second))
+        assert a.loss == b.loss
 
 
 def test_adapted_layers_are_chosen_by_pattern() -> None:
@@ -192,7 +193,7 @@ def tuned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         ["evaluate", *opened],
         ["generate", *opened, "--prompt", "To be", "--tokens", "5"],
     ]
-    done = run_python(["-c", COMMANDS, json.dumps(commands)])
+    done = run_python(["-c", COMMANDS, json.dumps(commands), "--framework", framework])
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return framework, folder, done.stdout
 

@@ -27,7 +27,7 @@ OPTIONS = ("--train.steps", "8", "--train.warmup", "2", "--train.eval_every", "4
 
 def run_program(action: str, folder: Path, framework: str, launcher: str = "", ranks: int = 1) -> list[Any]:
     """Return what every rank of ``api_program.py`` got."""
-    done = launch(launcher, ranks, [PROGRAM, action, str(folder), framework])
+    done = launch(launcher, ranks, [PROGRAM, action, str(folder), "--framework", framework])
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return [read_json(folder / f"result-{rank}.json") for rank in range(ranks)]
 
@@ -49,7 +49,7 @@ def test_trainings_follow_one_another_in_one_process(
     ]
     assert first["metrics"]["val_loss"] == pytest.approx(val_loss, abs=1e-6)
     assert first["text"][0] == first["text"][1] and len(first["text"][0]) == 24
-    by_command = curve(framework, ranks, *OPTIONS, launcher=launcher or "mpirun")
+    by_command = curve(framework, ranks, *OPTIONS)
     assert losses(tmp_path / "first") == losses(tmp_path / "second") == losses(by_command)
     assert not list(tmp_path.glob("*/flight_recorder")) and not list(tmp_path.glob("*/.lock"))
 
@@ -77,7 +77,7 @@ def test_an_exception_of_all_ranks_lets_the_program_continue(
 
 def test_a_rank_that_fails_alone_ends_all_of_them(tmp_path: Path) -> None:
     began = time.monotonic()
-    done = launch("mpirun", 2, [PROGRAM, "alone", str(tmp_path), "torch"])
+    done = launch("mpirun", 2, [PROGRAM, "alone", str(tmp_path), "--framework", "torch"])
     assert done.returncode and time.monotonic() - began < 100
     assert "missing.txt" in done.stderr and not list(tmp_path.glob("result-*.json"))
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from builders import write_idx, write_wav
+from hvdlm import cli
 from hvdlm.config import Config
 from hvdlm.errors import HvdlmError
 from hvdlm.protocols.types import Batch
@@ -320,7 +321,7 @@ def test_digits_hold_out_the_last_share_and_report_accuracy(mnist: Path) -> None
     assert answer == "".join(map(str, labels)).replace("3", "4")
 
 
-# Training under the real launcher
+# Training
 
 APPLICATIONS = {
     "digits": ("--model.name", "convnet", "--train.learning_rate", "0.003"),
@@ -347,7 +348,7 @@ def test_applications_train_alike_in_both_frameworks(application: str, data: lis
 
     def train(framework: str, ranks: int, name: str, *arguments: str) -> Path:
         run = tmp_path / name
-        done = launch("mpirun", ranks, [*options, "--framework", framework, "--log.run", str(run), *arguments])
+        done = launch("threads", ranks, [*options, "--framework", framework, "--log.run", str(run), *arguments])
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
         return run
 
@@ -443,11 +444,12 @@ def test_invalid_images_are_refused(tmp_path: Path) -> None:
         (["--model.name", "seq2seq", "--model.width", "30"], "model.width 30 is not a multiple of model.heads 4"),
     ],
 )
+@pytest.mark.usefixtures("restored_environment")
 def test_incompatible_settings_are_refused_in_one_sentence(
-    options: list[str], sentence: str, pairs: Config, tmp_path: Path
+    options: list[str], sentence: str, pairs: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     paths = [f"[{','.join(group)}]" for group in (pairs.data.path, pairs.data.validation_path)]
     given = ["--data.path", paths[0], "--data.validation_path", paths[1]] if "translation" in options else []
-    done = run_python(["-m", "hvdlm", *options, *given, "--log.run", str(tmp_path / "run")])
-    assert done.returncode == 2 and sentence in done.stderr, done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1 and not (tmp_path / "run").exists()
+    assert cli.main([*options, *given, "--log.run", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and error.count("\n") == 1 and not (tmp_path / "run").exists(), error

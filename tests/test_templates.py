@@ -18,9 +18,7 @@ TEMPLATES += ["template_task", "template_backend", "template_framework"]
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder into which pip has installed all templates; their copies lie beside it."""
     folder = tmp_path_factory.mktemp("templates")
-    for name in TEMPLATES:
-        install_example(name, folder)
-    return folder / "installed"
+    return install_example(*TEMPLATES[:1], folder, *TEMPLATES[1:])
 
 
 def path_with(installed: Path) -> str:
@@ -28,18 +26,17 @@ def path_with(installed: Path) -> str:
     return os.pathsep.join([str(installed), os.environ.get("PYTHONPATH", "")])
 
 
-def train(installed: Path, run: Path, framework: str, *options: str) -> str:
+def train(installed: Path, run: Path, framework: str, *options: str, launcher: str = "threads") -> str:
     command = ["-m", "hvdlm", "--framework", framework, "--log.run", str(run), *SMALL, "--train.warmup", "2", *options]
-    done = launch("mpirun", 2, command, PYTHONPATH=path_with(installed))
+    done = launch(launcher, 2, command, PYTHONPATH=path_with(installed), HVDLM_TEST_FRAMEWORK="torch")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return done.stdout
 
 
 def test_the_tests_of_the_templates_pass(installed: Path) -> None:
     copies = [str(installed.parent / name) for name in TEMPLATES]
-    done = run_python(
-        ["-m", "pytest", "-q", "--rootdir", str(installed.parent), *copies], PYTHONPATH=path_with(installed)
-    )
+    command = ["-m", "pytest", "-q", "--rootdir", str(installed.parent), *copies]
+    done = run_python(command, PYTHONPATH=path_with(installed), HVDLM_TEST_FRAMEWORK="torch")
     assert done.returncode == 0 and "skipped" not in done.stdout, done.stdout[-3000:] + done.stderr[-2000:]
 
 
@@ -72,16 +69,18 @@ def test_the_template_task_learns_to_add(installed: Path, tmp_path: Path) -> Non
 def test_the_template_backend_has_the_curve_of_mpi4py(installed: Path, tmp_path: Path) -> None:
     for backend in ("template_backend", "mpi4py"):
         options = ["--backend", backend, "--train.steps", "12", "--parallel.zero", "1"]
-        train(installed, tmp_path / backend, "torch", *options)
+        train(installed, tmp_path / backend, "torch", *options, launcher="mpirun")
         assert json.loads((tmp_path / backend / "summary.json").read_text())["backend"] == backend
     assert losses(tmp_path / "template_backend") == pytest.approx(losses(tmp_path / "mpi4py"), abs=1e-6)
 
 
 @pytest.mark.parametrize("model", ["llama", "lstm"])
 def test_the_template_framework_has_the_curve_of_torch(installed: Path, tmp_path: Path, model: str) -> None:
-    options = ["--backend", "mpi4py", "--model.name", model, "--train.steps", "12", "--train.micro_batch_size", "2"]
-    for framework in ("template_framework", "torch"):
-        train(installed, tmp_path / framework, framework, *options, "--parallel.zero", "2", "--log.sample_tokens", "9")
+    options = ["--model.name", model, "--train.steps", "12", "--train.micro_batch_size", "2", "--parallel.zero", "2"]
+    options += ["--log.sample_tokens", "9"]
+    train(installed, tmp_path / "torch", "torch", *options)
+    own = ["--backend", "mpi4py"]
+    train(installed, tmp_path / "template_framework", "template_framework", *options, *own, launcher="mpirun")
     assert losses(tmp_path / "template_framework") == pytest.approx(losses(tmp_path / "torch"), abs=1e-5)
     samples = [(tmp_path / framework / "sample.txt").read_text() for framework in ("template_framework", "torch")]
     assert samples[0] == samples[1]
@@ -91,7 +90,8 @@ def test_the_template_framework_conforms(installed: Path, tmp_path: Path) -> Non
     # Not with test_conformance.py: a launch makes the checks of all plugins that it tests, in every framework.
     chosen = "not same_losses and not tensorflow and not torch"
     command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--hvdlm-plugin", "template_framework", "-k", chosen]
-    done = run_python(command, cwd=tmp_path, timeout=600, PYTHONPATH=path_with(installed))
+    variables = {"PYTHONPATH": path_with(installed), "HVDLM_TEST_FRAMEWORK": "torch"}
+    done = run_python(command, cwd=tmp_path, timeout=600, **variables)
     assert done.returncode == 0 and "skipped" not in done.stdout, done.stdout[-3000:] + done.stderr[-2000:]
 
 

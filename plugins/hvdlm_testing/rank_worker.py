@@ -16,7 +16,7 @@ from hvdlm_testing.checks.harness import Findings, Harness, Skip, location
 from hvdlm_testing.launcher import RANKS, RUNS, Request, Result
 from hvdlm_testing.plugin_under_test import PluginUnderTest, find, starter_of
 
-_REPORT_SECONDS = 2.0  # in which other ranks may report the same error
+_REPORT_SECONDS = 2.0  # in which other ranks may report the same error; what all have reported, nobody waits for
 _CHECKS = {
     "models": models.check_model,
     "compressors": compressors.check_compressor,
@@ -88,7 +88,7 @@ def _check(harness: Harness, kind: str, plugin: PluginUnderTest, member: str, ou
         return Result(findings.faults, "", findings.figures)
     if kind in RUNS:
         _report(output, harness.world.rank, findings.faults)
-        time.sleep(_REPORT_SECONDS)
+        _wait_for_reports(output, harness.world.size)
         harness.world.abort(1)
     return Result(findings.faults, "", findings.figures)
 
@@ -102,6 +102,15 @@ def _report(output: Path, rank: int, faults: list[str]) -> None:
     """Write the faults of a rank that can't gather them any more."""
     with output.with_suffix(f".rank-{rank}").open("a", encoding="utf-8") as file:
         file.write("\n".join(faults) + "\n")
+
+
+def _wait_for_reports(output: Path, ranks: int) -> None:
+    """Wait until every rank has reported, or for as long as the others may take."""
+    deadline = time.monotonic() + _REPORT_SECONDS
+    while time.monotonic() < deadline:
+        if sum(path.stat().st_size > 0 for path in output.parent.glob(f"{output.stem}.rank-*")) == ranks:
+            break
+        time.sleep(0.02)
 
 
 def _write(output: Path, check: list[str], result: Result, rank: int) -> None:

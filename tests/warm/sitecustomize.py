@@ -8,20 +8,29 @@ import os
 import sys
 
 READ_ONCE = ("PYTHON", "LD_", "LC_", "LANG", "KMP_", "TF_", "XLA_", "MALLOC_", "TORCH", "PYTORCH")
-# The former are read at the first operation, and a fork extends its path by the latter.
-NOT_READ = ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "PYTHONPATH")
+# The former two are read at the first operation; a fork extends its path and writes as the latter two say.
+NOT_READ = ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "PYTHONPATH", "PYTHONUNBUFFERED")
 FORWARDED = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGCONT", "SIGALRM")
 FRAMEWORKS = ("torch", "tensorflow")
 
 
 def framework(arguments: list) -> str:
     """Return the framework that a command imports, "none" for a command of hvdlm that imports none, else ""."""
-    name = os.environ.get("HVDLM_TEST_FRAMEWORK", "") if arguments[:2] == ["-m", "pytest"] else ""
+    module = arguments[1] if arguments[0] == "-m" and len(arguments) > 1 else ""
+    tested = os.environ.get("HVDLM_TEST_FRAMEWORK", "")
+    name = tested if module == "pytest" else ""
     if "--framework" in arguments[:-1]:
         name = arguments[arguments.index("--framework") + 1]
-    elif arguments[:2] == ["-m", "hvdlm"]:
+    elif module == "hvdlm":
         name = default_framework(arguments[2:])
-    return name if name in FRAMEWORKS else "none" if arguments[:2] == ["-m", "hvdlm"] else ""
+    elif module == "hvdlm_testing.rank_worker":
+        with open(arguments[2]) as file:
+            name = file.read().partition('"framework": "')[2].partition('"')[0]
+    if name in FRAMEWORKS:
+        return name
+    if module in ("hvdlm", "hvdlm_testing.rank_worker") or "--hvdlm-plugin" in arguments:
+        return tested if tested in FRAMEWORKS else "none"  # a plugin's framework may import one of them
+    return ""
 
 
 def default_framework(arguments: list) -> str:

@@ -8,7 +8,7 @@ from hvdlm import plugins
 from hvdlm.models.spec import Init, ParamSpec
 from hvdlm.parallel.flat_layout import make_layout
 from hvdlm.protocols.exchange import Exchange, ExchangeTraits
-from hvdlm_testing.checks.harness import CONTEXT, VOCAB, Findings, Harness, Skip
+from hvdlm_testing.checks.harness import VOCAB, Findings, Harness, Skip
 from hvdlm_testing.checks.training import check_training
 from hvdlm_testing.plugin_under_test import PluginUnderTest
 
@@ -20,6 +20,7 @@ def check_exchange(harness: Harness, plugin: PluginUnderTest, member: str, findi
     """Check the exchange that has the plugin's name."""
     config = harness.config(plugin)
     config.model.name, config.communication.exchange = "rnn", plugin.name
+    config.data.context = 4  # TensorFlow unrolls the steps: few keep the graph small
     arguments = {"compressors": plugins.provided(harness.manager, "compressors"), "index": harness.world.rank}
     make = harness.manager.hook.hvdlm_make_exchange
     exchange = make(name=plugin.name, group=harness.group, config=config, **arguments)
@@ -37,7 +38,7 @@ def check_exchange(harness: Harness, plugin: PluginUnderTest, member: str, findi
         traits.size == size, f"exchange {plugin.name}: its traits.size is {traits.size}, there are {size} ranks."
     )
     _check_order(harness, exchange, plugin.name, findings)
-    spec = plugins.find_model(plugins.load(["rnn"]), "rnn")(config.model, VOCAB, CONTEXT)
+    spec = plugins.find_model(plugins.load(["rnn"]), "rnn")(config.model, VOCAB, config.data.context)
     check_training(harness, spec, config, f"exchange {plugin.name} in {harness.framework_name}", findings)
 
 

@@ -66,13 +66,17 @@ class Findings:
 
 @dataclass
 class Harness:
-    """The started world, a framework and the loaded plugins; ``base`` is the configuration of the world."""
+    """The started world, a framework and the loaded plugins; ``base`` is the configuration of the world.
+
+    ``checked``: what models were found to be in this launch, by their descriptions and configurations.
+    """
 
     framework_name: str
     framework: Framework
     manager: pluggy.PluginManager
     world: World
     base: Config
+    checked: dict[str, Findings] = field(default_factory=dict)
 
     @classmethod
     @contextmanager

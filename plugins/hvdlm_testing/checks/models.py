@@ -260,11 +260,23 @@ def _check_causality(trainable: Trainable, batch: Batch, label: str, findings: F
 
 
 def _check(harness: Harness, spec: ModelSpec, config: Config, name: str, findings: Findings) -> None:
-    label = f"{name} in {harness.framework_name}"
-    if missing := lacking(harness.build(spec, config)[0], Trainable):
+    """Check a model; what the launch has found about it before, as a framework and a plugin may have it, is taken."""
+    params = [(param.name, param.shape) for param in spec.params]
+    key = repr((name, spec.kind, spec.settings, spec.implementations, params, config.to_dict()))
+    if key not in harness.checked:
+        faults, figures = len(findings.faults), len(findings.figures)
+        _check_anew(harness, spec, config, f"{name} in {harness.framework_name}", findings)
+        harness.checked[key] = Findings(findings.faults[faults:], findings.figures[figures:])
+        return
+    findings.faults += harness.checked[key].faults
+    findings.figures += harness.checked[key].figures
+
+
+def _check_anew(harness: Harness, spec: ModelSpec, config: Config, label: str, findings: Findings) -> None:
+    trainable, _ = harness.build(spec, config)
+    if missing := lacking(trainable, Trainable):
         raise HvdlmError(f"{label}: the trainable lacks {missing} of hvdlm.protocols.trainable.Trainable.")
     first = check_training(harness, spec, config, label, findings)[0]
-    trainable, _ = harness.build(spec, config)
     batch = harness.batch(spec, config)
     loss, tokens = trainable.eval_step(batch)
     findings.require(
