@@ -69,10 +69,11 @@ chaos:  ## kill runs at random moments and compare the results (about 70 minutes
 	@python benchmarks/chaos.py
 	@HVDLM_CHAOS=1 python -m pytest tests/test_faults.py tests/test_stops.py
 
-fuzz:  ## fuzz every reader of untrusted files for 10 minutes each (over two hours in total)
+fuzz:  ## fuzz every reader of untrusted files for 10 minutes each (almost three hours in total)
 	@$(PYTHON) scripts/setup_environment.py
 	@python -m pip install -q -c constraints.txt atheris
-	@for target in manifest shard header journal tokenizer folder yaml arrow parquet doctor report resume speech digits; do \
+	@for target in manifest shard header journal tokenizer folder yaml arrow parquet doctor report resume speech digits \
+	    hardware conditions scaling; do \
 	    python benchmarks/fuzz.py $$target --seconds 600; done
 
 docs:  ## build the documentation site into site/; warnings are errors

@@ -24,8 +24,8 @@ class RankError(Exception):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return the end of a sentence on an unknown name: the closest known name, then all of them."""
+    """Return the end of a sentence on an unknown name: the closest known name, then all, unless there are many."""
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, 1)
-    listed = ", ".join(names)
-    return f"did you mean {close[0]}? Known: {listed}." if close else f"known: {listed}."
+    close, listed = difflib.get_close_matches(name, names, 1), ", ".join(names)
+    few = f" Known: {listed}." if len(names) <= 16 else ""
+    return f"did you mean {close[0]}?{few}" if close else f"known: {listed}."

@@ -41,13 +41,12 @@ def load(names: Iterable[str]) -> pluggy.PluginManager:
     """
     manager = pluggy.PluginManager("hvdlm")
     manager.add_hookspecs(hookspecs)
-    entries = installed()
-    loaded: set[str] = set()
+    known = importlib.metadata.entry_points(group="hvdlm")  # takes milliseconds, and so is asked once
+    entries, loaded = {entry.name: entry for entry in known}, set[str]()
     for name in dict.fromkeys(names):
         if name in entries and entries[name].value not in loaded:  # of several names of one plugin, the first
             loaded.add(entries[name].value)
-            same_name = importlib.metadata.entry_points(group="hvdlm", name=name)
-            _refuse_several("plugins", name, {entry.value for entry in same_name})
+            _refuse_several("plugins", name, {entry.value for entry in known if entry.name == name})
             try:
                 manager.register(import_plugin(entries[name]), name)
             except pluggy.PluginValidationError as error:  # a hook with an argument that does not exist

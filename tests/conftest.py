@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from hvdlm.training.signals import SIGNALS
 from launching import SMALL, launch, start_warm
 
 # Tests start Python hundreds of times: each start would compile the package's modules anew.
@@ -46,13 +48,22 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(lambda: (process.communicate(timeout=60), shutil.rmtree(folder)))
 
 
-@pytest.fixture
-def restored_environment() -> Iterator[None]:
-    """Undo what a test, or a command that it runs in this process, changes in the environment."""
+@pytest.fixture(autouse=True)
+def _restored_process() -> Iterator[None]:
+    """Undo what a test, or a command that it runs in this process, changes in the environment and in signals.
+
+    A run ignores signals when it has saved, and all commands that later tests start would inherit that.
+    """
     before = dict(os.environ)
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     yield
-    os.environ.clear()
-    os.environ.update(before)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    for number, handler in handlers.items():
+        signal.signal(number, handler or signal.SIG_DFL)
+    if before != os.environ:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 @pytest.fixture

@@ -26,15 +26,17 @@ from hvdlm.config import Config, ModelConfig, TrainConfig
 from hvdlm.diagnostics.flight_recorder import CALL, FIRST, HEADER, MAGIC, RECORD
 from hvdlm.io.terminal import printable
 from hvdlm.parallel.flat_layout import whole
+from hvdlm.planning.hardware import named_files, read_hardware
 from hvdlm.training import preflight
 from hvdlm.training.data_cursor import DataCursor
 from hvdlm.training.step_guard import StepGuard
+from hvdlm_backends.injected_conditions import read_conditions
 from hvdlm_diagnosis import diagnosis
 from hvdlm_diagnosis.recorder_reader import read_files
 from hvdlm_language.gpt import make_gpt
 from hvdlm_language.rebuild_spec import spec_of
 from hvdlm_launchers.run_status import RunStatus, outcome
-from hvdlm_report import page
+from hvdlm_report import page, scaling
 from hvdlm_tasks.digits import Digits
 from hvdlm_tasks.speech import Speech
 
@@ -250,3 +252,52 @@ def digits() -> list[bytes]:
     images = bytes([0, 0, 8, 3]) + np.array([6, 9, 9], ">u4").tobytes() + bytes(range(243)) + bytes(243)
     labels = bytes([0, 0, 8, 1]) + np.array([6], ">u4").tobytes() + bytes(range(6))
     return [END.join([images, labels]), END.join([gzip.compress(images, mtime=0), labels])]
+
+
+# The planner's files
+
+
+def read_a_machine(data: bytes, folder: Path) -> int:
+    """Read ``data`` as a hardware file of the planner."""
+    path = folder / "machine.yaml"
+    path.write_bytes(data)
+    read_hardware(path)
+    return 1
+
+
+def machines() -> list[bytes]:
+    """Return the hardware files that come with hvdlm as JSON, which is YAML, too, and can be mutated by value."""
+    return [json.dumps(yaml.safe_load(path.read_text())).encode() for path in named_files().values()]
+
+
+def read_injected_conditions(data: bytes, folder: Path) -> int:
+    """Read ``data`` as the file of slow links and faults of a world of four ranks."""
+    path = folder / "conditions.yaml"
+    path.write_bytes(data)
+    read_conditions(path, 4)
+    return 1
+
+
+def conditions() -> list[bytes]:
+    """Return a file of conditions with every kind of entry, as JSON."""
+    content: dict[str, Any] = {"ranks_per_node": 2}
+    content["links"] = [{"between": "across_nodes", "latency": "50 us", "bandwidth": "1 Gbit/s", "from_step": 2}]
+    content["links"] += [{"between": [0, 3], "latency": "1 ms", "to_step": 5}]
+    content["slow"] = [{"ranks": [1], "factor": 2.5, "seconds": 0.1}]
+    content["late"] = [{"rank": 1, "step": 3, "seconds": 0.5, "collective": 2}]
+    content["faults"] = [{"rank": 2, "step": 3, "kind": "hang"}]
+    return [json.dumps(content).encode()]
+
+
+def read_curves(data: bytes, folder: Path) -> int:
+    """Read ``data`` as the curves of ``plan --simulate --scaling``, and write their page."""
+    path = folder / "scaling.json"
+    path.write_bytes(data)
+    return len(scaling.write([path], folder / "page.html"))
+
+
+def curves() -> list[bytes]:
+    """Return the curves of two numbers of ranks."""
+    row = {"tokens_per_second": 1e4, "efficiency": 1.0, "shares": {"compute": 0.9, "stragglers": 0.1}}
+    rows = [{"ranks": 8, **row}, {"ranks": 64, **row, "efficiency": 0.8}]
+    return [json.dumps({"kind": "scaling", "name": "a model", "rows": rows}).encode()]

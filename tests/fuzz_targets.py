@@ -449,6 +449,19 @@ TARGETS: dict[str, Target] = {
         fuzz_readers.read_speech, fuzz_readers.speech, ("RIFF", "WAVE", "fmt ", "data", "audio", "text"), _PAGE
     ),
     "digits": Target(fuzz_readers.read_digits, fuzz_readers.digits, (), _PAGE),
+    "hardware": Target(
+        fuzz_readers.read_a_machine,
+        fuzz_readers.machines,
+        ("rates", "links", "latency", "bandwidth", "sharing", "torch", "tensorflow", ".inf", "1e999", "null"),
+    ),
+    "conditions": Target(
+        fuzz_readers.read_injected_conditions,
+        fuzz_readers.conditions,
+        ("links", "between", "latency", "bandwidth", "Gbit/s", "us", "late", "faults", "kind", "hang", "1e999"),
+    ),
+    "scaling": Target(
+        fuzz_readers.read_curves, fuzz_readers.curves, ("rows", "ranks", "shares", "1e308", "NaN", "<b>"), _PAGE
+    ),
     "arrow": Target(read_arrow, _arrow_files, ("text", "ARROW1", "zstd"), compression.FREE),
     "parquet": Target(read_parquet, _parquet_files, ("text", "PAR1", "ARROW:schema"), compression.FREE),
 }  # fmt: skip

@@ -62,6 +62,9 @@ READABLE_COUNTS = {
     "digits": [2, 2],
     "arrow": [1] * 6,
     "parquet": [1] * 8,
+    "hardware": [1] * 4,
+    "conditions": [1],
+    "scaling": [1],
 }
 
 

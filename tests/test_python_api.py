@@ -238,9 +238,7 @@ def test_importing_hvdlm_imports_nothing_that_is_not_used() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_keras_that_another_framework_has_loaded_is_refused(
-    restored_environment: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_keras_that_another_framework_has_loaded_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     loaded = SimpleNamespace(config=SimpleNamespace(backend=lambda: "tensorflow"))
     monkeypatch.setitem(sys.modules, "keras", loaded)
     config = hvdlm.Config.load({"log.run": tmp_path / "run", "communication.compression.algorithm": "int8"})

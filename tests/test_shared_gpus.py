@@ -58,7 +58,7 @@ def test_frameworks_without_gpus_of_their_own_are_left_alone(capsys: pytest.Capt
 
 
 @pytest.fixture
-def shared_nccl(monkeypatch: pytest.MonkeyPatch, restored_environment: None) -> Any:
+def shared_nccl(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return backend nccl of rank 1 of two, on a node with one GPU, whose ranks don't really connect."""
     pytest.importorskip("horovod")
     gpus = FakeGPUs(1)

@@ -335,7 +335,6 @@ LM = "--speech.language_model"
         (["--speech.beams", "4", LM, "RUNS/short"], "RUNS/short: character 't' is not among the 11"),
     ],
 )
-@pytest.mark.usefixtures("restored_environment")
 def test_unusable_language_models_are_refused(
     options: list[str],
     sentence: str,

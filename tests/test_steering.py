@@ -165,7 +165,7 @@ def with_path(folder: Path) -> str:
 
 
 @pytest.fixture
-def discovered(installed: Path, monkeypatch: pytest.MonkeyPatch, restored_environment: None) -> Iterator[Path]:
+def discovered(installed: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Make this process discover the installed plugins."""
     monkeypatch.syspath_prepend(str(installed))
     importlib.invalidate_caches()
@@ -305,7 +305,7 @@ def test_a_plugin_has_several_names_and_mappings_as_options(discovered: Path, tm
 EARLY = {"plugins": ["early_stopping"], "train.eval_every": 2, "early_stopping.patience": 2}
 
 
-def test_early_stopping_ends_a_run_that_improves_no_more(restored_environment: None, tmp_path: Path) -> None:
+def test_early_stopping_ends_a_run_that_improves_no_more(tmp_path: Path) -> None:
     never = EARLY | {"early_stopping.min_improvement": 100.0, "train.steps": 50}
     result = train(tmp_path / "run", never)
     assert result.status == "done" and result.steps == 7  # evaluations after 2, 4 and 6 steps, and one step to agree
@@ -315,7 +315,7 @@ def test_early_stopping_ends_a_run_that_improves_no_more(restored_environment: N
     assert train(tmp_path / "improving", improving).reason is None
 
 
-def test_a_resumed_run_counts_earlier_evaluations(restored_environment: None, tmp_path: Path) -> None:
+def test_a_resumed_run_counts_earlier_evaluations(tmp_path: Path) -> None:
     never = EARLY | {"early_stopping.min_improvement": 100.0, "checkpoint.resume": "auto"}
     assert train(tmp_path / "run", never, {"train.steps": 4}).steps == 4
     assert train(tmp_path / "run", never, {"train.steps": 50}).steps == 7
@@ -401,9 +401,7 @@ def test_a_sample_that_fails_ends_no_run(tmp_path: Path, monkeypatch: pytest.Mon
     assert result.status == "done" and "sample.txt" in read_json(result.run / "status.json")["warnings"][0]
 
 
-def test_samples_are_printed_at_every_evaluation(
-    restored_environment: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_samples_are_printed_at_every_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sampled = {"log.sample_tokens": 12, "log.sample_prompt": "The ", "train.steps": 4, "train.eval_every": 2}
     train(tmp_path / "end", sampled)
     assert capsys.readouterr().out.count("The ") == 1

@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 
 from hvdlm.errors import HvdlmError
-from hvdlm.io import atomic_files, safe_yaml
+from hvdlm.io import atomic_files, safe_yaml, untrusted_input
 from hvdlm.io.untrusted_input import shown
 from hvdlm.planning import yaml_fields
 
@@ -222,11 +222,7 @@ def read_hardware(source: str | Path) -> Hardware:
     """
     path = find_hardware(str(source))
     try:
-        with path.open(encoding="utf-8") as file:
-            text = file.read(_MAX_BYTES + 1)
-        if len(text) > _MAX_BYTES:
-            raise ValueError(f"it has more than {_MAX_BYTES:,} characters")
-        content = safe_yaml.load(text, yaml.safe_load)
+        content = safe_yaml.load(untrusted_input.read(path, _MAX_BYTES).decode(), yaml.safe_load)
     except (OSError, ValueError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise HvdlmError(f"the hardware file {path} can't be read: {reason}") from error

@@ -8,6 +8,7 @@ import types
 from collections.abc import Mapping
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from hvdlm.errors import nearest
 from hvdlm.io.untrusted_input import shown
 
 
@@ -39,7 +40,7 @@ def _build_dataclass(kind: Any, value: Any, where: str) -> Any:
     hints, prefix = get_type_hints(kind), f"{where}." if where else ""
     for name in value:
         if name not in hints:
-            raise ValueError(f"{prefix}{shown(name)} is unknown; the fields are {', '.join(hints)}")
+            raise ValueError(f"{prefix}{shown(name, 30)} is unknown; {nearest(str(name), hints).rstrip('.')}")
     for item in dataclasses.fields(kind):
         required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
         if required and item.name not in value:

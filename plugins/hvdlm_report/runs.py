@@ -21,7 +21,7 @@ CURVES = ("loss", "val_loss", "learning_rate", "tokens_per_second", "grad_norm",
 
 _METRICS_BYTES = 2**28  # largest metrics.jsonl that is read
 _SUMMARY_BYTES, _CONFIG_BYTES, _SAMPLE_BYTES = 2**24, 2**18, 2**20
-_LARGEST = 1e100  # figures beyond it are left out: no run has any, and differences of them would overflow
+LARGEST = 1e100  # figures beyond it are left out: no run has any, and differences of them would overflow
 
 _TRAFFIC = fields({}, dict.fromkeys(("calls", "bytes", "seconds"), number(0)))
 _FIGURE = or_null(number(finite=False))
@@ -144,7 +144,7 @@ def _figures(line: str) -> Iterator[tuple[str, int, float]]:
         return
     for name in CURVES:
         value = record.get(name)
-        if type(value) in (int, float) and abs(value) < _LARGEST:
+        if type(value) in (int, float) and abs(value) < LARGEST:
             yield name, step, float(value)
 
 

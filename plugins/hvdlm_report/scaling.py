@@ -14,7 +14,7 @@ from hvdlm.io.value_checks import count, fields, list_of, mapping_of, number, te
 from hvdlm_report import page
 from hvdlm_report.chart import Chart, draw
 from hvdlm_report.figures import rate, share
-from hvdlm_report.runs import Curve
+from hvdlm_report.runs import LARGEST, Curve
 
 _BYTES = 2**18  # largest file that is read
 _ROW = {
@@ -53,6 +53,10 @@ def read(path: Path) -> Scaling:
         _CONTENT(content, "")
         if content["kind"] != "scaling":
             raise ValueError("it is no file that plan --simulate --scaling has written")
+        for row in content["rows"]:
+            figures = (row["ranks"], row["tokens_per_second"], row["efficiency"], *row["shares"].values())
+            if max(map(abs, figures)) > LARGEST:
+                raise ValueError(f"a figure of {row['ranks']} ranks is above {LARGEST:g}")
     except (ValueError, OSError) as error:
         reason = untrusted_input.shown(str(error), 200)
         raise HvdlmError(f"{printable(str(path))}: the curves can't be read: {reason}.") from error

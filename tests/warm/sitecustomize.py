@@ -50,6 +50,12 @@ def default_framework(arguments: list) -> str:
     return "torch"
 
 
+def shadowed() -> bool:
+    """Return whether ``PYTHONPATH`` names a folder with another framework than that of the server."""
+    folders = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return any(os.path.exists(os.path.join(folder, name)) for folder in folders if folder for name in FRAMEWORKS)
+
+
 def read_once(environment: dict) -> dict:
     """Return the environment variables that are read when Python, its libraries or a framework are loaded."""
     return {n: value for n, value in environment.items() if n.startswith(READ_ONCE) and n not in NOT_READ}
@@ -68,7 +74,7 @@ def continue_as_fork(folder: str, arguments: list) -> None:
     connection = socket.socket(socket.AF_UNIX)
     try:
         connection.connect(os.path.join(folder, framework(arguments)))
-    except ConnectionRefusedError:  # the server has died
+    except (ConnectionRefusedError, PermissionError):  # the server has died, or this is another user
         return
     request = {"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd()}
     request |= {"cores": sorted(os.sched_getaffinity(0)), "umask": os.umask(0)}
@@ -89,5 +95,5 @@ def continue_as_fork(folder: str, arguments: list) -> None:
 
 
 _FOLDER = os.environ.get("HVDLM_TEST_WARM")
-if _FOLDER and len(sys.orig_argv) > 1 and framework(sys.orig_argv[1:]):
+if _FOLDER and len(sys.orig_argv) > 1 and framework(sys.orig_argv[1:]) and not shadowed():
     continue_as_fork(_FOLDER, sys.orig_argv[1:])
