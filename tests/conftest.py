@@ -16,10 +16,13 @@ from typing import Any
 import pytest
 
 from hvdlm.training.signals import SIGNALS
+from hvdlm_backends.probes import SPIN_COUNT
 from launching import SMALL, launch, start_warm
 
 # Tests start Python hundreds of times: each start would compile the package's modules anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+# OpenMP threads of this process, too, would spin for the core of whom they wait for: twice the time of a small model.
+os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
 # Steps of tests, which run side by side, are no grade of the measurements of this machine.
 os.environ["HVDLM_HARDWARE"] = str(Path(__file__).parent / "not_measured.yaml")
 

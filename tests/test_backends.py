@@ -139,7 +139,7 @@ def test_gomp_spin_count_defaults_to_1000_unless_set(monkeypatch: pytest.MonkeyP
         ({"OMP_WAIT_POLICY": "active"}, None),  # GOMP_SPINCOUNT would override it
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(os, "environ", {**os.environ, **given})
+            patch.setattr(os, "environ", {"PATH": os.environ["PATH"], **given})
             environment.prepare(None, Config())
             assert os.environ.get("GOMP_SPINCOUNT") == expected
 
