@@ -46,10 +46,10 @@ for name in sys.argv[1:]:
             print(json.dumps([name, f"its process ended with code {os.waitstatus_to_exitcode(status)}"]), flush=True)
         continue
     try:
-        found = imported(name)
+        result = imported(name)
     except BaseException as error:
-        found = " ".join(f"{type(error).__name__}: {error}".split())
-    print("\\n" + json.dumps([name, found]), flush=True)
+        result = " ".join(f"{type(error).__name__}: {error}".split())
+    print("\\n" + json.dumps([name, result]), flush=True)
     os._exit(0)
 """
 
@@ -94,11 +94,11 @@ def test_its_hooks_are_hooks_of_hvdlm(plugin: PluginUnderTest) -> None:
 def test_importing_it_imports_no_framework_and_no_transport(
     plugin: PluginUnderTest, imported: dict[str, list[str] | str]
 ) -> None:
-    found = imported[plugin.name]
-    if isinstance(found, str):
-        fail([f"{plugin.name} fails in a new process: {found}"])
-    elif found:
-        fail([f"importing {plugin.name} imports {', '.join(found)}: import it in the function that needs it."])
+    libraries = imported[plugin.name]
+    if isinstance(libraries, str):
+        fail([f"{plugin.name} fails in a new process: {libraries}"])
+    elif libraries:
+        fail([f"importing {plugin.name} imports {', '.join(libraries)}: import it in the function that needs it."])
 
 
 @pytest.mark.provides("hvdlm_check")
