@@ -4,21 +4,26 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from hvdlm import plugins
 from hvdlm.config import Config
+from hvdlm.errors import HvdlmError
 from hvdlm.parallel.mesh import Mesh
 from hvdlm.planning.gradient_work import work_of
 from hvdlm.planning.hardware import CompressorRate, Hardware, Link, MeasuredCollective, Rates, read_hardware
 from hvdlm.planning.step_time import predict_time
-from hvdlm_planner import fitting, measured_file, timed_steps
+from hvdlm_backends.local import LocalWorld
+from hvdlm_planner import fitting, measure, measured_file, timed_steps
 from hvdlm_planner.calibrations import ALONE, config_of, layouts_of
-from hvdlm_planner.layout_fit import Layout, fit_layouts
+from hvdlm_planner.layout_fit import fit_layouts
 from hvdlm_planner.measure import rates_of
 from hvdlm_planner.measured_file import Measurement
+from hvdlm_planner.timed_record import Timed
 from launching import run_python
 
 CONSTANTS = [5e-12, 8e-11, 3e-11, 2e-10, 2e-9, 1e-5, 2e-4, 4e-4, 1e-9]  # of fitting.KINDS
@@ -92,7 +97,7 @@ def test_layouts_show_what_communication_costs() -> None:
     }
     true = replace(rates, overlap_slowdown=1.5, blocking_seconds=3e-4, compressors=compressors)
     hardware = machine(true, collectives=measured_tables(2), ranks_per_node=2)
-    layouts = [Layout(kind, timed(config, vocab, hardware, 2)) for kind, config, vocab in layouts_of(base(), 2)]
+    layouts = [Timed(kind, timed(config, vocab, hardware, 2)) for kind, config, vocab in layouts_of(base(), 2)]
     fitted, tables = fit_layouts(layouts, replace(hardware, rates=(rates,)), rates)
     again = replace(hardware, rates=(fitted,), collectives=tables)
     for layout in layouts:
@@ -138,12 +143,53 @@ def test_ranks_measure_themselves_and_plan_uses_it(tmp_path: Path) -> None:
     options = ["--framework", "tensorflow", "--model.layers", "2", "--model.width", "64"]
     before = run_python(["-m", "hvdlm", "plan", *options], **cache)
     assert before.returncode == 0, before.stderr
-    done = run_python(["-m", "hvdlm", "plan", "--measure", "--seconds", "10", *options], timeout=120, **cache)
+    steps = ["--steps", str(tmp_path / "steps.json")]
+    arguments = ["-m", "hvdlm", "plan", "--measure", "--seconds", "100", "--rounds", "1", *steps, *options]
+    done = run_python(arguments, timeout=120, **cache)
     assert done.returncode == 0, done.stdout + done.stderr
     [rates] = read_hardware(tmp_path / "hvdlm" / "hardware.yaml").rates
+    measure.fit_again(tmp_path / "steps.json", tmp_path / "again.yaml")
+    assert read_hardware(tmp_path / "again.yaml").rates == (rates,)
     assert (rates.framework, rates.precision, rates.ranks) == ("tensorflow", "fp32", 1)
     after = run_python(["-m", "hvdlm", "plan", *options], **cache)
     assert "step" in after.stdout and len(after.stdout) > len(before.stdout), after.stdout + after.stderr
+
+
+def test_a_measurement_that_has_no_time_is_refused() -> None:
+    done = run_python(["-m", "hvdlm", "plan", "--measure", "--seconds", "1"])
+    assert done.returncode == 2 and "can't be measured in so few seconds: of 13 small models, only 0" in done.stderr
+
+
+class Clock(measure.Progress):
+    """A second passes whenever it is looked at."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(LocalWorld(), 0.0)
+        self.seconds = seconds
+
+    def left(self) -> float:
+        self.seconds -= 1.0
+        return self.seconds
+
+
+def test_what_there_is_no_time_for_is_left_out(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """The last models of the list, and the turns of a round that not all have."""
+    ranks = timed_steps.Ranks(LocalWorld(), SimpleNamespace(name="torch"), 1, ())  # type: ignore[arg-type]
+    made = iter(range(1000))
+    monkeypatch.setattr(
+        measure, "build", lambda *_: SimpleNamespace(number=next(made), seconds=[], steps=1, turn_seconds=0.16, run=lambda periods: 1.0)
+    )
+    monkeypatch.setattr(measure, "warm_up", lambda *_: None)
+    models: list[Any] = [timed.model for timed in measure._built(ranks, base(), Clock(32.0))]
+    assert [model.number for model in models] == list(range(12))
+    assert "12 models are built, 1 are left out" in capsys.readouterr().out
+    with pytest.raises(HvdlmError, match=r"of 13 small models, only 4 could be started, and 11 are needed"):
+        measure._built(ranks, base(), Clock(12.0))
+    monkeypatch.setattr(measure, "_known", lambda models: False)
+    measure._take_turns(models[:3], LocalWorld(), Clock(12.0), most=100)
+    assert [model.seconds for model in models[:3]] == [[1.0, 1.0]] * 3
+    with pytest.raises(HvdlmError, match="before every model has had its turn"):
+        measure._take_turns(models[:3], LocalWorld(), Clock(3.0), most=100)
 
 
 def test_a_measurement_needs_time() -> None:

@@ -8,83 +8,134 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 from hvdlm.planning.gradient_work import work_of
 from hvdlm.planning.hardware import OUTER_UPDATE, CompressorRate, Hardware, MeasuredCollective, Rates
 from hvdlm.planning.rates import Computation, Network
 from hvdlm.planning.step_time import step_time
 from hvdlm.planning.work import Work
+from hvdlm_planner import fitting
+from hvdlm_planner.habits import habits_of
+from hvdlm_planner.timed_record import DATA, PIPELINE, TENSOR, Timed
 from hvdlm_planner.timed_steps import TimedModel, median
 
-_SLOWDOWNS = (1.0, 1.15, 1.3, 1.5, 1.75, 2.0, 2.5, 3.5, 6.0, 20.0)
-_FACTORS = tuple(1.2**power for power in range(-8, 13))  # on the seconds of isolated collectives: 0.23 to 8.9
+_Point = tuple[float, ...]
 
-
-@dataclass(frozen=True)
-class Layout:
-    """A timed model of one kind: data, blocking (tensor, pipeline), outer_update, or a compressor."""
-
-    kind: str
-    model: TimedModel
+_SLOWDOWNS = (0.05, 0.3, 1.0, 3.0)  # beyond 1, from which the best one is searched
+_FIRST_STEP, _LAST_STEP = 2.0, 1.02  # factors between points of a search
+_SMALLEST = 1e-3  # of a figure above which a search looks for it
+# Standard deviation of the logarithm by which an isolated collective may differ in a step, as far as one knows: of
+# several constants that explain the steps equally well, the likeliest are chosen.
+_LIKELY = 0.3
+_HALF = 0.5  # by which ranks that share cores are slower beside a collective, and it beside them, as far as one knows
+_WAIT, _PASS, _BUBBLE = 3e-4, 3e-4, 0.8  # as far as one knows: waits of a collective, of a pass; the bubble's share
+_ERROR = 0.03  # relative standard deviation of a measured step and of its prediction by the true constants
 
 
 def fit_layouts(
-    layouts: Sequence[Layout], hardware: Hardware, rates: Rates
+    layouts: Sequence[Timed], hardware: Hardware, rates: Rates
 ) -> tuple[Rates, tuple[MeasuredCollective, ...]]:
     """Return the rates with what communication costs them, and the collectives' seconds as steps show them.
 
     ``hardware`` has the isolated collectives; ``rates`` are those of ranks that compute by themselves.
     """
-    data = [_Case(layout.model) for layout in layouts if layout.kind == "data"]
-    blocking = [_Case(layout.model) for layout in layouts if layout.kind == "blocking"]
-
-    def scaled(factor: float) -> tuple[MeasuredCollective, ...]:
-        return tuple(replace(c, seconds=tuple(factor * s for s in c.seconds)) for c in hardware.collectives)
-
-    def machine(rates: Rates, collectives: tuple[MeasuredCollective, ...]) -> Hardware:
-        return replace(hardware, rates=(rates,), collectives=collectives)
-
-    def error_of_data(choice: tuple[float, float]) -> float:
-        slowdown, factor = choice
-        return _error(data, machine(replace(rates, overlap_slowdown=slowdown), scaled(factor)))
-
-    slowdown, factor = _best(((s, f) for f in _FACTORS for s in _SLOWDOWNS), error_of_data)
-    rates, collectives = replace(rates, overlap_slowdown=slowdown), scaled(factor)
-    latency = max(1e-5, hardware.links["node"].latency_seconds)
-
-    def error_of_blocking(choice: tuple[float, float]) -> float:
-        factor, seconds = choice
-        changed = replace(rates, blocking_factor=factor, blocking_seconds=seconds)
-        return _error(blocking, machine(changed, collectives))
-
-    if blocking:
-        waits = [0.0, *(latency * 1.3**power for power in range(-8, 16))]
-        factor, seconds = _best(((f, s) for s in waits for f in _FACTORS), error_of_blocking)
-        rates = replace(rates, blocking_factor=factor, blocking_seconds=seconds)
-    compressors = dict(_compressors(layouts, machine(rates, collectives)))
-    return replace(rates, compressors=compressors), collectives
+    fit = _Fit(hardware, rates, layouts)
+    for step in (fit.data, fit.tensor, fit.pipeline, fit.compressors):
+        step()
+    return fit.rates, fit.collectives
 
 
-def _compressors(layouts: Sequence[Layout], hardware: Hardware) -> Iterable[tuple[str, CompressorRate]]:
-    """Yield the seconds of an element for each compressor, and for the outer update of local SGD and DiLoCo."""
-    rates = hardware.rates[0]
-    for kind in dict.fromkeys(layout.kind for layout in layouts if layout.kind not in ("data", "blocking")):
-        without = replace(hardware, rates=(replace(rates, compressors={kind: CompressorRate(0.0)}),))
-        seconds = []
-        for layout in layouts:
-            if layout.kind == kind:
-                case = _Case(layout.model)
-                seconds.append(max(0.0, case.measured - case.predicted(without)) / _elements(case.works[0], kind))
-        yield kind, CompressorRate(sum(seconds) / len(seconds))
+class _Fit:
+    """The rates as they are fitted kind by kind, each with the constants of those before."""
+
+    def __init__(self, hardware: Hardware, rates: Rates, layouts: Sequence[Timed]) -> None:
+        self._hardware = hardware
+        self._layouts = layouts
+        self.rates = rates
+        self.collectives = tuple(hardware.collectives)
+
+    def _cases(self, kind: str) -> list[_Case]:
+        return [_Case(timed.model) for timed in self._layouts if timed.kind == kind]
+
+    def _error(self, cases: Sequence[_Case], rates: Rates, collectives: tuple[MeasuredCollective, ...]) -> float:
+        """Return the sum of the squared logarithms of predicted / measured seconds, in standard deviations."""
+        machine = replace(self._hardware, rates=(rates,), collectives=collectives)
+        return sum((math.log(case.predicted(machine) / case.measured) / _ERROR) ** 2 for case in cases)
+
+    def data(self) -> None:
+        """Fit how much computation and collectives slow each other down, and how much longer these take in a step."""
+        if not (cases := self._cases(DATA)):
+            return
+
+        def rates(point: _Point) -> Rates:
+            return replace(self.rates, overlap_slowdown=1.0 + point[0], collective_slowdown=1.0 + point[1])
+
+        def error(point: _Point) -> float:
+            computation, collective, factor = point
+            unlikely = _unlikely(computation, _HALF, 1.0) + _unlikely(collective, _HALF, 1.0) + _unlikely(factor)
+            return self._error(cases, rates(point), self._scaled(factor)) + unlikely
+
+        point = min((_search(error, (first, first, 1.0)) for first in _SLOWDOWNS), key=error)
+        self.rates, self.collectives = rates(point), self._scaled(point[2])
+
+    def _scaled(self, factor: float) -> tuple[MeasuredCollective, ...]:
+        return tuple(replace(c, seconds=tuple(factor * s for s in c.seconds)) for c in self._hardware.collectives)
+
+    def tensor(self) -> None:
+        """Fit what collectives between tensor ranks cost, for which the computation waits."""
+        if not (cases := self._cases(TENSOR)):
+            return
+
+        def rates(point: _Point) -> Rates:
+            return replace(self.rates, blocking_factor=point[0], blocking_seconds=point[1])
+
+        def error(point: _Point) -> float:
+            unlikely = _unlikely(point[0]) + _unlikely(point[1], _WAIT, 2.0)
+            return self._error(cases, rates(point), self.collectives) + unlikely
+
+        self.rates = rates(_search(error, (1.0, _WAIT)))
+
+    def pipeline(self) -> None:
+        """Fit what a stage's pass takes beside its operations, and what the bubble costs."""
+        if not (cases := self._cases(PIPELINE)):
+            return
+
+        def rates(point: _Point) -> Rates:
+            return replace(self.rates, pass_seconds=point[0], bubble_factor=min(1.0, point[1]))
+
+        def error(point: _Point) -> float:
+            unlikely = _unlikely(point[0], _PASS, 2.0) + _unlikely(point[1], _BUBBLE)
+            return self._error(cases, rates(point), self.collectives) + unlikely
+
+        self.rates = rates(_search(error, (_PASS, _BUBBLE)))
+
+    def compressors(self) -> None:
+        """Fit the seconds of compressors by element and by tensor; of the outer update by element and by round."""
+        known = {}
+        for kind in dict.fromkeys(timed.kind for timed in self._layouts):
+            if kind not in (DATA, TENSOR, PIPELINE):
+                known[kind] = self._compressor(kind)
+        self.rates = replace(self.rates, compressors=known)
+
+    def _compressor(self, kind: str) -> CompressorRate:
+        free = replace(self.rates, compressors={kind: CompressorRate(0.0)})
+        machine = replace(self._hardware, rates=(free,), collectives=self.collectives)
+        cases = self._cases(kind)
+        # Relative to the step, as the error of its prediction will be.
+        system = [[amount / case.measured for amount in _compressed(case.works[0], kind)] for case in cases]
+        extra = [max(_SMALLEST, 1.0 - case.predicted(machine) / case.measured) for case in cases]
+        per_element, each = fitting.fit([[a / e for a in row] for row, e in zip(system, extra, strict=True)], [1.0] * len(cases))
+        if kind == OUTER_UPDATE:
+            return CompressorRate(per_element, seconds_per_bucket=each)
+        return CompressorRate(per_element, seconds_per_tensor=each)
 
 
-def _elements(work: Work, kind: str) -> float:
-    """Return the elements that a step compresses, or the share of a round's update that falls on it."""
+def _compressed(work: Work, kind: str) -> tuple[float, float]:
+    """Return elements and tensors that a step compresses; of an outer update, the shares that fall on a step."""
     if kind == OUTER_UPDATE:
-        return work.rounds_bytes / 12
-    return sum(bucket.compressed for bucket in work.buckets)
+        return work.rounds_bytes / 12, work.rounds_share
+    return sum(bucket.compressed for bucket in work.buckets), sum(bucket.tensors for bucket in work.buckets)
 
 
 class _Case:
@@ -93,8 +144,8 @@ class _Case:
     def __init__(self, model: TimedModel) -> None:
         self.measured = median(model)
         self._config, self._mesh = model.config, model.mesh
-        stages = range(model.mesh.pipeline)
-        works = [work_of(model.config, model.spec, model.mesh, stage * model.mesh.tensor) for stage in stages]
+        habits, stages = habits_of(model.config), range(model.mesh.pipeline)
+        works = [work_of(model.config, model.spec, model.mesh, stage * model.mesh.tensor, habits) for stage in stages]
         self.works = [work for work in works if work is not None]
 
     def predicted(self, hardware: Hardware) -> float:
@@ -105,10 +156,27 @@ class _Case:
         return step_time(self.works, config.parallel.schedule, computation, network).seconds
 
 
-def _error(cases: Sequence[_Case], hardware: Hardware) -> float:
-    """Return the sum of the squared logarithms of predicted / measured seconds."""
-    return sum(math.log(case.predicted(hardware) / case.measured) ** 2 for case in cases)
+def _unlikely(figure: float, usual: float = 1.0, deviation: float = _LIKELY) -> float:
+    """Return how unlikely a figure is, in the unit of errors; ``deviation``: of its logarithm."""
+    return (math.log(figure / usual) / deviation) ** 2
 
 
-def _best(candidates: Iterable[Any], error: Callable[[Any], float]) -> Any:
-    return min(candidates, key=error)
+def _search(error: Callable[[_Point], float], start: _Point) -> _Point:
+    """Return the point with the least error, by multiplying one figure after the other by ever smaller steps."""
+    best, least, step = start, error(start), _FIRST_STEP
+    while step > _LAST_STEP:
+        moved = False
+        for trial in _around(best, step):
+            if (value := error(trial)) < least:
+                best, least, moved = trial, value, True
+                break
+        if not moved:
+            step = math.sqrt(step)
+    return best
+
+
+def _around(point: _Point, step: float) -> Iterable[_Point]:
+    for index, value in enumerate(point):
+        for factor in (step, 1.0 / step):
+            if value * factor > 1e-9:
+                yield (*point[:index], value * factor, *point[index + 1 :])

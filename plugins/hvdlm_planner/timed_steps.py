@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -55,6 +55,9 @@ class TimedModel:
 
     Attributes:
         period: steps after which the work repeats: those of a round of local SGD, else 1.
+        steps: periods of a turn.
+        turn_seconds: that a turn is expected to take.
+        seconds: of a step, turn by turn.
     """
 
     config: Config
@@ -65,6 +68,7 @@ class TimedModel:
     period: int
     step: int = 0
     steps: int = 0
+    turn_seconds: float = 0.0
     seconds: list[float] = field(default_factory=list)
 
     def run(self, periods: int) -> float:
@@ -126,20 +130,41 @@ def warm_up(models: Sequence[TimedModel], world: World, turn_seconds: float) -> 
         model.run(1)
         seconds = max(world.gather_objects(model.run(1)))
         model.steps = max(1, round(turn_seconds / (seconds * model.period)))
+        model.turn_seconds = (model.steps + 1) * model.period * seconds
 
 
-def take_turns(models: Sequence[TimedModel], world: World, rounds: int) -> None:
-    """Time each model's turn in each of ``rounds`` rounds, in alternating order. All ranks call.
+def take_turns(
+    models: Sequence[TimedModel], world: World, number: int = 0, goes_on: Callable[[], bool] = lambda: True
+) -> bool:
+    """Time the models' turns of round ``number``, in alternating order; return whether all had one. All ranks call.
 
-    A turn's figure is that of the slowest rank.
+    A turn's figure is this rank's. Before each turn, ``goes_on()`` tells whether there is time for it.
     """
-    for number in range(rounds):
-        for model in models if number % 2 == 0 else reversed(models):
-            world.gather_objects(None)  # all ranks begin together
-            model.seconds.append(model.run(model.steps))
-            process.alive()
+    for model in models if number % 2 == 0 else reversed(models):
+        if not goes_on():
+            return False
+        model.run(1)  # untimed: another model's turn has taken its weights out of the caches
+        world.gather_objects(None)  # all ranks begin together
+        model.seconds.append(model.run(model.steps))
+        process.alive()
+    return True
+
+
+def of_slowest_rank(models: Sequence[TimedModel], world: World) -> None:
+    """Replace the turns of every model by those of the rank with the largest median. All ranks call.
+
+    A rank that is slow in a single turn, because others have taken its core, is not a slow one.
+    """
+    of_ranks = world.gather_objects([model.seconds for model in models])
+    for index, model in enumerate(models):
+        model.seconds = max((of_rank[index] for of_rank in of_ranks), key=statistics.median)
+
+
+def drop_partial_round(models: Sequence[TimedModel]) -> None:
+    """Drop the turns of a round in which not all models had one."""
+    rounds = min(len(model.seconds) for model in models)
     for model in models:
-        model.seconds[-rounds:] = np.max(world.gather_objects(model.seconds[-rounds:]), axis=0).tolist()
+        del model.seconds[rounds:]
 
 
 def median(model: TimedModel) -> float:
