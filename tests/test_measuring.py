@@ -177,13 +177,15 @@ def test_what_there_is_no_time_for_is_left_out(monkeypatch: pytest.MonkeyPatch, 
     ranks = timed_steps.Ranks(LocalWorld(), SimpleNamespace(name="torch"), 1, ())  # type: ignore[arg-type]
     made = iter(range(1000))
     monkeypatch.setattr(
-        measure, "build", lambda *_: SimpleNamespace(number=next(made), seconds=[], steps=1, turn_seconds=0.16, run=lambda periods: 1.0)
+        measure,
+        "build",
+        lambda *_: SimpleNamespace(number=next(made), seconds=[], steps=1, turn_seconds=0.16, run=lambda periods: 1.0),
     )
     monkeypatch.setattr(measure, "warm_up", lambda *_: None)
-    models: list[Any] = [timed.model for timed in measure._built(ranks, base(), Clock(32.0))]
+    models: list[Any] = [timed.model for timed in measure._built(ranks, base(), Clock(34.0))]
     assert [model.number for model in models] == list(range(12))
     assert "12 models are built, 1 are left out" in capsys.readouterr().out
-    with pytest.raises(HvdlmError, match=r"of 13 small models, only 4 could be started, and 11 are needed"):
+    with pytest.raises(HvdlmError, match=r"of 13 small models, only 4 could be started, and 10 are needed"):
         measure._built(ranks, base(), Clock(12.0))
     monkeypatch.setattr(measure, "_known", lambda models: False)
     measure._take_turns(models[:3], LocalWorld(), Clock(12.0), most=100)

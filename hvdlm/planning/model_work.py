@@ -236,7 +236,9 @@ class _RNN(_Model):
             )
         params, elements = self.sizes[f"layers.{index}"]
         unpacked = self.step.unpacked_bytes() * elements
-        forward = Pass(products, bytes=6.0 * gates + unpacked, operations=6.0, time_steps=float(time), blocking=forward_sums)
+        forward = Pass(
+            products, bytes=6.0 * gates + unpacked, operations=6.0, time_steps=float(time), blocking=forward_sums
+        )
         backward = Pass(
             gradients_of(products),
             bytes=10.0 * gates + self.step.gradient_bytes() * elements,

@@ -178,8 +178,7 @@ def _buckets(work: Work, taken: Sequence[float], computation: Computation, netwo
     ]
     ends = list(accumulate(seconds))
     buckets = [
-        Bucket(ends[-1 - bucket.ready] / ends[-1], seconds)
-        for bucket, seconds in zip(work.buckets, taken, strict=True)
+        Bucket(ends[-1 - bucket.ready] / ends[-1], seconds) for bucket, seconds in zip(work.buckets, taken, strict=True)
     ]
     return tuple(_joined(buckets))
 

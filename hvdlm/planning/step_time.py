@@ -238,17 +238,15 @@ def stage_time(work: Work, computation: Computation, network: Network) -> StageT
     )
 
 
-def _bucket_seconds(
-    work: Work, backward: Sequence[Task], then: Sequence[float], network: Network
-) -> tuple[float, ...]:
+def _bucket_seconds(work: Work, backward: Sequence[Task], then: Sequence[float], network: Network) -> tuple[float, ...]:
     """Return the seconds of each bucket's collectives, by those of all that are started ``then``, after each task."""
     alone = [sum(map(network.seconds, bucket.collectives)) for bucket in work.buckets]
     whole = [task.then for task in backward]
-    places = [len(backward) - 1 - bucket.ready for bucket in work.buckets]
-    for place, seconds in zip(places, alone, strict=True):
-        whole[place] += seconds
-    pairs = zip(places, alone, strict=True)
-    return tuple(seconds * then[place] / whole[place] if whole[place] else 0.0 for place, seconds in pairs)
+    tasks = [len(backward) - 1 - bucket.ready for bucket in work.buckets]
+    for index, seconds in zip(tasks, alone, strict=True):
+        whole[index] += seconds
+    pairs = zip(tasks, alone, strict=True)
+    return tuple(seconds * then[index] / whole[index] if whole[index] else 0.0 for index, seconds in pairs)
 
 
 def slowdown_of(computation: Computation, network: Network) -> Slowdown:

@@ -65,8 +65,8 @@ def fit(system: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[flo
     return _scaled(relative, np.ones(len(seconds)))
 
 
-def likely_fit(system: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:
-    """Return the likeliest constants of ``KINDS``: as ``fit``, but near what is usual where the steps don't tell."""
+def regularised_fit(system: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:
+    """Return the most probable constants of ``KINDS``: as ``fit``, but near what is usual where the steps don't tell."""
     relative = np.array(system, float) / np.array(seconds, float)[:, None]
     moving = [KINDS.index(kind) for kind in _BYTES_OF]
     counts = np.array([count for count, _ in _BYTES_OF.values()])

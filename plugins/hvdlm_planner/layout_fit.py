@@ -24,13 +24,17 @@ _Point = tuple[float, ...]
 
 _SLOWDOWNS = (0.05, 0.3, 1.0, 3.0)  # beyond 1, from which the best one is searched
 _FIRST_STEP, _LAST_STEP = 2.0, 1.02  # factors between points of a search
-_SMALLEST = 1e-3  # of a figure above which a search looks for it
-# Standard deviation of the logarithm by which an isolated collective may differ in a step, as far as one knows: of
-# several constants that explain the steps equally well, the likeliest are chosen.
-_LIKELY = 0.3
-_HALF = 0.5  # by which ranks that share cores are slower beside a collective, and it beside them, as far as one knows
-_WAIT, _PASS, _BUBBLE = 3e-4, 3e-4, 0.8  # as far as one knows: waits of a collective, of a pass; the bubble's share
-_ERROR = 0.03  # relative standard deviation of a measured step and of its prediction by the true constants
+_SMALLEST = 1e-3  # share of a step that a compressor takes at least, for its relative error
+
+# What is usual, as a median and the standard deviation of the logarithm. Of several constants that explain the timed
+# steps equally well, the most probable ones are chosen.
+_Usual = tuple[float, float]
+_FACTOR: _Usual = (1.0, 0.3)  # on isolated collectives
+_SLOWED: _Usual = (0.5, 1.0)  # by which computation and collectives slow each other down
+_WAIT: _Usual = (3e-4, 2.0)  # seconds of a collective between tensor ranks, beside its own
+_PASS: _Usual = (3e-4, 2.0)  # seconds of a stage's pass, beside its operations
+_BUBBLE: _Usual = (0.8, 0.3)  # share of the bubble that a step takes longer
+_ERROR = 0.03  # relative standard deviation of a timed step and of its prediction by the true constants
 
 
 def fit_layouts(
@@ -72,9 +76,8 @@ class _Fit:
             return replace(self.rates, overlap_slowdown=1.0 + point[0], collective_slowdown=1.0 + point[1])
 
         def error(point: _Point) -> float:
-            computation, collective, factor = point
-            unlikely = _unlikely(computation, _HALF, 1.0) + _unlikely(collective, _HALF, 1.0) + _unlikely(factor)
-            return self._error(cases, rates(point), self._scaled(factor)) + unlikely
+            improbable = sum(map(_improbable, point, (_SLOWED, _SLOWED, _FACTOR)))
+            return self._error(cases, rates(point), self._scaled(point[2])) + improbable
 
         point = min((_search(error, (first, first, 1.0)) for first in _SLOWDOWNS), key=error)
         self.rates, self.collectives = rates(point), self._scaled(point[2])
@@ -91,10 +94,10 @@ class _Fit:
             return replace(self.rates, blocking_factor=point[0], blocking_seconds=point[1])
 
         def error(point: _Point) -> float:
-            unlikely = _unlikely(point[0]) + _unlikely(point[1], _WAIT, 2.0)
-            return self._error(cases, rates(point), self.collectives) + unlikely
+            improbable = sum(map(_improbable, point, (_FACTOR, _WAIT)))
+            return self._error(cases, rates(point), self.collectives) + improbable
 
-        self.rates = rates(_search(error, (1.0, _WAIT)))
+        self.rates = rates(_search(error, (1.0, _WAIT[0])))
 
     def pipeline(self) -> None:
         """Fit what a stage's pass takes beside its operations, and what the bubble costs."""
@@ -105,10 +108,10 @@ class _Fit:
             return replace(self.rates, pass_seconds=point[0], bubble_factor=min(1.0, point[1]))
 
         def error(point: _Point) -> float:
-            unlikely = _unlikely(point[0], _PASS, 2.0) + _unlikely(point[1], _BUBBLE)
-            return self._error(cases, rates(point), self.collectives) + unlikely
+            improbable = sum(map(_improbable, point, (_PASS, _BUBBLE)))
+            return self._error(cases, rates(point), self.collectives) + improbable
 
-        self.rates = rates(_search(error, (_PASS, _BUBBLE)))
+        self.rates = rates(_search(error, (_PASS[0], _BUBBLE[0])))
 
     def compressors(self) -> None:
         """Fit the seconds of compressors by element and by tensor; of the outer update by element and by round."""
@@ -125,7 +128,9 @@ class _Fit:
         # Relative to the step, as the error of its prediction will be.
         system = [[amount / case.measured for amount in _compressed(case.works[0], kind)] for case in cases]
         extra = [max(_SMALLEST, 1.0 - case.predicted(machine) / case.measured) for case in cases]
-        per_element, each = fitting.fit([[a / e for a in row] for row, e in zip(system, extra, strict=True)], [1.0] * len(cases))
+        per_element, each = fitting.fit(
+            [[a / e for a in row] for row, e in zip(system, extra, strict=True)], [1.0] * len(cases)
+        )
         if kind == OUTER_UPDATE:
             return CompressorRate(per_element, seconds_per_bucket=each)
         return CompressorRate(per_element, seconds_per_tensor=each)
@@ -156,9 +161,10 @@ class _Case:
         return step_time(self.works, config.parallel.schedule, computation, network).seconds
 
 
-def _unlikely(figure: float, usual: float = 1.0, deviation: float = _LIKELY) -> float:
-    """Return how unlikely a figure is, in the unit of errors; ``deviation``: of its logarithm."""
-    return (math.log(figure / usual) / deviation) ** 2
+def _improbable(figure: float, usual: _Usual) -> float:
+    """Return how improbable a figure is, in the unit of errors."""
+    median_of, deviation = usual
+    return (math.log(figure / median_of) / deviation) ** 2
 
 
 def _search(error: Callable[[_Point], float], start: _Point) -> _Point:

@@ -37,8 +37,8 @@ from hvdlm_planner.timed_steps import (
 )
 
 _TURN = 0.08  # seconds of a model's turn
-_LEAST_ROUNDS = 3  # for which time is left when models are built
-_LEAST_ALONE = 11  # models of one rank, of which constants are fitted
+_LEAST_ROUNDS = 4  # for which time is left when models are built
+_LEAST_ALONE = 10  # first models of one rank, of which constants can be fitted
 _KNOWN = 0.01  # relative standard error of the models' seconds at which measuring ends
 _RESERVE = 4.0  # seconds for the fit and the end of the processes
 _NOISY, _USELESS = 0.15, 1.0  # spread of a model's turns: of a busy machine; of one whose figures say nothing
@@ -125,10 +125,8 @@ def _built(ranks: Ranks, base: Config, progress: Progress) -> list[Timed]:
     Raises:
         HvdlmError: it allows too few.
     """
-    world, size = ranks.world, ranks.world.size
-    together = layouts_of(base, size) if size > 1 else []
-    planned = [(timed_record.ALONE, config_of(base, one), one.vocab) for one in ALONE]
-    planned += together
+    world = ranks.world
+    planned = _planned(base, world.size)
     alone, models, longest, turns = _alone(world), [], 0.0, [2 * _TURN]
     for kind, config, vocab in planned:
         before = progress.left()
@@ -140,15 +138,23 @@ def _built(ranks: Ranks, base: Config, progress: Progress) -> list[Timed]:
         models.append(Timed(kind, model))
         turns.append(model.turn_seconds)
         longest = max(longest, before - progress.left())
-    least = _LEAST_ALONE if size == 1 else len(ALONE) + 1
+    least = _LEAST_ALONE if world.size == 1 else _LEAST_ALONE + 1
     if len(models) < least:
         raise HvdlmError(
-            f"the machine can't be measured in so few seconds: of {len(planned)} small models, only {len(models)} could "
-            f"be started, and {least} are needed; give more --seconds, or end other work on it."
+            f"the machine can't be measured in so few seconds: of {len(planned)} small models, only {len(models)} "
+            f"could be started, and {least} are needed; give more --seconds, or end other work on it."
         )
     left_out = f", {len(planned) - len(models)} are left out for want of time" if len(models) < len(planned) else ""
     progress.say(f"{len(models)} models are built{left_out}")
     return models
+
+
+def _planned(base: Config, size: int) -> list[tuple[str, Config, int]]:
+    """Return (kind, configuration, vocabulary) of the models to time, those first that all others need."""
+    alone = [(timed_record.ALONE, config_of(base, one), one.vocab) for one in ALONE]
+    together = layouts_of(base, size) if size > 1 else []
+    kinds = len({kind for kind, _, _ in together})  # of each, the first layout comes before all second ones
+    return [*alone[:_LEAST_ALONE], *together[:kinds], *alone[_LEAST_ALONE:], *together[kinds:]]
 
 
 def fitted(record: Record, say: Callable[[str], None]) -> Measurement:
@@ -219,7 +225,7 @@ def fitted_rates(models: Sequence[TimedModel], record: Record) -> tuple[Rates, f
     ]
     system = [fitting.amounts(work, item) for work in works if work is not None]
     seconds = [median(model) for model in models]
-    constants = fitting.likely_fit(system, seconds)
+    constants = fitting.regularised_fit(system, seconds)
     error = _middle([abs(error) for error in fitting.errors(system, constants, seconds)])
     return rates_of(constants, record.framework, precision, record.ranks_per_node), error
 

@@ -103,7 +103,9 @@ def read(path: Path) -> Record:
             float(content["save_bytes_per_second"]),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise HvdlmError(f"{path} is no record of timed steps ({error!r}): plan --measure --steps writes one.") from error
+        raise HvdlmError(
+            f"{path} is no record of timed steps ({error!r}): plan --measure --steps writes one."
+        ) from error
 
 
 def _models(entries: Iterable[Mapping[str, Any]]) -> Iterable[Timed]:
