@@ -120,11 +120,8 @@ def test_a_measurement_replaces_its_own_kind_only(tmp_path: Path) -> None:
 
     def measurement(framework: str, ranks: int, seconds: float) -> Measurement:
         rates = Rates(1e11, seconds, framework=framework, precision="fp32", ranks=ranks)
-        tables = (
-            [MeasuredCollective("broadcast", ranks, (64.0, 1e6), (1e-5, seconds), "node", framework)]
-            if ranks > 1
-            else []
-        )
+        pair = MeasuredCollective("broadcast", 2, (64.0, 1e6), (1e-5, seconds), "node", framework, ranks)
+        tables = [pair] if ranks > 1 else []
         return Measurement(rates, tables, ranks, "node", 1e9, {f"{framework}, {ranks} rank(s)": f"{seconds}"})
 
     for new in (measurement("torch", 1, 1.0), measurement("torch", 2, 2.0), measurement("tensorflow", 2, 3.0)):
@@ -135,6 +132,10 @@ def test_a_measurement_replaces_its_own_kind_only(tmp_path: Path) -> None:
     assert kinds == {("torch", 1): 1.0, ("torch", 2): 4.0, ("tensorflow", 2): 3.0}
     assert sorted(table.seconds[-1] for table in hardware.collectives) == [3.0, 4.0]
     assert hardware.ranks_per_node == 2 and hardware.measured["torch, 2 rank(s)"] == "4.0"
+    # A pair among four ranks is another kind than a pair that has the node for itself.
+    hardware = measured_file.add(measurement("torch", 4, 5.0), path)
+    assert sorted(table.seconds[-1] for table in hardware.collectives) == [3.0, 4.0, 5.0]
+    assert hardware.links["node"].bytes_per_second == pytest.approx(1e6 / 3.0, rel=1e-3)
 
 
 def test_ranks_measure_themselves_and_plan_uses_it(tmp_path: Path) -> None:

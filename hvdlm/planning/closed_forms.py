@@ -48,8 +48,8 @@ class Habits:
     Attributes:
         recomputes_all: whether activation checkpointing repeats the last collective of a layer's forward pass, too.
         compiles: whether ``train.compile auto`` compiles GPTs on GPUs.
-        packs_gradients: whether parameters are copied out of the flat vector and their gradients into buckets, instead of
-            lying there.
+        packs_gradients: whether parameters are copied out of the flat vector and their gradients into buckets, instead
+            of lying there.
     """
 
     recomputes_all: bool = False

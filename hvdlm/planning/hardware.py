@@ -83,8 +83,8 @@ class Rates:
         blocking_seconds: of every collective between tensor ranks, beside its own: ranks don't arrive at once.
         blocking_factor: on the seconds of such a collective itself.
         pass_seconds: of every pass of a pipeline stage, beside its operations: of what starts it and its messages.
-        bubble_factor: of the seconds for which pipeline stages wait, the share that a step takes longer: meanwhile, ranks
-            that share cores with them are faster. None: none where ranks share cores, else all.
+        bubble_factor: of the seconds for which pipeline stages wait, the share that a step takes longer: meanwhile,
+            ranks that share cores with them are faster. None: none where ranks share cores, else all.
         compressors: seconds of compressors, and of a round's outer update by its exchange; others: the hardware's.
         framework, precision: for which they hold; ``any``: for all that have no entry of their own.
         ranks: ranks on the node with which they were measured; 0: ``sharing`` tells the difference.

@@ -62,27 +62,27 @@ def fit(system: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[flo
         seconds: measured, ``[steps]``.
     """
     relative = np.array(system, float) / np.array(seconds, float)[:, None]
-    return _scaled(relative, np.ones(len(seconds)))
+    return non_negative(relative, np.ones(len(seconds)))
 
 
 def regularised_fit(system: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:
-    """Return the most probable constants of ``KINDS``: as ``fit``, but near what is usual where the steps don't tell."""
+    """Return the most probable constants of ``KINDS``: near what is usual where the steps don't tell; see ``fit``."""
     relative = np.array(system, float) / np.array(seconds, float)[:, None]
     moving = [KINDS.index(kind) for kind in _BYTES_OF]
     counts = np.array([count for count, _ in _BYTES_OF.values()])
     others = [index for index in range(len(KINDS)) if index not in moving]
     joined = np.column_stack([relative[:, others], relative[:, moving] @ counts])
-    per_byte = _scaled(joined, np.ones(len(seconds)))[-1]
+    per_byte = non_negative(joined, np.ones(len(seconds)))[-1]
     if not per_byte:
         return fit(system, seconds)
     usual = np.zeros((len(moving), len(KINDS)))
     weights = _ERROR / np.array([deviation for _, deviation in _BYTES_OF.values()])
     usual[range(len(moving)), moving] = weights / (counts * per_byte)
-    return _scaled(np.vstack([relative, usual]), np.concatenate([np.ones(len(seconds)), weights]))
+    return non_negative(np.vstack([relative, usual]), np.concatenate([np.ones(len(seconds)), weights]))
 
 
-def _scaled(system: np.ndarray, target: np.ndarray) -> list[float]:
-    """Return the non-negative least squares of a system whose columns may differ by orders of magnitude."""
+def non_negative(system: np.ndarray, target: np.ndarray) -> list[float]:
+    """Return the ``x``, none below zero, that minimises ``|system x - target|``; columns may differ by any factor."""
     scale = np.abs(system).max(0)
     scale[scale == 0] = 1.0
     constants: list[float] = (_non_negative(system / scale, target) / scale).tolist()

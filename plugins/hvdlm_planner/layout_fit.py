@@ -10,6 +10,8 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from hvdlm.planning.gradient_work import work_of
 from hvdlm.planning.hardware import OUTER_UPDATE, CompressorRate, Hardware, MeasuredCollective, Rates
 from hvdlm.planning.rates import Computation, Network
@@ -24,7 +26,6 @@ _Point = tuple[float, ...]
 
 _SLOWDOWNS = (0.05, 0.3, 1.0, 3.0)  # beyond 1, from which the best one is searched
 _FIRST_STEP, _LAST_STEP = 2.0, 1.02  # factors between points of a search
-_SMALLEST = 1e-3  # share of a step that a compressor takes at least, for its relative error
 
 # What is usual, as a median and the standard deviation of the logarithm. Of several constants that explain the timed
 # steps equally well, the most probable ones are chosen.
@@ -126,11 +127,9 @@ class _Fit:
         machine = replace(self._hardware, rates=(free,), collectives=self.collectives)
         cases = self._cases(kind)
         # Relative to the step, as the error of its prediction will be.
-        system = [[amount / case.measured for amount in _compressed(case.works[0], kind)] for case in cases]
-        extra = [max(_SMALLEST, 1.0 - case.predicted(machine) / case.measured) for case in cases]
-        per_element, each = fitting.fit(
-            [[a / e for a in row] for row, e in zip(system, extra, strict=True)], [1.0] * len(cases)
-        )
+        system = np.array([[amount / case.measured for amount in _compressed(case.works[0], kind)] for case in cases])
+        extra = np.array([1.0 - case.predicted(machine) / case.measured for case in cases])
+        per_element, each = fitting.non_negative(system, extra)
         if kind == OUTER_UPDATE:
             return CompressorRate(per_element, seconds_per_bucket=each)
         return CompressorRate(per_element, seconds_per_tensor=each)

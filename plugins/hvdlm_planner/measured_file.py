@@ -108,7 +108,10 @@ def _replaced(old: MeasuredCollective, new: Measurement) -> bool:
 
 
 def link_of(tables: Sequence[MeasuredCollective]) -> Link:
-    """Return latency and bandwidth of the measured broadcasts of a pair, or of the smallest group, with fewest others."""
+    """Return latency and bandwidth of the measured broadcasts of a pair, or of the smallest group.
+
+    Of several, those among the fewest ranks of a node.
+    """
     [table, *_] = sorted((t for t in tables if t.operation == "broadcast"), key=lambda t: (t.ranks, t.ranks_per_node))
     latency, longest = table.seconds[0], table.seconds[-1]
     moved = table.bytes[-1] - table.bytes[0]

@@ -21,6 +21,8 @@ from hvdlm.protocols.types import Batch
 from hvdlm.protocols.world import World
 from hvdlm.training.run import keep_recorder, load_plugins, plan, share_phases
 
+_LONG = 0.25  # seconds of a period beside which filling the caches takes none
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -143,7 +145,8 @@ def take_turns(
     for model in models if number % 2 == 0 else reversed(models):
         if not goes_on():
             return False
-        model.run(1)  # untimed: another model's turn has taken its weights out of the caches
+        if model.turn_seconds < _LONG * (model.steps + 1):
+            model.run(1)  # untimed: another model's turn has taken its weights out of the caches
         world.gather_objects(None)  # all ranks begin together
         model.seconds.append(model.run(model.steps))
         process.alive()
@@ -151,13 +154,14 @@ def take_turns(
 
 
 def of_slowest_rank(models: Sequence[TimedModel], world: World) -> None:
-    """Replace the turns of every model by those of the rank with the largest median. All ranks call.
+    """Replace the turns of all models by those of the rank that is slowest in the mean of all models. All ranks call.
 
     A rank that is slow in a single turn, because others have taken its core, is not a slow one.
     """
     of_ranks = world.gather_objects([model.seconds for model in models])
-    for index, model in enumerate(models):
-        model.seconds = max((of_rank[index] for of_rank in of_ranks), key=statistics.median)
+    slowest = max(of_ranks, key=lambda turns: float(np.log(np.median(turns, axis=1)).mean()))
+    for model, seconds in zip(models, slowest, strict=True):
+        model.seconds = seconds
 
 
 def drop_partial_round(models: Sequence[TimedModel]) -> None:
