@@ -65,16 +65,19 @@ def fit(system: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[flo
     return non_negative(relative, np.ones(len(seconds)))
 
 
-def regularised_fit(system: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:
-    """Return the most probable constants of ``KINDS``: near what is usual where the steps don't tell; see ``fit``."""
+def regularised_fit(
+    system: Sequence[Sequence[float]], seconds: Sequence[float], seconds_per_byte: float
+) -> list[float]:
+    """Return the most probable constants of ``KINDS``: near what is usual where the steps don't tell; see ``fit``.
+
+    ``seconds_per_byte``: of a copy, where even all bytes together seem to take no time.
+    """
     relative = np.array(system, float) / np.array(seconds, float)[:, None]
     moving = [KINDS.index(kind) for kind in _BYTES_OF]
     counts = np.array([count for count, _ in _BYTES_OF.values()])
     others = [index for index in range(len(KINDS)) if index not in moving]
     joined = np.column_stack([relative[:, others], relative[:, moving] @ counts])
-    per_byte = non_negative(joined, np.ones(len(seconds)))[-1]
-    if not per_byte:
-        return fit(system, seconds)
+    per_byte = non_negative(joined, np.ones(len(seconds)))[-1] or seconds_per_byte
     usual = np.zeros((len(moving), len(KINDS)))
     weights = _ERROR / np.array([deviation for _, deviation in _BYTES_OF.values()])
     usual[range(len(moving)), moving] = weights / (counts * per_byte)

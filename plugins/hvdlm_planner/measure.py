@@ -85,14 +85,15 @@ def main(config: Config, path: Path, seconds: float, rounds: int, steps: Path | 
         record = measure(ranks, base, progress, rounds)
         if steps is not None and ranks.world.rank == 0:
             timed_record.write(record, steps)
-        measurement = fitted(record, progress.say)
-        if ranks.world.rank == 0:
-            add(measurement, path)
+        noise = noise_of(record)
+        if ranks.world.rank == 0:  # the others' cores make the fit faster
+            add(fitted(record, noise, progress.say), path)
 
 
 def fit_again(record: Path, path: Path) -> None:
     """Add what the steps in the file ``record`` say of their machine to the hardware file at ``path``."""
-    add(fitted(timed_record.read(record), print), path)
+    timed = timed_record.read(record)
+    add(fitted(timed, noise_of(timed), print), path)
 
 
 def add(measurement: Measurement, path: Path) -> None:
@@ -157,23 +158,27 @@ def _planned(base: Config, size: int) -> list[tuple[str, Config, int]]:
     return [*alone[:_LEAST_ALONE], *together[:kinds], *alone[_LEAST_ALONE:], *together[kinds:]]
 
 
-def fitted(record: Record, say: Callable[[str], None]) -> Measurement:
-    """Return the machine by what was timed.
+def noise_of(record: Record) -> float:
+    """Return the spread of the turns of half of the models.
 
     Raises:
-        HvdlmError: it was too busy for its figures to say anything.
+        HvdlmError: the machine was too busy for its figures to say anything.
     """
-    alone = record.of(timed_record.ALONE)
-    noise = _middle([spread(model.seconds) for model in alone])
+    noise = _middle([spread(model.seconds) for model in record.of(timed_record.ALONE)])
     if noise > _USELESS:
         raise HvdlmError(
             f"the machine is too busy to be measured: half of a model's turns differ by {100 * noise:.0f}% of their "
             "median; end other work on it, and measure again."
         )
+    return noise
+
+
+def fitted(record: Record, noise: float, say: Callable[[str], None]) -> Measurement:
+    """Return the machine by what was timed."""
     if noise > _NOISY:
         say(f"the machine is busy: half of a model's turns differ by {100 * noise:.0f}%; predictions suffer")
     steady([timed.model for timed in record.models])
-    rates, error = fitted_rates(alone, record)
+    rates, error = fitted_rates(record.of(timed_record.ALONE), record)
     notes = measured_file.about(record.framework, record.ranks, noise, error)
     copied = record.save_bytes_per_second
     new = Measurement(rates, record.collectives, record.ranks_per_node, record.link, copied, notes)
@@ -225,7 +230,8 @@ def fitted_rates(models: Sequence[TimedModel], record: Record) -> tuple[Rates, f
     ]
     system = [fitting.amounts(work, item) for work in works if work is not None]
     seconds = [median(model) for model in models]
-    constants = fitting.regularised_fit(system, seconds)
+    copied = 0.5 / record.save_bytes_per_second  # which is read and written
+    constants = fitting.regularised_fit(system, seconds, copied)
     error = _middle([abs(error) for error in fitting.errors(system, constants, seconds)])
     return rates_of(constants, record.framework, precision, record.ranks_per_node), error
 
