@@ -18,7 +18,7 @@ from hvdlm.planning.gradient_work import work_of
 from hvdlm.planning.hardware import CompressorRate, Hardware, Link, MeasuredCollective, Rates, read_hardware
 from hvdlm.planning.step_time import predict_time
 from hvdlm_backends.local import LocalWorld
-from hvdlm_planner import fitting, measure, measured_file, timed_steps
+from hvdlm_planner import fitting, measure, measured_file, timed_record, timed_steps
 from hvdlm_planner.calibrations import ALONE, config_of, layouts_of
 from hvdlm_planner.layout_fit import fit_layouts
 from hvdlm_planner.measure import rates_of
@@ -104,6 +104,30 @@ def test_layouts_show_what_communication_costs() -> None:
         model = layout.model
         predicted = predict_time(model.config, model.spec, model.mesh, again)
         assert predicted is not None and predicted.seconds == pytest.approx(model.seconds[0], rel=0.03), layout.kind
+
+
+def test_timed_steps_are_kept_as_they_are(tmp_path: Path) -> None:
+    """What is read back is what was written, and a fit to it, too."""
+    hardware = machine(rates_of(CONSTANTS, "torch", "fp32", 2), collectives=measured_tables(2), ranks_per_node=2)
+    planned = [(timed_record.ALONE, config_of(base(), one), one.vocab) for one in ALONE]
+    alone = [Timed(kind, timed(config, vocab, hardware, 1)) for kind, config, vocab in planned]
+    together = [Timed(kind, timed(config, vocab, hardware, 2)) for kind, config, vocab in layouts_of(base(), 2)]
+    record = timed_record.Record("torch", 2, 2, list(hardware.collectives), [*alone, *together], 1e9)
+    timed_record.write(record, path := tmp_path / "steps.json")
+    again = timed_record.read(path)
+    assert (again.framework, again.ranks, again.link, again.save_bytes_per_second) == ("torch", 2, "node", 1e9)
+    assert tuple(again.collectives) == hardware.collectives
+    for one, other in zip(record.models, again.models, strict=True):
+        assert (one.kind, one.model.mesh, one.model.seconds) == (other.kind, other.model.mesh, other.model.seconds)
+        assert one.model.config == other.model.config and one.model.spec.parameters == other.model.spec.parameters
+    measure.fit_again(path, tmp_path / "hardware.yaml")
+    fitted = read_hardware(tmp_path / "hardware.yaml")
+    for model in (one.model for one in record.models):
+        predicted = predict_time(model.config, model.spec, model.mesh, fitted)
+        assert predicted is not None and predicted.seconds == pytest.approx(model.seconds[0], rel=0.05)
+    path.write_text("{}")
+    with pytest.raises(HvdlmError, match=r"steps\.json is no record of timed steps"):
+        timed_record.read(path)
 
 
 def test_turns_are_steadied_by_the_speed_of_their_round() -> None:

@@ -49,7 +49,7 @@ def work_of(
         # Zeroing, the norm, with ZeRO the copy of gathered parameters, and the copy of sums of micro-batches.
         update_bytes=4.0 * size
         + 4.0 * updated
-        + (12.0 * size if step.zero else 0.0)
+        + ((20.0 if step.habits.packs_gradients else 12.0) * size if step.zero else 0.0)
         + (12.0 * size if step.sums_micro_batches else 0.0),
         after=exchange.after(),
         rounds=exchange.rounds(),

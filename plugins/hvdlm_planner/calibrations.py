@@ -86,7 +86,7 @@ def layouts_of(base: Config, size: int) -> list[tuple[str, Config, int]]:
         second += [(TENSOR, config_of(base, one, half, tensor=2), one) for one in (_SMALL, _LARGE)]
         second += [(PIPELINE, config_of(base, _HALVES, half, pipeline=2), _HALVES)]
     first += [(algorithm, _compressed(config_of(base, _LARGE, size), algorithm), _LARGE) for algorithm in algorithms]
-    first += [(OUTER_UPDATE, _in_rounds(config_of(base, _LARGE, size)), _LARGE)]
+    first += [(OUTER_UPDATE, _in_rounds(config_of(base, _WIDE, size)), _WIDE)]
     second += [(DATA, _with_zero(config_of(base, one, size), zero), one) for one, zero in ((_WIDE, 1), (_MANY, 2))]
     second += [(algorithm, _compressed(config_of(base, _SMALL, size), algorithm), _SMALL) for algorithm in algorithms]
     second += [(OUTER_UPDATE, _in_rounds(config_of(base, _SMALL, size)), _SMALL)]

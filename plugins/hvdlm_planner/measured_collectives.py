@@ -16,11 +16,12 @@ from hvdlm.protocols.world import World
 from hvdlm_planner.timed_steps import Ranks
 
 OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "broadcast")
-SIZES = (64, 4096, 65536, 2**20, 2**23)  # bytes of the whole tensor
+SIZES = (64, 4096, 65536, 2**20, 2**22, 2**23)  # bytes of the whole tensor
 _BY_LATENCY = 2**16  # bytes up to which the seconds may be those of the latency
 _ALWAYS = 2**20  # bytes up to which sizes are measured however long they take
 _CALLS = (15, 7)  # of a size that is measured by its latency, and of a larger one
-_LONGEST = 0.25  # seconds of a call: larger sizes follow from the last two
+_LONGEST = 0.6  # seconds of a call: larger sizes follow from the last two
+_SLOW = 0.1  # seconds of a call that is made three times only
 # Seconds between two calls. Horovod's thread begins a cycle at most every millisecond: right after a barrier, a call
 # would wait for the rest of it (0.64 ms instead of 0.13 ms), as calls in a step, with computation between them, don't.
 _PAUSE = 0.002
@@ -85,6 +86,6 @@ def _seconds(call: Callable[[], Any], calls: int, group: Group, world: World) ->
         began = time.perf_counter()
         call()
         own.append(time.perf_counter() - began)
-        if len(own) == 3 and world.any(max(own) > _LONGEST):
+        if len(own) == 3 and world.any(max(own) > _SLOW):
             break
     return float(np.median(np.max(world.gather_objects(own), axis=0)))
