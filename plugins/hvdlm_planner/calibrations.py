@@ -64,7 +64,7 @@ def config_of(base: Config, one: Calibration, data: int = 1, pipeline: int = 1, 
 
 _SMALL = Calibration(2, 128, 4, 64, 8, 8, 64)
 _MANY = Calibration(2, 192, 4, 64, 8, 2, 64)
-_HALVES = Calibration(2, 256, 4, 64, 8, 4, 64)
+_HALVES = Calibration(4, 192, 4, 64, 8, 4, 64)
 _WIDE = Calibration(2, 256, 4, 64, 8, 8, 64)
 _LARGE = Calibration(2, 320, 4, 32, 8, 8, 64)
 COMPRESSORS = ("int8", "power_sgd")  # measured beside the one that is asked for

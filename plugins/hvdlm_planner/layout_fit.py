@@ -35,6 +35,7 @@ _SLOWED: _Usual = (0.5, 1.0)  # by which computation and collectives slow each o
 _WAIT: _Usual = (3e-4, 2.0)  # seconds of a collective between tensor ranks, beside its own
 _PASS: _Usual = (3e-4, 2.0)  # seconds of a stage's pass, beside its operations
 _BUBBLE: _Usual = (0.8, 0.3)  # share of the bubble that a step takes longer
+_OPERATIONS, _OPERATION = 100, 1e-5  # that a compressor starts for a tensor; seconds of one at least
 _ERROR = 0.03  # relative standard deviation of a timed step and of its prediction by the true constants
 
 
@@ -127,9 +128,11 @@ class _Fit:
         machine = replace(self._hardware, rates=(free,), collectives=self.collectives)
         cases = self._cases(kind)
         # Relative to the step, as the error of its prediction will be.
-        system = np.array([[amount / case.measured for amount in _compressed(case.works[0], kind)] for case in cases])
-        extra = np.array([1.0 - case.predicted(machine) / case.measured for case in cases])
-        per_element, each = fitting.non_negative(system, extra)
+        system = [[amount / case.measured for amount in _compressed(case.works[0], kind)] for case in cases]
+        extra = [1.0 - case.predicted(machine) / case.measured for case in cases]
+        # What doesn't grow with the elements is of operations that are started: no more than usual without a reason.
+        started = _OPERATIONS * max(_OPERATION, self.rates.seconds_per_operation)
+        per_element, each = fitting.non_negative(np.array([*system, [0.0, _ERROR / started]]), np.array([*extra, 0.0]))
         if kind == OUTER_UPDATE:
             return CompressorRate(per_element, seconds_per_bucket=each)
         return CompressorRate(per_element, seconds_per_tensor=each)

@@ -40,7 +40,7 @@ _TURN = 0.08  # seconds of a model's turn
 _LEAST_ROUNDS = 4  # for which time is left when models are built
 _LEAST_ALONE = 10  # first models of one rank, of which constants can be fitted
 _KNOWN = 0.01  # relative standard error of the models' seconds at which measuring ends
-_RESERVE = 4.0  # seconds for the fit and the end of the processes
+_RESERVE = 6.0  # seconds for the fit and the end of the processes
 _NOISY, _USELESS = 0.15, 1.0  # spread of a model's turns: of a busy machine; of one whose figures say nothing
 _UNBOUNDED = 1e15  # FLOPs or bytes per second of a kind of work whose seconds the fit found to be 0
 
