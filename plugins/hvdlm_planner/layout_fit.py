@@ -20,7 +20,7 @@ from hvdlm.planning.work import Work
 from hvdlm_planner import fitting
 from hvdlm_planner.habits import habits_of
 from hvdlm_planner.timed_record import DATA, PIPELINE, TENSOR, Timed
-from hvdlm_planner.timed_steps import TimedModel, median
+from hvdlm_planner.timed_steps import TimedModel, trimmed_mean
 
 _Point = tuple[float, ...]
 
@@ -149,7 +149,7 @@ class _Case:
     """A measured step, and its prediction."""
 
     def __init__(self, model: TimedModel) -> None:
-        self.measured = median(model)
+        self.measured = trimmed_mean(model)
         self._config, self._mesh = model.config, model.mesh
         habits, stages = habits_of(model.config), range(model.mesh.pipeline)
         works = [work_of(model.config, model.spec, model.mesh, stage * model.mesh.tensor, habits) for stage in stages]

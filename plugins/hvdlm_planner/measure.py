@@ -28,11 +28,11 @@ from hvdlm_planner.timed_steps import (
     build,
     connect,
     drop_partial_round,
-    median,
     of_slowest_rank,
     spread,
     steady,
     take_turns,
+    trimmed_mean,
     warm_up,
 )
 
@@ -214,7 +214,7 @@ def _take_turns(models: Sequence[TimedModel], world: World, progress: Progress, 
 
 
 def _known(models: Sequence[TimedModel]) -> bool:
-    """Return whether half of the models' medians have a relative standard error of at most ``_KNOWN``.
+    """Return whether half of the models' figures have a relative standard error of at most ``_KNOWN``.
 
     That of a median of n normally distributed values, whose quartiles are 1.35 standard deviations apart.
     """
@@ -229,7 +229,7 @@ def fitted_rates(models: Sequence[TimedModel], record: Record) -> tuple[Rates, f
         work_of(m.config, m.spec, m.mesh, 0, habits_of(m.config), fused=m.config.train.compile is True) for m in models
     ]
     system = [fitting.amounts(work, item) for work in works if work is not None]
-    seconds = [median(model) for model in models]
+    seconds = [trimmed_mean(model) for model in models]
     copied = 0.5 / record.save_bytes_per_second  # which is read and written
     constants = fitting.regularised_fit(system, seconds, copied)
     error = _middle([abs(error) for error in fitting.errors(system, constants, seconds)])
