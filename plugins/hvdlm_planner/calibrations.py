@@ -73,12 +73,13 @@ COMPRESSORS = ("int8", "power_sgd")  # measured beside the one that is asked for
 def layouts_of(base: Config, size: int) -> list[tuple[str, Config, int]]:
     """Return (kind, configuration, vocabulary) of what ``size`` ranks train together; see ``layout_fit``.
 
-    The first of each kind are first: where time is short, the last ones are left out.
+    The first of each kind are first: where time is short, the last ones are left out. The first of data ranks send
+    little, since a slow network takes longest for these.
     """
     asked = base.communication.compression.algorithm
     algorithms = dict.fromkeys((*COMPRESSORS, *([] if asked == "none" else [asked])))
-    first: list[tuple[str, Config, Calibration]] = [(DATA, config_of(base, _WIDE, size), _WIDE)]
-    second: list[tuple[str, Config, Calibration]] = [(DATA, config_of(base, one, size), one) for one in (_SMALL, _MANY)]
+    first: list[tuple[str, Config, Calibration]] = [(DATA, config_of(base, _SMALL, size), _SMALL)]
+    second: list[tuple[str, Config, Calibration]] = [(DATA, config_of(base, one, size), one) for one in (_WIDE, _MANY)]
     if size % 2 == 0:
         half = size // 2
         first += [(TENSOR, config_of(base, _WIDE, half, tensor=2), _WIDE)]
@@ -86,10 +87,10 @@ def layouts_of(base: Config, size: int) -> list[tuple[str, Config, int]]:
         second += [(TENSOR, config_of(base, one, half, tensor=2), one) for one in (_SMALL, _LARGE)]
         second += [(PIPELINE, config_of(base, _HALVES, half, pipeline=2), _HALVES)]
     first += [(algorithm, _compressed(config_of(base, _LARGE, size), algorithm), _LARGE) for algorithm in algorithms]
-    first += [(OUTER_UPDATE, _in_rounds(config_of(base, _WIDE, size)), _WIDE)]
+    first += [(OUTER_UPDATE, _in_rounds(config_of(base, _SMALL, size)), _SMALL)]
     second += [(DATA, _with_zero(config_of(base, one, size), zero), one) for one, zero in ((_WIDE, 1), (_MANY, 2))]
     second += [(algorithm, _compressed(config_of(base, _SMALL, size), algorithm), _SMALL) for algorithm in algorithms]
-    second += [(OUTER_UPDATE, _in_rounds(config_of(base, _SMALL, size)), _SMALL)]
+    second += [(OUTER_UPDATE, _in_rounds(config_of(base, _WIDE, size)), _WIDE)]
     return [(kind, config, one.vocab) for kind, config, one in (*first, *second)]
 
 
