@@ -96,6 +96,7 @@ def test_layouts_show_what_communication_costs() -> None:
         "outer_update": CompressorRate(6e-9),
     }
     true = replace(rates, overlap_slowdown=1.5, blocking_seconds=3e-4, compressors=compressors)
+    true = replace(true, seconds_per_gathered_element=4e-9, seconds_per_scattered_element=2e-9)
     hardware = machine(true, collectives=measured_tables(2), ranks_per_node=2)
     layouts = [Timed(kind, timed(config, vocab, hardware, 2)) for kind, config, vocab in layouts_of(base(), 2)]
     fitted, tables = fit_layouts(layouts, replace(hardware, rates=(rates,)), rates)

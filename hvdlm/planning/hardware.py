@@ -85,6 +85,8 @@ class Rates:
         pass_seconds: of every pass of a pipeline stage, beside its operations: of what starts it and its messages.
         bubble_factor: of the seconds for which pipeline stages wait, the share that a step takes longer: meanwhile,
             ranks that share cores with them are faster. None: none where ranks share cores, else all.
+        seconds_per_gathered_element: of the parameters that ZeRO gathers, beside the collective and the copy.
+        seconds_per_scattered_element: of the gradients that ZeRO-2 scatters in a micro-batch, beside the collective.
         compressors: seconds of compressors, and of a round's outer update by its exchange; others: the hardware's.
         framework, precision: for which they hold; ``any``: for all that have no entry of their own.
         ranks: ranks on the node with which they were measured; 0: ``sharing`` tells the difference.
@@ -111,6 +113,8 @@ class Rates:
     blocking_factor: float = 1.0
     pass_seconds: float = 0.0
     bubble_factor: float | None = None
+    seconds_per_gathered_element: float = 0.0
+    seconds_per_scattered_element: float = 0.0
     compressors: Mapping[str, CompressorRate] = field(default_factory=dict)
     framework: str = ANY
     precision: str = ANY

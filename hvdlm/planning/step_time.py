@@ -222,6 +222,8 @@ def stage_time(work: Work, computation: Computation, network: Network) -> StageT
     after += sum(network.seconds(collective) for bucket in work.buckets for collective in bucket.later)
     update = computation.update(work.update_elements, work.moments, work.update_bytes)
     update += _outer_update(work, computation) + computation.overhead(work.micro_batches)
+    update += computation.rates.seconds_per_gathered_element * work.gathered
+    update += computation.rates.seconds_per_scattered_element * work.scattered
     scattered = (work.micro_batches - 1) * last.exposed if work.scatters_every else 0.0
     staged = computation.sharing.overhead * computation.rates.pass_seconds if work.send_bytes else 0.0
     return StageTime(

@@ -187,6 +187,16 @@ class Work:
     saved_bytes: float = 0.0
 
     @property
+    def gathered(self) -> float:
+        """The parameters that a step gathers after the update (ZeRO)."""
+        return sum(c.count * c.bytes / 4 for c in self.after if c.operation == "all_gather" and c.axis == "data")
+
+    @property
+    def scattered(self) -> float:
+        """The gradients that a step scatters in all micro-batches (ZeRO-2)."""
+        return self.micro_batches * sum(bucket.elements for bucket in self.buckets) if self.scatters_every else 0.0
+
+    @property
     def forward(self) -> Pass:
         """The forward pass of a micro-batch through all segments."""
         return _total([segment.forward for segment in self.segments])

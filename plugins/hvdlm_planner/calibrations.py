@@ -11,7 +11,7 @@ from typing import Any
 
 from hvdlm.config import CommunicationConfig, CompressionConfig, Config, ModelConfig, ParallelConfig
 from hvdlm.planning.hardware import OUTER_UPDATE
-from hvdlm_planner.timed_record import DATA, PIPELINE, TENSOR
+from hvdlm_planner.timed_record import DATA, PIPELINE, TENSOR, ZERO
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,8 @@ def layouts_of(base: Config, size: int) -> list[tuple[str, Config, int]]:
         second += [(PIPELINE, config_of(base, _HALVES, half, pipeline=2), _HALVES)]
     first += [(algorithm, _compressed(config_of(base, _LARGE, size), algorithm), _LARGE) for algorithm in algorithms]
     first += [(OUTER_UPDATE, _in_rounds(config_of(base, _SMALL, size)), _SMALL)]
-    second += [(DATA, _with_zero(config_of(base, one, size), zero), one) for one, zero in ((_WIDE, 1), (_MANY, 2))]
+    first += [(ZERO, _with_zero(config_of(base, _WIDE, size), 1), _WIDE)]
+    second += [(ZERO, _with_zero(config_of(base, _MANY, size), 2), _MANY)]
     second += [(algorithm, _compressed(config_of(base, _SMALL, size), algorithm), _SMALL) for algorithm in algorithms]
     second += [(OUTER_UPDATE, _in_rounds(config_of(base, _WIDE, size)), _WIDE)]
     return [(kind, config, one.vocab) for kind, config, one in (*first, *second)]

@@ -19,7 +19,7 @@ from hvdlm.planning.step_time import step_time
 from hvdlm.planning.work import Work
 from hvdlm_planner import fitting
 from hvdlm_planner.habits import habits_of
-from hvdlm_planner.timed_record import DATA, PIPELINE, TENSOR, Timed
+from hvdlm_planner.timed_record import DATA, PIPELINE, TENSOR, ZERO, Timed
 from hvdlm_planner.timed_steps import TimedModel, trimmed_mean
 
 _Point = tuple[float, ...]
@@ -47,7 +47,7 @@ def fit_layouts(
     ``hardware`` has the isolated collectives; ``rates`` are those of ranks that compute by themselves.
     """
     fit = _Fit(hardware, rates, layouts)
-    for step in (fit.data, fit.tensor, fit.pipeline, fit.compressors):
+    for step in (fit.data, fit.zero, fit.tensor, fit.pipeline, fit.compressors):
         step()
     return fit.rates, fit.collectives
 
@@ -87,6 +87,19 @@ class _Fit:
     def _scaled(self, factor: float) -> tuple[MeasuredCollective, ...]:
         return tuple(replace(c, seconds=tuple(factor * s for s in c.seconds)) for c in self._hardware.collectives)
 
+    def zero(self) -> None:
+        """Fit what frameworks compute to gather and scatter parameters and gradients, beside the collectives."""
+        if not (cases := self._cases(ZERO)):
+            return
+        system = [[case.works[0].gathered / case.measured, case.works[0].scattered / case.measured] for case in cases]
+        gathered, scattered = fitting.non_negative(np.array(system), np.array(self._extra(cases, self.rates)))
+        self.rates = replace(self.rates, seconds_per_gathered_element=gathered, seconds_per_scattered_element=scattered)
+
+    def _extra(self, cases: Sequence[_Case], rates: Rates) -> list[float]:
+        """Return the share of each step that is not predicted by ``rates``."""
+        machine = replace(self._hardware, rates=(rates,), collectives=self.collectives)
+        return [1.0 - case.predicted(machine) / case.measured for case in cases]
+
     def tensor(self) -> None:
         """Fit what collectives between tensor ranks cost, for which the computation waits."""
         if not (cases := self._cases(TENSOR)):
@@ -119,17 +132,15 @@ class _Fit:
         """Fit the seconds of compressors by element and by tensor; of the outer update by element and by round."""
         known = {}
         for kind in dict.fromkeys(timed.kind for timed in self._layouts):
-            if kind not in (DATA, TENSOR, PIPELINE):
+            if kind not in (DATA, ZERO, TENSOR, PIPELINE):
                 known[kind] = self._compressor(kind)
         self.rates = replace(self.rates, compressors=known)
 
     def _compressor(self, kind: str) -> CompressorRate:
-        free = replace(self.rates, compressors={kind: CompressorRate(0.0)})
-        machine = replace(self._hardware, rates=(free,), collectives=self.collectives)
         cases = self._cases(kind)
         # Relative to the step, as the error of its prediction will be.
         system = [[amount / case.measured for amount in _compressed(case.works[0], kind)] for case in cases]
-        extra = [1.0 - case.predicted(machine) / case.measured for case in cases]
+        extra = self._extra(cases, replace(self.rates, compressors={kind: CompressorRate(0.0)}))
         # What doesn't grow with the elements is of operations that are started: no more than usual without a reason.
         started = _OPERATIONS * max(_OPERATION, self.rates.seconds_per_operation)
         per_element, each = fitting.non_negative(np.array([*system, [0.0, _ERROR / started]]), np.array([*extra, 0.0]))

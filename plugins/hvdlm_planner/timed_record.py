@@ -19,12 +19,12 @@ from hvdlm.training.run import load_plugins
 from hvdlm_planner.timed_steps import TimedModel
 
 # Kinds of models: that each rank trains by itself, and layouts. Others are compressors, and the outer update.
-ALONE, DATA, TENSOR, PIPELINE = "alone", "data", "tensor", "pipeline"
+ALONE, DATA, ZERO, TENSOR, PIPELINE = "alone", "data", "zero", "tensor", "pipeline"
 
 
 @dataclass(frozen=True)
 class Timed:
-    """A timed model of one kind: alone, data, tensor, pipeline, outer_update, or a compressor."""
+    """A timed model of one kind: alone, data, zero, tensor, pipeline, outer_update, or a compressor."""
 
     kind: str
     model: TimedModel
