@@ -212,7 +212,8 @@ def stage_time(work: Work, computation: Computation, network: Network) -> StageT
         gathering = zip(forward, work.first_gathers, strict=True)
         tasks = [replace(task, gathers=network.seconds(gather)) for task, gather in gathering]
         first = run(tasks, slowdown).end - without[0].end
-    last = run(_with_buckets(backward, work, computation, network), slowdown)
+    alone = [sum(map(network.seconds, bucket.collectives)) for bucket in work.buckets]
+    last = run(_with_buckets(backward, work, alone, computation, network), slowdown)
     every = last if work.scatters_every else without[1]
     blocked = sum(task.blocking for task in [*forward, *backward])
     # Parameters' gathers that computation waits for (FSDP).
@@ -236,13 +237,15 @@ def stage_time(work: Work, computation: Computation, network: Network) -> StageT
         update,
         after + rounds,
         message_seconds(work, network),
-        _bucket_seconds(work, backward, last.then, network),
+        _in_step(work, backward, last.then, alone),
     )
 
 
-def _bucket_seconds(work: Work, backward: Sequence[Task], then: Sequence[float], network: Network) -> tuple[float, ...]:
-    """Return the seconds of each bucket's collectives, by those of all that are started ``then``, after each task."""
-    alone = [sum(map(network.seconds, bucket.collectives)) for bucket in work.buckets]
+def _in_step(work: Work, backward: Sequence[Task], then: Sequence[float], alone: Sequence[float]) -> tuple[float, ...]:
+    """Return the seconds of each bucket's collectives in a step, of which they take ``alone`` by themselves.
+
+    ``then``: of all that are started after each task.
+    """
     whole = [task.then for task in backward]
     tasks = [len(backward) - 1 - bucket.ready for bucket in work.buckets]
     for index, seconds in zip(tasks, alone, strict=True):
@@ -287,14 +290,18 @@ def _task(one: Pass, computation: Computation, network: Network) -> Task:
     return Task(computation.seconds(one), blocked_seconds(one, computation, network), gathers, then)
 
 
-def _with_buckets(tasks: list[Task], work: Work, computation: Computation, network: Network) -> list[Task]:
-    """Return backward tasks (last segment first) that start the collectives of the buckets they complete."""
+def _with_buckets(
+    tasks: list[Task], work: Work, alone: Sequence[float], computation: Computation, network: Network
+) -> list[Task]:
+    """Return backward tasks (last segment first) that start the collectives of the buckets they complete.
+
+    ``alone``: seconds of each bucket's collectives by themselves.
+    """
     result = list(tasks)
-    for bucket in work.buckets:
+    for bucket, seconds in zip(work.buckets, alone, strict=True):
         index = len(tasks) - 1 - bucket.ready
         task = result[index]
         compress = _compression(bucket, computation, network)
-        seconds = sum(network.seconds(collective) for collective in bucket.collectives)
         result[index] = replace(task, seconds=task.seconds + compress, then=task.then + seconds)
     return result
 
