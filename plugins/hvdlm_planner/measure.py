@@ -39,6 +39,7 @@ from hvdlm_planner.timed_steps import (
 _TURN = 0.08  # seconds of a model's turn
 _LEAST_ROUNDS = 4  # for which time is left when models are built
 _LEAST_ALONE = 10  # first models of one rank, of which constants can be fitted
+_FOR_MODELS = 0.6  # share of the time that collectives by themselves leave for models
 _KNOWN = 0.01  # relative standard error of the models' seconds at which measuring ends
 _RESERVE = 6.0  # seconds for the fit and the end of the processes
 _NOISY, _USELESS = 0.15, 1.0  # spread of a model's turns: of a busy machine; of one whose figures say nothing
@@ -111,8 +112,10 @@ def measure(ranks: Ranks, base: Config, progress: Progress, rounds: int) -> Reco
     """Return what the ranks of this launch time until the seconds are over. All ranks call."""
     world, size = ranks.world, ranks.world.size
     progress.say(f"{size} rank(s) with {ranks.threads} thread(s) each, {ranks.framework.name}")
-    tables = measured_collectives.measure(ranks) if size > 1 else []
-    if tables:
+    tables = []
+    if size > 1:
+        kept = _FOR_MODELS * progress.left()
+        tables = measured_collectives.measure(ranks, lambda: progress.left() > kept)
         progress.say("collectives are measured")
     models = _built(ranks, base, progress)
     _take_turns([timed.model for timed in models], world, progress, rounds)

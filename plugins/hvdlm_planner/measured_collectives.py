@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -27,13 +27,16 @@ _SLOW = 0.1  # seconds of a call that is made three times only
 _PAUSE = 0.002
 
 
-def measure(ranks: Ranks, sizes: Sequence[int] = SIZES) -> list[MeasuredCollective]:
-    """Return the tables of every operation, for a pair of ranks and for all of them. All ranks call."""
+def measure(ranks: Ranks, goes_on: Callable[[], bool] = lambda: True) -> list[MeasuredCollective]:
+    """Return the tables of every operation, for a pair of ranks and for all of them. All ranks call.
+
+    ``goes_on()``: whether there is time for larger sizes, the same on all ranks.
+    """
     world, framework = ranks.world, ranks.framework
     tables = []
     for group in _groups(ranks):
         for operation in OPERATIONS:
-            tables.append(_table(operation, group, world, framework, sizes))
+            tables.append(_table(operation, group, world, framework, goes_on))
             process.alive()
     return tables
 
@@ -47,18 +50,20 @@ def _groups(ranks: Ranks) -> list[Group]:
 
 
 def _table(
-    operation: str, group: Group, world: World, framework: Framework, sizes: Sequence[int]
+    operation: str, group: Group, world: World, framework: Framework, goes_on: Callable[[], bool]
 ) -> MeasuredCollective:
     """Return the seconds of one operation; groups of the same size call it at the same time, as in training."""
     measured: list[float] = []
-    for index, size in enumerate(sizes):
-        if size > _ALWAYS and measured[-1] * size / sizes[index - 1] > _LONGEST:
+    for index, size in enumerate(SIZES):
+        if index and not goes_on():
+            break
+        if size > _ALWAYS and measured[-1] * size / SIZES[index - 1] > _LONGEST:
             break
         calls = _CALLS[size > _BY_LATENCY]
         measured.append(_seconds(_call(operation, group, framework, size), calls, group, world))
     link = "node" if world.local_size == world.size else "network"
     members = len(group.ranks)
-    done = tuple(float(size) for size in sizes[: len(measured)])
+    done = tuple(float(size) for size in SIZES[: len(measured)])
     # Fewer bytes don't take longer: a figure above one of more bytes is an outlier.
     seconds = tuple(min(measured[index:]) for index in range(len(measured)))
     return MeasuredCollective(operation, members, done, seconds, link, framework.name, world.local_size)

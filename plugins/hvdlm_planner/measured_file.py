@@ -115,6 +115,8 @@ def link_of(tables: Sequence[MeasuredCollective]) -> Link:
     [table, *_] = sorted((t for t in tables if t.operation == "broadcast"), key=lambda t: (t.ranks, t.ranks_per_node))
     latency, longest = table.seconds[0], table.seconds[-1]
     moved = table.bytes[-1] - table.bytes[0]
+    if not moved:  # there was time for the fewest bytes only
+        return replace(ASSUMED, latency_seconds=latency)
     return Link(latency, moved / max(longest - latency, 1e-9))
 
 
