@@ -213,7 +213,7 @@ def test_what_there_is_no_time_for_is_left_out(monkeypatch: pytest.MonkeyPatch, 
     assert "12 models are built, 1 are left out" in capsys.readouterr().out
     with pytest.raises(HvdlmError, match=r"of 13 small models, only 4 could be started, and 10 are needed"):
         measure._built(ranks, base(), Clock(12.0))
-    monkeypatch.setattr(measure, "_known", lambda models: False)
+    monkeypatch.setattr(measure, "_standard_error", lambda models: 1.0)
     measure._take_turns(models[:3], LocalWorld(), Clock(12.0), most=100)
     assert [model.seconds for model in models[:3]] == [[1.0, 1.0]] * 3
     with pytest.raises(HvdlmError, match="before every model has had its turn"):

@@ -207,7 +207,7 @@ def _take_turns(models: Sequence[TimedModel], world: World, progress: Progress, 
         rounds += 1
         left = progress.left()
         longest, before = before - left, left
-        if left < longest or (rounds >= _LEAST_ROUNDS and world.broadcast_object(_known(models))):
+        if left < longest or (rounds >= _LEAST_ROUNDS and world.broadcast_object(_standard_error(models) <= _KNOWN)):
             break
     if rounds == 0:
         raise HvdlmError("the seconds are over before every model has had its turn: give more --seconds.")
@@ -216,12 +216,12 @@ def _take_turns(models: Sequence[TimedModel], world: World, progress: Progress, 
     progress.say(f"{rounds} rounds of {len(models)} models are timed")
 
 
-def _known(models: Sequence[TimedModel]) -> bool:
-    """Return whether half of the models' figures have a relative standard error of at most ``_KNOWN``.
+def _standard_error(models: Sequence[TimedModel]) -> float:
+    """Return the relative standard error of half of the models' figures.
 
     That of a median of n normally distributed values, whose quartiles are 1.35 standard deviations apart.
     """
-    return _middle([1.25 * spread(m.seconds) / 1.35 / math.sqrt(len(m.seconds)) for m in models]) <= _KNOWN
+    return _middle([1.25 * spread(m.seconds) / 1.35 / math.sqrt(len(m.seconds)) for m in models])
 
 
 def fitted_rates(models: Sequence[TimedModel], record: Record) -> tuple[Rates, float]:
@@ -234,7 +234,7 @@ def fitted_rates(models: Sequence[TimedModel], record: Record) -> tuple[Rates, f
     system = [fitting.amounts(work, item) for work in works if work is not None]
     seconds = [trimmed_mean(model) for model in models]
     copied = 0.5 / record.save_bytes_per_second  # which is read and written
-    constants = fitting.regularised_fit(system, seconds, copied)
+    constants = fitting.regularised_fit(system, seconds, copied, _standard_error(models))
     error = _middle([abs(error) for error in fitting.errors(system, constants, seconds)])
     return rates_of(constants, record.framework, precision, record.ranks_per_node), error
 
