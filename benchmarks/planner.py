@@ -1,6 +1,7 @@
 """Predicted beside measured seconds of a step, over configurations that the model was not made from.
 
-    python benchmarks/planner.py [torch tensorflow] [--folder runs/planner] [--groups 1 2 4 1e9 1e8] [--short]
+    python benchmarks/planner.py [torch tensorflow] [--folder runs/planner] [--groups 1 2 4 1e9 1e8]
+        [--configurations first|second] [--short]
 
 For each group of ranks (1, 2 or 4 on this machine; two hosts with a network of 1 Gbit/s or 100 Mbit/s between them),
 the machine is measured by ``plan --measure``; then all configurations of the group take turns in one launch. The
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import FOLDER, Bar, emitted, environment, make_parser, parse, python_command, report
-from planner_configurations import GROUPS, NETWORKS, SHORT_GROUPS, Options
+from planner_configurations import FIRST, NETWORKS, SHORT_GROUPS, TABLES, Options
 from planner_worker import make_config, vocabulary
 from two_hosts import Missing, two_hosts
 
@@ -34,10 +35,12 @@ from hvdlm.planning.hardware import read_hardware
 from hvdlm.planning.step_time import StepTime, predict_time
 from hvdlm.training.run import load_plugins
 from hvdlm_planner.habits import habits_of
+from hvdlm_planner.measure import fit_again
 
 MEDIAN, WORST = Bar(at_most=10.0), Bar(at_most=25.0)  # per cent
-FULL = {"folder": "runs/planner", "groups": list(GROUPS), "rounds": 9, "seconds": 0.4, "measure_seconds": 60.0}
-SHORT = {"groups": ["1", "2"], "rounds": 2, "seconds": 0.02, "measure_seconds": 5.0}
+FULL = {"folder": "runs/planner", "groups": list(FIRST), "rounds": 9, "seconds": 0.8, "measure_seconds": 60.0}
+FULL |= {"measure_rounds": 1000}
+SHORT = {"groups": ["1", "2"], "rounds": 2, "seconds": 0.02, "measure_seconds": 120.0, "measure_rounds": 1}
 _TIMEOUT = 600.0  # seconds of a launch
 
 
@@ -76,6 +79,11 @@ def hardware_file(folder: Path, group: str) -> Path:
     return folder / f"hardware-{group if group in NETWORKS else 'node'}.yaml"
 
 
+def steps_file(folder: Path, framework: str, group: str) -> Path:
+    """Return the file of the steps that a group's machine was fitted to."""
+    return folder / f"steps-{framework}-{group}.json"
+
+
 def threads_of(group: str) -> int:
     """Return the threads per rank: two hosts share the cores of this machine, which they can't see."""
     return max(1, (os.cpu_count() or 2) // 2) if group in NETWORKS else 0
@@ -89,9 +97,22 @@ def measure_machine(launches: Launches, framework: str, points: dict[str, Any], 
         return
     print(f"{framework}, {describe(group)}: plan --measure", flush=True)
     options = ["--framework", framework, "--hardware", str(hardware_file(folder, group))]
-    options += ["--seconds", str(o.measure_seconds), *(["--train.threads", str(threads)] if threads else [])]
+    options += ["--steps", str(steps_file(folder, framework, group))]
+    options += ["--seconds", str(o.measure_seconds), "--rounds", str(o.measure_rounds)]
+    options += [*(["--train.threads", str(threads)] if threads else [])]
     points[key] = launches.run(["-m", "hvdlm", "plan", "--measure", *options]).splitlines()
     store(points, folder)
+
+
+def fit_machines(frameworks: Sequence[str], o: Namespace) -> None:
+    """Fit the machines of all groups anew to the steps that were timed for them."""
+    folder = Path(o.folder)
+    for group in o.groups:
+        hardware_file(folder, group).unlink(missing_ok=True)
+    for group in o.groups:
+        for framework in frameworks:
+            if (steps := steps_file(folder, framework, group)).exists():
+                fit_again(steps, hardware_file(folder, group))
 
 
 def train(
@@ -107,7 +128,7 @@ def train(
 def measure_group(launches: Launches, framework: str, points: dict[str, Any], o: Namespace) -> None:
     """Measure the machine and the group's configurations, unless the folder has them."""
     prefix = f"{framework}/{launches.group}"
-    configurations = (SHORT_GROUPS if o.short else GROUPS)[launches.group]
+    configurations = configurations_of(o)[launches.group]
     missing = {name: options for name, options in configurations.items() if f"{prefix}/{name}" not in points}
     if not missing:
         return
@@ -124,6 +145,11 @@ def points_of(o: Namespace) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     stored = folder / "points.json"
     return json.loads(stored.read_text()) if stored.exists() else {}
+
+
+def configurations_of(o: Namespace) -> dict[str, dict[str, Options]]:
+    """Return the configurations by group."""
+    return SHORT_GROUPS if o.short else TABLES[o.configurations]
 
 
 def store(points: dict[str, Any], folder: Path) -> None:
@@ -153,7 +179,7 @@ def results(frameworks: Sequence[str], points: dict[str, Any], o: Namespace) -> 
     rows = []
     for framework in frameworks:
         for group in o.groups:
-            for name, options in (SHORT_GROUPS if o.short else GROUPS)[group].items():
+            for name, options in configurations_of(o)[group].items():
                 point = points.get(f"{framework}/{group}/{name}")
                 if point is None:
                     continue
@@ -180,13 +206,17 @@ def main() -> int:
     """Measure what is missing; report the errors; print the table and write it as JSON."""
     parser = make_parser(__doc__)
     parser.add_argument("--again", action="store_true", help="measure all anew")
+    parser.add_argument("--fit", action="store_true", help="fit the machines anew to the steps that the folder holds")
+    parser.add_argument("--configurations", choices=list(TABLES), default="first", help="the table; default: first")
     o = parse(parser, FULL, SHORT)
-    if unknown := set(o.groups) - set(GROUPS):
-        sys.exit(f"--groups: {', '.join(sorted(unknown))} unknown; known: {', '.join(GROUPS)}")
+    if unknown := set(o.groups) - set(FIRST):
+        sys.exit(f"--groups: {', '.join(sorted(unknown))} unknown; known: {', '.join(FIRST)}")
     folder = Path(o.folder)
     if o.again:
         shutil.rmtree(folder, ignore_errors=True)
     points = points_of(o)
+    if o.fit:
+        fit_machines(o.frameworks, o)
     for group in o.groups:
         try:
             with Launches(group).open() as launches:

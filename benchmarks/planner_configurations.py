@@ -1,4 +1,8 @@
-"""The configurations of planner.py by group of ranks; none of them is a calibration of ``plan --measure``."""
+"""The configurations of planner.py by group of ranks; none of them is a calibration of ``plan --measure``.
+
+The model was improved by the errors of the first table. The second one, of other sizes, was written before and is not
+looked at while the model changes: its errors are those of configurations that nobody knew.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +30,7 @@ _NAMES = {
     "zero": "parallel.zero",
 }
 
-GROUPS: dict[str, dict[str, Options]] = {
+FIRST: dict[str, dict[str, Options]] = {
     "1": {
         "4 x 192": _gpt(4, 192, 8),
         "3 x 256, 4 micro-batches": _gpt(3, 256, 8, micro=2, vocab=500),
@@ -59,6 +63,42 @@ GROUPS: dict[str, dict[str, Options]] = {
         "3 x 224, DiLoCo every 10": _gpt(3, 224, 16, exchange="diloco", every=10),
     },
 }
+
+SECOND: dict[str, dict[str, Options]] = {
+    "1": {
+        "5 x 160": _gpt(5, 160, 8),
+        "2 x 288, 2 micro-batches": _gpt(2, 288, 8, micro=4, vocab=1000),
+        "3 x 224, context 128, vocabulary 3000": _gpt(3, 224, 4, context=128, vocab=3000),
+    },
+    "2": {
+        "3 x 288, data": _gpt(3, 288, 16),
+        "5 x 160, data, 4 micro-batches": _gpt(5, 160, 16, micro=2),
+        "4 x 224, ZeRO-1": _gpt(4, 224, 16, zero=1),
+        "4 x 160, ZeRO-2, 2 micro-batches": _gpt(4, 160, 16, zero=2, micro=4),
+        "3 x 320, tensor": _gpt(3, 320, 8, tensor=2),
+        "6 x 192, pipeline, 4 micro-batches": _gpt(6, 192, 8, pipeline=2, micro=2),
+        "4 x 256, int8": _gpt(4, 256, 16, algorithm="int8"),
+        "4 x 224, PowerSGD": _gpt(4, 224, 16, algorithm="power_sgd"),
+        "3 x 256, DiLoCo every 5": _gpt(3, 256, 16, exchange="diloco", every=5),
+    },
+    "4": {
+        "2 x 224, data": _gpt(2, 224, 16),
+        "4 x 192, data x tensor": _gpt(4, 192, 8, tensor=2),
+        "6 x 160, data x pipeline, 4 micro-batches": _gpt(6, 160, 8, pipeline=2, micro=1),
+    },
+    "1e9": {
+        "2 x 256, data": _gpt(2, 256, 16),
+        "4 x 192, int8": _gpt(4, 192, 16, algorithm="int8"),
+        "3 x 224, DiLoCo every 5": _gpt(3, 224, 16, exchange="diloco", every=5),
+    },
+    "1e8": {
+        "3 x 128, data": _gpt(3, 128, 16),
+        "2 x 256, PowerSGD": _gpt(2, 256, 16, algorithm="power_sgd"),
+        "4 x 192, DiLoCo every 20": _gpt(4, 192, 16, exchange="diloco", every=20),
+    },
+}
+
+TABLES = {"first": FIRST, "second": SECOND}
 
 SHORT_GROUPS: dict[str, dict[str, Options]] = {
     "1": {"1 x 64": _gpt(1, 64, 4, context=16)},

@@ -6,6 +6,7 @@ import argparse
 import json
 from typing import Any
 
+import numpy as np
 from harness import emit
 
 from hvdlm.config import Config
@@ -51,10 +52,11 @@ def main() -> None:
         warm_up([models[name]], ranks.world, o.seconds)
         if ranks.world.rank == 0:
             emit("steps", [name, models[name].steps * models[name].period])
-    for _ in range(o.rounds):
-        take_turns(list(models.values()), ranks.world, 1)
+    for number in range(o.rounds):
+        take_turns(list(models.values()), ranks.world, number)
+        slowest = np.max(ranks.world.gather_objects([model.seconds[-1] for model in models.values()]), axis=0)
         if ranks.world.rank == 0:
-            emit("seconds", {name: model.seconds[-1] for name, model in models.items()})
+            emit("seconds", dict(zip(models, slowest.tolist(), strict=True)))
     ranks.world.close()
 
 

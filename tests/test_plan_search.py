@@ -236,9 +236,12 @@ def test_every_result_starts_and_fits(config: Config) -> None:
 
 
 def machines() -> dict[str, Hardware]:
-    """Return the H100, and one of which ranks share cores and collectives slow computation down."""
+    """Return the H100, one of which ranks share cores and collectives slow computation down, and one as measured."""
     h100 = read_hardware("h100")
-    return {"h100": h100, "shared": replace(h100, cores_per_node=2, ranks_per_node=8, overlap_slowdown=1.5)}
+    shared = replace(h100, cores_per_node=2, ranks_per_node=8, overlap_slowdown=1.5)
+    measured = {"bubble_factor": 0.4, "pass_seconds": 1e-4, "collective_slowdown": 1.5}
+    rates = tuple(replace(rates, **measured) for rates in h100.rates)  # type: ignore[arg-type]
+    return {"h100": h100, "shared": shared, "measured": replace(shared, rates=rates)}
 
 
 @pytest.mark.parametrize("machine", machines())

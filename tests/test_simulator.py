@@ -229,6 +229,25 @@ def test_undisturbed_steps_take_the_predicted_seconds(options: list[str]) -> Non
     assert simulate(costs[0], Disturbances(), 100).step == pytest.approx(predicted.seconds - predicted.save, rel=rel)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--parallel.data", "64", "--communication.bucket_bytes", "100000", "--train.batch_size", "256"],
+        ["--parallel.data", "8", "--parallel.pipeline", "4", "--parallel.tensor", "2", "--train.batch_size", "512"],
+    ],
+)
+def test_what_is_measured_beside_computation_is_simulated(options: list[str]) -> None:
+    """Collectives that computation slows down, tensor ranks that wait, passes that cost more than they compute."""
+    planned, hardware = small_run(*options)
+    measured = {"collective_slowdown": 2.0, "overlap_slowdown": 1.5, "blocking_factor": 1.5, "blocking_seconds": 1e-5}
+    rates = tuple(replace(rates, pass_seconds=1e-4, **measured) for rates in hardware.rates)  # type: ignore[arg-type]
+    hardware = replace(hardware, rates=rates)
+    arguments = planned.config, planned.spec, planned.mesh, hardware, planned.moments, habits_of(planned.config)
+    predicted, costs = predict_time(*arguments), step_costs(*arguments)
+    assert predicted and costs
+    assert simulate(costs[0], Disturbances(), 100).step == pytest.approx(predicted.seconds - predicted.save, rel=0.03)
+
+
 def test_the_plan_says_where_the_time_goes_and_why() -> None:
     options = [
         "--stragglers",

@@ -134,6 +134,33 @@ def test_measured_collectives_replace_the_formula() -> None:
     assert four == pytest.approx(3e-3 * 1.5)  # as the ring's shares of the bytes: 3/4 and 1/2
 
 
+def test_a_pair_among_four_ranks_has_a_table_of_its_own() -> None:
+    def curve(ranks: int, ranks_per_node: int, seconds: float) -> MeasuredCollective:
+        return MeasuredCollective("all_reduce", ranks, (1.0, 1e6), (seconds, seconds), ranks_per_node=ranks_per_node)
+
+    machine = replace(MACHINE, collectives=(curve(2, 4, 4e-3), curve(2, 2, 1e-3), curve(4, 4, 8e-3)))
+    tensor = Collective("all_reduce", 1e3, "tensor")
+    assert Network(machine, Mesh(1, 1, 2)).seconds(tensor) == pytest.approx(1e-3)
+    assert Network(machine, Mesh(2, 1, 2)).seconds(tensor) == pytest.approx(4e-3)
+    assert Network(machine, Mesh(1, 1, 4)).seconds(tensor) == pytest.approx(8e-3)
+
+
+def test_a_collective_beside_computation_takes_longer() -> None:
+    """Computation 4 s at half speed beside a collective that takes 1.5 times as long there, and the rest alone."""
+    machine = replace(MACHINE, rates=(Rates(1e9, 1e9, overlap_slowdown=2.0, collective_slowdown=1.5),))
+    hidden = given(two_layers(3, 1, buckets=(bucket(1, 1.0),)), (4, 1, 1), machine)
+    assert hidden.seconds == pytest.approx(2 + 1 + 3 + 0.75) and hidden.communication == 0
+    exposed = given(two_layers(1, 1, buckets=(bucket(1, 4.0),)), (4, 1, 1), machine)
+    assert exposed.compute == pytest.approx(2 + 1 + 2)
+    assert exposed.communication == pytest.approx(4 - 2 / 1.5)
+
+
+def test_stages_that_wait_make_others_faster() -> None:
+    machine = replace(MACHINE, rates=(Rates(1e9, 1e9, bubble_factor=0.4, pass_seconds=0.5),))
+    time = given([two_layers(1, 1, micro_batches=4, send_bytes=1e-9)] * 2, (1, 2, 1), machine)
+    assert time.compute == pytest.approx(4 * (4 + 2 * 0.5)) and time.bubble == pytest.approx(0.4 * 5)
+
+
 def test_a_step_waits_for_the_slowest_of_its_ranks() -> None:
     random = np.random.Generator(np.random.Philox(key=1)).normal(1.0, 0.02, (4000, 64))
     assert slowest_of(64, 0.02) == pytest.approx(random.max(1).mean(), abs=3e-4)

@@ -48,10 +48,13 @@ class Habits:
     Attributes:
         recomputes_all: whether activation checkpointing repeats the last collective of a layer's forward pass, too.
         compiles: whether ``train.compile auto`` compiles GPTs on GPUs.
+        packs_gradients: whether parameters are copied out of the flat vector and their gradients into buckets, instead
+            of lying there.
     """
 
     recomputes_all: bool = False
     compiles: bool = True
+    packs_gradients: bool = False
 
 
 def closed_form(
@@ -114,6 +117,24 @@ class Step:
         self.count = rows // self.rows
         self.tokens = self.rows * self.time
         self.sequence = self.shard.sequence and self.time % mesh.tensor == 0
+
+    def unpacked_bytes(self) -> float:
+        """Return the bytes per element of cutting parameters out of the flat vector, of one forward pass."""
+        return 8.0 if self.habits.packs_gradients else 0.0
+
+    def gradient_bytes(self) -> float:
+        """Return the bytes per element of adding up gradients, of one backward pass, in float32."""
+        if not self.habits.packs_gradients:
+            return 12.0  # the new one and the sum are read, the sum is written
+        if self.mesh.pipeline > 1:
+            return 20.0  # copied into one vector, which is added
+        return 28.0 if self.sums_micro_batches else 8.0  # copied into buckets; these into one vector, which is added
+
+    @property
+    def sums_micro_batches(self) -> bool:
+        """Whether a framework that packs gradients keeps a vector of sums."""
+        several = self.config.train.micro_batch_size is not None or self.mesh.pipeline > 1
+        return self.habits.packs_gradients and several
 
     def prediction(self) -> Prediction:
         """Return all costs."""

@@ -46,11 +46,15 @@ def work_of(
         scatters_every=step.zero == 2,
         update_elements=updated,
         moments=moments,
-        # Zeroing, the norm, and with ZeRO the copy of gathered parameters.
-        update_bytes=4.0 * size + 4.0 * updated + (12.0 * size if step.zero else 0.0),
+        # Zeroing, the norm, with ZeRO the copy of gathered parameters, and the copy of sums of micro-batches.
+        update_bytes=4.0 * size
+        + 4.0 * updated
+        + ((20.0 if step.habits.packs_gradients else 12.0) * size if step.zero else 0.0)
+        + (12.0 * size if step.sums_micro_batches else 0.0),
         after=exchange.after(),
         rounds=exchange.rounds(),
         rounds_bytes=12.0 * size / config.communication.local.steps if exchange.local else 0.0,
+        rounds_share=1.0 / config.communication.local.steps if exchange.local else 0.0,
         send_bytes=sent if mesh.pipeline > 1 else 0.0,
         saved_bytes=_saved(step) / every if every else 0.0,
     )
@@ -169,7 +173,8 @@ class _Exchange:
             totals[key] = totals.get(key, 0.0) + whole
         collectives = [Collective(operation, size, "data") for (operation, _), size in totals.items()]
         received = count * sent[0].received if sent and sent[0].operation == "all_gather" else 0.0
-        return Bucket(ready, elements, tuple(collectives), settings.algorithm, float(count), received, later)
+        tensors = float(len(sent))
+        return Bucket(ready, elements, tuple(collectives), settings.algorithm, float(count), received, tensors, later)
 
     def _is_compressible(self, shape: tuple[int, ...]) -> bool:
         settings, count = self.options.compression, math.prod(shape)

@@ -47,12 +47,14 @@ class CompressorRate:
     Attributes:
         seconds_per_element: of compressing, with error feedback, and of replacing the gradient.
         seconds_per_received_element: of decompressing the payload of one rank, for each that is gathered.
-        seconds_per_bucket: of every bucket, beside its elements.
+        seconds_per_bucket: of every bucket, beside its elements; of an outer update: of every round.
+        seconds_per_tensor: of every tensor that is compressed by itself, beside its elements: of starting operations.
     """
 
     seconds_per_element: float
     seconds_per_received_element: float = 0.0
     seconds_per_bucket: float = 0.0
+    seconds_per_tensor: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,14 @@ class Rates:
         product_bytes_per_second: at which products read their factors and write their results, in seconds beside those
             of their FLOPs; None: ``memory_bytes_per_second``.
         overlap_slowdown: factor on the seconds of computation while a collective is under way; None: the hardware's.
-        blocking_seconds: of every collective that computation waits for, beside its own: ranks don't arrive at once.
+        collective_slowdown: factor on the seconds of a collective while computation is under way beside it.
+        blocking_seconds: of every collective between tensor ranks, beside its own: ranks don't arrive at once.
         blocking_factor: on the seconds of such a collective itself.
+        pass_seconds: of every pass of a pipeline stage, beside its operations: of what starts it and its messages.
+        bubble_factor: of the seconds for which pipeline stages wait, the share that a step takes longer: meanwhile,
+            ranks that share cores with them are faster. None: none where ranks share cores, else all.
+        seconds_per_gathered_element: of the parameters that ZeRO gathers, beside the collective and the copy.
+        seconds_per_scattered_element: of the gradients that ZeRO-2 scatters in a micro-batch, beside the collective.
         compressors: seconds of compressors, and of a round's outer update by its exchange; others: the hardware's.
         framework, precision: for which they hold; ``any``: for all that have no entry of their own.
         ranks: ranks on the node with which they were measured; 0: ``sharing`` tells the difference.
@@ -100,8 +108,13 @@ class Rates:
     seconds_per_time_step: float = 0.0
     product_bytes_per_second: float | None = None
     overlap_slowdown: float | None = None
+    collective_slowdown: float = 1.0
     blocking_seconds: float = 0.0
     blocking_factor: float = 1.0
+    pass_seconds: float = 0.0
+    bubble_factor: float | None = None
+    seconds_per_gathered_element: float = 0.0
+    seconds_per_scattered_element: float = 0.0
     compressors: Mapping[str, CompressorRate] = field(default_factory=dict)
     framework: str = ANY
     precision: str = ANY
@@ -131,6 +144,8 @@ class MeasuredCollective:
         bytes: of the whole tensor: the sum's, what is gathered or scattered in all, what is broadcast.
         link: node, or network where the group has ranks on several nodes.
         framework: whose call was measured; ``any``: for all.
+        ranks_per_node: ranks on a node, of all groups that called it at the same time; 0: any number. A pair among four
+            ranks that share two cores waits longer than a pair that has them alone.
     """
 
     operation: str
@@ -139,6 +154,7 @@ class MeasuredCollective:
     seconds: tuple[float, ...]
     link: str = "node"
     framework: str = ANY
+    ranks_per_node: int = 0
 
 
 @dataclass(frozen=True)

@@ -108,8 +108,12 @@ class LayoutCosts:
         passes = [alone[id(work)].forward + alone[id(work)].backward for work in works]
         count = works[0].micro_batches
         cores, longest, before = self.hardware.cores_per_node, count * max(passes), 0.0
-        share = min(1.0, cores / network.per_node) if cores else 1.0
+        share, factor = min(1.0, cores / network.per_node) if cores else 1.0, computation.rates.bubble_factor
         for seconds in passes:
-            longest = max(longest, share * (before + count * seconds))
+            path = before + count * seconds
+            if factor is None:
+                longest = max(longest, share * path)
+            else:
+                longest = max(longest, (1 - factor) * count * max(passes) + factor * path)
             before += seconds
         return (1 - _ROUNDING) * (longest + computation.overhead(count))

@@ -68,9 +68,10 @@ class _Model:
         """Rows are looked up; their gradients are added into one of the table's size, which is added to the rest."""
         width, (count, elements) = self.s.width, self.sizes.get("embed", (1, 0))
         gather = self.summed("embed", backward=False)
-        forward = Pass(bytes=8.0 * self.tokens * width * count, operations=2.0 * count, blocking=gather)
+        unpacked = self.step.unpacked_bytes() * elements
+        forward = Pass(bytes=8.0 * self.tokens * width * count + unpacked, operations=2.0 * count, blocking=gather)
         backward = Pass(
-            bytes=8.0 * self.tokens * width * count + 16.0 * elements,
+            bytes=8.0 * self.tokens * width * count + (4.0 + self.step.gradient_bytes()) * elements,
             operations=4.0 * count,
             blocking=self.summed("embed", backward=True) + self.partial_sums("embed.positions"),
         )
@@ -81,6 +82,7 @@ class _Model:
         width, tokens = self.s.width, self.tokens
         product = (Product(tokens, width, self.vocab),)
         _, elements = self.sizes.get("head", (0, self.vocab * width))
+        _, own = self.sizes.get("head", (0, 0))  # of a tied table, the embedding counts the copy
         cast = 6.0 if self.item == 2 else 0.0
         blocking = self.summed("head", backward=False)
         if self.tensor > 1:
@@ -89,14 +91,14 @@ class _Model:
         scores = float(tokens * self.vocab)
         forward = Pass(
             product,
-            bytes=16.0 * tokens * width + cast * elements,
+            bytes=16.0 * tokens * width + cast * elements + self.step.unpacked_bytes() * own,
             scores=scores,
             operations=8.0,
             blocking=blocking,
         )
         backward = Pass(
             gradients_of(product),
-            bytes=24.0 * tokens * width + 12.0 * elements,
+            bytes=24.0 * tokens * width + self.step.gradient_bytes() * elements,
             scores=scores,
             operations=12.0,
             blocking=self.summed("head", backward=True) + self.partial_sums("final_norm."),
@@ -128,22 +130,22 @@ class _GPT(_Model):
 
     def layer(self, index: int) -> Segment:
         """Return a layer's passes; all are alike."""
-        between = self.sums_between()
+        between, element_bytes = self.sums_between(), self.element_bytes()
+        params, elements = self.sizes[f"layers.{index}"]
         forward = Pass(
             self.products(),
             self.attention(False),
-            bytes=self.element_bytes(),
+            bytes=element_bytes + self.step.unpacked_bytes() * elements,
             operations=self.operations(),
             blocking=between,
         )
-        params, elements = self.sizes[f"layers.{index}"]
         trained = not self.step.spec.frozen
-        # Sums of gradients: the new one and the sum are read, the sum is written; of half precision a cast before it.
-        added = (12.0 + (6.0 if self.item == 2 else 0.0)) * elements
+        # Gradients of half precision are cast before they are added.
+        added = (self.step.gradient_bytes() + (6.0 if self.item == 2 else 0.0)) * elements
         backward = Pass(
             gradients_of(forward.products, weights=trained),
             self.attention(True),
-            bytes=2.0 * forward.bytes + added,
+            bytes=2.0 * element_bytes + added,
             operations=1.5 * forward.operations + 2.0 * params,
             blocking=between + self.partial_sums("layers."),
         )
@@ -233,10 +235,13 @@ class _RNN(_Model):
                 Collective("all_gather", state, "tensor"),
             )
         params, elements = self.sizes[f"layers.{index}"]
-        forward = Pass(products, bytes=6.0 * gates, operations=6.0, time_steps=float(time), blocking=forward_sums)
+        unpacked = self.step.unpacked_bytes() * elements
+        forward = Pass(
+            products, bytes=6.0 * gates + unpacked, operations=6.0, time_steps=float(time), blocking=forward_sums
+        )
         backward = Pass(
             gradients_of(products),
-            bytes=10.0 * gates + 12.0 * elements,
+            bytes=10.0 * gates + self.step.gradient_bytes() * elements,
             operations=6.0 + 2.0 * params,
             time_steps=float(time),
             blocking=backward_sums,

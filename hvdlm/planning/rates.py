@@ -164,7 +164,12 @@ class Network:
         fitting = [c for c in self._curves if c.operation == operation and c.link == link]
         if not fitting:
             return None
-        curve = min(fitting, key=lambda c: (abs(math.log(c.ranks / ranks)), c.framework == ANY))
+
+        def distance(c: MeasuredCollective) -> tuple[float, float, bool]:
+            own = c.ranks_per_node or self.per_node
+            return abs(math.log(c.ranks / ranks)), abs(math.log(own / self.per_node)), c.framework == ANY
+
+        curve = min(fitting, key=distance)
         seconds = _interpolated(curve, size)
         if curve.ranks == ranks:
             return seconds

@@ -13,7 +13,7 @@ from hvdlm.parallel.mesh import Mesh
 from hvdlm.planning.closed_forms import Habits
 from hvdlm.planning.hardware import Hardware
 from hvdlm.planning.rates import Computation, Network
-from hvdlm.planning.step_time import blocked_seconds, resolved, stage_time, stage_works
+from hvdlm.planning.step_time import blocked_seconds, message_seconds, resolved, stage_time, stage_works
 from hvdlm.planning.work import Collective, Work
 
 _MOST_BUCKETS = 64  # of a stage; more are joined to as many, each ready when its last one is
@@ -139,7 +139,7 @@ def step_costs(
         first.micro_batches,
         config.parallel.schedule,
         data=0.0 if config.data.prefetch else data,
-        message=network.seconds(Collective("send", first.send_bytes, "pipeline")) if mesh.pipeline > 1 else 0.0,
+        message=message_seconds(first, network),
         metrics=_after(first, network, "all_reduce", "data"),
         tied=_after(first, network, "all_reduce", "ends"),
         norm=_after(first, network, "all_reduce", "model"),
@@ -162,7 +162,7 @@ def _stage(work: Work, computation: Computation, network: Network, every: int) -
         (time.last_backward if work.scatters_every else time.backward) - backward,
         forward,
         backward,
-        _buckets(work, computation, network),
+        _buckets(work, time.buckets, computation, network),
         time.update,
         _after(work, network, "all_gather", "data"),
         every * sum(network.seconds(collective) for collective in work.rounds),
@@ -170,16 +170,15 @@ def _stage(work: Work, computation: Computation, network: Network, every: int) -
     )
 
 
-def _buckets(work: Work, computation: Computation, network: Network) -> tuple[Bucket, ...]:
-    """Return a stage's buckets, ready by the seconds of the segments without any slowdown."""
+def _buckets(work: Work, taken: Sequence[float], computation: Computation, network: Network) -> tuple[Bucket, ...]:
+    """Return a stage's buckets, ready by the seconds of the segments without any slowdown; ``taken``: their seconds."""
     seconds = [
         computation.seconds(segment.backward) + blocked_seconds(segment.backward, computation, network)
         for segment in reversed(work.segments)
     ]
     ends = list(accumulate(seconds))
     buckets = [
-        Bucket(ends[-1 - bucket.ready] / ends[-1], sum(map(network.seconds, bucket.collectives)))
-        for bucket in work.buckets
+        Bucket(ends[-1 - bucket.ready] / ends[-1], seconds) for bucket, seconds in zip(work.buckets, taken, strict=True)
     ]
     return tuple(_joined(buckets))
 

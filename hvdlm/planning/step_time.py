@@ -13,6 +13,7 @@ from hvdlm.parallel.pipeline_stages import cut_into_stages
 from hvdlm.planning.closed_forms import Habits
 from hvdlm.planning.gradient_work import work_of
 from hvdlm.planning.hardware import OUTER_UPDATE, Hardware
+from hvdlm.planning.overlap import Slowdown, Task, run
 from hvdlm.planning.pipeline_time import simulate_pipeline
 from hvdlm.planning.rates import Computation, Network
 from hvdlm.planning.same import Same
@@ -58,6 +59,7 @@ class StageTime:
         update: of the optimizer and of what a step computes beside its passes.
         after: collectives after the gradients, and the share of rounds (local SGD, DiLoCo).
         send: of one micro-batch's activations to the next stage.
+        buckets: of each bucket's collectives, beside the backward pass and after it.
     """
 
     forward: float
@@ -69,6 +71,7 @@ class StageTime:
     update: float
     after: float
     send: float
+    buckets: tuple[float, ...] = ()
 
 
 def predict_time(
@@ -165,12 +168,13 @@ def step_time(
     times = {id(work): stage_time(work, computation, network) for work in {id(work): work for work in works}.values()}
     stages = [times[id(work)] for work in works]
     count = works[0].micro_batches
-    ends = simulate_pipeline(_by_themselves(stages, network), schedule, count)
+    factor = computation.rates.bubble_factor
+    ends = simulate_pipeline(_by_themselves(stages, network) if factor is None else stages, schedule, count)
     busy = [count * (stage.forward + stage.backward) + stage.last_backward - stage.backward for stage in stages]
     whole = max(end + stage.exposed for end, stage in zip(ends, stages, strict=True))
     slowest = max(range(len(stages)), key=lambda index: busy[index] + stages[index].exposed)
     stage = stages[slowest]
-    bubble = max(0.0, whole - busy[slowest] - stage.exposed) / interleaved
+    bubble = max(0.0, whole - busy[slowest] - stage.exposed) / interleaved * (1.0 if factor is None else factor)
     update, after = max(s.update for s in stages), max(s.after for s in stages)
     blocked = count * stage.blocked
     compute = busy[slowest] - blocked + update
@@ -199,16 +203,17 @@ def _by_themselves(stages: Sequence[StageTime], network: Network) -> Sequence[St
 
 def stage_time(work: Work, computation: Computation, network: Network) -> StageTime:
     """Return the seconds of one stage."""
-    forward = [_Task.of(segment.forward, computation, network) for segment in work.segments]
-    backward = [_Task.of(segment.backward, computation, network) for segment in reversed(work.segments)]
-    slowdown = computation.rates.overlap_slowdown or network.hardware.overlap_slowdown
-    without = _run(forward, slowdown), _run(backward, slowdown)
+    forward = [_task(segment.forward, computation, network) for segment in work.segments]
+    backward = [_task(segment.backward, computation, network) for segment in reversed(work.segments)]
+    slowdown = slowdown_of(computation, network)
+    without = run(forward, slowdown), run(backward, slowdown)
     first = 0.0
     if work.first_gathers:
         gathering = zip(forward, work.first_gathers, strict=True)
         tasks = [replace(task, gathers=network.seconds(gather)) for task, gather in gathering]
-        first = _run(tasks, slowdown).end - without[0].end
-    last = _run(_with_buckets(backward, work, computation, network), slowdown)
+        first = run(tasks, slowdown).end - without[0].end
+    alone = [sum(map(network.seconds, bucket.collectives)) for bucket in work.buckets]
+    last = run(_with_buckets(backward, work, alone, computation, network), slowdown)
     every = last if work.scatters_every else without[1]
     blocked = sum(task.blocking for task in [*forward, *backward])
     # Parameters' gathers that computation waits for (FSDP).
@@ -217,29 +222,55 @@ def stage_time(work: Work, computation: Computation, network: Network) -> StageT
     after = sum(network.seconds(collective) for collective in work.after)
     after += sum(network.seconds(collective) for bucket in work.buckets for collective in bucket.later)
     update = computation.update(work.update_elements, work.moments, work.update_bytes)
-    outer = computation.rates.compressors.get(OUTER_UPDATE)
-    round_bytes = work.rounds_bytes
-    update += outer.seconds_per_element * round_bytes / 12 if outer else computation.bytes(round_bytes)
-    update += computation.overhead(work.micro_batches)
+    update += _outer_update(work, computation) + computation.overhead(work.micro_batches)
+    update += computation.rates.seconds_per_gathered_element * work.gathered
+    update += computation.rates.seconds_per_scattered_element * work.scattered
     scattered = (work.micro_batches - 1) * last.exposed if work.scatters_every else 0.0
+    staged = computation.sharing.overhead * computation.rates.pass_seconds if work.send_bytes else 0.0
     return StageTime(
-        without[0].end,
-        every.end,
-        last.end,
+        without[0].end + staged,
+        every.end + staged,
+        last.end + staged,
         blocked,
         last.exposed + scattered + first,
         last.hidden + without[0].hidden,
         update,
         after + rounds,
-        _send(work, computation, network),
+        message_seconds(work, network),
+        _in_step(work, backward, last.then, alone),
     )
 
 
-def _send(work: Work, computation: Computation, network: Network) -> float:
+def _in_step(work: Work, backward: Sequence[Task], then: Sequence[float], alone: Sequence[float]) -> tuple[float, ...]:
+    """Return the seconds of each bucket's collectives in a step, of which they take ``alone`` by themselves.
+
+    ``then``: of all that are started after each task.
+    """
+    whole = [task.then for task in backward]
+    tasks = [len(backward) - 1 - bucket.ready for bucket in work.buckets]
+    for index, seconds in zip(tasks, alone, strict=True):
+        whole[index] += seconds
+    pairs = zip(tasks, alone, strict=True)
+    return tuple(seconds * then[index] / whole[index] if whole[index] else 0.0 for index, seconds in pairs)
+
+
+def slowdown_of(computation: Computation, network: Network) -> Slowdown:
+    """Return how computation and collectives slow each other down."""
+    rates = computation.rates
+    return Slowdown(rates.overlap_slowdown or network.hardware.overlap_slowdown, rates.collective_slowdown)
+
+
+def _outer_update(work: Work, computation: Computation) -> float:
+    """Return the share of a round's outer update that falls on a step."""
+    rate = computation.rates.compressors.get(OUTER_UPDATE)
+    if rate is None:
+        return computation.bytes(work.rounds_bytes)
+    return rate.seconds_per_element * work.rounds_bytes / 12 + rate.seconds_per_bucket * work.rounds_share
+
+
+def message_seconds(work: Work, network: Network) -> float:
     """Return the seconds until the next stage has a micro-batch's activations."""
-    if not work.send_bytes:
-        return 0.0
-    return _waited(network.seconds(Collective("send", work.send_bytes, "pipeline")), 1.0, computation)
+    return network.seconds(Collective("send", work.send_bytes, "pipeline")) if work.send_bytes else 0.0
 
 
 def blocked_seconds(one: Pass, computation: Computation, network: Network) -> float:
@@ -253,37 +284,24 @@ def _waited(seconds: float, count: float, computation: Computation) -> float:
     return computation.rates.blocking_factor * seconds + computation.rates.blocking_seconds * count
 
 
-@dataclass(frozen=True)
-class _Task:
-    """One segment's pass: computation with collectives before (which it needs), within, and after it.
+def _task(one: Pass, computation: Computation, network: Network) -> Task:
+    """Return the task of a segment's pass."""
+    gathers, then = (sum(map(network.seconds, group)) for group in (one.gathers, one.scatters))
+    return Task(computation.seconds(one), blocked_seconds(one, computation, network), gathers, then)
 
-    Attributes:
-        seconds: of computation.
-        blocking: of collectives that it waits for.
-        gathers: of collectives before it, started with the task before it.
-        then: of collectives that are started when it ends.
+
+def _with_buckets(
+    tasks: list[Task], work: Work, alone: Sequence[float], computation: Computation, network: Network
+) -> list[Task]:
+    """Return backward tasks (last segment first) that start the collectives of the buckets they complete.
+
+    ``alone``: seconds of each bucket's collectives by themselves.
     """
-
-    seconds: float
-    blocking: float
-    gathers: float = 0.0
-    then: float = 0.0
-
-    @classmethod
-    def of(cls, one: Pass, computation: Computation, network: Network) -> _Task:
-        """Return the task of a pass."""
-        gathers, then = (sum(map(network.seconds, group)) for group in (one.gathers, one.scatters))
-        return cls(computation.seconds(one), blocked_seconds(one, computation, network), gathers, then)
-
-
-def _with_buckets(tasks: list[_Task], work: Work, computation: Computation, network: Network) -> list[_Task]:
-    """Return backward tasks (last segment first) that start the collectives of the buckets they complete."""
     result = list(tasks)
-    for bucket in work.buckets:
+    for bucket, seconds in zip(work.buckets, alone, strict=True):
         index = len(tasks) - 1 - bucket.ready
         task = result[index]
         compress = _compression(bucket, computation, network)
-        seconds = sum(network.seconds(collective) for collective in bucket.collectives)
         result[index] = replace(task, seconds=task.seconds + compress, then=task.then + seconds)
     return result
 
@@ -294,39 +312,5 @@ def _compression(bucket: Bucket, computation: Computation, network: Network) -> 
     if rate is None or not bucket.compressed:
         return computation.bytes(24.0 * bucket.compressed + 8.0 * bucket.received)
     per_element = rate.seconds_per_element * bucket.compressed + rate.seconds_per_received_element * bucket.received
-    return computation.sharing.memory * per_element + computation.sharing.overhead * rate.seconds_per_bucket
-
-
-@dataclass(frozen=True)
-class _Ran:
-    """End of the computation, how long it waited for gathers, and communication after and behind it."""
-
-    end: float
-    waited: float
-    exposed: float
-    hidden: float
-
-
-def _run(tasks: Sequence[_Task], slowdown: float) -> _Ran:
-    """Run tasks on two streams: computation in their order, and collectives in the order in which they are started.
-
-    Computation takes ``slowdown`` times as long while a collective is under way.
-    """
-    now = free = waited = sent = 0.0
-    free = tasks[0].gathers if tasks else 0.0
-    arrival = free
-    for index, task in enumerate(tasks):
-        waited += max(0.0, arrival - now)
-        now = max(now, arrival)
-        arrival = now
-        if index + 1 < len(tasks) and tasks[index + 1].gathers:
-            free = max(free, now) + tasks[index + 1].gathers
-            arrival = free
-        busy = max(0.0, free - now)
-        slowed = min(task.seconds, busy / slowdown)
-        now += slowed * slowdown + (task.seconds - slowed) + task.blocking
-        if task.then:
-            free = max(free, now) + task.then
-        sent += task.then + task.gathers
-    exposed = max(0.0, free - now)
-    return _Ran(now, waited, exposed, max(0.0, sent - exposed - waited))
+    overhead = rate.seconds_per_bucket + rate.seconds_per_tensor * bucket.tensors
+    return computation.sharing.memory * per_element + computation.sharing.overhead * overhead

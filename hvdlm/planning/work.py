@@ -134,6 +134,7 @@ class Bucket:
         later: further rounds of them, after the backward pass (power_sgd).
         algorithm: compressor; ``none``: sent as it is.
         compressed: elements that are compressed.
+        tensors: that are compressed, each by operations of its own.
         received: elements of all ranks' payloads that this rank decompresses.
     """
 
@@ -143,6 +144,7 @@ class Bucket:
     algorithm: str = "none"
     compressed: float = 0.0
     received: float = 0.0
+    tensors: float = 0.0
     later: tuple[Collective, ...] = ()
 
 
@@ -161,7 +163,9 @@ class Work:
         update_bytes: that clipping, zeroing and copying of the flat vectors read and write beside the update itself.
         first_gathers: gathers of parameters that overlap with the first forward pass, segment by segment.
         after: collectives after the gradients: norm, metrics, parameters (ZeRO).
-        rounds: work and collectives of rounds, by the steps between them (local SGD, DiLoCo).
+        rounds: collectives of rounds, by the steps between them (local SGD, DiLoCo).
+        rounds_bytes: that a round's outer update reads and writes, by the steps between them.
+        rounds_share: share of steps that end a round.
         sends: bytes of one micro-batch's activations between two stages; 0: one stage.
         saved_bytes: bytes of a save that this rank copies, per step.
     """
@@ -178,8 +182,19 @@ class Work:
     after: tuple[Collective, ...] = ()
     rounds: tuple[Collective, ...] = ()
     rounds_bytes: float = 0.0
+    rounds_share: float = 0.0
     send_bytes: float = 0.0
     saved_bytes: float = 0.0
+
+    @property
+    def gathered(self) -> float:
+        """The parameters that a step gathers after the update (ZeRO)."""
+        return sum(c.count * c.bytes / 4 for c in self.after if c.operation == "all_gather" and c.axis == "data")
+
+    @property
+    def scattered(self) -> float:
+        """The gradients that a step scatters in all micro-batches (ZeRO-2)."""
+        return self.micro_batches * sum(bucket.elements for bucket in self.buckets) if self.scatters_every else 0.0
 
     @property
     def forward(self) -> Pass:

@@ -44,6 +44,13 @@ def amounts(work: Work, item: int = 4) -> list[float]:
     return [*whole, float(count), 1.0, work.update_elements]
 
 
+# Bytes of memory whose seconds those of a kind are usually like, and the standard deviation of the ratio's logarithm.
+# Where the timed steps don't tell kinds apart, as products' bytes from those of element-wise operations, these decide.
+_BYTES_OF = {"product_bytes": (1.0, 0.7), "bytes": (1.0, 0.7), "updates": (32.0, 0.7), "scores": (12.0, 1.0)}
+_ATTENTION = (2.0, 1.0)  # the same of attention's FLOPs and those of products
+_ERROR = 0.03  # relative standard deviation of a timed step at least
+
+
 def _attention_flops(one: Attention) -> float:
     return one.flops * (2.5 if one.backward else 1.0)
 
@@ -56,9 +63,51 @@ def fit(system: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[flo
         seconds: measured, ``[steps]``.
     """
     relative = np.array(system, float) / np.array(seconds, float)[:, None]
-    scale = np.abs(relative).max(0)
+    return non_negative(relative, np.ones(len(seconds)))
+
+
+def regularised_fit(
+    system: Sequence[Sequence[float]], seconds: Sequence[float], seconds_per_byte: float, error: float = _ERROR
+) -> list[float]:
+    """Return the most probable constants of ``KINDS``: near what is usual where the steps don't tell; see ``fit``.
+
+    Args:
+        system, seconds: as of ``fit``.
+        seconds_per_byte: of a copy, where even all bytes together seem to take no time.
+        error: relative standard error of the seconds.
+    """
+    relative = np.array(system, float) / np.array(seconds, float)[:, None]
+    usual = _usual(relative, seconds_per_byte)
+    weights = np.array([max(error, _ERROR) / deviation for _, deviation in usual.values()])
+    rows = np.zeros((len(usual), len(KINDS)))
+    for row, weight, (kind, (constant, _)) in zip(rows, weights, usual.items(), strict=True):
+        row[KINDS.index(kind)] = weight / constant
+    return non_negative(np.vstack([relative, rows]), np.concatenate([np.ones(len(seconds)), weights]))
+
+
+def _usual(relative: np.ndarray, seconds_per_byte: float) -> dict[str, tuple[float, float]]:
+    """Return the usual constants by kind, and the deviations of their logarithms.
+
+    They follow from those of products' FLOPs and of bytes, fitted with all bytes as of one kind.
+    """
+    moving = [KINDS.index(kind) for kind in _BYTES_OF]
+    others = [index for index in range(len(KINDS)) if index not in moving]  # the first: FLOPs of products
+    counts = np.array([count for count, _ in _BYTES_OF.values()])
+    joined = np.column_stack([relative[:, others], relative[:, moving] @ counts])
+    per_flop, *_, per_byte = non_negative(joined, np.ones(len(relative)))
+    per_byte = per_byte or seconds_per_byte
+    usual = {kind: (count * per_byte, deviation) for kind, (count, deviation) in _BYTES_OF.items()}
+    if per_flop:
+        usual["attention_flops"] = (_ATTENTION[0] * per_flop, _ATTENTION[1])
+    return usual
+
+
+def non_negative(system: np.ndarray, target: np.ndarray) -> list[float]:
+    """Return the ``x``, none below zero, that minimises ``|system x - target|``; columns may differ by any factor."""
+    scale = np.abs(system).max(0)
     scale[scale == 0] = 1.0
-    return (_non_negative(relative / scale, np.ones(len(seconds))) / scale).tolist()
+    constants: list[float] = (_non_negative(system / scale, target) / scale).tolist()
+    return constants
 
 
 def _non_negative(system: np.ndarray, target: np.ndarray) -> np.ndarray:

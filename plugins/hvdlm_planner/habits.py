@@ -14,5 +14,5 @@ def habits_of(config: Config) -> Habits:
     """Return the habits of the configured framework."""
     from hvdlm.planning.closed_forms import Habits
 
-    torch = config.framework == "torch"
-    return Habits(recomputes_all=config.framework == "tensorflow", compiles=torch)
+    graphs = config.framework == "tensorflow"
+    return Habits(recomputes_all=graphs, compiles=config.framework == "torch", packs_gradients=graphs)

@@ -8,93 +8,162 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+
+import numpy as np
 
 from hvdlm.planning.gradient_work import work_of
 from hvdlm.planning.hardware import OUTER_UPDATE, CompressorRate, Hardware, MeasuredCollective, Rates
 from hvdlm.planning.rates import Computation, Network
 from hvdlm.planning.step_time import step_time
 from hvdlm.planning.work import Work
-from hvdlm_planner.timed_steps import TimedModel, median
+from hvdlm_planner import fitting
+from hvdlm_planner.habits import habits_of
+from hvdlm_planner.timed_record import DATA, PIPELINE, TENSOR, ZERO, Timed
+from hvdlm_planner.timed_steps import TimedModel, trimmed_mean
 
-_SLOWDOWNS = (1.0, 1.15, 1.3, 1.5, 1.75, 2.0, 2.5, 3.5, 6.0, 20.0)
-_FACTORS = tuple(1.2**power for power in range(-8, 13))  # on the seconds of isolated collectives: 0.23 to 8.9
+_Point = tuple[float, ...]
 
+_SLOWDOWNS = (0.05, 0.3, 1.0, 3.0)  # beyond 1, from which the best one is searched
+_FIRST_STEP, _LAST_STEP = 2.0, 1.02  # factors between points of a search
 
-@dataclass(frozen=True)
-class Layout:
-    """A timed model of one kind: data, blocking (tensor, pipeline), outer_update, or a compressor."""
-
-    kind: str
-    model: TimedModel
+# What is usual, as a median and the standard deviation of the logarithm. Of several constants that explain the timed
+# steps equally well, the most probable ones are chosen.
+_Usual = tuple[float, float]
+_FACTOR: _Usual = (1.0, 0.3)  # on isolated collectives
+_SLOWED: _Usual = (0.5, 1.0)  # by which computation and collectives slow each other down
+_WAIT: _Usual = (3e-4, 2.0)  # seconds of a collective between tensor ranks, beside its own
+_PASS: _Usual = (3e-4, 2.0)  # seconds of a stage's pass, beside its operations
+_BUBBLE: _Usual = (0.8, 0.3)  # share of the bubble that a step takes longer
+_OPERATIONS, _OPERATION = 100, 1e-5  # that a compressor starts for a tensor; seconds of one at least
+_ERROR = 0.03  # relative standard deviation of a timed step and of its prediction by the true constants
 
 
 def fit_layouts(
-    layouts: Sequence[Layout], hardware: Hardware, rates: Rates
+    layouts: Sequence[Timed], hardware: Hardware, rates: Rates
 ) -> tuple[Rates, tuple[MeasuredCollective, ...]]:
     """Return the rates with what communication costs them, and the collectives' seconds as steps show them.
 
     ``hardware`` has the isolated collectives; ``rates`` are those of ranks that compute by themselves.
     """
-    data = [_Case(layout.model) for layout in layouts if layout.kind == "data"]
-    blocking = [_Case(layout.model) for layout in layouts if layout.kind == "blocking"]
-
-    def scaled(factor: float) -> tuple[MeasuredCollective, ...]:
-        return tuple(replace(c, seconds=tuple(factor * s for s in c.seconds)) for c in hardware.collectives)
-
-    def machine(rates: Rates, collectives: tuple[MeasuredCollective, ...]) -> Hardware:
-        return replace(hardware, rates=(rates,), collectives=collectives)
-
-    def error_of_data(choice: tuple[float, float]) -> float:
-        slowdown, factor = choice
-        return _error(data, machine(replace(rates, overlap_slowdown=slowdown), scaled(factor)))
-
-    slowdown, factor = _best(((s, f) for f in _FACTORS for s in _SLOWDOWNS), error_of_data)
-    rates, collectives = replace(rates, overlap_slowdown=slowdown), scaled(factor)
-    latency = max(1e-5, hardware.links["node"].latency_seconds)
-
-    def error_of_blocking(choice: tuple[float, float]) -> float:
-        factor, seconds = choice
-        changed = replace(rates, blocking_factor=factor, blocking_seconds=seconds)
-        return _error(blocking, machine(changed, collectives))
-
-    if blocking:
-        waits = [0.0, *(latency * 1.3**power for power in range(-8, 16))]
-        factor, seconds = _best(((f, s) for s in waits for f in _FACTORS), error_of_blocking)
-        rates = replace(rates, blocking_factor=factor, blocking_seconds=seconds)
-    compressors = dict(_compressors(layouts, machine(rates, collectives)))
-    return replace(rates, compressors=compressors), collectives
+    fit = _Fit(hardware, rates, layouts)
+    for step in (fit.data, fit.zero, fit.tensor, fit.pipeline, fit.compressors):
+        step()
+    return fit.rates, fit.collectives
 
 
-def _compressors(layouts: Sequence[Layout], hardware: Hardware) -> Iterable[tuple[str, CompressorRate]]:
-    """Yield the seconds of an element for each compressor, and for the outer update of local SGD and DiLoCo."""
-    rates = hardware.rates[0]
-    for kind in dict.fromkeys(layout.kind for layout in layouts if layout.kind not in ("data", "blocking")):
-        without = replace(hardware, rates=(replace(rates, compressors={kind: CompressorRate(0.0)}),))
-        seconds = []
-        for layout in layouts:
-            if layout.kind == kind:
-                case = _Case(layout.model)
-                seconds.append(max(0.0, case.measured - case.predicted(without)) / _elements(case.works[0], kind))
-        yield kind, CompressorRate(sum(seconds) / len(seconds))
+class _Fit:
+    """The rates as they are fitted kind by kind, each with the constants of those before."""
+
+    def __init__(self, hardware: Hardware, rates: Rates, layouts: Sequence[Timed]) -> None:
+        self._hardware = hardware
+        self._layouts = layouts
+        self.rates = rates
+        self.collectives = tuple(hardware.collectives)
+
+    def _cases(self, kind: str) -> list[_Case]:
+        return [_Case(timed.model) for timed in self._layouts if timed.kind == kind]
+
+    def _error(self, cases: Sequence[_Case], rates: Rates, collectives: tuple[MeasuredCollective, ...]) -> float:
+        """Return the sum of the squared logarithms of predicted / measured seconds, in standard deviations."""
+        machine = replace(self._hardware, rates=(rates,), collectives=collectives)
+        return sum((math.log(case.predicted(machine) / case.measured) / _ERROR) ** 2 for case in cases)
+
+    def data(self) -> None:
+        """Fit how much computation and collectives slow each other down, and how much longer these take in a step."""
+        if not (cases := self._cases(DATA)):
+            return
+
+        def rates(point: _Point) -> Rates:
+            return replace(self.rates, overlap_slowdown=1.0 + point[0], collective_slowdown=1.0 + point[1])
+
+        def error(point: _Point) -> float:
+            improbable = sum(map(_improbable, point, (_SLOWED, _SLOWED, _FACTOR)))
+            return self._error(cases, rates(point), self._scaled(point[2])) + improbable
+
+        point = min((_search(error, (first, first, 1.0)) for first in _SLOWDOWNS), key=error)
+        self.rates, self.collectives = rates(point), self._scaled(point[2])
+
+    def _scaled(self, factor: float) -> tuple[MeasuredCollective, ...]:
+        return tuple(replace(c, seconds=tuple(factor * s for s in c.seconds)) for c in self._hardware.collectives)
+
+    def zero(self) -> None:
+        """Fit what frameworks compute to gather and scatter parameters and gradients, beside the collectives."""
+        if not (cases := self._cases(ZERO)):
+            return
+        system = [[case.works[0].gathered / case.measured, case.works[0].scattered / case.measured] for case in cases]
+        gathered, scattered = fitting.non_negative(np.array(system), np.array(self._extra(cases, self.rates)))
+        self.rates = replace(self.rates, seconds_per_gathered_element=gathered, seconds_per_scattered_element=scattered)
+
+    def _extra(self, cases: Sequence[_Case], rates: Rates) -> list[float]:
+        """Return the share of each step that is not predicted by ``rates``."""
+        machine = replace(self._hardware, rates=(rates,), collectives=self.collectives)
+        return [1.0 - case.predicted(machine) / case.measured for case in cases]
+
+    def tensor(self) -> None:
+        """Fit what collectives between tensor ranks cost, for which the computation waits."""
+        if not (cases := self._cases(TENSOR)):
+            return
+
+        def rates(point: _Point) -> Rates:
+            return replace(self.rates, blocking_factor=point[0], blocking_seconds=point[1])
+
+        def error(point: _Point) -> float:
+            improbable = sum(map(_improbable, point, (_FACTOR, _WAIT)))
+            return self._error(cases, rates(point), self.collectives) + improbable
+
+        self.rates = rates(_search(error, (1.0, _WAIT[0])))
+
+    def pipeline(self) -> None:
+        """Fit what a stage's pass takes beside its operations, and what the bubble costs."""
+        if not (cases := self._cases(PIPELINE)):
+            return
+
+        def rates(point: _Point) -> Rates:
+            return replace(self.rates, pass_seconds=point[0], bubble_factor=min(1.0, point[1]))
+
+        def error(point: _Point) -> float:
+            improbable = sum(map(_improbable, point, (_PASS, _BUBBLE)))
+            return self._error(cases, rates(point), self.collectives) + improbable
+
+        self.rates = rates(_search(error, (_PASS[0], _BUBBLE[0])))
+
+    def compressors(self) -> None:
+        """Fit the seconds of compressors by element and by tensor; of the outer update by element and by round."""
+        known = {}
+        for kind in dict.fromkeys(timed.kind for timed in self._layouts):
+            if kind not in (DATA, ZERO, TENSOR, PIPELINE):
+                known[kind] = self._compressor(kind)
+        self.rates = replace(self.rates, compressors=known)
+
+    def _compressor(self, kind: str) -> CompressorRate:
+        cases = self._cases(kind)
+        # Relative to the step, as the error of its prediction will be.
+        system = [[amount / case.measured for amount in _compressed(case.works[0], kind)] for case in cases]
+        extra = self._extra(cases, replace(self.rates, compressors={kind: CompressorRate(0.0)}))
+        # What doesn't grow with the elements is of operations that are started: no more than usual without a reason.
+        started = _OPERATIONS * max(_OPERATION, self.rates.seconds_per_operation)
+        per_element, each = fitting.non_negative(np.array([*system, [0.0, _ERROR / started]]), np.array([*extra, 0.0]))
+        if kind == OUTER_UPDATE:
+            return CompressorRate(per_element, seconds_per_bucket=each)
+        return CompressorRate(per_element, seconds_per_tensor=each)
 
 
-def _elements(work: Work, kind: str) -> float:
-    """Return the elements that a step compresses, or the share of a round's update that falls on it."""
+def _compressed(work: Work, kind: str) -> tuple[float, float]:
+    """Return elements and tensors that a step compresses; of an outer update, the shares that fall on a step."""
     if kind == OUTER_UPDATE:
-        return work.rounds_bytes / 12
-    return sum(bucket.compressed for bucket in work.buckets)
+        return work.rounds_bytes / 12, work.rounds_share
+    return sum(bucket.compressed for bucket in work.buckets), sum(bucket.tensors for bucket in work.buckets)
 
 
 class _Case:
     """A measured step, and its prediction."""
 
     def __init__(self, model: TimedModel) -> None:
-        self.measured = median(model)
+        self.measured = trimmed_mean(model)
         self._config, self._mesh = model.config, model.mesh
-        stages = range(model.mesh.pipeline)
-        works = [work_of(model.config, model.spec, model.mesh, stage * model.mesh.tensor) for stage in stages]
+        habits, stages = habits_of(model.config), range(model.mesh.pipeline)
+        works = [work_of(model.config, model.spec, model.mesh, stage * model.mesh.tensor, habits) for stage in stages]
         self.works = [work for work in works if work is not None]
 
     def predicted(self, hardware: Hardware) -> float:
@@ -105,10 +174,28 @@ class _Case:
         return step_time(self.works, config.parallel.schedule, computation, network).seconds
 
 
-def _error(cases: Sequence[_Case], hardware: Hardware) -> float:
-    """Return the sum of the squared logarithms of predicted / measured seconds."""
-    return sum(math.log(case.predicted(hardware) / case.measured) ** 2 for case in cases)
+def _improbable(figure: float, usual: _Usual) -> float:
+    """Return how improbable a figure is, in the unit of errors."""
+    median_of, deviation = usual
+    return (math.log(figure / median_of) / deviation) ** 2
 
 
-def _best(candidates: Iterable[Any], error: Callable[[Any], float]) -> Any:
-    return min(candidates, key=error)
+def _search(error: Callable[[_Point], float], start: _Point) -> _Point:
+    """Return the point with the least error, by multiplying one figure after the other by ever smaller steps."""
+    best, least, step = start, error(start), _FIRST_STEP
+    while step > _LAST_STEP:
+        moved = False
+        for trial in _around(best, step):
+            if (value := error(trial)) < least:
+                best, least, moved = trial, value, True
+                break
+        if not moved:
+            step = math.sqrt(step)
+    return best
+
+
+def _around(point: _Point, step: float) -> Iterable[_Point]:
+    for index, value in enumerate(point):
+        for factor in (step, 1.0 / step):
+            if value * factor > 1e-9:
+                yield (*point[:index], value * factor, *point[index + 1 :])

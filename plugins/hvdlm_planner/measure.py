@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,16 +16,32 @@ from hvdlm.parallel.mesh import Mesh
 from hvdlm.planning.gradient_work import work_of
 from hvdlm.planning.hardware import Rates
 from hvdlm.protocols.world import World
-from hvdlm_planner import fitting, measured_collectives, measured_file
+from hvdlm_planner import fitting, measured_collectives, measured_file, timed_record
 from hvdlm_planner.calibrations import ALONE, config_of, layouts_of
-from hvdlm_planner.layout_fit import Layout, fit_layouts
+from hvdlm_planner.habits import habits_of
+from hvdlm_planner.layout_fit import fit_layouts
 from hvdlm_planner.measured_file import Measurement
-from hvdlm_planner.timed_steps import Ranks, TimedModel, build, connect, median, spread, steady, take_turns, warm_up
+from hvdlm_planner.timed_record import Record, Timed
+from hvdlm_planner.timed_steps import (
+    Ranks,
+    TimedModel,
+    build,
+    connect,
+    drop_partial_round,
+    of_slowest_rank,
+    spread,
+    steady,
+    take_turns,
+    trimmed_mean,
+    warm_up,
+)
 
-SECONDS = 60.0  # that a measurement may take
-_TURN = 0.05  # seconds of a model's turn
-_ROUNDS = (3, 9)  # fewest and most turns of a model
-_RESERVE = 5.0  # seconds for the fit, and for a last round that takes longer than the one before
+_TURN = 0.08  # seconds of a model's turn
+_LEAST_ROUNDS = 4  # for which time is left when models are built
+_LEAST_ALONE = 10  # first models of one rank, of which constants can be fitted
+_FOR_MODELS = 0.6  # share of the time that collectives by themselves leave for models
+_KNOWN = 0.01  # relative standard error of the models' seconds at which measuring ends
+_RESERVE = 6.0  # seconds for the fit and the end of the processes
 _NOISY, _USELESS = 0.15, 1.0  # spread of a model's turns: of a busy machine; of one whose figures say nothing
 _UNBOUNDED = 1e15  # FLOPs or bytes per second of a kind of work whose seconds the fit found to be 0
 
@@ -42,16 +59,21 @@ class Progress:
             print(f"measure: {text}; {max(0.0, self._end - time.monotonic()):.0f} s are left", flush=True)
 
     def left(self) -> float:
-        """Return the seconds that are left, the same on all ranks. All ranks call."""
+        """Return the seconds that are left for measuring, the same on all ranks. All ranks call."""
         seconds: float = self._world.broadcast_object(self._end - time.monotonic())
-        return seconds
+        return seconds - _RESERVE
 
 
-def main(config: Config, path: Path, seconds: float = SECONDS) -> None:
+def main(config: Config, path: Path, seconds: float, rounds: int, steps: Path | None = None) -> None:
     """Measure with the ranks of this launch; rank 0 adds the result to the file at ``path``. All ranks call.
 
+    Args:
+        seconds: that the measurement may take.
+        rounds: turns that each model has at most.
+        steps: file for what is timed; None: it is not kept.
+
     Raises:
-        HvdlmError: the machine is too busy for its figures to say anything.
+        HvdlmError: the machine is too busy for its figures to say anything, or the seconds are too few.
     """
     end = time.monotonic() + seconds
     size = launch_shape()[1]
@@ -60,10 +82,25 @@ def main(config: Config, path: Path, seconds: float = SECONDS) -> None:
     ranks = connect(config, meshes(size))
     with ending_all_ranks(ranks.world):
         base = replace(config, train=replace(config.train, threads=ranks.threads))
-        measurement = measure(ranks, base, Progress(ranks.world, end))
-        if ranks.world.rank == 0:
-            measured_file.add(measurement, path)
-            print("\n".join(summary(measurement)), f"written: {path}", sep="\n", flush=True)
+        progress = Progress(ranks.world, end)
+        record = measure(ranks, base, progress, rounds)
+        if steps is not None and ranks.world.rank == 0:
+            timed_record.write(record, steps)
+        noise = noise_of(record)
+        if ranks.world.rank == 0:  # the others' cores make the fit faster
+            add(fitted(record, noise, progress.say), path)
+
+
+def fit_again(record: Path, path: Path) -> None:
+    """Add what the steps in the file ``record`` say of their machine to the hardware file at ``path``."""
+    timed = timed_record.read(record)
+    add(fitted(timed, noise_of(timed), print), path)
+
+
+def add(measurement: Measurement, path: Path) -> None:
+    """Add a measurement to the file at ``path``, and print what it says."""
+    measured_file.add(measurement, path)
+    print("\n".join(summary(measurement)), f"written: {path}", sep="\n", flush=True)
 
 
 def meshes(size: int) -> list[Mesh]:
@@ -71,39 +108,89 @@ def meshes(size: int) -> list[Mesh]:
     return [Mesh(size // 2, 2, 1), Mesh(size // 2, 1, 2)] if size % 2 == 0 else []
 
 
-def measure(ranks: Ranks, base: Config, progress: Progress) -> Measurement:
-    """Return what the ranks of this launch measure. All ranks call."""
+def measure(ranks: Ranks, base: Config, progress: Progress, rounds: int) -> Record:
+    """Return what the ranks of this launch time until the seconds are over. All ranks call."""
     world, size = ranks.world, ranks.world.size
     progress.say(f"{size} rank(s) with {ranks.threads} thread(s) each, {ranks.framework.name}")
-    tables = measured_collectives.measure(ranks) if size > 1 else []
-    if tables:
+    tables = []
+    if size > 1:
+        kept = _FOR_MODELS * progress.left()
+        tables = measured_collectives.measure(ranks, lambda: progress.left() > kept)
         progress.say("collectives are measured")
-    alone = [_prepared(config_of(base, one), one.vocab, _alone(world), ranks) for one in ALONE]
-    progress.say(f"{len(alone)} models of one rank are built")
+    models = _built(ranks, base, progress)
+    _take_turns([timed.model for timed in models], world, progress, rounds)
+    alone = [timed.model for timed in models if timed.kind == timed_record.ALONE]
+    return Record(ranks.framework.name, size, world.local_size, tables, models, _copy_rate(alone))
+
+
+def _built(ranks: Ranks, base: Config, progress: Progress) -> list[Timed]:
+    """Return the models that have done their first steps, as many as the time allows.
+
+    Raises:
+        HvdlmError: it allows too few.
+    """
+    world = ranks.world
+    planned = _planned(base, world.size)
+    alone, models, longest, turns = _alone(world), [], 0.0, [2 * _TURN]
+    for kind, config, vocab in planned:
+        before = progress.left()
+        # Of the next model, as much as of the longest one so far.
+        if before < _LEAST_ROUNDS * (sum(turns) + max(turns)) + longest:
+            break
+        model = build(config, vocab, alone if kind == timed_record.ALONE else world, ranks.framework)
+        warm_up([model], world, _TURN)
+        models.append(Timed(kind, model))
+        turns.append(model.turn_seconds)
+        longest = max(longest, before - progress.left())
+    least = _LEAST_ALONE if world.size == 1 else _LEAST_ALONE + 1
+    if len(models) < least:
+        raise HvdlmError(
+            f"the machine can't be measured in so few seconds: of {len(planned)} small models, only {len(models)} "
+            f"could be started, and {least} are needed; give more --seconds, or end other work on it."
+        )
+    left_out = f", {len(planned) - len(models)} are left out for want of time" if len(models) < len(planned) else ""
+    progress.say(f"{len(models)} models are built{left_out}")
+    return models
+
+
+def _planned(base: Config, size: int) -> list[tuple[str, Config, int]]:
+    """Return (kind, configuration, vocabulary) of the models to time, those first that all others need."""
+    alone = [(timed_record.ALONE, config_of(base, one), one.vocab) for one in ALONE]
     together = layouts_of(base, size) if size > 1 else []
-    layouts = [Layout(kind, _prepared(config, vocab, world, ranks)) for kind, config, vocab in together]
-    if layouts:
-        progress.say(f"{len(layouts)} models of {size} ranks are built")
-    _take_turns([*alone, *(layout.model for layout in layouts)], world, progress)
-    copied = _copy_rate(alone)
-    noise = _middle([spread(model.seconds) for model in alone])
-    steady([*alone, *(layout.model for layout in layouts)])
-    rates, error = fitted_rates(alone, ranks)
+    kinds = len({kind for kind, _, _ in together})  # of each, the first layout comes before all second ones
+    return [*alone[:_LEAST_ALONE], *together[:kinds], *alone[_LEAST_ALONE:], *together[kinds:]]
+
+
+def noise_of(record: Record) -> float:
+    """Return the spread of the turns of half of the models.
+
+    Raises:
+        HvdlmError: the machine was too busy for its figures to say anything.
+    """
+    noise = _middle([spread(model.seconds) for model in record.of(timed_record.ALONE)])
     if noise > _USELESS:
         raise HvdlmError(
             f"the machine is too busy to be measured: half of a model's turns differ by {100 * noise:.0f}% of their "
             "median; end other work on it, and measure again."
         )
+    return noise
+
+
+def fitted(record: Record, noise: float, say: Callable[[str], None]) -> Measurement:
+    """Return the machine by what was timed."""
     if noise > _NOISY:
-        progress.say(f"the machine is busy: half of a model's turns differ by {100 * noise:.0f}%; predictions suffer")
-    notes = measured_file.about(ranks.framework.name, size, noise, error)
-    link = "node" if world.local_size == size else "network"
-    new = Measurement(rates, tables, world.local_size, link, copied, notes)
+        say(f"the machine is busy: half of a model's turns differ by {100 * noise:.0f}%; predictions suffer")
+    steady([timed.model for timed in record.models])
+    rates, error = fitted_rates(record.of(timed_record.ALONE), record)
+    notes = measured_file.about(record.framework, record.ranks, noise, error)
+    copied = record.save_bytes_per_second
+    new = Measurement(rates, record.collectives, record.ranks_per_node, record.link, copied, notes)
+    layouts = [timed for timed in record.models if timed.kind != timed_record.ALONE]
     if not layouts:
         return new
-    progress.say("fitting what communication costs")
-    fitted, scaled = fit_layouts(layouts, measured_file.merged(None, new), rates)
-    return replace(new, rates=fitted, collectives=scaled)
+    say("fitting what communication costs")
+    rates, tables = fit_layouts(layouts, measured_file.merged(None, new), rates)
+    return replace(new, rates=rates, collectives=tables)
 
 
 def _alone(world: World) -> World:
@@ -113,34 +200,43 @@ def _alone(world: World) -> World:
     return LocalWorld(world.local_rank)
 
 
-def _prepared(config: Config, vocab: int, world: World, ranks: Ranks) -> TimedModel:
-    """Return a model that has done its first steps."""
-    model = build(config, vocab, world, ranks.framework)
-    warm_up([model], ranks.world, _TURN)
-    return model
-
-
-def _take_turns(models: Sequence[TimedModel], world: World, progress: Progress) -> None:
-    """Time the models in rounds, as many as the time allows. All ranks call."""
-    for number in range(_ROUNDS[1]):
-        before = progress.left()
-        take_turns(models, world, 1)
+def _take_turns(models: Sequence[TimedModel], world: World, progress: Progress, most: int) -> None:
+    """Time the models in rounds until their seconds are known well, or the time is over. All ranks call."""
+    rounds, before = 0, progress.left()
+    while rounds < most and take_turns(models, world, rounds, lambda: progress.left() > 0):
+        rounds += 1
         left = progress.left()
-        progress.say(f"round {number + 1} of at most {_ROUNDS[1]}")
-        if number + 1 >= _ROUNDS[0] and left - _RESERVE < before - left:
+        longest, before = before - left, left
+        if left < longest or (rounds >= _LEAST_ROUNDS and world.broadcast_object(_standard_error(models) <= _KNOWN)):
             break
+    if rounds == 0:
+        raise HvdlmError("the seconds are over before every model has had its turn: give more --seconds.")
+    drop_partial_round(models)
+    of_slowest_rank(models, world)
+    progress.say(f"{rounds} rounds of {len(models)} models are timed")
 
 
-def fitted_rates(models: Sequence[TimedModel], ranks: Ranks) -> tuple[Rates, float]:
+def _standard_error(models: Sequence[TimedModel]) -> float:
+    """Return the relative standard error of half of the models' figures.
+
+    That of a median of n normally distributed values, whose quartiles are 1.35 standard deviations apart.
+    """
+    return _middle([1.25 * spread(m.seconds) / 1.35 / math.sqrt(len(m.seconds)) for m in models])
+
+
+def fitted_rates(models: Sequence[TimedModel], record: Record) -> tuple[Rates, float]:
     """Return the rates that fit the seconds of the models' steps best, and the median of their relative errors."""
     precision = models[0].config.train.precision
     item = 4 if precision == "fp32" else 2
-    works = [work_of(m.config, m.spec, m.mesh, 0, fused=m.config.train.compile is True) for m in models]
+    works = [
+        work_of(m.config, m.spec, m.mesh, 0, habits_of(m.config), fused=m.config.train.compile is True) for m in models
+    ]
     system = [fitting.amounts(work, item) for work in works if work is not None]
-    seconds = [median(model) for model in models]
-    constants = fitting.fit(system, seconds)
+    seconds = [trimmed_mean(model) for model in models]
+    copied = 0.5 / record.save_bytes_per_second  # which is read and written
+    constants = fitting.regularised_fit(system, seconds, copied, _standard_error(models))
     error = _middle([abs(error) for error in fitting.errors(system, constants, seconds)])
-    return rates_of(constants, ranks.framework.name, precision, ranks.world.local_size), error
+    return rates_of(constants, record.framework, precision, record.ranks_per_node), error
 
 
 def rates_of(constants: Sequence[float], framework: str, precision: str, ranks: int) -> Rates:

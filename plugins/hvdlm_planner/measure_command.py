@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def main(options: Namespace, rest: list[str]) -> int:
-    """Measure, and add the result to the machine's hardware file or to the one that ``--hardware`` names.
+    """Measure, or fit what was timed before; add the result to the machine's hardware file or to ``--hardware``'s.
 
     ``rest``: options of train.
     """
@@ -20,11 +20,18 @@ def main(options: Namespace, rest: list[str]) -> int:
 
     if not options.seconds > 0:
         raise HvdlmError(f"--seconds: got {options.seconds:g}, expected more than 0.")
+    if options.rounds < 1:
+        raise HvdlmError(f"--rounds: got {options.rounds}, expected at least 1.")
     config = parse_config(rest, "plan")
-    path = Path(options.hardware) if options.hardware else measured_path()
+    path, steps = Path(options.hardware) if options.hardware else measured_path(), None
     if options.hardware:
         check_output(path)
+    if options.fit:
+        measure.fit_again(Path(options.fit), path)
+        return 0
+    if options.steps:
+        check_output(steps := Path(options.steps))
     with watching() as watchdog:
-        measure.main(config, path, options.seconds)
+        measure.main(config, path, options.seconds, options.rounds, steps)
         watchdog.code = 0
     return 0

@@ -66,12 +66,13 @@ def merged(known: Hardware | None, new: Measurement) -> Hardware:
     """Return ``known`` with the rates and collectives of ``new``."""
     known = known or _empty(new)
     links = dict(known.links)
+    collectives = (*(c for c in known.collectives if not _replaced(c, new)), *new.collectives)
     if new.collectives:
-        links[new.link] = link_of(new.collectives)
+        links[new.link] = link_of([c for c in collectives if c.link == new.link])
     return replace(
         known,
         rates=(*(rates for rates in known.rates if _key(rates) != _key(new.rates)), new.rates),
-        collectives=(*(c for c in known.collectives if not _replaced(c, new)), *new.collectives),
+        collectives=collectives,
         links=links,
         ranks_per_node=max(known.ranks_per_node, new.ranks_per_node),
         save_bytes_per_second=new.save_bytes_per_second,
@@ -100,15 +101,22 @@ def _key(rates: Rates) -> tuple[str, str, int]:
 
 
 def _replaced(old: MeasuredCollective, new: Measurement) -> bool:
-    keys = {(c.framework, c.link, c.ranks, c.operation) for c in new.collectives}
-    return (old.framework, old.link, old.ranks, old.operation) in keys
+    def key(c: MeasuredCollective) -> tuple[str, str, int, str, int]:
+        return c.framework, c.link, c.ranks, c.operation, c.ranks_per_node
+
+    return key(old) in map(key, new.collectives)
 
 
 def link_of(tables: Sequence[MeasuredCollective]) -> Link:
-    """Return latency and bandwidth of the measured broadcasts of a pair, or of the smallest group."""
-    [table, *_] = sorted((t for t in tables if t.operation == "broadcast"), key=lambda t: t.ranks)
+    """Return latency and bandwidth of the measured broadcasts of a pair, or of the smallest group.
+
+    Of several, those among the fewest ranks of a node.
+    """
+    [table, *_] = sorted((t for t in tables if t.operation == "broadcast"), key=lambda t: (t.ranks, t.ranks_per_node))
     latency, longest = table.seconds[0], table.seconds[-1]
     moved = table.bytes[-1] - table.bytes[0]
+    if not moved:  # there was time for the fewest bytes only
+        return replace(ASSUMED, latency_seconds=latency)
     return Link(latency, moved / max(longest - latency, 1e-9))
 
 

@@ -17,7 +17,7 @@ def main(arguments: list[str]) -> int:
     from hvdlm_planner.planned_run import with_ranks
 
     options, rest = make_parser().parse_known_args(arguments)
-    if options.measure:
+    if options.measure or options.fit:
         from hvdlm_planner import measure_command
 
         return measure_command.main(options, rest)
@@ -68,7 +68,20 @@ def make_parser() -> argparse.ArgumentParser:
         help="measure how fast this machine trains, with one rank, or under a launcher with several and what they send "
         "(python -m hvdlm run -np 4 -- plan --measure), and add it to the hardware file",
     )
-    parser.add_argument("--seconds", type=float, default=60.0, help="that a measurement may take; default: 60")
+    parser.add_argument("--seconds", type=float, default=60.0, help="that a measurement takes at most; default: 60")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=1000,
+        help="turns that each model of a measurement has at most; default: until its seconds are known to 1%%, or the "
+        "time is over",
+    )
+    parser.add_argument("--steps", metavar="FILE", help="with --measure: also write the timed steps, as JSON")
+    parser.add_argument(
+        "--fit",
+        metavar="FILE",
+        help="fit the machine's figures to timed steps of --steps again, without measuring, in place of --measure",
+    )
     parser.add_argument(
         "--ranks",
         type=int,

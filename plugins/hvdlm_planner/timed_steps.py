@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,6 +21,9 @@ from hvdlm.protocols.framework import Framework, Resolved, ResolvesOptions
 from hvdlm.protocols.types import Batch
 from hvdlm.protocols.world import World
 from hvdlm.training.run import keep_recorder, load_plugins, plan, share_phases
+
+_DROPPED = 0.1  # share of the turns, at either end, that a mean leaves out
+_LONG = 0.25  # seconds of a period beside which filling the caches takes none
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,9 @@ class TimedModel:
 
     Attributes:
         period: steps after which the work repeats: those of a round of local SGD, else 1.
+        steps: periods of a turn.
+        turn_seconds: that a turn is expected to take.
+        seconds: of a step, turn by turn.
     """
 
     config: Config
@@ -65,6 +72,7 @@ class TimedModel:
     period: int
     step: int = 0
     steps: int = 0
+    turn_seconds: float = 0.0
     seconds: list[float] = field(default_factory=list)
 
     def run(self, periods: int) -> float:
@@ -126,25 +134,52 @@ def warm_up(models: Sequence[TimedModel], world: World, turn_seconds: float) -> 
         model.run(1)
         seconds = max(world.gather_objects(model.run(1)))
         model.steps = max(1, round(turn_seconds / (seconds * model.period)))
+        model.turn_seconds = (model.steps + 1) * model.period * seconds
 
 
-def take_turns(models: Sequence[TimedModel], world: World, rounds: int) -> None:
-    """Time each model's turn in each of ``rounds`` rounds, in alternating order. All ranks call.
+def take_turns(
+    models: Sequence[TimedModel], world: World, number: int = 0, goes_on: Callable[[], bool] = lambda: True
+) -> bool:
+    """Time the models' turns of round ``number``, in alternating order; return whether all had one. All ranks call.
 
-    A turn's figure is that of the slowest rank.
+    A turn's figure is this rank's. Before each turn, ``goes_on()`` tells whether there is time for it.
     """
-    for number in range(rounds):
-        for model in models if number % 2 == 0 else reversed(models):
-            world.gather_objects(None)  # all ranks begin together
-            model.seconds.append(model.run(model.steps))
-            process.alive()
+    for model in models if number % 2 == 0 else reversed(models):
+        if not goes_on():
+            return False
+        if model.turn_seconds < _LONG * (model.steps + 1):
+            model.run(1)  # untimed: another model's turn has taken its weights out of the caches
+        world.gather_objects(None)  # all ranks begin together
+        model.seconds.append(model.run(model.steps))
+        process.alive()
+    return True
+
+
+def of_slowest_rank(models: Sequence[TimedModel], world: World) -> None:
+    """Replace the turns of all models by those of the rank that is slowest in the mean of all models. All ranks call.
+
+    A rank that is slow in a single turn, because others have taken its core, is not a slow one.
+    """
+    of_ranks = world.gather_objects([model.seconds for model in models])
+    slowest = max(of_ranks, key=lambda turns: float(np.log(np.median(turns, axis=1)).mean()))
+    for model, seconds in zip(models, slowest, strict=True):
+        model.seconds = seconds
+
+
+def drop_partial_round(models: Sequence[TimedModel]) -> None:
+    """Drop the turns of a round in which not all models had one."""
+    rounds = min(len(model.seconds) for model in models)
     for model in models:
-        model.seconds[-rounds:] = np.max(world.gather_objects(model.seconds[-rounds:]), axis=0).tolist()
+        del model.seconds[rounds:]
 
 
-def median(model: TimedModel) -> float:
-    """Return the median seconds of a step over the turns."""
-    return statistics.median(model.seconds)
+def trimmed_mean(model: TimedModel) -> float:
+    """Return the mean seconds of a step over the turns, without the fastest and the slowest tenth of them.
+
+    A median of short turns would leave out that every tenth step takes half as long again, which long runs don't.
+    """
+    dropped = min(math.ceil(_DROPPED * len(model.seconds)), (len(model.seconds) - 1) // 2)
+    return statistics.fmean(sorted(model.seconds)[dropped : len(model.seconds) - dropped])
 
 
 def steady(models: Sequence[TimedModel]) -> None:
