@@ -26,6 +26,7 @@ from harness import emit, flags, make_parser, parse, report_ratio, run_worker
 FULL = {
     "models": ["4x128", "6x384", "12x512"],
     "layouts": ["1x1x2", "1x2x1"],
+    "layers": 4,
     "width": 256,
     "context": 128,
     "rows": 6,
@@ -33,7 +34,8 @@ FULL = {
     "rounds": 15,
     "block": 2,
 }
-SHORT = {"models": ["1x32"], "layouts": ["1x2x1"], "width": 32, "context": 16, "rows": 2, "rounds": 2, "block": 1}
+SHORT = {"models": ["1x32"], "layouts": ["1x2x1"], "layers": 2, "width": 32}
+SHORT |= {"context": 16, "rows": 2, "rounds": 2, "block": 1}
 VOCAB = 96
 
 
@@ -96,7 +98,8 @@ def report_layout(framework: str, layout: str, o: argparse.Namespace) -> None:
     """Report the ratio of two ranks that share a model; XLA can't compile the collectives of tensor ranks."""
     if framework == "tensorflow" and not layout.endswith("x1"):
         return
-    sizes = {"width": o.width, "layers": 4, "context": o.context, "rows": 8, "micro_batches": 4, "rounds": o.rounds}
+    sizes = {name: getattr(o, name) for name in ("width", "layers", "context", "rounds")}
+    sizes |= {"rows": 8, "micro_batches": 4}
     worker = ["--framework", framework, "--layouts", f"{layout},{layout}c", *flags(sizes)]
     rounds = run_worker("layout_worker.py", 2, worker)["rounds"][0]
     title = f"step as it is / compiled, {framework}, {layout} (data x pipeline x tensor), width {o.width}"
@@ -112,7 +115,9 @@ def main() -> int:
     if o.work:
         work(o.frameworks[0], o.models[0], o)
         return 0
-    sizes = {name: getattr(o, name) for name in (*FULL, "precision") if name not in ("models", "layouts", "width")}
+    sizes = {
+        name: getattr(o, name) for name in (*FULL, "precision") if name not in ("models", "layouts", "layers", "width")
+    }
     for framework in o.frameworks:
         for shape in o.models:
             values = run_worker("compiled_steps.py", 1, ["--work", framework, "--models", shape, *flags(sizes)])

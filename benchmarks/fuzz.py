@@ -21,7 +21,7 @@ from harness import Bar, flags, make_parser, parse, report, skip
 WORKER = Path(__file__).with_name("fuzz_worker.py")
 TARGETS = ["manifest", "shard", "header", "journal", "tokenizer", "folder", "yaml", "arrow", "parquet"]
 TARGETS += ["doctor", "report", "resume", "speech", "digits", "hardware", "conditions", "scaling"]
-FULL, SHORT = {"seconds": 600, "longest": 8192}, {"seconds": 5}
+FULL, SHORT = {"seconds": 600, "longest": 8192}, {"seconds": 1}
 NONE = Bar(at_most=0)
 
 

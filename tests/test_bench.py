@@ -43,14 +43,14 @@ def test_the_fit_finds_latency_and_inverse_bandwidth() -> None:
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_bench_measures_every_collective_beside_raw_mpi(framework: str, tmp_path: Path) -> None:
     output = tmp_path / "figures" / "bench.json"
-    command = ["-m", "hvdlm", "bench", "--framework", framework, "--largest", "65536", "--output", str(output)]
+    command = ["-m", "hvdlm", "bench", "--framework", framework, "--largest", "4096", "--output", str(output)]
     done = launch("mpirun", 2, command)
     assert done.returncode == 0, done.stdout + done.stderr
     figures = json.loads(output.read_text())
     assert (figures["framework"], figures["ranks"]) == (framework, 2)
     assert list(figures["collectives"]) == list(collective_benchmark.COLLECTIVES)
     for entry in figures["collectives"].values():
-        assert [size["bytes"] for size in entry["sizes"]] == [1024, 4096, 16384, 65536]
+        assert [size["bytes"] for size in entry["sizes"]] == [1024, 4096]
         assert all(size["seconds"] > 0 and size["raw_seconds"] > 0 for size in entry["sizes"])
         assert entry["fit"]["alpha"] >= 0 and entry["fit"]["beta"] >= 0
     assert "<svg" in output.with_suffix(".svg").read_text()

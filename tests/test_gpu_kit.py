@@ -188,15 +188,13 @@ def test_a_killed_call_is_continued_by_the_next(tmp_path: Path) -> None:
     """End to end in the short form: the call is killed after its first case, the next one does the others."""
     results = tmp_path / "results"
     arguments = ["all", "--short", "--limit", "600", "--results", str(results)]
-    command = [sys.executable, "benchmarks/gpu.py", *arguments]
-    first = subprocess.Popen(
-        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    command, env = [sys.executable, "benchmarks/gpu.py", *arguments], environment(HVDLM_TEST_IMPORTS="torch")
+    first = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_until(lambda: (results / "results.json").exists() and stored(tmp_path), 120, first)
     first.send_signal(signal.SIGKILL)
     first.communicate(timeout=30)
     before = stored(tmp_path)
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     after = stored(tmp_path)
     assert {name: after[name] for name in before} == before  # not run again

@@ -25,7 +25,7 @@ from typing import Any
 # before they import the rest.
 COMMON = ["numpy", "ml_dtypes", "pluggy", "yaml", "jsonargparse", "safetensors.numpy", "tokenizers", "psutil", "tqdm"]
 COMMON += ["tensorboard.summary"]
-FRAMEWORKS = {"none": [], "torch": ["torch"], "tensorflow": ["tensorflow", "keras"]}
+FRAMEWORKS = {"none": [], "torch": ["torch", "torch._dynamo"], "tensorflow": ["tensorflow", "keras"]}
 Request = tuple[dict[str, Any], list[int]]
 
 

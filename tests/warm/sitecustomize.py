@@ -10,15 +10,22 @@ import sys
 READ_ONCE = ("PYTHON", "LD_", "LC_", "LANG", "KMP_", "TF_", "XLA_", "MALLOC_", "TORCH", "PYTORCH")
 # The former two are read at the first operation; a fork extends its path and writes as the latter two say.
 NOT_READ = ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "PYTHONPATH", "PYTHONUNBUFFERED")
+NOT_READ += ("TORCHINDUCTOR_CACHE_DIR",)  # read when something is compiled; the import of transformers sets it
 FORWARDED = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGCONT", "SIGALRM")
 FRAMEWORKS = ("torch", "tensorflow")
 
 
 def framework(arguments: list) -> str:
-    """Return the framework that a command imports, "none" for a command of hvdlm that imports none, else ""."""
+    """Return the framework that a command imports, "none" for a command of hvdlm that imports none, else "".
+
+    ``HVDLM_TEST_IMPORTS`` names that of programs (``python -c CODE`` and ``python FILE``) that don't. With it,
+    horovodrun is warm, too: it imports TensorFlow to ask Horovod what it was built with.
+    """
     module = arguments[1] if arguments[0] == "-m" and len(arguments) > 1 else ""
-    tested = os.environ.get("HVDLM_TEST_FRAMEWORK", "")
-    name = tested if module == "pytest" else ""
+    tested, imported = (os.environ.get(f"HVDLM_TEST_{name}", "") for name in ("FRAMEWORK", "IMPORTS"))
+    name = tested if module == "pytest" else imported if is_program(*arguments[:2]) else ""
+    if imported and os.path.basename(arguments[0]) == "horovodrun":
+        return "tensorflow"
     if "--framework" in arguments[:-1]:
         name = arguments[arguments.index("--framework") + 1]
     elif module == "hvdlm":
@@ -26,16 +33,24 @@ def framework(arguments: list) -> str:
     elif module == "hvdlm_testing.rank_worker":
         with open(arguments[2]) as file:
             name = file.read().partition('"framework": "')[2].partition('"')[0]
-    if name in FRAMEWORKS:
+    if name in (*FRAMEWORKS, "none"):
         return name
     if module in ("hvdlm", "hvdlm_testing.rank_worker") or "--hvdlm-plugin" in arguments:
         return tested if tested in FRAMEWORKS else "none"  # a plugin's framework may import one of them
     return ""
 
 
+def is_program(option: str, code: str = "") -> bool:
+    """Return whether a command runs a program, and not a process that a library starts, which inherits its files."""
+    if option == "-c":
+        return "multiprocessing" not in code
+    return option.endswith(".py") and "site-packages" not in option
+
+
 def default_framework(arguments: list) -> str:
     """Return the framework of a command of hvdlm that names none, if it imports one."""
-    computes = arguments[:1] in (["train"], ["generate"], ["evaluate"]) or (arguments[0:1] and arguments[0][:2] == "--")
+    computes = arguments[:1] in (["train"], ["generate"], ["evaluate"], ["bench"]) or "--measure" in arguments
+    computes = computes or (arguments[0:1] and arguments[0][:2] == "--")
     if not computes or {"--help", "-h", "--dry_run", "--version"} & set(arguments):
         return ""
     for option, file in (("--config", ""), ("--run", "config.yaml")):
@@ -58,7 +73,19 @@ def shadowed() -> bool:
 
 def read_once(environment: dict) -> dict:
     """Return the environment variables that are read when Python, its libraries or a framework are loaded."""
-    return {n: value for n, value in environment.items() if n.startswith(READ_ONCE) and n not in NOT_READ}
+    read = {n: value for n, value in environment.items() if n.startswith(READ_ONCE) and n not in NOT_READ}
+    # An mpirun that is started by its path adds the folders of its libraries, which are found without that.
+    folders = read.pop("LD_LIBRARY_PATH", "").split(os.pathsep)
+    return read | {"LD_LIBRARY_PATH": [folder for folder in folders if folder and not folder.startswith(sys.prefix)]}
+
+
+def on_this_host(connection: object) -> bool:
+    """Return whether the server is in the namespaces of this process, which may be a host of its own."""
+    import socket
+    import struct
+
+    (pid, _, _) = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return all(os.readlink(f"/proc/{pid}/ns/{kind}") == os.readlink(f"/proc/self/ns/{kind}") for kind in ("net", "uts"))
 
 
 def continue_as_fork(folder: str, arguments: list) -> None:
@@ -75,6 +102,8 @@ def continue_as_fork(folder: str, arguments: list) -> None:
     try:
         connection.connect(os.path.join(folder, framework(arguments)))
     except (ConnectionRefusedError, PermissionError):  # the server has died, or this is another user
+        return
+    if not on_this_host(connection):
         return
     request = {"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd()}
     request |= {"cores": sorted(os.sched_getaffinity(0)), "umask": os.umask(0)}
