@@ -20,9 +20,10 @@ DATA = Path(os.environ.get("HVDLM_DATA", ROOT.parent / "shared" / "data"))
 WARM = str(ROOT / "tests" / "warm")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
-# The framework and number of ranks of the launch that runs tests/parallel in this process.
+# The framework, number of ranks and backend of the launch that runs tests/parallel in this process.
 FRAMEWORK = os.environ.get("HVDLM_TEST_FRAMEWORK", "torch")
 RANKS = int(os.environ.get("HVDLM_TEST_RANKS", "1"))
+BACKEND = os.environ.get("HVDLM_TEST_BACKEND", "")  # that of the launcher, unless it is given
 
 # Options of a small run that takes seconds.
 SMALL = ["--model.layers", "2", "--model.width", "32", "--model.heads", "2"]

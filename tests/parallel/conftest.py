@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,9 +18,7 @@ from hvdlm.config import Config
 from hvdlm.configuration.availability import choose_backend
 from hvdlm.io import rank_context
 from hvdlm.protocols.world import World
-from launching import FRAMEWORK, RANKS
-
-BACKEND = os.environ.get("HVDLM_TEST_BACKEND", "")
+from launching import BACKEND, FRAMEWORK, RANKS
 
 
 @pytest.fixture(scope="session")
@@ -100,7 +99,16 @@ def tensor():
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Exit at the first failure, so that the launcher ends the other ranks, which would wait in collectives."""
+    """Exit at the first failure, so that the launcher ends the other ranks, which would wait in collectives.
+
+    The message comes last: TensorFlow's hold stacks of a graph's operations, and the end of the output is shown.
+    """
     if report.failed:
-        print(report.nodeid, report.longreprtext, flush=True)
+        crash = getattr(report.longrepr, "reprcrash", None)
+        message = crash.message if crash else ""
+        print(
+            f"{report.longreprtext[-20_000:]}\n{report.nodeid} failed:\n{message[:1000]}\n[...]\n{message[-2000:]}",
+            flush=True,
+        )
+        time.sleep(1)  # a launcher forwards what it has read until a rank ends, but may not read what is left
         os._exit(1)

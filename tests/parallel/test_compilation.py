@@ -12,7 +12,7 @@ from test_layouts import GPT, build, configured, train
 from hvdlm.parallel.mesh import Mesh
 from hvdlm.protocols.world import World
 from hvdlm_backends.groups import CountedGroup
-from launching import FRAMEWORK, RANKS
+from launching import BACKEND, FRAMEWORK, RANKS
 
 pytestmark = pytest.mark.skipif(
     RANKS != 2 or FRAMEWORK not in ("torch", "tensorflow"), reason="two ranks show what four would"
@@ -30,6 +30,8 @@ if FRAMEWORK == "torch":  # XLA compiles no collectives, so that tensor ranks ar
     WAYS["bf16"] = ((1, 1, 2), SHALLOW, {"train": {"precision": "bf16"}})
     WAYS["sequence"] = ((1, 1, 2), {**GPT, "bias": True}, {"parallel": {"sequence": True}})
     WAYS["recomputed"] = ((1, 2, 1), GPT, {"train": {"activation_checkpointing": True}})
+if BACKEND == "mpi4py":  # where only collectives inside of graphs differ from Horovod's: sums, gathers, in 16 bits
+    WAYS = {name: way for name, way in WAYS.items() if name in ("zero2", "bf16", "sequence")}
 
 
 @pytest.fixture
@@ -92,11 +94,13 @@ def test_compiled_ranks_keep_losses_and_collectives(
 
 
 @pytest.mark.skipif(FRAMEWORK != "torch", reason="XLA has generated its code in the test above")
+@pytest.mark.skipif(BACKEND == "mpi4py", reason="code of the same graph is generated over Horovod")
 def test_generated_code_keeps_losses_and_collectives(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_compiles_the_same(world, "sequence", monkeypatch)
 
 
 @pytest.mark.skipif(FRAMEWORK != "torch", reason="XLA compiles no tensor ranks")
+@pytest.mark.skipif(BACKEND == "mpi4py", reason="masks of the same graph are drawn over Horovod")
 def test_compiled_tensor_ranks_draw_the_same_dropout(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = Recorded(world, ((1, 1, 2), {**SHALLOW, "dropout": 0.3}, {}), True, monkeypatch)
     norms = {name: value for name, value in compiled.fingerprints.items() if "norm" in name}  # replicated parameters

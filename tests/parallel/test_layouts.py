@@ -18,9 +18,11 @@ from hvdlm.parallel.mesh import Mesh
 from hvdlm.planning.closed_forms import predict_costs
 from hvdlm.protocols.types import Batch, StepResult
 from hvdlm.protocols.world import World
-from launching import FRAMEWORK, RANKS
+from launching import BACKEND, FRAMEWORK, RANKS
 
-VOCAB, CONTEXT, ROWS, STEPS = 51, 16, 8, 50
+VOCAB, CONTEXT, ROWS, STEPS = 51, 16, 8, 12
+LONG_STEPS = 50 if BACKEND == "threads" else STEPS
+EVERYWHERE = FRAMEWORK == "torch" and BACKEND == "threads"  # whose layouts take least time
 TOLERANCE = 2e-4 if FRAMEWORK == "tensorflow" else 1e-4
 GPT = {"name": "gpt", "layers": 2, "width": 32, "heads": 4, "kv_heads": 2, "bias": False}
 DEEP = {**GPT, "layers": 4}  # as many as stages can be here
@@ -82,21 +84,27 @@ Reference = tuple[list[float], list[float], dict[str, np.ndarray]]
 
 
 def _train_unsharded(model: dict[str, Any], train_options: dict[str, Any]) -> Any:
+    """Return the losses and gradient norms of an unsharded run, and its parameters after ``STEPS`` steps and all."""
     mesh = Mesh(1, 1, 1)
     config = configured(mesh, model, train=train_options)
     trainable = unsharded(config)
-    results = train(trainable, mesh, 0, range(config.train.steps), config)
-    state = {k: v.tolist() for k, v in trainable.state().items() if k.startswith("parameters/")}
-    return [[r.loss for r in results], [r.grad_norm for r in results], state]
+    results, states, last = [], {}, config.train.steps
+    for first, stop in ((0, min(STEPS, last)), (STEPS, last)):
+        results += train(trainable, mesh, 0, range(first, stop), config)
+        states[stop] = {k: v.tolist() for k, v in trainable.state().items() if k.startswith("parameters/")}
+    return [[r.loss for r in results], [r.grad_norm for r in results], list(states.items())]
 
 
 def _reference_of(model: dict[str, Any], options: dict[str, Any]) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """Return (a key, model, options of train) of the unsharded run that a layout has to follow.
 
-    Micro-batches and activation checkpointing change no result: such variants share one reference.
+    Micro-batches and activation checkpointing change no result: such variants share one reference. A shorter curve is
+    the beginning of the longer one.
     """
     same = ("micro_batch_size", "activation_checkpointing")
     train_options = {"steps": STEPS, **{k: v for k, v in options.get("train", {}).items() if k not in same}}
+    if model == GPT and train_options.keys() == {"steps"} and train_options["steps"] == STEPS:
+        train_options["steps"] = LONG_STEPS
     return repr((sorted(model.items()), sorted(train_options.items()))), model, train_options
 
 
@@ -104,7 +112,7 @@ def reference(world: World, model: dict[str, Any], **options: Any) -> Reference:
     """Return (losses, gradient norms, parameters) of an unsharded run; ranks compute different ones and share them."""
     key = _reference_of(model, options)[0]
     every = [(model, options)]
-    if RANKS == 4:
+    if RANKS == 4 and BACKEND == "threads":  # which all of them are for
         every += [(GPT, {}), (DEEP, {}), *((model, options) for _, _, model, options in CHOSEN)]
     wanted = {name: rest for name, *rest in (_reference_of(*one) for one in every)}
     # Where ranks are threads, they share the references: what is missing is what rank 0 misses.
@@ -112,13 +120,16 @@ def reference(world: World, model: dict[str, Any], **options: Any) -> Reference:
     missing = world.broadcast_object(missing if world.rank == 0 else None)
     computed = {name: _train_unsharded(*wanted[name]) for name in missing[world.rank :: world.size]}
     for references in world.gather_objects(computed) if missing else []:
-        for name, (losses, norms, state) in references.items():
-            _REFERENCES[name] = losses, norms, {k: np.array(v, np.float32) for k, v in state.items()}
-    return _REFERENCES[key]
+        for name, (losses, norms, states) in references.items():
+            arrays = {steps: {k: np.array(v, np.float32) for k, v in state.items()} for steps, state in states}
+            _REFERENCES[name] = losses, norms, arrays
+    steps = options.get("train", {}).get("steps", STEPS)
+    losses, norms, states = _REFERENCES[key]
+    return losses[:steps], norms[:steps], states[steps]
 
 
 def assert_follows_one_rank(world: World, mesh: Mesh, model: dict[str, Any], **options: Any) -> Any:
-    """Train ``STEPS`` steps on ``mesh`` and compare with one unsharded rank; return the trainable."""
+    """Train on ``mesh`` and compare with one unsharded rank; return the trainable and the results."""
     losses, norms, parameters = reference(world, model, **options)
     config = configured(mesh, model, **options)
     trainable = build(world, mesh, config)
@@ -141,13 +152,22 @@ def case_name(case: Any) -> str:
     return f"{'x'.join(map(str, mesh.shape))}-zero{zero}"
 
 
+# Layouts whose curves are long, for errors that add up: one per axis, and those of several axes with ZeRO.
+LONG = [(Mesh(2, 1, 1), 1), (Mesh(1, 2, 1), 0), (Mesh(1, 1, 2), 0), (Mesh(2, 1, 2), 2), (Mesh(2, 2, 1), 1)]
+
+
 @pytest.mark.parametrize("case", cases(RANKS), ids=case_name)
 def test_every_layout_follows_the_curve_of_one_rank(world: World, case: tuple[Mesh, int]) -> None:
     mesh, zero = case
     model = GPT if mesh.pipeline <= GPT["layers"] else DEEP
-    trainable, results = assert_follows_one_rank(world, mesh, model, parallel={"zero": zero})
-    assert_traffic_is_predicted(world, mesh, configured(mesh, model, parallel={"zero": zero}), results)
-    assert_memory_is_predicted(world, mesh, configured(mesh, model, parallel={"zero": zero}), trainable)
+    options: dict[str, Any] = {"parallel": {"zero": zero}}
+    options["train"] = {"steps": LONG_STEPS if case in LONG else STEPS}
+    if FRAMEWORK == "tensorflow" and mesh.tensor > 1 and mesh.pipeline == 1 and not zero:
+        # Other layouts add up the gradients of micro-batches, in another graph to trace.
+        options["train"]["micro_batch_size"] = None
+    trainable, results = assert_follows_one_rank(world, mesh, model, **options)
+    assert_traffic_is_predicted(world, mesh, configured(mesh, model, **options), results)
+    assert_memory_is_predicted(world, mesh, configured(mesh, model, **options), trainable)
 
 
 def _predicted(world: World, mesh: Mesh, config: Config) -> Any:
@@ -303,7 +323,7 @@ def test_memory_per_rank_shrinks_with_the_mesh(world: World) -> None:
 
 
 @pytest.mark.skipif(RANKS != 4, reason="layouts of four ranks")
-@pytest.mark.parametrize("shape", [(1, 2, 2)] if FRAMEWORK == "tensorflow" else [(1, 1, 4), (1, 2, 2), (1, 4, 1)])
+@pytest.mark.parametrize("shape", [(1, 1, 4), (1, 2, 2), (1, 4, 1)] if EVERYWHERE else [(1, 2, 2)])
 @pytest.mark.parametrize(
     "model", [{**DEEP, "bias": True}, {"name": "lstm", "layers": 4, "width": 32}], ids=["gpt", "lstm"]
 )
@@ -342,13 +362,13 @@ def test_evaluation_and_generation_equal_one_rank(
 @pytest.mark.skipif(RANKS != 4, reason="layouts of four ranks")
 @pytest.mark.parametrize("algorithm", ["top_k"] if FRAMEWORK == "tensorflow" else ["int8", "top_k", "power_sgd"])
 def test_data_axis_compression_works_with_tensor_and_pipeline(world: World, algorithm: str) -> None:
-    for shape in ((2, 1, 2), (2, 2, 1)):
+    for shape in ((2, 1, 2), (2, 2, 1))[FRAMEWORK == "tensorflow" :]:
         mesh = Mesh(*shape)
         config = configured(mesh, GPT)
         config.communication.compression.algorithm = algorithm
         config.communication.compression.ratio = 0.25
         config.communication.compression.min_elements = 64
-        results = train(build(world, mesh, config), mesh, world.rank, range(20), config)
+        results = train(build(world, mesh, config), mesh, world.rank, range(STEPS), config)
         losses, _, _ = reference(world, GPT)
         dense = configured(mesh, GPT)
         assert abs(results[0].loss - losses[0]) < 1e-5
@@ -368,6 +388,7 @@ def test_a_checkpoint_resumes_in_other_layouts(
     options = {"train": {"steps": steps}}
     losses, _, _ = reference(world, model, **options)
     start, others = Mesh(2, 1, 2), [(Mesh(1, 2, 2), 0), (Mesh(4, 1, 1), 2), (Mesh(2, 2, 1), 1)]
+    others = others[:2] if FRAMEWORK == "tensorflow" else others
     config = configured(start, model, parallel={"zero": 1}, **options)
     first = build(world, start, config)
     half = steps // 2

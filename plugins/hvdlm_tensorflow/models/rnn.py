@@ -5,7 +5,7 @@ Tensor ranks that share a layer each compute some of its hidden units, and gathe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -120,11 +120,12 @@ class RNN:
 
         ``w``, ``b_w``: weight and bias of the input, ``r``, ``b_r`` of the hidden units of the time step before.
         """
-        width, units = self.s.width, self.s.gates * (self.s.width // self._model_shard.tensor)
+        width, gates = self.s.width, self.s.gates
+        hidden = width // self._model_shard.tensor
         rows = tf.shape(x)[0]
         # Of all time steps at once: one large product instead of one per token.
         a = tf.nn.bias_add(tf.matmul(tf.reshape(x, [-1, width]), tf.reshape(w, [width, -1])), tf.reshape(b_w, [-1]))
-        a = tf.reshape(a, [rows, -1, units])  # [rows, time, gates * hidden / ranks]
+        a = tf.unstack(tf.reshape(a, [rows, -1, gates, hidden]), axis=2)  # of every gate [rows, time, hidden / ranks]
         r, b_r = tf.reshape(r, [width, -1]), tf.reshape(b_r, [-1])
         state = tuple(tf.cast(t, self.dtype) for t in state)
 
@@ -133,34 +134,35 @@ class RNN:
 
         def step(before: tuple[Any, ...], a_t: Any) -> tuple[Any, ...]:
             """Return (h of all ranks, state of this one) of the next time step from those of the one before."""
-            # Not +: of one row, TensorFlow's optimizer of graphs would take a_t for the bias and refuse its shape.
-            after = self._cell(a_t, tf.nn.bias_add(tf.matmul(before[0], r), b_r), *before[1:])
+            b = tf.nn.bias_add(tf.matmul(before[0], r), b_r)
+            # By gate: of the product, its bias and a_t, TensorFlow's optimizer of graphs would make one operation, for
+            # which it has no kernel beside Horovod's operations ("Fusion is not implemented: [BiasAdd,Add]").
+            after = self._cell(a_t, tf.unstack(tf.reshape(b, [-1, gates, hidden]), axis=1), *before[1:])
             return (join(after[0]), *after)
 
         # No gradient flows into the batch before: cut here, so that none is summed over ranks for it.
         h_and_state = (state[0] if self._c.size == 1 else tf.stop_gradient(join(state[0])), *state)
         if x.shape[1] is None:  # a prompt's length is open in the graph
-            states = tf.scan(step, tf.transpose(a, [1, 0, 2]), h_and_state)
+            states = tf.scan(step, [tf.transpose(gate, [1, 0, 2]) for gate in a], h_and_state)
             return (tf.transpose(states[0], [1, 0, 2]), *(s[-1] for s in states[1:]))
         outputs = []
-        for a_t in tf.unstack(a, x.shape[1], 1):
+        for a_t in zip(*(tf.unstack(gate, x.shape[1], 1) for gate in a), strict=True):
             h_and_state = step(h_and_state, a_t)
             outputs.append(h_and_state[0])
         return (tf.stack(outputs, 1), *h_and_state[1:])
 
 
-def _tanh(a: tf.Tensor, b: tf.Tensor, h: tf.Tensor) -> tuple[tf.Tensor]:
-    return (tf.tanh(a + b),)
+def _tanh(a: Sequence[tf.Tensor], b: Sequence[tf.Tensor], h: tf.Tensor) -> tuple[tf.Tensor]:
+    return (tf.tanh(a[0] + b[0]),)
 
 
-def _gru(a: tf.Tensor, b: tf.Tensor, h: tf.Tensor) -> tuple[tf.Tensor]:
-    (a_r, a_z, a_n), (b_r, b_z, b_n) = tf.split(a, 3, -1), tf.split(b, 3, -1)
-    r, z = tf.sigmoid(a_r + b_r), tf.sigmoid(a_z + b_z)
-    n = tf.tanh(a_n + r * b_n)
+def _gru(a: Sequence[tf.Tensor], b: Sequence[tf.Tensor], h: tf.Tensor) -> tuple[tf.Tensor]:
+    r, z = tf.sigmoid(a[0] + b[0]), tf.sigmoid(a[1] + b[1])
+    n = tf.tanh(a[2] + r * b[2])
     return ((1.0 - z) * n + z * h,)
 
 
-def _lstm(a: tf.Tensor, b: tf.Tensor, h: tf.Tensor, c: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    i, f, g, o = tf.split(a + b, 4, -1)
+def _lstm(a: Sequence[tf.Tensor], b: Sequence[tf.Tensor], h: tf.Tensor, c: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    i, f, g, o = (left + right for left, right in zip(a, b, strict=True))
     c = tf.sigmoid(f) * c + tf.sigmoid(i) * tf.tanh(g)
     return tf.sigmoid(o) * tf.tanh(c), c
