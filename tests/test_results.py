@@ -23,7 +23,7 @@ def test_every_result_has_a_short_form_that_learns(framework: str, tmp_path: Pat
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     rows = json.loads((tmp_path / "results.json").read_text())
     assert [row["result"] for row in rows] == NAMES and all(row["reached"] for row in rows)
-    assert "MISSED" not in done.stdout
+    assert "MISSED" not in done.stdout and done.stdout.count(": reached (") == len(NAMES)
     one, two = (losses(tmp_path / f"{name}-{framework}") for name in PTB)
     assert (
         len(one) > 1 and one == two
