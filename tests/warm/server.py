@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -190,6 +191,8 @@ def main(folder: str) -> None:
     framework, listener = started
     for name in COMMON + FRAMEWORKS[framework]:
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # else collections of every fork go through all that was imported, and copy its pages: 0.6 to 1 s
     request = Server(listener).serve()
     if request is not None:
         become(*request)
