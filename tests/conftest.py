@@ -5,9 +5,11 @@ The former run on every rank of a launch, the latter in one process per framewor
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -49,6 +51,18 @@ def pytest_configure(config: pytest.Config) -> None:
         folder = Path(tempfile.mkdtemp(prefix="hvdlm-warm-"))
         process = start_warm(folder)
         config.add_cleanup(lambda: (process.communicate(timeout=60), shutil.rmtree(folder)))
+
+
+_imported: set[str] = set()
+
+
+def pytest_runtest_setup() -> None:
+    """Leave what imports of frameworks have made out of garbage collections, which would take half a second each."""
+    imported = {"torch", "tensorflow"} & sys.modules.keys()
+    if imported - _imported:
+        _imported.update(imported)
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -82,9 +82,7 @@ def damage(trainable: Any, what: str, how: str) -> None:
 
 
 def damaged(tensor: Any, element: int, how: str) -> np.ndarray:
-    from keras import ops
-
-    values = np.array(ops.convert_to_numpy(tensor))
+    values = np.array((tensor.detach() if hasattr(tensor, "detach") else tensor).numpy())
     if how == "flip":
         values.reshape(-1).view(np.int32)[element] ^= 1 << 20
     else:

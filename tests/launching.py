@@ -29,6 +29,8 @@ BACKEND = os.environ.get("HVDLM_TEST_BACKEND", "")  # that of the launcher, unle
 SMALL = ["--model.layers", "2", "--model.width", "32", "--model.heads", "2"]
 SMALL += ["--train.batch_size", "8", "--data.context", "32", "--log.every", "1"]
 STEPS = ("--train.steps", "30", "--train.warmup", "5")
+# TensorFlow takes longer to build the graphs of two layers than to train them.
+ONE_LAYER = ("--model.layers", "1")
 
 
 def start_warm(folder: Path) -> subprocess.Popen:
@@ -114,12 +116,16 @@ def processes_of(run: Path) -> list[str]:
 
 
 def run_with_faults(
-    folder: Path, framework: str, ranks: int, *options: str, **faults: Any
+    folder: Path, framework: str, ranks: int, *options: str, launcher: str = "", **faults: Any
 ) -> subprocess.CompletedProcess:
-    """Train a small model in ``folder`` with faults injected (see fault_injection.py)."""
+    """Train a small model in ``folder`` with faults injected (see fault_injection.py).
+
+    Without a ``launcher``, ranks are threads, unless one of them is sent a signal: that takes processes.
+    """
+    launcher = launcher or ("mpirun" if "signals" in faults else "threads")
     command = ["tests/fault_injection.py", "--framework", framework, "--log.run", str(folder), *SMALL, *STEPS]
     command += ["--checkpoint.every", "20", *options]
-    return launch("mpirun", ranks, command, HVDLM_TEST_FAULTS=json.dumps(faults))
+    return launch(launcher, ranks, command, HVDLM_TEST_FAULTS=json.dumps(faults))
 
 
 def read_rows(path: Path, ranks: int) -> list[tuple[int, list[tuple[int, int, int]]]]:

@@ -8,18 +8,20 @@ from pathlib import Path
 import pytest
 
 from hvdlm import cli
-from launching import SMALL, launch, processes_of, wait_until
+from launching import ONE_LAYER, SMALL, launch, processes_of, wait_until
 
 TIMEOUT = 4.0
-# A rank that waits for others to connect may do so for 6 s in place of --communication.timeout and a minute.
+# A rank that waits for others to connect may do so for seconds in place of --communication.timeout and a minute.
 FAULTY_RANK = """
 import os, signal, sys, time
 from hvdlm import cli, hookimpl, telemetry
+from hvdlm.diagnostics import watchdog
 from hvdlm.diagnostics.phases import Process
 from hvdlm.io import launcher_env
 
+watchdog._STACK_SECONDS = watchdog._ABORT_SECONDS = 1.0
 rank, limit = launcher_env.rank_for_messages(), Process.limit
-Process.limit = property(lambda self: 6.0 if self.phase.waits and self.recorder is None else limit.fget(self))
+Process.limit = property(lambda self: {limit} if self.phase.waits and self.recorder is None else limit.fget(self))
 
 class FaultyRank:
     @hookimpl
@@ -36,19 +38,20 @@ sys.exit(cli.main())
 
 
 def launch_faulty(
-    run: Path, framework: str, launcher: str, at_the_start: str = "pass", at_the_end: str = "pass"
+    run: Path, framework: str, launcher: str, at_the_start: str = "pass", at_the_end: str = "pass", limit: float = 6.0
 ) -> tuple[int, str]:
     """Train for two steps on two ranks, of which rank 1 is faulty; return the exit code and what was printed."""
-    script = FAULTY_RANK.format(at_the_start=at_the_start, at_the_end=at_the_end)
-    options = ["--framework", framework, "--log.run", str(run), *SMALL, "--communication.timeout", str(TIMEOUT)]
-    done = launch(launcher, 2, ["-c", script, *options, "--train.steps", "2"], timeout=120)
+    script = FAULTY_RANK.format(at_the_start=at_the_start, at_the_end=at_the_end, limit=limit)
+    options = ["--framework", framework, "--log.run", str(run), *SMALL, *ONE_LAYER, "--train.steps", "2"]
+    options += ["--communication.timeout", str(TIMEOUT)]
+    done = launch(launcher, 2, ["-c", script, *options], timeout=120)
     wait_until(lambda: not processes_of(run), 10)
     return done.returncode, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("launcher", ["mpirun", "horovodrun --gloo"])
 def test_a_rank_that_never_connects_is_named(launcher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, output = launch_faulty(tmp_path / "run", "torch", launcher, at_the_start="time.sleep(1000)")
+    code, output = launch_faulty(tmp_path / "run", "torch", launcher, at_the_start="time.sleep(1000)", limit=2.0)
     assert code == 1 and output.count("the run hangs") == 1, output[-5000:]
     assert "Rank 0 has been waiting for the other ranks to connect" in output, output[-5000:]
     assert "Not arrived: rank 1" in output
@@ -75,7 +78,8 @@ sys.exit(cli.main())
 
 
 def test_a_rank_that_compiles_longer_is_waited_for(tmp_path: Path) -> None:
-    options = ["--framework", "torch", "--log.run", str(tmp_path / "run"), *SMALL, "--train.compile", "true"]
+    options = ["--framework", "torch", "--log.run", str(tmp_path / "run"), *SMALL, *ONE_LAYER]
+    options += ["--train.compile", "true"]
     options += ["--train.steps", "2", "--communication.timeout", str(TIMEOUT)]
     done = launch("mpirun", 2, ["-c", SLOW_COMPILER, *options], timeout=120)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -21,7 +21,7 @@ LAYOUTS = {
 
 def run(folder: Path, framework: str, ranks: int, *options: str) -> None:
     arguments = ["-m", "hvdlm", "--framework", framework, "--log.run", str(folder), *SIZES, "--train.steps", "24"]
-    done = launch("mpirun", ranks, [*arguments, *options])
+    done = launch("threads", ranks, [*arguments, *options])
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
 
 
@@ -38,8 +38,9 @@ def half_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a run of torch on 2 x 1 x 2 ranks, with ZeRO 1, that ended in step 13."""
     folder = tmp_path_factory.mktemp("half") / "run"
     stop = with_step_hook("step == 13 and (self.world.gather_objects(0), time.sleep(0.5), os._exit(0))")
-    options = ["--log.run", str(folder), *SIZES, "--train.steps", "24", "--checkpoint.every", "12"]
-    launch("mpirun", 4, [*stop, *options, *LAYOUTS["2x1x2"], "--parallel.zero", "1"])
+    options = ["--framework", "torch", "--log.run", str(folder), *SIZES, "--train.steps", "24"]
+    options += ["--checkpoint.every", "12"]
+    launch("threads", 4, [*stop, *options, *LAYOUTS["2x1x2"], "--parallel.zero", "1"])
     return folder
 
 
@@ -62,7 +63,7 @@ def test_a_checkpoint_resumes_in_another_layout_and_framework(
 def test_evaluation_and_generation_work_in_a_layout(single_rank_run: Path, framework: str) -> None:
     """Four ranks evaluate the run of one rank and generate the same text."""
     layout = [*LAYOUTS["1x2x2"], "--framework", framework]
-    done = launch("mpirun", 4, ["-m", "hvdlm", "evaluate", "--run", str(single_rank_run), *layout])
+    done = launch("threads", 4, ["-m", "hvdlm", "evaluate", "--run", str(single_rank_run), *layout])
     assert done.returncode == 0, done.stderr[-3000:]
     figures = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
     assert figures["val_loss"] == pytest.approx(
@@ -70,7 +71,7 @@ def test_evaluation_and_generation_work_in_a_layout(single_rank_run: Path, frame
     )
     write = ["generate", "--run", str(single_rank_run), "--prompt", "The ", "--tokens", "16", "--temperature", "0"]
     alone = run_python(["-m", "hvdlm", *write])
-    together = launch("mpirun", 4, ["-m", "hvdlm", *write, *layout])
+    together = launch("threads", 4, ["-m", "hvdlm", *write, *layout])
     assert alone.returncode == together.returncode == 0, together.stderr[-3000:]
     assert together.stdout == alone.stdout
 

@@ -26,9 +26,9 @@ from hvdlm.telemetry.observers import EVENTS, Observers
 from hvdlm_telemetry.append_file import AppendFile
 from hvdlm_telemetry.metrics import Metrics
 from hvdlm_telemetry.tensorboard import TensorBoard
-from launching import ROOT, SMALL, environment, launch, losses, run_python, with_step_hook
+from launching import ONE_LAYER, ROOT, SMALL, environment, launch, losses, run_python, with_step_hook
 
-TRAIN = [*SMALL, "--train.warmup", "2", "--train.eval_every", "0"]
+TRAIN = [*SMALL, *ONE_LAYER, "--train.warmup", "2", "--train.eval_every", "0"]
 
 
 class Failing:
@@ -311,19 +311,19 @@ FILL = """
 
 
 def train_on_full_disk(framework: str, disk: Path, free_at: int) -> subprocess.CompletedProcess[str]:
-    """Train 300 steps on a disk that is full after the fifth and has space again after step ``free_at``."""
+    """Train 60 steps on a disk that is full after the fifth and has space again after step ``free_at``."""
     action = FILL.format(folder=str(disk), free_at=free_at).strip()
     options = ["--framework", framework, "--log.run", str(disk / "run"), "--log.tensorboard", "true", *TRAIN]
-    return run_python([*with_step_hook(action), *options, "--train.steps", "300", "--checkpoint.every", "0"])
+    return run_python([*with_step_hook(action), *options, "--train.steps", "60", "--checkpoint.every", "0"])
 
 
 @both_frameworks
 def test_figures_are_complete_once_a_full_disk_has_space(framework: str, disk: Path) -> None:
-    done = train_on_full_disk(framework, disk, 290)
+    done = train_on_full_disk(framework, disk, 50)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr.count("Metrics: OSError") == 1 == done.stderr.count("TensorBoard: OSError")
     status = read_json(disk / "run" / "status.json")
-    assert status["state"] == "done" and len(status["warnings"]) == 2 and len(losses(disk / "run")) == 300
+    assert status["state"] == "done" and len(status["warnings"]) == 2 and len(losses(disk / "run")) == 60
 
 
 def test_a_disk_that_stays_full_fails_with_a_sentence(disk: Path) -> None:
@@ -331,7 +331,7 @@ def test_a_disk_that_stays_full_fails_with_a_sentence(disk: Path) -> None:
     assert done.returncode == FAILED and "Traceback" not in done.stderr, done.stderr[-3000:]
     assert "hvdlm: rank 0 failed: RankError: the checkpoint" in done.stderr, done.stderr
     status = read_json(disk / "run" / "status.json")
-    assert (status["state"], status["step"], status["code"]) == ("failed", 300, FAILED)
+    assert (status["state"], status["step"], status["code"]) == ("failed", 60, FAILED)
     lines = (disk / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines[:-1]] == list(range(1, len(lines)))
 

@@ -20,23 +20,25 @@ from hvdlm.training.run_control import RunControl
 from hvdlm_backends.local import LocalWorld
 from hvdlm_steering import samples
 from hvdlm_steering.early_stopping import EarlyStopping, EarlyStoppingOptions
-from launching import ROOT, SMALL, STEPS, launch, losses, metrics, run_python
+from launching import ONE_LAYER, ROOT, SMALL, STEPS, launch, losses, metrics, run_python
 
 STEER = """
+import threading
+
 from hvdlm import hookimpl
 
-state = {}
+state = threading.local()  # of each rank, where ranks are threads
 
 
 @hookimpl
 def hvdlm_run_started(world, run):
-    state.update(run=run if world.rank == world.size - 1 else None)
+    state.run = run if world.rank == world.size - 1 else None
 
 
 @hookimpl
 def hvdlm_step_ended(step):
-    if state["run"]:
-        requests = {3: state["run"].save, 5: state["run"].evaluate, 7: lambda: state["run"].stop("it is enough")}
+    if state.run:
+        requests = {3: state.run.save, 5: state.run.evaluate, 7: lambda: state.run.stop("it is enough")}
         requests.get(step, lambda: None)()
 """
 OWN_SGD = """
@@ -178,10 +180,10 @@ def discovered(installed: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
 def test_a_plugin_on_one_rank_steers_all_ranks(
     framework: str, installed: Path, tmp_path: Path, curve: Callable[..., Path]
 ) -> None:
-    plain = curve(framework, 2, *STEPS)
+    plain = curve(framework, 2, *STEPS, *ONE_LAYER)
     options = (plain / "config.yaml", "--plugins", "[steer]", "--log.run", tmp_path / "run", "--checkpoint.keep", "9")
     arguments = ["-m", "hvdlm", "--config", *map(str, options)]
-    done = launch("mpirun", 2, arguments, PYTHONPATH=with_path(installed))
+    done = launch("threads", 2, arguments, PYTHONPATH=with_path(installed))
     assert done.returncode == 0, done.stderr[-3000:]
     status, summary = read_json(tmp_path / "run" / "status.json"), read_json(tmp_path / "run" / "summary.json")
     assert (status["state"], status["reason"], status["step"], status["code"]) == ("done", "it is enough", 8, 0)
@@ -197,14 +199,14 @@ def test_requests_wait_for_the_synchronisation_of_diloco(
 ) -> None:
     options = (
         "--config",
-        curve("torch", 2, *STEPS) / "config.yaml",
+        curve("torch", 2, *STEPS, *ONE_LAYER) / "config.yaml",
         "--plugins",
         "[steer]",
         "--log.run",
         tmp_path / "run",
     )
     options += ("--communication.exchange", "diloco", "--communication.local.steps", "4", "--checkpoint.keep", "9")
-    done = launch("mpirun", 2, ["-m", "hvdlm", *map(str, options)], PYTHONPATH=with_path(installed))
+    done = launch("threads", 2, ["-m", "hvdlm", *map(str, options)], PYTHONPATH=with_path(installed))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "the run ends after step 8: it is enough" in done.stdout
     assert file_names(tmp_path / "run" / "checkpoints") == ["latest", "step-00000004", "step-00000008"]
@@ -224,11 +226,11 @@ def test_an_optimizer_of_a_plugin_trains_as_the_built_in_one(framework: str, ins
 import hvdlm
 for optimizer in ("sgd", "own_sgd"):
     options = {options!r} | {{"train.optimizer": optimizer, "log.run": {str(tmp_path)!r} + "/" + optimizer}}
-    run = hvdlm.train(hvdlm.Config.load({SMALL_OPTIONS!r}, options)).run
+    run = hvdlm.train(hvdlm.Config.load({SMALL_OPTIONS!r}, options), ranks=2).run
 text = hvdlm.load(run).generate("The ", 10)
 assert len(text) == 24, text
 """
-    done = launch("mpirun", 2, ["-c", program], PYTHONPATH=with_path(installed))
+    done = run_python(["-c", program, "--framework", framework], PYTHONPATH=with_path(installed))
     assert done.returncode == 0, done.stderr[-3000:]
     assert losses(tmp_path / "own_sgd") == pytest.approx(losses(tmp_path / "sgd"), abs=2e-6)
     rates = [line["learning_rate"] for line in metrics(tmp_path / "own_sgd") if "loss" in line]
@@ -239,7 +241,7 @@ assert len(text) == 24, text
 def test_plugins_of_the_documents_conform(installed: Path, tmp_path: Path) -> None:
     chosen = [option for name in DOCUMENTED for option in ("--hvdlm-plugin", name)]
     command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen]
-    done = run_python(command, cwd=tmp_path, timeout=600, PYTHONPATH=with_path(installed))
+    done = run_python(command, cwd=tmp_path, timeout=600, PYTHONPATH=with_path(installed), HVDLM_TEST_FRAMEWORK="torch")
     assert done.returncode == 0 and "skipped" not in done.stdout, done.stdout[-3000:] + done.stderr[-2000:]
 
 
