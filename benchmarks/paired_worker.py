@@ -67,6 +67,7 @@ def main() -> None:
     config = Config(framework=o.framework)
     config.train.steps = o.rounds * o.block
     config.train.eval_every = 0
+    config.data.validation_share = 0.01  # of the evaluation at the end, which isn't measured
     config.train.threads = o.threads
     config.train.batch_size = o.rows
     config.checkpoint.every = 0

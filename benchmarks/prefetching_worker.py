@@ -62,6 +62,7 @@ def main() -> None:
     config.framework, config.data.path, config.data.cache = o.framework, o.text, o.folder
     config.train.steps, config.train.eval_every, config.train.threads = 2 * o.rounds * o.block, 0, 1
     config.checkpoint.every, config.log.progress = 0, False
+    config.data.validation_share = 0.01  # of the evaluation at the end, which isn't measured
     config.log.run, config.log.overwrite = f"{o.folder}/run", True
     opened = run.start(run.plan(config))
     turns, take, rows = Turns(opened, o.block), batches.Batches.take, opened.task.rows

@@ -96,6 +96,7 @@ def work(o: argparse.Namespace) -> None:
     config.train.steps = (o.rounds + 1) * 2 * o.block
     config.train.batch_size = 4 * RANKS
     config.train.eval_every, config.train.threads = 0, 1
+    config.data.validation_share = 0.01  # of the evaluation at the end, which isn't measured
     config.checkpoint.every, config.checkpoint.keep = o.block, 1
     config.log.run, config.log.overwrite = o.folder, True
     opened = run.start(run.plan(config))

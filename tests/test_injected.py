@@ -124,8 +124,8 @@ CASES: dict[str, tuple[Conditions, Callable[[World], Any], float]] = {
 def test_injected_delays_take_as_long_as_predicted(case: str) -> None:
     conditions, action, expected = CASES[case]
     fastest = ended_after(2, conditions, action)
-    if fastest >= expected + 0.3:  # other work on the machine delays threads, too
-        fastest = min(fastest, ended_after(2, conditions, action))
+    for _ in range(4):  # other work on the machine delays threads, too
+        fastest = fastest if fastest < expected + 0.3 else ended_after(2, conditions, action)
     assert expected <= fastest + 0.02 and fastest < expected + 0.3
 
 
