@@ -142,9 +142,17 @@ def campaign(framework: str, length: int, counts: Mapping[str, int], seed: int) 
                 print(f"{framework}, {kind}: {hits} of {count} in {runs} run(s), {seconds:.0f} s", flush=True)
 
 
+def share(totals: Mapping[str, int], number: int, frameworks: int) -> dict[str, int]:
+    """Return the counts by kind of one of several frameworks, which take turns in having one more."""
+    return {
+        kind: total // frameworks + ((index + number) % frameworks < total % frameworks)
+        for index, (kind, total) in enumerate(totals.items())
+    }
+
+
 def words(counts: Mapping[str, int]) -> str:
     """Return counts by kind as text."""
-    return ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in counts.items())
+    return ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in counts.items() if count)
 
 
 def main() -> int:
@@ -154,8 +162,8 @@ def main() -> int:
     o = parse(parser, FULL, SHORT)
     print(f"seed {o.seed}", flush=True)
     totals = {kind: getattr(o, kind) for kind in KINDS}
-    counts = {kind: -(-total // len(o.frameworks)) for kind, total in totals.items()}
-    for framework in o.frameworks:
+    for number, framework in enumerate(o.frameworks):
+        counts = share(totals, number, len(o.frameworks))
         title = f"violations after {words(counts)}, {framework}"
         try:
             campaign(framework, o.steps, counts, o.seed)

@@ -33,7 +33,7 @@ from hvdlm.config import CheckpointConfig, TrainConfig
 from hvdlm.errors import HvdlmError
 from hvdlm_backends.local import LocalWorld
 from hvdlm_telemetry.changed_rate import changed_rate
-from launching import SMALL, launch, losses, metrics, run_with_faults
+from launching import ONE_LAYER, SMALL, launch, losses, metrics, run_with_faults
 from launching import STEPS as STEPS_OF_RUNS
 
 STEPS = (10, 20, 30, 40)
@@ -442,7 +442,7 @@ def test_a_node_that_cannot_set_aside_is_named(tmp_path: Path, monkeypatch: pyte
 
 # Whole runs
 
-EVERY = ["--checkpoint.every", "5", "--checkpoint.keep", "9"]
+EVERY = [*ONE_LAYER, "--checkpoint.every", "5", "--checkpoint.keep", "9"]
 
 
 @both_frameworks
@@ -455,12 +455,13 @@ def test_a_killed_run_that_went_back_repeats_the_curve(
     shutil.copytree(expected, run)
     folder = run / "checkpoints"
     back = [*EVERY, "--checkpoint.resume", named(folder, 10)]
-    killed = run_with_faults(run, framework, 2, *back, signals=[[1, 18, "SIGKILL"]])
+    launcher = {"torch": "mpirun"}.get(framework, "threads")
+    killed = run_with_faults(run, framework, 2, *back, launcher=launcher, signals=[[1, 18, "SIGKILL"]])
     assert killed.returncode not in (0, 2) and "4 other checkpoint(s), of step 15, 20, 25, 30, are" in killed.stdout
     newest = discovery.newest_step(run)
     assert newest is not None and newest[0] in (10, 15) and set_aside(folder) == [15, 20, 25, 30]
     arguments = ["-m", "hvdlm", "--framework", framework, "--log.run", str(run), *SMALL, *STEPS_OF_RUNS, *EVERY]
-    done = launch("mpirun", 2, [*arguments, "--checkpoint.resume", "auto"])
+    done = launch(launcher, 2, [*arguments, "--checkpoint.resume", "auto"])
     assert done.returncode == 0 and f"steps {newest[0]} to 30" in done.stdout, done.stderr[-3000:]
     assert "the learning rate of step" not in killed.stdout + done.stdout
     assert [line["step"] for line in metrics(run) if "loss" in line] == list(range(1, 31))

@@ -18,7 +18,7 @@ from builders import file_names, read_json
 from hvdlm.errors import BAD_INPUT, STOPPED
 from hvdlm.io import launcher_env
 from hvdlm.training.signals import LAUNCHER_ENDS, Signals
-from launching import ROOT, SMALL, environment, losses, wait_until, with_step_hook
+from launching import ONE_LAYER, ROOT, SMALL, environment, losses, wait_until, with_step_hook
 
 MPIRUN = ["mpirun", "--oversubscribe", "--bind-to", "none"]
 GLOO = ["horovodrun", "--gloo"]
@@ -32,7 +32,8 @@ class Launched:
     def __init__(self, launcher: list[str], framework: str, run: Path, action: str = "pass") -> None:
         self.run = run
         self.errors = run.with_suffix(".err")
-        options = ["--framework", framework, "--log.run", str(run), *SMALL, "--train.steps", "1000000"]
+        options = ["--framework", framework, "--log.run", str(run), *SMALL, *ONE_LAYER]
+        options += ["--train.steps", "1000000"]
         command = [*launcher, "-np", "2", sys.executable, *with_step_hook(action), *options]
         with self.errors.open("w") as errors:
             streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": errors}

@@ -17,25 +17,30 @@ from pathlib import Path
 import pytest
 import yaml
 
-from builders import both_frameworks, file_names, read_json
+from builders import file_names, read_json
 from hvdlm.cli import main
 from hvdlm.config import Config
 from hvdlm.errors import HvdlmError
 from hvdlm.io import file_lock
 from hvdlm.training import run_lock
-from launching import SMALL, environment, launch, losses, run_python, wait_until, with_step_hook
+from launching import ONE_LAYER, SMALL, environment, launch, losses, run_python, wait_until, with_step_hook
 
-RUNNING = [*SMALL, "--train.warmup", "5", "--train.steps", "100000", "--checkpoint.every", "5"]
+RUNNING = [*SMALL, *ONE_LAYER, "--train.warmup", "5", "--train.steps", "100000", "--checkpoint.every", "5"]
 RUNNING += ["--checkpoint.keep", "1000"]
 
 
 @contextmanager
-def running(run: Path, framework: str, ranks: int) -> Iterator[subprocess.Popen[str]]:
-    """Train in ``run`` until the context ends; it has saved a checkpoint when the context begins."""
+def running(run: Path, framework: str, launcher: str = "") -> Iterator[subprocess.Popen[str]]:
+    """Train in ``run`` until the context ends; it has saved a checkpoint when the context begins.
+
+    On two ranks of a ``launcher``, or on one.
+    """
     program = [sys.executable, *with_step_hook("step > 5 and time.sleep(0.05)"), *RUNNING, "--framework", framework]
     program += ["--log.run", str(run)]
-    if ranks > 1:
-        program = ["mpirun", "--oversubscribe", "--bind-to", "none", "-np", str(ranks), *program]
+    if launcher == "threads":
+        program += ["--ranks", "2"]
+    elif launcher:
+        program = [launcher, "--oversubscribe", "--bind-to", "none", "-np", "2", *program]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(program, env=environment(), start_new_session=True, **streams)
     try:
@@ -50,10 +55,11 @@ def running(run: Path, framework: str, ranks: int) -> Iterator[subprocess.Popen[
 def files(run: Path) -> dict[str, int]:
     """Return the inode of every file that the run doesn't write anew: outside of checkpoints, and no phase file."""
     inodes = {}
-    for path in run.rglob("*"):
-        if "checkpoints" not in path.parts and path.suffix != ".partial" and not path.name.startswith("phase-"):
-            with contextlib.suppress(FileNotFoundError):  # renamed meanwhile
-                if path.is_file():
+    for folder, folders, names in os.walk(run):  # which passes over folders that are renamed meanwhile
+        folders[:] = set(folders) - {"checkpoints"}
+        for path in (Path(folder, name) for name in names):
+            if path.suffix != ".partial" and not path.name.startswith("phase-"):
+                with contextlib.suppress(FileNotFoundError):  # renamed meanwhile
                     inodes[str(path.relative_to(run))] = path.stat().st_ino
     return inodes
 
@@ -61,16 +67,16 @@ def files(run: Path) -> dict[str, int]:
 SECOND = {"resume": ["--checkpoint.resume", "auto"], "overwrite": ["--log.overwrite", "true"]}
 
 
-@both_frameworks
-def test_a_second_run_in_a_folder_is_refused(tmp_path: Path, framework: str) -> None:
+@pytest.mark.parametrize("framework, launcher", [("torch", "mpirun"), ("tensorflow", "threads")])
+def test_a_second_run_in_a_folder_is_refused(tmp_path: Path, framework: str, launcher: str) -> None:
     run = tmp_path / "run"
-    with running(run, framework, 2) as first:
+    with running(run, framework, launcher) as first:
         before, owner = files(run), read_json(run / run_lock.NAME)
         del before["status.json"]  # written at every checkpoint
         assert owner["host"] == socket.gethostname() and "flight_recorder/rank-0001.recorder" in before
         for ranks, options in ((2, SECOND["overwrite"]), (1, SECOND["resume"])):
             second = ["-m", "hvdlm", *RUNNING, "--framework", framework, "--log.run", str(run), *options]
-            done = launch("mpirun", ranks, second, timeout=60)
+            done = launch(launcher, ranks, second, timeout=60)
             assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
             sentence = f"is being written by another run, process {owner['pid']} on {owner['host']} (since "
             assert done.stderr.count(sentence) == 1 and "--log.run NAME" in done.stderr, done.stderr
@@ -80,7 +86,7 @@ def test_a_second_run_in_a_folder_is_refused(tmp_path: Path, framework: str) -> 
         first.wait(30)
         step = len(losses(run))
         resume = ["-m", "hvdlm", *RUNNING, "--framework", framework, "--log.run", str(run), *SECOND["resume"]]
-        done = launch("mpirun", 2, [*resume, "--train.steps", str(step + 3)], timeout=120)
+        done = launch(launcher, 2, [*resume, "--train.steps", str(step + 3)], timeout=120)
         assert done.returncode == 0 and "it is taken over" in done.stderr, done.stderr
         assert len(losses(run)) == step + 3 and not list(run.rglob(".*"))
 
@@ -102,7 +108,7 @@ def test_a_run_that_ended_while_another_waited_stays(
 
 def test_readers_do_not_need_the_lock(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with running(run, "torch", 1):
+    with running(run, "torch"):
         commands = {
             "evaluate": ["--run", str(run)],
             "generate": ["--run", str(run), "--tokens", "2"],

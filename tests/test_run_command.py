@@ -23,7 +23,7 @@ from hvdlm_launchers.launcher_output import OutputCleaner
 from hvdlm_launchers.local_launch import choose
 from hvdlm_launchers.process_tree import MARK, ProcessTree
 from hvdlm_launchers.run_command import split
-from launching import ROOT, SMALL, STEPS, environment, losses, metrics, run_python, wait_until
+from launching import ONE_LAYER, ROOT, SMALL, STEPS, environment, losses, metrics, run_python, wait_until
 
 RUN = ["-m", "hvdlm", "run"]
 
@@ -136,13 +136,13 @@ def test_a_rank_cannot_start_ranks(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 @pytest.mark.parametrize("framework, backend", [("torch", "mpi"), ("tensorflow", "gloo"), ("torch", "mpi4py")])
 def test_output_is_that_of_one_program(framework: str, backend: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    options = ["--framework", framework, "--log.run", str(run), *SMALL, *STEPS]
+    options = ["--framework", framework, "--log.run", str(run), *SMALL, *ONE_LAYER, "--train.steps", "3"]
     done = run_python([*RUN, "-np", "2", "--backend", backend, "--", *options])
     assert done.returncode == 0 and done.stderr == "", done.stderr
     lines = done.stdout.splitlines()
     assert lines[0] == "hvdlm: precision fp32, compile off, device CPU"
     assert f"{framework}, 2 rank(s) over {backend}" in lines[1] and lines[-4] == f"The run is in {run}. Next:"
-    assert not re.search(r"^\[\d", done.stdout, re.M) and len(losses(run)) == 30
+    assert not re.search(r"^\[\d", done.stdout, re.M) and len(losses(run)) == 3
     if framework == "torch":
         again = [line.split()[3:] for line in lines[-3:]]
         assert [words[0] for words in again] == ["generate", "evaluate", "report"]
@@ -167,7 +167,7 @@ def test_a_terminals_signals_save_and_return_the_runs_code(
 ) -> None:
     run = tmp_path / "run"
     command = [sys.executable, *RUN, "-np", "2", "--backend", backend, "--", "--framework", framework]
-    command += ["--log.run", str(run), *SMALL, "--train.steps", "1000000"]
+    command += ["--log.run", str(run), *SMALL, *ONE_LAYER, "--train.steps", "1000000"]
     streams = {"stderr": subprocess.PIPE, "text": True, "start_new_session": True}
     streams["preexec_fn"] = lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tester may use nohup
     process = subprocess.Popen(command, cwd=ROOT, env=environment(), **streams)
@@ -213,10 +213,10 @@ def test_a_terminal_shows_the_progress_bar(tmp_path: Path) -> None:
 
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
-    options = ["--log.run", str(tmp_path / "run"), *SMALL, "--train.steps", "300"]
+    options = ["--log.run", str(tmp_path / "run"), *SMALL, "--train.steps", "40"]
     command = [sys.executable, *RUN, "-np", "2", "--", *options]
     done = subprocess.run(command, cwd=ROOT, env=environment(), stdin=theirs, stdout=theirs, timeout=120)
     os.close(theirs)
     reader.join(10)
     os.close(ours)
-    assert done.returncode == 0 and b"300/300" in shown and b"step/s" in shown, bytes(shown)
+    assert done.returncode == 0 and b"40/40" in shown and b"step/s" in shown, bytes(shown)

@@ -25,7 +25,7 @@ from hvdlm.training.run_control import RunControl
 from hvdlm.training.signals import Signals
 from hvdlm_backends.local import LocalWorld
 from hvdlm_language.language_model import LanguageModel
-from launching import SMALL, STEPS, losses, read_rows, run_python, run_with_faults
+from launching import ONE_LAYER, SMALL, STEPS, losses, read_rows, run_python, run_with_faults
 
 
 def status(folder: Path) -> dict[str, object]:
@@ -37,16 +37,17 @@ def test_a_signal_to_any_rank_stops_all_and_resumes_exactly(
     curve: Callable[..., Path], tmp_path: Path, framework: str, first: str
 ) -> None:
     run = tmp_path / "run"
-    stopped = run_with_faults(run, framework, 2, signals=[[1, 7, first]])
+    stopped = run_with_faults(run, framework, 2, *ONE_LAYER, signals=[[1, 7, first]])
     assert stopped.returncode == STOPPED, stopped.stderr[-3000:]
     assert f"rank 1: {first}: the run saves after this step and stops" in stopped.stderr
     assert status(run)["state"] == "stopped" and 7 <= status(run)["step"] <= 9 and status(run)["code"] == STOPPED
     if framework == "torch":  # again, by a signal to the other rank
-        stopped_again = run_with_faults(run, framework, 2, "--checkpoint.resume", "auto", signals=[[0, 15, "SIGHUP"]])
+        resume = [*ONE_LAYER, "--checkpoint.resume", "auto"]
+        stopped_again = run_with_faults(run, framework, 2, *resume, signals=[[0, 15, "SIGHUP"]])
         assert stopped_again.returncode == STOPPED and status(run)["step"] >= 15, stopped_again.stderr[-3000:]
-    done = run_with_faults(run, framework, 2, "--checkpoint.resume", "auto")
+    done = run_with_faults(run, framework, 2, *ONE_LAYER, "--checkpoint.resume", "auto")
     assert done.returncode == 0 and status(run)["state"] == "done", done.stderr[-3000:]
-    assert losses(run) == losses(curve(framework, 2, *STEPS))
+    assert losses(run) == losses(curve(framework, 2, *STEPS, *ONE_LAYER))
     assert not list(run.rglob(".*")) and not (run / "flight_recorder").exists()
 
 
@@ -87,7 +88,7 @@ sys.exit(code)
 def test_signals_count_from_the_start_to_the_very_end(tmp_path: Path) -> None:
     """A signal while options are read stops the run; at exit, signals are ignored before handlers are removed."""
     run = tmp_path / "run"
-    done = run_python(["-c", EARLY, "--log.run", str(run), *SMALL, *STEPS])
+    done = run_python(["-c", EARLY, "--framework", "torch", "--log.run", str(run), *SMALL, *STEPS])
     assert done.returncode == STOPPED and "SIGUSR1: the run stops before its first step" in done.stderr, done.stderr
     assert (status(run)["state"], status(run)["step"]) == ("stopped", 0)
 
@@ -106,7 +107,9 @@ def test_samples_continue_exactly_on_any_number_of_ranks(tmp_path: Path) -> None
         limit = {} if last else {"signals": [[*signalled, "SIGUSR1"]], "sleep": [*signalled, 0.5]}
         resume = ["--checkpoint.resume", "auto"] if number else []
         path = tmp_path / f"rows{number}"
-        done = run_with_faults(tmp_path / "run", "torch", ranks, *resume, rows=str(path), **limit)
+        done = run_with_faults(
+            tmp_path / "run", "torch", ranks, *resume, launcher="mpirun" if FULL else "threads", rows=str(path), **limit
+        )
         assert done.returncode == (0 if last else STOPPED), done.stderr[-3000:]
         for row, shards in read_rows(path, ranks):
             seen.append(row)

@@ -455,7 +455,7 @@ def test_a_killed_rank_is_restarted_bit_for_bit(curve: Any, tmp_path: Path) -> N
     command = ["-m", "hvdlm", "supervise", "--backoff", "0.1", "--host_discovery_script", str(tmp_path / "hosts"), "--"]
     command += ["mpirun", "--bind-to", "none", "-H", "{hosts}", "-np", "{np}", sys.executable]
     command += with_step_hook(KILLED_ONCE.format(marker=tmp_path / "killed", run=tmp_path / "run"))
-    options = [*SMALL, *STEPS, "--checkpoint.every", "10", "--log.run", str(tmp_path / "run")]
+    options = ["--framework", "torch", *SMALL, *STEPS, "--checkpoint.every", "10", "--log.run", str(tmp_path / "run")]
     done = run_python([*command, *options])
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [line for line in done.stderr.splitlines() if line.startswith("hvdlm supervise: ")]

@@ -13,7 +13,7 @@ from hvdlm.config import TrainConfig
 from hvdlm.protocols.types import StepResult
 from hvdlm.training.consensus import Votes
 from hvdlm.training.step_guard import StepGuard
-from launching import losses, metrics, read_rows, run_with_faults
+from launching import ONE_LAYER, losses, metrics, read_rows, run_with_faults
 
 
 @pytest.mark.parametrize("framework", ["torch", "tensorflow"])
@@ -21,7 +21,7 @@ def test_three_bad_batches_in_a_row_are_rolled_back(framework: str, tmp_path: Pa
     """Rank 1 has non-finite losses in batch 4, which is skipped, and in 12 to 14, which cause a rollback to step 10."""
     run = tmp_path / "run"
     bad = {"nan": [4, 12, 13, 14], "rows": str(tmp_path / "rows")}
-    done = run_with_faults(run, framework, 2, "--checkpoint.every", "10", **bad)
+    done = run_with_faults(run, framework, 2, *ONE_LAYER, "--checkpoint.every", "10", **bad)
     assert done.returncode == 0, done.stderr[-3000:]
     assert [line["step"] for line in metrics(run) if line.get("skipped")] == [5]
     back = next(line for line in metrics(run) if "rolled_back_from" in line)
@@ -64,7 +64,7 @@ def test_without_a_checkpoint_bad_steps_end_the_run(tmp_path: Path) -> None:
 def test_a_flipped_bit_is_reported_with_tensor_rank_and_step(
     framework: str, ranks: int, what: str, options: list[str], expected: str, tmp_path: Path
 ) -> None:
-    options = ["--train.replica_check_every", "5", *options]
+    options = [*ONE_LAYER, "--train.replica_check_every", "5", *options]
     damage = [[ranks - 1, 8, what, "flip"]]
     done = run_with_faults(tmp_path / "run", framework, ranks, *options, damage=damage)
     assert done.returncode == 1
