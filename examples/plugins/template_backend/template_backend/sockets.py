@@ -49,7 +49,7 @@ class Hub:
             of_ranks = [contributions[member] for member in members]
             lengths = json.dumps([len(bytes_of_rank) for bytes_of_rank in of_ranks]).encode()
             message = b"\0".join([header, lengths, b"".join(of_ranks)])
-            for member in members:
+            for member in sorted(members, reverse=True):  # rank 0 last: it may end, with these threads, once it hears
                 self._connections[member].send_bytes(message)
 
 
