@@ -21,6 +21,7 @@ needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the public data is n
 RUNS = [
     ("all_reduce_cost", ["torch"], 2),
     ("all_reduce_cost", ["tensorflow"], 2),
+    ("chaos", ["torch", "--seed", "1"], 1),  # every kind; tests/test_chaos.py: some kinds in each framework
     ("communication_cost", ["torch"], 2),
     ("compiled_steps", ["torch"], 2),
     pytest.param("cpu_speed", ["--data", str(DATA)], 3, marks=needs_data),
@@ -44,7 +45,6 @@ RUNS = [
 ]
 # Scripts whose short forms are run by other tests, modules of benchmarks, and the scripts that their ranks run.
 ELSEWHERE = {
-    "chaos",  # tests/test_chaos.py
     "gpu",  # tests/test_gpu_kit.py
     "results",  # tests/test_results.py
     "save_cost",  # test_run_all_ends_with_a_summary

@@ -115,7 +115,10 @@ def continue_as_fork(folder: str, arguments: list) -> None:
     for name in FORWARDED:
         if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
             signal.signal(getattr(signal, name), lambda number, _: connection.send(bytes([number])))
-    code = int.from_bytes(connection.recv(4) or b"\1", "little", signed=True)
+    answer = connection.recv(4)
+    if not answer:
+        sys.stderr.write("the server of warm processes has ended (tests/warm/server.py)\n")
+    code = int.from_bytes(answer or b"\1", "little", signed=True)
     if code < 0:  # by a signal
         if -code not in (signal.SIGKILL, signal.SIGSTOP):
             signal.signal(-code, signal.SIG_DFL)
