@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import array
 import contextlib
-import ctypes
 import gc
 import importlib
 import json
@@ -52,22 +51,12 @@ def become(request: dict[str, Any], files: list[int]) -> None:
     os.chdir(request["folder"])
     os.umask(request["umask"])
     os.sched_setaffinity(0, request["cores"])
-    take_host_name(request["pid"])
     sys.stdin = sys.__stdin__ = open(0)
     sys.stdout = sys.__stdout__ = open(1, "w")
     sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, errors="backslashreplace")
     sys.stdout.reconfigure(write_through=bool(os.environ.get("PYTHONUNBUFFERED")))
     sys.orig_argv = [sys.executable, *request["arguments"]]
     run(*request["arguments"])
-
-
-def take_host_name(pid: int) -> None:
-    """Enter the namespace of the host's name of the process ``pid``, where that has another one (``unshare --uts``)."""
-    path = f"/proc/{pid}/ns/uts"
-    with contextlib.suppress(FileNotFoundError):  # it was killed meanwhile
-        if os.readlink(path) != os.readlink("/proc/self/ns/uts"):
-            with open(path) as file:
-                assert ctypes.CDLL(None).setns(file.fileno(), 0) == 0
 
 
 def run(option: str, *rest: str) -> None:

@@ -106,7 +106,7 @@ def continue_as_fork(folder: str, arguments: list) -> None:
     if not on_this_host(connection):
         return
     request = {"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd()}
-    request |= {"cores": sorted(os.sched_getaffinity(0)), "umask": os.umask(0), "pid": os.getpid()}
+    request |= {"cores": sorted(os.sched_getaffinity(0)), "umask": os.umask(0)}
     os.umask(request["umask"])
     data = json.dumps(request).encode()
     files = array.array("i", [0, 1, 2])
