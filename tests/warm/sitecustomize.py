@@ -41,9 +41,12 @@ def framework(arguments: list) -> str:
 
 
 def is_program(option: str, code: str = "") -> bool:
-    """Return whether a command runs a program, and not a process that a library starts, which inherits its files."""
+    """Return whether a command runs a program that may be warm.
+
+    A process that a library starts inherits its files; a program that asks what is imported gets another answer.
+    """
     if option == "-c":
-        return "multiprocessing" not in code
+        return "multiprocessing" not in code and "sys.modules" not in code
     return option.endswith(".py") and "site-packages" not in option
 
 
