@@ -41,8 +41,8 @@ def load(names: Iterable[str]) -> pluggy.PluginManager:
     """
     manager = pluggy.PluginManager("hvdlm")
     manager.add_hookspecs(hookspecs)
-    known = importlib.metadata.entry_points(group="hvdlm")  # takes milliseconds, and so is asked once
-    entries, loaded = {entry.name: entry for entry in known}, set[str]()
+    entries, known = installed(), importlib.metadata.entry_points(group="hvdlm")  # asked once for all names
+    loaded: set[str] = set()
     for name in dict.fromkeys(names):
         if name in entries and entries[name].value not in loaded:  # of several names of one plugin, the first
             loaded.add(entries[name].value)
