@@ -37,7 +37,9 @@ def run(installed: Path) -> Run:
         command += ["--framework", named or framework, *SIZES, *options]
         # A user's setting of Keras must have no effect.
         other = {"torch": "tensorflow", "tensorflow": "torch"}[framework]
-        done = launch("threads", ranks, command, PYTHONPATH=str(installed), KERAS_BACKEND=other)
+        # A model of Keras computes while its layers are built, before the ranks start.
+        variables = {"KERAS_BACKEND": other, "TF_NUM_INTEROP_THREADS": "4"}
+        done = launch("threads", ranks, command, PYTHONPATH=str(installed), **variables)
         assert done.returncode == code, done.stdout[-2000:] + done.stderr[-3000:]
         return done.stdout + done.stderr
 

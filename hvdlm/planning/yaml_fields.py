@@ -40,7 +40,9 @@ def _build_dataclass(kind: Any, value: Any, where: str) -> Any:
     hints, prefix = get_type_hints(kind), f"{where}." if where else ""
     for name in value:
         if name not in hints:
-            raise ValueError(f"{prefix}{shown(name, 30)} is unknown; {nearest(str(name), hints).rstrip('.')}")
+            raise ValueError(
+                f"{prefix}{shown(name, 30)} is unknown; {shown(nearest(str(name), hints).rstrip('.'), 300)}"
+            )
     for item in dataclasses.fields(kind):
         required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
         if required and item.name not in value:
