@@ -444,7 +444,6 @@ def test_invalid_images_are_refused(tmp_path: Path) -> None:
         (["--model.name", "seq2seq", "--model.width", "30"], "model.width 30 is not a multiple of model.heads 4"),
     ],
 )
-@pytest.mark.usefixtures("restored_environment")
 def test_incompatible_settings_are_refused_in_one_sentence(
     options: list[str], sentence: str, pairs: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
