@@ -85,9 +85,12 @@ WORKERS = {
 
 
 def run(script: str, *options: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    """Run a benchmark whose processes are warm, but for the fuzzer's, which instruments what it imports."""
+    """Run a benchmark whose processes are warm, but for the fuzzer's, which instruments what it imports.
+
+    That of interruptions sends its signals to processes that import no framework themselves.
+    """
     command = [sys.executable, f"benchmarks/{script}.py", *options]
-    variables = {} if script == "fuzz" else {"HVDLM_TEST_IMPORTS": imported(script, options)}
+    variables = {} if script in ("chaos", "fuzz") else {"HVDLM_TEST_IMPORTS": imported(script, options)}
     env = environment(**variables)
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
 
