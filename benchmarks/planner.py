@@ -99,7 +99,8 @@ def measure_machine(launches: Launches, framework: str, points: dict[str, Any], 
     options = ["--framework", framework, "--hardware", str(hardware_file(folder, group))]
     options += ["--steps", str(steps_file(folder, framework, group))]
     options += ["--seconds", str(o.measure_seconds), "--rounds", str(o.measure_rounds)]
-    options += [*(["--train.threads", str(threads)] if threads else [])]
+    if threads:
+        options += ["--train.threads", str(threads)]
     points[key] = launches.run(["-m", "hvdlm", "plan", "--measure", *options]).splitlines()
     store(points, folder)
 

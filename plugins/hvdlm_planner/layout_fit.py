@@ -7,8 +7,9 @@ hidden, what ranks wait because they don't arrive at once, and what compressors 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -35,6 +36,7 @@ _SLOWED: _Usual = (0.5, 1.0)  # by which computation and collectives slow each o
 _WAIT: _Usual = (3e-4, 2.0)  # seconds of a collective between tensor ranks, beside its own
 _PASS: _Usual = (3e-4, 2.0)  # seconds of a stage's pass, beside its operations
 _BUBBLE: _Usual = (0.8, 0.3)  # share of the bubble that a step takes longer
+_MOST = {"bubble_factor": 1.0}
 _OPERATIONS, _OPERATION = 100, 1e-5  # that a compressor starts for a tensor; seconds of one at least
 _ERROR = 0.03  # relative standard deviation of a timed step and of its prediction by the true constants
 
@@ -102,31 +104,27 @@ class _Fit:
 
     def tensor(self) -> None:
         """Fit what collectives between tensor ranks cost, for which the computation waits."""
-        if not (cases := self._cases(TENSOR)):
-            return
-
-        def rates(point: _Point) -> Rates:
-            return replace(self.rates, blocking_factor=point[0], blocking_seconds=point[1])
-
-        def error(point: _Point) -> float:
-            improbable = sum(map(_improbable, point, (_FACTOR, _WAIT)))
-            return self._error(cases, rates(point), self.collectives) + improbable
-
-        self.rates = rates(_search(error, (1.0, _WAIT[0])))
+        self._near_usual(TENSOR, {"blocking_factor": _FACTOR, "blocking_seconds": _WAIT})
 
     def pipeline(self) -> None:
         """Fit what a stage's pass takes beside its operations, and what the bubble costs."""
-        if not (cases := self._cases(PIPELINE)):
+        self._near_usual(PIPELINE, {"pass_seconds": _PASS, "bubble_factor": _BUBBLE})
+
+    def _near_usual(self, kind: str, usual: Mapping[str, _Usual]) -> None:
+        """Fit the named rates to the steps of a kind, from what is usual on."""
+        if not (cases := self._cases(kind)):
             return
 
         def rates(point: _Point) -> Rates:
-            return replace(self.rates, pass_seconds=point[0], bubble_factor=min(1.0, point[1]))
+            pairs = zip(usual, point, strict=True)
+            changed: dict[str, Any] = {name: min(value, _MOST.get(name, math.inf)) for name, value in pairs}
+            return replace(self.rates, **changed)
 
         def error(point: _Point) -> float:
-            improbable = sum(map(_improbable, point, (_PASS, _BUBBLE)))
+            improbable = sum(map(_improbable, point, usual.values()))
             return self._error(cases, rates(point), self.collectives) + improbable
 
-        self.rates = rates(_search(error, (_PASS[0], _BUBBLE[0])))
+        self.rates = rates(_search(error, tuple(median_of for median_of, _ in usual.values())))
 
     def compressors(self) -> None:
         """Fit the seconds of compressors by element and by tensor; of the outer update by element and by round."""

@@ -11,13 +11,14 @@ from typing import Any
 from hvdlm import plugins
 from hvdlm.config import Config
 from hvdlm.errors import HvdlmError
-from hvdlm.io import atomic_files
+from hvdlm.io import atomic_files, untrusted_input
 from hvdlm.parallel.mesh import Mesh
 from hvdlm.planning import yaml_fields
 from hvdlm.planning.hardware import MeasuredCollective
 from hvdlm.training.run import load_plugins
 from hvdlm_planner.timed_steps import TimedModel
 
+_MOST_BYTES = 2**22  # of a file; those of a minute have 20 kB
 # Kinds of models: that each rank trains by itself, and layouts. Others are compressors, and the outer update.
 ALONE, DATA, ZERO, TENSOR, PIPELINE = "alone", "data", "zero", "tensor", "pipeline"
 
@@ -90,7 +91,7 @@ def read(path: Path) -> Record:
         HvdlmError: the file can't be read, or is none.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = untrusted_input.read_json(path, _MOST_BYTES)
         collectives: tuple[MeasuredCollective, ...] = yaml_fields.build(
             tuple[MeasuredCollective, ...], content["collectives"], "collectives"
         )

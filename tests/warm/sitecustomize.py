@@ -91,7 +91,7 @@ def on_this_host(connection: object) -> bool:
     return all(os.readlink(f"/proc/{pid}/ns/{kind}") == os.readlink(f"/proc/self/ns/{kind}") for kind in ("net", "uts"))
 
 
-def continue_as_fork(folder: str, arguments: list) -> None:
+def continue_as_fork(folder: str, server: str, arguments: list) -> None:
     """Pass this process to a server, forward signals to the fork, and end as it does."""
     import array
     import json
@@ -103,7 +103,7 @@ def continue_as_fork(folder: str, arguments: list) -> None:
             return
     connection = socket.socket(socket.AF_UNIX)
     try:
-        connection.connect(os.path.join(folder, framework(arguments)))
+        connection.connect(os.path.join(folder, server))
     except (ConnectionRefusedError, PermissionError):  # the server has died, or this is another user
         return
     if not on_this_host(connection):
@@ -130,5 +130,6 @@ def continue_as_fork(folder: str, arguments: list) -> None:
 
 
 _FOLDER = os.environ.get("HVDLM_TEST_WARM")
-if _FOLDER and len(sys.orig_argv) > 1 and framework(sys.orig_argv[1:]) and not shadowed():
-    continue_as_fork(_FOLDER, sys.orig_argv[1:])
+_SERVER = framework(sys.orig_argv[1:]) if _FOLDER and len(sys.orig_argv) > 1 else ""
+if _SERVER and not shadowed():
+    continue_as_fork(_FOLDER, _SERVER, sys.orig_argv[1:])
