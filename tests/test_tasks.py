@@ -393,7 +393,7 @@ def test_invalid_translation_data_is_refused(tmp_path: Path) -> None:
     for name, content in {"cut": packed[:-9], "torn": packed[:20] + b"\0" * 9 + packed[29:], "no": b"eins"}.items():
         (tmp_path / f"{name}.gz").write_bytes(content)
         assert "give a readable UTF-8 text" in refused(Translation, path=[a, str(tmp_path / f"{name}.gz")])
-    (tmp_path / "bomb.gz").write_bytes(gzip.compress(bytes(1 << 29)))
+    (tmp_path / "bomb.gz").write_bytes(gzip.compress(bytes(9 << 23)))
     assert "unpacks to more than" in refused(Translation, path=[a, str(tmp_path / "bomb.gz")])
 
 
