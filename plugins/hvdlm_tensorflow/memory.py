@@ -52,7 +52,7 @@ class ActivationMemory:
             self.backward()
             return [tf.convert_to_tensor(gradient) for gradient in of_weights]
 
-        tf.function(gradients).get_concrete_function(arguments)
+        tf.function(gradients, autograph=False).get_concrete_function(arguments)
 
     def _is_kept(self, tensor: tf.Tensor) -> bool:
         operation = tensor.op

@@ -20,7 +20,7 @@ from hvdlm_testing.plugin_under_test import PluginUnderTest, frameworks, starter
 _TIMEOUT = 900  # seconds of a launch
 _BACKEND_TIMEOUT = 300  # of one that tests a backend, which may lose a message for which a rank then waits
 RANKS = 2
-RUNS = ("framework_run", "task_run", "backend")  # checks that an error on one rank ends
+RUNS = ("framework_run", "task_run", "backend")  # checks that an error ends on a rank of which others wait
 
 
 @dataclass
@@ -36,6 +36,19 @@ class Result:
     faults: list[str] = field(default_factory=list)
     skipped: str = ""
     figures: list[float] = field(default_factory=list)
+
+
+@dataclass
+class Report:
+    """What a rank writes of an error in a check.
+
+    Attributes:
+        faults: sentences.
+        in_flight: the sequence numbers of the collectives that it has begun and not ended.
+    """
+
+    faults: list[str]
+    in_flight: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -99,7 +112,7 @@ class Launches:
         return results.get(":".join(check)) or Result([f"the ranks ended before the check of {' '.join(check)}"])
 
     def _launch_all(self, request: Request) -> dict[str, Result] | str:
-        """Launch until all checks have been made: an error in one of ``RUNS`` ends the ranks before the next."""
+        """Launch until all checks have been made: an error in one of ``RUNS`` may end the ranks before the next."""
         results: dict[str, Result] = {}
         while request.checks:
             made = self._launch(request)
@@ -126,16 +139,16 @@ class Launches:
             except subprocess.TimeoutExpired:
                 output, code = f"no result within {limit} s: do all ranks call the same collectives?", 1
             results = _read(Path(request.output))
-            errors = [line for path in Path(folder).glob("results.rank-*") for line in path.read_text().splitlines()]
             if code and not results:
-                return "\n".join(dict.fromkeys(errors)) or f"{' '.join(command)} failed: {output}"
-            for check, result in results.items():
-                if result.skipped == "begun":  # ranks ended, or hung, in the middle of it
-                    results[check] = Result(
-                        list(dict.fromkeys(errors)) or [f"the ranks ended in the middle of it: {output}"]
-                    )
-                elif request.backend and errors and not result.faults:  # closing the world failed
-                    result.faults = list(dict.fromkeys(errors))
+                errors = _errors(request, request.checks[0])
+                return "\n".join(errors) or f"{' '.join(command)} failed: {output}"
+            for check in request.checks:
+                result = results.get(":".join(check))
+                if result is not None and result.skipped == "begun":  # ranks ended, or hung, in the middle of it
+                    errors = _errors(request, check) or [f"the ranks ended in the middle of it: {output}"]
+                    results[":".join(check)] = Result(errors)
+                elif result is not None and request.backend and not result.faults:
+                    result.faults = _errors(request, check)  # closing the world failed
             return results
 
     def _launcher(self, request: Request) -> list[str]:
@@ -166,6 +179,23 @@ def _read(path: Path) -> dict[str, Result]:
     lines = path.read_text().splitlines() if path.exists() else []
     records: list[dict[str, Any]] = [json.loads(line) for line in lines]
     return {record.pop("check"): Result(**record) for record in records}
+
+
+def read_reports(output: Path, check: list[str]) -> list[Report]:
+    """Return what ranks have reported of an error in a check."""
+    reports = []
+    for path in sorted(output.parent.glob(f"{output.stem}.rank-*")):
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            record = json.loads(line) if line.endswith("\n") else {}  # a rank is writing it
+            if record.pop("check", "") == ":".join(check):
+                reports.append(Report(**record))
+    return reports
+
+
+def _errors(request: Request, check: list[str]) -> list[str]:
+    """Return the faults that ranks have reported of a check, each once."""
+    reports = read_reports(Path(request.output), check)
+    return list(dict.fromkeys(fault for report in reports for fault in report.faults))
 
 
 def _environment() -> dict[str, str]:

@@ -13,10 +13,10 @@ from hvdlm.errors import HvdlmError, RankError
 from hvdlm.io.launcher_env import rank_for_messages
 from hvdlm_testing.checks import backends, compressors, exchanges, models, optimizers, runs, tasks
 from hvdlm_testing.checks.harness import Findings, Harness, Skip, location
-from hvdlm_testing.launcher import RANKS, RUNS, Request, Result
+from hvdlm_testing.launcher import RANKS, RUNS, Report, Request, Result, read_reports
 from hvdlm_testing.plugin_under_test import PluginUnderTest, find, starter_of
 
-_REPORT_SECONDS = 2.0  # in which other ranks may report the same error; what all have reported, nobody waits for
+_REPORT_SECONDS = 2.0  # in which other ranks may report the same error: then none waits in a collective
 _CHECKS = {
     "models": models.check_model,
     "compressors": compressors.check_compressor,
@@ -44,11 +44,12 @@ def _work(request: Request) -> int:
     tested = find(names, [f"{name}={file}" for name, file in request.configs.items() if name in names])
     plugins = {plugin.name: plugin for plugin in tested}
     backend = request.backend or choose_backend(request.framework)
-    stage = "does not start"
+    stage, check = "does not start", request.checks[0]
     try:
         with Harness.open(request.framework, backend, tested) as harness:
             stage = "fails while its ranks gather their results"
-            for kind, name, member in request.checks:
+            for check in request.checks:
+                kind, name, member = check
                 _make(harness, kind, plugins[name], member, output)
             stage = "fails in close() of its world"
     except HvdlmError as error:
@@ -56,7 +57,8 @@ def _work(request: Request) -> int:
             raise
         _write(output, request.checks[0], Result(skipped=f"backend {backend} does not start here: {error}"), 0)
     except Exception as error:  # a third party's code may raise anything
-        _report(output, rank_for_messages(), [f"backend {backend} {stage}, with {request.framework}: {_text(error)}"])
+        faults = [f"backend {backend} {stage}, with {request.framework}: {_text(error)}"]
+        _report(output, rank_for_messages(), check, Report(faults))
         return 1
     return 0
 
@@ -73,23 +75,31 @@ def _make(harness: Harness, kind: str, plugin: PluginUnderTest, member: str, out
 
 
 def _check(harness: Harness, kind: str, plugin: PluginUnderTest, member: str, output: Path) -> Result:
-    """Return the result of a check on this rank; an error in a run ends all ranks, of which others may wait for it."""
+    """Return the result of a check on this rank.
+
+    An error in a run ends all ranks, of which others may wait for this one, unless all have raised the same one with
+    the same collectives in flight.
+    """
     findings = Findings()
     label = f"{kind.replace('_', ' ')} {member or plugin.name}"
+    broken = False  # whether the transport may be
     try:
         _CHECKS[kind](harness, plugin, member, findings)
     except Skip as reason:
         return Result(findings.faults, str(reason), findings.figures)
     except (HvdlmError, RankError) as error:
         findings.fault(f"{label} is refused: {error}")
+        broken = isinstance(error, RankError)
     except Exception as error:  # a third party's code may raise anything
         findings.fault(f"{label} fails in {harness.framework_name}: {_text(error)}")
     else:
         return Result(findings.faults, "", findings.figures)
     if kind in RUNS:
-        _report(output, harness.world.rank, findings.faults)
-        _wait_for_reports(output, harness.world.size)
-        harness.world.abort(1)
+        world, check = harness.world, [kind, plugin.name, member]
+        own = Report(findings.faults, [] if kind == "backend" else sorted(world.recorder.open))
+        _report(output, world.rank, check, own)
+        if not _all_report(output, world.size, check, own) or broken or kind == "backend":
+            world.abort(1)
     return Result(findings.faults, "", findings.figures)
 
 
@@ -98,19 +108,21 @@ def _text(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())} ({location(error)})"
 
 
-def _report(output: Path, rank: int, faults: list[str]) -> None:
-    """Write the faults of a rank that can't gather them any more."""
+def _report(output: Path, rank: int, check: list[str], report: Report) -> None:
+    """Write what a rank can't gather any more."""
     with output.with_suffix(f".rank-{rank}").open("a", encoding="utf-8") as file:
-        file.write("\n".join(faults) + "\n")
+        file.write(json.dumps({"check": ":".join(check), **asdict(report)}) + "\n")
 
 
-def _wait_for_reports(output: Path, ranks: int) -> None:
-    """Wait until every rank has reported, or for as long as the others may take."""
+def _all_report(output: Path, ranks: int, check: list[str], own: Report) -> bool:
+    """Wait until every rank has reported, or for as long as the others may take; return whether all have this report.
+
+    Files, because a rank that has not failed may wait in a collective.
+    """
     deadline = time.monotonic() + _REPORT_SECONDS
-    while time.monotonic() < deadline:
-        if sum(path.stat().st_size > 0 for path in output.parent.glob(f"{output.stem}.rank-*")) == ranks:
-            break
+    while len(reports := read_reports(output, check)) < ranks and time.monotonic() < deadline:
         time.sleep(0.02)
+    return reports == [own] * ranks
 
 
 def _write(output: Path, check: list[str], result: Result, rank: int) -> None:

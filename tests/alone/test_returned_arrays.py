@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -45,7 +46,7 @@ def library():
 
     from hvdlm_tensorflow.host_tensors import HostTensors
 
-    return HostTensors(), tf.constant, tf.function
+    return HostTensors(), tf.constant, partial(tf.function, autograph=False)
 
 
 @pytest.mark.parametrize("made", list(MADE))

@@ -63,8 +63,7 @@ def test_tensors_of_a_device_travel_through_host_memory(world: World, group: Hor
 )
 def test_graphs_place_the_collectives_on_the_cpu(world: World, group: HorovodGroup) -> None:
     tf = importlib.import_module("tensorflow")
-    graph = (
-        tf.function(lambda x: group.all_reduce_async(x, "host.placed").wait()).get_concrete_function(tf.zeros(4)).graph
-    )
+    function = tf.function(lambda x: group.all_reduce_async(x, "host.placed").wait(), autograph=False)
+    graph = function.get_concrete_function(tf.zeros(4)).graph
     devices = {op.device for op in graph.get_operations() if op.type.startswith("Horovod")}
     assert devices == {"/device:CPU:0"}
