@@ -1,6 +1,7 @@
 """Processes that have imported a framework; commands of tests are forks of them, which start in less time.
 
-They import what a run imports and compute nothing, so that a fork is in the state of a fresh process after its imports.
+They import what a run imports, make the parser of its options and compute nothing, so that a fork is in the state of a
+fresh process that has done that.
 The process that was started for a command (sitecustomize.py) passes on its arguments, environment and files, forwards
 signals to the fork and ends as it does. The fork ends with that process, and the servers with their standard input.
 """
@@ -23,11 +24,21 @@ import threading
 from pathlib import Path
 from typing import Any, NoReturn
 
-# What most commands import of other packages, and nothing that loads MPI. Not hvdlm itself: scripts change what it has
-# before they import the rest.
+import packages
+
+# What most commands import, and nothing that loads MPI. Programs that change what hvdlm has change attributes of its
+# modules, which are looked up when they are used: it makes no difference that other modules have been imported before.
 COMMON = ["numpy", "ml_dtypes", "pluggy", "yaml", "jsonargparse", "safetensors.numpy", "tokenizers", "psutil", "tqdm"]
-COMMON += ["tensorboard.summary"]
-FRAMEWORKS = {"none": [], "torch": ["torch", "torch._dynamo"], "tensorflow": ["tensorflow", "keras"]}
+COMMON += ["tensorboard.summary", "docstring_parser", "attrs", "pydoc_data.topics", "statistics"]
+COMMON += ["hvdlm.cli", "hvdlm.configuration.parsing", "hvdlm.commands.train", "hvdlm_diagnosis.diagnosis"]
+TRAINING = ["hvdlm.training.whole_run", "hvdlm_backends.threads_command", "hvdlm_backends.local"]
+TRAINING += ["hvdlm_language.language_model", "hvdlm_language.gpt", "hvdlm_corpora.preparer", "hvdlm_planner.advice"]
+TRAINING += [f"hvdlm_telemetry.{name}" for name in ("computation", "metrics", "progress", "tensorboard")]
+FRAMEWORKS = {
+    "none": [],
+    "torch": ["torch", "torch._dynamo", *TRAINING, "hvdlm_torch.plugin", "hvdlm_torch.framework"],
+    "tensorflow": ["tensorflow", "keras", *TRAINING, "hvdlm_tensorflow.plugin", "hvdlm_tensorflow.framework"],
+}
 Request = tuple[dict[str, Any], list[int]]
 
 
@@ -58,6 +69,8 @@ def become(request: dict[str, Any], files: list[int]) -> NoReturn:
     sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, errors="backslashreplace")
     sys.stdout.reconfigure(write_through=bool(os.environ.get("PYTHONUNBUFFERED")))
     sys.orig_argv = [sys.executable, *request["arguments"]]
+    phases: Any = sys.modules["hvdlm.diagnostics.phases"]
+    vars(phases.process).update(_of_process=phases.Process())  # which has the rank and the time of its start
     code: Any = None
     try:
         run(*request["arguments"])
@@ -206,6 +219,18 @@ def start_servers(folder: Path) -> tuple[str, socket.socket] | None:
                 listeners.pop(key.data).close()  # if the server dies, commands are refused, and start afresh
 
 
+def make_parser() -> None:
+    """Make the parser of the options of ``train``, which takes 0.2 s, for the first that a fork asks for."""
+    from hvdlm.configuration import parsing
+
+    make, made = parsing.config_parser, [parsing.config_parser("[train]", {})]
+
+    def config_parser(command: str, plugins: Any) -> Any:
+        return made.pop() if made and command == "[train]" and not plugins else make(command, plugins)
+
+    parsing.config_parser = config_parser
+
+
 def main(folder: str) -> None:
     """Serve until standard input ends."""
     started = start_servers(Path(folder))
@@ -217,6 +242,8 @@ def main(folder: str) -> None:
     framework, listener = started
     for name in COMMON + FRAMEWORKS[framework]:
         importlib.import_module(name)
+    packages.remember()
+    make_parser()
     gc.collect()
     gc.freeze()  # else collections of every fork go through all that was imported, and copy its pages: 0.6 to 1 s
     gc.set_threshold(50_000, 20, 20)  # what a fork makes in its first steps stays: collections only look through it
