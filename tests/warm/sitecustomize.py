@@ -69,9 +69,18 @@ def default_framework(arguments: list) -> str:
 
 
 def shadowed() -> bool:
-    """Return whether ``PYTHONPATH`` names a folder with another framework than that of the server."""
-    folders = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    return any(os.path.exists(os.path.join(folder, name)) for folder in folders if folder for name in FRAMEWORKS)
+    """Return whether Python's path has another framework, or another hvdlm, than the server's."""
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+    own = [f"{root}/", f"{root}/backends/", f"{root}/plugins/"]
+    folders = {*filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)), os.getcwd()}
+    others = [folder for folder in folders if os.path.join(os.path.realpath(folder), "") not in own]
+    return any(is_imported(name, own) for folder in others if os.path.isdir(folder) for name in os.listdir(folder))
+
+
+def is_imported(name: str, own: list) -> bool:
+    """Return whether a server imports a package of this name, of a framework or of hvdlm."""
+    ours = name.startswith("hvdlm") and any(os.path.isdir(folder + name) for folder in own)
+    return ours or name in FRAMEWORKS
 
 
 def read_once(environment: dict) -> dict:
