@@ -83,7 +83,7 @@ def test_stateful_exchanges_resume_bit_for_bit(curve, exchange: str, framework: 
 
 
 @pytest.mark.parametrize("framework", ["torch", "tensorflow"])
-def test_streaming_diloco_evaluates_and_saves_the_global_parameters(curve, framework: str, tmp_path: Path) -> None:
+def test_streaming_diloco_saves_the_global_parameters(curve, framework: str, tmp_path: Path) -> None:
     """At any step; training continues from the replicas' own, and on another number of ranks from the global ones."""
     steps = (*STEPS, "--train.steps", "12", "--checkpoint.every", "7", "--train.schedule", "constant")
     never, often = (

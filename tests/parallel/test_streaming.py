@@ -85,6 +85,7 @@ def test_streaming_diloco_follows_the_papers_algorithm(manager: Any, world: Worl
                 agreed[half] -= 0.7 * (sums.pop(done) + 0.9 * velocity[half])
                 own[:, half] = 0.25 * own[:, half] + 0.75 * agreed[half]
         np.testing.assert_allclose(actual[done - 1], own[world.rank], atol=3e-6, err_msg=str(done))
+    exchange.state()  # waits for the sums in flight
     np.testing.assert_allclose(exchange.averaged(), agreed, atol=3e-6)
     assert world.size == 1 or np.abs(actual[-1] - exchange.averaged()).max() > 1e-3  # replicas never agree
 
@@ -109,6 +110,7 @@ def test_a_state_with_sums_in_flight_continues_bit_for_bit(
     local, moved = LocalConfig(EVERY, overlap=3), moves(world.size)[:, world.rank]
     whole = make(manager, world, local, algorithm)
     expected = train(whole, start(), moved, tensor)
+    whole.state()  # waits for the sums in flight, whose names the others use
     first, second = make(manager, world, local, algorithm), make(manager, world, local, algorithm)
     before = train(first, start(), moved[:6], tensor)
     state = first.state()
@@ -117,13 +119,16 @@ def test_a_state_with_sums_in_flight_continues_bit_for_bit(
     second.load_state(state)
     np.testing.assert_array_equal(train(second, before[-1], moved[6:], tensor, 6), expected[6:])
     np.testing.assert_array_equal(second.averaged(), whole.averaged())
+    second.state()
     # The one whose state was taken continues, too.
     np.testing.assert_array_equal(train(first, before[-1], moved[6:], tensor, 6), expected[6:])
+    first.state()
 
 
 def test_averaged_parameters_are_the_same_bits_on_all_ranks(manager: Any, world: World, tensor: Any) -> None:
     exchange = make(manager, world, LocalConfig(EVERY, overlap=2), "int4")
     own = train(exchange, start(), moves(world.size)[:, world.rank], tensor)[-1]
+    exchange.state()  # waits for the sums in flight
     averages, owns = (world.gather_objects(array.tobytes().hex()) for array in (exchange.averaged(), own))
     assert len(set(averages)) == 1 and len(set(owns)) == world.size
 
