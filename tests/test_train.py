@@ -105,6 +105,17 @@ def test_streaming_diloco_saves_the_global_parameters(curve, framework: str, tmp
     assert metrics(tmp_path / "run", "val_loss")[-2] == pytest.approx(figures[-1], abs=1e-6)
 
 
+@pytest.mark.parametrize("framework", ["torch", "tensorflow"])
+@pytest.mark.parametrize("layout", ["--parallel.tensor", "--parallel.pipeline"])
+def test_streaming_diloco_trains_replicas_of_two_ranks(curve, layout: str, framework: str) -> None:
+    """With one fragment, all elements of a parameter synchronise after the same steps, however it is sharded."""
+    steps = (*STEPS_OF_RUNS, "--model.layers", "2", "--model.tie_embeddings", "false", "--train.steps", "12")
+    options = (*steps, *STREAMING, "--communication.local.fragments", "1", "--train.eval_every", "4")
+    whole, sharded = curve(framework, 2, *options), curve(framework, 4, *options, layout, "2")
+    assert losses(whole) == pytest.approx(losses(sharded), abs=1e-4)
+    assert metrics(whole, "val_loss") == pytest.approx(metrics(sharded, "val_loss"), abs=1e-4)
+
+
 def metrics(run: Path, name: str) -> list[float]:
     """Return the values of a figure in the order of the log."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
