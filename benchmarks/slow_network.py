@@ -20,18 +20,22 @@ from harness import Bar, make_parser, parse, report, report_ratio, skip
 from two_hosts import Missing, TwoHosts, two_hosts
 
 COMPRESSION = "--communication.compression.algorithm"
+STREAMING = ["--communication.exchange", "streaming_diloco", "--communication.local.steps", "50"]
 # Options of each method, and the optimizer steps of a run: those of local SGD average every 50.
 METHODS = {
     "dense": ([], 8),
     "diloco": (["--communication.exchange", "diloco", "--communication.local.steps", "50"], 100),
     "local_sgd": (["--communication.exchange", "local_sgd", "--communication.local.steps", "50"], 100),
+    "streaming_diloco": ([*STREAMING, COMPRESSION, "int4"], 100),
+    "streaming_diloco in fp32": (STREAMING, 100),
+    "no exchange": (["--communication.exchange", "local_sgd", "--communication.local.steps", "1000"], 100),
     **{name: ([COMPRESSION, name], 20) for name in ("fp16", "int8", "qsgd", "power_sgd", "top_k", "scaled_sign")},
 }
 FULL = {"rates": [1e8, 1e9], "methods": ["diloco"], "rounds": 2, "layers": 6, "width": 384}
 SHORT = {"rates": [1e9], "methods": ["power_sgd"], "rounds": 1, "layers": 2, "width": 96}
 UNCOUNTED = 2  # steps, in which frameworks build their graphs
 GAINS = {1e8: Bar(at_least=10.0), 1e9: Bar(at_least=2.0)}  # for methods that communicate every 50 steps
-LOCAL = ("diloco", "local_sgd")
+LOCAL = ("diloco", "local_sgd", "streaming_diloco")
 COUNTED = Bar(0.90, 1.10)
 
 
@@ -44,8 +48,8 @@ class Result:
     counted_bytes: int
 
 
-def train(hosts: TwoHosts, framework: str, method: str, o: argparse.Namespace) -> Result:
-    """Train with a method."""
+def train(hosts: TwoHosts, framework: str, method: str, o: argparse.Namespace, last: int = 0) -> Result:
+    """Train with a method; the ``last`` steps don't count."""
     options, steps = METHODS[method]
     settings = {
         "framework": framework,
@@ -72,7 +76,7 @@ def train(hosts: TwoHosts, framework: str, method: str, o: argparse.Namespace) -
             sys.exit(f"{framework}, {method} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
         lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
         summary = json.loads((Path(folder) / "summary.json").read_text())
-    measured = [line for line in lines if "loss" in line and line["step"] > UNCOUNTED]
+    measured = [line for line in lines if "loss" in line and UNCOUNTED < line["step"] <= steps - last]
     tokens = statistics.mean(line["tokens"] for line in measured)
     seconds = statistics.mean(line["seconds"] for line in measured)
     return Result(tokens / seconds, interface_bytes, summary["bytes_communicated"])

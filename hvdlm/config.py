@@ -244,10 +244,10 @@ class CompressionConfig:
 
     Args:
         algorithm: none, or a compressor (int8, power_sgd, ...) that python -m hvdlm plugins lists
-        ratio: top_k, random_k, dgc: fraction of the elements that is sent; null: 0.01, random_k 0.1
+        ratio: fraction of elements that top_k, dgc (null: 0.01), random_k (0.1), chunked_top_k (0.0156) send
         rank: power_sgd: rank of the factors
         bits: qsgd: bits per element, including the sign
-        block: qsgd, int8, scaled_sign, sign_majority: elements per scale; null: qsgd 64, others 256
+        block: elements per scale; null: 256, of int4 128, of qsgd 64, of chunked_top_k (a chunk) 4096
         momentum: dgc: momentum correction, in place of SGD's momentum
         clip: dgc: maximum norm of a rank's gradient, divided by the square root of the number of ranks; 0: no clipping
         warmup: dgc: steps over which the sent fraction falls from 25% to ratio
@@ -277,16 +277,21 @@ class LocalConfig:
 
     Args:
         steps: optimizer steps between synchronisations
-        outer_learning_rate: outer learning rate, applied to the mean parameter difference; null: diloco 0.7, local_sgd
-            1
-        outer_momentum: outer Nesterov momentum; null: diloco 0.8, local_sgd 0
+        outer_learning_rate: outer learning rate of the mean parameter difference; null: DiLoCo 0.7, local_sgd 1
+        outer_momentum: outer Nesterov momentum; null: DiLoCo 0.8, local_sgd 0
         warmup: number of initial steps with an all-reduce at every step
+        fragments: streaming_diloco: fragments of the model, each with its own steps to synchronise; null: steps
+        overlap: streaming_diloco: steps during which a fragment's sum travels; null: 2
+        mixing: streaming_diloco: weight of a rank's own parameters when a sum has arrived; null: 0.5
     """
 
     steps: int = 50
     outer_learning_rate: float | None = None
     outer_momentum: float | None = None
     warmup: int = 0
+    fragments: int | None = None
+    overlap: int | None = None
+    mixing: float | None = None
 
 
 @dataclass
@@ -294,8 +299,7 @@ class CommunicationConfig:
     """Communication of gradients between ranks.
 
     Args:
-        exchange: all_reduce (at every step), local_sgd or diloco (infrequent synchronisation), or one provided by a
-            plugin
+        exchange: all_reduce (at every step), local_sgd, diloco or streaming_diloco (infrequently), or a plugin's
         reduction: how the ranks' gradients are combined: average (over tokens), sum (average x ranks) or adasum (MPI
             only)
         predivide: divisor applied before the reduction and undone after it, against overflow in fp16

@@ -28,6 +28,7 @@ from hvdlm_backends.local import LocalWorld
 from launching import ROOT, environment, launch, run_python
 
 TEXT = "The quick brown fox jumps over the lazy dog.\n" * 200
+STREAMING = ["--communication.exchange", "streaming_diloco"]
 COMPRESSION = "--communication.compression"
 Setup = Callable[[pytest.MonkeyPatch], Any]
 
@@ -240,6 +241,18 @@ CASES: list[tuple[str, list[str], Setup | None, str]] = [
      "--train.eval_every", "120"], None, "train.eval_every 120 falls between two synchronisations of diloco"),
     ("a checkpoint between rounds", ["--communication.exchange", "local_sgd", "--communication.local.steps", "30",
      "--train.eval_every", "0"], None, "checkpoint.every 500 falls between two synchronisations"),
+    ("more fragments than steps", [*STREAMING, "--communication.local.fragments", "51"], None,
+     "local.fragments is 51, and with communication.local.steps 50 streaming_diloco can have 50 at most"),
+    ("a sum that arrives too late", [*STREAMING, "--communication.local.overlap", "50"], None,
+     "local.overlap is 50, and with communication.local.steps 50 streaming_diloco can have 49 at most"),
+    ("nothing of the global parameters", [*STREAMING, "--communication.local.mixing", "1"], None,
+     "local.mixing is 1.0, expected at least 0 and below 1"),
+    ("fragments without an exchange of them", ["--communication.exchange", "diloco", "--communication.local.overlap",
+     "2"], None, "communication.local.overlap is an option of streaming_diloco"),
+    ("streaming and Adasum", [*STREAMING, "--communication.reduction", "adasum"], two_ranks,
+     "adasum combines whole gradients"),
+    ("indices of 13 bits", [f"{COMPRESSION}.algorithm", "chunked_top_k", f"{COMPRESSION}.block", "8192"], None,
+     "block is 8192, and chunked_top_k's indices of 12 bits allow 4096 at most"),
     ("no steps of a round", ["--communication.local.steps", "0"], None, "local.steps is 0, expected 1 or more"),
     ("an autotune log without autotune", ["--communication.autotune_log", "a.csv"], None, "--communication.autotune"),
     ("a bench of no size", ["bench", "--smallest", "10"], None, "expected 1024 <= smallest <= largest"),

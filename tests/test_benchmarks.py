@@ -38,6 +38,7 @@ RUNS = [
     ("replica_check", ["tensorflow"], 2),
     ("simulator", [], 7),
     ("slow_network", ["torch"], 3),
+    ("streaming", ["torch"], 3),
     ("tensorflow_chunks", [], 2),
     ("waiting_threads", ["torch"], 4),
     ("without_horovod", ["torch"], 1),

@@ -29,7 +29,7 @@ SELECTED = {
 ONLY_PROCESSES = [COMPILED, "--ignore-glob=*/test_through_host_memory.py", "--ignore-glob=*/test_host_tensors.py"]
 # TensorFlow traces a step of every exchange for a second: two ranks of mpirun train with all of them, others with those
 # that sum (in one round or two, 32 or 16 bits), gather or replace parameters, four with those that compress linearly.
-FEW_EXCHANGES = {2: ["dense", "bf16", "random_k", "power_sgd", "top_k", "diloco"]}
+FEW_EXCHANGES = {2: ["dense", "bf16", "random_k", "power_sgd", "top_k", "diloco", "streaming_diloco"]}
 FEW_EXCHANGES |= {4: ["dense", "random_k", "power_sgd", "top_k"]}
 PYTEST = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
 
@@ -108,7 +108,8 @@ def curves(output_folder: Path, name: str, kind: str = "losses") -> dict[str, np
 # Rounding to fewer bits amplifies rounding errors: a value on the border of two levels may be rounded either way.
 ROUNDING = {"int8": 5e-5, "bf16": 5e-5, "fp16": 1e-5}
 # Of values within a rounding error of a threshold (zero; the k-th largest), the frameworks may select different ones.
-CHOOSING = {"scaled_sign", "sign_majority", "qsgd", "top_k", "dgc", "diloco with top_k"}
+CHOOSING = {"scaled_sign", "sign_majority", "qsgd", "int4", "top_k", "dgc", "diloco with top_k"}
+CHOOSING |= {"streaming_diloco with int4", "chunked_top_k", "local_sgd with chunked_top_k"}
 DIFFERENT = 2e-5  # for parameters around 0.2: rounding causes differences of 2e-6, one sign of 3e-3
 
 

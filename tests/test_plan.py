@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,31 @@ def test_a_dry_run_takes_the_options_of_plan(capsys: pytest.CaptureFixture[str])
     text = capsys.readouterr().out
     assert "fit into 80.0 GB a GPU" in text and "CUDA context 572.2 MiB" in text
     assert "seconds of a step" in text and "tokens/s" in text and "fitted on: product_efficiency" in text
+
+
+@pytest.mark.parametrize(
+    "options, vectors, bytes_per_parameter",
+    [
+        ([], 2, 4.0),
+        (["--communication.compression.algorithm", "int4"], 3, 0.5 + 4 / 128),
+        (["--communication.local.outer_momentum", "0"], 1, 4.0),
+    ],
+)
+def test_a_plan_of_streaming_diloco_counts_its_memory_and_bytes(
+    options: list[str], vectors: int, bytes_per_parameter: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    streaming = ["--communication.exchange", "streaming_diloco", "--model.vocab", "64", "--parallel.data", "2"]
+    assert main(["--dry_run", *streaming, *options, "--gpu_memory", "40GiB", "--hardware", "h100"]) == 0
+    text = capsys.readouterr().out
+    parameters = float(re.search(r"gpt: ([\d,]+) parameters", text)[1].replace(",", ""))
+    kept, unit = re.search(r"streaming_diloco keeps ([\d.]+) (\w+) on a rank", text).groups()
+    assert parse_bytes(kept + unit) == pytest.approx(4 * vectors * parameters, rel=0.01)
+    assert f"outer optimizer {kept} {unit}" in text and "seconds of a step" in text
+    whole, unit, mean, small = re.search(
+        r"([\d.]+) (\w+) of parameter differences in a round of 50 steps, ([\d.]+) (\w+) in the mean step", text
+    ).groups()
+    assert parse_bytes(whole + unit) == pytest.approx(bytes_per_parameter * parameters, rel=0.02)
+    assert parse_bytes(mean + small) == pytest.approx(parse_bytes(whole + unit) / 50, rel=0.01)
 
 
 def test_seconds_by_cause_add_up_to_the_step(capsys: pytest.CaptureFixture[str]) -> None:

@@ -107,7 +107,10 @@ def handed(work: Work, mesh: tuple[int, int, int], neighbours: int) -> dict[str,
     return {axis: size for axis, size in totals.items() if size}
 
 
-@pytest.mark.parametrize("name", ["fp16", "bf16", "int8", "qsgd", "scaled_sign", "sign_majority", "top_k", "dgc"])
+@pytest.mark.parametrize(
+    "name",
+    ["fp16", "bf16", "int8", "int4", "qsgd", "scaled_sign", "sign_majority", "top_k", "dgc", "chunked_top_k"],
+)
 @pytest.mark.parametrize("count", [1024, 5000])
 def test_payloads_are_those_of_the_compressors(name: str, count: int) -> None:
     from hvdlm_compression.plugin import hvdlm_compressors
@@ -151,13 +154,15 @@ def test_power_sgd_sends_second_factors_after_the_backward_pass() -> None:
     assert compressed and first == pytest.approx(second + dense)
 
 
-def test_local_sgd_sends_in_one_of_many_steps() -> None:
+@pytest.mark.parametrize("exchange", ["diloco", "streaming_diloco"])
+def test_local_sgd_sends_in_one_of_many_steps(exchange: str) -> None:
     config = made("gpt", (2, 1, 1))
-    config.communication = CommunicationConfig(exchange="diloco", local=LocalConfig(steps=10))
+    config.communication = CommunicationConfig(exchange=exchange, local=LocalConfig(steps=10))
     (work,) = works(config)
     assert not work.buckets and not work.after
     size = sum(4 * param.size for param in spec_of(config).params)
     assert sum(c.bytes * c.count for c in work.rounds) == pytest.approx(size / 10)
+    assert work.streams == (exchange == "streaming_diloco")
 
 
 def test_a_bucket_is_ready_when_its_first_layer_is() -> None:

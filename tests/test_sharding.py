@@ -184,6 +184,14 @@ BAD = [
     (["--parallel.tensor", "2", "--model.name", "lstm", "--train.compile", "true"], "after every position"),
     (["--parallel.tensor", "2", "--train.activation_checkpointing", "true", "--train.compile", "true"], "recompute"),
     (["--parallel.data", "2", "--parallel.zero", "1", "--communication.exchange", "diloco"], "and diloco has none"),
+    (
+        ["--parallel.data", "2", "--parallel.zero", "1", "--communication.exchange", "streaming_diloco"],
+        "and streaming_diloco has none",
+    ),
+    (
+        ["--parallel.data", "2", "--parallel.pipeline", "2", "--communication.exchange", "streaming_diloco"],
+        "would synchronise the two stages' copies of the tied embedding",
+    ),
     (["--parallel.data", "2", "--parallel.zero", "2", "--communication.compression.algorithm", "int8"], "int8"),
 ]
 

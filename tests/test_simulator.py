@@ -312,6 +312,7 @@ def test_a_damaged_file_of_a_scaling_is_refused(content: str, tmp_path: Path) ->
         (["--node_mtbf", "3y"], "no save_bytes_per_second: give it as --save 20s"),
         (["--ranks", "63", "--parallel.tensor", "2"], "--ranks: got 63, expected a multiple of parallel.pipeline x"),
         (["--jitter_distribution", "cauchy"], "expected lognormal or gamma"),
+        (["--communication.exchange", "streaming_diloco"], "--simulate: ranks wait for each other at the end"),
     ],
 )
 def test_wrong_options_of_a_simulation_are_refused(options: list[str], sentence: str) -> None:

@@ -26,7 +26,10 @@ def test_the_example_has_fewer_than_30_lines() -> None:
 def test_the_plugin_is_listed(installed: Path) -> None:
     listed = run_python(["-m", "hvdlm", "plugins"], PYTHONPATH=str(installed)).stdout
     assert re.search(r"ternary +hvdlm-ternary 0.1 +ternary +compressors \(ternary\)", listed)
-    assert "compressors (fp16, bf16, top_k, random_k, power_sgd, scaled_sign, sign_majority, qsgd, int8, dgc)" in listed
+    built_in = (
+        "fp16, bf16, top_k, random_k, power_sgd, scaled_sign, sign_majority, qsgd, int8, int4, dgc, chunked_top_k"
+    )
+    assert f"compressors ({built_in})" in listed
 
 
 def test_the_plugin_trains_alike_in_both_frameworks(installed: Path, tmp_path: Path) -> None:

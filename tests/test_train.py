@@ -54,17 +54,23 @@ def test_a_resumed_run_continues_bit_for_bit(curve, killed: Path, tmp_path: Path
     assert resume(killed, tmp_path / "run", 2) == losses(curve("torch", 2, *STEPS))
 
 
+STREAMING = ("--communication.exchange", "streaming_diloco", "--communication.local.steps", "5")
+CHUNKED = ("--communication.compression.algorithm", "chunked_top_k")
 STATEFUL = {
     "top_k": ["--communication.compression.algorithm", "top_k"],
     "power_sgd": ["--communication.compression.algorithm", "power_sgd", "--communication.bucket_bytes", "30000"],
     "diloco": ["--communication.exchange", "diloco", "--communication.local.steps", "5"],
+    "sparse_loco": ["--communication.exchange", "local_sgd", "--communication.local.steps", "5", *CHUNKED],
+    "streaming_diloco": [*STREAMING, "--communication.compression.algorithm", "int4"],
 }
 
 
 @pytest.mark.parametrize("framework", ["torch", "tensorflow"])
 @pytest.mark.parametrize("exchange", STATEFUL)
 def test_stateful_exchanges_resume_bit_for_bit(curve, exchange: str, framework: str, tmp_path: Path) -> None:
-    """Error feedback, PowerSGD's factors, DiLoCo's momentum and each rank's own optimizer state are in checkpoints."""
+    """In checkpoints are error feedback, PowerSGD's factors, DiLoCo's momentum, sums in flight, and what ranks have of
+    their own: optimizer states, and under streaming DiLoCo parameters.
+    """
     steps = (*STEPS, "--train.steps", "14", "--train.eval_every", "0", "--checkpoint.every", "5")
     options = [*SMALL, *steps, "--framework", framework, *STATEFUL[exchange], "--log.run", str(tmp_path)]
     whole = losses(curve(framework, 2, *steps, *STATEFUL[exchange]))
@@ -74,6 +80,46 @@ def test_stateful_exchanges_resume_bit_for_bit(curve, exchange: str, framework: 
     done = launch("threads", 2, ["-m", "hvdlm", *options, "--checkpoint.resume", "auto"])
     assert done.returncode == 0, done.stderr[-3000:]
     assert losses(tmp_path) == whole
+
+
+@pytest.mark.parametrize("framework", ["torch", "tensorflow"])
+def test_streaming_diloco_saves_the_global_parameters(curve, framework: str, tmp_path: Path) -> None:
+    """At any step; training continues from the replicas' own, and on another number of ranks from the global ones."""
+    steps = (*STEPS, "--train.steps", "12", "--checkpoint.every", "7", "--train.schedule", "constant")
+    never, often = (
+        curve(framework, 2, *steps, *STREAMING, "--train.eval_every", every, "--checkpoint.keep", "9")
+        for every in ("0", "3")
+    )
+    assert losses(never) == losses(often)
+    figures = metrics(often, "val_loss")
+    assert len(figures) == 4 and figures[-1] < figures[0] and len(set(figures)) == 4
+    assert json.loads((never / "summary.json").read_text())["val_loss"] == figures[-1]
+    done = run_python(["-m", "hvdlm", "evaluate", "--run", str(often), "--framework", framework])
+    assert json.loads(done.stdout.splitlines()[-1])["val_loss"] == pytest.approx(figures[-1], abs=1e-6), done.stderr
+    shutil.copytree(often, tmp_path / "run")
+    options = [*SMALL, *steps, *STREAMING, "--train.steps", "14", "--framework", framework, "--train.eval_every", "1"]
+    resumed = ["-m", "hvdlm", *options, "--log.run", str(tmp_path / "run"), "--checkpoint.resume", "auto"]
+    done = launch("threads", 1, resumed)
+    assert done.returncode == 0, done.stderr[-3000:]
+    # With overlap 2, the first sums of the single rank are applied after two steps: until then nothing changes.
+    assert metrics(tmp_path / "run", "val_loss")[-2] == pytest.approx(figures[-1], abs=1e-6)
+
+
+@pytest.mark.parametrize("framework", ["torch", "tensorflow"])
+@pytest.mark.parametrize("layout", ["--parallel.tensor", "--parallel.pipeline"])
+def test_streaming_diloco_trains_replicas_of_two_ranks(curve, layout: str, framework: str) -> None:
+    """With one fragment, all elements of a parameter synchronise after the same steps, however it is sharded."""
+    steps = (*STEPS_OF_RUNS, "--model.layers", "2", "--model.tie_embeddings", "false", "--train.steps", "12")
+    options = (*steps, *STREAMING, "--communication.local.fragments", "1", "--train.eval_every", "4")
+    whole, sharded = curve(framework, 2, *options), curve(framework, 4, *options, layout, "2")
+    assert losses(whole) == pytest.approx(losses(sharded), abs=1e-4)
+    assert metrics(whole, "val_loss") == pytest.approx(metrics(sharded, "val_loss"), abs=1e-4)
+
+
+def metrics(run: Path, name: str) -> list[float]:
+    """Return the values of a figure in the order of the log."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line[name] for line in lines if name in line]
 
 
 def test_a_checkpoint_resumes_in_the_other_framework(curve, killed: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ _POSITIVE = """
     data.context train.steps train.batch_size train.micro_batch_size train.decay_every train.decay_start
     train.eval_batch_size train.threads parallel.data parallel.pipeline parallel.tensor communication.bucket_bytes
     communication.fusion_bytes communication.compression.rank communication.compression.min_elements
-    communication.local.steps checkpoint.keep log.every train.max_skips
+    communication.local.steps communication.local.fragments checkpoint.keep log.every train.max_skips
 """
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     **{key: (lambda v: v >= 1, "1 or more") for key in _POSITIVE.split()},
@@ -60,6 +60,8 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "communication.local.outer_learning_rate": (lambda v: v > 0, "above 0"),
     "communication.local.outer_momentum": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
     "communication.local.warmup": (lambda v: v >= 0, "0 or more"),
+    "communication.local.overlap": (lambda v: v >= 0, "0 or more"),
+    "communication.local.mixing": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
     "checkpoint.every": (lambda v: v >= 0, "0 (only at the end) or more"),
     "checkpoint.keep_best": (lambda v: v >= 0, "0 (none) or more"),
     "log.sample_tokens": (lambda v: v >= 0, "0 (none) or more"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from hvdlm.config import CompressionConfig, Config
+from hvdlm.config import CommunicationConfig, CompressionConfig, Config
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.flat_layout import Slot
 from hvdlm.parallel.mesh import Mesh
@@ -13,6 +13,25 @@ from hvdlm.planning.closed_forms import Habits, Step
 from hvdlm.planning.model_work import segments_of
 from hvdlm.planning.work import Bucket, Collective, Segment, Work
 from hvdlm.protocols.state_dict import optimizer_state
+
+LOCAL_EXCHANGES = ("local_sgd", "diloco", "streaming_diloco")
+"""Exchanges whose ranks train independently between synchronisations."""
+
+_UNBIASED = ("none", "fp16", "bf16", "qsgd", "int8")  # compressors without error feedback
+
+
+def outer_vectors(options: CommunicationConfig) -> int:
+    """Return the flat float32 vectors that an exchange of parameter differences keeps; 0 of other exchanges.
+
+    The global parameters, the outer momentum, the error feedback.
+    """
+    if options.exchange not in LOCAL_EXCHANGES:
+        return 0
+    algorithm, feedback = options.compression.algorithm, options.compression.error_feedback
+    momentum = options.local.outer_momentum
+    has_momentum = options.exchange != "local_sgd" if momentum is None else momentum > 0
+    has_feedback = algorithm not in _UNBIASED if feedback is None else feedback
+    return 1 + has_momentum + (has_feedback and algorithm != "none")
 
 
 def work_of(
@@ -55,6 +74,7 @@ def work_of(
         rounds=exchange.rounds(),
         rounds_bytes=12.0 * size / config.communication.local.steps if exchange.local else 0.0,
         rounds_share=1.0 / config.communication.local.steps if exchange.local else 0.0,
+        streams=exchange.local and config.communication.exchange == "streaming_diloco",
         send_bytes=sent if mesh.pipeline > 1 else 0.0,
         saved_bytes=_saved(step) / every if every else 0.0,
     )
@@ -85,8 +105,12 @@ def payload(settings: CompressionConfig, shape: tuple[int, ...], ranks: int) -> 
         return Payload("all_reduce", 4.0 * max(1, round(count * (settings.ratio or 0.1))))
     if name in ("top_k", "dgc"):
         return Payload("all_gather", 8.0 * max(1, round(count * (settings.ratio or 0.01))))
-    bits = {"int8": 8, "qsgd": settings.bits, "scaled_sign": 1, "sign_majority": 1}.get(name, 32)
-    block = block or (64 if name == "qsgd" else 256)
+    if name == "chunked_top_k":
+        block = block or 4096
+        sent = min(block, max(4, 4 * round(block * (settings.ratio or 1 / 64) / 4)))
+        return Payload("all_gather", -(-count // block) * (8.0 + 1.75 * sent), float(ranks))
+    bits = {"int8": 8, "int4": 4, "qsgd": settings.bits, "scaled_sign": 1, "sign_majority": 1}.get(name, 32)
+    block = block or {"qsgd": 64, "int4": 128}.get(name, 256)
     blocks = -(-count // block)
     return Payload("all_gather", blocks * (4.0 + block * bits / 8), float(ranks))
 
@@ -99,7 +123,7 @@ class _Exchange:
         self.options = step.config.communication
         self.ranks = step.mesh.data
         self.layout = step.layout
-        self.local = self.options.exchange in ("local_sgd", "diloco") and self.ranks > 1
+        self.local = self.options.exchange in LOCAL_EXCHANGES and self.ranks > 1
         self.names = {segment.name: index for index, segment in enumerate(segments)}
 
     def buckets(self) -> tuple[Bucket, ...]:

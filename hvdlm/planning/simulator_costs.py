@@ -11,6 +11,7 @@ from hvdlm.config import Config
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.mesh import Mesh
 from hvdlm.planning.closed_forms import Habits
+from hvdlm.planning.gradient_work import LOCAL_EXCHANGES
 from hvdlm.planning.hardware import Hardware
 from hvdlm.planning.rates import Computation, Network
 from hvdlm.planning.step_time import blocked_seconds, message_seconds, resolved, stage_time, stage_works
@@ -130,7 +131,7 @@ def step_costs(
     computation = Computation(hardware, config.framework, config.train.precision, per_node)
     network = Network(hardware, mesh, config.framework)
     options, first = config.communication, works[0]
-    local = options.exchange in ("local_sgd", "diloco") and mesh.data > 1
+    local = options.exchange in LOCAL_EXCHANGES and mesh.data > 1
     stages = tuple(_stage(work, computation, network, options.local.steps) for work in works)
     data = first.tokens * first.micro_batches * hardware.data_seconds_per_token
     costs = StepCosts(

@@ -219,6 +219,8 @@ def stage_time(work: Work, computation: Computation, network: Network) -> StageT
     # Parameters' gathers that computation waits for (FSDP).
     blocked += without[0].waited + without[1].waited
     rounds = sum(network.seconds(collective) for collective in work.rounds)
+    if work.streams:  # a step's share of them travels beside the passes of a step
+        rounds = max(0.0, rounds - work.micro_batches * (without[0].end + without[1].end))
     after = sum(network.seconds(collective) for collective in work.after)
     after += sum(network.seconds(collective) for bucket in work.buckets for collective in bucket.later)
     update = computation.update(work.update_elements, work.moments, work.update_bytes)

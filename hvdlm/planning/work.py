@@ -166,6 +166,7 @@ class Work:
         rounds: collectives of rounds, by the steps between them (local SGD, DiLoCo).
         rounds_bytes: that a round's outer update reads and writes, by the steps between them.
         rounds_share: share of steps that end a round.
+        streams: whether rounds are spread over their steps and travel during computation (streaming DiLoCo).
         sends: bytes of one micro-batch's activations between two stages; 0: one stage.
         saved_bytes: bytes of a save that this rank copies, per step.
     """
@@ -183,6 +184,7 @@ class Work:
     rounds: tuple[Collective, ...] = ()
     rounds_bytes: float = 0.0
     rounds_share: float = 0.0
+    streams: bool = False
     send_bytes: float = 0.0
     saved_bytes: float = 0.0
 

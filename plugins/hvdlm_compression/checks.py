@@ -19,6 +19,8 @@ def check_compression(config: Config, spec: ModelSpec) -> None:
     _whole_gradients(config, f"compression {options.algorithm}")
     if options.algorithm == "power_sgd":
         _rank(options.rank, spec)
+    if options.algorithm == "chunked_top_k":
+        _chunk(options.block)
     if options.algorithm == "dgc" and options.momentum and config.train.momentum:
         raise HvdlmError(
             "communication.compression.momentum takes the place of train.momentum, both would count it twice: "
@@ -32,8 +34,15 @@ def check_rounds(config: Config) -> None:
     Raises:
         HvdlmError: the first combination that is not supported.
     """
-    every, name = config.communication.local.steps, config.communication.exchange
+    local, name = config.communication.local, config.communication.exchange
+    every = local.steps
     _whole_gradients(config, name)
+    for key, value in (("fragments", local.fragments), ("overlap", local.overlap), ("mixing", local.mixing)):
+        if value is not None:
+            raise HvdlmError(
+                f"communication.local.{key} is an option of streaming_diloco, and {name} has no fragments: leave it "
+                "out, or choose --communication.exchange streaming_diloco."
+            )
     for key, value in (("train.eval_every", config.train.eval_every), ("checkpoint.every", config.checkpoint.every)):
         if value % every:
             nearest = max(every, round(value / every) * every)
@@ -41,6 +50,39 @@ def check_rounds(config: Config) -> None:
                 f"{key} {value} falls between two synchronisations of {name}, where ranks differ: choose a multiple of "
                 f"communication.local.steps {every}, for example {nearest}."
             )
+
+
+def _chunk(block: int | None) -> None:
+    """Refuse chunks whose indices have more than 12 bits."""
+    if block is not None and block > 4096:
+        raise HvdlmError(
+            f"communication.compression.block is {block}, and chunked_top_k's indices of 12 bits allow 4096 at most: "
+            "leave it out, for 4096."
+        )
+
+
+def check_streaming(config: Config, spec: ModelSpec) -> None:
+    """Check the options of exchanges whose fragments synchronise in turn.
+
+    Raises:
+        HvdlmError: the first combination that is not supported.
+    """
+    local, name = config.communication.local, config.communication.exchange
+    _whole_gradients(config, name)
+    for key, value, most in (
+        ("fragments", local.fragments, local.steps),
+        ("overlap", local.overlap, local.steps - 1),
+    ):
+        if value is not None and value > most:
+            raise HvdlmError(
+                f"communication.local.{key} is {value}, and with communication.local.steps {local.steps} {name} can "
+                f"have {most} at most: a fragment is sent once in that many steps, and has to arrive before."
+            )
+    if config.parallel.pipeline > 1 and getattr(spec.settings, "tie_embeddings", False):
+        raise HvdlmError(
+            f"{name} would synchronise the two stages' copies of the tied embedding after different steps: "
+            "--model.tie_embeddings false, or --parallel.pipeline 1."
+        )
 
 
 def _whole_gradients(config: Config, feature: str) -> None:

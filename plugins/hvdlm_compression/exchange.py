@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -113,13 +114,16 @@ class CompressedExchange(AllReduceExchange):
         if self._dense or not self._buckets[index].units:
             return super().start(bucket, index)
         scaled = bucket * self._before if self._before != 1.0 else bucket
-        handle = _CompressedSum(self._buckets[index], self._rounds(scaled, index), self._after, self._finish_rounds)
+        # The handles of a later step have a list of their own: those of several steps may be in flight.
+        finish = partial(_finish_rounds, self._in_flight)
+        handle = _CompressedSum(self._buckets[index], self._rounds(scaled, index), self._after, finish)
         self._in_flight.append(handle)
         return handle
 
     def _rounds(self, bucket: Tensor, index: int) -> Rounds:
         plan = self._buckets[index]
-        step = ops.convert_to_tensor(self._step)
+        # A copy: in PyTorch the tensor is the Variable's own, and a sum may be finished in a later step.
+        step = ops.copy(ops.convert_to_tensor(self._step))
         jobs = [self._job(unit, self._gather(bucket, plan, unit.slots), step) for unit in plan.units]
         if plan.dense:
             jobs.append(dense(self._gather(bucket, plan, plan.dense)))
@@ -141,14 +145,6 @@ class CompressedExchange(AllReduceExchange):
         if unit.error is not None:
             unit.error.assign(tensor - contribution())
         return ops.reshape(total, (-1,))
-
-    def _finish_rounds(self) -> None:
-        """Advance all buckets round by round, so that the collectives of a round overlap."""
-        unfinished = True
-        while unfinished:
-            # A list, since any() of a generator would stop at the first bucket that has another round.
-            advanced = [handle.rounds.advance() for handle in self._in_flight]
-            unfinished = any(advanced)
 
     def state(self) -> dict[str, np.ndarray]:
         """Return errors and memories: by parameter where the sizes match, else by the unit's first parameter."""
@@ -197,6 +193,16 @@ def _by_parameter(unit: Unit, shape: tuple[int, ...]) -> list[tuple[str, tuple[i
         ranges.append((slot.name, (start, start + size), slot.shape))
         start += size
     return ranges
+
+
+def _finish_rounds(handles: list[_CompressedSum]) -> None:
+    """Advance the buckets of a step round by round, so that the collectives of a round overlap; empty the list."""
+    unfinished = True
+    while unfinished:
+        # A list, since any() of a generator would stop at the first bucket that has another round.
+        advanced = [handle.rounds.advance() for handle in handles]
+        unfinished = any(advanced)
+    handles.clear()  # each of them refers to it
 
 
 class _CompressedSum:

@@ -24,7 +24,9 @@ ALGORITHMS = {
     "sign_majority": "sign_majority.SignMajority",
     "qsgd": "qsgd.QSGD",
     "int8": "int8.Int8",
+    "int4": "int4.Int4",
     "dgc": "dgc.DGC",
+    "chunked_top_k": "chunked_top_k.ChunkedTopK",
 }
 
 
@@ -84,6 +86,33 @@ def make_local(
 
     ``learning_rate`` and ``momentum`` are the outer optimizer's, unless ``communication.local`` sets them.
     """
+    inner, outer = _outer(group, config, compressors, group_rank, learning_rate, momentum)
+    options = config.communication.local
+    return _imported("local").LocalExchange(group, inner, options, *outer, config.train.steps)
+
+
+def make_streaming(
+    group: Group,
+    config: Config,
+    compressors: Mapping[str, CompressorMaker],
+    group_rank: int,
+    learning_rate: float,
+    momentum: float,
+) -> Any:
+    """Return the exchange whose fragments synchronise in turn; arguments as in ``make_local``."""
+    inner, outer = _outer(group, config, compressors, group_rank, learning_rate, momentum)
+    return _imported("streaming").StreamingExchange(group, inner, config.communication.local, *outer)
+
+
+def _outer(
+    group: Group,
+    config: Config,
+    compressors: Mapping[str, CompressorMaker],
+    group_rank: int,
+    learning_rate: float,
+    momentum: float,
+) -> tuple[Any, tuple[float, float]]:
+    """Return the exchange that sums differences, and the outer optimizer's learning rate and momentum."""
     from hvdlm.communication.all_reduce import AllReduceExchange
 
     options = config.communication
@@ -92,5 +121,4 @@ def make_local(
         learning_rate = options.local.outer_learning_rate
     if options.local.outer_momentum is not None:
         momentum = options.local.outer_momentum
-    exchange = _imported("local").LocalExchange
-    return exchange(group, inner, options.local, learning_rate, momentum, config.train.steps)
+    return inner, (learning_rate, momentum)

@@ -9,6 +9,7 @@ from hvdlm.errors import HvdlmError
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.mesh import AXES, Mesh
 from hvdlm.planning.closed_forms import predict_costs
+from hvdlm.planning.gradient_work import outer_vectors, work_of
 from hvdlm.planning.hardware import Hardware
 from hvdlm.planning.memory_fit import Fit, fit
 from hvdlm.planning.step_time import StepTime, predict_time
@@ -43,10 +44,14 @@ def describe(config: Config, hardware: Hardware | None = None, gpu_memory: float
             predictions.append(prediction)
         stages.append(max(predictions, key=lambda prediction: sum(prediction.memory.values())))
     lines = [*_header(config, spec, mesh, stages[0], run.vocab), "", *_memory(stages)]
+    if (vectors := outer_vectors(config.communication)) and mesh.data > 1:
+        size = max(stage.memory["parameters"] for stage in stages) - spec.frozen_bytes
+        lines.append(f"  beside these, {config.communication.exchange} keeps {_size(vectors * size)} on a rank")
     if gpu_memory is None and hardware is None:
         gpu_memory = device_memory()
     lines += _fits(stages, [fit(stage, config, spec, mesh, hardware, gpu_memory) for stage in stages])
-    lines += ["", *_bytes(stages)]
+    sent = [_round_bytes(config, spec, mesh, stage * mesh.tensor) for stage in range(mesh.pipeline)]
+    lines += ["", *_bytes(stages, sent, config.communication.local.steps)]
     if hardware is not None:
         time = predict_time(config, spec, mesh, hardware, run.moments, habits_of(config))
         lines += ["", *(_time(time, config, spec, mesh, hardware) if time else _no_time(spec))]
@@ -119,10 +124,22 @@ def _no_time(spec: ModelSpec) -> Iterable[str]:
     yield f"the seconds of a step are not predicted: the work of a {spec.kind} is not known"
 
 
-def _bytes(stages: list[Prediction]) -> Iterable[str]:
+def _round_bytes(config: Config, spec: ModelSpec, mesh: Mesh, rank: int) -> float:
+    """Return the bytes that ``rank`` hands over in a round of local SGD or DiLoCo; 0: there are none."""
+    work = work_of(config, spec, mesh, rank)
+    rounds = work.rounds if work else ()
+    each = sum(c.bytes * c.count / (mesh.data if c.operation == "all_gather" else 1) for c in rounds)
+    return each * config.communication.local.steps
+
+
+def _bytes(stages: list[Prediction], sent: list[float], steps: int) -> Iterable[str]:
     axes = (*AXES, "model")
     yield "bytes of a rank's step".ljust(24) + "".join(name.rjust(14) for name in (*axes, "total"))
     for number, stage in enumerate(stages):
+        if stage.bytes is None and sent[number]:
+            differences = f"{_size(sent[number])} of parameter differences in a round of {steps} steps"
+            yield _label(number, stage) + f"  {differences}, {_size(sent[number] / steps)} in the mean step"
+            continue
         if stage.bytes is None:
             yield _label(number, stage) + "  gradients are not summed whole at every step: see docs/compression.md"
             continue

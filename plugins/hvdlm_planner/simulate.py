@@ -77,6 +77,11 @@ def simulate_run(run: PlannedRun, hardware: Hardware, options: SimulateOptions) 
     Raises:
         HvdlmError: the work of the model is unknown, or how long a save takes.
     """
+    if run.config.communication.exchange == "streaming_diloco":
+        raise HvdlmError(
+            "--simulate: ranks wait for each other at the end of every round or step, and those of streaming_diloco "
+            "don't: simulate diloco, which takes longer."
+        )
     planned = step_costs(run.config, run.spec, run.mesh, hardware, run.moments, habits_of(run.config))
     if planned is None:
         raise HvdlmError(f"--simulate: the work of a {run.spec.kind} is not known, only that of gpt and rnn models.")

@@ -1,7 +1,8 @@
 """Horovod on TensorFlow's tensors (``horovod.tensorflow``): collectives, messages of a launch without MPI, and GPUs.
 
-Its operations block outside of graphs, and run asynchronously in them. Outside of graphs, TensorFlow reuses an
-operation that it has made before even if that had another name: what needs its name is a graph of its own.
+Its operations run asynchronously in graphs, and block outside of them: there, each is started in a thread. Outside of
+graphs, TensorFlow reuses an operation that it has made before even if that had another name: what needs its name is a
+graph of its own.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class _Handle:
 class Operations:
     """Implements ``HorovodOperations``; ``on_host``: tensors on GPUs are copied to host memory and back."""
 
-    _threads = ThreadPoolExecutor(16, "hvdlm-broadcast")
+    _threads = ThreadPoolExecutor(16, "hvdlm-horovod")
 
     def __init__(self, hvd: ModuleType, on_host: bool) -> None:
         self._hvd = hvd
@@ -39,9 +40,23 @@ class Operations:
         self._device = "CPU:0" if on_host else None
         self._reductions = {"sum": hvd.Sum, "adasum": hvd.Adasum}
         self._broadcasts: dict[tuple[str, int, int], Callable[[Any], Any]] = {}
+        self._collectives: dict[tuple[str, str, str, int], Callable[[Any], Any]] = {}
 
     def start(self, operation: str, tensor: tf.Tensor, name: str, members: Any, op: str = "sum") -> Handle:
-        """Start a collective in a graph; outside of graphs, do it."""
+        """Start a collective: in a graph, or outside of graphs in a thread."""
+
+        def call(tensor: tf.Tensor) -> tf.Tensor:
+            return self._call(operation, tensor, name, members, op)
+
+        if not tf.executing_eagerly():
+            return Done(call(tensor))
+        key = operation, name, op, id(members)
+        if key not in self._collectives:
+            self._collectives[key] = tf.function(call, autograph=False)
+        return _Handle(self._threads.submit(self._collectives[key], tensor))
+
+    def _call(self, operation: str, tensor: tf.Tensor, name: str, members: Any, op: str) -> tf.Tensor:
+        """Return the result of a collective, in a graph."""
         options = {"op": self._reductions[op]} if operation in ("all_reduce", "reduce_scatter") else {}
         call = getattr(self._hvd, operation.replace("_", ""))
         with tf.device(self._device):
@@ -50,7 +65,7 @@ class Operations:
         if operation == "reduce_scatter" and tensor.shape[0] and tensor.shape[0] % members.size() == 0:
             # Horovod leaves the length open in a graph, and later collectives on the shard are counted by its shape.
             result.set_shape([tensor.shape[0] // members.size(), *tensor.shape[1:]])
-        return Done(result)
+        return result
 
     def start_broadcast(self, tensor: tf.Tensor, root: int, name: str, members: Any) -> _Handle:
         """Start a broadcast in a thread."""

@@ -36,8 +36,13 @@ class Inference(ABC):
     def _parameters(self) -> Mapping[str, tf.Tensor]:
         """Return the weights that the model computes with."""
 
+    @abstractmethod
+    def _show_averaged(self) -> None:
+        """Have the model compute with the parameters that are evaluated, where a replica's own are others."""
+
     def eval_step(self, batch: Batch) -> tuple[float, float]:
         """Return (sum of losses in nats, valid tokens) of this rank's rows."""
+        self._show_averaged()
         if batch.reset or self._eval_carry is None:
             self._eval_carry = self._model.initial_carry(len(batch.inputs))
 
@@ -59,6 +64,7 @@ class Inference(ABC):
 
     def logits(self, tokens: np.ndarray, cache: Any = None) -> tuple[np.ndarray, Any]:
         """Return the scores of the next token, float32 ``[rows, vocab]``, and the cache grown by ``tokens``."""
+        self._show_averaged()
         inputs = tf.constant(tokens, tf.int32)
         cache = self._model.cache(len(tokens)) if cache is None else cache
         self._model.check_length(cache, tokens.shape[1])
@@ -87,6 +93,7 @@ class Inference(ABC):
 
     def predict(self, batch: Batch) -> np.ndarray:
         """Return the scores of all positions of the batch, float32 ``[rows, time, vocab]``."""
+        self._show_averaged()
         return self._predict_graph(None, tf.constant(batch.inputs), self._forward.features(batch)).numpy()
 
     def _predict(self, inputs: tf.Tensor, x: Any) -> tf.Tensor:
@@ -97,6 +104,7 @@ class Inference(ABC):
 
     def read(self, batch: Batch) -> Any:
         """Return the cache of a model that has read the batch's features, for ``logits`` to continue from."""
+        self._show_averaged()
         return self._read_graph(None, self._forward.features(batch))
 
     def _read(self, x: Any) -> Any:

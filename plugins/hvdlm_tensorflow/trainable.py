@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from hvdlm.protocols.exchange import Exchange
 from hvdlm.protocols.optimizer import Optimizer
 from hvdlm.protocols.types import Batch, StepResult, Traffic
 from hvdlm_language.axis_groups import Axes, count_traffic
+from hvdlm_language.own_parameters import OwnParameters
 from hvdlm_tensorflow.adapters import Adapters
 from hvdlm_tensorflow.counted_graph import CountedGraph
 from hvdlm_tensorflow.forward import Forward
@@ -67,6 +69,8 @@ class Trainable(Inference):
         self.layout = state.layout
         initial = state.initial()
         self._flat = tf.Variable(initial)
+        self._replica = OwnParameters(exchange, self.layout)
+        self._own: tf.Tensor | None = None  # the replica's own parameters while the flat variable is the averaged one
         self._adapters = Adapters(state, self._flat)
         # What this rank updates: the flat variable itself, or its shard of every bucket (ZeRO).
         self._updated = self._flat if exchange.traits.zero_size == 1 else tf.Variable(state.update_shard(initial))
@@ -96,6 +100,7 @@ class Trainable(Inference):
         self, micro_batches: Sequence[Batch], learning_rate: float, step: int, limit: float = math.inf
     ) -> StepResult:
         """Do one optimizer step on this rank's rows of the global batch."""
+        self._show_own()
         bytes_before = by_axis(self._counters.traffic())
         local_tokens = sum(batch.tokens for batch in micro_batches)
         scalars = tf.constant([learning_rate, step, local_tokens, limit], tf.float64)
@@ -106,6 +111,7 @@ class Trainable(Inference):
         totals = run(micro_batches, step, phase, scalars)
         loss_sum, tokens, squared, waited, stage_seconds, applied = totals.numpy().tolist()
         self._counters.waited(graph.last, waited)
+        waited += self._advance()
         norm = squared**0.5
         usable = self._sharded.loss_scale.update(norm, loss_sum)  # fp16 overflows now and then
         # A stage that has done its passes waits for the others in the first sum over all stages.
@@ -260,9 +266,39 @@ class Trainable(Inference):
         self._flat.assign(replaced)
         return waited
 
+    def _advance(self) -> float:
+        """Finish and start collectives that stay in flight over several steps; return the seconds waited for them."""
+        if self._replica.streams is None:
+            return 0.0
+        began = time.perf_counter()
+        replaced = self._replica.streams.advance(self._flat)
+        for start, values in replaced:
+            # Not by an index of the variable, which reads it: the assignment would then copy all of it.
+            tf.raw_ops.ResourceStridedSliceAssign(
+                ref=self._flat.handle, begin=[start], end=[start + values.shape[0]], strides=[1], value=values
+            )
+        if replaced:
+            self._adapters.add()
+        return time.perf_counter() - began
+
+    def _show_averaged(self) -> None:
+        """Have the model compute with the averaged parameters until the next step, where replicas never agree."""
+        averaged = self._replica.streams.averaged() if self._replica.streams and self._own is None else None
+        if averaged is not None:
+            self._own = tf.identity(self._flat.read_value())
+            self._flat.assign(averaged)
+            self._adapters.add()
+
+    def _show_own(self) -> None:
+        """Have the model compute with this replica's own parameters again."""
+        if self._own is not None:
+            self._flat.assign(self._own)
+            self._own = None
+            self._adapters.add()
+
     def fingerprints(self) -> dict[str, int]:
         """Return a CRC-32 of every parameter, by global name."""
-        return self._sharded.fingerprints(_host(self._flat))
+        return self._sharded.fingerprints(self._replica.averaged(_host(self._flat)))
 
     def memory(self) -> dict[str, int]:
         """Return the bytes that this rank holds for parameters, gradients, optimizer and activations."""
@@ -304,9 +340,11 @@ class Trainable(Inference):
 
     def state(self) -> dict[str, np.ndarray]:
         """Return copies of all that training resumes from, under global names."""
+        self._show_own()
+        own = _host(self._flat)
         memory = {kind: _host(flat) for kind, flat in self._optimizer.state.items()}
         carry = recurrent_entries([self._model.carry_arrays(self._carry[number]) for number in sorted(self._carry)])
-        return self._sharded.arrays(_host(self._flat), memory) | carry
+        return self._sharded.arrays(self._replica.averaged(own), memory) | self._replica.entries(own) | carry
 
     def shards(self) -> dict[str, Shard]:
         """Return which box of the global array every entry of ``state()`` is."""
@@ -323,7 +361,8 @@ class Trainable(Inference):
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
         """Replace parameters, optimizer, exchange and carried state by those of ``state``."""
         memory = {kind: _host(flat) for kind, flat in self._optimizer.state.items()}
-        flat, memory = self._sharded.restore(state, _host(self._flat), memory)
+        averaged, memory = self._sharded.restore(state, _host(self._flat), memory)
+        self._own, flat = None, self._replica.restored(state, averaged)
         self._flat.assign(flat)
         if self._updated is not self._flat:
             self._updated.assign(self._sharded.update_shard(flat))

@@ -23,9 +23,13 @@ class Inference:
         self._device = forward.device
         self._eval_carry: Any = None
 
+    def _show_averaged(self) -> None:
+        """Have the model compute with the parameters that are evaluated, where a replica's own are others."""
+
     @torch.no_grad()
     def eval_step(self, batch: Batch) -> tuple[float, float]:
         """Return (sum of losses in nats, valid tokens) of this rank's rows."""
+        self._show_averaged()
         if batch.reset or self._eval_carry is None:
             self._eval_carry = self._model.initial_carry(len(batch.inputs), self._device)
 
@@ -41,6 +45,7 @@ class Inference:
     @torch.no_grad()
     def logits(self, tokens: np.ndarray, cache: Any = None) -> tuple[np.ndarray, Any]:
         """Return the scores of the next token, float32 ``[rows, vocab]``, and the cache grown by ``tokens``."""
+        self._show_averaged()
         inputs = torch.from_numpy(np.ascontiguousarray(tokens, np.int32)).to(self._device)
         cache = self._model.cache(len(tokens), self._device) if cache is None else cache
         self._model.check_length(cache, tokens.shape[1])
@@ -66,6 +71,7 @@ class Inference:
     @torch.no_grad()
     def predict(self, batch: Batch) -> np.ndarray:
         """Return the scores of all positions of the batch, float32 ``[rows, time, vocab]``."""
+        self._show_averaged()
         inputs, _, _ = self._forward.tensors(batch)
         carry = self._model.initial_carry(len(inputs), self._device)
         hidden, _ = self._model.hidden(inputs, self._forward.features(batch), carry, False, False)
@@ -74,6 +80,7 @@ class Inference:
     @torch.no_grad()
     def read(self, batch: Batch) -> Any:
         """Return the cache of a model that has read the batch's features, for ``logits`` to continue from."""
+        self._show_averaged()
         return self._model.read(self._forward.features(batch))
 
     def select(self, cache: Any, rows: np.ndarray) -> Any:

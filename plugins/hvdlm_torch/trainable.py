@@ -23,6 +23,7 @@ from hvdlm.protocols.exchange import Exchange
 from hvdlm.protocols.optimizer import Optimizer
 from hvdlm.protocols.types import Batch, StepResult, Traffic
 from hvdlm_language.axis_groups import Axes, count_traffic
+from hvdlm_language.own_parameters import OwnParameters
 from hvdlm_torch import compiler
 from hvdlm_torch.adapters import Adapters
 from hvdlm_torch.figures import DeviceResult, Figures
@@ -56,6 +57,8 @@ class Trainable(Inference):
         self.layout = state.layout
         initial = state.initial()
         self._flat = torch.from_numpy(initial).to(device)
+        self._replica = OwnParameters(exchange, self.layout)
+        self._own: torch.Tensor | None = None  # the replica's own parameters while the flat vector is the averaged one
         parameters = {slot.name: self._view(slot) for slot in self.layout.slots}
         self._adapters = Adapters(state, parameters, device)
         self._model.bind(self._adapters.bound)
@@ -80,6 +83,7 @@ class Trainable(Inference):
         self, micro_batches: Sequence[Batch], learning_rate: float, step: int, limit: float = math.inf
     ) -> StepResult:
         """Do one optimizer step on this rank's rows of the global batch."""
+        self._show_own()
         bytes_before = by_axis(self._counters.traffic())
         self._exchange.begin(step)
         self._gradients.begin()
@@ -102,7 +106,7 @@ class Trainable(Inference):
         with named_range("update"):
             self._optimizer.update(learning_rate, step, self._factor(norm, scale), applied)
         with named_range("exchange"):
-            waited = sums.gradient_seconds + self._replace_parameters()
+            waited = sums.gradient_seconds + self._replace_parameters() + self._advance()
         self._adapters.add()
         # A stage that has done its passes waits for the others in the first sum over all stages.
         idle = self._pipeline.waited + sums.stage_seconds if self._model_shard.stage.count > 1 else 0.0
@@ -172,9 +176,36 @@ class Trainable(Inference):
         self._flat.copy_(replaced)
         return time.perf_counter() - began
 
+    @torch.no_grad()
+    def _advance(self) -> float:
+        """Finish and start collectives that stay in flight over several steps; return the seconds waited for them."""
+        if self._replica.streams is None:
+            return 0.0
+        began = time.perf_counter()
+        for start, values in self._replica.streams.advance(self._flat):
+            self._flat[start : start + len(values)].copy_(values)
+        return time.perf_counter() - began
+
+    @torch.no_grad()
+    def _show_averaged(self) -> None:
+        """Have the model compute with the averaged parameters until the next step, where replicas never agree."""
+        averaged = self._replica.streams.averaged() if self._replica.streams and self._own is None else None
+        if averaged is not None:
+            self._own = self._flat.clone()
+            self._flat.copy_(torch.from_numpy(averaged))
+            self._adapters.add()
+
+    @torch.no_grad()
+    def _show_own(self) -> None:
+        """Have the model compute with this replica's own parameters again."""
+        if self._own is not None:
+            self._flat.copy_(self._own)
+            self._own = None
+            self._adapters.add()
+
     def fingerprints(self) -> dict[str, int]:
         """Return a CRC-32 of every parameter, by global name."""
-        return self._sharded.fingerprints(self._flat.cpu().numpy())
+        return self._sharded.fingerprints(self._replica.averaged(self._flat.cpu().numpy()))
 
     def memory(self) -> dict[str, int]:
         """Return the bytes that this rank holds for parameters, gradients, optimizer and activations."""
@@ -200,9 +231,11 @@ class Trainable(Inference):
 
     def state(self) -> dict[str, np.ndarray]:
         """Return copies of all that training resumes from, under global names."""
+        self._show_own()
+        own = self._flat.cpu().numpy()
         memory = {kind: flat.cpu().numpy() for kind, flat in self._optimizer.state.items()}
         carry = recurrent_entries([self._model.carry_arrays(self._carry[number]) for number in sorted(self._carry)])
-        return self._sharded.arrays(self._flat.cpu().numpy(), memory) | carry
+        return self._sharded.arrays(self._replica.averaged(own), memory) | self._replica.entries(own) | carry
 
     def shards(self) -> dict[str, Shard]:
         """Return which box of the global array every entry of ``state()`` is."""
@@ -220,7 +253,8 @@ class Trainable(Inference):
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
         """Replace parameters, optimizer, exchange and carried state by those of ``state``."""
         memory = {kind: flat.cpu().numpy() for kind, flat in self._optimizer.state.items()}
-        flat, memory = self._sharded.restore(state, self._flat.cpu().numpy(), memory)
+        averaged, memory = self._sharded.restore(state, self._flat.cpu().numpy(), memory)
+        self._own, flat = None, self._replica.restored(state, averaged)
         self._flat.copy_(torch.from_numpy(flat))
         if self._updated is not self._flat:
             self._updated.copy_(torch.from_numpy(self._sharded.update_shard(flat)))

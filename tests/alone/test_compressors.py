@@ -63,6 +63,30 @@ def test_top_k_and_scaled_sign_contract(tensor: Any, vector: np.ndarray, step: i
 
 
 @everywhere
+@given(vector=vectors)
+def test_int4_contracts(tensor: Any, vector: np.ndarray) -> None:
+    """At most (block - 1) / 196 of a block's largest square is lost: with the default blocks, at most 127/196 of it."""
+    chosen = MAKERS["int4"](CompressionConfig(algorithm="int4"), 1, 0, 1)
+    error = vector.astype(np.float64) - round_trip(chosen, vector, tensor)
+    assert np.sum(error**2) <= 127 / 196 * np.sum(vector.astype(np.float64) ** 2) * (1 + 1e-5)
+    for start in range(0, len(vector), 128):
+        block, left = np.abs(vector[start : start + 128]), np.abs(error[start : start + 128])
+        assert left.max() <= block.max() / 14 * (1 + 1e-5) and left[block.argmax()] <= 1e-6 * block.max()
+
+
+@everywhere
+@given(vector=vectors)
+def test_chunked_top_k_contracts(tensor: Any, vector: np.ndarray) -> None:
+    """The means of magnitudes on two sides: of what is sent, the squares of those means are taken away, as by signs."""
+    chosen = compressor("chunked_top_k", ratio=0.05)
+    decoded = round_trip(chosen, vector, tensor)
+    error = vector.astype(np.float64) - decoded
+    square = np.sum(vector.astype(np.float64) ** 2)
+    assert np.sum(error**2) == pytest.approx(square - np.sum(decoded.astype(np.float64) ** 2), rel=1e-4)
+    assert all(1 <= np.count_nonzero(decoded[start : start + 256]) <= 12 for start in (0, 256, 512))
+
+
+@everywhere
 @given(vector=vectors, first=st.integers(0, 10**6))
 def test_random_k_contracts_on_average(tensor: Any, vector: np.ndarray, first: int) -> None:
     """Stich et al. 2018, eq. 7, in expectation: every element is sent with probability k/n, here once in n/k steps."""

@@ -115,6 +115,45 @@ def int8(vectors: np.ndarray, step: int) -> Result:
     return decoded, decoded.sum(0)
 
 
+def int4(vectors: np.ndarray, step: int) -> Result:
+    """The nearest of 15 levels, scaled by the block's largest magnitude."""
+
+    def rounded(block: np.ndarray) -> np.ndarray:
+        scale = np.abs(block).max()
+        return np.floor(block * 7 / scale + 0.5) * scale / 7 if scale else block
+
+    decoded = np.stack([np.concatenate([rounded(block) for block in _blocks(v)]) for v in vectors])
+    return decoded.astype(np.float32), decoded.sum(0).astype(np.float32)
+
+
+def _two_bits(chunk: np.ndarray, sent: int) -> np.ndarray:
+    """Keep the ``sent`` largest: their signs times the mean of the magnitudes above, or of those below, the mean."""
+    kept = np.zeros_like(chunk)
+    order = np.argsort(-np.abs(chunk), kind="stable")[:sent]
+    sizes = np.abs(chunk[order])
+    high = sizes > sizes.mean()
+    upper, lower = (sizes[side].mean() if side.any() else 0.0 for side in (high, ~high))
+    kept[order] = np.where(chunk[order] >= 0, 1, -1) * np.where(high, upper, lower)
+    return kept
+
+
+class ChunkedTopK:
+    """Sarfi et al. 2025, algorithm 1: what is not sent is kept, and decays by 0.95 in every step."""
+
+    def __init__(self, ranks: int, count: int, sent: int) -> None:
+        self.error = np.zeros((ranks, count), np.float32)
+        self.sent = sent
+
+    def __call__(self, vectors: np.ndarray, step: int) -> Result:
+        corrected = np.float32(0.95) * self.error + vectors
+        missing = -corrected.shape[1] % BLOCK
+        padded = np.pad(corrected, ((0, 0), (0, missing)))
+        decoded = np.stack([np.concatenate([_two_bits(c, self.sent) for c in _blocks(v)]) for v in padded])
+        decoded = decoded[:, : corrected.shape[1]].astype(np.float32)
+        self.error = corrected - decoded
+        return decoded, decoded.sum(0)
+
+
 class PowerSGD:
     """Vogels et al. 2019, algorithm 1, on the ranks' matrices; QR instead of Gram-Schmidt spans the same space."""
 

@@ -25,15 +25,15 @@ SHAPES = {"wide": (40, 60), "bias": (60,), "tall": (90, 30)}
 COUNTS = [40 * 60, 90 * 30]
 STEPS = 4
 TIME = 4  # TensorFlow and JAX trace and compile every variant anew: a few positions of a recurrent model are cheap
-VECTOR = ["fp16", "bf16", "top_k", "random_k", "scaled_sign", "sign_majority", "qsgd", "int8"]
+VECTOR = ["fp16", "bf16", "top_k", "random_k", "scaled_sign", "sign_majority", "qsgd", "int8", "int4"]
 UNBIASED = {"fp16", "bf16", "qsgd", "int8"}
-ALGORITHMS = [*VECTOR, "power_sgd", "dgc"]
+ALGORITHMS = [*VECTOR, "power_sgd", "dgc", "chunked_top_k"]
 TOLERANCE = {"fp16": 2e-3, "bf16": 1e-2}  # of sums whose order differs from the reference's; others: 1e-5
 
 
 @pytest.fixture(scope="session")
 def manager() -> Any:
-    return plugins.load([FRAMEWORK, "all_reduce", "compression", "local_sgd", "diloco"])
+    return plugins.load([FRAMEWORK, "all_reduce", "compression", "local_sgd", "diloco", "streaming_diloco"])
 
 
 def layout() -> FlatLayout:
@@ -83,6 +83,8 @@ def reference(algorithm: str, vectors: np.ndarray) -> np.ndarray:
     joined = np.concatenate([vectors[:, :, slices[s.name]] for s in compressed], axis=2)
     if algorithm == "dgc":
         sums = references.with_feedback(references.DGC(ranks, joined.shape[2], 0.9, 3.0, 2), joined, False)
+    elif algorithm == "chunked_top_k":
+        sums = references.with_feedback(references.ChunkedTopK(ranks, joined.shape[2], 4), joined, False)
     else:
         sums = references.with_feedback(getattr(references, algorithm), joined, algorithm not in UNBIASED)
     start = 0
@@ -141,8 +143,10 @@ def test_counted_bytes_equal_the_payload_size(manager: Any, world: World, tensor
         "sign_majority": 4 * blocks + 256 // 8 * blocks,
         "qsgd": 4 * blocks + 256 // 2 * blocks,
         "int8": 4 * blocks + 256 * blocks,
+        "int4": 4 * blocks + 256 // 2 * blocks,
         "power_sgd": 4 * 4 * (40 + 60 + 90 + 30),
         "dgc": 8 * round(0.01 * n),
+        "chunked_top_k": (2 * 4 + 4 * 12 // 8 + 4 * 2 // 8) * blocks,
     }
     assert by_axis(since(exchange.traffic, before))["data"] == expected[algorithm] + dense
 
@@ -220,6 +224,17 @@ VARIANTS = {
         "exchange": "diloco",
         "local": LocalConfig(3),
         "compression": CompressionConfig(algorithm="top_k"),
+    },
+    "local_sgd with chunked_top_k": {
+        "exchange": "local_sgd",
+        "local": LocalConfig(3),
+        "compression": CompressionConfig(algorithm="chunked_top_k", block=1024, ratio=0.25),
+    },
+    "streaming_diloco": {"exchange": "streaming_diloco", "local": LocalConfig(3, overlap=1)},
+    "streaming_diloco with int4": {
+        "exchange": "streaming_diloco",
+        "local": LocalConfig(3, overlap=2),
+        "compression": CompressionConfig(algorithm="int4"),
     },
 }
 
