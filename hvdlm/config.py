@@ -296,8 +296,9 @@ class CommunicationConfig:
     Args:
         exchange: all_reduce (at every step), local_sgd or diloco (infrequent synchronisation), or one provided by a
             plugin
-        reduction: how the ranks' gradients are combined: average (over tokens), sum (average x ranks) or adasum (MPI
-            only)
+        reduction: how the ranks' gradients are combined: average (over tokens), sum (average x ranks), adasum (MPI
+            only) or exact (average, with the same bits on any number of data ranks)
+        exact_rows: sequences that reduction exact computes at a time; null: train.micro_batch_size
         predivide: divisor applied before the reduction and undone after it, against overflow in fp16
         bucket_bytes: minimum size of a gradient bucket (bytes)
         fusion_bytes: size of Horovod's fusion buffer (bytes); null: Horovod's default, 128 MB
@@ -316,7 +317,8 @@ class CommunicationConfig:
     """
 
     exchange: str = "all_reduce"
-    reduction: Literal["average", "sum", "adasum"] = "average"
+    reduction: Literal["average", "sum", "adasum", "exact"] = "average"
+    exact_rows: int | None = None
     predivide: float = 1.0
     bucket_bytes: int = 4_000_000
     fusion_bytes: int | None = None
