@@ -300,7 +300,7 @@ def refusals() -> Iterator[tuple[dict[str, Any], str]]:
     yield {**leaf, "communication.exact_rows": 4}, "train.micro_batch_size 2 is no multiple of communication.exact_rows 4"
 
 
-@pytest.mark.parametrize(("options", "message"), refusals(), ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("options", "message"), list(refusals()), ids=lambda value: str(value)[:40])
 def test_what_exact_sums_do_not_support_is_refused(options: dict[str, Any], message: str) -> None:
     config = Config.load({"communication.reduction": "exact"}, {k: v for k, v in options.items() if k != "framework"})
     config.framework = options.get("framework", "torch")

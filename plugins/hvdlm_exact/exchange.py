@@ -18,6 +18,11 @@ from hvdlm.protocols.types import Tensor
 from hvdlm_language.leaf_tree import LeafTree, sum_of_leaves
 
 
+# Buckets whose parts travel while an older one is added up and gathered, so that the wire is never idle in a backward
+# pass, and both halves of the exchange overlap with it.
+_SENT_AHEAD = 2
+
+
 class ExactExchange(AllReduceExchange):
     """Sums gradients of leaves; the result has the same bits on any number of ranks.
 
@@ -48,6 +53,8 @@ class ExactExchange(AllReduceExchange):
         name = f"gradients.{index}"
         handle = _TreeSum(self._group.all_to_all_async(bucket, name), self._in_flight, self._gather_sum, name)
         self._in_flight.append(handle)
+        for earlier in self._in_flight[:-_SENT_AHEAD]:  # in the same place on all ranks, which call alike
+            earlier.add_up()
         return handle
 
     def _gather_sum(self, received: Tensor, name: str) -> Handle:
