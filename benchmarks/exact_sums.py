@@ -13,10 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,9 @@ FULL = {
 SHORT = {"steps": 4, "ranks": [1, 2, 4], "layers": 1, "width": 48, "rows": 8, "leaf": 2, "rounds": 2}
 VOCAB = 96
 KINDS = ("exact", "leaves", "whole")
+
+Times = tuple[float, float]
+"""(seconds of the slower rank, processor seconds of all ranks) of a block."""
 
 
 class Training:
@@ -66,15 +71,15 @@ class Training:
         self._rows = config.train.micro_batch_size or o.rows // self.world.size
         self._step = 0
 
-    def block(self, batch: Any) -> float:
-        """Do a block of steps on ``batch``, this rank's; return its seconds."""
+    def block(self, batch: Any) -> tuple[float, float]:
+        """Do a block of steps on ``batch``, this rank's; return its seconds and its processor seconds."""
         count = len(batch.inputs)
         micro_batches = [batch.rows(start, start + self._rows) for start in range(0, count, self._rows)]
-        began = time.perf_counter()
+        began, computed = time.perf_counter(), time.process_time()
         for _ in range(BLOCK):
             float(self.trainable.train_step(micro_batches, 1e-4, self._step).loss)
             self._step += 1
-        return time.perf_counter() - began
+        return time.perf_counter() - began, time.process_time() - computed
 
 
 def work(o: argparse.Namespace) -> None:
@@ -92,7 +97,8 @@ def work(o: argparse.Namespace) -> None:
         seconds = {}
         for kind in KINDS if number % 2 else KINDS[::-1]:
             world.gather_objects(0)
-            seconds[kind] = max(world.gather_objects(trainings[kind].block(batch)))
+            elapsed, computed = zip(*world.gather_objects(trainings[kind].block(batch)), strict=True)
+            seconds[kind] = max(elapsed), sum(computed)
         rounds.append([seconds[kind] for kind in KINDS])
     if world.rank == 0:
         emit("rounds", rounds[1:])
@@ -138,6 +144,13 @@ def compare(framework: str, steps: int, ranks: list[int]) -> None:
     report(f"arrays with other bits, {title}", other_arrays, none, f"{len(arrays)} arrays of a checkpoint")
 
 
+def report_times(title: str, first: Sequence[Times], second: Sequence[Times], bar: Bar | None) -> None:
+    """Report the ratio of the seconds of two kinds; the details have that of their processor seconds."""
+    computed = statistics.median(a[1] / b[1] for a, b in zip(first, second, strict=True))
+    rounds = [(a[0], b[0]) for a, b in zip(first, second, strict=True)]
+    report_ratio(title, rounds, bar, f"{computed:.3f} of the processor seconds of all ranks")
+
+
 def main() -> int:
     """Compare and measure each framework."""
     parser = make_parser(__doc__)
@@ -150,10 +163,11 @@ def main() -> int:
     for framework in o.frameworks:
         compare(framework, o.steps, o.ranks)
         rounds = run_worker("exact_sums.py", 2, ["--work", framework, *flags(sizes)])["rounds"][0]
+        exact, leaves, whole = zip(*rounds, strict=True)
         title = f"step with exact sums / with plain sums of the same leaves, 2 ranks, {framework}"
-        report_ratio(title, [(exact, leaves) for exact, leaves, _ in rounds], TIME)
+        report_times(title, exact, leaves, TIME)
         title = f"plain step in leaves of {o.leaf} sequences / of {o.rows // 2} at once, 2 ranks, {framework}"
-        report_ratio(title, [(leaves, whole) for _, leaves, whole in rounds], None)
+        report_times(title, leaves, whole, None)
     return 0
 
 

@@ -21,7 +21,6 @@ from hvdlm.config import Config
 from hvdlm.errors import HvdlmError
 from hvdlm.parallel.flat_layout import whole
 from hvdlm.parallel.mesh import Mesh
-from hvdlm.protocols.types import Batch
 from hvdlm.protocols.world import World
 from hvdlm_backends.threads import run_ranks
 from hvdlm_exact import checks
@@ -155,7 +154,8 @@ def test_steps_have_the_bits_of_one_rank(framework: str, leaves: int, leaf: int,
 @settings(max_examples=8, deadline=None)
 @given(divided(12), st.integers(1, 3))
 def test_any_rows_leaves_and_ranks_have_the_bits_of_one_rank(shape: tuple[int, int], leaf: int) -> None:
-    (leaves, ranks), config = shape, exact_config("torch", shape[0] * leaf, leaf)
+    leaves, ranks = shape
+    config = exact_config("torch", leaves * leaf, leaf)
     figures, state = train_on(ranks, config, 2)
     expected, expected_state = train_on(1, config, 2)
     assert figures == expected
@@ -180,7 +180,9 @@ def test_exact_steps_are_plain_steps_up_to_rounding(framework: str) -> None:
     np.testing.assert_allclose(first, second, rtol=2e-5)
 
 
-@pytest.mark.parametrize("options", [{"precision": "bf16"}, {"lora": True}, {"threads": 2}, {"optimizer": "sgd"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"precision": "bf16"}, {"lora": True}, {"threads": 2}, {"optimizer": "sgd"}], ids=str
+)
 def test_other_steps_have_the_bits_of_one_rank(options: dict[str, Any]) -> None:
     config = exact_config("torch", 8, 2)
     if options.pop("lora", False):
@@ -242,9 +244,10 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Any:
     runs: dict[tuple[str, ...], Path] = {}
 
     def train(framework: str, *options: str) -> Path:
-        if (framework, *options) not in runs:
-            runs[framework, *options] = run(tmp_path_factory.mktemp("one") / "run", framework, 1, *options)
-        return runs[framework, *options]
+        key = (framework, *options)
+        if key not in runs:
+            runs[key] = run(tmp_path_factory.mktemp("one") / "run", framework, 1, *options)
+        return runs[key]
 
     return train
 
@@ -262,7 +265,10 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_a_run_has_the_bits_of_one_rank(
     one_rank: Any, tmp_path: Path, framework: str, ranks: int, options: list[str], launcher: str
 ) -> None:
-    folder, expected = run(tmp_path / "run", framework, ranks, *LEAF, *options, launcher=launcher), one_rank(framework, *LEAF)
+    folder, expected = (
+        run(tmp_path / "run", framework, ranks, *LEAF, *options, launcher=launcher),
+        one_rank(framework, *LEAF),
+    )
     assert figures_of(folder) == figures_of(expected) and len(losses(folder)) == 8
     assert_same_bits(arrays_of(folder), arrays_of(expected))
 
@@ -297,7 +303,10 @@ def refusals() -> Iterator[tuple[dict[str, Any], str]]:
     yield {**leaf, "communication.predivide": 2.0}, "communication.predivide 2: gradients are divided once"
     yield {**leaf, "train.compile": True}, "train.compile true: compilers choose the order"
     yield {**leaf, "framework": "jax"}, "framework jax: its plugin adds up micro-batches in an order of its own"
-    yield {**leaf, "communication.exact_rows": 4}, "train.micro_batch_size 2 is no multiple of communication.exact_rows 4"
+    yield (
+        {**leaf, "communication.exact_rows": 4},
+        "train.micro_batch_size 2 is no multiple of communication.exact_rows 4",
+    )
 
 
 @pytest.mark.parametrize(("options", "message"), list(refusals()), ids=lambda value: str(value)[:40])

@@ -125,8 +125,8 @@ class ShardedState:
     def seed(self, step: int, *keys: int, row: int | None = None) -> np.random.SeedSequence:
         """Return a dropout seed, different for every data rank, stage and step (and ``keys``, such as the micro-batch).
 
-        ``row`` of the global batch takes the place of the data rank in exact sums, which don't depend on it. Tensor ranks compute the same values outside of the matrix products, so they have the same seed, unless they
-        shard the positions.
+        ``row`` of the global batch takes the data rank's place in exact sums. Tensor ranks compute the same values
+        outside of the matrix products, so they have the same seed, unless they shard the positions.
         """
         position = [
             self.coordinates["data"] if row is None else row,

@@ -150,7 +150,9 @@ class Step:
     def dense(self) -> bool:
         """Return whether whole gradients are summed at every step."""
         c = self.config.communication
-        return c.compression.algorithm == "none" and c.exchange == "all_reduce" and c.reduction not in ("adasum", "exact")
+        return (
+            c.compression.algorithm == "none" and c.exchange == "all_reduce" and c.reduction not in ("adasum", "exact")
+        )
 
     def memory(self) -> dict[str, int]:
         """Return bytes of parameters, gradients, optimizer and activations."""

@@ -17,7 +17,6 @@ from hvdlm.protocols.group import Done, Group, Handle
 from hvdlm.protocols.types import Tensor
 from hvdlm_language.leaf_tree import LeafTree, sum_of_leaves
 
-
 # Buckets whose parts travel while an older one is added up and gathered, so that the wire is never idle in a backward
 # pass, and both halves of the exchange overlap with it.
 _SENT_AHEAD = 2

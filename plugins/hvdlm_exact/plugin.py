@@ -1,4 +1,4 @@
-"""Entry point of exact sums, ``communication.reduction exact``: losses and gradients have the same bits on any ranks."""
+"""Entry point of exact sums (``communication.reduction exact``), whose bits don't depend on the data ranks' number."""
 
 from __future__ import annotations
 

@@ -137,7 +137,7 @@ class Trainable(Inference):
         return totals
 
     def _run_leaves(self, micro_batches: Sequence[Batch], step: int, phase: Hashable, scalars: tf.Tensor) -> tf.Tensor:
-        """Do a step of exact sums, in which one graph computes all micro-batches alike; return what ``_update`` does."""
+        """Do a step of exact sums: one graph computes all micro-batches alike; return what ``_update`` returns."""
         losses = []
         for number, batch in enumerate(micro_batches):
             self._gradients.before_backward(number + 1 == len(micro_batches))

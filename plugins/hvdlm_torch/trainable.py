@@ -112,7 +112,7 @@ class Trainable(Inference):
         return result
 
     def _seed_dropout(self, step: int, row: int | None) -> None:
-        """Have masks follow from the step (a resumed run draws what the uninterrupted one drew), and the rank or row."""
+        """Have masks follow from the step, as in a run that was not resumed, and from the rank, or from ``row``."""
         if self._config.model.dropout:
             seed = self._sharded.seed(step, row=row).generate_state(1, np.uint64)[0]
             self._forward.masks.seed(int(seed >> np.uint64(1)))
