@@ -31,6 +31,7 @@ NAMES = [
     "cpu_speed",
     "all_reduce_cost",
     "without_horovod",
+    "exact_sums",
     "parallel",
     "prefetching",
     "save_cost",

@@ -300,8 +300,9 @@ class CommunicationConfig:
 
     Args:
         exchange: all_reduce (at every step), local_sgd, diloco or streaming_diloco (infrequently), or a plugin's
-        reduction: how the ranks' gradients are combined: average (over tokens), sum (average x ranks) or adasum (MPI
-            only)
+        reduction: how the ranks' gradients are combined: average (over tokens), sum (average x ranks), adasum (MPI
+            only) or exact (average, with the same bits on any number of data ranks)
+        exact_rows: sequences that reduction exact computes at a time; null: train.micro_batch_size
         predivide: divisor applied before the reduction and undone after it, against overflow in fp16
         bucket_bytes: minimum size of a gradient bucket (bytes)
         fusion_bytes: size of Horovod's fusion buffer (bytes); null: Horovod's default, 128 MB
@@ -320,7 +321,8 @@ class CommunicationConfig:
     """
 
     exchange: str = "all_reduce"
-    reduction: Literal["average", "sum", "adasum"] = "average"
+    reduction: Literal["average", "sum", "adasum", "exact"] = "average"
+    exact_rows: int | None = None
     predivide: float = 1.0
     bucket_bytes: int = 4_000_000
     fusion_bytes: int | None = None

@@ -25,6 +25,8 @@ RUNS = [
     ("communication_cost", ["torch"], 2),
     ("compiled_steps", ["torch"], 2),
     pytest.param("cpu_speed", ["--data", str(DATA)], 3, marks=needs_data),
+    ("exact_sums", ["torch"], 4),
+    ("exact_sums", ["tensorflow"], 4),
     ("fuzz", ["yaml"], 1),
     ("fuzz", ["digits"], 1),  # without a dictionary
     ("loop_overhead", ["torch"], 1),

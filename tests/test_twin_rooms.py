@@ -24,8 +24,7 @@ SINGLE = {
 DIFFERENT = {
     "devices.py:provide_threads": "PyTorch computes in the thread of the rank; TensorFlow in a pool of the process",
     "devices.py:to_device": "TensorFlow takes arrays as arguments of its graphs",
-    "gradients.py:Gradients.before_backward": "PyTorch starts buckets by hooks; the edges of a graph do the same",
-    "gradients.py:WholeGradients.before_backward": "as above",
+    "gradients.py:WholeGradients.before_backward": "PyTorch starts buckets by hooks; the edges of a graph do the same",
     "gradients.py:ScatteredGradients.before_backward": "as above",
     "gradients.py:Gradients.add": "PyTorch's backward pass adds to .grad; a graph returns gradients, to be added",
     "gradients.py:WholeGradients.add": "as above",
@@ -34,6 +33,7 @@ DIFFERENT = {
     "gradients.py:Gradients.buckets": "in PyTorch, .grad is a view of the bucket",
     "gradients.py:WholeGradients.buckets": "as above",
     "gradients.py:ScatteredGradients.buckets": "as above",
+    "gradients.py:TreeGradients.buckets": "as above",
     "memory.py:ActivationMemory.backward": "a graph's memory is counted from its trace, after the backward pass",
     "memory.py:ActivationMemory.trace": "a pipeline stage's passes are two graphs; its memory is that of one",
     "adapters.py:Adapters.bound": "an attribute in PyTorch; in a graph, weights are read anew in every trace",

@@ -107,6 +107,7 @@ ALLOWED = {
     "plugins/hvdlm_torch": {"torch", "hvdlm_language"},
     "plugins/hvdlm_tensorflow": {"tensorflow", "hvdlm_language"},
     "plugins/hvdlm_compression": {"keras"},  # algorithms are written once for both frameworks, on keras.ops
+    "plugins/hvdlm_exact": {"hvdlm_language"},  # the order of sums, which frameworks follow, too
     "plugins/hvdlm_corpora": set(),
     "plugins/hvdlm_diagnosis": set(),
     "plugins/hvdlm_language": set(),

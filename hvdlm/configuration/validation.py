@@ -74,14 +74,13 @@ def layout(config: Config, mesh: Mesh) -> None:
             f"step, and {steps} of these more than this machine's memory holds: lower them (--train.batch_size, "
             "--data.context, --data.prefetch)."
         )
-    micro_batch = config.train.micro_batch_size or rows
-    if rows % micro_batch:
+    micro_batches = {"train.micro_batch_size": config.train.micro_batch_size}
+    for key, size in (micro_batches | {"communication.exact_rows": config.communication.exact_rows}).items():
+        if not rows % (size or rows):
+            continue
         small = [n for n in range(1, math.isqrt(rows) + 1) if rows % n == 0]
         divisors = ", ".join(str(n) for n in sorted({*small, *(rows // n for n in small)}))
-        raise HvdlmError(
-            f"train.micro_batch_size {micro_batch} doesn't divide the {rows} sequences of a rank: choose one of "
-            f"{divisors}."
-        )
+        raise HvdlmError(f"{key} {size} doesn't divide the {rows} sequences of a rank: choose one of {divisors}.")
 
 
 def model(config: Config, manager: pluggy.PluginManager) -> None:

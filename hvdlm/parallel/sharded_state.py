@@ -122,14 +122,14 @@ class ShardedState:
         """Return the elements of ``flat`` ``[size]`` that this rank updates, concatenated."""
         return np.concatenate([flat[a:b] for a, b in self.update_ranges])
 
-    def seed(self, step: int, *keys: int) -> np.random.SeedSequence:
+    def seed(self, step: int, *keys: int, row: int | None = None) -> np.random.SeedSequence:
         """Return a dropout seed, different for every data rank, stage and step (and ``keys``, such as the micro-batch).
 
-        Tensor ranks compute the same values outside of the matrix products, so they have the same seed, unless they
-        shard the positions.
+        ``row`` of the global batch takes the data rank's place in exact sums. Tensor ranks compute the same values
+        outside of the matrix products, so they have the same seed, unless they shard the positions.
         """
         position = [
-            self.coordinates["data"],
+            self.coordinates["data"] if row is None else row,
             self.coordinates["pipeline"],
             self.model_shard.index * self.model_shard.sequence,
         ]

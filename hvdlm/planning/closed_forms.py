@@ -150,7 +150,9 @@ class Step:
     def dense(self) -> bool:
         """Return whether whole gradients are summed at every step."""
         c = self.config.communication
-        return c.compression.algorithm == "none" and c.exchange == "all_reduce" and c.reduction != "adasum"
+        return (
+            c.compression.algorithm == "none" and c.exchange == "all_reduce" and c.reduction not in ("adasum", "exact")
+        )
 
     def memory(self) -> dict[str, int]:
         """Return bytes of parameters, gradients, optimizer and activations."""
@@ -160,6 +162,8 @@ class Step:
         # While one bucket is sent, the next one is filled.
         passing = max(b - a for (a, _), (_, b) in zip(buckets, [*buckets[1:], buckets[-1]], strict=True))
         gradients = {0: size, 1: size + zero_shard, 2: zero_shard + passing}[self.zero]
+        if self.config.communication.reduction == "exact":  # sums that wait for others, as in a binary counter
+            gradients += max(0, (self.count - 1).bit_length() - 1) * size
         return {
             "parameters": 4 * (size + (zero_shard if self.zero else 0)) + self.spec.frozen_bytes,
             "gradients": 4 * gradients,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hvdlm import plugins
@@ -148,11 +148,16 @@ def evaluate(run: Run, step: int | None = None) -> dict[str, Any]:
     coordinates = run.mesh.coordinates(run.world.rank)
     # Of the ranks that hold one copy of the model, one of the last stage knows the losses.
     counts = coordinates["tensor"] == 0 and coordinates["pipeline"] == run.mesh.pipeline - 1
-    sums: Counter[str] = Counter()
-    for batch in run.task.validation(coordinates["data"], run.mesh.data):
-        sums.update(sums_of(run.task, run.trainable, batch))
-        process.alive()
-    metrics = run.task.metrics(over_ranks(run.world, sums if counts else {}))
+    # Exact sums have as many shards on any number of ranks, and are added in the order of the shards.
+    leaves = run.config.train.batch_size // (run.config.train.micro_batch_size or 1)
+    size = leaves if run.config.communication.reduction == "exact" else run.mesh.data
+    own = size // run.mesh.data
+    sums: list[Counter[str]] = [Counter() for _ in range(own)]
+    for shard, totals in enumerate(sums, coordinates["data"] * own):
+        for batch in run.task.validation(shard, size):
+            totals.update(sums_of(run.task, run.trainable, batch))
+            process.alive()
+    metrics = run.task.metrics(over_ranks(run.world, sums if counts else []))
     if step is None:
         return metrics
     run.manager.hook.hvdlm_evaluated(step=step, metrics=metrics)
@@ -166,11 +171,11 @@ def sums_of(task: Task, trainable: Trainable, batch: Batch) -> dict[str, float]:
     return {f"{prefix}loss": loss, f"{prefix}tokens": tokens, **task.count(trainable, batch)}
 
 
-def over_ranks(world: World, sums: Mapping[str, float]) -> Counter[str]:
-    """Return the totals of all ranks' ``sums``. All ranks call."""
+def over_ranks(world: World, sums: Sequence[Mapping[str, float]]) -> Counter[str]:
+    """Return the totals of all ranks' ``sums``, added in their order. All ranks call."""
     totals: Counter[str] = Counter()
-    for rank_sums in world.gather_objects(dict(sums)):
-        totals.update(rank_sums)
+    for shard in (shard for shards in world.gather_objects(list(map(dict, sums))) for shard in shards):
+        totals.update(shard)
     return totals
 
 

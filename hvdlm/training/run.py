@@ -143,6 +143,7 @@ def load_plugins(config: Config, *names: str) -> pluggy.PluginManager:
         *(("profile",) if config.log.profile is not None else ()),
         *config.plugins,
         *(("compression", compression) if compression != "none" else ()),
+        *(("exact",) if config.communication.reduction == "exact" else ()),
     )
     return plugins.load(used)
 
@@ -185,6 +186,8 @@ def plan(config: Config, *, writes: bool = True, resume: str | None = None) -> P
     validation.model(config, manager)
     algorithm = config.communication.compression.algorithm
     validation.communication(config, size, backend_name, plugins.provided(manager, "compressors", algorithm))
+    if config.communication.reduction == "exact" and config.communication.exact_rows:
+        config = replace(config, train=replace(config.train, micro_batch_size=config.communication.exact_rows))
     require_framework(config.framework, size, backend_name)
     plugins.check_keras(config)
     data = corpora.store_stdin(config)

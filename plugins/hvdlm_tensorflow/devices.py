@@ -38,6 +38,8 @@ def select(world: World, config: Config) -> Any:
         tf.config.set_visible_devices(device, "GPU")
         tf.config.experimental.set_memory_growth(device, True)
         tf.config.experimental.enable_tensor_float_32_execution(config.train.tf32)
+        if config.communication.reduction == "exact":
+            tf.config.experimental.enable_op_determinism()
         return device
     if config.train.precision == "fp16":
         raise HvdlmError("train.precision fp16 needs a GPU, and none is visible here: use bf16 or fp32.")

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
 from hvdlm.parallel.sharded_state import ShardedState
 from hvdlm_language.axis_groups import Axes
+from hvdlm_language.leaf_tree import LeafTree
 
 
 class Sums(NamedTuple):
@@ -46,6 +47,9 @@ class Gradients(ABC):
     def begin(self) -> None:
         """Clear the gradients of the step before."""
 
+    def before_backward(self, last: bool) -> None:  # noqa: B027
+        """Prepare for the graph of a micro-batch, perhaps the step's ``last``."""
+
     @abstractmethod
     def add(self, gradient: tf.Tensor) -> None:
         """Add a micro-batch's gradient ``[size]``, in a graph."""
@@ -57,6 +61,10 @@ class Gradients(ABC):
     @abstractmethod
     def bytes(self) -> int:
         """Return the bytes held for gradients."""
+
+    def row(self, number: int) -> int | None:
+        """Return the row of the global batch by which micro-batch ``number`` seeds dropout; None: the rank's seed."""
+        return None
 
     def pack(self, gradients: Sequence[tf.Tensor]) -> list[tf.Tensor]:
         """Return flat buckets of flat gradients in the layout's order, padded by zeros where the layout says so."""
@@ -74,7 +82,7 @@ class Gradients(ABC):
         handles = [exchange.start(bucket, index) for index, bucket in enumerate(buckets)]
         with tf.control_dependencies(buckets):
             # Not right after the forward pass: Horovod's thread would take a core from the backward pass.
-            totals = tf.stack([loss_sum, tokens])
+            totals = self._metrics(loss_sum, tokens)
             ready = tf.timestamp()
         metrics = exchange.start_metrics(totals) if exchange.traits.zero_size == 1 else None
         shards = self._shards([handle.wait() for handle in handles])
@@ -92,6 +100,10 @@ class Gradients(ABC):
         with tf.control_dependencies([totals]):
             stage_seconds = tf.maximum(tf.timestamp() - reduced, 0.0)
         return Sums(totals, gradient_seconds, stage_seconds, shard)
+
+    def _metrics(self, loss_sum: tf.Tensor, tokens: tf.Tensor) -> tf.Tensor:
+        """Return what is summed over the ranks, the loss sum and the tokens: float64 ``[2]``."""
+        return tf.stack([loss_sum, tokens])
 
     @abstractmethod
     def _shards(self, sums: list[tf.Tensor]) -> list[tf.Tensor]:
@@ -164,6 +176,80 @@ class WholeGradients(Gradients):
         return 4 * (self._layout.size + (self._layout.size // ranks if ranks > 1 else 0))
 
 
+class TreeGradients(WholeGradients):
+    """The gradients of micro-batches that are leaves, added in the order of a ``LeafTree`` (exact sums).
+
+    The flat variable holds the newest sum of the tree's stack, to which a graph adds the next leaf where the two are
+    joined. Otherwise it is copied to the sums that wait, and the next leaf starts from zero.
+    """
+
+    def __init__(self, state: ShardedState, axes: Axes) -> None:
+        super().__init__(state, axes)
+        self._tree = LeafTree.of(state.config, state.mesh.data, state.coordinates["data"])
+        self._rows = state.config.train.batch_size // self._tree.leaves
+        zeros = tf.zeros(self._layout.size)
+        self._stack = [tf.Variable(zeros, trainable=False) for _ in range(self._tree.depth)]
+        self._waiting = 0  # sums in the stack
+        self._leaf = -1  # the one that was computed last
+        exchange: Any = state.exchange
+        exchange.add = _ordered_sum
+
+    def begin(self) -> None:
+        """Empty the stack."""
+        super().begin()
+        self._waiting, self._leaf = 0, -1
+
+    def before_backward(self, last: bool) -> None:
+        """Join the leaf before with the sums that wait for it, and make room where the next one isn't added to it."""
+        assert self._flat is not None
+        if self._leaf >= 0:
+            for _ in range(self._tree.joins[self._leaf] - 1):  # the leaf's graph has done the first
+                self._waiting -= 1
+                self._flat.assign_add(self._stack[self._waiting])
+        self._leaf += 1
+        if self._leaf and not self._tree.joins[self._leaf]:
+            self._stack[self._waiting].assign(self._flat)
+            self._waiting += 1
+            self._flat.assign(tf.zeros_like(self._flat))
+
+    def buckets(self, last: list[tf.Tensor] | None) -> list[tf.Tensor]:
+        """Return the roots of this rank's leaves for every bucket, as the exchange takes them."""
+        sums = [tf.identity(variable) for variable in (*self._stack[: self._waiting], self._flat)]
+        buckets = []
+        for start, stop in self._ranges:
+            *waiting, newest = (total[start:stop] for total in sums)
+            for _ in range(self._tree.joins[self._leaf] - 1):
+                newest = _ordered_sum(newest, waiting.pop())
+            buckets.append(self._packed([*waiting, newest]))
+        return buckets
+
+    def _packed(self, roots: list[tf.Tensor]) -> tf.Tensor:
+        """Return this rank's roots ``[elements]`` as ``[ranks, roots, elements / ranks]``, flat and padded by zeros."""
+        ranks, missing = self._exchange.traits.size, self._tree.roots - len(roots)
+        padding = -roots[0].shape[0] % ranks
+        if self._tree.roots == 1 and not padding:
+            return roots[0]
+        rows = tf.pad(tf.stack(roots), [[0, missing], [0, padding]])
+        return tf.reshape(tf.transpose(tf.reshape(rows, [self._tree.roots, ranks, -1]), [1, 0, 2]), [-1])
+
+    def _metrics(self, loss_sum: tf.Tensor, tokens: tf.Tensor) -> tf.Tensor:
+        """Return every leaf's loss sum, and all tokens in the first row: float64 ``[leaves, 2]``."""
+        return tf.stack([loss_sum, tf.pad([tokens], [[0, self._tree.count - 1]])], 1)
+
+    def row(self, number: int) -> int:
+        """Return the first row of a leaf, which is the same on any number of ranks."""
+        return (self._tree.first + number) * self._rows
+
+    def _shards(self, sums: list[tf.Tensor]) -> list[tf.Tensor]:
+        """Return ``sums`` without their padding."""
+        lengths = [stop - start for start, stop in self._ranges]
+        return [tf.reshape(total[:length], [length]) for total, length in zip(sums, lengths, strict=True)]
+
+    def bytes(self) -> int:
+        """Return the bytes held for gradients, with the sums that wait."""
+        return super().bytes() + 4 * self._layout.size * len(self._stack)
+
+
 class ScatteredGradients(Gradients):
     """Of all gradients this rank's shard only (ZeRO-2): every micro-batch's buckets are reduce-scattered."""
 
@@ -196,7 +282,14 @@ class ScatteredGradients(Gradients):
         return 4 * (most_in_flight + self._layout.size // self._exchange.traits.zero_size)
 
 
-def make_gradients(state: ShardedState, axes: Axes) -> WholeGradients | ScatteredGradients:
+def make_gradients(state: ShardedState, axes: Axes) -> Gradients:
     """Return the gradients in the form that the exchange asks for."""
+    if state.config.communication.reduction == "exact":
+        return TreeGradients(state, axes)
     kind = ScatteredGradients if state.exchange.traits.scatters_every else WholeGradients
     return kind(state, axes)
+
+
+def _ordered_sum(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
+    """Return ``a + b``, which stays a sum of these two: of nested sums, TensorFlow makes one of another order."""
+    return tf.raw_ops.Snapshot(input=a + b)

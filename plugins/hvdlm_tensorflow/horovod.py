@@ -65,6 +65,8 @@ class Operations:
         if operation == "reduce_scatter" and tensor.shape[0] and tensor.shape[0] % members.size() == 0:
             # Horovod leaves the length open in a graph, and later collectives on the shard are counted by its shape.
             result.set_shape([tensor.shape[0] // members.size(), *tensor.shape[1:]])
+        if operation == "all_to_all":
+            result.set_shape(tensor.shape)
         return result
 
     def start_broadcast(self, tensor: tf.Tensor, root: int, name: str, members: Any) -> _Handle:

@@ -108,6 +108,8 @@ class Trainable(Inference):
         self._gradients.begin()
         staged = self._model_shard.stage.count > 1
         run, graph = (self._run_stage, self._finish_graph) if staged else (self._run_whole, self._step_graph)
+        if self._config.communication.reduction == "exact":
+            run, graph = self._run_leaves, self._finish_graph
         totals = run(micro_batches, step, phase, scalars)
         loss_sum, tokens, squared, waited, stage_seconds, applied = totals.numpy().tolist()
         self._counters.waited(graph.last, waited)
@@ -140,6 +142,16 @@ class Trainable(Inference):
         totals, self._carry[last] = self._step_graph(phase, phase, arguments, loss_sum, scalars)
         return totals
 
+    def _run_leaves(self, micro_batches: Sequence[Batch], step: int, phase: Hashable, scalars: tf.Tensor) -> tf.Tensor:
+        """Do a step of exact sums: one graph computes all micro-batches alike; return what ``_update`` returns."""
+        losses = []
+        for number, batch in enumerate(micro_batches):
+            self._gradients.before_backward(number + 1 == len(micro_batches))
+            arguments = self._pass(number, batch, None, step)
+            loss, self._carry[number] = self._accumulate_graph(phase, phase, arguments)
+            losses.append(loss)
+        return self._finish_graph(phase, phase, tf.stack(losses), self._scale(), scalars)
+
     def _run_stage(self, micro_batches: Sequence[Batch], step: int, phase: Hashable, scalars: tf.Tensor) -> tf.Tensor:
         """Do a step of a pipeline stage; return what ``_update`` returns."""
         loss_sum = tf.zeros((), tf.float64)
@@ -164,7 +176,9 @@ class Trainable(Inference):
             carry = self._model.initial_carry(len(batch.inputs))
         else:
             carry = self._carry[number]
-        words = self._sharded.seed(step, number).generate_state(2, np.uint32).astype(np.int32)
+        row = self._gradients.row(number)
+        seed = self._sharded.seed(step, number) if row is None else self._sharded.seed(step, row=row)
+        words = seed.generate_state(2, np.uint32).astype(np.int32)
         return _Pass(x, *tensors, carry, tf.constant(words, tf.int32), self._scale())
 
     def _scale(self) -> tf.Tensor:

@@ -79,4 +79,4 @@ def _accumulate(parameter: torch.nn.Parameter, gradient: torch.Tensor, factor: f
     if parameter.grad is None:  # ZeRO-2 has scattered the gradient of the micro-batch before
         parameter.grad = gradient.mul_(factor)
     else:
-        parameter.grad.add_(gradient, alpha=factor)
+        parameter.grad.add_(gradient.mul_(factor))  # not alpha=, which would round only the sum: other bits

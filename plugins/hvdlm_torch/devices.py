@@ -34,6 +34,9 @@ def select(world: World, config: Config) -> torch.device:
         torch.cuda.set_device(number)
         torch.backends.cuda.matmul.allow_tf32 = config.train.tf32
         torch.backends.cudnn.allow_tf32 = config.train.tf32
+        if config.communication.reduction == "exact":
+            torch.use_deterministic_algorithms(True)
+            torch.utils.deterministic.fill_uninitialized_memory = False  # which nothing reads
         return torch.device("cuda", number)
     if config.train.precision == "fp16":
         raise HvdlmError("train.precision fp16 needs a GPU, and none is visible here: use bf16 or fp32.")

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from hvdlm.parallel.flat_layout import FlatLayout
 from hvdlm.parallel.sharded_state import ShardedState
 from hvdlm.protocols.group import Handle
 from hvdlm_language.axis_groups import Axes
+from hvdlm_language.leaf_tree import LeafTree
 
 Parameters = Mapping[str, torch.nn.Parameter]
 
@@ -66,6 +68,10 @@ class Gradients(ABC):
     def bytes(self) -> int:
         """Return the bytes held for gradients."""
 
+    def row(self, number: int) -> int | None:
+        """Return the row of the global batch by which micro-batch ``number`` seeds dropout; None: the rank's seed."""
+        return None
+
     @abstractmethod
     def _start(self, index: int) -> None:
         """Start the collective of a bucket."""
@@ -92,8 +98,9 @@ class Gradients(ABC):
             self._start(index)
         self._next = len(self._ranges)
 
-    def reduce(self, totals: torch.Tensor) -> Sums:
-        """Sum ``shard`` and ``totals`` (loss sum, valid tokens; float64 ``[2]``) over the ranks."""
+    def reduce(self, losses: Sequence[torch.Tensor], tokens: float) -> Sums:
+        """Sum ``shard``, the micro-batches' sums of ``losses`` (float64) and valid ``tokens`` over the ranks."""
+        totals = self._metrics(losses, tokens)
         # Not right after the forward pass: Horovod's thread would take a core from the backward pass.
         metrics = self._exchange.start_metrics(totals) if self._exchange.traits.zero_size == 1 else None
         gradient_seconds = self._wait()
@@ -108,6 +115,14 @@ class Gradients(ABC):
         began = time.perf_counter()
         values = self._sum_over_model(totals)
         return Sums(values, gradient_seconds, stage_seconds + (time.perf_counter() - began))
+
+    def _metrics(self, losses: Sequence[torch.Tensor], tokens: float) -> torch.Tensor:
+        """Return what is summed over the ranks, the loss sum and the tokens: float64 ``[2]``."""
+        totals = torch.zeros(2, dtype=torch.float64, device=self.shard.device)
+        for loss in losses:
+            totals[0] += loss
+        totals[1] = tokens
+        return totals
 
     @abstractmethod
     def _wait(self) -> float:
@@ -177,18 +192,83 @@ class WholeGradients(Gradients):
         """Start the buckets that no hook has started, and wait for all; return the seconds that this took."""
         began = time.perf_counter()
         self._start_rest()
-        start = 0
-        for index in range(len(self._ranges)):
-            reduced = self._handles.pop(index).wait()
-            target = self.shard[start : start + len(reduced)]
+        for index, (start, stop) in enumerate(self._state.shard_ranges):
+            reduced, target = self._handles.pop(index).wait(), self.shard[start:stop]
             if reduced.data_ptr() != target.data_ptr():  # an all-reduce in place has left its sum where it belongs
-                target.copy_(reduced)
-            start += len(reduced)
+                target.copy_(reduced[: stop - start])
         return time.perf_counter() - began
 
     def bytes(self) -> int:
         """Return the bytes held for gradients."""
         return 4 * (len(self._flat) + (len(self.shard) if self.shard is not self._flat else 0))
+
+
+class TreeGradients(WholeGradients):
+    """The gradients of micro-batches that are leaves, added in the order of a ``LeafTree`` (exact sums).
+
+    The flat vector holds the newest sum of the tree's stack, to which autograd itself adds the next leaf where the two
+    are joined. Otherwise it is copied to the sums that wait, and the next leaf starts from zero.
+    """
+
+    def __init__(
+        self, state: ShardedState, axes: Axes, parameters: Parameters, leaves: Parameters, device: torch.device
+    ) -> None:
+        super().__init__(state, axes, parameters, leaves, device)
+        self._tree = LeafTree.of(state.config, state.mesh.data, state.coordinates["data"])
+        self._rows = state.config.train.batch_size // self._tree.leaves
+        self._stack = [torch.zeros_like(self._flat) for _ in range(self._tree.depth)]
+        self._waiting = 0  # sums in the stack
+        self._leaf = -1  # the one that was computed last
+
+    def begin(self) -> None:
+        """Empty the stack."""
+        super().begin()
+        self._waiting, self._leaf = 0, -1
+
+    @torch.no_grad()
+    def before_backward(self, last: bool) -> None:
+        """Join the leaf before with the sums that wait for it, and make room where the next one isn't added to it."""
+        if self._leaf >= 0:
+            for _ in range(self._tree.joins[self._leaf] - 1):  # autograd has done the first
+                self._waiting -= 1
+                self._flat += self._stack[self._waiting]
+        self._leaf += 1
+        if self._leaf and not self._tree.joins[self._leaf]:
+            self._stack[self._waiting].copy_(self._flat)
+            self._waiting += 1
+            self._flat.zero_()
+        super().before_backward(last)
+
+    def _start(self, index: int) -> None:
+        start, stop = self._ranges[index]
+        newest, waiting = self._flat[start:stop], [s[start:stop] for s in self._stack[: self._waiting]]
+        for _ in range(self._tree.joins[self._leaf] - 1):
+            newest += waiting.pop()
+        self._handles[index] = self._exchange.start(self._packed([*waiting, newest]), index)
+
+    def _packed(self, roots: list[torch.Tensor]) -> torch.Tensor:
+        """Return this rank's roots ``[elements]`` as ``[ranks, roots, elements / ranks]``, flat and padded by zeros."""
+        ranks, missing = self._exchange.traits.size, self._tree.roots - len(roots)
+        padding = -len(roots[0]) % ranks
+        if self._tree.roots == 1 and not padding:
+            return roots[0]
+        rows = F.pad(torch.stack(roots), (0, padding, 0, missing))
+        return rows.view(self._tree.roots, ranks, -1).transpose(0, 1).flatten()
+
+    def _metrics(self, losses: Sequence[torch.Tensor], tokens: float) -> torch.Tensor:
+        """Return every leaf's loss sum, and all tokens in the first row: float64 ``[leaves, 2]``."""
+        sums = torch.stack(list(losses))
+        counts = torch.zeros_like(sums)
+        counts[0] = tokens
+        return torch.stack([sums, counts], 1)
+
+    def row(self, number: int) -> int:
+        """Return the first row of a leaf, which is the same on any number of ranks."""
+        return (self._tree.first + number) * self._rows
+
+    def bytes(self) -> int:
+        """Return the bytes held for gradients, with the sums that wait."""
+        return super().bytes() + 4 * len(self._flat) * len(self._stack)
 
 
 class ScatteredGradients(Gradients):
@@ -259,12 +339,14 @@ class ScatteredGradients(Gradients):
 
 def make_gradients(
     state: ShardedState, axes: Axes, parameters: Parameters, leaves: Parameters, device: torch.device
-) -> WholeGradients | ScatteredGradients:
+) -> Gradients:
     """Return the gradients in the form that the exchange asks for.
 
     ``leaves``: of every parameter, the tensor whose gradient the backward pass computes. Where that is another tensor
     (LoRA), the hook that derives the parameter's gradient has to be registered on it before.
     """
+    if state.config.communication.reduction == "exact":
+        return TreeGradients(state, axes, parameters, leaves, device)
     kind = ScatteredGradients if state.exchange.traits.scatters_every else WholeGradients
     return kind(state, axes, parameters, leaves, device)
 

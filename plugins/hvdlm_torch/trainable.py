@@ -56,7 +56,8 @@ class Trainable(Inference):
         self._sharded = state = ShardedState(spec, model_shard, exchange, config, mesh, rank)
         self.layout = state.layout
         initial = state.initial()
-        self._flat = torch.from_numpy(initial).to(device)
+        # A copy, which begins at a multiple of 64 bytes: the bits of products may depend on where a matrix begins.
+        self._flat = torch.tensor(initial, device=device)
         self._replica = OwnParameters(exchange, self.layout)
         self._own: torch.Tensor | None = None  # the replica's own parameters while the flat vector is the averaged one
         parameters = {slot.name: self._view(slot) for slot in self.layout.slots}
@@ -87,14 +88,10 @@ class Trainable(Inference):
         bytes_before = by_axis(self._counters.traffic())
         self._exchange.begin(step)
         self._gradients.begin()
-        if self._config.model.dropout:  # by the step, so that a resumed run draws what the uninterrupted one drew
-            seed = self._sharded.seed(step).generate_state(1, np.uint64)[0]
-            self._forward.masks.seed(int(seed >> np.uint64(1)))
-        loss_sum = self._backward(micro_batches)
-        local_tokens = sum(batch.tokens for batch in micro_batches)
-        totals = torch.stack([loss_sum, torch.full_like(loss_sum, local_tokens)])  # new_tensor waits for the device
+        self._seed_dropout(step, None)
+        losses = self._backward(micro_batches, step)
         with named_range("exchange"):
-            sums = self._gradients.reduce(totals)
+            sums = self._gradients.reduce(losses, sum(batch.tokens for batch in micro_batches))
         # From here to the figures, scalars are float64 tensors on the device.
         loss_sum, tokens, squared = sums.totals.unbind()
         # Losses were divided by a constant, not by the step's valid tokens, which all ranks together know only now.
@@ -118,21 +115,28 @@ class Trainable(Inference):
             result.skipped = usable and result.skipped
         return result
 
-    def _backward(self, micro_batches: Sequence[Batch]) -> torch.Tensor:
-        """Do all forward and backward passes; return the sum of losses, float64."""
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self._device)
+    def _seed_dropout(self, step: int, row: int | None) -> None:
+        """Have masks follow from the step, as in a run that was not resumed, and from the rank, or from ``row``."""
+        if self._config.model.dropout:
+            seed = self._sharded.seed(step, row=row).generate_state(1, np.uint64)[0]
+            self._forward.masks.seed(int(seed >> np.uint64(1)))
+
+    def _backward(self, micro_batches: Sequence[Batch], step: int) -> list[torch.Tensor]:
+        """Do all forward and backward passes; return each micro-batch's sum of losses, float64, in the last stage."""
+        losses: list[torch.Tensor] = []
         factor = self._sharded.loss_scale.value / self._sharded.loss_divisor
         masks = self._forward.masks.forward if self._config.model.dropout else nullcontext
 
         def compute(number: int, batch: Batch, x: torch.Tensor | None) -> torch.Tensor:
-            nonlocal loss_sum
             x = self._forward.features(batch) if x is None else x
+            if (row := self._gradients.row(number)) is not None:
+                self._seed_dropout(step, row)
             tensors = self._forward.tensors(batch)
             with named_range("forward"), masks():
                 output, self._carry[number] = self._losses(x, *tensors, self._carry_into(number, batch), True)
             if not self._model_shard.stage.last:
                 return output.float()  # the pipeline sends them in the precision of the step
-            loss_sum += output.detach().sum(dtype=torch.float64)
+            losses.append(output.detach().sum(dtype=torch.float64))
             return output.sum() * factor
 
         bound = self._adapters.bound.values()
@@ -140,14 +144,14 @@ class Trainable(Inference):
             width = self._spec.settings.width
             with self._activations.forward(bound):
                 self._pipeline.run(micro_batches, width, compute, self._gradients.before_backward)
-            return loss_sum
+            return losses
         for number, batch in enumerate(micro_batches):
             with self._activations.forward(bound):
                 loss = compute(number, batch, None)
             self._gradients.before_backward(number + 1 == len(micro_batches))
             with named_range("backward"):
                 loss.backward()
-        return loss_sum
+        return losses
 
     def _carry_into(self, number: int, batch: Batch) -> Any:
         """Return the state with which a recurrent model starts micro-batch ``number``."""

@@ -34,6 +34,6 @@ def check_task(harness: Harness, plugin: PluginUnderTest, member: str, findings:
     sums: Counter[str] = Counter()
     for batch in islice(task.validation(rank, harness.world.size), _BATCHES):
         sums.update(sums_of(task, trainable, batch))
-    figures = task.metrics(over_ranks(harness.world, sums))
+    figures = task.metrics(over_ranks(harness.world, [sums]))
     valid = figures and all(isinstance(k, str) and isinstance(v, float | int) for k, v in figures.items())
     findings.require(valid, f"{label}: metrics returns {figures!r}, expected figures by name.")
