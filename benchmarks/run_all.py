@@ -39,6 +39,7 @@ NAMES = [
     "compiled_steps",
     "tensorflow_chunks",
     "simulator",
+    "dense_sums",
     "slow_network",
     "planner",
     "planner_search",

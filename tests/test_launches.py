@@ -87,6 +87,19 @@ def test_half_precision_is_summed_on_three_ranks(launcher: str, backend: str, fr
     assert done.stdout.count("6 passed") == 3, done.stdout[-3000:]
 
 
+@pytest.mark.parametrize(
+    "backend, framework, ranks",
+    [("mpi", "torch", 3), ("mpi", "tensorflow", 2), ("mpi4py", "torch", 4), ("mpi4py", "tensorflow", 3)],
+)
+def test_sums_go_around_a_ring(backend: str, framework: str, ranks: int) -> None:
+    """As between hosts: all sums, of groups too, and those of 16-bit floats."""
+    tests = {"HVDLM_TEST_FRAMEWORK": framework, "HVDLM_TEST_RANKS": str(ranks), "HVDLM_TEST_BACKEND": backend}
+    files = [f"tests/parallel/test_{name}.py" for name in ("sums", "half_precision", "collectives")]
+    done = launch("mpirun", ranks, [*PYTEST, *files], **tests, HOROVOD_RING_THRESHOLD="1")
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
+    assert done.stdout.count(" passed") == ranks, done.stdout[-3000:]
+
+
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 @pytest.mark.parametrize("transport", ["mpi4py", "threads"])
 def test_every_exchange_has_the_same_curve_without_horovod(transport: str, framework: str, output_folder: Path) -> None:

@@ -123,7 +123,12 @@ class MPIBackend:
         os.environ.setdefault("HOROVOD_CONTROLLER", "mpi")
         os.environ.setdefault("HOROVOD_CPU_OPERATIONS", "mpi")
         find_installation()
-        return environment.prepare(launcher_env.detect(), config)
+        launch = launcher_env.detect()
+        if launch is not None and launch.local_size < launch.size and not self._nccl:
+            # Between hosts, buckets are summed where they lie: while they are copied into Horovod's fusion buffer and
+            # out of it, the network is idle, for a tenth of the time of a sum at 1 Gbit/s.
+            os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", str(config.communication.bucket_bytes))
+        return environment.prepare(launch, config)
 
     def start(self, framework: Framework, groups: Sequence[tuple[int, ...]], config: Config) -> World:
         """Start MPI, then Horovod on it."""
