@@ -85,12 +85,12 @@ def in_the_rings_order(vectors: list[np.ndarray]) -> np.ndarray:
     size, total = len(vectors), np.empty_like(vectors[0])
     wide = np.float32 if total.dtype.itemsize == 2 else total.dtype
     for chunk in range(size):
-        part = slice(len(total) * chunk // size, len(total) * (chunk + 1) // size)
-        summed = vectors[chunk][part]
+        first, stop = len(total) * chunk // size, len(total) * (chunk + 1) // size
+        summed = vectors[chunk][first:stop]
         for number in range(1, size):
-            added = summed.astype(wide) + vectors[(chunk + number) % size][part].astype(wide)
+            added = summed.astype(wide) + vectors[(chunk + number) % size][first:stop].astype(wide)
             summed = added.astype(total.dtype)
-        total[part] = summed
+        total[first:stop] = summed
     return total
 
 
