@@ -63,8 +63,8 @@ def test_the_threshold_is_the_options_the_variables_or_that_of_several_hosts(mon
         threshold(None, True)
 
 
-@pytest.mark.parametrize("local_size, expected", [("2", None), ("1", "4000000")])
-def test_horovod_fuses_no_buckets_between_hosts(
+@pytest.mark.parametrize("local_size, expected", [("2", None), ("1", "0")])
+def test_horovod_fuses_nothing_between_hosts(
     local_size: str, expected: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ranks = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}

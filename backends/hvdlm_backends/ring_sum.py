@@ -120,6 +120,7 @@ class _Sum:
         self._schedule = schedule
         self._window = min(_WINDOW, schedule.segments)
         self._incoming = [np.empty(schedule.segment, own.dtype) for _ in range(self._window)]
+        self._incoming_bytes = [memoryview(array.view(np.uint8)) for array in self._incoming]
         self._receives: list[Any] = [None] * self._window
         self._sends: list[Any] = [None] * self._window
 
@@ -143,7 +144,7 @@ class _Sum:
         index, width = slot % self._window, self._width
         first, stop = self._schedule.received(slot)
         if slot < self._schedule.reducing:
-            target = memoryview(self._incoming[index].view(np.uint8))[: (stop - first) * width]
+            target = self._incoming_bytes[index][: (stop - first) * width]
         else:
             target = self._total_bytes[first * width : stop * width]
         self._receives[index] = self._communicator.Irecv(target, self._before, _TAG)
