@@ -131,10 +131,11 @@ for dtype in ("float32", "float64", "float16", "bfloat16", "int32", "int64", "co
         assert own.tobytes() == expected.tobytes(), (dtype, elements, "in place")
         sums += 2
 large = random_vectors("float32", 3_000_001, size)
+expected = in_the_rings_order(large)
 for in_place in (False, True):
     total = all_reduce(large[rank].reshape(1, -1), in_place, world, ring=True)
-    assert total.shape == (1, 3_000_001) and total.tobytes() == in_the_rings_order(large).tobytes(), in_place
-print("sums that are equal:", sums + 2, flush=True)
+    assert total.shape == (1, 3_000_001) and total.tobytes() == expected.tobytes(), in_place
+sys.stdout.write(f"sums that are equal: {{sums + 2}}\\n")
 """
 
 

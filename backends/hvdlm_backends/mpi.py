@@ -124,12 +124,13 @@ class MPIBackend:
         os.environ.setdefault("HOROVOD_CPU_OPERATIONS", "mpi")
         find_installation()
         launch = launcher_env.detect()
+        threads = environment.prepare(launch, config)
         if launch is not None and launch.local_size < launch.size and not self._nccl:
             # Between hosts, tensors are summed where they lie: while they are copied into Horovod's fusion buffer and
             # out of it, the network is idle, for a tenth of the time of a sum at 1 Gbit/s. On three ranks or more, the
             # order of additions depends on the position in the buffer, and that on when tensors are ready.
             os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", "0")
-        return environment.prepare(launch, config)
+        return threads
 
     def start(self, framework: Framework, groups: Sequence[tuple[int, ...]], config: Config) -> World:
         """Start MPI, then Horovod on it."""
