@@ -1,7 +1,7 @@
 """Dense sums between hosts: tokens per second beside the network's limit, and beside PyTorch's DDP over Gloo.
 
-    python benchmarks/dense_sums.py [torch tensorflow] [--hosts 2 3 4] [--rates 1e8 1e9] [--methods dense fp16 power_sgd]
-        [--backends mpi mpi4py] [--short]
+    python benchmarks/dense_sums.py [torch tensorflow] [--hosts 2 3 4] [--rates 1e8 1e9]
+        [--methods dense fp16 power_sgd] [--backends mpi mpi4py] [--short]
 
 A GPT of 10.7 million parameters trains with one rank on every host (hosts.py), 128 tokens a rank. All runs of a number
 of hosts take turns. The limit is that of a ring, in which each of n ranks sends 2 (n - 1) / n of the gradient's bytes,

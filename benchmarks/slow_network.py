@@ -3,13 +3,15 @@
     python benchmarks/slow_network.py [torch tensorflow] [--rates 1e8 1e9] [--methods diloco ...] [--short]
 
 A GPT of 10.7 million parameters trains on two hosts with one rank each (hosts.py); the dense run and that of each
-method take turns. The second figure is the bytes that the network interfaces count, divided by those that hvdlm counts.
+method take turns. The second figure is the bytes that the network interfaces count, divided by those that hvdlm counts:
+sums are sent as they are, without coding of exponents.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -47,10 +49,13 @@ class Result:
     counted_bytes: int
 
 
-def train(hosts: Hosts, framework: str, options: Sequence[str], steps: int, o: argparse.Namespace) -> Result:
+def train(
+    hosts: Hosts, framework: str, options: Sequence[str], steps: int, o: argparse.Namespace, coding: str = ""
+) -> Result:
     """Train with hvdlm's ``options``, one rank on every host, for ``steps`` of two rows a rank.
 
-    ``o``: has the model's layers and width.
+    ``o``: has the model's layers and width. ``coding``: 0 or 1, whether sums around a ring code exponents; else hvdlm's
+    choice.
     """
     settings = {
         "framework": framework,
@@ -68,6 +73,9 @@ def train(hosts: Hosts, framework: str, options: Sequence[str], steps: int, o: a
         "log.tensorboard": "false",
         "log.overwrite": "true",
     }
+    os.environ.pop("HOROVOD_RING_CODING", None)
+    if coding:
+        os.environ["HOROVOD_RING_CODING"] = coding
     with tempfile.TemporaryDirectory() as folder:
         before = sum(hosts.sent())
         command = ["-m", "hvdlm", "--log.run", folder, *options]
@@ -88,7 +96,7 @@ def compare(hosts: Hosts, rate: float, framework: str, o: argparse.Namespace) ->
     results: dict[str, list[Result]] = {name: [] for name in ("dense", *o.methods)}
     for number in range(o.rounds):
         for name in results if number % 2 == 0 else reversed(results):
-            results[name].append(train(hosts, framework, *METHODS[name], o))
+            results[name].append(train(hosts, framework, *METHODS[name], o, coding="0"))
     where = f"{framework}, {rate / 1e6:g} Mbit/s"
     for name, runs in results.items():
         counted = sum(run.counted_bytes for run in runs)

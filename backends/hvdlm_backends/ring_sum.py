@@ -50,7 +50,9 @@ def threshold(option: int | None, several_hosts: bool) -> int:
     if text is None:
         return BYTES if several_hosts else 0
     if not (text.isascii() and text.isdigit()):
-        raise HvdlmError(f"{VARIABLE} is {shown(text)}, expected a number of bytes, 0 for no ring: correct or unset it.")
+        raise HvdlmError(
+            f"{VARIABLE} is {shown(text)}, expected a number of bytes, 0 for no ring: correct or unset it."
+        )
     return int(text)
 
 
