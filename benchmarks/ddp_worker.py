@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
-from torch.nn.parallel import DistributedDataParallel
-
 from harness import emit
 from plain_gpt import PlainLoop, Settings, Sizes
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+from torch.nn.parallel import DistributedDataParallel
 
 HOOKS = ("dense", "fp16", "power_sgd")
 _VOCABULARY = 65  # that of hvdlm's built-in text

@@ -61,6 +61,8 @@ def test_the_threshold_is_the_options_the_variables_or_that_of_several_hosts(mon
     monkeypatch.setenv(VARIABLE, "4k")
     with pytest.raises(HvdlmError, match=f"{VARIABLE} is 4k, expected a number of bytes"):
         threshold(None, True)
+    with pytest.raises(HvdlmError, match=f"{VARIABLE} is 4k"):
+        MPIBackend().prepare(Config())
 
 
 @pytest.mark.parametrize("local_size, expected", [("2", None), ("1", "0")])
