@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from harness import FOLDER, Bar, emitted, environment, make_parser, parse, python_command, report
+from hosts import Missing, open_hosts
 from planner_configurations import FIRST, NETWORKS, SHORT_GROUPS, TABLES, Options
 from planner_worker import make_config, vocabulary
-from two_hosts import Missing, two_hosts
 
 from hvdlm import plugins
 from hvdlm.io.atomic_files import replace
@@ -57,7 +57,7 @@ class Launches:
         if self.group not in NETWORKS:
             yield self
             return
-        with two_hosts() as hosts:
+        with open_hosts() as hosts:
             hosts.shape(float(self.group))
             self._hosts = hosts
             yield self

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from harness import Bar, make_parser, parse, report
+from hosts import Missing
 from planner import Launches, describe, hardware_file, measure_machine, points_of, store, threads_of, train
 from planner_configurations import SEARCHES, SHORT_SEARCHES, Options
 from planner_worker import make_config
-from two_hosts import Missing
 
 from hvdlm.config import Config
 from hvdlm.planning.hardware import read_hardware

@@ -40,6 +40,7 @@ NAMES = [
     "compiled_steps",
     "tensorflow_chunks",
     "simulator",
+    "dense_sums",
     "slow_network",
     "planner",
     "planner_search",

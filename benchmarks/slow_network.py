@@ -2,22 +2,25 @@
 
     python benchmarks/slow_network.py [torch tensorflow] [--rates 1e8 1e9] [--methods diloco ...] [--short]
 
-A GPT of 10.7 million parameters trains on two hosts with one rank each (two_hosts.py); the dense run and that of each
-method take turns. The second figure is the bytes that the network interfaces count, divided by those that hvdlm counts.
+A GPT of 10.7 million parameters trains on two hosts with one rank each (hosts.py); the dense run and that of each
+method take turns. The second figure is the bytes that the network interfaces count, divided by those that hvdlm counts:
+sums are sent as they are, without coding of exponents.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from harness import Bar, make_parser, parse, report, report_ratio, skip
-from two_hosts import Missing, TwoHosts, two_hosts
+from hosts import Hosts, Missing, open_hosts
 
 COMPRESSION = "--communication.compression.algorithm"
 STREAMING = ["--communication.exchange", "streaming_diloco", "--communication.local.steps", "50"]
@@ -33,6 +36,7 @@ METHODS = {
 }
 FULL = {"rates": [1e8, 1e9], "methods": ["diloco"], "rounds": 2, "layers": 6, "width": 384}
 SHORT = {"rates": [1e9], "methods": ["power_sgd"], "rounds": 1, "layers": 2, "width": 96}
+ROWS, CONTEXT = 2, 64  # of a rank
 UNCOUNTED = 2  # steps, in which frameworks build their graphs
 GAINS = {1e8: Bar(at_least=10.0), 1e9: Bar(at_least=2.0)}  # for methods that communicate every 50 steps
 LOCAL = ("diloco", "local_sgd", "streaming_diloco")
@@ -41,24 +45,36 @@ COUNTED = Bar(0.90, 1.10)
 
 @dataclass
 class Result:
-    """Tokens per second of a run, and the bytes that interfaces and hvdlm counted on both hosts."""
+    """Tokens per second of a run, its parameters, and the bytes that interfaces and hvdlm counted on all hosts."""
 
     speed: float
+    parameters: int
     interface_bytes: int
     counted_bytes: int
 
 
-def train(hosts: TwoHosts, framework: str, method: str, o: argparse.Namespace, last: int = 0) -> Result:
-    """Train with a method; the ``last`` steps don't count."""
-    options, steps = METHODS[method]
+def train(
+    hosts: Hosts,
+    framework: str,
+    options: Sequence[str],
+    steps: int,
+    o: argparse.Namespace,
+    coding: str = "",
+    last: int = 0,
+) -> Result:
+    """Train with hvdlm's ``options``, one rank on every host, for ``steps`` of two rows a rank.
+
+    ``o``: has the model's layers and width. ``coding``: 0 or 1, whether sums around a ring code exponents; else hvdlm's
+    choice. ``last``: steps at the end that don't count.
+    """
     settings = {
         "framework": framework,
         "model.layers": o.layers,
         "model.width": o.width,
         "model.heads": 6,
-        "data.context": 64,
+        "data.context": CONTEXT,
         "data.validation_share": 0.02,
-        "train.batch_size": 4,
+        "train.batch_size": ROWS * hosts.count,
         "train.threads": 1,
         "train.steps": steps,
         "train.eval_every": 0,
@@ -67,27 +83,30 @@ def train(hosts: TwoHosts, framework: str, method: str, o: argparse.Namespace, l
         "log.tensorboard": "false",
         "log.overwrite": "true",
     }
+    os.environ.pop("HOROVOD_RING_CODING", None)
+    if coding:
+        os.environ["HOROVOD_RING_CODING"] = coding
     with tempfile.TemporaryDirectory() as folder:
         before = sum(hosts.sent())
         command = ["-m", "hvdlm", "--log.run", folder, *options]
         done = hosts.run([*command, *(f"--{name}={value}" for name, value in settings.items())])
         interface_bytes = sum(hosts.sent()) - before
         if done.returncode:
-            sys.exit(f"{framework}, {method} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+            sys.exit(f"{framework}, {' '.join(options)} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
         lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
         summary = json.loads((Path(folder) / "summary.json").read_text())
     measured = [line for line in lines if "loss" in line and UNCOUNTED < line["step"] <= steps - last]
     tokens = statistics.mean(line["tokens"] for line in measured)
     seconds = statistics.mean(line["seconds"] for line in measured)
-    return Result(tokens / seconds, interface_bytes, summary["bytes_communicated"])
+    return Result(tokens / seconds, summary["parameters"], interface_bytes, summary["bytes_communicated"])
 
 
-def compare(hosts: TwoHosts, rate: float, framework: str, o: argparse.Namespace) -> None:
+def compare(hosts: Hosts, rate: float, framework: str, o: argparse.Namespace) -> None:
     """Let the dense run and every method take turns; report the gains and the counted bytes."""
     results: dict[str, list[Result]] = {name: [] for name in ("dense", *o.methods)}
     for number in range(o.rounds):
         for name in results if number % 2 == 0 else reversed(results):
-            results[name].append(train(hosts, framework, name, o))
+            results[name].append(train(hosts, framework, *METHODS[name], o, coding="0"))
     where = f"{framework}, {rate / 1e6:g} Mbit/s"
     for name, runs in results.items():
         counted = sum(run.counted_bytes for run in runs)
@@ -101,12 +120,12 @@ def compare(hosts: TwoHosts, rate: float, framework: str, o: argparse.Namespace)
 
 
 def main() -> int:
-    """Measure every rate and framework; skip where this machine can't have two hosts."""
+    """Measure every rate and framework; skip where this machine can't have them."""
     o = parse(make_parser(__doc__), FULL, SHORT)
     if unknown := set(o.methods) - set(METHODS):
         sys.exit(f"--methods: {', '.join(sorted(unknown))} unknown; known: {', '.join(METHODS)}")
     try:
-        with two_hosts() as hosts:
+        with open_hosts() as hosts:
             for rate in o.rates:
                 hosts.shape(rate)
                 for framework in o.frameworks:

@@ -2,7 +2,7 @@
 
     python benchmarks/streaming.py [torch tensorflow] [--rate 1e8] [--short]
 
-A GPT of 10.7 million parameters trains on two hosts with one rank each (two_hosts.py), with H = 50. On a network of
+A GPT of 10.7 million parameters trains on two hosts with one rank each (hosts.py), with H = 50. On a network of
 --rate bits per second, runs with and without the exchange take turns. On one without a limit, the bytes that a host
 sends are read every 100 ms: the peak is the most of any such interval.
 """
@@ -17,8 +17,8 @@ import time
 from collections.abc import Iterator
 
 from harness import Bar, make_parser, parse, report, report_ratio, skip
+from hosts import Hosts, Missing, open_hosts
 from slow_network import METHODS, train
-from two_hosts import Missing, TwoHosts, two_hosts
 
 FULL = {"rate": 1e8, "rounds": 5, "peaks": 2, "layers": 6, "width": 384}
 SHORT = {"rounds": 1, "peaks": 1, "layers": 2, "width": 96}
@@ -30,7 +30,7 @@ STREAMING = ("streaming_diloco", "streaming_diloco in fp32")
 class Peak:
     """The most bytes that a host sends in an interval."""
 
-    def __init__(self, hosts: TwoHosts) -> None:
+    def __init__(self, hosts: Hosts) -> None:
         self.bytes = 0.0
         self._hosts = hosts
         self._ended = threading.Event()
@@ -55,27 +55,27 @@ class Peak:
             before, then = sent, now
 
 
-def peak_of(hosts: TwoHosts, framework: str, method: str, o: argparse.Namespace) -> float:
+def peak_of(hosts: Hosts, framework: str, method: str, o: argparse.Namespace) -> float:
     """Return the most bytes that a host sends in an interval of a run."""
     peak = Peak(hosts)
     with peak.watched():
-        train(hosts, framework, method, o)
+        train(hosts, framework, *METHODS[method], o)
     return peak.bytes
 
 
-def speeds(hosts: TwoHosts, framework: str, o: argparse.Namespace) -> None:
+def speeds(hosts: Hosts, framework: str, o: argparse.Namespace) -> None:
     """Let runs with and without the exchange take turns; report the ratio of their tokens per second."""
     pairs = []
     for number in range(o.rounds):
         # The run without an exchange averages once, after its last step.
         order = ("streaming_diloco", "no exchange")[:: 1 if number % 2 == 0 else -1]
-        speed = {name: train(hosts, framework, name, o, last=1).speed for name in order}
+        speed = {name: train(hosts, framework, *METHODS[name], o, last=1).speed for name in order}
         pairs.append((speed["streaming_diloco"], speed["no exchange"]))
     title = "tokens/s of streaming_diloco in 4 bits / of the same ranks without an exchange"
     report_ratio(f"{title}, {framework}, {o.rate / 1e6:g} Mbit/s", pairs, SPEED)
 
 
-def peaks(hosts: TwoHosts, framework: str, o: argparse.Namespace) -> None:
+def peaks(hosts: Hosts, framework: str, o: argparse.Namespace) -> None:
     """Report the peaks of streaming DiLoCo, in 4 and in 32 bits, as shares of DiLoCo's."""
     blocking = max(peak_of(hosts, framework, "diloco", o) for _ in range(o.peaks))
     for method in STREAMING:
@@ -90,7 +90,7 @@ def main() -> int:
     assert {*STREAMING, "no exchange", "diloco"} <= set(METHODS)
     try:
         for framework in o.frameworks:
-            with two_hosts() as hosts:
+            with open_hosts() as hosts:
                 peaks(hosts, framework, o)
                 hosts.shape(o.rate)
                 speeds(hosts, framework, o)

@@ -306,6 +306,7 @@ class CommunicationConfig:
         predivide: divisor applied before the reduction and undone after it, against overflow in fp16
         bucket_bytes: minimum size of a gradient bucket (bytes)
         fusion_bytes: size of Horovod's fusion buffer (bytes); null: Horovod's default, 128 MB
+        ring_bytes: size from which on MPI's sums go around a ring of ranks; null: 128 KB between hosts; 0: never
         cycle_ms: cycle time of Horovod's background thread (milliseconds); null: Horovod's default, 1
         cache_capacity: capacity of Horovod's response cache; null: 1024; 0: no cache
         hierarchical_all_reduce: reduce within nodes first, then between them; null: Horovod's choice
@@ -326,6 +327,7 @@ class CommunicationConfig:
     predivide: float = 1.0
     bucket_bytes: int = 4_000_000
     fusion_bytes: int | None = None
+    ring_bytes: int | None = None
     cycle_ms: float | None = None
     cache_capacity: int | None = None
     hierarchical_all_reduce: bool | None = None

@@ -29,6 +29,7 @@ RUNS = [
     ("exact_sums", ["tensorflow"], 4),
     ("fuzz", ["yaml"], 1),
     ("fuzz", ["digits"], 1),  # without a dictionary
+    ("dense_sums", ["torch"], 3),
     ("loop_overhead", ["torch"], 1),
     ("loop_overhead", ["tensorflow"], 1),
     ("parallel", ["torch"], 2),
@@ -60,9 +61,9 @@ HELPERS = {
     "gpu_launch",
     "gpu_results",
     "harness",
+    "hosts",
     "interruptions",
     "launcher_signals",
-    "two_hosts",
     "two_runs",
     "plain_gpt",
     "planner_configurations",
@@ -74,6 +75,7 @@ HELPERS = {
 }
 WORKERS = {
     "damage_worker",
+    "ddp_worker",
     "fuzz_worker",
     "gpu_speed_worker",
     "gpu_worker",

@@ -87,6 +87,26 @@ def test_half_precision_is_summed_on_three_ranks(launcher: str, backend: str, fr
     assert done.stdout.count("6 passed") == 3, done.stdout[-3000:]
 
 
+@pytest.mark.parametrize(
+    "backend, framework, ranks, coding",
+    [
+        ("mpi", "torch", 3, "1"),
+        ("mpi", "torch", 2, "0"),
+        ("mpi", "tensorflow", 4, "1"),
+        ("mpi4py", "torch", 4, ""),
+        ("mpi4py", "tensorflow", 3, ""),
+    ],
+)
+def test_sums_go_around_a_ring(backend: str, framework: str, ranks: int, coding: str) -> None:
+    """As between hosts: all sums, of groups too, and those of 16-bit floats, with and without coded exponents."""
+    tests = {"HVDLM_TEST_FRAMEWORK": framework, "HVDLM_TEST_RANKS": str(ranks), "HVDLM_TEST_BACKEND": backend}
+    tests["HOROVOD_RING_THRESHOLD"] = "1"
+    files = [f"tests/parallel/test_{name}.py" for name in ("sums", "half_precision", "collectives")]
+    done = launch("mpirun", ranks, [*PYTEST, *files], **tests, **({"HOROVOD_RING_CODING": coding} if coding else {}))
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
+    assert done.stdout.count(" passed") == ranks, done.stdout[-3000:]
+
+
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 @pytest.mark.parametrize("transport", ["mpi4py", "threads"])
 def test_every_exchange_has_the_same_curve_without_horovod(transport: str, framework: str, output_folder: Path) -> None:

@@ -18,6 +18,7 @@ from hvdlm.io import launcher_env
 from hvdlm.io.launcher_env import Launch
 from hvdlm.io.machine import cores
 from hvdlm.io.untrusted_input import shown
+from hvdlm_backends import ring_sum
 from hvdlm_backends.probes import SPIN_COUNT, THREADS, WAITING
 
 # Names of processes that start ranks. All but horovodrun, whose Gloo ranks share its cores, may bind a rank to a subset
@@ -105,6 +106,7 @@ def horovod_settings(options: CommunicationConfig) -> dict[str, str]:
     """Return the environment variables of Horovod 0.28 for the options in ``communication``."""
     settings: dict[str, Any] = {
         "HOROVOD_FUSION_THRESHOLD": options.fusion_bytes,
+        ring_sum.VARIABLE: options.ring_bytes,
         "HOROVOD_CYCLE_TIME": options.cycle_ms,
         "HOROVOD_CACHE_CAPACITY": options.cache_capacity,
         "HOROVOD_HIERARCHICAL_ALLREDUCE": options.hierarchical_all_reduce,

@@ -21,7 +21,7 @@ from hvdlm.io import launcher_env
 from hvdlm.io.launcher_env import Launch
 from hvdlm.protocols.framework import Framework
 from hvdlm.protocols.world import World
-from hvdlm_backends import environment, horovod, shared_gpus
+from hvdlm_backends import environment, horovod, ring_sum, shared_gpus
 from hvdlm_backends.local import LocalWorld
 from hvdlm_backends.messages import MPIMessages
 
@@ -119,11 +119,23 @@ class MPIBackend:
         return environment.launch_shape(self.name)
 
     def prepare(self, config: Config) -> int:
-        """Set threads and settings in the environment; return the framework's threads per rank."""
+        """Set threads and settings in the environment; return the framework's threads per rank.
+
+        Raises:
+            HvdlmError: HOROVOD_RING_THRESHOLD is no number.
+        """
         os.environ.setdefault("HOROVOD_CONTROLLER", "mpi")
         os.environ.setdefault("HOROVOD_CPU_OPERATIONS", "mpi")
         find_installation()
-        return environment.prepare(launcher_env.detect(), config)
+        launch = launcher_env.detect()
+        threads = environment.prepare(launch, config)
+        ring_sum.threshold(config.communication.ring_bytes, False)  # Horovod would take what is no number for 0
+        if launch is not None and launch.local_size < launch.size and not self._nccl:
+            # Between hosts, tensors are summed where they lie: while they are copied into Horovod's fusion buffer and
+            # out of it, the network is idle, for a tenth of the time of a sum at 1 Gbit/s. On three ranks or more, the
+            # order of additions depends on the position in the buffer, and that on when tensors are ready.
+            os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", "0")
+        return threads
 
     def start(self, framework: Framework, groups: Sequence[tuple[int, ...]], config: Config) -> World:
         """Start MPI, then Horovod on it."""

@@ -16,7 +16,7 @@ from hvdlm.errors import HvdlmError
 from hvdlm.io import launcher_env
 from hvdlm.protocols.framework import Framework
 from hvdlm.protocols.world import World
-from hvdlm_backends import environment, mpi, shared_gpus
+from hvdlm_backends import environment, mpi, mpi_collectives, ring_sum, shared_gpus
 from hvdlm_backends.host_groups import HostGroup
 from hvdlm_backends.host_tensors import host_tensors
 from hvdlm_backends.local import LocalWorld
@@ -31,7 +31,12 @@ class MPIWorld(RanksWorld):
     transport = "mpi4py"
 
     def __init__(
-        self, communicator: Any, launch: launcher_env.Launch, groups: Sequence[tuple[int, ...]], framework: Framework
+        self,
+        communicator: Any,
+        launch: launcher_env.Launch,
+        groups: Sequence[tuple[int, ...]],
+        framework: Framework,
+        ring_bytes: int | None = None,
     ) -> None:
         rank, size = communicator.Get_rank(), communicator.Get_size()
         super().__init__(rank, size, MPIMessages(communicator), communicator)
@@ -42,8 +47,9 @@ class MPIWorld(RanksWorld):
         for number, ranks in enumerate(dict.fromkeys([tuple(range(size)), *map(tuple, groups)])):
             if len(ranks) == 1 or rank not in ranks:
                 continue
-            members = communicator.Get_group().Incl(ranks)
-            transport = MPITransport(communicator.Create_group(members, number), ranks, f"hvdlm-{number}")
+            members = communicator.Create_group(communicator.Get_group().Incl(ranks), number)
+            ring = ring_sum.threshold(ring_bytes, mpi_collectives.on_several_hosts(members))
+            transport = MPITransport(members, ranks, f"hvdlm-{number}", ring)
             self._transports.append(transport)
             self.groups[ranks] = HostGroup(transport, tensors, framework.in_place, self.recorder)
 
@@ -102,7 +108,8 @@ class MPI4PyBackend:
                 "(MPI_THREAD_MULTIPLE): load another MPI, or use --backend mpi."
             )
         shared_gpus.select(framework, launch)
-        return MPIWorld(module.COMM_WORLD.Dup(), launch, groups, framework)
+        ring_bytes = config.communication.ring_bytes
+        return MPIWorld(module.COMM_WORLD.Dup(), launch, groups, framework, ring_bytes)
 
 
 @hookimpl

@@ -14,6 +14,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from hvdlm_backends.ring_sum import ring_sum
+
 _ALIGNMENT = 64  # bytes; TensorFlow and DLPack require it to use memory without a copy
 _MAX_ELEMENTS = 2**30  # of one call: MPI counts in 32 bits
 _MIN_REUSED, _MAX_REUSED = 2**20, 2**29  # bytes of a result whose memory is kept for later results
@@ -61,10 +63,16 @@ def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return _memory.take(size).view(dtype).reshape(shape)
 
 
-def all_reduce(array: np.ndarray, in_place: bool, communicator: Any) -> np.ndarray:
-    """Return the sum over members, of the same shape; ``in_place``: in the memory of ``array``."""
+def all_reduce(array: np.ndarray, in_place: bool, communicator: Any, ring: bool = False) -> np.ndarray:
+    """Return the sum over members, of the same shape.
+
+    ``in_place``: in the memory of ``array``. ``ring``: around a ring of the members, instead of as MPI chooses.
+    """
     mpi = _mpi()
     total = array if in_place else empty(array.shape, array.dtype)
+    if ring:
+        ring_sum(array.reshape(-1), total.reshape(-1), communicator)
+        return total
     sent, received, operation = _summable(array), _summable(total), sum_of(array.dtype)
     for start in range(0, sent.size, _MAX_ELEMENTS):
         chunk = received[start : start + _MAX_ELEMENTS]
@@ -151,6 +159,15 @@ def all_to_all(array: np.ndarray, communicator: Any) -> np.ndarray:
 def barrier(communicator: Any) -> None:
     """Return when all members have called it."""
     communicator.Barrier()
+
+
+def on_several_hosts(communicator: Any) -> bool:
+    """Return whether some members can't share memory. All members call this."""
+    sharing = communicator.Split_type(_mpi().COMM_TYPE_SHARED)
+    try:
+        return bool(sharing.Get_size() < communicator.Get_size())
+    finally:
+        sharing.Free()
 
 
 def sum_of(dtype: np.dtype) -> Any:

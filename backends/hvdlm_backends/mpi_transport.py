@@ -16,10 +16,18 @@ from hvdlm_backends.named_messages import NamedMessages
 
 
 class MPITransport:
-    """Implements ``HostTransport``; ``name``: distinguishes the group's threads."""
+    """Implements ``HostTransport``.
 
-    def __init__(self, communicator: Any, ranks: tuple[int, ...], name: str) -> None:
+    Args:
+        communicator: of the group's members, used by this transport alone.
+        ranks: the group's ranks.
+        name: distinguishes the group's threads.
+        ring_bytes: sums of at least so many bytes go around a ring of ranks (``ring_sum``); 0: none.
+    """
+
+    def __init__(self, communicator: Any, ranks: tuple[int, ...], name: str, ring_bytes: int = 0) -> None:
         self.ranks = ranks
+        self._ring_bytes = ring_bytes
         self._lane = Lane(communicator, ranks)
         self._messages = NamedMessages(communicator, name)
 
@@ -30,9 +38,10 @@ class MPITransport:
             if arrived is not None:
                 arrived()
             return self._messages.broadcast(array, collective.root, collective.name, signature)
-        return self._lane.submit(
-            partial(_CALLS[collective.operation], collective, array), signature, collective.now, arrived
-        )
+        call = partial(_CALLS[collective.operation], collective, array)
+        if collective.operation == "all_reduce" and 0 < self._ring_bytes <= array.nbytes and collective.op == "sum":
+            call = partial(mpi_collectives.all_reduce, array, collective.in_place, ring=True)
+        return self._lane.submit(call, signature, collective.now, arrived)
 
     @property
     def seconds(self) -> float:

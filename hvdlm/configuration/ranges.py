@@ -50,6 +50,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "communication.timeout": (lambda v: v > 0, "above 0"),
     "communication.stall_check": (lambda v: v >= 1, "1 or more"),
     "communication.predivide": (lambda v: v > 0, "above 0"),
+    "communication.ring_bytes": (lambda v: v >= 0, "0 (never) or more"),
     "communication.cache_capacity": (lambda v: v >= 0, "0 (none) or more"),
     "communication.compression.ratio": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
     "communication.compression.block": (lambda v: v >= 8 and v % 8 == 0, "a multiple of 8"),

@@ -1,7 +1,8 @@
-"""Two hosts on this machine with a slow network between them: namespaces, a veth pair, token buckets.
+"""Hosts on this machine with a slow network between them: namespaces, a bridge, token buckets.
 
-Ranks start through ``mpirun --host`` as on two real nodes, with a script in place of ssh, and all their bytes pass an
-interface whose counters can be read. Needs Linux, root and iproute2. Everything is removed in the end.
+Ranks start through ``mpirun --host`` as on real nodes, with a script in place of ssh, and all their bytes pass an
+interface whose counters can be read. The link of every host to the bridge, which is in a namespace of its own, is
+limited in both directions. Needs Linux, root and iproute2. Everything is removed in the end.
 """
 
 from __future__ import annotations
@@ -22,51 +23,67 @@ from harness import environment
 PROGRAMS = {"ip": "iproute2", "tc": "iproute2", "unshare": "util-linux"}
 NETWORK = "10.213.47"
 BURST_SECONDS = 0.004  # for which the network may exceed its rate: a tick of the scheduler
-# Starts a command on the other host as ssh would: AGENT HOST COMMAND...
+INTERFACE = "hvdlm0"
+"""The name of the network interface within every host."""
+MOST = 16  # hosts
+# Starts a command on a host as ssh would: AGENT HOST COMMAND...
 _AGENT = """#!/bin/sh
+host=$1
 shift
-exec {inside} sh -c "$*"
+case $host in
+{cases}
+esac
+echo "unknown host $host" >&2
+exit 1
 """
+_CASE = '{address}) exec {inside} sh -c "$*" ;;'
 
 
 class Missing(Exception):
-    """This machine can't have two hosts; the message names what it lacks."""
+    """This machine can't have hosts; the message names what it lacks."""
 
 
 def check() -> None:
     """Raise Missing where rights or programs are missing."""
     if not sys.platform.startswith("linux") or os.geteuid() != 0:
-        raise Missing("two hosts need network namespaces: run this as root on Linux, for example with sudo.")
+        raise Missing("hosts need network namespaces: run this as root on Linux, for example with sudo.")
     path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
     absent = sorted({package for program, package in PROGRAMS.items() if not shutil.which(program, path=path)})
     if absent:
-        raise Missing(f"two hosts need programs that are not installed here: install {' and '.join(absent)}.")
+        raise Missing(f"hosts need programs that are not installed here: install {' and '.join(absent)}.")
     tried = subprocess.run(["unshare", "--net", "--uts", "true"], capture_output=True, text=True)
     if tried.returncode:
         raise Missing(f"this user may not create network namespaces ({tried.stderr.strip()}): ask for CAP_SYS_ADMIN.")
 
 
-class TwoHosts:
-    """Both hosts and the network between them; ``two_hosts`` opens and closes it."""
+class Hosts:
+    """The hosts and the network between them; ``open_hosts`` opens and closes it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, count: int) -> None:
+        self.count = count
         self._agent = folder / "agent"
-        self._names = [f"hvdlm-{os.getpid()}-{letter}" for letter in "ab"]
-        self._interfaces = [f"hv{os.getpid()}{letter}" for letter in "ab"]
-        self.addresses = [f"{NETWORK}.{number}" for number in (1, 2)]
+        letters = [chr(ord("a") + number) for number in range(count)]
+        self._names = [f"hvdlm-{os.getpid()}-{letter}" for letter in letters]
+        self._bridge = f"hvdlm-{os.getpid()}-net"  # the bridge's namespace
+        self._ports = [f"hv{os.getpid()}{letter}" for letter in letters]  # of the bridge
+        self.addresses = [f"{NETWORK}.{number}" for number in range(1, count + 1)]
 
     def open(self) -> None:
-        """Create the namespaces, the network between them and the script that starts commands on the second host."""
-        first, second = self._interfaces
-        for name in self._names:
+        """Create the namespaces, the network between them and the script that starts commands on the hosts."""
+        for name in (self._bridge, *self._names):
             _run("ip", "netns", "add", name)
-        _run("ip", "link", "add", first, "type", "veth", "peer", "name", second)
-        for name, interface, address in zip(self._names, self._interfaces, self.addresses, strict=True):
-            _run("ip", "link", "set", interface, "netns", name)
-            _run("ip", "-n", name, "addr", "add", f"{address}/24", "dev", interface)
-            _run("ip", "-n", name, "link", "set", interface, "mtu", "9000", "up")
+        _run("ip", "-n", self._bridge, "link", "add", INTERFACE, "type", "bridge")
+        _run("ip", "-n", self._bridge, "link", "set", INTERFACE, "mtu", "9000", "up")
+        for name, port, address in zip(self._names, self._ports, self.addresses, strict=True):
+            own = ("name", INTERFACE, "netns", name)
+            _run("ip", "-n", self._bridge, "link", "add", port, "type", "veth", "peer", *own)
+            _run("ip", "-n", self._bridge, "link", "set", port, "master", INTERFACE, "mtu", "9000", "up")
+            _run("ip", "-n", name, "addr", "add", f"{address}/24", "dev", INTERFACE)
+            _run("ip", "-n", name, "link", "set", INTERFACE, "mtu", "9000", "up")
             _run("ip", "-n", name, "link", "set", "lo", "up")
-        self._agent.write_text(_AGENT.format(inside=shlex.join(self._inside(1, []))))
+        hosts = enumerate(self.addresses)
+        cases = [_CASE.format(address=address, inside=shlex.join(self._inside(i, []))) for i, address in hosts]
+        self._agent.write_text(_AGENT.format(cases="\n".join(cases)))
         self._agent.chmod(0o700)
 
     def _inside(self, number: int, command: Sequence[str]) -> list[str]:
@@ -76,29 +93,28 @@ class TwoHosts:
         return ["ip", "netns", "exec", name, "unshare", "--uts", *shell, *command]
 
     def shape(self, rate: float) -> None:
-        """Limit both directions to ``rate`` bits per second."""
+        """Limit both directions of every host's link to ``rate`` bits per second."""
         burst = max(65536, int(rate / 8 * BURST_SECONDS))
-        for name, interface in zip(self._names, self._interfaces, strict=True):
-            limits = ("rate", f"{rate:.0f}bit", "burst", str(burst), "latency", "100ms")
+        limits = ("rate", f"{rate:.0f}bit", "burst", str(burst), "latency", "100ms")
+        ends = [(name, INTERFACE) for name in self._names] + [(self._bridge, port) for port in self._ports]
+        for name, interface in ends:
             _run("ip", "netns", "exec", name, "tc", "qdisc", "replace", "dev", interface, "root", "tbf", *limits)
 
     def sent(self) -> list[int]:
         """Return the bytes that each host has sent so far."""
-        counts = []
-        for name, interface in zip(self._names, self._interfaces, strict=True):
-            path = f"/sys/class/net/{interface}/statistics/tx_bytes"
-            counts.append(int(_run("ip", "netns", "exec", name, "cat", path)))
-        return counts
+        path = f"/sys/class/net/{INTERFACE}/statistics/tx_bytes"
+        return [int(_run("ip", "netns", "exec", name, "cat", path)) for name in self._names]
 
     def command(self, arguments: Sequence[str]) -> list[str]:
         """Return the command that runs ``python ARGUMENTS`` as one rank on each host."""
         mpirun = shutil.which("mpirun") or "mpirun"
         subnet = f"{NETWORK}.0/24"
-        options = ["--prefix", str(Path(mpirun).resolve().parent.parent), "--host", f"{','.join(self.addresses)}"]
-        options += ["-np", "2", "--bind-to", "none"]
-        options += ["--mca", "plm_rsh_agent", str(self._agent), "--mca", "btl", "tcp,self"]
+        options = ["--prefix", str(Path(mpirun).resolve().parent.parent), "--host", ",".join(self.addresses)]
+        options += ["-np", str(self.count), "--bind-to", "none"]
+        options += ["--mca", "plm_rsh_agent", str(self._agent), "--mca", "plm_rsh_no_tree_spawn", "1"]
+        options += ["--mca", "btl", "tcp,self"]
         options += ["--mca", "btl_tcp_if_include", subnet, "--mca", "oob_tcp_if_include", subnet]
-        # Both hosts share the cores of this machine, which neither MPI nor hvdlm can see.
+        # The hosts share the cores of this machine, which neither MPI nor hvdlm can see.
         options += ["--mca", "mpi_yield_when_idle", "1", "-x", "TF_CPP_MIN_LOG_LEVEL"]
         return self._inside(0, [mpirun, *options, sys.executable, *arguments])
 
@@ -109,7 +125,7 @@ class TwoHosts:
 
     def close(self) -> None:
         """Remove everything that was created."""
-        for name in self._names:
+        for name in (*self._names, self._bridge):
             pids = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True).stdout.split()
             for pid in pids:
                 with contextlib.suppress(ProcessLookupError):
@@ -126,16 +142,17 @@ def _run(*command: str) -> str:
 
 
 @contextlib.contextmanager
-def two_hosts() -> Iterator[TwoHosts]:
-    """Create the hosts, and remove them however the block ends.
+def open_hosts(count: int = 2) -> Iterator[Hosts]:
+    """Create ``count`` hosts, 2 to 16, and remove them however the block ends.
 
     Raises:
         Missing: this machine can't have them.
     """
+    assert 2 <= count <= MOST
     check()
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory(prefix="hvdlm-hosts-") as folder:
-        hosts = TwoHosts(Path(folder))
+        hosts = Hosts(Path(folder), count)
         try:
             hosts.open()
             yield hosts
