@@ -32,12 +32,12 @@ def _maker(path: str) -> CompressorMaker:
     module, name = path.split(".")
 
     def make(options: CompressionConfig, seed: int, group_rank: int, ranks: int) -> Compressor:
-        return getattr(_imported(module), name)(options, seed, group_rank, ranks)
+        return getattr(imported(module), name)(options, seed, group_rank, ranks)
 
     return make
 
 
-def _imported(module: str) -> Any:
+def imported(module: str) -> Any:
     with keras_alone():
         return importlib.import_module(f"hvdlm_compression.{module}")
 
@@ -69,7 +69,7 @@ def make_compressed(group: Group, config: Config, compressors: Mapping[str, Comp
         return None
     maker = compressors[options.compression.algorithm]
     compressor = maker(options.compression, config.train.seed, group_rank, len(group.ranks))
-    return _imported("exchange").CompressedExchange(group, compressor, options)
+    return imported("exchange").CompressedExchange(group, compressor, options)
 
 
 def make_local(
@@ -92,5 +92,5 @@ def make_local(
         learning_rate = options.local.outer_learning_rate
     if options.local.outer_momentum is not None:
         momentum = options.local.outer_momentum
-    exchange = _imported("local").LocalExchange
+    exchange = imported("local").LocalExchange
     return exchange(group, inner, options.local, learning_rate, momentum, config.train.steps)
