@@ -266,7 +266,7 @@ def test_one_bit_adam_sends_one_bit_an_element_when_its_variance_is_stable(
     assert sent[20] == blocks * 36 + blocks * 36 // world.size + dense
 
 
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "dense": {},
     **{name: {"compression": CompressionConfig(algorithm=name)} for name in ALGORITHMS},
     "local_sgd": {"exchange": "local_sgd", "local": LocalConfig(3)},
@@ -275,6 +275,11 @@ VARIANTS = {
         "exchange": "diloco",
         "local": LocalConfig(3),
         "compression": CompressionConfig(algorithm="top_k"),
+    },
+    "one_bit_adam": {
+        "exchange": "one_bit_adam",
+        "compression": CompressionConfig(start_after_steps=4),
+        "train": {"optimizer": "sgd", "momentum": 0.0, "clip": 0.0},
     },
 }
 
@@ -292,11 +297,13 @@ def test_losses_of_every_exchange_are_written_and_fall(manager: Any, world: Worl
         config = small_config(FRAMEWORK, layers=1, width=32, heads=2)
         # AdamW divides by a gradient's size, so that gradients of rounding errors alone (a key's bias; cancelling signs
         # of two ranks) would become full steps. A larger epsilon keeps them small.
-        config.train = TrainConfig(steps=9, batch_size=8, warmup=0, seed=1, epsilon=1e-4)
+        own, options = options.get("train", {}), {k: v for k, v in options.items() if k != "train"}
+        config.train = TrainConfig(steps=9, batch_size=8, warmup=0, seed=1, epsilon=1e-4, **own)
         config.communication = CommunicationConfig(bucket_bytes=20_000, **options)
         mesh = make_mesh(world.size, config.parallel)
         framework = plugins.make(manager, "framework", FRAMEWORK)
-        exchange = make(manager, world, config.communication.exchange, bucket_bytes=20_000, **_options(options))
+        name_of = config.communication.exchange
+        exchange = make(manager, world, name_of, config.train, bucket_bytes=20_000, **_options(options))
         trainable = framework.build(configured_spec(config), mesh, world, exchange, config)
         losses, weights = [], []
         share = 8 // world.size
