@@ -30,6 +30,8 @@ from launching import ROOT, environment, launch, run_python
 TEXT = "The quick brown fox jumps over the lazy dog.\n" * 200
 STREAMING = ["--communication.exchange", "streaming_diloco"]
 COMPRESSION = "--communication.compression"
+ONE_BIT_ADAM = ["--communication.exchange", "one_bit_adam", "--train.optimizer", "sgd", "--train.momentum", "0",
+                "--train.clip", "0"]
 Setup = Callable[[pytest.MonkeyPatch], Any]
 
 
@@ -253,6 +255,15 @@ CASES: list[tuple[str, list[str], Setup | None, str]] = [
      "adasum combines whole gradients"),
     ("indices of 13 bits", [f"{COMPRESSION}.algorithm", "chunked_top_k", f"{COMPRESSION}.block", "8192"], None,
      "block is 8192, and chunked_top_k's indices of 12 bits allow 4096 at most"),
+    ("1-bit Adam and AdamW", ["--communication.exchange", "one_bit_adam"], None, "set --train.optimizer sgd"),
+    ("1-bit Adam and momentum", [*ONE_BIT_ADAM, "--train.momentum", "0.9"], None, "set --train.momentum 0"),
+    ("1-bit Adam and clipping", [*ONE_BIT_ADAM, "--train.clip", "1"], None, "set --train.clip 0"),
+    ("1-bit Adam and int8", [*ONE_BIT_ADAM, f"{COMPRESSION}.algorithm", "int8"], None,
+     "one_bit_adam compresses by itself"),
+    ("1-bit Adam and sums", [*ONE_BIT_ADAM, "--communication.reduction", "sum"], None, "one_bit_adam averages"),
+    ("1-bit Adam and ZeRO", [*ONE_BIT_ADAM, "--parallel.data", "2", "--parallel.zero", "1"], two_ranks,
+     "and one_bit_adam has none"),
+    ("1-bit Adam and translation", [*ONE_BIT_ADAM, "--task", "translation"], None, "padding would falsify"),
     ("no steps of a round", ["--communication.local.steps", "0"], None, "local.steps is 0, expected 1 or more"),
     ("an autotune log without autotune", ["--communication.autotune_log", "a.csv"], None, "--communication.autotune"),
     ("a bench of no size", ["bench", "--smallest", "10"], None, "expected 1024 <= smallest <= largest"),

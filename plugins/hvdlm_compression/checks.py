@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from hvdlm.config import Config
 from hvdlm.errors import HvdlmError
@@ -83,6 +84,31 @@ def check_streaming(config: Config, spec: ModelSpec) -> None:
             f"{name} would synchronise the two stages' copies of the tied embedding after different steps: "
             "--model.tie_embeddings false, or --parallel.pipeline 1."
         )
+
+
+def check_updates(config: Config) -> None:
+    """Check that nothing changes the directions that an exchange of updates returns, or their size.
+
+    Raises:
+        HvdlmError: the first combination that is not supported.
+    """
+    name, train, options = config.communication.exchange, config.train, config.communication
+    _whole_gradients(config, name)
+    wanted: dict[str, tuple[Any, Any, str]] = {
+        "train.optimizer": (train.optimizer, "sgd", f"{name} computes Adam's update itself, with train.beta1 and beta2"),
+        "train.momentum": (train.momentum, 0.0, f"{name} keeps the momentum itself"),
+        "train.clip": (train.clip, 0.0, f"the norm of the gradients is not known to {name}, which sends momentum"),
+        "communication.reduction": (options.reduction, "average", f"{name} averages"),
+        "communication.predivide": (options.predivide, 1.0, f"{name} doesn't sum gradients"),
+        "communication.compression.algorithm": (options.compression.algorithm, "none", f"{name} compresses by itself"),
+        "task": (config.task, "language_model", f"{name} weights all steps alike, which padding would falsify"),
+    }
+    for key, (value, needed, reason) in wanted.items():
+        if value != needed:
+            shown = f"{needed:g}" if isinstance(needed, float) else needed
+            raise HvdlmError(
+                f"{key} {value} doesn't go with communication.exchange {name}: {reason}; set --{key} {shown}."
+            )
 
 
 def _whole_gradients(config: Config, feature: str) -> None:

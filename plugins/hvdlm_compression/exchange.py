@@ -131,8 +131,8 @@ class CompressedExchange(AllReduceExchange):
 
     def _gather(self, bucket: Tensor, plan: Bucket, slots: tuple[Slot, ...]) -> Tensor:
         """Return the elements of ``slots`` as one vector."""
-        if slots[0].start == plan.start and slots[-1].stop - plan.start == bucket.shape[0] and not plan.dense:
-            return bucket if len(plan.units) == 1 else bucket[: bucket.shape[0]]
+        if sum(slot.stop - slot.start for slot in slots) == bucket.shape[0]:
+            return bucket
         vectors = [bucket[slot.start - plan.start : slot.stop - plan.start] for slot in slots]
         return vectors[0] if len(vectors) == 1 else ops.concatenate(vectors)
 

@@ -34,12 +34,12 @@ def _maker(path: str) -> CompressorMaker:
     module, name = path.split(".")
 
     def make(options: CompressionConfig, seed: int, group_rank: int, ranks: int) -> Compressor:
-        return getattr(_imported(module), name)(options, seed, group_rank, ranks)
+        return getattr(imported(module), name)(options, seed, group_rank, ranks)
 
     return make
 
 
-def _imported(module: str) -> Any:
+def imported(module: str) -> Any:
     with keras_alone():
         return importlib.import_module(f"hvdlm_compression.{module}")
 
@@ -71,7 +71,7 @@ def make_compressed(group: Group, config: Config, compressors: Mapping[str, Comp
         return None
     maker = compressors[options.compression.algorithm]
     compressor = maker(options.compression, config.train.seed, group_rank, len(group.ranks))
-    return _imported("exchange").CompressedExchange(group, compressor, options)
+    return imported("exchange").CompressedExchange(group, compressor, options)
 
 
 def make_local(
@@ -88,7 +88,7 @@ def make_local(
     """
     inner, outer = _outer(group, config, compressors, group_rank, learning_rate, momentum)
     options = config.communication.local
-    return _imported("local").LocalExchange(group, inner, options, *outer, config.train.steps)
+    return imported("local").LocalExchange(group, inner, options, *outer, config.train.steps)
 
 
 def make_streaming(
@@ -101,7 +101,7 @@ def make_streaming(
 ) -> Any:
     """Return the exchange whose fragments synchronise in turn; arguments as in ``make_local``."""
     inner, outer = _outer(group, config, compressors, group_rank, learning_rate, momentum)
-    return _imported("streaming").StreamingExchange(group, inner, config.communication.local, *outer)
+    return imported("streaming").StreamingExchange(group, inner, config.communication.local, *outer)
 
 
 def _outer(

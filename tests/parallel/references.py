@@ -196,3 +196,45 @@ def with_feedback(compress: object, gradients: np.ndarray, feedback: bool) -> np
         error = corrected - decoded if feedback else error
         sums.append(total)
     return np.stack(sums)
+
+
+def one_bit_adam(
+    gradients: np.ndarray, beta1: float, beta2: float, epsilon: float, freeze: int, compresses: bool = True
+) -> np.ndarray:
+    """Tang et al. 2021, algorithm 1: the directions ``[steps, n]`` from all ranks' gradients ``[steps, ranks, n]``.
+
+    Adam until step ``freeze``; then momentum, compressed by every rank and once more in one chunk for each rank.
+    """
+    steps, ranks, n = gradients.shape
+    width = -(-n // (BLOCK * ranks)) * BLOCK  # of a chunk
+    first, second = np.zeros(n), np.zeros(n)
+    errors, chunk_errors = np.zeros((ranks, n)), np.zeros((ranks, width))
+    directions = []
+    for step in range(steps):
+        own = beta1 * first + (1 - beta1) * gradients[step].astype(np.float64)
+        if step == freeze:
+            second = second / (1 - beta2**step)
+        if step < freeze:
+            first = own.mean(0)
+            second = beta2 * second + (1 - beta2) * gradients[step].astype(np.float64).mean(0) ** 2
+            corrected = first / (1 - beta1 ** (step + 1)), second / (1 - beta2 ** (step + 1))
+            directions.append(corrected[0] / (np.sqrt(corrected[1]) + epsilon))
+            continue
+        if not compresses:
+            first = own.mean(0)
+        else:
+            own = own + errors
+            decoded = np.stack([np.concatenate([np.abs(p).mean() * _signs(p) for p in _blocks(v)]) for v in own])
+            errors = own - decoded
+            # The ranks' last blocks are padded: their signs of zero are positive.
+            padded = np.zeros((ranks, ranks * width))
+            padded[:, :n] = decoded
+            for rank in range(ranks):
+                last = decoded[rank, -1] if n % BLOCK else 0.0
+                padded[rank, n : -(-n // BLOCK) * BLOCK] = abs(last)
+            chunks = padded.mean(0).reshape(ranks, width) + chunk_errors
+            sent = np.stack([np.concatenate([np.abs(p).mean() * _signs(p) for p in _blocks(c)]) for c in chunks])
+            chunk_errors = chunks - sent
+            first = sent.reshape(-1)[:n]
+        directions.append(first / (np.sqrt(second) + epsilon))
+    return np.stack(directions)

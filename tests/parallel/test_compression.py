@@ -33,17 +33,20 @@ TOLERANCE = {"fp16": 2e-3, "bf16": 1e-2}  # of sums whose order differs from the
 
 @pytest.fixture(scope="session")
 def manager() -> Any:
-    return plugins.load([FRAMEWORK, "all_reduce", "compression", "local_sgd", "diloco", "streaming_diloco"])
+    exchanges = ["local_sgd", "diloco", "streaming_diloco", "one_bit_adam"]
+    return plugins.load([FRAMEWORK, "all_reduce", "compression", *exchanges])
 
 
 def layout() -> FlatLayout:
     return make_layout([ParamSpec(n, s, ("a",) * len(s), Init("zeros")) for n, s in SHAPES.items()], 10**9)
 
 
-def make(manager: Any, world: World, name: str = "all_reduce", **options: Any) -> Any:
+def make(
+    manager: Any, world: World, name: str = "all_reduce", train: TrainConfig | None = None, **options: Any
+) -> Any:
     """Return an exchange over all ranks."""
     config = Config(framework=FRAMEWORK, communication=CommunicationConfig(exchange=name, **options))
-    config.train = TrainConfig(steps=STEPS, seed=1)
+    config.train = train or TrainConfig(steps=STEPS, seed=1)
     context = {"compressors": plugins.provided(manager, "compressors"), "index": world.rank}
     return plugins.make(manager, "exchange", name, group=world.group(range(world.size)), config=config, **context)
 
@@ -215,7 +218,61 @@ def test_local_sgd_averages_the_parameters(manager: Any, world: World, tensor: A
     np.testing.assert_allclose(np.asarray(replaced), all_values.mean(0), atol=1e-6)
 
 
-VARIANTS = {
+ADAM = TrainConfig(steps=STEPS, beta1=0.9, beta2=0.8, epsilon=1e-6, warmup=0, seed=1)
+
+
+def one_bit_adam(manager: Any, world: World, start_after_steps: int = 2) -> Any:
+    options = compression("none", start_after_steps=start_after_steps)
+    exchange = make(manager, world, "one_bit_adam", train=ADAM, compression=options)
+    exchange.open(layout(), np.zeros(layout().size, np.float32))
+    return exchange
+
+
+def test_one_bit_adam_follows_the_papers_algorithm(manager: Any, world: World, tensor: Any) -> None:
+    """Tang et al. 2021, algorithm 1: two steps of Adam, then two of compressed momentum; the bias stays dense."""
+    vectors = gradients(world.size, layout().size)
+    result = run(one_bit_adam(manager, world), world, tensor, vectors / world.size)
+    expected = np.zeros_like(result)
+    compressed = np.concatenate([np.arange(s.start, s.stop) for s in layout().slots if s.name != "bias"])
+    dense = np.setdiff1d(np.arange(layout().size), compressed)
+    settings = (ADAM.beta1, ADAM.beta2, ADAM.epsilon, 2)
+    expected[:, compressed] = references.one_bit_adam(vectors[:, :, compressed], *settings)
+    expected[:, dense] = references.one_bit_adam(vectors[:, :, dense], *settings, compresses=False)
+    outliers = np.abs(result - expected) > 1e-4 * np.abs(expected).max()
+    assert outliers.mean() < 1e-3, (outliers.sum(1), np.abs(result - expected).max())
+    assert len(set(world.gather_objects(hashlib.sha256(result.tobytes()).hexdigest()))) == 1
+
+
+def test_a_restored_one_bit_adam_continues_bit_for_bit(manager: Any, world: World, tensor: Any) -> None:
+    vectors = gradients(world.size, layout().size)
+    for done in (1, 3):  # in both stages
+        whole, first, second = (one_bit_adam(manager, world) for _ in range(3))
+        expected = run(whole, world, tensor, vectors)
+        run(first, world, tensor, vectors[:done])
+        second.load_state(first.state())
+        np.testing.assert_array_equal(run(second, world, tensor, vectors[done:], done), expected[done:])
+
+
+def test_one_bit_adam_sends_one_bit_an_element_when_its_variance_is_stable(
+    manager: Any, world: World, tensor: Any
+) -> None:
+    """Gradients of one size: the second moment of beta2 0.8 grows by less than 4% from step 15 to step 20."""
+    exchange = one_bit_adam(manager, world, 0)
+    vectors = np.repeat(gradients(world.size, layout().size)[:1], 23, axis=0)
+    phases, sent = [], []
+    for step in range(23):
+        before = snapshot(exchange.traffic)
+        phases.append(exchange.begin(step))
+        exchange.start(tensor(vectors[step, world.rank].copy()), 0).wait()
+        sent.append(by_axis(since(exchange.traffic, before))["data"])
+    assert phases == ["adam"] * 20 + ["compressed"] * 3
+    n, dense = sum(COUNTS), 4 * 60
+    blocks = -(-n // (256 * world.size)) * world.size
+    assert sent[19] == 4 * n + dense
+    assert sent[20] == blocks * 36 + blocks * 36 // world.size + dense
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
     "dense": {},
     **{name: {"compression": CompressionConfig(algorithm=name)} for name in ALGORITHMS},
     "local_sgd": {"exchange": "local_sgd", "local": LocalConfig(3)},
@@ -236,6 +293,11 @@ VARIANTS = {
         "local": LocalConfig(3, overlap=2),
         "compression": CompressionConfig(algorithm="int4"),
     },
+    "one_bit_adam": {
+        "exchange": "one_bit_adam",
+        "compression": CompressionConfig(start_after_steps=4),
+        "train": {"optimizer": "sgd", "momentum": 0.0, "clip": 0.0},
+    },
 }
 
 
@@ -252,11 +314,13 @@ def test_losses_of_every_exchange_are_written_and_fall(manager: Any, world: Worl
         config = small_config(FRAMEWORK, "rnn", layers=1, width=32)
         # AdamW divides by a gradient's size, so that gradients of rounding errors alone (a key's bias; cancelling signs
         # of two ranks) would become full steps. A larger epsilon keeps them small.
-        config.train = TrainConfig(steps=9, batch_size=8, warmup=0, seed=1, epsilon=1e-4)
+        own, options = options.get("train", {}), {k: v for k, v in options.items() if k != "train"}
+        config.train = TrainConfig(steps=9, batch_size=8, warmup=0, seed=1, epsilon=1e-4, **own)
         config.communication = CommunicationConfig(bucket_bytes=20_000, **options)
         mesh = make_mesh(world.size, config.parallel)
         framework = plugins.make(manager, "framework", FRAMEWORK)
-        exchange = make(manager, world, config.communication.exchange, bucket_bytes=20_000, **_options(options))
+        name_of = config.communication.exchange
+        exchange = make(manager, world, name_of, config.train, bucket_bytes=20_000, **_options(options))
         trainable = framework.build(configured_spec(config), mesh, world, exchange, config)
         losses, weights = [], []
         share = 8 // world.size

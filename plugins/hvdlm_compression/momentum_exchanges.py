@@ -1,0 +1,33 @@
+"""Entry point of the exchanges that compress an optimizer's momentum in place of gradients: 1-bit Adam."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from hvdlm import hookimpl
+from hvdlm.config import Config
+from hvdlm.errors import HvdlmError
+from hvdlm.protocols.compressor import CompressorMaker
+from hvdlm.protocols.group import Group
+from hvdlm_compression import checks, plugin
+
+ONE_BIT_ADAM = "one_bit_adam"
+
+
+@hookimpl
+def hvdlm_check(config: Config, spec: Any) -> None:
+    """Refuse combinations of options that an exchange of updates does not support."""
+    if config.communication.exchange == ONE_BIT_ADAM:
+        checks.check_updates(config)
+
+
+@hookimpl
+def hvdlm_make_exchange(
+    name: str, group: Group, config: Config, compressors: Mapping[str, CompressorMaker], index: int
+) -> Any:
+    """Return the exchange named ``one_bit_adam``."""
+    if name != ONE_BIT_ADAM:
+        return None
+    exchange = plugin.imported("one_bit_adam").OneBitAdam
+    return exchange(group, config.train, config.communication)
