@@ -25,7 +25,7 @@ MODELS = {
     + ("--train.optimizer", "sgd", "--train.momentum", "0.9", "--train.learning_rate", "0.3")
     + ("--train.label_smoothing", "0.1"),
 }
-# Most time of these tests is that of compilation; processes share what they compile. Curves are those of optimized code.
+# Most time of these tests is that of compilation, whose results processes share. Curves are those of optimized code.
 QUICKLY = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"}
 # What depends on the framework of the tests that run on every rank (tests/parallel), and of those of one rank.
 ON_EVERY_RANK = "test_collectives or test_host_tensors or losses_of or adapters or (every_layout and 2x1x1)"

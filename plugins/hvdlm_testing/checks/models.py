@@ -133,7 +133,7 @@ def trained_models(harness: Harness, plugin: PluginUnderTest) -> dict[str, Model
 def _check_optimizers(
     harness: Harness, plugin: PluginUnderTest, trained: dict[str, ModelMaker], findings: Findings
 ) -> None:
-    """Check every optimizer that the framework doesn't refuse, with the last of the models that it trains, a small one."""
+    """Check every optimizer that the framework doesn't refuse, with the last of the models that it trains."""
     model, maker = list(trained.items())[-1]
     for optimizer, momentum in (("adamw", 0.0), ("sgd", 0.9), ("sgd", 0.0), ("adagrad", 0.0)):
         config = harness.config()
