@@ -95,11 +95,12 @@ def end(code: Any) -> NoReturn:
     if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
         mpi.Finalize()  # as mpi4py does when the interpreter is finalized
     code = (code or 0) & 0xFF
-    for stream in filter(None, (sys.stdout, sys.stderr)):
+    for stream in (sys.stdout, sys.stderr):
         try:
-            stream.flush()
+            if stream is not None and not stream.closed:
+                stream.flush()
         except (OSError, ValueError):
-            code = code or 120
+            code = 120
     os._exit(code)
 
 
