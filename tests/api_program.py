@@ -17,7 +17,7 @@ from typing import Any
 import hvdlm
 from hvdlm import telemetry
 from hvdlm.diagnostics import watchdog
-from hvdlm.io import launcher_env
+from hvdlm.io import file_lock, launcher_env
 
 RANK = launcher_env.rank_for_messages()
 HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -66,6 +66,7 @@ def trainings(folder: Path, framework: str) -> Any:
 
 def failures(folder: Path, framework: str) -> Any:
     """Fail in three ways that all ranks share, then train."""
+    file_lock.STALE = 5.0  # a second rank waits this long for the lock of a first that has failed already
     messages = []
     for options in (
         {"train.steps": 0},
