@@ -107,20 +107,8 @@ ALLOWED: set[tuple[str, str]] = {
     ("plugins/hvdlm_corpora/prepare_progress.py", "pieces"),  # a key of journal.json
 }
 
-def longest_word(pattern: str) -> str:
-    """Return the longest word of a regular expression that every match contains, in lower case."""
-    while (shorter := re.sub(r"\([^()]*\)|\[[^]]*\]|\\[a-z]|[a-z]\?", " ", pattern)) != pattern:
-        pattern = shorter
-    return max(re.findall("[a-z]+", pattern), key=len)
-
-
-# Phrases may continue on the next line, after the comment sign. Most texts lack a word of each, which takes less time
-# to find out than to search for the expression.
-_COMPILED = [
-    (longest_word(phrase), re.compile(phrase.replace(" ", r"[\s#]+"), re.IGNORECASE), instead)
-    for phrases, instead in PROSE.items()
-    for phrase in re.split(r"\|(?=\\b)", phrases)
-]
+# Phrases may continue on the next line, after the comment sign.
+_COMPILED = [(re.compile(p.replace(" ", r"[\s#]+"), re.IGNORECASE), instead) for p, instead in PROSE.items()]
 
 
 def files(*suffixes: str) -> Iterator[Path]:
@@ -135,11 +123,9 @@ def files(*suffixes: str) -> Iterator[Path]:
 
 def check_prose(text: str, line: int = 1) -> Iterator[tuple[int, str, str]]:
     """Yield line, word and replacement of every banned phrase in ``text``; inline code is skipped."""
-    if "`" in text:
-        text = re.sub(r"(`+)([^`]+)(`+)", lambda code: code[1] + _blank(code[2]) + code[3], text)
-    lower = text.lower()
-    for word, pattern, instead in _COMPILED:
-        for match in pattern.finditer(text) if word in lower else ():
+    text = re.sub(r"(`+)([^`]+)(`+)", lambda code: code[1] + _blank(code[2]) + code[3], text)
+    for pattern, instead in _COMPILED:
+        for match in pattern.finditer(text):
             yield line + text.count("\n", 0, match.start()), re.sub(r"[\s#]+", " ", match[0]), instead
 
 

@@ -1,4 +1,4 @@
-"""What is installed, remembered: a command of hvdlm asks a dozen times, each of which reads some hundred small files."""
+"""What is installed, remembered: a command of hvdlm asks a dozen times, and each time hundreds of files are read."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from typing import Any
 
 def remember() -> None:
     """Let this process and its forks read entry points again only where a folder of the path has changed."""
-    read, known = importlib.metadata.entry_points, {}
+    read: Any = importlib.metadata.entry_points
+    known: dict[Any, Any] = {}
 
     def entry_points(**wanted: Any) -> Any:
         folders = [folder or "." for folder in sys.path]
-        state = tuple((folder, os.stat(folder).st_mtime_ns) for folder in folders if os.path.exists(folder))
-        if (state, *wanted.items()) not in known:
-            known[state, *wanted.items()] = read(**wanted)
-        return known[state, *wanted.items()]
+        state = [(folder, os.stat(folder).st_mtime_ns) for folder in folders if os.path.exists(folder)]
+        key = (*state, *wanted.items())
+        if key not in known:
+            known[key] = read(**wanted)
+        return known[key]
 
     importlib.metadata.entry_points = entry_points

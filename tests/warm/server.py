@@ -29,11 +29,16 @@ import packages
 # What most commands import, and nothing that loads MPI. Programs that change what hvdlm has change attributes of its
 # modules, which are looked up when they are used: it makes no difference that other modules have been imported before.
 COMMON = ["numpy", "ml_dtypes", "pluggy", "yaml", "jsonargparse", "safetensors.numpy", "tokenizers", "psutil", "tqdm"]
-COMMON += ["tensorboard.summary", "docstring_parser", "attrs", "pydoc_data.topics", "statistics"]
+COMMON += ["tensorboard.summary", "docstring_parser", "attrs", "pydoc_data.topics", "statistics", "http.server"]
 COMMON += ["hvdlm.cli", "hvdlm.configuration.parsing", "hvdlm.commands.train", "hvdlm_diagnosis.diagnosis"]
-TRAINING = ["hvdlm.training.whole_run", "hvdlm_backends.threads_command", "hvdlm_backends.local"]
-TRAINING += ["hvdlm_language.language_model", "hvdlm_language.gpt", "hvdlm_corpora.preparer", "hvdlm_planner.advice"]
-TRAINING += [f"hvdlm_telemetry.{name}" for name in ("computation", "metrics", "progress", "tensorboard")]
+TRAINING = ["hvdlm.training.whole_run", "hvdlm.communication.all_reduce", "hvdlm.diagnostics.rank_errors", "numpy.ma"]
+TRAINING += [f"hvdlm_backends.{name}" for name in ("threads_command", "local", "horovod", "mpi", "mpi4py")]
+TRAINING += [f"hvdlm_language.{name}" for name in ("language_model", "gpt", "presets")]
+TRAINING += ["hvdlm_corpora.plugin", "hvdlm_corpora.preparer", "hvdlm_diagnosis.hangs", "packaging.version"]
+TRAINING += [f"hvdlm_planner.{name}" for name in ("advice", "grading", "habits")]
+TRAINING += [
+    f"hvdlm_telemetry.{n}" for n in ("changed_rate", "computation", "metrics", "peaks", "progress", "tensorboard")
+]
 FRAMEWORKS = {
     "none": [],
     "torch": ["torch", "torch._dynamo", *TRAINING, "hvdlm_torch.plugin", "hvdlm_torch.framework"],
@@ -90,11 +95,12 @@ def end(code: Any) -> NoReturn:
     if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
         mpi.Finalize()  # as mpi4py does when the interpreter is finalized
     code = (code or 0) & 0xFF
-    for stream in filter(None, (sys.stdout, sys.stderr)):
+    for stream in (sys.stdout, sys.stderr):
         try:
-            stream.flush()
+            if stream is not None and not stream.closed:
+                stream.flush()
         except (OSError, ValueError):
-            code = code or 120
+            code = 120
     os._exit(code)
 
 
