@@ -101,7 +101,8 @@ def make_streaming(
 ) -> Any:
     """Return the exchange whose fragments synchronise in turn; arguments as in ``make_local``."""
     inner, outer = _outer(group, config, compressors, group_rank, learning_rate, momentum)
-    return imported("streaming").StreamingExchange(group, inner, config.communication.local, *outer)
+    exchange = imported("streaming").StreamingExchange
+    return exchange(group, inner, config.communication.local, *outer, config.train.steps)
 
 
 def _outer(

@@ -29,6 +29,7 @@ class Fragment:
 
     Attributes:
         offset: it synchronises after the steps whose number modulo H is this.
+        last: the step after which it synchronises for the last time.
         anchor: the global parameters' Variable ``[stop - start]``.
         velocity: the outer momentum's Variable; None: there is none.
         handle: its sum in flight, or one that has arrived and is not due yet; None: there is none.
@@ -38,6 +39,7 @@ class Fragment:
     start: int
     stop: int
     offset: int
+    last: int
     anchor: Any
     velocity: Any
     handle: Handle | None = None
@@ -57,13 +59,16 @@ class StreamingExchange(AllReduceExchange):
     theta_rank + (1 - alpha) theta_global, alpha = ``mixing``. The global parameters are the same on all ranks at every
     step, those of the ranks never. The differences are summed by the exchange ``inner``, which may compress them.
 
+    The last round is short, that the global parameters contain the last steps but a few: in the last quarter of H
+    steps every fragment synchronises once more, so that all sums have arrived after step ``last``.
+
     A collective stays in flight over several steps, so that ``advance`` is called outside of graphs.
     """
 
     agreed = True
 
     def __init__(
-        self, group: Group, inner: AllReduceExchange, settings: LocalConfig, rate: float, momentum: float
+        self, group: Group, inner: AllReduceExchange, settings: LocalConfig, rate: float, momentum: float, last: int
     ) -> None:
         super().__init__(group)
         self._inner = inner
@@ -74,6 +79,8 @@ class StreamingExchange(AllReduceExchange):
         self._mixing = MIXING if settings.mixing is None else settings.mixing
         self._rate = rate
         self._momentum = momentum
+        self._short_round = max(1, self._every // 4 - self._overlap)  # steps that start sums of the last round
+        self._last_start = last - self._overlap
         self._step = 0
         self._sums_gradients = False
         self._owes_advance = False
@@ -96,7 +103,9 @@ class StreamingExchange(AllReduceExchange):
                 zeros = np.zeros(stop - start, np.float32)
                 velocity = Variable(zeros, trainable=False) if self._momentum else None
                 offset = number * self._every // self._count
-                self._fragments.append(Fragment(start, stop, offset, Variable(zeros, trainable=False), velocity))
+                last = self._last_start - number * self._short_round // self._count
+                anchor = Variable(zeros, trainable=False)
+                self._fragments.append(Fragment(start, stop, offset, last, anchor, velocity))
         for fragment in self._fragments:
             fragment.anchor.assign(parameters[fragment.start : fragment.stop])
             if fragment.velocity is not None:
@@ -146,13 +155,19 @@ class StreamingExchange(AllReduceExchange):
             return []
         replaced = [self._apply(f, parameters) for f in self._in_flight() if f.due <= done]
         for index, fragment in enumerate(self._fragments):
-            if done % self._every == fragment.offset:
+            if self._starts(fragment, done):
                 self._inner.begin(self._step)
                 difference = ops.convert_to_tensor(fragment.anchor) - parameters[fragment.start : fragment.stop]
                 fragment.handle, fragment.due = self._inner.start(difference, index), done + self._overlap
                 if not self._overlap:
                     replaced.append(self._apply(fragment, parameters))
         return replaced
+
+    def _starts(self, fragment: Fragment, done: int) -> bool:
+        """Return whether the sum of a fragment is started after step ``done``."""
+        if done > self._last_start - self._short_round:
+            return done == fragment.last and fragment.handle is None
+        return done % self._every == fragment.offset
 
     def _apply(self, fragment: Fragment, parameters: Tensor) -> tuple[int, Tensor]:
         """Do the outer update of a fragment; return its start and this rank's parameters of it from now on."""

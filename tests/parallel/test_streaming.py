@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hvdlm import plugins
-from hvdlm.config import CommunicationConfig, CompressionConfig, Config, LocalConfig
+from hvdlm.config import CommunicationConfig, CompressionConfig, Config, LocalConfig, TrainConfig
 from hvdlm.errors import HvdlmError
 from hvdlm.models.spec import Init, ParamSpec
 from hvdlm.parallel.flat_layout import FlatLayout, make_layout
@@ -31,11 +31,16 @@ def layout() -> FlatLayout:
 
 
 def make(
-    manager: Any, world: World, local: LocalConfig, algorithm: str = "none", name: str = "streaming_diloco"
+    manager: Any,
+    world: World,
+    local: LocalConfig,
+    algorithm: str = "none",
+    name: str = "streaming_diloco",
+    steps: int = 10**6,
 ) -> Any:
     """Return an exchange over all ranks, opened with ``start()``."""
     options = CommunicationConfig(exchange=name, local=local, compression=CompressionConfig(algorithm=algorithm))
-    config = Config(framework=FRAMEWORK, communication=options)
+    config = Config(framework=FRAMEWORK, communication=options, train=TrainConfig(steps=steps))
     context = {"compressors": plugins.provided(manager, "compressors"), "index": world.rank}
     group = world.group(range(world.size))
     exchange = plugins.make(manager, "exchange", name, group=group, config=config, **context)
@@ -145,6 +150,18 @@ def test_ranks_continue_while_a_sum_travels(manager: Any, world: World, tensor: 
         world.broadcast_object("done")
     train(exchange, own, moved[EVERY : EVERY + 1], tensor, EVERY)
     assert not exchange.state().keys() & {"in_flight"} and np.abs(exchange.averaged() - start()).max() > 1e-3
+
+
+@pytest.mark.parametrize("overlap", [0, 1])
+def test_the_last_round_is_short(manager: Any, world: World, tensor: Any, overlap: int) -> None:
+    """In the last quarter of H steps every fragment synchronises once more, and all sums arrive."""
+    exchange = make(manager, world, LocalConfig(8, overlap=overlap), steps=STEPS)
+    moved = moves(world.size)[:, world.rank]
+    own = train(exchange, start(), moved[: STEPS - 2], tensor)[-1]
+    before = exchange.averaged()
+    own = train(exchange, own, moved[STEPS - 2 :], tensor, STEPS - 2)[-1]
+    changed = exchange.averaged() != before
+    assert changed.mean() > 0.99 and not any(name.startswith("in_flight/") for name in exchange.state())
 
 
 def test_gradients_are_summed_in_the_warm_up(manager: Any, world: World, tensor: Any) -> None:
