@@ -14,7 +14,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from builders import FRAMEWORKS, both_frameworks, configured_spec, small_config, token_batch
+from builders import (
+    ENCODER_MODELS,
+    ENCODER_ROWS,
+    ENCODER_VOCAB,
+    FRAMEWORKS,
+    VOCAB,
+    both_frameworks,
+    configured_spec,
+    encoder_batch,
+    small_config,
+    token_batch,
+)
 from hvdlm import plugins
 from hvdlm.checkpoints.discovery import find
 from hvdlm.config import Config
@@ -72,7 +83,7 @@ def test_any_ranks_add_leaves_in_the_order_of_one_tree(shape: tuple[int, int]) -
         tree = LeafTree(leaves, ranks, rank)
         own, deepest = roots_of(tree)
         assert len(own) <= tree.roots and deepest == tree.depth
-        assert [place // tree.roots for place in tree.places].count(rank) == len(own)
+        assert [position // tree.roots for position in tree.positions].count(rank) == len(own)
         roots += own
     assert tree.total(roots, lambda a, b: (a, b)) == tree_of(list(range(leaves)))
     if tree.count & (tree.count - 1) == 0:
@@ -100,7 +111,8 @@ def exact_config(framework: str, rows: int, leaf: int, **options: Any) -> Config
 
 def train_on(ranks: int, config: Config, steps: int = 3) -> tuple[list[tuple[float, ...]], dict[str, np.ndarray]]:
     """Train on ``ranks`` ranks that are threads; return every step's figures and rank 0's state."""
-    spec, mesh = configured_spec(config), Mesh(ranks, 1, 1)
+    name, encoder = config.model.name, config.model.name in ENCODER_MODELS
+    spec, mesh = configured_spec(config, ENCODER_VOCAB if encoder else VOCAB), Mesh(ranks, 1, 1)
     rows, leaf = config.train.batch_size, config.train.micro_batch_size
     assert leaf is not None
 
@@ -115,7 +127,8 @@ def train_on(ranks: int, config: Config, steps: int = 3) -> tuple[list[tuple[flo
         own = rows // ranks
         figures = []
         for step in range(steps):
-            batch = token_batch(step, weights=True, shape=(rows, config.data.context))
+            shape = rows, config.data.context
+            batch = encoder_batch(name, step) if encoder else token_batch(step, weights=True, shape=shape)
             starts = range(world.rank * own, (world.rank + 1) * own, leaf)
             result = trainable.train_step([batch.rows(a, a + leaf) for a in starts], 0.01, step)
             figures.append((float(result.loss), float(result.tokens), float(result.grad_norm)))
@@ -146,6 +159,16 @@ SHAPES = {
 def test_steps_have_the_bits_of_one_rank(framework: str, leaves: int, leaf: int, ranks: int) -> None:
     config = exact_config(framework, leaves * leaf, leaf)
     figures, state = train_on(ranks, config)
+    expected, expected_state = train_on(1, config)
+    assert figures == expected
+    assert_same_bits(state, expected_state)
+
+
+@pytest.mark.parametrize("model", [*ENCODER_MODELS, "llama", "lstm"])
+def test_steps_of_other_models_have_the_bits_of_one_rank(model: str) -> None:
+    config = exact_config("torch", ENCODER_ROWS, 1)
+    config.model.name = model
+    figures, state = train_on(4, config)
     expected, expected_state = train_on(1, config)
     assert figures == expected
     assert_same_bits(state, expected_state)
@@ -203,8 +226,8 @@ def test_tensorflow_keeps_the_order_of_nested_sums() -> None:
 
     @tf.function
     def total(x: Any) -> Any:
-        parts = [x[i * 4096 : (i + 1) * 4096] for i in range(4)]
-        return _ordered_sum(_ordered_sum(parts[0], parts[1]), _ordered_sum(parts[2], parts[3]))
+        terms = [x[i * 4096 : (i + 1) * 4096] for i in range(4)]
+        return _ordered_sum(_ordered_sum(terms[0], terms[1]), _ordered_sum(terms[2], terms[3]))
 
     expected = (values[0] + values[1]) + (values[2] + values[3])
     np.testing.assert_array_equal(total(tf.constant(values.reshape(-1))).numpy(), expected)
@@ -257,6 +280,7 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Any:
     [
         ("torch", 8, [], "threads"),
         ("torch", 2, ["--train.micro_batch_size", "2"], "mpirun"),
+        ("torch", 4, ["--backend", "mpi4py"], "mpirun"),
         ("torch", 2, ["--train.micro_batch_size", "4"], "horovodrun --gloo"),
         ("tensorflow", 4, ["--train.micro_batch_size", "2"], "threads"),
         ("tensorflow", 2, [], "mpirun"),
@@ -326,7 +350,7 @@ def test_rows_that_no_rank_has_are_refused() -> None:
 
 
 @both_frameworks
-def test_an_exact_run_computes_with_one_thread_unless_it_is_told_another_number(framework: str) -> None:
+def test_an_exact_run_computes_with_one_thread_by_default(framework: str) -> None:
     from hvdlm_backends.environment import set_threads
 
     config = exact_config(framework, 8, 2)

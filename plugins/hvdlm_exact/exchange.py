@@ -52,14 +52,14 @@ class ExactExchange(AllReduceExchange):
         name = f"gradients.{index}"
         handle = _TreeSum(self._group.all_to_all_async(bucket, name), self._in_flight, self._gather_sum, name)
         self._in_flight.append(handle)
-        for earlier in self._in_flight[:-_SENT_AHEAD]:  # in the same place on all ranks, which call alike
+        for earlier in self._in_flight[:-_SENT_AHEAD]:  # at the same point on all ranks, which call alike
             earlier.add_up()
         return handle
 
     def _gather_sum(self, received: Tensor, name: str) -> Handle:
         """Add the parts of all ranks, ``[ranks, roots, elements / ranks]`` made flat; start to gather the sums."""
         length = received.shape[0] // (self.size * self._tree.roots)
-        roots = (received[place * length : (place + 1) * length] for place in self._tree.places)
+        roots = (received[position * length : (position + 1) * length] for position in self._tree.positions)
         return self._group.all_gather_async(self._tree.total(roots, self.add), f"{name}.sum")
 
     def start_metrics(self, values: Tensor) -> Handle:

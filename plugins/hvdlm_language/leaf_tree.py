@@ -29,7 +29,7 @@ class LeafTree:
         joins: for each leaf of this rank, with how many sums on top of the stack it is joined.
         depth: the most sums that this rank has in the stack below the newest.
         roots: the most roots of any rank.
-        places: the indices of the ranks' roots in ``[ranks * roots]``, in the order of the leaves.
+        positions: the indices of the ranks' roots in ``[ranks * roots]``, in the order of the leaves.
     """
 
     def __init__(self, leaves: int, ranks: int, rank: int) -> None:
@@ -43,11 +43,11 @@ class LeafTree:
             steps = [(self._push(stack, (0, leaf)), len(stack)) for leaf in range(first, first + self.count)]
             if number == rank:
                 self.joins = [joined for joined, _ in steps]
-                # Before a leaf is joined, it is on top of all that stood there; it is added to the newest in place.
+                # Before a leaf is joined, it is on top of all that stood there; it is added to the newest in position.
                 self.depth = max(0, *(height - 1 + max(0, joined - 1) for joined, height in steps))
             covers.append(stack)
         self.roots = max(map(len, covers))
-        self.places = [r * self.roots + i for r, cover in enumerate(covers) for i in range(len(cover))]
+        self.positions = [r * self.roots + i for r, cover in enumerate(covers) for i in range(len(cover))]
         joined_roots: list[Node] = []
         self._root_joins = [self._push(joined_roots, root) for cover in covers for root in cover]
 

@@ -104,7 +104,10 @@ class Forward:
 
     def features(self, batch: Batch) -> dict[str, torch.Tensor] | None:
         """Return what the model reads besides tokens; None where it reads tokens alone."""
-        return {name: to_device(array, self.device) for name, array in batch.features.items()} or None
+        tensors = {name: to_device(array, self.device) for name, array in batch.features.items()}
+        if self.config.communication.reduction == "exact":  # the bits of products may depend on where memory begins
+            tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+        return tensors or None
 
     def tensors(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Return the inputs, targets and weights of a batch."""
