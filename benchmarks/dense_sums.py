@@ -48,11 +48,15 @@ class Contestant:
         return f"{self.framework} {self.backend}" if self.framework else "DDP"
 
     def speed(self, hosts: Hosts, o: argparse.Namespace) -> float:
-        """Train; return the tokens per second of all hosts."""
-        if self.framework:
-            options = [*OPTIONS[self.method], "--backend", self.backend]
-            return train(hosts, self.framework, options, o.steps, o).speed
-        return ddp(hosts, self.method, o)
+        """Train; return the tokens per second of all hosts, which is printed with what crossed the network."""
+        if not self.framework:
+            speed, sent = ddp(hosts, self.method, o), ""
+        else:
+            run = train(hosts, self.framework, [*OPTIONS[self.method], "--backend", self.backend], o.steps, o)
+            share = run.interface_bytes / run.counted_bytes
+            speed, sent = run.speed, f", {share:.3f} bytes on the network for each that ranks handed over"
+        print(f"  {self.method}, {self}, {hosts.count} hosts: {speed:.1f} tokens/s{sent}", flush=True)
+        return speed
 
 
 def ddp(hosts: Hosts, method: str, o: argparse.Namespace) -> float:
@@ -107,7 +111,7 @@ def measure(count: int, o: argparse.Namespace) -> None:
     with open_hosts(count) as hosts:
         alone = {}
         for framework in o.frameworks:
-            run = train(hosts, framework, ALONE, 3 * o.steps, o)
+            run = train(hosts, framework, ALONE, o.steps, o)
             alone[framework] = count * ROWS * CONTEXT / run.speed
         for rate in o.rates:
             hosts.shape(rate)

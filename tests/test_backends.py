@@ -246,6 +246,7 @@ def test_settings_of_all_ranks_must_agree(
 
 SETTINGS = {
     "fusion_bytes": (1_000_000, "HOROVOD_FUSION_THRESHOLD", "1000000"),
+    "ring_bytes": (1000, "HOROVOD_RING_THRESHOLD", "1000"),
     "cycle_ms": (2.5, "HOROVOD_CYCLE_TIME", "2.5"),
     "cache_capacity": (0, "HOROVOD_CACHE_CAPACITY", "0"),
     "hierarchical_all_reduce": (True, "HOROVOD_HIERARCHICAL_ALLREDUCE", "1"),

@@ -52,7 +52,7 @@ def test_every_rank_sends_the_least_that_a_sum_needs(size: int) -> None:
         assert (covered == 1).all()
 
 
-def test_the_threshold_is_the_options_the_variables_or_that_of_several_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_threshold_is_the_options_else_the_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
     assert threshold(None, True) == BYTES and threshold(None, False) == 0
     assert threshold(1000, False) == 1000 and threshold(0, True) == 0

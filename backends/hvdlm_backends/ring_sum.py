@@ -115,14 +115,14 @@ class _Sum:
     def __init__(self, own: np.ndarray, total: np.ndarray, communicator: Any, schedule: Schedule) -> None:
         size, rank = communicator.Get_size(), communicator.Get_rank()
         self._own, self._total = own, total
-        self._own_bytes, self._total_bytes = (memoryview(array.view(np.uint8)) for array in (own, total))
+        self._own_bytes, self._total_bytes = (array.view(np.uint8).data for array in (own, total))
         self._width = own.itemsize
         self._communicator = communicator
         self._next, self._before = (rank + 1) % size, (rank - 1) % size
         self._schedule = schedule
         self._window = min(_WINDOW, schedule.segments)
         self._incoming = [np.empty(schedule.segment, own.dtype) for _ in range(self._window)]
-        self._incoming_bytes = [memoryview(array.view(np.uint8)) for array in self._incoming]
+        self._incoming_bytes = [array.view(np.uint8).data for array in self._incoming]
         self._receives: list[Any] = [None] * self._window
         self._sends: list[Any] = [None] * self._window
 
