@@ -7,7 +7,6 @@ from typing import Any
 
 from hvdlm import hookimpl
 from hvdlm.config import Config
-from hvdlm.errors import HvdlmError
 from hvdlm.protocols.compressor import CompressorMaker
 from hvdlm.protocols.group import Group
 from hvdlm_compression import checks, plugin

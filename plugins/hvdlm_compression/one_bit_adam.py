@@ -1,4 +1,4 @@
-"""1-bit Adam: momentum of one bit an element, preconditioned by a variance that no longer changes (Tang et al. 2021)."""
+"""1-bit Adam: momentum of one bit an element, divided by a second moment that no longer changes (Tang et al. 2021)."""
 
 from __future__ import annotations
 

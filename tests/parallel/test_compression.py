@@ -39,9 +39,7 @@ def layout() -> FlatLayout:
     return make_layout([ParamSpec(n, s, ("a",) * len(s), Init("zeros")) for n, s in SHAPES.items()], 10**9)
 
 
-def make(
-    manager: Any, world: World, name: str = "all_reduce", train: TrainConfig | None = None, **options: Any
-) -> Any:
+def make(manager: Any, world: World, name: str = "all_reduce", train: TrainConfig | None = None, **options: Any) -> Any:
     """Return an exchange over all ranks."""
     config = Config(framework=FRAMEWORK, communication=CommunicationConfig(exchange=name, **options))
     config.train = train or TrainConfig(steps=STEPS, seed=1)
