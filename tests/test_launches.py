@@ -108,7 +108,7 @@ def curves(output_folder: Path, name: str, kind: str = "losses") -> dict[str, np
 # Rounding to fewer bits amplifies rounding errors: a value on the border of two levels may be rounded either way.
 ROUNDING = {"int8": 5e-5, "bf16": 5e-5, "fp16": 1e-5}
 # Of values within a rounding error of a threshold (zero; the k-th largest), the frameworks may select different ones.
-CHOOSING = {"scaled_sign", "sign_majority", "qsgd", "top_k", "dgc", "diloco with top_k", "one_bit_adam"}
+CHOOSING = {"scaled_sign", "sign_majority", "qsgd", "top_k", "dgc", "diloco with top_k", "one_bit_adam", "demo"}
 DIFFERENT = 2e-5  # for parameters around 0.2: rounding causes differences of 2e-6, one sign of 3e-3
 
 

@@ -34,7 +34,7 @@ class OneBitMomentum:
     matrices = False
     biased = False
     feeds_back = True
-    replicated = ("first_moment", "second_moment", "stage")
+    replicated: tuple[str, ...] = ("first_moment", "second_moment", "stage")
 
     def __init__(self, train: TrainConfig, block: int, ranks: int) -> None:
         self._train = train
