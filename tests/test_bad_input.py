@@ -30,8 +30,16 @@ from launching import ROOT, environment, launch, run_python
 TEXT = "The quick brown fox jumps over the lazy dog.\n" * 200
 STREAMING = ["--communication.exchange", "streaming_diloco"]
 COMPRESSION = "--communication.compression"
-ONE_BIT_ADAM = ["--communication.exchange", "one_bit_adam", "--train.optimizer", "sgd", "--train.momentum", "0",
-                "--train.clip", "0"]
+ONE_BIT_ADAM = [
+    "--communication.exchange",
+    "one_bit_adam",
+    "--train.optimizer",
+    "sgd",
+    "--train.momentum",
+    "0",
+    "--train.clip",
+    "0",
+]
 Setup = Callable[[pytest.MonkeyPatch], Any]
 
 

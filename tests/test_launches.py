@@ -129,7 +129,9 @@ def curves(output_folder: Path, name: str, kind: str = "losses") -> dict[str, np
 ROUNDING = {"int8": 5e-5, "bf16": 5e-5, "fp16": 1e-5}
 # Of values within a rounding error of a threshold (zero; the k-th largest), the frameworks may select different ones.
 CHOOSING = {"scaled_sign", "sign_majority", "qsgd", "int4", "top_k", "dgc", "diloco with top_k", "one_bit_adam"}
-CHOOSING |= {"streaming_diloco with int4", "chunked_top_k", "local_sgd with chunked_top_k"}
+CHOOSING |= {"demo", "streaming_diloco with int4", "chunked_top_k", "local_sgd with chunked_top_k"}
+# The sign of a rounding error is a direction of DeMo, where no gradient is: rows of tokens that don't occur.
+MOST_DIFFERENT = {"demo": 40}
 DIFFERENT = 2e-5  # for parameters around 0.2: rounding causes differences of 2e-6, one sign of 3e-3
 
 
@@ -154,7 +156,7 @@ def assert_train_alike(folder: Path, *names: str, fewest: int = 14) -> None:
         if name in CHOOSING and outliers.any():
             # Until the first different selection nothing may differ; it has to be of few elements, and cost little.
             equal_steps = int(np.argmax(outliers > 0)) + 1
-            assert outliers[equal_steps - 1] <= 4, (name, outliers)
+            assert outliers[equal_steps - 1] <= MOST_DIFFERENT.get(name, 4), (name, outliers)
             assert curve == pytest.approx(second[name], abs=1e-3), name
         elif name not in ROUNDING:
             assert not outliers.any(), (name, outliers)

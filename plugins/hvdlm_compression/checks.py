@@ -95,7 +95,7 @@ def check_updates(config: Config) -> None:
     name, train, options = config.communication.exchange, config.train, config.communication
     _whole_gradients(config, name)
     wanted: dict[str, tuple[Any, Any, str]] = {
-        "train.optimizer": (train.optimizer, "sgd", f"{name} computes Adam's update itself, with train.beta1 and beta2"),
+        "train.optimizer": (train.optimizer, "sgd", f"{name} computes the update itself"),
         "train.momentum": (train.momentum, 0.0, f"{name} keeps the momentum itself"),
         "train.clip": (train.clip, 0.0, f"the norm of the gradients is not known to {name}, which sends momentum"),
         "communication.reduction": (options.reduction, "average", f"{name} averages"),

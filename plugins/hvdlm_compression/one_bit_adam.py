@@ -1,4 +1,4 @@
-"""1-bit Adam: momentum of one bit an element, preconditioned by a variance that no longer changes (Tang et al. 2021)."""
+"""1-bit Adam: momentum of one bit an element, divided by a second moment that no longer changes (Tang et al. 2021)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class OneBitMomentum:
     matrices = False
     biased = False
     feeds_back = True
-    replicated = ("first_moment", "second_moment", "stage")
+    replicated: tuple[str, ...] = ("first_moment", "second_moment", "stage")
 
     def __init__(self, train: TrainConfig, block: int, ranks: int) -> None:
         self._train = train

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 from keras import Variable, ops
 
 from hvdlm.config import CommunicationConfig
 from hvdlm.parallel.flat_layout import FlatLayout
-from hvdlm.protocols.compressor import Request
+from hvdlm.protocols.compressor import Compressor, Request
 from hvdlm.protocols.group import Group, Handle
 from hvdlm.protocols.types import Tensor
 from hvdlm_compression.exchange import CompressedExchange, Unit
@@ -64,7 +64,8 @@ class UpdateExchange(CompressedExchange):
     """Returns a rule's directions in place of summed gradients."""
 
     def __init__(self, group: Group, rule: Rule, options: CommunicationConfig) -> None:
-        super().__init__(group, rule, options)  # type: ignore[arg-type] -- what is called of it is the same
+        # Its ``reduce`` is called by this class alone.
+        super().__init__(group, cast(Compressor, rule), options)
         self._rule = rule
 
     def open(self, layout: FlatLayout, parameters: np.ndarray) -> None:

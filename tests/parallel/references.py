@@ -238,3 +238,46 @@ def one_bit_adam(
             first = sent.reshape(-1)[:n]
         directions.append(first / (np.sqrt(second) + epsilon))
     return np.stack(directions)
+
+
+def momenta(gradients: np.ndarray, decay: float) -> np.ndarray:
+    """Return m = decay m + g after every step."""
+    values, momentum = [], np.zeros_like(gradients[0])
+    for gradient in gradients:
+        momentum = decay * momentum + gradient
+        values.append(momentum)
+    return np.stack(values)
+
+
+def _cosines(side: int) -> np.ndarray:
+    """Return the orthonormal DCT-II as a matrix, from its definition value by value."""
+    rows = []
+    for k in range(side):
+        scale = np.sqrt((1 if k == 0 else 2) / side)
+        rows.append([scale * np.cos(np.pi * (j + 0.5) * k / side) for j in range(side)])
+    return np.array(rows)
+
+
+def demo(gradients: np.ndarray, decay: float, count: int, side: int = 64) -> np.ndarray:
+    """Peng et al. 2024, algorithm 1: directions ``[steps, rows, columns]`` of gradients ``[steps, ranks, ...]``."""
+    steps, ranks, rows, columns = gradients.shape
+    basis, momentum, directions = _cosines(side), np.zeros((ranks, rows, columns)), []
+    for step in range(steps):
+        total = np.zeros((rows, columns))
+        for rank in range(ranks):
+            momentum[rank] = decay * momentum[rank] + gradients[step, rank]
+            for top in range(0, rows, side):
+                for left in range(0, columns, side):
+                    area = np.s_[top : top + side, left : left + side]
+                    block = np.zeros((side, side))
+                    own = momentum[rank][area]
+                    block[: own.shape[0], : own.shape[1]] = own
+                    components = (basis @ block @ basis.T).reshape(-1)
+                    sent = np.zeros_like(components)
+                    largest = np.argsort(-np.abs(components), kind="stable")[:count]
+                    sent[largest] = _bf16(components[largest].astype(np.float32))
+                    decoded = (basis.T @ sent.reshape(side, side) @ basis)[: own.shape[0], : own.shape[1]]
+                    momentum[rank][area] -= decoded
+                    total[area] += decoded
+        directions.append(np.sign(total))
+    return np.stack(directions)

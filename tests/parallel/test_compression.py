@@ -33,7 +33,7 @@ TOLERANCE = {"fp16": 2e-3, "bf16": 1e-2}  # of sums whose order differs from the
 
 @pytest.fixture(scope="session")
 def manager() -> Any:
-    exchanges = ["local_sgd", "diloco", "streaming_diloco", "one_bit_adam"]
+    exchanges = ["local_sgd", "diloco", "streaming_diloco", "one_bit_adam", "demo"]
     return plugins.load([FRAMEWORK, "all_reduce", "compression", *exchanges])
 
 
@@ -41,9 +41,7 @@ def layout() -> FlatLayout:
     return make_layout([ParamSpec(n, s, ("a",) * len(s), Init("zeros")) for n, s in SHAPES.items()], 10**9)
 
 
-def make(
-    manager: Any, world: World, name: str = "all_reduce", train: TrainConfig | None = None, **options: Any
-) -> Any:
+def make(manager: Any, world: World, name: str = "all_reduce", train: TrainConfig | None = None, **options: Any) -> Any:
     """Return an exchange over all ranks."""
     config = Config(framework=FRAMEWORK, communication=CommunicationConfig(exchange=name, **options))
     config.train = train or TrainConfig(steps=STEPS, seed=1)
@@ -272,6 +270,40 @@ def test_one_bit_adam_sends_one_bit_an_element_when_its_variance_is_stable(
     assert sent[20] == blocks * 36 + blocks * 36 // world.size + dense
 
 
+@pytest.mark.parametrize("ranks_differ", [False, True])
+def test_demo_follows_the_papers_algorithm(manager: Any, world: World, tensor: Any, ranks_differ: bool) -> None:
+    """Peng et al. 2024, algorithm 1; the bias is summed whole."""
+    vectors = gradients(world.size, layout().size)
+    if not ranks_differ:
+        vectors = np.repeat(vectors[:, :1], world.size, axis=1)
+    options = compression("none", momentum=0.9, ratio=0.005)
+    exchange = make(manager, world, "demo", compression=options)
+    exchange.open(layout(), np.zeros(layout().size, np.float32))
+    before = snapshot(exchange.traffic)
+    result = run(exchange, world, tensor, vectors / world.size)
+    assert by_axis(since(exchange.traffic, before))["data"] == STEPS * (4 * 20 * (1 + 2) + 4 * 60)
+    for slot in layout().slots:
+        own = vectors[:, :, slot.start : slot.stop]
+        if slot.name == "bias":
+            expected = np.sign(references.momenta(own.mean(1), 0.9))
+        else:
+            expected = references.demo(own.reshape(STEPS, world.size, *slot.shape), 0.9, 20).reshape(STEPS, -1)
+        # Values near zero, and components of nearly equal size, may fall on either side.
+        assert (result[:, slot.start : slot.stop] != expected).mean() < 5e-3, slot.name
+    assert len(set(world.gather_objects(hashlib.sha256(result.tobytes()).hexdigest()))) == 1
+
+
+def test_a_restored_demo_continues_bit_for_bit(manager: Any, world: World, tensor: Any) -> None:
+    vectors = gradients(world.size, layout().size)
+    whole, first, second = (make(manager, world, "demo", compression=compression("none")) for _ in range(3))
+    for exchange in (whole, first, second):
+        exchange.open(layout(), np.zeros(layout().size, np.float32))
+    expected = run(whole, world, tensor, vectors)
+    run(first, world, tensor, vectors[:2])
+    second.load_state(first.state())
+    np.testing.assert_array_equal(run(second, world, tensor, vectors[2:], 2), expected[2:])
+
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "dense": {},
     **{name: {"compression": CompressionConfig(algorithm=name)} for name in ALGORITHMS},
@@ -298,6 +330,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "compression": CompressionConfig(start_after_steps=4),
         "train": {"optimizer": "sgd", "momentum": 0.0, "clip": 0.0},
     },
+    "demo": {"exchange": "demo", "train": {"optimizer": "sgd", "momentum": 0.0, "clip": 0.0}},
 }
 
 
