@@ -59,6 +59,20 @@ def test_a_dry_run_takes_the_options_of_plan(capsys: pytest.CaptureFixture[str])
     assert "seconds of a step" in text and "tokens/s" in text and "fitted on: product_efficiency" in text
 
 
+@pytest.mark.parametrize("exchange, vectors", [("one_bit_adam", 3), ("demo", 1)])
+def test_a_plan_of_an_exchange_of_updates_counts_its_memory_and_predicts_no_seconds(
+    exchange: str, vectors: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--communication.exchange", exchange, "--train.optimizer", "sgd", "--train.clip", "0"]
+    options += ["--model.vocab", "64", "--parallel.data", "2", "--hardware", "h100"]
+    assert main(["--dry_run", *options]) == 0
+    text = capsys.readouterr().out
+    parameters = float(re.search(r"gpt: ([\d,]+) parameters", text)[1].replace(",", ""))
+    kept, unit = re.search(rf"{exchange} keeps ([\d.]+) (\w+) on a rank", text).groups()
+    assert parse_bytes(kept + unit) == pytest.approx(4 * vectors * parameters, rel=0.01)
+    assert f"not predicted: what exchange {exchange} sends is not known" in text
+
+
 @pytest.mark.parametrize(
     "options, vectors, bytes_per_parameter",
     [
@@ -76,7 +90,7 @@ def test_a_plan_of_streaming_diloco_counts_its_memory_and_bytes(
     parameters = float(re.search(r"gpt: ([\d,]+) parameters", text)[1].replace(",", ""))
     kept, unit = re.search(r"streaming_diloco keeps ([\d.]+) (\w+) on a rank", text).groups()
     assert parse_bytes(kept + unit) == pytest.approx(4 * vectors * parameters, rel=0.01)
-    assert f"outer optimizer {kept} {unit}" in text and "seconds of a step" in text
+    assert f"exchange's vectors {kept} {unit}" in text and "seconds of a step" in text
     whole, unit, mean, small = re.search(
         r"([\d.]+) (\w+) of parameter differences in a round of 50 steps, ([\d.]+) (\w+) in the mean step", text
     ).groups()

@@ -17,16 +17,20 @@ from hvdlm.protocols.state_dict import optimizer_state
 LOCAL_EXCHANGES = ("local_sgd", "diloco", "streaming_diloco")
 """Exchanges whose ranks train independently between synchronisations."""
 
+KNOWN_EXCHANGES = ("all_reduce", *LOCAL_EXCHANGES)
+"""Exchanges whose collectives are known."""
+
+_UPDATE_EXCHANGES = {"one_bit_adam": 3, "demo": 1}  # the momentum, and what else they keep; see their modules
 _UNBIASED = ("none", "fp16", "bf16", "qsgd", "int8")  # compressors without error feedback
 
 
-def outer_vectors(options: CommunicationConfig) -> int:
-    """Return the flat float32 vectors that an exchange of parameter differences keeps; 0 of other exchanges.
+def kept_vectors(options: CommunicationConfig) -> int:
+    """Return the flat float32 vectors that an exchange keeps of its own; 0 where sums are all it needs.
 
-    The global parameters, the outer momentum, the error feedback.
+    An exchange of parameter differences keeps the global parameters, the outer momentum, the error feedback.
     """
     if options.exchange not in LOCAL_EXCHANGES:
-        return 0
+        return _UPDATE_EXCHANGES.get(options.exchange, 0)
     algorithm, feedback = options.compression.algorithm, options.compression.error_feedback
     momentum = options.local.outer_momentum
     has_momentum = options.exchange != "local_sgd" if momentum is None else momentum > 0
@@ -45,9 +49,11 @@ def work_of(
 ) -> Work | None:
     """Return the work of a step of ``rank``, or None for an architecture other than GPT and recurrent ones.
 
+    Between data ranks, it is None for an exchange of which nothing is known, too.
+
     ``moments``: as in ``closed_form``. ``fused``: whether element-wise operations are compiled.
     """
-    if spec.kind not in ("gpt", "rnn"):
+    if spec.kind not in ("gpt", "rnn") or (mesh.data > 1 and config.communication.exchange not in KNOWN_EXCHANGES):
         return None
     moments = len(optimizer_state(config.train)) if moments is None else moments
     step = Step(config, spec, mesh, rank, habits or Habits(), moments)
@@ -78,6 +84,13 @@ def work_of(
         send_bytes=sent if mesh.pipeline > 1 else 0.0,
         saved_bytes=_saved(step) / every if every else 0.0,
     )
+
+
+def unknown(config: Config, spec: ModelSpec) -> str:
+    """Return, in words, why ``work_of`` knows no work."""
+    if config.communication.exchange not in KNOWN_EXCHANGES:
+        return f"what exchange {config.communication.exchange} sends is not known"
+    return f"the work of a {spec.kind} is not known, only that of gpt and rnn models"
 
 
 def _saved(step: Step) -> float:

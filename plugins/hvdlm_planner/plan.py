@@ -9,7 +9,7 @@ from hvdlm.errors import HvdlmError
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.mesh import AXES, Mesh
 from hvdlm.planning.closed_forms import predict_costs
-from hvdlm.planning.gradient_work import outer_vectors, work_of
+from hvdlm.planning.gradient_work import kept_vectors, unknown, work_of
 from hvdlm.planning.hardware import Hardware
 from hvdlm.planning.memory_fit import Fit, fit
 from hvdlm.planning.step_time import StepTime, predict_time
@@ -44,7 +44,7 @@ def describe(config: Config, hardware: Hardware | None = None, gpu_memory: float
             predictions.append(prediction)
         stages.append(max(predictions, key=lambda prediction: sum(prediction.memory.values())))
     lines = [*_header(config, spec, mesh, stages[0], run.vocab), "", *_memory(stages)]
-    if (vectors := outer_vectors(config.communication)) and mesh.data > 1:
+    if (vectors := kept_vectors(config.communication)) and mesh.data > 1:
         size = max(stage.memory["parameters"] for stage in stages) - spec.frozen_bytes
         lines.append(f"  beside these, {config.communication.exchange} keeps {_size(vectors * size)} on a rank")
     if gpu_memory is None and hardware is None:
@@ -54,7 +54,7 @@ def describe(config: Config, hardware: Hardware | None = None, gpu_memory: float
     lines += ["", *_bytes(stages, sent, config.communication.local.steps)]
     if hardware is not None:
         time = predict_time(config, spec, mesh, hardware, run.moments, habits_of(config))
-        lines += ["", *(_time(time, config, spec, mesh, hardware) if time else _no_time(spec))]
+        lines += ["", *(_time(time, config, spec, mesh, hardware) if time else _no_time(config, spec))]
     return "\n".join(lines)
 
 
@@ -120,8 +120,8 @@ def _time(time: StepTime, config: Config, spec: ModelSpec, mesh: Mesh, hardware:
     yield f"  tested on: {hardware.tested_on}"
 
 
-def _no_time(spec: ModelSpec) -> Iterable[str]:
-    yield f"the seconds of a step are not predicted: the work of a {spec.kind} is not known"
+def _no_time(config: Config, spec: ModelSpec) -> Iterable[str]:
+    yield f"the seconds of a step are not predicted: {unknown(config, spec)}"
 
 
 def _round_bytes(config: Config, spec: ModelSpec, mesh: Mesh, rank: int) -> float:

@@ -11,6 +11,7 @@ import numpy as np
 from hvdlm.config import Config
 from hvdlm.errors import HvdlmError
 from hvdlm.parallel.mesh import Mesh
+from hvdlm.planning.gradient_work import unknown
 from hvdlm.planning.hardware import Hardware
 from hvdlm.planning.simulator import Simulated, simulate
 from hvdlm.planning.simulator_costs import StepCosts, step_costs
@@ -84,7 +85,7 @@ def simulate_run(run: PlannedRun, hardware: Hardware, options: SimulateOptions) 
         )
     planned = step_costs(run.config, run.spec, run.mesh, hardware, run.moments, habits_of(run.config))
     if planned is None:
-        raise HvdlmError(f"--simulate: the work of a {run.spec.kind} is not known, only that of gpt and rnn models.")
+        raise HvdlmError(f"--simulate: {unknown(run.config, run.spec)}.")
     costs, save = planned
     disturbances = options.disturbances
     deviation = hardware.speed_deviation if options.speed_deviation is None else options.speed_deviation
