@@ -60,7 +60,7 @@ def test_a_dry_run_takes_the_options_of_plan(capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.parametrize("exchange, vectors", [("one_bit_adam", 3), ("demo", 1)])
-def test_a_plan_of_an_exchange_of_updates_counts_its_memory_and_predicts_no_seconds(
+def test_a_plan_of_updates_has_memory_but_no_seconds(
     exchange: str, vectors: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--communication.exchange", exchange, "--train.optimizer", "sgd", "--train.clip", "0"]

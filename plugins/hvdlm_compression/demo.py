@@ -21,8 +21,8 @@ DECAY = 0.999  # of the momentum, unless ``communication.compression.momentum`` 
 
 def transform(side: int) -> np.ndarray:
     """Return the orthonormal DCT-II of ``side`` values as a matrix, float32 ``[side, side]``; its transpose inverts."""
-    frequency, place = np.arange(side)[:, None], np.arange(side)[None, :]
-    matrix = np.cos(np.pi * (2 * place + 1) * frequency / (2 * side)) * math.sqrt(2.0 / side)
+    frequency, index = np.arange(side)[:, None], np.arange(side)[None, :]
+    matrix = np.cos(np.pi * (2 * index + 1) * frequency / (2 * side)) * math.sqrt(2.0 / side)
     matrix[0] /= math.sqrt(2.0)
     return matrix.astype(np.float32)
 
