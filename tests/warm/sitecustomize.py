@@ -18,8 +18,8 @@ FRAMEWORKS = ("torch", "tensorflow")
 def framework(arguments: list) -> str:
     """Return the framework that a command imports, "none" for a command of hvdlm that imports none, else "".
 
-    ``HVDLM_TEST_IMPORTS`` names that of programs (``python -c CODE`` and ``python FILE``) that don't. horovodrun imports
-    TensorFlow to ask Horovod what it was built with; it stays fresh with ``HVDLM_TEST_IMPORTS=``.
+    ``HVDLM_TEST_IMPORTS`` names that of programs (``python -c CODE`` and ``python FILE``) that don't. horovodrun, which
+    stays fresh with ``HVDLM_TEST_IMPORTS=``, imports TensorFlow to ask Horovod what it was built with.
     """
     module = arguments[1] if arguments[0] == "-m" and len(arguments) > 1 else ""
     tested, imported = (os.environ.get(f"HVDLM_TEST_{name}", "") for name in ("FRAMEWORK", "IMPORTS"))
