@@ -94,7 +94,8 @@ def test_a_plan_of_streaming_diloco_counts_its_memory_and_bytes(
     whole, unit, mean, small = re.search(
         r"([\d.]+) (\w+) of parameter differences in a round of 50 steps, ([\d.]+) (\w+) in the mean step", text
     ).groups()
-    assert parse_bytes(whole + unit) == pytest.approx(bytes_per_parameter * parameters, rel=0.02)
+    sent, smallest = parse_bytes(whole + unit), bytes_per_parameter * parameters
+    assert 0.99 * smallest < sent < 1.07 * smallest  # norms and biases stay dense
     assert parse_bytes(mean + small) == pytest.approx(parse_bytes(whole + unit) / 50, rel=0.01)
 
 
