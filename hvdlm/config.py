@@ -282,7 +282,7 @@ class LocalConfig:
         warmup: number of initial steps with an all-reduce at every step
         fragments: streaming_diloco: fragments of the model, each with its own steps to synchronise; null: steps
         overlap: streaming_diloco: steps during which a fragment's sum travels; null: 2
-        mixing: streaming_diloco: weight of a rank's own parameters when a sum has arrived; null: 0.5
+        mixing: streaming_diloco: weight of a rank's own parameters when a sum has arrived; null: 0
     """
 
     steps: int = 50

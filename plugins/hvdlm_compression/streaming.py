@@ -19,8 +19,13 @@ from hvdlm_compression.fragments import cut_into_fragments
 
 OVERLAP = 2
 """Default of ``communication.local.overlap``: steps in which a sum travels."""
-MIXING = 0.5
-"""Default of ``communication.local.mixing``, the paper's."""
+MIXING = 0.0
+"""Default of ``communication.local.mixing``; the paper's is 0.5.
+
+With outer learning rate a, momentum m and r = a / (1 - m), rounds that each move the ranks by s move the global
+parameters by r s / (1 + alpha (r - 1)): the ranks follow the outer optimizer's extrapolation by 1 - alpha only. The
+defaults of ``diloco``, r = 3.5, are tuned without mixing (docs/compression.md).
+"""
 
 
 @dataclass
