@@ -118,10 +118,10 @@ class Hosts:
         options += ["--mca", "mpi_yield_when_idle", "1", "-x", "TF_CPP_MIN_LOG_LEVEL"]
         return self._inside(0, [mpirun, *options, sys.executable, *arguments])
 
-    def run(self, arguments: Sequence[str], timeout: float = 600) -> subprocess.CompletedProcess[str]:
-        """Run ``python ARGUMENTS`` as one rank on each host."""
-        command = self.command(arguments)
-        return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=timeout)
+    def run(self, arguments: Sequence[str], timeout: float = 600, **variables: str) -> subprocess.CompletedProcess[str]:
+        """Run ``python ARGUMENTS`` as one rank on each host, with these environment variables."""
+        command, env = self.command(arguments), environment() | variables
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
 
     def close(self) -> None:
         """Remove everything that was created."""
