@@ -76,7 +76,7 @@ def train(
     with tempfile.TemporaryDirectory() as folder:
         before = sum(hosts.sent())
         command = ["-m", "hvdlm", "--log.run", folder, *options]
-        done = hosts.run([*command, *(f"--{name}={value}" for name, value in settings.items())], **variables)
+        done = hosts.run([*command, *(f"--{name}={value}" for name, value in settings.items())], variables=variables)
         interface_bytes = sum(hosts.sent()) - before
         if done.returncode:
             sys.exit(f"{framework}, {' '.join(options)} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")

@@ -89,7 +89,7 @@ def test_two_hosts_train_and_clean_up(tmp_path: Path) -> None:
             opened.shape(1e9)
             before = sum(opened.sent())
             command = ["-m", "hvdlm", *options, "--log.overwrite", "true"]
-            done = opened.run(command, timeout=120, HOROVOD_RING_CODING="0")
+            done = opened.run(command, timeout=120, variables={"HOROVOD_RING_CODING": "0"})
             wire = sum(opened.sent()) - before
     except hosts.Missing as reason:
         pytest.skip(str(reason))
