@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from harness import environment
@@ -118,10 +118,12 @@ class Hosts:
         options += ["--mca", "mpi_yield_when_idle", "1", "-x", "TF_CPP_MIN_LOG_LEVEL"]
         return self._inside(0, [mpirun, *options, sys.executable, *arguments])
 
-    def run(self, arguments: Sequence[str], timeout: float = 600) -> subprocess.CompletedProcess[str]:
-        """Run ``python ARGUMENTS`` as one rank on each host."""
-        command = self.command(arguments)
-        return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=timeout)
+    def run(
+        self, arguments: Sequence[str], timeout: float = 600, variables: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """Run ``python ARGUMENTS`` as one rank on each host, with these environment variables."""
+        command, env = self.command(arguments), {**environment(), **(variables or {})}
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
 
     def close(self) -> None:
         """Remove everything that was created."""

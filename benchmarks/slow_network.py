@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -83,13 +82,11 @@ def train(
         "log.tensorboard": "false",
         "log.overwrite": "true",
     }
-    os.environ.pop("HOROVOD_RING_CODING", None)
-    if coding:
-        os.environ["HOROVOD_RING_CODING"] = coding
+    variables = {"HOROVOD_RING_CODING": coding} if coding else {}
     with tempfile.TemporaryDirectory() as folder:
         before = sum(hosts.sent())
         command = ["-m", "hvdlm", "--log.run", folder, *options]
-        done = hosts.run([*command, *(f"--{name}={value}" for name, value in settings.items())])
+        done = hosts.run([*command, *(f"--{name}={value}" for name, value in settings.items())], variables=variables)
         interface_bytes = sum(hosts.sent()) - before
         if done.returncode:
             sys.exit(f"{framework}, {' '.join(options)} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")

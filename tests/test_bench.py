@@ -71,9 +71,8 @@ def test_two_hosts_report_missing_requirements(monkeypatch: pytest.MonkeyPatch) 
         hosts.check()
 
 
-def test_two_hosts_train_and_clean_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_hosts_train_and_clean_up(tmp_path: Path) -> None:
     """The network interfaces count as many bytes as hvdlm does, where exponents are not coded."""
-    monkeypatch.setenv("HOROVOD_RING_CODING", "0")
     options = ["--model.width", "128", "--model.layers", "2", "--train.steps", "8", "--train.threads", "1"]
     options += [
         "--train.eval_every",
@@ -89,7 +88,8 @@ def test_two_hosts_train_and_clean_up(tmp_path: Path, monkeypatch: pytest.Monkey
         with hosts.open_hosts() as opened:
             opened.shape(1e9)
             before = sum(opened.sent())
-            done = opened.run(["-m", "hvdlm", *options, "--log.overwrite", "true"], timeout=120)
+            command = ["-m", "hvdlm", *options, "--log.overwrite", "true"]
+            done = opened.run(command, timeout=120, variables={"HOROVOD_RING_CODING": "0"})
             wire = sum(opened.sent()) - before
     except hosts.Missing as reason:
         pytest.skip(str(reason))
