@@ -42,7 +42,7 @@ def check_backend(harness: Harness, plugin: PluginUnderTest, member: str, findin
         _check_order(harness, findings)
         _check_other_groups(harness, findings)
     if _sound(harness, findings):
-        check_text_run(harness, "gpt", findings, zero=int(harness.world.size > 1))
+        check_text_run(harness, "rnn", findings, zero=int(harness.world.size > 1))
 
 
 def _sound(harness: Harness, findings: Findings) -> bool:

@@ -20,7 +20,6 @@ def check_exchange(harness: Harness, plugin: PluginUnderTest, member: str, findi
     """Check the exchange that has the plugin's name."""
     config = harness.config(plugin)
     config.model.name, config.communication.exchange = "rnn", plugin.name
-    config.data.context = 4  # TensorFlow unrolls the steps: few keep the graph small
     arguments = {"compressors": plugins.provided(harness.manager, "compressors"), "index": harness.world.rank}
     make = harness.manager.hook.hvdlm_make_exchange
     exchange = make(name=plugin.name, group=harness.group, config=config, **arguments)

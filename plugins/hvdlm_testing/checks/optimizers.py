@@ -29,7 +29,7 @@ def check_optimizer(harness: Harness, plugin: PluginUnderTest, member: str, find
         return
     findings.require(isinstance(getattr(optimizer, "decoupled", None), bool), f"{label}: decoupled is not a bool.")
     _check_elements(harness, optimizer, label, findings)
-    config.model.name, config.data.context = "rnn", 4  # TensorFlow unrolls the steps: few keep the graph small
+    config.model.name = "rnn"
     spec = plugins.find_model(plugins.load(["rnn"]), "rnn")(config.model, VOCAB, config.data.context)
     check_training(harness, spec, config, label, findings, fall=0.0)
 
