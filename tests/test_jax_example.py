@@ -25,11 +25,8 @@ MODELS = {
     + ("--train.optimizer", "sgd", "--train.momentum", "0.9", "--train.learning_rate", "0.3")
     + ("--train.label_smoothing", "0.1"),
 }
-# Most time of these tests is that of compilation. Curves are those of optimized code, which processes share.
-QUICKLY = {
-    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
-    "JAX_ENABLE_COMPILATION_CACHE": "false",
-}
+# Most time of these tests is that of compilation, whose results processes share. Curves are those of optimized code.
+QUICKLY = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"}
 # What depends on the framework of the tests that run on every rank (tests/parallel), and of those of one rank.
 ON_EVERY_RANK = "test_collectives or test_host_tensors or losses_of or adapters or (every_layout and 2x1x1)"
 ON_ONE_RANK = "(same_updates and (gpt or lstm)) or (clipping and jax) or (beyond and llama)"
@@ -157,13 +154,14 @@ def test_two_ranks_of_jax_resume_from_one_of_torch(jax_runs: dict[int, Path], ru
 
 def test_jax_passes_the_tests_of_every_rank(jax_path: str, tmp_path: Path) -> None:
     """Collectives, ZeRO, adapters, and every exchange: all compressors, local SGD and DiLoCo, on torch's curves."""
-    for framework, chosen, quickly in (("jax", ON_EVERY_RANK, QUICKLY), ("torch", "losses_of", {})):
-        tests = {"HVDLM_TEST_FRAMEWORK": framework, "HVDLM_TEST_RANKS": "2", "HVDLM_TEST_BACKEND": "mpi4py"}
+    for framework, backend, chosen in (("jax", "mpi4py", ON_EVERY_RANK), ("torch", "threads", "losses_of")):
+        tests = {"HVDLM_TEST_FRAMEWORK": framework, "HVDLM_TEST_RANKS": "2", "HVDLM_TEST_BACKEND": backend}
         tests |= {"HVDLM_TEST_OUTPUT": str(tmp_path / f"{framework}.npz"), "PYTHONPATH": jax_path}
-        command = [*PYTEST, "tests/parallel", "-k", chosen]
-        done = launch("mpirun", 2, command, timeout=900, **quickly, **tests)
+        tests |= QUICKLY if framework == "jax" else {}
+        command, processes = [*PYTEST, "tests/parallel", "-k", chosen], 1 if backend == "threads" else 2
+        done = launch("mpirun", processes, command, timeout=900, **tests)
         assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
-        assert done.stdout.count(" passed") == 2 and "skipped" not in done.stdout, done.stdout[-3000:]
+        assert done.stdout.count(" passed") == processes and "skipped" not in done.stdout, done.stdout[-3000:]
     assert_train_alike(tmp_path, "jax", "torch")
 
 
@@ -176,7 +174,10 @@ def test_jax_passes_the_tests_of_one_rank(jax_path: str) -> None:
 
 def test_the_example_passes_its_own_tests_and_conforms(jax_path: str, tmp_path: Path) -> None:
     chosen = "not same_losses and not torch and not tensorflow"  # which tests of their own compare with
-    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), "-k", chosen]
-    command += ["--hvdlm-plugin", "jax", str(SOURCE / "tests")]
-    done = run_python(command, cwd=tmp_path, PYTHONPATH=jax_path, **QUICKLY)
-    assert done.returncode == 0 and "skipped" not in done.stdout, done.stdout[-3000:] + done.stderr[-2000:]
+    conformance = ["--hvdlm-plugin", "jax", "-k", chosen]
+    # Its own tests count what is compiled.
+    for arguments, cache in (conformance, "true"), ([str(SOURCE / "tests")], "false"):
+        command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), *arguments]
+        variables = {"PYTHONPATH": jax_path, "JAX_ENABLE_COMPILATION_CACHE": cache, **QUICKLY}
+        done = run_python(command, cwd=tmp_path, **variables)
+        assert done.returncode == 0 and "skipped" not in done.stdout, done.stdout[-3000:] + done.stderr[-2000:]
