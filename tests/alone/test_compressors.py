@@ -44,8 +44,12 @@ vectors = st.integers(0, 2**31).map(
         np.random.default_rng(seed).standard_t(2, 700) * 10.0 ** np.random.default_rng(seed).integers(-6, 6)
     ).astype(np.float32)
 )
+# One source serves both frameworks, of which TensorFlow takes ten times as long for an operation that isn't in a graph.
 everywhere = settings(
-    max_examples=10, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=10 if FRAMEWORK == "torch" else 4,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 
 
