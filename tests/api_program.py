@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import hvdlm
+from hvdlm import telemetry
 from hvdlm.diagnostics import watchdog
-from hvdlm.io import launcher_env
-from hvdlm.training import whole_run
+from hvdlm.io import file_lock, launcher_env
 
 RANK = launcher_env.rank_for_messages()
 HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -66,6 +66,7 @@ def trainings(folder: Path, framework: str) -> Any:
 
 def failures(folder: Path, framework: str) -> Any:
     """Fail in three ways that all ranks share, then train."""
+    file_lock.STALE = 5.0  # a second rank waits this long for the lock of a first that has failed already
     messages = []
     for options in (
         {"train.steps": 0},
@@ -117,10 +118,10 @@ class Interrupts:
 def interrupted(folder: Path, framework: str) -> Any:
     """Stop by a signal and resume; train in a thread; end at once by a second signal."""
     settings = {"train.steps": 100_000, "log.run": folder / "run"}
-    default = whole_run.default_plugins
-    whole_run.default_plugins = lambda config: [*default(config), Interrupts(second=False)]
+    default = telemetry.default_plugins
+    telemetry.default_plugins = lambda config: [*default(config), Interrupts(second=False)]
     stopped = hvdlm.train(config(folder, framework, "run", **settings))
-    whole_run.default_plugins = default
+    telemetry.default_plugins = default
     resumed = config(folder, framework, "run", **{"checkpoint.resume": "auto", "train.steps": stopped.steps + 2})
     results: list[hvdlm.Result] = []
     other = threading.Thread(target=lambda: results.append(hvdlm.train(resumed)))
@@ -135,7 +136,7 @@ def interrupted(folder: Path, framework: str) -> Any:
         refused = str(error)
     other.join(120)
     before = process_state()
-    whole_run.default_plugins = lambda config: [*default(config), Interrupts(second=True)]
+    telemetry.default_plugins = lambda config: [*default(config), Interrupts(second=True)]
     try:
         hvdlm.train(config(folder, framework, "third", **{"train.steps": 100_000}))
         ended = "by itself"

@@ -126,6 +126,7 @@ def lock_of(run: Path) -> dict[str, object]:
 
 def test_first_ranks_of_all_nodes_share_one_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(file_lock, "_PATIENCE", 0.1)
+    monkeypatch.setattr(file_lock, "STALE", 0.1)  # of a lock that no other rank takes
     monkeypatch.setattr(run_lock.atexit, "register", lambda *_: None)
     monkeypatch.setattr(run_lock.launcher_env, "launch_identity", lambda: "launch 1")
     assert run_lock.hold(tmp_path / "run", 1, 1) is None and file_names(tmp_path) == []

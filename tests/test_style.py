@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,12 @@ EXCEPTIONS = [
 CHECKS = ("check_*", "assert_*", "*.assert_*", "pytest.raises", "pytest.fail", "wait_until", "*.check_input")
 
 
+@cache
+def parse(file: str) -> ast.Module:
+    """Return the tree of a file of the tests."""
+    return ast.parse((FOLDER / file).read_text())
+
+
 def functions(tree: ast.AST) -> Iterator[ast.FunctionDef]:
     """Yield the test functions of a module."""
     for node in ast.walk(tree):
@@ -48,8 +55,14 @@ def functions(tree: ast.AST) -> Iterator[ast.FunctionDef]:
             yield node
 
 
+@cache
+def called(call: ast.Call) -> str:
+    """Return the expression that is called."""
+    return ast.unparse(call.func)
+
+
 def is_called(call: ast.Call, *patterns: str) -> bool:
-    return any(fnmatch(ast.unparse(call.func), pattern) for pattern in patterns)
+    return any(fnmatch(called(call), pattern) for pattern in patterns)
 
 
 def waits_without_deadline(tree: ast.AST) -> Iterator[tuple[int, str]]:
@@ -93,7 +106,7 @@ def is_tautology(test: ast.expr) -> bool:
 
 @pytest.mark.parametrize("file", FILES)
 def test_names_have_at_most_60_characters(file: str) -> None:
-    names = [test.name for test in functions(ast.parse((FOLDER / file).read_text()))]
+    names = [test.name for test in functions(parse(file))]
     assert [name for name in names if len(name) > LONGEST_NAME] == []
     assert len(set(names)) == len(names), "a test that is defined twice runs once"
 
@@ -101,13 +114,13 @@ def test_names_have_at_most_60_characters(file: str) -> None:
 @pytest.mark.parametrize("file", FILES)
 def test_every_wait_has_a_deadline(file: str) -> None:
     patterns = [expression for name, expression, _ in EXCEPTIONS if fnmatch(file, name)]
-    waits = waits_without_deadline(ast.parse((FOLDER / file).read_text()))
+    waits = waits_without_deadline(parse(file))
     assert [(line, call) for line, call in waits if not any(fnmatch(call, pattern) for pattern in patterns)] == []
 
 
 @pytest.mark.parametrize("file", FILES)
 def test_every_test_can_fail(file: str) -> None:
-    tree = ast.parse((FOLDER / file).read_text())
+    tree = parse(file)
     assert [test.name for test in functions(tree) if not can_fail(test)] == []
     asserts = [node for node in ast.walk(tree) if isinstance(node, ast.Assert)]
     assert [node.lineno for node in asserts if is_tautology(node.test)] == []
@@ -115,8 +128,7 @@ def test_every_test_can_fail(file: str) -> None:
 
 def test_exceptions_are_still_needed() -> None:
     for name, expression, _ in EXCEPTIONS:
-        files = [file for file in FILES if fnmatch(file, name)]
-        trees = [ast.parse((FOLDER / file).read_text()) for file in files]
+        trees = [parse(file) for file in FILES if fnmatch(file, name)]
         assert any(fnmatch(call, expression) for tree in trees for _, call in waits_without_deadline(tree)), name
 
 
