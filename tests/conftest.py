@@ -19,12 +19,17 @@ import pytest
 
 from hvdlm.training.signals import SIGNALS
 from hvdlm_backends.probes import SPIN_COUNT
-from launching import SMALL, launch, start_warm
+from launching import SMALL, WARM, launch, start_warm
+
+sys.path.append(WARM)
+import packages
 
 # Tests start Python hundreds of times: each start would compile the package's modules anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # OpenMP threads of this process, too, would spin for the core of whom they wait for: twice the time of a small model.
 os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
+# Open MPI's module for libfabric, which nothing here communicates through, ends a second after all others.
+os.environ.setdefault("OMPI_MCA_btl", "^ofi")
 # Steps of tests, which run side by side, are no grade of the measurements of this machine.
 os.environ["HVDLM_HARDWARE"] = str(Path(__file__).parent / "not_measured.yaml")
 
@@ -47,6 +52,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Start the processes of which commands of tests are forks; the workers of a session share them."""
+    packages.remember()
     if "HVDLM_TEST_WARM" not in os.environ:
         folder = Path(tempfile.mkdtemp(prefix="hvdlm-warm-"))
         process = start_warm(folder)
@@ -63,6 +69,7 @@ def pytest_runtest_setup() -> None:
         _imported.update(imported)
         gc.collect()
         gc.freeze()
+        gc.set_threshold(50_000, 20, 20)  # graphs that are traced are mostly kept
 
 
 @pytest.fixture(autouse=True)

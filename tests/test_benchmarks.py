@@ -90,8 +90,8 @@ def run(script: str, *options: str, timeout: float = 300) -> subprocess.Complete
     That of interruptions sends its signals to processes that import no framework themselves.
     """
     command = [sys.executable, f"benchmarks/{script}.py", *options]
-    variables = {} if script in ("chaos", "fuzz") else {"HVDLM_TEST_IMPORTS": imported(script, options)}
-    env = environment(**variables)
+    imports = "" if script in ("chaos", "fuzz") else imported(script, options)
+    env = environment(HVDLM_TEST_IMPORTS=imports)
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+from hvdlm import telemetry
 from hvdlm.protocols.world import World
-from hvdlm.telemetry import default_plugins
 from hvdlm.training import loop
 from hvdlm.training.run import Plan, Run, build, connect
 from hvdlm.training.signals import Signals
@@ -29,7 +29,7 @@ def run_training(
     try:
         with connected.lock or nullcontext(), guard(connected.world):
             run = build(connected)
-            for plugin in (*default_plugins(run.config), *own):
+            for plugin in (*telemetry.default_plugins(run.config), *own):
                 run.manager.register(plugin)
             summary = loop.train(run, signals)
             signals.ignore()

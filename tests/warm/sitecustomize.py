@@ -18,13 +18,13 @@ FRAMEWORKS = ("torch", "tensorflow")
 def framework(arguments: list) -> str:
     """Return the framework that a command imports, "none" for a command of hvdlm that imports none, else "".
 
-    ``HVDLM_TEST_IMPORTS`` names that of programs (``python -c CODE`` and ``python FILE``) that don't. With it,
-    horovodrun is warm, too: it imports TensorFlow to ask Horovod what it was built with.
+    ``HVDLM_TEST_IMPORTS`` names that of programs (``python -c CODE`` and ``python FILE``) that don't. horovodrun, which
+    stays fresh with ``HVDLM_TEST_IMPORTS=``, imports TensorFlow to ask Horovod what it was built with.
     """
     module = arguments[1] if arguments[0] == "-m" and len(arguments) > 1 else ""
     tested, imported = (os.environ.get(f"HVDLM_TEST_{name}", "") for name in ("FRAMEWORK", "IMPORTS"))
     name = tested if module == "pytest" else imported if is_program(*arguments[:2]) else ""
-    if imported and os.path.basename(arguments[0]) == "horovodrun":
+    if os.path.basename(arguments[0]) == "horovodrun" and os.environ.get("HVDLM_TEST_IMPORTS") != "":
         return "tensorflow"
     if "--framework" in arguments[:-1]:
         name = arguments[arguments.index("--framework") + 1]
@@ -69,9 +69,18 @@ def default_framework(arguments: list) -> str:
 
 
 def shadowed() -> bool:
-    """Return whether ``PYTHONPATH`` names a folder with another framework than that of the server."""
-    folders = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    return any(os.path.exists(os.path.join(folder, name)) for folder in folders if folder for name in FRAMEWORKS)
+    """Return whether Python's path has another framework, or another hvdlm, than the server's."""
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+    own = [f"{root}/", f"{root}/backends/", f"{root}/plugins/"]
+    folders = {*filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)), os.getcwd()}
+    others = [folder for folder in folders if os.path.join(os.path.realpath(folder), "") not in own]
+    return any(is_imported(name, own) for folder in others if os.path.isdir(folder) for name in os.listdir(folder))
+
+
+def is_imported(name: str, own: list) -> bool:
+    """Return whether a server imports a package of this name, of a framework or of hvdlm."""
+    ours = name.startswith("hvdlm") and any(os.path.isdir(folder + name) for folder in own)
+    return ours or name in FRAMEWORKS
 
 
 def read_once(environment: dict) -> dict:
