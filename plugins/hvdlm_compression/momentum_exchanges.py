@@ -1,8 +1,8 @@
-"""Entry point of the exchanges that compress an optimizer's momentum in place of gradients: 1-bit Adam, DeMo."""
+"""Entry points of the exchanges that compress an optimizer's momentum in place of gradients: 1-bit Adam, DeMo."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from hvdlm import hookimpl
@@ -11,25 +11,37 @@ from hvdlm.protocols.compressor import CompressorMaker
 from hvdlm.protocols.group import Group
 from hvdlm_compression import checks, plugin
 
-NAMES = ("one_bit_adam", "demo")
+
+class Updates:
+    """The plugin of one exchange of updates; ``make(group, config)`` returns the exchange."""
+
+    def __init__(self, name: str, make: Callable[[Group, Config], Any]) -> None:
+        self._name = name
+        self._make = make
+
+    @hookimpl
+    def hvdlm_check(self, config: Config, spec: Any) -> None:
+        """Refuse combinations of options that an exchange of updates does not support."""
+        if config.communication.exchange == self._name:
+            checks.check_updates(config)
+
+    @hookimpl
+    def hvdlm_make_exchange(
+        self, name: str, group: Group, config: Config, compressors: Mapping[str, CompressorMaker], index: int
+    ) -> Any:
+        """Return the exchange of this name."""
+        return self._make(group, config) if name == self._name else None
 
 
-@hookimpl
-def hvdlm_check(config: Config, spec: Any) -> None:
-    """Refuse combinations of options that an exchange of updates does not support."""
-    if config.communication.exchange in NAMES:
-        checks.check_updates(config)
+def _one_bit_adam(group: Group, config: Config) -> Any:
+    return plugin.imported("one_bit_adam").OneBitAdam(group, config.train, config.communication)
 
 
-@hookimpl
-def hvdlm_make_exchange(
-    name: str, group: Group, config: Config, compressors: Mapping[str, CompressorMaker], index: int
-) -> Any:
-    """Return the exchange named ``one_bit_adam`` or ``demo``."""
+def _demo(group: Group, config: Config) -> Any:
     options = config.communication
-    if name == "one_bit_adam":
-        return plugin.imported("one_bit_adam").OneBitAdam(group, config.train, options)
-    if name == "demo":
-        rule = plugin.imported("demo").DecoupledMomentum(options.compression, len(group.ranks))
-        return plugin.imported("updates").UpdateExchange(group, rule, options)
-    return None
+    rule = plugin.imported("demo").DecoupledMomentum(options.compression, len(group.ranks))
+    return plugin.imported("updates").UpdateExchange(group, rule, options)
+
+
+ONE_BIT_ADAM = Updates("one_bit_adam", _one_bit_adam)
+DEMO = Updates("demo", _demo)
