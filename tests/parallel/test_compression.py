@@ -328,7 +328,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "compression": CompressionConfig(start_after_steps=4),
         "train": {"optimizer": "sgd", "momentum": 0.0, "clip": 0.0},
     },
-    "demo": {"exchange": "demo", "train": {"optimizer": "sgd", "momentum": 0.0, "clip": 0.0}},
+    # Of a few steps, whose directions have elements of -1 and 1.
+    "demo": {"exchange": "demo", "train": {"optimizer": "sgd", "momentum": 0.0, "clip": 0.0}, "rate": 0.002},
 }
 
 
@@ -345,7 +346,8 @@ def test_losses_of_every_exchange_are_written_and_fall(manager: Any, world: Worl
         config = small_config(FRAMEWORK, "rnn", layers=1, width=32)
         # AdamW divides by a gradient's size, so that gradients of rounding errors alone (a key's bias; cancelling signs
         # of two ranks) would become full steps. A larger epsilon keeps them small.
-        own, options = options.get("train", {}), {k: v for k, v in options.items() if k != "train"}
+        own, rate = options.get("train", {}), options.get("rate", 0.01)
+        options = {key: value for key, value in options.items() if key not in ("train", "rate")}
         config.train = TrainConfig(steps=9, batch_size=8, warmup=0, seed=1, epsilon=1e-4, **own)
         config.communication = CommunicationConfig(bucket_bytes=20_000, **options)
         mesh = make_mesh(world.size, config.parallel)
@@ -357,7 +359,7 @@ def test_losses_of_every_exchange_are_written_and_fall(manager: Any, world: Worl
         share = 8 // world.size
         for step in range(9):
             rows = token_batch(step, shape=(8, TIME)).rows(world.rank * share, (world.rank + 1) * share)
-            losses.append(trainable.train_step([rows], 0.01, step).loss)
+            losses.append(trainable.train_step([rows], rate, step).loss)
             weights.append(np.concatenate([value.ravel() for _, value in sorted(parameters(trainable).items())]))
         mean = np.mean(world.gather_objects(losses), axis=0)
         assert mean[-1] < mean[0], name
