@@ -259,18 +259,18 @@ def test_bf16_activations_cost_half_and_follow_one_rank(
     axis, whole = ("pipeline" if mesh.pipeline > 1 else "tensor"), configured(mesh, model, **options)
     in_fp32 = _predicted(world, mesh, whole).bytes[axis]
     # Three figures of every target and the gradients of replicated parameters stay fp32.
-    wide = 0 if axis == "pipeline" else 3 * 4 * ROWS * config.data.context + _replicated_bytes(name, model)
+    wide = 0 if axis == "pipeline" else 3 * 4 * ROWS * config.data.context + _replicated_bytes(name, config)
     assert results[-1].axis_bytes[axis] == (in_fp32 - wide) // 2 + wide
     if FRAMEWORK == "torch" and name == "tensor":
         measured, planned = trainable.memory()["activations"], _predicted(world, mesh, config).memory["activations"]
         assert measured == pytest.approx(planned, rel=0.02)
 
 
-def _replicated_bytes(name: str, model: dict[str, Any]) -> int:
+def _replicated_bytes(name: str, config: Config) -> int:
     """Return the bytes of gradients of positions, norms and biases that sequence parallelism sums in a step."""
-    width, layers = model["width"], model["layers"]
+    width, layers = config.model.width, config.model.layers
     elements = CONTEXT * width + 2 * width + layers * (2 * 2 * width + 2 * width)
-    return 4 * elements * ROWS // 2 if name == "sequence" else 0
+    return 4 * elements * ROWS // (config.train.micro_batch_size or ROWS) if name == "sequence" else 0
 
 
 # TensorFlow traces its graphs anew for every layout, which takes seconds on few cores: it runs a selection.
