@@ -162,7 +162,7 @@ def test_jax_passes_the_tests_of_every_rank(jax_path: str, tmp_path: Path) -> No
         done = launch("mpirun", processes, command, timeout=900, **tests)
         assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
         assert done.stdout.count(" passed") == processes and "skipped" not in done.stdout, done.stdout[-3000:]
-    assert_train_alike(tmp_path, "jax", "torch")
+    assert_train_alike(tmp_path, "torch", "jax")
 
 
 def test_jax_passes_the_tests_of_one_rank(jax_path: str) -> None:

@@ -333,7 +333,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-CHOSEN = os.environ.get("HVDLM_TEST_EXCHANGES", ",".join(VARIANTS)).split(",")
+# The example of a framework has no ``advance``, and refuses exchanges that need it (tests/test_jax_example.py).
+SUPPORTED = [name for name in VARIANTS if FRAMEWORK != "jax" or not name.startswith("streaming")]
+CHOSEN = os.environ.get("HVDLM_TEST_EXCHANGES", ",".join(SUPPORTED)).split(",")
 
 
 def test_losses_of_every_exchange_are_written_and_fall(manager: Any, world: World) -> None:
