@@ -47,6 +47,6 @@ def test_buckets_are_started_in_their_order(zero: int) -> None:
             gradients.before_backward(last)
             for leaf in order:
                 leaf.sum().backward()
-        gradients.reduce(torch.zeros(2, dtype=torch.float64))
+        gradients.reduce([torch.zeros((), dtype=torch.float64)], 0.0)
         assert started == buckets * (2 if zero == 2 else 1)  # ZeRO-2 scatters every micro-batch
         started.clear()
