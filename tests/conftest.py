@@ -28,6 +28,10 @@ import packages
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # OpenMP threads of this process, too, would spin for the core of whom they wait for: twice the time of a small model.
 os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
+# Worlds of ranks that are threads of this process need a thread of TensorFlow for each rank, whichever test starts it;
+# commands have their own number (launching.environment).
+if "HVDLM_TEST_FRAMEWORK" not in os.environ:
+    os.environ.setdefault("TF_NUM_INTEROP_THREADS", "8")
 # Open MPI's module for libfabric, which nothing here communicates through, ends a second after all others.
 os.environ.setdefault("OMPI_MCA_btl", "^ofi")
 # Steps of tests, which run side by side, are no grade of the measurements of this machine.
