@@ -58,9 +58,9 @@ class HorovodWorld(RanksWorld):
         self.local_rank = hvd.local_rank()
         self.local_size = hvd.local_size()
         self._hvd = hvd
-        operations, bf16 = served.operations(hvd, on_host), hasattr(_library(hvd), "horovod_bfloat16")
+        self._operations, bf16 = served.operations(hvd, on_host), hasattr(_library(hvd), "horovod_bfloat16")
         for ranks, process_set in {tuple(range(self.size)): hvd.global_process_set, **sets}.items():
-            self.groups[ranks] = HorovodGroup(operations, ranks, process_set, self.recorder, bf16)
+            self.groups[ranks] = HorovodGroup(self._operations, ranks, process_set, self.recorder, bf16)
         self._transfer_counter = _transfer_counter(hvd)
         self.transport = "gloo" if communicator is None else "mpi"
 
@@ -70,7 +70,8 @@ class HorovodWorld(RanksWorld):
         return seconds if seconds >= 0 else None
 
     def close(self) -> None:
-        """Do nothing: Horovod is shut down when the process ends, since it can't be started again."""
+        """End this world's threads. Horovod itself ends with the process, since it can't be started again."""
+        self._operations.close()
 
 
 class _Started(NamedTuple):

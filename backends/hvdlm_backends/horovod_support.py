@@ -39,6 +39,9 @@ class HorovodOperations(Protocol):
     def barrier(self, members: Any) -> None:
         """Return when all members have called it."""
 
+    def close(self) -> None:
+        """End the threads that these operations have started."""
+
 
 class HorovodMessages(Protocol):
     """Arrays in host memory between all ranks, where there is no MPI to carry the World's messages."""

@@ -7,6 +7,8 @@ graph of its own.
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import ModuleType
@@ -16,6 +18,9 @@ import numpy as np
 import tensorflow as tf
 
 from hvdlm.protocols.group import Done, Handle
+
+_THREADS = "hvdlm-horovod"  # the names of threads of collectives begin with this
+_PATIENCE = 1.0  # seconds in which idle threads end
 
 
 class _Handle:
@@ -32,10 +37,9 @@ class _Handle:
 class Operations:
     """Implements ``HorovodOperations``; ``on_host``: tensors on GPUs are copied to host memory and back."""
 
-    _threads = ThreadPoolExecutor(16, "hvdlm-horovod")
-
     def __init__(self, hvd: ModuleType, on_host: bool) -> None:
         self._hvd = hvd
+        self._threads = ThreadPoolExecutor(16, _THREADS)
         # TensorFlow copies the inputs of an operation to its device. None: where there is a kernel, the GPU first.
         self._device = "CPU:0" if on_host else None
         self._reductions = {"sum": hvd.Sum, "adasum": hvd.Adasum}
@@ -101,6 +105,14 @@ class Operations:
         options = {**_options("all_reduce", "barrier", members), "op": self._hvd.Sum, "name": "barrier"}
         with tf.device("CPU:0"):
             self._hvd.allreduce(tf.zeros(1), **options).numpy()
+
+    def close(self) -> None:
+        """End the threads; one in a collective that never ends, after a failure, is not waited for longer."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        end = time.monotonic() + _PATIENCE
+        for thread in threading.enumerate():
+            if thread.name.startswith(_THREADS):
+                thread.join(max(0.0, end - time.monotonic()))
 
 
 class Messages:

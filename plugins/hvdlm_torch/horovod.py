@@ -97,6 +97,9 @@ class Operations:
         """Wait for all members."""
         self._hvd.barrier(process_set=members)
 
+    def close(self) -> None:
+        """Do nothing: Horovod's own thread serves all collectives."""
+
 
 class Messages:
     """Implements ``HorovodMessages``."""
