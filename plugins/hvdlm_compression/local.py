@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from keras import Variable, ops
@@ -84,11 +85,7 @@ class LocalExchange(AllReduceExchange):
         ranges = [self._layout.bucket_range(index) for index in range(len(self._layout.buckets))]
         handles = [self._inner.start(difference[a:b], index) for index, (a, b) in enumerate(ranges)]
         mean = ops.concatenate([handle.wait() for handle in handles]) * (1.0 / self.size)
-        if self._velocity is not None:
-            velocity = ops.convert_to_tensor(self._velocity) * self._momentum + mean
-            self._velocity.assign(velocity)
-            mean = velocity * self._momentum + mean
-        agreed = anchor - mean * self._rate
+        agreed = outer_step(anchor, self._velocity, mean, self._rate, self._momentum)
         self._anchor.assign(agreed)
         return agreed
 
@@ -107,3 +104,15 @@ class LocalExchange(AllReduceExchange):
             zeros = self._layout.unflatten(np.zeros(self._layout.size, np.float32))
             momentum = {name: state.get(f"outer_momentum/{name}", zero) for name, zero in zeros.items()}
             self._velocity.assign(self._layout.flatten(momentum))
+
+
+def outer_step(anchor: Tensor, velocity: Any, mean: Tensor, rate: float, momentum: float) -> Tensor:
+    """Return the parameters after an outer step by the mean difference, from those before it, ``anchor``.
+
+    ``velocity``: the Variable of Nesterov's momentum, which it moves; None: there is none. All are ``[elements]``.
+    """
+    if velocity is not None:
+        moved = ops.convert_to_tensor(velocity) * momentum + mean
+        velocity.assign(moved)
+        mean = moved * momentum + mean
+    return anchor - mean * rate

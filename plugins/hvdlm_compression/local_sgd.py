@@ -29,4 +29,6 @@ def hvdlm_make_exchange(
     """Return the exchange named ``local_sgd``."""
     if name != "local_sgd":
         return None
-    return plugin.make_local(group, config, compressors, index, OUTER_LEARNING_RATE, OUTER_MOMENTUM)
+    return plugin.make_outer(
+        "local.LocalExchange", group, config, compressors, index, OUTER_LEARNING_RATE, OUTER_MOMENTUM
+    )

@@ -74,7 +74,8 @@ def make_compressed(group: Group, config: Config, compressors: Mapping[str, Comp
     return imported("exchange").CompressedExchange(group, compressor, options)
 
 
-def make_local(
+def make_outer(
+    exchange: str,
     group: Group,
     config: Config,
     compressors: Mapping[str, CompressorMaker],
@@ -82,44 +83,23 @@ def make_local(
     learning_rate: float,
     momentum: float,
 ) -> Any:
-    """Return the exchange of infrequent synchronisation, with compressed differences where ``config`` says so.
+    """Return an exchange of parameter differences, which are compressed where ``config`` says so.
 
-    ``learning_rate`` and ``momentum`` are the outer optimizer's, unless ``communication.local`` sets them.
+    Args:
+        exchange: its module and class, as in ``ALGORITHMS``.
+        group: the ranks that exchange, in which this rank has the index ``group_rank``.
+        config: the run's; its ``communication.local`` may set other figures of the outer optimizer.
+        compressors: makers by name.
+        group_rank: this rank's index.
+        learning_rate, momentum: the outer optimizer's defaults.
     """
-    inner, outer = _outer(group, config, compressors, group_rank, learning_rate, momentum)
-    options = config.communication.local
-    return imported("local").LocalExchange(group, inner, options, *outer, config.train.steps)
-
-
-def make_streaming(
-    group: Group,
-    config: Config,
-    compressors: Mapping[str, CompressorMaker],
-    group_rank: int,
-    learning_rate: float,
-    momentum: float,
-) -> Any:
-    """Return the exchange whose fragments synchronise in turn; arguments as in ``make_local``."""
-    inner, outer = _outer(group, config, compressors, group_rank, learning_rate, momentum)
-    exchange = imported("streaming").StreamingExchange
-    return exchange(group, inner, config.communication.local, *outer, config.train.steps)
-
-
-def _outer(
-    group: Group,
-    config: Config,
-    compressors: Mapping[str, CompressorMaker],
-    group_rank: int,
-    learning_rate: float,
-    momentum: float,
-) -> tuple[Any, tuple[float, float]]:
-    """Return the exchange that sums differences, and the outer optimizer's learning rate and momentum."""
     from hvdlm.communication.all_reduce import AllReduceExchange
 
-    options = config.communication
+    options, (module, name) = config.communication, exchange.split(".")
     inner = make_compressed(group, config, compressors, group_rank) or AllReduceExchange(group, options)
     if options.local.outer_learning_rate is not None:
         learning_rate = options.local.outer_learning_rate
     if options.local.outer_momentum is not None:
         momentum = options.local.outer_momentum
-    return inner, (learning_rate, momentum)
+    make = getattr(imported(module), name)
+    return make(group, inner, options.local, learning_rate, momentum, config.train.steps)

@@ -16,6 +16,7 @@ from hvdlm.parallel.flat_layout import FlatLayout
 from hvdlm.protocols.group import Done, Group, Handle
 from hvdlm.protocols.types import Tensor
 from hvdlm_compression.fragments import cut_into_fragments
+from hvdlm_compression.local import outer_step
 
 OVERLAP = 2
 """Default of ``communication.local.overlap``: steps in which a sum travels."""
@@ -179,11 +180,8 @@ class StreamingExchange(AllReduceExchange):
         assert fragment.handle is not None
         mean = fragment.handle.wait() * (1.0 / self.size)
         fragment.handle = None
-        if fragment.velocity is not None:
-            velocity = ops.convert_to_tensor(fragment.velocity) * self._momentum + mean
-            fragment.velocity.assign(velocity)
-            mean = velocity * self._momentum + mean
-        agreed = ops.convert_to_tensor(fragment.anchor) - mean * self._rate
+        anchor = ops.convert_to_tensor(fragment.anchor)
+        agreed = outer_step(anchor, fragment.velocity, mean, self._rate, self._momentum)
         fragment.anchor.assign(agreed)
         own = parameters[fragment.start : fragment.stop]
         return fragment.start, agreed + (own - agreed) * self._mixing

@@ -28,4 +28,6 @@ def hvdlm_make_exchange(
     """Return the exchange named ``streaming_diloco``."""
     if name != NAME:
         return None
-    return plugin.make_streaming(group, config, compressors, index, OUTER_LEARNING_RATE, OUTER_MOMENTUM)
+    return plugin.make_outer(
+        "streaming.StreamingExchange", group, config, compressors, index, OUTER_LEARNING_RATE, OUTER_MOMENTUM
+    )
