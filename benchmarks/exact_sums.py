@@ -20,9 +20,10 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from gpt_on_ranks import VOCAB, build_gpt
 from harness import Bar, emit, environment, flags, make_parser, parse, report, report_ratio, run_worker
 
 TIME = Bar(at_most=1.15)
@@ -32,7 +33,6 @@ FULL = {
     "backend": "mpi",
 }  # fmt: skip
 SHORT = {"steps": 4, "ranks": [1, 2, 4], "layers": 1, "width": 48, "rows": 8, "leaf": 2, "rounds": 2}
-VOCAB = 96
 KINDS = ("exact", "leaves", "whole")
 
 Times = tuple[float, float]
@@ -43,32 +43,10 @@ class Training:
     """A model that trains with sums of one of ``KINDS``."""
 
     def __init__(self, kind: str, o: argparse.Namespace) -> None:
-        from hvdlm import plugins
-        from hvdlm.config import Config, ModelConfig
-        from hvdlm.parallel.mesh import make_mesh
-        from hvdlm_language.presets import PRESETS
-
-        framework_name = o.frameworks[0]
-        config = Config(framework=framework_name, backend=o.backend)
-        config.model = ModelConfig(layers=o.layers, width=o.width, heads=6, bias=False)
-        config.data.context = o.context
-        config.train.batch_size = o.rows
-        config.train.threads = 1
-        config.train.micro_batch_size = None if kind == "whole" else o.leaf
-        config.communication.reduction = "exact" if kind == "exact" else "average"
-        manager = plugins.load([framework_name, o.backend, "all_reduce", "exact"])
-        backend = plugins.make(manager, "backend", o.backend)
-        backend.prepare(config)
-        manager.hook.hvdlm_prepare(config=config)
-        framework = plugins.make(manager, "framework", framework_name)
-        mesh = make_mesh(backend.launch_shape()[1], config.parallel)
-        self.world = backend.start(framework, mesh.groups(), config)
-        group = self.world.group(mesh.group("data", self.world.rank))
-        settings: dict[str, Any] = {"compressors": {}, "index": self.world.rank}
-        exchange = plugins.make(manager, "exchange", "all_reduce", group=group, config=config, **settings)
-        spec = PRESETS["gpt"](config.model, VOCAB, o.context)
-        self.trainable = framework.build(spec, mesh, self.world, exchange, config)
-        self._rows = config.train.micro_batch_size or o.rows // self.world.size
+        leaf = None if kind == "whole" else o.leaf
+        reduction: Literal["exact", "average"] = "exact" if kind == "exact" else "average"
+        self.world, self.trainable = build_gpt(o.backend, o, leaf, reduction)
+        self._rows = leaf or o.rows // self.world.size
         self._step = 0
 
     def block(self, batch: Any) -> tuple[float, float]:

@@ -15,6 +15,7 @@ import sys
 import time
 from typing import Any
 
+from gpt_on_ranks import VOCAB, build_gpt
 from harness import Bar, emit, flags, make_parser, parse, report_ratio, run_worker
 
 BAR = Bar(at_least=0.95)
@@ -22,36 +23,13 @@ BLOCK = 3  # steps of a turn
 BACKENDS = ("mpi", "mpi4py")
 FULL = {"layers": 6, "width": 384, "context": 64, "rows": 16, "rounds": 10}
 SHORT = {"layers": 1, "width": 48, "rows": 4, "rounds": 2}
-VOCAB = 96
 
 
 class Training:
     """A model that trains over one backend."""
 
     def __init__(self, backend_name: str, o: argparse.Namespace) -> None:
-        from hvdlm import plugins
-        from hvdlm.config import Config, ModelConfig
-        from hvdlm.parallel.mesh import make_mesh
-        from hvdlm_language.presets import PRESETS
-
-        framework_name = o.frameworks[0]
-        config = Config(framework=framework_name, backend=backend_name)
-        config.model = ModelConfig(layers=o.layers, width=o.width, heads=6, bias=False)
-        config.data.context = o.context
-        config.train.batch_size = o.rows
-        config.train.threads = 1
-        manager = plugins.load([framework_name, backend_name, "all_reduce"])
-        backend = plugins.make(manager, "backend", backend_name)
-        backend.prepare(config)
-        manager.hook.hvdlm_prepare(config=config)
-        framework = plugins.make(manager, "framework", framework_name)
-        mesh = make_mesh(backend.launch_shape()[1], config.parallel)
-        self.world = backend.start(framework, mesh.groups(), config)
-        group = self.world.group(mesh.group("data", self.world.rank))
-        settings: dict[str, Any] = {"compressors": {}, "index": self.world.rank}
-        exchange = plugins.make(manager, "exchange", "all_reduce", group=group, config=config, **settings)
-        spec = PRESETS["gpt"](config.model, VOCAB, o.context)
-        self.trainable = framework.build(spec, mesh, self.world, exchange, config)
+        self.world, self.trainable = build_gpt(backend_name, o)
         self.step = 0
         self.waited = 0.0
         self.losses: list[float] = []

@@ -66,6 +66,7 @@ HELPERS = {
     "launcher_signals",
     "two_runs",
     "plain_gpt",
+    "gpt_on_ranks",
     "planner_configurations",
     "plain_torch",
     "plain_tensorflow",
