@@ -30,6 +30,10 @@ class _TimedHandle:
         self._ended()
         return result
 
+    def finish(self) -> None:
+        """Wait now, on behalf of whoever asks for the result later."""
+        self._handle = Done(self.wait())
+
 
 class _HostHandle(_TimedHandle):
     """A collective in flight over host memory, which has ended for this rank where it fails, too."""
@@ -113,6 +117,7 @@ class HorovodGroup(CountedGroup):
         self._operations = operations
         self._set = members
         self._bf16 = bf16
+        self._unfinished: dict[tuple[str, str], _TimedHandle] = {}  # what nobody has waited for, by operation, name
 
     def _begin(self, operation: str, name: str, *tensors: Any) -> tuple[Traffic, int]:
         if not self._bf16 and any("bfloat16" in str(tensor.dtype) for tensor in tensors):
@@ -124,12 +129,33 @@ class HorovodGroup(CountedGroup):
 
     def _start(self, operation: str, tensor: Tensor, name: str, op: str = "sum") -> Handle:
         """Start an operation without waiting for its result."""
+        self._free(operation, name)
         traffic, number = self._begin(operation, name, tensor)
         handle = self._operations.start(operation, tensor, name, self._set, op)
         if isinstance(handle, Done):  # a collective in a graph is recorded as ended with the graph
             self._recorder.end(number)
             return handle
-        return _TimedHandle(handle, traffic, self._end(number))
+        return self._in_flight(handle, traffic, number, (operation, name))
+
+    def _free(self, operation: str, name: str) -> None:
+        """Wait for an operation of this name that nobody has waited for.
+
+        Such as the one in flight of a training that was given up: Horovod refuses another of its name on those ranks
+        on which it has not ended yet.
+        """
+        if (operation, name) in self._unfinished:
+            self._unfinished[operation, name].finish()
+
+    def _in_flight(self, handle: Handle, traffic: Traffic, number: int, key: tuple[str, str]) -> Handle:
+        """Return the handle of a collective that has been started."""
+
+        def ended() -> None:
+            if self._unfinished.get(key) is timed:
+                del self._unfinished[key]
+            self._recorder.end(number)
+
+        self._unfinished[key] = timed = _TimedHandle(handle, traffic, ended)
+        return timed
 
     def _timed(self, operation: str, name: str, tensors: Sequence[Tensor], call: Callable[[], Any]) -> Any:
         traffic, number = self._begin(operation, name, *tensors)
@@ -153,9 +179,10 @@ class HorovodGroup(CountedGroup):
 
     def broadcast_async(self, tensor: Tensor, root: int, name: str) -> Handle:
         """Start a broadcast."""
+        self._free("broadcast", name)
         traffic, number = self._begin("broadcast", name, tensor)
         handle = self._operations.start_broadcast(tensor, self.ranks[root], name, self._set)
-        return _TimedHandle(handle, traffic, self._end(number))
+        return self._in_flight(handle, traffic, number, ("broadcast", name))
 
     def all_to_all_async(self, tensor: Tensor, name: str) -> Handle:
         """Start an all-to-all."""

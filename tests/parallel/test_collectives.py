@@ -68,6 +68,19 @@ def test_all_to_all_exchanges_equal_shards(world: World, tensor) -> None:
     np.testing.assert_array_equal(np.asarray(received), expected)
 
 
+def test_a_sum_that_nobody_waited_for_delays_the_next(world: World, tensor) -> None:
+    """A training that is given up leaves sums in flight, which end on some ranks before others."""
+    group = all_ranks(world)
+    first = group.all_reduce_async(tensor(values(world.rank)), "given_up")
+    if world.rank == world.size - 1:
+        time.sleep(0.1)
+    second = group.all_reduce_async(tensor(values(world.rank) + 1.0), "given_up")
+    results = [np.asarray(handle.wait()) for handle in (second, first)]
+    expected = sum(values(rank) for rank in range(world.size))
+    np.testing.assert_array_equal(results[0], expected + world.size)
+    np.testing.assert_array_equal(results[1], expected)
+
+
 def test_barrier_waits_for_the_slowest(world: World) -> None:
     world.gather_objects(0)  # all start together
     started = time.monotonic()
