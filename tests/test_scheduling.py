@@ -510,8 +510,11 @@ def test_the_dockerfile_passes_hadolint() -> None:
 
 # A stub of srun that starts real ranks.
 SRUN = 'while [ "${1#-}" != "$1" ]; do shift; done\nexec mpirun -np 2 --oversubscribe --bind-to none "$@"'
-# A stub of blaunch for hosts with an empty environment and no programs on the path.
-BLAUNCH = 'while [ "${1#-}" != "$1" ]; do shift; done\nshift\nexec env -i HOME="$HOME" PATH=/usr/bin:/bin sh -c "$*"'
+# A stub of blaunch for hosts with an empty environment and no programs on the path. Each has a temporary folder of its
+# own, in which Open MPI's daemon keeps what it shares with its ranks: two daemons that shared one would crash.
+BLAUNCH = """while [ "${1#-}" != "$1" ]; do shift; done
+mkdir -p "$PWD/host-$1"; temporary="$PWD/host-$1"; shift
+exec env -i HOME="$HOME" PATH=/usr/bin:/bin TMPDIR="$temporary" sh -c "$*\""""
 
 
 def test_a_run_continues_across_jobs_and_schedulers(cluster: Cluster) -> None:
