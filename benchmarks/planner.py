@@ -1,7 +1,7 @@
 """Predicted beside measured seconds of a step, over configurations that the model was not made from.
 
     python benchmarks/planner.py [torch tensorflow] [--folder runs/planner] [--groups 1 2 4 1e9 1e8]
-        [--configurations first|second|third] [--short]
+        [--configurations first|second|third|fourth] [--short]
 
 For each group of ranks (1, 2 or 4 on this machine; two hosts with a network of 1 Gbit/s or 100 Mbit/s between them),
 the machine is measured by ``plan --measure``; then all configurations of the group take turns in one launch. The

@@ -140,6 +140,31 @@ def test_turns_are_steadied_by_the_speed_of_their_round() -> None:
     assert [model.seconds for model in models] == [pytest.approx([seconds] * 5) for seconds in usual]
 
 
+def test_most_rounds_beside_other_work_count_as_the_quiet_ones() -> None:
+    """Another program had a core for two thirds of the time of a measurement."""
+    models = [timed(config_of(base(), one), one.vocab, machine(Rates(1e11, 1e10)), 1) for one in ALONE[:3]]
+    quiet = [model.seconds[0] for model in models]
+    for model in models:
+        model.seconds = [model.seconds[0] * speed for speed in (1.0, 1.6, 1.7, 1.6, 1.0, 1.6, 1.6, 1.01, 1.6)]
+    timed_steps.steady(models)
+    assert [model.seconds for model in models] == [pytest.approx([seconds] * 9) for seconds in quiet]
+
+
+def test_turns_are_the_medians_of_the_ranks() -> None:
+    """The slowest rank counts for models that each rank trains by itself; steps that all make take all equally long."""
+    hardware = machine(Rates(1e11, 1e10))
+    models = [timed(config_of(base(), one), one.vocab, hardware, 1) for one in ALONE[:2]]
+    models.append(timed(config_of(base(), ALONE[0]), ALONE[0].vocab, hardware, 2))
+    # Ranks share cores: each is slow in one of three turns. The last rank is slower by a tenth in all of them.
+    shares = [[1.5, 1.0, 1.0], [1.0, 1.5, 1.0], [1.0, 1.0, 1.5], [1.1, 1.1, 1.1]]
+    of_ranks = [[[2.0 * s for s in share], [4.0 * s for s in share], [3.0, 3.0, 3.0]] for share in shares]
+    timed_steps.of_all_ranks(models, SimpleNamespace(gather_objects=lambda own: of_ranks))  # type: ignore[arg-type]
+    slower = 1.1 / 1.1**0.25
+    assert models[0].seconds == pytest.approx([2.0 * slower * 1.05] * 3)
+    assert models[1].seconds == pytest.approx([4.0 * slower * 1.05] * 3)
+    assert models[2].seconds == [3.0, 3.0, 3.0]
+
+
 def test_a_measurement_replaces_its_own_kind_only(tmp_path: Path) -> None:
     path = tmp_path / "hardware.yaml"
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
 
+from hvdlm import plugins
 from hvdlm.config import (
     CommunicationConfig,
     CompressionConfig,
@@ -15,12 +17,18 @@ from hvdlm.config import (
     ParallelConfig,
     TrainConfig,
 )
+from hvdlm.configuration import validation
 from hvdlm.models.spec import ModelSpec
-from hvdlm.parallel.mesh import Mesh
+from hvdlm.parallel.mesh import Mesh, make_mesh
 from hvdlm.planning.closed_forms import Habits, closed_form
 from hvdlm.planning.gradient_work import payload, work_of
 from hvdlm.planning.work import Collective, Work
 from hvdlm_language.presets import PRESETS
+from launching import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from planner_configurations import NETWORKS, TABLES
+from planner_worker import make_config
 
 CONTEXT, VOCAB = 32, 96
 
@@ -176,3 +184,14 @@ def test_other_architectures_have_no_known_work() -> None:
     config = made("convnet", (1, 1, 1))
     spec = ModelSpec("convnet", spec_of(made("gpt", (1, 1, 1))).settings, (), 0.0)
     assert work_of(config, spec, Mesh(1, 1, 1), 0) is None
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_the_ranks_of_a_table_can_train_what_it_asks_for(table: str) -> None:
+    """A table that is written before it is measured is known to be possible then."""
+    for group, configurations in TABLES[table].items():
+        for options in configurations.values():
+            config = make_config(options, "torch", 1)
+            validation.values(config)
+            validation.layout(config, make_mesh(2 if group in NETWORKS else int(group), config.parallel))
+            validation.model(config, plugins.load([config.model.name]))

@@ -30,7 +30,7 @@ from hvdlm_planner.timed_steps import (
     build,
     connect,
     drop_partial_round,
-    of_slowest_rank,
+    of_all_ranks,
     spread,
     steady,
     take_turns,
@@ -225,7 +225,7 @@ def _take_turns(models: Sequence[TimedModel], world: World, progress: Progress, 
     if rounds == 0:
         raise HvdlmError("the seconds are over before every model has had its turn: give more --seconds.")
     drop_partial_round(models)
-    of_slowest_rank(models, world)
+    of_all_ranks(models, world)
     progress.say(f"{rounds} rounds of {len(models)} models are timed")
 
 

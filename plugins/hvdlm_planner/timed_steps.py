@@ -23,6 +23,8 @@ from hvdlm.protocols.world import World
 from hvdlm.training.run import keep_recorder, load_plugins, plan, share_phases
 
 _DROPPED = 0.1  # share of the turns, at either end, that a mean leaves out
+_QUIET = 0.1  # share of the rounds that are the quietest
+_SLOWED = 0.85  # share of the usual seconds below which theirs are far from the others'
 _LONG = 0.25  # seconds of a period beside which filling the caches takes none
 
 
@@ -155,15 +157,19 @@ def take_turns(
     return True
 
 
-def of_slowest_rank(models: Sequence[TimedModel], world: World) -> None:
-    """Replace the turns of all models by those of the rank that is slowest in the mean of all models. All ranks call.
+def of_all_ranks(models: Sequence[TimedModel], world: World) -> None:
+    """Replace the turns of all models by the medians of the ranks' turns. All ranks call.
 
-    A rank that is slow in a single turn, because others have taken its core, is not a slow one.
+    Of models that each rank trains by itself, they are multiplied by how much slower the slowest rank is in the mean
+    of these models: for it, the others wait in a run. Its own turns alone would say little: where ranks share cores,
+    each of them is slow in one turn and fast in the next.
     """
-    of_ranks = world.gather_objects([model.seconds for model in models])
-    slowest = max(of_ranks, key=lambda turns: float(np.log(np.median(turns, axis=1)).mean()))
-    for model, seconds in zip(models, slowest, strict=True):
-        model.seconds = seconds
+    turns = np.array(world.gather_objects([model.seconds for model in models]))  # [ranks, models, rounds]
+    alone = [model.mesh.size == 1 for model in models]
+    speeds = np.log(np.median(turns[:, alone], axis=2)).mean(1) if any(alone) else np.zeros(1)
+    slower = float(np.exp(speeds.max() - speeds.mean()))
+    for model, by_itself, seconds in zip(models, alone, np.median(turns, axis=0), strict=True):
+        model.seconds = (seconds * (slower if by_itself else 1.0)).tolist()
 
 
 def drop_partial_round(models: Sequence[TimedModel]) -> None:
@@ -185,11 +191,13 @@ def trimmed_mean(model: TimedModel) -> float:
 def steady(models: Sequence[TimedModel]) -> None:
     """Divide each turn's seconds by the speed of its round: by how much all models' turns in it took longer than usual.
 
-    Other work on the machine comes and goes, and slows what is measured at the same time alike.
+    Other work on the machine comes and goes, and slows what is measured at the same time alike. What is usual are the
+    quietest rounds where these are far from the others: there was other work during most of the measurement.
     """
     seconds = np.array([model.seconds for model in models])
-    usual = np.median(seconds, axis=1, keepdims=True)
-    speeds = np.median(seconds / usual, axis=0)
+    speeds = np.median(seconds / np.median(seconds, axis=1, keepdims=True), axis=0)
+    quiet = float(np.sort(speeds)[min(max(1, round(_QUIET * len(speeds))), len(speeds) - 1)])  # not one round alone
+    speeds /= quiet if quiet < _SLOWED else 1.0
     for model, own in zip(models, seconds / speeds, strict=True):
         model.seconds = own.tolist()
 
