@@ -32,6 +32,7 @@ RUNS = [
     ("dense_sums", ["torch"], 3),
     ("loop_overhead", ["torch"], 1),
     ("loop_overhead", ["tensorflow"], 1),
+    pytest.param("losses", ["--data", str(DATA)], 2, marks=needs_data),
     ("parallel", ["torch"], 2),
     ("planner", ["torch"], 2),
     ("planner_search", ["torch"], 1),
@@ -118,7 +119,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_short_form_prints_its_figures(
     script: str, options: list[str], count: int, machine: Path, tmp_path: Path
 ) -> None:
-    folders = {"fuzz": tmp_path, "planner": machine, "planner_search": machine}
+    folders = {"fuzz": tmp_path, "losses": tmp_path, "planner": machine, "planner_search": machine}
     folder = ["--folder", str(folders[script])] if script in folders else []
     done = run(script, *options, "--short", *folder)
     if done.returncode == harness.SKIPPED:
