@@ -230,7 +230,9 @@ def test_what_there_is_no_time_for_is_left_out(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(
         measure,
         "build",
-        lambda *_: SimpleNamespace(number=next(made), seconds=[], steps=1, turn_seconds=0.16, run=lambda periods: 1.0),
+        lambda *_: SimpleNamespace(
+            number=next(made), seconds=[], steps=1, turn_seconds=0.16, mesh=Mesh(1, 1, 1), run=lambda periods: 1.0
+        ),
     )
     monkeypatch.setattr(measure, "warm_up", lambda *_: None)
     models: list[Any] = [timed.model for timed in measure._built(ranks, base(), Clock(34.0))]
