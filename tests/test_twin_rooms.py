@@ -19,6 +19,7 @@ SINGLE = {
     "operations.py": "torch.compile sees the collectives of tensor ranks; XLA compiles no collective",
     "figures.py": "PyTorch only enqueues a step on a GPU; TensorFlow's graph of a step returns its figures",
     "counted_graph.py": "Python calls a TensorFlow graph's collectives only while the graph is traced",
+    "shapes.py": "in PyTorch, sizes are integers",
 }
 # Public names that one room lacks, with the reason.
 DIFFERENT = {

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+from hvdlm_tensorflow.shapes import sizes
+
 # Causal attention forward and backward in chunks, on one thread of a CPU, is 1.1 times as fast with 192 positions as
 # the plain formula, 1.2 times with 256, 1.3 with 512 and 1.5 with 1024; smaller or more chunks are not faster
 # (benchmarks/tensorflow_chunks.py measures whole steps).
@@ -47,7 +49,7 @@ def attend(q: tf.Tensor, k: tf.Tensor, v: tf.Tensor, mask: tf.Tensor | None) -> 
         mask: added to the scores: float32 that broadcasts to ``[rows, heads, time, keys]``. None: all keys are seen.
     """
     ends = _ends(q, 0)
-    chunks = [_Chunk(a, b, _sizes(k)[2]) for a, b in pairwise(ends)]
+    chunks = [_Chunk(a, b, sizes(k)[2]) for a, b in pairwise(ends)]
 
     def of_chunk(chunk: _Chunk) -> tf.Tensor | None:
         if mask is None or mask.shape[-2] == 1 or len(chunks) == 1:  # as it is for all queries of a chunk
@@ -81,7 +83,7 @@ def chunk_count(time: int) -> int:
 def _ends(q: tf.Tensor, longest: int) -> list[Any]:
     """Return 0 and where each chunk ends; ``longest``: the most queries, if their number is open."""
     count = chunk_count(longest if q.shape[2] is None else q.shape[2])
-    return [_sizes(q)[2] * i // count for i in range(count + 1)]
+    return [sizes(q)[2] * i // count for i in range(count + 1)]
 
 
 def _attend(q: tf.Tensor, k: tf.Tensor, v: tf.Tensor, chunks: list[_Chunk], mask: Mask) -> tf.Tensor:
@@ -120,7 +122,7 @@ def _gradients(
     mask: Mask,
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """Return the gradients of scaled queries, keys and values from that of the output."""
-    rows, heads, time, head = _sizes(q)
+    rows, heads, time, head = sizes(q)
     by_head = [rows, time, heads, head]
     gradient, output = tf.reshape(gradient, by_head), tf.reshape(output, by_head)
     # Of softmax's gradient: the product with the output is that of the weights and their gradient.
@@ -156,33 +158,27 @@ def _weights(q: tf.Tensor, k: tf.Tensor, mask: tf.Tensor | None) -> tf.Tensor:
     """Return the weights ``[rows, kv_heads, group * time, keys]`` of scaled queries."""
     scores = tf.cast(tf.matmul(_grouped(q, k), k, transpose_b=True), tf.float32)
     if mask is not None:
-        by_head = tf.reshape(scores, [*_sizes(q)[:3], _sizes(k)[2]])
-        scores = tf.reshape(by_head + mask, _sizes(scores))
+        by_head = tf.reshape(scores, [*sizes(q)[:3], sizes(k)[2]])
+        scores = tf.reshape(by_head + mask, sizes(scores))
     return tf.cast(tf.nn.softmax(scores), q.dtype)
 
 
 def _grouped(q: tf.Tensor, k: tf.Tensor) -> tf.Tensor:
     """Return ``[rows, heads, time, size]`` as ``[rows, kv_heads, group * time, size]``: one product for a group."""
-    rows, heads, time, size = _sizes(q)
+    rows, heads, time, size = sizes(q)
     return tf.reshape(q, [rows, k.shape[1], heads // k.shape[1] * time, size])
 
 
 def _ungrouped(x: tf.Tensor, q: tf.Tensor) -> tf.Tensor:
     """Return grouped ``x`` in the shape of the queries ``q``."""
-    return tf.reshape(x, _sizes(q))
+    return tf.reshape(x, sizes(q))
 
 
 def _side_by_side(x: tf.Tensor) -> tf.Tensor:
     """Return ``[rows, heads, time, head]`` as ``[rows, time, heads * head]``."""
-    rows, heads, time, head = _sizes(x)
+    rows, heads, time, head = sizes(x)
     return tf.reshape(tf.transpose(x, [0, 2, 1, 3]), [rows, time, heads * head])
 
 
 def _scaled(q: tf.Tensor) -> tf.Tensor:
     return q * q.shape[-1] ** -0.5
-
-
-def _sizes(x: tf.Tensor) -> list[Any]:
-    """Return the sizes of ``x``, as integers where the graph knows them."""
-    sizes = tf.shape(x)
-    return [sizes[i] if size is None else size for i, size in enumerate(x.shape)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import os
@@ -27,14 +28,19 @@ def in_the_rings_order(vectors: list[np.ndarray]) -> np.ndarray:
     return total
 
 
-@pytest.mark.parametrize("elements", [1, 7, 40_001, 1_700_001])
-@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "int64"])
-def test_large_sums_are_equal_on_all_ranks(world: World, tensor, dtype: str, elements: int) -> None:
-    random = [np.random.default_rng([rank, elements]) for rank in range(world.size)]
+@functools.cache
+def numbers(rank: int, elements: int) -> np.ndarray:
+    """Return a rank's vector, float64 ``[elements]``, the same for every dtype: two million take a while to draw."""
     # Of many magnitudes, with zeros: exponents are coded by how frequent they are.
     scales = 10.0 ** np.random.default_rng(elements).uniform(-7, 2, elements)
     scales[::5] = 0.0
-    vectors = [(scales * generator.standard_normal(elements)).astype(dtype) for generator in random]
+    return scales * np.random.default_rng([rank, elements]).standard_normal(elements)
+
+
+@pytest.mark.parametrize("elements", [1, 7, 40_001, 1_700_001])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "int64"])
+def test_large_sums_are_equal_on_all_ranks(world: World, tensor, dtype: str, elements: int) -> None:
+    vectors = [numbers(rank, elements).astype(dtype) for rank in range(world.size)]
     group = world.group(range(world.size))
     total = np.asarray(group.all_reduce_async(tensor(vectors[world.rank].copy()), f"large.{dtype}.{elements}").wait())
     assert len(set(world.gather_objects(hashlib.sha256(total.tobytes()).hexdigest()))) == 1

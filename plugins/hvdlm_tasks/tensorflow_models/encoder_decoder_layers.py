@@ -14,6 +14,7 @@ from hvdlm_tasks.models import encoder_decoder_layers as layers
 from hvdlm_tensorflow.attention import attend
 from hvdlm_tensorflow.collectives import Collectives
 from hvdlm_tensorflow.models.base import ModelBase
+from hvdlm_tensorflow.shapes import sizes
 
 Parameters = Mapping[str, tf.Tensor]
 KeysValues = tuple[tf.Tensor, tf.Tensor]  # each [rows, heads, keys, head]
@@ -53,7 +54,7 @@ class EncoderBase(ModelBase):
         """Apply a linear layer to ``x`` ``[..., inputs]``; return ``[..., outputs]``."""
         weight = self.p[f"{name}.weight"]
         flat = tf.nn.bias_add(tf.matmul(tf.reshape(x, [-1, weight.shape[0]]), weight), self.p[f"{name}.bias"])
-        return tf.reshape(flat, tf.concat([tf.shape(x)[:-1], [weight.shape[1]]], 0))
+        return tf.reshape(flat, [*sizes(x)[:-1], weight.shape[1]])
 
     def norm(self, x: tf.Tensor, name: str) -> tf.Tensor:
         """Apply layer normalisation to ``x`` ``[..., width]``."""
@@ -100,9 +101,8 @@ class EncoderBase(ModelBase):
         return x + self.dropout(self.mlp(self.norm(x, f"{name}.mlp_norm"), f"{name}.mlp"))
 
     def _heads(self, x: tf.Tensor) -> tf.Tensor:
-        shape = tf.shape(x)
-        heads = self.s.heads
-        return tf.transpose(tf.reshape(x, [shape[0], shape[1], heads, self.s.width // heads]), [0, 2, 1, 3])
+        rows, time, width = sizes(x)
+        return tf.transpose(tf.reshape(x, [rows, time, self.s.heads, width // self.s.heads]), [0, 2, 1, 3])
 
     def cache(self, rows: int) -> Any:
         """Raise an error: these models generate from features, not from a prompt."""

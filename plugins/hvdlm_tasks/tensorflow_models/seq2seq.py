@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from hvdlm_tasks.tensorflow_models.encoder_decoder_layers import EncoderBase, KeysValues, valid_positions
+from hvdlm_tensorflow.shapes import sizes
 
 
 class Cache(NamedTuple):
@@ -40,7 +41,7 @@ class Seq2Seq(EncoderBase):
     def scores(self, hidden: tf.Tensor) -> tf.Tensor:
         """Return logits ``[..., vocab]`` of hidden states ``[..., width]``."""
         flat = tf.matmul(tf.reshape(hidden, [-1, self.s.width]), self.head[0], transpose_b=True)
-        return tf.reshape(flat, tf.concat([tf.shape(hidden)[:-1], [self.s.vocab]], 0))
+        return tf.reshape(flat, [*sizes(hidden)[:-1], self.s.vocab])
 
     def read(self, x: Mapping[str, tf.Tensor]) -> Cache:
         """Encode the source; return the decoder's cache without tokens."""

@@ -17,6 +17,7 @@ from hvdlm.parallel.sharding_rules import ModelShard
 from hvdlm_language.gpt import GPTSettings
 from hvdlm_tensorflow.attention import attend, attend_causally
 from hvdlm_tensorflow.collectives import Collectives
+from hvdlm_tensorflow.shapes import sizes
 
 Layer = Mapping[str, tf.Tensor]
 Dropout = Callable[[tf.Tensor, int], tf.Tensor]
@@ -95,7 +96,7 @@ class GPT:
         """Return logits ``[..., vocab]`` of hidden states ``[..., embed]``: this rank's range of the vocabulary."""
         table, _ = self.head
         flat = tf.matmul(tf.reshape(hidden, [-1, self.s.width]), table, transpose_b=True)
-        return tf.reshape(flat, tf.concat([tf.shape(hidden)[:-1], [table.shape[0]]], 0))
+        return tf.reshape(flat, [*sizes(hidden)[:-1], table.shape[0]])
 
     def initial_carry(self, rows: Any) -> tf.Tensor:
         """Return the state at the start of a text: there is none, and graphs take a tensor in its place."""
@@ -144,7 +145,7 @@ class GPT:
         x = c.leave(c.embedding(tokens, self._p["embed.tokens"]), "embed")
         if self.s.positions == "learned":
             p = c.shared(self._p, ["embed.positions"] if c.sequence else [], "positions")
-            time = tf.shape(x)[1]
+            time = sizes(x)[1]
             first = start + c.index * time if c.sequence else start
             x += p["embed.positions"][first : first + time]
         return dropout(x, 0)
@@ -176,7 +177,7 @@ class GPT:
     def _attention(self, h: tf.Tensor, p: Layer, start: Any, extend: ExtendCache | None) -> tf.Tensor:
         """Return the output of this rank's heads, ``[rows, time, heads * head / ranks]``."""
         p = self._one_kv_head(p) if self._kv_replicated else p
-        rows, time = tf.shape(h)[0], h.shape[1] if h.shape[1] is not None else tf.shape(h)[1]
+        rows, time, _ = sizes(h)
         q, k, v = (self._heads(_linear(h, p, f"attention.{n}"), rows, time) for n in ("query", "key", "value"))
         if self.s.positions == "rotary":
             q, k = self._rotate(q, start, time), self._rotate(k, start, time)
@@ -245,4 +246,4 @@ def _linear(x: tf.Tensor, p: Layer, name: str) -> tf.Tensor:
     weight, bias = p[f"{name}.weight"], p.get(f"{name}.bias")
     flat = tf.matmul(tf.reshape(x, [-1, weight.shape[0]]), weight)  # one product of two matrices, not one per row
     flat = flat if bias is None else tf.nn.bias_add(flat, bias)
-    return tf.reshape(flat, tf.concat([tf.shape(x)[:-1], [weight.shape[1]]], 0))
+    return tf.reshape(flat, [*sizes(x)[:-1], weight.shape[1]])

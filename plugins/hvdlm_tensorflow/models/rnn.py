@@ -15,6 +15,7 @@ import tensorflow as tf
 from hvdlm.parallel.sharding_rules import ModelShard
 from hvdlm_language.rnn import RNNSettings
 from hvdlm_tensorflow.collectives import Collectives
+from hvdlm_tensorflow.shapes import sizes
 
 Carry = list[tuple[tf.Tensor, ...]]  # of every layer: h, and c of an LSTM, each [rows, hidden / ranks]
 
@@ -72,7 +73,7 @@ class RNN:
         """Return logits ``[..., vocab]`` of hidden states ``[..., embed]``: this rank's range of the vocabulary."""
         table, bias = self.head
         flat = tf.nn.bias_add(tf.matmul(tf.reshape(hidden, [-1, self.s.width]), table, transpose_b=True), bias)
-        return tf.reshape(flat, tf.concat([tf.shape(hidden)[:-1], [table.shape[0]]], 0))
+        return tf.reshape(flat, [*sizes(hidden)[:-1], table.shape[0]])
 
     def initial_carry(self, rows: Any) -> Carry:
         """Return the state at the start of a text: zeros."""
@@ -122,7 +123,7 @@ class RNN:
         """
         width, gates = self.s.width, self.s.gates
         hidden = width // self._model_shard.tensor
-        rows = tf.shape(x)[0]
+        rows = sizes(x)[0]
         # Of all time steps at once: one large product instead of one per token.
         a = tf.nn.bias_add(tf.matmul(tf.reshape(x, [-1, width]), tf.reshape(w, [width, -1])), tf.reshape(b_w, [-1]))
         a = tf.unstack(tf.reshape(a, [rows, -1, gates, hidden]), axis=2)  # of every gate [rows, time, hidden / ranks]

@@ -100,15 +100,20 @@ class Harness:
             world.close()
 
     def config(self, plugin: PluginUnderTest | None = None) -> Config:
-        """Return a plugin's own configuration if it is a task or has a file of options, else that of a small run."""
+        """Return a plugin's own configuration if it is a task or has a file of options, else that of a small run.
+
+        Models are small, too, where no file says otherwise.
+        """
         if plugin is not None and (plugin.config or plugin.provides("hvdlm_make_task")):
             config = plugin.run_config()
             config.framework, config.backend = self.framework_name, self.base.backend
             config.train.threads = self.base.train.threads
+            if not plugin.config:
+                _make_small(config)
             return config
         config = copy.deepcopy(self.base)
-        model, train = config.model, config.train
-        model.layers, model.width, model.heads = 1, 32, 2
+        train = config.train
+        _make_small(config)
         config.data.context, train.batch_size, train.steps, train.seed = CONTEXT, ROWS * self.world.size, 8, 3
         config.communication.compression.min_elements, config.communication.local.steps = 1, 2
         return config
@@ -142,3 +147,8 @@ class Harness:
         count = rows // self.world.size
         first = self.world.rank * count
         return Batch(tokens[:, :-1], tokens[:, 1:], weights, True).rows(first, first + count)
+
+
+def _make_small(config: Config) -> None:
+    model = config.model
+    model.layers, model.width, model.heads = 1, 32, 2
