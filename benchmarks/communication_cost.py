@@ -18,14 +18,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from argparse import Namespace
 from pathlib import Path
 
-from harness import Bar, Rounds, command, environment, make_parser, parse, report_ratio
-from loop_overhead import measure
+from harness import Bar, Rounds, command, environment, flags, make_parser, parse, report_ratio
+from loop_overhead import SHORT_SIZES, SIZES, measure
 
 TWO_RANKS, ONE_RANK = Bar(at_least=0.95), Bar(at_least=1.0)
-FULL = {"turns": 16, "seconds": 2.5, "settle": 0.5, "warm": 20, "rounds": 25, "block": 10, "rows": 16}
-SHORT = {"turns": 2, "seconds": 0.3, "settle": 0.1, "warm": 2, "rounds": 2, "block": 2, "rows": 4}
+FULL = SIZES | {"turns": 16, "seconds": 2.5, "settle": 0.5, "warm": 20, "rounds": 25, "block": 10, "rows": 16}
+SHORT = SHORT_SIZES | {"turns": 2, "seconds": 0.3, "settle": 0.1, "warm": 2, "rounds": 2, "block": 2, "rows": 4}
 
 
 class Job:
@@ -109,26 +110,27 @@ def take_turns(first: list[Job], second: list[Job], turns: int, settle: float, s
     return rounds
 
 
-def scaling(framework: str, turns: int, settle: float, seconds: float, warm: int, rows: int) -> Rounds:
+def scaling(framework: str, o: Namespace) -> Rounds:
     """Return sequences per second of every pair of turns: of 2 ranks, of 2 independent processes."""
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        jobs = []
+        jobs, sizes = [], flags({name: getattr(o, name) for name in SIZES})
         for name, ranks in (("together", 2), ("alone-a", 1), ("alone-b", 1)):
-            jobs.append(Job("steady_worker.py", ranks, rows, Path(folder) / name, "--framework", framework))
+            options = ["--framework", framework, *sizes]
+            jobs.append(Job("steady_worker.py", ranks, o.rows, Path(folder) / name, *options))
             stack.callback(jobs[-1].end)
-            jobs[-1].wait_until_warm(warm)
+            jobs[-1].wait_until_warm(o.warm)
             jobs[-1].halt()
-        return take_turns(jobs[:1], jobs[1:], turns, settle, seconds)
+        return take_turns(jobs[:1], jobs[1:], o.turns, o.settle, o.seconds)
 
 
 def main() -> int:
     """Measure each framework."""
     o = parse(make_parser(__doc__), FULL, SHORT)
     for framework in o.frameworks:
-        rounds = scaling(framework, o.turns, o.settle, o.seconds, o.warm, o.rows)
+        rounds = scaling(framework, o)
         title = f"sequences/s of 2 ranks / of 2 independent processes, {framework}"
         report_ratio(title, rounds, TWO_RANKS)
-        seconds = measure(framework, 1, 2, o.rounds, o.block, o.rows)
+        seconds = measure(framework, 1, 2, o)
         speeds = [(plain_seconds, hvdlm_seconds) for hvdlm_seconds, plain_seconds in seconds]
         report_ratio(f"speed of 1 rank with 2 threads / of a plain loop, {framework}", speeds, ONE_RANK)
     return 0

@@ -20,10 +20,11 @@ from pathlib import Path
 
 from communication_cost import Job, take_turns
 from harness import FOLDER, Bar, Rounds, flags, make_parser, parse, report_ratio
+from loop_overhead import SHORT_SIZES, SIZES
 
 PLAIN, DISTRIBUTED, FRAMEWORKS = Bar(at_least=1.05), Bar(at_least=1.3), Bar(at_least=0.9)
-FULL = {"turns": 12, "seconds": 2.0, "settle": 0.5, "warm": 20, "rows": 16}
-SHORT = {"turns": 2, "seconds": 0.3, "settle": 0.1, "warm": 2, "rows": 4}
+FULL = SIZES | {"turns": 12, "seconds": 2.0, "settle": 0.5, "warm": 20, "rows": 16}  # the example is of these sizes, too
+SHORT = SHORT_SIZES | {"turns": 2, "seconds": 0.3, "settle": 0.1, "warm": 2, "rows": 4}
 VOCAB = 103  # characters of the text that is part of hvdlm
 
 Worker = tuple[str, Sequence[str]]  # a script, and its options
@@ -34,7 +35,8 @@ def beside(first: Worker, second: Worker, ranks: int, rows: int, o: Namespace) -
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         jobs = []
         for name, (script, options) in (("first", first), ("second", second)):
-            jobs.append(Job(script, ranks, rows, Path(folder) / name, *options))
+            sizes = flags({name: getattr(o, name) for name in SIZES})
+            jobs.append(Job(script, ranks, rows, Path(folder) / name, *options, *sizes))
             stack.callback(jobs[-1].end)
             jobs[-1].wait_until_warm(o.warm)
             jobs[-1].halt()

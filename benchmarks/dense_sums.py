@@ -33,7 +33,7 @@ OF_DDP = Bar(at_least=1.05)
 ALONE = ["--communication.exchange", "local_sgd", "--communication.local.steps", "1000000"]
 FULL = {"hosts": [2, 3, 4], "rates": [1e8, 1e9], "methods": list(OPTIONS), "backends": ["mpi"], "rounds": 3}
 FULL |= {"steps": 8, "layers": 6, "width": 384}
-SHORT = {"hosts": [3], "rates": [1e9], "methods": ["dense"], "rounds": 1, "steps": 4, "layers": 2, "width": 96}
+SHORT = {"hosts": [3], "rates": [1e9], "methods": ["dense"], "rounds": 1, "steps": 4, "layers": 1, "width": 96}
 
 
 @dataclass(frozen=True)

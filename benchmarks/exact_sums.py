@@ -32,7 +32,7 @@ FULL = {
     "steps": 500, "ranks": [1, 2, 4, 8], "layers": 6, "width": 384, "context": 64, "rows": 32, "leaf": 4, "rounds": 10,
     "backend": "mpi",
 }  # fmt: skip
-SHORT = {"steps": 4, "ranks": [1, 2, 4], "layers": 1, "width": 48, "rows": 8, "leaf": 2, "rounds": 2}
+SHORT = {"steps": 4, "ranks": [1, 2], "layers": 1, "width": 48, "rows": 8, "leaf": 2, "rounds": 2}
 KINDS = ("exact", "leaves", "whole")
 
 Times = tuple[float, float]

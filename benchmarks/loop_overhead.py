@@ -11,18 +11,22 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from argparse import Namespace
 
 from harness import Bar, Rounds, flags, make_parser, parse, report_ratio, run_worker
 
 BAR = Bar(at_most=1.02)
-FULL = {"rounds": 40, "block": 10, "rows": 16}
-SHORT = {"rounds": 2, "block": 2, "rows": 2}
+SIZES = {"layers": 4, "width": 128}  # of the model
+SHORT_SIZES = {"layers": 1, "width": 32}
+FULL = SIZES | {"rounds": 40, "block": 10, "rows": 16}
+SHORT = SHORT_SIZES | {"rounds": 2, "block": 2, "rows": 2}
 UNCOUNTED = 3  # rounds, in which graphs are built and caches fill
 
 
-def measure(framework: str, ranks: int, threads: int, rounds: int, block: int, rows: int) -> Rounds:
-    """Return the seconds of every round: hvdlm's, the plain loop's. ``rows``: sequences of a rank in a step."""
-    sizes = {"rounds": rounds + UNCOUNTED, "block": block, "rows": rows * ranks, "threads": threads}
+def measure(framework: str, ranks: int, threads: int, o: Namespace) -> Rounds:
+    """Return the seconds of every round: hvdlm's, the plain loop's. ``o.rows``: sequences of a rank in a step."""
+    sizes = {"rounds": o.rounds + UNCOUNTED, "block": o.block, "rows": o.rows * ranks, "threads": threads}
+    sizes |= {name: getattr(o, name) for name in SIZES}
     with tempfile.TemporaryDirectory() as folder:
         options = ["--framework", framework, "--folder", folder, *flags(sizes)]
         values = run_worker("paired_worker.py", ranks, options)
@@ -33,7 +37,7 @@ def main() -> int:
     """Measure each framework."""
     o = parse(make_parser(__doc__), FULL, SHORT)
     for framework in o.frameworks:
-        rounds = measure(framework, 2, 1, o.rounds, o.block, o.rows)
+        rounds = measure(framework, 2, 1, o)
         report_ratio(f"step of hvdlm / step of a plain loop, {framework}, 2 ranks", rounds, BAR)
     return 0
 

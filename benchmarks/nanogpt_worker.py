@@ -45,7 +45,7 @@ def main() -> None:
     """Train until killed."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--folder", type=Path)
-    for name in ("rows", "threads", "vocab"):
+    for name in ("rows", "threads", "vocab", "layers", "width"):
         parser.add_argument(f"--{name}", type=int)
     o = parser.parse_args()
     torch.set_num_threads(o.threads)
@@ -59,7 +59,7 @@ def main() -> None:
         return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     config = Config()
-    config.model.bias = False
+    config.model.layers, config.model.width, config.model.bias = o.layers, o.width, False
     m, t = config.model, config.train
     tokens = np.random.default_rng(rank).integers(0, o.vocab, 1_000_000).astype(np.uint16)
     rates = {"learning_rate": 1e-3, "weight_decay": t.weight_decay, "betas": (t.beta1, t.beta2)}

@@ -61,7 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--framework")
     parser.add_argument("--folder", help="of the run")
-    for name in ("rounds", "block", "rows", "threads"):
+    for name in ("rounds", "block", "rows", "threads", "layers", "width"):
         parser.add_argument(f"--{name}", type=int)
     o = parser.parse_args()
     config = Config(framework=o.framework)
@@ -71,7 +71,7 @@ def main() -> None:
     config.train.threads = o.threads
     config.train.batch_size = o.rows
     config.checkpoint.every = 0
-    config.model.bias = False
+    config.model.layers, config.model.width, config.model.bias = o.layers, o.width, False
     config.log.run = o.folder
     config.log.overwrite = True
     opened = run.start(run.plan(config))

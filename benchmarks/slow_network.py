@@ -22,19 +22,19 @@ from harness import Bar, make_parser, parse, report, report_ratio, skip
 from hosts import Hosts, Missing, open_hosts
 
 COMPRESSION = "--communication.compression.algorithm"
-STREAMING = ["--communication.exchange", "streaming_diloco", "--communication.local.steps", "50"]
-# Options of each method, and the optimizer steps of a run: those of local SGD average every 50.
-METHODS = {
+STREAMING = ["--communication.exchange", "streaming_diloco"]
+# Options of each method, and the optimizer steps of a run; 0: two rounds of local SGD, of --every steps each.
+METHODS: dict[str, tuple[list[str], int]] = {
     "dense": ([], 8),
-    "diloco": (["--communication.exchange", "diloco", "--communication.local.steps", "50"], 100),
-    "local_sgd": (["--communication.exchange", "local_sgd", "--communication.local.steps", "50"], 100),
-    "streaming_diloco": ([*STREAMING, COMPRESSION, "int4"], 100),
-    "streaming_diloco in fp32": (STREAMING, 100),
-    "no exchange": (["--communication.exchange", "local_sgd", "--communication.local.steps", "1000"], 100),
+    "diloco": (["--communication.exchange", "diloco"], 0),
+    "local_sgd": (["--communication.exchange", "local_sgd"], 0),
+    "streaming_diloco": ([*STREAMING, COMPRESSION, "int4"], 0),
+    "streaming_diloco in fp32": (STREAMING, 0),
+    "no exchange": (["--communication.exchange", "local_sgd", "--communication.local.steps", "1000"], 0),
     **{name: ([COMPRESSION, name], 20) for name in ("fp16", "int8", "qsgd", "power_sgd", "top_k", "scaled_sign")},
 }
-FULL = {"rates": [1e8, 1e9], "methods": ["diloco"], "rounds": 2, "layers": 6, "width": 384}
-SHORT = {"rates": [1e9], "methods": ["power_sgd"], "rounds": 1, "layers": 2, "width": 96}
+FULL = {"rates": [1e8, 1e9], "methods": ["diloco"], "rounds": 2, "layers": 6, "width": 384, "every": 50}
+SHORT = {"rates": [1e9], "methods": ["power_sgd"], "rounds": 1, "layers": 1, "width": 96}
 ROWS, CONTEXT = 2, 64  # of a rank
 UNCOUNTED = 2  # steps, in which frameworks build their graphs
 GAINS = {1e8: Bar(at_least=10.0), 1e9: Bar(at_least=2.0)}  # for methods that communicate every 50 steps
@@ -50,6 +50,12 @@ class Result:
     parameters: int
     interface_bytes: int
     counted_bytes: int
+
+
+def method(name: str, every: int) -> tuple[list[str], int]:
+    """Return the options of a method, whose local SGD averages every so many steps, and the steps of a run."""
+    options, steps = METHODS[name]
+    return (options, steps) if steps else (["--communication.local.steps", str(every), *options], 2 * every)
 
 
 def train(
@@ -103,7 +109,7 @@ def compare(hosts: Hosts, rate: float, framework: str, o: argparse.Namespace) ->
     results: dict[str, list[Result]] = {name: [] for name in ("dense", *o.methods)}
     for number in range(o.rounds):
         for name in results if number % 2 == 0 else reversed(results):
-            results[name].append(train(hosts, framework, *METHODS[name], o, coding="0"))
+            results[name].append(train(hosts, framework, *method(name, o.every), o, coding="0"))
     where = f"{framework}, {rate / 1e6:g} Mbit/s"
     for name, runs in results.items():
         counted = sum(run.counted_bytes for run in runs)

@@ -33,7 +33,8 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--framework")
     parser.add_argument("--folder", type=Path)
-    parser.add_argument("--rows", type=int)
+    for name in ("rows", "layers", "width"):
+        parser.add_argument(f"--{name}", type=int)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--config", type=Path, help="trains this file's model, on --text")
     parser.add_argument("--text", type=Path)
@@ -51,7 +52,7 @@ def main() -> None:
     config.train.threads = o.threads
     config.train.batch_size = o.rows
     config.checkpoint.every = 0
-    config.model.bias = False
+    config.model.layers, config.model.width, config.model.bias = o.layers, o.width, False
     opened = run.start(run.plan(config))
     for plugin in (*telemetry.default_plugins(opened.config), Counter(o.folder / f"count-{opened.world.rank}")):
         opened.manager.register(plugin)

@@ -2,7 +2,7 @@
 
     python benchmarks/streaming.py [torch tensorflow] [--rate 1e8] [--short]
 
-A GPT of 10.7 million parameters trains on two hosts with one rank each (hosts.py), with H = 50. On a network of
+A GPT of 10.7 million parameters trains on two hosts with one rank each (hosts.py), with H = 50 (--every). On a network of
 --rate bits per second, runs with and without the exchange take turns. On one without a limit, the bytes that a host
 sends are read every 100 ms: the peak is the most of any such interval.
 """
@@ -18,10 +18,10 @@ from collections.abc import Iterator
 
 from harness import Bar, make_parser, parse, report, report_ratio, skip
 from hosts import Hosts, Missing, open_hosts
-from slow_network import METHODS, train
+from slow_network import METHODS, method, train
 
-FULL = {"rate": 1e8, "rounds": 5, "peaks": 2, "layers": 6, "width": 384}
-SHORT = {"rounds": 1, "peaks": 1, "layers": 2, "width": 96}
+FULL = {"rate": 1e8, "rounds": 5, "peaks": 2, "layers": 6, "width": 384, "every": 50}
+SHORT = {"rounds": 1, "peaks": 1, "layers": 1, "width": 96, "every": 8}
 INTERVAL = 0.1  # seconds
 SPEED, PEAK = Bar(at_least=0.95), Bar(at_most=0.05)
 STREAMING = ("streaming_diloco", "streaming_diloco in fp32")
@@ -55,11 +55,11 @@ class Peak:
             before, then = sent, now
 
 
-def peak_of(hosts: Hosts, framework: str, method: str, o: argparse.Namespace) -> float:
+def peak_of(hosts: Hosts, framework: str, name: str, o: argparse.Namespace) -> float:
     """Return the most bytes that a host sends in an interval of a run."""
     peak = Peak(hosts)
     with peak.watched():
-        train(hosts, framework, *METHODS[method], o)
+        train(hosts, framework, *method(name, o.every), o)
     return peak.bytes
 
 
@@ -69,7 +69,7 @@ def speeds(hosts: Hosts, framework: str, o: argparse.Namespace) -> None:
     for number in range(o.rounds):
         # The run without an exchange averages once, after its last step.
         order = ("streaming_diloco", "no exchange")[:: 1 if number % 2 == 0 else -1]
-        speed = {name: train(hosts, framework, *METHODS[name], o, last=1).speed for name in order}
+        speed = {name: train(hosts, framework, *method(name, o.every), o, last=1).speed for name in order}
         pairs.append((speed["streaming_diloco"], speed["no exchange"]))
     title = "tokens/s of streaming_diloco in 4 bits / of the same ranks without an exchange"
     report_ratio(f"{title}, {framework}, {o.rate / 1e6:g} Mbit/s", pairs, SPEED)
@@ -78,10 +78,10 @@ def speeds(hosts: Hosts, framework: str, o: argparse.Namespace) -> None:
 def peaks(hosts: Hosts, framework: str, o: argparse.Namespace) -> None:
     """Report the peaks of streaming DiLoCo, in 4 and in 32 bits, as shares of DiLoCo's."""
     blocking = max(peak_of(hosts, framework, "diloco", o) for _ in range(o.peaks))
-    for method in STREAMING:
-        streaming = max(peak_of(hosts, framework, method, o) for _ in range(o.peaks))
+    for name in STREAMING:
+        streaming = max(peak_of(hosts, framework, name, o) for _ in range(o.peaks))
         details = f"{streaming / 1e6:.2f} and {blocking / 1e6:.2f} MB in 100 ms"
-        report(f"peak demand of {method} / of diloco, {framework}, no limit", streaming / blocking, PEAK, details)
+        report(f"peak demand of {name} / of diloco, {framework}, no limit", streaming / blocking, PEAK, details)
 
 
 def main() -> int:

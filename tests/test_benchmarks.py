@@ -21,7 +21,6 @@ needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the public data is n
 RUNS = [
     ("all_reduce_cost", ["torch"], 2),
     ("all_reduce_cost", ["tensorflow"], 2),
-    ("chaos", ["torch", "--seed", "1"], 1),  # every kind; tests/test_chaos.py: some kinds in each framework
     ("communication_cost", ["torch"], 2),
     ("compiled_steps", ["torch"], 2),
     pytest.param("cpu_speed", ["--data", str(DATA)], 3, marks=needs_data),
@@ -50,6 +49,7 @@ RUNS = [
 ]
 # Scripts whose short forms are run by other tests, modules of benchmarks, and the scripts that their ranks run.
 ELSEWHERE = {
+    "chaos",  # tests/test_chaos.py
     "gpu",  # tests/test_gpu_kit.py
     "results",  # tests/test_results.py
     "save_cost",  # test_run_all_ends_with_a_summary
@@ -92,12 +92,9 @@ WORKERS = {
 
 
 def run(script: str, *options: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    """Run a benchmark whose processes are warm, but for the fuzzer's, which instruments what it imports.
-
-    That of interruptions sends its signals to processes that import no framework themselves.
-    """
+    """Run a benchmark whose processes are warm, but for the fuzzer's, which instruments what it imports."""
     command = [sys.executable, f"benchmarks/{script}.py", *options]
-    imports = "" if script in ("chaos", "fuzz") else imported(script, options)
+    imports = "" if script == "fuzz" else imported(script, options)
     env = environment(HVDLM_TEST_IMPORTS=imports)
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
 

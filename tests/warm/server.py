@@ -11,6 +11,7 @@ from __future__ import annotations
 import array
 import atexit
 import contextlib
+import ctypes
 import gc
 import importlib
 import json
@@ -44,14 +45,18 @@ FRAMEWORKS = {
     "torch": ["torch", "torch._dynamo", *TRAINING, "hvdlm_torch.plugin", "hvdlm_torch.framework"],
     "tensorflow": ["tensorflow", "keras", *TRAINING, "hvdlm_tensorflow.plugin", "hvdlm_tensorflow.framework"],
 }
+MOST_FILES = 6
 Request = tuple[dict[str, Any], list[int]]
 
 
 def receive(connection: socket.socket) -> Request:
-    """Return a command's request and its standard input, output and error; wait for it at most ten seconds."""
+    """Return a command's request and its files: standard input, output and error, and the namespaces of its host.
+
+    Waits for it at most ten seconds.
+    """
     connection.settimeout(10)
     files = array.array("i")
-    size, ancillary, _, _ = connection.recvmsg(4, socket.CMSG_LEN(3 * files.itemsize))
+    size, ancillary, _, _ = connection.recvmsg(4, socket.CMSG_LEN(MOST_FILES * files.itemsize))
     for _, _, content in ancillary:
         files.frombytes(content)
     with connection.makefile("rb") as stream:
@@ -60,8 +65,12 @@ def receive(connection: socket.socket) -> Request:
 
 def become(request: dict[str, Any], files: list[int]) -> NoReturn:
     """Run a command in this process and end it, as ``python ARGUMENTS`` would."""
-    for target, file in enumerate(files):
+    for target, file in enumerate(files[:3]):
         os.dup2(file, target)
+        os.close(file)
+    for file in files[3:]:
+        if ctypes.CDLL(None, use_errno=True).setns(file, 0):
+            raise OSError(ctypes.get_errno(), "the fork can't enter the host of its command")
         os.close(file)
     sys.path[1:1] = request["environment"].get("PYTHONPATH", "").split(os.pathsep)
     os.environ.clear()

@@ -13,6 +13,7 @@ NOT_READ = ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "PYTHONPATH", "P
 NOT_READ += ("TORCHINDUCTOR_CACHE_DIR",)  # read when something is compiled; the import of transformers sets it
 FORWARDED = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGCONT", "SIGALRM")
 FRAMEWORKS = ("torch", "tensorflow")
+HOST = ("net", "uts", "mnt")  # namespaces that a fork enters
 
 
 def framework(arguments: list) -> str:
@@ -91,13 +92,20 @@ def read_once(environment: dict) -> dict:
     return read | {"LD_LIBRARY_PATH": [folder for folder in folders if folder and not folder.startswith(sys.prefix)]}
 
 
-def on_this_host(connection: object) -> bool:
-    """Return whether the server is in the namespaces of this process, which may be a host of its own."""
+def namespaces_to_enter(connection: object) -> list:
+    """Return open files of the namespaces of this process that the server isn't in: those of a host of its own.
+
+    Raises:
+        PermissionError: the fork may not enter them.
+    """
     import socket
     import struct
 
     (pid, _, _) = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    return all(os.readlink(f"/proc/{pid}/ns/{kind}") == os.readlink(f"/proc/self/ns/{kind}") for kind in ("net", "uts"))
+    kinds = [k for k in ("user", "pid", *HOST) if os.readlink(f"/proc/{pid}/ns/{k}") != os.readlink(f"/proc/self/ns/{k}")]
+    if kinds and (os.geteuid() or {"user", "pid"} & set(kinds)):
+        raise PermissionError(f"another process may not enter {kinds}")
+    return [os.open(f"/proc/self/ns/{kind}", os.O_RDONLY) for kind in kinds]
 
 
 def continue_as_fork(folder: str, server: str, arguments: list) -> None:
@@ -113,15 +121,14 @@ def continue_as_fork(folder: str, server: str, arguments: list) -> None:
     connection = socket.socket(socket.AF_UNIX)
     try:
         connection.connect(os.path.join(folder, server))
+        host = namespaces_to_enter(connection)
     except (ConnectionRefusedError, PermissionError):  # the server has died, or this is another user
-        return
-    if not on_this_host(connection):
         return
     request = {"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd()}
     request |= {"cores": sorted(os.sched_getaffinity(0)), "umask": os.umask(0)}
     os.umask(request["umask"])
     data = json.dumps(request).encode()
-    files = array.array("i", [0, 1, 2])
+    files = array.array("i", [0, 1, 2, *host])
     connection.sendmsg([len(data).to_bytes(4, "little")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, files)])
     connection.sendall(data)
     for name in FORWARDED:
