@@ -1,4 +1,4 @@
-"""Sizes of tensors in graphs: integers where the graph knows them, since every operation has to be traced and optimized.
+"""Sizes of tensors in graphs, integers where they are known: each operation has to be traced and optimized.
 
 Without a twin: in PyTorch they are integers.
 """

@@ -254,6 +254,7 @@ def assert_traffic_is_predicted(world: World, mesh: Mesh, config: Config, result
 
 
 def assert_memory_is_predicted(world: World, mesh: Mesh, config: Config, trainable: Any) -> None:
+    trainable._example_pass = None  # activations, for which TensorFlow would trace a stage again, are not compared
     held, expected = trainable.memory(), _predicted(world, mesh, config).memory
     for kind in ("parameters", "gradients", "optimizer"):
         assert held[kind] == expected[kind], kind
@@ -439,7 +440,7 @@ def test_data_axis_compression_works_with_tensor_and_pipeline(world: World, algo
         config.communication.compression.algorithm = algorithm
         config.communication.compression.ratio = 0.25
         config.communication.compression.min_elements = 64
-        results = train(build(world, mesh, config), mesh, world.rank, range(STEPS), config)
+        results = train(build(world, mesh, config), mesh, world.rank, range(HALF), config)
         losses, _, _ = reference(world, GPT)
         dense = configured(mesh, GPT)
         assert abs(results[0].loss - losses[0]) < 1e-5

@@ -29,12 +29,17 @@ def in_the_rings_order(vectors: list[np.ndarray]) -> np.ndarray:
 
 
 @functools.cache
-def numbers(rank: int, elements: int) -> np.ndarray:
-    """Return a rank's vector, float64 ``[elements]``, the same for every dtype: two million take a while to draw."""
-    # Of many magnitudes, with zeros: exponents are coded by how frequent they are.
+def magnitudes(elements: int) -> np.ndarray:
+    """Return many magnitudes, float64 ``[elements]``, with zeros: exponents are coded by how frequent they are."""
     scales = 10.0 ** np.random.default_rng(elements).uniform(-7, 2, elements)
     scales[::5] = 0.0
-    return scales * np.random.default_rng([rank, elements]).standard_normal(elements)
+    return scales
+
+
+@functools.cache
+def numbers(rank: int, elements: int) -> np.ndarray:
+    """Return a rank's vector, float64 ``[elements]``, for all dtypes: two million numbers take a while to draw."""
+    return magnitudes(elements) * np.random.default_rng([rank, elements]).standard_normal(elements)
 
 
 @pytest.mark.parametrize("elements", [1, 7, 40_001, 1_700_001])
