@@ -224,7 +224,10 @@ def test_what_there_is_no_time_for_is_left_out(monkeypatch: pytest.MonkeyPatch, 
 
 @pytest.mark.parametrize(
     ("option", "sentence"),
-    [("seconds", "got 0, expected more than 0"), *((name, "got 0, expected at least 1") for name in ("rounds", "models"))],
+    [
+        ("seconds", "got 0, expected more than 0"),
+        *((name, "got 0, expected at least 1") for name in ("rounds", "models")),
+    ],
 )
 def test_a_measurement_needs_time_and_models(option: str, sentence: str) -> None:
     done = run_python(["-m", "hvdlm", "plan", "--measure", f"--{option}", "0"])
