@@ -23,7 +23,7 @@ from harness import FOLDER, Bar, Rounds, flags, make_parser, parse, report_ratio
 from loop_overhead import SHORT_SIZES, SIZES
 
 PLAIN, DISTRIBUTED, FRAMEWORKS = Bar(at_least=1.05), Bar(at_least=1.3), Bar(at_least=0.9)
-FULL = SIZES | {"turns": 12, "seconds": 2.0, "settle": 0.5, "warm": 20, "rows": 16}  # the example is of these sizes, too
+FULL = SIZES | {"turns": 12, "seconds": 2.0, "settle": 0.5, "warm": 20, "rows": 16}  # SIZES: the example's, too
 SHORT = SHORT_SIZES | {"turns": 2, "seconds": 0.3, "settle": 0.1, "warm": 2, "rows": 4}
 VOCAB = 103  # characters of the text that is part of hvdlm
 

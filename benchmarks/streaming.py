@@ -2,8 +2,8 @@
 
     python benchmarks/streaming.py [torch tensorflow] [--rate 1e8] [--short]
 
-A GPT of 10.7 million parameters trains on two hosts with one rank each (hosts.py), with H = 50 (--every). On a network of
---rate bits per second, runs with and without the exchange take turns. On one without a limit, the bytes that a host
+A GPT of 10.7 million parameters trains on two hosts with one rank each (hosts.py), with H = 50 (--every). On a network
+of --rate bits per second, runs with and without the exchange take turns. On one without a limit, the bytes that a host
 sends are read every 100 ms: the peak is the most of any such interval.
 """
 

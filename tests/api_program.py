@@ -66,7 +66,7 @@ def trainings(folder: Path, framework: str) -> Any:
 
 def failures(folder: Path, framework: str) -> Any:
     """Fail in three ways that all ranks share, then train."""
-    file_lock.STALE = 5.0  # a second rank waits this long for the lock of a first that has failed already
+    file_lock.STALE = 1.0  # a second rank waits this long for the lock of a first that has failed already
     messages = []
     for options in (
         {"train.steps": 0},

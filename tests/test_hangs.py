@@ -15,11 +15,12 @@ TIMEOUT = 4.0
 FAULTY_RANK = """
 import os, signal, sys, time
 from hvdlm import cli, hookimpl, telemetry
-from hvdlm.diagnostics import watchdog
+from hvdlm.diagnostics import phases, watchdog
 from hvdlm.diagnostics.phases import Process
 from hvdlm.io import launcher_env
 
 watchdog._STACK_SECONDS = watchdog._ABORT_SECONDS = 1.0
+phases._BEAT_SECONDS = 0.4
 rank, limit = launcher_env.rank_for_messages(), Process.limit
 Process.limit = property(lambda self: {limit} if self.phase.waits and self.recorder is None else limit.fget(self))
 

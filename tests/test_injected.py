@@ -186,15 +186,20 @@ def test_the_example_is_read_as_it_says() -> None:
     assert (conditions.late, conditions.faults) == ((Late(2, 3, 0.5),), (Fault(1, 10, "hang"),))
 
 
+# Other ranks are waited for, and their signs of life are missed, for fewer seconds.
+HASTY = "import sys; from hvdlm import cli; from hvdlm.diagnostics import phases, watchdog; "
+HASTY += "watchdog._STACK_SECONDS = 1.0; phases._BEAT_SECONDS = 0.4; sys.exit(cli.main())"
+
+
 def train(folder: Path, content: str | None, *options: str) -> Any:
     """Train on two threads under the conditions in ``content``; return the finished process."""
     (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 100)
-    arguments = ["-m", "hvdlm", "--backend", "threads", "--ranks", "2", "--plugins", "[injected]", *SMALL]
+    arguments = ["-c", HASTY, "--backend", "threads", "--ranks", "2", "--plugins", "[injected]", *SMALL]
     arguments += ["--data.path", str(folder / "text.txt"), "--log.run", str(folder / "run"), "--train.steps", "4"]
     if content is not None:
         (folder / "conditions.yaml").write_text(content)
         arguments += ["--injected.file", str(folder / "conditions.yaml")]
-    return run_python([*arguments, *options], timeout=240)
+    return run_python([*arguments, *options], timeout=240, HVDLM_TEST_IMPORTS="torch")
 
 
 def test_what_can_not_be_injected_ends_with_code_2(tmp_path: Path) -> None:
@@ -209,7 +214,7 @@ def test_what_can_not_be_injected_ends_with_code_2(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["error", "hang", "exit"])
 def test_an_injected_fault_is_diagnosed_with_rank_and_place(kind: str, tmp_path: Path) -> None:
-    failed = train(tmp_path, f"faults: [{{rank: 1, step: 3, kind: {kind}}}]", "--communication.timeout", "4")
+    failed = train(tmp_path, f"faults: [{{rank: 1, step: 3, kind: {kind}}}]", "--communication.timeout", "2")
     assert failed.returncode == 1, failed.stderr[-3000:]
     if kind == "error":
         assert "hvdlm: rank 1 failed: InjectedError: injected fault: rank 1 fails at step 3" in failed.stderr

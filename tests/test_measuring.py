@@ -235,11 +235,13 @@ def test_what_there_is_no_time_for_is_left_out(monkeypatch: pytest.MonkeyPatch, 
         ),
     )
     monkeypatch.setattr(measure, "warm_up", lambda *_: None)
-    models: list[Any] = [timed.model for timed in measure._built(ranks, base(), Clock(34.0))]
+    models: list[Any] = [timed.model for timed in measure._built(ranks, base(), Clock(34.0), most=100)]
     assert [model.number for model in models] == list(range(12))
     assert "12 models are built, 1 are left out" in capsys.readouterr().out
     with pytest.raises(HvdlmError, match=r"of 13 small models, only 4 could be started, and 10 are needed"):
-        measure._built(ranks, base(), Clock(12.0))
+        measure._built(ranks, base(), Clock(12.0), most=100)
+    assert len(measure._built(ranks, base(), Clock(100.0), most=11)) == 11
+    assert len(measure._built(ranks, base(), Clock(100.0), most=1)) == 10, "fewer determine no figure"
     monkeypatch.setattr(measure, "_standard_error", lambda models: 1.0)
     measure._take_turns(models[:3], LocalWorld(), Clock(12.0), most=100)
     assert [model.seconds for model in models[:3]] == [[1.0, 1.0]] * 3
@@ -247,6 +249,13 @@ def test_what_there_is_no_time_for_is_left_out(monkeypatch: pytest.MonkeyPatch, 
         measure._take_turns(models[:3], LocalWorld(), Clock(3.0), most=100)
 
 
-def test_a_measurement_needs_time() -> None:
-    done = run_python(["-m", "hvdlm", "plan", "--measure", "--seconds", "0"])
-    assert done.returncode == 2 and "--seconds: got 0, expected more than 0" in done.stderr
+@pytest.mark.parametrize(
+    ("option", "sentence"),
+    [
+        ("seconds", "got 0, expected more than 0"),
+        *((name, "got 0, expected at least 1") for name in ("rounds", "models")),
+    ],
+)
+def test_a_measurement_needs_time_and_models(option: str, sentence: str) -> None:
+    done = run_python(["-m", "hvdlm", "plan", "--measure", f"--{option}", "0"])
+    assert done.returncode == 2 and f"--{option}: {sentence}" in done.stderr

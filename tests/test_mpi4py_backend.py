@@ -62,11 +62,11 @@ def test_mpi4py_replaces_a_missing_horovod_and_says_so_once(tmp_path: Path) -> N
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_a_hanging_rank_is_named(framework: str, tmp_path: Path) -> None:
     sleep = "if step == 4 and self.world.rank == 1: time.sleep(600)"
-    options = ["--train.steps", "30", "--communication.timeout", "5", "--log.run", str(tmp_path / "run")]
+    options = ["--train.steps", "30", "--communication.timeout", "3", "--log.run", str(tmp_path / "run")]
     options += ["--framework", framework, "--backend", "mpi4py"]
     done = launch("mpirun", 2, [*with_step_hook(sleep), *SMALL, *options], timeout=120)
     assert done.returncode == 1, done.stderr[-3000:]
-    assert "hvdlm: the run hangs (--communication.timeout 5)" in done.stderr
+    assert "hvdlm: the run hangs (--communication.timeout 3)" in done.stderr
     assert "rank 1: no collective so far" in done.stderr, done.stderr[-3000:]
 
 

@@ -44,7 +44,7 @@ given=" $* "
 if [[ "$1 $2" == "-m hvdlm" && $given != *" --dry_run "* ]]; then
   case "${{3:--}} ${{given##* -- }}" in
     bench*) set -- "$@" --smallest 1024 --largest 2048 ;;
-    *"plan --measure"*) set -- "$@" --seconds 120 --rounds 1 ;;
+    *"plan --measure"*) set -- "$@" --seconds 120 --rounds 1 --models 11 ;;
     train* | -* | "run -"* | "run train "*)
       set -- "$@" {SMALLER}
       if [[ $given != *" --model.pretrained "* ]]; then set -- "$@" {SMALLER_MODEL}; fi

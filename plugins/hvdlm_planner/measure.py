@@ -66,12 +66,13 @@ class Progress:
         return seconds - _RESERVE
 
 
-def main(config: Config, path: Path, seconds: float, rounds: int, steps: Path | None = None) -> None:
+def main(config: Config, path: Path, seconds: float, rounds: int, most: int, steps: Path | None = None) -> None:
     """Measure with the ranks of this launch; rank 0 adds the result to the file at ``path``. All ranks call.
 
     Args:
         seconds: that the measurement may take.
         rounds: turns that each model has at most.
+        most: models at most.
         steps: file for what is timed; None: it is not kept.
 
     Raises:
@@ -85,7 +86,7 @@ def main(config: Config, path: Path, seconds: float, rounds: int, steps: Path | 
     with ending_all_ranks(ranks.world):
         base = replace(config, train=replace(config.train, threads=ranks.threads))
         progress = Progress(ranks.world, end)
-        record = measure(ranks, base, progress, rounds)
+        record = measure(ranks, base, progress, rounds, most)
         if steps is not None and ranks.world.rank == 0:
             timed_record.write(record, steps)
         noise = noise_of(record)
@@ -110,7 +111,7 @@ def meshes(size: int) -> list[Mesh]:
     return [Mesh(size // 2, 2, 1), Mesh(size // 2, 1, 2)] if size % 2 == 0 else []
 
 
-def measure(ranks: Ranks, base: Config, progress: Progress, rounds: int) -> Record:
+def measure(ranks: Ranks, base: Config, progress: Progress, rounds: int, most: int) -> Record:
     """Return what the ranks of this launch time until the seconds are over. All ranks call."""
     world, size = ranks.world, ranks.world.size
     progress.say(f"{size} rank(s) with {ranks.threads} thread(s) each, {ranks.framework.name}")
@@ -120,20 +121,21 @@ def measure(ranks: Ranks, base: Config, progress: Progress, rounds: int) -> Reco
         tables = measured_collectives.measure(ranks, lambda: progress.left() > kept)
         progress.say("collectives are measured")
     with _without_collections():
-        models = _built(ranks, base, progress)
+        models = _built(ranks, base, progress, most)
     _take_turns([timed.model for timed in models], world, progress, rounds)
     alone = [timed.model for timed in models if timed.kind == timed_record.ALONE]
     return Record(ranks.framework.name, size, world.local_size, tables, models, _copy_rate(alone))
 
 
-def _built(ranks: Ranks, base: Config, progress: Progress) -> list[Timed]:
-    """Return the models that have done their first steps, as many as the time allows.
+def _built(ranks: Ranks, base: Config, progress: Progress, most: int) -> list[Timed]:
+    """Return the models that have done their first steps, ``most`` at most, and as many as the time allows.
 
     Raises:
         HvdlmError: it allows too few.
     """
     world = ranks.world
-    planned = _planned(base, world.size)
+    least = _LEAST_ALONE if world.size == 1 else _LEAST_ALONE + 1
+    planned = _planned(base, world.size)[: max(least, most)]
     alone, models, longest, turns = _alone(world), [], 0.0, [2 * _TURN]
     for kind, config, vocab in planned:
         before = progress.left()
@@ -145,7 +147,6 @@ def _built(ranks: Ranks, base: Config, progress: Progress) -> list[Timed]:
         models.append(Timed(kind, model))
         turns.append(model.turn_seconds)
         longest = max(longest, before - progress.left())
-    least = _LEAST_ALONE if world.size == 1 else _LEAST_ALONE + 1
     if len(models) < least:
         raise HvdlmError(
             f"the machine can't be measured in so few seconds: of {len(planned)} small models, only {len(models)} "

@@ -22,6 +22,8 @@ def main(options: Namespace, rest: list[str]) -> int:
         raise HvdlmError(f"--seconds: got {options.seconds:g}, expected more than 0.")
     if options.rounds < 1:
         raise HvdlmError(f"--rounds: got {options.rounds}, expected at least 1.")
+    if options.models < 1:
+        raise HvdlmError(f"--models: got {options.models}, expected at least 1.")
     config = parse_config(rest, "plan")
     path, steps = Path(options.hardware) if options.hardware else measured_path(), None
     if options.hardware:
@@ -32,6 +34,6 @@ def main(options: Namespace, rest: list[str]) -> int:
     if options.steps:
         check_output(steps := Path(options.steps))
     with watching() as watchdog:
-        measure.main(config, path, options.seconds, options.rounds, steps)
+        measure.main(config, path, options.seconds, options.rounds, options.models, steps)
         watchdog.code = 0
     return 0

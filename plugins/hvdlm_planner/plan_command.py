@@ -76,6 +76,13 @@ def make_parser() -> argparse.ArgumentParser:
         help="turns that each model of a measurement has at most; default: until its seconds are known to 1%%, or the "
         "time is over",
     )
+    parser.add_argument(
+        "--models",
+        type=int,
+        default=1000,
+        help="small models that a measurement times at most, those first that all figures need; default: all, or those "
+        "that there is time for",
+    )
     parser.add_argument("--steps", metavar="FILE", help="with --measure: also write the timed steps, as JSON")
     parser.add_argument(
         "--fit",

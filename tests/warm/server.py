@@ -3,7 +3,8 @@
 They import what a run imports, make the parser of its options and compute nothing, so that a fork is in the state of a
 fresh process that has done that.
 The process that was started for a command (sitecustomize.py) passes on its arguments, environment and files, forwards
-signals to the fork and ends as it does. The fork ends with that process, and the servers with their standard input.
+signals to the fork and ends as it does. Where it is on a host of its own (network namespace, host name), the fork
+enters that first. The fork ends with that process, and the servers with their standard input.
 """
 
 from __future__ import annotations

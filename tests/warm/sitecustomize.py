@@ -102,7 +102,8 @@ def namespaces_to_enter(connection: object) -> list:
     import struct
 
     (pid, _, _) = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    kinds = [k for k in ("user", "pid", *HOST) if os.readlink(f"/proc/{pid}/ns/{k}") != os.readlink(f"/proc/self/ns/{k}")]
+    names = [(kind, f"ns/{kind}") for kind in ("user", "pid", *HOST)]
+    kinds = [kind for kind, name in names if os.readlink(f"/proc/{pid}/{name}") != os.readlink(f"/proc/self/{name}")]
     if kinds and (os.geteuid() or {"user", "pid"} & set(kinds)):
         raise PermissionError(f"another process may not enter {kinds}")
     return [os.open(f"/proc/self/ns/{kind}", os.O_RDONLY) for kind in kinds]
