@@ -21,6 +21,7 @@ needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the public data is n
 RUNS = [
     ("all_reduce_cost", ["torch"], 2),
     ("all_reduce_cost", ["tensorflow"], 2),
+    ("auto", ["torch"], 1),
     ("chaos", ["torch", "--seed", "1"], 1),  # every kind; tests/test_chaos.py: some kinds in each framework
     ("communication_cost", ["torch"], 2),
     ("compiled_steps", ["torch"], 2),
@@ -75,6 +76,7 @@ HELPERS = {
     "published_systems",
 }
 WORKERS = {
+    "auto_worker",
     "damage_worker",
     "ddp_worker",
     "fuzz_worker",
