@@ -37,9 +37,9 @@ class Turns:
     @hookimpl(trylast=True)
     def hvdlm_step_ended(self, step: int, seconds: float) -> None:
         """Time the step; begin the next turn where one is over. Ranks count steps alike."""
-        journal = self._exchange.journal
+        log = self._exchange.log
         if not self.chosen:
-            if journal.trial is not None or step < UNTIMED:
+            if log.trial is not None or step < UNTIMED:
                 return
             self._begin()
         self._left -= 1
@@ -49,10 +49,10 @@ class Turns:
             self._next()
 
     def _begin(self) -> None:
-        journal = self._exchange.journal
+        log = self._exchange.log
         importlib.import_module("hvdlm_auto.periods").INTERVAL = 10**9  # from here on, nothing is decided
-        self.chosen = journal.method(self._exchange.next_step)
-        names = [candidate.name for candidate in journal.candidates]
+        self.chosen = log.method(self._exchange.next_step)
+        names = [candidate.name for candidate in log.candidates]
         for number in range(self._rounds + 1):  # the first round builds graphs
             turns = [("auto", self.chosen), *((name, name) for name in names)]
             self._pending += turns[:: 1 if number % 2 == 0 else -1]
@@ -68,7 +68,7 @@ class Turns:
             self._left = 10**9
             return
         self._current, method = self._pending.pop(0)
-        self._exchange.journal.add(self._exchange.next_step, method, "benchmark")
+        self._exchange.log.add(self._exchange.next_step, method, "benchmark")
         self._left = UNTIMED + BLOCK
 
 

@@ -15,9 +15,9 @@ from typing import Any
 from hvdlm.protocols.types import StepResult
 from hvdlm.training.run import Run
 from hvdlm_auto import measure, periods
+from hvdlm_auto.decision_log import Decision, DecisionLog, Trial
 from hvdlm_auto.decisions import Backward, Choice, cheapest, choose, predict, wire_changed
 from hvdlm_auto.exchange import AutomaticExchange
-from hvdlm_auto.journal import Decision, Journal, Trial
 from hvdlm_auto.layouts import DENSE, elements_of
 from hvdlm_auto.losses import TABLE
 
@@ -37,9 +37,9 @@ class Controller:
         self._untimed_until = 0  # the first step whose seconds count
 
     @property
-    def journal(self) -> Journal:
+    def log(self) -> DecisionLog:
         """The state that checkpoints keep."""
-        return self._exchange.journal
+        return self._exchange.log
 
     # Before the first step
 
@@ -49,13 +49,13 @@ class Controller:
         start = self._run.start_step
         self._exchange.next_step = start
         self._untimed_until = start + periods.UNSTEADY
-        if self.journal.decisions and self.journal.about == about:
-            decided = self.journal.decisions[-1]
+        if self.log.decisions and self.log.about == about:
+            decided = self.log.decisions[-1]
             self._say(f"resumes with {decided.method}, decided for step {decided.step + 1}, without measuring")
             return
         if resumed:
             self._say("measures anew, since the checkpoint has no decisions for these ranks, transport and limits")
-        self._exchange.journal = Journal(about=about, active=self._exchange.journal.active)
+        self._exchange.log = DecisionLog(about=about, active=self._exchange.log.active)
         self._measure()
         self._decide(self._choice())
 
@@ -77,7 +77,7 @@ class Controller:
 
     def _measure(self) -> None:
         """Measure everything. All ranks call."""
-        run, journal, began = self._run, self.journal, time.perf_counter()
+        run, log, began = self._run, self.log, time.perf_counter()
         layout, rank, data = self._exchange.layout, run.mesh.coordinates(run.world.rank)["data"], run.mesh.data
         train = run.config.train
         rows = train.micro_batch_size or train.batch_size // data
@@ -86,30 +86,30 @@ class Controller:
         copied = measure.copy_cost(layout)
         own = {"forward": forward, "copied": copied, "computed": {n: c.to_json() for n, c in computed.items()}}
         messages = run.world.gather_objects(own)  # the slowest rank counts, in each
-        journal.forward = max(message["forward"] for message in messages)
+        log.forward = max(message["forward"] for message in messages)
         seconds = {
             name: [max(message["computed"][name][i] for message in messages) for i in (0, 1)] for name in computed
         }
         copied = max(message["copied"] for message in messages)
-        journal.collectives = measure.collectives_of(layout, run.config.communication.bucket_bytes, computed)
-        merged = {name: [copied, copied] for name in journal.collectives if name != DENSE}
-        journal.computed = {DENSE: [0.0, 0.0]} | merged | seconds
-        journal.step = self._passes() * (1 + self._backward_factor()) * journal.forward
+        log.collectives = measure.collectives_of(layout, run.config.communication.bucket_bytes, computed)
+        merged = {name: [copied, copied] for name in log.collectives if name != DENSE}
+        log.computed = {DENSE: [0.0, 0.0]} | merged | seconds
+        log.step = self._passes() * (1 + self._backward_factor()) * log.forward
         self._measure_wire()
         self._say(f"measured in {time.perf_counter() - began:.1f} s: {self._described()}")
 
     def _measure_wire(self) -> None:
         """Measure the collectives that the methods use, and what the methods take with them. All ranks call."""
-        journal = self.journal
-        kinds = dict.fromkeys(k for buckets in journal.collectives.values() for sent in buckets for k, _, _ in sent)
-        journal.wire = measure.measure_wire(kinds, self._group, self._run.world)
+        log = self.log
+        kinds = dict.fromkeys(k for buckets in log.collectives.values() for sent in buckets for k, _, _ in sent)
+        log.wire = measure.measure_wire(kinds, self._group, self._run.world)
         self._price()
 
     def _price(self) -> None:
-        journal = self.journal
-        journal.measured = self._exchange.next_step
-        journal.candidates = measure.candidates_of(
-            self._exchange.layout, journal.collectives, journal.computed, self._gaps(), journal.wire
+        log = self.log
+        log.measured = self._exchange.next_step
+        log.candidates = measure.candidates_of(
+            self._exchange.layout, log.collectives, log.computed, self._gaps(), log.wire
         )
 
     def _passes(self) -> int:
@@ -126,29 +126,29 @@ class Controller:
         """Return the backward pass that hides collectives: the last micro-batch's share of the step."""
         sizes = elements_of(self._exchange.layout)
         factor = self._backward_factor()
-        seconds = self.journal.step / self._passes() * factor / (1.0 + factor)
-        return Backward(seconds, self.journal.step, tuple(size / sum(sizes) for size in sizes))
+        seconds = self.log.step / self._passes() * factor / (1.0 + factor)
+        return Backward(seconds, self.log.step, tuple(size / sum(sizes) for size in sizes))
 
     def _choice(self) -> Choice:
-        allowed = [c for c in self.journal.candidates if c.name not in self.journal.banned]
+        allowed = [c for c in self.log.candidates if c.name not in self.log.banned]
         return choose(allowed, self._backward(), self._run.config.communication.max_loss_gap)
 
     # Decisions
 
     def _decide(self, choice: Choice) -> None:
         """Train by the choice from the next step on, or try the methods between which measurements have to decide."""
-        journal, first = self.journal, self._exchange.next_step
-        journal.trial = journal.expected = None
+        log, first = self.log, self._exchange.next_step
+        log.trial = log.expected = None
         if choice.tried:
             turns = [*choice.tried, *reversed(choice.tried)]
-            journal.trial = Trial(first, periods.TURN, turns)
+            log.trial = Trial(first, periods.TURN, turns)
             self._switch(turns[0], f"{choice.reason}; tried for {periods.TURN} steps a turn: {', '.join(choice.tried)}")
         else:
             self._switch(choice.name, choice.reason)
 
     def _switch(self, method: str, reason: str) -> Decision:
-        decision = self.journal.add(self._exchange.next_step, method, reason)
-        self.journal.residuals.pop(method, None)
+        decision = self.log.add(self._exchange.next_step, method, reason)
+        self.log.residuals.pop(method, None)
         self._untimed_until = max(self._untimed_until, decision.step + periods.UNTIMED)
         self._say(f"{method} from step {decision.step + 1} on: {reason}")
         return decision
@@ -160,7 +160,7 @@ class Controller:
 
     def step_ended(self, step: int, result: StepResult, seconds: float) -> None:
         """Note step ``step`` (the first is 1); decide where a turn or an interval ends. All ranks call."""
-        index, trial = step - 1, self.journal.trial
+        index, trial = step - 1, self.log.trial
         if index >= self._untimed_until:
             norm = result.grad_norm if not result.skipped and math.isfinite(result.grad_norm) else 0.0
             scale = self._run.config.train.batch_size * self._run.config.data.context / max(1.0, result.tokens)
@@ -182,7 +182,7 @@ class Controller:
             self._switch(trial.turns[number + 1], f"turn {number + 2} of {len(trial.turns)} of the trial")
             return
         best, shown = self._fastest(trial)
-        self.journal.trial = None
+        self.log.trial = None
         self._switch(best, f"the fastest in training ({shown})")
 
     def _fastest(self, trial: Trial) -> tuple[str, str]:
@@ -190,14 +190,14 @@ class Controller:
         seconds: dict[str, float] = {}
         for name, own in zip(trial.turns, trial.seconds, strict=True):
             seconds[name] = min(own, seconds.get(name, own))
-        gaps = {candidate.name: candidate.gap for candidate in self.journal.candidates}
+        gaps = {candidate.name: candidate.gap for candidate in self.log.candidates}
         return cheapest(seconds, gaps), ", ".join(f"{name} {1e3 * s:.1f} ms a step" for name, s in seconds.items())
 
     # While training
 
     def _compare(self) -> None:
         """Compare the ranks' figures of the last interval with those expected. All ranks call."""
-        journal = self.journal
+        log = self.log
         recent = list(self._steps)[-periods.INTERVAL :]
         self._steps.clear()
         own: list[Any] = [None, None, None, self._exchange.residual()]
@@ -209,49 +209,49 @@ class Controller:
         seconds, waited, norm = (sum(m[i] for m in messages) / len(messages) for i in range(3))
         if self._residual_grows([m[3] for m in messages], norm):
             return
-        own_cost = next(candidate for candidate in journal.candidates if candidate.name == journal.active)
-        if journal.expected is None:
-            journal.expected = (seconds, max(0.0, predict(own_cost, self._backward()).added))
-        journal.step = max(_MIN, seconds - waited - sum(bucket.start for bucket in own_cost.buckets))
-        before = journal.expected[1]
+        own_cost = next(candidate for candidate in log.candidates if candidate.name == log.active)
+        if log.expected is None:
+            log.expected = (seconds, max(0.0, predict(own_cost, self._backward()).added))
+        log.step = max(_MIN, seconds - waited - sum(bucket.start for bucket in own_cost.buckets))
+        before = log.expected[1]
         if abs(waited - before) > periods.CHANGED * max(_MIN, seconds):
             reason = f"steps wait {1e3 * waited:.1f} ms for communication instead of {1e3 * before:.1f}"
-        elif own_cost.gap and self._exchange.next_step - journal.measured >= periods.RETRY:
+        elif own_cost.gap and self._exchange.next_step - log.measured >= periods.RETRY:
             reason = f"{periods.RETRY} steps since the last measurement"
         else:
             return
         if not self._remeasure(reason):
-            journal.expected = (seconds, waited)
+            log.expected = (seconds, waited)
 
     def _remeasure(self, reason: str) -> bool:
         """Measure the wire; decide anew where it has changed, and return whether it has. All ranks call."""
-        journal, before = self.journal, self.journal.wire
+        log, before = self.log, self.log.wire
         self._measure_wire()
-        if not wire_changed(before, journal.wire, periods.WIRE):
-            self._say(f"{reason}: the wire is as it was, {journal.active} stays")
+        if not wire_changed(before, log.wire, periods.WIRE):
+            self._say(f"{reason}: the wire is as it was, {log.active} stays")
             return False
         self._say(f"{reason}: the wire has changed, {self._described()}")
         choice = self._choice()
-        if choice.name == journal.active and not choice.tried:
+        if choice.name == log.active and not choice.tried:
             return False
         self._decide(choice)
         return True
 
     def _residual_grows(self, residuals: list[float | None], norm: float) -> bool:
         """Give up a method whose error feedback has grown beyond its bound; return whether it has."""
-        journal = self.journal
+        log = self.log
         if any(residual is None for residual in residuals) or norm <= 0.0:
             return False
         ratio = sum(residual or 0.0 for residual in residuals) / norm
-        name = journal.active
-        least = journal.residuals.get(name, math.inf)
+        name = log.active
+        least = log.residuals.get(name, math.inf)
         if math.isfinite(ratio) and ratio <= periods.GROWTH * least:
-            journal.residuals[name] = min(least, ratio)
+            log.residuals[name] = min(least, ratio)
             return False
-        journal.banned.append(name)
+        log.banned.append(name)
         grown = f"{ratio:.3g} times the gradient, after {least:.3g} times"
         self._switch(DENSE, f"the error feedback of {name} is {grown}: it isn't used again")
-        journal.expected = None
+        log.expected = None
         return True
 
     # Reports
@@ -259,9 +259,9 @@ class Controller:
     def _described(self) -> str:
         wire = "; ".join(
             f"{kind} {1e3 * line.latency:.2f} ms and {8e-6 / max(line.per_byte, 1e-15):.0f} Mbit/s"
-            for kind, line in self.journal.wire.items()
+            for kind, line in self.log.wire.items()
         )
-        return f"{wire}; a step without communication {1e3 * self.journal.step:.1f} ms"
+        return f"{wire}; a step without communication {1e3 * self.log.step:.1f} ms"
 
     def _say(self, text: str) -> None:
         if self._run.world.rank == 0:
@@ -269,9 +269,9 @@ class Controller:
 
     def summary(self) -> dict[str, Any]:
         """Return what summary.json has: the decisions with their reasons, and what was measured."""
-        journal = self.journal
+        log = self.log
         return {
-            "decisions": [{"step": d.step + 1, "method": d.method, "reason": d.reason} for d in journal.decisions],
-            "wire": {k: {"latency": w.latency, "seconds_per_byte": w.per_byte} for k, w in journal.wire.items()},
+            "decisions": [{"step": d.step + 1, "method": d.method, "reason": d.reason} for d in log.decisions],
+            "wire": {k: {"latency": w.latency, "seconds_per_byte": w.per_byte} for k, w in log.wire.items()},
             "max_loss_gap": self._run.config.communication.max_loss_gap,
         }

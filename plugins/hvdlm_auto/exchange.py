@@ -1,4 +1,4 @@
-"""The exchange of ``communication.auto``: sums gradients by the method that its journal names for a step."""
+"""The exchange of ``communication.auto``: sums gradients by the method that its log names for a step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hvdlm.config import CommunicationConfig
 from hvdlm.parallel.flat_layout import FlatLayout
 from hvdlm.protocols.group import Group, Handle
 from hvdlm.protocols.types import Tensor
-from hvdlm_auto.journal import ENTRY, Journal, read_journal
+from hvdlm_auto.decision_log import ENTRY, DecisionLog, read_log
 from hvdlm_auto.layouts import DENSE, TOGETHER, runs_of
 from hvdlm_compression.exchange import CompressedExchange
 
@@ -80,10 +80,10 @@ class _Slice:
 
 
 class AutomaticExchange(AllReduceExchange):
-    """Passes every step to the method that ``journal`` names for it. A method that is switched to starts afresh.
+    """Passes every step to the method that ``log`` names for it. A method that is switched to starts afresh.
 
     Attributes:
-        journal: what the ranks have decided.
+        log: what the ranks have decided.
         next_step: the first step that has not begun: the earliest that a decision can be for.
     """
 
@@ -92,7 +92,7 @@ class AutomaticExchange(AllReduceExchange):
     ) -> None:
         super().__init__(group, options)
         self.traits = replace(self.traits, replicated=("auto/", "factor/"))
-        self.journal = Journal()
+        self.log = DecisionLog()
         self.next_step = 0
         self.compressed = compressed
         self._options = options
@@ -113,14 +113,14 @@ class AutomaticExchange(AllReduceExchange):
             factor = TOGETHER.get(name)
             options, group = self._options, self._group
             self._methods[name] = MergedSums(group, options, factor) if factor else self.compressed(name, group)
-        self._active, self.journal.active = self._methods[name], name
+        self._active, self.log.active = self._methods[name], name
         self._active.open(self.layout, self._parameters)
 
     def begin(self, step: int) -> Hashable:
         """Begin a step; return its method and the method's own phase."""
         self.next_step = step + 1
-        name = self.journal.method(step)
-        if name != self.journal.active:
+        name = self.log.method(step)
+        if name != self.log.active:
             self._activate(name)
         return f"{name}/{self._active.begin(step)}"
 
@@ -134,14 +134,14 @@ class AutomaticExchange(AllReduceExchange):
         return self._active.error_norm() if isinstance(self._active, CompressedExchange) else None
 
     def state(self) -> dict[str, np.ndarray]:
-        """Return the journal, and what the method keeps."""
-        return self.journal.state() | self._active.state()
+        """Return the log, and what the method keeps."""
+        return self.log.state() | self._active.state()
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
         """Restore what ``state`` returned."""
         if ENTRY not in state:
-            self.journal = Journal()
+            self.log = DecisionLog()
             return
-        self.journal = read_journal(state[ENTRY])
-        self._activate(self.journal.active)
+        self.log = read_log(state[ENTRY])
+        self._activate(self.log.active)
         self._active.load_state({name: array for name, array in state.items() if name != ENTRY})

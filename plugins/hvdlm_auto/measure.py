@@ -178,7 +178,7 @@ def collectives_of(
 def candidates_of(
     layout: FlatLayout,
     collectives: Mapping[str, Sequence[Collectives]],
-    seconds: Mapping[str, tuple[float, float]],
+    seconds: Mapping[str, Sequence[float]],
     gaps: Mapping[str, float],
     wire: Mapping[str, Line],
 ) -> list[Candidate]:

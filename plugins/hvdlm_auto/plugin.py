@@ -56,7 +56,7 @@ class Automatic:
     @hookimpl(tryfirst=True)
     def hvdlm_run_started(self, config: Config, world: World, info: Mapping[str, Any], run: RunControl) -> None:
         """Measure and decide, or replay the decisions of the checkpoint. All ranks call."""
-        if not config.communication.auto or not hasattr(run.opened.exchange, "journal"):
+        if not config.communication.auto or not hasattr(run.opened.exchange, "log"):
             return  # a single rank
         module = importlib.import_module("hvdlm_auto.controller")
         self._controller = module.Controller(run.opened)

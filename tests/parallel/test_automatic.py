@@ -63,7 +63,7 @@ def test_buckets_that_are_sent_together_have_the_same_sums(
     manager: Any, several: World, tensor: Any, method: str
 ) -> None:
     exchange = make(manager, several)
-    exchange.journal.add(0, method, "")
+    exchange.log.add(0, method, "")
     traffic = several.group(range(several.size)).traffic
     before = traffic["gradients/all_reduce"].calls if "gradients/all_reduce" in traffic else 0
     actual = train(exchange, several, tensor, 0, 2)
@@ -75,7 +75,7 @@ def test_buckets_that_are_sent_together_have_the_same_sums(
 @pytest.mark.parametrize("method", ["fp16", "int8", "scaled_sign", "power_sgd", "top_k"])
 def test_a_method_sums_as_the_same_compressor_by_hand(manager: Any, several: World, tensor: Any, method: str) -> None:
     automatic, by_hand = make(manager, several), make(manager, several, method, auto=False)
-    automatic.journal.add(0, method, "")
+    automatic.log.add(0, method, "")
     np.testing.assert_array_equal(train(automatic, several, tensor, 0, 3), train(by_hand, several, tensor, 0, 3))
     assert (automatic.residual() is None) == (method in ("fp16", "int8"))
     if (norm := by_hand.error_norm()) is not None:
@@ -86,8 +86,8 @@ def test_a_method_sums_as_the_same_compressor_by_hand(manager: Any, several: Wor
 def test_error_feedback_is_empty_after_a_switch(manager: Any, several: World, tensor: Any) -> None:
     exchange, fresh = make(manager, several), make(manager, several)
     for step, method in ((0, "scaled_sign"), (3, "dense"), (5, "scaled_sign")):
-        exchange.journal.add(step, method, "")
-    fresh.journal.add(0, "scaled_sign", "")
+        exchange.log.add(step, method, "")
+    fresh.log.add(0, "scaled_sign", "")
     phases = {exchange.begin(step) for step in range(3)}
     assert phases == {"scaled_sign/None"}
     train(exchange, several, tensor, 0, 5)
@@ -98,22 +98,22 @@ def test_error_feedback_is_empty_after_a_switch(manager: Any, several: World, te
 @pytest.mark.parametrize("method", ["dense", "scaled_sign", "power_sgd"])
 def test_a_restored_automatic_exchange_continues(manager: Any, several: World, tensor: Any, method: str) -> None:
     exchange = make(manager, several)
-    exchange.journal.add(0, method, "why")
-    exchange.journal.add(6, "int8", "later")
+    exchange.log.add(0, method, "why")
+    exchange.log.add(6, "int8", "later")
     train(exchange, several, tensor, 0, 4)
     state = exchange.state()
     restored = make(manager, several)
     restored.load_state(state)
-    assert restored.journal == exchange.journal and restored.journal.decisions[0].reason == "why"
+    assert restored.log == exchange.log and restored.log.decisions[0].reason == "why"
     np.testing.assert_array_equal(train(restored, several, tensor, 4, 9), train(exchange, several, tensor, 4, 9))
-    journals = several.gather_objects(state["auto/journal"].tobytes().hex())
-    assert len(set(journals)) == 1
+    logs = several.gather_objects(state["auto/decisions"].tobytes().hex())
+    assert len(set(logs)) == 1
 
 
-def test_a_damaged_journal_is_an_error(manager: Any, several: World) -> None:
+def test_a_damaged_log_is_an_error(manager: Any, several: World) -> None:
     exchange = make(manager, several)
-    with pytest.raises(HvdlmError, match="auto/journal is damaged"):
-        exchange.load_state({"auto/journal": np.frombuffer(b'{"decisions": 3}', np.uint8)})
+    with pytest.raises(HvdlmError, match="auto/decisions is damaged"):
+        exchange.load_state({"auto/decisions": np.frombuffer(b'{"decisions": 3}', np.uint8)})
 
 
 @pytest.mark.parametrize("method", ["fp16", "int8", "power_sgd"])

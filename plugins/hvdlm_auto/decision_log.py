@@ -12,7 +12,7 @@ import numpy as np
 from hvdlm.errors import HvdlmError
 from hvdlm_auto.decisions import BucketCost, Candidate, Line
 
-ENTRY = "auto/journal"
+ENTRY = "auto/decisions"
 """Its name in ``Exchange.state()``: uint8 ``[n]``, JSON."""
 
 
@@ -41,7 +41,7 @@ class Trial:
 
 
 @dataclass
-class Journal:
+class DecisionLog:
     """The state of ``communication.auto``.
 
     Attributes:
@@ -90,8 +90,8 @@ class Journal:
         return {ENTRY: np.frombuffer(text.encode(), np.uint8).copy()}
 
 
-def read_journal(array: np.ndarray) -> Journal:
-    """Return the journal of a checkpoint's entry.
+def read_log(array: np.ndarray) -> DecisionLog:
+    """Return the log of a checkpoint's entry.
 
     Raises:
         HvdlmError: it is damaged.
@@ -103,7 +103,7 @@ def read_journal(array: np.ndarray) -> Journal:
         values["candidates"] = [_candidate(entry) for entry in values["candidates"]]
         values["trial"] = Trial(**values["trial"]) if values["trial"] else None
         values["expected"] = tuple(values["expected"]) if values["expected"] else None
-        return Journal(**values)
+        return DecisionLog(**values)
     except (ValueError, KeyError, TypeError) as error:
         raise HvdlmError(
             f"the checkpoint's exchange/{ENTRY} is damaged ({error}): resume from an earlier checkpoint, or without "
