@@ -272,7 +272,16 @@ OPTIONS = [
     "--communication.auto",
     "true",
 ]
-OPTIONS += ["--train.eval_every", "0", "--checkpoint.every", "20", "--plugins", "[injected]"]
+OPTIONS += [
+    "--train.eval_every",
+    "0",
+    "--checkpoint.every",
+    "20",
+    "--checkpoint.asynchronous",
+    "false",
+    "--plugins",
+    "[injected]",
+]
 SLOW = "1 MB/s"  # on which dense sums take several times as long as the rest of a step
 THROTTLED_AT = 10
 
@@ -378,7 +387,7 @@ def test_a_growing_residual_returns_the_run_to_dense_sums(tmp_path: Path, framew
 
 def test_methods_that_are_close_are_tried_in_training(tmp_path: Path) -> None:
     links = [{"between": "all", "bandwidth": SLOW}]
-    steps = ["--train.steps", "30", "--checkpoint.every", "0"]
+    steps = ["--train.steps", "38", "--checkpoint.every", "0"]
     output = train(tmp_path / "run", "torch", links, *steps, close=3.0)
     made = decisions(tmp_path / "run")
     turns = [step for step, _ in made]
@@ -391,7 +400,9 @@ def test_other_ranks_measure_anew_after_a_resume(tmp_path: Path) -> None:
     train(tmp_path / "run", "torch", links, "--train.steps", "3")
     options = ["--train.steps", "5", "--checkpoint.resume", "auto"]
     output = train(tmp_path / "run", "torch", links, *options, ranks=4)
-    assert "measures anew" in output and decisions(tmp_path / "run") == [(4, "int8")]
+    # Of four ranks, a gather of bytes takes as long as a sum in 16 bits.
+    ((first, method),) = decisions(tmp_path / "run")
+    assert "measures anew" in output and first == 4 and method in ("int8", "fp16", "bf16")
 
 
 def test_one_rank_has_nothing_to_choose(tmp_path: Path) -> None:
