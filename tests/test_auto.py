@@ -180,6 +180,7 @@ def test_a_log_is_read_as_it_was_written() -> None:
         {"int8": 0.5},
         ["top_k"],
         9,
+        True,
         Trial(3, 6, ["dense", "int8"], [0.125]),
         "int8",
     )
@@ -387,7 +388,7 @@ def test_a_growing_residual_returns_the_run_to_dense_sums(tmp_path: Path, framew
 
 def test_methods_that_are_close_are_tried_in_training(tmp_path: Path) -> None:
     links = [{"between": "all", "bandwidth": SLOW}]
-    steps = ["--train.steps", "38", "--checkpoint.every", "0"]
+    steps = ["--train.steps", "50", "--checkpoint.every", "0"]
     output = train(tmp_path / "run", "torch", links, *steps, close=3.0)
     made = decisions(tmp_path / "run")
     turns = [step for step, _ in made]

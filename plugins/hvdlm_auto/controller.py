@@ -129,9 +129,9 @@ class Controller:
         seconds = self.log.step / self._passes() * factor / (1.0 + factor)
         return Backward(seconds, self.log.step, tuple(size / sum(sizes) for size in sizes))
 
-    def _choice(self) -> Choice:
+    def _choice(self, hides: bool = True) -> Choice:
         allowed = [c for c in self.log.candidates if c.name not in self.log.banned]
-        return choose(allowed, self._backward(), self._run.config.communication.max_loss_gap)
+        return choose(allowed, self._backward(), self._run.config.communication.max_loss_gap, hides)
 
     # Decisions
 
@@ -182,7 +182,7 @@ class Controller:
             self._switch(trial.turns[number + 1], f"turn {number + 2} of {len(trial.turns)} of the trial")
             return
         best, shown = self._fastest(trial)
-        self.log.trial = None
+        self.log.trial, self.log.settled = None, True
         self._switch(best, f"the fastest in training ({shown})")
 
     def _fastest(self, trial: Trial) -> tuple[str, str]:
@@ -210,15 +210,14 @@ class Controller:
         if self._residual_grows([m[3] for m in messages], norm):
             return
         own_cost = next(candidate for candidate in log.candidates if candidate.name == log.active)
-        if log.expected is None:
-            log.expected = (seconds, max(0.0, predict(own_cost, self._backward()).added))
+        before = log.expected[1] if log.expected else max(0.0, predict(own_cost, self._backward()).added)
         log.step = max(_MIN, seconds - waited - sum(bucket.start for bucket in own_cost.buckets))
-        before = log.expected[1]
         if abs(waited - before) > periods.CHANGED * max(_MIN, seconds):
             reason = f"steps wait {1e3 * waited:.1f} ms for communication instead of {1e3 * before:.1f}"
         elif own_cost.gap and self._exchange.next_step - log.measured >= periods.RETRY:
             reason = f"{periods.RETRY} steps since the last measurement"
         else:
+            log.expected = log.expected or (seconds, before)
             return
         if not self._remeasure(reason):
             log.expected = (seconds, waited)
@@ -227,11 +226,13 @@ class Controller:
         """Measure the wire; decide anew where it has changed, and return whether it has. All ranks call."""
         log, before = self.log, self.log.wire
         self._measure_wire()
-        if not wire_changed(before, log.wire, periods.WIRE):
+        changed = wire_changed(before, log.wire, periods.WIRE)
+        if not changed and (log.settled or log.expected is not None):
             self._say(f"{reason}: the wire is as it was, {log.active} stays")
             return False
-        self._say(f"{reason}: the wire has changed, {self._described()}")
-        choice = self._choice()
+        self._say(f"{reason}: the wire {'has changed' if changed else 'is as it was'}, {self._described()}")
+        log.settled = log.settled and not changed
+        choice = self._choice(hides=changed)  # where it is as it was, the prediction was wrong
         if choice.name == log.active and not choice.tried:
             return False
         self._decide(choice)

@@ -56,6 +56,7 @@ class DecisionLog:
         residuals: by method, the least ratio of error feedback to the gradient since it was chosen.
         banned: methods whose error feedback has grown.
         measured: the first step after the wire was measured.
+        settled: whether methods have been tried on this wire.
     """
 
     about: dict[str, Any] = field(default_factory=dict)
@@ -70,6 +71,7 @@ class DecisionLog:
     residuals: dict[str, float] = field(default_factory=dict)
     banned: list[str] = field(default_factory=list)
     measured: int = 0
+    settled: bool = False
     trial: Trial | None = None
     active: str = "dense"
 

@@ -9,8 +9,8 @@ from hvdlm.planning.overlap import Slowdown, Task, run
 
 HIDDEN = 0.02  # share of a step for which communication may be exposed and still count as hidden
 EQUAL = 0.02  # share by which two methods' seconds may differ and still count as equal
-CLOSE = 1.3  # methods whose predicted steps take at most this many times as long as the best's are tried in training
-MOST_TRIED = 3
+CLOSE = 2.0  # methods whose predicted steps take at most this many times as long as the best's are tried in training
+MOST_TRIED = 4
 
 
 @dataclass(frozen=True)
@@ -94,11 +94,14 @@ def predict(candidate: Candidate, backward: Backward) -> Predicted:
     return Predicted(candidate, backward.step + added, added)
 
 
-def choose(candidates: Sequence[Candidate], backward: Backward, max_gap: float) -> Choice:
-    """Return the cheapest method whose gap is at most ``max_gap``; a lossless one wherever one hides."""
+def choose(candidates: Sequence[Candidate], backward: Backward, max_gap: float, hides: bool = True) -> Choice:
+    """Return the cheapest method whose gap is at most ``max_gap``; a lossless one wherever one hides.
+
+    ``hides``: whether a prediction that one hides is believed; False where steps have shown that it doesn't.
+    """
     allowed = [predict(candidate, backward) for candidate in candidates if candidate.gap <= max_gap]
     lossless = min((p for p in allowed if not p.candidate.gap), key=lambda p: p.seconds)
-    if lossless.added <= HIDDEN * lossless.seconds:
+    if hides and lossless.added <= HIDDEN * lossless.seconds:
         return Choice(
             lossless.candidate.name, f"it is lossless and hides behind the backward pass ({_shown(lossless)})"
         )

@@ -35,9 +35,10 @@ LARGE = (
     2**20,
     2**22,
 )  # bytes of each of the collectives of the bandwidth; the first that take long enough
-LONG = 0.03  # seconds
+LONG, LONGEST = 0.03, 0.5  # seconds of such a call: enough, if it is ENOUGH times a small one; in any case
+ENOUGH = 5.0
 IN_FLIGHT = 4  # collectives at once, as in a step; a link's queues would let a single one pass faster than many
-CALLS = (5, 2)  # of small and of large collectives
+CALLS = (7, 3)  # of small and of large collectives
 SAMPLE = 2**21  # elements of the bucket on which compressors are timed
 PLAIN = "all_reduce float32"
 
@@ -52,12 +53,15 @@ def measure_wire(kinds: Iterable[str], group: Group, world: World) -> dict[str, 
 
 
 def _line(kind: str, group: Group, world: World) -> Line:
-    small = seconds_of(_calls(kind, SMALL, 1, group), CALLS[0], group, world)
+    # The least seconds: other work on the machine only adds to them, and a difference of two medians may be negative.
+    small = seconds_of(_calls(kind, SMALL, 1, group), CALLS[0], group, world, np.min)
     for size in LARGE:
-        large = seconds_of(_calls(kind, size, IN_FLIGHT, group), CALLS[1], group, world)
-        if large >= LONG:
+        large = seconds_of(_calls(kind, size, IN_FLIGHT, group), CALLS[1], group, world, np.min)
+        if large >= LONGEST or large >= max(LONG, ENOUGH * small):
             break
-    return Line(small, max(0.0, large - small) / (IN_FLIGHT * size - SMALL))
+    sent = IN_FLIGHT * size
+    # Where a large call takes hardly longer, no bandwidth follows from the difference, and the quotient is a bound.
+    return Line(small, (large - small) / (sent - SMALL) if large > 1.5 * small else large / sent)
 
 
 def _calls(kind: str, size: int, count: int, group: Group) -> Callable[[], Any]:
