@@ -38,7 +38,7 @@ LARGE = (
 LONG, LONGEST = 0.03, 0.5  # seconds of such a call: enough, if it is ENOUGH times a small one; in any case
 ENOUGH = 5.0
 IN_FLIGHT = 4  # collectives at once, as in a step; a link's queues would let a single one pass faster than many
-CALLS = (7, 3)  # of small and of large collectives
+CALLS = (9, 5)  # of small and of large collectives
 SAMPLE = 2**21  # elements of the bucket on which compressors are timed
 PLAIN = "all_reduce float32"
 
