@@ -81,7 +81,7 @@ class Controller:
         layout, rank, data = self._exchange.layout, run.mesh.coordinates(run.world.rank)["data"], run.mesh.data
         train = run.config.train
         rows = train.micro_batch_size or train.batch_size // data
-        forward = measure.forward_seconds(run.trainable, run.task, rank, data, rows * run.config.data.context)
+        forward = measure.forward_seconds(run.trainable, run.task, rank, data, rows)
         computed = {name: measure.compressor_cost(self._exchange, name) for name in self._gaps()}
         copied = measure.copy_cost(layout)
         own = {"forward": forward, "copied": copied, "computed": {n: c.to_json() for n, c in computed.items()}}

@@ -39,6 +39,7 @@ LONG, LONGEST = 0.03, 0.5  # seconds of such a call: enough, if it is ENOUGH tim
 ENOUGH = 5.0
 IN_FLIGHT = 4  # collectives at once, as in a step; a link's queues would let a single one pass faster than many
 CALLS = (9, 5)  # of small and of large collectives
+ENOUGH_SECONDS = 0.2  # of repeating a compressor, or a forward pass
 SAMPLE = 2**21  # elements of the bucket on which compressors are timed
 PLAIN = "all_reduce float32"
 
@@ -107,6 +108,8 @@ def compressor_cost(exchange: AutomaticExchange, name: str) -> Computed:
     compressed.open(layout, values[:0])
     seconds: list[tuple[float, float]] = []
     for step in range(4):  # the first call allocates memory and builds what is built once
+        if len(seconds) > 1 and sum(map(sum, seconds)) > ENOUGH_SECONDS:
+            break
         echo.sent.clear()
         compressed.begin(step)
         began = time.perf_counter()
@@ -147,21 +150,22 @@ def sample_of(layout: FlatLayout) -> FlatLayout:
     return FlatLayout(tuple(slots), ((0, len(slots)),))
 
 
-def forward_seconds(trainable: Trainable, task: Task, rank: int, size: int, tokens: int) -> float:
-    """Return the seconds of a forward pass of ``tokens`` targets on this rank; 0 where it has no validation rows.
+def forward_seconds(trainable: Trainable, task: Task, rank: int, size: int, rows: int) -> float:
+    """Return the seconds of a forward pass of ``rows`` on this rank; 0 where it has no validation rows.
 
-    That of a validation batch, of which the frameworks have a graph in any case. No communication.
+    No communication.
     """
     batch = next(iter(task.validation(rank, size)), None)
     if batch is None:
         return 0.0
-    seconds = []
-    for _ in range(3):  # the first builds the graph
+    batch = batch.rows(0, min(rows, len(batch.inputs)))
+    seconds: list[float] = []
+    while len(seconds) < 2 or (len(seconds) < 4 and sum(seconds[1:]) < ENOUGH_SECONDS):  # the first builds a graph
         began = time.perf_counter()
         trainable.eval_step(batch)
         seconds.append(time.perf_counter() - began)
         process.alive()
-    return min(seconds[1:]) * tokens / batch.targets.size
+    return min(seconds[1:]) * rows / len(batch.inputs)
 
 
 def collectives_of(
