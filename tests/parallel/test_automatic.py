@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -12,6 +14,8 @@ from hvdlm.config import CommunicationConfig, Config
 from hvdlm.errors import HvdlmError
 from hvdlm.models.spec import Init, ParamSpec
 from hvdlm.parallel.flat_layout import FlatLayout, make_layout
+from hvdlm.parallel.mesh import Mesh
+from hvdlm.protocols.types import StepResult
 from hvdlm.protocols.world import World
 from launching import FRAMEWORK
 
@@ -137,3 +141,150 @@ def test_the_wire_is_measured_alike_on_all_ranks(manager: Any, several: World) -
     values = [[line.latency, line.per_byte] for line in lines.values()]
     assert all(latency > 0 and per_byte >= 0 for latency, per_byte in values)
     assert several.gather_objects(values) == [values] * several.size
+
+
+# The controller, with given seconds in place of measured ones
+
+
+class Machine:
+    """What is measured: the wire's seconds for a byte, and by method the seconds of a step and of waiting in it."""
+
+    def __init__(self, manager: Any, world: World, monkeypatch: pytest.MonkeyPatch, gap: float = 0.001) -> None:
+        from hvdlm_auto import measure
+
+        self.per_byte = 1e-9
+        self.seconds: dict[str, float] = {}
+        self.waits: dict[str, float] = {}
+        self.measured = 0
+        self._manager, self._world = manager, world
+        self._options = CommunicationConfig(auto=True, max_loss_gap=gap, bucket_bytes=4000)
+        monkeypatch.setattr(measure, "forward_seconds", lambda *_: 0.05)
+        monkeypatch.setattr(measure, "copy_cost", lambda layout: 0.0)
+        monkeypatch.setattr(measure, "measure_wire", Machine.wire)
+        Machine.of[world.rank] = self
+
+    of: ClassVar[dict[int, Machine]] = {}
+
+    @staticmethod
+    def wire(kinds: Any, group: Any, world: World) -> dict[str, Any]:
+        """Return the lines, in place of ``measure_wire``."""
+        from hvdlm_auto.decisions import Line
+
+        own = Machine.of[world.rank]
+        own.measured += 1
+        return {kind: Line(1e-5, own.per_byte) for kind in kinds}
+
+    def start(self, state: Any = None, step: int = 0) -> Any:
+        """Return a controller at the start of a run, or of one that resumes from an exchange's state."""
+        from hvdlm_auto.controller import Controller
+
+        exchange = make(self._manager, self._world)
+        if state is not None:
+            exchange.load_state(state)
+        config = Config(framework=FRAMEWORK, communication=self._options)
+        run = SimpleNamespace(world=self._world, mesh=Mesh(self._world.size, 1, 1), config=config, exchange=exchange)
+        run.trainable = run.task = None
+        run.start_step = step
+        controller: Any = Controller(run)  # type: ignore[arg-type]
+        controller.exchange = exchange
+        controller.begin(resumed=state is not None)
+        return controller
+
+    def steps(self, controller: Any, first: int, last: int) -> None:
+        """Let steps ``first`` to ``last``, exclusive, take their method's seconds."""
+        for step in range(first, last):
+            controller.exchange.begin(step)
+            name = controller.log.active
+            seconds, waits = self.seconds.get(name, 0.2), self.waits.get(name, 0.0)
+            controller.step_ended(step + 1, StepResult(1.0, 12288.0, 2.0, waits), seconds)
+
+
+@pytest.fixture
+def machine(manager: Any, several: World, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Machine]:
+    return lambda **options: Machine(manager, several, monkeypatch, **options)
+
+
+def methods(controller: Any) -> list[tuple[int, str]]:
+    return [(decision.step, decision.method) for decision in controller.log.decisions]
+
+
+def test_a_fast_wire_keeps_dense_sums(machine: Any) -> None:
+    own = machine()
+    controller = own.start()
+    own.steps(controller, 0, 201)
+    assert methods(controller) == [(0, "dense")] and own.measured == 1
+
+
+def test_a_trial_keeps_what_is_fastest_in_training(machine: Any, several: World) -> None:
+    own = machine()
+    own.per_byte = 1e-5 / several.size
+    controller = own.start()
+    turns = controller.log.trial.turns
+    assert set(turns) <= {"fp16", "bf16", "int8", "dense", "dense x4", "dense whole"} and len(set(turns)) > 1
+    slowest = controller.log.decisions[0].method  # what was predicted to be the fastest isn't
+    own.seconds = {slowest: 0.9}
+    own.steps(controller, 0, 3)
+    resumed = own.start(controller.exchange.state(), 3)
+    for one in (controller, resumed):
+        own.steps(one, 3, 6 * len(turns) + 1)
+        expected = [(6 * number, turn) for number, turn in enumerate(turns)]
+        assert methods(one)[:-1] == expected and methods(one)[-1][0] == 6 * len(turns)
+        assert methods(one)[-1][1] != slowest and one.log.settled
+    assert methods(resumed) == methods(controller) and own.measured == 1
+
+
+def test_a_wire_that_becomes_slower_or_faster_is_noticed(machine: Any) -> None:
+    own = machine(gap=0.0)  # between lossless methods, which no trial compares
+    controller = own.start()
+    own.steps(controller, 0, 70)
+    own.per_byte, own.waits = 1e-3, dict.fromkeys(("dense", "dense x4", "dense whole"), 0.15)
+    own.steps(controller, 70, 271)
+    assert own.measured == 2 and {name for _, name in methods(controller)} == {"dense"}
+    own.per_byte, own.waits = 1e-9, {}
+    own.steps(controller, 271, 400)
+    assert own.measured == 3
+
+
+def test_a_wrong_prediction_has_methods_tried_once(machine: Any) -> None:
+    own = machine()
+    controller = own.start()
+    own.waits = dict.fromkeys(("dense", "fp16", "bf16", "int8"), 0.1)
+    own.seconds = {"dense": 0.3, "fp16": 0.28, "bf16": 0.28, "int8": 0.25}
+    own.steps(controller, 0, 400)
+    tried = [name for _, name in methods(controller)]
+    assert tried[0] == "dense" and len(set(tried)) > 1 and controller.log.settled
+    assert methods(controller)[-1][0] < 200 and own.measured <= 4
+
+
+def test_a_lossy_method_has_the_wire_measured_now_and_then(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hvdlm_auto import decisions, periods
+
+    monkeypatch.setattr(decisions, "CLOSE", 1.0)
+    monkeypatch.setattr(periods, "RETRY", 100)
+    own = machine()
+    own.per_byte = 1e-3
+    controller = own.start()
+    (first,) = methods(controller)
+    own.waits = {first[1]: 5.0, "dense": 0.0}
+    own.seconds = {first[1]: 10.0}
+    own.steps(controller, 0, 60)
+    own.per_byte = 1e-9
+    own.steps(controller, 60, 260)
+    assert first[1] in ("fp16", "bf16", "int8") and methods(controller)[-1][1] == "dense"
+
+
+def test_a_method_whose_residual_grows_is_given_up(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hvdlm_auto import decisions
+
+    monkeypatch.setattr(decisions, "CLOSE", 1.0)
+    own = machine(gap=1.0)
+    own.per_byte = 1e-2
+    controller = own.start()
+    ((_, name),) = methods(controller)
+    residuals = iter([1.0, 2.0, 0.9, 3.5, 3.7, 3.7])
+    controller.exchange.residual = lambda: next(residuals)
+    own.waits = {name: 0.0}
+    controller._remeasure = lambda reason: False  # what the residual decides, only
+    own.steps(controller, 0, 260)
+    assert methods(controller) == [(0, name), (250, "dense")]
+    assert controller.log.banned == [name] and "error feedback" in controller.log.decisions[-1].reason
