@@ -41,6 +41,7 @@ NAMES = [
     "tensorflow_chunks",
     "simulator",
     "dense_sums",
+    "auto",
     "slow_network",
     "planner",
     "planner_search",

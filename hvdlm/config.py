@@ -303,6 +303,8 @@ class CommunicationConfig:
         reduction: how the ranks' gradients are combined: average (over tokens), sum (average x ranks), adasum (MPI
             only) or exact (average, with the same bits on any number of data ranks)
         exact_rows: sequences that reduction exact computes at a time; null: train.micro_batch_size
+        auto: measure the network before the first step, and choose how gradients are summed, anew when it changes
+        max_loss_gap: loss (nats) above that of dense sums up to which auto may choose a lossy method; 0: lossless only
         predivide: divisor applied before the reduction and undone after it, against overflow in fp16
         bucket_bytes: minimum size of a gradient bucket (bytes)
         fusion_bytes: size of Horovod's fusion buffer (bytes); null: Horovod's default, 128 MB
@@ -324,6 +326,8 @@ class CommunicationConfig:
     exchange: str = "all_reduce"
     reduction: Literal["average", "sum", "adasum", "exact"] = "average"
     exact_rows: int | None = None
+    auto: bool = False
+    max_loss_gap: float = 0.0
     predivide: float = 1.0
     bucket_bytes: int = 4_000_000
     fusion_bytes: int | None = None

@@ -100,8 +100,8 @@ def check_keras(config: Config) -> None:
     Raises:
         HvdlmError: it is.
     """
-    communication, keras = config.communication, sys.modules.get("keras")
-    compressed = communication.compression.algorithm != "none" or communication.exchange != "all_reduce"
+    options, keras = config.communication, sys.modules.get("keras")
+    compressed = options.auto or (options.compression.algorithm, options.exchange) != ("none", "all_reduce")
     wanted = os.environ.get("KERAS_BACKEND")
     if keras is None or not (compressed or config.train.optimizer not in OPTIMIZER_STATE):
         return

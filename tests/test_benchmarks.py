@@ -21,6 +21,7 @@ needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the public data is n
 RUNS = [
     ("all_reduce_cost", ["torch"], 2),
     ("all_reduce_cost", ["tensorflow"], 2),
+    ("auto", ["torch"], 1),
     ("communication_cost", ["torch"], 2),
     ("compiled_steps", ["torch"], 2),
     pytest.param("cpu_speed", ["--data", str(DATA)], 3, marks=needs_data),
@@ -76,6 +77,7 @@ HELPERS = {
     "published_systems",
 }
 WORKERS = {
+    "auto_worker",
     "damage_worker",
     "ddp_worker",
     "fuzz_worker",

@@ -107,6 +107,8 @@ ALLOWED = {
     "plugins/hvdlm_torch": {"torch", "hvdlm_language"},
     "plugins/hvdlm_tensorflow": {"tensorflow", "hvdlm_language"},
     "plugins/hvdlm_compression": {"keras"},  # algorithms are written once for both frameworks, on keras.ops
+    # Compressors; the planner's seconds of collectives.
+    "plugins/hvdlm_auto": {"keras", "hvdlm_compression", "hvdlm_planner"},
     "plugins/hvdlm_exact": {"hvdlm_language"},  # the order of sums, which frameworks follow, too
     "plugins/hvdlm_corpora": set(),
     "plugins/hvdlm_diagnosis": set(),

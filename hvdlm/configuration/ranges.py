@@ -46,6 +46,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "train.spike": (lambda v: v == 0 or v > 1, "0 (only what is not finite) or above 1"),
     "train.replica_check_every": (lambda v: v >= 0, "0 (never) or more"),
     "train.eval_every": (lambda v: v >= 0, "0 (only at the end) or more"),
+    "communication.max_loss_gap": (lambda v: v >= 0, "0 (lossless only) or more"),
     "communication.cycle_ms": (lambda v: v > 0, "above 0"),
     "communication.timeout": (lambda v: v > 0, "above 0"),
     "communication.stall_check": (lambda v: v >= 1, "1 or more"),

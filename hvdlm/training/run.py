@@ -144,6 +144,7 @@ def load_plugins(config: Config, *names: str) -> pluggy.PluginManager:
         *config.plugins,
         *(("compression", compression) if compression != "none" else ()),
         *(("exact",) if config.communication.reduction == "exact" else ()),
+        *(("auto", "compression") if config.communication.auto or config.communication.max_loss_gap else ()),
     )
     return plugins.load(used)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -145,6 +146,12 @@ class CompressedExchange(AllReduceExchange):
         if unit.error is not None:
             unit.error.assign(tensor - contribution())
         return ops.reshape(total, (-1,))
+
+    def error_norm(self) -> float | None:
+        """Return the norm of this rank's error feedback, in the scale of its buckets; None: there is none."""
+        errors = [unit.error for bucket in self._buckets for unit in bucket.units if unit.error is not None]
+        squares = [float(ops.convert_to_numpy(ops.sum(ops.square(ops.convert_to_tensor(e))))) for e in errors]
+        return math.sqrt(sum(squares)) if squares else None
 
     def state(self) -> dict[str, np.ndarray]:
         """Return errors and memories: by parameter where the sizes match, else by the unit's first parameter."""

@@ -60,7 +60,7 @@ def _table(
         if size > _ALWAYS and measured[-1] * size / SIZES[index - 1] > _LONGEST:
             break
         calls = _CALLS[size > _BY_LATENCY]
-        measured.append(_seconds(_call(operation, group, framework, size), calls, group, world))
+        measured.append(seconds_of(_call(operation, group, framework, size), calls, group, world))
     link = "node" if world.local_size == world.size else "network"
     members = len(group.ranks)
     done = tuple(float(size) for size in SIZES[: len(measured)])
@@ -81,8 +81,13 @@ def _call(operation: str, group: Group, framework: Framework, size: int) -> Call
     return lambda: start(tensor, name).wait()
 
 
-def _seconds(call: Callable[[], Any], calls: int, group: Group, world: World) -> float:
-    """Return the median over ``calls`` calls of the slowest rank's seconds; each call follows a barrier and a pause."""
+def seconds_of(
+    call: Callable[[], Any], calls: int, group: Group, world: World, middle: Callable[[Any], Any] = np.median
+) -> float:
+    """Return the median over ``calls`` calls of the slowest rank's seconds; each call follows a barrier and a pause.
+
+    ``middle``: what is returned in place of the median.
+    """
     call()
     own = []
     for _ in range(calls):
@@ -93,4 +98,4 @@ def _seconds(call: Callable[[], Any], calls: int, group: Group, world: World) ->
         own.append(time.perf_counter() - began)
         if len(own) == 3 and world.any(max(own) > _SLOW):
             break
-    return float(np.median(np.max(world.gather_objects(own), axis=0)))
+    return float(middle(np.max(world.gather_objects(own), axis=0)))
