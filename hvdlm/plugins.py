@@ -102,6 +102,7 @@ def check_keras(config: Config) -> None:
     """
     communication, keras = config.communication, sys.modules.get("keras")
     compressed = communication.compression.algorithm != "none" or communication.exchange != "all_reduce"
+    compressed = compressed or config.parallel.zero_gather in ("bf16", "int8")
     wanted = os.environ.get("KERAS_BACKEND")
     if keras is None or not (compressed or config.train.optimizer not in OPTIMIZER_STATE):
         return

@@ -18,19 +18,23 @@ from hvdlm.config import (
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.mesh import Mesh
 from hvdlm.planning.closed_forms import Habits, closed_form
-from hvdlm.planning.gradient_work import payload, work_of
+from hvdlm.planning.gradient_work import work_of
+from hvdlm.planning.payloads import payload
 from hvdlm.planning.work import Collective, Work
 from hvdlm_language.presets import PRESETS
 
 CONTEXT, VOCAB = 32, 96
 
 
-def made(name: str, mesh: tuple[int, int, int], sequence: bool = False, zero: int = 0, **train: Any) -> Config:
+def made(
+    name: str, mesh: tuple[int, int, int], sequence: bool = False, zero: int = 0, compressed: str = "none", **train: Any
+) -> Config:
     config = Config(model=ModelConfig(name=name, layers=4, width=64, heads=4))
     config.train = TrainConfig(**{"batch_size": 16, "micro_batch_size": 2} | train)
     config.data.context = CONTEXT
     config.parallel = ParallelConfig(*mesh, sequence=sequence, zero=zero)  # type: ignore[arg-type]
     config.communication.bucket_bytes = 40_000
+    config.communication.compression.algorithm = compressed
     return config
 
 
@@ -63,6 +67,8 @@ LAYOUTS = [
     ("gpt", (2, 1, 1), {}),
     ("gpt", (2, 1, 1), {"zero": 1}),
     ("gpt", (2, 1, 1), {"zero": 2}),
+    ("gpt", (4, 1, 1), {"zero": 1, "compressed": "int8"}),
+    ("gpt", (2, 1, 1), {"zero": 2, "compressed": "bf16"}),
     ("llama", (1, 1, 2), {}),
     ("gpt", (1, 1, 2), {"sequence": True}),
     ("gpt", (1, 1, 2), {"activation_checkpointing": True}),
