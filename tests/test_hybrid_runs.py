@@ -100,7 +100,7 @@ def test_a_killed_run_of_compressed_zero_resumes_exactly(framework: str, tmp_pat
     for ranks in (1, 2):
         done = launch("threads", ranks, ["-m", "hvdlm", "evaluate", "--run", str(whole)])
         assert done.returncode == 0, done.stderr[-3000:]
-        figures.append(json.loads(next(l for l in done.stdout.splitlines() if l.startswith("{")))["val_loss"])
+        figures.append(json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))["val_loss"])
     assert figures[1] == pytest.approx(figures[2], abs=1e-6) and figures[0] == pytest.approx(figures[1], abs=0.02)
     write = ["generate", "--run", str(whole), "--prompt", "The ", "--tokens", "8", "--temperature", "0"]
     alone, together = (launch("threads", ranks, ["-m", "hvdlm", *write]) for ranks in (1, 2))

@@ -74,7 +74,7 @@ class Trainable(Inference):
         self._adapters = Adapters(state, self._flat)
         # What this rank updates: the flat variable itself, or its shard of every bucket (ZeRO).
         self._updated = self._flat if exchange.traits.zero_size == 1 else tf.Variable(state.update_shard(initial))
-        # What a checkpoint holds and a rank resumes from: where ranks compute with rounded parameters, it is this shard.
+        # What a checkpoint holds and a rank resumes from: this shard where ranks compute with rounded parameters.
         self._saved = self._updated if exchange.traits.rounds_parameters else self._flat
         self._gradients = make_gradients(state, axes)
         self._optimizer = FlatOptimizer(

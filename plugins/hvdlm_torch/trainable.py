@@ -68,7 +68,7 @@ class Trainable(Inference):
         self._updated = (
             self._flat if exchange.traits.zero_size == 1 else torch.from_numpy(state.update_shard(initial)).to(device)
         )
-        # What a checkpoint holds and a rank resumes from: where ranks compute with rounded parameters, it is this shard.
+        # What a checkpoint holds and a rank resumes from: this shard where ranks compute with rounded parameters.
         self._saved = self._updated if exchange.traits.rounds_parameters else self._flat
         decay_mask = state.update_shard(self.layout.decay_mask())
         self._optimizer = FlatOptimizer(config.train, self._updated, self._gradients.shard, decay_mask, optimizer)

@@ -100,7 +100,7 @@ def _check_sums(harness: Harness, config: Config, label: str, has_feedback: bool
 
 
 def _check_shards(harness: Harness, config: Config, label: str, biased: bool, findings: Findings) -> None:
-    """Check the sums of shards that ZeRO makes of the compressor's payloads, where it says that it can (``scatters``)."""
+    """Check the sums of shards that ZeRO makes of a compressor's payloads, where it can (``scatters``)."""
     config, size = copy.deepcopy(config), _layout(harness.world.size).size
     config.parallel.zero, config.parallel.zero_gather = 1, "fp32"
     random = np.random.default_rng(11)
