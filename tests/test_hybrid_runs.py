@@ -81,6 +81,7 @@ def test_a_killed_run_of_compressed_zero_resumes_exactly(framework: str, tmp_pat
     """On as many ranks bit for bit; what is evaluated are the float32 parameters, on any number of ranks."""
     options = [*SMALL, "--framework", framework, "--train.steps", "12", "--train.warmup", "2"]
     options += ["--parallel.zero", "1", "--communication.compression.algorithm", "int8", "--checkpoint.every", "4"]
+    options += ["--checkpoint.asynchronous", "false"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     done = launch("threads", 2, ["-m", "hvdlm", "--log.run", str(whole), *options])
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]

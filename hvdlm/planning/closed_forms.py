@@ -110,6 +110,7 @@ class Step:
         self.mesh = mesh
         within, model_ranks = rank % (mesh.pipeline * mesh.tensor), Mesh(1, mesh.pipeline, mesh.tensor)
         self.shard: ModelShard = _model_shard(Same(spec), model_ranks, within, config.parallel.sequence)
+        self.data_rank = mesh.coordinates(rank)["data"]
         self.zero = config.parallel.zero if mesh.data > 1 else 0
         align = mesh.data if self.zero else 1
         self.layout: FlatLayout = _layout(Same(self.shard), config.communication.bucket_bytes, align)
@@ -249,8 +250,8 @@ class Step:
         if not self.zero:
             return whole + 2 * 8
         sent = self.zero_payloads
-        gradients = sum(bucket.gradients for bucket in sent) * (self.count if self.zero == 2 else 1)
-        return gradients + sum(bucket.parameters for bucket in sent) + 3 * 8
+        gradients = sum(bucket.gradients + bucket.rest for bucket in sent) * (self.count if self.zero == 2 else 1)
+        return gradients + sum(bucket.parameters[self.data_rank] for bucket in sent) + 3 * 8
 
     @cached_property
     def zero_payloads(self) -> list[ZeroPayload]:

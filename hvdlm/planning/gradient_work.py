@@ -143,7 +143,7 @@ class _Exchange:
         if self.ranks > 1 and not self.local:
             collectives.append(Collective("all_reduce", 24.0 if step.zero else 16.0, "data"))
         if step.zero:
-            gathers = (bucket.parameters * self.ranks for bucket in step.zero_payloads)
+            gathers = (sum(bucket.parameters) for bucket in step.zero_payloads)
             collectives += [Collective("all_gather", float(size), "data") for size in gathers]
         return tuple(collectives)
 
@@ -172,9 +172,11 @@ class _Exchange:
         sent = self.step.zero_payloads[index]
         if not sent.compressed:
             return Bucket(ready, elements, (Collective("reduce_scatter", float(sent.gradients), "data"),))
-        collectives = (Collective("all_to_all", float(sent.gradients), "data"),)
+        collectives = [Collective("all_to_all", float(sent.gradients), "data")]
+        if sent.rest:
+            collectives.append(Collective("all_reduce", float(sent.rest), "data"))
         count = float(sent.compressed)  # of all ranks' shards on a rank, and of a rank's shard on all ranks
-        return Bucket(ready, elements, collectives, self.options.compression.algorithm, count, count, 1.0)
+        return Bucket(ready, elements, tuple(collectives), self.options.compression.algorithm, count, count, 1.0)
 
     def _compressed(self, ready: int, elements: float, slots: tuple[Slot, ...]) -> Bucket:
         settings, matrices = self.options.compression, self.options.compression.algorithm == "power_sgd"

@@ -16,16 +16,18 @@ _GATHERED_BLOCK = 256  # elements that share a scale of int8, unless ``communica
 
 
 class ZeroPayload(NamedTuple):
-    """What a rank hands over of one bucket.
+    """What ranks hand over of one bucket.
 
     Attributes:
-        gradients: bytes of all shards, in every exchange of them.
-        parameters: bytes of its own shard.
+        gradients: bytes of all shards that every rank sends, in every exchange of them.
+        rest: bytes of the gradients that it doesn't compress, in every exchange.
+        parameters: bytes of every rank's own shard.
         compressed: elements of all shards that are compressed, with the zeros that make shards equal.
     """
 
     gradients: int
-    parameters: int
+    rest: int
+    parameters: list[int]
     compressed: int
 
 
@@ -42,49 +44,52 @@ def is_rounded(slot: Slot, min_elements: int) -> bool:
 
 
 def zero_payloads(config: Config, layout: FlatLayout, ranks: int) -> list[ZeroPayload]:
-    """Return what a rank of ``ranks`` hands over of every bucket; of a compressor not in ``KNOWN``, as if dense."""
+    """Return what ``ranks`` ranks hand over of every bucket; of a compressor not in ``KNOWN``, as if it were dense."""
     compresses, rounds = config.communication.compression.algorithm in KNOWN, gathered_as(config) != "fp32"
     payloads = []
     for index in range(len(layout.buckets)):
         start, stop = layout.bucket_range(index)
-        gradients, parameters, compressed = 4 * (stop - start), 4 * (stop - start) // ranks, 0
+        gradients, rest, parameters, compressed = 4 * (stop - start), 0, [4 * (stop - start) // ranks] * ranks, 0
         if compresses:
-            gradients, compressed = _scattered(config, layout, index, ranks)
+            gradients, rest, compressed = _scattered(config, layout, index, ranks)
         if rounds:
             parameters = _gathered(config, layout, index, ranks)
-        payloads.append(ZeroPayload(gradients, parameters, compressed))
+        payloads.append(ZeroPayload(gradients, rest, parameters, compressed))
     return payloads
 
 
-def _scattered(config: Config, layout: FlatLayout, index: int, ranks: int) -> tuple[int, int]:
-    """Return the bytes of all shards of a bucket, and the elements of them that are compressed."""
+def _scattered(config: Config, layout: FlatLayout, index: int, ranks: int) -> tuple[int, int, int]:
+    """Return the bytes of all shards of a bucket and of the rest, and the elements that are compressed."""
     settings = config.communication.compression
     sizes = {slot.stop - slot.start for slot in layout.slots}
     chosen = {size for size in sizes if is_compressible(settings, (size,), ranks)}
-    width, rest = _longest(layout, index, ranks, lambda slot: slot.stop - slot.start in chosen)
+    width, rest = _counts(layout, index, ranks, lambda slot: slot.stop - slot.start in chosen)
     start, stop = layout.bucket_range(index)
     if not width:
-        return 4 * (stop - start), 0
+        return 4 * (stop - start), 0, 0
     width = _multiple(width, block_of(settings))
-    return ranks * _multiple(round(payload(settings, (width,), ranks).bytes) + 4 * rest, 4), ranks * width
+    of_shard = _multiple(round(payload(settings, (width,), ranks).bytes), 4)
+    return ranks * of_shard, 4 * sum(rest), ranks * width
 
 
-def _gathered(config: Config, layout: FlatLayout, index: int, ranks: int) -> int:
-    """Return the bytes of a rank's shard of rounded parameters."""
+def _gathered(config: Config, layout: FlatLayout, index: int, ranks: int) -> list[int]:
+    """Return the bytes of every rank's shard of rounded parameters."""
     settings = config.communication.compression
-    width, rest = _longest(layout, index, ranks, lambda slot: is_rounded(slot, settings.min_elements))
+    width, rest = _counts(layout, index, ranks, lambda slot: is_rounded(slot, settings.min_elements))
     start, stop = layout.bucket_range(index)
     if not width:
-        return 4 * (stop - start) // ranks
+        return [4 * (stop - start) // ranks] * ranks
     if gathered_as(config) == "bf16":
-        return _multiple(2 * width + 4 * rest, 4)
-    block = settings.block or _GATHERED_BLOCK
-    width = _multiple(width, block)
-    return width + 4 * (width // block) + 4 * rest + -width % 4
+        row = _multiple(2 * width, 4)
+    else:
+        block = settings.block or _GATHERED_BLOCK
+        width = _multiple(width, block)
+        row = width + 4 * (width // block)
+    return [row + 4 * count for count in rest]
 
 
-def _longest(layout: FlatLayout, index: int, ranks: int, chosen: Callable[[Slot], bool]) -> tuple[int, int]:
-    """Return the most elements of chosen slots, and of others, in any rank's shard of a bucket."""
+def _counts(layout: FlatLayout, index: int, ranks: int, chosen: Callable[[Slot], bool]) -> tuple[int, list[int]]:
+    """Return the most elements of chosen slots in any rank's shard of a bucket, and those of others in each."""
     begin, end = layout.bucket_range(index)
     first, last = layout.buckets[index]
     length = (end - begin) // ranks
@@ -93,7 +98,7 @@ def _longest(layout: FlatLayout, index: int, ranks: int, chosen: Callable[[Slot]
         low, high, of_kind = slot.start - begin, slot.stop - begin, counts[chosen(slot)]
         for rank in range(low // length, -(-high // length)):
             of_kind[rank] += min(high, (rank + 1) * length) - max(low, rank * length)
-    return max(counts[True]), max(counts[False])
+    return max(counts[True]), counts[False]
 
 
 def _multiple(count: int, of: int) -> int:

@@ -20,14 +20,15 @@ class _Run(NamedTuple):
 
 
 class ShardRows:
-    """How the equal shards of a bucket are sent: a row of what is compressed of each, and a row of the rest.
+    """Which elements of a bucket are compressed: a row of each of its equal shards, and a vector of the rest.
 
-    Shards have different numbers of either, and collectives equal payloads for all: rows are as long as the longest
-    one, padded by zeros.
+    Shards have different numbers of compressed elements, and collectives equal payloads for all ranks: rows are as long
+    as the longest one, padded by zeros. The rest, in the order of the shards, is not: many small tensors may lie in one
+    shard of many.
 
     Attributes:
-        width: elements of a row of what is compressed, a multiple of ``multiple``; 0: nothing is.
-        rest: elements of a row of what is not compressed.
+        width: elements of a row, a multiple of ``multiple``; 0: nothing is compressed.
+        rest: elements of each shard that are not compressed.
     """
 
     def __init__(
@@ -44,54 +45,44 @@ class ShardRows:
                 start = self._runs.pop().start
             self._runs.append(_Run(kind, start, slot.stop - begin))
         self._of_shards = [self._cut(low, low + self._length) for low in range(0, end - begin, self._length)]
-        self._counts = {kind: [_count(runs, kind) for runs in self._of_shards] for kind in (True, False)}
-        self.width = -(-max(self._counts[True]) // multiple) * multiple
-        self.rest = max(self._counts[False])
+        self._counts = [_count(runs, True) for runs in self._of_shards]
+        self.rest = [_count(runs, False) for runs in self._of_shards]
+        self.width = -(-max(self._counts) // multiple) * multiple
 
     def _cut(self, low: int, high: int) -> list[_Run]:
         """Return the runs of elements ``low:high`` of the bucket, counted from ``low``."""
         overlaps = [_Run(kind, max(a, low) - low, min(b, high) - low) for kind, a, b in self._runs]
         return [run for run in overlaps if run.start < run.stop]
 
-    def compressed(self, bucket: Tensor) -> Tensor:
-        """Return what is compressed of a bucket ``[elements]`` as one vector."""
-        return _joined(bucket, self._runs, True)
+    def split(self, bucket: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what is compressed of a bucket ``[elements]``, and the rest, as two vectors."""
+        return _joined(bucket, self._runs, True), _joined(bucket, self._runs, False)
 
     def rows(self, vector: Tensor) -> Tensor:
-        """Return what ``compressed`` returned as ``[ranks, width]``."""
-        return self._rows(vector, True, self.width)
+        """Return what is compressed, as ``split`` returned it, as ``[ranks, width]``."""
+        if min(self._counts) < self.width:
+            chunks, start = [], 0
+            for count in self._counts:
+                chunks.append(_padded(vector[start : start + count], self.width))
+                start += count
+            vector = ops.concatenate(chunks)
+        return ops.reshape(vector, (self._ranks, self.width))
 
     def vector(self, rows: Tensor) -> Tensor:
         """Return what ``rows`` was given from ``[ranks, width]``."""
-        counts = self._counts[True]
-        if min(counts) == self.width:
+        if min(self._counts) == self.width:
             return ops.reshape(rows, (-1,))
-        return ops.concatenate([rows[rank, :count] for rank, count in enumerate(counts)])
+        return ops.concatenate([rows[rank, :count] for rank, count in enumerate(self._counts)])
 
-    def rest_rows(self, bucket: Tensor) -> Tensor:
-        """Return what is not compressed of a bucket as ``[ranks, rest]``."""
-        return self._rows(_joined(bucket, self._runs, False), False, self.rest)
-
-    def _rows(self, vector: Tensor, kind: bool, width: int) -> Tensor:
-        counts, chunks, start = self._counts[kind], [], 0
-        if min(counts) < width:
-            for count in counts:
-                chunks.append(_padded(vector[start : start + count], width))
-                start += count
-            vector = ops.concatenate(chunks)
-        return ops.reshape(vector, (self._ranks, width))
-
-    def rows_of_shard(self, shard: Tensor, rank: int) -> tuple[Tensor, Tensor | None]:
-        """Return the rows ``[1, width]`` and ``[1, rest]`` of the shard ``[elements / ranks]`` of ``rank``."""
+    def split_shard(self, shard: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        """Return the row ``[1, width]`` and the rest of the shard ``[elements / ranks]`` of ``rank``."""
         runs = self._of_shards[rank]
-        row = ops.reshape(_padded(_joined(shard, runs, True), self.width), (1, self.width))
-        if not self.rest:
-            return row, None
-        return row, ops.reshape(_padded(_joined(shard, runs, False), self.rest), (1, self.rest))
+        row = _padded(_joined(shard, runs, True), self.width)
+        return ops.reshape(row, (1, self.width)), _joined(shard, runs, False)
 
     def shard(self, row: Tensor, rest: Tensor | None, rank: int) -> Tensor:
-        """Return the shard ``[elements / ranks]`` of ``rank`` from its rows ``[width]`` and ``[rest]``."""
-        chunks, starts = [], {True: 0, False: 0}
+        """Return the shard ``[elements / ranks]`` of ``rank`` from its row ``[width]`` and the rest of all shards."""
+        chunks, starts = [], {True: 0, False: sum(self.rest[:rank])}
         for run in self._of_shards[rank]:
             start, count = starts[run.compressed], run.stop - run.start
             source = row if run.compressed else rest
@@ -101,11 +92,10 @@ class ShardRows:
         return _padded(_concatenated(chunks, row), self._length)
 
     def bucket(self, rows: Tensor, rest: Tensor | None) -> Tensor:
-        """Return the bucket ``[elements]`` from all ranks' rows, ``[ranks, width]`` and ``[ranks, rest]``."""
-        if min(self._counts[True]) == self._length == self.width:
+        """Return the bucket ``[elements]`` from all ranks' rows ``[ranks, width]`` and the rest of all shards."""
+        if min(self._counts) == self._length == self.width:
             return ops.reshape(rows, (-1,))
-        shards = (self.shard(rows[n], None if rest is None else rest[n], n) for n in range(self._ranks))
-        return ops.concatenate(list(shards))
+        return ops.concatenate([self.shard(rows[rank], rest, rank) for rank in range(self._ranks)])
 
 
 def _count(runs: Sequence[_Run], kind: bool) -> int:

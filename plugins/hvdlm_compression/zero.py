@@ -74,16 +74,26 @@ class CompressedZeroExchange(ZeroExchange):
         decode, rows, name = self._rounding.decode, self._rows[index], f"parameters.{index}"
         if not rows.width:
             return self._group.all_gather_async(shard, name)
-        row, rest = rows.rows_of_shard(shard, self._rank)
-        own = [*self._rounding.encode(row), *([] if rest is None else [rest])]
-        packing = Packing(own)
+        row, rest = rows.split_shard(shard, self._rank)
+        encoded = self._rounding.encode(row)
+        packing = Packing(encoded)
+        own = [ops.reshape(packing.pack(encoded), (-1,)), *([ops.view(rest, "uint8")] if rows.rest[self._rank] else [])]
 
         def unpacked(gathered: Tensor) -> Tensor:
-            sent = packing.unpack(ops.reshape(gathered, (self.size, packing.bytes)))
-            others = None if rest is None else sent.pop()
-            return rows.bucket(decode(sent), others)
+            # TensorFlow doesn't know the length of what ranks with different numbers of elements gather.
+            gathered = ops.reshape(gathered, (self.size * packing.bytes + 4 * sum(rows.rest),))
+            packed, others, start = [], [], 0
+            for count in rows.rest:  # every rank's row, and what it has of the rest
+                middle = start + packing.bytes
+                packed.append(gathered[start:middle])
+                others.append(gathered[middle : middle + 4 * count])
+                start = middle + 4 * count
+            sent = packing.unpack(ops.reshape(ops.concatenate(packed), (self.size, packing.bytes)))
+            unrounded = ops.view(ops.concatenate(others), "float32") if any(rows.rest) else None
+            return rows.bucket(decode(sent), unrounded)
 
-        return Converted(self._group.all_gather_async(ops.reshape(packing.pack(own), (-1,)), name), unpacked)
+        sent = ops.concatenate(own) if len(own) > 1 else own[0]
+        return Converted(self._group.all_gather_async(sent, name), unpacked)
 
     def state(self) -> dict[str, np.ndarray]:
         """Return the error feedback."""
@@ -131,20 +141,21 @@ class ScatteredSums(CompressedExchange):
         # A copy: in PyTorch the tensor is the Variable's own, and a sum may be finished in a later step.
         step = ops.copy(ops.convert_to_tensor(self._step))
         (unit,) = self._buckets[index].units
-        vector = rows.compressed(bucket)
+        vector, rest = rows.split(bucket)
         if unit.error is not None:
             vector = vector + ops.convert_to_tensor(unit.error)
         payload = self._payload(rows.rows(vector), step)
-        sent = [*payload, *([rows.rest_rows(bucket)] if rows.rest else [])]
-        packing = Packing(sent)
-        handle = self._group.all_to_all_async(ops.reshape(packing.pack(sent), (-1,)), name)
+        packing = Packing(payload)
+        handle = self._group.all_to_all_async(ops.reshape(packing.pack(payload), (-1,)), name)
+        # A copy: Horovod sums in place in PyTorch, and the gradients are the framework's.
+        summed = self._group.all_reduce_async(ops.copy(rest), f"{name}.rest") if any(rows.rest) else None
         if unit.error is not None:
             unit.error.assign(vector - rows.vector(self._decompressed(payload, rows.width, step)))
 
         def added(received: Tensor) -> Tensor:
             tensors = packing.unpack(ops.reshape(received, (self.size, packing.bytes)))
-            others = _sum(tensors.pop()) if rows.rest else None
-            return rows.shard(self._total(tensors, rows.width, step), others, self._rank)
+            total = self._total(tensors, rows.width, step)
+            return rows.shard(total, summed.wait() if summed else None, self._rank)
 
         return self.scaled(Converted(handle, added))
 
