@@ -77,6 +77,38 @@ def test_evaluation_and_generation_work_in_a_layout(single_rank_run: Path, frame
 
 
 @pytest.mark.parametrize("framework", ["torch", "tensorflow"])
+def test_a_killed_run_of_compressed_zero_resumes_exactly(framework: str, tmp_path: Path) -> None:
+    """On as many ranks bit for bit; what is evaluated are the float32 parameters, on any number of ranks."""
+    options = [*SMALL, "--framework", framework, "--train.steps", "12", "--train.warmup", "2"]
+    options += ["--parallel.zero", "1", "--communication.compression.algorithm", "int8", "--checkpoint.every", "4"]
+    options += ["--checkpoint.asynchronous", "false"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    done = launch("threads", 2, ["-m", "hvdlm", "--log.run", str(whole), *options])
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    stop = with_step_hook("step == 6 and (self.world.gather_objects(0), time.sleep(0.5), os._exit(9))")
+    assert launch("threads", 2, [*stop, "--log.run", str(killed), *options]).returncode == 9
+    done = launch("threads", 2, ["-m", "hvdlm", "--log.run", str(killed), *options, "--checkpoint.resume", "auto"])
+    assert done.returncode == 0 and "steps 4 to 12" in done.stdout, done.stdout[-2000:] + done.stderr[-3000:]
+    assert losses(whole) == losses(killed) and len(losses(whole)) == 12
+    last = [run / "checkpoints" / "step-00000012" for run in (whole, killed)]
+    files = [path.name for path in sorted(last[0].glob("*.safetensors"))]
+    assert {"model-0000.safetensors", "model-0001.safetensors"} < set(files)
+    for name in files:
+        assert last[0].joinpath(name).read_bytes() == last[1].joinpath(name).read_bytes(), name
+
+    # The run's own figure is of the parameters that ranks computed with, which are rounded.
+    figures = [json.loads((whole / "summary.json").read_text())["val_loss"]]
+    for ranks in (1, 2):
+        done = launch("threads", ranks, ["-m", "hvdlm", "evaluate", "--run", str(whole)])
+        assert done.returncode == 0, done.stderr[-3000:]
+        figures.append(json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))["val_loss"])
+    assert figures[1] == pytest.approx(figures[2], abs=1e-6) and figures[0] == pytest.approx(figures[1], abs=0.02)
+    write = ["generate", "--run", str(whole), "--prompt", "The ", "--tokens", "8", "--temperature", "0"]
+    alone, together = (launch("threads", ranks, ["-m", "hvdlm", *write]) for ranks in (1, 2))
+    assert alone.returncode == together.returncode == 0 and alone.stdout == together.stdout, together.stderr[-3000:]
+
+
+@pytest.mark.parametrize("framework", ["torch", "tensorflow"])
 def test_a_rank_killed_inside_a_stage_ends_all_ranks(framework: str, tmp_path: Path) -> None:
     soon = "threading.Timer(0.05, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()"
     action = f"import threading; step == 3 and self.world.rank == 2 and (print('killed', flush=True), {soon})"

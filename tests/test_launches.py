@@ -19,9 +19,10 @@ SHARDED = "every_layout and (1x2x1 or 2x1x2-zero2) or one_step and (1x1x2 or 2x2
 # papers' equations. Every transport (not every launcher: horovodrun's is that of mpirun) trains with exchanges, adds by
 # Adasum, and has sums in flight over several steps, beside messages.
 EXCHANGES = "losses_of_every_exchange or adasum or in_flight and none or sum_travels"
-OTHERS = "not (test_layouts or test_update_equations or test_compression or test_streaming)"
+OTHERS = "not (test_layouts or test_update_equations or test_compression or test_zero_compression or test_streaming "
+OTHERS += "or test_automatic)"
 SELECTED = {
-    ("mpirun", 2): ["-k", f"{OTHERS} or {EXCHANGES} or {SHARDED}"],
+    ("mpirun", 2): ["-k", f"{OTHERS} or {EXCHANGES} or {SHARDED} or test_automatic"],
     ("mpirun", 4): ["-k", f"{OTHERS} or {SHARDED}"],
     ("horovodrun", 2): ["-k", OTHERS, COMPILED],
     ("horovodrun --gloo", 2): ["-k", f"{OTHERS} or {EXCHANGES} or {SHARDED}", COMPILED],
@@ -30,7 +31,7 @@ SELECTED = {
 ONLY_PROCESSES = [COMPILED, "--ignore-glob=*/test_through_host_memory.py", "--ignore-glob=*/test_host_tensors.py"]
 # TensorFlow traces a step of every exchange for a second: two ranks of mpirun train with all of them, others with those
 # that sum (in one round or two, 32 or 16 bits), gather or replace parameters, four with those that compress linearly.
-FEW_EXCHANGES = {2: ["dense", "bf16", "random_k", "power_sgd", "top_k", "diloco", "streaming_diloco"]}
+FEW_EXCHANGES = {2: ["dense", "bf16", "random_k", "power_sgd", "top_k", "diloco", "streaming_diloco", "zero with int8"]}
 FEW_EXCHANGES |= {4: ["dense", "random_k", "power_sgd", "top_k"]}
 PYTEST = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
 
@@ -127,10 +128,10 @@ def curves(output_folder: Path, name: str, kind: str = "losses") -> dict[str, np
 
 
 # Rounding to fewer bits amplifies rounding errors: a value on the border of two levels may be rounded either way.
-ROUNDING = {"int8": 5e-5, "bf16": 5e-5, "fp16": 1e-5}
+ROUNDING = {"int8": 5e-5, "bf16": 5e-5, "fp16": 1e-5, "zero with int8": 5e-5}
 # Of values within a rounding error of a threshold (zero; the k-th largest), the frameworks may select different ones.
 CHOOSING = {"scaled_sign", "sign_majority", "qsgd", "int4", "top_k", "dgc", "diloco with top_k", "one_bit_adam"}
-CHOOSING |= {"demo", "streaming_diloco with int4", "chunked_top_k", "local_sgd with chunked_top_k"}
+CHOOSING |= {"zero with top_k", "demo", "streaming_diloco with int4", "chunked_top_k", "local_sgd with chunked_top_k"}
 # The sign of a rounding error is a direction of DeMo, where no gradient is: rows of tokens that don't occur.
 MOST_DIFFERENT = {"demo": 40}
 DIFFERENT = 2e-5  # for parameters around 0.2: rounding causes differences of 2e-6, one sign of 3e-3

@@ -99,6 +99,32 @@ def test_a_plan_of_streaming_diloco_counts_its_memory_and_bytes(
     assert parse_bytes(mean + small) == pytest.approx(parse_bytes(whole + unit) / 50, rel=0.01)
 
 
+@pytest.mark.parametrize(
+    "options, bytes_per_parameter, vectors",
+    [
+        ([], 4 + 4 / 4, 0),
+        (["--communication.compression.algorithm", "int8"], (1 + 1 / 64) * (1 + 1 / 4), 0),
+        (["--parallel.zero_gather", "bf16"], 4 + 2 / 4, 0),
+        (["--communication.compression.algorithm", "scaled_sign"], 1 / 8 + 1 / 64 + (1 + 1 / 64) / 4, 1),
+    ],
+)
+def test_a_plan_of_zero_counts_compressed_shards(
+    options: list[str], bytes_per_parameter: float, vectors: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layout = ["--parallel.data", "4", "--parallel.zero", "1", "--model.vocab", "64", "--hardware", "h100"]
+    layout += ["--model.width", "512", "--train.batch_size", "8"]
+    assert main(["--dry_run", *layout, *options]) == 0
+    text = capsys.readouterr().out
+    parameters = float(re.search(r"gpt: ([\d,]+) parameters", text)[1].replace(",", ""))
+    sent, unit = re.search(r"bytes of a rank's step[^\n]*\nstage 0 \(layers[^)]*\)\s+([\d.]+) (\w+)", text).groups()
+    assert parse_bytes(sent + unit) == pytest.approx(bytes_per_parameter * parameters, rel=0.05)  # norms, biases: fp32
+    assert "seconds of a step" in text
+    kept = re.search(r"compression \w+ keeps ([\d.]+) (\w+) on a rank", text)
+    assert (kept is not None) == bool(vectors)
+    if kept:
+        assert parse_bytes("".join(kept.groups())) == pytest.approx(4 * vectors * parameters, rel=0.01)
+
+
 def test_seconds_by_cause_add_up_to_the_step(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*PLAN_7B, "--hardware", "a100"]) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("the slowest rank"))

@@ -192,7 +192,11 @@ BAD = [
         ["--parallel.data", "2", "--parallel.pipeline", "2", "--communication.exchange", "streaming_diloco"],
         "would synchronise the two stages' copies of the tied embedding",
     ),
-    (["--parallel.data", "2", "--parallel.zero", "2", "--communication.compression.algorithm", "int8"], "int8"),
+    (
+        ["--parallel.data", "2", "--parallel.zero", "2", "--communication.compression.algorithm", "power_sgd"],
+        "power_sgd sums or corrects whole gradients",
+    ),
+    (["--parallel.data", "2", "--parallel.zero_gather", "int8"], "without ZeRO they gather none"),
 ]
 
 

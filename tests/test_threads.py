@@ -326,10 +326,12 @@ def test_threads_train_as_processes_under_mpi_do(layout: str, tmp_path: Path) ->
         assert len(own) > 20 and own == collectives(processes, rank)
 
 
-def test_checkpoints_of_threads_resume_under_mpi_and_back(tmp_path: Path) -> None:
-    """Every rank has residuals of its own, which its checkpoint holds."""
+@pytest.mark.parametrize("zero", ["0", "1"])
+def test_checkpoints_of_threads_resume_under_mpi_and_back(zero: str, tmp_path: Path) -> None:
+    """Every rank has residuals of its own, which its checkpoint holds; with ZeRO its shard of the parameters, too."""
     run = tmp_path / "run"
     options = [*SMALL, *STEPS, "--communication.compression.algorithm", "int8", "--train.schedule", "constant"]
+    options += ["--communication.compression.error_feedback", "true", "--parallel.zero", zero]
     resumed = ["--log.run", str(run), "--checkpoint.resume", "auto"]
     for index, backend in enumerate(("threads", "mpi4py", "threads")):
         command = ["-m", "hvdlm", *options, *resumed, "--backend", backend, "--train.steps", str(2 + 2 * index)]

@@ -97,8 +97,8 @@ class ShardedState:
         first_names = [self.layout.slots[first].name for first, _ in self.layout.buckets]
         self.tied_buckets = [index for index, name in enumerate(first_names) if name in model_shard.tied]
         self.loss_scale = LossScale(config.train.precision)
-        self._weights = FlatState(self.layout)
         self._memory = FlatState(self.layout, zero_rank, zero_size)
+        self._weights = self._memory if exchange.traits.rounds_parameters else FlatState(self.layout)
         self._identities: dict[tuple[bool, tuple[str, ...]], dict[str, str]] = {}
 
     @property
@@ -138,7 +138,7 @@ class ShardedState:
         return np.random.SeedSequence([self.config.train.seed, *position, step, *keys])
 
     def arrays(self, flat: np.ndarray, memory: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Return ``Trainable.state`` without the recurrent state, from the parameters and the optimizer's memory."""
+        """Return ``Trainable.state`` but the recurrent state, from what is saved of the flat vector and of memory."""
         state = self._weights.arrays(flat, "parameters")
         for kind, array in memory.items():
             state |= self._memory.arrays(array, f"optimizer/{kind}")
@@ -165,7 +165,7 @@ class ShardedState:
         """Return identities by the shard, and where ranks differ, by their coordinates."""
         exchange, traits, shards = self.exchange, self.exchange.traits, self.shards(memory)
         # Compression of a bucket depends on all of its contents, so that what several tensor ranks hold drifts apart.
-        lossy = self.config.communication.compression.algorithm != "none"
+        lossy = self.config.communication.compression.algorithm != "none" or traits.rounds_parameters
         identities = {}
         for name in names:
             replicated = name.startswith("exchange/") and name.removeprefix("exchange/").startswith(

@@ -8,7 +8,7 @@ bubble: Narayanan et al. 2021, section 2.2.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import pluggy
@@ -20,6 +20,7 @@ from hvdlm.parallel.flat_layout import FlatLayout, make_layout
 from hvdlm.parallel.mesh import Mesh
 from hvdlm.parallel.sharding_rules import ModelShard, make_model_shard
 from hvdlm.planning.same import Same
+from hvdlm.planning.zero_payloads import KNOWN, ZeroPayload, zero_payloads
 from hvdlm.protocols.state_dict import optimizer_state
 from hvdlm.protocols.types import Prediction
 
@@ -109,6 +110,7 @@ class Step:
         self.mesh = mesh
         within, model_ranks = rank % (mesh.pipeline * mesh.tensor), Mesh(1, mesh.pipeline, mesh.tensor)
         self.shard: ModelShard = _model_shard(Same(spec), model_ranks, within, config.parallel.sequence)
+        self.data_rank = mesh.coordinates(rank)["data"]
         self.zero = config.parallel.zero if mesh.data > 1 else 0
         align = mesh.data if self.zero else 1
         self.layout: FlatLayout = _layout(Same(self.shard), config.communication.bucket_bytes, align)
@@ -141,17 +143,18 @@ class Step:
         stages = self.mesh.pipeline
         return Prediction(
             memory=self.memory(),
-            bytes=self.bytes() if self.dense() else None,
+            bytes=self.bytes() if self.has_known_bytes() else None,
             idle_share=idle_share(stages, self.count) if stages > 1 else 0.0,
             layers=self.shard.stage.layers,
             micro_batches=self.count,
         )
 
-    def dense(self) -> bool:
-        """Return whether whole gradients are summed at every step."""
+    def has_known_bytes(self) -> bool:
+        """Return whether gradients are summed whole at every step, or with ZeRO by a built-in compressor."""
         c = self.config.communication
+        known = ("none", *KNOWN) if self.zero else ("none",)
         return (
-            c.compression.algorithm == "none" and c.exchange == "all_reduce" and c.reduction not in ("adasum", "exact")
+            c.compression.algorithm in known and c.exchange == "all_reduce" and c.reduction not in ("adasum", "exact")
         )
 
     def memory(self) -> dict[str, int]:
@@ -246,7 +249,14 @@ class Step:
         whole = 4 * self.layout.size
         if not self.zero:
             return whole + 2 * 8
-        return whole * (self.count if self.zero == 2 else 1) + whole // self.mesh.data + 3 * 8
+        sent = self.zero_payloads
+        gradients = sum(bucket.gradients + bucket.rest for bucket in sent) * (self.count if self.zero == 2 else 1)
+        return gradients + sum(bucket.parameters[self.data_rank] for bucket in sent) + 3 * 8
+
+    @cached_property
+    def zero_payloads(self) -> list[ZeroPayload]:
+        """What a rank hands over of every bucket with ZeRO."""
+        return zero_payloads(self.config, self.layout, self.mesh.data)
 
     def on_pipeline(self) -> int:
         """Return the bytes of activations and their gradients, to and from neighbours, and of tied gradients."""

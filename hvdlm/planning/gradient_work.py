@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
-from hvdlm.config import CommunicationConfig, CompressionConfig, Config
+from hvdlm.config import CommunicationConfig, Config
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.flat_layout import Slot
 from hvdlm.parallel.mesh import Mesh
 from hvdlm.planning.closed_forms import Habits, Step
 from hvdlm.planning.model_work import segments_of
+from hvdlm.planning.payloads import UNBIASED, is_compressible, payload
 from hvdlm.planning.work import Bucket, Collective, Segment, Work
 from hvdlm.protocols.state_dict import optimizer_state
 
@@ -21,21 +21,29 @@ KNOWN_EXCHANGES = ("all_reduce", *LOCAL_EXCHANGES)
 """Exchanges whose collectives are known."""
 
 _UPDATE_EXCHANGES = {"one_bit_adam": 3, "demo": 1}  # the momentum, and what else they keep; see their modules
-_UNBIASED = ("none", "fp16", "bf16", "qsgd", "int8")  # compressors without error feedback
+_FEEDING_BACK = {"none": 0, "dgc": 2, "chunked_top_k": 1}  # vectors of compressors with a feedback of their own
 
 
 def kept_vectors(options: CommunicationConfig) -> int:
     """Return the flat float32 vectors that an exchange keeps of its own; 0 where sums are all it needs.
 
-    An exchange of parameter differences keeps the global parameters, the outer momentum, the error feedback.
+    Compressors keep the error feedback; an exchange of parameter differences the global parameters and the outer
+    momentum, too.
     """
-    if options.exchange not in LOCAL_EXCHANGES:
-        return _UPDATE_EXCHANGES.get(options.exchange, 0)
     algorithm, feedback = options.compression.algorithm, options.compression.error_feedback
+    has_feedback = algorithm not in UNBIASED if feedback is None else feedback
+    compressor = _FEEDING_BACK.get(algorithm, int(has_feedback))
+    if options.exchange not in LOCAL_EXCHANGES:
+        return _UPDATE_EXCHANGES.get(options.exchange, compressor)
     momentum = options.local.outer_momentum
     has_momentum = options.exchange != "local_sgd" if momentum is None else momentum > 0
-    has_feedback = algorithm not in _UNBIASED if feedback is None else feedback
-    return 1 + has_momentum + (has_feedback and algorithm != "none")
+    return 1 + has_momentum + compressor
+
+
+def kept_bytes(config: Config, mesh: Mesh, parameters: float) -> float:
+    """Return the bytes of ``kept_vectors`` on a rank that holds ``parameters`` bytes of them, with ZeRO's shard."""
+    shards = mesh.data if config.parallel.zero and mesh.data > 1 else 0
+    return kept_vectors(config.communication) * (parameters * shards / (shards + 1) if shards else parameters)
 
 
 def work_of(
@@ -98,36 +106,6 @@ def _saved(step: Step) -> float:
     return float(4 * step.layout.size + memory["optimizer"])
 
 
-class Payload(NamedTuple):
-    """What a compressor sends of a tensor; ``bytes``: of one rank. ``received``: payloads that are decompressed."""
-
-    operation: str
-    bytes: float
-    received: float = 1.0
-
-
-def payload(settings: CompressionConfig, shape: tuple[int, ...], ranks: int) -> Payload:
-    """Return what a built-in compressor sends of a vector ``[n]``, or power_sgd of a matrix, in a step."""
-    count = math.prod(shape)
-    name, block = settings.algorithm, settings.block
-    if name in ("fp16", "bf16"):
-        return Payload("all_reduce", 2.0 * count)
-    if name == "power_sgd":
-        return Payload("all_reduce", 4.0 * settings.rank * sum(shape))
-    if name == "random_k":
-        return Payload("all_reduce", 4.0 * max(1, round(count * (settings.ratio or 0.1))))
-    if name in ("top_k", "dgc"):
-        return Payload("all_gather", 8.0 * max(1, round(count * (settings.ratio or 0.01))))
-    if name == "chunked_top_k":
-        block = block or 4096
-        sent = min(block, max(4, 4 * round(block * (settings.ratio or 1 / 64) / 4)))
-        return Payload("all_gather", -(-count // block) * (8.0 + 1.75 * sent), float(ranks))
-    bits = {"int8": 8, "int4": 4, "qsgd": settings.bits, "scaled_sign": 1, "sign_majority": 1}.get(name, 32)
-    block = block or {"qsgd": 64, "int4": 128}.get(name, 256)
-    blocks = -(-count // block)
-    return Payload("all_gather", blocks * (4.0 + block * bits / 8), float(ranks))
-
-
 class _Exchange:
     """The collectives of one rank's gradients."""
 
@@ -165,8 +143,8 @@ class _Exchange:
         if self.ranks > 1 and not self.local:
             collectives.append(Collective("all_reduce", 24.0 if step.zero else 16.0, "data"))
         if step.zero:
-            sizes = [stop - start for start, stop in map(self.layout.bucket_range, range(len(self.layout.buckets)))]
-            collectives += [Collective("all_gather", 4.0 * size, "data") for size in sizes]
+            gathers = (sum(bucket.parameters) for bucket in step.zero_payloads)
+            collectives += [Collective("all_gather", float(size), "data") for size in gathers]
         return tuple(collectives)
 
     def _tied(self) -> list[Collective]:
@@ -185,15 +163,25 @@ class _Exchange:
         ready = min(self._segment(slot.name) for slot in slots)
         elements = float(stop - start)
         if self.step.zero:
-            return Bucket(ready, elements, (Collective("reduce_scatter", 4.0 * elements, "data"),))
+            return self._scattered(ready, elements, index)
         if self.options.compression.algorithm == "none":
             return Bucket(ready, elements, (Collective("all_reduce", 4.0 * elements, "data"),))
         return self._compressed(ready, elements, slots)
 
+    def _scattered(self, ready: int, elements: float, index: int) -> Bucket:
+        sent = self.step.zero_payloads[index]
+        if not sent.compressed:
+            return Bucket(ready, elements, (Collective("reduce_scatter", float(sent.gradients), "data"),))
+        collectives = [Collective("all_to_all", float(sent.gradients), "data")]
+        if sent.rest:
+            collectives.append(Collective("all_reduce", float(sent.rest), "data"))
+        count = float(sent.compressed)  # of all ranks' shards on a rank, and of a rank's shard on all ranks
+        return Bucket(ready, elements, tuple(collectives), self.options.compression.algorithm, count, count, 1.0)
+
     def _compressed(self, ready: int, elements: float, slots: tuple[Slot, ...]) -> Bucket:
         settings, matrices = self.options.compression, self.options.compression.algorithm == "power_sgd"
         shapes = [_matrix(slot) if matrices else (slot.stop - slot.start,) for slot in slots]
-        taken = [shape for shape in shapes if self._is_compressible(shape)]
+        taken = [shape for shape in shapes if is_compressible(settings, shape, self.ranks)]
         count = sum(math.prod(shape) for shape in taken)
         dense = sum(math.prod(shape) for shape in shapes) - count
         sent = [payload(settings, shape, self.ranks) for shape in (taken if matrices else [(count,)] if count else [])]
@@ -212,12 +200,6 @@ class _Exchange:
         received = count * sent[0].received if sent and sent[0].operation == "all_gather" else 0.0
         tensors = float(len(sent))
         return Bucket(ready, elements, tuple(collectives), settings.algorithm, float(count), received, tensors, later)
-
-    def _is_compressible(self, shape: tuple[int, ...]) -> bool:
-        settings, count = self.options.compression, math.prod(shape)
-        if count < settings.min_elements or (settings.algorithm == "power_sgd" and len(shape) < 2):
-            return False
-        return 4 * count >= settings.min_compression * payload(settings, shape, self.ranks).bytes
 
     def _segment(self, name: str) -> int:
         """Return the index of the segment whose backward pass gives the gradient of ``name``."""

@@ -10,7 +10,7 @@ from hvdlm.errors import HvdlmError
 from hvdlm.io.untrusted_input import shown
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.mesh import Mesh
-from hvdlm.planning.gradient_work import kept_vectors
+from hvdlm.planning.gradient_work import kept_bytes
 from hvdlm.planning.hardware import Hardware
 from hvdlm.protocols.types import Prediction
 
@@ -75,9 +75,8 @@ def fit(
     if mesh.size > 1:
         fusion = config.communication.fusion_bytes
         reserved["fusion buffer"] = float(_FUSION if fusion is None else fusion)
-        if vectors := kept_vectors(config.communication):
-            parameters = prediction.memory["parameters"] - spec.frozen_bytes
-            reserved["exchange's vectors"] = float(vectors * parameters)
+        if kept := kept_bytes(config, mesh, prediction.memory["parameters"] - spec.frozen_bytes):
+            reserved["exchange's vectors"] = kept
     names = () if hardware and hardware.reserved_bytes else ("CUDA context", "NCCL's buffers")
     needed = float(sum(prediction.memory.values())) + sum(reserved.values())
     return Fit(needed, available, reserved, (*names, "fragmentation", "evaluation"))

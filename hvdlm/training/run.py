@@ -142,7 +142,7 @@ def load_plugins(config: Config, *names: str) -> pluggy.PluginManager:
         *(("samples",) if config.log.sample_tokens else ()),
         *(("profile",) if config.log.profile is not None else ()),
         *config.plugins,
-        *(("compression", compression) if compression != "none" else ()),
+        *(("compression", compression) if compression != "none" or config.parallel.zero_gather else ()),
         *(("exact",) if config.communication.reduction == "exact" else ()),
         *(("auto", "compression") if config.communication.auto or config.communication.max_loss_gap else ()),
     )

@@ -19,6 +19,10 @@ class BFloat16(Compressor):
     collective = "all_reduce"
     biased = False
 
+    def granule(self) -> int | None:
+        """Return 1: every element is rounded by itself."""
+        return 1
+
     def compress(self, tensor: Tensor, step: Tensor) -> Sequence[Tensor]:
         """Return [bfloat16 ``[n]``]."""
         return [ops.cast(tensor, "bfloat16")]

@@ -8,6 +8,10 @@ from typing import Any
 from hvdlm.config import Config
 from hvdlm.errors import HvdlmError
 from hvdlm.models.spec import ModelSpec
+from hvdlm.planning.zero_payloads import gathered_as
+
+FRAMEWORKS = ("torch", "tensorflow")  # whose plugins keep the float32 parameters that ZeRO's ranks update
+WHOLE = ("power_sgd", "dgc", "chunked_top_k")  # compressors of whole matrices, or with a feedback of their own
 
 
 def check_compression(config: Config, spec: ModelSpec) -> None:
@@ -17,6 +21,9 @@ def check_compression(config: Config, spec: ModelSpec) -> None:
         HvdlmError: the first combination that is not supported.
     """
     options = config.communication.compression
+    _check_zero(config)
+    if options.algorithm == "none":
+        return
     _whole_gradients(config, f"compression {options.algorithm}")
     if options.algorithm == "power_sgd":
         _rank(options.rank, spec)
@@ -27,6 +34,33 @@ def check_compression(config: Config, spec: ModelSpec) -> None:
             "communication.compression.momentum takes the place of train.momentum, both would count it twice: "
             "set --train.momentum 0."
         )
+
+
+def _check_zero(config: Config) -> None:
+    """Refuse roundings of parameters that nobody gathers or whose float32 copies nobody keeps; sums that ZeRO lacks."""
+    parallel, algorithm = config.parallel, config.communication.compression.algorithm
+    if parallel.zero_gather is not None and not parallel.zero:
+        raise HvdlmError(
+            f"parallel.zero_gather {parallel.zero_gather} is how ZeRO's ranks gather parameters, and without ZeRO they "
+            "gather none: set --parallel.zero 1, or leave it out."
+        )
+    if parallel.zero and algorithm in WHOLE:
+        raise no_shards(config)
+    if parallel.zero and gathered_as(config) != "fp32" and config.framework not in FRAMEWORKS:
+        raise HvdlmError(
+            f"parallel.zero_gather {gathered_as(config)}: the plugin of framework {config.framework} saves the rounded "
+            "parameters that it computes with, and not the float32 ones: set --parallel.zero_gather fp32."
+        )
+
+
+def no_shards(config: Config) -> HvdlmError:
+    """Return the error about a compressor whose payloads can't be sent by shards."""
+    algorithm, zero = config.communication.compression.algorithm, config.parallel.zero
+    return HvdlmError(
+        f"communication.compression.algorithm {algorithm} doesn't go with parallel.zero {zero}: ZeRO's ranks send each "
+        f"other payloads of single shards, and {algorithm} sums or corrects whole gradients. Choose another, for "
+        "example int8, or --parallel.zero 0."
+    )
 
 
 def check_rounds(config: Config) -> None:

@@ -42,6 +42,18 @@ class Compressor:
         self.block = settings.block or self.default_block
         self.ratio = settings.ratio or self.default_ratio
 
+    @property
+    def scatters(self) -> bool:
+        """Whether ZeRO's ranks can send each other the payloads of their shards: a vector's payload is all there is."""
+        return type(self).reduce is Compressor.reduce and not self.matrices
+
+    def granule(self) -> int | None:
+        """Return n where vectors of multiples of n elements may be joined: their payloads are joined along axis 0.
+
+        None: a vector's payload depends on all of it. ZeRO then compresses the shards one by one.
+        """
+        return None
+
     def begin(self, step: int) -> Hashable:
         """Return the step's phase: every step is compressed in the same way."""
         return None

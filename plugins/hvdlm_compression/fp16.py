@@ -16,6 +16,10 @@ class Float16(Compressor):
     collective = "all_reduce"
     biased = False
 
+    def granule(self) -> int | None:
+        """Return 1: every element is rounded by itself."""
+        return 1
+
     def compress(self, tensor: Tensor, step: Tensor) -> Sequence[Tensor]:
         """Return [float16 ``[n]``]."""
         return [ops.cast(tensor, "float16")]

@@ -22,6 +22,10 @@ class Int4(Compressor):
 
     default_block = 128
 
+    def granule(self) -> int | None:
+        """Return the block: each is compressed by itself."""
+        return self.block
+
     def compress(self, tensor: Tensor, step: Tensor) -> Sequence[Tensor]:
         """Return [scales float32 ``[blocks]``, levels uint8 ``[blocks, block / 2]``]."""
         rows = blocks(tensor, self.block)

@@ -8,6 +8,7 @@ from typing import Any
 
 from hvdlm import hookimpl
 from hvdlm.config import CompressionConfig, Config
+from hvdlm.planning.zero_payloads import gathered_as
 from hvdlm.plugins import keras_alone
 from hvdlm.protocols.compressor import Compressor, CompressorMaker
 from hvdlm.protocols.group import Group
@@ -61,7 +62,28 @@ def hvdlm_make_exchange(
     name: str, group: Group, config: Config, compressors: Mapping[str, CompressorMaker], index: int
 ) -> Any:
     """Return the exchange ``all_reduce`` where gradients are compressed; called before the core's own hook."""
-    return make_compressed(group, config, compressors, index) if name == "all_reduce" else None
+    if name != "all_reduce":
+        return None
+    if config.parallel.zero and len(group.ranks) > 1:
+        return make_zero(group, config, compressors, index)
+    return make_compressed(group, config, compressors, index)
+
+
+def make_zero(group: Group, config: Config, compressors: Mapping[str, CompressorMaker], group_rank: int) -> Any:
+    """Return ZeRO's exchange where gradients are compressed or parameters are rounded; else None.
+
+    Raises:
+        HvdlmError: the compressor can't send shards.
+    """
+    settings, compressor = config.communication.compression, None
+    if settings.algorithm != "none":
+        maker = compressors[settings.algorithm]
+        compressor = maker(settings, config.train.seed, group_rank, len(group.ranks))
+        if not getattr(compressor, "scatters", False):
+            raise checks.no_shards(config)
+    if compressor is None and gathered_as(config) == "fp32":
+        return None
+    return imported("zero").CompressedZeroExchange(group, compressor, config, group_rank)
 
 
 def make_compressed(group: Group, config: Config, compressors: Mapping[str, CompressorMaker], group_rank: int) -> Any:

@@ -23,6 +23,10 @@ class QSGD(Compressor):
     # With blocks of 256, the levels of four bits are too coarse: the loss ends 0.04 nats higher (docs/compression.md).
     default_block = 64
 
+    def granule(self) -> int | None:
+        """Return the block: each is compressed by itself."""
+        return self.block
+
     def bits(self) -> int:
         """Return the bits of an element, its sign included."""
         return self.settings.bits

@@ -11,7 +11,7 @@ from keras import backend, ops
 from hvdlm.protocols.compressor import Request
 from hvdlm.protocols.group import Group, Handle
 from hvdlm.protocols.types import Tensor
-from hvdlm_compression.compressor import itemsize
+from hvdlm_compression.packing import Packing
 
 Job = Generator[Request, list[Tensor], Tensor]
 
@@ -110,33 +110,17 @@ class _AllReduce(_Collective):
 
 
 class _AllGather(_Collective):
-    """Gathers all tensors as bytes; the widest elements first, so that each tensor's bytes are aligned to its dtype."""
+    """Gathers all tensors as bytes."""
 
     def _start(self, group: Group, name: str, tensors: list[Tensor]) -> Handle:
-        widths = {(job, i): itemsize(self._requests[job].tensors[i]) for job, i in self._order}
-        self._order.sort(key=lambda key: -widths[key])
-        ordered = [self._requests[job].tensors[i] for job, i in self._order]
-        chunks = [ops.view(ops.reshape(tensor, (-1,)), "uint8") for tensor in ordered]
-        self._bytes = sum(chunk.shape[0] for chunk in chunks)
-        self._padding = -self._bytes % 4
-        if self._padding:
-            chunks.append(ops.zeros((self._padding,), "uint8"))
-        return group.all_gather_async(ops.concatenate(chunks) if len(chunks) > 1 else chunks[0], name)
+        rows = [ops.expand_dims(tensor, 0) for tensor in tensors]
+        self._packing = Packing(rows)
+        return group.all_gather_async(ops.reshape(self._packing.pack(rows), (-1,)), name)
 
     def collect(self, received: dict[int, list[Tensor]]) -> None:
-        fused = ops.reshape(self._handle.wait(), (self._ranks, self._bytes + self._padding))
-        start = 0
-        gathered = {}
-        for job, i in self._order:
-            tensor = self._requests[job].tensors[i]
-            shape, dtype = tuple(tensor.shape), backend.standardize_dtype(tensor.dtype)
-            stop = start + math.prod(shape) * itemsize(tensor)
-            chunk = fused[:, start:stop]
-            typed = chunk if dtype == "uint8" else ops.view(chunk, dtype)
-            gathered[job, i] = ops.reshape(typed, (self._ranks, *shape))
-            start = stop
-        for job, request in self._requests.items():
-            received[job] = [gathered[job, i] for i in range(len(request.tensors))]
+        fused = ops.reshape(self._handle.wait(), (self._ranks, self._packing.bytes))
+        for (job, _), tensor in zip(self._order, self._packing.unpack(fused), strict=True):
+            received.setdefault(job, []).append(tensor)
 
 
 class _AllToAll(_Collective):

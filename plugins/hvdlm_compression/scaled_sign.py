@@ -15,6 +15,10 @@ from hvdlm_compression.compressor import Compressor, blocks
 class ScaledSign(Compressor):
     """C(x) = (||x||_1 / n) sign(x) (algorithm 1) for each block; the sign of zero is positive."""
 
+    def granule(self) -> int | None:
+        """Return the block: each is compressed by itself."""
+        return self.block
+
     def compress(self, tensor: Tensor, step: Tensor) -> Sequence[Tensor]:
         """Return [scales float32 ``[blocks]``, signs uint8 ``[blocks, block / 8]``]."""
         width = self.block

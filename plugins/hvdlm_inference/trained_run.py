@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from hvdlm.checkpoints import discovery, load
@@ -70,4 +71,6 @@ def chosen_checkpoint(run: str, checkpoint: str | None) -> Checkpoint:
 def plan_trained(run: str, checkpoint: str | None, arguments: list[str]) -> Plan:
     """Return the plan of a trained run, with the options of its config.yaml overridden by ``arguments``."""
     config = run_config(run, arguments)
+    # Of the float32 parameters that were saved, as one rank has them, not rounded as several ranks gather them.
+    config = replace(config, parallel=replace(config.parallel, zero_gather="fp32" if config.parallel.zero else None))
     return plan(config, writes=False, resume=str(chosen_checkpoint(run, checkpoint).path))

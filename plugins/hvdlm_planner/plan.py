@@ -9,7 +9,7 @@ from hvdlm.errors import HvdlmError
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.mesh import AXES, Mesh
 from hvdlm.planning.closed_forms import predict_costs
-from hvdlm.planning.gradient_work import kept_vectors, unknown, work_of
+from hvdlm.planning.gradient_work import kept_bytes, unknown, work_of
 from hvdlm.planning.hardware import Hardware
 from hvdlm.planning.memory_fit import Fit, fit
 from hvdlm.planning.step_time import StepTime, predict_time
@@ -44,9 +44,11 @@ def describe(config: Config, hardware: Hardware | None = None, gpu_memory: float
             predictions.append(prediction)
         stages.append(max(predictions, key=lambda prediction: sum(prediction.memory.values())))
     lines = [*_header(config, spec, mesh, stages[0], run.vocab), "", *_memory(stages)]
-    if (vectors := kept_vectors(config.communication)) and mesh.data > 1:
-        size = max(stage.memory["parameters"] for stage in stages) - spec.frozen_bytes
-        lines.append(f"  beside these, {config.communication.exchange} keeps {_size(vectors * size)} on a rank")
+    size = max(stage.memory["parameters"] for stage in stages) - spec.frozen_bytes
+    if (kept := kept_bytes(config, mesh, size)) and mesh.data > 1:
+        exchange, algorithm = config.communication.exchange, config.communication.compression.algorithm
+        by = f"compression {algorithm}" if exchange == "all_reduce" else exchange
+        lines.append(f"  beside these, {by} keeps {_size(kept)} on a rank")
     if gpu_memory is None and hardware is None:
         gpu_memory = device_memory()
     lines += _fits(stages, [fit(stage, config, spec, mesh, hardware, gpu_memory) for stage in stages])

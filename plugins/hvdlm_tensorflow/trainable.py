@@ -74,6 +74,8 @@ class Trainable(Inference):
         self._adapters = Adapters(state, self._flat)
         # What this rank updates: the flat variable itself, or its shard of every bucket (ZeRO).
         self._updated = self._flat if exchange.traits.zero_size == 1 else tf.Variable(state.update_shard(initial))
+        # What a checkpoint holds and a rank resumes from: this shard where ranks compute with rounded parameters.
+        self._saved = self._updated if exchange.traits.rounds_parameters else self._flat
         self._gradients = make_gradients(state, axes)
         self._optimizer = FlatOptimizer(
             config.train, self._updated, tf.constant(state.update_shard(self.layout.decay_mask())), optimizer
@@ -272,13 +274,17 @@ class Trainable(Inference):
             if replaced is None:
                 return 0.0
         else:
-            updated = self._updated.read_value()
-            shards = [updated[start:stop] for start, stop in self._sharded.shard_ranges]
-            replaced = tf.concat(self._exchange.gather(shards), 0)
+            replaced = self._gathered()
         with tf.control_dependencies([replaced]):
             waited = tf.maximum(tf.timestamp() - ready, 0.0)
         self._flat.assign(replaced)
         return waited
+
+    def _gathered(self) -> tf.Tensor:
+        """Return what the exchange makes of the shards that all ranks updated (ZeRO): the parameters ``[size]``."""
+        updated = self._updated.read_value()
+        shards = [updated[start:stop] for start, stop in self._sharded.shard_ranges]
+        return tf.concat(self._exchange.gather(shards), 0)
 
     def _advance(self) -> float:
         """Finish and start collectives that stay in flight over several steps; return the seconds waited for them."""
@@ -355,7 +361,7 @@ class Trainable(Inference):
     def state(self) -> dict[str, np.ndarray]:
         """Return copies of all that training resumes from, under global names."""
         self._show_own()
-        own = _host(self._flat)
+        own = _host(self._saved)
         memory = {kind: _host(flat) for kind, flat in self._optimizer.state.items()}
         carry = recurrent_entries([self._model.carry_arrays(self._carry[number]) for number in sorted(self._carry)])
         return self._sharded.arrays(self._replica.averaged(own), memory) | self._replica.entries(own) | carry
@@ -375,10 +381,12 @@ class Trainable(Inference):
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
         """Replace parameters, optimizer, exchange and carried state by those of ``state``."""
         memory = {kind: _host(flat) for kind, flat in self._optimizer.state.items()}
-        averaged, memory = self._sharded.restore(state, _host(self._flat), memory)
+        averaged, memory = self._sharded.restore(state, _host(self._saved), memory)
         self._own, flat = None, self._replica.restored(state, averaged)
-        self._flat.assign(flat)
-        if self._updated is not self._flat:
+        self._saved.assign(flat)
+        if self._exchange.traits.rounds_parameters:
+            self._flat.assign(self._gathered())
+        elif self._updated is not self._flat:
             self._updated.assign(self._sharded.update_shard(flat))
         self._adapters.add()
         for kind, array in memory.items():

@@ -68,6 +68,8 @@ class Trainable(Inference):
         self._updated = (
             self._flat if exchange.traits.zero_size == 1 else torch.from_numpy(state.update_shard(initial)).to(device)
         )
+        # What a checkpoint holds and a rank resumes from: this shard where ranks compute with rounded parameters.
+        self._saved = self._updated if exchange.traits.rounds_parameters else self._flat
         decay_mask = state.update_shard(self.layout.decay_mask())
         self._optimizer = FlatOptimizer(config.train, self._updated, self._gradients.shard, decay_mask, optimizer)
         self._counters = count_traffic(axes, exchange)
@@ -169,16 +171,21 @@ class Trainable(Inference):
         """Gather the shards that other ranks updated, or what the exchange replaces them by; return the seconds."""
         began = time.perf_counter()
         if self._exchange.traits.zero_size > 1:
-            shards = [self._updated[start:stop] for start, stop in self._sharded.shard_ranges]
-            for index, bucket in enumerate(self._exchange.gather(shards)):
-                start, stop = self.layout.bucket_range(index)
-                self._flat[start:stop].copy_(bucket)
+            self._gather()
             return time.perf_counter() - began
         replaced = self._exchange.finish(self._flat)
         if replaced is None:
             return 0.0
         self._flat.copy_(replaced)
         return time.perf_counter() - began
+
+    @torch.no_grad()
+    def _gather(self) -> None:
+        """Replace the parameters by what the exchange makes of the shards that all ranks updated (ZeRO)."""
+        shards = [self._updated[start:stop] for start, stop in self._sharded.shard_ranges]
+        for index, bucket in enumerate(self._exchange.gather(shards)):
+            start, stop = self.layout.bucket_range(index)
+            self._flat[start:stop].copy_(bucket)
 
     @torch.no_grad()
     def _advance(self) -> float:
@@ -236,7 +243,7 @@ class Trainable(Inference):
     def state(self) -> dict[str, np.ndarray]:
         """Return copies of all that training resumes from, under global names."""
         self._show_own()
-        own = self._flat.cpu().numpy()
+        own = self._saved.cpu().numpy()
         memory = {kind: flat.cpu().numpy() for kind, flat in self._optimizer.state.items()}
         carry = recurrent_entries([self._model.carry_arrays(self._carry[number]) for number in sorted(self._carry)])
         return self._sharded.arrays(self._replica.averaged(own), memory) | self._replica.entries(own) | carry
@@ -257,10 +264,12 @@ class Trainable(Inference):
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
         """Replace parameters, optimizer, exchange and carried state by those of ``state``."""
         memory = {kind: flat.cpu().numpy() for kind, flat in self._optimizer.state.items()}
-        averaged, memory = self._sharded.restore(state, self._flat.cpu().numpy(), memory)
+        averaged, memory = self._sharded.restore(state, self._saved.cpu().numpy(), memory)
         self._own, flat = None, self._replica.restored(state, averaged)
-        self._flat.copy_(torch.from_numpy(flat))
-        if self._updated is not self._flat:
+        self._saved.copy_(torch.from_numpy(flat))
+        if self._exchange.traits.rounds_parameters:
+            self._gather()
+        elif self._updated is not self._flat:
             self._updated.copy_(torch.from_numpy(self._sharded.update_shard(flat)))
         self._adapters.add()
         for kind, array in memory.items():

@@ -13,7 +13,7 @@ import references
 from builders import configured_spec, parameters, small_config, token_batch
 from hvdlm import plugins
 from hvdlm.communication.traffic import by_axis, since, snapshot
-from hvdlm.config import CommunicationConfig, CompressionConfig, Config, LocalConfig, TrainConfig
+from hvdlm.config import CommunicationConfig, CompressionConfig, Config, LocalConfig, ParallelConfig, TrainConfig
 from hvdlm.models.spec import Init, ParamSpec
 from hvdlm.parallel.flat_layout import FlatLayout, make_layout
 from hvdlm.parallel.mesh import make_mesh
@@ -43,7 +43,8 @@ def layout() -> FlatLayout:
 
 def make(manager: Any, world: World, name: str = "all_reduce", train: TrainConfig | None = None, **options: Any) -> Any:
     """Return an exchange over all ranks."""
-    config = Config(framework=FRAMEWORK, communication=CommunicationConfig(exchange=name, **options))
+    parallel = ParallelConfig(**options.pop("parallel", {}))
+    config = Config(framework=FRAMEWORK, parallel=parallel, communication=CommunicationConfig(exchange=name, **options))
     config.train = train or TrainConfig(steps=STEPS, seed=1)
     context = {"compressors": plugins.provided(manager, "compressors"), "index": world.rank}
     return plugins.make(manager, "exchange", name, group=world.group(range(world.size)), config=config, **context)
@@ -328,13 +329,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "compression": CompressionConfig(start_after_steps=4),
         "train": {"optimizer": "sgd", "momentum": 0.0, "clip": 0.0},
     },
+    "zero with int8": {"parallel": {"zero": 1}, "compression": CompressionConfig(algorithm="int8")},
+    "zero with top_k": {
+        "parallel": {"zero": 1, "zero_gather": "bf16"},
+        "compression": CompressionConfig(algorithm="top_k"),
+    },
     # Of a few steps, whose directions have elements of -1 and 1.
     "demo": {"exchange": "demo", "train": {"optimizer": "sgd", "momentum": 0.0, "clip": 0.0}, "rate": 0.002},
 }
 
 
-# The example of a framework has no ``advance``, and refuses exchanges that need it (tests/test_jax_example.py).
-SUPPORTED = [name for name in VARIANTS if FRAMEWORK != "jax" or not name.startswith("streaming")]
+# The example of a framework has no ``advance`` and saves what it computes with: exchanges that need more are refused
+# (tests/test_jax_example.py).
+SUPPORTED = [name for name in VARIANTS if FRAMEWORK != "jax" or not name.startswith(("streaming", "zero"))]
 CHOSEN = os.environ.get("HVDLM_TEST_EXCHANGES", ",".join(SUPPORTED)).split(",")
 
 
@@ -348,14 +355,16 @@ def test_losses_of_every_exchange_are_written_and_fall(manager: Any, world: Worl
         config = small_config(FRAMEWORK, "rnn", layers=1, width=32)
         # AdamW divides by a gradient's size, so that gradients of rounding errors alone (a key's bias; cancelling signs
         # of two ranks) would become full steps. A larger epsilon keeps them small.
-        own, rate = options.get("train", {}), options.get("rate", 0.01)
-        options = {key: value for key, value in options.items() if key not in ("train", "rate")}
+        own, rate, parallel = options.get("train", {}), options.get("rate", 0.01), options.get("parallel", {})
+        options = {key: value for key, value in options.items() if key not in ("train", "rate", "parallel")}
         config.train = TrainConfig(steps=9, batch_size=8, warmup=0, seed=1, epsilon=1e-4, **own)
         config.communication = CommunicationConfig(bucket_bytes=20_000, **options)
+        config.parallel = ParallelConfig(**parallel)
         mesh = make_mesh(world.size, config.parallel)
         framework = plugins.make(manager, "framework", FRAMEWORK)
         name_of = config.communication.exchange
-        exchange = make(manager, world, name_of, config.train, bucket_bytes=20_000, **_options(options))
+        context = {"parallel": parallel, "bucket_bytes": 20_000, **_options(options)}
+        exchange = make(manager, world, name_of, config.train, **context)
         trainable = framework.build(configured_spec(config), mesh, world, exchange, config)
         losses, weights = [], []
         share = 8 // world.size

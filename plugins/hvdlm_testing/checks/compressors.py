@@ -40,17 +40,19 @@ def check_compressor(harness: Harness, plugin: PluginUnderTest, member: str, fin
         0 < payload < 4 * 48 * 64, f"{label}: its payload of {list(shape)} is {payload} bytes, dense is {4 * 48 * 64}."
     )
     _check_sums(harness, config, label, bool(compressor.biased or compressor.feeds_back), findings)
+    if getattr(compressor, "scatters", False) and harness.world.size > 1:
+        _check_shards(harness, config, label, bool(compressor.biased), findings)
     config.model.name = "rnn"
     spec = plugins.find_model(plugins.load(["rnn"]), "rnn")(config.model, VOCAB, config.data.context)
     check_steps(harness, spec, config, label, findings)
 
 
-def _layout() -> FlatLayout:
-    return make_layout([ParamSpec(n, s, ("a",) * len(s), Init("zeros")) for n, s in _SHAPES.items()], 10**9)
+def _layout(align: int = 1) -> FlatLayout:
+    return make_layout([ParamSpec(n, s, ("a",) * len(s), Init("zeros")) for n, s in _SHAPES.items()], 10**9, align)
 
 
-def _exchange(harness: Harness, config: Config) -> Any:
-    exchange, layout = harness.exchange(copy.deepcopy(config)), _layout()
+def _exchange(harness: Harness, config: Config, align: int = 1) -> Any:
+    exchange, layout = harness.exchange(copy.deepcopy(config)), _layout(align)
     exchange.open(layout, np.zeros(layout.size, np.float32))
     return exchange
 
@@ -95,6 +97,20 @@ def _check_sums(harness: Harness, config: Config, label: str, has_feedback: bool
         f"{label}: after load_state(state()) sums differ: memory() lacks a part of the compressor's state.",
     )
     _check_closeness(np.stack(sums).astype(np.float64), dense, label, has_feedback, findings)
+
+
+def _check_shards(harness: Harness, config: Config, label: str, biased: bool, findings: Findings) -> None:
+    """Check the sums of shards that ZeRO makes of a compressor's payloads, where it can (``scatters``)."""
+    config, size = copy.deepcopy(config), _layout(harness.world.size).size
+    config.parallel.zero, config.parallel.zero_gather = 1, "fp32"
+    random = np.random.default_rng(11)
+    gradients = (random.normal(size=(harness.world.size, size)) * random.random(size)).astype(np.float32)
+    exchange = _exchange(harness, config, harness.world.size)
+    shards = np.stack(_sums(harness, exchange, gradients[harness.world.rank], 0, _MANY))
+    sums = np.concatenate(harness.world.gather_objects(shards.tolist()), axis=1)
+    label = f"{label} with parallel.zero 1"
+    if findings.require(sums.shape == (_MANY, size), f"{label}: shards have {list(sums.shape)} elements, not {size}."):
+        _check_closeness(sums, gradients.sum(0, dtype=np.float64), label, biased, findings)
 
 
 def _check_closeness(sums: np.ndarray, dense: np.ndarray, label: str, has_feedback: bool, findings: Findings) -> None:
