@@ -8,7 +8,7 @@
 Models have 0.8 million parameters (examples/shakespeare_char.yaml, warandpeace_char.yaml) and batches of 48 sequences,
 in every row. With the first seed, every learning rate is tried; with the others, the best one. The ranks are threads of
 one process: their sums are those of real ranks. Measurements are stored one by one in docs/losses.json, so that an
-interrupted command goes on where it was, and docs/compression.md shows them. ``--frameworks`` compares the losses of
+interrupted command continues, and docs/compression.md shows them. ``--frameworks`` compares the losses of
 the first steps in TensorFlow with PyTorch's instead.
 """
 
