@@ -45,8 +45,8 @@ def digits(folder: Path) -> dict:
 
 def speech(folder: Path) -> dict:
     random, lines = np.random.default_rng(1), []
-    for number in range(12):  # of two lengths: TensorFlow traces each width of a batch
-        write_wav(folder / f"{number}.wav", random.integers(-9000, 9000, 4000 + 1000 * (number % 2)))
+    for number in range(12):
+        write_wav(folder / f"{number}.wav", random.integers(-9000, 9000, 4000 + 100 * number))
         lines.append(json.dumps({"audio": f"{number}.wav", "text": ["one", "two", "six"][number % 3]}))
     (folder / "list.jsonl").write_text("\n".join(lines) + "\n")
     model = {"name": "ctc", "layers": 1, "width": 16, "heads": 2}
@@ -56,7 +56,7 @@ def speech(folder: Path) -> dict:
 def translation(folder: Path) -> dict:
     random = np.random.default_rng(1)
     for name, words in (("de", "ein mann geht mit dem hund"), ("en", "a man walks with the dog")):
-        rows = [" ".join(random.choice(words.split(), 3 + 2 * (i % 2))) for i in range(40)]
+        rows = [" ".join(random.choice(words.split(), 3 + i % 5)) for i in range(40)]
         (folder / name).write_text("\n".join(rows) + "\n")
     paths = [str(folder / "de"), str(folder / "en")]
     model = {"name": "seq2seq", "layers": 1, "width": 16, "heads": 2}

@@ -297,8 +297,7 @@ def test_a_run_has_the_bits_of_one_rank(
     assert_same_bits(arrays_of(folder), arrays_of(expected))
 
 
-# Few positions: TensorFlow unrolls recurrent models, and traces all of them on every rank.
-STATEFUL = [*LEAF, "--model.name", "lstm", "--data.sampling", "sequential", "--data.context", "6"]
+STATEFUL = [*LEAF, "--model.name", "lstm", "--data.sampling", "sequential"]
 
 
 @both_frameworks
