@@ -92,9 +92,7 @@ def _check_exchange(config: Config, s: Any) -> None:
     p, c = config.parallel, config.communication
     if p.zero and (c.exchange != "all_reduce" or c.reduction == "adasum"):
         other = c.exchange if c.exchange != "all_reduce" else "communication.reduction adasum"
-        raise HvdlmError(
-            f"parallel.zero {p.zero} scatters sums of whole gradients, and {other} has none: leave one out."
-        )
+        raise HvdlmError(f"parallel.zero {p.zero} scatters sums of gradients, and {other} has none: leave one out.")
     if c.reduction == "adasum" and p.pipeline > 1 and getattr(s, "tie_embeddings", False):
         raise HvdlmError(
             "communication.reduction adasum combines whole gradients, and two stages each compute one term of the tied "
