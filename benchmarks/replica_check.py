@@ -27,8 +27,8 @@ from hvdlm.training import loop
 
 RANKS, INTERVAL = 2, 500
 MAIN_THREAD, SHARE = Bar(at_most=1.05), Bar(at_most=0.01)
-FULL = {"rounds": 20, "block": 10, "width": 256}
-SHORT = {"rounds": 2, "block": 3, "width": 32}
+FULL = {"rounds": 20, "block": 10, "layers": 4, "width": 256}
+SHORT = {"rounds": 2, "block": 3, "layers": 1, "width": 32}
 
 
 class Turns:
@@ -92,7 +92,7 @@ def work(o: argparse.Namespace) -> None:
     from hvdlm.training.signals import Signals
 
     config = Config(framework=o.framework)
-    config.model.layers, config.model.width, config.model.heads = 4, o.width, 4
+    config.model.layers, config.model.width, config.model.heads = o.layers, o.width, 4
     config.train.steps = (o.rounds + 1) * 2 * o.block
     config.train.batch_size = 4 * RANKS
     config.train.eval_every, config.train.threads = 0, 1
@@ -114,7 +114,7 @@ def work(o: argparse.Namespace) -> None:
 def measure(o: argparse.Namespace, framework: str) -> None:
     """Measure a framework."""
     with tempfile.TemporaryDirectory() as folder:
-        sizes = {"rounds": o.rounds, "block": o.block, "width": o.width, "framework": framework, "folder": folder}
+        sizes = {name: getattr(o, name) for name in FULL} | {"framework": framework, "folder": folder}
         values = run_worker("replica_check.py", RANKS, ["--work", *flags(sizes)])
     (check, step), of = values["seconds"][0], f"{framework}, {values['parameters'][0]:,} parameters, {RANKS} ranks"
     title = f"processor seconds of a save in the thread that trains, with / without checks, {of}"
