@@ -44,7 +44,7 @@ collect_ignore = (
 
 
 # The files that take longest, which two workers of about the same load begin with.
-_LONGEST = ("launches", "conformance", "snippets", "benchmarks", "chaos", "train", "published_state", "jax_example")
+_LONGEST = ("launches", "conformance", "benchmarks", "train", "snippets", "jax_example", "chaos", "published_state")
 _LONGEST += ("hangs", "hybrid_runs", "results", "steering", "one_run_a_folder", "gpu_kit", "templates", "python_api")
 
 
