@@ -21,9 +21,9 @@ TEMPLATES = ["template_compressor", "template_event", "template_model"]
 TEMPLATES += ["template_task", "template_backend"]
 # Reasons for skipping a test, and the plugins that may give them.
 LEFT_OUT = {
-    "makes no exchange of its own name": {"compression", "exact"},
+    "makes no exchange of its own name": {"auto", "compression", "exact"},
     "backend nccl does not start here": {"nccl"},
-    "there is nothing to compare": {"compression", "exact", "convnet", "ctc", "seq2seq"},
+    "there is nothing to compare": {"auto", "compression", "exact", "convnet", "ctc", "seq2seq"},
     # Models that read features.
     "it is tested": {"convnet", "ctc", "seq2seq"},
 }
