@@ -11,7 +11,7 @@ from hvdlm.diagnostics.flight_recorder import skip_in_call_sites
 from hvdlm.hookspecs import hookimpl
 from hvdlm.parallel.flat_layout import FlatLayout
 from hvdlm.protocols.exchange import ExchangeTraits
-from hvdlm.protocols.group import Group, Handle
+from hvdlm.protocols.group import Converted, Group, Handle
 from hvdlm.protocols.types import Tensor, Traffic
 
 skip_in_call_sites(__name__)
@@ -53,7 +53,7 @@ class AllReduceExchange:
 
     def scaled(self, handle: Handle) -> Handle:
         """Return ``handle`` with its result multiplied as ``predivide`` and ``reduction`` ask for."""
-        return handle if self._after == 1.0 else _Scaled(handle, self._after)
+        return handle if self._after == 1.0 else Converted(handle, lambda total: total * self._after)
 
     def start_metrics(self, values: Tensor) -> Handle:
         """Start to sum the metrics."""
@@ -73,18 +73,6 @@ class AllReduceExchange:
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
         """Do nothing: sums keep no state."""
-
-
-class _Scaled:
-    """A sum in progress, multiplied when it is done."""
-
-    def __init__(self, handle: Handle, factor: float) -> None:
-        self._handle = handle
-        self._factor = factor
-
-    def wait(self) -> Tensor:
-        """Return the product."""
-        return self._handle.wait() * self._factor
 
 
 class AdasumExchange(AllReduceExchange):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 from hvdlm.protocols.types import Tensor, Traffic
@@ -24,6 +24,18 @@ class Done:
     def wait(self) -> Tensor:
         """Return the result."""
         return self._result
+
+
+class Converted:
+    """A collective in progress, whose result is converted when it is there."""
+
+    def __init__(self, handle: Handle, convert: Callable[[Tensor], Tensor]) -> None:
+        self._handle = handle
+        self._convert = convert
+
+    def wait(self) -> Tensor:
+        """Return the converted result."""
+        return self._convert(self._handle.wait())
 
 
 class AsyncGroup(Protocol):

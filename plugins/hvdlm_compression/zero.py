@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from hvdlm.config import CommunicationConfig, Config
 from hvdlm.parallel.flat_layout import FlatLayout, Slot
 from hvdlm.parallel.zero import ZeroExchange
 from hvdlm.planning.zero_payloads import gathered_as, is_rounded
-from hvdlm.protocols.group import Group, Handle
+from hvdlm.protocols.group import Converted, Group, Handle
 from hvdlm.protocols.types import Tensor
 from hvdlm_compression.compressor import Compressor
 from hvdlm_compression.exchange import CompressedExchange
@@ -180,18 +180,6 @@ class ScatteredSums(CompressedExchange):
         if type(self._shards).add_up is Compressor.add_up:
             return _sum(self._decompressed(payload, width, step))
         return self._shards.add_up(payload, (width,), step)
-
-
-class Converted:
-    """A collective in progress, whose result is converted when it is there."""
-
-    def __init__(self, handle: Handle, convert: Callable[[Tensor], Tensor]) -> None:
-        self._handle = handle
-        self._convert = convert
-
-    def wait(self) -> Tensor:
-        """Return the converted result."""
-        return self._convert(self._handle.wait())
 
 
 def _sum(rows: Tensor) -> Tensor:

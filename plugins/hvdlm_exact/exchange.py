@@ -13,7 +13,7 @@ from typing import Any
 
 from hvdlm.communication.all_reduce import AllReduceExchange
 from hvdlm.config import Config
-from hvdlm.protocols.group import Done, Group, Handle
+from hvdlm.protocols.group import Converted, Done, Group, Handle
 from hvdlm.protocols.types import Tensor
 from hvdlm_language.leaf_tree import LeafTree, sum_of_leaves
 
@@ -65,7 +65,7 @@ class ExactExchange(AllReduceExchange):
     def start_metrics(self, values: Tensor) -> Handle:
         """Start to sum the metrics of this rank's leaves, ``[leaves, n]``; the result is ``[n]``."""
         gathered = Done(values) if self.size == 1 else self._group.all_gather_async(values, "metrics")
-        return _LeafSum(gathered, lambda leaves: sum_of_leaves(leaves, self._tree.leaves, self.add)[0])
+        return Converted(gathered, lambda leaves: sum_of_leaves(leaves, self._tree.leaves, self.add)[0])
 
 
 class _TreeSum:
@@ -91,15 +91,3 @@ class _TreeSum:
         for handle in self._in_flight:
             handle.add_up()
         return self.add_up().wait()
-
-
-class _LeafSum:
-    """Metrics of all leaves, in flight."""
-
-    def __init__(self, gathered: Handle, total: Callable[[Tensor], Tensor]) -> None:
-        self._gathered = gathered
-        self._total = total
-
-    def wait(self) -> Tensor:
-        """Return their sum."""
-        return self._total(self._gathered.wait())
