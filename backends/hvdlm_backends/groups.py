@@ -129,25 +129,23 @@ class HorovodGroup(CountedGroup):
 
     def _start(self, operation: str, tensor: Tensor, name: str, op: str = "sum") -> Handle:
         """Start an operation without waiting for its result."""
-        self._free(operation, name)
-        traffic, number = self._begin(operation, name, tensor)
-        handle = self._operations.start(operation, tensor, name, self._set, op)
-        if isinstance(handle, Done):  # a collective in a graph is recorded as ended with the graph
-            self._recorder.end(number)
-            return handle
-        return self._in_flight(handle, traffic, number, (operation, name))
+        start = partial(self._operations.start, operation, tensor, name, self._set, op)
+        return self._in_flight(operation, tensor, name, start)
 
-    def _free(self, operation: str, name: str) -> None:
-        """Wait for an operation of this name that nobody has waited for.
+    def _in_flight(self, operation: str, tensor: Tensor, name: str, start: Callable[[], Handle]) -> Handle:
+        """Start an operation by ``start()``, after one of its name that nobody has waited for.
 
         Such as the one in flight of a training that was given up: Horovod refuses another of its name on those ranks
         on which it has not ended yet.
         """
-        if (operation, name) in self._unfinished:
-            self._unfinished[operation, name].finish()
-
-    def _in_flight(self, handle: Handle, traffic: Traffic, number: int, key: tuple[str, str]) -> Handle:
-        """Return the handle of a collective that has been started."""
+        key = operation, name
+        if key in self._unfinished:
+            self._unfinished[key].finish()
+        traffic, number = self._begin(operation, name, tensor)
+        handle = start()
+        if isinstance(handle, Done):  # a collective in a graph is recorded as ended with the graph
+            self._recorder.end(number)
+            return handle
 
         def ended() -> None:
             if self._unfinished.get(key) is timed:
@@ -179,10 +177,8 @@ class HorovodGroup(CountedGroup):
 
     def broadcast_async(self, tensor: Tensor, root: int, name: str) -> Handle:
         """Start a broadcast."""
-        self._free("broadcast", name)
-        traffic, number = self._begin("broadcast", name, tensor)
-        handle = self._operations.start_broadcast(tensor, self.ranks[root], name, self._set)
-        return self._in_flight(handle, traffic, number, ("broadcast", name))
+        start = partial(self._operations.start_broadcast, tensor, self.ranks[root], name, self._set)
+        return self._in_flight("broadcast", tensor, name, start)
 
     def all_to_all_async(self, tensor: Tensor, name: str) -> Handle:
         """Start an all-to-all."""
