@@ -12,7 +12,8 @@ from hvdlm.planning.payloads import block_of, is_compressible, payload
 KNOWN = ("fp16", "bf16", "int8", "int4", "qsgd", "scaled_sign", "sign_majority", "top_k", "random_k")
 """Built-in compressors whose payloads can be sent by shards."""
 
-_GATHERED_BLOCK = 256  # elements that share a scale of int8, unless ``communication.compression.block`` is set
+GATHERED_BLOCK = 256
+"""Elements of gathered parameters that share a scale of int8, unless ``communication.compression.block`` is set."""
 
 
 class ZeroPayload(NamedTuple):
@@ -82,7 +83,7 @@ def _gathered(config: Config, layout: FlatLayout, index: int, ranks: int) -> lis
     if gathered_as(config) == "bf16":
         row = _multiple(2 * width, 4)
     else:
-        block = settings.block or _GATHERED_BLOCK
+        block = settings.block or GATHERED_BLOCK
         width = _multiple(width, block)
         row = width + 4 * (width // block)
     return [row + 4 * count for count in rest]

@@ -11,10 +11,9 @@ from typing import Protocol
 
 from keras import ops
 
+from hvdlm.planning.zero_payloads import GATHERED_BLOCK
 from hvdlm.protocols.types import Tensor
 
-BLOCK = 256
-"""Elements that share a scale, unless ``communication.compression.block`` is set."""
 _LEVELS = 127  # on each side of zero
 _SMALLEST = 1e-30  # scale of a block that is sent; that of a smaller one, 127 divided by it, might be infinite
 
@@ -53,7 +52,7 @@ class EightBits:
     """Rounds to one of 255 levels of a block's largest magnitude: by at most a 254th of it."""
 
     def __init__(self, block: int | None) -> None:
-        self.multiple = block or BLOCK
+        self.multiple = block or GATHERED_BLOCK
 
     def encode(self, rows: Tensor) -> list[Tensor]:
         """Return [scales float32 ``[rows, blocks]``, levels int8 ``[rows, width]``]."""
