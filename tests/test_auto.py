@@ -36,7 +36,7 @@ from hvdlm_auto.decisions import (
     predict,
     wire_changed,
 )
-from launching import ONE_LAYER, ROOT, SMALL, launch
+from launching import ONE_LAYER, ROOT, SMALL, WITH_STEP_HOOK, launch
 from launching import losses as logged_losses
 
 # Decisions
@@ -246,22 +246,11 @@ def test_a_refused_combination_ends_the_command() -> None:
 # Runs
 
 # The decisions of these runs are clear: two compressors whose bytes differ by far, and no trials.
-RUN = """
-import os, sys, time
+CLEAR = """
 import hvdlm_auto.decisions, hvdlm_auto.losses, hvdlm_auto.periods
 for name in set(hvdlm_auto.losses.TABLE) - {{"int8", "scaled_sign"}}:
     del hvdlm_auto.losses.TABLE[name]
 hvdlm_auto.decisions.CLOSE, hvdlm_auto.periods.INTERVAL = {close}, 4
-from hvdlm import cli, hookimpl, telemetry
-
-class StepHook:
-    @hookimpl(trylast=True)
-    def hvdlm_step_ended(self, step):
-        {action}
-
-plugins = telemetry.default_plugins
-telemetry.default_plugins = lambda config: [*plugins(config), StepHook()]
-sys.exit(cli.main())
 """
 OPTIONS = [
     *SMALL,
@@ -304,7 +293,7 @@ def train(
     conditions.write_text(yaml.safe_dump({"links": links}))
     command = [
         "-c",
-        RUN.format(action=action, close=close),
+        CLEAR.format(close=close) + WITH_STEP_HOOK.format(action=action),
         "--framework",
         framework,
         "--log.run",

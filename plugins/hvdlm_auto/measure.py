@@ -29,12 +29,7 @@ Collectives = list[tuple[str, float, int]]
 """Of one bucket: (operation and dtype, bytes that a rank hands over, round)."""
 
 SMALL = 4096  # bytes of a collective whose seconds are those of the latency
-LARGE = (
-    2**16,
-    2**18,
-    2**20,
-    2**22,
-)  # bytes of each of the collectives of the bandwidth; the first that take long enough
+LARGE = (2**16, 2**18, 2**20, 2**22)  # bytes of each collective of the bandwidth; the first that take long enough
 LONG, LONGEST = 0.03, 0.5  # seconds of such a call: enough, if it is ENOUGH times a small one; in any case
 ENOUGH = 5.0
 IN_FLIGHT = 4  # collectives at once, as in a step; a link's queues would let a single one pass faster than many
