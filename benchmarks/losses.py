@@ -109,9 +109,15 @@ def same(rows: Sequence[Row], case: Row) -> list[Row]:
     return [row for row in rows if all(row[name] == value for name, value in case.items())]
 
 
+def with_first_seed(rows: Sequence[Row], case: Row) -> list[Row]:
+    """Return the case's rows with the lowest of its seeds, which tries all rates."""
+    known = same(rows, case)
+    return same(known, {"seed": min((row["seed"] for row in known), default=None)})
+
+
 def best(rows: Sequence[Row], case: Row) -> Row:
     """Return the row of the case's lowest loss with the first seed."""
-    return min(same(rows, case | {"seed": FULL["seeds"][0]}), key=lambda row: row["loss"])
+    return min(with_first_seed(rows, case), key=lambda row: row["loss"])
 
 
 def table(rows: Sequence[Row]) -> Iterator[str]:
@@ -120,10 +126,7 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|---|"
     for key in dict.fromkeys(tuple(row[name] for name in ("example", "ranks", "method", "steps")) for row in rows):
         case = dict(zip(("example", "ranks", "method", "steps"), key, strict=True))
-        tried = same(rows, case | {"seed": FULL["seeds"][0]})
-        if not tried:
-            continue
-        own = next((f"{row['loss']:.3f}" for row in tried if row["rate"] == OWN_RATE), "-")
+        own = next((f"{row['loss']:.3f}" for row in with_first_seed(rows, case) if row["rate"] == OWN_RATE), "-")
         chosen, dense = best(rows, case), case | {"method": "dense"}
         losses = at_best(rows, case)
         gap = f"{statistics.fmean(losses) - statistics.fmean(at_best(rows, dense)):+.3f}" if same(rows, dense) else "-"
