@@ -129,8 +129,9 @@ class HorovodGroup(CountedGroup):
 
     def _start(self, operation: str, tensor: Tensor, name: str, op: str = "sum") -> Handle:
         """Start an operation without waiting for its result."""
-        start = partial(self._operations.start, operation, tensor, name, self._set, op)
-        return self._in_flight(operation, tensor, name, start)
+        return self._in_flight(
+            operation, tensor, name, lambda: self._operations.start(operation, tensor, name, self._set, op)
+        )
 
     def _in_flight(self, operation: str, tensor: Tensor, name: str, start: Callable[[], Handle]) -> Handle:
         """Start an operation by ``start()``, after one of its name that nobody has waited for.
@@ -177,8 +178,12 @@ class HorovodGroup(CountedGroup):
 
     def broadcast_async(self, tensor: Tensor, root: int, name: str) -> Handle:
         """Start a broadcast."""
-        start = partial(self._operations.start_broadcast, tensor, self.ranks[root], name, self._set)
-        return self._in_flight("broadcast", tensor, name, start)
+        return self._in_flight(
+            "broadcast",
+            tensor,
+            name,
+            lambda: self._operations.start_broadcast(tensor, self.ranks[root], name, self._set),
+        )
 
     def all_to_all_async(self, tensor: Tensor, name: str) -> Handle:
         """Start an all-to-all."""
