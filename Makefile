@@ -23,7 +23,7 @@ export HOME ?= $(shell echo ~)
 # A laptop's single GPU cannot serve the ranks of a demo or a test: use CPUs unless GPUs are named.
 export CUDA_VISIBLE_DEVICES ?=
 
-.PHONY: help setup demo test short fresh check format bench chaos fuzz docs results clean
+.PHONY: help setup demo test full short fresh check format bench chaos fuzz docs results clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -46,6 +46,9 @@ test:  ## run `make check`, then all tests, on real ranks under the real launche
 	@$(PYTHON) scripts/setup_environment.py torch tensorflow
 	@$(MAKE) --no-print-directory check
 	@python -m pytest tests -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
+full:  ## run `make test` with the combinations of frameworks, launchers and ranks that other tests cover (an hour)
+	@HVDLM_TEST_FULL=1 $(MAKE) --no-print-directory test
 
 # Unit tests of code that depends on the machine, and two ranks of each framework under every launcher.
 SHORT := tests/test_walls.py tests/test_backends.py tests/test_doctor.py tests/test_descriptions.py \

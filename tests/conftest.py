@@ -48,8 +48,19 @@ _LONGEST = ("launches", "conformance", "benchmarks", "train", "snippets", "jax_e
 _LONGEST += ("hangs", "hybrid_runs", "results", "steering", "one_run_a_folder", "gpu_kit", "templates", "python_api")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the longest files first, so that parallel workers finish at about the same time."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what other tests cover, and run the longest files first, so that workers end at about the same time.
+
+    ``@pytest.mark.full(covered_by="...")`` marks a test, or one of its cases, of which other tests run the same code;
+    ``make full`` runs these, too.
+    """
+    marked = [(item, mark) for item in items if (mark := item.get_closest_marker("full"))]
+    unexplained = [item.nodeid for item, mark in marked if not mark.kwargs.get("covered_by")]
+    if unexplained:
+        raise pytest.UsageError(f"these tests don't say what covers them, by full(covered_by=...): {unexplained}")
+    if "HVDLM_TEST_FULL" not in os.environ:
+        config.hook.pytest_deselected(items=[item for item, _ in marked])
+        items[:] = [item for item in items if not item.get_closest_marker("full")]
     order = {f"test_{name}.py": number for number, name in enumerate(_LONGEST)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
