@@ -162,26 +162,37 @@ def _set_up(frameworks: tuple[str, ...], gpu: str, package: str) -> bool:
     constraints = _constraints(gpu)
     tensorflow = "tensorflow[and-cuda]" if gpu else "tensorflow-cpu"
     packages = [tensorflow if name == "tensorflow" else name for name in frameworks]
-    basis = ["install", "-c", constraints, "setuptools", "wheel", *build.RUNTIME, *packages]
+    basis = ["install", "--no-compile", "-c", constraints, "setuptools", "wheel", *build.RUNTIME, *packages]
     venv.pip(basis, log, f"packages for {' and '.join(frameworks)}", cwd=ROOT)
-    chosen = _mpi(venv, package, constraints)
-    venv = target.inspect(str(PYTHON))
-    built = True
-    try:
-        build.install(venv, build.wheels(venv, build.Request(frameworks, chosen, gpu)))
-    except NoCompilerError as error:
-        if gpu:
-            raise
-        built = False
-        say(f"without Horovod: {error}")
-        venv.pip(["install", "-c", constraints, "mpi4py"], log, "mpi4py from PyPI", cwd=ROOT)
-        local_launch.allow_without_ssh(VENV)
-    extras = ",".join(["dev", *(["tensorflow-gpu"] if gpu and "tensorflow" in frameworks else [])])
-    editable = ["install", "-c", constraints, "--no-build-isolation", "-e", f".[{extras}]"]
-    venv.pip(editable, log, "hvdlm and its own requirements", cwd=ROOT)
+    with _compile(venv):  # beside what follows, of which much runs on one core
+        chosen = _mpi(venv, package, constraints)
+        venv = target.inspect(str(PYTHON))
+        built = True
+        try:
+            build.install(venv, build.wheels(venv, build.Request(frameworks, chosen, gpu)))
+        except NoCompilerError as error:
+            if gpu:
+                raise
+            built = False
+            say(f"without Horovod: {error}")
+            venv.pip(["install", "-c", constraints, "mpi4py"], log, "mpi4py from PyPI", cwd=ROOT)
+            local_launch.allow_without_ssh(VENV)
+        extras = ",".join(["dev", *(["tensorflow-gpu"] if gpu and "tensorflow" in frameworks else [])])
+        editable = ["install", "--no-compile", "-c", constraints, "--no-build-isolation", "-e", f".[{extras}]"]
+        venv.pip(editable, log, "hvdlm and its own requirements", cwd=ROOT)
+    _compile(venv).wait()
     if built:
         check.verify(venv, frameworks, gpu)
     return built
+
+
+def _compile(venv: Target) -> subprocess.Popen[bytes]:
+    """Start to compile the modules of installed packages on all cores; pip would compile them on one, and wait.
+
+    Modules that are compiled are left alone, as are those in another Python's syntax, which some packages hold.
+    """
+    command = [venv.python, "-m", "compileall", "-q", "-q", "-j", "0", str(venv.site)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def _constraints(gpu: str) -> str:
