@@ -20,6 +20,7 @@ SINGLE = {
     "figures.py": "PyTorch only enqueues a step on a GPU; TensorFlow's graph of a step returns its figures",
     "counted_graph.py": "Python calls a TensorFlow graph's collectives only while the graph is traced",
     "shapes.py": "in PyTorch, sizes are integers",
+    "slices.py": "PyTorch writes into a part of a tensor by copy_; TensorFlow's own way copies the whole from then on",
 }
 # Public names that one room lacks, with the reason.
 DIFFERENT = {

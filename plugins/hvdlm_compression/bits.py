@@ -19,6 +19,7 @@ def pack(values: Tensor, bits: int) -> Tensor:
 def unpack(packed: Tensor, bits: int) -> Tensor:
     """Return the integers that ``pack`` packed, as float32 ``[..., n]``."""
     per_byte = 8 // bits
-    table = (np.arange(256)[:, None] >> (bits * np.arange(per_byte))) & (2**bits - 1)
-    numbers = ops.take(ops.convert_to_tensor(table.astype(np.float32)), ops.cast(packed, "int32"), axis=0)
-    return ops.reshape(numbers, (*packed.shape[:-1], packed.shape[-1] * per_byte))
+    shifts = ops.convert_to_tensor((bits * np.arange(per_byte)).astype(np.uint8))
+    highest = ops.convert_to_tensor(np.uint8(2**bits - 1))
+    numbers = ops.bitwise_and(ops.right_shift(ops.expand_dims(packed, -1), shifts), highest)
+    return ops.cast(ops.reshape(numbers, (*packed.shape[:-1], packed.shape[-1] * per_byte)), "float32")

@@ -11,6 +11,7 @@ from hvdlm_compression.bits import pack, unpack
 from hvdlm_compression.compressor import Compressor, blocks
 
 _LEVELS = 7  # on each side of zero
+_LEAST = 1e-37
 
 
 class Int4(Compressor):
@@ -30,9 +31,9 @@ class Int4(Compressor):
         """Return [scales float32 ``[blocks]``, levels uint8 ``[blocks, block / 2]``]."""
         rows = blocks(tensor, self.block)
         scales = ops.max(ops.abs(rows), axis=1, keepdims=True)
-        inverse = ops.where(scales > 0.0, _LEVELS / ops.maximum(scales, 1e-38), 0.0)
-        rounded = ops.clip(ops.floor(rows * inverse + (_LEVELS + 0.5)), 0.0, 2.0 * _LEVELS)
-        return [ops.reshape(scales, (-1,)), pack(rounded, 4)]
+        # Below the least scale a block is sent as zeros: a larger inverse could be infinite. All levels are in range.
+        inverse = ops.where(scales > _LEAST, _LEVELS / ops.maximum(scales, _LEAST), 0.0)
+        return [ops.reshape(scales, (-1,)), pack(ops.floor(rows * inverse + (_LEVELS + 0.5)), 4)]
 
     def decompress(self, payload: Sequence[Tensor], shape: tuple[int, ...], step: Tensor) -> Tensor:
         """Return float32 ``[n]``."""

@@ -31,6 +31,7 @@ from hvdlm_tensorflow.inference import Inference
 from hvdlm_tensorflow.memory import ActivationMemory
 from hvdlm_tensorflow.optimizers import FlatOptimizer
 from hvdlm_tensorflow.profiling import Trace, named_range
+from hvdlm_tensorflow.slices import replace_elements
 
 
 class _Pass(NamedTuple):
@@ -293,10 +294,7 @@ class Trainable(Inference):
         began = time.perf_counter()
         replaced = self._replica.streams.advance(self._flat)
         for start, values in replaced:
-            # Not by an index of the variable, which reads it: the assignment would then copy all of it.
-            tf.raw_ops.ResourceStridedSliceAssign(
-                ref=self._flat.handle, begin=[start], end=[start + values.shape[0]], strides=[1], value=values
-            )
+            replace_elements(self._flat, start, values)
         if replaced:
             self._adapters.add()
         return time.perf_counter() - began
