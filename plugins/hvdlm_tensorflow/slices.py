@@ -1,4 +1,7 @@
-"""Writes into a part of a Variable without a copy of the whole."""
+"""Writes into a part of a Variable without a copy of the whole.
+
+Without a twin: in PyTorch, a part of a tensor is a tensor, which is written into.
+"""
 
 from __future__ import annotations
 
