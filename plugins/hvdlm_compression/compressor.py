@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Hashable, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -12,6 +12,11 @@ from keras import ops
 from hvdlm.config import CompressionConfig
 from hvdlm.protocols.compressor import Reduced, Request
 from hvdlm.protocols.types import Tensor
+
+
+def call_directly(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call ``function``; see ``Compressor.call``."""
+    return function(*arguments)
 
 
 class Compressor:
@@ -23,6 +28,7 @@ class Compressor:
         default_ratio: fraction of the elements that is sent, unless ``communication.compression.ratio`` is set.
         group_rank: this rank's index in the group that exchanges gradients.
         ranks: the group's size.
+        call: calls ``compress``, ``decompress`` and ``add_up``, perhaps as graphs where that is outside of a graph.
         matrices, biased, feeds_back, replicated: see ``Compressor``.
     """
 
@@ -33,6 +39,7 @@ class Compressor:
     biased = True
     feeds_back = False
     replicated: tuple[str, ...] = ()
+    call: Callable[..., Any] = staticmethod(call_directly)
 
     def __init__(self, settings: CompressionConfig, seed: int = 1, group_rank: int = 0, ranks: int = 1) -> None:
         self.settings = settings
@@ -90,13 +97,13 @@ class Compressor:
     ) -> Generator[Request, list[Tensor], Reduced]:
         """Sum compressed tensors in one round."""
         shape = tuple(tensor.shape)
-        payload = list(self.compress(tensor, step))
+        payload = list(self.call(self.compress, tensor, step))
         received = yield Request(self.collective, payload)
         if self.collective == "all_reduce":
-            total = self.decompress(received, shape, step)
+            total = self.call(self.decompress, received, shape, step)
         else:
-            total = self.add_up(received, shape, step)
-        return total, lambda: self.decompress(payload, shape, step)
+            total = self.call(self.add_up, received, shape, step)
+        return total, lambda: self.call(self.decompress, payload, shape, step)
 
 
 def itemsize(tensor: Tensor) -> int:

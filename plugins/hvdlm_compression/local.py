@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 from keras import Variable, ops
@@ -85,8 +84,11 @@ class LocalExchange(AllReduceExchange):
         ranges = [self._layout.bucket_range(index) for index in range(len(self._layout.buckets))]
         handles = [self._inner.start(difference[a:b], index) for index, (a, b) in enumerate(ranges)]
         mean = ops.concatenate([handle.wait() for handle in handles]) * (1.0 / self.size)
-        agreed = outer_step(anchor, self._velocity, mean, self._rate, self._momentum)
+        velocity = None if self._velocity is None else ops.convert_to_tensor(self._velocity)
+        agreed, moved = outer_step(anchor, velocity, mean, self._rate, self._momentum)
         self._anchor.assign(agreed)
+        if self._velocity is not None:
+            self._velocity.assign(moved)
         return agreed
 
     def state(self) -> dict[str, np.ndarray]:
@@ -106,13 +108,14 @@ class LocalExchange(AllReduceExchange):
             self._velocity.assign(self._layout.flatten(momentum))
 
 
-def outer_step(anchor: Tensor, velocity: Any, mean: Tensor, rate: float, momentum: float) -> Tensor:
-    """Return the parameters after an outer step by the mean difference, from those before it, ``anchor``.
+def outer_step(
+    anchor: Tensor, velocity: Tensor | None, mean: Tensor, rate: float, momentum: float
+) -> tuple[Tensor, Tensor | None]:
+    """Return parameters and velocity after an outer step by the mean difference, from the parameters ``anchor``.
 
-    ``velocity``: the Variable of Nesterov's momentum, which it moves; None: there is none. All are ``[elements]``.
+    ``velocity``: of Nesterov's momentum before the step; None: there is none. All are ``[elements]``.
     """
     if velocity is not None:
-        moved = ops.convert_to_tensor(velocity) * momentum + mean
-        velocity.assign(moved)
-        mean = moved * momentum + mean
-    return anchor - mean * rate
+        velocity = velocity * momentum + mean
+        mean = velocity * momentum + mean
+    return anchor - mean * rate, velocity

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from hvdlm.errors import HvdlmError
 from hvdlm.parallel.flat_layout import FlatLayout
 from hvdlm.protocols.group import Done, Group, Handle
 from hvdlm.protocols.types import Tensor
+from hvdlm_compression.compressor import Compressor, call_directly
 from hvdlm_compression.fragments import cut_into_fragments
 from hvdlm_compression.local import outer_step
 
@@ -147,10 +148,11 @@ class StreamingExchange(AllReduceExchange):
         """Sum the metrics over the ranks in the warm-up; afterwards return this rank's metrics."""
         return super().start_metrics(values) if self._sums_gradients else Done(values)
 
-    def advance(self, parameters: Tensor) -> list[tuple[int, Tensor]]:
+    def advance(self, parameters: Tensor, call: Callable[..., Any] = call_directly) -> list[tuple[int, Tensor]]:
         """Apply the sums that are due after the step, and start those of the fragments whose turn it is.
 
-        ``parameters``: this rank's flat vector ``[size]``. Returns what replaces elements of it, as (start, values).
+        ``parameters``: this rank's flat vector ``[size]``; ``call``: see ``Streams``. Returns what replaces elements
+        of the vector, as (start, values).
         """
         self._owes_advance, done = False, self._step + 1
         if self._sums_gradients:
@@ -159,14 +161,18 @@ class StreamingExchange(AllReduceExchange):
                     fragment.anchor.assign(parameters[fragment.start : fragment.stop])
                 self._has_anchors = True
             return []
-        replaced = [self._apply(f, parameters) for f in self._in_flight() if f.due <= done]
+        replaced = [self._apply(f, parameters, call) for f in self._in_flight() if f.due <= done]
         for index, fragment in enumerate(self._fragments):
             if self._starts(fragment, done):
-                self._inner.begin(self._step)
+                phase = self._inner.begin(self._step)
+                compressor = getattr(self._inner, "compressor", None)
+                if isinstance(compressor, Compressor):
+                    # Of a compressor with phases, a graph would repeat the phase in which it was traced.
+                    compressor.call = call if phase is None else call_directly
                 difference = ops.convert_to_tensor(fragment.anchor) - parameters[fragment.start : fragment.stop]
                 fragment.handle, fragment.due = self._inner.start(difference, index), done + self._overlap
                 if not self._overlap:
-                    replaced.append(self._apply(fragment, parameters))
+                    replaced.append(self._apply(fragment, parameters, call))
         return replaced
 
     def _starts(self, fragment: Fragment, done: int) -> bool:
@@ -175,16 +181,26 @@ class StreamingExchange(AllReduceExchange):
             return done == fragment.last and fragment.handle is None
         return done % self._every == fragment.offset
 
-    def _apply(self, fragment: Fragment, parameters: Tensor) -> tuple[int, Tensor]:
+    def _apply(self, fragment: Fragment, parameters: Tensor, call: Callable[..., Any]) -> tuple[int, Tensor]:
         """Do the outer update of a fragment; return its start and this rank's parameters of it from now on."""
         assert fragment.handle is not None
-        mean = fragment.handle.wait() * (1.0 / self.size)
+        total = fragment.handle.wait()
         fragment.handle = None
         anchor = ops.convert_to_tensor(fragment.anchor)
-        agreed = outer_step(anchor, fragment.velocity, mean, self._rate, self._momentum)
-        fragment.anchor.assign(agreed)
+        velocity = None if fragment.velocity is None else ops.convert_to_tensor(fragment.velocity)
         own = parameters[fragment.start : fragment.stop]
-        return fragment.start, agreed + (own - agreed) * self._mixing
+        agreed, moved, mixed = call(self._outer, anchor, velocity, total, own)
+        fragment.anchor.assign(agreed)
+        if fragment.velocity is not None:
+            fragment.velocity.assign(moved)
+        return fragment.start, mixed
+
+    def _outer(
+        self, anchor: Tensor, velocity: Tensor | None, total: Tensor, own: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Return the global parameters, the outer momentum and this rank's parameters after the outer update."""
+        agreed, moved = outer_step(anchor, velocity, total * (1.0 / self.size), self._rate, self._momentum)
+        return agreed, moved, agreed + (own - agreed) * self._mixing
 
     def averaged(self) -> np.ndarray | None:
         """Return the flat global parameters, float32 ``[size]``; None in the warm-up, when every rank has them."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -22,8 +22,11 @@ class Streams(Protocol):
     Its ranks never hold the same parameters; ``agreed`` is of the averaged ones.
     """
 
-    def advance(self, parameters: Tensor) -> Sequence[tuple[int, Tensor]]:
+    def advance(self, parameters: Tensor, call: Callable[..., Any] = ...) -> Sequence[tuple[int, Tensor]]:
         """Finish and start collectives after a step, outside of graphs; all ranks call after every step.
+
+        ``call(function, *arguments)`` returns ``function(*arguments)``, of a pure function of tensors that exists as
+        long as the exchange; a framework with graphs makes one graph of it. Default: it is called as it is.
 
         Returns (start, values): what replaces elements of the flat ``parameters`` ``[size]``.
         """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -91,6 +91,7 @@ class Trainable(Inference):
         self._stage_graph = CountedGraph(self._stage, self._counters, jit_compile=compiled)
         self._add_graph = CountedGraph(self._gradients.add, self._counters)
         self._finish_graph = CountedGraph(self._finish, self._counters)
+        self._exchange_graphs: dict[Callable[..., Any], CountedGraph] = {}
         self._passes = self._backward
         if compiled:
             self._passes = tf.function(self._backward, autograph=False, jit_compile=True)
@@ -292,12 +293,20 @@ class Trainable(Inference):
         if self._replica.streams is None:
             return 0.0
         began = time.perf_counter()
-        replaced = self._replica.streams.advance(self._flat)
+        replaced = self._replica.streams.advance(self._flat, self._in_graph)
         for start, values in replaced:
             replace_elements(self._flat, start, values)
         if replaced:
             self._adapters.add()
         return time.perf_counter() - began
+
+    def _in_graph(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a function of the exchange as a graph of its own."""
+        if function not in self._exchange_graphs:
+            self._exchange_graphs[function] = CountedGraph(
+                function, self._counters, jit_compile=self._config.train.compile is True
+            )
+        return self._exchange_graphs[function](None, *arguments)
 
     def _show_averaged(self) -> None:
         """Have the model compute with the averaged parameters until the next step, where replicas never agree."""

@@ -71,6 +71,24 @@ def train(exchange: Any, own: np.ndarray, moved: np.ndarray, tensor: Any, first:
     return np.stack(history)
 
 
+def test_pure_functions_can_be_called_as_graphs(manager: Any, world: World, tensor: Any) -> None:
+    called = set()
+
+    def call(function: Any, *arguments: Any) -> Any:
+        called.add(function.__name__)
+        return function(*arguments)
+
+    moved = moves(world.size)[:, world.rank]
+    histories = []
+    for second in ((), (call,)):
+        exchange = make(manager, world, LocalConfig(EVERY, 0.7, 0.9, fragments=2), "int4")
+        advance = exchange.advance
+        exchange.advance = lambda own, advance=advance, second=second: advance(own, *second)
+        histories.append(train(exchange, start(), moved, tensor))
+    np.testing.assert_array_equal(*histories)
+    assert called == {"compress", "add_up", "decompress", "_outer"}
+
+
 @pytest.mark.parametrize("overlap", [0, 1, 3])
 def test_streaming_diloco_follows_the_papers_algorithm(manager: Any, world: World, tensor: Any, overlap: int) -> None:
     """Douillard et al. 2025, algorithm 2, with H = 4, two fragments and given inner steps."""
