@@ -122,8 +122,12 @@ def test_sums_go_around_a_ring(backend: str, framework: str, ranks: int, coding:
     assert done.stdout.count(" passed") == ranks, done.stdout[-3000:]
 
 
-@pytest.mark.parametrize("framework", FRAMEWORKS)
-@pytest.mark.parametrize("transport", ["mpi4py", "threads"])
+IN_THREADS = pytest.param("threads", "tensorflow", marks=pytest.mark.full(covered_by="PyTorch in threads, and mpi4py"))
+
+
+@pytest.mark.parametrize(
+    "transport, framework", [("mpi4py", "torch"), ("mpi4py", "tensorflow"), ("threads", "torch"), IN_THREADS]
+)
 def test_every_exchange_has_the_same_curve_without_horovod(transport: str, framework: str, output_folder: Path) -> None:
     without, horovod = (curves(output_folder, f"{name}-2-{framework}") for name in (transport, "mpirun"))
     fewest = 14 if framework == "torch" else len(FEW_EXCHANGES[2])

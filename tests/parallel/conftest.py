@@ -37,6 +37,11 @@ def covered_by(file: str, test: str) -> str:
             return "four ranks in threads, and two of TensorFlow"
         if file == "test_update_equations.py":
             return "four ranks in threads, whose layouts have the same axes"
+    if launch == ("tensorflow", 2, "threads"):
+        if file == "test_update_equations.py":
+            return "two processes, and four ranks in threads"
+        if test == "test_losses_of_every_exchange_are_written_and_fall":
+            return "two processes, and PyTorch in threads"
     if launch == ("tensorflow", 4, "threads") and file in EQUATIONS:
         return "two ranks in threads, and four of PyTorch"
     computes = launch in (("torch", 4, "threads"), ("tensorflow", 2, ""))

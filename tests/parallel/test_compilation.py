@@ -21,6 +21,7 @@ STEPS = 5
 SHALLOW = {**GPT, "layers": 1}  # tracing takes seconds a layer
 EVEN = VOCAB + 1  # of which tensor ranks have shards of one size: of the same generated code, a compiler is called once
 Way = tuple[tuple[int, int, int], dict[str, Any], dict[str, Any]]
+TENSOR: Way = ((1, 1, 2), SHALLOW, {})
 SEQUENCE: Way = ((1, 1, 2), {**SHALLOW, "bias": True}, {"parallel": {"sequence": True}})
 WAYS: dict[str, Way] = {
     "stages": ((1, 2, 1), GPT, {}),
@@ -29,12 +30,12 @@ WAYS: dict[str, Way] = {
 COVERED: dict[str, str] = {}
 if FRAMEWORK == "torch":  # XLA compiles no collectives, so that tensor ranks are refused
     WAYS["zero1"] = ((2, 1, 1), SHALLOW, {"parallel": {"zero": 1}})
-    WAYS["tensor"] = ((1, 1, 2), SHALLOW, {})
-    WAYS["bf16"] = ((1, 1, 2), SHALLOW, {"train": {"precision": "bf16"}})
+    WAYS["tensor"] = (*TENSOR[:1], {**SHALLOW, "dropout": 0.3}, {})
+    WAYS["bf16"] = (*TENSOR[:2], {"train": {"precision": "bf16"}})
     WAYS["recomputed"] = ((1, 2, 1), GPT, {"train": {"activation_checkpointing": True}})
     COVERED["stages"] = "case recomputed, of the same stages"
     COVERED["zero1"] = "case zero2"
-    COVERED["tensor"] = "case bf16, and the generated code of tensor ranks"
+    COVERED["bf16"] = "case tensor, and bf16-sequence over mpi4py"
 if BACKEND == "mpi4py":  # where only collectives inside of graphs differ from Horovod's: sums, gathers, in 16 bits
     WAYS = {name: way for name, way in WAYS.items() if name in ("zero2", "bf16")}
     if FRAMEWORK == "torch":
@@ -114,24 +115,15 @@ def test_compiled_ranks_keep_losses_and_collectives(
 
 @pytest.mark.skipif(FRAMEWORK != "torch", reason="XLA has generated its code in the test above")
 @pytest.mark.skipif(BACKEND == "mpi4py", reason="code of the same graph is generated over Horovod")
-@pytest.mark.parametrize(
-    "way", [pytest.param(WAYS.get("tensor"), id="tensor"), pytest.param(SEQUENCE, marks=ALIKE, id="sequence")]
-)
+@pytest.mark.parametrize("way", [pytest.param(TENSOR, id="tensor"), pytest.param(SEQUENCE, marks=ALIKE, id="sequence")])
 def test_generated_code_keeps_losses_and_collectives(world: World, way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_compiles_the_same(world, way, monkeypatch, EVEN)
 
 
 @pytest.mark.skipif(FRAMEWORK != "torch", reason="XLA compiles no tensor ranks")
 @pytest.mark.skipif(BACKEND == "mpi4py", reason="masks of the same graph are drawn over Horovod")
-@pytest.mark.parametrize(
-    "code",
-    ["traced", pytest.param("generated", marks=pytest.mark.full(covered_by="case traced: the same seeds draw masks"))],
-)
-def test_compiled_tensor_ranks_draw_the_same_dropout(
-    world: World, code: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> None:
-    if code == "traced":
-        request.getfixturevalue("traced")
+@pytest.mark.full(covered_by="case tensor above, whose masks are those of a step that isn't compiled")
+def test_compiled_tensor_ranks_draw_the_same_dropout(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = Recorded(world, ((1, 1, 2), {**SHALLOW, "dropout": 0.3}, {}), True, monkeypatch, EVEN)
     norms = {name: value for name, value in compiled.fingerprints.items() if "norm" in name}  # replicated parameters
     assert norms and world.gather_objects(norms) == [norms] * world.size
