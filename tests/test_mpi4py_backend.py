@@ -39,7 +39,14 @@ def train(folder: Path, *options: str, ranks: int = 2, start: tuple[str, ...] = 
     return done, losses(folder) if done.returncode == 0 else []
 
 
-@pytest.mark.parametrize("framework", FRAMEWORKS)
+def torch_and(covered_by: str) -> pytest.MarkDecorator:
+    """Parametrise with PyTorch, and with TensorFlow where ``make full`` runs what other tests cover."""
+    return pytest.mark.parametrize(
+        "framework", ["torch", pytest.param("tensorflow", marks=pytest.mark.full(covered_by=covered_by))]
+    )
+
+
+@torch_and("test_every_exchange_has_the_same_curve_without_horovod of test_launches.py")
 def test_the_curve_equals_that_of_backend_mpi(framework: str, tmp_path: Path) -> None:
     curves = []
     for backend in ("mpi", "mpi4py"):
@@ -59,7 +66,7 @@ def test_mpi4py_replaces_a_missing_horovod_and_says_so_once(tmp_path: Path) -> N
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["backend"] == "mpi4py"
 
 
-@pytest.mark.parametrize("framework", FRAMEWORKS)
+@torch_and("TensorFlow's hangs in test_hangs.py: the watchdog contains no framework")
 def test_a_hanging_rank_is_named(framework: str, tmp_path: Path) -> None:
     sleep = "if step == 4 and self.world.rank == 1: time.sleep(600)"
     options = ["--train.steps", "30", "--communication.timeout", "3", "--log.run", str(tmp_path / "run")]

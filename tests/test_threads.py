@@ -304,7 +304,7 @@ def traffic(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 LAYOUTS = {
-    "groups-of-two": (8, ["--parallel.pipeline", "2", "--parallel.tensor", "2", "--train.micro_batch_size", "2"]),
+    "groups-of-two": (4, ["--parallel.pipeline", "2", "--parallel.tensor", "2", "--train.micro_batch_size", "2"]),
     "group-of-four": (4, ["--parallel.zero", "2"]),
 }
 
@@ -326,7 +326,10 @@ def test_threads_train_as_processes_under_mpi_do(layout: str, tmp_path: Path) ->
         assert len(own) > 20 and own == collectives(processes, rank)
 
 
-@pytest.mark.parametrize("zero", ["0", "1"])
+ZERO = pytest.mark.full(covered_by="case 1, and the restored states of test_compression.py in tests/parallel")
+
+
+@pytest.mark.parametrize("zero", [pytest.param("0", marks=ZERO), "1"])
 def test_checkpoints_of_threads_resume_under_mpi_and_back(zero: str, tmp_path: Path) -> None:
     """Every rank has residuals of its own, which its checkpoint holds; with ZeRO its shard of the parameters, too."""
     run = tmp_path / "run"
@@ -424,14 +427,20 @@ def test_a_signal_makes_all_threads_save_and_stop(tmp_path: Path) -> None:
     assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
 
 
-def test_64_ranks_train_in_four_by_four_by_four(tmp_path: Path) -> None:
+FEWER = pytest.mark.full(covered_by="16 ranks, in four by two by two")
+
+
+@pytest.mark.parametrize("ranks, model_ranks", [(16, 2), pytest.param(64, 4, marks=FEWER)])
+def test_many_ranks_train_in_three_dimensions(ranks: int, model_ranks: int, tmp_path: Path) -> None:
     sizes = ["--model.layers", "4", "--model.width", "32", "--model.heads", "4", "--data.context", "16"]
-    layout = ["--parallel.pipeline", "4", "--parallel.tensor", "4", "--train.batch_size", "16", "--train.steps", "2"]
+    layout = ["--parallel.pipeline", str(model_ranks), "--parallel.tensor", str(model_ranks)]
+    layout += ["--train.batch_size", "16", "--train.steps", "2"]
     one, many = tmp_path / "one", tmp_path / "many"
-    done = run_python([*THREADS, "64", *sizes, *STEPS, *layout, "--log.every", "1", "--log.run", str(many)])
+    done = run_python([*THREADS, str(ranks), *sizes, *STEPS, *layout, "--log.every", "1", "--log.run", str(many)])
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     single = ["-m", "hvdlm", *sizes, *STEPS, *layout[4:], "--log.every", "1", "--log.run", str(one)]
     assert run_python(single).returncode == 0
     assert losses(many) == pytest.approx(losses(one), rel=1e-5)
     summary = json.loads((many / "summary.json").read_text())
-    assert (summary["world_size"], summary["mesh"]) == (64, {"data": 4, "pipeline": 4, "tensor": 4})
+    mesh = {"data": 4, "pipeline": model_ranks, "tensor": model_ranks}
+    assert (summary["world_size"], summary["mesh"]) == (ranks, mesh)

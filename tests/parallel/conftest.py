@@ -20,6 +20,46 @@ from hvdlm.io import rank_context
 from hvdlm.protocols.world import World
 from launching import BACKEND, FRAMEWORK, RANKS
 
+# What exchanges compute from collectives, which is the same on every transport.
+EQUATIONS = ("test_compression.py", "test_zero_compression.py", "test_streaming.py")
+# Tests of these files that other tests compare, or that have cases of their own for two ranks.
+OF_TWO_RANKS = (
+    "test_losses_of_every_exchange_are_written_and_fall",
+    "test_training_and_its_restored_state_follow_the_plan",
+)
+
+
+def covered_by(file: str, test: str) -> str:
+    """Return which tests of other launches run the same code as this one in this launch; "" if none do."""
+    launch = (FRAMEWORK, RANKS, BACKEND)
+    if launch == ("torch", 2, "threads") and test not in OF_TWO_RANKS:
+        if file in EQUATIONS:
+            return "four ranks in threads, and two of TensorFlow"
+        if file == "test_update_equations.py":
+            return "four ranks in threads, whose layouts have the same axes"
+    if launch == ("tensorflow", 2, "threads"):
+        if file == "test_update_equations.py":
+            return "two processes, and four ranks in threads"
+        if test == "test_losses_of_every_exchange_are_written_and_fall":
+            return "two processes, and PyTorch in threads"
+    if launch == ("tensorflow", 4, "threads") and file in EQUATIONS:
+        return "two ranks in threads, and four of PyTorch"
+    computes = launch in (("torch", 4, "threads"), ("tensorflow", 2, ""))
+    wire = test == "test_the_wire_is_measured_alike_on_all_ranks" and BACKEND != "threads"
+    if file == "test_automatic.py" and not computes and not wire:
+        return "four ranks of PyTorch in threads, and two processes of TensorFlow"
+    if test == "test_evaluation_and_generation_equal_one_rank" and FRAMEWORK == "tensorflow" and BACKEND != "threads":
+        return "four ranks of TensorFlow in threads, and four processes of PyTorch"
+    return ""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what ``make test`` leaves to other launches (``full`` in tests/conftest.py)."""
+    for item in items:
+        if isinstance(item, pytest.Function) and (others := covered_by(item.path.name, item.originalname)):
+            item.add_marker(pytest.mark.full(covered_by=others))
+
 
 @pytest.fixture(scope="session")
 def config() -> Config:
