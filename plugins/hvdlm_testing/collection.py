@@ -76,7 +76,10 @@ def add_suite(config: Any) -> None:
         plugins = find(config.getoption("hvdlm_plugin"), config.getoption("hvdlm_config"))
     except HvdlmError as error:
         raise pytest.UsageError(str(error)) from error
-    config.addinivalue_line("markers", "provides(feature, check=None): a test of plugins that provide this hook or collection, with a check on ranks")
+    config.addinivalue_line(
+        "markers",
+        "provides(feature, check=None): a test of plugins that provide this hook or collection, with a check on ranks",
+    )
     # Of the command line's parser, whose version is not the plugin's concern.
     config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning:hvdlm.configuration.parsing")
     named = list(config.args) if config.args_source is config.ArgsSource.ARGS else []
