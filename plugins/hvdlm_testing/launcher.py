@@ -171,9 +171,13 @@ class Launches:
 
 def _checks(plugin: PluginUnderTest) -> list[tuple[str, str, str]]:
     """Return (kind, plugin, member) of each check that needs a framework."""
-    kinds = ("models", "compressors", "optimizers")
-    checks = [(kind, plugin.name, member) for kind in kinds for member in plugin.members(kind)]
-    kinds_of = {"framework": ("framework", "framework_run"), "exchange": ("exchange",), "task": ("task_run",)}
+    collections = ("models", "compressors", "optimizers")
+    checks = [(kind, plugin.name, member) for kind in collections for member in plugin.members(kind)]
+    kinds_of: dict[str, tuple[str, ...]] = {
+        "framework": ("framework", "framework_run"),
+        "exchange": ("exchange",),
+        "task": ("task_run",),
+    }
     for made, kinds in kinds_of.items():
         if plugin.provides(f"hvdlm_make_{made}"):
             checks += [(kind, plugin.name, "") for kind in kinds]
