@@ -148,7 +148,7 @@ def assert_same_bits(first: dict[str, np.ndarray], second: dict[str, np.ndarray]
 # (leaves, rows of a leaf, ranks): roots that are one, several on every rank, and more than one only on some.
 SHAPES = {
     "torch": [(8, 1, 2), (8, 1, 4), (8, 2, 8), (12, 1, 4), (14, 1, 2), (6, 2, 3), (5, 1, 5), (7, 1, 1), (16, 1, 2)],
-    "tensorflow": [(8, 1, 2), (8, 1, 4), (12, 1, 4), (6, 2, 3)],
+    "tensorflow": [(8, 1, 2), (12, 1, 4), (6, 2, 3)],
 }
 
 
@@ -190,9 +190,8 @@ def test_plain_sums_have_other_bits(framework: str) -> None:
     """The tests above can fail: with plain sums, the same rows on other ranks give other bits."""
     config = exact_config(framework, 8, 1, dropout=0.0)
     config.communication = replace(config.communication, reduction="average")
-    assert_differs = [train_on(ranks, config, 4)[1] for ranks in (1, 4)]
-    names = [name for name, a in assert_differs[0].items() if a.tobytes() != assert_differs[1][name].tobytes()]
-    assert names
+    first, second = (train_on(ranks, config, 2)[1] for ranks in (1, 2))
+    assert [name for name, array in first.items() if array.tobytes() != second[name].tobytes()]
 
 
 @both_frameworks
@@ -237,6 +236,7 @@ def test_tensorflow_keeps_the_order_of_nested_sums() -> None:
 
 RUN = [*SMALL, "--model.layers", "1", "--model.dropout", "0.1", "--train.steps", "8", "--train.warmup", "2"]
 RUN += ["--train.eval_every", "4", "--checkpoint.every", "4", "--communication.reduction", "exact"]
+RUN += ["--data.validation_share", "0.004"]
 LEAF = ["--communication.exact_rows", "1"]
 
 
@@ -282,7 +282,7 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Any:
         ("torch", 2, ["--train.micro_batch_size", "2"], "mpirun"),
         ("torch", 4, ["--backend", "mpi4py"], "mpirun"),
         ("torch", 2, ["--train.micro_batch_size", "4"], "horovodrun --gloo"),
-        ("tensorflow", 4, ["--train.micro_batch_size", "2"], "threads"),
+        ("tensorflow", 2, ["--train.micro_batch_size", "2"], "threads"),
         ("tensorflow", 2, [], "mpirun"),
     ],
 )
@@ -297,7 +297,8 @@ def test_a_run_has_the_bits_of_one_rank(
     assert_same_bits(arrays_of(folder), arrays_of(expected))
 
 
-STATEFUL = [*LEAF, "--model.name", "lstm", "--data.sampling", "sequential"]
+# TensorFlow unrolls recurrent models, for every leaf.
+STATEFUL = [*LEAF, "--model.name", "lstm", "--data.sampling", "sequential", "--data.context", "8"]
 
 
 @both_frameworks

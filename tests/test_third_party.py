@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launching import ROOT, install_example, launch, run_python
+from launching import ONE_LAYER, ROOT, SMALL, STEPS, install_example, launch, run_python
 
 SOURCE = ROOT / "examples" / "plugins" / "ternary"
 
@@ -36,16 +36,8 @@ def test_the_plugin_trains_alike_in_both_frameworks(installed: Path, tmp_path: P
     curves = {}
     for framework in ("torch", "tensorflow"):
         run = tmp_path / framework
-        options = ["--framework", framework, "--log.run", str(run), "--log.every", "1"]
-        options += ["--model.layers", "2", "--model.width", "32", "--model.heads", "2", "--data.context", "32"]
-        options += [
-            "--train.batch_size",
-            "8",
-            "--train.steps",
-            "60",
-            "--communication.compression.algorithm",
-            "ternary",
-        ]
+        options = ["--framework", framework, "--log.run", str(run), *SMALL, *ONE_LAYER, *STEPS]
+        options += ["--data.validation_share", "0.0044", "--communication.compression.algorithm", "ternary"]
         done = launch("mpirun", 2, ["-m", "hvdlm", *options], PYTHONPATH=str(installed))
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

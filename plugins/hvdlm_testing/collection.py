@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,22 @@ class Conformance:
             config.hook.pytest_deselected(items=deselected)
             items[:] = [item for item in items if item not in deselected]
 
+    def pytest_collection_finish(self, session: Any) -> None:
+        """Let launches make only the checks whose results the selected tests (``-k``, ``--last-failed``) ask for."""
+        self.launches.selected = {check for item in session.items for check in self._checks_of(item)}
+
+    def _checks_of(self, item: Any) -> Iterator[tuple[str, str, str, str]]:
+        """Yield the framework, kind, plugin and member of each check whose result a test asks for."""
+        marker = item.get_closest_marker("provides")
+        kind = marker.kwargs.get("check") if marker else None
+        if kind is None:
+            return
+        parameters = item.callspec.params
+        plugin = parameters["plugin"]
+        frameworks = [parameters["framework"]] if "framework" in parameters else self.launches.frameworks_of(plugin)
+        for framework in frameworks:
+            yield framework, kind, plugin.name, parameters.get("member") or ""
+
 
 def add_suite(config: Any) -> None:
     """Add the suite's files to the run: in place of the default paths, or beside those on the command line."""
@@ -59,7 +76,10 @@ def add_suite(config: Any) -> None:
         plugins = find(config.getoption("hvdlm_plugin"), config.getoption("hvdlm_config"))
     except HvdlmError as error:
         raise pytest.UsageError(str(error)) from error
-    config.addinivalue_line("markers", "provides(feature): a test of plugins that provide this hook or collection")
+    config.addinivalue_line(
+        "markers",
+        "provides(feature, check=None): a test of plugins that provide this hook or collection, with a check on ranks",
+    )
     # Of the command line's parser, whose version is not the plugin's concern.
     config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning:hvdlm.configuration.parsing")
     named = list(config.args) if config.args_source is config.ArgsSource.ARGS else []

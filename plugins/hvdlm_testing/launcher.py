@@ -71,7 +71,13 @@ class Request:
 
 
 class Launches:
-    """The launches of one run of pytest, each made when its first result is asked for."""
+    """The launches of one run of pytest, each made when its first result is asked for.
+
+    Attributes:
+        selected: framework, kind, plugin and member of each check that the selected tests ask for.
+    """
+
+    selected: set[tuple[str, str, str, str]]
 
     def __init__(self, plugins: list[PluginUnderTest]) -> None:
         self._plugins = plugins
@@ -92,7 +98,7 @@ class Launches:
     def of(self, framework: str, kind: str, plugin: PluginUnderTest, member: str = "") -> Result:
         """Return the result of a check (``models``, ``exchange``, ...) of a plugin with this framework."""
         concerned = [p for p in self._plugins if framework in self.frameworks_of(p)]
-        checks = [list(check) for p in concerned for check in _checks(p)]
+        checks = [list(check) for p in concerned for check in _checks(p) if (framework, *check) in self.selected]
         checks.sort(key=lambda check: check[0] in RUNS)
         request = Request(framework, "", checks, {}, "")
         return self._result(("framework", framework), request, [kind, plugin.name, member])
@@ -165,12 +171,16 @@ class Launches:
 
 def _checks(plugin: PluginUnderTest) -> list[tuple[str, str, str]]:
     """Return (kind, plugin, member) of each check that needs a framework."""
-    kinds = ("models", "compressors", "optimizers")
-    checks = [(kind, plugin.name, member) for kind in kinds for member in plugin.members(kind)]
-    for kind in ("framework", "exchange", "task"):
-        if plugin.provides(f"hvdlm_make_{kind}"):
-            checks.append((kind, plugin.name, ""))
-            checks += [(f"{kind}_run", plugin.name, "")] if f"{kind}_run" in RUNS else []
+    collections = ("models", "compressors", "optimizers")
+    checks = [(kind, plugin.name, member) for kind in collections for member in plugin.members(kind)]
+    kinds_of: dict[str, tuple[str, ...]] = {
+        "framework": ("framework", "framework_run"),
+        "exchange": ("exchange",),
+        "task": ("task_run",),
+    }
+    for made, kinds in kinds_of.items():
+        if plugin.provides(f"hvdlm_make_{made}"):
+            checks += [(kind, plugin.name, "") for kind in kinds]
     return checks
 
 

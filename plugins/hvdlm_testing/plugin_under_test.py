@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint
@@ -40,6 +41,7 @@ class PluginUnderTest:
     error: str = ""
     config: Path | None = None
     _members: dict[str, Any] = field(default_factory=dict)
+    _config: Config | None = None
 
     @property
     def built_in(self) -> bool:
@@ -76,8 +78,12 @@ class PluginUnderTest:
         return [*arguments, "--plugins", f"[{self.name}]"]
 
     def run_config(self, *arguments: str) -> Config:
-        """Return the configuration of a run with this plugin and further ``arguments``."""
-        return parsing.parse_config([*self.arguments(), *arguments])
+        """Return the configuration of a run with this plugin and further ``arguments``; the caller may change it."""
+        if arguments:
+            return parsing.parse_config([*self.arguments(), *arguments])
+        if self._config is None:  # parsing takes 0.1 s, and many tests ask for it
+            self._config = parsing.parse_config(self.arguments())
+        return copy.deepcopy(self._config)
 
 
 def find(names: list[str], configs: list[str]) -> list[PluginUnderTest]:

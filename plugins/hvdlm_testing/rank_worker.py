@@ -11,7 +11,7 @@ from pathlib import Path
 from hvdlm.configuration.availability import choose_backend
 from hvdlm.errors import HvdlmError, RankError
 from hvdlm.io.launcher_env import rank_for_messages
-from hvdlm_testing.checks import backends, compressors, exchanges, models, optimizers, runs, tasks
+from hvdlm_testing.checks import backends, compressors, exchanges, models, optimizers, runs
 from hvdlm_testing.checks.harness import Findings, Harness, Skip, location
 from hvdlm_testing.launcher import RANKS, RUNS, Report, Request, Result, read_reports
 from hvdlm_testing.plugin_under_test import PluginUnderTest, find, starter_of
@@ -23,7 +23,6 @@ _CHECKS = {
     "optimizers": optimizers.check_optimizer,
     "exchange": exchanges.check_exchange,
     "framework": models.check_framework,
-    "task": tasks.check_task,
     "backend": backends.check_backend,
     "framework_run": runs.check_framework_run,
     "task_run": runs.check_task_run,

@@ -70,12 +70,21 @@ def default_framework(arguments: list) -> str:
 
 
 def shadowed() -> bool:
-    """Return whether Python's path has another framework, or another hvdlm, than the server's."""
+    """Return whether Python's path has another framework, or another hvdlm, before the server's."""
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
     own = [f"{root}/", f"{root}/backends/", f"{root}/plugins/"]
-    folders = {*filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)), os.getcwd()}
-    others = [folder for folder in folders if os.path.join(os.path.realpath(folder), "") not in own]
-    return any(is_imported(name, own) for folder in others if os.path.isdir(folder) for name in os.listdir(folder))
+    # The conformance suite's ranks have the whole path of its process, site-packages among them.
+    installed = [os.path.join(os.path.realpath(path), "") for path in sys.path if path.endswith("site-packages")]
+    installed = [folder for folder in installed if folder.startswith(os.path.join(sys.prefix, ""))]
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    folders = [os.path.join(os.path.realpath(path), "") for path in paths if path]
+    served: set = set()
+    for folder in (os.path.join(os.path.realpath(os.getcwd()), ""), *folders):
+        names = {name for name in os.listdir(folder) if is_imported(name, own)} if os.path.isdir(folder) else set()
+        if folder not in own + installed and names - served:
+            return True
+        served |= names if folder in folders else set()
+    return False
 
 
 def is_imported(name: str, own: list) -> bool:

@@ -138,6 +138,9 @@ def _check_optimizers(
     for optimizer, momentum in (("adamw", 0.0), ("sgd", 0.9), ("sgd", 0.0), ("adagrad", 0.0)):
         config = harness.config()
         config.model.name, config.train.optimizer, config.train.momentum = model, optimizer, momentum
+        plain = optimizer == "sgd" and not momentum
+        if plain:
+            config.train.weight_decay, config.train.clip = 0.0, _CLIP
         spec = maker(config.model, VOCAB, CONTEXT)
         if _refusal(harness, plugin, config, spec):
             continue
@@ -149,8 +152,8 @@ def _check_optimizers(
             continue
         batch = harness.batch(spec, config)
         _check_optimizer(trainable, batch, config, f"framework {plugin.name}: {optimizer}", findings)
-        if optimizer == "sgd" and not momentum:
-            _check_clipping(harness, spec, config, f"framework {plugin.name}", findings)
+        if plain:
+            _check_clipping(trainable, spec, batch, f"framework {plugin.name}", findings)
 
 
 def _check_optimizer(trainable: Trainable, batch: Batch, config: Config, label: str, findings: Findings) -> None:
@@ -177,12 +180,10 @@ def _check_optimizer(trainable: Trainable, batch: Batch, config: Config, label: 
     )
 
 
-def _check_clipping(harness: Harness, spec: ModelSpec, config: Config, label: str, findings: Findings) -> None:
+def _check_clipping(trainable: Trainable, spec: ModelSpec, batch: Batch, label: str, findings: Findings) -> None:
     """Check that a step of plain SGD is as long as the learning rate times the clipped norm of the gradient."""
-    config.train.weight_decay, config.train.clip = 0.0, _CLIP
-    trainable, _ = harness.build(spec, config)
-    before = trainable.state()
-    result = trainable.train_step([harness.batch(spec, config)], _RATE, 0)
+    before = {name: array.copy() for name, array in trainable.state().items()}
+    result = trainable.train_step([batch], _RATE, 1)
     after = trainable.state()
     squares = [np.square(after[f"parameters/{p.name}"] - before[f"parameters/{p.name}"]).sum() for p in spec.params]
     moved, expected = float(np.sqrt(sum(squares))), _RATE * min(result.grad_norm, _CLIP)
@@ -276,9 +277,9 @@ def _check_anew(harness: Harness, spec: ModelSpec, config: Config, label: str, f
     trainable, _ = harness.build(spec, config)
     if missing := lacking(trainable, Trainable):
         raise HvdlmError(f"{label}: the trainable lacks {missing} of hvdlm.protocols.trainable.Trainable.")
-    first = check_training(harness, spec, config, label, findings)[0]
     batch = harness.batch(spec, config)
     loss, tokens = trainable.eval_step(batch)
+    first = check_training(harness, spec, config, label, findings, other=trainable)[0]
     findings.require(
         tokens == batch.tokens, f"{label}: eval_step counts {tokens} tokens, {batch.tokens} have a weight."
     )

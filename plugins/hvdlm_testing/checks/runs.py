@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,11 +28,12 @@ _STEPS, _SAVED = 4, 2
 _TEXT = "the quick brown fox jumps over the lazy dog, and runs away\n" * 40
 
 
-class _Losses:
-    """Collects the losses and the checkpoints of a run."""
+class _Records:
+    """Collects the losses, the evaluations and the checkpoints of a run."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
+        self.evaluations: list[Mapping[str, Any]] = []
         self.saved: list[Path] = []
 
     @hookimpl
@@ -39,15 +42,25 @@ class _Losses:
         self.losses.append(float(result.loss))
 
     @hookimpl
+    def hvdlm_evaluated(self, metrics: Mapping[str, Any]) -> None:
+        """Add the figures of an evaluation."""
+        self.evaluations.append(metrics)
+
+    @hookimpl
     def hvdlm_checkpoint_saved(self, path: str) -> None:
         """Add the checkpoint's folder."""
         self.saved.append(Path(path))
 
 
 def check_task_run(harness: Harness, plugin: PluginUnderTest, member: str, findings: Findings) -> None:
-    """Run the task of the plugin's configuration to checkpoints, and resume it."""
+    """Run the task of the plugin's configuration to checkpoints and an evaluation, and resume it."""
+    label = f"task {plugin.name} in {harness.framework_name}"
     with _folder(harness) as folder:
-        _check_run(harness, harness.config(plugin), folder, f"task {plugin.name} in {harness.framework_name}", findings)
+        whole = _check_run(harness, harness.config(plugin), folder, label, findings)
+    findings.require(all(map(math.isfinite, whole.losses)), f"{label}: a loss is not finite: {whole.losses}.")
+    for figures in whole.evaluations or [{}]:
+        valid = figures and all(isinstance(k, str) and isinstance(v, float | int) for k, v in figures.items())
+        findings.require(valid, f"{label}: metrics returns {figures!r}, expected figures by name.")
 
 
 def check_framework_run(harness: Harness, plugin: PluginUnderTest, member: str, findings: Findings) -> None:
@@ -73,7 +86,8 @@ def check_text_run(harness: Harness, model: str, findings: Findings, zero: int =
         _check_run(harness, config, folder / model, label, findings)
 
 
-def _check_run(harness: Harness, config: Config, folder: Path, label: str, findings: Findings) -> None:
+def _check_run(harness: Harness, config: Config, folder: Path, label: str, findings: Findings) -> _Records:
+    """Compare a run with its resumption from a checkpoint in its middle; return what the whole run was."""
     config = copy.deepcopy(config)
     config.train = replace(config.train, steps=_STEPS, warmup=0, schedule="constant", eval_every=0)
     config.checkpoint = replace(config.checkpoint, every=_SAVED, keep=_STEPS)
@@ -81,31 +95,32 @@ def _check_run(harness: Harness, config: Config, folder: Path, label: str, findi
     whole = _train(harness, config, folder / "whole", "none")
     steps = [path.name for path in whole.saved]
     if not findings.require(len(steps) == _STEPS // _SAVED, f"{label}: a run saved {steps}, not every {_SAVED} steps."):
-        return
+        return whole
     resumed = _train(harness, config, folder / "resumed", str(whole.saved[0]))
     findings.require(
         np.allclose(resumed.losses, whole.losses[_SAVED:], atol=1e-5),
         f"{label}: resumed from the checkpoint of step {_SAVED}, the losses are {_text(resumed.losses)}, in the run "
         f"that wrote it {_text(whole.losses[_SAVED:])}.",
     )
+    return whole
 
 
-def _train(harness: Harness, config: Config, folder: Path, resume: str) -> _Losses:
-    """Run ``config`` with the harness's ranks and framework; return its losses and checkpoints."""
+def _train(harness: Harness, config: Config, folder: Path, resume: str) -> _Records:
+    """Run ``config`` with the harness's ranks and framework; return what it reported."""
     config = copy.deepcopy(config)
     config.log.run, config.checkpoint.resume = str(folder), resume
     plan = run.plan(config)
-    losses, world = _Losses(), harness.world
+    records, world = _Records(), harness.world
     lock = run_lock.hold(folder, world.rank, world.local_rank)
     try:
         task, spec, base = run.open_task(plan)
         started = run.build(run.Connected(plan, task, spec, base, harness.framework, world, None))
-        started.manager.register(losses)
+        started.manager.register(records)
         train(started, Signals(world.rank))
     finally:
         if lock:
             lock.release()
-    return losses
+    return records
 
 
 @contextmanager

@@ -20,11 +20,18 @@ _DIVERGED = "ranks have different parameters after a step at which exchange.agre
 
 
 def check_training(
-    harness: Harness, spec: ModelSpec, config: Config, label: str, findings: Findings, fall: float = 0.01
+    harness: Harness,
+    spec: ModelSpec,
+    config: Config,
+    label: str,
+    findings: Findings,
+    fall: float = 0.01,
+    other: Trainable | None = None,
 ) -> list[float]:
     """Train, save the state in the middle, resume from it in another Trainable; return the losses.
 
-    ``fall``: the least decrease of the loss.
+    ``fall``: the least decrease of the loss. ``other``: a Trainable that gets the state, while the first one resumes
+    from it, as after a rollback: frameworks need not trace or compile another step. Runs resume in another one.
     """
     batch = harness.batch(spec, config)
     trainable, exchange = harness.build(spec, config)
@@ -32,10 +39,12 @@ def check_training(
     state = {name: array.copy() for name, array in trainable.state().items()}
     findings.require(_agree(harness, trainable, exchange), f"{label}: {_DIVERGED}")
     losses += _steps(trainable, batch, _HALF, _WHOLE)
-    restored, _ = harness.build(spec, copy.deepcopy(config))
+    restored = harness.build(spec, copy.deepcopy(config))[0] if other is None else other
     restored.load_state(state)
     _check_restored(state, restored.state(), label, findings)
-    resumed = _steps(restored, batch, _HALF, _WHOLE)
+    if other is not None:
+        trainable.load_state(state)
+    resumed = _steps(restored if other is None else trainable, batch, _HALF, _WHOLE)
     _record(losses, label, findings)
     findings.require(
         losses[-1] < losses[0] - fall,

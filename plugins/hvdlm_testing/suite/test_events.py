@@ -53,7 +53,8 @@ class _Control:
 def _send_events(plugin: PluginUnderTest, folder: Path, rank: int) -> str:
     """Call the event hooks of a plugin as a short run does; return a sentence about the first error, or nothing."""
     try:
-        config = plugin.run_config("--train.steps", "6", "--log.run", str(folder), "--log.every", "2")
+        config = plugin.run_config()
+        config.train.steps, config.log.run, config.log.every = 6, str(folder), 2
         manager = plugins.load([plugin.name])
     except Exception as error:
         return f"{plugin.name}: a run with it does not start: {type(error).__name__}: {error}"

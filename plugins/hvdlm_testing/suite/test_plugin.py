@@ -109,7 +109,8 @@ def test_its_check_refuses_in_a_sentence_or_accepts(plugin: PluginUnderTest) -> 
 
 
 def _fault_of_check(plugin: PluginUnderTest, manager: pluggy.PluginManager, model: str) -> str:
-    config = plugin.run_config("--model.name", model)
+    config = plugin.run_config()
+    config.model.name = model
     config.framework = plugin.name if plugin.provides("hvdlm_make_framework") else config.framework
     spec = plugins.provided(manager, "models")[model](config.model, _VOCAB, config.data.context)
     try:

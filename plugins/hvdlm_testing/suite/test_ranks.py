@@ -16,47 +16,42 @@ def _report(result: Result) -> None:
         pytest.skip(result.skipped)
 
 
-@pytest.mark.provides("models")
+@pytest.mark.provides("models", check="models")
 def test_a_model_trains_and_resumes(plugin: PluginUnderTest, member: str, framework: str, launches: Launches) -> None:
     _report(launches.of(framework, "models", plugin, member))
 
 
-@pytest.mark.provides("compressors")
+@pytest.mark.provides("compressors", check="compressors")
 def test_a_compressor_meets_its_contract(
     plugin: PluginUnderTest, member: str, framework: str, launches: Launches
 ) -> None:
     _report(launches.of(framework, "compressors", plugin, member))
 
 
-@pytest.mark.provides("optimizers")
+@pytest.mark.provides("optimizers", check="optimizers")
 def test_an_optimizer_trains_and_resumes(
     plugin: PluginUnderTest, member: str, framework: str, launches: Launches
 ) -> None:
     _report(launches.of(framework, "optimizers", plugin, member))
 
 
-@pytest.mark.provides("hvdlm_make_exchange")
+@pytest.mark.provides("hvdlm_make_exchange", check="exchange")
 def test_an_exchange_trains_and_resumes(plugin: PluginUnderTest, framework: str, launches: Launches) -> None:
     _report(launches.of(framework, "exchange", plugin))
 
 
-@pytest.mark.provides("hvdlm_make_framework")
+@pytest.mark.provides("hvdlm_make_framework", check="framework")
 def test_a_framework_computes_the_built_in_models(plugin: PluginUnderTest, framework: str, launches: Launches) -> None:
     _report(launches.of(framework, "framework", plugin))
 
 
-@pytest.mark.provides("hvdlm_make_task")
-def test_a_task_is_trained_and_evaluated(plugin: PluginUnderTest, framework: str, launches: Launches) -> None:
-    _report(launches.of(framework, "task", plugin))
-
-
-@pytest.mark.provides("hvdlm_make_framework")
+@pytest.mark.provides("hvdlm_make_framework", check="framework_run")
 def test_a_framework_runs_to_a_checkpoint_and_resumes(plugin: PluginUnderTest, launches: Launches) -> None:
     _report(launches.of(plugin.name, "framework_run", plugin))
 
 
-@pytest.mark.provides("hvdlm_make_task")
-def test_a_task_runs_to_a_checkpoint_and_resumes(plugin: PluginUnderTest, framework: str, launches: Launches) -> None:
+@pytest.mark.provides("hvdlm_make_task", check="task_run")
+def test_a_task_is_evaluated_and_resumes(plugin: PluginUnderTest, framework: str, launches: Launches) -> None:
     _report(launches.of(framework, "task_run", plugin))
 
 
@@ -86,14 +81,14 @@ def _compare(plugin: PluginUnderTest, kind: str, launches: Launches, member: str
             )
 
 
-@pytest.mark.provides("models")
+@pytest.mark.provides("models", check="models")
 def test_a_model_has_the_same_losses_in_every_framework(
     plugin: PluginUnderTest, member: str, launches: Launches
 ) -> None:
     _compare(plugin, "models", launches, member)
 
 
-@pytest.mark.provides("compressors")
+@pytest.mark.provides("compressors", check="compressors")
 def test_a_compressor_has_the_same_losses_in_every_framework(
     plugin: PluginUnderTest, member: str, launches: Launches
 ) -> None:
@@ -101,18 +96,18 @@ def test_a_compressor_has_the_same_losses_in_every_framework(
     _compare(plugin, "compressors", launches, member, 1e-3)
 
 
-@pytest.mark.provides("optimizers")
+@pytest.mark.provides("optimizers", check="optimizers")
 def test_an_optimizer_has_the_same_losses_in_every_framework(
     plugin: PluginUnderTest, member: str, launches: Launches
 ) -> None:
     _compare(plugin, "optimizers", launches, member)
 
 
-@pytest.mark.provides("hvdlm_make_exchange")
+@pytest.mark.provides("hvdlm_make_exchange", check="exchange")
 def test_an_exchange_has_the_same_losses_in_every_framework(plugin: PluginUnderTest, launches: Launches) -> None:
     _compare(plugin, "exchange", launches)
 
 
-@pytest.mark.provides("hvdlm_make_framework")
+@pytest.mark.provides("hvdlm_make_framework", check="framework")
 def test_a_framework_has_the_same_losses_as_the_others(plugin: PluginUnderTest, launches: Launches) -> None:
     _compare(plugin, "framework", launches)

@@ -24,7 +24,7 @@ VOCAB, CONTEXT, ROWS = 20, 8, 4
 
 
 def small_config(model: str = "gpt", **sizes) -> Config:
-    config = Config(framework="jax", model=ModelConfig(name=model, layers=2, width=16, heads=2, **sizes))
+    config = Config(framework="jax", model=ModelConfig(name=model, layers=1, width=16, heads=2, **sizes))
     config.train.batch_size, config.data.context = ROWS, CONTEXT
     return config
 
