@@ -12,7 +12,7 @@ many steps it has paid off. ``train.compile auto`` follows these figures (``hvdl
 The other figures are those of two ranks that share a model, in layouts written as data x pipeline x tensor: the seconds
 of a block of steps, as both ranks wait for each other.
 
-The short form traces and differentiates PyTorch's steps, but generates no code, for which a C++ compiler takes a minute.
+The short form traces and differentiates PyTorch's steps, but generates no code: that takes a C++ compiler a minute.
 """
 
 from __future__ import annotations

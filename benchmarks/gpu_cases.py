@@ -33,7 +33,13 @@ COMMON |= {"train.eval_every": 0, "train.compile": False, "train.tf32": False, "
 COMMON |= {"log.every": 1, "log.progress": False, "log.tensorboard": False, "checkpoint.asynchronous": False}
 COMMON |= {"framework": "torch", "data.context": 64, "model.bias": False}
 SIZES = {"model.layers": 4, "model.width": 128, "model.heads": 4}
-SHORT_SIZES = {"model.layers": 2, "model.width": 32, "model.heads": 2}
+SHORT_SIZES = {
+    "model.layers": 2,
+    "model.width": 32,
+    "model.heads": 2,
+    "data.context": 16,
+    "data.validation_share": 0.01,
+}
 
 
 @dataclass(frozen=True)

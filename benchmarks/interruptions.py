@@ -54,7 +54,8 @@ class Program:
 class Attempt:
     """A launch of a run in ``folder``, and the processes of its ranks.
 
-    ``size``: options of its steps and its model. ``resume``: a checkpoint to resume from; None: the newest one, or the start where there is none.
+    ``size``: options of its steps and its model. ``resume``: a checkpoint to resume from; None: the newest one, or the
+    start where there is none.
     """
 
     def __init__(

@@ -16,7 +16,6 @@ import chaos
 import harness
 from launcher_signals import was_interrupted
 
-
 COUNTS = [
     ("torch", dict.fromkeys(chaos.KINDS, 1) | {"kills": 3}),
     ("tensorflow", dict.fromkeys(chaos.KINDS, 0) | {"kills": 2}),
@@ -36,9 +35,9 @@ def test_kills_stops_and_damage_lose_no_data(framework: str, counts: dict[str, i
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert f"{counts['kills']} kills" in done.stdout and "nothing lost" in done.stdout
     [figure] = harness.figures(done.stdout)
-    assert figure.reached and all(
-        kind.replace("_", " ") in figure.title for kind, count in counts.items() if count
-    ), figure
+    assert figure.reached and all(kind.replace("_", " ") in figure.title for kind, count in counts.items() if count), (
+        figure
+    )
 
 
 @pytest.mark.parametrize("state, interrupted", [("done", False), ("running", True)])

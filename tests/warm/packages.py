@@ -21,7 +21,9 @@ def remember() -> None:
     known: dict[Any, Any] = {}
 
     def entry_points(**wanted: Any) -> Any:
-        folders = [folder for folder in dict.fromkeys(folder or "." for folder in sys.path) if describes_packages(folder)]
+        folders = [
+            folder for folder in dict.fromkeys(folder or "." for folder in sys.path) if describes_packages(folder)
+        ]
         key = (*((folder, os.stat(folder).st_mtime_ns) for folder in folders), *wanted.items())
         if key not in known:
             known[key] = read(**wanted)
