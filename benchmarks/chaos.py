@@ -23,13 +23,13 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from unittest import mock
 
 import branches
 import damage
-from harness import Bar, make_parser, parse, report
+from harness import Bar, flags, make_parser, parse, report
 from interruptions import Attempt, Kind, Program, Violation, kill, losses, stop, wait_for, was_stopped
 from launcher_signals import LAUNCHER_SIGNALS
 from two_runs import TWO_RUNS
@@ -48,8 +48,8 @@ KINDS = {
     "launcher_signals": LAUNCHER_SIGNALS,
 }
 """Kinds of interruptions, by the option that sets how many there are, of all frameworks together."""
-FULL = {name: kind.count for name, kind in KINDS.items()} | {"steps": 150}
-SHORT = dict.fromkeys(KINDS, 1) | {"steps": 45}
+FULL = {name: kind.count for name, kind in KINDS.items()} | {"steps": 150, "layers": 2}
+SHORT = dict.fromkeys(KINDS, 1) | {"steps": 45, "layers": 1}
 NONE = Bar(at_most=0)
 SEGMENTS = ["OMPI_MCA_btl_vader_backing_directory", "OMPI_MCA_btl_sm_backing_directory"]
 """Where Open MPI 4 and 5 keep the memory that ranks share."""
@@ -70,13 +70,15 @@ def check_checkpoints(folder: Path, newest: int) -> None:
         raise Violation(f"there was a checkpoint of step {newest}, now the newest is that of step {step}")
 
 
-def run_interrupted(framework: str, folder: Path, length: int, kind: Kind, limit: int, chance: random.Random) -> int:
+def run_interrupted(
+    framework: str, folder: Path, size: Sequence[str], kind: Kind, limit: int, chance: random.Random
+) -> int:
     """Train to the end with ``limit`` interruptions at most; return how many there were."""
     hits, resume = 0, None
     while True:
         interrupted = hits < limit
         program = kind.program(chance) if interrupted else Program()
-        attempt = Attempt(framework, folder, length, program, resume)
+        attempt = Attempt(framework, folder, size, program, resume)
         if interrupted:
             kind.interrupt(attempt, chance)
         else:
@@ -120,22 +122,22 @@ def check_leftovers(folder: Path) -> None:
         raise Violation(f"left behind in the run's folder: {', '.join(left)}")
 
 
-def campaign(framework: str, length: int, counts: Mapping[str, int], seed: int) -> None:
-    """Interrupt runs of ``length`` steps, as many runs as it takes for these counts of interruptions by kind.
+def campaign(framework: str, size: Sequence[str], counts: Mapping[str, int], seed: int) -> None:
+    """Interrupt runs, as many as it takes for these counts of interruptions by kind; ``size``: options of each run.
 
     Raises:
         Violation: something was lost, hung or left behind.
     """
     with tempfile.TemporaryDirectory(prefix="hvdlm-chaos-") as name, nothing_left_behind():
         undisturbed = Path(name) / "undisturbed"
-        run_interrupted(framework, undisturbed, length, KINDS["kills"], 0, random.Random(seed))
+        run_interrupted(framework, undisturbed, size, KINDS["kills"], 0, random.Random(seed))
         expected, runs = losses(undisturbed), 0
         for kind, count in counts.items():
             chance, began, hits = random.Random(f"{framework} {kind} {seed}"), time.monotonic(), 0
             while hits < count:
                 folder = Path(name) / f"run-{runs}"
                 runs += 1
-                hits += run_interrupted(framework, folder, length, KINDS[kind], count - hits, chance)
+                hits += run_interrupted(framework, folder, size, KINDS[kind], count - hits, chance)
                 KINDS[kind].check(folder, expected, TOLERANCE[framework])
                 check_leftovers(folder)
                 seconds = time.monotonic() - began
@@ -166,7 +168,7 @@ def main() -> int:
         counts = share(totals, number, len(o.frameworks))
         title = f"violations after {words(counts)}, {framework}"
         try:
-            campaign(framework, o.steps, counts, o.seed)
+            campaign(framework, flags({"train.steps": o.steps, "model.layers": o.layers}), counts, o.seed)
         except Violation as violation:
             report(title, 1, NONE)
             print(f"{framework}: FAILED: {violation}", flush=True)

@@ -26,7 +26,7 @@ from loop_overhead import SHORT_SIZES, SIZES, measure
 
 TWO_RANKS, ONE_RANK = Bar(at_least=0.95), Bar(at_least=1.0)
 FULL = SIZES | {"turns": 16, "seconds": 2.5, "settle": 0.5, "warm": 20, "rounds": 25, "block": 10, "rows": 16}
-SHORT = SHORT_SIZES | {"turns": 2, "seconds": 0.3, "settle": 0.1, "warm": 2, "rounds": 2, "block": 2, "rows": 4}
+SHORT = SHORT_SIZES | {"turns": 2, "seconds": 0.05, "settle": 0.02, "warm": 2, "rounds": 2, "block": 2, "rows": 4}
 
 
 class Job:
@@ -55,7 +55,7 @@ class Job:
         while self._read(self._counters[0])[1] < steps:
             if self._launcher.poll() is not None:
                 sys.exit(f"a worker failed:\n{self._log.read_text()[-3000:]}")
-            time.sleep(0.2)
+            time.sleep(0.05)
 
     def send(self, number: int) -> None:
         """Send a signal to every rank that counts already."""

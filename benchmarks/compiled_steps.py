@@ -11,6 +11,8 @@ many steps it has paid off. ``train.compile auto`` follows these figures (``hvdl
 
 The other figures are those of two ranks that share a model, in layouts written as data x pipeline x tensor: the seconds
 of a block of steps, as both ranks wait for each other.
+
+The short form traces and differentiates PyTorch's steps, but generates no code: that takes a C++ compiler a minute.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import time
 from typing import Any
 
 from harness import emit, flags, make_parser, parse, report_ratio, run_worker
+from layout_worker import choose_compiler
 
 FULL = {
     "models": ["4x128", "6x384", "12x512"],
@@ -33,9 +36,10 @@ FULL = {
     "threads": 1,
     "rounds": 15,
     "block": 2,
+    "compiler": "inductor",
 }
 SHORT = {"models": ["1x32"], "layouts": ["1x2x1"], "layers": 2, "width": 32}
-SHORT |= {"context": 16, "rows": 2, "rounds": 2, "block": 1}
+SHORT |= {"context": 16, "rows": 2, "rounds": 2, "block": 1, "compiler": "aot_eager"}
 VOCAB = 96
 
 
@@ -67,6 +71,7 @@ def work(framework: str, shape: str, o: argparse.Namespace) -> None:
 
     from hvdlm.protocols.types import Batch
 
+    choose_compiler(framework, o.compiler)
     both = {compiled: training(framework, shape, o, compiled) for compiled in (True, False)}
     tokens = np.random.default_rng(1).integers(0, VOCAB, (o.rows, o.context + 1)).astype(np.int32)
     batch = Batch(tokens[:, :-1].copy(), tokens[:, 1:].copy(), None, True)
@@ -98,7 +103,7 @@ def report_layout(framework: str, layout: str, o: argparse.Namespace) -> None:
     """Report the ratio of two ranks that share a model; XLA can't compile the collectives of tensor ranks."""
     if framework == "tensorflow" and not layout.endswith("x1"):
         return
-    sizes = {name: getattr(o, name) for name in ("width", "layers", "context", "rounds")}
+    sizes = {name: getattr(o, name) for name in ("width", "layers", "context", "rounds", "compiler")}
     sizes |= {"rows": 8, "micro_batches": 4}
     worker = ["--framework", framework, "--layouts", f"{layout},{layout}c", *flags(sizes)]
     rounds = run_worker("layout_worker.py", 2, worker)["rounds"][0]

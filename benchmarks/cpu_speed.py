@@ -24,7 +24,7 @@ from loop_overhead import SHORT_SIZES, SIZES
 
 PLAIN, DISTRIBUTED, FRAMEWORKS = Bar(at_least=1.05), Bar(at_least=1.3), Bar(at_least=0.9)
 FULL = SIZES | {"turns": 12, "seconds": 2.0, "settle": 0.5, "warm": 20, "rows": 16}  # SIZES: the example's, too
-SHORT = SHORT_SIZES | {"turns": 2, "seconds": 0.3, "settle": 0.1, "warm": 2, "rows": 4}
+SHORT = SHORT_SIZES | {"turns": 2, "seconds": 0.05, "settle": 0.02, "warm": 2, "rows": 4}
 VOCAB = 103  # characters of the text that is part of hvdlm
 
 Worker = tuple[str, Sequence[str]]  # a script, and its options

@@ -27,9 +27,10 @@ from hvdlm.training.signals import SIGNALS
 
 RANKS = 2
 EVERY = 3  # steps between checkpoints
-MODEL = ["--model.layers", "2", "--model.width", "64", "--model.heads", "2", "--data.context", "32"]
+MODEL = ["--model.width", "64", "--model.heads", "2", "--data.context", "32"]
 OPTIONS = [*MODEL, "--train.batch_size", "16", "--train.warmup", "5", "--log.every", "1"]
 OPTIONS += ["--checkpoint.every", str(EVERY), "--train.eval_every", "40", "--train.replica_check_every", "10"]
+OPTIONS += ["--data.validation_share", "0.01"]
 LIMIT = 30.0  # seconds after an interruption within which the launcher has to exit
 
 
@@ -51,18 +52,24 @@ class Program:
 
 
 class Attempt:
-    """A launch of a run of ``length`` steps in ``folder``, and the processes of its ranks.
+    """A launch of a run in ``folder``, and the processes of its ranks.
 
-    ``resume``: a checkpoint to resume from; None: the newest one, or the start where there is none.
+    ``size``: options of its steps and its model. ``resume``: a checkpoint to resume from; None: the newest one, or the
+    start where there is none.
     """
 
     def __init__(
-        self, framework: str, folder: Path, length: int, program: Program = Program(), resume: Path | None = None
+        self,
+        framework: str,
+        folder: Path,
+        size: Sequence[str],
+        program: Program = Program(),
+        resume: Path | None = None,
     ) -> None:
         self.folder = folder
         self.resume = resume
         python = [sys.executable, *program.words, "--framework", framework, "--log.run", str(folder), *OPTIONS]
-        python += ["--train.steps", str(length), *program.options]
+        python += [*size, *program.options]
         saved = [step for step, path in step_folders(folder / "checkpoints") if resume in (None, path)]
         self.first_step = saved[0] if saved else 0  # the step from which it resumes
         if saved:

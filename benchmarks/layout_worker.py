@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from functools import partial
 from typing import Any
 
 from harness import emit
@@ -35,6 +36,14 @@ def make_config(o: argparse.Namespace, mesh: Mesh, compiled: bool = False) -> Co
 def make_mesh(shape: str) -> Mesh:
     """Return the mesh that is written as 2x1x1 or 2x1x1c: data x pipeline x tensor."""
     return Mesh(*map(int, shape.rstrip("c").split("x")))
+
+
+def choose_compiler(framework: str, name: str) -> None:
+    """Let this process compile PyTorch's steps with the backend ``name`` of torch.compile."""
+    if framework == "torch":
+        import torch
+
+        torch.compile = partial(torch.compile, backend=name)
 
 
 class Layout:
@@ -97,7 +106,9 @@ def main() -> None:
     for name in ("width", "layers", "context", "rows", "micro_batches", "rounds"):
         parser.add_argument(f"--{name}", type=int)
     parser.add_argument("--vocab", type=int, default=96)
+    parser.add_argument("--compiler", default="inductor")
     o = parser.parse_args()
+    choose_compiler(o.framework, o.compiler)
     shapes = o.layouts.split(",")
     config = make_config(o, make_mesh(shapes[0]))
     backend_name = choose_backend(o.framework)

@@ -56,7 +56,9 @@ METHODS: dict[str, tuple[str, ...]] = {
     "local_sgd_50": _exchange("local_sgd", _STEPS, "50"),
 }
 FULL = {"examples": list(FILES), "ranks": [2, 8], "seeds": [1, 2, 3], "rates": [1e-3, 2e-3, 3e-3], "steps": 2000}
-SHORT = {"examples": ["shakespeare_char"], "ranks": [2], "seeds": [1], "rates": [3e-3], "steps": 20}
+FULL |= {"rows": 48, "validation_share": 0.1}
+SHORT = {"examples": ["shakespeare_char"], "ranks": [2], "seeds": [1], "rates": [3e-3], "steps": 4}
+SHORT |= {"rows": 8, "validation_share": 0.002}
 OWN_RATE = 1e-3  # of the examples' files
 SAME = Bar(at_most=1e-3)
 FIRST_STEPS = 200  # whose losses are compared between frameworks
@@ -70,7 +72,8 @@ def train(row: Row, framework: str, o: argparse.Namespace) -> tuple[Row, list[fl
     run = o.folder / "-".join(str(row[name]) for name in KEY)
     options = ["--config", f"examples/{row['example']}.yaml", "--data.path", str(o.data / FILES[row["example"]])]
     options += ["--framework", framework, "--backend", "threads", "--ranks", str(row["ranks"])]
-    options += ["--train.threads", "1", "--train.batch_size", "48", "--train.learning_rate", str(row["rate"])]
+    options += ["--data.validation_share", str(o.validation_share)]
+    options += ["--train.threads", "1", "--train.batch_size", str(o.rows), "--train.learning_rate", str(row["rate"])]
     options += ["--train.min_learning_rate", str(row["rate"] / 10), "--train.seed", str(row["seed"])]
     options += ["--train.steps", str(row["steps"]), "--train.warmup", str(min(100, row["steps"] // 4))]
     options += ["--train.eval_every", "0", "--checkpoint.every", "0", "--log.tensorboard", "false", "--log.every", "1"]

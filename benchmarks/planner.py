@@ -39,8 +39,9 @@ from hvdlm_planner.measure import fit_again
 
 MEDIAN, WORST = Bar(at_most=10.0), Bar(at_most=25.0)  # per cent
 FULL = {"folder": "runs/planner", "groups": list(FIRST), "rounds": 9, "seconds": 0.8, "measure_seconds": 60.0}
-FULL |= {"measure_rounds": 1000}
+FULL |= {"measure_rounds": 1000, "measure_models": 1000}
 SHORT = {"groups": ["2"], "rounds": 2, "seconds": 0.02, "measure_seconds": 120.0, "measure_rounds": 1}
+SHORT |= {"measure_models": 11}
 _TIMEOUT = 600.0  # seconds of a launch
 
 
@@ -99,6 +100,7 @@ def measure_machine(launches: Launches, framework: str, points: dict[str, Any], 
     options = ["--framework", framework, "--hardware", str(hardware_file(folder, group))]
     options += ["--steps", str(steps_file(folder, framework, group))]
     options += ["--seconds", str(o.measure_seconds), "--rounds", str(o.measure_rounds)]
+    options += ["--models", str(o.measure_models)]
     if threads:
         options += ["--train.threads", str(threads)]
     points[key] = launches.run(["-m", "hvdlm", "plan", "--measure", *options]).splitlines()

@@ -31,8 +31,9 @@ from hvdlm_planner.layouts import layout_costs
 
 CLOSE, SHARE = 1.05, Bar(at_least=0.8)
 FULL = {"folder": "runs/planner", "groups": list(SEARCHES), "rounds": 9, "seconds": 0.4, "measure_seconds": 60.0}
-FULL |= {"measure_rounds": 1000}
+FULL |= {"measure_rounds": 1000, "measure_models": 1000}
 SHORT = {"groups": ["2"], "rounds": 2, "seconds": 0.02, "measure_seconds": 120.0, "measure_rounds": 1}
+SHORT |= {"measure_models": 11}
 # Of these, the search takes the given values: they don't change what a step computes, or little on CPUs.
 FIXED = ("train.activation_checkpointing", "parallel.sequence", "communication.bucket_bytes")
 

@@ -20,7 +20,7 @@ from harness import FOLDER, Bar, Rounds, flags, make_parser, parse, report, repo
 
 SHARE, SAVED = Bar(at_most=0.01), Bar(at_most=0.95)
 FULL = {"rounds": 20, "block": 20, "ranks": 2, "delay": 0.02}
-SHORT = {"rounds": 1, "block": 3}
+SHORT = {"rounds": 1, "block": 2}
 UNCOUNTED = 2  # rounds, in which graphs are built and caches fill
 
 

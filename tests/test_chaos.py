@@ -16,17 +16,28 @@ import chaos
 import harness
 from launcher_signals import was_interrupted
 
+COUNTS = [
+    ("torch", dict.fromkeys(chaos.KINDS, 1) | {"kills": 3}),
+    ("tensorflow", dict.fromkeys(chaos.KINDS, 0) | {"kills": 2}),
+    pytest.param(
+        "tensorflow",
+        dict.fromkeys(chaos.KINDS, 1) | {"kills": 4},
+        marks=pytest.mark.full(covered_by="the kills of TensorFlow; test_stops.py, test_published_state.py"),
+    ),
+]
 
-def test_ten_kills_and_two_stops_lose_no_data() -> None:
-    """Interruptions of every kind in torch, and of four kinds in TensorFlow."""
-    counts = ["--kills", "10", "--stops", "2", "--nans", "2", "--two_runs", "2"]
-    command = ["benchmarks/chaos.py", "--short", *counts, "--steps", "90"]
+
+@pytest.mark.parametrize("framework, counts", COUNTS, ids=["torch", "tensorflow", "tensorflow-all"])
+def test_kills_stops_and_damage_lose_no_data(framework: str, counts: dict[str, int]) -> None:
+    """Interruptions of every kind in torch, and kills in TensorFlow."""
+    command = ["benchmarks/chaos.py", framework, "--short", *harness.flags(counts), "--steps", "90"]
     done = run_python(command, timeout=900, HVDLM_TEST_IMPORTS="")  # signalled launchers are processes of their own
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "10 kills, 2 stops" in done.stdout and "nothing lost" in done.stdout
-    figures = harness.figures(done.stdout)  # of each framework
-    assert [figure.reached for figure in figures] == [True, True]
-    assert all(kind.replace("_", " ") in figures[0].title for kind in chaos.KINDS), figures[0]
+    assert f"{counts['kills']} kills" in done.stdout and "nothing lost" in done.stdout
+    [figure] = harness.figures(done.stdout)
+    assert figure.reached and all(kind.replace("_", " ") in figure.title for kind, count in counts.items() if count), (
+        figure
+    )
 
 
 @pytest.mark.parametrize("state, interrupted", [("done", False), ("running", True)])

@@ -198,7 +198,7 @@ def test_a_killed_call_is_continued_by_the_next(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     after = stored(tmp_path)
     assert {name: after[name] for name in before} == before  # not run again
-    assert len(after) == 1 + 5 + 2 * 9 + 1 and all(case["attempts"] == 1 for case in after.values())
+    assert len(after) == 1 + 5 + 9 + 3 + 1 and all(case["attempts"] == 1 for case in after.values())
     table = (results / "table.md").read_text()
     assert table in done.stdout and "missed" not in table.partition("| two ranks |")[2]
     assert "| two ranks | bar | mpi4py | mpi |" in table and "one of two killed, resumed on one" in table

@@ -195,7 +195,20 @@ def test_ranks_measure_themselves_and_plan_uses_it(tmp_path: Path) -> None:
     before = run_python(["-m", "hvdlm", "plan", *options], **cache)
     assert before.returncode == 0, before.stderr
     steps = ["--steps", str(tmp_path / "steps.json")]
-    arguments = ["-m", "hvdlm", "plan", "--measure", "--seconds", "100", "--rounds", "1", *steps, *options]
+    arguments = [
+        "-m",
+        "hvdlm",
+        "plan",
+        "--measure",
+        "--seconds",
+        "100",
+        "--rounds",
+        "1",
+        "--models",
+        "10",
+        *steps,
+        *options,
+    ]
     done = run_python(arguments, timeout=120, **cache)
     assert done.returncode == 0, done.stdout + done.stderr
     [rates] = read_hardware(tmp_path / "hvdlm" / "hardware.yaml").rates

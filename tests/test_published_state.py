@@ -398,13 +398,21 @@ FLIPS = [
     ("tensorflow", "norm", TENSOR, 2, "ranks 0, 1 hold different values, no majority shows which are right of "),
     ("torch", "embed.tokens", PIPELINE, 2, "right of embed.tokens"),
     ("torch", "frozen", LORA, 2, "right of frozen/"),
-    ("tensorflow", "frozen", LORA, 2, "right of frozen/"),
     ("torch", "velocity", DILOCO, 2, "right of "),
+    ("torch", "anchor", DILOCO, 2, "right of "),
+]
+OF_TENSORFLOW = [
+    ("tensorflow", "frozen", LORA, 2, "right of frozen/"),
     ("tensorflow", "anchor", DILOCO, 2, "right of "),
 ]
+COMPARED = pytest.mark.full(
+    covered_by="the same array in torch, and other arrays in TensorFlow: the core compares them"
+)
+FLIPPED = [pytest.param(*row, id=f"{row[1]}-{row[0]}") for row in FLIPS]
+FLIPPED += [pytest.param(*row, id=f"{row[1]}-{row[0]}", marks=COMPARED) for row in OF_TENSORFLOW]
 
 
-@pytest.mark.parametrize("framework, what, options, ranks, who", FLIPS, ids=[f"{row[1]}-{row[0]}" for row in FLIPS])
+@pytest.mark.parametrize("framework, what, options, ranks, who", FLIPPED)
 def test_a_restart_after_a_flipped_bit_follows_the_curve(
     framework: str, what: str, options: list[str], ranks: int, who: str, curve: Callable[..., Path], tmp_path: Path
 ) -> None:

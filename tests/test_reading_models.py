@@ -11,6 +11,7 @@ from builders import (
     ENCODER_MODELS,
     ENCODER_ROWS,
     ENCODER_VOCAB,
+    FRAMEWORKS,
     both_frameworks,
     configured_spec,
     encoder_batch,
@@ -19,6 +20,16 @@ from builders import (
     small_config,
 )
 from hvdlm.config import TrainConfig
+
+
+def both_with(*models: str) -> pytest.MarkDecorator:
+    """Return the cases of both frameworks with each model; ctc of TensorFlow, with the lines of seq2seq, in full."""
+    mark = pytest.mark.full(covered_by="seq2seq in TensorFlow, ctc in torch, and both frameworks' same updates of ctc")
+    cases = [(framework, model) for framework in FRAMEWORKS for model in models]
+    marks = {("tensorflow", "ctc"): [mark]}
+    return pytest.mark.parametrize(
+        "framework, model", [pytest.param(*case, marks=marks.get(case, [])) for case in cases]
+    )
 
 
 def encoder_trainable(framework: str, model: str, dropout: float = 0.0, **train: Any) -> Any:
@@ -40,8 +51,7 @@ def test_both_frameworks_make_the_same_updates(model: str, smoothing: float) -> 
     assert first.eval_step(encoder_batch(model)) == pytest.approx(second.eval_step(encoder_batch(model)), abs=1e-3)
 
 
-@both_frameworks
-@pytest.mark.parametrize("model", ENCODER_MODELS)
+@both_with(*ENCODER_MODELS)
 def test_micro_batches_give_the_same_update_as_one_batch(framework: str, model: str) -> None:
     whole, split = encoder_trainable(framework, model), encoder_trainable(framework, model, micro_batch_size=2)
     for step in range(2):
@@ -76,8 +86,7 @@ def test_incremental_decoding_equals_the_full_forward_pass(framework: str) -> No
     np.testing.assert_allclose(scores, expected[order, 4], atol=1e-5)
 
 
-@both_frameworks
-@pytest.mark.parametrize("model", ENCODER_MODELS)
+@both_with(*ENCODER_MODELS)
 def test_dropout_changes_every_step_and_is_off_in_evaluation(framework: str, model: str) -> None:
     trainable, rows = encoder_trainable(framework, model, dropout=0.5), encoder_batch(model)
     assert trainable.eval_step(rows) == trainable.eval_step(rows)
@@ -87,16 +96,14 @@ def test_dropout_changes_every_step_and_is_off_in_evaluation(framework: str, mod
     assert min(abs(repeated - loss) for loss in losses) < 1e-6
 
 
-@both_frameworks
-@pytest.mark.parametrize("model", ENCODER_MODELS)
+@both_with(*ENCODER_MODELS)
 def test_every_model_fits_one_batch(framework: str, model: str) -> None:
     trainable, rows = encoder_trainable(framework, model), encoder_batch(model)
     losses = [trainable.train_step([rows], 0.01, step).loss for step in range(40)]
     assert losses[-1] < 0.5 * losses[0]
 
 
-@both_frameworks
-@pytest.mark.parametrize("model", ["seq2seq", "ctc"])
+@both_with("seq2seq", "ctc")
 def test_bf16_stays_near_fp32(framework: str, model: str) -> None:
     half, full = encoder_trainable(framework, model, precision="bf16"), encoder_trainable(framework, model)
     rows = encoder_batch(model)

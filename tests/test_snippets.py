@@ -35,7 +35,7 @@ REASON = re.compile(r"<!-- not run here: needs (?:a GPU|a cluster|several hosts|
 # What a training's own options are followed by, so that it takes seconds.
 SMALLER = (
     "--train.steps 5 --train.batch_size 8 --data.validation_share 0.01 "
-    "--log.every 1 --log.tensorboard false --log.sample_tokens 20"
+    "--log.every 1 --log.tensorboard false --log.sample_tokens 4"
 )
 SMALLER_MODEL = "--model.layers 2 --model.width 16 --model.heads 2 --data.context 16"
 PYTHON = f"""#!/bin/bash

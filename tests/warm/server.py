@@ -15,6 +15,7 @@ import contextlib
 import ctypes
 import gc
 import importlib
+import importlib.metadata
 import json
 import os
 import runpy
@@ -23,6 +24,7 @@ import signal
 import socket
 import sys
 import threading
+import weakref
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -47,6 +49,7 @@ FRAMEWORKS = {
     "tensorflow": ["tensorflow", "keras", *TRAINING, "hvdlm_tensorflow.plugin", "hvdlm_tensorflow.framework"],
 }
 MOST_FILES = 6
+ROOT = str(Path(__file__).resolve().parent.parent.parent)
 Request = tuple[dict[str, Any], list[int]]
 
 
@@ -259,7 +262,12 @@ def main(folder: str) -> None:
     for name in COMMON + FRAMEWORKS[framework]:
         importlib.import_module(name)
     packages.remember()
+    own, sys.path[0] = sys.path[0], ROOT
+    importlib.metadata.entry_points(group="hvdlm")  # for commands that are started there
+    sys.path[0] = own
     make_parser()
+    for finalizer in list(weakref.finalize._registry):
+        finalizer.atexit = False  # torch's operators would be taken apart when a fork ends, for 0.06 s
     gc.collect()
     gc.freeze()  # else collections of every fork go through all that was imported, and copy its pages: 0.6 to 1 s
     gc.set_threshold(50_000, 20, 20)  # what a fork makes in its first steps stays: collections only look through it
