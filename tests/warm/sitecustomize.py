@@ -109,6 +109,20 @@ def namespaces_to_enter(connection: object) -> list:
     return [os.open(f"/proc/self/ns/{kind}", os.O_RDONLY) for kind in kinds]
 
 
+def forward_with_sender(connection: object) -> None:
+    """Forward SIGCONT with its sender, in a thread: ranks ask whether it was Open MPI's launcher."""
+    import signal
+    import threading
+
+    def forward() -> None:
+        while True:
+            sender = signal.sigwaitinfo({signal.SIGCONT}).si_pid
+            connection.send(bytes([signal.SIGCONT]) + sender.to_bytes(4, "little"))
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCONT})
+    threading.Thread(target=forward, daemon=True).start()
+
+
 def continue_as_fork(folder: str, server: str, arguments: list) -> None:
     """Pass this process to a server, forward signals to the fork, and end as it does."""
     import array
@@ -134,7 +148,9 @@ def continue_as_fork(folder: str, server: str, arguments: list) -> None:
     connection.sendall(data)
     for name in FORWARDED:
         if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
-            signal.signal(getattr(signal, name), lambda number, _: connection.send(bytes([number])))
+            signal.signal(getattr(signal, name), lambda number, _: connection.send(bytes([number, 0, 0, 0, 0])))
+    if "OMPI_COMM_WORLD_RANK" in os.environ:
+        forward_with_sender(connection)
     answer = connection.recv(4)
     if not answer:
         sys.stderr.write("the server of warm processes has ended (tests/warm/server.py)\n")
