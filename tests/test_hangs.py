@@ -11,8 +11,8 @@ from hvdlm import cli
 from launching import ONE_LAYER, SMALL, launch, processes_of, wait_until
 
 TIMEOUT = 4.0
-# A rank that waits for others to connect may do so for seconds in place of --communication.timeout and a minute, and one
-# that waits for the last hook of others, too.
+# A rank that waits for others to connect, or for their last hooks, may do so for seconds in place of
+# --communication.timeout and a minute.
 FAULTY_RANK = """
 import os, signal, sys, time
 from hvdlm import cli, hookimpl, telemetry

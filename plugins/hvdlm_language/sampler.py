@@ -190,8 +190,8 @@ TokenBatch = tuple[np.ndarray, np.ndarray, np.ndarray | None, bool]
 def independent_windows(tokens: Tokens, context: int, rows: int, rank: int, size: int) -> Iterator[TokenBatch]:
     """Yield the batches of a split that ``rank`` evaluates, every target of the split predicted exactly once.
 
-    Every rank has a contiguous range of windows, in batches of one shape, of at most ``rows``: a graph is traced for each
-    shape. What is missing at the end is padded, with weight 0.
+    Every rank has a contiguous range of windows, in batches of one shape, of at most ``rows``: for every shape, a graph
+    is traced. The last batch, and the last window of the split, are padded, with weight 0.
     """
     targets = len(tokens) - 1
     windows = -(-targets // context)
