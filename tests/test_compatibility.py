@@ -18,9 +18,7 @@ from hvdlm.checkpoints.safetensors_io import open_tensors
 from launching import launch, losses
 
 WRITTEN = Path(__file__).resolve().parent / "fixtures" / "v0.1"
-LSTM = pytest.mark.full(covered_by="the cases torch-lstm and tensorflow-gpt: the files have the same names and arrays")
-RUNS = ["torch-gpt", "torch-lstm", "torch-lora", "torch-zero", "tensorflow-gpt"]
-RUNS.append(pytest.param("tensorflow-lstm", marks=LSTM))
+RUNS = ["torch-gpt", "torch-lstm", "torch-lora", "torch-zero", "tensorflow-gpt", "tensorflow-lstm"]
 COMMANDS = "import json, sys; from hvdlm import cli\nfor one in json.loads(sys.argv[1]): assert cli.main(one) == 0, one"
 
 

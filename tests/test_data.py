@@ -221,3 +221,14 @@ def test_evaluation_predicts_every_token_exactly_once(split, count: int, context
             np.testing.assert_array_equal(targets[counted], inputs[counted] + 1)
             seen += targets[counted].tolist()
     assert sorted(seen) == list(range(1, count))
+
+
+@pytest.mark.parametrize("split", [sampler.independent_windows, sampler.parallel_streams])
+@given(st.integers(2, 500), st.integers(1, 20), st.integers(1, 9), st.integers(1, 5))
+@settings(max_examples=80, deadline=None)
+def test_evaluation_batches_of_a_rank_have_one_shape(split, count: int, context: int, rows: int, size: int) -> None:  # type: ignore[no-untyped-def]
+    tokens = np.arange(count, dtype=np.uint16)
+    for rank in range(size):
+        batches = list(split(tokens, context, rows, rank, size))
+        assert len({(inputs.shape, targets.shape, weights is None) for inputs, targets, weights, _ in batches}) <= 1
+        assert all(inputs.shape[0] <= rows and inputs.shape[1] <= context for inputs, *_ in batches)

@@ -11,7 +11,8 @@ from hvdlm import cli
 from launching import ONE_LAYER, SMALL, launch, processes_of, wait_until
 
 TIMEOUT = 4.0
-# A rank that waits for others to connect may do so for seconds in place of --communication.timeout and a minute.
+# A rank that waits for others to connect, or for their last hooks, may do so for seconds in place of
+# --communication.timeout and a minute.
 FAULTY_RANK = """
 import os, signal, sys, time
 from hvdlm import cli, hookimpl, telemetry
@@ -22,11 +23,15 @@ from hvdlm.io import launcher_env
 watchdog._STACK_SECONDS = watchdog._ABORT_SECONDS = 1.0
 phases._BEAT_SECONDS = 0.4
 rank, limit = launcher_env.rank_for_messages(), Process.limit
-Process.limit = property(lambda self: {limit} if self.phase.waits and self.recorder is None else limit.fget(self))
+ended = []
+Process.limit = property(
+    lambda self: {limit} if self.phase.waits and (self.recorder is None or ended) else limit.fget(self)
+)
 
 class FaultyRank:
     @hookimpl
     def hvdlm_run_ended(self, summary):
+        ended.append(True)
         if rank == 1:
             {at_the_end}
 
@@ -69,7 +74,7 @@ from hvdlm.io import launcher_env
 
 def backend(graph, inputs):
     phases.STARTUP_SECONDS = 0.0
-    time.sleep(9.0 if launcher_env.rank_for_messages() == 1 else 0.0)
+    time.sleep(6.0 if launcher_env.rank_for_messages() == 1 else 0.0)
     return graph.forward
 
 compiled = torch.compile
@@ -81,7 +86,7 @@ sys.exit(cli.main())
 def test_a_rank_that_compiles_longer_is_waited_for(tmp_path: Path) -> None:
     options = ["--framework", "torch", "--log.run", str(tmp_path / "run"), *SMALL, *ONE_LAYER]
     options += ["--train.compile", "true"]
-    options += ["--train.steps", "2", "--communication.timeout", str(TIMEOUT)]
+    options += ["--train.steps", "2", "--communication.timeout", "2.5"]
     done = launch("mpirun", 2, ["-c", SLOW_COMPILER, *options], timeout=120)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
@@ -109,7 +114,7 @@ def test_horovod_settings_that_differ_are_refused(launcher: str, framework: str,
     "framework, action", [("torch", "os.kill(os.getpid(), signal.SIGSTOP)"), ("tensorflow", "time.sleep(1000)")]
 )
 def test_a_rank_that_hangs_in_its_last_hook_is_named(framework: str, action: str, tmp_path: Path) -> None:
-    code, output = launch_faulty(tmp_path / "run", framework, "mpirun", at_the_end=action)
+    code, output = launch_faulty(tmp_path / "run", framework, "mpirun", at_the_end=action, limit=2.0)
     assert code == 1 and output.count("the run hangs") == 1, output[-5000:]
     assert "Not arrived there: rank 1." in output, output[-5000:]
     assert ("It left no stack" if "SIGSTOP" in action else "in hvdlm_run_ended") in output, output[-5000:]

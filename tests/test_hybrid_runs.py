@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launching import SMALL, launch, losses, run_python, with_step_hook
+from launching import ONE_LAYER, SMALL, launch, losses, run_python, with_step_hook
 
 # Two heads for two tensor ranks, two layers for two stages; evaluation has an uneven last batch.
 SIZES = [*SMALL, "--train.micro_batch_size", "2", "--train.eval_batch_size", "7", "--train.warmup", "5"]
@@ -79,7 +79,7 @@ def test_evaluation_and_generation_work_in_a_layout(single_rank_run: Path, frame
 @pytest.mark.parametrize("framework", ["torch", "tensorflow"])
 def test_a_killed_run_of_compressed_zero_resumes_exactly(framework: str, tmp_path: Path) -> None:
     """On as many ranks bit for bit; what is evaluated are the float32 parameters, on any number of ranks."""
-    options = [*SMALL, "--framework", framework, "--train.steps", "12", "--train.warmup", "2"]
+    options = [*SMALL, *ONE_LAYER, "--framework", framework, "--train.steps", "12", "--train.warmup", "2"]
     options += ["--parallel.zero", "1", "--communication.compression.algorithm", "int8", "--checkpoint.every", "4"]
     options += ["--checkpoint.asynchronous", "false"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -108,7 +108,10 @@ def test_a_killed_run_of_compressed_zero_resumes_exactly(framework: str, tmp_pat
     assert alone.returncode == together.returncode == 0 and alone.stdout == together.stdout, together.stderr[-3000:]
 
 
-@pytest.mark.parametrize("framework", ["torch", "tensorflow"])
+KILLED = pytest.mark.full(covered_by="torch, and the ranks of tensorflow that fail in test_faults.py")
+
+
+@pytest.mark.parametrize("framework", ["torch", pytest.param("tensorflow", marks=KILLED)])
 def test_a_rank_killed_inside_a_stage_ends_all_ranks(framework: str, tmp_path: Path) -> None:
     soon = "threading.Timer(0.05, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()"
     action = f"import threading; step == 3 and self.world.rank == 2 and (print('killed', flush=True), {soon})"

@@ -70,7 +70,14 @@ IMPATIENT += "sys.exit(cli.main())"
 SECOND = {"resume": ["--checkpoint.resume", "auto"], "overwrite": ["--log.overwrite", "true"]}
 
 
-@pytest.mark.parametrize("framework, launcher", [("torch", "mpirun"), ("tensorflow", "threads")])
+@pytest.mark.parametrize(
+    "framework, launcher",
+    [
+        ("torch", "mpirun"),
+        ("torch", "threads"),
+        pytest.param("tensorflow", "threads", marks=pytest.mark.full(covered_by="torch: the lock is no framework's")),
+    ],
+)
 def test_a_second_run_in_a_folder_is_refused(tmp_path: Path, framework: str, launcher: str) -> None:
     run = tmp_path / "run"
     with running(run, framework, launcher) as first:

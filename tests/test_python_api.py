@@ -34,7 +34,12 @@ def run_program(action: str, folder: Path, framework: str, launcher: str = "", r
 
 @pytest.mark.parametrize(
     "framework, launcher, ranks",
-    [("torch", "", 1), ("tensorflow", "", 1), ("tensorflow", "mpirun", 2), ("torch", "horovodrun --gloo", 2)],
+    [
+        ("torch", "", 1),
+        pytest.param("tensorflow", "", 1, marks=pytest.mark.full(covered_by="one rank of torch, two of tensorflow")),
+        ("tensorflow", "mpirun", 2),
+        ("torch", "horovodrun --gloo", 2),
+    ],
 )
 def test_trainings_follow_one_another_in_one_process(
     framework: str, launcher: str, ranks: int, tmp_path: Path, curve: Callable[..., Path]

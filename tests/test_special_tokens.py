@@ -17,7 +17,7 @@ from hvdlm.config import Config, DataConfig
 from hvdlm.data.token_files import TokenData
 from hvdlm.data.tokenizers import ByteTokenizer
 from hvdlm.errors import HvdlmError
-from hvdlm_corpora import tokenizers
+from hvdlm_corpora import sources, tokenizers
 from hvdlm_corpora.bpe_tokenizer import BPETokenizer
 from hvdlm_corpora.preparation import prepare
 from hvdlm_inference.generation import encode, generate_text
@@ -104,13 +104,24 @@ def test_records_left_out_and_lone_surrogates_shift_no_end(tmp_path: Path) -> No
     assert ids_of(prepare(config)) == expected
 
 
+CHUNK = 1 << 15
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read texts in chunks of a 32nd of their usual size."""
+    monkeypatch.setattr(sources, "_CHUNK", CHUNK)
+
+
+@pytest.mark.usefixtures("small_chunks")
 def test_a_text_of_many_chunks_is_one_document(tmp_path: Path) -> None:
     path = tokenizer_file(tmp_path / "tokenizer.json", BOTH)
     begin, end, *_ = (loaded(path).convert_tokens_to_ids(token) for token in SPECIAL)
-    data = prepared(tmp_path, TEXT * (2200000 // len(TEXT)), path)
+    data = prepared(tmp_path, TEXT * (3 * CHUNK // len(TEXT)), path)
     ids = ids_of(data)
+    assert len(list(sources.text_chunks(str(tmp_path / "t.txt")))) > 2
     assert (ids[0], ids[-1], ids.count(begin), ids.count(end)) == (begin, end, 1, 1)
-    assert ids_of(prepared(tmp_path, TEXT * (2200000 // len(TEXT)), path, workers=2)) == ids
+    assert ids_of(prepared(tmp_path, TEXT * (3 * CHUNK // len(TEXT)), path, workers=2)) == ids
 
 
 def test_a_separator_stands_for_the_token_it_spells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -242,13 +253,15 @@ def test_special_tokens_have_no_bytes(tmp_path: Path, records: bool) -> None:
     assert data.validation_bytes == len("To be é\n".encode())
 
 
+@pytest.mark.usefixtures("small_chunks")
 def test_bytes_of_texts_are_exact_beyond_one_chunk(tmp_path: Path) -> None:
     """A normaliser that changes nothing here, and several chunks before the validation text."""
     path = tokenizer_file(tmp_path / "tokenizer.json", BEGIN, normalizer={"type": "NFC"})
-    text = "".join(f"{number} 红楼梦 or not to be\n" for number in range(90_000))
+    text = "".join(f"{number} 红楼梦 or not to be\n" for number in range(3_000))
     data = prepared(tmp_path, text, path, validation_share=0.25)
     restored = loaded(path).decode(data.validation[:].tolist())
-    assert len(text.encode()) > 2 * 2**20 and abs(data.validation_bytes - len(restored.encode())) <= 4
+    assert len(list(sources.text_chunks(str(tmp_path / "t.txt")))) > 2
+    assert len(text.encode()) > 2 * CHUNK and abs(data.validation_bytes - len(restored.encode())) <= 4
 
 
 # Vocabularies larger than the embedding

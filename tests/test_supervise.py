@@ -457,7 +457,7 @@ def test_a_killed_rank_is_restarted_bit_for_bit(curve: Any, tmp_path: Path) -> N
     command += ["mpirun", "--bind-to", "none", "-H", "{hosts}", "-np", "{np}", sys.executable]
     command += with_step_hook(KILLED_ONCE.format(marker=tmp_path / "killed", run=tmp_path / "run"))
     options = ["--framework", "torch", *SMALL, *STEPS, "--checkpoint.every", "10", "--log.run", str(tmp_path / "run")]
-    done = run_python([*command, *options], HVDLM_TEST_WARM="")
+    done = run_python([*command, *options])
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [line for line in done.stderr.splitlines() if line.startswith("hvdlm supervise: ")]
     assert len(lines) == 2 and "SIGKILL; restart in 0.1 s with the checkpoint of step 20" in lines[0], lines

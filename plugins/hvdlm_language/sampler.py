@@ -190,32 +190,43 @@ TokenBatch = tuple[np.ndarray, np.ndarray, np.ndarray | None, bool]
 def independent_windows(tokens: Tokens, context: int, rows: int, rank: int, size: int) -> Iterator[TokenBatch]:
     """Yield the batches of a split that ``rank`` evaluates, every target of the split predicted exactly once.
 
-    Every rank has a contiguous range of windows. The last window of the split is padded, with weight 0.
+    Every rank has a contiguous range of windows, in batches of one shape, of at most ``rows``: for every shape, a graph
+    is traced. The last batch, and the last window of the split, are padded, with weight 0.
     """
     targets = len(tokens) - 1
     windows = -(-targets // context)
     first, last = bounds(windows, size, rank)
+    if first == last:
+        return
+    batches = -(-(last - first) // rows)
+    rows = -(-(last - first) // batches)
+    complete = last * context <= targets and batches * rows == last - first
     for start in range(first, last, rows):
         stop = min(start + rows, last)
         read = np.asarray(tokens[start * context : min(stop * context, targets) + 1], np.int32)
-        missing = (stop - start) * context + 1 - len(read)
-        padded = np.concatenate([read, np.zeros(missing, np.int32)])
-        counted = np.ones((stop - start) * context, np.float32)
-        counted[counted.size - missing :] = 0
-        weights = counted.reshape(-1, context) if missing else None
+        padded = np.concatenate([read, np.zeros(rows * context + 1 - len(read), np.int32)])
+        counted = np.ones(rows * context, np.float32)
+        counted[len(read) - 1 :] = 0
+        weights = None if complete else counted.reshape(-1, context)
         yield padded[:-1].reshape(-1, context), padded[1:].reshape(-1, context), weights, True
 
 
 def parallel_streams(tokens: Tokens, context: int, streams: int, rank: int, size: int) -> Iterator[TokenBatch]:
-    """Yield the batches that ``rank`` evaluates of a split read in ``streams`` parallel streams with carried state."""
+    """Yield the batches that ``rank`` evaluates of a split read in ``streams`` parallel streams with carried state.
+
+    They have one shape, at most ``context`` wide; shorter streams are padded, with weight 0.
+    """
     streams = max(1, min(streams, (len(tokens) - 1) // 2))
     first, last = bounds(streams, size, rank)
     if first == last:
         return
     edges = np.arange(streams + 1) * (len(tokens) - 1) // streams
-    longest = int((edges[1:] - edges[:-1]).max())
-    for start in range(0, longest, context):
-        width = min(context, longest - start)
+    lengths = edges[1:] - edges[:-1]
+    longest = int(lengths.max())
+    batches = -(-longest // context)
+    width = -(-longest // batches)
+    complete = lengths[first:last].min() == batches * width
+    for start in range(0, longest, width):
         inputs = np.zeros((last - first, width), np.int32)
         targets, weights = np.zeros_like(inputs), np.zeros((last - first, width), np.float32)
         for row, stream in enumerate(range(first, last)):
@@ -224,4 +235,4 @@ def parallel_streams(tokens: Tokens, context: int, streams: int, rank: int, size
             inputs[row, :count] = tokens[begin : begin + count]
             targets[row, :count] = tokens[begin + 1 : begin + 1 + count]
             weights[row, :count] = 1
-        yield inputs, targets, (None if weights.all() else weights), start == 0
+        yield inputs, targets, (None if complete else weights), start == 0

@@ -118,6 +118,27 @@ def namespaces_to_enter(connection: object) -> list:
     return [os.open(f"/proc/self/ns/{kind}", os.O_RDONLY) for kind in kinds]
 
 
+def forward(connection: object, number: int, sender: int = 0) -> None:
+    """Forward a signal to the fork, with the process id of its sender if that is known."""
+    try:
+        connection.send(bytes([number]) + sender.to_bytes(4, "little"))
+    except OSError:  # the fork has ended: so will this process, which would run the command itself after an error here
+        pass
+
+
+def forward_with_sender(connection: object) -> None:
+    """Forward SIGCONT with its sender, in a thread: ranks ask whether it was Open MPI's launcher."""
+    import signal
+    import threading
+
+    def wait() -> None:
+        while True:
+            forward(connection, signal.SIGCONT, signal.sigwaitinfo({signal.SIGCONT}).si_pid)
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCONT})
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def continue_as_fork(folder: str, server: str, arguments: list) -> None:
     """Pass this process to a server, forward signals to the fork, and end as it does."""
     import array
@@ -143,8 +164,13 @@ def continue_as_fork(folder: str, server: str, arguments: list) -> None:
     connection.sendall(data)
     for name in FORWARDED:
         if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
-            signal.signal(getattr(signal, name), lambda number, _: connection.send(bytes([number])))
-    answer = connection.recv(4)
+            signal.signal(getattr(signal, name), lambda number, _: forward(connection, number))
+    if "OMPI_COMM_WORLD_RANK" in os.environ:
+        forward_with_sender(connection)
+    try:
+        answer = connection.recv(4)
+    except ConnectionResetError:
+        answer = b""
     if not answer:
         sys.stderr.write("the server of warm processes has ended (tests/warm/server.py)\n")
     code = int.from_bytes(answer or b"\1", "little", signed=True)
