@@ -67,6 +67,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
+def pytest_collection_finish() -> None:
+    """Refuse a module of tests that imports TensorFlow, which changes the environment: no command would be warm."""
+    if "tensorflow" in sys.modules and "HVDLM_TEST_FRAMEWORK" not in os.environ:
+        raise pytest.UsageError("a module of tests imports tensorflow: import it within the tests (tests/conftest.py).")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Start the processes of which commands of tests are forks; the workers of a session share them."""
     packages.remember()
