@@ -35,11 +35,10 @@ class Launched:
         options = ["--framework", framework, "--log.run", str(run), *SMALL, *ONE_LAYER]
         options += ["--train.steps", "1000000"]
         command = [*launcher, "-np", "2", sys.executable, *with_step_hook(action), *options]
-        # As forks of warm processes, the ranks of horovodrun --mpi don't get the signals of its process group.
-        env = environment(HVDLM_TEST_WARM="") if "--mpi" in launcher else environment()
+        fresh = environment(HVDLM_TEST_WARM="")  # ranks ask who has sent a signal, and to a fork its server would
         with self.errors.open("w") as errors:
             streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": errors}
-            self.process = subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True, **streams)
+            self.process = subprocess.Popen(command, cwd=ROOT, env=fresh, start_new_session=True, **streams)
 
     def wait_for_steps(self, count: int) -> None:
         path = self.run / "metrics.jsonl"

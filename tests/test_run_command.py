@@ -170,7 +170,8 @@ def test_a_terminals_signals_save_and_return_the_runs_code(
     command += ["--log.run", str(run), *SMALL, *ONE_LAYER, "--train.steps", "1000000"]
     streams = {"stderr": subprocess.PIPE, "text": True, "start_new_session": True}
     streams["preexec_fn"] = lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tester may use nohup
-    process = subprocess.Popen(command, cwd=ROOT, env=environment(), **streams)
+    fresh = environment(HVDLM_TEST_WARM="")  # ranks ask who has sent a signal, and to a fork its server would
+    process = subprocess.Popen(command, cwd=ROOT, env=fresh, **streams)
     try:
         wait_until(lambda: (run / "metrics.jsonl").exists() and len(metrics(run)) > 2, 120, process)
         os.killpg(process.pid, getattr(signal, name))  # as a terminal does

@@ -18,12 +18,10 @@ import importlib
 import importlib.metadata
 import json
 import os
-import platform
 import runpy
 import selectors
 import signal
 import socket
-import struct
 import sys
 import threading
 import weakref
@@ -52,8 +50,6 @@ FRAMEWORKS = {
 }
 MOST_FILES = 6
 ROOT = str(Path(__file__).resolve().parent.parent.parent)
-SIGQUEUEINFO = {"x86_64": 129, "aarch64": 138}  # the system call rt_sigqueueinfo
-SI_QUEUE = -1  # the code of signals of which a process may name the sender
 Request = tuple[dict[str, Any], list[int]]
 
 
@@ -135,17 +131,6 @@ def run(option: str, *rest: str) -> None:
         runpy.run_path(option, run_name="__main__")
 
 
-def send_signal(pid: int, number: int, sender: int = 0) -> None:
-    """Send a signal, as process ``sender`` if it is given."""
-    call = SIGQUEUEINFO.get(platform.machine())
-    if sender and call:
-        # struct siginfo: signo, errno, code, and after 4 bytes of padding the process id; 128 bytes in all.
-        ctypes.CDLL(None).syscall(call, pid, number, struct.pack("3i4xi108x", number, 0, SI_QUEUE, sender))
-    else:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, number)
-
-
 class Server:
     """Forks a process for every command; ``connections``: those of running forks, by process id."""
 
@@ -204,13 +189,13 @@ class Server:
     def forward(self, pid: int) -> None:
         """Send a fork the signals that its command's process got; end it if that has ended."""
         try:
-            sent = self.connections[pid].recv(20 * 5)
+            numbers = self.connections[pid].recv(16)
         except ConnectionResetError:
-            sent = b""
-        for start in range(0, len(sent), 5):
-            send_signal(pid, sent[start], int.from_bytes(sent[start + 1 : start + 5], "little"))
-        if not sent:
-            send_signal(pid, signal.SIGKILL)
+            numbers = b""
+        for number in numbers or [signal.SIGKILL]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+        if not numbers:
             self.selector.unregister(self.connections[pid])
 
     def report_ended(self) -> None:

@@ -118,25 +118,12 @@ def namespaces_to_enter(connection: object) -> list:
     return [os.open(f"/proc/self/ns/{kind}", os.O_RDONLY) for kind in kinds]
 
 
-def forward(connection: object, number: int, sender: int = 0) -> None:
-    """Forward a signal to the fork, with the process id of its sender if that is known."""
+def forward(connection: object, number: int) -> None:
+    """Forward a signal to the fork."""
     try:
-        connection.send(bytes([number]) + sender.to_bytes(4, "little"))
+        connection.send(bytes([number]))
     except OSError:  # the fork has ended: so will this process, which would run the command itself after an error here
         pass
-
-
-def forward_with_sender(connection: object) -> None:
-    """Forward SIGCONT with its sender, in a thread: ranks ask whether it was Open MPI's launcher."""
-    import signal
-    import threading
-
-    def wait() -> None:
-        while True:
-            forward(connection, signal.SIGCONT, signal.sigwaitinfo({signal.SIGCONT}).si_pid)
-
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCONT})
-    threading.Thread(target=wait, daemon=True).start()
 
 
 def continue_as_fork(folder: str, server: str, arguments: list) -> None:
@@ -165,8 +152,6 @@ def continue_as_fork(folder: str, server: str, arguments: list) -> None:
     for name in FORWARDED:
         if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
             signal.signal(getattr(signal, name), lambda number, _: forward(connection, number))
-    if "OMPI_COMM_WORLD_RANK" in os.environ:
-        forward_with_sender(connection)
     try:
         answer = connection.recv(4)
     except ConnectionResetError:
