@@ -47,7 +47,7 @@ test:  ## run `make check`, then all tests, on real ranks under the real launche
 	@$(MAKE) --no-print-directory check
 	@python -m pytest tests -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-full:  ## run `make test` with the combinations of frameworks, launchers and ranks that other tests cover (an hour)
+full:  ## run `make test` with the combinations of frameworks, launchers and ranks that other tests cover
 	@HVDLM_TEST_FULL=1 $(MAKE) --no-print-directory test
 
 # Unit tests of code that depends on the machine, and two ranks of each framework under every launcher.

@@ -36,6 +36,12 @@ from hvdlm_tasks.models.ctc import BANDS
 FRAMEWORKS = os.environ.get("HVDLM_TEST_FRAMEWORKS", "torch tensorflow").split()
 both_frameworks = pytest.mark.parametrize("framework", FRAMEWORKS)
 
+
+def case(*values: Any, covered_by: str = "", id: str | None = None) -> Any:
+    """Return a case of a test; ``covered_by``: tests that run the same code, to which ``make test`` leaves it."""
+    return pytest.param(*values, marks=[pytest.mark.full(covered_by=covered_by)] if covered_by else [], id=id)
+
+
 # Models and trainables
 
 VOCAB, CONTEXT, ROWS = 50, 12, 8

@@ -7,21 +7,16 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from builders import case
 from launching import DATA, ROOT, environment
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import harness
 
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the public data is not at {DATA} (set HVDLM_DATA)")
-
-
-def same_lines(script: str, options: list[str], count: int, covered_by: str) -> Any:
-    """Return a run of the lines that another test runs, left to ``make full``."""
-    return pytest.param(script, options, count, marks=pytest.mark.full(covered_by=covered_by))
 
 
 # Script, its options in the test beside --short, and how many figures it prints then.
@@ -33,11 +28,11 @@ RUNS = [
     ("compiled_steps", ["torch"], 2),
     pytest.param("cpu_speed", ["--data", str(DATA)], 3, marks=needs_data),
     ("exact_sums", ["torch"], 4),
-    same_lines("exact_sums", ["tensorflow"], 4, "the case of torch; sums of TensorFlow: test_exact.py"),
+    case("exact_sums", ["tensorflow"], 4, covered_by="the case of torch; sums of TensorFlow: test_exact.py"),
     ("fuzz", ["yaml"], 1),
     ("fuzz", ["digits"], 1),  # without a dictionary
     ("dense_sums", ["torch"], 3),
-    same_lines("loop_overhead", ["torch"], 1, "communication_cost measures the same beside the same plain loop"),
+    case("loop_overhead", ["torch"], 1, covered_by="communication_cost measures the same beside the same plain loop"),
     ("loop_overhead", ["tensorflow"], 1),
     pytest.param("losses", ["--data", str(DATA)], 2, marks=needs_data),
     ("parallel", ["torch"], 2),
@@ -46,14 +41,21 @@ RUNS = [
     pytest.param("prefetching", ["torch", "--data", str(DATA)], 2, marks=needs_data),
     ("published_figures", [], 18),
     ("replica_check", ["torch"], 2),
-    same_lines("replica_check", ["tensorflow"], 2, "the case of torch; TensorFlow's replicas: test_published_state.py"),
+    case(
+        "replica_check",
+        ["tensorflow"],
+        2,
+        covered_by="the case of torch; TensorFlow's replicas: test_published_state.py",
+    ),
     ("simulator", [], 7),
     ("slow_network", ["torch"], 3),
     ("streaming", ["torch"], 3),
     ("tensorflow_chunks", [], 2),
     ("waiting_threads", ["torch"], 4),
     ("without_horovod", ["torch"], 1),
-    same_lines("without_horovod", ["tensorflow"], 1, "the case of torch; TensorFlow's ranks: test_mpi4py_backend.py"),
+    case(
+        "without_horovod", ["tensorflow"], 1, covered_by="the case of torch; TensorFlow's ranks: test_mpi4py_backend.py"
+    ),
 ]
 # Scripts whose short forms are run by other tests, modules of benchmarks, and the scripts that their ranks run.
 ELSEWHERE = {

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from test_layouts import GPT, VOCAB, build, configured, train
 
+from builders import case
 from hvdlm.parallel.mesh import Mesh
 from hvdlm.protocols.world import World
 from hvdlm_backends.groups import CountedGroup
@@ -102,11 +103,7 @@ def assert_compiles_the_same(world: World, way: Way, monkeypatch: pytest.MonkeyP
 ALIKE = pytest.mark.full(covered_by="case tensor, and the traced case bf16-sequence over mpi4py")
 
 
-def way_case(way: str) -> Any:
-    return pytest.param(way, marks=[pytest.mark.full(covered_by=COVERED[way])] if way in COVERED else [])
-
-
-@pytest.mark.parametrize("way", [way_case(way) for way in WAYS])
+@pytest.mark.parametrize("way", [case(way, covered_by=COVERED.get(way, "")) for way in WAYS])
 def test_compiled_ranks_keep_losses_and_collectives(
     world: World, way: str, monkeypatch: pytest.MonkeyPatch, traced: None
 ) -> None:

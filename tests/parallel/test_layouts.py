@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from builders import configured_spec, meshes, next_token_batch, save_checkpoint, single_rank_trainable
+from builders import case, configured_spec, meshes, next_token_batch, save_checkpoint, single_rank_trainable
 from hvdlm import plugins
 from hvdlm.checkpoints.load import open_checkpoint, read_state
 from hvdlm.config import Config, LoRAConfig, ModelConfig, ParallelConfig, TrainConfig
@@ -225,11 +225,10 @@ def assert_resumes(world: World, mesh: Mesh, trainable: Any, config: Config, fol
 
 def layout_cases() -> list[Any]:
     """Return the cases of this launch, the one that writes a checkpoint first."""
-    others = pytest.mark.full(covered_by="TensorFlow's other layouts of these axes, and this layout of PyTorch")
-    ordered = sorted(cases(RANKS), key=lambda case: case != WRITER)
-    return [
-        pytest.param(c, marks=[others] if FRAMEWORK == "tensorflow" and c not in TENSORFLOW else []) for c in ordered
-    ]
+    others = "TensorFlow's other layouts of these axes, and this layout of PyTorch"
+    ordered = sorted(cases(RANKS), key=lambda layout: layout != WRITER)
+    left = [layout for layout in ordered if FRAMEWORK == "tensorflow" and layout not in TENSORFLOW]
+    return [case(layout, covered_by=others if layout in left else "") for layout in ordered]
 
 
 @pytest.mark.parametrize("case", layout_cases(), ids=case_name)
@@ -352,16 +351,12 @@ if FRAMEWORK == "tensorflow":  # both switches in one graph
     RECOMPUTED = {"parallel": {"sequence": True}, "train": {**SGD, "activation_checkpointing": True}}
     VARIANTS.append(("stages-sequence-recomputed", (1, 2, 2), {**GPT, "bias": True}, RECOMPUTED))
 CHOSEN = [variant for variant in VARIANTS if FRAMEWORK == "torch" or variant[0] in SELECTED]
-LEFT_OUT = ("stages-zero2",) if FRAMEWORK == "tensorflow" else ()
-
-
-def variant_case(variant: tuple[str, Any, Any, Any]) -> Any:
-    others = pytest.mark.full(covered_by="2x2x1-zero1 and 4x1x1-zero2 of every_layout")
-    return pytest.param(*variant, marks=[others] if variant[0] in LEFT_OUT else [], id=variant[0])
+LEFT_OUT = {"stages-zero2": "2x2x1-zero1 and 4x1x1-zero2 of every_layout"} if FRAMEWORK == "tensorflow" else {}
+VARIANT_CASES = [case(*variant, covered_by=LEFT_OUT.get(variant[0], ""), id=variant[0]) for variant in CHOSEN]
 
 
 @pytest.mark.skipif(RANKS != 4, reason="layouts of four ranks")
-@pytest.mark.parametrize("name, shape, model, options", [variant_case(variant) for variant in CHOSEN])
+@pytest.mark.parametrize("name, shape, model, options", VARIANT_CASES)
 def test_models_and_switches_follow_the_curve_of_one_rank(
     world: World, name: str, shape: tuple[int, int, int], model: dict[str, Any], options: dict[str, Any]
 ) -> None:
@@ -462,13 +457,12 @@ if FRAMEWORK == "torch":
 KEPT = [("top_k", 1, WITH_STAGES), ("int8", 0, WITH_STAGES), ("int8", 1, WITH_TENSOR), ("power_sgd", 0, WITH_TENSOR)]
 
 
-def compressed_case(case: tuple[str, int, tuple[int, int, int]]) -> Any:
-    others = pytest.mark.full(covered_by="the other compressors with these axes, and this one with other axes")
-    return pytest.param(*case, marks=[] if case in KEPT else [others])
+OTHERS = "the other compressors with these axes, and this one with other axes"
+COMPRESSED_CASES = [case(*values, covered_by="" if values in KEPT else OTHERS) for values in COMPRESSED]
 
 
 @pytest.mark.skipif(RANKS != 4, reason="layouts of four ranks")
-@pytest.mark.parametrize("algorithm, zero, shape", [compressed_case(case) for case in COMPRESSED])
+@pytest.mark.parametrize("algorithm, zero, shape", COMPRESSED_CASES)
 def test_data_axis_compression_works_with_tensor_and_pipeline(
     world: World, algorithm: str, zero: int, shape: tuple[int, int, int]
 ) -> None:

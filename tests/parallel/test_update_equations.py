@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import test_layouts as layouts
 
-from builders import token_batch
+from builders import case, token_batch
 from hvdlm.parallel.flat_layout import Shard
 from hvdlm.parallel.mesh import Mesh
 from hvdlm.protocols.types import Batch
@@ -138,12 +138,10 @@ if (FRAMEWORK, RANKS, BACKEND) == ("tensorflow", 4, "threads"):
     OTHERS["1x2x2-zero0"] = "the same layout's curve in test_layouts.py"
 
 
-def covered(case: tuple[Mesh, int]) -> Any:
-    others = OTHERS.get(layouts.case_name(case))
-    return pytest.param(case, marks=[pytest.mark.full(covered_by=others)] if others else [])
+COVERED = [case(layout, covered_by=OTHERS.get(layouts.case_name(layout), "")) for layout in CASES]
 
 
-@pytest.mark.parametrize("case", [covered(case) for case in CASES], ids=layouts.case_name)
+@pytest.mark.parametrize("case", COVERED, ids=layouts.case_name)
 def test_one_step_equals_the_update_equation(world: World, case: tuple[Mesh, int]) -> None:
     mesh, zero = case
     before, after = step_once(world, mesh, zero)

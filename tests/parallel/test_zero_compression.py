@@ -12,7 +12,7 @@ import test_layouts as layouts
 from test_compression import SHAPES, STEPS, TOLERANCE, UNBIASED, VECTOR, compression, gradients, make, run
 
 import references
-from builders import save_checkpoint
+from builders import case, save_checkpoint
 from hvdlm import plugins
 from hvdlm.checkpoints.load import open_checkpoint, read_state
 from hvdlm.communication.traffic import since, snapshot
@@ -210,7 +210,7 @@ MODEL = {**layouts.GPT, "layers": layouts.FEWEST_LAYERS, "bias": True}
 # (ZeRO's stage, compressor, gather, micro-batch size): with one micro-batch, TensorFlow has one graph to trace.
 TRAINED = [(1, "int8", None, None), (2, "int8", None, 2), (1, "none", "int8", None), (1, "top_k", "bf16", None)]
 TRAINED = TRAINED if FRAMEWORK == "torch" else TRAINED[:2]
-OTHERS = pytest.mark.full(covered_by="the case of stage 2, which accumulates gradients too, and those of two ranks")
+OTHERS = "the case of stage 2, which accumulates gradients too, and those of two ranks"
 FEW = RANKS == 4 or FRAMEWORK == "tensorflow"
 SELECTED = pytest.mark.skipif(RANKS != 2 and BACKEND != "threads", reason="one transport shows what all would")
 
@@ -224,7 +224,7 @@ def configured(stage: int, algorithm: str, gather: str | None, micro: int | None
 
 @SELECTED
 @pytest.mark.parametrize(
-    "case", [pytest.param(c, marks=[OTHERS] if FEW and c[0] == 1 else []) for c in TRAINED], ids=str
+    "case", [case(values, covered_by=OTHERS if FEW and values[0] == 1 else "") for values in TRAINED], ids=str
 )
 def test_training_and_its_restored_state_follow_the_plan(
     world: World, case: tuple[int, str, Any, int | None], tmp_path_factory: pytest.TempPathFactory
