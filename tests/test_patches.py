@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -69,3 +70,11 @@ def test_horovodrun_passes_portable_binding_options(version: str, option: str, t
     assert " --bind-to none --map-by slot " in f" {' '.join(arguments)} "
     assert option in arguments
     assert arguments[-1] == "true"
+
+
+def test_horovodrun_leaves_the_exit_code_to_its_reader() -> None:
+    """A second waitpid took it from the thread that asks for it, which then got 0."""
+    runner = pytest.importorskip("horovod.runner.common.util.safe_shell_exec")
+    with subprocess.Popen(["sleep", "60"]) as command:
+        runner.terminate_executor_shell_and_children(command.pid)
+        assert command.wait(10) in {-signal.SIGTERM, -signal.SIGKILL}

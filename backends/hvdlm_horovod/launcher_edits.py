@@ -39,4 +39,27 @@ EDITS: tuple[Edit, ...] = (
         "CACHE_FOLDER = os.path.join(os.path.expanduser('~'), '.horovod')\n",
         "mpirun of Open MPI crashes where HOME is unset and the user id has no entry in /etc/passwd.",
     ),
+    Edit(
+        "horovod/runner/common/util/safe_shell_exec.py",
+        "    try:\n"
+        "        p.wait(timeout=GRACEFUL_TERMINATION_TIME_S)\n"
+        "    except psutil.TimeoutExpired:\n"
+        "        try:\n"
+        "            p.kill()\n"
+        "        except psutil.NoSuchProcess:\n"
+        "            pass\n",
+        "    # Without waitpid: the exit code is for the thread that waits for the command.\n"
+        "    deadline = time.monotonic() + GRACEFUL_TERMINATION_TIME_S\n"
+        "    try:\n"
+        "        while p.status() != psutil.STATUS_ZOMBIE:\n"
+        "            if time.monotonic() > deadline:\n"
+        "                p.kill()\n"
+        "                break\n"
+        "            time.sleep(0.1)\n"
+        "    except psutil.NoSuchProcess:\n"
+        "        pass\n",
+        "horovodrun ended with code 0 after a signal, now and then: the thread that ends a rank's shell also waited for it, "
+        "and where it came first, the one that asks for its exit code got 0. Schedulers and supervisors took the run for "
+        "a finished one.",
+    ),
 )
