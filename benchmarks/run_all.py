@@ -37,6 +37,7 @@ NAMES = [
     "save_cost",
     "replica_check",
     "waiting_threads",
+    "start",
     "compiled_steps",
     "tensorflow_chunks",
     "simulator",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import importlib
 import importlib.metadata
 import sys
@@ -30,6 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     end = arguments.index("--") if "--" in arguments else len(arguments)  # what follows is another command's
     debug = "--debug" in arguments[:end]
     arguments = [a for a in arguments[:end] if a != "--debug"] + arguments[end:]
+    gc.set_threshold(100_000, 20, 20)  # imports and graphs make many objects, nearly all of which stay
     with surviving_streams() as output:
         try:
             code = run(arguments)

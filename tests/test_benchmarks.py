@@ -49,6 +49,7 @@ RUNS = [
     ),
     ("simulator", [], 7),
     ("slow_network", ["torch"], 3),
+    ("start", ["torch"], 1),
     ("streaming", ["torch"], 3),
     ("tensorflow_chunks", [], 2),
     ("waiting_threads", ["torch"], 4),
@@ -103,9 +104,9 @@ WORKERS = {
 
 
 def run(script: str, *options: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    """Run a benchmark whose processes are warm, but for the fuzzer's, which instruments what it imports."""
+    """Run a benchmark whose processes are warm, but for those that change or time what is imported."""
     command = [sys.executable, f"benchmarks/{script}.py", *options]
-    imports = "" if script == "fuzz" else imported(script, options)
+    imports = "" if script in ("fuzz", "start") else imported(script, options)
     env = environment(HVDLM_TEST_IMPORTS=imports)
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
 

@@ -75,6 +75,6 @@ def test_horovodrun_passes_portable_binding_options(version: str, option: str, t
 def test_horovodrun_leaves_the_exit_code_to_its_reader() -> None:
     """A second waitpid took it from the thread that asks for it, which then got 0."""
     runner = pytest.importorskip("horovod.runner.common.util.safe_shell_exec")
-    with subprocess.Popen(["sleep", "60"]) as command:
-        runner.terminate_executor_shell_and_children(command.pid)
-        assert command.wait(10) in {-signal.SIGTERM, -signal.SIGKILL}
+    command = subprocess.Popen(["sleep", "60"])
+    runner.terminate_executor_shell_and_children(command.pid)
+    assert command.wait(timeout=10) in {-signal.SIGTERM, -signal.SIGKILL}

@@ -58,8 +58,8 @@ EDITS: tuple[Edit, ...] = (
         "            time.sleep(0.1)\n"
         "    except psutil.NoSuchProcess:\n"
         "        pass\n",
-        "horovodrun ended with code 0 after a signal, now and then: the thread that ends a rank's shell also waited for it, "
-        "and where it came first, the one that asks for its exit code got 0. Schedulers and supervisors took the run for "
-        "a finished one.",
+        "horovodrun ended with code 0 after a signal, now and then: the thread that ends a rank's shell also waited "
+        "for it, and where it came first, the one that asks for its exit code got 0. Schedulers and supervisors took "
+        "the run for a finished one.",
     ),
 )

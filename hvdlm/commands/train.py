@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import shlex
+from typing import Any
 
 from hvdlm.config import Config
 from hvdlm.diagnostics.phases import process
@@ -37,7 +39,11 @@ def _train(arguments: list[str], signals: Signals) -> int:
     from hvdlm.training.run import plan
     from hvdlm.training.whole_run import run_training
 
-    run, summary = run_training(plan(config), signals, ending_all_ranks)
+    def guard(world: Any) -> Any:
+        gc.freeze()  # the framework was imported and stays: collections needn't examine it
+        return ending_all_ranks(world)
+
+    run, summary = run_training(plan(config), signals, guard)
     stopped = bool(summary["stopped"])
     if run.world.rank == 0 and config.log.progress and not stopped:
         print(_next_commands(config), flush=True)
