@@ -32,7 +32,7 @@ from launching import SMALL, launch, losses, run_python, with_step_hook
 DTYPES = ["float32", "float64", "float16", "bfloat16", "int32", "int64"]
 COPIED = [*DTYPES, "int8", "uint8", "int16"]
 THREADS = ["-m", "hvdlm", "--backend", "threads", "--ranks"]
-STEPS = ["--train.warmup", "2", "--train.eval_every", "0", "--log.tensorboard", "false"]
+STEPS = ["--framework", "torch", "--train.warmup", "2", "--train.eval_every", "0", "--log.tensorboard", "false"]
 
 
 def numbers(rank: int, shape: tuple[int, ...], dtype: str = "float32") -> np.ndarray:

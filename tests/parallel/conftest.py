@@ -38,6 +38,8 @@ def covered_by(file: str, test: str) -> str:
             return "four ranks in threads, and two of TensorFlow"
         if file == "test_update_equations.py":
             return "four ranks in threads, whose layouts have the same axes"
+    if launch == ("torch", 4, "threads") and test == OF_TWO_RANKS[1]:
+        return "two ranks, and the sums of four"
     if launch == ("tensorflow", 2, "threads"):
         if file == "test_update_equations.py":
             return "two processes, and four ranks in threads"

@@ -184,13 +184,18 @@ def case_name(case: Any) -> str:
     return f"{'x'.join(map(str, mesh.shape))}-zero{zero}"
 
 
-# Layouts whose curves are long, for errors that add up: one per axis, and those of several axes with ZeRO.
-LONG = [(Mesh(2, 1, 1), 1), (Mesh(1, 2, 1), 0), (Mesh(1, 1, 2), 0), (Mesh(2, 1, 2), 2), (Mesh(2, 2, 1), 1)]
+# Layouts whose curves are long, for errors that add up: one per axis, and one of two axes with ZeRO.
+LONG = [(Mesh(2, 1, 1), 1), (Mesh(1, 2, 1), 0), (Mesh(1, 1, 2), 0), (Mesh(2, 1, 2), 2)]
 # One layout writes a checkpoint in the middle of its curve, from which others resume, all with the same layers.
 WRITER, READERS = (Mesh(2, 1, 2), 1), [(Mesh(1, 2, 2), 0), (Mesh(4, 1, 1), 2), (Mesh(2, 2, 1), 1)]
 _WRITTEN: list[str] = []  # the checkpoint
 # The layouts that TensorFlow trains, in threads and in processes: a trace of each on every rank takes a second.
 TENSORFLOW = [WRITER, (Mesh(2, 2, 1), 1)] if BACKEND == "threads" else [(Mesh(1, 2, 1), 0), (Mesh(2, 1, 2), 2)]
+
+
+# Layouts of four ranks in threads of which the update equation is tested, and the curve of the same axes with another
+# stage of ZeRO.
+ALIKE = [(Mesh(4, 1, 1), 0), (Mesh(4, 1, 1), 1), (Mesh(2, 2, 1), 0), (Mesh(2, 2, 1), 2), (Mesh(2, 1, 2), 0)]
 
 
 def write_checkpoint(world: World, trainable: Any, folders: pytest.TempPathFactory) -> str:
@@ -225,9 +230,12 @@ def assert_resumes(world: World, mesh: Mesh, trainable: Any, config: Config, fol
 
 def layout_cases() -> list[Any]:
     """Return the cases of this launch, the one that writes a checkpoint first."""
-    others = "TensorFlow's other layouts of these axes, and this layout of PyTorch"
     ordered = sorted(cases(RANKS), key=lambda layout: layout != WRITER)
-    left = [layout for layout in ordered if FRAMEWORK == "tensorflow" and layout not in TENSORFLOW]
+    if FRAMEWORK == "tensorflow":
+        others = "TensorFlow's other layouts of these axes, and this layout of PyTorch"
+        left = [layout for layout in ordered if layout not in TENSORFLOW]
+    else:
+        others, left = "this layout's update equation, and its axes' curve with another stage of ZeRO", ALIKE
     return [case(layout, covered_by=others if layout in left else "") for layout in ordered]
 
 
@@ -350,7 +358,8 @@ if FRAMEWORK == "tensorflow":  # both switches in one graph
     RECOMPUTED = {"parallel": {"sequence": True}, "train": {**SGD, "activation_checkpointing": True}}
     VARIANTS.append(("stages-sequence-recomputed", (1, 2, 2), {**GPT, "bias": True}, RECOMPUTED))
 CHOSEN = [variant for variant in VARIANTS if FRAMEWORK == "torch" or variant[0] in SELECTED]
-LEFT_OUT = {"stages-zero2": "2x2x1-zero1 of every_layout, and ZeRO 2 of two ranks"} if FRAMEWORK == "tensorflow" else {}
+LEFT_OUT = {"stages-zero2": "2x2x1-zero1 of every_layout, and ZeRO 2 of two ranks"}
+LEFT_OUT |= {"llama": "llama-sequence, and large batches of llama on two ranks"}
 VARIANT_CASES = [case(*variant, covered_by=LEFT_OUT.get(variant[0], ""), id=variant[0]) for variant in CHOSEN]
 
 
@@ -492,7 +501,7 @@ def test_a_recurrent_checkpoint_resumes_in_other_layouts(
     first = build(world, mesh, config)
     train(first, mesh, world.rank, range(HALF), config)
     opened = open_checkpoint(save_checkpoint(folder, HALF, first.state(), {}, world, first.shards()))
-    for mesh, zero in READERS:
+    for mesh, zero in READERS[:2]:  # with stages and tensor ranks, and with data ranks
         config = configured(mesh, LSTM, parallel={"zero": zero})
         trainable = build(world, mesh, config)
         trainable.load_state(read_state(opened, trainable.shards(), world.rank, world.size))
