@@ -39,7 +39,9 @@ COVERED_ON_TWO = "two processes for all exchanges, and the equations of four ran
 if "HVDLM_TEST_FULL" not in os.environ:  # each kind of collective once: a sum, a gather, two rounds, overlapping sums
     FEW_EXCHANGES[2] = ["dense", "top_k", "power_sgd", "streaming_diloco", "zero with int8"]
 LINEAR = ["dense", "random_k", "power_sgd", "fp16", "bf16"]  # to compare four ranks with two
-PYTEST = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+# Without the plugin that collects garbage five times at the end, which takes a rank a second, to report exceptions in
+# finalizers.
+PYTEST = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:unraisableexception"]
 
 
 @pytest.fixture(scope="module")

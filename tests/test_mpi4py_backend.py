@@ -134,7 +134,7 @@ def test_adasum_needs_no_horovod() -> None:
 def test_compiling_is_off_without_a_compiler(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     options = [*SMALL, "--train.steps", "2", "--log.run", str(tmp_path / "run"), "--train.compile", "true"]
-    done = run_python(["-c", NO_COMPILER, *options])
+    done = run_python(["-c", NO_COMPILER, "--framework", "torch", *options])
     assert done.returncode == 0, done.stderr[-3000:]
     assert "compile off, device CPU; torch.compile needs a compiler, and g++ is not on PATH" in done.stdout
     assert len(losses(tmp_path / "run")) == 2

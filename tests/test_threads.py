@@ -32,7 +32,7 @@ from launching import SMALL, launch, losses, run_python, with_step_hook
 DTYPES = ["float32", "float64", "float16", "bfloat16", "int32", "int64"]
 COPIED = [*DTYPES, "int8", "uint8", "int16"]
 THREADS = ["-m", "hvdlm", "--backend", "threads", "--ranks"]
-STEPS = ["--train.warmup", "2", "--train.eval_every", "0", "--log.tensorboard", "false"]
+STEPS = ["--framework", "torch", "--train.warmup", "2", "--train.eval_every", "0", "--log.tensorboard", "false"]
 
 
 def numbers(rank: int, shape: tuple[int, ...], dtype: str = "float32") -> np.ndarray:
@@ -409,7 +409,7 @@ def test_a_rank_that_fails_ends_the_command_with_its_message(tmp_path: Path) -> 
 def test_a_rank_that_hangs_is_named_with_its_call_site(tmp_path: Path) -> None:
     action = "time.sleep(1000 if step == 3 and self.world.rank == 2 else 0)"
     command = [*with_step_hook(action), *SMALL, *STEPS, "--ranks", "4", "--log.run", str(tmp_path / "run")]
-    done = run_python([*command, "--communication.timeout", "4"], timeout=90)
+    done = run_python([*command, "--communication.timeout", "3"], timeout=90)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "ranks 0-1,3 wait for" in done.stderr and "Not arrived there: rank 2." in done.stderr
     assert "called at hvdlm_torch/gradients.py" in done.stderr

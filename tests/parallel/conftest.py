@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Iterator
@@ -37,6 +38,8 @@ def covered_by(file: str, test: str) -> str:
             return "four ranks in threads, and two of TensorFlow"
         if file == "test_update_equations.py":
             return "four ranks in threads, whose layouts have the same axes"
+    if launch == ("torch", 4, "threads") and test == OF_TWO_RANKS[1]:
+        return "two ranks, and the sums of four"
     if launch == ("tensorflow", 2, "threads"):
         if file == "test_update_equations.py":
             return "two processes, and four ranks in threads"
@@ -67,13 +70,19 @@ def config() -> Config:
     return Config(framework=FRAMEWORK)
 
 
+@functools.cache
+def loaded(name: str) -> Any:
+    """Return the plugin ``name``, which every test in threads starts the world of every rank with."""
+    return plugins.load([name])
+
+
 def start_world(config: Config, name: str) -> World:
     """Return this rank's world, with the groups of every mesh of its size."""
-    backend = plugins.make(plugins.load([name]), "backend", name)
+    backend = plugins.make(loaded(name), "backend", name)
     _, size, _, _ = backend.launch_shape()
     config.train.threads = backend.prepare(config)
     groups = {ranks: None for mesh in meshes(size) for ranks in mesh.groups()}
-    manager = plugins.load([FRAMEWORK])
+    manager = loaded(FRAMEWORK)
     manager.hook.hvdlm_prepare(config=config)
     return backend.start(plugins.make(manager, "framework", FRAMEWORK), list(groups), config)
 
@@ -119,7 +128,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
         WORLDS[own.rank] = start_world(Config(framework=FRAMEWORK), BACKEND)
         pyfuncitem.obj(**arguments)
 
-    plugins.make(plugins.load([BACKEND]), "backend", BACKEND).run_ranks(RANKS, call)
+    plugins.make(loaded(BACKEND), "backend", BACKEND).run_ranks(RANKS, call)
     return True
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from builders import case
 from hvdlm import plugins
 from hvdlm.config import CommunicationConfig, CompressionConfig, Config, LocalConfig, TrainConfig
 from hvdlm.errors import HvdlmError
@@ -126,7 +127,10 @@ def test_one_fragment_that_travels_at_once_is_diloco(manager: Any, world: World,
         np.testing.assert_array_equal(actual[step], own)
 
 
-@pytest.mark.parametrize("algorithm", ["none", "int4", "top_k", "random_k", "power_sgd"])
+SUMMED = case("random_k", covered_by="none and power_sgd, which are summed, and top_k, of few elements")
+
+
+@pytest.mark.parametrize("algorithm", ["none", "int4", "top_k", SUMMED, "power_sgd"])
 def test_a_state_with_sums_in_flight_continues_bit_for_bit(
     manager: Any, world: World, tensor: Any, algorithm: str
 ) -> None:

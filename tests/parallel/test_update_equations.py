@@ -136,6 +136,7 @@ OTHERS: dict[str, str] = {}  # by case, where TensorFlow's ranks are threads
 if (FRAMEWORK, RANKS, BACKEND) == ("tensorflow", 4, "threads"):
     OTHERS["2x2x1-zero0"] = "the same layout of four processes"
     OTHERS["1x2x2-zero0"] = "the same layout's curve in test_layouts.py"
+    OTHERS["2x1x2-zero0"] = "two processes of 1x1x2, and the same layout's curve in test_layouts.py"
 
 
 COVERED = [case(layout, covered_by=OTHERS.get(layouts.case_name(layout), "")) for layout in CASES]

@@ -87,10 +87,22 @@ def reference(algorithm: str, vectors: np.ndarray, rank: int, feedback: bool) ->
     return result
 
 
+_SUMS: dict[tuple[str, int], np.ndarray] = {}  # by compressor and rank, which is a thread
+
+
+def scattered(manager: Any, world: World, tensor: Any, algorithm: str) -> np.ndarray:
+    """Return this rank's shards of the sums of ``gradients()``, which several tests examine."""
+    key = algorithm, world.rank
+    if key not in _SUMS:
+        vectors = gradients(world.size, layout(world.size).size)
+        _SUMS[key] = run(opened(manager, world, algorithm), world, tensor, vectors)
+    return _SUMS[key]
+
+
 @pytest.mark.parametrize("algorithm", VECTOR)
 def test_scattered_sums_follow_the_papers_equations(manager: Any, world: World, tensor: Any, algorithm: str) -> None:
     vectors = gradients(world.size, layout(world.size).size)
-    result = run(opened(manager, world, algorithm), world, tensor, vectors)
+    result = scattered(manager, world, tensor, algorithm)
     expected = reference(algorithm, vectors, world.rank, algorithm not in UNBIASED)
     assert result.shape == expected.shape
     tolerance = TOLERANCE.get(algorithm, 1e-5) * np.abs(expected).max()
@@ -119,8 +131,8 @@ def test_a_restored_state_of_shards_continues_bit_for_bit(
     manager: Any, world: World, tensor: Any, algorithm: str
 ) -> None:
     vectors = gradients(world.size, layout(world.size).size)
-    whole, first, second = (opened(manager, world, algorithm) for _ in range(3))
-    expected = run(whole, world, tensor, vectors)
+    first, second = (opened(manager, world, algorithm) for _ in range(2))
+    expected = scattered(manager, world, tensor, algorithm)
     run(first, world, tensor, vectors[:2])
     state = first.state()
     assert (set(state) == {"error/wide", "error/tall"}) == (algorithm not in UNBIASED)
@@ -128,8 +140,17 @@ def test_a_restored_state_of_shards_continues_bit_for_bit(
     np.testing.assert_array_equal(run(second, world, tensor, vectors[2:], 2), expected[2:])
 
 
-@pytest.mark.parametrize("algorithm", [*VECTOR, "none"])
-@pytest.mark.parametrize("gather", ["fp32", "bf16", "int8"])
+def counted_cases() -> list[Any]:
+    """Return every compressor with every gather: what one sends doesn't depend on the other."""
+    cases = []
+    for algorithm in [*VECTOR, "none"]:
+        for gather in ["fp32", "bf16", "int8"]:
+            kept = gather == "int8" or algorithm in ("int8", "none")
+            cases.append(case(algorithm, gather, covered_by="" if kept else "this compressor with gather int8"))
+    return cases
+
+
+@pytest.mark.parametrize("algorithm, gather", counted_cases())
 def test_counted_bytes_of_shards_are_the_planned_ones(
     manager: Any, world: World, tensor: Any, algorithm: str, gather: str
 ) -> None:
@@ -260,6 +281,8 @@ def test_training_and_its_restored_state_follow_the_plan(
             np.testing.assert_array_equal(
                 state[name], values if shard.flat is None else values.flat[slice(*shard.flat)]
             )
+    if FRAMEWORK == "tensorflow":
+        return  # which would trace other graphs, those that layouts without ZeRO are tested with
     close = layouts.train(dense, mesh, world.rank, range(half, layouts.STEPS), config)
     assert [r.loss for r in close] == pytest.approx([r.loss for r in rest], abs=0.1)
 

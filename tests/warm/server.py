@@ -34,6 +34,7 @@ import packages
 # modules, which are looked up when they are used: it makes no difference that other modules have been imported before.
 COMMON = ["numpy", "ml_dtypes", "pluggy", "yaml", "jsonargparse", "safetensors.numpy", "tokenizers", "psutil", "tqdm"]
 COMMON += ["tensorboard.summary", "docstring_parser", "attrs", "pydoc_data.topics", "statistics", "http.server"]
+COMMON += ["pytest", "numpy.testing"]  # which runs tests on every rank of launches
 COMMON += ["hvdlm.cli", "hvdlm.configuration.parsing", "hvdlm.commands.train", "hvdlm_diagnosis.diagnosis"]
 TRAINING = ["hvdlm.training.whole_run", "hvdlm.communication.all_reduce", "hvdlm.diagnostics.rank_errors", "numpy.ma"]
 TRAINING += [f"hvdlm_backends.{name}" for name in ("threads_command", "local", "horovod", "mpi", "mpi4py")]
@@ -45,7 +46,14 @@ TRAINING += [
 ]
 FRAMEWORKS = {
     "none": [],
-    "torch": ["torch", "torch._dynamo", *TRAINING, "hvdlm_torch.plugin", "hvdlm_torch.framework"],
+    "torch": [
+        "torch",
+        "torch._dynamo.backends.debugging",
+        "keras",
+        *TRAINING,
+        "hvdlm_torch.plugin",
+        "hvdlm_torch.framework",
+    ],
     "tensorflow": ["tensorflow", "keras", *TRAINING, "hvdlm_tensorflow.plugin", "hvdlm_tensorflow.framework"],
 }
 MOST_FILES = 6
@@ -259,6 +267,7 @@ def main(folder: str) -> None:
                 os.wait()  # servers end with standard input, too; whoever waits for this process has their CPU time
         return
     framework, listener = started
+    os.environ["KERAS_BACKEND"] = framework  # read by keras at its import; a fork has its command's environment
     for name in COMMON + FRAMEWORKS[framework]:
         importlib.import_module(name)
     packages.remember()
