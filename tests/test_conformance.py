@@ -65,8 +65,8 @@ def translation(folder: Path) -> dict:
 
 
 # What ``make test`` leaves out, all of it with TensorFlow, whose graphs take most of the time: compressors that differ
-# from those which stay in what they compute from a vector, not in how they are traced or sent; models beside gpt and rnn,
-# which the framework's own check trains; exchanges whose curves and states test_launches.py compares; tasks that
+# from those which stay in what they compute from a vector, not in how they are traced or sent; models beside gpt and
+# rnn, which the framework's own check trains; exchanges whose curves and states test_launches.py compares; tasks that
 # test_tasks.py trains in both frameworks; transports.
 COVERED = ("fp16", "bf16", "random_k", "scaled_sign", "sign_majority", "qsgd", "int4", "dgc", "chunked_top_k")
 MODELS = ("gpt2", "llama", "gru", "lstm")
