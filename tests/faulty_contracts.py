@@ -161,7 +161,7 @@ greedy = task_plugin("greedy", Letters, every_name=True)
 
 
 class Forgetful(MPI4PyBackend):
-    """Its sums leave out the last rank."""
+    """Its sums leave out the last rank, and it gathers this rank's array first."""
 
     name = "forgetful"
 
@@ -171,6 +171,10 @@ class Forgetful(MPI4PyBackend):
         for group in getattr(world, "groups", {}).values():
             whole = group._all_reduce
             group._all_reduce = lambda tensor, *rest, whole=whole: whole(tensor * counts, *rest)
+            gather = group._all_gather
+            group._all_gather = lambda tensor, *rest, gather=gather: Done(
+                gather(tensor, *rest).wait().roll(-world.rank * len(tensor), 0)
+            )
         return world
 
 
@@ -184,21 +188,6 @@ class Averaging(MPI4PyBackend):
         for group in getattr(world, "groups", {}).values():
             whole = group._all_reduce
             group._all_reduce = lambda tensor, *rest, whole=whole: whole(tensor / world.size, *rest)
-        return world
-
-
-class Unordered(MPI4PyBackend):
-    """It gathers this rank's array first."""
-
-    name = "unordered"
-
-    def start(self, framework, groups, config):
-        world = super().start(framework, groups, config)
-        for group in getattr(world, "groups", {}).values():
-            gather = group._all_gather
-            group._all_gather = lambda tensor, *rest, gather=gather: Done(
-                gather(tensor, *rest).wait().roll(-world.rank * len(tensor), 0)
-            )
         return world
 
 
@@ -224,7 +213,6 @@ def backend_plugin(backend):
 
 forgetful = backend_plugin(Forgetful)
 averaging = backend_plugin(Averaging)
-unordered = backend_plugin(Unordered)
 crashing = backend_plugin(Crashing)
 
 
@@ -299,9 +287,7 @@ def framework_plugin(framework_name, class_name):
 
 
 misnamed = framework_plugin("misnamed", "Misnamed")
-amnesic = framework_plugin("amnesic", "Amnesic")
-uphill = framework_plugin("uphill", "Uphill")
-unclipped = framework_plugin("unclipped", "Unclipped")
+unsound = framework_plugin("unsound", "Unsound")
 
 
 class idle(framework_plugin("idle", "Misnamed")):

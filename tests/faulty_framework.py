@@ -1,4 +1,4 @@
-"""Frameworks that are PyTorch but for one broken contract each, and a faulty model (faulty_contracts.py)."""
+"""Frameworks that are PyTorch but for their broken contracts, and a faulty model (faulty_contracts.py)."""
 
 import math
 from dataclasses import replace
@@ -24,22 +24,14 @@ class Misnamed(Trainable):
         super().load_state({name.replace("exp_avg", "first_moment"): array for name, array in state.items()})
 
 
-class Amnesic(Trainable):
-    """Resumes with an optimizer that has forgotten everything."""
-
-    def load_state(self, state):
-        super().load_state({name: array for name, array in state.items() if not name.startswith("optimizer/")})
-
-
-class Uphill(Trainable):
-    """Its gradients have the wrong sign."""
+class Unsound(Trainable):
+    """Its gradients have the wrong sign and are not clipped, and its optimizer resumes having forgotten everything."""
 
     def train_step(self, micro_batches, learning_rate, step, limit=math.inf):
         return super().train_step(micro_batches, -learning_rate, step, limit)
 
-
-class Unclipped(Trainable):
-    """It clips no gradient."""
+    def load_state(self, state):
+        super().load_state({name: array for name, array in state.items() if not name.startswith("optimizer/")})
 
 
 class Framework(framework.Framework):
@@ -50,7 +42,7 @@ class Framework(framework.Framework):
         self.name, self._kind = name, kind
 
     def build(self, model, mesh, world, exchange, config, *optimizer):
-        if self._kind is Unclipped:
+        if self._kind is Unsound:
             config = replace(config, train=replace(config.train, clip=0.0))
         trainable = super().build(model, mesh, world, exchange, config, *optimizer)
         trainable.__class__ = self._kind

@@ -64,10 +64,17 @@ def translation(folder: Path) -> dict:
     return {"data": data, "model": model, "translation": {"bleu": False}}
 
 
-# What ``make test`` leaves out, all of it with TensorFlow: compressors that differ from those which stay in what they
-# compute from a vector, not in how they are traced or sent; transports.
-COVERED = ("fp16", "random_k", "scaled_sign", "sign_majority", "qsgd", "int4", "dgc", "chunked_top_k")
-IN_FULL = f"(tensorflow or same_losses) and ({' or '.join(f'compression-{name}' for name in COVERED)})"
+# What ``make test`` leaves out, all of it with TensorFlow, whose graphs take most of the time: compressors that differ
+# from those which stay in what they compute from a vector, not in how they are traced or sent; models beside gpt and
+# rnn, which the framework's own check trains; exchanges whose curves and states test_launches.py compares; tasks that
+# test_tasks.py trains in both frameworks; transports.
+COVERED = ("fp16", "bf16", "random_k", "scaled_sign", "sign_majority", "qsgd", "int4", "dgc", "chunked_top_k")
+MODELS = ("gpt2", "llama", "gru", "lstm")
+EXCHANGES = ("local_sgd", "demo", "one_bit_adam", "streaming_diloco")
+TASKS = ("language_model", "digits", "speech", "translation")
+LEFT = [f"compression-{name}" for name in COVERED] + [f"{name}-{name}" for name in MODELS]
+IN_FULL = f"(tensorflow or same_losses) and ({' or '.join(LEFT)} or an_exchange and ({' or '.join(EXCHANGES)}))"
+IN_FULL += f" or {' or '.join(f'evaluated_and_resumes[{name}-tensorflow]' for name in TASKS)}"
 IN_FULL += " or correct_collectives and tensorflow and not mpi4py and not template_backend"
 Cases = dict[str, list[ElementTree.Element]]
 
@@ -120,12 +127,15 @@ def test_built_in_plugins_and_templates_conform(results: Cases, plugin: str) -> 
 
 
 @pytest.mark.full(
-    covered_by="tests/alone and tests/parallel of test_launches.py, which run every compressor and transport with "
-    "TensorFlow; test_built_in_plugins_and_templates_conform, which runs them with PyTorch"
+    covered_by="test_launches.py, which runs every compressor, exchange and transport with TensorFlow; "
+    "test_both_frameworks_follow_one_curve and test_applications_train_alike_in_both_frameworks; "
+    "test_built_in_plugins_and_templates_conform, which runs them with PyTorch"
 )
 def test_the_others_conform_with_tensorflow(tmp_path: Path) -> None:
     cases = conformance_of(tmp_path, IN_FULL)
     assert len(cases["compression"]) == 2 * len(COVERED) and len(cases["mpi"]) == len(cases["gloo"]) == 1
+    assert [len(cases[name]) for name in (*MODELS, *EXCHANGES)] == [2] * len(MODELS + EXCHANGES)
+    assert [len(cases[name]) for name in TASKS] == [1] * len(TASKS)
     for plugin in cases:
         assert_conforms(plugin, cases[plugin])
 
@@ -137,13 +147,15 @@ def test_every_provided_component_was_tested(results: Cases) -> None:
             name = expected.replace("trains[", "trains_and_resumes[")
             assert f"test_{name}-{framework}]" in names
         assert f"test_a_compressor_meets_its_contract[compression-power_sgd-{framework}]" in names
-        assert f"test_a_task_is_evaluated_and_resumes[speech-{framework}]" in names
+        assert f"test_a_task_is_evaluated_and_resumes[template_task-{framework}]" in names
         assert f"test_a_backend_has_correct_collectives[mpi4py-{framework}]" in names
     for name in COVERED:
         assert f"test_a_compressor_meets_its_contract[compression-{name}-torch]" in names
     assert "test_a_backend_has_correct_collectives[gloo-torch]" in names
-    # template_model, LEFT_OUT's and the six language models
-    assert len([name for name in names if "a_model_has_the_same_losses" in name]) == 10
+    for name in TASKS:
+        assert f"test_a_task_is_evaluated_and_resumes[{name}-torch]" in names
+    # template_model, LEFT_OUT's, gpt and rnn
+    assert len([name for name in names if "a_model_has_the_same_losses" in name]) == 6
 
 
 FAULTY = Path(__file__).parent / "faulty_plugin.py"
@@ -205,9 +217,11 @@ BROKEN_CONTRACTS = {
     "partial": ["task partial lacks reads, metrics of hvdlm.protocols.task.Task."],
     "greedy": ["greedy: hvdlm_make_task returns a task for every name"],
     "careless": ["careless: hvdlm_check fails with the model gpt: KeyError: 'careless' ("],
-    "forgetful": ["group of forgetful: all_reduce of float32 is float32 [2] ["],
+    "forgetful": [
+        "group of forgetful: all_reduce of float32 is float32 [2] [",
+        ": it has the same values in another order, and theirs is that of the ranks",
+    ],
     "averaging": [": it is the mean of the ranks', and reductions are sums"],
-    "unordered": [": it has the same values in another order, and theirs is that of the ranks"],
     "crashing": [
         "backend crashing does not start, with torch: AttributeError: 'Crashing' object has no attribute 'address' (",
     ],
@@ -218,9 +232,11 @@ BROKEN_CONTRACTS = {
         "framework misnamed: adamw keeps optimizer/['exp_avg', 'second_moment'] in state(), expected ['first_moment'",
         "framework misnamed: sgd: train_step applies a gradient whose norm is above its limit",
     ],
-    "amnesic": ["rnn in amnesic: load_state(state()) does not restore optimizer/first_moment/"],
-    "uphill": ["rnn in uphill: the loss does not fall in 7 steps on one batch"],
-    "unclipped": ["framework unclipped: a step of sgd changes the parameters by "],
+    "unsound": [
+        "rnn in unsound: load_state(state()) does not restore optimizer/first_moment/",
+        "rnn in unsound: the loss does not fall in 7 steps on one batch",
+        "framework unsound: a step of sgd changes the parameters by ",
+    ],
     "idle": [
         "framework idle is refused: it refuses gpt and rnn (framework idle computes no gpt.), and its plugin has no "
         "model of its own",
@@ -232,10 +248,14 @@ def test_each_broken_contract_is_reported_in_a_sentence(tmp_path: Path) -> None:
     names = list(BROKEN_CONTRACTS)
     files = [FAULTY.with_name(name) for name in ("faulty_contracts.py", "faulty_framework.py")]
     variables = install_faulty(tmp_path, {name: f"faulty_contracts:{name}" for name in names}, *files)
-    done = run_suite(tmp_path, names, "-k", "not tensorflow and not same_losses", "--tb=short", **variables)
+    # Runs of three tasks: one that fails on a rank alone, and two for which ranks are launched again.
+    chosen = "not tensorflow and not same_losses and not (runs_to_a_checkpoint and (misnamed or unsound))"
+    chosen += " and not (evaluated_and_resumes and not (forgetting or uncounted or greedy))"
+    done = run_suite(tmp_path, names, "-k", chosen, "--tb=short", **variables)
     assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-3000:]
     missing = [text for texts in BROKEN_CONTRACTS.values() for text in texts if text not in done.stdout]
     assert not missing, "\n".join([*missing, "are not in:", done.stdout])
+    assert "the ranks ended before" not in done.stdout
     assert "Traceback" not in done.stdout and "INTERNALERROR" not in done.stdout
 
 

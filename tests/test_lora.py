@@ -49,8 +49,8 @@ ALL = ["gpt", "llama", "lstm", *ENCODER_MODELS]
 
 
 def adapted_config(framework: str, model: str, lora: dict[str, Any], **train: Any) -> Config:
-    """Return the configuration of a small model with adapters; ``train``: options of that section."""
-    config = small_config(framework, model, bias=False)
+    """Return the configuration of a small model of one layer with adapters; ``train``: options of that section."""
+    config = small_config(framework, model, bias=False, layers=1)
     config.train = TrainConfig(batch_size=ROWS, warmup=0, **train)
     config.lora = LoRAConfig(**lora)
     return config
@@ -75,7 +75,8 @@ def test_adapter_gradients_follow_from_the_weight_gradients(framework: str, mode
     """With W = base + s down up, dL/d down = s dL/dW up^T and dL/d up = s down^T dL/dW, for every weight at once."""
     config = adapted_config(framework, model, {"rank": 3, "alpha": 6.0, **EVERY}, micro_batch_size=micro, **SGD)
     spec, random = configured_spec(config), np.random.default_rng(0)
-    low, full = single_rank_trainable(spec, config), lora_trainable(framework, model, micro_batch_size=micro, **SGD)
+    low = single_rank_trainable(spec, config)
+    full = lora_trainable(framework, model, layers=1, micro_batch_size=micro, **SGD)
     start = {name: 0.1 * random.normal(size=array.shape) for name, array in parameters(low).items()}
     whole = parameters(full)
     for one in spec.adapters:
@@ -120,7 +121,7 @@ def test_both_frameworks_train_adapters_alike(model: str) -> None:
 @pytest.mark.parametrize("model", ["gpt", "gru"])
 def test_only_adapters_have_gradients_and_optimizer_state(framework: str, model: str) -> None:
     config = adapted_config(framework, model, {"rank": 2})
-    spec, trainable, base = configured_spec(config), None, lora_trainable(framework, model)
+    spec, trainable, base = configured_spec(config), None, lora_trainable(framework, model, layers=1)
     trainable = single_rank_trainable(spec, config)
     train_steps(trainable, 3)
     small, predicted = sum(p.size for p in spec.params), closed_form(config, spec, make_mesh(1, ParallelConfig()), 0)
@@ -139,7 +140,7 @@ def test_only_adapters_have_gradients_and_optimizer_state(framework: str, model:
 
 @both_frameworks
 def test_bf16_and_recomputed_activations_work_with_adapters(framework: str) -> None:
-    plain, other = (lora_trainable(framework, "gpt", {"rank": 2}, **more) for more in ({}, HALF))
+    plain, other = (lora_trainable(framework, "gpt", {"rank": 2}, layers=1, **more) for more in ({}, HALF))
     a, b = train_steps(plain, 3), train_steps(other, 3)
     assert a[-1].loss != b[-1].loss and a[-1].loss == pytest.approx(b[-1].loss, abs=0.05)
     assert a[0].grad_norm == pytest.approx(b[0].grad_norm, rel=0.1)
@@ -147,7 +148,7 @@ def test_bf16_and_recomputed_activations_work_with_adapters(framework: str) -> N
 
 @both_frameworks
 def test_a_restored_state_continues_bit_for_bit(framework: str) -> None:
-    first, second = (lora_trainable(framework, "gpt", {"rank": 2}) for _ in range(2))
+    first, second = (lora_trainable(framework, "gpt", {"rank": 2}, layers=1) for _ in range(2))
     train_steps(first, 3)
     second.load_state(first.state())
     for step in range(3, 6):

@@ -38,7 +38,7 @@ def test_the_plugin_trains_alike_in_both_frameworks(installed: Path, tmp_path: P
         run = tmp_path / framework
         options = ["--framework", framework, "--log.run", str(run), *SMALL, *ONE_LAYER, *STEPS]
         options += ["--data.validation_share", "0.0044", "--communication.compression.algorithm", "ternary"]
-        done = launch("mpirun", 2, ["-m", "hvdlm", *options], PYTHONPATH=str(installed))
+        done = launch("threads", 2, ["-m", "hvdlm", *options], PYTHONPATH=str(installed))
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         curves[framework] = [line["loss"] for line in lines if "loss" in line]
