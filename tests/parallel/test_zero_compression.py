@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -281,7 +282,7 @@ def test_training_and_its_restored_state_follow_the_plan(
             np.testing.assert_array_equal(
                 state[name], values if shard.flat is None else values.flat[slice(*shard.flat)]
             )
-    if FRAMEWORK == "tensorflow":
+    if FRAMEWORK == "tensorflow" and "HVDLM_TEST_FULL" not in os.environ:
         return  # which would trace other graphs, those that layouts without ZeRO are tested with
     close = layouts.train(dense, mesh, world.rank, range(half, layouts.STEPS), config)
     assert [r.loss for r in close] == pytest.approx([r.loss for r in rest], abs=0.1)
