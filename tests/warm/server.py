@@ -45,7 +45,7 @@ TRAINING += [
 ]
 FRAMEWORKS = {
     "none": [],
-    "torch": ["torch", "torch._dynamo", *TRAINING, "hvdlm_torch.plugin", "hvdlm_torch.framework"],
+    "torch": ["torch", "torch._dynamo", "keras", *TRAINING, "hvdlm_torch.plugin", "hvdlm_torch.framework"],
     "tensorflow": ["tensorflow", "keras", *TRAINING, "hvdlm_tensorflow.plugin", "hvdlm_tensorflow.framework"],
 }
 MOST_FILES = 6
@@ -259,6 +259,7 @@ def main(folder: str) -> None:
                 os.wait()  # servers end with standard input, too; whoever waits for this process has their CPU time
         return
     framework, listener = started
+    os.environ["KERAS_BACKEND"] = framework  # which keras reads when it is imported
     for name in COMMON + FRAMEWORKS[framework]:
         importlib.import_module(name)
     packages.remember()
