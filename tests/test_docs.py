@@ -126,7 +126,9 @@ SMALL_DEMO += "--data.context 32 --train.batch_size 32 --data.validation_share 0
 ITS_OWN_MODEL = pytest.mark.full(covered_by="the case of a smaller model, which is as good after a sixth of the time")
 
 
-@pytest.mark.parametrize("options", [SMALL_DEMO, pytest.param("--train.steps 300", marks=ITS_OWN_MODEL)], ids=["small", "its-own"])
+@pytest.mark.parametrize(
+    "options", [SMALL_DEMO, pytest.param("--train.steps 300", marks=ITS_OWN_MODEL)], ids=["small", "its-own"]
+)
 def test_make_demo_ends_with_the_perplexity_and_text(options: str) -> None:
     command = ["make", "demo", f"OPTIONS={options}"]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=900)

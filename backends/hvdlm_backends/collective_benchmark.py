@@ -166,7 +166,10 @@ def main(
     seconds: float,
     output: Path,
 ) -> None:
-    """Measure every size for about ``seconds`` seconds, print, and write ``output`` (JSON) and a plot beside it. All ranks call."""
+    """Measure every size for about ``seconds`` seconds, print, and write ``output`` (JSON) and a plot beside it.
+
+    All ranks call.
+    """
     if world.size == 1:
         raise HvdlmError("bench measures communication between ranks: start at least 2, horovodrun -np 2 ...")
     timings = measure(world, framework, collectives, counts, seconds)
