@@ -39,7 +39,7 @@ FULL = {
     "compiler": "inductor",
 }
 SHORT = {"models": ["1x32"], "layouts": ["1x2x1"], "layers": 2, "width": 32}
-SHORT |= {"context": 16, "rows": 2, "rounds": 2, "block": 1, "compiler": "aot_eager"}
+SHORT |= {"context": 16, "rows": 2, "rounds": 2, "block": 1, "compiler": "eager"}
 VOCAB = 96
 
 

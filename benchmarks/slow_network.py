@@ -78,7 +78,7 @@ def train(
         "model.width": o.width,
         "model.heads": 6,
         "data.context": CONTEXT,
-        "data.validation_share": 0.02,
+        "data.validation_share": 0.005,  # of the evaluation at the end, which is not measured
         "train.batch_size": ROWS * hosts.count,
         "train.threads": 1,
         "train.steps": steps,

@@ -21,7 +21,7 @@ from hosts import Hosts, Missing, open_hosts
 from slow_network import METHODS, method, train
 
 FULL = {"rate": 1e8, "rounds": 5, "peaks": 2, "layers": 6, "width": 384, "every": 50}
-SHORT = {"rounds": 1, "peaks": 1, "layers": 1, "width": 96, "every": 8}
+SHORT = {"rounds": 1, "peaks": 1, "layers": 1, "width": 96, "every": 4}
 INTERVAL = 0.1  # seconds
 SPEED, PEAK = Bar(at_least=0.95), Bar(at_most=0.05)
 STREAMING = ("streaming_diloco", "streaming_diloco in fp32")

@@ -101,6 +101,21 @@ def test_threads_are_cores_divided_by_local_ranks(
         assert ("OMPI_MCA_mpi_yield_when_idle" in os.environ) == (local_size in (4, 16))
 
 
+@pytest.mark.parametrize(
+    "size, own, expected",
+    [(2, "", "^ofi,openib"), (2, "^openib", "^ofi,openib"), (4, "", ""), (2, "tcp,self", "tcp,self")],
+)
+def test_ranks_of_one_host_end_without_a_pause(
+    size: int, own: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless the user has named modules; horovodrun names ^openib."""
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "environ", {name: value for name, value in os.environ.items() if name != "OMPI_MCA_btl"})
+        os.environ.update({"OMPI_MCA_btl": own} if own else {})
+        environment.prepare(launcher_env.Launch("Open MPI", 0, size, 0, 2), Config())
+        assert os.environ.get("OMPI_MCA_btl", "") == expected
+
+
 @pytest.mark.parametrize("bound, expected", [(8, 8), (32, 16), (64, 16), (1, 1)])
 def test_a_bound_rank_uses_its_bound_cores(bound: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 4 ranks on a node of 64 cores: cores that only one rank may use are not divided among ranks."""

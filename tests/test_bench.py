@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hvdlm.errors import HvdlmError
-from hvdlm_backends import collective_benchmark
+from hvdlm_backends import bench_command, collective_benchmark
 from launching import ROOT, launch, run_python
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -44,6 +44,7 @@ def test_the_fit_finds_latency_and_inverse_bandwidth() -> None:
 def test_bench_measures_every_collective_beside_raw_mpi(framework: str, tmp_path: Path) -> None:
     output = tmp_path / "figures" / "bench.json"
     command = ["-m", "hvdlm", "bench", "--framework", framework, "--largest", "4096", "--output", str(output)]
+    command += ["--seconds", "0.05"]
     done = launch("mpirun", 2, command)
     assert done.returncode == 0, done.stdout + done.stderr
     figures = json.loads(output.read_text())
@@ -59,6 +60,11 @@ def test_bench_measures_every_collective_beside_raw_mpi(framework: str, tmp_path
 def test_bench_with_one_rank_is_refused() -> None:
     done = run_python(["-m", "hvdlm", "bench", "--largest", "1024"])
     assert done.returncode == 2 and "bench measures communication between ranks: start at least 2" in done.stderr
+
+
+def test_bench_without_time_is_refused() -> None:
+    with pytest.raises(HvdlmError, match="--seconds 0: expected a number above 0"):
+        bench_command.main(["--seconds", "0"])
 
 
 def test_two_hosts_report_missing_requirements(monkeypatch: pytest.MonkeyPatch) -> None:

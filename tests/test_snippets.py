@@ -43,7 +43,7 @@ PYTHON = f"""#!/bin/bash
 given=" $* "
 if [[ "$1 $2" == "-m hvdlm" && $given != *" --dry_run "* ]]; then
   case "${{3:--}} ${{given##* -- }}" in
-    bench*) set -- "$@" --smallest 1024 --largest 2048 ;;
+    bench*) set -- "$@" --smallest 1024 --largest 2048 --seconds 0.05 ;;
     *"plan --measure"*) set -- "$@" --seconds 120 --rounds 1 --models 11 ;;
     train* | -* | "run -"* | "run train "*)
       set -- "$@" {SMALLER}

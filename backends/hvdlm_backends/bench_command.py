@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 
@@ -25,6 +26,7 @@ def main(arguments: list[str]) -> int:
         default=None,
         help="collectives to measure, for example [all_reduce]; default: all",
     )
+    parser.add_argument("--seconds", type=float, default=1.0, help="about what a size takes, in 5 to 200 calls")
     parser.add_argument(
         "--output", type=str, default="bench.json", help="file to write; the plot is written next to it"
     )
@@ -37,12 +39,14 @@ def main(arguments: list[str]) -> int:
         if name not in known:
             raise HvdlmError(f"--collectives: no collective {name!r}; {nearest(name, known)}")
     sizes = collective_benchmark.sizes(values.smallest, values.largest)
+    if not 0 < values.seconds < math.inf:
+        raise HvdlmError(f"--seconds {values.seconds:g}: expected a number above 0.")
     output = Path(values.output)
     for path in (output, output.with_suffix(".svg")):
         check_output(path)
     with watching() as watchdog:
         world, framework = connect_only(config)
         with ending_all_ranks(world):
-            collective_benchmark.main(world, framework, collectives, sizes, output)
+            collective_benchmark.main(world, framework, collectives, sizes, values.seconds, output)
         watchdog.code = 0
     return 0

@@ -26,7 +26,6 @@ from hvdlm_backends.worlds import RanksWorld
 
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "all_to_all")
 _CALLS = (5, 200)  # fewest and most calls per size
-_SECONDS = 1.0  # per size, within these limits
 
 
 @dataclass(frozen=True)
@@ -69,8 +68,13 @@ def call(group: Group, collective: str, tensor: Any) -> Any:
     return getattr(group, collective)(tensor, name)
 
 
-def paired(world: World, group: Group, actions: Sequence[Callable[[], Any] | None]) -> list[float | None]:
-    """Return the median seconds of each action (None for None); the actions alternate. All ranks call."""
+def paired(
+    world: World, group: Group, actions: Sequence[Callable[[], Any] | None], seconds: float
+) -> list[float | None]:
+    """Return the median seconds of each action (None for None); the actions alternate, for about ``seconds`` seconds.
+
+    All ranks call.
+    """
     present = [action for action in actions if action]
     for action in present:
         action()
@@ -78,7 +82,7 @@ def paired(world: World, group: Group, actions: Sequence[Callable[[], Any] | Non
     for action in present:
         action()
     first_round = max(world.gather_objects(time.perf_counter() - began))
-    calls = min(_CALLS[1], max(_CALLS[0], round(_SECONDS / max(first_round, 1e-6))))
+    calls = min(_CALLS[1], max(_CALLS[0], round(seconds / max(first_round, 1e-6))))
     medians = iter(np.median(turns(world, group, present, calls), axis=1).tolist())
     return [next(medians) if action else None for action in actions]
 
@@ -104,8 +108,10 @@ def raw_call(world: World, collective: str, array: np.ndarray, in_place: bool) -
     return world.raw(collective, array, in_place) if isinstance(world, RanksWorld) else None
 
 
-def measure(world: World, framework: Framework, collectives: Sequence[str], counts: Sequence[int]) -> list[Timing]:
-    """Return the timings of every collective at every size. All ranks call."""
+def measure(
+    world: World, framework: Framework, collectives: Sequence[str], counts: Sequence[int], seconds_each: float
+) -> list[Timing]:
+    """Return the timings of every collective at every size, in about ``seconds_each`` seconds each. All ranks call."""
     group, timings = world.group(range(world.size)), []
     for collective in collectives:
         for count in counts:
@@ -113,7 +119,8 @@ def measure(world: World, framework: Framework, collectives: Sequence[str], coun
             array = np.ones(elements, np.float32)
             tensor = framework.tensor(array)
             raw = raw_call(world, collective, array.copy(), framework.in_place)
-            seconds, raw_seconds = paired(world, group, [partial(call, group, collective, tensor), raw])
+            actions = [partial(call, group, collective, tensor), raw]
+            seconds, raw_seconds = paired(world, group, actions, seconds_each)
             assert seconds is not None
             timings.append(Timing(collective, 4 * elements, seconds, raw_seconds))
             if world.rank == 0:
@@ -151,11 +158,21 @@ def report(timings: Sequence[Timing], about: dict[str, Any]) -> dict[str, Any]:
     return {**about, "collectives": collectives}
 
 
-def main(world: World, framework: Framework, collectives: Sequence[str], counts: Sequence[int], output: Path) -> None:
-    """Measure, print, and write ``output`` (JSON) and a plot beside it. All ranks call."""
+def main(
+    world: World,
+    framework: Framework,
+    collectives: Sequence[str],
+    counts: Sequence[int],
+    seconds: float,
+    output: Path,
+) -> None:
+    """Measure every size for about ``seconds`` seconds, print, and write ``output`` (JSON) and a plot beside it.
+
+    All ranks call.
+    """
     if world.size == 1:
         raise HvdlmError("bench measures communication between ranks: start at least 2, horovodrun -np 2 ...")
-    timings = measure(world, framework, collectives, counts)
+    timings = measure(world, framework, collectives, counts, seconds)
     if world.rank != 0:
         return
     results = report(timings, {"framework": framework.name, "ranks": world.size, "transport": world.transport})

@@ -36,6 +36,10 @@ def prepare(launch: Launch | None, config: Config) -> int:
     framework or MPI is loaded: they read the variables once.
     """
     threads = set_threads(launch, config)
+    if launch and launch.local_size == launch.size:
+        # Ranks of one host need no libfabric, whose module in Open MPI sleeps a second when a rank ends.
+        if os.environ.get("OMPI_MCA_btl", "^openib") == "^openib":  # which horovodrun always sets
+            os.environ["OMPI_MCA_btl"] = "^ofi,openib"
     settings = horovod_settings(config.communication)
     for name in _set_by_options - settings.keys():  # by an earlier run of this process
         os.environ.pop(name, None)
