@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -113,6 +114,24 @@ def processes_of(run: Path) -> list[str]:
         if str(run) in line and int(path.parent.name) != os.getpid():
             commands.append(line)
     return commands
+
+
+def end_started_by(test: str) -> list[str]:
+    """Kill what a test's body has started and left running, by its environment; return the command lines.
+
+    A launch that waits for a rank that is gone would take a core from all later tests.
+    """
+    variables = {"HVDLM_TEST_SESSION": os.environ.get("HVDLM_TEST_SESSION"), "PYTEST_CURRENT_TEST": f"{test} (call)"}
+    own = {f"{name}={value}".encode() for name, value in variables.items()}
+    ended = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if own <= set((folder / "environ").read_bytes().split(b"\0")) and int(folder.name) != os.getpid():
+                ended.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+                os.kill(int(folder.name), signal.SIGKILL)
+        except OSError:  # it has ended, or is another user's
+            continue
+    return ended
 
 
 def run_with_faults(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
 from hvdlm import cli
-from launching import ONE_LAYER, SMALL, launch, processes_of, wait_until
+from launching import ONE_LAYER, SMALL, end_started_by, environment, launch, processes_of, wait_until
 
 TIMEOUT = 4.0
 # A rank that waits for others to connect, or for their last hooks, may do so for seconds in place of
@@ -140,3 +142,10 @@ def test_gloo_refuses_addresses_that_it_cannot_use(fault: str, words: str, tmp_p
     code, output = launch_faulty(tmp_path / "run", "torch", "horovodrun --gloo", at_the_start=fault)
     assert code == 1 and output.count(words) == 1, output[-3000:]
     assert "Segmentation" not in output and "terminate called" not in output
+
+
+def test_what_a_failed_test_leaves_running_is_ended(request: pytest.FixtureRequest) -> None:
+    """A launch whose test has failed would spin until the last test."""
+    process = subprocess.Popen(["sleep", "1000"], env=environment(), start_new_session=True)
+    assert end_started_by(request.node.nodeid) == ["sleep 1000 "]
+    assert process.wait(10) == -signal.SIGKILL
