@@ -26,9 +26,11 @@ FRAMEWORK = os.environ.get("HVDLM_TEST_FRAMEWORK", "torch")
 RANKS = int(os.environ.get("HVDLM_TEST_RANKS", "1"))
 BACKEND = os.environ.get("HVDLM_TEST_BACKEND", "")  # that of the launcher, unless it is given
 
-# Options of a small run that takes seconds.
+# Options of a small run that takes seconds. It evaluates two batches, of one shape, for which TensorFlow traces one
+# graph; threads of PyTorch would wait for each other longer than they compute.
 SMALL = ["--model.layers", "2", "--model.width", "32", "--model.heads", "2"]
 SMALL += ["--train.batch_size", "8", "--data.context", "32", "--log.every", "1"]
+SMALL += ["--data.validation_share", "0.0044", "--train.threads", "1"]
 STEPS = ("--train.steps", "30", "--train.warmup", "5")
 # TensorFlow takes longer to build the graphs of two layers than to train them.
 ONE_LAYER = ("--model.layers", "1")

@@ -12,13 +12,26 @@ import pytest
 from launching import DATA, ONE_LAYER, SMALL, launch, losses, run_python, with_step_hook
 from launching import STEPS as ALL_STEPS
 
-# Few validation batches, of one shape, for which TensorFlow traces one graph.
-STEPS_OF_RUNS = (*ALL_STEPS, "--data.validation_share", "0.004")
-STEPS = (*STEPS_OF_RUNS, *ONE_LAYER)
+STEPS = (*ALL_STEPS, *ONE_LAYER)
 
 
-@pytest.mark.parametrize("launcher", ["mpirun", "horovodrun", "horovodrun --gloo"])
-@pytest.mark.parametrize("framework", ["torch", "tensorflow"])
+@pytest.mark.parametrize(
+    ("framework", "launcher"),
+    [
+        ("torch", "mpirun"),
+        ("torch", "horovodrun --gloo"),
+        ("tensorflow", "mpirun"),
+        ("tensorflow", "horovodrun"),
+        pytest.param(
+            *("torch", "horovodrun"),
+            marks=pytest.mark.full(covered_by="tensorflow; torch under mpirun, under horovodrun in test_launches.py"),
+        ),
+        pytest.param(
+            *("tensorflow", "horovodrun --gloo"),
+            marks=pytest.mark.full(covered_by="torch; tensorflow under it in test_launches.py and test_run_command.py"),
+        ),
+    ],
+)
 def test_two_ranks_follow_the_curve_of_one(curve, framework: str, launcher: str) -> None:
     one = losses(curve(framework, 1, *STEPS))
     two = losses(curve(framework, 2, *STEPS, launcher=launcher))
@@ -135,7 +148,8 @@ def test_streaming_diloco_saves_the_global_parameters(curve, framework: str, tmp
 )
 def test_streaming_diloco_trains_replicas_of_two_ranks(curve, layout: str, framework: str) -> None:
     """With one fragment, all elements of a parameter synchronise after the same steps, however it is sharded."""
-    steps = (*STEPS_OF_RUNS, "--model.layers", "2", "--model.tie_embeddings", "false", "--train.steps", "12")
+    layers = ("--model.layers", "2") if "pipeline" in layout else ONE_LAYER
+    steps = (*ALL_STEPS, *layers, "--model.tie_embeddings", "false", "--train.steps", "12")
     options = (*steps, *STREAMING, "--communication.local.fragments", "1", "--train.eval_every", "4")
     whole, sharded = curve(framework, 2, *options), curve(framework, 4, *options, layout, "2")
     assert losses(whole) == pytest.approx(losses(sharded), abs=1e-4)
@@ -186,16 +200,8 @@ def test_the_first_100_losses_of_the_shakespeare_example_agree(shakespeare) -> N
 
 
 @EXAMPLE
-@pytest.mark.parametrize(
-    "framework",
-    [
-        "torch",
-        pytest.param(
-            "tensorflow",
-            marks=pytest.mark.full(covered_by="torch; test_two_ranks_follow_the_curve_of_one[tensorflow-mpirun]"),
-        ),
-    ],
-)
+@pytest.mark.full(covered_by="test_two_ranks_follow_the_curve_of_one, with the same bar")
+@pytest.mark.parametrize("framework", ["torch", "tensorflow"])
 def test_two_ranks_have_the_losses_of_one_on_the_example(shakespeare, framework: str) -> None:
     one, two = (shakespeare(framework, ranks) for ranks in (1, 2))
     assert max(abs(a - b) for a, b in zip(one, two, strict=True)) < 1e-4
