@@ -70,6 +70,14 @@ def check_checkpoints(folder: Path, newest: int) -> None:
         raise Violation(f"there was a checkpoint of step {newest}, now the newest is that of step {step}")
 
 
+class ShortPauses(random.Random):
+    """Random numbers of the short form, whose steps are fewer: ``uniform``, of which all pauses are, gives less."""
+
+    def uniform(self, a: float, b: float) -> float:
+        """Return a number between 0.3 a and 0.3 b."""
+        return 0.3 * super().uniform(a, b)
+
+
 def run_interrupted(
     framework: str, folder: Path, size: Sequence[str], kind: Kind, limit: int, chance: random.Random
 ) -> int:
@@ -122,18 +130,22 @@ def check_leftovers(folder: Path) -> None:
         raise Violation(f"left behind in the run's folder: {', '.join(left)}")
 
 
-def campaign(framework: str, size: Sequence[str], counts: Mapping[str, int], seed: int) -> None:
+def campaign(
+    framework: str, size: Sequence[str], counts: Mapping[str, int], seed: int, numbers: type[random.Random]
+) -> None:
     """Interrupt runs, as many as it takes for these counts of interruptions by kind; ``size``: options of each run.
+
+    ``numbers``: the generator of all random choices.
 
     Raises:
         Violation: something was lost, hung or left behind.
     """
     with tempfile.TemporaryDirectory(prefix="hvdlm-chaos-") as name, nothing_left_behind():
         undisturbed = Path(name) / "undisturbed"
-        run_interrupted(framework, undisturbed, size, KINDS["kills"], 0, random.Random(seed))
+        run_interrupted(framework, undisturbed, size, KINDS["kills"], 0, numbers(seed))
         expected, runs = losses(undisturbed), 0
         for kind, count in counts.items():
-            chance, began, hits = random.Random(f"{framework} {kind} {seed}"), time.monotonic(), 0
+            chance, began, hits = numbers(f"{framework} {kind} {seed}"), time.monotonic(), 0
             while hits < count:
                 folder = Path(name) / f"run-{runs}"
                 runs += 1
@@ -166,9 +178,10 @@ def main() -> int:
     totals = {kind: getattr(o, kind) for kind in KINDS}
     for number, framework in enumerate(o.frameworks):
         counts = share(totals, number, len(o.frameworks))
+        numbers = ShortPauses if o.short else random.Random
         title = f"violations after {words(counts)}, {framework}"
         try:
-            campaign(framework, flags({"train.steps": o.steps, "model.layers": o.layers}), counts, o.seed)
+            campaign(framework, flags({"train.steps": o.steps, "model.layers": o.layers}), counts, o.seed, numbers)
         except Violation as violation:
             report(title, 1, NONE)
             print(f"{framework}: FAILED: {violation}", flush=True)

@@ -23,6 +23,7 @@ COMMANDS = {
 """The command of the core, a module ``hvdlm.commands.NAME`` with ``main(arguments) -> exit code``."""
 
 _ON_RANKS = ("train", "evaluate", "generate", "bench")  # with ``--ranks``, on threads of this process
+_RANK_0_SECONDS = 3.0  # given to rank 0 to report its error, usually the same one; the launcher then ends this rank
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -139,8 +140,7 @@ def refuse(error: HvdlmError, debug: bool) -> int:
         print(printable("".join(traceback.format_exception(error))), file=sys.stderr)
     rank = launcher_env.rank_for_messages()
     if rank:
-        # Rank 0 usually has the same error: it reports it, and the launcher then ends this rank.
-        time.sleep(3)
+        time.sleep(_RANK_0_SECONDS)
     prefix = f"hvdlm: rank {rank}: " if rank else "hvdlm: "
     if isinstance(error, ConnectedError) and error.world.size > 1:
         abort.refuse(error.world, error, prefix)

@@ -22,10 +22,10 @@ from hvdlm.io import file_lock, launcher_env
 RANK = launcher_env.rank_for_messages()
 HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 OPTIONS: dict[str, Any] = {
-    "model": {"layers": 2, "width": 32, "heads": 2},
+    "model": {"layers": 1, "width": 32, "heads": 2},
     "data.context": 32,
-    "data.validation_share": 0.02,
-    "train": {"batch_size": 8, "steps": 8, "eval_every": 4, "warmup": 2},
+    "data.validation_share": 0.0044,
+    "train": {"batch_size": 8, "steps": 8, "eval_every": 4, "warmup": 2, "threads": 1},
     "log": {"every": 1, "progress": False, "tensorboard": False},
 }
 

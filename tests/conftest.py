@@ -19,7 +19,7 @@ import pytest
 
 from hvdlm.training.signals import SIGNALS
 from hvdlm_backends.probes import SPIN_COUNT
-from launching import SMALL, WARM, launch, start_warm
+from launching import SMALL, WARM, end_started_by, launch, start_warm
 
 sys.path.append(WARM)
 import packages
@@ -76,10 +76,16 @@ def pytest_collection_finish() -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Start the processes of which commands of tests are forks; the workers of a session share them."""
     packages.remember()
+    os.environ.setdefault("HVDLM_TEST_SESSION", str(os.getpid()))
     if "HVDLM_TEST_WARM" not in os.environ:
         folder = Path(tempfile.mkdtemp(prefix="hvdlm-warm-"))
         process = start_warm(folder)
         config.add_cleanup(lambda: (process.communicate(timeout=60), shutil.rmtree(folder)))
+
+
+def pytest_exception_interact(node: pytest.Item | pytest.Collector) -> None:
+    """End what a failed test has left running."""
+    end_started_by(node.nodeid)
 
 
 _imported: set[str] = set()

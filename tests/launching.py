@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -25,9 +26,11 @@ FRAMEWORK = os.environ.get("HVDLM_TEST_FRAMEWORK", "torch")
 RANKS = int(os.environ.get("HVDLM_TEST_RANKS", "1"))
 BACKEND = os.environ.get("HVDLM_TEST_BACKEND", "")  # that of the launcher, unless it is given
 
-# Options of a small run that takes seconds.
+# Options of a small run that takes seconds. It evaluates two batches, of one shape, for which TensorFlow traces one
+# graph; threads of PyTorch would wait for each other longer than they compute.
 SMALL = ["--model.layers", "2", "--model.width", "32", "--model.heads", "2"]
 SMALL += ["--train.batch_size", "8", "--data.context", "32", "--log.every", "1"]
+SMALL += ["--data.validation_share", "0.0044", "--train.threads", "1"]
 STEPS = ("--train.steps", "30", "--train.warmup", "5")
 # TensorFlow takes longer to build the graphs of two layers than to train them.
 ONE_LAYER = ("--model.layers", "1")
@@ -113,6 +116,24 @@ def processes_of(run: Path) -> list[str]:
         if str(run) in line and int(path.parent.name) != os.getpid():
             commands.append(line)
     return commands
+
+
+def end_started_by(test: str) -> list[str]:
+    """Kill what a test's body has started and left running, by its environment; return the command lines.
+
+    A launch that waits for a rank that is gone would take a core from all later tests.
+    """
+    variables = {"HVDLM_TEST_SESSION": os.environ.get("HVDLM_TEST_SESSION"), "PYTEST_CURRENT_TEST": f"{test} (call)"}
+    own = {f"{name}={value}".encode() for name, value in variables.items()}
+    ended = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if own <= set((folder / "environ").read_bytes().split(b"\0")) and int(folder.name) != os.getpid():
+                ended.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+                os.kill(int(folder.name), signal.SIGKILL)
+        except OSError:  # it has ended, or is another user's
+            continue
+    return ended
 
 
 def run_with_faults(

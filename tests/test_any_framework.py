@@ -118,7 +118,7 @@ def train(installed: str, run: Path, framework: str, ranks: int, *options: str) 
     "options",
     [
         ("--data.sampling", "sequential", "--train.micro_batch_size", "2"),
-        ("--parallel.zero", "1", "--train.optimizer", "sgd"),
+        ("--parallel.zero", "1", "--train.optimizer", "sgd", "--train.learning_rate", "0.1"),
         ("--communication.exchange", "local_sgd", "--communication.local.steps", "3", "--checkpoint.every", "6"),
     ],
     ids=["carried", "zero", "local_sgd"],

@@ -19,7 +19,7 @@ from hvdlm.diagnostics import failure_files
 from launching import ONE_LAYER, ROOT, SMALL, environment, processes_of
 
 # Seconds; TensorFlow's ranks wait for one that traces its graph anew.
-TIMEOUT = {"torch": 3.0, "tensorflow": 6.0}
+TIMEOUT = {"torch": 3.0, "tensorflow": 5.0}
 # Rank 1 fails in its fourth step. In TensorFlow the fault is part of a graph, which is traced anew for it.
 FAULTY_RUN = """
 import os, signal, sys, time
@@ -138,15 +138,18 @@ def launch_with_fault(launcher: str, framework: str, fault: str, folder: Path, s
 
 CHAOS = pytest.mark.skipif("HVDLM_CHAOS" not in os.environ, reason="make chaos runs all faults on all launchers")
 FAULTS = ["sleep", "skip", "shape", "raise", "kill"]
+ASLEEP = pytest.mark.full(covered_by="torch; a collective that TensorFlow's rank 1 skips, for which rank 0 waits, too")
 CASES = [
-    *(("mpirun", fault) for fault in FAULTS[:-1]),
-    pytest.param("mpirun", "kill", marks=CHAOS),  # make test kills a rank in test_hybrid_runs.py
-    *(pytest.param("horovodrun --gloo", fault, marks=CHAOS) for fault in FAULTS),
+    *(("mpirun", fault, framework) for fault in FAULTS[1:-1] for framework in ("torch", "tensorflow")),
+    ("mpirun", "sleep", "torch"),
+    pytest.param("mpirun", "sleep", "tensorflow", marks=ASLEEP),
 ]
+# make test kills a rank in test_hybrid_runs.py
+IN_CHAOS = [("mpirun", "kill"), *(("horovodrun --gloo", fault) for fault in FAULTS)]
+CASES += [pytest.param(*case, framework, marks=CHAOS) for case in IN_CHAOS for framework in ("torch", "tensorflow")]
 
 
-@pytest.mark.parametrize("framework", ["torch", "tensorflow"])
-@pytest.mark.parametrize("launcher, fault", CASES)
+@pytest.mark.parametrize("launcher, fault, framework", CASES)
 def test_a_fault_is_reported_once_with_rank_and_call_site(
     launcher: str, framework: str, fault: str, tmp_path: Path, scratch: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,10 +19,10 @@ import hvdlm
 from builders import read_json
 from hvdlm.configuration.parsing import parse_config
 from hvdlm.training.run import plan
-from launching import launch, losses, run_python
+from launching import ONE_LAYER, launch, losses, run_python
 
 PROGRAM = str(Path(__file__).with_name("api_program.py"))
-OPTIONS = ("--train.steps", "8", "--train.warmup", "2", "--train.eval_every", "4", "--data.validation_share", "0.02")
+OPTIONS = (*ONE_LAYER, "--train.steps", "8", "--train.warmup", "2", "--train.eval_every", "4")
 
 
 def run_program(action: str, folder: Path, framework: str, launcher: str = "", ranks: int = 1) -> list[Any]:

@@ -160,7 +160,14 @@ def test_commands_besides_train_run_on_ranks(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "framework, backend, name",
-    [("torch", "mpi", "SIGHUP"), ("tensorflow", "mpi", "SIGINT"), ("torch", "gloo", "SIGINT")],
+    [
+        ("torch", "mpi", "SIGHUP"),
+        ("torch", "gloo", "SIGINT"),
+        pytest.param(
+            *("tensorflow", "mpi", "SIGINT"),
+            marks=pytest.mark.full(covered_by="torch; a signalled mpirun of TensorFlow in test_launcher_signals.py"),
+        ),
+    ],
 )
 def test_a_terminals_signals_save_and_return_the_runs_code(
     framework: str, backend: str, name: str, tmp_path: Path

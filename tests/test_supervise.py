@@ -26,8 +26,10 @@ from hvdlm_launchers.process_tree import MARK
 from hvdlm_launchers.run_status import RunStatus, outcome
 from hvdlm_launchers.supervise import _REPEAT_SECONDS
 from hvdlm_launchers.train_command import option_value, train_arguments
-from launching import ROOT, SMALL, STEPS, environment, losses, run_python, wait_until, with_step_hook
+from launching import ONE_LAYER, ROOT, SMALL, environment, losses, run_python, wait_until, with_step_hook
+from launching import STEPS as ALL_STEPS
 
+STEPS = (*ALL_STEPS, *ONE_LAYER)
 # A stand-in for a run: attempt n executes the nth statement of a plan.
 FAKE = """
 import json, os, shutil, signal, subprocess, sys, time

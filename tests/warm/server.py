@@ -275,6 +275,8 @@ def main(folder: str) -> None:
     importlib.metadata.entry_points(group="hvdlm")  # for commands that are started there
     sys.path[0] = own
     make_parser()
+    if "torch._dynamo.utils" in sys.modules:  # it would format the times of compilations, for a log that isn't written
+        atexit.unregister(sys.modules["torch._dynamo.utils"].dump_compile_times)
     for finalizer in list(weakref.finalize._registry):
         finalizer.atexit = False  # torch's operators would be taken apart when a fork ends, for 0.06 s
     gc.collect()
