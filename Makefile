@@ -8,6 +8,7 @@ FRAMEWORKS ?=
 MPI ?=
 NP ?= 2
 OPTIONS ?=
+# One more than the cores that the tests are made for: tests that wait for time-outs leave theirs to others.
 JOBS ?= 3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -45,7 +46,6 @@ demo:  ## train on the embedded corpus with NP ranks and FRAMEWORK, then generat
 test:  ## run `make check`, then all tests, on real ranks under the real launchers
 	@$(PYTHON) scripts/setup_environment.py torch tensorflow
 	@$(MAKE) --no-print-directory check
-	@# Three processes on two cores: tests that wait for time-outs leave a core to others.
 	@python -m pytest tests -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 full:  ## run `make test` with the combinations of frameworks, launchers and ranks that other tests cover

@@ -18,7 +18,8 @@ def test_steps_of_a_command_leave_imports_out(tmp_path: Path) -> None:
 
 
 def test_the_python_api_changes_no_collections(tmp_path: Path) -> None:
-    before = gc.get_threshold(), gc.get_freeze_count()
+    threshold, left_out = gc.get_threshold(), gc.get_freeze_count()
     options = {"model.layers": 1, "model.width": 16, "model.heads": 1, "train.steps": 1, "log.progress": False}
     hvdlm.train(hvdlm.Config.load({**options, "log.run": str(tmp_path / "run")}))
-    assert (gc.get_threshold(), gc.get_freeze_count()) == before
+    # Of what the tests have left out, some objects may have been freed.
+    assert gc.get_threshold() == threshold and gc.get_freeze_count() <= left_out
