@@ -24,7 +24,7 @@ export HOME ?= $(shell echo ~)
 # A laptop's single GPU cannot serve the ranks of a demo or a test: use CPUs unless GPUs are named.
 export CUDA_VISIBLE_DEVICES ?=
 
-.PHONY: help setup demo test full short fresh check format bench chaos fuzz docs results clean
+.PHONY: help setup demo test full short fresh lint check format bench chaos fuzz docs results clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -43,9 +43,9 @@ demo:  ## train on the embedded corpus with NP ranks and FRAMEWORK, then generat
 	@python -m hvdlm run -np $(NP) -- --config examples/demo.yaml --framework $(FRAMEWORK) \
 	    --log.run runs/demo-$(FRAMEWORK) --log.overwrite true $(OPTIONS)
 
-test:  ## run `make check`, then all tests, on real ranks under the real launchers
+test:  ## run `make lint`, then all tests, on real ranks under the real launchers
 	@$(PYTHON) scripts/setup_environment.py torch tensorflow
-	@$(MAKE) --no-print-directory check
+	@$(MAKE) --no-print-directory lint
 	@python -m pytest tests -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 full:  ## run `make test` with the combinations of frameworks, launchers and ranks that other tests cover
@@ -62,9 +62,12 @@ short:  ## run a few minutes of the tests, for FRAMEWORKS: every backend once, a
 fresh:  ## run `make demo` and `make short` on fresh Debian 12, 13 and unstable (needs root and debootstrap; an hour)
 	@for suite in bookworm trixie sid; do scripts/fresh_machine.sh $$suite; done
 
-check:  ## check format, lint, types and import rules
+lint:  ## check format, lint and types
 	@$(PYTHON) scripts/setup_environment.py
-	@ruff format --check -q . && ruff check -q . && mypy --no-error-summary && python -m pytest -q tests/test_walls.py
+	@ruff format --check -q . && ruff check -q . && mypy --no-error-summary
+
+check: lint  ## run `make lint`, and the tests of import rules
+	@python -m pytest -q tests/test_walls.py
 
 format:  ## format the code and apply the linter's fixes
 	@ruff format -q . && ruff check -q --fix .

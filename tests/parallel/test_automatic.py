@@ -143,9 +143,10 @@ def test_the_cost_of_a_compressor_counts_what_it_sends(manager: Any, several: Wo
     assert {number for _, number in computed.sent} == ({0, 1} if method == "power_sgd" else {0})
 
 
-def test_the_wire_is_measured_alike_on_all_ranks(manager: Any, several: World) -> None:
+def test_the_wire_is_measured_alike_on_all_ranks(manager: Any, several: World, monkeypatch: pytest.MonkeyPatch) -> None:
     from hvdlm_auto import measure
 
+    monkeypatch.setattr(measure, "LARGE", measure.LARGE[:2])  # larger ones take seconds on cores that ranks share
     group = several.group(range(several.size))
     lines = measure.measure_wire(["all_reduce float32", "all_gather uint8"], group, several)
     values = [[line.latency, line.per_byte] for line in lines.values()]
