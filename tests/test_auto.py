@@ -277,7 +277,7 @@ OPTIONS += [
     "--plugins",
     "[injected]",
 ]
-SLOW = "2 MB/s"  # on which dense sums take several times as long as the rest of a step
+SLOW = "1 MB/s"  # on which dense sums take several times as long as the rest of a step
 THROTTLED_AT = 10
 
 

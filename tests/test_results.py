@@ -14,11 +14,15 @@ NAMES = ["shakespeare", "war_and_peace", "red_chamber", *PTB, "digits", "speech"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the public data is not at {DATA} (set HVDLM_DATA)")
 
 
-# Other texts for the model of shakespeare: in TensorFlow, the same graph; red_chamber has an alphabet of 4,000.
-TEXTS = pytest.mark.full(covered_by="the case of fewer texts: shakespeare runs the same lines on another text")
+# Other texts for the model of shakespeare: in TensorFlow, the same graph; red_chamber has an alphabet of 4,000. The LSTM
+# of ptb, which TensorFlow unrolls.
+TEXTS = pytest.mark.full(
+    covered_by="the case of fewer texts: shakespeare runs the same lines on another text; ptb in torch, and the curves "
+    "of TensorFlow's lstm in test_train.py"
+)
 MEASURED = [
     ("torch", [name for name in NAMES if name != "war_and_peace"]),
-    ("tensorflow", [name for name in NAMES if name not in ("war_and_peace", "red_chamber")]),
+    ("tensorflow", [name for name in NAMES if name not in ("war_and_peace", "red_chamber", *PTB)]),
     pytest.param("torch", NAMES, marks=TEXTS),
     pytest.param("tensorflow", NAMES, marks=TEXTS),
 ]
@@ -34,10 +38,10 @@ def test_every_result_has_a_short_form_that_learns(framework: str, names: list[s
     rows = json.loads((tmp_path / "results.json").read_text())
     assert [row["result"] for row in rows] == names and all(row["reached"] for row in rows)
     assert "MISSED" not in done.stdout and done.stdout.count(": reached (") == len(names)
-    one, two = (losses(tmp_path / f"{name}-{framework}") for name in PTB)
-    assert (
-        len(one) > 1 and one == two
-    )  # bit for bit: one rank computes micro-batches of half a batch, as each of two ranks does
+    if set(PTB) <= set(names):
+        one, two = (losses(tmp_path / f"{name}-{framework}") for name in PTB)
+        # Bit for bit: one rank computes micro-batches of half a batch, as each of two ranks does.
+        assert len(one) > 1 and one == two
 
 
 def test_a_comparison_without_its_baseline_is_refused(tmp_path: Path) -> None:
