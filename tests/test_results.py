@@ -14,8 +14,8 @@ NAMES = ["shakespeare", "war_and_peace", "red_chamber", *PTB, "digits", "speech"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the public data is not at {DATA} (set HVDLM_DATA)")
 
 
-# Other texts for the model of shakespeare: in TensorFlow, the same graph; red_chamber has an alphabet of 4,000. The LSTM
-# of ptb, which TensorFlow unrolls.
+# Other texts for the model of shakespeare: in TensorFlow, the same graph; red_chamber has an alphabet of 4,000. And the
+# LSTM of ptb, which TensorFlow unrolls.
 TEXTS = pytest.mark.full(
     covered_by="the case of fewer texts: shakespeare runs the same lines on another text; ptb in torch, and the curves "
     "of TensorFlow's lstm in test_train.py"
