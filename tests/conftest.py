@@ -46,27 +46,12 @@ collect_ignore = (
 
 
 # The files that take longest, which the workers begin with, so that they end at about the same time.
-_LONGEST = ("launches", "snippets", "benchmarks", "jax_example", "conformance", "train", "chaos", "results")
-_LONGEST += (
-    "published_state",
-    "hangs",
-    "hybrid_runs",
-    "auto",
-    "launcher_signals",
-    "trainables",
-    "lora",
-    "compatibility",
-)
-_LONGEST += ("gpu_kit", "exact", "threads", "faults", "python_api", "hostile", "reading_models", "run_command")
-_LONGEST += (
-    "supervise",
-    "simulated_threads",
-    "bare_machines",
-    "attention",
-    "templates",
-    "one_run_a_folder",
-    "steering",
-)
+_LONGEST = """
+launches snippets benchmarks jax_example conformance train chaos results published_state hangs hybrid_runs
+auto launcher_signals trainables lora compatibility gpu_kit exact threads faults python_api hostile
+reading_models run_command supervise simulated_threads bare_machines attention templates one_run_a_folder
+steering
+""".split()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -21,6 +21,7 @@ from builders import (
     FRAMEWORKS,
     VOCAB,
     both_frameworks,
+    case,
     configured_spec,
     encoder_batch,
     small_config,
@@ -282,9 +283,12 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Any:
         ("torch", 4, ["--backend", "mpi4py"], "mpirun"),
         ("torch", 2, ["--train.micro_batch_size", "4"], "horovodrun --gloo"),
         ("tensorflow", 2, ["--train.micro_batch_size", "2"], "mpirun"),
-        pytest.param(
-            *("tensorflow", 2, [], "threads"),
-            marks=pytest.mark.full(covered_by="mpirun; test_steps_have_the_bits_of_one_rank, whose ranks are threads"),
+        case(
+            "tensorflow",
+            2,
+            [],
+            "threads",
+            covered_by="mpirun; test_steps_have_the_bits_of_one_rank, whose ranks are threads",
         ),
     ],
 )

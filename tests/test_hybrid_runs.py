@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from builders import case
 from launching import ONE_LAYER, SMALL, launch, losses, run_python, with_step_hook
 
 # Two heads for two tensor ranks, two layers for two stages; evaluation has an uneven last batch.
@@ -50,9 +51,8 @@ def half_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ("tensorflow", 2, "1x2x1"),
         ("torch", 1, ""),
-        pytest.param(
-            *("tensorflow", 4, "1x2x2"),
-            marks=pytest.mark.full(covered_by="the case of two stages; the evaluation of tensorflow in this layout"),
+        case(
+            "tensorflow", 4, "1x2x2", covered_by="the case of two stages; the evaluation of tensorflow in this layout"
         ),
     ],
 )

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from test_launches import PYTEST, assert_train_alike
 
+from builders import case
 from launching import ONE_LAYER, ROOT, SMALL, install_example, launch, losses, metrics, run_command, run_python
 
 SOURCE = ROOT / "examples" / "plugins" / "jax"
@@ -159,10 +160,7 @@ def test_two_ranks_of_jax_resume_from_one_of_torch(jax_runs: dict[int, Path], ru
     ("chosen", "exchanges"),
     [
         (ON_EVERY_RANK, "dense,top_k,power_sgd,diloco"),
-        pytest.param(
-            *("losses_of", ""),
-            marks=pytest.mark.full(covered_by="the other case, for what JAX adds to an exchange; test_launches.py"),
-        ),
+        case("losses_of", "", covered_by="the other case, for what JAX adds to an exchange; test_launches.py"),
     ],
     ids=["few", "all"],
 )

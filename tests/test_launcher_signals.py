@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from builders import file_names, read_json
+from builders import case, file_names, read_json
 from hvdlm.errors import BAD_INPUT, STOPPED
 from hvdlm.io import launcher_env
 from hvdlm.training.signals import LAUNCHER_ENDS, Signals
@@ -84,10 +84,7 @@ def launched(tmp_path: Path) -> Iterator[SimpleNamespace]:
         (MPIRUN, "tensorflow", signal.SIGTERM),
         (GLOO, "torch", signal.SIGINT),
         (["horovodrun", "--mpi"], "torch", signal.SIGINT),
-        pytest.param(
-            *(MPIRUN, "torch", signal.SIGINT),
-            marks=pytest.mark.full(covered_by="horovodrun --mpi, which starts mpirun; SIGTERM to mpirun"),
-        ),
+        case(MPIRUN, "torch", signal.SIGINT, covered_by="horovodrun --mpi, which starts mpirun; SIGTERM to mpirun"),
     ],
     ids=["mpirun-tensorflow", "gloo-torch", "horovodrun-mpi-torch", "mpirun-torch"],
 )

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from builders import case
 from hvdlm import cli
 from hvdlm.errors import STOPPED, HvdlmError
 from hvdlm.io import launcher_env
@@ -163,9 +164,11 @@ def test_commands_besides_train_run_on_ranks(tmp_path: Path) -> None:
     [
         ("torch", "mpi", "SIGHUP"),
         ("torch", "gloo", "SIGINT"),
-        pytest.param(
-            *("tensorflow", "mpi", "SIGINT"),
-            marks=pytest.mark.full(covered_by="torch; a signalled mpirun of TensorFlow in test_launcher_signals.py"),
+        case(
+            "tensorflow",
+            "mpi",
+            "SIGINT",
+            covered_by="torch; a signalled mpirun of TensorFlow in test_launcher_signals.py",
         ),
     ],
 )

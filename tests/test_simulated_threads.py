@@ -25,13 +25,8 @@ STEPS = 3
 OPTIONS: Mapping[str, Any] = {
     **{"backend": "threads", "plugins": ["injected"], "model.layers": 2, "model.width": 16, "model.heads": 2},
     **{"data.tokenizer": "byte", "model.vocab": 256},
-    **{
-        "data.context": 16,
-        "data.validation_share": 0.004,
-        "train.steps": STEPS,
-        "train.warmup": 0,
-        "train.eval_every": 0,
-    },
+    **{"data.context": 16, "data.validation_share": 0.004},
+    **{"train.steps": STEPS, "train.warmup": 0, "train.eval_every": 0},
     **{"train.replica_check_every": 0, "checkpoint.every": 0, "log.tensorboard": False, "log.progress": False},
 }
 LATENCY = 0.04  # seconds, within a node

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from builders import case
 from launching import DATA, ONE_LAYER, SMALL, launch, losses, run_python, with_step_hook
 from launching import STEPS as ALL_STEPS
 
@@ -23,13 +24,11 @@ STEPS = (*ALL_STEPS, *ONE_LAYER)
         ("torch", "horovodrun --gloo"),
         ("tensorflow", "mpirun"),
         ("tensorflow", "horovodrun"),
-        pytest.param(
-            *("torch", "horovodrun"),
-            marks=pytest.mark.full(covered_by="tensorflow; torch under mpirun, under horovodrun in test_launches.py"),
-        ),
-        pytest.param(
-            *("tensorflow", "horovodrun --gloo"),
-            marks=pytest.mark.full(covered_by="torch; tensorflow under it in test_launches.py and test_run_command.py"),
+        case("torch", "horovodrun", covered_by="tensorflow; torch under mpirun, under horovodrun in test_launches.py"),
+        case(
+            "tensorflow",
+            "horovodrun --gloo",
+            covered_by="torch; tensorflow under it in test_launches.py and test_run_command.py",
         ),
     ],
 )
@@ -90,14 +89,10 @@ STATEFUL = {
     [
         *((exchange, "torch") for exchange in STATEFUL),
         *((exchange, "tensorflow") for exchange in ("top_k", "power_sgd", "streaming_diloco")),
-        pytest.param(
-            *("diloco", "tensorflow"),
-            marks=pytest.mark.full(covered_by="torch: exchanges contain no framework; its momentum, streaming_diloco"),
+        case(
+            "diloco", "tensorflow", covered_by="torch: exchanges contain no framework; its momentum, streaming_diloco"
         ),
-        pytest.param(
-            *("sparse_loco", "tensorflow"),
-            marks=pytest.mark.full(covered_by="its error feedback by top_k, its rounds by diloco"),
-        ),
+        case("sparse_loco", "tensorflow", covered_by="its error feedback by top_k, its rounds by diloco"),
     ],
 )
 def test_stateful_exchanges_resume_bit_for_bit(curve, exchange: str, framework: str, tmp_path: Path) -> None:
@@ -145,9 +140,10 @@ def test_streaming_diloco_saves_the_global_parameters(curve, framework: str, tmp
         ("--parallel.tensor", "torch"),
         ("--parallel.tensor", "tensorflow"),
         ("--parallel.pipeline", "torch"),
-        pytest.param(
-            *("--parallel.pipeline", "tensorflow"),
-            marks=pytest.mark.full(covered_by="the case of tensor ranks, and test_launches.py's layouts with stages"),
+        case(
+            "--parallel.pipeline",
+            "tensorflow",
+            covered_by="the case of tensor ranks, and test_launches.py's layouts with stages",
         ),
     ],
 )
