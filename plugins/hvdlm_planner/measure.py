@@ -44,6 +44,7 @@ _LEAST_ALONE = 10  # first models of one rank, of which constants can be fitted
 _FOR_MODELS = 0.6  # share of the time that collectives by themselves leave for models
 _KNOWN = 0.01  # relative standard error of the models' seconds at which measuring ends
 _RESERVE = 6.0  # seconds for the fit and the end of the processes
+BUSY = "the machine is busy"
 _NOISY, _USELESS = 0.15, 1.0  # spread of a model's turns: of a busy machine; of one whose figures say nothing
 _UNBOUNDED = 1e15  # FLOPs or bytes per second of a kind of work whose seconds the fit found to be 0
 
@@ -193,7 +194,8 @@ def noise_of(record: Record) -> float:
 def fitted(record: Record, noise: float, say: Callable[[str], None]) -> Measurement:
     """Return the machine by what was timed."""
     if noise > _NOISY:
-        say(f"the machine is busy: half of a model's turns differ by {100 * noise:.0f}%; predictions suffer")
+        differ = f"half of a model's turns differ by {100 * noise:.0f}%"
+        say(f"{BUSY}: {differ}; predictions suffer: measure again when nothing else runs on it")
     steady([timed.model for timed in record.models])
     rates, error = fitted_rates(record.of(timed_record.ALONE), record)
     notes = measured_file.about(record.framework, record.ranks, noise, error)
