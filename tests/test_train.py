@@ -88,7 +88,8 @@ STATEFUL = {
     ("exchange", "framework"),
     [
         *((exchange, "torch") for exchange in STATEFUL),
-        *((exchange, "tensorflow") for exchange in ("top_k", "power_sgd", "streaming_diloco")),
+        *((exchange, "tensorflow") for exchange in ("power_sgd", "streaming_diloco")),
+        case("top_k", "tensorflow", covered_by="torch; the error feedback of power_sgd, which is saved alike"),
         case(
             "diloco", "tensorflow", covered_by="torch: exchanges contain no framework; its momentum, streaming_diloco"
         ),
