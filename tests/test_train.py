@@ -171,7 +171,7 @@ def test_a_checkpoint_resumes_in_the_other_framework(curve, killed: Path, tmp_pa
     assert max(abs(a - b) for a, b in zip(whole, resumed, strict=True)) < 1e-3
 
 
-EXAMPLE_STEPS = 100 if "HVDLM_TEST_FULL" in os.environ else 50
+EXAMPLE_STEPS = 100 if "HVDLM_TEST_FULL" in os.environ else 42
 
 
 @pytest.fixture(scope="module")
