@@ -18,17 +18,18 @@ from launcher_signals import was_interrupted
 
 COUNTS = [
     ("torch", dict.fromkeys(chaos.KINDS, 1)),
+    ("tensorflow", dict.fromkeys(chaos.KINDS, 0) | {"kills": 1}),
     pytest.param(
         "tensorflow",
         dict.fromkeys(chaos.KINDS, 1) | {"kills": 4},
-        marks=pytest.mark.full(covered_by="torch; TensorFlow's runs resume in test_stops.py, test_published_state.py"),
+        marks=pytest.mark.full(covered_by="the kills of TensorFlow; test_stops.py, test_published_state.py"),
     ),
 ]
 
 
-@pytest.mark.parametrize("framework, counts", COUNTS, ids=["torch", "tensorflow"])
+@pytest.mark.parametrize("framework, counts", COUNTS, ids=["torch", "tensorflow", "tensorflow-all"])
 def test_kills_stops_and_damage_lose_no_data(framework: str, counts: dict[str, int]) -> None:
-    """Interruptions of every kind, after which files of framework-free code have to be whole."""
+    """Interruptions of every kind in torch, and kills in TensorFlow."""
     command = ["benchmarks/chaos.py", framework, "--short", *harness.flags(counts), "--steps", "48"]
     done = run_python(command, timeout=900, HVDLM_TEST_IMPORTS="")  # signalled launchers are processes of their own
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
