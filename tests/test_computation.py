@@ -25,7 +25,7 @@ from hvdlm.training import preflight
 from hvdlm_backends.local import LocalWorld
 from hvdlm_testing.checks.harness import Findings
 from hvdlm_testing.checks.models import check_resolved
-from launching import SMALL, launch, run_python
+from launching import ONE_LAYER, SMALL, launch, run_python
 
 H100, V100 = ("NVIDIA H100 80GB HBM3", (9, 0)), ("Tesla V100-SXM2-16GB", (7, 0))
 FP32_PRODUCTS = ("fp32 products in fp32",)
@@ -241,7 +241,7 @@ RUNS = "import json, sys; from hvdlm import cli\nfor one in json.loads(sys.argv[
 
 def train(run: Path, framework: str, *lines: list[str]) -> list[str]:
     """Train in ``run`` with these options, line by line in one process; return the lines that were printed."""
-    options = [*SMALL, "--framework", framework, "--log.run", str(run), "--train.eval_every", "0"]
+    options = [*SMALL, *ONE_LAYER, "--framework", framework, "--log.run", str(run), "--train.eval_every", "0"]
     commands = [["train", *options, *line] for line in lines]
     done = run_python(["-c", RUNS, json.dumps(commands), "--framework", framework])
     assert done.returncode == 0, done.stdout + done.stderr

@@ -25,20 +25,33 @@ GLOO = ["horovodrun", "--gloo"]
 VARIABLES = [*dict.fromkeys(name for names in launcher_env.VARIABLES.values() for name in names if name)]
 VARIABLES += ["HOROVOD_GLOO_RENDEZVOUS_ADDR", "OMPI_MCA_odls_base_sigkill_timeout", launcher_env.SUPERVISED]
 
+# Ranks ask who has sent a signal: to a fork of a warm process, its parent forwards what the launcher sends.
+FORWARDED = """
+import os
+from hvdlm.io import launcher_env
+
+is_launcher = launcher_env.is_open_mpi_launcher
+launcher_env.is_open_mpi_launcher = lambda pid: pid == os.getppid() or is_launcher(pid)
+"""
+
 
 class Launched:
     """Two ranks under a launcher in a process group of its own, as a terminal would start them."""
 
-    def __init__(self, launcher: list[str], framework: str, run: Path, action: str = "pass") -> None:
+    def __init__(
+        self, launcher: list[str], framework: str, run: Path, action: str = "pass", fresh: bool = False
+    ) -> None:
         self.run = run
         self.errors = run.with_suffix(".err")
         options = ["--framework", framework, "--log.run", str(run), *SMALL, *ONE_LAYER]
         options += ["--train.steps", "1000000"]
-        command = [*launcher, "-np", "2", sys.executable, *with_step_hook(action), *options]
-        fresh = environment(HVDLM_TEST_WARM="")  # ranks ask who has sent a signal, and to a fork its server would
+        flag, program = with_step_hook(action)
+        command = [*launcher, "-np", "2", sys.executable, flag, program if fresh else FORWARDED + program, *options]
+        # Launchers are processes of their own, which are sent signals.
+        env = environment(**{"HVDLM_TEST_WARM" if fresh else "HVDLM_TEST_IMPORTS": ""})
         with self.errors.open("w") as errors:
             streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": errors}
-            self.process = subprocess.Popen(command, cwd=ROOT, env=fresh, start_new_session=True, **streams)
+            self.process = subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True, **streams)
 
     def wait_for_steps(self, count: int) -> None:
         path = self.run / "metrics.jsonl"
@@ -66,11 +79,11 @@ class Launched:
 
 @pytest.fixture
 def launched(tmp_path: Path) -> Iterator[SimpleNamespace]:
-    """Return ``start(launcher, framework, action)``; what is left of its processes is ended after the test."""
+    """Return ``start(launcher, framework, action, fresh)``; what is left of its processes is ended after the test."""
     started: list[Launched] = []
 
-    def start(*arguments: object) -> Launched:
-        started.append(Launched(arguments[0], str(arguments[1]), tmp_path / "run", *map(str, arguments[2:])))  # type: ignore[arg-type]
+    def start(launcher: list[str], framework: str, action: str = "pass", fresh: bool = False) -> Launched:
+        started.append(Launched(launcher, framework, tmp_path / "run", action, fresh))
         return started[-1]
 
     yield SimpleNamespace(start=start)
@@ -91,7 +104,7 @@ def launched(tmp_path: Path) -> Iterator[SimpleNamespace]:
 def test_a_run_saves_before_its_launcher_kills_it(
     launched: SimpleNamespace, launcher: list[str], framework: str, number: signal.Signals
 ) -> None:
-    one = launched.start(launcher, framework)
+    one = launched.start(launcher, framework, fresh="horovodrun" in launcher)  # by --mpi, it asks for the real sender
     one.wait_for_steps(3)
     assert one.interrupt(number) != 0
     wait_until(lambda: not one.ranks(), 15)

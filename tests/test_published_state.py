@@ -42,7 +42,7 @@ from hvdlm.parallel.sharded_state import ShardedState
 from hvdlm.parallel.sharding_rules import make_model_shard
 from hvdlm.training.loss_scale import LossScale
 from hvdlm_backends.local import AloneGroup, LocalWorld
-from launching import STEPS, losses, metrics, run_with_faults
+from launching import ONE_LAYER, STEPS, losses, metrics, run_with_faults
 
 KINDS = ["float16", "float32", "float64", ml_dtypes.bfloat16]
 
@@ -334,7 +334,7 @@ def test_a_value_that_is_not_finite_is_never_published(
 ) -> None:
     run = tmp_path / "run"
     rank = 1 if framework == "torch" and ranks > 1 else 0
-    done = run_with_faults(run, framework, ranks, *EVERY_5, damage=[[rank, *damage[:3]] for damage in damages])
+    done = run_with_faults(run, framework, ranks, *EVERY_5, *ONE_LAYER, damage=[[rank, *d[:3]] for d in damages])
     assert done.returncode == 0, done.stderr[-3000:]
     for (from_step, to), (*_, to_step) in zip(rollbacks(run), damages, strict=True):
         assert to == to_step and to_step + 5 <= from_step <= to_step + 10  # saves are refused in the background
@@ -350,7 +350,7 @@ def test_a_run_that_ends_not_finite_fails(framework: str, tmp_path: Path) -> Non
     run = tmp_path / "run"
     fault: dict[str, Any] = {"damage": [[0, 14, "parameters", "nan"]], "again": True}
     options = ("--train.steps", "15", "--model.layers", "1", "--log.sample_tokens", "5")
-    done = run_with_faults(run, framework, 1, *EVERY_5, *options, **fault)
+    done = run_with_faults(run, framework, 1, *EVERY_5, *ONE_LAYER, *options, **fault)
     assert done.returncode == 1
     assert "rollbacks to the checkpoint(s) of step 5, 10 did not help: lower" in done.stderr
     status = read_json(run / "status.json")

@@ -88,7 +88,8 @@ STATEFUL = {
     ("exchange", "framework"),
     [
         *((exchange, "torch") for exchange in STATEFUL),
-        *((exchange, "tensorflow") for exchange in ("top_k", "power_sgd", "streaming_diloco")),
+        *((exchange, "tensorflow") for exchange in ("power_sgd", "streaming_diloco")),
+        case("top_k", "tensorflow", covered_by="torch; the error feedback of power_sgd, which is saved alike"),
         case(
             "diloco", "tensorflow", covered_by="torch: exchanges contain no framework; its momentum, streaming_diloco"
         ),
@@ -170,7 +171,7 @@ def test_a_checkpoint_resumes_in_the_other_framework(curve, killed: Path, tmp_pa
     assert max(abs(a - b) for a, b in zip(whole, resumed, strict=True)) < 1e-3
 
 
-EXAMPLE_STEPS = 100 if "HVDLM_TEST_FULL" in os.environ else 50
+EXAMPLE_STEPS = 100 if "HVDLM_TEST_FULL" in os.environ else 42
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from builders import CONTEXT, FRAMEWORKS, ROWS, both_frameworks, parameters, small_trainable, token_batch, train_steps
+from builders import (
+    CONTEXT,
+    FRAMEWORKS,
+    ROWS,
+    both_frameworks,
+    case,
+    parameters,
+    small_trainable,
+    token_batch,
+    train_steps,
+)
 from hvdlm.config import TrainConfig
 from hvdlm_inference.generation import generate
 from hvdlm_inference.sampling import Sampling, sample
@@ -202,10 +212,11 @@ def test_the_loss_follows_from_the_logits(framework: str, model: str) -> None:
 
 
 RECOMPUTED = {"activation_checkpointing": True}
+IN_TORCH = "gpt in TensorFlow, and lstm in PyTorch; lstm with dropout in test_a_restored_state_continues_bit_for_bit"
+FEW = [("torch", "gpt"), ("torch", "lstm"), ("tensorflow", "gpt"), case("tensorflow", "lstm", covered_by=IN_TORCH)]
 
 
-@both_frameworks
-@pytest.mark.parametrize("model", ["gpt", "lstm"])
+@pytest.mark.parametrize("framework, model", FEW)
 def test_activation_checkpointing_changes_no_result(framework: str, model: str) -> None:
     options = {"dropout": 0.1} | (SHALLOW if model == "lstm" else {})
     plain, sparing = (small_trainable(framework, model, **options, **more) for more in ({}, RECOMPUTED))
@@ -221,8 +232,7 @@ def test_bf16_stays_near_fp32_and_keeps_its_weights_in_fp32(framework: str, mode
     assert all(v.dtype == np.float32 for v in parameters(half).values())
 
 
-@both_frameworks
-@pytest.mark.parametrize("model", ["gpt", "lstm"])
+@pytest.mark.parametrize("framework, model", FEW)
 def test_dropout_is_seeded_and_off_in_evaluation(framework: str, model: str) -> None:
     options = SHALLOW | {"dropout": 0.5}
     first, same = (small_trainable(framework, model, **options) for _ in range(2))
