@@ -67,7 +67,7 @@ def train(
     coding: str = "",
     last: int = 0,
 ) -> Result:
-    """Train with hvdlm's ``options``, one rank on every host, for ``steps`` of two rows a rank.
+    """Train with hvdlm's ``options`` on all ranks, for ``steps`` of two rows a rank.
 
     ``o``: has the model's layers and width. ``coding``: 0 or 1, whether sums around a ring code exponents; else hvdlm's
     choice. ``last``: steps at the end that don't count.
@@ -79,7 +79,7 @@ def train(
         "model.heads": 6,
         "data.context": CONTEXT,
         "data.validation_share": 0.005,  # of the evaluation at the end, which is not measured
-        "train.batch_size": ROWS * hosts.count,
+        "train.batch_size": ROWS * hosts.ranks,
         "train.threads": 1,
         "train.steps": steps,
         "train.eval_every": 0,

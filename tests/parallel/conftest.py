@@ -18,6 +18,7 @@ from hvdlm import plugins
 from hvdlm.config import Config
 from hvdlm.configuration.availability import choose_backend
 from hvdlm.io import rank_context
+from hvdlm.parallel.mesh import Mesh
 from hvdlm.protocols.world import World
 from launching import BACKEND, FRAMEWORK, RANKS
 
@@ -81,7 +82,8 @@ def start_world(config: Config, name: str) -> World:
     backend = plugins.make(loaded(name), "backend", name)
     _, size, _, _ = backend.launch_shape()
     config.train.threads = backend.prepare(config)
-    groups = {ranks: None for mesh in meshes(size) for ranks in mesh.groups()}
+    nodes = [Mesh(size, 1, 1, 2)] if size == 4 else []  # sums in two levels
+    groups = {ranks: None for mesh in [*meshes(size), *nodes] for ranks in mesh.groups()}
     manager = loaded(FRAMEWORK)
     manager.hook.hvdlm_prepare(config=config)
     return backend.start(plugins.make(manager, "framework", FRAMEWORK), list(groups), config)
