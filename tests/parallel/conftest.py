@@ -48,6 +48,8 @@ def covered_by(file: str, test: str) -> str:
             return "two processes, and PyTorch in threads"
     if launch == ("tensorflow", 4, "threads") and file in EQUATIONS:
         return "two ranks in threads, and four of PyTorch"
+    if launch == ("tensorflow", 4, "threads") and file == "test_two_level.py":
+        return "four processes, and PyTorch in threads"
     computes = launch in (("torch", 4, "threads"), ("tensorflow", 2, ""))
     wire = test == "test_the_wire_is_measured_alike_on_all_ranks" and BACKEND != "threads"
     if file == "test_automatic.py" and not computes and not wire:
