@@ -123,7 +123,7 @@ def make_two_level(
     from hvdlm.communication.all_reduce import AllReduceExchange
 
     per_node = config.parallel.data_per_node
-    node, place = divmod(index, per_node)
+    node, position = divmod(index, per_node)
     within, across = (subgroup(ranks) for ranks in levels(group.ranks, group.ranks[index], per_node))
     # Their collectives are counted as those of the whole axis, by the name's purpose.
     within.traffic = across.traffic = group.traffic
@@ -131,7 +131,7 @@ def make_two_level(
     sums = replace(config.communication, reduction="average", predivide=1.0)
     own = replace(config, communication=sums)
     between = make_compressed(across, own, compressors, node) or AllReduceExchange(across, sums)
-    return imported("two_level").TwoLevelExchange(group, within, between, config.communication, place)
+    return imported("two_level").TwoLevelExchange(group, within, between, config.communication, position)
 
 
 def make_outer(

@@ -18,24 +18,24 @@ from hvdlm.protocols.types import Tensor
 class TwoLevelExchange(AllReduceExchange):
     """Sums a bucket within each node, by shards; sums each shard between the nodes; gathers the shards in each node.
 
-    Every rank of a node sends its shard of the node's sum, compressed by ``between``, to the ranks in its place on the
-    other nodes, as 2D-Torus all-reduce (Mikami et al. 2018, section 2.2) does with whole shards: nodes exchange 1 / n
-    of the bytes per rank, and what they compress is one gradient for every node.
+    Every rank of a node sends its shard of the node's sum, compressed by ``between``, to the ranks with its position on
+    the other nodes, as 2D-Torus all-reduce (Mikami et al. 2018, section 2.2) does with whole shards: nodes exchange
+    1 / n of the bytes per rank, and what they compress is one gradient for every node.
     """
 
     def __init__(
-        self, group: Group, within: Group, between: AllReduceExchange, options: CommunicationConfig, place: int
+        self, group: Group, within: Group, between: AllReduceExchange, options: CommunicationConfig, position: int
     ) -> None:
-        """Sum over ``group``; ``within``: this rank's node, on which it has the index ``place``."""
+        """Sum over ``group``; ``within``: this rank's node, on which it has the index ``position``."""
         super().__init__(group, options)
         self._within = within
         self._between = between
-        self._place = place
+        self._position = position
         self._in_flight: list[_TwoLevelSum] = []
 
     def open(self, layout: FlatLayout, parameters: np.ndarray) -> None:
         """Open the sums between nodes, of this rank's shards."""
-        shards = shard_layout(layout, self._place, len(self._within.ranks))
+        shards = shard_layout(layout, self._position, len(self._within.ranks))
         self._between.open(shards, np.zeros(shards.size, np.float32))
 
     def begin(self, step: int) -> Hashable:
@@ -105,8 +105,8 @@ class _TwoLevelSum:
         return whole_bucket if whole_bucket.shape[0] == self._length else whole_bucket[: self._length]
 
 
-def shard_layout(layout: FlatLayout, place: int, ranks: int) -> FlatLayout:
-    """Return the layout of shard ``place`` of ``ranks`` of every bucket, in the same buckets.
+def shard_layout(layout: FlatLayout, position: int, ranks: int) -> FlatLayout:
+    """Return the layout of shard ``position`` of ``ranks`` of every bucket, in the same buckets.
 
     A slot holds the elements of one parameter that are in the shard; the zeros that pad a bucket have one of their own.
     """
@@ -115,7 +115,7 @@ def shard_layout(layout: FlatLayout, place: int, ranks: int) -> FlatLayout:
     for index, (first, last) in enumerate(layout.buckets):
         begin, end = layout.bucket_range(index)
         length = -(-(end - begin) // ranks)
-        low = begin + place * length
+        low = begin + position * length
         start = slots[-1].stop if slots else 0
         before, filled = len(slots), start
         for slot in layout.slots[first:last]:

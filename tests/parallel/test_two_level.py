@@ -53,11 +53,11 @@ def reference(algorithm: str, vectors: np.ndarray) -> np.ndarray:
     of_nodes = vectors.reshape(steps, ranks // PER_NODE, PER_NODE, SIZE).sum(2)
     shards = of_nodes.reshape(steps, ranks // PER_NODE, PER_NODE, SIZE // PER_NODE)
     total = shards.sum(1)
-    for place, (start, stop) in enumerate(COMPRESSED if algorithm != "none" else []):
-        sent = shards[:, :, place, start:stop]
+    for position, (start, stop) in enumerate(COMPRESSED if algorithm != "none" else []):
+        sent = shards[:, :, position, start:stop]
         rule = references.DGC(sent.shape[1], stop - start, 0.9, 3.0, 2) if algorithm == "dgc" else None
         rule = rule or getattr(references, algorithm)
-        total[:, place, start:stop] = references.with_feedback(rule, sent, algorithm not in {*UNBIASED, "dgc"})
+        total[:, position, start:stop] = references.with_feedback(rule, sent, algorithm not in {*UNBIASED, "dgc"})
     return total.reshape(steps, SIZE)
 
 
@@ -91,8 +91,8 @@ def test_bytes_are_counted_by_level(manager: Any, world: World, tensor: Any) -> 
         before = snapshot(exchange.traffic)
         run(exchange, world, tensor, gradients(world.size, SIZE)[:1])
         sent[algorithm] = by_axis(since(exchange.traffic, before))
-    place = world.rank % PER_NODE
-    start, stop = COMPRESSED[place]
+    position = world.rank % PER_NODE
+    start, stop = COMPRESSED[position]
     blocks, dense = -(-(stop - start) // 256), SIZE // PER_NODE - (stop - start)
     assert {axes["node"] for axes in sent.values()} == {4 * SIZE + 4 * SIZE // PER_NODE}
     assert sent["none"]["data"] == 4 * SIZE // PER_NODE
