@@ -39,7 +39,7 @@ def build_gpt(
     mesh = make_mesh(backend.launch_shape()[1], config.parallel)
     world = backend.start(framework, mesh.groups(), config)
     group = world.group(mesh.group("data", world.rank))
-    settings: dict[str, Any] = {"compressors": {}, "index": world.rank}
+    settings: dict[str, Any] = {"compressors": {}, "index": world.rank, "subgroup": world.group}
     exchange = plugins.make(manager, "exchange", "all_reduce", group=group, config=config, **settings)
     spec = PRESETS["gpt"](config.model, VOCAB, o.context)
     return world, framework.build(spec, mesh, world, exchange, config)

@@ -59,8 +59,8 @@ def check() -> None:
 class Hosts:
     """The hosts and the network between them; ``open_hosts`` opens and closes it."""
 
-    def __init__(self, folder: Path, count: int) -> None:
-        self.count = count
+    def __init__(self, folder: Path, count: int, per_host: int) -> None:
+        self.count, self.ranks = count, count * per_host
         self._agent = folder / "agent"
         letters = [chr(ord("a") + number) for number in range(count)]
         self._names = [f"hvdlm-{os.getpid()}-{letter}" for letter in letters]
@@ -106,13 +106,15 @@ class Hosts:
         return [int(_run("ip", "netns", "exec", name, "cat", path)) for name in self._names]
 
     def command(self, arguments: Sequence[str]) -> list[str]:
-        """Return the command that runs ``python ARGUMENTS`` as one rank on each host."""
+        """Return the command that runs ``python ARGUMENTS`` on all ranks."""
         mpirun = shutil.which("mpirun") or "mpirun"
         subnet = f"{NETWORK}.0/24"
-        options = ["--prefix", str(Path(mpirun).resolve().parent.parent), "--host", ",".join(self.addresses)]
-        options += ["-np", str(self.count), "--bind-to", "none"]
+        per_host = self.ranks // self.count
+        options = ["--prefix", str(Path(mpirun).resolve().parent.parent)]
+        options += ["--host", ",".join(f"{address}:{per_host}" for address in self.addresses)]
+        options += ["-np", str(self.ranks), "--bind-to", "none"]
         options += ["--mca", "plm_rsh_agent", str(self._agent), "--mca", "plm_rsh_no_tree_spawn", "1"]
-        options += ["--mca", "btl", "tcp,self"]
+        options += ["--mca", "btl", "tcp,self,vader" if per_host > 1 else "tcp,self"]  # vader: memory of one host
         options += ["--mca", "btl_tcp_if_include", subnet, "--mca", "oob_tcp_if_include", subnet]
         # The hosts share the cores of this machine, which neither MPI nor hvdlm can see.
         options += ["--mca", "mpi_yield_when_idle", "1", "-x", "TF_CPP_MIN_LOG_LEVEL"]
@@ -121,7 +123,7 @@ class Hosts:
     def run(
         self, arguments: Sequence[str], timeout: float = 600, variables: Mapping[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
-        """Run ``python ARGUMENTS`` as one rank on each host, with these environment variables."""
+        """Run ``python ARGUMENTS`` on all ranks, with these environment variables."""
         command, env = self.command(arguments), {**environment(), **(variables or {})}
         return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
 
@@ -144,8 +146,8 @@ def _run(*command: str) -> str:
 
 
 @contextlib.contextmanager
-def open_hosts(count: int = 2) -> Iterator[Hosts]:
-    """Create ``count`` hosts, 2 to 16, and remove them however the block ends.
+def open_hosts(count: int = 2, per_host: int = 1) -> Iterator[Hosts]:
+    """Create ``count`` hosts, 2 to 16, for ``per_host`` ranks each, and remove them however the block ends.
 
     Raises:
         Missing: this machine can't have them.
@@ -154,7 +156,7 @@ def open_hosts(count: int = 2) -> Iterator[Hosts]:
     check()
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory(prefix="hvdlm-hosts-") as folder:
-        hosts = Hosts(Path(folder), count)
+        hosts = Hosts(Path(folder), count, per_host)
         try:
             hosts.open()
             yield hosts

@@ -44,6 +44,7 @@ NAMES = [
     "dense_sums",
     "auto",
     "slow_network",
+    "two_levels",
     "planner",
     "planner_search",
 ]

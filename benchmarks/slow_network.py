@@ -65,12 +65,13 @@ def train(
     steps: int,
     o: argparse.Namespace,
     coding: str = "",
+    first: int = UNCOUNTED,
     last: int = 0,
 ) -> Result:
-    """Train with hvdlm's ``options``, one rank on every host, for ``steps`` of two rows a rank.
+    """Train with hvdlm's ``options`` on all ranks, for ``steps`` of two rows a rank.
 
     ``o``: has the model's layers and width. ``coding``: 0 or 1, whether sums around a ring code exponents; else hvdlm's
-    choice. ``last``: steps at the end that don't count.
+    choice. ``first``, ``last``: steps at the beginning and at the end that don't count.
     """
     settings = {
         "framework": framework,
@@ -79,7 +80,7 @@ def train(
         "model.heads": 6,
         "data.context": CONTEXT,
         "data.validation_share": 0.005,  # of the evaluation at the end, which is not measured
-        "train.batch_size": ROWS * hosts.count,
+        "train.batch_size": ROWS * hosts.ranks,
         "train.threads": 1,
         "train.steps": steps,
         "train.eval_every": 0,
@@ -98,7 +99,7 @@ def train(
             sys.exit(f"{framework}, {' '.join(options)} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
         lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
         summary = json.loads((Path(folder) / "summary.json").read_text())
-    measured = [line for line in lines if "loss" in line and UNCOUNTED < line["step"] <= steps - last]
+    measured = [line for line in lines if "loss" in line and first < line["step"] <= steps - last]
     tokens = statistics.mean(line["tokens"] for line in measured)
     seconds = statistics.mean(line["seconds"] for line in measured)
     return Result(tokens / seconds, summary["parameters"], interface_bytes, summary["bytes_communicated"])

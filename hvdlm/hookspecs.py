@@ -6,7 +6,7 @@ than None is used. Event hooks are called in every plugin on every rank; plugins
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pluggy
@@ -56,11 +56,17 @@ def hvdlm_make_backend(name: str) -> Backend | None:
 
 @hookspec(firstresult=True)
 def hvdlm_make_exchange(
-    name: str, group: Group, config: Config, compressors: Mapping[str, CompressorMaker], index: int
+    name: str,
+    group: Group,
+    config: Config,
+    compressors: Mapping[str, CompressorMaker],
+    index: int,
+    subgroup: Callable[[Sequence[int]], Group],
 ) -> Exchange | None:
     """Return the exchange of this name over ``group``, the ranks of the data axis, in which this rank has ``index``.
 
-    ``compressors``: those of all registered plugins.
+    ``compressors``: those of all registered plugins. ``subgroup``: returns the group of a level's ranks
+    (``parallel.data_per_node``).
     """
 
 

@@ -102,7 +102,7 @@ def check_keras(config: Config) -> None:
     """
     options, keras = config.communication, sys.modules.get("keras")
     compressed = options.auto or (options.compression.algorithm, options.exchange) != ("none", "all_reduce")
-    compressed = compressed or config.parallel.zero_gather in ("bf16", "int8")
+    compressed = compressed or config.parallel.zero_gather in ("bf16", "int8") or config.parallel.data_per_node > 1
     wanted = os.environ.get("KERAS_BACKEND")
     if keras is None or not (compressed or config.train.optimizer not in OPTIMIZER_STATE):
         return

@@ -52,6 +52,7 @@ RUNS = [
     ("start", ["torch"], 1),
     ("streaming", ["torch"], 3),
     ("tensorflow_chunks", [], 2),
+    ("two_levels", ["torch"], 2),
     ("waiting_threads", ["torch"], 4),
     ("without_horovod", ["torch"], 1),
     case(

@@ -122,7 +122,14 @@ def train_on(ranks: int, config: Config, steps: int = 3) -> tuple[list[tuple[flo
         framework = plugins.make(manager, "framework", config.framework)
         group = world.group(range(ranks))
         exchange = plugins.make(
-            manager, "exchange", "all_reduce", group=group, config=config, compressors={}, index=world.rank
+            manager,
+            "exchange",
+            "all_reduce",
+            group=group,
+            config=config,
+            compressors={},
+            index=world.rank,
+            subgroup=world.group,
         )
         trainable = framework.build(spec, mesh, world, exchange, config)
         own = rows // ranks

@@ -12,12 +12,14 @@ AXIS_OF = {
     "gradients": "data",
     "parameters": "data",
     "metrics": "data",
+    "node": "node",
     "tensor": "tensor",
     "pipeline": "pipeline",
     "tied": "pipeline",
     "norm": "model",
 }
-"""The mesh axis of a collective's purpose (the first word of its name); ``model``: all ranks that hold one copy."""
+"""The mesh axis of a collective's purpose (the first word of its name); ``model``: all ranks that hold one copy;
+``node``: the data axis's ranks of one node, where those of different nodes are summed by themselves."""
 
 
 def by_axis(traffic: Mapping[str, Traffic]) -> dict[str, int]:

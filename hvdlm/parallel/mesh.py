@@ -16,11 +16,13 @@ class Mesh:
     """The ranks as a box; rank r has the coordinates of element r in row-major order.
 
     The tensor axis is the last, so that its ranks are neighbours, which launchers place on one node.
+    ``data_per_node``: as many consecutive ranks of the data axis are a level of their own; 1: there are no levels.
     """
 
     data: int
     pipeline: int
     tensor: int
+    data_per_node: int = 1
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -61,6 +63,8 @@ class Mesh:
             groups.setdefault(self.group(axis, rank))
         for rank in range(self.size):
             groups.setdefault(self.model_group(rank))
+            for level in levels(self.group("data", rank), rank, self.data_per_node) if self.data_per_node > 1 else ():
+                groups.setdefault(level)
         if self.pipeline > 1:
             for rank, stage in product(range(self.size), range(self.pipeline)):
                 groups.setdefault(self.pair(rank, stage))
@@ -84,7 +88,19 @@ def make_mesh(size: int, config: ParallelConfig) -> Mesh:
             f"parallel: {data} x {config.pipeline} x {config.tensor} (data x pipeline x tensor) is not the {size} "
             f"rank(s) that were started; possible: {', '.join(fits[:24])}."
         )
-    return Mesh(data, config.pipeline, config.tensor)
+    if data % config.data_per_node:
+        raise HvdlmError(
+            f"parallel.data_per_node {config.data_per_node} doesn't divide the {data} data-parallel rank(s): choose "
+            f"one of {', '.join(str(n) for n in range(1, data + 1) if data % n == 0)}."
+        )
+    return Mesh(data, config.pipeline, config.tensor, config.data_per_node)
+
+
+def levels(line: tuple[int, ...], rank: int, per_node: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the ranks of a data axis's ``line`` on the node of ``rank``, and those in its place on every node."""
+    index = line.index(rank)
+    first = index - index % per_node
+    return line[first : first + per_node], line[index % per_node :: per_node]
 
 
 def bounds(length: int, size: int, index: int) -> tuple[int, int]:

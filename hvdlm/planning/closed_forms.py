@@ -153,9 +153,8 @@ class Step:
         """Return whether gradients are summed whole at every step, or with ZeRO by a built-in compressor."""
         c = self.config.communication
         known = ("none", *KNOWN) if self.zero else ("none",)
-        return (
-            c.compression.algorithm in known and c.exchange == "all_reduce" and c.reduction not in ("adasum", "exact")
-        )
+        whole = c.exchange == "all_reduce" and c.reduction not in ("adasum", "exact") and self.mesh.data_per_node == 1
+        return whole and c.compression.algorithm in known
 
     def memory(self) -> dict[str, int]:
         """Return bytes of parameters, gradients, optimizer and activations."""

@@ -61,7 +61,7 @@ def work_of(
 
     ``moments``: as in ``closed_form``. ``fused``: whether element-wise operations are compiled.
     """
-    if spec.kind not in ("gpt", "rnn") or (mesh.data > 1 and config.communication.exchange not in KNOWN_EXCHANGES):
+    if spec.kind not in ("gpt", "rnn") or (mesh.data > 1 and not _is_known(config)):
         return None
     moments = len(optimizer_state(config.train)) if moments is None else moments
     step = Step(config, spec, mesh, rank, habits or Habits(), moments)
@@ -94,8 +94,14 @@ def work_of(
     )
 
 
+def _is_known(config: Config) -> bool:
+    return config.communication.exchange in KNOWN_EXCHANGES and config.parallel.data_per_node == 1
+
+
 def unknown(config: Config, spec: ModelSpec) -> str:
     """Return, in words, why ``work_of`` knows no work."""
+    if config.parallel.data_per_node > 1:
+        return "sums in two levels (parallel.data_per_node) are not known"
     if config.communication.exchange not in KNOWN_EXCHANGES:
         return f"what exchange {config.communication.exchange} sends is not known"
     return f"the work of a {spec.kind} is not known, only that of gpt and rnn models"

@@ -23,6 +23,7 @@ class Rates:
         total_seconds: wall time.
         total_comm_seconds: time that this rank was blocked by communication.
         total_comm_bytes: bytes that this rank passed to collectives.
+        total_node_bytes: those of sums within a node, where sums have two levels.
         transfer_seconds: time of collectives, hidden behind computation or not.
         steps_without_transfer: steps whose backend doesn't measure transfer_seconds.
         total_data_seconds: time that this rank waited for batches.
@@ -35,6 +36,7 @@ class Rates:
     total_seconds: float = 0.0
     total_comm_seconds: float = 0.0
     total_comm_bytes: int = 0
+    total_node_bytes: int = 0
     transfer_seconds: float = 0.0
     steps_without_transfer: int = 0
     total_data_seconds: float = 0.0
@@ -49,6 +51,7 @@ class Rates:
             self.total_seconds + seconds,
             self.total_comm_seconds + result.comm_seconds,
             self.total_comm_bytes + result.comm_bytes,
+            self.total_node_bytes + result.axis_bytes.get("node", 0),
             self.transfer_seconds + (result.transfer_seconds or 0.0),
             self.steps_without_transfer + (result.transfer_seconds is None),
             self.total_data_seconds + result.data_seconds,
@@ -95,8 +98,12 @@ class Rates:
 
     @property
     def compression(self) -> float | None:
-        """Bytes of dense float32 gradients at every step, divided by the bytes communicated; None where none were."""
-        return self.gradient_bytes * self.steps / self.total_comm_bytes if self.total_comm_bytes else None
+        """Bytes of dense float32 gradients at every step, divided by the bytes communicated; None where none were.
+
+        Of sums in two levels, the bytes between nodes count.
+        """
+        sent = self.total_comm_bytes - self.total_node_bytes
+        return self.gradient_bytes * self.steps / sent if sent else None
 
     @property
     def overlap(self) -> float | None:

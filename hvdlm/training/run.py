@@ -131,6 +131,7 @@ def load_plugins(config: Config, *names: str) -> pluggy.PluginManager:
     """
     plugins.require(config.plugins)
     compression = config.communication.compression.algorithm
+    sums = config.parallel.zero_gather or config.parallel.data_per_node > 1
     used: Iterable[str] = (
         config.framework,
         *names,
@@ -142,7 +143,7 @@ def load_plugins(config: Config, *names: str) -> pluggy.PluginManager:
         *(("samples",) if config.log.sample_tokens else ()),
         *(("profile",) if config.log.profile is not None else ()),
         *config.plugins,
-        *(("compression", compression) if compression != "none" or config.parallel.zero_gather else ()),
+        *(("compression", compression) if compression != "none" or sums else ()),
         *(("exact",) if config.communication.reduction == "exact" else ()),
         *(("auto", "compression") if config.communication.auto or config.communication.max_loss_gap else ()),
     )
@@ -331,6 +332,7 @@ def build(connected: Connected) -> Run:
         config=config,
         compressors=plugins.provided(manager, "compressors"),
         index=group.ranks.index(world.rank),
+        subgroup=world.group,
     )
     if config.model.pretrained and not checkpoint and base is None:
         spec = open_pretrained(config.model.pretrained, config.plugins).attach(spec)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import platform
 from typing import Any
 
 from hvdlm.config import Config
 from hvdlm.errors import HvdlmError
+from hvdlm.io.launcher_env import detect
 from hvdlm.models.spec import ModelSpec
 from hvdlm.planning.zero_payloads import gathered_as
 
@@ -33,6 +35,45 @@ def check_compression(config: Config, spec: ModelSpec) -> None:
         raise HvdlmError(
             "communication.compression.momentum takes the place of train.momentum, both would count it twice: "
             "set --train.momentum 0."
+        )
+
+
+def check_levels(config: Config) -> None:
+    """Check what is summed in two levels, and that nodes have as many ranks.
+
+    Raises:
+        HvdlmError: the first combination that is not supported, or a node with fewer ranks.
+    """
+    parallel, options = config.parallel, config.communication
+    if parallel.data_per_node == 1:
+        return
+    levels, algorithm = f"parallel.data_per_node {parallel.data_per_node}", options.compression.algorithm
+    wanted: dict[str, tuple[Any, Any, str]] = {
+        "communication.exchange": (options.exchange, "all_reduce", "it is not a sum of gradients at every step"),
+        "communication.auto": (options.auto, False, "it measures one network"),
+        "parallel.zero": (parallel.zero, 0, "ZeRO's shards are those of all data-parallel ranks"),
+    }
+    for key, (value, needed, reason) in wanted.items():
+        if value != needed:
+            raise HvdlmError(
+                f"{key} {value} can't be summed in two levels, as {levels} asks for: {reason}; set --{key} {needed}."
+            )
+    if options.reduction not in ("average", "sum"):
+        raise HvdlmError(
+            f"{levels} sums in two levels, and communication.reduction {options.reduction} has an order of its own: "
+            "--communication.reduction average, or --parallel.data_per_node 1."
+        )
+    if algorithm == "power_sgd":
+        raise HvdlmError(
+            f"{levels} sums shards of buckets between nodes, and compression power_sgd whole matrices: choose another, "
+            "for example int8, or --parallel.data_per_node 1."
+        )
+    launch = detect()
+    needed = parallel.data_per_node * parallel.pipeline * parallel.tensor
+    if launch is not None and launch.local_size % needed:
+        raise HvdlmError(
+            f"{levels} needs a multiple of {needed} ranks on every node, and {platform.node()} has "
+            f"{launch.local_size}: set it to the data-parallel ranks that a node has."
         )
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from hvdlm import hookimpl
 from hvdlm.config import CompressionConfig, Config
+from hvdlm.parallel.mesh import levels
 from hvdlm.planning.zero_payloads import gathered_as
 from hvdlm.plugins import keras_alone
 from hvdlm.protocols.compressor import Compressor, CompressorMaker
@@ -54,16 +56,27 @@ def hvdlm_compressors() -> Mapping[str, CompressorMaker]:
 @hookimpl
 def hvdlm_check(config: Config, spec: Any) -> None:
     """Refuse combinations of options that compression does not support."""
+    checks.check_levels(config)
     checks.check_compression(config, spec)
 
 
 @hookimpl(tryfirst=True)
 def hvdlm_make_exchange(
-    name: str, group: Group, config: Config, compressors: Mapping[str, CompressorMaker], index: int
+    name: str,
+    group: Group,
+    config: Config,
+    compressors: Mapping[str, CompressorMaker],
+    index: int,
+    subgroup: Callable[[Sequence[int]], Group],
 ) -> Any:
-    """Return the exchange ``all_reduce`` where gradients are compressed; called before the core's own hook."""
+    """Return the exchange ``all_reduce`` where gradients are compressed or summed in two levels.
+
+    Called before the core's own hook.
+    """
     if name != "all_reduce":
         return None
+    if 1 < config.parallel.data_per_node < len(group.ranks):
+        return make_two_level(group, config, compressors, index, subgroup)
     if config.parallel.zero and len(group.ranks) > 1:
         return make_zero(group, config, compressors, index)
     return make_compressed(group, config, compressors, index)
@@ -94,6 +107,31 @@ def make_compressed(group: Group, config: Config, compressors: Mapping[str, Comp
     maker = compressors[options.compression.algorithm]
     compressor = maker(options.compression, config.train.seed, group_rank, len(group.ranks))
     return imported("exchange").CompressedExchange(group, compressor, options)
+
+
+def make_two_level(
+    group: Group,
+    config: Config,
+    compressors: Mapping[str, CompressorMaker],
+    index: int,
+    subgroup: Callable[[Sequence[int]], Group],
+) -> Any:
+    """Return the exchange that sums within nodes, and between them compressed where ``config`` says so.
+
+    ``subgroup``: returns the group of some ranks of ``group``.
+    """
+    from hvdlm.communication.all_reduce import AllReduceExchange
+
+    per_node = config.parallel.data_per_node
+    node, position = divmod(index, per_node)
+    within, across = (subgroup(ranks) for ranks in levels(group.ranks, group.ranks[index], per_node))
+    # Their collectives are counted as those of the whole axis, by the name's purpose.
+    within.traffic = across.traffic = group.traffic
+    # The sum over all ranks is divided and multiplied once, by the two-level exchange.
+    sums = replace(config.communication, reduction="average", predivide=1.0)
+    own = replace(config, communication=sums)
+    between = make_compressed(across, own, compressors, node) or AllReduceExchange(across, sums)
+    return imported("two_level").TwoLevelExchange(group, within, between, config.communication, position)
 
 
 def make_outer(

@@ -84,7 +84,13 @@ class RunScorer:
         manager = plugins.load([run.framework, "local", exchange_name, *run.plugins])
         framework = plugins.make(manager, "framework", run.framework)
         world = plugins.make(manager, "backend", "local").start(framework, [(0,)], config)
-        arguments = {"group": world.group((0,)), "config": config, "compressors": {}, "index": 0}
+        arguments = {
+            "group": world.group((0,)),
+            "config": config,
+            "compressors": {},
+            "index": 0,
+            "subgroup": world.group,
+        }
         exchange = plugins.make(manager, "exchange", exchange_name, **arguments)
         trainable = framework.build(self._spec, make_mesh(1, config.parallel), world, exchange, config)
         parameters = {name: shard for name, shard in trainable.shards().items() if name.startswith("parameters/")}

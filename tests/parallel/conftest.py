@@ -18,6 +18,7 @@ from hvdlm import plugins
 from hvdlm.config import Config
 from hvdlm.configuration.availability import choose_backend
 from hvdlm.io import rank_context
+from hvdlm.parallel.mesh import Mesh
 from hvdlm.protocols.world import World
 from launching import BACKEND, FRAMEWORK, RANKS
 
@@ -47,6 +48,8 @@ def covered_by(file: str, test: str) -> str:
             return "two processes, and PyTorch in threads"
     if launch == ("tensorflow", 4, "threads") and file in EQUATIONS:
         return "two ranks in threads, and four of PyTorch"
+    if launch == ("tensorflow", 4, "threads") and file == "test_two_level.py":
+        return "four processes, and PyTorch in threads"
     computes = launch in (("torch", 4, "threads"), ("tensorflow", 2, ""))
     wire = test == "test_the_wire_is_measured_alike_on_all_ranks" and BACKEND != "threads"
     if file == "test_automatic.py" and not computes and not wire:
@@ -81,7 +84,8 @@ def start_world(config: Config, name: str) -> World:
     backend = plugins.make(loaded(name), "backend", name)
     _, size, _, _ = backend.launch_shape()
     config.train.threads = backend.prepare(config)
-    groups = {ranks: None for mesh in meshes(size) for ranks in mesh.groups()}
+    nodes = [Mesh(size, 1, 1, 2)] if size == 4 else []  # sums in two levels
+    groups = {ranks: None for mesh in [*meshes(size), *nodes] for ranks in mesh.groups()}
     manager = loaded(FRAMEWORK)
     manager.hook.hvdlm_prepare(config=config)
     return backend.start(plugins.make(manager, "framework", FRAMEWORK), list(groups), config)

@@ -56,7 +56,11 @@ def build(world: World, mesh: Mesh, config: Config, vocab: int = VOCAB) -> Any:
     spec = configured_spec(config, vocab)
     manager.hook.hvdlm_check(config=config, spec=spec)
     group = world.group(mesh.group("data", world.rank))
-    context = {"compressors": plugins.provided(manager, "compressors"), "index": group.ranks.index(world.rank)}
+    context = {
+        "compressors": plugins.provided(manager, "compressors"),
+        "index": group.ranks.index(world.rank),
+        "subgroup": world.group,
+    }
     exchange = plugins.make(manager, "exchange", "all_reduce", group=group, config=config, **context)
     return plugins.make(manager, "framework", FRAMEWORK).build(spec, mesh, world, exchange, config)
 

@@ -21,6 +21,7 @@ def check_exchange(harness: Harness, plugin: PluginUnderTest, member: str, findi
     config = harness.config(plugin)
     config.model.name, config.communication.exchange = "rnn", plugin.name
     arguments = {"compressors": plugins.provided(harness.manager, "compressors"), "index": harness.world.rank}
+    arguments["subgroup"] = harness.world.group
     make = harness.manager.hook.hvdlm_make_exchange
     exchange = make(name=plugin.name, group=harness.group, config=config, **arguments)
     if exchange is None:
