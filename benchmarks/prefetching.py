@@ -17,16 +17,18 @@ from argparse import Namespace
 from pathlib import Path
 
 from harness import FOLDER, Bar, Rounds, flags, make_parser, parse, report, report_ratio, run_worker, skip
+from loop_overhead import SHORT_SIZES, SIZES
 
 SHARE, SAVED = Bar(at_most=0.01), Bar(at_most=0.95)
-FULL = {"rounds": 20, "block": 20, "ranks": 2, "delay": 0.02}
-SHORT = {"rounds": 1, "block": 2}
+FULL = SIZES | {"rounds": 20, "block": 20, "ranks": 2, "delay": 0.02}  # SIZES: the example's, too
+SHORT = SHORT_SIZES | {"rounds": 1, "block": 2}
 UNCOUNTED = 2  # rounds, in which graphs are built and caches fill
 
 
 def measure(framework: str, text: Path, o: Namespace, delay: float) -> tuple[Rounds, list[Rounds]]:
     """Return the seconds of every round and, of each rank, the shares of waiting: with ``data.prefetch``, without."""
     sizes = {"rounds": o.rounds + UNCOUNTED, "block": o.block, "delay": delay}
+    sizes |= {name: getattr(o, name) for name in SIZES}
     with tempfile.TemporaryDirectory() as folder:
         options = ["--framework", framework, "--text", str(text), "--folder", folder, *flags(sizes)]
         values = run_worker("prefetching_worker.py", o.ranks, options)

@@ -54,13 +54,14 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     for name in ("framework", "text", "folder"):
         parser.add_argument(f"--{name}")
-    for name in ("rounds", "block"):
+    for name in ("rounds", "block", "layers", "width"):
         parser.add_argument(f"--{name}", type=int)
     parser.add_argument("--delay", type=float, help="seconds added to reading a batch")
     o = parser.parse_args()
     config = Config.load(FOLDER.parent / "examples" / "shakespeare_char.yaml")
     config.framework, config.data.path, config.data.cache = o.framework, o.text, o.folder
     config.train.steps, config.train.eval_every, config.train.threads = 2 * o.rounds * o.block, 0, 1
+    config.model.layers, config.model.width = o.layers, o.width
     config.checkpoint.every, config.log.progress = 0, False
     config.data.validation_share = 0.01  # of the evaluation at the end, which isn't measured
     config.log.run, config.log.overwrite = f"{o.folder}/run", True

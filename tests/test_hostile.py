@@ -516,7 +516,7 @@ LAUGHS = "a: &a [x, x]\n" + "".join(
 )
 def test_invalid_configurations_are_refused(text: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(text)
-    for read in (lambda: parsing.parse_config(["--config", str(tmp_path / "a.yaml")], {}), lambda: run(tmp_path)):
+    for read in (lambda: parsing.parse_config(["--config", str(tmp_path / "a.yaml")]), lambda: run(tmp_path)):
         (tmp_path / "config.yaml").write_text(text)
         with pytest.raises(HvdlmError, match=words) as caught:
             read()
@@ -530,7 +530,7 @@ def run(folder: Path) -> None:
 def test_unusual_but_valid_configurations_are_accepted(tmp_path: Path) -> None:
     text = "log: {run: 2026-11-24, sample_prompt: '*ROMEO*: [ & {'}\ntrain: {learning_rate: 1e-3}\n"
     (tmp_path / "a.yaml").write_text(text + "data: {path: [a*.txt, 'b&c']}\n")
-    config = parsing.parse_config(["--config", str(tmp_path / "a.yaml")], {})
+    config = parsing.parse_config(["--config", str(tmp_path / "a.yaml")])
     assert config.log.run == "2026-11-24" and config.log.sample_prompt == "*ROMEO*: [ & {"
     assert config.train.learning_rate == 1e-3 and config.data.paths == ["a*.txt", "b&c"]
 

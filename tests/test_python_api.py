@@ -8,6 +8,7 @@ import random
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -108,6 +109,17 @@ def test_a_configuration_is_loaded_from_files_and_mappings(tmp_path: Path) -> No
     assert hvdlm.Config.load({"model": {"layers": 3}, "train.steps": 9}) == parsed
     plugin = hvdlm.Config.load({"task": "translation", "translation.beams": 3})
     assert plugin.plugin_options["translation"].beams == 3 and hvdlm.Config.load(plugin) == plugin
+
+
+def test_configurations_share_no_values_and_load_in_threads() -> None:
+    config, before = hvdlm.Config.load(), hvdlm.Config.load()
+    config.plugins.append("x")
+    config.data.path.append("y")
+    config.model.layers += 1
+    assert hvdlm.Config.load() == before == hvdlm.Config()
+    with ThreadPoolExecutor(8) as pool:
+        loaded = pool.map(lambda steps: hvdlm.Config.load({"train.steps": steps, "data.path": [str(steps)]}), range(40))
+        assert [(one.train.steps, one.data.path) for one in loaded] == [(n, [str(n)]) for n in range(40)]
 
 
 @pytest.mark.parametrize(

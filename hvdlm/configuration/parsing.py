@@ -6,6 +6,7 @@ command line, so that it is read once and later options override it.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -86,18 +87,18 @@ def parse_config(arguments: list[str], command: str = "[train]") -> Config:
     """
     files = {name: read_yaml(Path(name)) for name in values_of("--config", arguments)}
     plugins = plugin_options(arguments, files.values())
-    parser = config_parser(command, plugins)
+    parser = config_parser(command, tuple(plugins.items()))
     for name, content in files.items():
         schema.check_mapping(content, parser.known, f"--config {name}")
     expanded = list(_expand_files(arguments, files, parser.known))
     parsed = parser.instantiate_classes(parser.parse_args(expanded))
-    options = {section: parsed[section] for section in plugins}
     fields = [name for name in Config.__dataclass_fields__ if name != "plugin_options"]
-    return Config(**{name: parsed[name] for name in fields}, plugin_options=options)
+    return Config(**{name: parsed[name] for name in fields}, plugin_options={name: parsed[name] for name in plugins})
 
 
-def config_parser(command: str, plugins: Mapping[str, type]) -> Parser:
-    """Return a parser of all options; ``plugins`` maps the sections of plugins to their dataclasses."""
+@functools.lru_cache(maxsize=8)  # making one takes 0.05 s, and a notebook or a search reads many configurations
+def config_parser(command: str, plugins: tuple[tuple[str, type], ...]) -> Parser:
+    """Return the parser of all options; ``plugins``: the sections of plugins and their dataclasses."""
     description = "Train a language model, on one process or under an MPI launcher."
     if command == "plan":
         description = "Predict the memory and communication of every rank of a run with these options of train."
@@ -106,11 +107,10 @@ def config_parser(command: str, plugins: Mapping[str, type]) -> Parser:
         "--config", action="config", help="YAML file of options; options given later override earlier ones"
     )
     parser.add_class_arguments(Config, skip={"plugin_options"})
-    for section, kind in plugins.items():
+    for section, kind in plugins:
         parser.add_class_arguments(kind, section)
-    known = schema.types_of({"": Config, **plugins})
-    del known["plugin_options"]
-    parser.known = known
+    types = schema.types_of({"": Config} | dict(plugins))
+    parser.known = {name: hint for name, hint in types.items() if name != "plugin_options"}
     return parser
 
 
@@ -123,7 +123,7 @@ def section_help(section: str, arguments: list[str]) -> str:
     files = [read_yaml(Path(name)) for name in values_of("--config", arguments)]
     plugins = plugin_options(arguments, files)
     if section == "all":
-        return config_parser("[train]", plugins).format_help()
+        return config_parser("[train]", tuple(plugins.items())).format_help()
     kinds = SECTION_CLASSES | plugins
     if section not in kinds:
         raise HvdlmError(f"--help {section}: there is no such section; {nearest(section, [*kinds, 'all'])}")

@@ -246,18 +246,6 @@ def start_servers(folder: Path) -> tuple[str, socket.socket] | None:
                 listeners.pop(key.data).close()  # if the server dies, commands are refused, and start afresh
 
 
-def make_parser() -> None:
-    """Make the parser of the options of ``train``, which takes 0.2 s, for the first that a fork asks for."""
-    from hvdlm.configuration import parsing
-
-    make, made = parsing.config_parser, [parsing.config_parser("[train]", {})]
-
-    def config_parser(command: str, plugins: Any) -> Any:
-        return made.pop() if made and command == "[train]" and not plugins else make(command, plugins)
-
-    parsing.config_parser = config_parser
-
-
 def main(folder: str) -> None:
     """Serve until standard input ends."""
     started = start_servers(Path(folder))
@@ -274,7 +262,8 @@ def main(folder: str) -> None:
     own, sys.path[0] = sys.path[0], ROOT
     importlib.metadata.entry_points(group="hvdlm")  # for commands that are started there
     sys.path[0] = own
-    make_parser()
+    parsing: Any = sys.modules["hvdlm.configuration.parsing"]
+    parsing.config_parser("[train]", ())  # it is kept; making one takes 0.05 s
     if "torch._dynamo.utils" in sys.modules:  # it would format the times of compilations, for a log that isn't written
         atexit.unregister(sys.modules["torch._dynamo.utils"].dump_compile_times)
     for finalizer in list(weakref.finalize._registry):
