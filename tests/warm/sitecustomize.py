@@ -35,6 +35,8 @@ def framework(arguments: list) -> str:
         name = arguments[arguments.index("--framework") + 1]
     elif module == "hvdlm":
         name = default_framework(arguments[2:])
+    elif not imported and arguments[0] == "-c" and is_program(*arguments[:2]) and "cli.main()" in arguments[1]:
+        name = default_framework(arguments[2:])  # launching.with_step_hook
     elif module == "hvdlm_testing.rank_worker":
         with open(arguments[2]) as file:
             name = file.read().partition('"framework": "')[2].partition('"')[0]
