@@ -50,12 +50,21 @@ def output_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("launches")
 
 
+def variables_of(framework: str, ranks: int, backend: str) -> dict[str, str]:
+    """Return the environment variables of a launch that runs tests of this folder.
+
+    Without the plugins of other packages, whose imports take half of a rank's time until its first test.
+    """
+    tests = {"HVDLM_TEST_FRAMEWORK": framework, "HVDLM_TEST_RANKS": str(ranks), "HVDLM_TEST_BACKEND": backend}
+    return tests | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+
+
 def assert_tests_pass(
     launcher: str, ranks: int, framework: str, backend: str, arguments: list[str], folder: Path, **variables: str
 ) -> None:
     """Run tests on every rank of a launch, which writes the curves NAME-RANKS-FRAMEWORK.npz."""
     name = f"{backend or launcher.replace(' ', '')}-{ranks}"
-    tests = {"HVDLM_TEST_FRAMEWORK": framework, "HVDLM_TEST_RANKS": str(ranks), "HVDLM_TEST_BACKEND": backend}
+    tests = variables_of(framework, ranks, backend)
     tests["HVDLM_TEST_OUTPUT"] = str(folder / f"{name}-{framework}.npz")
     if framework == "tensorflow" and name != "mpirun-2":
         tests["HVDLM_TEST_EXCHANGES"] = ",".join(FEW_EXCHANGES[ranks])
@@ -93,7 +102,7 @@ def test_parallel_tests_pass_without_horovod(framework: str, output_folder: Path
 )
 def test_half_precision_is_summed_on_three_ranks(launcher: str, backend: str, framework: str) -> None:
     """A number of ranks for which transports have other algorithms than for powers of two."""
-    tests = {"HVDLM_TEST_FRAMEWORK": framework, "HVDLM_TEST_RANKS": "3", "HVDLM_TEST_BACKEND": backend}
+    tests = variables_of(framework, 3, backend)
     done = launch(launcher, 3, [*PYTEST, "tests/parallel/test_half_precision.py"], **tests)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
     assert done.stdout.count("6 passed") == 3, done.stdout[-3000:]
@@ -116,7 +125,7 @@ def in_full(*case: Any) -> Any:
 )
 def test_sums_go_around_a_ring(backend: str, framework: str, ranks: int, coding: str) -> None:
     """As between hosts: all sums, of groups too, and those of 16-bit floats, with and without coded exponents."""
-    tests = {"HVDLM_TEST_FRAMEWORK": framework, "HVDLM_TEST_RANKS": str(ranks), "HVDLM_TEST_BACKEND": backend}
+    tests = variables_of(framework, ranks, backend)
     tests["HOROVOD_RING_THRESHOLD"] = "1"
     files = [f"tests/parallel/test_{name}.py" for name in ("sums", "half_precision", "collectives")]
     done = launch("mpirun", ranks, [*PYTEST, *files], **tests, **({"HOROVOD_RING_CODING": coding} if coding else {}))
