@@ -357,7 +357,6 @@ SUPPORTED = [name for name in VARIANTS if FRAMEWORK != "jax" or not name.startsw
 if FRAMEWORK == "tensorflow" and "HVDLM_TEST_FULL" not in os.environ:
     # Whose graphs have no operations but those of the others: fp16, the exchange and the compressor by themselves.
     ALIKE = ("bf16", "diloco with top_k", "local_sgd with chunked_top_k", "zero with top_k")
-    ALIKE += ("qsgd", "local_sgd", "streaming_diloco with int4")  # int8 rounds and int4 packs as qsgd does
     SUPPORTED = [name for name in SUPPORTED if name not in ALIKE]
 CHOSEN = os.environ.get("HVDLM_TEST_EXCHANGES", ",".join(SUPPORTED)).split(",")
 
