@@ -54,6 +54,15 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
 
 
+@pytest.fixture(autouse=True)
+def _as_a_new_process() -> None:
+    """Have PyTorch forget the shapes of other tests' models, beside which it would trace symbolic ones, for longer."""
+    if FRAMEWORK == "torch":
+        import torch
+
+        torch.compiler.reset()
+
+
 def traced_graphs() -> int:
     """Return how many graphs this process has traced to compile them, of a step one if nothing interrupts it."""
     if FRAMEWORK != "torch":

@@ -234,6 +234,8 @@ TRAINED = [(1, "int8", None, None), (2, "int8", None, 2), (1, "none", "int8", No
 TRAINED = TRAINED if FRAMEWORK == "torch" else TRAINED[:2]
 OTHERS = "the case of stage 2, which accumulates gradients too, and those of two ranks"
 FEW = RANKS == 4 or FRAMEWORK == "tensorflow"
+# TensorFlow would trace the graphs of a second trainable: tests/test_hybrid_runs.py resumes its runs in new processes.
+COMPARED = FRAMEWORK == "torch" or "HVDLM_TEST_FULL" in os.environ
 SELECTED = pytest.mark.skipif(RANKS != 2 and BACKEND != "threads", reason="one transport shows what all would")
 
 
@@ -263,15 +265,16 @@ def test_training_and_its_restored_state_follow_the_plan(
     assert rest[-1].loss < first[0].loss - 0.1
     assert_same_on_all_ranks(world, whole)
 
+    ended, fingerprints = whole.state(), whole.fingerprints()
     stored = open_checkpoint(path)
-    resumed = layouts.build(world, mesh, config)
+    resumed = layouts.build(world, mesh, config) if COMPARED else whole
     resumed.load_state(read_state(stored, resumed.shards(), world.rank, world.size))
     assert_same_arrays(resumed.state(), state)
     assert_same_on_all_ranks(world, resumed)
     again = layouts.train(resumed, mesh, world.rank, range(half, layouts.STEPS), config)
     assert [r.loss for r in again] == [r.loss for r in rest]
-    assert_same_arrays(resumed.state(), whole.state())
-    assert resumed.fingerprints() == whole.fingerprints()
+    assert_same_arrays(resumed.state(), ended)
+    assert resumed.fingerprints() == fingerprints
 
     # Without ZeRO, every rank has the float32 parameters whole.
     dense = layouts.build(world, mesh, configured(0, "none", None, case[3]))
@@ -282,8 +285,8 @@ def test_training_and_its_restored_state_follow_the_plan(
             np.testing.assert_array_equal(
                 state[name], values if shard.flat is None else values.flat[slice(*shard.flat)]
             )
-    if FRAMEWORK == "tensorflow" and "HVDLM_TEST_FULL" not in os.environ:
-        return  # which would trace other graphs, those that layouts without ZeRO are tested with
+    if not COMPARED:
+        return  # TensorFlow would trace other graphs, those that layouts without ZeRO are tested with
     close = layouts.train(dense, mesh, world.rank, range(half, layouts.STEPS), config)
     assert [r.loss for r in close] == pytest.approx([r.loss for r in rest], abs=0.1)
 
