@@ -50,6 +50,12 @@ def start_warm(folder: Path) -> subprocess.Popen:
         return subprocess.Popen(command, env=settings, stdin=subprocess.PIPE, stdout=log, stderr=log)
 
 
+def start_warm_jax(path: str) -> None:
+    """Let commands with JAX be forks of a process that has imported it from ``path``, with this environment, too."""
+    if folder := os.environ.get("HVDLM_TEST_WARM"):
+        Path(folder, "jax.json").write_text(json.dumps(environment(PYTHONPATH=path, HVDLM_TEST_WARM="")))
+
+
 def environment(**variables: str) -> dict[str, str]:
     """Return this process's environment, without pinning of ranks and threads, with Python's folder first on PATH."""
     env = unpinned()

@@ -66,15 +66,17 @@ def translation(folder: Path) -> dict:
 
 # What ``make test`` leaves out, all of it with TensorFlow, whose graphs take most of the time: compressors that differ
 # from those which stay in what they compute from a vector, not in how they are traced or sent; models beside gpt and
-# rnn, which the framework's own check trains; exchanges whose curves and states test_launches.py compares; tasks that
-# test_tasks.py trains in both frameworks; transports.
-COVERED = ("fp16", "bf16", "random_k", "scaled_sign", "sign_majority", "qsgd", "int4", "dgc", "chunked_top_k")
+# rnn, which the framework's own check trains; exchanges whose curves and states test_launches.py compares (and whose
+# steps those checks make: all_reduce); tasks that test_tasks.py trains in both frameworks; transports; runs of the
+# framework, of which the check of mpi4py makes one, and test_train.py and test_exact.py many.
+COVERED = ("fp16", "bf16", "top_k", "random_k", "scaled_sign", "sign_majority", "qsgd", "int4", "dgc", "chunked_top_k")
 MODELS = ("gpt2", "llama", "gru", "lstm")
-EXCHANGES = ("local_sgd", "demo", "one_bit_adam", "streaming_diloco")
+EXCHANGES = ("all_reduce", "local_sgd", "demo", "one_bit_adam", "streaming_diloco")
 TASKS = ("language_model", "digits", "speech", "translation")
 LEFT = [f"compression-{name}" for name in COVERED] + [f"{name}-{name}" for name in MODELS]
 IN_FULL = f"(tensorflow or same_losses) and ({' or '.join(LEFT)} or an_exchange and ({' or '.join(EXCHANGES)}))"
 IN_FULL += f" or {' or '.join(f'evaluated_and_resumes[{name}-tensorflow]' for name in TASKS)}"
+IN_FULL += " or runs_to_a_checkpoint and tensorflow"
 IN_FULL += " or correct_collectives and tensorflow and not mpi4py and not template_backend"
 Cases = dict[str, list[ElementTree.Element]]
 
@@ -129,7 +131,7 @@ def test_built_in_plugins_and_templates_conform(results: Cases, plugin: str) -> 
 @pytest.mark.full(
     covered_by="test_launches.py, which runs every compressor, exchange and transport with TensorFlow; "
     "test_both_frameworks_follow_one_curve and test_applications_train_alike_in_both_frameworks; "
-    "test_built_in_plugins_and_templates_conform, which runs them with PyTorch"
+    "test_built_in_plugins_and_templates_conform, which runs them with PyTorch, and TensorFlow over mpi4py"
 )
 def test_the_others_conform_with_tensorflow(tmp_path: Path) -> None:
     cases = conformance_of(tmp_path, IN_FULL)

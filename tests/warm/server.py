@@ -55,6 +55,7 @@ FRAMEWORKS = {
         "hvdlm_torch.framework",
     ],
     "tensorflow": ["tensorflow", "keras", *TRAINING, "hvdlm_tensorflow.plugin", "hvdlm_tensorflow.framework"],
+    "jax": ["jax", "keras", *TRAINING, "hvdlm_jax.plugin", "hvdlm_jax.framework"],  # where jax.json says (launching.py)
 }
 MOST_FILES = 6
 ROOT = str(Path(__file__).resolve().parent.parent.parent)
@@ -255,6 +256,10 @@ def main(folder: str) -> None:
                 os.wait()  # servers end with standard input, too; whoever waits for this process has their CPU time
         return
     framework, listener = started
+    settings = Path(folder, f"{framework}.json")
+    if settings.exists():
+        os.environ.update(json.loads(settings.read_text()))
+        sys.path[1:1] = os.environ["PYTHONPATH"].split(os.pathsep)
     os.environ["KERAS_BACKEND"] = framework  # read by keras at its import; a fork has its command's environment
     for name in COMMON + FRAMEWORKS[framework]:
         importlib.import_module(name)

@@ -17,6 +17,8 @@ NOT_READ = ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "PYTHONPATH", "P
 NOT_READ += ("TORCHINDUCTOR_CACHE_DIR",)  # read when something is compiled; the import of transformers sets it
 FORWARDED = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGCONT", "SIGALRM")
 FRAMEWORKS = ("torch", "tensorflow")
+# JAX reads the former when it is imported, and the latter when it first computes.
+READ_BY_JAX, NOT_READ_BY_JAX = ("JAX_",), ("XLA_FLAGS",)
 HOST = ("net", "uts", "mnt")  # namespaces that a fork enters
 
 
@@ -40,7 +42,7 @@ def framework(arguments: list) -> str:
     elif module == "hvdlm_testing.rank_worker":
         with open(arguments[2]) as file:
             name = file.read().partition('"framework": "')[2].partition('"')[0]
-    if name in (*FRAMEWORKS, "none"):
+    if name in (*FRAMEWORKS, "none") or (name == "jax" and os.path.exists(os.path.join(_FOLDER, "jax.json"))):
         return name
     if module in ("hvdlm", "hvdlm_testing.rank_worker") or "--hvdlm-plugin" in arguments:
         return tested if tested in FRAMEWORKS else "none"  # a plugin's framework may import one of them
@@ -99,9 +101,10 @@ def is_imported(name: str, own: list) -> bool:
     return ours or name in FRAMEWORKS
 
 
-def read_once(environment: dict) -> dict:
-    """Return the environment variables that are read when Python, its libraries or a framework are loaded."""
-    read = {n: value for n, value in environment.items() if n.startswith(READ_ONCE) and n not in NOT_READ}
+def read_once(environment: dict, server: str) -> dict:
+    """Return the environment variables that are read when Python, its libraries or a server's framework are loaded."""
+    once, later = (READ_ONCE + READ_BY_JAX, NOT_READ + NOT_READ_BY_JAX) if server == "jax" else (READ_ONCE, NOT_READ)
+    read = {n: value for n, value in environment.items() if n.startswith(once) and n not in later}
     # An mpirun that is started by its path adds the folders of its libraries, which are found without that.
     folders = read.pop("LD_LIBRARY_PATH", "").split(os.pathsep)
     return read | {"LD_LIBRARY_PATH": [folder for folder in folders if folder and not folder.startswith(sys.prefix)]}
@@ -139,9 +142,12 @@ def continue_as_fork(folder: str, server: str, arguments: list) -> None:
     import signal
     import socket
 
-    with open(os.path.join(folder, "environment.json")) as file:
-        if read_once(json.load(file)) != read_once(dict(os.environ)):
-            return
+    with open(os.path.join(folder, "jax.json" if server == "jax" else "environment.json")) as file:
+        served = json.load(file)
+    if read_once(served, server) != read_once(dict(os.environ), server):
+        return
+    if server == "jax" and served["PYTHONPATH"].split(os.pathsep)[0] not in sys.path:
+        return
     connection = socket.socket(socket.AF_UNIX)
     try:
         connection.connect(os.path.join(folder, server))
