@@ -8,8 +8,8 @@ import gc
 import os
 import sys
 
-# Collections would take a fifth of the time in which a process that isn't warm imports TensorFlow. What hvdlm itself sets
-# is another figure, which test_garbage.py expects.
+# Collections would take a fifth of the time in which a process that isn't warm imports TensorFlow. hvdlm itself sets
+# another figure, which test_garbage.py expects.
 gc.set_threshold(90_000, 20, 20)
 
 READ_ONCE = ("PYTHON", "LD_", "LC_", "LANG", "KMP_", "TF_", "XLA_", "MALLOC_", "TORCH", "PYTORCH")
