@@ -56,7 +56,7 @@ class InventedCosts:
         return SimpleNamespace(fits=needed <= self.memory, needed=needed)
 
     def bound(self, config: Config, mesh: Mesh) -> float:
-        return self._draw("bound", mesh, config.train.micro_batch_size)
+        return self._draw("bound", *mesh.shape, config.train.micro_batch_size)
 
     def time(self, config: Config, mesh: Mesh) -> Any:
         self.times += 1
