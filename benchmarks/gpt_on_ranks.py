@@ -39,7 +39,6 @@ def build_gpt(
     mesh = make_mesh(backend.launch_shape()[1], config.parallel)
     world = backend.start(framework, mesh.groups(), config)
     group = world.group(mesh.group("data", world.rank))
-    settings: dict[str, Any] = {"compressors": {}, "index": world.rank, "subgroup": world.group}
-    exchange = plugins.make(manager, "exchange", "all_reduce", group=group, config=config, **settings)
+    exchange = plugins.make_exchange(manager, config, world, group)
     spec = PRESETS["gpt"](config.model, VOCAB, o.context)
     return world, framework.build(spec, mesh, world, exchange, config)

@@ -55,8 +55,7 @@ class Layout:
         self.config = make_config(o, self.mesh, shape.endswith("c"))
         spec = PRESETS["gpt"](self.config.model, o.vocab, o.context)
         group = world.group(self.mesh.group("data", world.rank))
-        settings: dict[str, Any] = {"compressors": {}, "index": group.ranks.index(world.rank), "subgroup": world.group}
-        exchange = plugins.make(manager, "exchange", "all_reduce", group=group, config=self.config, **settings)
+        exchange = plugins.make_exchange(manager, self.config, world, group)
         framework = plugins.make(manager, "framework", o.framework)
         self.trainable = framework.build(spec, self.mesh, world, exchange, self.config)
         self.rank = world.rank

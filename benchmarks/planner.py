@@ -42,7 +42,7 @@ MEDIAN, WORST = Bar(at_most=10.0), Bar(at_most=25.0)  # per cent
 FULL = {"folder": "runs/planner", "groups": list(FIRST), "rounds": 9, "seconds": 0.8, "measure_seconds": 60.0}
 FULL |= {"measure_rounds": 1000, "measure_models": 1000}
 SHORT = {"groups": ["2"], "rounds": 2, "seconds": 0.02, "measure_seconds": 120.0, "measure_rounds": 1}
-SHORT |= {"measure_models": 11}
+SHORT |= {"measure_models": 17}  # of one rank as few as can be, and one of every kind of several ranks
 _TIMEOUT = 600.0  # seconds of a launch
 _ATTEMPTS = 3  # measurements of a busy machine, as its report asks for
 

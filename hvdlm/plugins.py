@@ -23,7 +23,9 @@ from hvdlm.protocols.state_dict import OPTIMIZER_STATE
 if TYPE_CHECKING:
     from hvdlm.protocols.backend import Backend
     from hvdlm.protocols.exchange import Exchange
+    from hvdlm.protocols.group import Group
     from hvdlm.protocols.task import Task
+    from hvdlm.protocols.world import World
 
 SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt", "step")
 
@@ -144,6 +146,13 @@ def make(manager: pluggy.PluginManager, kind: str, name: str, **arguments: Any) 
     if made is None:
         raise unknown(kind, name)
     return made
+
+
+def make_exchange(manager: pluggy.PluginManager, config: Config, world: World, group: Group) -> Exchange:
+    """Return the exchange that ``config`` names over ``group``, this rank's ranks of the data axis."""
+    makers, index = provided(manager, "compressors"), group.ranks.index(world.rank)
+    arguments = {"group": group, "config": config, "compressors": makers, "index": index, "subgroup": world.group}
+    return make(manager, "exchange", config.communication.exchange, **arguments)
 
 
 def unknown(kind: str, name: str) -> HvdlmError:

@@ -120,17 +120,7 @@ def train_on(ranks: int, config: Config, steps: int = 3) -> tuple[list[tuple[flo
     def work(world: World) -> tuple[list[tuple[float, ...]], dict[str, np.ndarray]]:
         manager = plugins.load([config.framework, "all_reduce", "exact"])
         framework = plugins.make(manager, "framework", config.framework)
-        group = world.group(range(ranks))
-        exchange = plugins.make(
-            manager,
-            "exchange",
-            "all_reduce",
-            group=group,
-            config=config,
-            compressors={},
-            index=world.rank,
-            subgroup=world.group,
-        )
+        exchange = plugins.make_exchange(manager, config, world, world.group(range(ranks)))
         trainable = framework.build(spec, mesh, world, exchange, config)
         own = rows // ranks
         figures = []

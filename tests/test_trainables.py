@@ -212,11 +212,10 @@ def test_the_loss_follows_from_the_logits(framework: str, model: str) -> None:
 
 
 RECOMPUTED = {"activation_checkpointing": True}
-IN_TORCH = "gpt in TensorFlow, and lstm in PyTorch; lstm with dropout in test_a_restored_state_continues_bit_for_bit"
-FEW = [("torch", "gpt"), ("torch", "lstm"), ("tensorflow", "gpt"), case("tensorflow", "lstm", covered_by=IN_TORCH)]
 
 
-@pytest.mark.parametrize("framework, model", FEW)
+@both_frameworks
+@pytest.mark.parametrize("model", ["gpt", "lstm"])
 def test_activation_checkpointing_changes_no_result(framework: str, model: str) -> None:
     options = {"dropout": 0.1} | (SHALLOW if model == "lstm" else {})
     plain, sparing = (small_trainable(framework, model, **options, **more) for more in ({}, RECOMPUTED))
@@ -230,6 +229,10 @@ def test_bf16_stays_near_fp32_and_keeps_its_weights_in_fp32(framework: str, mode
     a, b = train_steps(exact, 4)[-1].loss, train_steps(half, 4)[-1].loss
     assert a != b and abs(a - b) < 0.05
     assert all(v.dtype == np.float32 for v in parameters(half).values())
+
+
+IN_TORCH = "gpt in TensorFlow, and lstm in PyTorch; lstm with dropout in test_a_restored_state_continues_bit_for_bit"
+FEW = [("torch", "gpt"), ("torch", "lstm"), ("tensorflow", "gpt"), case("tensorflow", "lstm", covered_by=IN_TORCH)]
 
 
 @pytest.mark.parametrize("framework, model", FEW)

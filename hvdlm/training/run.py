@@ -324,16 +324,7 @@ def build(connected: Connected) -> Run:
     precision = preflight.precision(config.train.precision, resolved, checkpoint if resolver else None)
     config = replace(config, train=replace(config.train, precision=precision, compile=resolved.compile))
     group = world.group(mesh.group("data", world.rank))
-    exchange = plugins.make(
-        manager,
-        "exchange",
-        config.communication.exchange,
-        group=group,
-        config=config,
-        compressors=plugins.provided(manager, "compressors"),
-        index=group.ranks.index(world.rank),
-        subgroup=world.group,
-    )
+    exchange = plugins.make_exchange(manager, config, world, group)
     if config.model.pretrained and not checkpoint and base is None:
         spec = open_pretrained(config.model.pretrained, config.plugins).attach(spec)
     optimizer = plugins.find_optimizer(manager, config.train)

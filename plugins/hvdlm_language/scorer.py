@@ -80,18 +80,10 @@ class RunScorer:
         # It isn't trained: SGD has no optimizer state, and compiling would not pay off.
         config.train.optimizer = "sgd"
         config.train.precision, config.train.compile = "fp32", False
-        exchange_name = config.communication.exchange
-        manager = plugins.load([run.framework, "local", exchange_name, *run.plugins])
+        manager = plugins.load([run.framework, "local", config.communication.exchange, *run.plugins])
         framework = plugins.make(manager, "framework", run.framework)
         world = plugins.make(manager, "backend", "local").start(framework, [(0,)], config)
-        arguments = {
-            "group": world.group((0,)),
-            "config": config,
-            "compressors": {},
-            "index": 0,
-            "subgroup": world.group,
-        }
-        exchange = plugins.make(manager, "exchange", exchange_name, **arguments)
+        exchange = plugins.make_exchange(manager, config, world, world.group((0,)))
         trainable = framework.build(self._spec, make_mesh(1, config.parallel), world, exchange, config)
         parameters = {name: shard for name, shard in trainable.shards().items() if name.startswith("parameters/")}
         state = read_state(self._checkpoint, parameters, 0, 1)

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import pluggy
 
 from hvdlm import plugins
 from hvdlm.config import Config
@@ -96,24 +95,11 @@ def build(config: Config, vocab: int, world: World, framework: Framework) -> Tim
     resolved = resolver.resolve(config, spec, world) if resolver else Resolved()
     precision: Any = resolved.precision if config.train.precision == "auto" else config.train.precision
     config = replace(config, train=replace(config.train, precision=precision, compile=resolved.compile))
-    exchange = _exchange(manager, config, mesh, world)
+    exchange = plugins.make_exchange(manager, config, world, world.group(mesh.group("data", world.rank)))
     trainable = framework.build(spec, mesh, world, exchange, config)
     local = config.communication.exchange != "all_reduce"
     period = config.communication.local.steps if local else 1
     return TimedModel(config, spec, mesh, trainable, _micro_batches(config, vocab, mesh, world.rank), period)
-
-
-def _exchange(manager: pluggy.PluginManager, config: Config, mesh: Mesh, world: World) -> Any:
-    group = world.group(mesh.group("data", world.rank))
-    return plugins.make(
-        manager,
-        "exchange",
-        config.communication.exchange,
-        group=group,
-        config=config,
-        compressors=plugins.provided(manager, "compressors"),
-        index=group.ranks.index(world.rank),
-    )
 
 
 def _micro_batches(config: Config, vocab: int, mesh: Mesh, rank: int) -> list[Batch]:

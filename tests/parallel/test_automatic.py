@@ -38,9 +38,7 @@ def make(manager: Any, world: World, algorithm: str = "none", auto: bool = True)
     options = CommunicationConfig(auto=auto, max_loss_gap=1.0 if auto else 0.0, bucket_bytes=4000)
     options.compression.algorithm = algorithm
     config = Config(framework=FRAMEWORK, communication=options)
-    context = {"compressors": plugins.provided(manager, "compressors"), "index": world.rank, "subgroup": world.group}
-    group = world.group(range(world.size))
-    exchange = plugins.make(manager, "exchange", "all_reduce", group=group, config=config, **context)
+    exchange = plugins.make_exchange(manager, config, world, world.group(range(world.size)))
     exchange.open(layout(), np.zeros(layout().size, np.float32))
     return exchange
 

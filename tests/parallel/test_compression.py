@@ -46,8 +46,7 @@ def make(manager: Any, world: World, name: str = "all_reduce", train: TrainConfi
     parallel = ParallelConfig(**options.pop("parallel", {}))
     config = Config(framework=FRAMEWORK, parallel=parallel, communication=CommunicationConfig(exchange=name, **options))
     config.train = train or TrainConfig(steps=STEPS, seed=1)
-    context = {"compressors": plugins.provided(manager, "compressors"), "index": world.rank, "subgroup": world.group}
-    return plugins.make(manager, "exchange", name, group=world.group(range(world.size)), config=config, **context)
+    return plugins.make_exchange(manager, config, world, world.group(range(world.size)))
 
 
 def compression(algorithm: str, **options: Any) -> CompressionConfig:

@@ -55,13 +55,7 @@ def build(world: World, mesh: Mesh, config: Config, vocab: int = VOCAB) -> Any:
     manager = plugins.load([FRAMEWORK, "all_reduce", "compression"])
     spec = configured_spec(config, vocab)
     manager.hook.hvdlm_check(config=config, spec=spec)
-    group = world.group(mesh.group("data", world.rank))
-    context = {
-        "compressors": plugins.provided(manager, "compressors"),
-        "index": group.ranks.index(world.rank),
-        "subgroup": world.group,
-    }
-    exchange = plugins.make(manager, "exchange", "all_reduce", group=group, config=config, **context)
+    exchange = plugins.make_exchange(manager, config, world, world.group(mesh.group("data", world.rank)))
     return plugins.make(manager, "framework", FRAMEWORK).build(spec, mesh, world, exchange, config)
 
 

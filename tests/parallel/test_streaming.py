@@ -42,9 +42,7 @@ def make(
     """Return an exchange over all ranks, opened with ``start()``."""
     options = CommunicationConfig(exchange=name, local=local, compression=CompressionConfig(algorithm=algorithm))
     config = Config(framework=FRAMEWORK, communication=options, train=TrainConfig(steps=steps))
-    context = {"compressors": plugins.provided(manager, "compressors"), "index": world.rank, "subgroup": world.group}
-    group = world.group(range(world.size))
-    exchange = plugins.make(manager, "exchange", name, group=group, config=config, **context)
+    exchange = plugins.make_exchange(manager, config, world, world.group(range(world.size)))
     exchange.open(layout(), start())
     return exchange
 

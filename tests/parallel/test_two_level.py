@@ -36,9 +36,7 @@ def make(manager: Any, world: World, per_node: int = PER_NODE, train: TrainConfi
     config = Config(framework=FRAMEWORK, parallel=ParallelConfig(data_per_node=per_node))
     config.communication = CommunicationConfig(**options)
     config.train = train or TrainConfig(seed=1)
-    arguments = {"compressors": plugins.provided(manager, "compressors"), "index": world.rank}
-    arguments |= {"group": world.group(range(world.size)), "subgroup": world.group, "config": config}
-    return plugins.make(manager, "exchange", "all_reduce", **arguments)
+    return plugins.make_exchange(manager, config, world, world.group(range(world.size)))
 
 
 def opened(manager: Any, world: World, algorithm: str) -> Any:

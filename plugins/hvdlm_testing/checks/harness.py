@@ -125,10 +125,7 @@ class Harness:
 
     def exchange(self, config: Config) -> Exchange:
         """Return the exchange that ``config`` names."""
-        arguments = {"compressors": plugins.provided(self.manager, "compressors"), "index": self.world.rank}
-        arguments["subgroup"] = self.world.group
-        name = config.communication.exchange
-        return plugins.make(self.manager, "exchange", name, group=self.group, config=config, **arguments)
+        return plugins.make_exchange(self.manager, config, self.world, self.group)
 
     def build(self, spec: ModelSpec, config: Config) -> tuple[Trainable, Exchange]:
         """Return a model with its initial values, and its exchange."""
