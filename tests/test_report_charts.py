@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hvdlm_report import assets, page
@@ -53,6 +53,7 @@ def check_drawings(drawn: ElementTree.Element, count: int) -> None:
 
 
 @given(curves=st.lists(STEPS, min_size=1, max_size=4))
+@example([{9007199253959751: 0.0, 9007199253957853: 0.0}])
 @settings(max_examples=150, deadline=None)
 def test_labels_of_ticks_differ_and_lie_within(curves: list[dict[int, float]]) -> None:
     tokens = [64 * (n + 1) for n in range(len(curves))]

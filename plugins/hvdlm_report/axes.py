@@ -58,7 +58,8 @@ def ticks(low: float, high: float) -> list[float]:
     power = 10.0 ** math.floor(math.log10(exact))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= exact)
     first = math.ceil(low / step - 1e-9)
-    return [float(f"{n * step:.12g}") for n in range(first, math.floor(high / step + 1e-9) + 1)]
+    rounded = (float(f"{n * step:.15g}") for n in range(first, math.floor(high / step + 1e-9) + 1))
+    return list(dict.fromkeys(rounded))  # of large numbers, neighbours may have the same digits
 
 
 def log_ticks(low: float, high: float) -> list[float]:
