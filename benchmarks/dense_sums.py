@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from harness import FOLDER, Bar, emitted, flags, make_parser, parse, report_ratio, skip
+from harness import FOLDER, Bar, check_known, emitted, flags, make_parser, parse, report_ratio, skip
 from hosts import INTERFACE, Hosts, Missing, open_hosts
 from slow_network import COMPRESSION, CONTEXT, ROWS, UNCOUNTED, train
 
@@ -121,8 +121,7 @@ def measure(count: int, o: argparse.Namespace) -> None:
 def main() -> int:
     """Measure every number of hosts; skip where this machine can't have them."""
     o = parse(make_parser(__doc__), FULL, SHORT)
-    if unknown := set(o.methods) - set(OPTIONS):
-        sys.exit(f"--methods: {', '.join(sorted(unknown))} unknown; known: {', '.join(OPTIONS)}")
+    check_known("--methods", o.methods, OPTIONS)
     try:
         for count in o.hosts:
             measure(count, o)

@@ -14,7 +14,7 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -186,6 +186,12 @@ EMITTED = "@"  # what the libraries of a worker print must not be taken for its 
 def emit(label: str, value: Any) -> None:
     """Print a value for the benchmark that runs this worker."""
     print(f"{EMITTED}{label} {json.dumps(value)}", flush=True)
+
+
+def check_known(option: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """End with a sentence where an option has values that aren't known."""
+    if unknown := set(given) - set(known):
+        sys.exit(f"{option}: {', '.join(sorted(unknown))} unknown; known: {', '.join(known)}")
 
 
 def skip(reason: str) -> int:

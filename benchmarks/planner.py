@@ -24,7 +24,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import FOLDER, Bar, emitted, environment, make_parser, parse, python_command, report
+from harness import FOLDER, Bar, check_known, emitted, environment, make_parser, parse, python_command, report
 from hosts import Missing, open_hosts
 from planner_configurations import FIRST, NETWORKS, SHORT_GROUPS, TABLES, Options
 from planner_worker import make_config, vocabulary
@@ -217,8 +217,7 @@ def main() -> int:
     parser.add_argument("--fit", action="store_true", help="fit the machines anew to the steps that the folder holds")
     parser.add_argument("--configurations", choices=list(TABLES), default="first", help="the table; default: first")
     o = parse(parser, FULL, SHORT)
-    if unknown := set(o.groups) - set(FIRST):
-        sys.exit(f"--groups: {', '.join(sorted(unknown))} unknown; known: {', '.join(FIRST)}")
+    check_known("--groups", o.groups, FIRST)
     folder = Path(o.folder)
     if o.again:
         shutil.rmtree(folder, ignore_errors=True)

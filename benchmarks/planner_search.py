@@ -16,7 +16,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from harness import Bar, make_parser, parse, report
+from harness import Bar, check_known, make_parser, parse, report
 from hosts import Missing
 from planner import Launches, describe, hardware_file, measure_machine, points_of, store, threads_of, train
 from planner_configurations import SEARCHES, SHORT_SEARCHES, Options
@@ -98,8 +98,7 @@ def setting(launches: Launches, framework: str, name: str, points: dict[str, Any
 def main() -> int:
     """Measure all settings; report in how many the search is right."""
     o = parse(make_parser(__doc__), FULL, SHORT)
-    if unknown := set(o.groups) - set(SEARCHES):
-        sys.exit(f"--groups: {', '.join(sorted(unknown))} unknown; known: {', '.join(SEARCHES)}")
+    check_known("--groups", o.groups, SEARCHES)
     points, ratios = points_of(o), []
     for group in o.groups:
         try:

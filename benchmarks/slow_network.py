@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness import Bar, make_parser, parse, report, report_ratio, skip
+from harness import Bar, check_known, make_parser, parse, report, report_ratio, skip
 from hosts import Hosts, Missing, open_hosts
 
 COMPRESSION = "--communication.compression.algorithm"
@@ -126,8 +126,7 @@ def compare(hosts: Hosts, rate: float, framework: str, o: argparse.Namespace) ->
 def main() -> int:
     """Measure every rate and framework; skip where this machine can't have them."""
     o = parse(make_parser(__doc__), FULL, SHORT)
-    if unknown := set(o.methods) - set(METHODS):
-        sys.exit(f"--methods: {', '.join(sorted(unknown))} unknown; known: {', '.join(METHODS)}")
+    check_known("--methods", o.methods, METHODS)
     try:
         with open_hosts() as hosts:
             for rate in o.rates:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from harness import Bar, make_parser, parse, report, report_ratio, skip
+from harness import Bar, check_known, make_parser, parse, report, report_ratio, skip
 from hosts import Hosts, Missing, open_hosts
 from slow_network import COMPRESSION, Result, train
 
@@ -47,8 +47,7 @@ def compare(hosts: Hosts, rate: float, framework: str, method: str, o: argparse.
 def main() -> int:
     """Measure every rate, framework and method; skip where this machine can't have hosts."""
     o = parse(make_parser(__doc__), FULL, SHORT)
-    if unknown := set(o.methods) - set(METHODS):
-        sys.exit(f"--methods: {', '.join(sorted(unknown))} unknown; known: {', '.join(METHODS)}")
+    check_known("--methods", o.methods, METHODS)
     try:
         with open_hosts(per_host=PER_HOST) as hosts:
             for rate in o.rates:
