@@ -33,7 +33,7 @@ SELECTED = {
 # TensorFlow traces every layout on every rank. Its operations of Horovod are the same over Gloo and MPI; PyTorch trains
 # the layouts over both. Four processes have groups of two along two axes.
 LESS_OF_TENSORFLOW = {
-    ("mpirun", 4): ["-k", f"{OTHERS} or every_layout and 2x1x2-zero2"],
+    ("mpirun", 4): ["-k", f"{OTHERS} or every_layout and 2x1x2-zero2 or {LEVELS}"],
     ("horovodrun --gloo", 2): ["-k", f"{OTHERS} or {EXCHANGES}", COMPILED],
 }
 # What needs processes: PyTorch's compiler; the features of Horovod's and mpi4py's transports.
