@@ -129,8 +129,8 @@ def make_two_level(
     within.traffic = across.traffic = group.traffic
     # The sum over all ranks is divided and multiplied once, by the two-level exchange.
     sums = replace(config.communication, reduction="average", predivide=1.0)
-    own = replace(config, communication=sums)
-    between = make_compressed(across, own, compressors, node) or AllReduceExchange(across, sums)
+    compressed = make_compressed(across, replace(config, communication=sums), compressors, node)
+    between = compressed or AllReduceExchange(across, sums)
     return imported("two_level").TwoLevelExchange(group, within, between, config.communication, position)
 
 

@@ -45,8 +45,8 @@ class TwoLevelExchange(AllReduceExchange):
 
     def start(self, bucket: Tensor, index: int) -> Handle:
         """Start to sum the flat bucket within the node, and those before it between the nodes."""
-        for earlier in self._in_flight:
-            earlier.send()
+        for previous in self._in_flight[-1:]:  # those before it have been sent
+            previous.send()
         missing = -bucket.shape[0] % len(self._within.ranks)
         padded = ops.pad(bucket, [[0, missing]]) if missing else bucket
         handle = self._within.reduce_scatter_async(self.predivided(padded), f"node.{index}")
@@ -91,15 +91,15 @@ class _TwoLevelSum:
 
     def gather(self) -> None:
         """Start to gather the shards in the node, when they are summed."""
-        if self._gathered is None:
-            assert self._of_all is not None
-            self._gathered = self._within.all_gather_async(self._of_all.wait(), f"node.{self._index}.sum")
+        assert self._of_all is not None
+        self._gathered = self._within.all_gather_async(self._of_all.wait(), f"node.{self._index}.sum")
 
     def wait(self) -> Tensor:
         """Return the sum."""
         for advance in (_TwoLevelSum.send, _TwoLevelSum.gather):
             for started in self._in_flight:
                 advance(started)
+        self._in_flight.clear()  # each of them refers to it
         assert self._gathered is not None
         whole_bucket = self._gathered.wait()
         return whole_bucket if whole_bucket.shape[0] == self._length else whole_bucket[: self._length]
