@@ -25,7 +25,7 @@ from hvdlm.protocols.world import World
 from hvdlm_backends import array_collectives
 from hvdlm_backends.mpi_collectives import combine
 from hvdlm_backends.threads import run_ranks
-from hvdlm_backends.threads_network import Call, NoInjection
+from hvdlm_backends.threads_network import Call, Network, NoInjection, Rendezvous, Slot
 from hvdlm_diagnosis.recorder_reader import read_recording
 from launching import SMALL, launch, losses, run_python, with_step_hook
 
@@ -201,6 +201,24 @@ def test_ranks_that_wait_for_ever_are_ended_and_named() -> None:
     with pytest.raises(TimeoutError, match=r"ranks 0-2 did not end within 0\.5 s"):
         run_ranks(3, wait, "torch", timeout=0.5)
     assert time.monotonic() - began < 1.5
+
+
+def test_no_rank_changes_a_result_that_another_still_copies() -> None:
+    """Only if all others have their copies, the last rank to come gets the sum itself: TensorFlow computes in place."""
+    rendezvous = Rendezvous(Network(2, NoInjection()), (0, 1))
+    late: list[np.ndarray] = []
+
+    def copy_slowly(result: np.ndarray) -> np.ndarray:
+        late.append(rendezvous.take(slot, 2))
+        late[0] += 1
+        return result.copy()
+
+    slot = Slot(2)
+    slot.finish(np.zeros(4))
+    assert rendezvous.take(slot, 2, copy_slowly).tolist() == [0] * 4 and late[0].tolist() == [1] * 4
+    total, slot = np.ones(4), Slot(2)
+    slot.finish(total)
+    assert rendezvous.take(slot, 2) is not total and rendezvous.take(slot, 2) is total
 
 
 def test_every_rank_has_state_and_threads_of_its_own() -> None:

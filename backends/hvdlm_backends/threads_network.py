@@ -123,7 +123,8 @@ class Slot:
         values: what the members bring, by their index in the group.
         signatures: what has to be equal for all members, by index.
         missing: the number of members that have not come yet.
-        taken: the number of members that have taken the result.
+        taken: the number of members that have asked for the result.
+        copied: the number of those that have a copy of it.
         complete_at: when members may take it (``time.perf_counter()``).
         seconds: how long the transfer takes, from when the last member came.
     """
@@ -132,7 +133,7 @@ class Slot:
         self.values: list[Any] = [None] * size
         self.signatures: list[str] = [""] * size
         self.missing = size
-        self.taken = 0
+        self.taken = self.copied = 0
         self.complete_at = self.seconds = 0.0
         self._result: Any = None
         self._error: str | None = None
@@ -196,12 +197,21 @@ class Rendezvous:
         self.network.arrive(call)
         return self._enter(key, call, None, "")[0]
 
-    def take(self, slot: Slot, takers: int) -> tuple[Any, bool]:
-        """Return the result of a slot, and whether this member is the last of ``takers`` to take it."""
+    def take(self, slot: Slot, takers: int, copy: Callable[[Any], Any] = copy_of) -> Any:
+        """Return the result of a slot to one of ``takers``, in memory of its own: a copy unless nobody needs it still.
+
+        The last one to come gets the result itself, but only if all others have copied it: what it does with its memory
+        must not reach them.
+        """
         result = slot.wait()
         with self._lock:
             slot.taken += 1
-            return result, slot.taken == takers
+            if slot.taken == takers and slot.copied == takers - 1:
+                return result
+        copied = copy(result)
+        with self._lock:
+            slot.copied += 1
+        return copied
 
     def wake(self) -> None:
         """Wake all members that wait."""

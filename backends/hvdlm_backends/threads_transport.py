@@ -67,26 +67,26 @@ class ThreadsTransport:
         """Return this member's result: its own of several, else a copy of the one there is, if others need it, too."""
         is_root = collective.operation == "broadcast" and self._index == collective.root
         takers = len(self.ranks) - (collective.operation == "broadcast")
-        result, last = (slot.wait(), False) if is_root else self._rendezvous.take(slot, takers)
+        result = slot.wait()
         began = time.perf_counter()
         if isinstance(result, list):
             array = result[self._index]
         elif collective.in_place:
             array[...] = result
         elif not is_root:
-            array = result if last else copy_of(result)
+            array = self._rendezvous.take(slot, takers)
         self.seconds += slot.seconds + time.perf_counter() - began
         return array
 
     def _receive(self, slot: Slot, array: np.ndarray, signature: str) -> np.ndarray:
         """Return what the root has posted; ``array``: of the shape and dtype that this member expects."""
-        (sent, sent_signature), last = self._rendezvous.take(slot, len(self.ranks) - 1)
+        sent, sent_signature = slot.wait()
         if sent.nbytes != array.nbytes:
             raise RankError(f"{signature}: expected {array.nbytes} bytes, received {sent.nbytes}.")
         if sent_signature != signature:
             raise RankError(f"ranks have come to different collectives: the root {sent_signature}; this {signature}.")
         began = time.perf_counter()
-        received = sent if last else copy_of(sent)
+        received, _ = self._rendezvous.take(slot, len(self.ranks) - 1, lambda posted: (copy_of(posted[0]), posted[1]))
         self.seconds += slot.seconds + time.perf_counter() - began
         return received
 
