@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -219,6 +221,22 @@ def test_no_rank_changes_a_result_that_another_still_copies() -> None:
     total, slot = np.ones(4), Slot(2)
     slot.finish(total)
     assert rendezvous.take(slot, 2) is not total and rendezvous.take(slot, 2) is total
+
+
+@pytest.mark.parametrize(
+    "combined", [array_collectives.all_reduce, array_collectives.adasum, array_collectives.all_gather]
+)
+def test_no_result_keeps_what_it_was_made_of(combined: Callable[..., Any]) -> None:
+    """A vector of every rank and step, until Python's next collection, was 13 GB of 500 steps on 8 ranks."""
+    arrays = [np.full(8, float(rank)) for rank in range(4)]
+    alive = [weakref.ref(array) for array in arrays]
+    gc.disable()
+    try:
+        total = combined(arrays)
+        del arrays
+        assert [reference() for reference in alive] == [None] * 4 and total.size >= 8
+    finally:
+        gc.enable()
 
 
 def test_every_rank_has_state_and_threads_of_its_own() -> None:

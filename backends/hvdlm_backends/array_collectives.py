@@ -71,15 +71,17 @@ def _tree(arrays: Sequence[np.ndarray], add: Add) -> np.ndarray:
     """
     pairs = len(arrays) - (1 << (len(arrays).bit_length() - 1))
     terms = [arrays[2 * i : 2 * i + 2] for i in range(pairs)] + [[array] for array in arrays[2 * pairs :]]
-
-    def total(first: int, last: int) -> tuple[np.ndarray, bool]:
-        """Return the sum of the terms, and whether it is in memory that may be overwritten."""
-        if last - first == 1:
-            term = terms[first]
-            return (add(term[0], term[1], None), True) if len(term) == 2 else (term[0], False)
-        middle = (first + last) // 2
-        (left, left_own), (right, right_own) = total(first, middle), total(middle, last)
-        return add(left, right, left if left_own else right if right_own else None), True
-
-    result, own = total(0, len(terms))
+    result, own = _total(terms, add)
     return result if own else copy_of(result)
+
+
+# Not nested in ``_tree``: a function that refers to itself, and to the arrays, would keep their memory until Python
+# next collects garbage, a vector of every rank for each step.
+def _total(terms: Sequence[Sequence[np.ndarray]], add: Add) -> tuple[np.ndarray, bool]:
+    """Return the sum of the terms, and whether it is in memory that may be overwritten."""
+    if len(terms) == 1:
+        term = terms[0]
+        return (add(term[0], term[1], None), True) if len(term) == 2 else (term[0], False)
+    middle = len(terms) // 2
+    (left, left_own), (right, right_own) = _total(terms[:middle], add), _total(terms[middle:], add)
+    return add(left, right, left if left_own else right if right_own else None), True
