@@ -271,6 +271,8 @@ CASES: list[tuple[str, list[str], Setup | None, str]] = [
     ("1-bit Adam and sums", [*ONE_BIT_ADAM, "--communication.reduction", "sum"], None, "one_bit_adam averages"),
     ("1-bit Adam and ZeRO", [*ONE_BIT_ADAM, "--parallel.data", "2", "--parallel.zero", "1"], two_ranks,
      "and one_bit_adam has none"),
+    ("1-bit Adam and an embedding of two stages", [*ONE_BIT_ADAM, "--parallel.pipeline", "2"], two_ranks,
+     "one_bit_adam makes updates of the gradients that a stage has, and those of a tied embedding are two"),
     ("1-bit Adam and translation", [*ONE_BIT_ADAM, "--task", "translation"], None, "padding would falsify"),
     ("no steps of a round", ["--communication.local.steps", "0"], None, "local.steps is 0, expected 1 or more"),
     ("an autotune log without autotune", ["--communication.autotune_log", "a.csv"], None, "--communication.autotune"),

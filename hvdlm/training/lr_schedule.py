@@ -17,7 +17,7 @@ def make_schedule(config: TrainConfig, own: Callable[[int], float] | None = None
     that of a plugin, in place of these.
     """
     peak, low = config.learning_rate, config.min_learning_rate
-    warmup = round(config.warmup * config.steps) if 0 < config.warmup < 1 else int(config.warmup)
+    warmup = warmup_steps(config)
     remaining = max(1, config.steps - warmup)
     decay_start = config.decay_start or config.decay_every
 
@@ -35,3 +35,8 @@ def make_schedule(config: TrainConfig, own: Callable[[int], float] | None = None
 
     later = own or after
     return lambda step: peak * (step + 1) / (warmup + 1) if step < warmup else later(step)
+
+
+def warmup_steps(config: TrainConfig) -> int:
+    """Return the steps of the linear warm-up, which ``config.warmup`` gives as such or, below 1, as their share."""
+    return round(config.warmup * config.steps) if 0 < config.warmup < 1 else int(config.warmup)

@@ -154,14 +154,18 @@ def check_streaming(config: Config, spec: ModelSpec) -> None:
                 f"communication.local.{key} is {value}, and with communication.local.steps {local.steps} {name} can "
                 f"have {most} at most: a fragment is sent once in that many steps, and has to arrive before."
             )
+    _check_tied(config, spec, "would synchronise the two stages' copies of the tied embedding after different steps")
+
+
+def _check_tied(config: Config, spec: ModelSpec, reason: str) -> None:
+    """Refuse a pipeline whose first and last stages both hold the embedding."""
     if config.parallel.pipeline > 1 and getattr(spec.settings, "tie_embeddings", False):
         raise HvdlmError(
-            f"{name} would synchronise the two stages' copies of the tied embedding after different steps: "
-            "--model.tie_embeddings false, or --parallel.pipeline 1."
+            f"{config.communication.exchange} {reason}: --model.tie_embeddings false, or --parallel.pipeline 1."
         )
 
 
-def check_updates(config: Config) -> None:
+def check_updates(config: Config, spec: ModelSpec) -> None:
     """Check that nothing changes the directions that an exchange of updates returns, or their size.
 
     Raises:
@@ -184,6 +188,7 @@ def check_updates(config: Config) -> None:
             raise HvdlmError(
                 f"{key} {value} doesn't go with communication.exchange {name}: {reason}; set --{key} {shown}."
             )
+    _check_tied(config, spec, "makes updates of the gradients that a stage has, and those of a tied embedding are two")
 
 
 def _whole_gradients(config: Config, feature: str) -> None:

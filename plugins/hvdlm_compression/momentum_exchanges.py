@@ -23,7 +23,7 @@ class Updates:
     def hvdlm_check(self, config: Config, spec: Any) -> None:
         """Refuse combinations of options that an exchange of updates does not support."""
         if config.communication.exchange == self._name:
-            checks.check_updates(config)
+            checks.check_updates(config, spec)
 
     @hookimpl
     def hvdlm_make_exchange(

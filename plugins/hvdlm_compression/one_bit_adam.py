@@ -14,6 +14,7 @@ from hvdlm.parallel.flat_layout import FlatLayout
 from hvdlm.protocols.compressor import Request
 from hvdlm.protocols.group import Group
 from hvdlm.protocols.types import Tensor
+from hvdlm.training.lr_schedule import warmup_steps
 from hvdlm_compression.bits import pack
 from hvdlm_compression.scaled_sign import signs
 from hvdlm_compression.updates import Direction, UpdateExchange
@@ -34,7 +35,7 @@ class OneBitMomentum:
     matrices = False
     biased = False
     feeds_back = True
-    replicated: tuple[str, ...] = ("first_moment", "second_moment", "stage")
+    replicated: tuple[str, ...] = ("first_moment", "second_moment", "stage", "started")
 
     def __init__(self, train: TrainConfig, block: int, ranks: int) -> None:
         self._train = train
@@ -56,11 +57,16 @@ class OneBitMomentum:
         return sent + sent // self.ranks
 
     def memory(self, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
-        """Return both moments and both errors; ``stage``: the second moment's last norm, and the step of the freeze."""
+        """Return both moments and both errors.
+
+        ``stage``: the second moment's last norm, and the step of the freeze; ``started``: the step before which both
+        moments were zero.
+        """
         elements = math.prod(shape)
         chunk = self._blocks(elements) * self._block // self.ranks
         zeros = {name: np.zeros(shape, np.float32) for name in ("first_moment", "second_moment", "error")}
-        return zeros | {"chunk_error": np.zeros(chunk, np.float32), "stage": np.zeros(2, np.float32)}
+        stage = {"stage": np.zeros(2, np.float32), "started": np.zeros(1, np.float32)}
+        return zeros | {"chunk_error": np.zeros(chunk, np.float32)} | stage
 
     def dense(self, gradient: Tensor, memory: Mapping[str, Any], step: Tensor) -> Direction:
         """Sum the gradient as it is; the moments follow Adam, the second one in stage 1 only."""
@@ -71,7 +77,7 @@ class OneBitMomentum:
             return self._direction(first, ops.convert_to_tensor(memory["second_moment"]))
         second = self._moved(memory["second_moment"], total * total, self._train.beta2)
         memory["second_moment"].assign(second)
-        count = ops.cast(step + 1, "float32")
+        count = ops.cast(step + 1, "float32") - ops.convert_to_tensor(memory["started"])
         # In float32, 1 - beta ** count would lose half of its digits where beta is near 1.
         first, second = (
             moment / -ops.expm1(count * math.log(beta)) if beta > 0 else moment
@@ -140,37 +146,43 @@ class OneBitAdam(UpdateExchange):
         self._momentum = rule
         self._freeze_step = options.compression.start_after_steps
         self._interval = max(1, round(1.0 / (1.0 - train.beta2))) if train.beta2 < 1.0 else 1
+        self._warmup = warmup_steps(train)
         self._norm = 0.0
+        self._started: int | None = None  # None: at the next step
 
     def open(self, layout: FlatLayout, parameters: np.ndarray) -> None:
         """Start in stage 1."""
         super().open(layout, parameters)
-        self._momentum.frozen, self._norm = False, 0.0
+        self._momentum.frozen, self._norm, self._started = False, 0.0, None
 
     def begin(self, step: int) -> Hashable:
         """Freeze the second moment where it is due; return the stage."""
-        if not self._momentum.frozen and step:
+        if self._started is None:
+            self._started = step
+            for unit in self.units():
+                unit.memory["started"].assign(np.array([step], np.float32))
+        if not self._momentum.frozen and step > self._started:
             if self._freeze_step:
-                if step >= self._freeze_step:
-                    self._freeze(step)
+                if step - self._started >= self._freeze_step:
+                    self._freeze(step, step - self._started)
             elif step % self._interval == 0:
-                self._test(step)
+                self._test(step, step - self._started)
         return super().begin(step)
 
-    def _test(self, step: int) -> None:
+    def _test(self, step: int, updates: int) -> None:
         norm = sum(float(ops.sum(ops.convert_to_tensor(u.memory["second_moment"]))) for u in self.units())
         before, self._norm = self._norm, norm
-        if before and step >= self._train.warmup and min(before, norm) >= STABLE * max(before, norm):
-            self._freeze(step)
+        if before and step >= self._warmup and min(before, norm) >= STABLE * max(before, norm):
+            self._freeze(step, updates)
         else:
             self._keep(norm, 0)
 
-    def _freeze(self, step: int) -> None:
+    def _freeze(self, step: int, updates: int) -> None:
         """Begin stage 2: correct the second moment's bias once, since it stays."""
         self._momentum.frozen = True
         for unit in self.units():
             second = unit.memory["second_moment"]
-            second.assign(ops.convert_to_tensor(second) / (1.0 - self._train.beta2**step))
+            second.assign(ops.convert_to_tensor(second) / (1.0 - self._train.beta2**updates))
         self._keep(self._norm, step)
 
     def _keep(self, norm: float, frozen_at: int) -> None:
@@ -178,8 +190,11 @@ class OneBitAdam(UpdateExchange):
             unit.memory["stage"].assign(np.array([norm, frozen_at], np.float32))
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
-        """Restore moments, errors and the stage."""
+        """Restore moments, errors and the stage; without them, start with the first stage."""
         super().load_state(state)
         stages = [np.asarray(ops.convert_to_numpy(unit.memory["stage"])) for unit in self.units()[:1]]
         self._norm, frozen_at = stages[0].tolist() if stages else (0.0, 0.0)
         self._momentum.frozen = frozen_at > 0
+        started = [np.asarray(ops.convert_to_numpy(unit.memory["started"])) for unit in self.units()[:1]]
+        has_moments = any(name.startswith("first_moment/") for name in state)
+        self._started = int(started[0][0]) if has_moments and started else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -231,9 +232,9 @@ def test_local_sgd_averages_the_parameters(manager: Any, world: World, tensor: A
 ADAM = TrainConfig(steps=STEPS, beta1=0.9, beta2=0.8, epsilon=1e-6, warmup=0, seed=1)
 
 
-def one_bit_adam(manager: Any, world: World, start_after_steps: int = 2) -> Any:
+def one_bit_adam(manager: Any, world: World, start_after_steps: int = 2, **train: Any) -> Any:
     options = compression("none", start_after_steps=start_after_steps)
-    exchange = make(manager, world, "one_bit_adam", train=ADAM, compression=options)
+    exchange = make(manager, world, "one_bit_adam", train=replace(ADAM, **train), compression=options)
     exchange.open(layout(), np.zeros(layout().size, np.float32))
     return exchange
 
@@ -261,18 +262,24 @@ def test_a_restored_one_bit_adam_continues_bit_for_bit(manager: Any, world: Worl
         run(first, world, tensor, vectors[:done])
         second.load_state(first.state())
         np.testing.assert_array_equal(run(second, world, tensor, vectors[done:], done), expected[done:])
+    # Without a state, as on another number of ranks, both stages come again.
+    second.open(layout(), np.zeros(layout().size, np.float32))
+    np.testing.assert_array_equal(run(second, world, tensor, vectors, 100), expected)
 
 
 def test_one_bit_adam_compresses_when_its_variance_is_stable(manager: Any, world: World, tensor: Any) -> None:
     """Gradients of one size: the second moment of beta2 0.8 grows by less than 4% from step 15 to step 20."""
-    exchange = one_bit_adam(manager, world, 0)
+    exchange, late = one_bit_adam(manager, world, 0), one_bit_adam(manager, world, 0, steps=23, warmup=0.95)
     vectors = np.repeat(gradients(world.size, layout().size)[:1], 23, axis=0)
-    phases, sent = [], []
+    phases, sent, of_late = [], [], []
     for step in range(23):
         before = snapshot(exchange.traffic)
         phases.append(exchange.begin(step))
         exchange.start(tensor(vectors[step, world.rank].copy()), 0).wait()
         sent.append(by_axis(since(exchange.traffic, before))["data"])
+        of_late.append(late.begin(step))
+        late.start(tensor(vectors[step, world.rank].copy()), 0).wait()
+    assert of_late == ["adam"] * 23  # a warm-up of 22 steps, given as a share of all
     assert phases == ["adam"] * 20 + ["compressed"] * 3
     n, dense = sum(COUNTS), 4 * 60
     blocks = -(-n // (256 * world.size)) * world.size
@@ -384,11 +391,11 @@ def test_losses_of_every_exchange_are_written_and_fall(manager: Any, world: Worl
         losses, weights = [], []
         share = 8 // world.size
         for step in range(9):
-            rows = token_batch(step, shape=(8, TIME)).rows(world.rank * share, (world.rank + 1) * share)
+            rows = token_batch(step % 4, shape=(8, TIME)).rows(world.rank * share, (world.rank + 1) * share)
             losses.append(trainable.train_step([rows], rate, step).loss)
             weights.append(np.concatenate([value.ravel() for _, value in sorted(parameters(trainable).items())]))
         mean = np.mean(world.gather_objects(losses), axis=0)
-        assert mean[-1] < mean[0], name
+        assert mean[-1] < mean[0] - 0.1, (name, mean)
         curves |= {f"{name}/losses": mean, f"{name}/parameters": np.stack(weights)}
     if world.rank == 0 and "HVDLM_TEST_OUTPUT" in os.environ:
         np.savez(os.environ["HVDLM_TEST_OUTPUT"], **curves)
