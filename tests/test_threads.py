@@ -24,7 +24,7 @@ from hvdlm.diagnostics.phases import process
 from hvdlm.errors import HvdlmError, RankError
 from hvdlm.io import file_lock, launcher_env, rank_context
 from hvdlm.protocols.world import World
-from hvdlm_backends import array_collectives
+from hvdlm_backends import array_collectives, threads_network
 from hvdlm_backends.mpi_collectives import combine
 from hvdlm_backends.threads import run_ranks
 from hvdlm_backends.threads_network import Call, Network, NoInjection, Rendezvous, Slot
@@ -205,19 +205,21 @@ def test_ranks_that_wait_for_ever_are_ended_and_named() -> None:
     assert time.monotonic() - began < 1.5
 
 
-def test_no_rank_changes_a_result_that_another_still_copies() -> None:
+def test_no_rank_changes_a_result_that_another_still_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only if all others have their copies, the last rank to come gets the sum itself: TensorFlow computes in place."""
     rendezvous = Rendezvous(Network(2, NoInjection()), (0, 1))
     late: list[np.ndarray] = []
 
     def copy_slowly(result: np.ndarray) -> np.ndarray:
+        monkeypatch.undo()  # the other one comes while this one copies
         late.append(rendezvous.take(slot, 2))
         late[0] += 1
         return result.copy()
 
     slot = Slot(2)
     slot.finish(np.zeros(4))
-    assert rendezvous.take(slot, 2, copy_slowly).tolist() == [0] * 4 and late[0].tolist() == [1] * 4
+    monkeypatch.setattr(threads_network, "copy_of", copy_slowly)
+    assert rendezvous.take(slot, 2).tolist() == [0] * 4 and late[0].tolist() == [1] * 4
     total, slot = np.ones(4), Slot(2)
     slot.finish(total)
     assert rendezvous.take(slot, 2) is not total and rendezvous.take(slot, 2) is total

@@ -188,16 +188,16 @@ class Rendezvous:
         """Leave the root's array in slot ``key``, from which the other members take it."""
         self.network.arrive(call)
         copied = copy_of(array)
-        slot, _ = self._enter(key, call, None, signature)
+        slot, _ = self._enter(key, call, copied, signature)
         self._delay(slot, call)
-        slot.finish((copied, signature))
+        slot.finish(copied)
 
     def expect(self, key: Hashable, call: Call) -> Slot:
         """Return slot ``key``, which the root fills by ``post``."""
         self.network.arrive(call)
         return self._enter(key, call, None, "")[0]
 
-    def take(self, slot: Slot, takers: int, copy: Callable[[Any], Any] = copy_of) -> Any:
+    def take(self, slot: Slot, takers: int) -> np.ndarray:
         """Return the result of a slot to one of ``takers``, in memory of its own: a copy unless nobody needs it still.
 
         The last one to come gets the result itself, but only if all others have copied it: what it does with its memory
@@ -208,7 +208,7 @@ class Rendezvous:
             slot.taken += 1
             if slot.taken == takers and slot.copied == takers - 1:
                 return result
-        copied = copy(result)
+        copied = copy_of(result)
         with self._lock:
             slot.copied += 1
         return copied

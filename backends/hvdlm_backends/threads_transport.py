@@ -61,7 +61,7 @@ class ThreadsTransport:
             self._rendezvous.post(key, array, signature, call)
             return Done(array)
         slot = self._rendezvous.expect(key, call)
-        return FunctionHandle(partial(self._receive, slot, array, signature))
+        return FunctionHandle(partial(self._receive, slot, collective.root, array, signature))
 
     def _take(self, slot: Slot, collective: Collective, array: np.ndarray) -> np.ndarray:
         """Return this member's result: its own of several, else a copy of the one there is, if others need it, too."""
@@ -78,15 +78,16 @@ class ThreadsTransport:
         self.seconds += slot.seconds + time.perf_counter() - began
         return array
 
-    def _receive(self, slot: Slot, array: np.ndarray, signature: str) -> np.ndarray:
+    def _receive(self, slot: Slot, root: int, array: np.ndarray, signature: str) -> np.ndarray:
         """Return what the root has posted; ``array``: of the shape and dtype that this member expects."""
-        sent, sent_signature = slot.wait()
+        sent = slot.wait()
+        sent_signature = slot.signatures[root]
         if sent.nbytes != array.nbytes:
             raise RankError(f"{signature}: expected {array.nbytes} bytes, received {sent.nbytes}.")
         if sent_signature != signature:
             raise RankError(f"ranks have come to different collectives: the root {sent_signature}; this {signature}.")
         began = time.perf_counter()
-        received, _ = self._rendezvous.take(slot, len(self.ranks) - 1, lambda posted: (copy_of(posted[0]), posted[1]))
+        received = self._rendezvous.take(slot, len(self.ranks) - 1)
         self.seconds += slot.seconds + time.perf_counter() - began
         return received
 

@@ -7,6 +7,7 @@ from typing import Any
 from hvdlm.config import Config
 from hvdlm.errors import HvdlmError
 from hvdlm.models.spec import ModelSpec
+from hvdlm.parallel.sharding_rules import tied_names
 
 
 def check(config: Config, spec: ModelSpec) -> None:
@@ -47,7 +48,7 @@ def check(config: Config, spec: ModelSpec) -> None:
         )
     if p.sequence and p.tensor == 1:
         raise HvdlmError("parallel.sequence shards positions over tensor ranks: set --parallel.tensor 2 or more.")
-    _check_exchange(config, s)
+    _check_exchange(config, spec)
 
 
 def _check_custom_module(config: Config, s: Any) -> None:
@@ -88,18 +89,18 @@ def _divides(key: str, value: int, tensor: int) -> None:
         )
 
 
-def _check_exchange(config: Config, s: Any) -> None:
+def _check_exchange(config: Config, spec: ModelSpec) -> None:
     p, c = config.parallel, config.communication
     if p.zero and (c.exchange != "all_reduce" or c.reduction == "adasum"):
         other = c.exchange if c.exchange != "all_reduce" else "communication.reduction adasum"
         raise HvdlmError(f"parallel.zero {p.zero} scatters sums of gradients, and {other} has none: leave one out.")
-    if c.reduction == "adasum" and p.pipeline > 1 and getattr(s, "tie_embeddings", False):
+    if c.reduction == "adasum" and tied_names(spec, p.pipeline):
         raise HvdlmError(
             "communication.reduction adasum combines whole gradients, and two stages each compute one term of the tied "
             "embedding's gradient: --model.tie_embeddings false, or --communication.reduction average."
         )
     replicas_diverge = c.exchange != "all_reduce" and c.compression.algorithm != "none"
-    if replicas_diverge and p.pipeline > 1 and getattr(s, "tie_embeddings", False):
+    if replicas_diverge and tied_names(spec, p.pipeline):
         raise HvdlmError(
             f"{c.exchange} with compression would let the two stages' copies of the tied embedding drift apart: "
             "--model.tie_embeddings false, or --communication.compression.algorithm none."

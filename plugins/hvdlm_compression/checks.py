@@ -10,6 +10,7 @@ from hvdlm.config import Config
 from hvdlm.errors import HvdlmError
 from hvdlm.io.launcher_env import detect
 from hvdlm.models.spec import ModelSpec
+from hvdlm.parallel.sharding_rules import tied_names
 from hvdlm.planning.zero_payloads import gathered_as
 
 FRAMEWORKS = ("torch", "tensorflow")  # whose plugins keep the float32 parameters that ZeRO's ranks update
@@ -159,7 +160,7 @@ def check_streaming(config: Config, spec: ModelSpec) -> None:
 
 def _check_tied(config: Config, spec: ModelSpec, reason: str) -> None:
     """Refuse a pipeline whose first and last stages both hold the embedding."""
-    if config.parallel.pipeline > 1 and getattr(spec.settings, "tie_embeddings", False):
+    if tied_names(spec, config.parallel.pipeline):
         raise HvdlmError(
             f"{config.communication.exchange} {reason}: --model.tie_embeddings false, or --parallel.pipeline 1."
         )
