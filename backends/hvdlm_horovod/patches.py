@@ -9,11 +9,18 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from hvdlm_horovod import bfloat16_edits, launcher_edits, performance_edits, portability_edits, ring_edits
+from hvdlm_horovod import (
+    bfloat16_edits,
+    launcher_edits,
+    performance_edits,
+    portability_edits,
+    ring_edits,
+    waiting_edits,
+)
 
 VERSION = "0.28.1"
 EDITS = portability_edits.EDITS + launcher_edits.EDITS + performance_edits.EDITS + bfloat16_edits.EDITS
-EDITS += ring_edits.EDITS
+EDITS += waiting_edits.EDITS + ring_edits.EDITS
 
 
 def digest() -> str:

@@ -23,7 +23,6 @@ EDITS: tuple[Edit, ...] = (
         "#include <cstdint>\n"
         "#include <cstdlib>\n"
         "#include <cstring>\n"
-        "#include <thread>\n"
         "#include <vector>\n",
         _RING,
     ),
@@ -39,16 +38,22 @@ const int64_t kRingWindow = 64;        // segments under way
 const int kRingTag = 7;
 const double kCodedRate = 3e8; // bytes per second: exponents of floats are coded on slower networks
 
+bool SpansHosts(const MPIContext& context) {
+  int size, local_size;
+  MPI_Comm_size(context.GetMPICommunicator(Communicator::GLOBAL), &size);
+  MPI_Comm_size(context.GetMPICommunicator(Communicator::LOCAL), &local_size);
+  return local_size < size;
+}
+
 bool UsesRing(const MPIContext& context, int64_t bytes) {
   static const char* text = std::getenv("HOROVOD_RING_THRESHOLD");
   static const int64_t given = text ? std::strtoll(text, nullptr, 10) : 0;
-  int size, local_size;
-  MPI_Comm_size(context.GetMPICommunicator(Communicator::GLOBAL), &size);
-  if (text != nullptr) {
-    return size > 1 && given > 0 && bytes >= given;
+  if (text == nullptr) {
+    return SpansHosts(context) && bytes >= kRingThreshold;
   }
-  MPI_Comm_size(context.GetMPICommunicator(Communicator::LOCAL), &local_size);
-  return local_size < size && bytes >= kRingThreshold;
+  int size;
+  MPI_Comm_size(context.GetMPICommunicator(Communicator::GLOBAL), &size);
+  return size > 1 && given > 0 && bytes >= given;
 }
 
 // Codes the exponents of n floats in 3 bits each: 0 to 6 stand for the seven consecutive exponents that are the most
@@ -163,22 +168,6 @@ void Decode(DataType dtype, const char* source, int n, char* target) {
   }
 }
 
-// Sleeps between polls: the kernel sends and receives meanwhile, and the core is the backward pass's.
-int Await(MPI_Request& request, MPI_Status* status) {
-  for (int polls = 0;; ++polls) {
-    int done = 0;
-    int error = MPI_Test(&request, &done, status);
-    if (error != MPI_SUCCESS || done) {
-      return error;
-    }
-    if (polls < 20) {
-      std::this_thread::yield();
-    } else {
-      std::this_thread::sleep_for(std::chrono::microseconds(50));
-    }
-  }
-}
-
 // As MPI_Allreduce. In step s of 2 (n - 1), rank r sends chunk r - s and receives chunk r - s - 1 (modulo n), to which
 // it adds its own elements in the first half. A slot is one segment of one step. A message of fewer bytes than its
 // elements have is coded: the receiver need not know whether the sender codes.
@@ -231,7 +220,7 @@ int RingAllreduce(const void* sendbuf, void* recvbuf, int64_t count, DataType dt
   };
   auto receive = [&](int64_t slot) {
     MPI_Status status;
-    int error = Await(receives[slot % window], &status), received = 0;
+    int error = Await(receives[slot % window], &status, 20, 50), received = 0;
     if (error == MPI_SUCCESS) {
       error = MPI_Get_count(&status, MPI_BYTE, &received);
     }
@@ -265,7 +254,7 @@ int RingAllreduce(const void* sendbuf, void* recvbuf, int64_t count, DataType dt
     error = receive(slot);
     // What a slot sends lies where a later one receives, (size - 1) segments slots on: at least a window.
     if (error == MPI_SUCCESS) {
-      error = Await(sends[slot % window], MPI_STATUS_IGNORE);
+      error = Await(sends[slot % window], MPI_STATUS_IGNORE, 20, 50);
     }
     if (error == MPI_SUCCESS && slot + window < slots) {
       error = post(slot + window);
