@@ -3,9 +3,9 @@
     python benchmarks/streaming.py [torch tensorflow] [--rate 1e8] [--short]
 
 A GPT of 10.7 million parameters trains on two hosts with one rank each (hosts.py), with H = 50 (--every). On a network
-of --rate bits per second, runs with and without the exchange take turns; the second round of H steps counts, since
-TensorFlow builds graphs for every size of a fragment in the first one. On one without a limit, the bytes that a host
-sends are read every 100 ms: the peak is the most of any such interval.
+of --rate bits per second, runs with and without the exchange take turns; the second round of H steps counts: in the
+first one, TensorFlow builds the graphs of every fragment, and the last one is short. On one without a limit, the bytes
+that a host sends are read every 100 ms: the peak is the most of any such interval.
 """
 
 from __future__ import annotations
@@ -64,14 +64,19 @@ def peak_of(hosts: Hosts, framework: str, name: str, o: argparse.Namespace) -> f
     return peak.bytes
 
 
+def speed_of(hosts: Hosts, framework: str, name: str, o: argparse.Namespace) -> float:
+    """Return the tokens per second of the second round of a run."""
+    options, steps = method(name, o.every)
+    last = o.every // 4 + 1  # in them, all fragments are sent once more; without an exchange, ranks average once
+    return train(hosts, framework, options, steps + last, o, first=o.every, last=last).speed
+
+
 def speeds(hosts: Hosts, framework: str, o: argparse.Namespace) -> None:
     """Let runs with and without the exchange take turns; report the ratio of their tokens per second."""
     pairs = []
     for number in range(o.rounds):
-        # The run without an exchange averages once, after its last step.
         order = ("streaming_diloco", "no exchange")[:: 1 if number % 2 == 0 else -1]
-        counted = {"first": o.every, "last": 1}
-        speed = {name: train(hosts, framework, *method(name, o.every), o, **counted).speed for name in order}
+        speed = {name: speed_of(hosts, framework, name, o) for name in order}
         pairs.append((speed["streaming_diloco"], speed["no exchange"]))
     title = "tokens/s of streaming_diloco in 4 bits / of the same ranks without an exchange"
     report_ratio(f"{title}, {framework}, {o.rate / 1e6:g} Mbit/s", pairs, SPEED)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -189,6 +189,21 @@ class CompressedExchange(AllReduceExchange):
         return variables
 
 
+def assembled(bucket: Bucket, totals: Sequence[Tensor]) -> Tensor:
+    """Return the flat bucket of the sums of its units, and of its dense slots as one vector, where it has any."""
+    by_start: dict[int, Tensor] = {}
+    slots_of_totals = [unit.slots for unit in bucket.units]
+    if bucket.dense:
+        slots_of_totals.append(bucket.dense)
+    for slots, total in zip(slots_of_totals, totals, strict=True):
+        start = 0
+        for slot in slots:
+            by_start[slot.start] = total[start : start + slot.stop - slot.start]
+            start += slot.stop - slot.start
+    ordered = [vector for _, vector in sorted(by_start.items())]
+    return ordered[0] if len(ordered) == 1 else ops.concatenate(ordered)
+
+
 def _by_parameter(unit: Unit, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, int], tuple[int, ...]]]:
     """Return (name, range of elements, shape) of each parameter within an array of ``unit``."""
     if shape != unit.shape:
@@ -224,15 +239,5 @@ class _CompressedSum:
     def wait(self) -> Tensor:
         """Return the flat sum."""
         self._finish_rounds()
-        by_start: dict[int, Tensor] = {}
-        slots_of_jobs = [unit.slots for unit in self._bucket.units]
-        if self._bucket.dense:
-            slots_of_jobs.append(self._bucket.dense)
-        for slots, result in zip(slots_of_jobs, self.rounds.results, strict=True):
-            start = 0
-            for slot in slots:
-                by_start[slot.start] = result[start : start + slot.stop - slot.start]
-                start += slot.stop - slot.start
-        ordered = [vector for _, vector in sorted(by_start.items())]
-        total = ordered[0] if len(ordered) == 1 else ops.concatenate(ordered)
+        total = assembled(self._bucket, self.rounds.results)
         return total if self._factor == 1.0 else total * self._factor

@@ -99,13 +99,25 @@ def make_zero(group: Group, config: Config, compressors: Mapping[str, Compressor
     return imported("zero").CompressedZeroExchange(group, compressor, config, group_rank)
 
 
-def make_compressed(group: Group, config: Config, compressors: Mapping[str, CompressorMaker], group_rank: int) -> Any:
-    """Return the exchange that compresses gradients, or None where ``config`` chooses no compression."""
+def make_compressed(
+    group: Group,
+    config: Config,
+    compressors: Mapping[str, CompressorMaker],
+    group_rank: int,
+    across_steps: bool = False,
+) -> Any:
+    """Return the exchange that compresses gradients, or None where ``config`` chooses no compression.
+
+    ``across_steps``: its sums are started outside of the step's graph, and stay in flight.
+    """
     options = config.communication
     if options.compression.algorithm == "none":
         return None
     maker = compressors[options.compression.algorithm]
     compressor = maker(options.compression, config.train.seed, group_rank, len(group.ranks))
+    gathered_sums = imported("gathered_sums")
+    if across_steps and gathered_sums.gathers(compressor):
+        return gathered_sums.GatheredSums(group, compressor, options)
     return imported("exchange").CompressedExchange(group, compressor, options)
 
 
@@ -156,7 +168,9 @@ def make_outer(
     from hvdlm.communication.all_reduce import AllReduceExchange
 
     options, (module, name) = config.communication, exchange.split(".")
-    inner = make_compressed(group, config, compressors, group_rank) or AllReduceExchange(group, options)
+    inner = make_compressed(group, config, compressors, group_rank, across_steps=True) or AllReduceExchange(
+        group, options
+    )
     if options.local.outer_learning_rate is not None:
         learning_rate = options.local.outer_learning_rate
     if options.local.outer_momentum is not None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from hvdlm.protocols.group import Done, Group, Handle
 from hvdlm.protocols.types import Tensor
 from hvdlm_compression.compressor import Compressor, call_directly
 from hvdlm_compression.fragments import cut_into_fragments
+from hvdlm_compression.gathered_sums import GatheredSum, GatheredSums
 from hvdlm_compression.local import outer_step
 
 OVERLAP = 2
@@ -39,6 +41,8 @@ class Fragment:
         last: the step after which it synchronises for the last time.
         anchor: the global parameters' Variable ``[stop - start]``.
         velocity: the outer momentum's Variable; None: there is none.
+        index: of its bucket.
+        encode, decode, update: what is computed before a sum and after it; a graph of each fragment is traced once.
         handle: its sum in flight, or one that has arrived and is not due yet; None: there is none.
         due: number of the step after which the sum is applied.
     """
@@ -49,6 +53,10 @@ class Fragment:
     last: int
     anchor: Any
     velocity: Any
+    index: int
+    encode: Callable[..., Any] = field(init=False)
+    decode: Callable[..., Any] = field(init=False)
+    update: Callable[..., Any] = field(init=False)
     handle: Handle | None = None
     due: int = 0
 
@@ -112,7 +120,10 @@ class StreamingExchange(AllReduceExchange):
                 offset = number * self._every // self._count
                 last = self._last_start - number * self._short_round // self._count
                 anchor = Variable(zeros, trainable=False)
-                self._fragments.append(Fragment(start, stop, offset, last, anchor, velocity))
+                fragment = Fragment(start, stop, offset, last, anchor, velocity, index)
+                for name in ("encode", "decode", "update"):
+                    setattr(fragment, name, partial(getattr(self, f"_{name}"), fragment))
+                self._fragments.append(fragment)
         for fragment in self._fragments:
             fragment.anchor.assign(parameters[fragment.start : fragment.stop])
             if fragment.velocity is not None:
@@ -162,15 +173,10 @@ class StreamingExchange(AllReduceExchange):
                 self._has_anchors = True
             return []
         replaced = [self._apply(f, parameters, call) for f in self._in_flight() if f.due <= done]
-        for index, fragment in enumerate(self._fragments):
+        for fragment in self._fragments:
             if self._starts(fragment, done):
-                phase = self._inner.begin(self._step)
-                compressor = getattr(self._inner, "compressor", None)
-                if isinstance(compressor, Compressor):
-                    # Of a compressor with phases, a graph would repeat the phase in which it was traced.
-                    compressor.call = call if phase is None else call_directly
-                difference = ops.convert_to_tensor(fragment.anchor) - parameters[fragment.start : fragment.stop]
-                fragment.handle, fragment.due = self._inner.start(difference, index), done + self._overlap
+                own = parameters[fragment.start : fragment.stop]
+                fragment.handle, fragment.due = self._start(fragment, own, call), done + self._overlap
                 if not self._overlap:
                     replaced.append(self._apply(fragment, parameters, call))
         return replaced
@@ -181,26 +187,45 @@ class StreamingExchange(AllReduceExchange):
             return done == fragment.last and fragment.handle is None
         return done % self._every == fragment.offset
 
+    def _start(self, fragment: Fragment, own: Tensor, call: Callable[..., Any]) -> Handle:
+        """Start the sum of a fragment of which this rank has the parameters ``own``."""
+        phase, index = self._inner.begin(self._step), fragment.index
+        if phase is None and isinstance(self._inner, GatheredSums) and self._inner.encodes(index):
+            return self._inner.send(*call(fragment.encode, own), index)
+        compressor = getattr(self._inner, "compressor", None)
+        if isinstance(compressor, Compressor):
+            # Of a compressor with phases, a graph would repeat the phase in which it was traced.
+            compressor.call = call if phase is None else call_directly
+        return self._inner.start(ops.convert_to_tensor(fragment.anchor) - own, index)
+
     def _apply(self, fragment: Fragment, parameters: Tensor, call: Callable[..., Any]) -> tuple[int, Tensor]:
         """Do the outer update of a fragment; return its start and this rank's parameters of it from now on."""
-        assert fragment.handle is not None
-        total = fragment.handle.wait()
-        fragment.handle = None
+        handle, fragment.handle = fragment.handle, None
+        assert handle is not None
+        own = parameters[fragment.start : fragment.stop] if self._mixing else None
+        if isinstance(handle, GatheredSum):
+            return fragment.start, call(fragment.decode, handle.gathered(), handle.kept, own)
+        return fragment.start, call(fragment.update, handle.wait(), own)
+
+    def _encode(self, fragment: Fragment, own: Tensor) -> Any:
+        """Return what ``GatheredSums.encode`` makes of the difference."""
+        assert isinstance(self._inner, GatheredSums)
+        return self._inner.encode(ops.convert_to_tensor(fragment.anchor) - own, fragment.index)
+
+    def _decode(self, fragment: Fragment, gathered: Tensor, kept: Any, own: Tensor | None) -> Tensor:
+        """Do the outer update by the sum of gathered rows; return this rank's parameters from now on."""
+        assert isinstance(self._inner, GatheredSums)
+        return self._update(fragment, self._inner.decode(gathered, kept, fragment.index), own)
+
+    def _update(self, fragment: Fragment, total: Tensor, own: Tensor | None) -> Tensor:
+        """Do the outer update by the sum ``total``; return this rank's parameters from now on."""
         anchor = ops.convert_to_tensor(fragment.anchor)
         velocity = None if fragment.velocity is None else ops.convert_to_tensor(fragment.velocity)
-        own = parameters[fragment.start : fragment.stop]
-        agreed, moved, mixed = call(self._outer, anchor, velocity, total, own)
+        agreed, moved = outer_step(anchor, velocity, total * (1.0 / self.size), self._rate, self._momentum)
         fragment.anchor.assign(agreed)
         if fragment.velocity is not None:
             fragment.velocity.assign(moved)
-        return fragment.start, mixed
-
-    def _outer(
-        self, anchor: Tensor, velocity: Tensor | None, total: Tensor, own: Tensor
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Return the global parameters, the outer momentum and this rank's parameters after the outer update."""
-        agreed, moved = outer_step(anchor, velocity, total * (1.0 / self.size), self._rate, self._momentum)
-        return agreed, moved, agreed + (own - agreed) * self._mixing
+        return agreed if own is None else agreed + (own - agreed) * self._mixing
 
     def averaged(self) -> np.ndarray | None:
         """Return the flat global parameters, float32 ``[size]``; None in the warm-up, when every rank has them."""

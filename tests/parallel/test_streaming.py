@@ -70,22 +70,23 @@ def train(exchange: Any, own: np.ndarray, moved: np.ndarray, tensor: Any, first:
     return np.stack(history)
 
 
-def test_pure_functions_can_be_called_as_graphs(manager: Any, world: World, tensor: Any) -> None:
+@pytest.mark.parametrize("algorithm", ["int4", "power_sgd"])
+def test_all_but_collectives_can_be_called_as_graphs(manager: Any, world: World, tensor: Any, algorithm: str) -> None:
     called = set()
 
     def call(function: Any, *arguments: Any) -> Any:
-        called.add(function.__name__)
+        called.add(function.func.__name__)
         return function(*arguments)
 
     moved = moves(world.size)[:, world.rank]
     histories = []
     for second in ((), (call,)):
-        exchange = make(manager, world, LocalConfig(EVERY, 0.7, 0.9, fragments=2), "int4")
+        exchange = make(manager, world, LocalConfig(EVERY, 0.7, 0.9, fragments=2), algorithm)
         advance = exchange.advance
         exchange.advance = lambda own, advance=advance, second=second: advance(own, *second)
         histories.append(train(exchange, start(), moved, tensor))
     np.testing.assert_array_equal(*histories)
-    assert called == {"compress", "add_up", "decompress", "_outer"}
+    assert called == ({"_encode", "_decode"} if algorithm == "int4" else {"_update"})
 
 
 @pytest.mark.parametrize("overlap", [0, 1, 3])

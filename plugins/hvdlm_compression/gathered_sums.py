@@ -1,0 +1,98 @@
+"""Sums of compressed buckets by one all-gather each, which may stay in flight over several steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from keras import ops
+
+from hvdlm.config import CommunicationConfig
+from hvdlm.protocols.group import Group, Handle
+from hvdlm.protocols.types import Tensor
+from hvdlm_compression.compressor import Compressor
+from hvdlm_compression.exchange import CompressedExchange, assembled
+from hvdlm_compression.packing import Packing
+
+
+def gathers(compressor: Any) -> bool:
+    """Return whether the payload of a vector is gathered in one round."""
+    return getattr(compressor, "scatters", False) and compressor.collective == "all_gather"
+
+
+class GatheredSums(CompressedExchange):
+    """As ``CompressedExchange``, for a compressor that ``gathers``; dense slots travel with the payload.
+
+    ``encode`` and ``decode`` are all that a rank computes before and after the all-gather: a caller outside of a
+    step's graph may call each as a graph.
+    """
+
+    def __init__(self, group: Group, compressor: Compressor, options: CommunicationConfig) -> None:
+        super().__init__(group, compressor, options)
+        self._payloads: Compressor = compressor
+        self._packings: dict[int, Packing] = {}
+
+    def encodes(self, index: int) -> bool:
+        """Return whether ``start`` compresses this bucket in this step."""
+        return not self._dense and bool(self._buckets[index].units)
+
+    def encode(self, bucket: Tensor, index: int) -> tuple[Tensor, list[Tensor]]:
+        """Return this rank's row, uint8 ``[bytes]``, and what ``decode`` needs of this step."""
+        plan, bucket = self._buckets[index], self.predivided(bucket)
+        (unit,) = plan.units
+        # A copy: in PyTorch the tensor is the Variable's own, and a sum may be finished in a later step.
+        step = ops.copy(ops.convert_to_tensor(self._step))
+        vector = self._gather(bucket, plan, unit.slots)
+        if unit.error is not None:
+            vector = vector + ops.convert_to_tensor(unit.error)
+        sent = list(self._payloads.compress(vector, step))
+        if plan.dense:
+            sent.append(self._gather(bucket, plan, plan.dense))
+        rows = [ops.expand_dims(tensor, 0) for tensor in sent]
+        packing = self._packings[index] = Packing(rows)
+        return ops.reshape(packing.pack(rows), (-1,)), [step] if unit.error is None else [step, vector]
+
+    def decode(self, gathered: Tensor, kept: Sequence[Tensor], index: int) -> Tensor:
+        """Return the flat sum of all ranks' rows ``[ranks * bytes]``; update the error feedback."""
+        plan, packing, (step, *vector) = self._buckets[index], self._packings[index], kept
+        (unit,) = plan.units
+        received = packing.unpack(ops.reshape(gathered, (self.size, packing.bytes)))
+        dense = [received.pop()] if plan.dense else []
+        total, own = self._payloads.add_up_with_own(received, unit.shape, step)
+        if unit.error is not None:
+            unit.error.assign(vector[0] - own)
+        totals = [total]
+        for rows in dense:
+            of_all = rows[0]
+            for rank in range(1, self.size):
+                of_all = of_all + rows[rank]
+            totals.append(of_all)
+        flat = assembled(plan, totals)
+        return flat if self._after == 1.0 else flat * self._after
+
+    def start(self, bucket: Tensor, index: int) -> Handle:
+        """Start to sum the flat bucket."""
+        return self.send(*self.encode(bucket, index), index) if self.encodes(index) else super().start(bucket, index)
+
+    def send(self, row: Tensor, kept: Sequence[Tensor], index: int) -> GatheredSum:
+        """Start to gather what ``encode`` returned."""
+        handle = self._group.all_gather_async(row, f"gradients.{index}")
+        return GatheredSum(handle, kept, partial(self.decode, index=index))
+
+
+class GatheredSum:
+    """A bucket in flight. ``kept``: what ``decode`` needs of the step that started it."""
+
+    def __init__(self, handle: Handle, kept: Sequence[Tensor], decode: Any) -> None:
+        self.kept = kept
+        self._handle = handle
+        self._decode = decode
+
+    def gathered(self) -> Tensor:
+        """Return all ranks' rows; then, ``wait`` must not be called any more."""
+        return self._handle.wait()
+
+    def wait(self) -> Tensor:
+        """Return the flat sum."""
+        return self._decode(self.gathered(), self.kept)
