@@ -25,6 +25,7 @@ FULL = {"rate": 1e8, "rounds": 5, "peaks": 2, "layers": 6, "width": 384, "every"
 SHORT = {"rounds": 1, "peaks": 1, "layers": 1, "width": 96, "every": 4}
 INTERVAL = 0.1  # seconds
 SPEED, PEAK = Bar(at_least=0.95), Bar(at_most=0.05)
+OVERLAP = 2  # the default of communication.local.overlap
 STREAMING = ("streaming_diloco", "streaming_diloco in fp32")
 
 
@@ -67,8 +68,9 @@ def peak_of(hosts: Hosts, framework: str, name: str, o: argparse.Namespace) -> f
 def speed_of(hosts: Hosts, framework: str, name: str, o: argparse.Namespace) -> float:
     """Return the tokens per second of the second round of a run."""
     options, steps = method(name, o.every)
+    first = o.every + OVERLAP  # when the last fragment's first sum has been applied
     last = o.every // 4 + 1  # in them, all fragments are sent once more; without an exchange, ranks average once
-    return train(hosts, framework, options, steps + last, o, first=o.every, last=last).speed
+    return train(hosts, framework, options, steps + OVERLAP + last, o, first=first, last=last).speed
 
 
 def speeds(hosts: Hosts, framework: str, o: argparse.Namespace) -> None:

@@ -42,7 +42,7 @@ class Fragment:
         anchor: the global parameters' Variable ``[stop - start]``.
         velocity: the outer momentum's Variable; None: there is none.
         index: of its bucket.
-        encode, decode, update: what is computed before a sum and after it; a graph of each fragment is traced once.
+        difference, encode, decode, update: what is computed before a sum and after it, for one graph each.
         handle: its sum in flight, or one that has arrived and is not due yet; None: there is none.
         due: number of the step after which the sum is applied.
     """
@@ -54,6 +54,7 @@ class Fragment:
     anchor: Any
     velocity: Any
     index: int
+    difference: Callable[..., Any] = field(init=False)
     encode: Callable[..., Any] = field(init=False)
     decode: Callable[..., Any] = field(init=False)
     update: Callable[..., Any] = field(init=False)
@@ -121,7 +122,7 @@ class StreamingExchange(AllReduceExchange):
                 last = self._last_start - number * self._short_round // self._count
                 anchor = Variable(zeros, trainable=False)
                 fragment = Fragment(start, stop, offset, last, anchor, velocity, index)
-                for name in ("encode", "decode", "update"):
+                for name in ("difference", "encode", "decode", "update"):
                     setattr(fragment, name, partial(getattr(self, f"_{name}"), fragment))
                 self._fragments.append(fragment)
         for fragment in self._fragments:
@@ -175,8 +176,7 @@ class StreamingExchange(AllReduceExchange):
         replaced = [self._apply(f, parameters, call) for f in self._in_flight() if f.due <= done]
         for fragment in self._fragments:
             if self._starts(fragment, done):
-                own = parameters[fragment.start : fragment.stop]
-                fragment.handle, fragment.due = self._start(fragment, own, call), done + self._overlap
+                fragment.handle, fragment.due = self._start(fragment, parameters, call), done + self._overlap
                 if not self._overlap:
                     replaced.append(self._apply(fragment, parameters, call))
         return replaced
@@ -187,37 +187,40 @@ class StreamingExchange(AllReduceExchange):
             return done == fragment.last and fragment.handle is None
         return done % self._every == fragment.offset
 
-    def _start(self, fragment: Fragment, own: Tensor, call: Callable[..., Any]) -> Handle:
-        """Start the sum of a fragment of which this rank has the parameters ``own``."""
+    def _start(self, fragment: Fragment, parameters: Tensor, call: Callable[..., Any]) -> Handle:
+        """Start the sum of a fragment."""
         phase, index = self._inner.begin(self._step), fragment.index
         if phase is None and isinstance(self._inner, GatheredSums) and self._inner.encodes(index):
-            return self._inner.send(*call(fragment.encode, own), index)
+            return self._inner.send(*call(fragment.encode, parameters), index)
         compressor = getattr(self._inner, "compressor", None)
         if isinstance(compressor, Compressor):
             # Of a compressor with phases, a graph would repeat the phase in which it was traced.
             compressor.call = call if phase is None else call_directly
-        return self._inner.start(ops.convert_to_tensor(fragment.anchor) - own, index)
+        return self._inner.start(call(fragment.difference, parameters), index)
 
     def _apply(self, fragment: Fragment, parameters: Tensor, call: Callable[..., Any]) -> tuple[int, Tensor]:
         """Do the outer update of a fragment; return its start and this rank's parameters of it from now on."""
         handle, fragment.handle = fragment.handle, None
         assert handle is not None
-        own = parameters[fragment.start : fragment.stop] if self._mixing else None
         if isinstance(handle, GatheredSum):
-            return fragment.start, call(fragment.decode, handle.gathered(), handle.kept, own)
-        return fragment.start, call(fragment.update, handle.wait(), own)
+            return fragment.start, call(fragment.decode, handle.gathered(), handle.kept, parameters)
+        return fragment.start, call(fragment.update, handle.wait(), parameters)
 
-    def _encode(self, fragment: Fragment, own: Tensor) -> Any:
+    def _difference(self, fragment: Fragment, parameters: Tensor) -> Tensor:
+        """Return the global parameters minus this rank's."""
+        return ops.convert_to_tensor(fragment.anchor) - parameters[fragment.start : fragment.stop]
+
+    def _encode(self, fragment: Fragment, parameters: Tensor) -> Any:
         """Return what ``GatheredSums.encode`` makes of the difference."""
         assert isinstance(self._inner, GatheredSums)
-        return self._inner.encode(ops.convert_to_tensor(fragment.anchor) - own, fragment.index)
+        return self._inner.encode(self._difference(fragment, parameters), fragment.index)
 
-    def _decode(self, fragment: Fragment, gathered: Tensor, kept: Any, own: Tensor | None) -> Tensor:
+    def _decode(self, fragment: Fragment, gathered: Tensor, kept: Any, parameters: Tensor) -> Tensor:
         """Do the outer update by the sum of gathered rows; return this rank's parameters from now on."""
         assert isinstance(self._inner, GatheredSums)
-        return self._update(fragment, self._inner.decode(gathered, kept, fragment.index), own)
+        return self._update(fragment, self._inner.decode(gathered, kept, fragment.index), parameters)
 
-    def _update(self, fragment: Fragment, total: Tensor, own: Tensor | None) -> Tensor:
+    def _update(self, fragment: Fragment, total: Tensor, parameters: Tensor) -> Tensor:
         """Do the outer update by the sum ``total``; return this rank's parameters from now on."""
         anchor = ops.convert_to_tensor(fragment.anchor)
         velocity = None if fragment.velocity is None else ops.convert_to_tensor(fragment.velocity)
@@ -225,7 +228,9 @@ class StreamingExchange(AllReduceExchange):
         fragment.anchor.assign(agreed)
         if fragment.velocity is not None:
             fragment.velocity.assign(moved)
-        return agreed if own is None else agreed + (own - agreed) * self._mixing
+        if not self._mixing:
+            return agreed
+        return agreed + (parameters[fragment.start : fragment.stop] - agreed) * self._mixing
 
     def averaged(self) -> np.ndarray | None:
         """Return the flat global parameters, float32 ``[size]``; None in the warm-up, when every rank has them."""

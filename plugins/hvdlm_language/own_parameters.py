@@ -25,8 +25,9 @@ class Streams(Protocol):
     def advance(self, parameters: Tensor, call: Callable[..., Any] = ...) -> Sequence[tuple[int, Tensor]]:
         """Finish and start collectives after a step, outside of graphs; all ranks call after every step.
 
-        ``call(function, *arguments)`` returns ``function(*arguments)``, of a pure function of tensors that exists as
-        long as the exchange; a framework with graphs makes one graph of it. Default: it is called as it is.
+        ``call(function, *arguments)`` returns ``function(*arguments)``, of a function of tensors that exists as long as
+        the exchange and changes nothing but its Variables; a framework with graphs makes one graph of it. Default: it
+        is called as it is.
 
         Returns (start, values): what replaces elements of the flat ``parameters`` ``[size]``.
         """

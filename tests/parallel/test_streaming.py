@@ -86,7 +86,7 @@ def test_all_but_collectives_can_be_called_as_graphs(manager: Any, world: World,
         exchange.advance = lambda own, advance=advance, second=second: advance(own, *second)
         histories.append(train(exchange, start(), moved, tensor))
     np.testing.assert_array_equal(*histories)
-    assert called == ({"_encode", "_decode"} if algorithm == "int4" else {"_update"})
+    assert called == ({"_encode", "_decode"} if algorithm == "int4" else {"_difference", "_update"})
 
 
 @pytest.mark.parametrize("overlap", [0, 1, 3])
