@@ -12,6 +12,7 @@ from hvdlm.io.launcher_env import detect
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.sharding_rules import tied_names
 from hvdlm.planning.zero_payloads import gathered_as
+from hvdlm.plugins import SCHEDULES
 
 FRAMEWORKS = ("torch", "tensorflow")  # whose plugins keep the float32 parameters that ZeRO's ranks update
 WHOLE = ("power_sgd", "dgc", "chunked_top_k")  # compressors of whole matrices, or with a feedback of their own
@@ -190,6 +191,25 @@ def check_updates(config: Config, spec: ModelSpec) -> None:
                 f"{key} {value} doesn't go with communication.exchange {name}: {reason}; set --{key} {shown}."
             )
     _check_tied(config, spec, "makes updates of the gradients that a stage has, and those of a tied embedding are two")
+
+
+def check_rates(config: Config) -> None:
+    """Check that all learning rates are known before the run, and that no option asks for a dense first stage.
+
+    Raises:
+        HvdlmError: the first combination that is not supported.
+    """
+    name, schedule = config.communication.exchange, config.train.schedule
+    if schedule not in SCHEDULES:
+        raise HvdlmError(
+            f"train.schedule {schedule} doesn't go with communication.exchange {name}, which needs to know the rates "
+            f"of a plugin's schedule and doesn't: choose one of {', '.join(SCHEDULES)}."
+        )
+    if config.communication.compression.start_after_steps:
+        raise HvdlmError(
+            f"communication.compression.start_after_steps doesn't go with communication.exchange {name}, which has no "
+            "dense first stage: leave it out."
+        )
 
 
 def _whole_gradients(config: Config, feature: str) -> None:

@@ -71,11 +71,11 @@ class OneBitMomentum:
     def dense(self, gradient: Tensor, memory: Mapping[str, Any], step: Tensor) -> Direction:
         """Sum the gradient as it is; the moments follow Adam, the second one in stage 1 only."""
         total = (yield Request("all_reduce", [gradient]))[0] / float(self.ranks)
-        first = self._moved(memory["first_moment"], total, self._train.beta1)
+        first = self.moved(memory["first_moment"], total, self._train.beta1)
         memory["first_moment"].assign(first)
         if self.frozen:
-            return self._direction(first, ops.convert_to_tensor(memory["second_moment"]))
-        second = self._moved(memory["second_moment"], total * total, self._train.beta2)
+            return self.direction(first, ops.convert_to_tensor(memory["second_moment"]))
+        second = self.moved(memory["second_moment"], total * total, self._train.beta2)
         memory["second_moment"].assign(second)
         count = ops.cast(step + 1, "float32") - ops.convert_to_tensor(memory["started"])
         # In float32, 1 - beta ** count would lose half of its digits where beta is near 1.
@@ -83,14 +83,19 @@ class OneBitMomentum:
             moment / -ops.expm1(count * math.log(beta)) if beta > 0 else moment
             for moment, beta in ((first, self._train.beta1), (second, self._train.beta2))
         )
-        return self._direction(first, second)
+        return self.direction(first, second)
 
     def reduce(self, gradient: Tensor, memory: Mapping[str, Any], step: Tensor) -> Direction:
         """Exchange the gradient in stage 1, the momentum in stage 2."""
         if not self.frozen:
             return (yield from self.dense(gradient, memory, step))
-        elements = gradient.shape[0]
-        own = self._moved(memory["first_moment"], gradient, self._train.beta1)
+        first = yield from self.compressed_mean(self.moved(memory["first_moment"], gradient, self._train.beta1), memory)
+        memory["first_moment"].assign(first)
+        return self.direction(first, ops.convert_to_tensor(memory["second_moment"]))
+
+    def compressed_mean(self, own: Tensor, memory: Mapping[str, Any]) -> Direction:
+        """Return the mean of all ranks' ``own`` ``[n]``, compressed twice; both errors go into ``memory``."""
+        elements = own.shape[0]
         own = own + ops.convert_to_tensor(memory["error"])
         blocks = self._blocks(elements)
         rows = ops.reshape(ops.pad(own, [[0, blocks * self._block - elements]]), (blocks, self._block))
@@ -109,14 +114,14 @@ class OneBitMomentum:
         sent = self._encoded(rows, np.full(blocks // self.ranks, self._block, np.float32))
         memory["chunk_error"].assign(chunk - self._decoded(sent))
         gathered = yield Request("all_gather", [sent])
-        first = self._decoded(ops.reshape(gathered[0], (blocks, -1)), elements)
-        memory["first_moment"].assign(first)
-        return self._direction(first, ops.convert_to_tensor(memory["second_moment"]))
+        return self._decoded(ops.reshape(gathered[0], (blocks, -1)), elements)
 
-    def _moved(self, mean: Any, value: Tensor, beta: float) -> Tensor:
+    def moved(self, mean: Any, value: Tensor, beta: float) -> Tensor:
+        """Return the exponential moving average after ``value``."""
         return ops.convert_to_tensor(mean) * beta + value * (1.0 - beta)
 
-    def _direction(self, first: Tensor, second: Tensor) -> Tensor:
+    def direction(self, first: Tensor, second: Tensor) -> Tensor:
+        """Return Adam's direction of both moments."""
         return first / (ops.sqrt(second) + self._train.epsilon)
 
     def _encoded(self, rows: Tensor, counts: np.ndarray) -> Tensor:
