@@ -205,6 +205,11 @@ def check_rates(config: Config) -> None:
             f"train.schedule {schedule} doesn't go with communication.exchange {name}, which needs to know the rates "
             f"of a plugin's schedule and doesn't: choose one of {', '.join(SCHEDULES)}."
         )
+    if config.train.spike:
+        raise HvdlmError(
+            f"train.spike {config.train.spike:g} doesn't go with communication.exchange {name}, which sums up ranks' "
+            "own steps and can't leave one out: set --train.spike 0."
+        )
     if config.communication.compression.start_after_steps:
         raise HvdlmError(
             f"communication.compression.start_after_steps doesn't go with communication.exchange {name}, which has no "

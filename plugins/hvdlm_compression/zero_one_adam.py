@@ -19,6 +19,7 @@ from hvdlm_compression.one_bit_adam import BLOCK, OneBitMomentum
 from hvdlm_compression.updates import Direction, UpdateExchange
 
 UPDATES = 16  # of the second moment, after which the steps between two of them double (section 6, kappa)
+_ROUNDING = 1e-6  # of a rate that is a whole part of the peak
 _RATE, _TOTAL, _PER_TOTAL, _FIRST, _SECOND = range(5)  # of ``ZeroOneMomentum.factors``
 
 
@@ -36,6 +37,8 @@ class ZeroOneMomentum(OneBitMomentum):
             inverse, and what corrects both moments, which started from zero (Kingma and Ba 2015, algorithm 1).
     """
 
+    replicated = ("first_moment", "second_moment", "anchor", "steps")
+
     def __init__(self, train: TrainConfig, block: int, ranks: int) -> None:
         super().__init__(train, block, ranks)
         self.phase = "adam"
@@ -46,8 +49,9 @@ class ZeroOneMomentum(OneBitMomentum):
         return self.phase
 
     def memory(self, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
-        """Return moments, errors and u; ``stage``: updates of the second moment, the next one's step, the first's."""
-        return super().memory(shape) | {"since_sync": np.zeros(shape, np.float32), "stage": np.zeros(3, np.float32)}
+        """Return moments, errors and u."""
+        kept = {name: array for name, array in super().memory(shape).items() if name not in ("stage", "started")}
+        return kept | {"since_sync": np.zeros(shape, np.float32)}
 
     def dense(self, gradient: Tensor, memory: Mapping[str, Any], step: Tensor) -> Direction:
         """Exchange ``[n]`` values that are not compressed."""
@@ -97,6 +101,7 @@ class ZeroOneAdam(UpdateExchange):
         self._momentum = rule
         self._rate = make_schedule(train)
         self._alone = max(warmup_steps(train), options.local.warmup)  # the first step that may be a rank's own
+        self._settled = max(UPDATES, round(1.0 / (1.0 - train.beta2)))  # steps over which the second moment averages
         steps = options.local.steps
         self._intervals = [interval for interval in range(1, steps + 1) if steps % interval == 0]
         self._anchor: Any = None
@@ -104,14 +109,14 @@ class ZeroOneAdam(UpdateExchange):
 
     def _restart(self) -> None:
         """Begin with moments of zero."""
-        self._updates, self._next, self._first = 0, 0, 0
-        self._total = 0.0
+        self._updates, self._next, self._first, self._since = 0, 0, 0, 0
         self._momentum.phase = "adam"
 
     def open(self, layout: FlatLayout, parameters: np.ndarray) -> None:
         """Begin an interval from ``parameters``; reset all that is kept."""
         if self._anchor is None:
             self._anchor = Variable(parameters, trainable=False)
+            self._layout = layout
             self._decay = layout.decay_mask() * np.float32(self._train.weight_decay)
             self._momentum.factors = Variable(np.ones(5, np.float32), trainable=False)
             self._directions: list[Any] = [None] * len(layout.buckets)
@@ -127,7 +132,8 @@ class ZeroOneAdam(UpdateExchange):
     def begin(self, step: int) -> Hashable:
         """Choose what the step does; return its phase."""
         rate = self._rate(step)
-        self._total = rate if self.agreed else self._total + rate
+        if self.agreed:
+            self._since = step
         if not self._updates:
             self._first = step
         interval = self._interval(step, rate)
@@ -140,24 +146,20 @@ class ZeroOneAdam(UpdateExchange):
             phase = "adam"
             self._next = step + 2 ** (self._updates // UPDATES)
             self._updates += 1
-            self._keep()
         else:
             phase = "compressed"
         self._momentum.phase = phase
         corrections = [1.0 - self._train.beta1 ** (step + 1 - self._first), 1.0 - self._train.beta2**self._updates]
-        values = [rate, self._total, *(1.0 / value if value else 0.0 for value in (self._total, *corrections))]
+        total = sum(self._rate(earlier) for earlier in range(self._since, step + 1))
+        values = [rate, total, *(1.0 / value if value else 0.0 for value in (total, *corrections))]
         self._momentum.factors.assign(np.array(values, np.float32))
         return super().begin(step)
 
     def _interval(self, step: int, rate: float) -> int:
         """Return the steps from one agreement to the next, at this step's learning rate."""
-        if step < self._alone or self._updates < UPDATES:
+        if step < self._alone or step - self._first < self._settled:
             return 1
-        return max(n for n in self._intervals if n == 1 or n * rate <= self._train.learning_rate)
-
-    def _keep(self) -> None:
-        for unit in self.units():
-            unit.memory["stage"].assign(np.array([self._updates, self._next, self._first], np.float32))
+        return max(n for n in self._intervals if n == 1 or n * rate <= self._train.learning_rate * (1.0 + _ROUNDING))
 
     def start(self, bucket: Tensor, index: int) -> Handle:
         """Start to exchange the flat bucket; the handle's result is its direction, ``[elements]``."""
@@ -193,13 +195,25 @@ class ZeroOneAdam(UpdateExchange):
         return agreed
 
     def state(self) -> dict[str, np.ndarray]:
-        """Return moments, errors and the stage; u is zero where ranks agree, and they save only there."""
-        return {name: array for name, array in super().state().items() if not name.startswith("since_sync/")}
+        """Return moments, errors and counts; between two agreements, what a rank has of its own, too."""
+        state = super().state()
+        counts = [self._updates, self._next, self._first, self._since]
+        state[f"steps/{self._layout.slots[0].name}"] = np.array(counts, np.int64)
+        if self.agreed:  # u is zero
+            return {name: array for name, array in state.items() if not name.startswith("since_sync/")}
+        anchor = self._layout.unflatten(np.array(ops.convert_to_numpy(self._anchor)))
+        state = {name.replace("first_moment/", "own_moment/", 1): array for name, array in state.items()}
+        return state | {f"anchor/{name}": array for name, array in anchor.items()}
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
         """Restore what ``state`` returned; without it, start anew."""
-        super().load_state(state)
+        super().load_state({name.replace("own_moment/", "first_moment/", 1): array for name, array in state.items()})
         self._restart()
-        for unit in self.units()[:1]:
-            stage = np.asarray(ops.convert_to_numpy(unit.memory["stage"]))
-            self._updates, self._next, self._first = (int(value) for value in stage.tolist())
+        counts = state.get(f"steps/{self._layout.slots[0].name}")
+        if counts is None:
+            return
+        self._updates, self._next, self._first, self._since = counts.tolist()
+        anchor = {name.removeprefix("anchor/"): a for name, a in state.items() if name.startswith("anchor/")}
+        if anchor:
+            self._anchor.assign(self._layout.flatten(anchor))
+            self._momentum.phase = "local"
