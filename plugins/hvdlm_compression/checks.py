@@ -194,27 +194,38 @@ def check_updates(config: Config, spec: ModelSpec) -> None:
 
 
 def check_rates(config: Config) -> None:
-    """Check that all learning rates are known before the run, and that no option asks for a dense first stage.
+    """Check that all learning rates are known before the run, and refuse options without a meaning for 0/1 Adam.
 
     Raises:
         HvdlmError: the first combination that is not supported.
     """
-    name, schedule = config.communication.exchange, config.train.schedule
-    if schedule not in SCHEDULES:
+    name, train, options = config.communication.exchange, config.train, config.communication
+    if train.schedule not in SCHEDULES:
         raise HvdlmError(
-            f"train.schedule {schedule} doesn't go with communication.exchange {name}, which needs to know the rates "
-            f"of a plugin's schedule and doesn't: choose one of {', '.join(SCHEDULES)}."
+            f"train.schedule {train.schedule} doesn't go with communication.exchange {name}, which has to know all "
+            f"learning rates before the run, and a plugin's it doesn't: choose one of {', '.join(SCHEDULES)}."
         )
-    if config.train.spike:
-        raise HvdlmError(
-            f"train.spike {config.train.spike:g} doesn't go with communication.exchange {name}, which sums up ranks' "
-            "own steps and can't leave one out: set --train.spike 0."
-        )
-    if config.communication.compression.start_after_steps:
-        raise HvdlmError(
-            f"communication.compression.start_after_steps doesn't go with communication.exchange {name}, which has no "
-            "dense first stage: leave it out."
-        )
+    unwanted = {
+        "train.spike": (train.spike, "others have counted a step that is left out", "set it to 0"),
+        "communication.compression.start_after_steps": (
+            options.compression.start_after_steps,
+            "it has no dense first stage",
+            "leave it out",
+        ),
+        "communication.local.outer_momentum": (
+            options.local.outer_momentum,
+            "it has no outer optimizer",
+            "leave it out",
+        ),
+        "communication.local.outer_learning_rate": (
+            options.local.outer_learning_rate,
+            "it has no outer optimizer",
+            "leave it out",
+        ),
+    }
+    for key, (value, reason, remedy) in unwanted.items():
+        if value:
+            raise HvdlmError(f"{key} {value:g} doesn't go with communication.exchange {name}: {reason}; {remedy}.")
 
 
 def _whole_gradients(config: Config, feature: str) -> None:

@@ -29,7 +29,8 @@ class OneBitMomentum:
     Stage 1 is Adam (Kingma and Ba 2015) on dense sums. In stage 2, every rank adds its gradient to the momentum that
     all ranks agree on, m_i = beta1 m + (1 - beta1) g_i, and sends C(m_i + e_i), with C(x) = (||x||_1 / n) sign(x) for
     each block. Each rank averages one chunk of all ranks' vectors, and sends C(chunk + e'). What all receive is the
-    next m. The errors e and e' of both compressions are kept. The direction is m / (sqrt(v) + epsilon).
+    next m. The errors e and e' of both compressions are kept. The direction is m / (sqrt(v) + epsilon), in stage 2 at
+    most 1 an element.
     """
 
     matrices = False
@@ -74,7 +75,7 @@ class OneBitMomentum:
         first = self.moved(memory["first_moment"], total, self._train.beta1)
         memory["first_moment"].assign(first)
         if self.frozen:
-            return self.direction(first, ops.convert_to_tensor(memory["second_moment"]))
+            return self.bounded(first, memory["second_moment"])
         second = self.moved(memory["second_moment"], total * total, self._train.beta2)
         memory["second_moment"].assign(second)
         count = ops.cast(step + 1, "float32") - ops.convert_to_tensor(memory["started"])
@@ -91,7 +92,7 @@ class OneBitMomentum:
             return (yield from self.dense(gradient, memory, step))
         first = yield from self.compressed_mean(self.moved(memory["first_moment"], gradient, self._train.beta1), memory)
         memory["first_moment"].assign(first)
-        return self.direction(first, ops.convert_to_tensor(memory["second_moment"]))
+        return self.bounded(first, memory["second_moment"])
 
     def compressed_mean(self, own: Tensor, memory: Mapping[str, Any]) -> Direction:
         """Return the mean of all ranks' ``own`` ``[n]``, compressed twice; both errors go into ``memory``."""
@@ -123,6 +124,15 @@ class OneBitMomentum:
     def direction(self, first: Tensor, second: Tensor) -> Tensor:
         """Return Adam's direction of both moments."""
         return first / (ops.sqrt(second) + self._train.epsilon)
+
+    def bounded(self, first: Tensor, second: Any) -> Tensor:
+        """Return the direction of moments that are not of the same gradients: at most 1 an element.
+
+        Adam's own is about that at most (Kingma and Ba 2015, section 2.1), since both moments are of one gradient. A
+        scale of one bit is that of a whole block, and the second moment of an element that had hardly a gradient when
+        it was updated last (the embedding of a rare token) is nearly zero.
+        """
+        return ops.clip(self.direction(first, ops.convert_to_tensor(second)), -1.0, 1.0)
 
     def _encoded(self, rows: Tensor, counts: np.ndarray) -> Tensor:
         """Return uint8 ``[blocks, 4 + block / 8]``: scales and signs of ``rows``, which have ``counts`` elements."""

@@ -79,7 +79,8 @@ class ZeroOneMomentum(OneBitMomentum):
                 since_sync = ops.zeros_like(since_sync)
             memory["since_sync"].assign(since_sync)
         memory["first_moment"].assign(first)
-        return self.direction(first * factors[_FIRST], second * factors[_SECOND])
+        direction = self.direction if self.phase == "adam" else self.bounded
+        return direction(first * factors[_FIRST], second * factors[_SECOND])
 
 
 class ZeroOneAdam(UpdateExchange):

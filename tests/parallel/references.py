@@ -223,8 +223,13 @@ def one_bit_adam(
             directions.append(corrected[0] / (np.sqrt(corrected[1]) + epsilon))
             continue
         first = compressed_mean(own, errors, chunk_errors) if compresses else own.mean(0)
-        directions.append(first / (np.sqrt(second) + epsilon))
+        directions.append(bounded(first / (np.sqrt(second) + epsilon)))
     return np.stack(directions)
+
+
+def bounded(direction: np.ndarray) -> np.ndarray:
+    """Kingma and Ba 2015, section 2.1: |m| / sqrt(v) is about 1 at most, which compression of m does not keep."""
+    return np.clip(direction, -1.0, 1.0)
 
 
 def compressed_mean(own: np.ndarray, errors: np.ndarray, chunk_errors: np.ndarray) -> np.ndarray:
@@ -275,12 +280,14 @@ def zero_one_adam(
         denominator = np.sqrt(second / (1 - beta2**updates)) + epsilon
         correction = 1 / (1 - beta1 ** (step + 1))
         total += rate
-        values = values - rate * first * correction / denominator
+        direction = first * correction / denominator
+        values = values - rate * (direction if phase == "adam" else bounded(direction))
         since_sync += rate * first
         if phase in ("compressed", "sync"):
             mean = compressed_mean(since_sync, errors, chunk_errors) if compresses else since_sync.mean(0)
             first = np.repeat((mean / total)[None], ranks, axis=0)
-            values = np.repeat((anchor - mean * correction / denominator)[None], ranks, axis=0)
+            step_of_all = total * bounded(mean / total * correction / denominator)
+            values = np.repeat((anchor - step_of_all)[None], ranks, axis=0)
         if phase != "local":
             anchor, total, since_sync = values[0], 0.0, np.zeros((ranks, n))
         trajectory.append(values)

@@ -257,6 +257,15 @@ def test_one_bit_adam_follows_the_papers_algorithm(manager: Any, world: World, t
     assert len(set(world.gather_objects(hashlib.sha256(result.tobytes()).hexdigest()))) == 1
 
 
+def test_one_bit_adam_takes_no_huge_step_for_a_rare_token(manager: Any, world: World, tensor: Any) -> None:
+    """A second moment of zero, or nearly so, would divide the scale of a whole block."""
+    vectors = gradients(world.size, layout().size)
+    vectors[:2, :, :20], vectors[:2, :, 20:40] = 0.0, vectors[:2, :, 20:40] * 1e-4
+    stage = run(one_bit_adam(manager, world), world, tensor, vectors / world.size)[2:]
+    assert np.abs(stage).max() <= 1.0
+    assert (np.abs(stage[:, :40]) > 0.99).all()  # they do move
+
+
 def test_a_restored_one_bit_adam_continues_bit_for_bit(manager: Any, world: World, tensor: Any) -> None:
     vectors = gradients(world.size, layout().size)
     for done in (1, 3):  # in both stages
@@ -355,6 +364,16 @@ def test_zero_one_adam_follows_the_papers_algorithm(manager: Any, world: World, 
     compressed = blocks * 36 + blocks * 36 // world.size + 4 * 60 + 16
     counts = {"adam": 4 * layout().size + 16, "compressed": compressed, "sync": compressed, "local": 0}
     assert sent == [counts[phase] for phase in phases]
+
+
+def test_zero_one_adam_takes_no_huge_step_for_a_rare_token(manager: Any, world: World, tensor: Any) -> None:
+    """Steps of a rank's own are bounded, too."""
+    vectors = many_gradients(world.size, 26)
+    vectors[:20, :, :20], vectors[:20, :, 20:40] = 0.0, vectors[:20, :, 20:40] * 1e-4
+    phases, _, trajectory = descend(zero_one_adam(manager, world), world, tensor, vectors, np.zeros(layout().size))
+    assert phases[20:] == ["local", "sync"] * 3
+    steps = np.abs(np.diff(trajectory[19::2], axis=0))
+    assert steps.max() <= 2 * 0.005 * 1.01 and (steps[:, :40] > 0.004).any()
 
 
 def test_zero_one_adam_decays_weights_alike_on_all_ranks(manager: Any, world: World, tensor: Any) -> None:
