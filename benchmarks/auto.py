@@ -5,7 +5,7 @@
 A GPT of 10.7 million parameters trains on two hosts with one rank each (hosts.py); rate 0: no limit. With
 ``communication.auto``, the run measures and decides. Then its choice and every method that max_loss_gap allows (dense
 sums of buckets of several sizes, and the compressors of this gap) take turns in the same processes, a block of steps
-each; after three rounds, those whose median is within 15% of the best one's. The figure is the median over the rounds of
+each; after three rounds, those whose median is within 15% of the best one's. The figure is the median over rounds of
 the speed of the choice divided by that of the method whose median is the best.
 """
 
