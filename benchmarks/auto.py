@@ -5,8 +5,8 @@
 A GPT of 10.7 million parameters trains on two hosts with one rank each (hosts.py); rate 0: no limit. With
 ``communication.auto``, the run measures and decides. Then its choice and every method that max_loss_gap allows (dense
 sums of buckets of several sizes, and the compressors of this gap) take turns in the same processes, a block of steps
-each. The figure is the median over the rounds of the speed of the choice divided by that of the method whose median is
-the best.
+each; after three rounds, those whose median is within 15% of the best one's. The figure is the median over rounds of
+the speed of the choice divided by that of the method whose median is the best.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def measure(hosts: Hosts, framework: str, rate: float, gap: float, o: argparse.N
     tokens = hosts.count * ROWS * CONTEXT
     speeds = {name: tokens / statistics.median(values) for name, values in seconds.items()}
     print("  tokens/s: " + ", ".join(f"{name} {speed:.1f}" for name, speed in speeds.items()), flush=True)
-    best = max((name for name in speeds if name != "auto"), key=lambda name: speeds[name])
+    stayed = [name for name, values in seconds.items() if name != "auto" and len(values) == len(seconds["auto"])]
+    best = max(stayed, key=lambda name: speeds[name])
     rounds = [(tokens / own, tokens / other) for own, other in zip(seconds["auto"], seconds[best], strict=True)]
     where = f"{framework}, {f'{rate / 1e6:g} Mbit/s' if rate else 'no limit'}, gap {gap:g}"
     report_ratio(f"tokens/s of auto / of the best by hand, {where}", rounds, OF_BEST, f"{chosen} and {best}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import statistics
 from typing import Any
 
 from harness import emit
@@ -15,6 +16,7 @@ from hvdlm.training.signals import Signals
 
 BLOCK = 3  # steps of a turn that are timed
 UNTIMED = 2  # steps before them: in the first turn of a method, TensorFlow builds its graph
+TRIED, WITHIN = 3, 1.15  # rounds after which only methods stay whose median is within this factor of the best one's
 
 
 class Turns:
@@ -22,6 +24,7 @@ class Turns:
 
     def __init__(self, opened: run.Run, rounds: int) -> None:
         self._exchange: Any = opened.exchange
+        self._world = opened.world
         self._rounds = rounds
         self._pending: list[tuple[str, str]] = []
         self._timed: list[float] = []
@@ -52,17 +55,27 @@ class Turns:
         log = self._exchange.log
         importlib.import_module("hvdlm_auto.periods").INTERVAL = 10**9  # from here on, nothing is decided
         self.chosen = log.method(self._exchange.next_step)
-        names = [candidate.name for candidate in log.candidates]
-        for number in range(self._rounds + 1):  # the first round builds graphs
-            turns = [("auto", self.chosen), *((name, name) for name in names)]
-            self._pending += turns[:: 1 if number % 2 == 0 else -1]
-        self.seconds = {name: [] for name in ("auto", *names)}
+        self._methods = [candidate.name for candidate in log.candidates]
+        self.seconds = {name: [] for name in ("auto", *self._methods)}
+        self._round = 0
         self._current = ""
+
+    def _take_turns(self) -> None:
+        """Begin a round; the first one builds graphs."""
+        if self._round == 1 + TRIED:  # what takes twice the time would be measured the longest
+            medians = {name: statistics.median(self.seconds[name][1:]) for name in self._methods}
+            near = [name for name in self._methods if medians[name] <= WITHIN * min(medians.values())]
+            self._methods = self._world.broadcast_object(near)
+        turns = [("auto", self.chosen), *((name, name) for name in self._methods)]
+        self._pending = turns[:: 1 if self._round % 2 == 0 else -1]
+        self._round += 1
 
     def _next(self) -> None:
         if self._current and self._timed:
             self.seconds[self._current].append(sum(self._timed) / len(self._timed))
         self._timed = []
+        if not self._pending and self._round <= self._rounds:
+            self._take_turns()
         if not self._pending:
             self._run.stop("measured")
             self._left = 10**9

@@ -48,6 +48,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "power_sgd": (_ALGORITHM, "power_sgd", "--communication.compression.rank", "4"),
     "top_k": (_ALGORITHM, "top_k", *_BURSTS),
     "one_bit_adam": _exchange("one_bit_adam", *_SGD),
+    "zero_one_adam": _exchange("zero_one_adam", *_SGD),
     "demo": _exchange("demo", *_SGD, "--communication.compression.ratio", "0.03125"),
     "diloco_30": _exchange("diloco", _STEPS, "30"),
     "sparseloco_30": _exchange("local_sgd", _STEPS, "30", _ALGORITHM, "chunked_top_k"),

@@ -281,7 +281,7 @@ class LocalConfig:
     """Local SGD and DiLoCo.
 
     Args:
-        steps: optimizer steps between synchronisations
+        steps: optimizer steps between synchronisations; zero_one_adam: the most
         outer_learning_rate: outer learning rate of the mean parameter difference; null: DiLoCo 0.7, local_sgd 1
         outer_momentum: outer Nesterov momentum; null: DiLoCo 0.8, local_sgd 0
         warmup: number of initial steps with an all-reduce at every step

@@ -40,6 +40,7 @@ ONE_BIT_ADAM = [
     "--train.clip",
     "0",
 ]
+ZERO_ONE_ADAM = ["--communication.exchange", "zero_one_adam", *ONE_BIT_ADAM[2:]]
 Setup = Callable[[pytest.MonkeyPatch], Any]
 
 
@@ -160,13 +161,31 @@ def gloo(patch: pytest.MonkeyPatch) -> None:
     patch.setenv("HOROVOD_GLOO_RENDEZVOUS_ADDR", "127.0.0.1")
 
 
+def install_plugin(patch: pytest.MonkeyPatch, name: str, source: str) -> None:
+    """Set up an installed plugin whose module has this source."""
+    Path(f"{name}_plugin.py").write_text(source)
+    patch.syspath_prepend(str(Path.cwd()))
+    entry = importlib.metadata.EntryPoint(name, f"{name}_plugin", "hvdlm")
+    real = plugins.installed
+    patch.setattr(plugins, "installed", lambda: {**real(), name: entry})
+
+
 def broken_plugin(patch: pytest.MonkeyPatch) -> None:
     """Set up an installed plugin whose module fails."""
-    Path("broken_plugin.py").write_text("import nothing_of_this_name\n")
-    patch.syspath_prepend(str(Path.cwd()))
-    entry = importlib.metadata.EntryPoint("broken", "broken_plugin", "hvdlm")
-    real = plugins.installed
-    patch.setattr(plugins, "installed", lambda: {**real(), "broken": entry})
+    install_plugin(patch, "broken", "import nothing_of_this_name\n")
+
+
+LATE = """
+from hvdlm import hookimpl
+@hookimpl
+def hvdlm_lr_schedules():
+    return {"late": lambda config: lambda step: config.learning_rate}
+"""
+
+
+def late_schedule(patch: pytest.MonkeyPatch) -> None:
+    """Set up an installed plugin with the schedule ``late``."""
+    install_plugin(patch, "late", LATE)
 
 
 CASES: list[tuple[str, list[str], Setup | None, str]] = [
@@ -274,6 +293,16 @@ CASES: list[tuple[str, list[str], Setup | None, str]] = [
     ("1-bit Adam and an embedding of two stages", [*ONE_BIT_ADAM, "--parallel.pipeline", "2"], two_ranks,
      "one_bit_adam makes updates of the gradients that a stage has, and those of a tied embedding are two"),
     ("1-bit Adam and translation", [*ONE_BIT_ADAM, "--task", "translation"], None, "padding would falsify"),
+    ("0/1 Adam and AdamW", ["--communication.exchange", "zero_one_adam"], None, "set --train.optimizer sgd"),
+    ("0/1 Adam and an evaluation within a round", [*ZERO_ONE_ADAM, "--train.eval_every", "75"], None,
+     "train.eval_every 75 falls between two synchronisations of zero_one_adam"),
+    ("0/1 Adam and a dense first stage", [*ZERO_ONE_ADAM, f"{COMPRESSION}.start_after_steps", "10"], None,
+     "zero_one_adam: it has no dense first stage"),
+    ("0/1 Adam and the skipping of spikes", [*ZERO_ONE_ADAM, "--train.spike", "4"], None, "train.spike 4 doesn't go"),
+    ("0/1 Adam and an outer optimizer", [*ZERO_ONE_ADAM, "--communication.local.outer_momentum", "0.8"], None,
+     "outer_momentum 0.8 doesn't go with communication.exchange zero_one_adam: it has no outer optimizer"),
+    ("0/1 Adam and a plugin's schedule", [*ZERO_ONE_ADAM, "--train.schedule", "late", "--plugins", "[late]"],
+     late_schedule, "train.schedule late doesn't go with communication.exchange zero_one_adam"),
     ("no steps of a round", ["--communication.local.steps", "0"], None, "local.steps is 0, expected 1 or more"),
     ("an autotune log without autotune", ["--communication.autotune_log", "a.csv"], None, "--communication.autotune"),
     ("a bench of no size", ["bench", "--smallest", "10"], None, "expected 1024 <= smallest <= largest"),

@@ -71,7 +71,7 @@ def translation(folder: Path) -> dict:
 # framework, of which the check of mpi4py makes one, and test_train.py and test_exact.py many.
 COVERED = ("fp16", "bf16", "top_k", "random_k", "scaled_sign", "sign_majority", "qsgd", "int4", "dgc", "chunked_top_k")
 MODELS = ("gpt2", "llama", "gru", "lstm")
-EXCHANGES = ("all_reduce", "local_sgd", "demo", "one_bit_adam", "streaming_diloco")
+EXCHANGES = ("all_reduce", "local_sgd", "demo", "one_bit_adam", "zero_one_adam", "streaming_diloco")
 TASKS = ("language_model", "digits", "speech", "translation")
 LEFT = [f"compression-{name}" for name in COVERED] + [f"{name}-{name}" for name in MODELS]
 IN_FULL = f"(tensorflow or same_losses) and ({' or '.join(LEFT)} or an_exchange and ({' or '.join(EXCHANGES)}))"

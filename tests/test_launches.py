@@ -168,7 +168,17 @@ def curves(output_folder: Path, name: str, kind: str = "losses") -> dict[str, np
 # Rounding to fewer bits amplifies rounding errors: a value on the border of two levels may be rounded either way.
 ROUNDING = {"int8": 5e-5, "bf16": 5e-5, "fp16": 1e-5, "zero with int8": 5e-5}
 # Of values within a rounding error of a threshold (zero; the k-th largest), the frameworks may select different ones.
-CHOOSING = {"scaled_sign", "sign_majority", "qsgd", "int4", "top_k", "dgc", "diloco with top_k", "one_bit_adam"}
+CHOOSING = {
+    "scaled_sign",
+    "sign_majority",
+    "qsgd",
+    "int4",
+    "top_k",
+    "dgc",
+    "diloco with top_k",
+    "one_bit_adam",
+    "zero_one_adam",
+}
 CHOOSING |= {"zero with top_k", "demo", "streaming_diloco with int4", "chunked_top_k", "local_sgd with chunked_top_k"}
 # The sign of a rounding error is a direction of DeMo, where no gradient is: rows of tokens that don't occur.
 MOST_DIFFERENT = {"demo": 40}

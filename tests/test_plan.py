@@ -59,7 +59,7 @@ def test_a_dry_run_takes_the_options_of_plan(capsys: pytest.CaptureFixture[str])
     assert "seconds of a step" in text and "tokens/s" in text and "fitted on: product_efficiency" in text
 
 
-@pytest.mark.parametrize("exchange, vectors", [("one_bit_adam", 3), ("demo", 1)])
+@pytest.mark.parametrize("exchange, vectors", [("one_bit_adam", 3), ("zero_one_adam", 5), ("demo", 1)])
 def test_a_plan_of_updates_has_memory_but_no_seconds(
     exchange: str, vectors: int, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -20,7 +20,8 @@ LOCAL_EXCHANGES = ("local_sgd", "diloco", "streaming_diloco")
 KNOWN_EXCHANGES = ("all_reduce", *LOCAL_EXCHANGES)
 """Exchanges whose collectives are known."""
 
-_UPDATE_EXCHANGES = {"one_bit_adam": 3, "demo": 1}  # the momentum, and what else they keep; see their modules
+# The momentum, and what else they keep; see their modules.
+_UPDATE_EXCHANGES = {"one_bit_adam": 3, "zero_one_adam": 5, "demo": 1}
 _FEEDING_BACK = {"none": 0, "dgc": 2, "chunked_top_k": 1}  # vectors of compressors with a feedback of their own
 
 

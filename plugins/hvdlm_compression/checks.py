@@ -12,6 +12,7 @@ from hvdlm.io.launcher_env import detect
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.sharding_rules import tied_names
 from hvdlm.planning.zero_payloads import gathered_as
+from hvdlm.plugins import SCHEDULES
 
 FRAMEWORKS = ("torch", "tensorflow")  # whose plugins keep the float32 parameters that ZeRO's ranks update
 WHOLE = ("power_sgd", "dgc", "chunked_top_k")  # compressors of whole matrices, or with a feedback of their own
@@ -190,6 +191,41 @@ def check_updates(config: Config, spec: ModelSpec) -> None:
                 f"{key} {value} doesn't go with communication.exchange {name}: {reason}; set --{key} {shown}."
             )
     _check_tied(config, spec, "makes updates of the gradients that a stage has, and those of a tied embedding are two")
+
+
+def check_rates(config: Config) -> None:
+    """Check that all learning rates are known before the run, and refuse options without a meaning for 0/1 Adam.
+
+    Raises:
+        HvdlmError: the first combination that is not supported.
+    """
+    name, train, options = config.communication.exchange, config.train, config.communication
+    if train.schedule not in SCHEDULES:
+        raise HvdlmError(
+            f"train.schedule {train.schedule} doesn't go with communication.exchange {name}, which has to know all "
+            f"learning rates before the run, and a plugin's it doesn't: choose one of {', '.join(SCHEDULES)}."
+        )
+    unwanted = {
+        "train.spike": (train.spike, "others have counted a step that is left out", "set it to 0"),
+        "communication.compression.start_after_steps": (
+            options.compression.start_after_steps,
+            "it has no dense first stage",
+            "leave it out",
+        ),
+        "communication.local.outer_momentum": (
+            options.local.outer_momentum,
+            "it has no outer optimizer",
+            "leave it out",
+        ),
+        "communication.local.outer_learning_rate": (
+            options.local.outer_learning_rate,
+            "it has no outer optimizer",
+            "leave it out",
+        ),
+    }
+    for key, (value, reason, remedy) in unwanted.items():
+        if value:
+            raise HvdlmError(f"{key} {value:g} doesn't go with communication.exchange {name}: {reason}; {remedy}.")
 
 
 def _whole_gradients(config: Config, feature: str) -> None:

@@ -29,7 +29,8 @@ class OneBitMomentum:
     Stage 1 is Adam (Kingma and Ba 2015) on dense sums. In stage 2, every rank adds its gradient to the momentum that
     all ranks agree on, m_i = beta1 m + (1 - beta1) g_i, and sends C(m_i + e_i), with C(x) = (||x||_1 / n) sign(x) for
     each block. Each rank averages one chunk of all ranks' vectors, and sends C(chunk + e'). What all receive is the
-    next m. The errors e and e' of both compressions are kept. The direction is m / (sqrt(v) + epsilon).
+    next m. The errors e and e' of both compressions are kept. The direction is m / (sqrt(v) + epsilon), in stage 2 at
+    most 1 an element.
     """
 
     matrices = False
@@ -71,11 +72,11 @@ class OneBitMomentum:
     def dense(self, gradient: Tensor, memory: Mapping[str, Any], step: Tensor) -> Direction:
         """Sum the gradient as it is; the moments follow Adam, the second one in stage 1 only."""
         total = (yield Request("all_reduce", [gradient]))[0] / float(self.ranks)
-        first = self._moved(memory["first_moment"], total, self._train.beta1)
+        first = self.moved(memory["first_moment"], total, self._train.beta1)
         memory["first_moment"].assign(first)
         if self.frozen:
-            return self._direction(first, ops.convert_to_tensor(memory["second_moment"]))
-        second = self._moved(memory["second_moment"], total * total, self._train.beta2)
+            return self.bounded(first, memory["second_moment"])
+        second = self.moved(memory["second_moment"], total * total, self._train.beta2)
         memory["second_moment"].assign(second)
         count = ops.cast(step + 1, "float32") - ops.convert_to_tensor(memory["started"])
         # In float32, 1 - beta ** count would lose half of its digits where beta is near 1.
@@ -83,14 +84,19 @@ class OneBitMomentum:
             moment / -ops.expm1(count * math.log(beta)) if beta > 0 else moment
             for moment, beta in ((first, self._train.beta1), (second, self._train.beta2))
         )
-        return self._direction(first, second)
+        return self.direction(first, second)
 
     def reduce(self, gradient: Tensor, memory: Mapping[str, Any], step: Tensor) -> Direction:
         """Exchange the gradient in stage 1, the momentum in stage 2."""
         if not self.frozen:
             return (yield from self.dense(gradient, memory, step))
-        elements = gradient.shape[0]
-        own = self._moved(memory["first_moment"], gradient, self._train.beta1)
+        first = yield from self.compressed_mean(self.moved(memory["first_moment"], gradient, self._train.beta1), memory)
+        memory["first_moment"].assign(first)
+        return self.bounded(first, memory["second_moment"])
+
+    def compressed_mean(self, own: Tensor, memory: Mapping[str, Any]) -> Direction:
+        """Return the mean of all ranks' ``own`` ``[n]``, compressed twice; both errors go into ``memory``."""
+        elements = own.shape[0]
         own = own + ops.convert_to_tensor(memory["error"])
         blocks = self._blocks(elements)
         rows = ops.reshape(ops.pad(own, [[0, blocks * self._block - elements]]), (blocks, self._block))
@@ -109,15 +115,24 @@ class OneBitMomentum:
         sent = self._encoded(rows, np.full(blocks // self.ranks, self._block, np.float32))
         memory["chunk_error"].assign(chunk - self._decoded(sent))
         gathered = yield Request("all_gather", [sent])
-        first = self._decoded(ops.reshape(gathered[0], (blocks, -1)), elements)
-        memory["first_moment"].assign(first)
-        return self._direction(first, ops.convert_to_tensor(memory["second_moment"]))
+        return self._decoded(ops.reshape(gathered[0], (blocks, -1)), elements)
 
-    def _moved(self, mean: Any, value: Tensor, beta: float) -> Tensor:
+    def moved(self, mean: Any, value: Tensor, beta: float) -> Tensor:
+        """Return the exponential moving average after ``value``."""
         return ops.convert_to_tensor(mean) * beta + value * (1.0 - beta)
 
-    def _direction(self, first: Tensor, second: Tensor) -> Tensor:
+    def direction(self, first: Tensor, second: Tensor) -> Tensor:
+        """Return Adam's direction of both moments."""
         return first / (ops.sqrt(second) + self._train.epsilon)
+
+    def bounded(self, first: Tensor, second: Any) -> Tensor:
+        """Return the direction of moments that are not of the same gradients: at most 1 an element.
+
+        Adam's own is about that at most (Kingma and Ba 2015, section 2.1), since both moments are of one gradient. A
+        scale of one bit is that of a whole block, and the second moment of an element that had hardly a gradient when
+        it was updated last (the embedding of a rare token) is nearly zero.
+        """
+        return ops.clip(self.direction(first, ops.convert_to_tensor(second)), -1.0, 1.0)
 
     def _encoded(self, rows: Tensor, counts: np.ndarray) -> Tensor:
         """Return uint8 ``[blocks, 4 + block / 8]``: scales and signs of ``rows``, which have ``counts`` elements."""

@@ -6,6 +6,8 @@ compression and decompression, the sum that all ranks receive).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 BLOCK = 256
@@ -220,24 +222,76 @@ def one_bit_adam(
             corrected = first / (1 - beta1 ** (step + 1)), second / (1 - beta2 ** (step + 1))
             directions.append(corrected[0] / (np.sqrt(corrected[1]) + epsilon))
             continue
-        if not compresses:
-            first = own.mean(0)
-        else:
-            own = own + errors
-            decoded = np.stack([np.concatenate([np.abs(p).mean() * _signs(p) for p in _blocks(v)]) for v in own])
-            errors = own - decoded
-            # The ranks' last blocks are padded: their signs of zero are positive.
-            padded = np.zeros((ranks, ranks * width))
-            padded[:, :n] = decoded
-            for rank in range(ranks):
-                last = decoded[rank, -1] if n % BLOCK else 0.0
-                padded[rank, n : -(-n // BLOCK) * BLOCK] = abs(last)
-            chunks = padded.mean(0).reshape(ranks, width) + chunk_errors
-            sent = np.stack([np.concatenate([np.abs(p).mean() * _signs(p) for p in _blocks(c)]) for c in chunks])
-            chunk_errors = chunks - sent
-            first = sent.reshape(-1)[:n]
-        directions.append(first / (np.sqrt(second) + epsilon))
+        first = compressed_mean(own, errors, chunk_errors) if compresses else own.mean(0)
+        directions.append(bounded(first / (np.sqrt(second) + epsilon)))
     return np.stack(directions)
+
+
+def bounded(direction: np.ndarray) -> np.ndarray:
+    """Kingma and Ba 2015, section 2.1: |m| / sqrt(v) is about 1 at most, which compression of m does not keep."""
+    return np.clip(direction, -1.0, 1.0)
+
+
+def compressed_mean(own: np.ndarray, errors: np.ndarray, chunk_errors: np.ndarray) -> np.ndarray:
+    """Tang et al. 2021, section 4: the mean of ``own`` ``[ranks, n]``, compressed by each, and once more by chunk.
+
+    ``errors`` ``[ranks, n]`` and ``chunk_errors`` ``[ranks, width of a chunk]`` are updated in place.
+    """
+    (ranks, n), width = own.shape, chunk_errors.shape[1]
+    own = own + errors
+    decoded = np.stack([np.concatenate([np.abs(p).mean() * _signs(p) for p in _blocks(v)]) for v in own])
+    errors[:] = own - decoded
+    # The ranks' last blocks are padded: their signs of zero are positive.
+    padded = np.zeros((ranks, ranks * width))
+    padded[:, :n] = decoded
+    for rank in range(ranks):
+        last = decoded[rank, -1] if n % BLOCK else 0.0
+        padded[rank, n : -(-n // BLOCK) * BLOCK] = abs(last)
+    chunks = padded.mean(0).reshape(ranks, width) + chunk_errors
+    sent = np.stack([np.concatenate([np.abs(p).mean() * _signs(p) for p in _blocks(c)]) for c in chunks])
+    chunk_errors[:] = chunks - sent
+    return sent.reshape(-1)[:n]
+
+
+def zero_one_adam(
+    gradients: np.ndarray,
+    rates: Sequence[float],
+    phases: Sequence[str],
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+    compresses: bool = True,
+) -> np.ndarray:
+    """Lu et al. 2022, algorithm 1: every rank's parameters ``[steps, ranks, n]``, from 0, without weight decay.
+
+    ``gradients``: all ranks', ``[steps, ranks, n]``. ``phases``: adam, a step of T_v and T_u whose momentum moves by
+    the mean gradient; compressed and sync, a step of T_u; local. Moments are corrected as in Adam.
+    """
+    _, ranks, n = gradients.shape
+    first, since_sync, values = np.zeros((ranks, n)), np.zeros((ranks, n)), np.zeros((ranks, n))
+    errors, chunk_errors = np.zeros((ranks, n)), np.zeros((ranks, -(-n // (BLOCK * ranks)) * BLOCK))
+    second, anchor, total, updates, trajectory = np.zeros(n), np.zeros(n), 0.0, 0, []
+    for step, (rate, phase) in enumerate(zip(rates, phases, strict=True)):
+        own = gradients[step].astype(np.float64)
+        if phase == "adam":
+            own = np.repeat(own.mean(0)[None], ranks, axis=0)
+            updates, second = updates + 1, beta2 * second + (1 - beta2) * own[0] ** 2
+        first = beta1 * first + (1 - beta1) * own
+        denominator = np.sqrt(second / (1 - beta2**updates)) + epsilon
+        correction = 1 / (1 - beta1 ** (step + 1))
+        total += rate
+        direction = first * correction / denominator
+        values = values - rate * (direction if phase == "adam" else bounded(direction))
+        since_sync += rate * first
+        if phase in ("compressed", "sync"):
+            mean = compressed_mean(since_sync, errors, chunk_errors) if compresses else since_sync.mean(0)
+            first = np.repeat((mean / total)[None], ranks, axis=0)
+            step_of_all = total * bounded(mean / total * correction / denominator)
+            values = np.repeat((anchor - step_of_all)[None], ranks, axis=0)
+        if phase != "local":
+            anchor, total, since_sync = values[0], 0.0, np.zeros((ranks, n))
+        trajectory.append(values)
+    return np.stack(trajectory)
 
 
 def momenta(gradients: np.ndarray, decay: float) -> np.ndarray:

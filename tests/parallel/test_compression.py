@@ -19,6 +19,7 @@ from hvdlm.models.spec import Init, ParamSpec
 from hvdlm.parallel.flat_layout import FlatLayout, make_layout
 from hvdlm.parallel.mesh import make_mesh
 from hvdlm.protocols.world import World
+from hvdlm.training.lr_schedule import make_schedule
 from launching import FRAMEWORK
 
 # Two matrices, which are compressed, and a bias, which stays dense.
@@ -34,12 +35,14 @@ TOLERANCE = {"fp16": 2e-3, "bf16": 1e-2}  # of sums whose order differs from the
 
 @pytest.fixture(scope="session")
 def manager() -> Any:
-    exchanges = ["local_sgd", "diloco", "streaming_diloco", "one_bit_adam", "demo"]
+    exchanges = ["local_sgd", "diloco", "streaming_diloco", "one_bit_adam", "zero_one_adam", "demo"]
     return plugins.load([FRAMEWORK, "all_reduce", "compression", *exchanges])
 
 
 def layout() -> FlatLayout:
-    return make_layout([ParamSpec(n, s, ("a",) * len(s), Init("zeros")) for n, s in SHAPES.items()], 10**9)
+    return make_layout(
+        [ParamSpec(n, s, ("a",) * len(s), Init("zeros"), decay=len(s) > 1) for n, s in SHAPES.items()], 10**9
+    )
 
 
 def make(manager: Any, world: World, name: str = "all_reduce", train: TrainConfig | None = None, **options: Any) -> Any:
@@ -254,6 +257,15 @@ def test_one_bit_adam_follows_the_papers_algorithm(manager: Any, world: World, t
     assert len(set(world.gather_objects(hashlib.sha256(result.tobytes()).hexdigest()))) == 1
 
 
+def test_one_bit_adam_takes_no_huge_step_for_a_rare_token(manager: Any, world: World, tensor: Any) -> None:
+    """A second moment of zero, or nearly so, would divide the scale of a whole block."""
+    vectors = gradients(world.size, layout().size)
+    vectors[:2, :, :20], vectors[:2, :, 20:40] = 0.0, vectors[:2, :, 20:40] * 1e-4
+    stage = run(one_bit_adam(manager, world), world, tensor, vectors / world.size)[2:]
+    assert np.abs(stage).max() <= 1.0
+    assert (np.abs(stage[:, :40]) > 0.99).all()  # they do move
+
+
 def test_a_restored_one_bit_adam_continues_bit_for_bit(manager: Any, world: World, tensor: Any) -> None:
     vectors = gradients(world.size, layout().size)
     for done in (1, 3):  # in both stages
@@ -285,6 +297,121 @@ def test_one_bit_adam_compresses_when_its_variance_is_stable(manager: Any, world
     blocks = -(-n // (256 * world.size)) * world.size
     assert sent[19] == 4 * n + dense
     assert sent[20] == blocks * 36 + blocks * 36 // world.size + dense
+
+
+# The rate is the peak's half from step 20 on, and its quarter from step 30 on.
+FALLING = TrainConfig(
+    steps=40, learning_rate=0.01, warmup=0, schedule="linear", min_learning_rate=0.0, beta2=0.9, epsilon=1e-6,
+    weight_decay=0.0, seed=1,
+)  # fmt: skip
+PHASES = ["adam"] * 17 + ["compressed", "adam", "compressed"]
+
+
+def zero_one_adam(manager: Any, world: World, **train: Any) -> Any:
+    options = {"train": replace(FALLING, **train), "local": LocalConfig(4), "compression": compression("none")}
+    exchange = make(manager, world, "zero_one_adam", **options)
+    exchange.open(layout(), np.zeros(layout().size, np.float32))
+    return exchange
+
+
+def descend(
+    exchange: Any, world: World, tensor: Any, vectors: np.ndarray, values: np.ndarray, first: int = 0, decay: float = 0
+) -> tuple[list[str], list[int], np.ndarray]:
+    """Do steps of SGD from ``values``; return phases, bytes and this rank's parameters of every step."""
+    phases, sent, trajectory = [], [], []
+    for step, gradient in enumerate(vectors, first):
+        before, rate = snapshot(exchange.traffic), np.float32(make_schedule(FALLING)(step))
+        phases.append(exchange.begin(step))
+        direction = np.asarray(exchange.start(tensor(gradient[world.rank] / world.size), 0).wait())
+        loss, tokens = np.asarray(exchange.start_metrics(tensor(np.array([world.rank, 2.0]))).wait())
+        ranks = [world.rank] * world.size if phases[-1] == "local" else range(world.size)
+        assert (loss, tokens) == (sum(ranks), 2.0 * world.size)
+        values = values - rate * (direction + decay * layout().decay_mask() * values)
+        replaced = exchange.finish(tensor(values.astype(np.float32)))
+        assert (replaced is None) == (phases[-1] != "sync") and exchange.agreed == (phases[-1] != "local")
+        values = values.astype(np.float32) if replaced is None else np.asarray(replaced).copy()
+        sent.append(by_axis(since(exchange.traffic, before)).get("data", 0))
+        trajectory.append(values)
+    return phases, sent, np.stack(trajectory)
+
+
+def many_gradients(ranks: int, steps: int) -> np.ndarray:
+    """Return gradients of one mean, ``[steps, ranks, elements]``."""
+    random = np.random.default_rng(11)
+    mean = random.normal(size=layout().size)
+    return (mean + random.normal(size=(steps, ranks, layout().size))).astype(np.float32)
+
+
+def test_zero_one_adam_follows_the_papers_algorithm(manager: Any, world: World, tensor: Any) -> None:
+    """Lu et al. 2022, algorithm 1 and section 6: 16 variances in a row, every second one, then ranks by themselves."""
+    vectors = many_gradients(world.size, FALLING.steps)
+    start = np.zeros(layout().size, np.float32)
+    phases, sent, result = descend(zero_one_adam(manager, world), world, tensor, vectors, start)
+    assert phases[:20] == PHASES
+    assert phases[20:] == ["local", "sync"] * 6 + ["local", "local", "local", "sync"] * 2
+    expected = np.zeros((FALLING.steps, world.size, layout().size))
+    rates = [make_schedule(FALLING)(step) for step in range(FALLING.steps)]
+    settings = (rates, phases, FALLING.beta1, FALLING.beta2, FALLING.epsilon)
+    for compresses in (True, False):
+        own = np.concatenate([np.arange(s.start, s.stop) for s in layout().slots if (s.name != "bias") == compresses])
+        expected[:, :, own] = references.zero_one_adam(vectors[:, :, own], *settings, compresses=compresses)
+    outliers = np.abs(result - expected[:, world.rank]) > 1e-4 * np.abs(expected).max()
+    assert outliers.mean() < 1e-3, (outliers.sum(1), np.abs(result - expected[:, world.rank]).max())
+    digests = [hashlib.sha256(values.tobytes()).hexdigest() for values in result]
+    for step, each in enumerate(zip(*world.gather_objects(digests), strict=True)):
+        assert len(set(each)) == (world.size if phases[step] == "local" else 1), step
+    blocks = -(-sum(COUNTS) // (references.BLOCK * world.size)) * world.size
+    compressed = blocks * 36 + blocks * 36 // world.size + 4 * 60 + 16
+    counts = {"adam": 4 * layout().size + 16, "compressed": compressed, "sync": compressed, "local": 0}
+    assert sent == [counts[phase] for phase in phases]
+
+
+def test_zero_one_adam_takes_no_huge_step_for_a_rare_token(manager: Any, world: World, tensor: Any) -> None:
+    """Steps of a rank's own are bounded, too."""
+    vectors = many_gradients(world.size, 26)
+    vectors[:20, :, :20], vectors[:20, :, 20:40] = 0.0, vectors[:20, :, 20:40] * 1e-4
+    phases, _, trajectory = descend(zero_one_adam(manager, world), world, tensor, vectors, np.zeros(layout().size))
+    assert phases[20:] == ["local", "sync"] * 3
+    steps = np.abs(np.diff(trajectory[19::2], axis=0))
+    assert steps.max() <= 2 * 0.005 * 1.01 and (steps[:, :40] > 0.004).any()
+
+
+def test_zero_one_adam_decays_weights_alike_on_all_ranks(manager: Any, world: World, tensor: Any) -> None:
+    """A round of several steps decays the parameters from which it began by the sum of its rates."""
+    vectors = many_gradients(world.size, 22)
+    values = np.ones(layout().size, np.float32)
+    plain, decayed = (zero_one_adam(manager, world, weight_decay=decay) for decay in (0.0, 0.5))
+    for exchange in (plain, decayed):
+        exchange.open(layout(), values)
+    phases, _, moved = descend(plain, world, tensor, vectors, values)
+    _, _, result = descend(decayed, world, tensor, vectors, values, decay=0.5)
+    assert phases[20:] == ["local", "sync"]
+    before, expected, total = values, values.astype(np.float64), 0.0
+    for step, phase in enumerate(phases):
+        total += make_schedule(FALLING)(step)
+        if phase != "local":
+            expected += moved[step] - before - total * 0.5 * layout().decay_mask() * expected
+            before, total = moved[step], 0.0
+    np.testing.assert_allclose(result[-1], expected, atol=1e-5)
+    assert np.abs(result[-1] - moved[-1]).max() > 0.05
+    assert len(set(world.gather_objects(hashlib.sha256(result[-1].tobytes()).hexdigest()))) == 1
+
+
+def test_a_restored_zero_one_adam_continues_bit_for_bit(manager: Any, world: World, tensor: Any) -> None:
+    vectors = many_gradients(world.size, FALLING.steps)
+    values = np.zeros(layout().size, np.float32)
+    _, _, expected = descend(zero_one_adam(manager, world), world, tensor, vectors, values)
+    first, begun = zero_one_adam(manager, world), 0
+    for done in (18, 24):  # between two updates of the second moment, and between two rounds
+        _, _, trajectory = descend(first, world, tensor, vectors[begun:done], values, begun)
+        values, begun, second = trajectory[-1], done, zero_one_adam(manager, world)
+        second.open(layout(), values)
+        second.load_state(first.state())
+        _, _, rest = descend(second, world, tensor, vectors[done:], values, done)
+        np.testing.assert_array_equal(rest, expected[done:])
+    second.open(layout(), values)  # as on another number of ranks, without a state
+    phases, _, _ = descend(second, world, tensor, vectors[22:], values, 22)
+    assert phases == ["adam"] * 16 + ["local", "sync"]
 
 
 @pytest.mark.parametrize("ranks_differ", [False, True])
@@ -347,6 +474,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "compression": CompressionConfig(start_after_steps=4),
         "train": {"optimizer": "sgd", "momentum": 0.0, "clip": 0.0},
     },
+    # All four kinds of steps: the rate halves after 20.
+    "zero_one_adam": {
+        "exchange": "zero_one_adam",
+        "local": LocalConfig(2),
+        "train": {"optimizer": "sgd", "momentum": 0.0, "clip": 0.0, "steps": 24, "schedule": "step"}
+        | {"learning_rate": 0.01, "decay_start": 20, "decay_every": 100, "decay_factor": 0.5},
+    },
     "zero with int8": {"parallel": {"zero": 1}, "compression": CompressionConfig(algorithm="int8")},
     "zero with top_k": {
         "parallel": {"zero": 1, "zero_gather": "bf16"},
@@ -379,7 +513,9 @@ def test_losses_of_every_exchange_are_written_and_fall(manager: Any, world: Worl
         # of two ranks) would become full steps. A larger epsilon keeps them small.
         own, rate, parallel = options.get("train", {}), options.get("rate", 0.01), options.get("parallel", {})
         options = {key: value for key, value in options.items() if key not in ("train", "rate", "parallel")}
-        config.train = TrainConfig(steps=9, batch_size=8, warmup=0, seed=1, epsilon=1e-4, **own)
+        own = {"steps": 9, "learning_rate": rate, "schedule": "constant"} | own
+        config.train = TrainConfig(batch_size=8, warmup=0, seed=1, epsilon=1e-4, **own)
+        rates = make_schedule(config.train)
         config.communication = CommunicationConfig(bucket_bytes=20_000, **options)
         config.parallel = ParallelConfig(**parallel)
         mesh = make_mesh(world.size, config.parallel)
@@ -390,9 +526,9 @@ def test_losses_of_every_exchange_are_written_and_fall(manager: Any, world: Worl
         trainable = framework.build(configured_spec(config), mesh, world, exchange, config)
         losses, weights = [], []
         share = 8 // world.size
-        for step in range(9):
+        for step in range(config.train.steps):
             rows = token_batch(step % 4, shape=(8, TIME)).rows(world.rank * share, (world.rank + 1) * share)
-            losses.append(trainable.train_step([rows], rate, step).loss)
+            losses.append(trainable.train_step([rows], rates(step), step).loss)
             weights.append(np.concatenate([value.ravel() for _, value in sorted(parameters(trainable).items())]))
         mean = np.mean(world.gather_objects(losses), axis=0)
         assert mean[-1] < mean[0] - 0.1, (name, mean)
