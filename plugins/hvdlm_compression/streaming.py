@@ -191,7 +191,8 @@ class StreamingExchange(AllReduceExchange):
         """Start the sum of a fragment."""
         phase, index = self._inner.begin(self._step), fragment.index
         if phase is None and isinstance(self._inner, GatheredSums) and self._inner.encodes(index):
-            return self._inner.send(*call(fragment.encode, parameters), index)
+            row, kept = call(fragment.encode, parameters)
+            return self._inner.send(row, kept, index)
         compressor = getattr(self._inner, "compressor", None)
         if isinstance(compressor, Compressor):
             # Of a compressor with phases, a graph would repeat the phase in which it was traced.

@@ -37,7 +37,7 @@ class ZeroOneMomentum(OneBitMomentum):
             inverse, and what corrects both moments, which started from zero (Kingma and Ba 2015, algorithm 1).
     """
 
-    replicated = ("first_moment", "second_moment", "anchor", "steps")
+    replicated: tuple[str, ...] = ("first_moment", "second_moment", "anchor", "steps")
 
     def __init__(self, train: TrainConfig, block: int, ranks: int) -> None:
         super().__init__(train, block, ranks)
