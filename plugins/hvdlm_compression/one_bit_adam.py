@@ -179,25 +179,27 @@ class OneBitAdam(UpdateExchange):
         if not self._momentum.frozen and step > self._started:
             if self._freeze_step:
                 if step - self._started >= self._freeze_step:
-                    self._freeze(step, step - self._started)
+                    self._freeze(step)
             elif step % self._interval == 0:
-                self._test(step, step - self._started)
+                self._test(step)
         return super().begin(step)
 
-    def _test(self, step: int, updates: int) -> None:
+    def _test(self, step: int) -> None:
         norm = sum(float(ops.sum(ops.convert_to_tensor(u.memory["second_moment"]))) for u in self.units())
         before, self._norm = self._norm, norm
         if before and step >= self._warmup and min(before, norm) >= STABLE * max(before, norm):
-            self._freeze(step, updates)
+            self._freeze(step)
         else:
             self._keep(norm, 0)
 
-    def _freeze(self, step: int, updates: int) -> None:
+    def _freeze(self, step: int) -> None:
         """Begin stage 2: correct the second moment's bias once, since it stays."""
+        assert self._started is not None
         self._momentum.frozen = True
+        correction = 1.0 - self._train.beta2 ** (step - self._started)
         for unit in self.units():
             second = unit.memory["second_moment"]
-            second.assign(ops.convert_to_tensor(second) / (1.0 - self._train.beta2**updates))
+            second.assign(ops.convert_to_tensor(second) / correction)
         self._keep(self._norm, step)
 
     def _keep(self, norm: float, frozen_at: int) -> None:
