@@ -17,6 +17,9 @@ from hvdlm.parallel.sharding_rules import ModelShard
 from hvdlm.protocols.exchange import Exchange
 from hvdlm.training.loss_scale import LossScale
 
+OWN_PARAMETERS = "exchange/own/parameters"
+"""Prefix of a rank's own parameters, saved while ranks differ; on another number of ranks it has none."""
+
 
 class FlatState:
     """The names and shards of a flat vector ``[size]``, or of its ZeRO shard ``[size / zero_size]``."""
@@ -144,6 +147,8 @@ class ShardedState:
             state |= self._memory.arrays(array, f"optimizer/{kind}")
             if self.exchange.traits.replicas_diverge:
                 state |= self._memory.arrays(array, f"exchange/own/{kind}")
+        if self.exchange.traits.replicas_diverge and not self.exchange.agreed:
+            state |= self._weights.arrays(flat, OWN_PARAMETERS)
         if self.loss_scale.active:
             state["optimizer/loss_scale"] = self.loss_scale.state()
         return state | {f"exchange/{n}": a for n, a in self.exchange.state().items()}
@@ -198,7 +203,7 @@ class ShardedState:
     def restore(
         self, state: Mapping[str, np.ndarray], flat: np.ndarray, memory: Mapping[str, np.ndarray]
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Return the parameters and the optimizer's memory in ``state``; restore loss scale and exchange from it."""
+        """Return this rank's parameters and optimizer memory in ``state``; restore loss scale and exchange from it."""
         flat = self._weights.restored(flat, "parameters", state, required=True)
         restored = {}
         for kind, array in memory.items():
@@ -210,7 +215,7 @@ class ShardedState:
         self.exchange.load_state(
             {k.removeprefix("exchange/"): v for k, v in state.items() if k.startswith("exchange/")}
         )
-        return flat, restored
+        return self._weights.restored(flat, OWN_PARAMETERS, state, required=False), restored
 
 
 def recurrent_state(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

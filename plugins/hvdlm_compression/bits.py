@@ -11,8 +11,8 @@ from hvdlm.protocols.types import Tensor
 def pack(values: Tensor, bits: int) -> Tensor:
     """Return uint8 ``[..., n * bits / 8]`` from float32 ``[..., n]`` that holds integers from 0 to 2 ** bits - 1.
 
-    A byte has the values i, i + m, i + 2 m and so on, m = n * bits / 8, not consecutive ones: both directions then work
-    on runs of m elements, which the frameworks compute several at a time.
+    A byte holds the values with the indices i, i + m, i + 2 m and so on, m = n * bits / 8: both directions then work on
+    runs of m elements, which the frameworks compute several at a time.
     """
     per_byte = 8 // bits
     runs = ops.reshape(values, (*values.shape[:-1], per_byte, values.shape[-1] // per_byte))

@@ -83,20 +83,6 @@ class Compressor:
             total = total + self.decompress([gathered[rank] for gathered in payloads], shape, step)
         return total
 
-    def add_up_with_own(
-        self, payloads: Sequence[Tensor], shape: tuple[int, ...], step: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return what ``add_up`` returns, and what this rank contributed to it."""
-        own = self.decompress([gathered[self.group_rank] for gathered in payloads], shape, step)
-        if type(self).add_up is not Compressor.add_up:
-            return self.add_up(payloads, shape, step), own
-        total = None
-        for rank in range(self.ranks):
-            payload = [gathered[rank] for gathered in payloads]
-            added = own if rank == self.group_rank else self.decompress(payload, shape, step)
-            total = added if total is None else total + added
-        return total, own
-
     def payload_bytes(self, shape: tuple[int, ...]) -> int:
         """Return the bytes of the payload for a tensor of ``shape``."""
         payload = self.compress(ops.zeros(shape, "float32"), ops.zeros((), "int32"))

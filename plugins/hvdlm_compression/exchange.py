@@ -177,7 +177,8 @@ class CompressedExchange(AllReduceExchange):
                         f"{list(shape)}: resume with the compression settings it was trained with (RUN/config.yaml)."
                     )
                 array.reshape(-1)[start:stop] = saved.reshape(-1)
-            variable.assign(array)
+            # A sum: TensorFlow takes numpy's memory as it is, and adds in another order where it is less aligned.
+            variable.assign(ops.add(array, 0))
 
     def _variables(self) -> list[tuple[Unit, str, Any]]:
         """Return (unit, kind, Variable) of all errors and memories."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -37,8 +37,8 @@ class GatheredSums(CompressedExchange):
         """Return whether ``start`` compresses this bucket in this step."""
         return not self._dense and bool(self._buckets[index].units)
 
-    def encode(self, bucket: Tensor, index: int) -> tuple[Tensor, list[Tensor]]:
-        """Return this rank's row, uint8 ``[bytes]``, and what ``decode`` needs of this step."""
+    def encode(self, bucket: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        """Return this rank's row, uint8 ``[bytes]``, and the step, for ``decode``; update the error feedback."""
         plan, bucket = self._buckets[index], self.predivided(bucket)
         (unit,) = plan.units
         # A copy: in PyTorch the tensor is the Variable's own, and a sum may be finished in a later step.
@@ -47,22 +47,24 @@ class GatheredSums(CompressedExchange):
         if unit.error is not None:
             vector = vector + ops.convert_to_tensor(unit.error)
         sent = list(self._payloads.compress(vector, step))
+        if unit.error is not None:
+            unit.error.assign(vector - self._payloads.decompress(sent, unit.shape, step))
         if plan.dense:
             sent.append(self._gather(bucket, plan, plan.dense))
         rows = [ops.expand_dims(tensor, 0) for tensor in sent]
         packing = self._packings[index] = Packing(rows)
-        return ops.reshape(packing.pack(rows), (-1,)), [step] if unit.error is None else [step, vector]
+        return ops.reshape(packing.pack(rows), (-1,)), step
 
-    def decode(self, gathered: Tensor, kept: Sequence[Tensor], index: int) -> Tensor:
-        """Return the flat sum of all ranks' rows ``[ranks * bytes]``; update the error feedback."""
-        plan, packing, (step, *vector) = self._buckets[index], self._packings[index], kept
+    def decode(self, gathered: Tensor, step: Tensor, index: int) -> Tensor:
+        """Return the flat sum of all ranks' rows ``[ranks * bytes]``.
+
+        Nothing in it depends on the rank: TensorFlow may change the order of a graph's additions, alike on all ranks.
+        """
+        plan, packing = self._buckets[index], self._packings[index]
         (unit,) = plan.units
         received = packing.unpack(ops.reshape(gathered, (self.size, packing.bytes)))
         dense = [received.pop()] if plan.dense else []
-        total, own = self._payloads.add_up_with_own(received, unit.shape, step)
-        if unit.error is not None:
-            unit.error.assign(vector[0] - own)
-        totals = [total]
+        totals = [self._payloads.add_up(received, unit.shape, step)]
         for rows in dense:
             of_all = rows[0]
             for rank in range(1, self.size):
@@ -75,17 +77,17 @@ class GatheredSums(CompressedExchange):
         """Start to sum the flat bucket."""
         return self.send(*self.encode(bucket, index), index) if self.encodes(index) else super().start(bucket, index)
 
-    def send(self, row: Tensor, kept: Sequence[Tensor], index: int) -> GatheredSum:
+    def send(self, row: Tensor, step: Tensor, index: int) -> GatheredSum:
         """Start to gather what ``encode`` returned."""
         handle = self._group.all_gather_async(row, f"gradients.{index}")
-        return GatheredSum(handle, kept, partial(self.decode, index=index))
+        return GatheredSum(handle, step, partial(self.decode, index=index))
 
 
 class GatheredSum:
-    """A bucket in flight. ``kept``: what ``decode`` needs of the step that started it."""
+    """A bucket in flight. ``step``: the one that started it."""
 
-    def __init__(self, handle: Handle, kept: Sequence[Tensor], decode: Any) -> None:
-        self.kept = kept
+    def __init__(self, handle: Handle, step: Tensor, decode: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self.step = step
         self._handle = handle
         self._decode = decode
 
@@ -95,4 +97,4 @@ class GatheredSum:
 
     def wait(self) -> Tensor:
         """Return the flat sum."""
-        return self._decode(self.gathered(), self.kept)
+        return self._decode(self.gathered(), self.step)

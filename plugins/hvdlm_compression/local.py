@@ -35,7 +35,7 @@ class LocalExchange(AllReduceExchange):
         self._momentum = momentum
         self._phase = "local"
         self._ready = False
-        replicated = ("outer_momentum/", *inner.traits.replicated)
+        replicated = ("outer_momentum/", "anchor/", *inner.traits.replicated)
         self.traits = replace(self.traits, replicas_diverge=True, replicated=replicated)
 
     def open(self, layout: FlatLayout, parameters: np.ndarray) -> None:
@@ -92,11 +92,13 @@ class LocalExchange(AllReduceExchange):
         return agreed
 
     def state(self) -> dict[str, np.ndarray]:
-        """Return the outer momentum and the state of ``inner``."""
+        """Return the outer momentum, the state of ``inner``, and within a round the parameters from which it began."""
         state = dict(self._inner.state())
-        if self._velocity is not None:
-            arrays = self._layout.unflatten(np.array(ops.convert_to_numpy(self._velocity)))
-            state.update({f"outer_momentum/{name}": array for name, array in arrays.items()})
+        kept = {"outer_momentum": self._velocity, "anchor": None if self.agreed else self._anchor}
+        for kind, variable in kept.items():
+            if variable is not None:
+                arrays = self._layout.unflatten(np.array(ops.convert_to_numpy(variable)))
+                state.update({f"{kind}/{name}": array for name, array in arrays.items()})
         return state
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
@@ -106,6 +108,8 @@ class LocalExchange(AllReduceExchange):
             zeros = self._layout.unflatten(np.zeros(self._layout.size, np.float32))
             momentum = {name: state.get(f"outer_momentum/{name}", zero) for name, zero in zeros.items()}
             self._velocity.assign(self._layout.flatten(momentum))
+        if anchor := {name.removeprefix("anchor/"): a for name, a in state.items() if name.startswith("anchor/")}:
+            self._anchor.assign(self._layout.flatten(anchor))
 
 
 def outer_step(

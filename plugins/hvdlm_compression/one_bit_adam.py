@@ -126,13 +126,14 @@ class OneBitMomentum:
         return first / (ops.sqrt(second) + self._train.epsilon)
 
     def bounded(self, first: Tensor, second: Any) -> Tensor:
-        """Return the direction of moments that are not of the same gradients: at most 1 an element.
+        """Return the direction of moments that are not of the same gradients: at most 1 an element, where it is finite.
 
-        Adam's own is about that at most (Kingma and Ba 2015, section 2.1), since both moments are of one gradient. A
-        scale of one bit is that of a whole block, and the second moment of an element that had hardly a gradient when
-        it was updated last (the embedding of a rare token) is nearly zero.
+        With the default betas, Adam's own is about that at most (Kingma and Ba 2015, section 2.1), since both moments
+        are of one gradient. A scale of one bit is that of a whole block, and the second moment of an element that had
+        hardly a gradient when it was updated last (the embedding of a rare token) is nearly zero.
         """
-        return ops.clip(self.direction(first, ops.convert_to_tensor(second)), -1.0, 1.0)
+        direction = self.direction(first, ops.convert_to_tensor(second))
+        return ops.where(ops.isfinite(direction), ops.clip(direction, -1.0, 1.0), direction)  # a step to be skipped
 
     def _encoded(self, rows: Tensor, counts: np.ndarray) -> Tensor:
         """Return uint8 ``[blocks, 4 + block / 8]``: scales and signs of ``rows``, which have ``counts`` elements."""

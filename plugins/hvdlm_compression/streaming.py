@@ -43,6 +43,7 @@ class Fragment:
         velocity: the outer momentum's Variable; None: there is none.
         index: of its bucket.
         difference, encode, decode, update: what is computed before a sum and after it, for one graph each.
+        call: calls ``encode`` and ``decode`` of the sum in flight, perhaps as graphs.
         handle: its sum in flight, or one that has arrived and is not due yet; None: there is none.
         due: number of the step after which the sum is applied.
     """
@@ -58,6 +59,7 @@ class Fragment:
     encode: Callable[..., Any] = field(init=False)
     decode: Callable[..., Any] = field(init=False)
     update: Callable[..., Any] = field(init=False)
+    call: Callable[..., Any] = call_directly
     handle: Handle | None = None
     due: int = 0
 
@@ -108,8 +110,7 @@ class StreamingExchange(AllReduceExchange):
     def open(self, layout: FlatLayout, parameters: np.ndarray) -> None:
         """Begin all rounds from the global ``parameters``; reset the outer momentum, drop what is in flight."""
         for fragment in self._in_flight():
-            fragment.handle.wait()  # its name is free only then
-            fragment.handle = None
+            self._total(fragment)  # its name is free only then
         self._layout = layout
         cut, numbers = cut_into_fragments(layout, self._count)
         self._inner.open(cut, parameters)
@@ -190,22 +191,27 @@ class StreamingExchange(AllReduceExchange):
     def _start(self, fragment: Fragment, parameters: Tensor, call: Callable[..., Any]) -> Handle:
         """Start the sum of a fragment."""
         phase, index = self._inner.begin(self._step), fragment.index
-        if phase is None and isinstance(self._inner, GatheredSums) and self._inner.encodes(index):
-            row, kept = call(fragment.encode, parameters)
-            return self._inner.send(row, kept, index)
+        # Of a compressor with phases, a graph would repeat the phase in which it was traced.
+        fragment.call = call if phase is None else call_directly
+        if isinstance(self._inner, GatheredSums) and self._inner.encodes(index):
+            row, step = fragment.call(fragment.encode, parameters)
+            return self._inner.send(row, step, index)
         compressor = getattr(self._inner, "compressor", None)
         if isinstance(compressor, Compressor):
-            # Of a compressor with phases, a graph would repeat the phase in which it was traced.
-            compressor.call = call if phase is None else call_directly
+            compressor.call = fragment.call
         return self._inner.start(call(fragment.difference, parameters), index)
 
-    def _apply(self, fragment: Fragment, parameters: Tensor, call: Callable[..., Any]) -> tuple[int, Tensor]:
-        """Do the outer update of a fragment; return its start and this rank's parameters of it from now on."""
+    def _total(self, fragment: Fragment) -> Tensor:
+        """Wait for the sum of a fragment; saves and steps compute it alike, since another graph may round otherwise."""
         handle, fragment.handle = fragment.handle, None
         assert handle is not None
         if isinstance(handle, GatheredSum):
-            return fragment.start, call(fragment.decode, handle.gathered(), handle.kept, parameters)
-        return fragment.start, call(fragment.update, handle.wait(), parameters)
+            return fragment.call(fragment.decode, handle.gathered(), handle.step)
+        return handle.wait()
+
+    def _apply(self, fragment: Fragment, parameters: Tensor, call: Callable[..., Any]) -> tuple[int, Tensor]:
+        """Do the outer update of a fragment; return its start and this rank's parameters of it from now on."""
+        return fragment.start, call(fragment.update, self._total(fragment), parameters)
 
     def _difference(self, fragment: Fragment, parameters: Tensor) -> Tensor:
         """Return the global parameters minus this rank's."""
@@ -216,10 +222,10 @@ class StreamingExchange(AllReduceExchange):
         assert isinstance(self._inner, GatheredSums)
         return self._inner.encode(self._difference(fragment, parameters), fragment.index)
 
-    def _decode(self, fragment: Fragment, gathered: Tensor, kept: Any, parameters: Tensor) -> Tensor:
-        """Do the outer update by the sum of gathered rows; return this rank's parameters from now on."""
+    def _decode(self, fragment: Fragment, gathered: Tensor, step: Tensor) -> Tensor:
+        """Return the sum of gathered rows."""
         assert isinstance(self._inner, GatheredSums)
-        return self._update(fragment, self._inner.decode(gathered, kept, fragment.index), parameters)
+        return self._inner.decode(gathered, step, fragment.index)
 
     def _update(self, fragment: Fragment, total: Tensor, parameters: Tensor) -> Tensor:
         """Do the outer update by the sum ``total``; return this rank's parameters from now on."""
@@ -245,7 +251,7 @@ class StreamingExchange(AllReduceExchange):
         """Return the outer momentum, the sums that are not due yet, for which it waits, and the state of ``inner``."""
         in_flight = {}
         for fragment in self._in_flight():
-            total = fragment.handle.wait()
+            total = self._total(fragment)
             fragment.handle = Done(total)
             in_flight[f"in_flight/{fragment.span}/{fragment.due}"] = np.array(ops.convert_to_numpy(total))
         state = self._inner.state() | in_flight

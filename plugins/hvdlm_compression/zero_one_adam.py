@@ -86,7 +86,7 @@ class ZeroOneMomentum(OneBitMomentum):
 class ZeroOneAdam(UpdateExchange):
     """0/1 Adam (Lu et al. 2022, algorithm 1) with the policies of its section 6.
 
-    The second moment is updated at 16 steps in a row, then at every 2nd of 32, every 4th of 64, and so on, as long as
+    The second moment is updated at 17 steps in a row, then at every 2nd of 32, every 4th of 64, and so on, as long as
     ranks agree after every step. They do while the learning rate rises or is near its peak; where it is the peak / n,
     up to n steps pass between two sums: the largest divisor of ``communication.local.steps`` that is at most n.
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from hvdlm.parallel.flat_layout import FlatLayout
-from hvdlm.parallel.sharded_state import FlatState
+from hvdlm.parallel.sharded_state import OWN_PARAMETERS, FlatState
 from hvdlm.protocols.exchange import Exchange
 from hvdlm.protocols.types import Tensor
-
-_PREFIX = "exchange/own/parameters"
 
 
 @runtime_checkable
@@ -54,8 +52,4 @@ class OwnParameters:
 
     def entries(self, own: np.ndarray) -> dict[str, np.ndarray]:
         """Return the entries of ``Trainable.state`` that keep this replica's ``own`` flat parameters."""
-        return self._state.arrays(own, _PREFIX) if self.streams else {}
-
-    def restored(self, state: Mapping[str, np.ndarray], averaged: np.ndarray) -> np.ndarray:
-        """Return the replica's own flat parameters of ``state``; it starts from the ``averaged`` where it has none."""
-        return self._state.restored(averaged, _PREFIX, state, required=False) if self.streams else averaged
+        return self._state.arrays(own, OWN_PARAMETERS) if self.streams else {}

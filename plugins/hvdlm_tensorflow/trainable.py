@@ -388,8 +388,8 @@ class Trainable(Inference):
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
         """Replace parameters, optimizer, exchange and carried state by those of ``state``."""
         memory = {kind: _host(flat) for kind, flat in self._optimizer.state.items()}
-        averaged, memory = self._sharded.restore(state, _host(self._saved), memory)
-        self._own, flat = None, self._replica.restored(state, averaged)
+        flat, memory = self._sharded.restore(state, _host(self._saved), memory)
+        self._own = None
         self._saved.assign(flat)
         if self._exchange.traits.rounds_parameters:
             self._flat.assign(self._gathered())

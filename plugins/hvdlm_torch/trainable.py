@@ -264,8 +264,8 @@ class Trainable(Inference):
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
         """Replace parameters, optimizer, exchange and carried state by those of ``state``."""
         memory = {kind: flat.cpu().numpy() for kind, flat in self._optimizer.state.items()}
-        averaged, memory = self._sharded.restore(state, self._saved.cpu().numpy(), memory)
-        self._own, flat = None, self._replica.restored(state, averaged)
+        flat, memory = self._sharded.restore(state, self._saved.cpu().numpy(), memory)
+        self._own = None
         self._saved.copy_(torch.from_numpy(flat))
         if self._exchange.traits.rounds_parameters:
             self._gather()

@@ -376,6 +376,19 @@ def test_zero_one_adam_takes_no_huge_step_for_a_rare_token(manager: Any, world: 
     assert steps.max() <= 2 * 0.005 * 1.01 and (steps[:, :40] > 0.004).any()
 
 
+@pytest.mark.parametrize("name", ["one_bit_adam", "zero_one_adam"])
+def test_an_infinite_gradient_makes_no_finite_direction(manager: Any, world: World, tensor: Any, name: str) -> None:
+    """The norm of the direction is how a run notices a step that it has to skip."""
+    exchange = one_bit_adam(manager, world) if name == "one_bit_adam" else zero_one_adam(manager, world)
+    vectors = many_gradients(world.size, 20)
+    bias = next(slot for slot in layout().slots if slot.name == "bias")
+    vectors[-1, 0, bias.start] = np.inf
+    for step, gradient in enumerate(vectors):
+        exchange.begin(step)
+        direction = np.asarray(exchange.start(tensor(gradient[world.rank].copy()), 0).wait())
+        assert np.isfinite(direction).all() == (step < 19), step
+
+
 def test_zero_one_adam_decays_weights_alike_on_all_ranks(manager: Any, world: World, tensor: Any) -> None:
     """A round of several steps decays the parameters from which it began by the sum of its rates."""
     vectors = many_gradients(world.size, 22)
@@ -474,11 +487,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "compression": CompressionConfig(start_after_steps=4),
         "train": {"optimizer": "sgd", "momentum": 0.0, "clip": 0.0},
     },
-    # All four kinds of steps: the rate halves after 20.
+    # All four kinds of steps: the second moment has settled when the rate halves, after 20.
     "zero_one_adam": {
         "exchange": "zero_one_adam",
         "local": LocalConfig(2),
-        "train": {"optimizer": "sgd", "momentum": 0.0, "clip": 0.0, "steps": 24, "schedule": "step"}
+        "train": {"optimizer": "sgd", "momentum": 0.0, "clip": 0.0, "steps": 24, "beta2": 0.9, "schedule": "step"}
         | {"learning_rate": 0.01, "decay_start": 20, "decay_every": 100, "decay_factor": 0.5},
     },
     "zero with int8": {"parallel": {"zero": 1}, "compression": CompressionConfig(algorithm="int8")},
@@ -507,34 +520,64 @@ def test_losses_of_every_exchange_are_written_and_fall(manager: Any, world: Worl
     tests/test_launches.py compares them between frameworks and numbers of ranks.
     """
     curves = {}
-    for name, options in ((name, VARIANTS[name]) for name in CHOSEN):
-        config = small_config(FRAMEWORK, "rnn", layers=1, width=32)
-        # AdamW divides by a gradient's size, so that gradients of rounding errors alone (a key's bias; cancelling signs
-        # of two ranks) would become full steps. A larger epsilon keeps them small.
-        own, rate, parallel = options.get("train", {}), options.get("rate", 0.01), options.get("parallel", {})
-        options = {key: value for key, value in options.items() if key not in ("train", "rate", "parallel")}
-        own = {"steps": 9, "learning_rate": rate, "schedule": "constant"} | own
-        config.train = TrainConfig(batch_size=8, warmup=0, seed=1, epsilon=1e-4, **own)
-        rates = make_schedule(config.train)
-        config.communication = CommunicationConfig(bucket_bytes=20_000, **options)
-        config.parallel = ParallelConfig(**parallel)
-        mesh = make_mesh(world.size, config.parallel)
-        framework = plugins.make(manager, "framework", FRAMEWORK)
-        name_of = config.communication.exchange
-        context = {"parallel": parallel, "bucket_bytes": 20_000, **_options(options)}
-        exchange = make(manager, world, name_of, config.train, **context)
-        trainable = framework.build(configured_spec(config), mesh, world, exchange, config)
-        losses, weights = [], []
-        share = 8 // world.size
-        for step in range(config.train.steps):
-            rows = token_batch(step % 4, shape=(8, TIME)).rows(world.rank * share, (world.rank + 1) * share)
-            losses.append(trainable.train_step([rows], rates(step), step).loss)
-            weights.append(np.concatenate([value.ravel() for _, value in sorted(parameters(trainable).items())]))
+    for name in CHOSEN:
+        config, trainable = build(manager, world, VARIANTS[name])
+        losses, weights = steps(config, trainable, world, range(config.train.steps))
         mean = np.mean(world.gather_objects(losses), axis=0)
         assert mean[-1] < mean[0] - 0.1, (name, mean)
         curves |= {f"{name}/losses": mean, f"{name}/parameters": np.stack(weights)}
     if world.rank == 0 and "HVDLM_TEST_OUTPUT" in os.environ:
         np.savez(os.environ["HVDLM_TEST_OUTPUT"], **curves)
+
+
+def build(manager: Any, world: World, options: dict[str, Any]) -> tuple[Any, Any]:
+    """Return the configuration of one of ``VARIANTS``, and a model to train with it."""
+    config = small_config(FRAMEWORK, "rnn", layers=1, width=32)
+    # AdamW divides by a gradient's size, so that gradients of rounding errors alone (a key's bias; cancelling signs
+    # of two ranks) would become full steps. A larger epsilon keeps them small.
+    own, rate, parallel = options.get("train", {}), options.get("rate", 0.01), options.get("parallel", {})
+    options = {key: value for key, value in options.items() if key not in ("train", "rate", "parallel")}
+    own = {"steps": 9, "learning_rate": rate, "schedule": "constant"} | own
+    config.train = TrainConfig(batch_size=8, warmup=0, seed=1, epsilon=1e-4, **own)
+    config.communication = CommunicationConfig(bucket_bytes=20_000, **options)
+    config.parallel = ParallelConfig(**parallel)
+    mesh = make_mesh(world.size, config.parallel)
+    framework = plugins.make(manager, "framework", FRAMEWORK)
+    context = {"parallel": parallel, "bucket_bytes": 20_000, **_options(options)}
+    exchange = make(manager, world, config.communication.exchange, config.train, **context)
+    return config, framework.build(configured_spec(config), mesh, world, exchange, config)
+
+
+def steps(config: Any, trainable: Any, world: World, numbers: range) -> tuple[list[float], list[np.ndarray]]:
+    """Do these steps; return this rank's losses, and its parameters after each step."""
+    losses, weights, share, rates = [], [], 8 // world.size, make_schedule(config.train)
+    for step in numbers:
+        rows = token_batch(step % 4, shape=(8, TIME)).rows(world.rank * share, (world.rank + 1) * share)
+        losses.append(trainable.train_step([rows], rates(step), step).loss)
+        weights.append(np.concatenate([value.ravel() for _, value in sorted(parameters(trainable).items())]))
+    return losses, weights
+
+
+@pytest.mark.parametrize("name", ["local_sgd", "diloco", "zero_one_adam"])
+def test_a_rank_that_stops_within_a_round_continues_it(manager: Any, world: World, name: str) -> None:
+    """A checkpoint has rank 0's parameters and optimizer state; what other ranks have of their own is beside them."""
+    options = {**VARIANTS[name], "local": LocalConfig(4)} if name != "zero_one_adam" else VARIANTS[name]
+    config, whole = build(manager, world, options)
+    expected = steps(config, whole, world, range(config.train.steps))
+    stop = 6 if name != "zero_one_adam" else 21
+    first, second = (build(manager, world, options)[1] for _ in range(2))
+    steps(config, first, world, range(stop))
+    state = first.state()
+    for key, array in state.items():
+        if key.startswith(("parameters/", "optimizer/")):
+            read = np.frombuffer(world.broadcast_bytes(array.tobytes(), 0), array.dtype)
+            state[key] = read.reshape(array.shape).copy()
+    second.load_state(state)
+    losses, weights = steps(config, second, world, range(stop, config.train.steps))
+    assert losses == expected[0][stop:]
+    np.testing.assert_array_equal(weights, expected[1][stop:])
+    own = world.gather_objects(hashlib.sha256(expected[1][stop - 1].tobytes()).hexdigest())
+    assert len(set(own)) == world.size  # it was within a round
 
 
 def _options(options: dict[str, Any]) -> dict[str, Any]:

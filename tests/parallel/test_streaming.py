@@ -86,7 +86,10 @@ def test_all_but_collectives_can_be_called_as_graphs(manager: Any, world: World,
         exchange.advance = lambda own, advance=advance, second=second: advance(own, *second)
         histories.append(train(exchange, start(), moved, tensor))
     np.testing.assert_array_equal(*histories)
-    assert called == ({"_encode", "_decode"} if algorithm == "int4" else {"_difference", "_update"})
+    assert called == ({"_encode", "_decode", "_update"} if algorithm == "int4" else {"_difference", "_update"})
+    called.clear()
+    exchange.state()  # takes the sums in flight as a step does: another graph may round otherwise
+    assert called == ({"_decode"} if algorithm == "int4" else set())
 
 
 @pytest.mark.parametrize("overlap", [0, 1, 3])
