@@ -2,10 +2,10 @@
 
     python benchmarks/streaming.py [torch tensorflow] [--rate 1e8] [--short]
 
-A GPT of 10.7 million parameters trains on two hosts with one rank each (hosts.py), with H = 50 (--every). On a network
-of --rate bits per second, runs with and without the exchange take turns; the second round of H steps counts: in the
-first one, TensorFlow builds the graphs of every fragment, and the last one is short. On one without a limit, the bytes
-that a host sends are read every 100 ms: the peak is the most of any such interval.
+A GPT of 10.7 million parameters trains on two hosts with one rank each (hosts.py), with H = 50 (--every) and 25
+fragments. On a network of --rate bits per second, runs with and without the exchange take turns; the second round of H
+steps counts: in the first one, TensorFlow builds the graphs of every fragment, and the last one is short. On a network
+without a limit, the bytes that a host sends are read every 100 ms: the peak is the most of any such interval.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from harness import Bar, make_parser, parse, report, report_ratio, skip
 from hosts import Hosts, Missing, open_hosts
 from slow_network import METHODS, method, train
 
-FULL = {"rate": 1e8, "rounds": 5, "peaks": 2, "layers": 6, "width": 384, "every": 50}
-SHORT = {"rounds": 1, "peaks": 1, "layers": 1, "width": 96, "every": 4}
+FULL = {"rate": 1e8, "rounds": 5, "peaks": 2, "layers": 6, "width": 384, "every": 50, "fragments": 25}
+SHORT = {"rounds": 1, "peaks": 1, "layers": 1, "width": 96, "every": 4, "fragments": 2}
 INTERVAL = 0.1  # seconds
 SPEED, PEAK = Bar(at_least=0.95), Bar(at_most=0.05)
 OVERLAP = 2  # the default of communication.local.overlap
@@ -57,17 +57,24 @@ class Peak:
             before, then = sent, now
 
 
+def options_of(name: str, o: argparse.Namespace) -> tuple[list[str], int]:
+    """Return the options of a method and the steps of a run of two rounds."""
+    options, steps = method(name, o.every)
+    streams = ["--communication.local.fragments", str(o.fragments)] if name in STREAMING else []
+    return [*options, *streams], steps
+
+
 def peak_of(hosts: Hosts, framework: str, name: str, o: argparse.Namespace) -> float:
     """Return the most bytes that a host sends in an interval of a run."""
     peak = Peak(hosts)
     with peak.watched():
-        train(hosts, framework, *method(name, o.every), o)
+        train(hosts, framework, *options_of(name, o), o)
     return peak.bytes
 
 
 def speed_of(hosts: Hosts, framework: str, name: str, o: argparse.Namespace) -> float:
     """Return the tokens per second of the second round of a run."""
-    options, steps = method(name, o.every)
+    options, steps = options_of(name, o)
     first = o.every + OVERLAP  # when the last fragment's first sum has been applied
     last = o.every // 4 + 1  # in them, all fragments are sent once more; without an exchange, ranks average once
     return train(hosts, framework, options, steps + OVERLAP + last, o, first=first, last=last).speed
