@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from keras import ops
@@ -34,7 +32,7 @@ class GatheredSums(CompressedExchange):
         self._packings: dict[int, Packing] = {}
 
     def encodes(self, index: int) -> bool:
-        """Return whether ``start`` compresses this bucket in this step."""
+        """Return whether this bucket is compressed in this step; if not, ``start`` sums it."""
         return not self._dense and bool(self._buckets[index].units)
 
     def encode(self, bucket: Tensor, index: int) -> tuple[Tensor, Tensor]:
@@ -73,28 +71,14 @@ class GatheredSums(CompressedExchange):
         flat = assembled(plan, totals)
         return flat if self._after == 1.0 else flat * self._after
 
-    def start(self, bucket: Tensor, index: int) -> Handle:
-        """Start to sum the flat bucket."""
-        return self.send(*self.encode(bucket, index), index) if self.encodes(index) else super().start(bucket, index)
-
     def send(self, row: Tensor, step: Tensor, index: int) -> GatheredSum:
         """Start to gather what ``encode`` returned."""
-        handle = self._group.all_gather_async(row, f"gradients.{index}")
-        return GatheredSum(handle, step, partial(self.decode, index=index))
+        return GatheredSum(self._group.all_gather_async(row, f"gradients.{index}"), step)
 
 
 class GatheredSum:
-    """A bucket in flight. ``step``: the one that started it."""
+    """A bucket in flight, for ``decode``. ``step``: the one that started it; ``wait`` returns all ranks' rows."""
 
-    def __init__(self, handle: Handle, step: Tensor, decode: Callable[[Tensor, Tensor], Tensor]) -> None:
+    def __init__(self, handle: Handle, step: Tensor) -> None:
         self.step = step
-        self._handle = handle
-        self._decode = decode
-
-    def gathered(self) -> Tensor:
-        """Return all ranks' rows; then, ``wait`` must not be called any more."""
-        return self._handle.wait()
-
-    def wait(self) -> Tensor:
-        """Return the flat sum."""
-        return self._decode(self.gathered(), self.step)
+        self.wait = handle.wait

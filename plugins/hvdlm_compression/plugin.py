@@ -115,9 +115,8 @@ def make_compressed(
         return None
     maker = compressors[options.compression.algorithm]
     compressor = maker(options.compression, config.train.seed, group_rank, len(group.ranks))
-    gathered_sums = imported("gathered_sums")
-    if across_steps and gathered_sums.gathers(compressor):
-        return gathered_sums.GatheredSums(group, compressor, options)
+    if across_steps and imported("gathered_sums").gathers(compressor):
+        return imported("gathered_sums").GatheredSums(group, compressor, options)
     return imported("exchange").CompressedExchange(group, compressor, options)
 
 

@@ -206,7 +206,7 @@ class StreamingExchange(AllReduceExchange):
         handle, fragment.handle = fragment.handle, None
         assert handle is not None
         if isinstance(handle, GatheredSum):
-            return fragment.call(fragment.decode, handle.gathered(), handle.step)
+            return fragment.call(fragment.decode, handle.wait(), handle.step)
         return handle.wait()
 
     def _apply(self, fragment: Fragment, parameters: Tensor, call: Callable[..., Any]) -> tuple[int, Tensor]:
