@@ -3,8 +3,6 @@
 The seconds of every step that counts are emitted by rank 0. Nothing of hvdlm.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import time
@@ -23,6 +21,31 @@ _VOCABULARY = 65  # that of hvdlm's built-in text
 _PORT = 29_517
 
 
+def in_turn(hook: Any) -> Any:
+    """Return ``hook`` with buckets that follow each other.
+
+    PyTorch's own PowerSGD starts a bucket's second sum from a thread of Gloo, so that the sums of several buckets have
+    another order on each rank: Gloo matches them by their order, and aborts.
+    """
+    before: Any = None
+
+    def ordered(state: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        nonlocal before
+        total: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+
+        def start(_: Any = None) -> None:
+            hook(state, bucket).then(lambda done: total.set_result(done.value()))
+
+        if before is None:
+            start()
+        else:
+            before.then(start)
+        before = total
+        return total
+
+    return ordered
+
+
 def hooked(module: torch.nn.Module, hook: str, rank: int, uncounted: int) -> DistributedDataParallel:
     """Return ``module`` under DDP; ``rank``: of PowerSGD's factors, which begins after ``uncounted`` steps."""
     parallel = DistributedDataParallel(module, gradient_as_bucket_view=True)
@@ -30,7 +53,7 @@ def hooked(module: torch.nn.Module, hook: str, rank: int, uncounted: int) -> Dis
         parallel.register_comm_hook(None, default_hooks.fp16_compress_hook)
     if hook == "power_sgd":
         state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=rank, start_powerSGD_iter=uncounted)
-        parallel.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+        parallel.register_comm_hook(state, in_turn(powerSGD_hook.powerSGD_hook))
     return parallel
 
 

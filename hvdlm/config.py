@@ -257,7 +257,7 @@ class CompressionConfig:
         clip: dgc: maximum norm of a rank's gradient, divided by the square root of the number of ranks; 0: no clipping
         warmup: dgc: steps over which the sent fraction falls from 25% to ratio
         error_feedback: add the compression error to the next gradient; null: if the algorithm is biased
-        min_elements: tensors with fewer elements are not compressed
+        min_elements: tensors with fewer elements are not compressed; null: 1024, of fp16 and bf16 1
         min_compression: tensors that would not shrink by this factor are not compressed
         start_after_steps: number of initial steps without compression
     """
@@ -271,7 +271,7 @@ class CompressionConfig:
     clip: float = 0.0
     warmup: int = 0
     error_feedback: bool | None = None
-    min_elements: int = 1024
+    min_elements: int | None = None
     min_compression: float = 1.2
     start_after_steps: int = 0
 
@@ -285,7 +285,7 @@ class LocalConfig:
         outer_learning_rate: outer learning rate of the mean parameter difference; null: DiLoCo 0.7, local_sgd 1
         outer_momentum: outer Nesterov momentum; null: DiLoCo 0.8, local_sgd 0
         warmup: number of initial steps with an all-reduce at every step
-        fragments: streaming_diloco: fragments of the model, each with its own steps to synchronise; null: steps
+        fragments: streaming_diloco: fragments of the model, each with its own steps to synchronise; null: steps / 2
         overlap: streaming_diloco: steps during which a fragment's sum travels; null: 2
         mixing: streaming_diloco: weight of a rank's own parameters when a sum has arrived; null: 0
     """

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from hvdlm_horovod import (
     bfloat16_edits,
+    coding_edits,
     launcher_edits,
     performance_edits,
     portability_edits,
@@ -20,7 +21,7 @@ from hvdlm_horovod import (
 
 VERSION = "0.28.1"
 EDITS = portability_edits.EDITS + launcher_edits.EDITS + performance_edits.EDITS + bfloat16_edits.EDITS
-EDITS += waiting_edits.EDITS + ring_edits.EDITS
+EDITS += waiting_edits.EDITS + coding_edits.EDITS + ring_edits.EDITS
 
 
 def digest() -> str:

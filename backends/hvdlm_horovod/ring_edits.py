@@ -1,7 +1,7 @@
 """Edits with which Horovod's sums between hosts fill both directions of every link: around a ring, in segments.
 
 The algorithm, its reasons and the order of the additions are those of ``hvdlm_backends.ring_sum``. On networks below
-2.4 Gbit/s, the exponents of floats are coded besides, without loss: gradients of one matrix have few of them.
+2.4 Gbit/s, the exponents of floats are coded besides (``coding_edits``).
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ const int64_t kRingThreshold = 131072; // bytes
 const int64_t kRingSegment = 32768;    // bytes; Open MPI's TCP announces messages above 64 KB before it sends them
 const int64_t kRingWindow = 64;        // segments under way
 const int kRingTag = 7;
+static_assert(kRingSegment / 2 <= kMostCoded, "a segment is coded at once");
 const double kCodedRate = 3e8; // bytes per second: exponents of floats are coded on slower networks
 
 bool SpansHosts(const MPIContext& context) {
@@ -54,118 +55,6 @@ bool UsesRing(const MPIContext& context, int64_t bytes) {
   int size;
   MPI_Comm_size(context.GetMPICommunicator(Communicator::GLOBAL), &size);
   return size > 1 && given > 0 && bytes >= given;
-}
-
-// Codes the exponents of n floats in 3 bits each: 0 to 6 stand for the seven consecutive exponents that are the most
-// frequent ones together, 7 for a byte at the end. Layout: the smallest of the seven; the low bytes of signs and
-// fractions; the 3 bits of these that are left (float16); the codes; the bytes of other exponents.
-template <typename Word, int Shift, int Bits> struct Code {
-  static const int kRest = 8 * sizeof(Word) - Bits;
-  static const int kLow = kRest / 8;
-  static_assert(kRest % 8 == 0 || kRest % 8 == 3, "signs and fractions are stored in bytes and groups of 3 bits");
-
-  static int Packed(int n) { return (n + 7) / 8 * 3; }
-
-  static void Store(uint32_t value, int index, uint8_t* target) {
-    target[3 * index] = uint8_t(value);
-    target[3 * index + 1] = uint8_t(value >> 8);
-    target[3 * index + 2] = uint8_t(value >> 16);
-  }
-
-  static uint32_t Load(const uint8_t* source, int index) {
-    return source[3 * index] | uint32_t(source[3 * index + 1]) << 8 | uint32_t(source[3 * index + 2]) << 16;
-  }
-
-  // Returns the bytes written to target, 0 where coding saves nothing.
-  static int64_t Encode(const char* source, int n, char* target) {
-    auto* words = reinterpret_cast<const Word*>(source);
-    const int mask = (1 << Bits) - 1;
-    int counts[(1 << Bits) + 7] = {0};
-    for (int i = 0; i < n; ++i) {
-      ++counts[(words[i] >> Shift) & mask];
-    }
-    int sum = 0, base = 0, covered = 0;
-    for (int last = 0; last <= mask; ++last) {
-      sum += counts[last] - (last >= 7 ? counts[last - 7] : 0);
-      if (sum > covered) {
-        covered = sum;
-        base = std::max(0, last - 6);
-      }
-    }
-    int64_t bytes = 1 + int64_t(n) * kLow + Packed(n) * (kRest % 8 ? 2 : 1) + (n - covered);
-    if (bytes >= int64_t(n) * int64_t(sizeof(Word))) {
-      return 0;
-    }
-    auto* low = reinterpret_cast<uint8_t*>(target);
-    *low++ = uint8_t(base);
-    uint8_t* high = low + int64_t(n) * kLow;
-    uint8_t* codes = high + (kRest % 8 ? Packed(n) : 0);
-    uint8_t* others = codes + Packed(n);
-    uint8_t* end = reinterpret_cast<uint8_t*>(target) + bytes;
-    for (int group = 0; group < (n + 7) / 8; ++group) {
-      uint32_t code = 0, left = 0;
-      for (int k = 0; k < std::min(8, n - 8 * group); ++k) {
-        uint32_t word = words[8 * group + k];
-        uint32_t exponent = (word >> Shift) & mask;
-        uint32_t above = std::min<uint32_t>(exponent - base, 7);
-        if (above == 7 && others < end) {
-          *others++ = uint8_t(exponent);
-        }
-        uint32_t rest = word >> (Shift + Bits) << Shift | (word & ((1u << Shift) - 1));
-        for (int b = 0; b < kLow; ++b) {
-          *low++ = uint8_t(rest >> 8 * b);
-        }
-        left |= (rest >> 8 * kLow) << 3 * k;
-        code |= above << 3 * k;
-      }
-      Store(code, group, codes);
-      if (kRest % 8) {
-        Store(left, group, high);
-      }
-    }
-    return bytes;
-  }
-
-  static void Decode(const char* source, int n, char* target) {
-    auto* words = reinterpret_cast<Word*>(target);
-    auto* low = reinterpret_cast<const uint8_t*>(source);
-    const uint32_t base = *low++;
-    const uint8_t* high = low + int64_t(n) * kLow;
-    const uint8_t* codes = high + (kRest % 8 ? Packed(n) : 0);
-    const uint8_t* others = codes + Packed(n);
-    for (int group = 0; group < (n + 7) / 8; ++group) {
-      uint32_t code = Load(codes, group), left = kRest % 8 ? Load(high, group) : 0;
-      for (int k = 0; k < std::min(8, n - 8 * group); ++k) {
-        uint32_t above = code >> 3 * k & 7;
-        uint32_t exponent = above == 7 ? *others++ : base + above;
-        uint32_t rest = kRest % 8 ? (left >> 3 * k & 7) << 8 * kLow : 0;
-        for (int b = 0; b < kLow; ++b) {
-          rest |= uint32_t(*low++) << 8 * b;
-        }
-        words[8 * group + k] = Word(rest >> Shift << (Shift + Bits) | exponent << Shift | (rest & ((1u << Shift) - 1)));
-      }
-    }
-  }
-};
-
-typedef Code<uint32_t, 23, 8> Float32Code;
-typedef Code<uint16_t, 10, 5> Float16Code;
-typedef Code<uint16_t, 7, 8> BFloat16Code;
-
-int64_t Encode(DataType dtype, const char* source, int n, char* target) {
-  return dtype == HOROVOD_FLOAT32   ? Float32Code::Encode(source, n, target)
-         : dtype == HOROVOD_FLOAT16 ? Float16Code::Encode(source, n, target)
-                                    : BFloat16Code::Encode(source, n, target);
-}
-
-void Decode(DataType dtype, const char* source, int n, char* target) {
-  if (dtype == HOROVOD_FLOAT32) {
-    Float32Code::Decode(source, n, target);
-  } else if (dtype == HOROVOD_FLOAT16) {
-    Float16Code::Decode(source, n, target);
-  } else {
-    BFloat16Code::Decode(source, n, target);
-  }
 }
 
 // As MPI_Allreduce. In step s of 2 (n - 1), rank r sends chunk r - s and receives chunk r - s - 1 (modulo n), to which

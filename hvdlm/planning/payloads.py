@@ -13,6 +13,10 @@ UNBIASED = ("none", "fp16", "bf16", "qsgd", "int8")
 _BLOCKS = {"int8": 256, "scaled_sign": 256, "sign_majority": 256, "int4": 128, "qsgd": 64, "chunked_top_k": 4096}
 
 
+MIN_ELEMENTS = 1024
+"""The default of ``communication.compression.min_elements``, but for fp16 and bf16."""
+
+
 class Payload(NamedTuple):
     """What a compressor sends of a tensor; ``bytes``: of one rank. ``received``: payloads that are decompressed."""
 
@@ -45,9 +49,18 @@ def block_of(settings: CompressionConfig) -> int:
     return 1 if default is None else settings.block or default
 
 
+def smallest_compressed(settings: CompressionConfig) -> int:
+    """Return the elements from which on a tensor is compressed.
+
+    What rounds every element by itself takes all: a bucket is one sum then.
+    """
+    default = 1 if settings.algorithm in ("fp16", "bf16") else MIN_ELEMENTS
+    return default if settings.min_elements is None else settings.min_elements
+
+
 def is_compressible(settings: CompressionConfig, shape: tuple[int, ...], ranks: int) -> bool:
     """Return whether a tensor, of this shape as it is compressed, is large enough and its payload small enough."""
     count = math.prod(shape)
-    if count < settings.min_elements or (settings.algorithm == "power_sgd" and len(shape) < 2):
+    if count < smallest_compressed(settings) or (settings.algorithm == "power_sgd" and len(shape) < 2):
         return False
     return 4 * count >= settings.min_compression * payload(settings, shape, ranks).bytes

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from hvdlm.config import Config
+from hvdlm.config import CompressionConfig, Config
 from hvdlm.parallel.flat_layout import FlatLayout, Slot
-from hvdlm.planning.payloads import block_of, is_compressible, payload
+from hvdlm.planning.payloads import MIN_ELEMENTS, block_of, is_compressible, payload
 
 KNOWN = ("fp16", "bf16", "int8", "int4", "qsgd", "scaled_sign", "sign_majority", "top_k", "random_k")
 """Built-in compressors whose payloads can be sent by shards."""
@@ -39,9 +39,10 @@ def gathered_as(config: Config) -> str:
     return config.parallel.zero_gather or derived
 
 
-def is_rounded(slot: Slot, min_elements: int) -> bool:
+def is_rounded(slot: Slot, settings: CompressionConfig) -> bool:
     """Return whether a parameter is rounded: matrices are; vectors are few, and share no scale with them."""
-    return len(slot.shape) > 1 and slot.stop - slot.start >= min_elements
+    smallest = MIN_ELEMENTS if settings.min_elements is None else settings.min_elements
+    return len(slot.shape) > 1 and slot.stop - slot.start >= smallest
 
 
 def zero_payloads(config: Config, layout: FlatLayout, ranks: int) -> list[ZeroPayload]:
@@ -76,7 +77,7 @@ def _scattered(config: Config, layout: FlatLayout, index: int, ranks: int) -> tu
 def _gathered(config: Config, layout: FlatLayout, index: int, ranks: int) -> list[int]:
     """Return the bytes of every rank's shard of rounded parameters."""
     settings = config.communication.compression
-    width, rest = _counts(layout, index, ranks, lambda slot: is_rounded(slot, settings.min_elements))
+    width, rest = _counts(layout, index, ranks, lambda slot: is_rounded(slot, settings))
     start, stop = layout.bucket_range(index)
     if not width:
         return [4 * (stop - start) // ranks] * ranks

@@ -15,6 +15,7 @@ from hvdlm.communication.all_reduce import AllReduceExchange
 from hvdlm.config import CommunicationConfig
 from hvdlm.errors import HvdlmError
 from hvdlm.parallel.flat_layout import FlatLayout, Slot
+from hvdlm.planning.payloads import smallest_compressed
 from hvdlm.protocols.compressor import Compressor
 from hvdlm.protocols.group import Group, Handle
 from hvdlm.protocols.types import Tensor
@@ -55,6 +56,7 @@ class CompressedExchange(AllReduceExchange):
         super().__init__(group, options)
         self.compressor = compressor
         self._settings = options.compression
+        self._smallest = smallest_compressed(options.compression)
         feedback = self._settings.error_feedback
         if feedback is None:
             feedback = compressor.biased
@@ -93,7 +95,7 @@ class CompressedExchange(AllReduceExchange):
     def _is_compressible(self, shape: tuple[int, ...]) -> bool:
         """Return whether a slot is large enough and its payload small enough."""
         elements = int(np.prod(shape))
-        if elements < self._settings.min_elements or (self.compressor.matrices and len(shape) < 2):
+        if elements < self._smallest or (self.compressor.matrices and len(shape) < 2):
             return False
         return 4 * elements >= self._settings.min_compression * self.compressor.payload_bytes(shape)
 
@@ -192,6 +194,8 @@ class CompressedExchange(AllReduceExchange):
 
 def assembled(bucket: Bucket, totals: Sequence[Tensor]) -> Tensor:
     """Return the flat bucket of the sums of its units, and of its dense slots as one vector, where it has any."""
+    if len(totals) == 1:
+        return totals[0]
     by_start: dict[int, Tensor] = {}
     slots_of_totals = [unit.slots for unit in bucket.units]
     if bucket.dense:

@@ -92,7 +92,7 @@ class StreamingExchange(AllReduceExchange):
         self._inner = inner
         self._every = settings.steps
         self._warmup = settings.warmup
-        self._count = settings.fragments or settings.steps
+        self._count = settings.fragments or max(1, settings.steps // 2)
         self._overlap = OVERLAP if settings.overlap is None else settings.overlap
         self._mixing = MIXING if settings.mixing is None else settings.mixing
         self._rate = rate

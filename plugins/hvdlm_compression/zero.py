@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -47,11 +48,8 @@ class CompressedZeroExchange(ZeroExchange):
         if self._sums:
             self._sums.open(layout, parameters)
         if self._rounding and not self._rows:
-            smallest, multiple = self._options.min_elements, self._rounding.multiple
-            self._rows = [
-                ShardRows(layout, i, self.size, lambda slot: is_rounded(slot, smallest), multiple)
-                for i in self._buckets
-            ]
+            rounded, multiple = partial(is_rounded, settings=self._options), self._rounding.multiple
+            self._rows = [ShardRows(layout, i, self.size, rounded, multiple) for i in self._buckets]
 
     def begin(self, step: int) -> Hashable:
         """Begin a step; return the compressor's phase."""

@@ -136,7 +136,7 @@ SUMMED = case("random_k", covered_by="none and power_sgd, which are summed, and 
 def test_a_state_with_sums_in_flight_continues_bit_for_bit(
     manager: Any, world: World, tensor: Any, algorithm: str
 ) -> None:
-    local, moved = LocalConfig(EVERY, overlap=3), moves(world.size)[:, world.rank]
+    local, moved = LocalConfig(EVERY, fragments=EVERY, overlap=3), moves(world.size)[:, world.rank]
     whole = make(manager, world, local, algorithm)
     expected = train(whole, start(), moved, tensor)
     whole.state()  # waits for the sums in flight, whose names the others use

@@ -169,7 +169,8 @@ def test_counted_bytes_of_shards_are_the_planned_ones(
     if algorithm == "none":
         assert counted == parameters | {"gradients/reduce_scatter": planned.gradients}
     else:
-        assert counted == parameters | {"gradients/all_to_all": planned.gradients, "gradients/all_reduce": 4 * 60}
+        rest = {} if algorithm in ("fp16", "bf16") else {"gradients/all_reduce": 4 * 60}  # those compress the bias
+        assert counted == parameters | {"gradients/all_to_all": planned.gradients} | rest
     if (world.size, algorithm, gather) == (2, "int8", "int8"):
         blocks = -(-2580 // 256)
         assert planned.gradients == 2 * 260 * blocks
