@@ -25,7 +25,7 @@ def in_turn(hook: Any) -> Any:
     """Return ``hook`` with buckets that follow each other.
 
     PyTorch's own PowerSGD starts a bucket's second sum from a thread of Gloo, so that the sums of several buckets have
-    another order on each rank: Gloo matches them by their order, and aborts.
+    another order on each rank: Gloo matches them by their order, and aborts. The backward pass goes on meanwhile.
     """
     before: Any = None
 
@@ -33,8 +33,14 @@ def in_turn(hook: Any) -> Any:
         nonlocal before
         total: torch.futures.Future[torch.Tensor] = torch.futures.Future()
 
+        def end(done: Any) -> None:
+            try:
+                total.set_result(done.value())
+            except Exception as error:
+                total.set_exception(error)
+
         def start(_: Any = None) -> None:
-            hook(state, bucket).then(lambda done: total.set_result(done.value()))
+            hook(state, bucket).then(end)
 
         if before is None:
             start()

@@ -285,7 +285,7 @@ class LocalConfig:
         outer_learning_rate: outer learning rate of the mean parameter difference; null: DiLoCo 0.7, local_sgd 1
         outer_momentum: outer Nesterov momentum; null: DiLoCo 0.8, local_sgd 0
         warmup: number of initial steps with an all-reduce at every step
-        fragments: streaming_diloco: fragments of the model, each with its own steps to synchronise; null: steps / 2
+        fragments: streaming_diloco: fragments of the model, each with its own steps to synchronise; null: half of steps
         overlap: streaming_diloco: steps during which a fragment's sum travels; null: 2
         mixing: streaming_diloco: weight of a rank's own parameters when a sum has arrived; null: 0
     """

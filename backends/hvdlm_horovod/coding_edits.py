@@ -102,7 +102,8 @@ template <typename Word, int Shift, int Bits> struct Code {
       for (int b = 0; b < kLow; ++b) {
         value |= uint32_t(low[b * n + i]) << 8 * b;
       }
-      words[i] = Word(value >> Shift << (Shift + Bits) | (base + code[i]) << Shift | (value & kFraction));
+      uint32_t exponent = (base + code[i]) & kExponent; // code 7, which stands for another one, may be too large
+      words[i] = Word(value >> Shift << (Shift + Bits) | exponent << Shift | (value & kFraction));
     }
   }
 

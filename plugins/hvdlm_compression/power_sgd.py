@@ -18,16 +18,15 @@ class PowerSGD(Compressor):
     """One step of subspace iteration (algorithm 1): P = M Q, orthogonalised, then Q = M^T P; both are all-reduced."""
 
     matrices = True
-    replicated = ("factor",)
+    replicated = ("right",)
 
     def __init__(self, settings: CompressionConfig, seed: int = 1, group_rank: int = 0, ranks: int = 1) -> None:
         super().__init__(settings, seed, group_rank, ranks)
         self._initial: dict[int, np.ndarray] = {}  # by columns
 
     def payload_bytes(self, shape: tuple[int, ...]) -> int:
-        """Return the bytes of both factors; those of the whole matrix where its own rank is lower than the factors'."""
-        rank = self.settings.rank
-        return 4 * rank * sum(shape) if rank <= min(shape) else 4 * shape[0] * shape[1]
+        """Return the bytes of both factors: more than the matrix has where its own rank is lower than the factors'."""
+        return 4 * self.settings.rank * sum(shape)
 
     def memory(self, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
         """Return the initial right factor, transposed ``[rank, columns]``: random, equal on all ranks."""
@@ -35,7 +34,7 @@ class PowerSGD(Compressor):
             random = np.random.Generator(np.random.Philox(key=self.seed))
             normal = random.normal(size=(shape[1], self.settings.rank)).astype(np.float32)
             self._initial[shape[1]] = np.ascontiguousarray(normal.T)
-        return {"factor": self._initial[shape[1]]}
+        return {"right": self._initial[shape[1]]}
 
     def reduce(
         self, tensor: Tensor, memory: Mapping[str, Any], step: Tensor
@@ -44,25 +43,29 @@ class PowerSGD(Compressor):
 
         The right factor is kept and computed as rows: CPUs multiply by few columns several times more slowly.
         """
-        initial = ops.convert_to_tensor(self.memory(tuple(tensor.shape))["factor"])
-        previous = ops.convert_to_tensor(memory["factor"])
+        initial = ops.convert_to_tensor(self.memory(tuple(tensor.shape))["right"])
+        previous = ops.convert_to_tensor(memory["right"])
         # A zero gradient gives a zero factor, and with it every later product would be zero.
         factor = ops.where(ops.any(previous != 0.0), previous, initial)
         (left,) = yield Request("all_reduce", [ops.matmul(tensor, ops.transpose(factor))])  # [rows, rank]
         left = orthogonal(left)
         local_right = ops.matmul(ops.transpose(left), tensor)  # [rank, columns]
         (right,) = yield Request("all_reduce", [local_right])
-        memory["factor"].assign(right)
+        memory["right"].assign(right)
         return ops.matmul(left, right), lambda: ops.matmul(left, local_right)
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """Return ``matrix`` ``[rows, rank]`` with orthonormal columns, those of Gram-Schmidt, by a QR decomposition.
+    """Return ``matrix`` ``[rows, rank]``, rank <= rows, with orthonormal columns: those of Gram-Schmidt.
 
     A column that is linearly dependent on those before it becomes zero: what remains of it are rounding errors, whose
-    direction is arbitrary, and another one on a rank with another processor.
+    direction is arbitrary, and another one on a rank with another processor. The first decomposition finds such
+    columns. In the second one they are the last, since no other column may lose its share of that direction.
     """
-    columns, triangle = ops.qr(matrix)
-    diagonal = ops.diagonal(triangle)
-    independent = ops.abs(diagonal) > 3e-5 * ops.max(ops.abs(triangle), axis=0)
-    return columns * ops.where(independent, ops.sign(diagonal), 0.0)
+    rank = matrix.shape[1]
+    triangle = ops.qr(matrix)[1]
+    independent = ops.abs(ops.diagonal(triangle)) > 3e-5 * ops.max(ops.abs(triangle), axis=0)
+    order = ops.argsort(ops.where(independent, 0, rank) + ops.arange(rank))
+    columns, triangle = ops.qr(ops.take(matrix, order, axis=1))
+    signs = ops.where(ops.take(independent, order), ops.sign(ops.diagonal(triangle)), 0.0)
+    return ops.take(columns * signs, ops.argsort(order), axis=1)

@@ -177,15 +177,27 @@ def test_tensors_that_gain_nothing_stay_dense(manager: Any, world: World, tensor
         np.testing.assert_allclose(result, vectors.sum(1), rtol=1e-5, atol=1e-5, err_msg=str(options))
 
 
-def test_power_sgd_makes_orthonormal_columns(tensor: Any) -> None:
+@pytest.mark.parametrize("rows", [4, 8, 400])
+def test_power_sgd_makes_orthonormal_columns(tensor: Any, rows: int) -> None:
+    """As Gram-Schmidt does, with zeros in place of columns that depend on those before them."""
     from hvdlm_compression.power_sgd import orthogonal
 
-    matrix = np.random.default_rng(2).normal(size=(50, 4)).astype(np.float32) * np.float32([1e-12, 1.0, 1.0, 1e12])
-    matrix[:, 2] = 3 * matrix[:, 1]
-    columns = np.asarray(orthogonal(tensor(matrix)))
-    np.testing.assert_allclose(columns.T @ columns, np.diag([1.0, 1.0, 0.0, 1.0]), atol=1e-5)
-    assert (np.diag(columns.T @ matrix)[[0, 1, 3]] > 0).all()  # as Gram-Schmidt has them
-    np.testing.assert_array_equal(np.asarray(orthogonal(tensor(np.zeros((50, 4), np.float32)))), 0.0)
+    matrix = np.random.default_rng(2).normal(size=(rows, 4)).astype(np.float32)
+    matrix[:, 1] = 3 * matrix[:, 0]
+    scaled = matrix * np.float32([1e-12, 1e-12, 1.0, 1e12])
+    for case_of, zero in (
+        (matrix, 1),
+        (scaled, 1),
+        (matrix * np.float32([1, 0, 1, 1]), 1),
+        (matrix[:, [2, 0, 3, 1]], 3),
+    ):
+        columns = np.asarray(orthogonal(tensor(np.ascontiguousarray(case_of))))
+        kept = [index for index in range(4) if index != zero]
+        np.testing.assert_allclose(columns.T @ columns, np.diag([index != zero for index in range(4)]), atol=1e-5)
+        own = columns.T @ case_of
+        assert (np.diag(own)[kept] > 0).all() and (np.abs(np.tril(own, -1)) <= 1e-5 * np.abs(case_of).max(0)).all()
+        np.testing.assert_allclose((columns @ own)[:, kept], case_of[:, kept], rtol=1e-3, atol=1e-4)
+    np.testing.assert_array_equal(np.asarray(orthogonal(tensor(np.zeros((rows, 4), np.float32)))), 0.0)
 
 
 def test_reduction_options_average_sum_and_predivide(manager: Any, world: World, tensor: Any) -> None:

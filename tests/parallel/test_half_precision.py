@@ -63,10 +63,10 @@ def test_half_precision_sums_round_once_per_rank_added(world: World, half: Any, 
 @both_kinds
 def test_half_precision_sums_keep_infinities_and_nans(world: World, half: Any, dtype: str) -> None:
     (make, values), group = half, world.group(range(world.size))
-    odd = np.array([np.inf, -np.inf, np.nan, 0.0], np.float32)
-    sent = make(odd if world.rank == 0 else np.ones(4, np.float32), dtype)
+    odd = np.tile(np.array([np.inf, -np.inf, np.nan, 2.0], np.float32), 5000)
+    sent = make(odd if world.rank == 0 else np.ones_like(odd), dtype)
     total = values(group.all_reduce_async(sent, f"odd.{dtype}").wait())
-    np.testing.assert_array_equal(total, np.array([np.inf, -np.inf, np.nan, world.size - 1], np.float32))
+    np.testing.assert_array_equal(total.reshape(-1, 4), [[np.inf, -np.inf, np.nan, world.size + 1]] * 5000)
 
 
 @both_kinds

@@ -58,3 +58,12 @@ def test_large_sums_are_equal_on_all_ranks(world: World, tensor, dtype: str, ele
         np.testing.assert_array_equal(total, in_the_rings_order(vectors))
     tolerance = {"float32": 2e-4, "float64": 1e-12, "float16": 2.0, "int64": 0}[dtype]
     np.testing.assert_allclose(total, np.sum(np.array(vectors, np.float64), 0), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_sums_of_mostly_infinite_numbers_keep_the_signs_of_all(world: World, tensor, dtype: str) -> None:
+    odd = np.tile(np.array([np.inf, -np.inf, np.nan, 2.0], dtype), 10_000)
+    group = world.group(range(world.size))
+    sent = odd if world.rank == 0 else np.ones_like(odd)
+    total = np.asarray(group.all_reduce_async(tensor(sent), f"odd.{dtype}").wait())
+    np.testing.assert_array_equal(total.reshape(-1, 4), [[np.inf, -np.inf, np.nan, world.size + 1]] * 10_000)
