@@ -112,7 +112,7 @@ def measure(count: int, o: argparse.Namespace) -> None:
     with open_hosts(count) as hosts:
         alone = {}
         for framework in o.frameworks:
-            run = train(hosts, framework, ALONE, o.steps, o)
+            run = train(hosts, framework, ALONE, o.steps, o, last=1)  # the last step averages
             alone[framework] = count * ROWS * CONTEXT / run.speed
         for rate in o.rates:
             hosts.shape(rate)
