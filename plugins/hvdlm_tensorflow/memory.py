@@ -35,7 +35,7 @@ class ActivationMemory:
         graph = tf.compat.v1.get_default_graph()
         kept = {}
         for operation in graph.get_operations()[self._end_of_forward :]:
-            for tensor in operation.inputs:
+            for tensor in map(_source, operation.inputs):
                 if self._is_kept(tensor):
                     kept[tensor.name] = tensor.shape.num_elements() * tensor.dtype.size
         self.bytes = max(self.bytes, sum(kept.values()))
@@ -58,3 +58,10 @@ class ActivationMemory:
         operation = tensor.op
         of_forward = operation.name in self._forward and operation.type not in _NOT_KEPT
         return of_forward and tensor.shape.is_fully_defined()
+
+
+def _source(tensor: tf.Tensor) -> tf.Tensor:
+    """Return the tensor whose memory ``tensor`` shares: custom gradients are attached to identities."""
+    while tensor.op.type in ("Identity", "IdentityN"):
+        tensor = tensor.op.inputs[tensor.value_index]
+    return tensor

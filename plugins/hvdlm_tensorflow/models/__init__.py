@@ -23,4 +23,6 @@ def make_model(spec: ModelSpec, model_shard: ModelShard, collectives: Collective
     architecture = KINDS[spec.kind] if spec.kind in KINDS else spec.implementation("tensorflow")
     model = architecture(spec.settings, model_shard, collectives)
     model.dtype = dtype
+    if isinstance(model, GPT):
+        model.orders_layers = not spec.frozen  # which would compute the gradients of what isn't trained
     return model

@@ -17,6 +17,7 @@ from hvdlm.parallel.sharding_rules import ModelShard
 from hvdlm_language.gpt import GPTSettings
 from hvdlm_tensorflow.attention import attend, attend_causally
 from hvdlm_tensorflow.collectives import Collectives
+from hvdlm_tensorflow.ordering import parameters_first
 from hvdlm_tensorflow.shapes import sizes
 
 Layer = Mapping[str, tf.Tensor]
@@ -40,11 +41,13 @@ class GPT:
 
     Attributes:
         head: of the last stage: the table ``[vocab, embed]`` of ``scores``, and its bias: None.
+        orders_layers: whether a backward pass computes a layer's gradients before those of the layer below.
     """
 
     def __init__(self, settings: GPTSettings, model_shard: ModelShard, collectives: Collectives) -> None:
         self.s = settings
         self.dtype = tf.float32
+        self.orders_layers = True
         self._model_shard = model_shard
         self._collectives = collectives
         # Fewer key-value heads than ranks: all ranks hold all, and each uses the one that its query heads need.
@@ -89,6 +92,7 @@ class GPT:
 
             # Parameters are arguments, because gradients flow to arguments only where a layer is recomputed.
             compute = tf.recompute_grad(compute) if checkpointing and training else compute
+            compute = parameters_first(compute) if training and self.orders_layers else compute
             x = compute(x, *layer.values())
         return self._finish(x, c), carry
 
