@@ -19,6 +19,7 @@ SINGLE = {
     "operations.py": "torch.compile sees the collectives of tensor ranks; XLA compiles no collective",
     "figures.py": "PyTorch only enqueues a step on a GPU; TensorFlow's graph of a step returns its figures",
     "counted_graph.py": "Python calls a TensorFlow graph's collectives only while the graph is traced",
+    "ordering.py": "PyTorch's backward pass computes a layer's gradients before those of the layer below anyway",
     "shapes.py": "in PyTorch, sizes are integers",
     "slices.py": "PyTorch writes into a part of a tensor by copy_; TensorFlow's own way copies the whole from then on",
 }
