@@ -1,4 +1,7 @@
-"""The order in which a backward pass computes a layer's gradients."""
+"""The order in which a backward pass computes a layer's gradients.
+
+Without a twin: PyTorch's backward pass computes them before those of the layer below anyway.
+"""
 
 from __future__ import annotations
 
