@@ -10,7 +10,7 @@ from hvdlm.parallel.flat_layout import Slot
 from hvdlm.parallel.mesh import Mesh
 from hvdlm.planning.closed_forms import Habits, Step
 from hvdlm.planning.model_work import segments_of
-from hvdlm.planning.payloads import UNBIASED, is_compressible, payload
+from hvdlm.planning.payloads import HALF_PRECISION, UNBIASED, is_compressible, payload
 from hvdlm.planning.work import Bucket, Collective, Segment, Work
 from hvdlm.protocols.state_dict import optimizer_state
 
@@ -201,7 +201,7 @@ class _Exchange:
                 whole /= 2
                 later = (Collective(operation, whole, "data"),)
             # Sums of the same precision are one collective.
-            key = (operation, settings.algorithm in ("fp16", "bf16"))
+            key = (operation, settings.algorithm in HALF_PRECISION)
             totals[key] = totals.get(key, 0.0) + whole
         collectives = [Collective(operation, size, "data") for (operation, _), size in totals.items()]
         received = count * sent[0].received if sent and sent[0].operation == "all_gather" else 0.0

@@ -7,6 +7,9 @@ from typing import NamedTuple
 
 from hvdlm.config import CompressionConfig
 
+HALF_PRECISION = ("fp16", "bf16")
+"""Compressors that round every element by itself."""
+
 UNBIASED = ("none", "fp16", "bf16", "qsgd", "int8")
 """Compressors without error feedback, unless ``communication.compression.error_feedback`` is set."""
 
@@ -28,7 +31,7 @@ class Payload(NamedTuple):
 def payload(settings: CompressionConfig, shape: tuple[int, ...], ranks: int) -> Payload:
     """Return what a built-in compressor sends of a vector ``[n]``, or power_sgd of a matrix, in a step."""
     count, name, block = math.prod(shape), settings.algorithm, block_of(settings)
-    if name in ("fp16", "bf16"):
+    if name in HALF_PRECISION:
         return Payload("all_reduce", 2.0 * count)
     if name == "power_sgd":
         return Payload("all_reduce", 4.0 * settings.rank * sum(shape))
@@ -50,11 +53,8 @@ def block_of(settings: CompressionConfig) -> int:
 
 
 def smallest_compressed(settings: CompressionConfig) -> int:
-    """Return the elements from which on a tensor is compressed.
-
-    What rounds every element by itself takes all: a bucket is one sum then.
-    """
-    default = 1 if settings.algorithm in ("fp16", "bf16") else MIN_ELEMENTS
+    """Return the elements from which on a tensor is compressed: in half precision all are, and a bucket is one sum."""
+    default = 1 if settings.algorithm in HALF_PRECISION else MIN_ELEMENTS
     return default if settings.min_elements is None else settings.min_elements
 
 

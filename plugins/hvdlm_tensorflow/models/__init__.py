@@ -24,5 +24,5 @@ def make_model(spec: ModelSpec, model_shard: ModelShard, collectives: Collective
     model = architecture(spec.settings, model_shard, collectives)
     model.dtype = dtype
     if isinstance(model, GPT):
-        model.orders_layers = not spec.frozen  # which would compute the gradients of what isn't trained
+        model.orders_layers = not spec.frozen  # ordered, what isn't trained would have gradients computed
     return model
