@@ -15,7 +15,7 @@ from hvdlm.training import loop, run
 from hvdlm.training.signals import Signals
 
 BLOCK = 3  # steps of a turn that are timed
-UNTIMED = 2  # steps before them: in the first turn of a method, TensorFlow builds its graph
+UNTIMED, FIRST = 1, 2  # steps before them; in the first turn of a method, in which TensorFlow builds its graph
 TRIED, WITHIN = 3, 1.15  # rounds after which only methods stay whose median is within this factor of the best one's
 
 
@@ -42,7 +42,7 @@ class Turns:
         """Time the step; begin the next turn where one is over. Ranks count steps alike."""
         log = self._exchange.log
         if not self.chosen:
-            if log.trial is not None or step < UNTIMED:
+            if log.trial is not None or step < FIRST:
                 return
             self._begin()
         self._left -= 1
@@ -82,7 +82,7 @@ class Turns:
             return
         self._current, method = self._pending.pop(0)
         self._exchange.log.add(self._exchange.next_step, method, "benchmark")
-        self._left = UNTIMED + BLOCK
+        self._left = (FIRST if self._round == 1 else UNTIMED) + BLOCK
 
 
 def main() -> None:
