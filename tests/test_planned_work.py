@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,8 +23,10 @@ from hvdlm.errors import HvdlmError
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.mesh import Mesh, make_mesh
 from hvdlm.planning.closed_forms import Habits, closed_form
-from hvdlm.planning.gradient_work import work_of
+from hvdlm.planning.gradient_work import kept_bytes, work_of
+from hvdlm.planning.hardware import Hardware, Link, Rates
 from hvdlm.planning.payloads import payload
+from hvdlm.planning.step_time import predict_time
 from hvdlm.planning.work import Collective, Work
 from hvdlm_language.presets import PRESETS
 from launching import ROOT
@@ -36,12 +39,18 @@ CONTEXT, VOCAB = 32, 96
 
 
 def made(
-    name: str, mesh: tuple[int, int, int], sequence: bool = False, zero: int = 0, compressed: str = "none", **train: Any
+    name: str,
+    mesh: tuple[int, int, int],
+    sequence: bool = False,
+    zero: int = 0,
+    compressed: str = "none",
+    per_node: int = 1,
+    **train: Any,
 ) -> Config:
     config = Config(model=ModelConfig(name=name, layers=4, width=64, heads=4))
     config.train = TrainConfig(**{"batch_size": 16, "micro_batch_size": 2} | train)
     config.data.context = CONTEXT
-    config.parallel = ParallelConfig(*mesh, sequence=sequence, zero=zero)  # type: ignore[arg-type]
+    config.parallel = ParallelConfig(*mesh, per_node, sequence=sequence, zero=zero)  # type: ignore[arg-type]
     config.communication.bucket_bytes = 40_000
     config.communication.compression.algorithm = compressed
     return config
@@ -51,9 +60,14 @@ def spec_of(config: Config) -> ModelSpec:
     return PRESETS[config.model.name](config.model, VOCAB, CONTEXT)
 
 
+def make_mesh_of(config: Config) -> Mesh:
+    parallel = config.parallel
+    return Mesh(parallel.data or 1, parallel.pipeline, parallel.tensor, parallel.data_per_node)
+
+
 def works(config: Config, habits: Habits | None = None) -> list[Work]:
     """Return the work of every rank of one copy of the model."""
-    mesh = Mesh(config.parallel.data or 1, config.parallel.pipeline, config.parallel.tensor)
+    mesh = make_mesh_of(config)
     every = [work_of(config, spec_of(config), mesh, rank, habits) for rank in range(mesh.pipeline * mesh.tensor)]
     return [work for work in every if work is not None]
 
@@ -84,6 +98,8 @@ LAYOUTS = [
     ("gpt", (1, 1, 2), {"sequence": True, "activation_checkpointing": True}),
     ("lstm", (1, 1, 2), {}),
     ("gpt", (2, 2, 2), {"zero": 1, "sequence": True}),
+    ("gpt", (4, 1, 2), {"per_node": 2}),
+    ("gpt", (6, 1, 1), {"per_node": 3, "batch_size": 12}),
 ]
 
 
@@ -96,30 +112,35 @@ def test_collectives_hand_over_the_predicted_bytes(
     for rank, work in enumerate(works(config, habits)):
         # The shards that ZeRO's data ranks gather may differ in size.
         replicas = [rank + data * mesh[1] * mesh[2] for data in range(mesh[0])]
-        every = [closed_form(config, spec_of(config), Mesh(*mesh), replica, habits) for replica in replicas]
+        every = [closed_form(config, spec_of(config), make_mesh_of(config), replica, habits) for replica in replicas]
         known = [one.bytes for one in every if one is not None and one.bytes is not None]
         assert len(known) == mesh[0]
         stage = rank // mesh[2]
         neighbours = (stage > 0) + (stage < mesh[1] - 1)
         mean = {axis: sum(sizes[axis] for sizes in known) / mesh[0] for axis in known[0]}
-        assert handed(work, mesh, neighbours) == pytest.approx(mean, abs=1)
+        assert handed(work, mesh, neighbours, config.parallel.data_per_node) == pytest.approx(mean, abs=1)
 
 
-def handed(work: Work, mesh: tuple[int, int, int], neighbours: int) -> dict[str, float]:
+def handed(work: Work, mesh: tuple[int, int, int], neighbours: int, per_node: int) -> dict[str, float]:
     """Return the bytes that a step hands to collectives, by axis: of an all-gather, the rank's own shard."""
-    sizes = dict(zip(("data", "pipeline", "tensor"), mesh, strict=True)) | {"ends": 2, "model": mesh[1] * mesh[2]}
+    sizes = dict(zip(("data", "pipeline", "tensor"), mesh, strict=True)) | {
+        "ends": 2,
+        "model": mesh[1] * mesh[2],
+        "node": per_node,
+    }
     totals: dict[str, float] = {}
 
     def add(collectives: tuple[Collective, ...], times: float = 1.0) -> None:
         for c in collectives:
             shard = sizes[c.axis] if c.operation == "all_gather" else 1
-            axis = "pipeline" if c.axis == "ends" else c.axis
+            axis = {"ends": "pipeline", "between": "data"}.get(c.axis, c.axis)
             totals[axis] = totals.get(axis, 0.0) + times * c.count * c.bytes / shard
 
     for one in (work.forward, work.backward):
         add(one.blocking, work.micro_batches)
     for bucket in work.buckets:
         add(bucket.collectives, work.micro_batches if work.scatters_every else 1.0)
+        add(bucket.later)
     add(work.after)
     # Activations and their gradients, to and from neighbours.
     add((Collective("send", work.send_bytes, "pipeline", 2.0 * neighbours),), work.micro_batches)
@@ -171,6 +192,37 @@ def test_power_sgd_sends_second_factors_after_the_backward_pass() -> None:
     second = sum(c.bytes for bucket in compressed for c in bucket.later)
     assert all(len(bucket.collectives) == 1 for bucket in compressed)
     assert compressed and first == pytest.approx(second + dense)
+
+
+def test_two_levels_compress_one_gradient_of_a_node() -> None:
+    one, two = (made("gpt", (8, 1, 1), compressed="int8", per_node=per_node) for per_node in (1, 4))
+    (levels,), (flat,) = works(two), works(one)
+    between = [c for bucket in levels.buckets for c in bucket.collectives if c.axis == "between"]
+    gathered = [c.bytes for bucket in flat.buckets for c in bucket.collectives if c.operation == "all_gather"]
+    # Two payloads of a quarter each in place of eight whole ones; a few quarters are too small to be compressed.
+    assert sum(c.bytes for c in between if c.operation == "all_gather") == pytest.approx(sum(gathered) / 16, rel=0.1)
+    assert [c.axis for c in levels.buckets[0].later] == ["node"]
+    kept = [kept_bytes(replace_algorithm(config, "top_k"), make_mesh_of(config), 4000.0) for config in (one, two)]
+    assert kept == [4000.0, 1000.0]
+
+
+def replace_algorithm(config: Config, algorithm: str) -> Config:
+    compression = CompressionConfig(algorithm=algorithm)
+    return replace(config, communication=replace(config.communication, compression=compression))
+
+
+def test_two_levels_are_faster_where_the_network_is_slow() -> None:
+    seconds = {}
+    for network in (1e7, 1e11):
+        links = {"node": Link(1e-6, 1e10), "network": Link(1e-5, network)}
+        hardware = Hardware("test", "", "", (Rates(1e11, 1e10),), links, ranks_per_node=4)
+        for per_node in (1, 4):
+            config = made("gpt", (8, 1, 1), per_node=per_node)
+            time = predict_time(config, spec_of(config), make_mesh_of(config), hardware)
+            assert time is not None
+            seconds[network, per_node] = time.seconds
+    assert seconds[1e7, 4] < 0.8 * seconds[1e7, 1]
+    assert seconds[1e11, 4] > seconds[1e11, 1]
 
 
 @pytest.mark.parametrize("exchange", ["diloco", "streaming_diloco"])

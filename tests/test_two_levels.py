@@ -80,6 +80,8 @@ def test_a_run_in_levels_follows_one_level_and_resumes_exactly(tmp_path: Path) -
     of_step = [one["ranks"][0]["step_bytes"] for one in (whole, few)]
     assert of_step[0]["node"] == of_step[1]["node"] > 0
     assert of_step[1]["data"] < of_step[0]["data"] / 2
+    for rank in whole["ranks"]:
+        assert rank["step_bytes"] == rank["predicted_step_bytes"]
     assert few["compression"] > whole["compression"]  # which counts what tensor ranks send, too
     again = [*common, *runs["int8"], "--checkpoint.resume", str(tmp_path / "int8" / "checkpoints" / "step-00000004")]
     done = run_python([*again, "--log.run", str(tmp_path / "again")])

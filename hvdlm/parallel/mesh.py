@@ -34,6 +34,11 @@ class Mesh:
         """Number of ranks."""
         return self.data * self.pipeline * self.tensor
 
+    @property
+    def has_levels(self) -> bool:
+        """Whether the data axis has two levels: several nodes, with several of its ranks each."""
+        return 1 < self.data_per_node < self.data
+
     def coordinates(self, rank: int) -> dict[str, int]:
         """Return {axis: index of ``rank`` along it}."""
         rest, tensor = divmod(rank, self.tensor)

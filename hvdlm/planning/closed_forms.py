@@ -17,6 +17,7 @@ from hvdlm import plugins
 from hvdlm.config import Config, ParallelConfig
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.flat_layout import FlatLayout, make_layout
+from hvdlm.parallel.level_shards import shard_layout
 from hvdlm.parallel.mesh import Mesh
 from hvdlm.parallel.sharding_rules import ModelShard, make_model_shard
 from hvdlm.planning.same import Same
@@ -153,7 +154,7 @@ class Step:
         """Return whether gradients are summed whole at every step, or with ZeRO by a built-in compressor."""
         c = self.config.communication
         known = ("none", *KNOWN) if self.zero else ("none",)
-        whole = c.exchange == "all_reduce" and c.reduction not in ("adasum", "exact") and self.mesh.data_per_node == 1
+        whole = c.exchange == "all_reduce" and c.reduction not in ("adasum", "exact")
         return whole and c.compression.algorithm in known
 
     def memory(self) -> dict[str, int]:
@@ -237,6 +238,7 @@ class Step:
     def bytes(self) -> dict[str, int]:
         """Return the bytes that a step hands to collectives, by axis."""
         totals = {"data": self.on_data(), "model": 0, "tensor": self.on_tensor(), "pipeline": self.on_pipeline()}
+        totals["node"] = self.on_node()
         if self.mesh.tensor * self.mesh.pipeline > 1:
             totals["model"] = 3 * 8  # loss, tokens and squared norm in float64
         return {axis: count for axis, count in totals.items() if count}
@@ -245,12 +247,24 @@ class Step:
         """Return the bytes of gradients and metrics; with ZeRO, gradients once or per micro-batch, and parameters."""
         if self.mesh.data == 1:
             return 0
-        whole = 4 * self.layout.size
+        whole = 4 * (self.level_shards.size if self.mesh.has_levels else self.layout.size)
         if not self.zero:
             return whole + 2 * 8
         sent = self.zero_payloads
         gradients = sum(bucket.gradients + bucket.rest for bucket in sent) * (self.count if self.zero == 2 else 1)
         return gradients + sum(bucket.parameters[self.data_rank] for bucket in sent) + 3 * 8
+
+    def on_node(self) -> int:
+        """Return the bytes within a node of sums in two levels: a rank scatters buckets and gathers shards."""
+        if not self.mesh.has_levels:
+            return 0
+        return 4 * self.level_shards.size * (self.mesh.data_per_node + 1)
+
+    @cached_property
+    def level_shards(self) -> FlatLayout:
+        """The layout of this rank's shards of buckets in sums in two levels."""
+        per_node = self.mesh.data_per_node
+        return shard_layout(self.layout, self.data_rank % per_node, per_node)
 
     @cached_property
     def zero_payloads(self) -> list[ZeroPayload]:

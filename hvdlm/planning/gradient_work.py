@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from hvdlm.config import CommunicationConfig, Config
 from hvdlm.models.spec import ModelSpec
@@ -43,8 +44,12 @@ def kept_vectors(options: CommunicationConfig) -> int:
 
 def kept_bytes(config: Config, mesh: Mesh, parameters: float) -> float:
     """Return the bytes of ``kept_vectors`` on a rank that holds ``parameters`` bytes of them, with ZeRO's shard."""
-    shards = mesh.data if config.parallel.zero and mesh.data > 1 else 0
-    return kept_vectors(config.communication) * (parameters * shards / (shards + 1) if shards else parameters)
+    of_one = parameters
+    if mesh.has_levels:  # of the shards that are summed between nodes
+        of_one /= mesh.data_per_node
+    elif config.parallel.zero and mesh.data > 1:
+        of_one *= mesh.data / (mesh.data + 1)
+    return kept_vectors(config.communication) * of_one
 
 
 def work_of(
@@ -62,7 +67,7 @@ def work_of(
 
     ``moments``: as in ``closed_form``. ``fused``: whether element-wise operations are compiled.
     """
-    if spec.kind not in ("gpt", "rnn") or (mesh.data > 1 and not _is_known(config)):
+    if spec.kind not in ("gpt", "rnn") or (mesh.data > 1 and config.communication.exchange not in KNOWN_EXCHANGES):
         return None
     moments = len(optimizer_state(config.train)) if moments is None else moments
     step = Step(config, spec, mesh, rank, habits or Habits(), moments)
@@ -95,14 +100,8 @@ def work_of(
     )
 
 
-def _is_known(config: Config) -> bool:
-    return config.communication.exchange in KNOWN_EXCHANGES and config.parallel.data_per_node == 1
-
-
 def unknown(config: Config, spec: ModelSpec) -> str:
     """Return, in words, why ``work_of`` knows no work."""
-    if config.parallel.data_per_node > 1:
-        return "sums in two levels (parallel.data_per_node) are not known"
     if config.communication.exchange not in KNOWN_EXCHANGES:
         return f"what exchange {config.communication.exchange} sends is not known"
     return f"the work of a {spec.kind} is not known, only that of gpt and rnn models"
@@ -120,6 +119,9 @@ class _Exchange:
         self.step = step
         self.options = step.config.communication
         self.ranks = step.mesh.data
+        levels = step.mesh.has_levels
+        self.summed = self.ranks // step.mesh.data_per_node if levels else self.ranks  # ranks that exchange payloads
+        self.axis = "between" if levels else "data"
         self.layout = step.layout
         self.local = self.options.exchange in LOCAL_EXCHANGES and self.ranks > 1
         self.names = {segment.name: index for index, segment in enumerate(segments)}
@@ -171,8 +173,22 @@ class _Exchange:
         elements = float(stop - start)
         if self.step.zero:
             return self._scattered(ready, elements, index)
+        if self.step.mesh.has_levels:
+            return self._in_two_levels(ready, index)
+        return self._summed(ready, elements, slots)
+
+    def _in_two_levels(self, ready: int, index: int) -> Bucket:
+        """Return the bucket whose shards are scattered within the node, summed between nodes, and gathered."""
+        shards = self.step.level_shards
+        (start, stop), (first, last) = shards.bucket_range(index), shards.buckets[index]
+        bucket = self._summed(ready, float(stop - start), shards.slots[first:last])
+        size = 4.0 * (stop - start) * self.step.mesh.data_per_node
+        scattered, gathered = (Collective(operation, size, "node") for operation in ("reduce_scatter", "all_gather"))
+        return replace(bucket, collectives=(scattered, *bucket.collectives), later=(*bucket.later, gathered))
+
+    def _summed(self, ready: int, elements: float, slots: tuple[Slot, ...]) -> Bucket:
         if self.options.compression.algorithm == "none":
-            return Bucket(ready, elements, (Collective("all_reduce", 4.0 * elements, "data"),))
+            return Bucket(ready, elements, (Collective("all_reduce", 4.0 * elements, self.axis),))
         return self._compressed(ready, elements, slots)
 
     def _scattered(self, ready: int, elements: float, index: int) -> Bucket:
@@ -188,22 +204,22 @@ class _Exchange:
     def _compressed(self, ready: int, elements: float, slots: tuple[Slot, ...]) -> Bucket:
         settings, matrices = self.options.compression, self.options.compression.algorithm == "power_sgd"
         shapes = [_matrix(slot) if matrices else (slot.stop - slot.start,) for slot in slots]
-        taken = [shape for shape in shapes if is_compressible(settings, shape, self.ranks)]
+        taken = [shape for shape in shapes if is_compressible(settings, shape, self.summed)]
         count = sum(math.prod(shape) for shape in taken)
         dense = sum(math.prod(shape) for shape in shapes) - count
-        sent = [payload(settings, shape, self.ranks) for shape in (taken if matrices else [(count,)] if count else [])]
+        sent = [payload(settings, shape, self.summed) for shape in (taken if matrices else [(count,)] if count else [])]
         totals: dict[tuple[str, bool], float] = {("all_reduce", False): 4.0 * dense} if dense else {}
         later: tuple[Collective, ...] = ()
         if sent:
             operation, total = sent[0].operation, sum(one.bytes for one in sent)
-            whole = total * self.ranks if operation == "all_gather" else total
+            whole = total * self.summed if operation == "all_gather" else total
             if matrices:  # one factor, and the other after that of all buckets
                 whole /= 2
-                later = (Collective(operation, whole, "data"),)
+                later = (Collective(operation, whole, self.axis),)
             # Sums of the same precision are one collective.
             key = (operation, settings.algorithm in HALF_PRECISION)
             totals[key] = totals.get(key, 0.0) + whole
-        collectives = [Collective(operation, size, "data") for (operation, _), size in totals.items()]
+        collectives = [Collective(operation, size, self.axis) for (operation, _), size in totals.items()]
         received = count * sent[0].received if sent and sent[0].operation == "all_gather" else 0.0
         tensors = float(len(sent))
         return Bucket(ready, elements, tuple(collectives), settings.algorithm, float(count), received, tensors, later)

@@ -9,7 +9,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from hvdlm.parallel.mesh import Mesh
+from hvdlm.parallel.mesh import Mesh, levels
 from hvdlm.planning.hardware import ANY, Hardware, Link, MeasuredCollective, Rates, Sharing
 from hvdlm.planning.work import Attention, Collective, Pass
 
@@ -126,7 +126,8 @@ class Network:
         self.mesh = mesh
         self.per_node = min(ranks_per_node or hardware.ranks_per_node, mesh.size)
         self._curves = [c for c in hardware.collectives if c.framework in (ANY, framework)]
-        self._shapes = {axis: self._shape(axis) for axis in ("data", "pipeline", "tensor", "model", "ends")}
+        axes = ("data", "pipeline", "tensor", "model", "ends", *(("node", "between") if mesh.has_levels else ()))
+        self._shapes = {axis: self._shape(axis) for axis in axes}
 
     def _shape(self, axis: str) -> tuple[int, int]:
         """Return (nodes, ranks on each of them) of the group of rank 0 along ``axis``."""
@@ -134,6 +135,9 @@ class Network:
             ranks = self.mesh.model_group(0)
         elif axis == "ends":  # the first and the last stage
             ranks = tuple(sorted({self.mesh.group("pipeline", 0)[index] for index in (0, -1)}))
+        elif axis in ("node", "between"):
+            within, between = levels(self.mesh.group("data", 0), 0, self.mesh.data_per_node)
+            ranks = within if axis == "node" else between
         else:
             ranks = self.mesh.group(axis, 0)
         nodes = len({rank // self.per_node for rank in ranks})

@@ -47,7 +47,8 @@ class Collective:
     Attributes:
         operation: all_reduce, all_gather, reduce_scatter, all_to_all, or send (to the neighbour on the axis).
         bytes: of the whole tensor: the sum's, what is gathered in all, what is scattered in all.
-        axis: data, tensor, pipeline, model (all ranks of one copy of the model), or ends (the first and last stage).
+        axis: data, tensor, pipeline, model (all ranks of one copy of the model), ends (the first and last stage), or of
+            sums in two levels: node (data ranks of one node) and between (those in the same place of every node).
         count: how often.
     """
 

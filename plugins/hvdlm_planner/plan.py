@@ -135,7 +135,7 @@ def _round_bytes(config: Config, spec: ModelSpec, mesh: Mesh, rank: int) -> floa
 
 
 def _bytes(stages: list[Prediction], sent: list[float], steps: int) -> Iterable[str]:
-    axes = (*AXES, "model")
+    axes = (*AXES, "model", *(["node"] if any("node" in (stage.bytes or {}) for stage in stages) else []))
     yield "bytes of a rank's step".ljust(24) + "".join(name.rjust(14) for name in (*axes, "total"))
     for number, stage in enumerate(stages):
         if stage.bytes is None and sent[number]:
