@@ -168,6 +168,19 @@ def test_counted_bytes_equal_the_payload_size(manager: Any, world: World, tensor
     assert by_axis(since(exchange.traffic, before))["data"] == expected[algorithm] + dense
 
 
+@pytest.mark.skipif(FRAMEWORK != "torch", reason="tensors of other frameworks can't be overwritten")
+@pytest.mark.parametrize("algorithm", ["fp16", "bf16", "power_sgd"])
+def test_sums_are_computed_in_memory_that_exists(manager: Any, world: World, tensor: Any, algorithm: str) -> None:
+    exchange = opened(manager, world, algorithm)
+    errors = [variable.value for _, kind, variable in exchange._variables() if kind == "error"]
+    before = [error.data_ptr() for error in errors]
+    bucket = tensor(gradients(world.size, layout().size)[0, world.rank].copy())
+    exchange.begin(0)
+    assert exchange.start(bucket, 0).wait().data_ptr() == bucket.data_ptr()
+    assert [error.data_ptr() for error in errors] == before and all(error.any() for error in errors)
+    assert len(errors) == (2 if algorithm == "power_sgd" else 0)
+
+
 def test_tensors_that_gain_nothing_stay_dense(manager: Any, world: World, tensor: Any) -> None:
     vectors = gradients(world.size, layout().size)
     for options in ({"min_elements": 10_000}, {"min_compression": 200.0}, {"start_after_steps": STEPS}):
