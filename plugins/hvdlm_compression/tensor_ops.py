@@ -32,10 +32,9 @@ def nonzero_or(tensor: Tensor, other: Tensor) -> Tensor:
     return tensor.where(tensor.any(), other) if OVERWRITES else ops.where(ops.any(tensor != 0.0), tensor, other)
 
 
-def to_array(tensor: Tensor) -> np.ndarray:
-    """Return the values of ``tensor``, for which it waits."""
-    array: np.ndarray = tensor.cpu().numpy() if OVERWRITES else ops.convert_to_numpy(tensor)
-    return array
+def on_host(tensor: Tensor) -> np.ndarray | None:
+    """Return the values of ``tensor`` if they are known without waiting for a graph or a device, else None."""
+    return tensor.numpy() if OVERWRITES and tensor.is_cpu else None
 
 
 def keep(variable: Any, value: Tensor) -> None:
