@@ -114,6 +114,8 @@ def orthogonal(matrix: Tensor) -> Tensor:
 
 
 def _has_full_rank(triangle: np.ndarray) -> bool:
-    """Return whether no column depends on those before it."""
+    """Return whether no column depends on those before it, which some do where they are more than the rows."""
     magnitudes = np.abs(triangle)
-    return bool((magnitudes.diagonal() > DEPENDENT * magnitudes.max(0)).all())
+    return triangle.shape[0] == triangle.shape[1] and bool(
+        (magnitudes.diagonal() > DEPENDENT * magnitudes.max(0)).all()
+    )

@@ -211,6 +211,7 @@ def test_power_sgd_makes_orthonormal_columns(tensor: Any, rows: int) -> None:
         assert (np.diag(own)[kept] > 0).all() and (np.abs(np.tril(own, -1)) <= 1e-5 * np.abs(case_of).max(0)).all()
         np.testing.assert_allclose((columns @ own)[:, kept], case_of[:, kept], rtol=1e-3, atol=1e-4)
     np.testing.assert_array_equal(np.asarray(orthogonal(tensor(np.zeros((rows, 4), np.float32)))), 0.0)
+    assert tuple(orthogonal(tensor(matrix[:1])).shape) == (1, 4)  # of a row, which min_compression 0 compresses, too
 
 
 def test_reduction_options_average_sum_and_predivide(manager: Any, world: World, tensor: Any) -> None:
