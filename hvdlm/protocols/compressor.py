@@ -20,14 +20,21 @@ class Request:
 
     The result is a list as long as ``tensors``: their sums; or members' tensors as ``[size, ...]``; or, for all_to_all
     of ``[size * n]``, the chunks sent to this member as ``[size, n]``.
+
+    Attributes:
+        overwrites: whether sums may overwrite ``tensors``.
     """
 
     kind: str
     tensors: Sequence[Tensor]
+    overwrites: bool = False
 
 
 Reduced = tuple[Tensor, Callable[[], Tensor]]
-"""The sum over all ranks, and a function that returns this rank's contribution as the others received it."""
+"""The sum over all ranks, and a function that returns this rank's contribution as the others received it.
+
+The sum may be of half precision: the exchange converts it.
+"""
 
 
 class Compressor(Protocol):

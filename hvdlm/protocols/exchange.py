@@ -83,6 +83,7 @@ class Exchange(ExchangeState, Protocol):
     def start(self, bucket: Tensor, index: int) -> Handle:
         """Start to sum flat ``bucket`` ``[elements]`` over the data axis; ``index`` numbers the buckets of a step.
 
+        ``bucket`` belongs to the exchange until the sum is there, which may overwrite it where ``Framework.in_place``.
         The handle's result is this rank's shard of the sum, ``[elements / zero_size]``.
         """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from keras import ops
@@ -17,6 +17,19 @@ from hvdlm.protocols.types import Tensor
 def call_directly(function: Callable[..., Any], *arguments: Any) -> Any:
     """Call ``function``; see ``Compressor.call``."""
     return function(*arguments)
+
+
+@runtime_checkable
+class ReducesWithError(Protocol):
+    """A compressor that applies error feedback itself: in place, where the framework can overwrite tensors."""
+
+    def reduce_with_error(
+        self, tensor: Tensor, error: Any, memory: Mapping[str, Any]
+    ) -> Generator[Request, list[Tensor], Tensor]:
+        """As ``Compressor.reduce``, but of ``tensor + error``, from which it takes what was sent; return the sum.
+
+        ``error``: the error feedback's Variable; None: there is none. The sum may be in the memory of ``tensor``.
+        """
 
 
 class Compressor:

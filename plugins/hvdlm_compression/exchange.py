@@ -19,6 +19,8 @@ from hvdlm.planning.payloads import smallest_compressed
 from hvdlm.protocols.compressor import Compressor
 from hvdlm.protocols.group import Group, Handle
 from hvdlm.protocols.types import Tensor
+from hvdlm_compression import tensor_ops
+from hvdlm_compression.compressor import ReducesWithError
 from hvdlm_compression.rounds import Rounds, dense
 
 
@@ -119,7 +121,7 @@ class CompressedExchange(AllReduceExchange):
         scaled = bucket * self._before if self._before != 1.0 else bucket
         # The handles of a later step have a list of their own: those of several steps may be in flight.
         finish = partial(_finish_rounds, self._in_flight)
-        handle = _CompressedSum(self._buckets[index], self._rounds(scaled, index), self._after, finish)
+        handle = _CompressedSum(self._buckets[index], scaled, self._rounds(scaled, index), self._after, finish)
         self._in_flight.append(handle)
         return handle
 
@@ -141,7 +143,10 @@ class CompressedExchange(AllReduceExchange):
 
     def _job(self, unit: Unit, vector: Tensor, step: Tensor) -> Any:
         """Sum a unit with error feedback; a generator of requests like ``Compressor.reduce``."""
-        tensor = ops.reshape(vector, unit.shape)
+        tensor = tensor_ops.reshape(vector, unit.shape)
+        if isinstance(self.compressor, ReducesWithError):
+            total = yield from self.compressor.reduce_with_error(tensor, unit.error, unit.memory)
+            return tensor_ops.reshape(total, (-1,))
         if unit.error is not None:
             tensor = tensor + ops.convert_to_tensor(unit.error)
         total, contribution = yield from self.compressor.reduce(tensor, unit.memory, step)
@@ -192,10 +197,13 @@ class CompressedExchange(AllReduceExchange):
         return variables
 
 
-def assembled(bucket: Bucket, totals: Sequence[Tensor]) -> Tensor:
-    """Return the flat bucket of the sums of its units, and of its dense slots as one vector, where it has any."""
+def assembled(bucket: Bucket, totals: Sequence[Tensor], flat: Tensor | None = None) -> Tensor:
+    """Return the flat float32 bucket of the sums of its units, and of its dense slots as one vector, if it has any.
+
+    ``flat``: the vector of which the bucket was summed; it is overwritten where the framework can do that.
+    """
     if len(totals) == 1:
-        return totals[0]
+        return ops.cast(totals[0], "float32") if flat is None else tensor_ops.store(flat, totals[0])
     by_start: dict[int, Tensor] = {}
     slots_of_totals = [unit.slots for unit in bucket.units]
     if bucket.dense:
@@ -205,7 +213,11 @@ def assembled(bucket: Bucket, totals: Sequence[Tensor]) -> Tensor:
         for slot in slots:
             by_start[slot.start] = total[start : start + slot.stop - slot.start]
             start += slot.stop - slot.start
-    ordered = [vector for _, vector in sorted(by_start.items())]
+    if tensor_ops.OVERWRITES and flat is not None:
+        for start, total in by_start.items():
+            tensor_ops.store(flat[start - bucket.start : start - bucket.start + total.shape[0]], total)
+        return flat
+    ordered = [ops.cast(total, "float32") for _, total in sorted(by_start.items())]
     return ordered[0] if len(ordered) == 1 else ops.concatenate(ordered)
 
 
@@ -235,8 +247,11 @@ def _finish_rounds(handles: list[_CompressedSum]) -> None:
 class _CompressedSum:
     """The handle of a bucket in flight; ``finish_rounds`` completes the rounds of all buckets."""
 
-    def __init__(self, bucket: Bucket, rounds: Rounds, factor: float, finish_rounds: Callable[[], None]) -> None:
+    def __init__(
+        self, bucket: Bucket, flat: Tensor, rounds: Rounds, factor: float, finish_rounds: Callable[[], None]
+    ) -> None:
         self._bucket = bucket
+        self._flat = flat
         self.rounds = rounds
         self._factor = factor
         self._finish_rounds = finish_rounds
@@ -244,5 +259,5 @@ class _CompressedSum:
     def wait(self) -> Tensor:
         """Return the flat sum."""
         self._finish_rounds()
-        total = assembled(self._bucket, self.rounds.results)
+        total = assembled(self._bucket, self.rounds.results, self._flat)
         return total if self._factor == 1.0 else total * self._factor

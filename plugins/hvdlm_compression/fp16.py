@@ -2,28 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from keras import ops
-
-from hvdlm.protocols.types import Tensor
-from hvdlm_compression.compressor import Compressor
+from hvdlm_compression.half_precision import HalfPrecision
 
 
-class Float16(Compressor):
+class Float16(HalfPrecision):
     """Rounds to fp16; ``communication.predivide`` keeps sums below 65504, above which they become infinite."""
 
-    collective = "all_reduce"
-    biased = False
-
-    def granule(self) -> int | None:
-        """Return 1: every element is rounded by itself."""
-        return 1
-
-    def compress(self, tensor: Tensor, step: Tensor) -> Sequence[Tensor]:
-        """Return [float16 ``[n]``]."""
-        return [ops.cast(tensor, "float16")]
-
-    def decompress(self, payload: Sequence[Tensor], shape: tuple[int, ...], step: Tensor) -> Tensor:
-        """Return the float32 sum."""
-        return ops.cast(payload[0], "float32")
+    dtype = "float16"

@@ -11,6 +11,7 @@ from keras import backend, ops
 from hvdlm.protocols.compressor import Request
 from hvdlm.protocols.group import Group, Handle
 from hvdlm.protocols.types import Tensor
+from hvdlm_compression import tensor_ops
 from hvdlm_compression.packing import Packing
 
 Job = Generator[Request, list[Tensor], Tensor]
@@ -95,9 +96,12 @@ class _Collective:
 
 class _AllReduce(_Collective):
     def _start(self, group: Group, name: str, tensors: list[Tensor]) -> Handle:
-        flat = [ops.reshape(tensor, (-1,)) for tensor in tensors]
-        # Horovod sums in place in PyTorch, and a job may still need its tensor: a single one is copied.
-        return group.all_reduce_async(ops.concatenate(flat) if len(flat) > 1 else ops.copy(flat[0]), name)
+        flat = [tensor_ops.reshape(tensor, (-1,)) for tensor in tensors]
+        if len(flat) > 1:
+            return group.all_reduce_async(ops.concatenate(flat), name)
+        # Sums are in place in PyTorch, and a job may still need its tensor.
+        (request,) = self._requests.values()
+        return group.all_reduce_async(flat[0] if request.overwrites else ops.copy(flat[0]), name)
 
     def collect(self, received: dict[int, list[Tensor]]) -> None:
         fused = self._handle.wait()
@@ -105,7 +109,7 @@ class _AllReduce(_Collective):
         for job, i in self._order:
             shape = tuple(self._requests[job].tensors[i].shape)
             size = math.prod(shape)
-            received.setdefault(job, []).append(ops.reshape(fused[start : start + size], shape))
+            received.setdefault(job, []).append(tensor_ops.reshape(fused[start : start + size], shape))
             start += size
 
 

@@ -168,6 +168,19 @@ def test_counted_bytes_equal_the_payload_size(manager: Any, world: World, tensor
     assert by_axis(since(exchange.traffic, before))["data"] == expected[algorithm] + dense
 
 
+@pytest.mark.skipif(FRAMEWORK != "torch", reason="tensors of other frameworks can't be overwritten")
+@pytest.mark.parametrize("algorithm", ["fp16", "bf16", "power_sgd"])
+def test_sums_are_computed_in_memory_that_exists(manager: Any, world: World, tensor: Any, algorithm: str) -> None:
+    exchange = opened(manager, world, algorithm)
+    errors = [variable.value for _, kind, variable in exchange._variables() if kind == "error"]
+    before = [error.data_ptr() for error in errors]
+    bucket = tensor(gradients(world.size, layout().size)[0, world.rank].copy())
+    exchange.begin(0)
+    assert exchange.start(bucket, 0).wait().data_ptr() == bucket.data_ptr()
+    assert [error.data_ptr() for error in errors] == before and all(error.any() for error in errors)
+    assert len(errors) == (2 if algorithm == "power_sgd" else 0)
+
+
 def test_tensors_that_gain_nothing_stay_dense(manager: Any, world: World, tensor: Any) -> None:
     vectors = gradients(world.size, layout().size)
     for options in ({"min_elements": 10_000}, {"min_compression": 200.0}, {"start_after_steps": STEPS}):
@@ -198,6 +211,7 @@ def test_power_sgd_makes_orthonormal_columns(tensor: Any, rows: int) -> None:
         assert (np.diag(own)[kept] > 0).all() and (np.abs(np.tril(own, -1)) <= 1e-5 * np.abs(case_of).max(0)).all()
         np.testing.assert_allclose((columns @ own)[:, kept], case_of[:, kept], rtol=1e-3, atol=1e-4)
     np.testing.assert_array_equal(np.asarray(orthogonal(tensor(np.zeros((rows, 4), np.float32)))), 0.0)
+    assert tuple(orthogonal(tensor(matrix[:1])).shape) == (1, 4)  # of a row, which min_compression 0 compresses, too
 
 
 def test_reduction_options_average_sum_and_predivide(manager: Any, world: World, tensor: Any) -> None:
