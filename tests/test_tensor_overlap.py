@@ -78,7 +78,7 @@ def hidden_in_pytorch(spec: ModelSpec, shard: ModelShard, arrays: Arrays, checkp
         loss.backward()
     events = group.events
     between = [events[events.index(f"start {one}") : events.index(f"wait {one}")] for one in sums]
-    return [part.count("product") for part in between], [e for e in events if e.removeprefix("start ") in sums]
+    return [during.count("product") for during in between], [e for e in events if e.removeprefix("start ") in sums]
 
 
 def hidden_in_tensorflow(
