@@ -99,7 +99,7 @@ def test_blocking_collectives_add_up() -> None:
 
 
 @pytest.mark.parametrize(
-    "products, slowdown, waited", [(0.0, 1.0, 1.0), (0.4, 1.0, 0.6), (3.0, 1.0, 0.0), (2.0, 1.5, 0.5)]
+    "products, slowdown, waited", [(0.0, 1.0, 1.0), (0.4, 1.0, 0.6), (3.0, 1.0, 0.0), (2.0, 1.5, 1 / 3)]
 )
 def test_sums_beside_products_cost_what_these_do_not_hide(products: float, slowdown: float, waited: float) -> None:
     """``products``: seconds of those that are computed beside a sum of 1 s; ``slowdown``: of them, meanwhile."""

@@ -129,8 +129,8 @@ def test_gradients_travel_beside_those_of_weights(
     arrays = {p.spec.name: random.normal(size=p.shard.extent).astype(np.float32) for p in shard.params}
     arrays["tokens"] = np.zeros((rows, TIME), np.int32)
     operation = "reduce_scatter" if sequence else "all_reduce"
-    places = ("head", "1.mlp", "1.attention", "0.mlp", "0.attention")
-    sums = [f"{operation} tensor.{place}.backward" for place in places]
+    layers = ("head", "1.mlp", "1.attention", "0.mlp", "0.attention")
+    sums = [f"{operation} tensor.{layer}.backward" for layer in layers]
     compute = hidden_in_pytorch if framework == "torch" else hidden_in_tensorflow
     hidden, started = compute(spec, shard, arrays, checkpointing, sums)
     head, attention, mlp = (1, 1, 1) if framework == "torch" else products
