@@ -1,4 +1,8 @@
-"""A rank that trains the same model in several layouts, a block of steps each in turns; ``1x1x2c``: compiled."""
+"""A rank that trains the same model in several layouts, a block of steps each in turns.
+
+``1x1x2c``: compiled; ``1x1x2s``: with sequence parallelism; ``1x1x2w``: waits for the sum of an input's gradient before
+it computes those of weights.
+"""
 
 from __future__ import annotations
 
@@ -19,23 +23,39 @@ from hvdlm_language.presets import PRESETS
 BLOCK = 3
 
 
-def make_config(o: argparse.Namespace, mesh: Mesh, compiled: bool = False) -> Config:
-    """Return the configuration of ``mesh``; without pipeline stages, a data rank's rows are one micro-batch."""
+def make_config(o: argparse.Namespace, shape: str) -> Config:
+    """Return the configuration of a layout; without pipeline stages, a data rank's rows are one micro-batch."""
+    mesh = make_mesh(shape)
     model = ModelConfig(layers=o.layers, width=o.width, heads=8, bias=False)
     config = Config(framework=o.framework, model=model)
     config.data.context = o.context
     config.train.batch_size = o.rows
     config.train.threads = 1
-    config.train.compile = compiled
+    config.train.compile = "c" in shape
     if mesh.pipeline > 1:
         config.train.micro_batch_size = o.rows // mesh.data // o.micro_batches
-    config.parallel = ParallelConfig(*mesh.shape)
+    config.parallel = ParallelConfig(*mesh.shape, sequence="s" in shape)
     return config
 
 
 def make_mesh(shape: str) -> Mesh:
     """Return the mesh that is written as 2x1x1 or 2x1x1c: data x pipeline x tensor."""
-    return Mesh(*map(int, shape.rstrip("c").split("x")))
+    return Mesh(*map(int, shape.rstrip("csw").split("x")))
+
+
+def wait_for_sums(collectives: Any, framework: str) -> None:
+    """Have column-parallel products wait for the sum of their input's gradient before anything else is computed."""
+    if framework == "torch":
+        collectives._overlaps = lambda x: False
+        return
+    from hvdlm_tensorflow.collectives import linear
+
+    def columns(x: Any, weights: Any, biases: Any, name: str) -> list[Any]:
+        entered = collectives.enter(x, name)
+        return [linear(entered, weight) for weight in weights]  # without biases
+
+    collectives.columns = columns
+    collectives.scores = lambda x, table, bias=None, name="head": linear(collectives.enter(x, name), table, True)
 
 
 def choose_compiler(framework: str, name: str) -> None:
@@ -52,12 +72,14 @@ class Layout:
     def __init__(self, world: Any, manager: Any, o: argparse.Namespace, shape: str) -> None:
         self.shape = shape
         self.mesh = make_mesh(shape)
-        self.config = make_config(o, self.mesh, shape.endswith("c"))
+        self.config = make_config(o, shape)
         spec = PRESETS["gpt"](self.config.model, o.vocab, o.context)
         group = world.group(self.mesh.group("data", world.rank))
         exchange = plugins.make_exchange(manager, self.config, world, group)
         framework = plugins.make(manager, "framework", o.framework)
         self.trainable = framework.build(spec, self.mesh, world, exchange, self.config)
+        if "w" in shape:
+            wait_for_sums(self.trainable._forward.collectives, o.framework)
         self.rank = world.rank
         self.seconds: list[float] = []  # of a step, by block
         self.idle: list[float] = []  # share of the time, by block
@@ -109,7 +131,7 @@ def main() -> None:
     o = parser.parse_args()
     choose_compiler(o.framework, o.compiler)
     shapes = o.layouts.split(",")
-    config = make_config(o, make_mesh(shapes[0]))
+    config = make_config(o, shapes[0])
     backend_name = choose_backend(o.framework)
     manager = plugins.load([o.framework, backend_name, "all_reduce"])
     backend = plugins.make(manager, "backend", backend_name)

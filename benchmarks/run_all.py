@@ -45,6 +45,7 @@ NAMES = [
     "auto",
     "slow_network",
     "two_levels",
+    "tensor_overlap",
     "planner",
     "planner_search",
 ]

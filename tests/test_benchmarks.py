@@ -51,6 +51,7 @@ RUNS = [
     ("slow_network", ["torch"], 3),
     ("start", ["torch"], 1),
     ("streaming", ["torch"], 3),
+    ("tensor_overlap", ["torch"], 1),
     ("tensorflow_chunks", [], 2),
     ("two_levels", ["torch"], 2),
     ("waiting_threads", ["torch"], 4),

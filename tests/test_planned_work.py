@@ -138,6 +138,7 @@ def handed(work: Work, mesh: tuple[int, int, int], neighbours: int, per_node: in
 
     for one in (work.forward, work.backward):
         add(one.blocking, work.micro_batches)
+        add(tuple(beside.collective for beside in one.overlapped), work.micro_batches)
     for bucket in work.buckets:
         add(bucket.collectives, work.micro_batches if work.scatters_every else 1.0)
         add(bucket.later)

@@ -13,7 +13,7 @@ from hvdlm.planning.closed_forms import idle_share
 from hvdlm.planning.hardware import Hardware, Link, MeasuredCollective, Rates, Sharing
 from hvdlm.planning.rates import Computation, Network, slowest_of
 from hvdlm.planning.step_time import StepTime, predict_time, resolved, step_time
-from hvdlm.planning.work import Bucket, Collective, Pass, Segment, Work
+from hvdlm.planning.work import Bucket, Collective, Overlapped, Pass, Product, Segment, Work
 from hvdlm_language.presets import PRESETS
 
 NODE, NETWORK = Link(0.0, 1e9), Link(0.0, 1e8)
@@ -96,6 +96,31 @@ def test_blocking_collectives_add_up() -> None:
     segment = Segment("a", Pass(seconds=1, blocking=sums), Pass(seconds=2, blocking=sums))
     time = given(Work((segment,), micro_batches=2), (1, 1, 2))
     assert time.communication == pytest.approx(2 * 4 * 1.0) and time.compute == pytest.approx(6.0)
+
+
+@pytest.mark.parametrize(
+    "products, slowdown, waited", [(0.0, 1.0, 1.0), (0.4, 1.0, 0.6), (3.0, 1.0, 0.0), (2.0, 1.5, 1 / 3)]
+)
+def test_sums_beside_products_cost_what_these_do_not_hide(products: float, slowdown: float, waited: float) -> None:
+    """``products``: seconds of those that are computed beside a sum of 1 s; ``slowdown``: of them, meanwhile."""
+    columns = tuple(Product(1e3, 1e3, 500 * products) for _ in range(bool(products)))
+    sums = (Overlapped(Collective("all_reduce", 1e9, "tensor"), columns),)
+    segment = Segment("a", Pass(seconds=1), Pass(columns, seconds=2, overlapped=sums))
+    time = given(Work((segment,), micro_batches=2), (1, 1, 2), replace(MACHINE, overlap_slowdown=slowdown))
+    assert time.compute == pytest.approx(2 * (3 + products), rel=0.02)  # products move bytes, too
+    assert time.communication == pytest.approx(2 * waited, abs=0.02)
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_sums_of_inputs_wait_for_all_in_compiled_steps(sequence: bool) -> None:
+    config = Config(model=ModelConfig(layers=2, width=64, heads=4))
+    config.train = TrainConfig(batch_size=8, compile=False)
+    config.parallel = ParallelConfig(tensor=2, sequence=sequence)
+    spec, mesh = PRESETS["gpt"](config.model, 100, 64), Mesh(1, 1, 2)
+    slow = replace(MACHINE, links={"node": Link(0.0, 1e7), "network": NETWORK})
+    plain = predict_time(config, spec, mesh, slow)
+    compiled = predict_time(replace(config, train=replace(config.train, compile=True)), spec, mesh, slow)
+    assert plain is not None and compiled is not None and plain.communication < compiled.communication
 
 
 @pytest.mark.parametrize("prefetch, waited", [(True, 1.0), (False, 5.0)])

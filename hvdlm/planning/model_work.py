@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from hvdlm.planning.closed_forms import Step
-from hvdlm.planning.work import Attention, Collective, Pass, Product, Segment, gradients_of
+from hvdlm.planning.work import Attention, Collective, Overlapped, Pass, Product, Segment, gradients_of
 
 FUSED = 0.5  # share of element-wise bytes and operations that remain where they are compiled
 
@@ -28,7 +28,9 @@ def _fuse(segment: Segment) -> Segment:
 
 
 def _fused_pass(one: Pass) -> Pass:
-    return replace(one, bytes=FUSED * one.bytes, operations=FUSED * one.operations)
+    # In compiled steps, collectives end in the order in which they are called.
+    blocking = one.blocking + tuple(beside.collective for beside in one.overlapped)
+    return replace(one, bytes=FUSED * one.bytes, operations=FUSED * one.operations, blocking=blocking, overlapped=())
 
 
 class _Model:
@@ -96,12 +98,15 @@ class _Model:
             operations=8.0,
             blocking=blocking,
         )
+        sums = self.summed("head", backward=True)
+        beside = tuple(Overlapped(one, _of_weights(product)) for one in sums if self.step.kind == "gpt")
         backward = Pass(
             gradients_of(product),
             bytes=24.0 * tokens * width + self.step.gradient_bytes() * elements,
             scores=scores,
             operations=12.0,
-            blocking=self.summed("head", backward=True) + self.partial_sums("final_norm."),
+            blocking=(() if beside else sums) + self.partial_sums("final_norm."),
+            overlapped=beside,
         )
         return Segment("head", forward, backward)
 
@@ -123,6 +128,10 @@ class _Model:
             return ()
         elements = self.step.partial(prefix)
         return (Collective("all_reduce", 4.0 * elements, "tensor"),) if elements else ()
+
+
+def _of_weights(products: tuple[Product, ...]) -> tuple[Product, ...]:
+    return gradients_of(products, inputs=False)
 
 
 class _GPT(_Model):
@@ -147,7 +156,9 @@ class _GPT(_Model):
             self.attention(True),
             bytes=2.0 * element_bytes + added,
             operations=1.5 * forward.operations + 2.0 * params,
-            blocking=between + self.partial_sums("layers."),
+            # With sharded positions, the gradients of outputs are gathered before.
+            blocking=(between[::2] if self.step.sequence else ()) + self.partial_sums("layers."),
+            overlapped=self.sums_of_inputs(between, trained),
         )
         if self.step.config.train.activation_checkpointing:
             again = forward
@@ -155,6 +166,15 @@ class _GPT(_Model):
                 again = replace(forward, blocking=between[: 3 if self.step.sequence else 1])
             backward = again + backward
         return Segment(f"layers.{index}", forward, backward)
+
+    def sums_of_inputs(self, between: tuple[Collective, ...], trained: bool) -> tuple[Overlapped, ...]:
+        """Return the sums of the gradients of the attention's and the MLP's input, beside those of their weights."""
+        sums = between[1::2] if self.step.sequence else between
+        inward = self.products()[:-2]  # those of attention's input are one or three
+        of_attention = 1 if self.tokens >= 256 else 3
+        weights = inward[:of_attention], inward[of_attention:]
+        pairs = zip(sums, weights, strict=False)  # no sums with one rank
+        return tuple(Overlapped(one, _of_weights(columns) if trained else ()) for one, columns in pairs)
 
     def products(self) -> tuple[Product, ...]:
         """Return the products of the forward pass; those of the same input are one from 256 positions on."""

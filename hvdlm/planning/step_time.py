@@ -276,9 +276,15 @@ def message_seconds(work: Work, network: Network) -> float:
 
 
 def blocked_seconds(one: Pass, computation: Computation, network: Network) -> float:
-    """Return the seconds of the collectives that a pass waits for."""
+    """Return the seconds for which a pass waits for collectives, and by which those beside its products delay these."""
     seconds = sum(map(network.seconds, one.blocking))
-    return _waited(seconds, sum(collective.count for collective in one.blocking), computation)
+    blocked = _waited(seconds, sum(collective.count for collective in one.blocking), computation)
+    for beside in one.overlapped:
+        products = computation.seconds(Pass(beside.products))
+        sent = _waited(network.seconds(beside.collective), beside.collective.count, computation)
+        ran = run([Task(0.0, 0.0, then=sent), Task(products, 0.0)], slowdown_of(computation, network))
+        blocked += ran.end + ran.exposed - products
+    return blocked
 
 
 def _waited(seconds: float, count: float, computation: Computation) -> float:

@@ -59,6 +59,14 @@ class Collective:
 
 
 @dataclass(frozen=True)
+class Overlapped:
+    """A collective that is started before ``products`` of its pass, and waited for after them."""
+
+    collective: Collective
+    products: tuple[Product, ...]
+
+
+@dataclass(frozen=True)
 class Pass:
     """The forward or backward pass of one segment and micro-batch.
 
@@ -70,6 +78,7 @@ class Pass:
         time_steps: of recurrent layers.
         seconds: of other computation, where they are known.
         blocking: collectives that the pass waits for.
+        overlapped: collectives that it waits for when some of its ``products`` are computed.
         pipelined: collectives that are cut into chunks, one for each rank, and overlap with the pass's products.
         gathers: all-gathers of parameters before it, which overlap with the segment before (FSDP).
         scatters: reduce-scatters of gradients after it, which overlap with the segments that follow (FSDP, ZeRO-2).
@@ -83,6 +92,7 @@ class Pass:
     time_steps: float = 0.0
     seconds: float = 0.0
     blocking: tuple[Collective, ...] = ()
+    overlapped: tuple[Overlapped, ...] = ()
     pipelined: tuple[Collective, ...] = ()
     gathers: tuple[Collective, ...] = ()
     scatters: tuple[Collective, ...] = ()
@@ -97,6 +107,7 @@ class Pass:
             self.time_steps + other.time_steps,
             self.seconds + other.seconds,
             self.blocking + other.blocking,
+            self.overlapped + other.overlapped,
             self.pipelined + other.pipelined,
             self.gathers + other.gathers,
             self.scatters + other.scatters,

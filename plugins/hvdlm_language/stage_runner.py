@@ -29,7 +29,10 @@ class PipelineStage:
         self.waited = 0.0
 
     def passes(self, micro_batches: Sequence[Batch], width: int) -> Iterator[tuple[Action, Tensor | None]]:
-        """Yield the actions of a step, each with the tensor received for it; return when all sends are done."""
+        """Yield the actions of a step, each with the tensor received for it.
+
+        The last sends are still under way then: ``flush`` waits for them, after the gradients' sums have been started.
+        """
         self.waited = 0.0
         actions = make_pipeline_schedule(self._schedule, self._stage.number, self._stage.count, len(micro_batches))
         pending = self._start_receive(actions[0], micro_batches, width)
@@ -40,7 +43,6 @@ class PipelineStage:
                 self._start_receive(actions[index + 1], micro_batches, width) if index + 1 < len(actions) else None
             )
             yield action, received
-        self.flush()
 
     def pass_on(self, action: Action, result: Tensor) -> None:
         """Send an action's result: activations to the next stage, a gradient to the previous one."""

@@ -9,13 +9,14 @@ to n - 1 times, by at most half a unit in the last place of a partial sum each.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
 
-from hvdlm.protocols.group import Group
+from hvdlm.protocols.group import Converted, Group, Handle
 from hvdlm_language.tensor_ranks import TensorRanks
+from hvdlm_tensorflow.shapes import sizes
 
 
 class Collectives(TensorRanks):
@@ -29,6 +30,38 @@ class Collectives(TensorRanks):
         if self.size == 1:
             return x
         return (_gather_time if self.sequence else _sum_gradient)(x, self.group, f"tensor.{name}")
+
+    def columns(
+        self, x: tf.Tensor, weights: Sequence[tf.Tensor], biases: Sequence[tf.Tensor], name: str
+    ) -> Sequence[tf.Tensor]:
+        """Return the products of ``enter(x)`` ``[rows, time, embed]`` and this rank's columns of several weights.
+
+        In the backward pass, the sum of the gradient of ``x`` travels while those of the weights are computed, as in
+        Megatron-LM (``LinearWithGradAccumulationAndAsyncCommunication``).
+
+        Args:
+            x: the input; with ``sequence``, this rank's positions.
+            weights: ``[embed, outputs / ranks]``.
+            biases: one for each weight, or none.
+            name: of the collectives.
+        """
+        products: Sequence[tf.Tensor]
+        if self.size == 1:
+            products = [linear(x, weight) for weight in weights]
+        else:
+            products = _columns(x, weights, self.group, f"tensor.{name}", self.sequence)
+        return [tf.nn.bias_add(y, b) for y, b in zip(products, biases, strict=True)] if biases else products
+
+    def scores(self, x: tf.Tensor, table: tf.Tensor, bias: tf.Tensor | None = None, name: str = "head") -> tf.Tensor:
+        """Return the product of ``enter(x)`` and this rank's range of the vocabulary; see ``columns``.
+
+        ``table``: ``[vocab / ranks, embed]``; ``bias``: ``[vocab / ranks]``.
+        """
+        if self.size == 1:
+            scores = linear(x, table, True)
+        else:
+            (scores,) = _columns(x, [table], self.group, f"tensor.{name}", self.sequence, True)
+        return scores if bias is None else tf.nn.bias_add(scores, bias)
 
     def leave(self, x: tf.Tensor, name: str) -> tf.Tensor:
         """Return the sum over ranks of ``x`` ``[rows, time, embed]``; with ``sequence``, this rank's positions."""
@@ -91,6 +124,47 @@ def _sum_gradient(x: tf.Tensor, group: Group, name: str) -> tf.Tensor:
         return tf.identity(x), lambda gradient: _sum(gradient, group, f"{name}.backward")
 
     return function(x)
+
+
+def _columns(
+    x: tf.Tensor, weights: Sequence[tf.Tensor], group: Group, name: str, sequence: bool, rows: bool = False
+) -> Sequence[tf.Tensor]:
+    """f or g, and the products behind it: weights' gradients are computed while that of the input is summed.
+
+    TensorFlow would compute them in any order. The whole input is kept for the backward pass, also with ``sequence``:
+    to keep a rank's positions, as Megatron-LM does, would gather them again, a quarter more traffic. ``rows``: weights
+    are ``[outputs, embed]``.
+    """
+
+    @tf.custom_gradient
+    def function(x: tf.Tensor, *weights: tf.Tensor) -> Any:
+        whole = _gather(x, group, f"{name}.gather") if sequence else x
+
+        def backward(*gradients: tf.Tensor) -> tuple[tf.Tensor, ...]:
+            of_inputs = [linear(g, w, not rows) for g, w in zip(gradients, weights, strict=True)]
+            of_x = tf.add_n(of_inputs)
+            start = _start_scatter if sequence else _start_sum
+            under_way = start(of_x, group, f"{name}.backward")
+            inputs, outputs = _flat(whole), [_flat(g) for g in gradients]
+            with tf.control_dependencies([of_x]):
+                pairs = [(o, inputs) if rows else (inputs, o) for o in outputs]
+                of_weights = [tf.matmul(left, right, transpose_a=True) for left, right in pairs]
+            return under_way.wait(), *of_weights
+
+        return tuple(linear(whole, weight, rows) for weight in weights), backward
+
+    return function(x, *weights)
+
+
+def linear(x: tf.Tensor, weight: tf.Tensor, rows: bool = False) -> tf.Tensor:
+    """Return ``x`` ``[..., inputs]`` times ``weight`` ``[inputs, outputs]``, or with ``rows`` its transpose."""
+    # One product of two matrices, not one per row.
+    flat = tf.matmul(_flat(x), weight, transpose_b=rows)
+    return tf.reshape(flat, [*sizes(x)[:-1], flat.shape[-1]])
+
+
+def _flat(x: tf.Tensor) -> tf.Tensor:
+    return tf.reshape(x, [-1, x.shape[-1]])
 
 
 def _sum_forward(x: tf.Tensor, group: Group, name: str) -> tf.Tensor:
@@ -180,14 +254,25 @@ def _cross_entropy(scores: tf.Tensor, hot: tf.Tensor, group: Group) -> tf.Tensor
 
 def _sum(x: tf.Tensor, group: Group, name: str) -> tf.Tensor:
     """Return the sum over ranks."""
-    return group.all_reduce_async(x, name).wait()
+    return _start_sum(x, group, name).wait()
+
+
+def _start_sum(x: tf.Tensor, group: Group, name: str) -> Handle:
+    """Start the sum over ranks."""
+    return group.all_reduce_async(x, name)
 
 
 def _scatter(x: tf.Tensor, group: Group, name: str) -> tf.Tensor:
     """Return this rank's positions ``[rows, time / ranks, embed]`` of the sum of ranks' ``[rows, time, embed]``."""
+    return _start_scatter(x, group, name).wait()
+
+
+def _start_scatter(x: tf.Tensor, group: Group, name: str) -> Handle:
+    """Start ``_scatter``."""
+    shape = [x.shape[0], x.shape[1] // len(group.ranks), x.shape[2]]
     time_first = tf.transpose(x, [1, 0, 2])  # [time, rows, embed]: collectives cut the first dimension
-    shard = tf.transpose(group.reduce_scatter_async(time_first, name).wait(), [1, 0, 2])
-    return tf.ensure_shape(shard, [x.shape[0], x.shape[1] // len(group.ranks), x.shape[2]])
+    under_way = group.reduce_scatter_async(time_first, name)
+    return Converted(under_way, lambda shard: tf.ensure_shape(tf.transpose(shard, [1, 0, 2]), shape))
 
 
 def _gather(x: tf.Tensor, group: Group, name: str) -> tf.Tensor:

@@ -49,9 +49,9 @@ class Pipeline(PipelineStage):
                 sources = [parameters] if x is None else [parameters, x]
                 # received: the gradient of y; None where y is the loss.
                 gradient, *of_x = tape.gradient(y, sources, output_gradients=received)
-                add(tf.convert_to_tensor(gradient))
-                if x is not None:
+                if x is not None:  # first: with ZeRO-2, adding waits for sums, and the stage before for this
                     self.pass_on(action, of_x[0])
+                add(tf.convert_to_tensor(gradient))
 
     def empty(self, shape: tuple[int, ...]) -> tf.Tensor:
         """Return a tensor to receive into."""

@@ -170,7 +170,9 @@ class Trainable(Inference):
 
         width = self._spec.settings.width
         self._pipeline.run(micro_batches, width, self._flat, compute, lambda gradient: self._add_graph(None, gradient))
-        return self._finish_graph(phase, phase, loss_sum, self._scale(), scalars)
+        totals = self._finish_graph(phase, phase, loss_sum, self._scale(), scalars)
+        self._pipeline.flush()
+        return totals
 
     def _pass(self, number: int, batch: Batch, x: tf.Tensor | None, step: int) -> _Pass:
         """Return the arguments of micro-batch ``number``'s passes."""

@@ -9,15 +9,23 @@ over n ranks is then rounded up to n - 1 times, by at most half a unit in the la
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from hvdlm.parallel.sharding_rules import ModelShard
-from hvdlm.protocols.group import Group
+from hvdlm.protocols.group import Converted, Group, Handle
 from hvdlm_language.tensor_ranks import TensorRanks
+from hvdlm_torch.kernels import (
+    gradient_of_inputs,
+    gradients_of_weights,
+    joined_product,
+    linear_joined,
+    linear_rows,
+    missing_outputs,
+)
 from hvdlm_torch.operations import TracedGroup
 
 
@@ -33,6 +41,51 @@ class Collectives(TensorRanks):
         if self.size == 1:
             return x
         return (_GatherTime if self.sequence else _SumGradient).apply(_sent(x), self.group, f"tensor.{name}")
+
+    def columns(
+        self, x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor], name: str
+    ) -> Sequence[torch.Tensor]:
+        """Return the products of ``enter(x)`` ``[rows, time, embed]`` and this rank's columns of several weights.
+
+        In the backward pass, the sum of the gradient of ``x`` travels while those of the weights are computed, as in
+        Megatron-LM (``LinearWithGradAccumulationAndAsyncCommunication``).
+
+        Args:
+            x: the input; with ``sequence``, this rank's positions.
+            weights: ``[embed, outputs / ranks]``.
+            biases: one for each weight, or none.
+            name: of the collectives.
+        """
+        if not self._overlaps(x):
+            return linear_joined(self.enter(x, name), weights, biases)
+        bias = torch.cat([_sent(bias) for bias in biases]) if biases else None
+        product = _Columns.apply(
+            _sent(x), self.group, f"tensor.{name}", self.sequence, False, bias, *map(_sent, weights)
+        )
+        return product.split([weight.shape[1] for weight in weights], -1)
+
+    def scores(
+        self, x: torch.Tensor, table: torch.Tensor, bias: torch.Tensor | None = None, name: str = "head"
+    ) -> torch.Tensor:
+        """Return the product of ``enter(x)`` and this rank's range of the vocabulary; see ``columns``.
+
+        ``table``: ``[vocab / ranks, embed]``; ``bias``: ``[vocab / ranks]``.
+        """
+        if not self._overlaps(x):
+            return linear_rows(self.enter(x, name), table, bias)
+        table, missing = _sent(table), missing_outputs(x, table)
+        if missing:
+            table, bias = F.pad(table, (0, 0, 0, missing)), None if bias is None else F.pad(bias, (0, missing))
+        bias = None if bias is None else _sent(bias)
+        scores = _Columns.apply(_sent(x), self.group, f"tensor.{name}", self.sequence, True, bias, table)
+        return scores[..., :-missing] if missing else scores
+
+    def _overlaps(self, x: torch.Tensor) -> bool:
+        """Return whether a backward pass can send the gradient of ``x`` in the background.
+
+        In compiled steps, operations end in the order in which they are called.
+        """
+        return self.size > 1 and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
     def leave(self, x: torch.Tensor, name: str) -> torch.Tensor:
         """Return the sum over ranks of ``x`` ``[rows, time, embed]``; with ``sequence``, this rank's positions."""
@@ -88,6 +141,41 @@ class _SumGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
         return _sum(gradient, *ctx.collective), None, None
+
+
+class _Columns(torch.autograd.Function):
+    """f or g, and the products behind it: weights' gradients are computed while that of the input is summed.
+
+    The whole input is kept for the backward pass, also with ``sequence``: to keep a rank's positions, as Megatron-LM
+    does, would gather them again, a quarter more traffic. Activation checkpointing keeps neither.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        group: TracedGroup,
+        name: str,
+        sequence: bool,
+        rows: bool,
+        bias: torch.Tensor | None,
+        *weights: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.collective = group, f"{name}.backward"
+        ctx.sequence, ctx.rows = sequence, rows
+        whole = _gather(x, group, f"{name}.gather") if sequence else x
+        ctx.save_for_backward(whole, *weights)
+        return joined_product(whole, weights, bias, rows)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
+        x, *weights = ctx.saved_tensors
+        under_way: Handle | None = None
+        if ctx.needs_input_grad[0]:
+            start = _start_scatter if ctx.sequence else _start_sum
+            under_way = start(gradient_of_inputs(gradient, weights, ctx.rows), *ctx.collective)
+        of_weights = gradients_of_weights(x, gradient, weights, ctx.needs_input_grad[5:], ctx.rows)
+        return None if under_way is None else under_way.wait(), None, None, None, None, *of_weights
 
 
 class _Sum(torch.autograd.Function):
@@ -196,15 +284,29 @@ def _sent(x: torch.Tensor) -> torch.Tensor:
 
 def _sum(x: torch.Tensor, group: TracedGroup, name: str) -> torch.Tensor:
     """Return the sum over ranks, of a copy: sums are computed in place."""
-    return group.all_reduce_async(x.clone(memory_format=torch.contiguous_format), name).wait()
+    return _start_sum(x.clone(memory_format=torch.contiguous_format), group, name).wait()
+
+
+def _start_sum(x: torch.Tensor, group: TracedGroup, name: str) -> Handle:
+    """Start the sum over ranks, which may overwrite ``x``."""
+    return group.all_reduce_async(x, name)
 
 
 def _scatter(x: torch.Tensor, group: TracedGroup, name: str) -> torch.Tensor:
     """Return this rank's positions ``[rows, time / ranks, embed]`` of the sum of ranks' ``[rows, time, embed]``."""
-    time_first = x.transpose(0, 1).contiguous()  # [time, rows, embed]: collectives cut the first dimension
-    return group.reduce_scatter(time_first, name).transpose(0, 1)
+    return group.reduce_scatter(_time_first(x), name).transpose(0, 1)
+
+
+def _start_scatter(x: torch.Tensor, group: TracedGroup, name: str) -> Handle:
+    """Start ``_scatter``."""
+    return Converted(group.reduce_scatter_async(_time_first(x), name), lambda shard: shard.transpose(0, 1))
 
 
 def _gather(x: torch.Tensor, group: TracedGroup, name: str) -> torch.Tensor:
     """Return ``[rows, time, embed]`` from ranks' positions ``[rows, time / ranks, embed]``."""
-    return group.all_gather(x.transpose(0, 1).contiguous(), name).transpose(0, 1)
+    return group.all_gather(_time_first(x), name).transpose(0, 1)
+
+
+def _time_first(x: torch.Tensor) -> torch.Tensor:
+    """Return ``[time, rows, embed]`` of ``[rows, time, embed]``, since collectives cut the first dimension."""
+    return x.transpose(0, 1).contiguous()

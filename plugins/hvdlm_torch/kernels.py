@@ -55,7 +55,7 @@ def linear_joined(
 
     ``biases``: one for each weight, or none.
     """
-    if x.numel() < _FEWEST_ROWS_JOINED * x.shape[-1]:
+    if len(weights) == 1 or not _many_rows(x):
         return [linear(x, w, b) for w, b in zip(weights, biases or [None] * len(weights), strict=True)]
     joined_bias = torch.cat(list(biases)) if biases else None
     if torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
@@ -118,18 +118,72 @@ class _Joined(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, *weights: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x, *weights)
-        return linear(x, torch.cat(weights, 1), bias)
+        return joined_product(x, weights, bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
         x, *weights = ctx.saved_tensors
-        of_x = linear_rows(gradient, torch.cat(weights, 1)) if ctx.needs_input_grad[0] else None
-        outputs = gradient.reshape(-1, gradient.shape[-1])
-        of_bias = outputs.sum(0) if ctx.needs_input_grad[1] else None
-        if not any(ctx.needs_input_grad[2:]):
-            return of_x, of_bias, *(None for _ in weights)
-        of_weights = linear(x.reshape(-1, x.shape[-1]).t(), outputs)
-        return of_x, of_bias, *of_weights.split([w.shape[1] for w in weights], 1)
+        of_x = gradient_of_inputs(gradient, weights) if ctx.needs_input_grad[0] else None
+        return of_x, *gradients_of_weights(x, gradient, weights, ctx.needs_input_grad[1:])
+
+
+def joined_product(
+    x: torch.Tensor, weights: Sequence[torch.Tensor], bias: torch.Tensor | None = None, rows: bool = False
+) -> torch.Tensor:
+    """Return the products of ``x`` ``[..., inputs]`` and ``weights``, side by side, plus the joined ``bias``.
+
+    ``rows``: there is one weight, ``[outputs, inputs]``; else they are ``[inputs, outputs]``.
+    """
+    if rows:
+        return linear_rows(x, weights[0], bias)
+    if len(weights) == 1 or _many_rows(x):
+        return linear(x, _join(weights), bias)
+    joined = torch.cat([linear(x, weight) for weight in weights], -1)
+    return joined if bias is None else joined + bias
+
+
+def gradient_of_inputs(gradient: torch.Tensor, weights: Sequence[torch.Tensor], rows: bool = False) -> torch.Tensor:
+    """Return the gradient of the inputs of ``joined_product`` from that of its outputs; it has memory of its own."""
+    if rows:
+        return linear(gradient, weights[0])
+    if len(weights) == 1 or _many_rows(gradient):
+        return linear_rows(gradient, _join(weights))
+    # The last first, as autograd adds them: in bf16, the order of a sum is seen in the losses.
+    columns = gradient.split([w.shape[1] for w in weights], -1)
+    first, *others = reversed(list(zip(columns, weights, strict=True)))
+    total = linear_rows(*first)
+    for of_outputs, weight in others:
+        total += linear_rows(of_outputs, weight)
+    return total
+
+
+def gradients_of_weights(
+    x: torch.Tensor,
+    gradient: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    needed: Sequence[bool],
+    rows: bool = False,
+) -> tuple[torch.Tensor | None, ...]:
+    """Return the gradients of the bias and of each weight of ``joined_product``, from that of its outputs.
+
+    ``needed``: of the bias and of each weight; without any weight's, none is computed.
+    """
+    outputs, inputs = gradient.reshape(-1, gradient.shape[-1]), x.reshape(-1, x.shape[-1])
+    of_bias = outputs.sum(0) if needed[0] else None
+    if not any(needed[1:]):
+        return of_bias, *(None for _ in weights)
+    if rows:
+        return of_bias, linear(outputs.t(), inputs)
+    return of_bias, *linear(inputs.t(), outputs).split([w.shape[1] for w in weights], 1)
+
+
+def _join(weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    return weights[0] if len(weights) == 1 else torch.cat(list(weights), 1)
+
+
+def _many_rows(x: torch.Tensor) -> bool:
+    """Return whether one product of ``x`` and joined weights is worth the copies of the weights."""
+    return x.numel() >= _FEWEST_ROWS_JOINED * x.shape[-1]
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

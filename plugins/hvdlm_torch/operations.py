@@ -51,6 +51,10 @@ class TracedGroup:
             return shard
         return self.group.reduce_scatter(tensor, name)
 
+    def reduce_scatter_async(self, tensor: torch.Tensor, name: str) -> Handle:
+        """Start ``reduce_scatter``, outside of compiled steps."""
+        return self.group.reduce_scatter_async(tensor, name)
+
 
 @torch.library.custom_op("hvdlm::all_reduce", mutates_args=())
 def _all_reduce(tensor: torch.Tensor, key: str, name: str) -> torch.Tensor:

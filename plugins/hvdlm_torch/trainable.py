@@ -94,6 +94,7 @@ class Trainable(Inference):
         losses = self._backward(micro_batches, step)
         with named_range("exchange"):
             sums = self._gradients.reduce(losses, sum(batch.tokens for batch in micro_batches))
+        self._pipeline.flush()
         # From here to the figures, scalars are float64 tensors on the device.
         loss_sum, tokens, squared = sums.totals.unbind()
         # Losses were divided by a constant, not by the step's valid tokens, which all ranks together know only now.

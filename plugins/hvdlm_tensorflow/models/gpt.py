@@ -6,7 +6,7 @@ parameters are cut already; only the collectives between the products show it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +16,7 @@ from hvdlm.errors import HvdlmError
 from hvdlm.parallel.sharding_rules import ModelShard
 from hvdlm_language.gpt import GPTSettings
 from hvdlm_tensorflow.attention import attend, attend_causally
-from hvdlm_tensorflow.collectives import Collectives
+from hvdlm_tensorflow.collectives import Collectives, linear
 from hvdlm_tensorflow.ordering import parameters_first
 from hvdlm_tensorflow.shapes import sizes
 
@@ -50,6 +50,7 @@ class GPT:
         self.orders_layers = True
         self._model_shard = model_shard
         self._collectives = collectives
+        self._head_collectives = collectives  # those of the newest hidden states, whose positions may be sharded
         # Fewer key-value heads than ranks: all ranks hold all, and each uses the one that its query heads need.
         self._kv_replicated = settings.kv_heads % model_shard.tensor > 0
         self._kv_heads = 1 if self._kv_replicated else settings.kv_heads // model_shard.tensor
@@ -98,9 +99,7 @@ class GPT:
 
     def scores(self, hidden: tf.Tensor) -> tf.Tensor:
         """Return logits ``[..., vocab]`` of hidden states ``[..., embed]``: this rank's range of the vocabulary."""
-        table, _ = self.head
-        flat = tf.matmul(tf.reshape(hidden, [-1, self.s.width]), table, transpose_b=True)
-        return tf.reshape(flat, [*sizes(hidden)[:-1], table.shape[0]])
+        return self._head_collectives.scores(hidden, *self.head)
 
     def initial_carry(self, rows: Any) -> tf.Tensor:
         """Return the state at the start of a text: there is none, and graphs take a tensor in its place."""
@@ -159,7 +158,8 @@ class GPT:
         if not self._model_shard.stage.last:
             return x
         names = [n for n in self._p if n.startswith("final_norm.")] if c.sequence else []
-        return c.enter(self._norm(x, c.shared(self._p, names, "final"), "final_norm"), "head")
+        self._head_collectives = c
+        return self._norm(x, c.shared(self._p, names, "final"), "final_norm")
 
     def _layer(
         self,
@@ -172,17 +172,20 @@ class GPT:
         extend: ExtendCache | None = None,
     ) -> tf.Tensor:
         p = c.shared(p, self._replicated[c.sequence], str(number))
-        h = c.enter(self._norm(x, p, "attention_norm"), f"{number}.attention")
-        a = _row_parallel(self._attention(h, p, start, extend), p, "attention.output", c, f"{number}.attention")
-        x += dropout(a, 2 * number + 1)
-        h = c.enter(self._norm(x, p, "mlp_norm"), f"{number}.mlp")
-        return x + dropout(_row_parallel(self._mlp(h, p), p, "mlp.down", c, f"{number}.mlp"), 2 * number + 2)
+        a = self._attention(self._norm(x, p, "attention_norm"), number, p, c, start, extend)
+        x += dropout(_row_parallel(a, p, "attention.output", c, f"{number}.attention"), 2 * number + 1)
+        m = self._mlp(self._norm(x, p, "mlp_norm"), number, p, c)
+        return x + dropout(_row_parallel(m, p, "mlp.down", c, f"{number}.mlp"), 2 * number + 2)
 
-    def _attention(self, h: tf.Tensor, p: Layer, start: Any, extend: ExtendCache | None) -> tf.Tensor:
+    def _attention(
+        self, h: tf.Tensor, number: int, p: Layer, c: Collectives, start: Any, extend: ExtendCache | None
+    ) -> tf.Tensor:
         """Return the output of this rank's heads, ``[rows, time, heads * head / ranks]``."""
         p = self._one_kv_head(p) if self._kv_replicated else p
-        rows, time, _ = sizes(h)
-        q, k, v = (self._heads(_linear(h, p, f"attention.{n}"), rows, time) for n in ("query", "key", "value"))
+        names = ("attention.query", "attention.key", "attention.value")
+        products = _column_parallel(h, p, names, c, f"{number}.attention")
+        rows, time, _ = sizes(products[0])
+        q, k, v = (self._heads(product, rows, time) for product in products)
         if self.s.positions == "rotary":
             q, k = self._rotate(q, start, time), self._rotate(k, start, time)
         if extend is None:
@@ -207,11 +210,12 @@ class GPT:
         rotated = tf.concat([-x[..., half:], x[..., :half]], -1)
         return tf.cast(tf.cast(x, tf.float32) * cos + tf.cast(rotated, tf.float32) * sin, x.dtype)
 
-    def _mlp(self, h: tf.Tensor, p: Layer) -> tf.Tensor:
+    def _mlp(self, h: tf.Tensor, number: int, p: Layer, c: Collectives) -> tf.Tensor:
         """Return this rank's columns of the inner layer, ``[rows, time, mlp / ranks]``."""
-        up = _linear(h, p, "mlp.up")
         if self.s.activation == "swiglu":
-            return tf.nn.silu(_linear(h, p, "mlp.gate")) * up
+            gate, up = _column_parallel(h, p, ("mlp.gate", "mlp.up"), c, f"{number}.mlp")
+            return tf.nn.silu(gate) * up
+        (up,) = _column_parallel(h, p, ("mlp.up",), c, f"{number}.mlp")
         return tf.nn.gelu(up, approximate=True)
 
     def _norm(self, x: tf.Tensor, p: Layer, name: str) -> tf.Tensor:
@@ -236,18 +240,14 @@ def _cos_sin(s: GPTSettings) -> tuple[np.ndarray, np.ndarray]:
     return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
 
 
+def _column_parallel(x: tf.Tensor, p: Layer, names: Sequence[str], c: Collectives, label: str) -> Sequence[tf.Tensor]:
+    """Return the products of ``x`` ``[rows, time, embed]`` and a rank's columns of several weights, plus biases."""
+    biases = [p[f"{name}.bias"] for name in names if f"{name}.bias" in p]
+    return c.columns(x, [p[f"{name}.weight"] for name in names], biases, label)
+
+
 def _row_parallel(x: tf.Tensor, p: Layer, name: str, c: Collectives, label: str) -> tf.Tensor:
     """Return the sum over ranks of ``x`` ``[rows, time, inputs / ranks]`` times a rank's rows of a weight."""
-    if c.size == 1:
-        return _linear(x, p, name)
     # The bias is added after the sum, which would count it once per rank.
-    product, bias = _linear(x, {f"{name}.weight": p[f"{name}.weight"]}, name), p.get(f"{name}.bias")
-    product = c.leave(product, label)
-    return product if bias is None else product + bias
-
-
-def _linear(x: tf.Tensor, p: Layer, name: str) -> tf.Tensor:
-    weight, bias = p[f"{name}.weight"], p.get(f"{name}.bias")
-    flat = tf.matmul(tf.reshape(x, [-1, weight.shape[0]]), weight)  # one product of two matrices, not one per row
-    flat = flat if bias is None else tf.nn.bias_add(flat, bias)
-    return tf.reshape(flat, [*sizes(x)[:-1], weight.shape[1]])
+    product, bias = c.leave(linear(x, p[f"{name}.weight"]), label), p.get(f"{name}.bias")
+    return product if bias is None else tf.nn.bias_add(product, bias)

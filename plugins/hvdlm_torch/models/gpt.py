@@ -17,7 +17,7 @@ from hvdlm.parallel.sharding_rules import ModelShard
 from hvdlm_language.gpt import GPTSettings
 from hvdlm_torch.collectives import Collectives
 from hvdlm_torch.dropout import DropoutMasks
-from hvdlm_torch.kernels import linear, linear_joined, linear_rows
+from hvdlm_torch.kernels import linear
 
 Layer = Mapping[str, torch.Tensor]
 # Parameters of a layer that are used between the products, where sequence parallelism cuts the positions.
@@ -56,6 +56,7 @@ class GPT:
         self.s = settings
         self._model_shard = model_shard
         self._collectives = collectives
+        self._head_collectives = collectives  # those of the newest hidden states, whose positions may be sharded
         # Fewer key-value heads than ranks: all ranks hold all, and each uses the one that its query heads need.
         self._kv_replicated = settings.kv_heads % model_shard.tensor > 0
         self._kv_heads = 1 if self._kv_replicated else settings.kv_heads // model_shard.tensor
@@ -91,7 +92,7 @@ class GPT:
 
     def scores(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return logits ``[..., vocab]`` of hidden states ``[..., embed]``: this rank's range of the vocabulary."""
-        return linear_rows(hidden, *self.head)
+        return self._head_collectives.scores(hidden, *self.head)
 
     def initial_carry(self, rows: int, device: torch.device) -> None:
         """Return the state at the start of a text: a Transformer carries none."""
@@ -136,24 +137,25 @@ class GPT:
         if not self._model_shard.stage.last:
             return x
         names = [n for n in self._p if n.startswith("final_norm.")] if c.sequence else []
-        return c.enter(self._norm(x, c.shared(self._p, names, "final"), "final_norm"), "head")
+        self._head_collectives = c
+        return self._norm(x, c.shared(self._p, names, "final"), "final_norm")
 
     def _layer(
         self, x: torch.Tensor, number: int, p: Layer, training: bool, cache: Cache | None, c: Collectives
     ) -> torch.Tensor:
         p = c.shared(p, self._replicated[c.sequence], str(number))
-        h = c.enter(self._norm(x, p, "attention_norm"), f"{number}.attention")
-        a = _row_parallel(self._attention(h, number, p, cache), p, "attention.output", c, f"{number}.attention")
-        x = x + self._dropout(a, training)
-        h = c.enter(self._norm(x, p, "mlp_norm"), f"{number}.mlp")
-        m = _row_parallel(self._mlp(h, p), p, "mlp.down", c, f"{number}.mlp")
+        a = self._attention(self._norm(x, p, "attention_norm"), number, p, cache, c)
+        x = x + self._dropout(_row_parallel(a, p, "attention.output", c, f"{number}.attention"), training)
+        m = self._mlp(self._norm(x, p, "mlp_norm"), number, p, c)
+        m = _row_parallel(m, p, "mlp.down", c, f"{number}.mlp")
         return x + self._dropout(m, training)
 
-    def _attention(self, h: torch.Tensor, number: int, p: Layer, cache: Cache | None) -> torch.Tensor:
+    def _attention(self, h: torch.Tensor, number: int, p: Layer, cache: Cache | None, c: Collectives) -> torch.Tensor:
         """Return the output of this rank's heads, ``[rows, time, heads * head / ranks]``."""
-        rows, time, _ = h.shape
         p = self._one_kv_head(p) if self._kv_replicated else p
-        q, k, v = _joined(h, p, ("attention.query", "attention.key", "attention.value"))
+        names = ("attention.query", "attention.key", "attention.value")
+        q, k, v = _column_parallel(h, p, names, c, f"{number}.attention")
+        rows, time, _ = q.shape
         q, k, v = (t.view(rows, time, -1, self.s.head_width).transpose(1, 2) for t in (q, k, v))
         start = cache.length if cache else 0
         if self.s.positions == "rotary":
@@ -162,7 +164,7 @@ class GPT:
         if cache:
             k, v = cache.extend(number - self._model_shard.layers.start, k, v)
             # is_causal would align the mask with the first key; the new tokens are the last ones.
-            mask = torch.ones(time, k.shape[2], dtype=torch.bool, device=h.device).tril(k.shape[2] - time)
+            mask = torch.ones(time, k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - time)
         grouped = q.shape[1] != k.shape[1]
         a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=cache is None, enable_gqa=grouped)
         return a.transpose(1, 2).reshape(rows, time, -1)
@@ -188,12 +190,13 @@ class GPT:
             self._angles[device] = (angle.cos().float().to(device), angle.sin().float().to(device))
         return self._angles[device]
 
-    def _mlp(self, h: torch.Tensor, p: Layer) -> torch.Tensor:
+    def _mlp(self, h: torch.Tensor, number: int, p: Layer, c: Collectives) -> torch.Tensor:
         """Return this rank's columns of the inner layer, ``[rows, time, mlp / ranks]``."""
         if self.s.activation == "swiglu":
-            gate, up = _joined(h, p, ("mlp.gate", "mlp.up"))
+            gate, up = _column_parallel(h, p, ("mlp.gate", "mlp.up"), c, f"{number}.mlp")
             return F.silu(gate) * up
-        return F.gelu(_linear(h, p, "mlp.up"), approximate="tanh")
+        (up,) = _column_parallel(h, p, ("mlp.up",), c, f"{number}.mlp")
+        return F.gelu(up, approximate="tanh")
 
     def _norm(self, x: torch.Tensor, p: Layer, name: str) -> torch.Tensor:
         scale, width = p[f"{name}.scale"], (self.s.width,)
@@ -205,20 +208,18 @@ class GPT:
         return self.masks.drop(x, self.s.dropout) if training and self.s.dropout else x
 
 
+def _column_parallel(
+    x: torch.Tensor, p: Layer, names: Sequence[str], c: Collectives, label: str
+) -> Sequence[torch.Tensor]:
+    """Return the products of ``x`` ``[rows, time, embed]`` and a rank's columns of several weights, plus biases."""
+    biases = [p[f"{name}.bias"] for name in names if f"{name}.bias" in p]
+    return c.columns(x, [p[f"{name}.weight"] for name in names], biases, label)
+
+
 def _row_parallel(x: torch.Tensor, p: Layer, name: str, c: Collectives, label: str) -> torch.Tensor:
     """Return the sum over ranks of ``x`` ``[rows, time, inputs / ranks]`` times a rank's rows of a weight."""
+    weight, bias = p[f"{name}.weight"], p.get(f"{name}.bias")
     if c.size == 1:
-        return _linear(x, p, name)
-    # The bias is added after the sum, which would count it once per rank.
-    product, bias = c.leave(linear(x, p[f"{name}.weight"]), label), p.get(f"{name}.bias")
+        return linear(x, weight, bias)
+    product = c.leave(linear(x, weight), label)  # the bias is added after the sum, which would count it once per rank
     return product if bias is None else product + bias
-
-
-def _linear(x: torch.Tensor, p: Layer, name: str) -> torch.Tensor:
-    return linear(x, p[f"{name}.weight"], p.get(f"{name}.bias"))
-
-
-def _joined(x: torch.Tensor, p: Layer, names: Sequence[str]) -> Sequence[torch.Tensor]:
-    """Return the products of ``x`` and several weights, each as ``_linear`` computes it."""
-    biases = [p[f"{name}.bias"] for name in names if f"{name}.bias" in p]
-    return linear_joined(x, [p[f"{name}.weight"] for name in names], biases)
