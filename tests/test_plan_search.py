@@ -21,6 +21,7 @@ from hvdlm.planning.gradient_work import work_of
 from hvdlm.planning.hardware import Hardware, read_hardware, write_hardware
 from hvdlm.planning.layout_costs import LayoutCosts
 from hvdlm.planning.search import Layout, Space, make_space, search, value_of, with_options
+from hvdlm.planning.search import meshes as search_meshes
 from hvdlm.planning.search_reasons import gains, too_large
 from hvdlm.planning.step_time import machine_of, predict_time, step_time
 from hvdlm_planner import grades
@@ -145,6 +146,13 @@ def test_options_that_the_user_gave_stay() -> None:
     layouts = search(config, space, InventedCosts(1, memory=1.0))
     assert [layout.mesh for layout in layouts] == [Mesh(2, 2, 2)]
     assert layouts[0].config.train.micro_batch_size == 1 and layouts[0].config.parallel.zero == 0
+
+
+def test_layouts_are_those_of_sums_in_two_levels() -> None:
+    config = small_config("torch")
+    config.parallel.data_per_node = 2
+    found = list(search_meshes(make_space(config, configured_spec(config), 4)))
+    assert found and all(mesh.data_per_node == 2 and mesh.data % 2 == 0 for mesh in found)
 
 
 def test_lossy_exchanges_are_searched_where_asked_for() -> None:

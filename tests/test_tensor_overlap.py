@@ -136,3 +136,22 @@ def test_gradients_travel_beside_those_of_weights(
     head, attention, mlp = (1, 1, 1) if framework == "torch" else products
     assert hidden == [head, mlp, attention, mlp, attention]
     assert started == [f"start {one}" for one in sums]  # on all ranks alike
+
+
+def test_sums_of_padded_products_are_contiguous(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's product is padded to 64 outputs and cut: with another width, what is left isn't contiguous."""
+    import torch
+
+    from hvdlm_torch import kernels
+    from hvdlm_torch.collectives import Collectives
+
+    monkeypatch.setattr(kernels, "_by_onednn", lambda x, weight: False)
+    monkeypatch.setattr(kernels, "missing_outputs", lambda x, weight: -len(weight) % 64)
+    spec = model_spec("gpt", context=TIME, layers=2, width=16, heads=4)
+    shard = make_model_shard(spec, Mesh(1, 1, 2), 0, ParallelConfig(tensor=2))
+    group = TwoAlike(torch.cat)
+    x = torch.ones(MANY, TIME, 16, requires_grad=True)
+    (y,) = Collectives(group, shard).columns(x, [torch.ones(16, 8, requires_grad=True)], [], "mlp")
+    y.sum().backward()
+    assert group.inputs["all_reduce tensor.mlp.backward"].is_contiguous()
+    assert x.grad is not None and x.grad.shape == x.shape

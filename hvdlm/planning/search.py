@@ -74,13 +74,14 @@ class Space:
     """The values that are considered of every option, in the order in which equal layouts are preferred.
 
     ``data``: the data-parallel ranks, where they are given; ``micro_batches``: whether ``train.micro_batch_size`` is
-    searched, over all divisors of a rank's sequences.
+    searched, over all divisors of a rank's sequences; ``data_per_node``: that of all meshes.
     """
 
     ranks: int
     choices: Mapping[str, Sequence[Any]]
     data: int | None = None
     micro_batches: bool = True
+    data_per_node: int = 1
 
     def only(self, option: str, value: Any) -> Space:
         """Return the space in which ``option`` is ``value``; empty where that isn't among its values."""
@@ -113,7 +114,7 @@ def make_space(
     given = {name: value_of(config, name) for name in choices}
     choices |= {name: [given[name]] for name in choices if name in fixed}
     data = p.data if "parallel.data" in fixed else None
-    return Space(ranks, choices, data, "train.micro_batch_size" not in fixed)
+    return Space(ranks, choices, data, "train.micro_batch_size" not in fixed, p.data_per_node)
 
 
 def _first(given: Any, others: Sequence[Any]) -> list[Any]:
@@ -221,8 +222,8 @@ def meshes(space: Space) -> Iterator[Mesh]:
     for tensor, pipeline in product(space.choices["parallel.tensor"], space.choices["parallel.pipeline"]):
         if space.ranks % (tensor * pipeline) == 0:
             data = space.ranks // (tensor * pipeline)
-            if space.data in (None, data):
-                yield Mesh(data, pipeline, tensor)
+            if space.data in (None, data) and data % space.data_per_node == 0:
+                yield Mesh(data, pipeline, tensor, space.data_per_node)
 
 
 def _computations(config: Config, space: Space, mesh: Mesh) -> Iterator[dict[str, Any]]:

@@ -152,7 +152,8 @@ def scale(run: PlannedRun, hardware: Hardware, options: SimulateOptions) -> list
     At each number of ranks, saves are as far apart as loses least.
     """
     options = replace(options, steps=min(options.steps, 100))
-    return [_best(resize(run, ranks), hardware, options) for ranks in RANKS if not ranks % model_ranks(run.mesh)]
+    unit = model_ranks(run.mesh) * run.mesh.data_per_node
+    return [_best(resize(run, ranks), hardware, options) for ranks in RANKS if not ranks % unit]
 
 
 def _best(run: PlannedRun, hardware: Hardware, options: SimulateOptions) -> SimulatedRun:
@@ -183,7 +184,7 @@ def resize(run: PlannedRun, ranks: int) -> PlannedRun:
         train=replace(run.config.train, batch_size=rows * data),
         parallel=replace(run.config.parallel, data=data),
     )
-    return replace(run, config=config, mesh=Mesh(data, run.mesh.pipeline, run.mesh.tensor))
+    return replace(run, config=config, mesh=replace(run.mesh, data=data))
 
 
 def content(runs: Sequence[SimulatedRun], name: str) -> dict[str, object]:

@@ -155,7 +155,9 @@ def _scaling(runs: Sequence[SimulatedRun], run: PlannedRun) -> Iterator[str]:
         "as is best"
     )
     if not runs:
-        yield f"  none: a copy of the model takes {model_ranks(run.mesh):,} ranks, more than 4,096 or no power of two"
+        per_node, ranks = run.mesh.data_per_node, model_ranks(run.mesh)
+        take = f"{per_node:,} copies of the model on a node take" if per_node > 1 else "a copy of the model takes"
+        yield f"  none: {take} {per_node * ranks:,} ranks, more than 4,096 or no power of two"
         return
     head = ("ranks", "tokens/s", "efficiency", *(cause for cause in CAUSES if cause != "compute"))
     yield "".join(name.rjust(14) for name in head)

@@ -289,7 +289,8 @@ def _sum(x: torch.Tensor, group: TracedGroup, name: str) -> torch.Tensor:
 
 def _start_sum(x: torch.Tensor, group: TracedGroup, name: str) -> Handle:
     """Start the sum over ranks, which may overwrite ``x``."""
-    return group.all_reduce_async(x, name)
+    # A copy where a GPU's padded product was cut to the width: Horovod refuses what isn't contiguous.
+    return group.all_reduce_async(x.contiguous(), name)
 
 
 def _scatter(x: torch.Tensor, group: TracedGroup, name: str) -> torch.Tensor:
