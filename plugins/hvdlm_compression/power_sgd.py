@@ -94,13 +94,15 @@ class PowerSGD(Compressor):
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """Return ``matrix`` ``[rows, rank]``, rank <= rows, with orthonormal columns: those of Gram-Schmidt.
+    """Return ``matrix`` ``[rows, rank]`` with orthonormal columns: those of Gram-Schmidt.
 
     A column that is linearly dependent on those before it becomes zero: what remains of it are rounding errors, whose
     direction is arbitrary, and another one on a rank with another processor. The first decomposition finds such
     columns. In the second one they are the last, since no other column may lose its share of that direction.
     """
-    rank = matrix.shape[1]
+    rows, rank = matrix.shape
+    if rows < rank:
+        return orthogonal(ops.pad(matrix, [[0, rank - rows], [0, 0]]))[:rows]
     columns, triangle = ops.qr(matrix)
     diagonal = ops.diagonal(triangle)
     values = tensor_ops.on_host(triangle)
@@ -114,8 +116,6 @@ def orthogonal(matrix: Tensor) -> Tensor:
 
 
 def _has_full_rank(triangle: np.ndarray) -> bool:
-    """Return whether no column depends on those before it, which some do where they are more than the rows."""
+    """Return whether no column depends on those before it."""
     magnitudes = np.abs(triangle)
-    return triangle.shape[0] == triangle.shape[1] and bool(
-        (magnitudes.diagonal() > DEPENDENT * magnitudes.max(0)).all()
-    )
+    return bool((magnitudes.diagonal() > DEPENDENT * magnitudes.max(0)).all())

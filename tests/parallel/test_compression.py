@@ -211,7 +211,9 @@ def test_power_sgd_makes_orthonormal_columns(tensor: Any, rows: int) -> None:
         assert (np.diag(own)[kept] > 0).all() and (np.abs(np.tril(own, -1)) <= 1e-5 * np.abs(case_of).max(0)).all()
         np.testing.assert_allclose((columns @ own)[:, kept], case_of[:, kept], rtol=1e-3, atol=1e-4)
     np.testing.assert_array_equal(np.asarray(orthogonal(tensor(np.zeros((rows, 4), np.float32)))), 0.0)
-    assert tuple(orthogonal(tensor(matrix[:1])).shape) == (1, 4)  # of a row, which min_compression 0 compresses, too
+    for few in (1, 3):  # rows, fewer than columns, which min_compression 0 compresses, too
+        columns = np.asarray(orthogonal(tensor(np.random.default_rng(3).normal(size=(few, 4)).astype(np.float32))))
+        np.testing.assert_allclose(columns.T @ columns, np.diag(np.arange(4) < few), atol=1e-5)
 
 
 def test_reduction_options_average_sum_and_predivide(manager: Any, world: World, tensor: Any) -> None:
