@@ -151,8 +151,8 @@ def test_options_that_the_user_gave_stay() -> None:
 def test_layouts_are_those_of_sums_in_two_levels() -> None:
     config = small_config("torch")
     config.parallel.data_per_node = 2
-    found = list(search_meshes(make_space(config, configured_spec(config), 4)))
-    assert found and all(mesh.data_per_node == 2 and mesh.data % 2 == 0 for mesh in found)
+    matches = list(search_meshes(make_space(config, configured_spec(config), 4)))
+    assert matches and all(mesh.data_per_node == 2 and mesh.data % 2 == 0 for mesh in matches)
 
 
 def test_lossy_exchanges_are_searched_where_asked_for() -> None:
