@@ -33,7 +33,7 @@ BEGIN, END = "<!-- losses -->\n", "<!-- end of losses -->\n"
 FILES = {"shakespeare_char": "tinyshakespeare.txt", "warandpeace_char": "warandpeace.txt"}
 _ALGORITHM, _STEPS = "--communication.compression.algorithm", "--communication.local.steps"
 _SGD = ("--train.optimizer", "sgd", "--train.momentum", "0", "--train.clip", "0")
-# In 66 rounds, an element is sent about four times: with the default outer learning rate of 1, the parameters lag behind
+# In 66 rounds, an element is sent about four times: with the default outer learning rate, 1, parameters lag behind.
 _DENSER = ("--communication.compression.ratio", "0.06", "--communication.local.outer_learning_rate", "4")
 _BURSTS = ("--train.clip", "0", "--train.beta2", "0.999")  # sparse gradients come late and in bursts
 
