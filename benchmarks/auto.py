@@ -16,8 +16,8 @@ import statistics
 import sys
 import tempfile
 
-from harness import FOLDER, Bar, emitted, flags, make_parser, parse, report_ratio, skip
-from hosts import Hosts, Missing, open_hosts
+from harness import FOLDER, Bar, emitted, flags, make_parser, parse, report_ratio
+from hosts import Hosts, open_hosts, skipped_without_hosts
 from slow_network import CONTEXT, ROWS
 
 FULL = {"rates": [1e8, 1e9, 1e10, 0.0], "gaps": [0.0, 0.001], "rounds": 9, "layers": 6, "width": 384}
@@ -48,20 +48,17 @@ def measure(hosts: Hosts, framework: str, rate: float, gap: float, o: argparse.N
     report_ratio(f"tokens/s of auto / of the best by hand, {where}", rounds, OF_BEST, f"{chosen} and {best}")
 
 
-def main() -> int:
+@skipped_without_hosts
+def main() -> None:
     """Measure every rate, framework and gap; skip where this machine can't have two hosts."""
     o = parse(make_parser(__doc__), FULL, SHORT)
-    try:
-        for rate in o.rates:
-            with open_hosts() as hosts:
-                if rate:
-                    hosts.shape(rate)
-                for framework in o.frameworks:
-                    for gap in o.gaps:
-                        measure(hosts, framework, rate, gap, o)
-    except Missing as reason:
-        return skip(str(reason))
-    return 0
+    for rate in o.rates:
+        with open_hosts() as hosts:
+            if rate:
+                hosts.shape(rate)
+            for framework in o.frameworks:
+                for gap in o.gaps:
+                    measure(hosts, framework, rate, gap, o)
 
 
 if __name__ == "__main__":

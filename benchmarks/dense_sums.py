@@ -17,8 +17,8 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from harness import FOLDER, Bar, check_known, emitted, flags, make_parser, parse, report_ratio, skip
-from hosts import INTERFACE, Hosts, Missing, open_hosts
+from harness import FOLDER, Bar, check_known, emitted, flags, make_parser, parse, report_ratio
+from hosts import INTERFACE, Hosts, open_hosts, skipped_without_hosts
 from slow_network import COMPRESSION, CONTEXT, ROWS, UNCOUNTED, train
 
 POWER_SGD_RANK = 4
@@ -119,16 +119,13 @@ def measure(count: int, o: argparse.Namespace) -> None:
             compare(hosts, rate, alone, run.parameters, o)
 
 
-def main() -> int:
+@skipped_without_hosts
+def main() -> None:
     """Measure every number of hosts; skip where this machine can't have them."""
     o = parse(make_parser(__doc__), FULL, SHORT)
     check_known("--methods", o.methods, OPTIONS)
-    try:
-        for count in o.hosts:
-            measure(count, o)
-    except Missing as reason:
-        return skip(str(reason))
-    return 0
+    for count in o.hosts:
+        measure(count, o)
 
 
 if __name__ == "__main__":

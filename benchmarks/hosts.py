@@ -8,6 +8,7 @@ limited in both directions. Needs Linux, root and iproute2. Everything is remove
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shlex
 import shutil
@@ -15,10 +16,10 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from harness import environment
+from harness import environment, skip
 
 PROGRAMS = {"ip": "iproute2", "tc": "iproute2", "unshare": "util-linux"}
 NETWORK = "10.213.47"
@@ -41,6 +42,20 @@ _CASE = '{address}) exec {inside} sh -c "$*" ;;'
 
 class Missing(Exception):
     """This machine can't have hosts; the message names what it lacks."""
+
+
+def skipped_without_hosts(main: Callable[[], None]) -> Callable[[], int]:
+    """Return ``main`` with an exit code: 0, or where this machine can't have hosts, that of a skip, which says why."""
+
+    @functools.wraps(main)
+    def measured() -> int:
+        try:
+            main()
+        except Missing as reason:
+            return skip(str(reason))
+        return 0
+
+    return measured
 
 
 def check() -> None:

@@ -34,7 +34,7 @@ FILES = {"shakespeare_char": "tinyshakespeare.txt", "warandpeace_char": "warandp
 _ALGORITHM, _STEPS = "--communication.compression.algorithm", "--communication.local.steps"
 _SGD = ("--train.optimizer", "sgd", "--train.momentum", "0", "--train.clip", "0")
 # In 66 rounds, an element is sent about four times: with the default outer learning rate, 1, parameters lag behind.
-_DENSER = ("--communication.compression.ratio", "0.06", "--communication.local.outer_learning_rate", "4")
+_FEW_ROUNDS = ("--communication.compression.ratio", "0.06", "--communication.local.outer_learning_rate", "4")
 _BURSTS = ("--train.clip", "0", "--train.beta2", "0.999")  # sparse gradients come late and in bursts
 
 
@@ -53,7 +53,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "zero_one_adam": _exchange("zero_one_adam", *_SGD),
     "demo": _exchange("demo", *_SGD, "--communication.compression.ratio", "0.03125"),
     "diloco_30": _exchange("diloco", _STEPS, "30"),
-    "sparseloco_30": _exchange("local_sgd", _STEPS, "30", _ALGORITHM, "chunked_top_k", *_DENSER),
+    "sparseloco_30": _exchange("local_sgd", _STEPS, "30", _ALGORITHM, "chunked_top_k", *_FEW_ROUNDS),
     "diloco_50": _exchange("diloco", _STEPS, "50"),
     "streaming_diloco_50": _exchange("streaming_diloco", _STEPS, "50", _ALGORITHM, "int4"),
     "local_sgd_50": _exchange("local_sgd", _STEPS, "50"),

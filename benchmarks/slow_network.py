@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness import Bar, check_known, make_parser, parse, report, report_ratio, skip
-from hosts import Hosts, Missing, open_hosts
+from harness import Bar, check_known, make_parser, parse, report, report_ratio
+from hosts import Hosts, open_hosts, skipped_without_hosts
 
 COMPRESSION = "--communication.compression.algorithm"
 STREAMING = ["--communication.exchange", "streaming_diloco"]
@@ -123,19 +123,16 @@ def compare(hosts: Hosts, rate: float, framework: str, o: argparse.Namespace) ->
             report_ratio(f"tokens/s of {name} / of dense all-reduce, {where}", pairs, bar)
 
 
-def main() -> int:
+@skipped_without_hosts
+def main() -> None:
     """Measure every rate and framework; skip where this machine can't have them."""
     o = parse(make_parser(__doc__), FULL, SHORT)
     check_known("--methods", o.methods, METHODS)
-    try:
-        with open_hosts() as hosts:
-            for rate in o.rates:
-                hosts.shape(rate)
-                for framework in o.frameworks:
-                    compare(hosts, rate, framework, o)
-    except Missing as reason:
-        return skip(str(reason))
-    return 0
+    with open_hosts() as hosts:
+        for rate in o.rates:
+            hosts.shape(rate)
+            for framework in o.frameworks:
+                compare(hosts, rate, framework, o)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ import threading
 import time
 from collections.abc import Iterator
 
-from harness import Bar, make_parser, parse, report, report_ratio, skip
-from hosts import Hosts, Missing, open_hosts
+from harness import Bar, make_parser, parse, report, report_ratio
+from hosts import Hosts, open_hosts, skipped_without_hosts
 from slow_network import METHODS, method, train
 
 FULL = {"rate": 1e8, "rounds": 5, "peaks": 2, "layers": 6, "width": 384, "every": 50, "fragments": 25}
@@ -100,19 +100,16 @@ def peaks(hosts: Hosts, framework: str, o: argparse.Namespace) -> None:
         report(f"peak demand of {name} / of diloco, {framework}, no limit", streaming / blocking, PEAK, details)
 
 
-def main() -> int:
+@skipped_without_hosts
+def main() -> None:
     """Measure every framework; skip where this machine can't have two hosts."""
     o = parse(make_parser(__doc__), FULL, SHORT)
     assert {*STREAMING, "no exchange", "diloco"} <= set(METHODS)
-    try:
-        for framework in o.frameworks:
-            with open_hosts() as hosts:
-                peaks(hosts, framework, o)
-                hosts.shape(o.rate)
-                speeds(hosts, framework, o)
-    except Missing as reason:
-        return skip(str(reason))
-    return 0
+    for framework in o.frameworks:
+        with open_hosts() as hosts:
+            peaks(hosts, framework, o)
+            hosts.shape(o.rate)
+            speeds(hosts, framework, o)
 
 
 if __name__ == "__main__":

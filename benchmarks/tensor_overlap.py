@@ -12,8 +12,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from harness import FOLDER, emitted, flags, make_parser, parse, report_ratio, skip
-from hosts import Hosts, Missing, open_hosts
+from harness import FOLDER, emitted, flags, make_parser, parse, report_ratio
+from hosts import Hosts, open_hosts, skipped_without_hosts
 
 FULL = {"rates": [1e9], "layouts": ["1x1x2"], "rounds": 8, "width": 512, "layers": 4, "context": 64, "rows": 16}
 SHORT = {"rates": [1e9], "layouts": ["1x1x2"], "rounds": 2, "width": 64, "layers": 1, "context": 16, "rows": 8}
@@ -32,19 +32,16 @@ def compare(hosts: Hosts, framework: str, rate: float, layout: str, o: argparse.
     report_ratio(name, rounds, None)
 
 
-def main() -> int:
+@skipped_without_hosts
+def main() -> None:
     """Measure every rate, framework and layout; skip where this machine can't have hosts."""
     o = parse(make_parser(__doc__), FULL, SHORT)
-    try:
-        with open_hosts() as hosts:
-            for rate in o.rates:
-                hosts.shape(rate)
-                for framework in o.frameworks:
-                    for layout in o.layouts:
-                        compare(hosts, framework, rate, layout, o)
-    except Missing as reason:
-        return skip(str(reason))
-    return 0
+    with open_hosts() as hosts:
+        for rate in o.rates:
+            hosts.shape(rate)
+            for framework in o.frameworks:
+                for layout in o.layouts:
+                    compare(hosts, framework, rate, layout, o)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from harness import Bar, check_known, make_parser, parse, report, report_ratio, skip
-from hosts import Hosts, Missing, open_hosts
+from harness import Bar, check_known, make_parser, parse, report, report_ratio
+from hosts import Hosts, open_hosts, skipped_without_hosts
 from slow_network import COMPRESSION, Result, train
 
 PER_HOST = 2
@@ -44,20 +44,17 @@ def compare(hosts: Hosts, rate: float, framework: str, method: str, o: argparse.
     report_ratio(f"tokens/s, two levels / one level, {where}", pairs, FASTER.get(method))
 
 
-def main() -> int:
+@skipped_without_hosts
+def main() -> None:
     """Measure every rate, framework and method; skip where this machine can't have hosts."""
     o = parse(make_parser(__doc__), FULL, SHORT)
     check_known("--methods", o.methods, METHODS)
-    try:
-        with open_hosts(per_host=PER_HOST) as hosts:
-            for rate in o.rates:
-                hosts.shape(rate)
-                for framework in o.frameworks:
-                    for method in o.methods:
-                        compare(hosts, rate, framework, method, o)
-    except Missing as reason:
-        return skip(str(reason))
-    return 0
+    with open_hosts(per_host=PER_HOST) as hosts:
+        for rate in o.rates:
+            hosts.shape(rate)
+            for framework in o.frameworks:
+                for method in o.methods:
+                    compare(hosts, rate, framework, method, o)
 
 
 if __name__ == "__main__":
