@@ -145,6 +145,8 @@ class TrainConfig:
 
     Args:
         steps: number of optimizer steps
+        tokens: number of training tokens, in place of steps (language models); null: steps
+        epochs: number of passes over the training data, in place of steps; null: steps
         batch_size: global batch size in sequences, over all ranks
         micro_batch_size: sequences per rank in one forward and backward pass; null: the rank's whole batch (no gradient
             accumulation)
@@ -152,9 +154,12 @@ class TrainConfig:
         optimizer: adamw, sgd, adagrad, or one provided by a plugin
         learning_rate: peak learning rate, reached after warm-up
         min_learning_rate: final learning rate of decaying schedules
-        schedule: learning-rate schedule after warm-up: constant, linear, cosine, inverse_sqrt, step, or one provided
-            by a plugin
+        schedule: learning-rate schedule after warm-up: constant, linear, cosine, inverse_sqrt, step, wsd (constant,
+            with a cooldown at the end), or one provided by a plugin
         warmup: steps of linear warm-up, or, if below 1, a fraction of all steps
+        cooldown: wsd schedule: steps of the cooldown, or, if below 1, a fraction of all steps
+        cooldown_shape: wsd schedule: how the rate falls: sqrt (by 1 - sqrt of the cooldown's part that is done) or
+            linear
         decay_every: step schedule: steps between decays
         decay_start: step schedule: steps after warm-up before the first decay; null: decay_every
         decay_factor: step schedule: factor of each decay
@@ -165,6 +170,8 @@ class TrainConfig:
         momentum: SGD: momentum
         nesterov: SGD: use Nesterov momentum
         clip: maximum global norm of the gradient; 0: no clipping
+        z_loss: factor of the squared logarithm of the softmax's denominator, which is added to the loss, for example
+            1e-4 (Chowdhery et al. 2022, section 5)
         label_smoothing: share of the target probability spread over the vocabulary (Szegedy et al. 2016, section 7)
         precision: fp32, bf16 (weights stay fp32), fp16 with loss scaling (GPU only), or auto: that of the checkpoint in
             a resumed run, else bf16 on GPUs that have it and fp32 elsewhere
@@ -172,6 +179,8 @@ class TrainConfig:
         compile: use torch.compile or XLA; auto (or null): where it was measured to be faster
         activation_checkpointing: recompute activations in the backward pass
         eval_every: steps between evaluations; 0: only at the end
+        eval_tokens: targets of the validation split that evaluations before the last one compute, spread over it; null:
+            all
         eval_batch_size: sequences per rank in an evaluation batch
         threads: framework threads per rank; null: the node's cores divided by its ranks, or the cores that the rank is
             bound to
@@ -184,6 +193,8 @@ class TrainConfig:
     """
 
     steps: int = 1000
+    tokens: int | None = None
+    epochs: float | None = None
     batch_size: int = 32
     micro_batch_size: int | None = None
     seed: int = 1
@@ -192,6 +203,8 @@ class TrainConfig:
     min_learning_rate: float = 1e-4
     schedule: str = "cosine"
     warmup: float = 100.0
+    cooldown: float = 0.2
+    cooldown_shape: Literal["sqrt", "linear"] = "sqrt"
     decay_every: int = 1000
     decay_start: int | None = None
     decay_factor: float = 0.5
@@ -202,12 +215,14 @@ class TrainConfig:
     momentum: float = 0.0
     nesterov: bool = False
     label_smoothing: float = 0.0
+    z_loss: float = 0.0
     clip: float = 1.0
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     tf32: bool = True
     compile: bool | Literal["auto"] | None = "auto"
     activation_checkpointing: bool = False
     eval_every: int = 500
+    eval_tokens: int | None = None
     eval_batch_size: int = 64
     threads: int | None = None
     max_seconds: float | None = None

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from hvdlm.protocols.task import Task
     from hvdlm.protocols.world import World
 
-SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt", "step")
+SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt", "step", "wsd")
 
 
 def installed() -> dict[str, EntryPoint]:

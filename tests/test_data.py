@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -207,6 +208,34 @@ def test_sequential_rows_continue_the_last_step() -> None:
         assert inputs[:, 0].tolist() == [250 + 10 * step, 500 + 10 * step]
         np.testing.assert_array_equal(targets, inputs + 1)
     assert reader.rows(4 * reader.windows, 4 * reader.windows + 4)[2]
+
+
+@pytest.mark.parametrize("split", [sampler.independent_windows, sampler.parallel_streams])
+@given(
+    length=st.integers(20, 700),
+    context=st.integers(1, 33),
+    rows=st.integers(1, 9),
+    ranks=st.integers(1, 4),
+    limit=st.integers(1, 800),
+)
+@settings(deadline=None)
+def test_a_limited_evaluation_counts_that_many_targets_once(
+    split: Callable, length: int, context: int, rows: int, ranks: int, limit: int
+) -> None:
+    tokens = np.arange(length, dtype=np.uint16)
+    counted = []
+    for rank in range(ranks):
+        for inputs, targets, weights, _ in split(tokens, context, rows, rank, ranks, limit):
+            kept = np.ones(targets.shape, bool) if weights is None else weights > 0
+            assert (targets[kept] == inputs[kept] + 1).all()
+            counted += targets[kept].tolist()
+    assert len(set(counted)) == len(counted) <= length - 1
+    if limit >= length - 1:
+        assert len(counted) == length - 1
+    else:
+        assert limit - context < len(counted) < limit + max(context, rows)
+    if split is sampler.independent_windows and len(counted) > 2 * context:
+        assert min(counted) <= context and max(counted) > (length - 1) / 3
 
 
 @pytest.mark.parametrize("split", [sampler.independent_windows, sampler.parallel_streams])

@@ -84,9 +84,15 @@ def test_schedules_follow_their_formulas() -> None:
     assert [later[step] for step in (0, 39, 40, 49, 50)] == [1.0, 1.0, 0.5, 0.5, 0.25]  # as in Zaremba et al. 2014
     assert set(rates(schedule="constant", warmup=0)) == {1.0}
     assert rates(schedule="cosine", warmup=0.1) == cosine
+    stable = rates(schedule="wsd", warmup=10, cooldown=0.4)
+    assert stable[:10] == cosine[:10] and set(stable[10:61]) == {1.0}
+    assert stable[70] == pytest.approx(0.1 + 0.9 * (1 - math.sqrt(0.25)))
+    linear = rates(schedule="wsd", warmup=10, cooldown=40, cooldown_shape="linear")
+    assert linear[:61] == stable[:61] and linear[70] == pytest.approx(0.1 + 0.9 * 0.75)
+    assert rates(schedule="wsd", warmup=90, cooldown=40)[:91] == rates(schedule="constant", warmup=90)[:91]
 
 
-@pytest.mark.parametrize("name", ["constant", "linear", "cosine", "inverse_sqrt", "step"])
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine", "inverse_sqrt", "step", "wsd"])
 def test_schedules_stay_in_bounds_and_fall_after_warmup(name: str) -> None:
     curve = rates(schedule=name, warmup=20, decay_factor=0.9)
     assert all(0 < rate <= 1.0 for rate in curve)

@@ -36,7 +36,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ("--n_layer", "--model.layers"),
         ("--max_seq_length", "--data.context"),
         ("--output_dir", "--log.run"),
-        ("--epochs", "number of optimizer steps, --train.steps"),
+        ("--epochs", "--train.epochs"),
         ("--device", "horovodrun -np 2"),
         ("-np", "horovodrun -np 2"),
         ("--report_to", "--plugins '[wandb]'"),

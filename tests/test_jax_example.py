@@ -37,7 +37,16 @@ MODELS = {
     + ("--data.validation_share", "0.0044"),
     "lstm": ("--model.name", "lstm", "--train.micro_batch_size", "4", "--data.sampling", "sequential")
     + ("--train.optimizer", "sgd", "--train.momentum", "0.9", "--train.learning_rate", "0.3")
-    + ("--train.label_smoothing", "0.1", "--data.context", "8", "--data.validation_share", "0.0011"),
+    + (
+        "--train.label_smoothing",
+        "0.1",
+        "--train.z_loss",
+        "0.01",
+        "--data.context",
+        "8",
+        "--data.validation_share",
+        "0.0011",
+    ),
 }
 # Most time of these tests is that of compilation, whose results processes share. Curves are those of optimized code.
 QUICKLY = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"}

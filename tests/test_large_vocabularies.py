@@ -18,6 +18,7 @@ from builders import (
     token_batch,
 )
 from hvdlm.config import LoRAConfig, TrainConfig
+from hvdlm_language.loss_terms import LossTerms
 
 pytestmark = pytest.mark.skipif("tensorflow" not in FRAMEWORKS, reason="chunks of TensorFlow")
 TARGETS, WIDTH, VOCAB = 50, 16, 300
@@ -32,28 +33,31 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # Every pair of two choices stays.
-PAIRS = [(0.0, "float32", False), (0.1, "float32", True), (0.0, "bfloat16", True), (0.1, "bfloat16", False)]
+NONE, BOTH = LossTerms(), LossTerms(0.1, 0.05)
+PAIRS = [(NONE, "float32", False), (BOTH, "float32", True), (NONE, "bfloat16", True), (BOTH, "bfloat16", False)]
 OTHERS = pytest.mark.full(covered_by="the cases that have two of its three choices in common")
 CASES = [
     pytest.param(*case[:2], tolerance, case[2], marks=[] if case in PAIRS else OTHERS)
     for dtype, tolerance in (("float32", 1e-5), ("bfloat16", 0.05))
-    for case in product((0.0, 0.1), (dtype,), (False, True))
+    for case in product((NONE, BOTH), (dtype,), (False, True))
 ]
 
 
-def plain(hidden: Any, head: Any, bias: Any, targets: Any, weights: Any, smoothing: float) -> list[np.ndarray]:
+def plain(hidden: Any, head: Any, bias: Any, targets: Any, weights: Any, terms: LossTerms) -> list[np.ndarray]:
     """Return the losses and the gradients of their sum by the plain formulas, in float64."""
     logits = hidden.astype(np.float64) @ head.T.astype(np.float64) + bias
-    logs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
-    wanted = np.full_like(logs, smoothing / VOCAB)
-    wanted[np.arange(TARGETS), targets] += 1 - smoothing
-    of_logits = (np.exp(logs) - wanted) * weights[:, None]
-    return [-(wanted * logs).sum(1) * weights, of_logits @ head, of_logits.T @ hidden, of_logits.sum(0)]
+    log_sum = np.log(np.exp(logits).sum(1, keepdims=True))
+    logs = logits - log_sum
+    wanted = np.full_like(logs, terms.smoothing / VOCAB)
+    wanted[np.arange(TARGETS), targets] += 1 - terms.smoothing
+    of_logits = (np.exp(logs) * (1 + 2 * terms.z_loss * log_sum) - wanted) * weights[:, None]
+    losses = terms.z_loss * log_sum[:, 0] ** 2 - (wanted * logs).sum(1)
+    return [losses * weights, of_logits @ head, of_logits.T @ hidden, of_logits.sum(0)]
 
 
-@pytest.mark.parametrize(("smoothing", "dtype", "tolerance", "compiled"), CASES)
+@pytest.mark.parametrize(("terms", "dtype", "tolerance", "compiled"), CASES)
 def test_chunks_have_the_plain_losses_and_gradients(
-    smoothing: float, dtype: str, tolerance: float, compiled: bool, small_chunks: None
+    terms: LossTerms, dtype: str, tolerance: float, compiled: bool, small_chunks: None
 ) -> None:
     import tensorflow as tf
 
@@ -66,7 +70,7 @@ def test_chunks_have_the_plain_losses_and_gradients(
 
     def losses(hidden: Any, head: Any, bias: Any) -> Any:
         return chunked_cross_entropy(
-            hidden, head, bias, tf.constant(targets), tf.constant(weights), smoothing, (True, True)
+            hidden, head, bias, tf.constant(targets), tf.constant(weights), terms, (True, True)
         )
 
     with tf.GradientTape() as tape:
@@ -75,7 +79,7 @@ def test_chunks_have_the_plain_losses_and_gradients(
         total = 0.5 * tf.reduce_sum(computed)
     gradients = [2.0 * tf.cast(gradient, tf.float32) for gradient in tape.gradient(total, inputs)]
     hidden, head, bias = (t.numpy().astype(np.float32) for t in inputs)
-    for a, b in zip([computed, *gradients], plain(hidden, head, bias, targets, weights, smoothing), strict=True):
+    for a, b in zip([computed, *gradients], plain(hidden, head, bias, targets, weights, terms), strict=True):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
 
 
@@ -88,7 +92,7 @@ def test_gradients_of_single_losses_are_nan(small_chunks: None) -> None:
     hidden, head, targets = tf.ones([TARGETS, WIDTH]), tf.ones([VOCAB, WIDTH]), tf.range(TARGETS)
     with tf.GradientTape() as tape:
         tape.watch(hidden)
-        loss = chunked_cross_entropy(hidden, head, None, targets, None, 0.0, (True, False))[0]
+        loss = chunked_cross_entropy(hidden, head, None, targets, None, LossTerms(), (True, False))[0]
     assert np.isnan(tape.gradient(loss, hidden).numpy()).all()
 
 
@@ -97,6 +101,7 @@ def test_gradients_of_single_losses_are_nan(small_chunks: None) -> None:
     [
         ("gpt", {}),
         ("gpt", {"precision": "bf16", "label_smoothing": 0.1}),
+        ("gpt", {"label_smoothing": 0.1, "z_loss": 0.01}),
         ("llama", {"micro_batch_size": 4}),
         ("gpt", {"lora": {"rank": 2}}),
         ("gpt", {"lora": {"rank": 2, "layers": ["head"]}, "tie_embeddings": False}),

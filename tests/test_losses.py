@@ -20,6 +20,7 @@ from builders import (
     small_trainable,
     token_batch,
 )
+from hvdlm_language.loss_terms import LossTerms
 from hvdlm_torch import kernels, losses
 
 VOCAB, EMBED, TARGETS, ROWS = 101, 16, 50, 7  # an odd vocabulary, and a last chunk of one target
@@ -53,16 +54,17 @@ def near(ours: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_losses_and_gradients_are_the_plain_ones(rows: int, smoothing: float, biased: bool, weighted: bool) -> None:
+@pytest.mark.parametrize("terms", [LossTerms(), LossTerms(smoothing=0.1), LossTerms(0.2, 0.05)], ids=str)
+def test_losses_and_gradients_are_the_plain_ones(rows: int, terms: LossTerms, biased: bool, weighted: bool) -> None:
     hidden, head, bias = inputs()
     leaves = [hidden, head, bias] if biased else [hidden, head]
     targets, weights = targets_and_weights()
     scores = F.linear(*leaves)
-    plain = F.cross_entropy(scores, targets, reduction="none", label_smoothing=smoothing)
+    plain = F.cross_entropy(scores, targets, reduction="none", label_smoothing=terms.smoothing)
+    plain = plain + terms.z_loss * scores.logsumexp(-1) ** 2
     plain = plain * weights if weighted else plain
     ours = losses.chunked_cross_entropy(
-        hidden, head, bias if biased else None, targets, weights if weighted else None, smoothing, torch.float32
+        hidden, head, bias if biased else None, targets, weights if weighted else None, terms, torch.float32
     )
     assert near(ours, plain, 1e-6)
     for a, b in zip(*(torch.autograd.grad(x.sum() * 0.37, leaves) for x in (ours, plain)), strict=True):
@@ -74,7 +76,7 @@ def test_bf16_products_have_float32_losses(rows: int) -> None:
     targets, _ = targets_and_weights()
     scores = F.linear(hidden.bfloat16(), head.bfloat16()).float()
     plain = F.cross_entropy(scores, targets, reduction="none")
-    ours = losses.chunked_cross_entropy(hidden, head, None, targets, None, 0.0, torch.bfloat16)
+    ours = losses.chunked_cross_entropy(hidden, head, None, targets, None, LossTerms(), torch.bfloat16)
     assert near(ours, plain, 1e-6)
     for a, b in zip(*(torch.autograd.grad(x.sum(), [hidden, head]) for x in (ours, plain)), strict=True):
         assert near(a, b, 1e-2)
@@ -84,14 +86,14 @@ def test_large_logits_have_exact_losses(rows: int) -> None:
     hidden, head, _ = inputs()
     targets, _ = targets_and_weights()
     plain = F.cross_entropy(F.linear(hidden * 1e3, head).double(), targets, reduction="none").float()
-    ours = losses.chunked_cross_entropy(hidden * 1e3, head, None, targets, None, 0.0, torch.float32)
+    ours = losses.chunked_cross_entropy(hidden * 1e3, head, None, targets, None, LossTerms(), torch.float32)
     assert torch.isfinite(ours).all() and near(ours, plain, 1e-6)
 
 
 def test_a_gradient_that_differs_by_target_is_refused(rows: int) -> None:
     hidden, head, _ = inputs()
     targets, weights = targets_and_weights()
-    ours = losses.chunked_cross_entropy(hidden, head, None, targets, None, 0.0, torch.float32)
+    ours = losses.chunked_cross_entropy(hidden, head, None, targets, None, LossTerms(), torch.float32)
     with pytest.raises(RuntimeError, match="sum of its losses only"):
         (ours * weights).sum().backward()
 
@@ -132,7 +134,7 @@ MODELS: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}),
     ("lstm", {}),
     ("seq2seq", {}),
-    ("gpt", {"label_smoothing": 0.1}),
+    ("gpt", {"label_smoothing": 0.1, "z_loss": 0.01}),
     ("gpt", {"activation_checkpointing": True}),
     ("gpt", {"lora": {"rank": 4, "layers": "*"}}),
 ]

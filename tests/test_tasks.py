@@ -18,7 +18,7 @@ from hvdlm.config import Config
 from hvdlm.errors import HvdlmError
 from hvdlm.protocols.types import Batch
 from hvdlm_tasks.digits import Digits
-from hvdlm_tasks.items import ShuffledItems
+from hvdlm_tasks.items import ShuffledItems, spread
 from hvdlm_tasks.mel import frame_count, log_mel
 from hvdlm_tasks.recordings import WORDS, read_recordings
 from hvdlm_tasks.speech import Speech, SpeechOptions
@@ -54,6 +54,13 @@ def concatenate(batches: list[Batch]) -> Batch:
 
 
 # Items
+
+
+def test_a_part_of_the_items_is_spread_over_all() -> None:
+    targets = np.arange(1, 101)
+    assert spread(targets, None).tolist() == spread(targets, 5050).tolist() == list(range(100))
+    assert spread(targets, 505).tolist() == list(range(0, 100, 10))
+    assert spread(targets, 1).tolist() == [0] and len(spread(targets, 5049)) == 100
 
 
 def test_every_item_comes_once_an_epoch() -> None:

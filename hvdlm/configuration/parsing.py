@@ -21,6 +21,7 @@ from hvdlm.errors import HvdlmError, nearest
 from hvdlm.io import safe_yaml, text_decoding, untrusted_input
 
 _SENTENCE = 1000  # characters of an error: the value it quotes may be long
+_LENGTHS = ("--train.steps", "--train.tokens", "--train.epochs")  # of a run: the one that is given last counts
 _CONFIG_LIMIT = 2**18  # bytes: a larger file is no configuration
 
 
@@ -91,7 +92,7 @@ def parse_config(arguments: list[str], command: str = "[train]") -> Config:
     for name, content in files.items():
         schema.check_mapping(content, parser.known, f"--config {name}")
     expanded = list(_expand_files(arguments, files, parser.known))
-    parsed = parser.instantiate_classes(parser.parse_args(expanded))
+    parsed = parser.instantiate_classes(parser.parse_args([*expanded, *_other_lengths(expanded)]))
     fields = [name for name in Config.__dataclass_fields__ if name != "plugin_options"]
     return Config(**{name: parsed[name] for name in fields}, plugin_options={name: parsed[name] for name in plugins})
 
@@ -154,6 +155,19 @@ def _expand_files(
         yield from as_options(files[value], known, "")
 
 
+def _other_lengths(arguments: list[str]) -> list[str]:
+    """Return options that unset ``train.tokens`` and ``train.epochs`` where another length is given later."""
+    last = {name: index for index, argument in enumerate(arguments) for name in _LENGTHS if _is_option(argument, name)}
+    given = [name for name in sorted(last, key=last.__getitem__) if _value(arguments, last[name]) != "null"]
+    return [f"{name}=null" for name in given[:-1] if name != "--train.steps"]
+
+
+def _value(arguments: list[str], index: int) -> str:
+    """Return the value of the option at ``index``, "" without one."""
+    following = arguments[index + 1] if index + 1 < len(arguments) else ""
+    return arguments[index].partition("=")[2] or following
+
+
 def as_options(content: Mapping[str, Any], known: Mapping[str, Any], prefix: str) -> Iterator[str]:
     """Yield options, whose names may be dotted or nested by section, as arguments of the command line."""
     for name, value in content.items():
@@ -173,8 +187,7 @@ def values_of(name: str, arguments: list[str]) -> list[str]:
     values = []
     for index, argument in enumerate(arguments):
         if _is_option(argument, name):
-            following = arguments[index + 1] if index + 1 < len(arguments) else ""
-            values.append(argument.partition("=")[2] or following)
+            values.append(_value(arguments, index))
     return values
 
 

@@ -12,8 +12,9 @@ from hvdlm.io.untrusted_input import shown
 _LARGEST = 2.0**63  # NaN isn't below it either
 _POSITIVE = """
     model.layers model.width model.heads model.kv_heads model.mlp_width model.vocab lora.rank data.vocab_size
-    data.context train.steps train.batch_size train.micro_batch_size train.decay_every train.decay_start
-    train.eval_batch_size train.threads parallel.data parallel.pipeline parallel.tensor parallel.data_per_node
+    data.context train.steps train.tokens train.batch_size train.micro_batch_size train.decay_every train.decay_start
+    train.eval_tokens train.eval_batch_size train.threads parallel.data parallel.pipeline parallel.tensor
+    parallel.data_per_node
     communication.bucket_bytes communication.fusion_bytes communication.compression.rank
     communication.compression.min_elements communication.exact_rows communication.local.steps
     communication.local.fragments checkpoint.keep log.every train.max_skips
@@ -34,6 +35,8 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "train.learning_rate": (lambda v: v > 0, "above 0"),
     "train.min_learning_rate": (lambda v: v >= 0, "0 or more"),
     "train.warmup": (lambda v: v >= 0 and (v < 1 or v == int(v)), "whole steps, or a share between 0 and 1"),
+    "train.epochs": (lambda v: v > 0, "above 0"),
+    "train.cooldown": (lambda v: v > 0 and (v < 1 or v == int(v)), "whole steps, or a share between 0 and 1"),
     "train.decay_factor": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
     "train.weight_decay": (lambda v: v >= 0, "0 or more"),
     "train.beta1": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
@@ -41,6 +44,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "train.epsilon": (lambda v: v > 0, "above 0"),
     "train.momentum": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
     "train.label_smoothing": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
+    "train.z_loss": (lambda v: v >= 0, "0 or more"),
     "train.clip": (lambda v: v >= 0, "0 (no clipping) or more"),
     "train.max_seconds": (lambda v: v > 0, "above 0"),
     "train.spike": (lambda v: v == 0 or v > 1, "0 (only what is not finite) or above 1"),

@@ -11,7 +11,7 @@ from typing import Any
 import pluggy
 
 from hvdlm import plugins
-from hvdlm.config import Config
+from hvdlm.config import Config, TrainConfig
 from hvdlm.configuration import ranges
 from hvdlm.data import corpora
 from hvdlm.errors import HvdlmError, nearest
@@ -35,6 +35,7 @@ def values(config: Config) -> None:
             f"train.min_learning_rate {config.train.min_learning_rate} is above train.learning_rate "
             f"{config.train.learning_rate}: lower it (--train.min_learning_rate)."
         )
+    one_length(config.train)
     if config.lora.rank is None and (config.lora.alpha is not None or config.lora.layers is not None):
         raise HvdlmError("lora.alpha and lora.layers configure adapters, which lora.rank enables: --lora.rank 8.")
     if config.train.nesterov and not config.train.momentum:
@@ -44,6 +45,16 @@ def values(config: Config) -> None:
         if config.task != "language_model":
             raise HvdlmError(f"data.mixture: the task {config.task} doesn't support mixtures: give it data.path.")
     writable(Path(config.log.run), "log.run")
+
+
+def one_length(train: TrainConfig) -> None:
+    """Check that the run has one length.
+
+    Raises:
+        HvdlmError: tokens and epochs are given.
+    """
+    if train.tokens is not None and train.epochs is not None:
+        raise HvdlmError("train.tokens and train.epochs both set the length of the run: give one of them.")
 
 
 def writable(folder: Path, key: str) -> None:

@@ -24,10 +24,10 @@ def check(config: Config, spec: ModelSpec) -> None:
         _check_custom_module(config, s)
     elif spec.kind not in ("gpt", "rnn") and config.train.activation_checkpointing:
         raise HvdlmError(f"train.activation_checkpointing is for gpt and recurrent models, not for a {spec.kind}.")
-    if config.train.label_smoothing and p.tensor > 1:
+    if spec.loss == "ctc" and (config.train.label_smoothing or config.train.z_loss):
         raise HvdlmError(
-            "train.label_smoothing needs whole rows of scores, which tensor ranks shard: set it to 0, or keep "
-            "parallel.tensor at 1."
+            f"train.label_smoothing and train.z_loss change a cross entropy, model.name {config.model.name} has the "
+            "loss of CTC: leave both at 0."
         )
     if spec.kind not in ("gpt", "rnn") and (p.tensor > 1 or p.pipeline > 1):
         what = "a plugin's own module" if spec.kind == "own" else f"a {spec.kind}"

@@ -305,7 +305,7 @@ class Step:
         if stage.first:
             total += both + 4 * self.partial("embed.positions")
         if stage.last:
-            total += both + 4 * self.partial("final_norm.") + 3 * 4 * self.tokens
+            total += both + 4 * self.partial("final_norm.") + self.loss_bytes()
         return total
 
     def partial(self, prefix: str) -> int:
@@ -322,7 +322,11 @@ class Step:
             gathers += self.time + self.habits.recomputes_all
         total = layers * (gathers * (state // self.mesh.tensor) + self.time * state)
         total += 2 * self.item * self.tokens * self.s.width if stage.first else 0
-        return total + (3 * 4 * self.tokens if stage.last else 0)
+        return total + (self.loss_bytes() if stage.last else 0)
+
+    def loss_bytes(self) -> int:
+        """Return the bytes of the figures of every target that ranks with a part of its scores gather."""
+        return 4 * self.tokens * (4 if self.config.train.label_smoothing else 3)
 
 
 def idle_share(stages: int, micro_batches: int) -> float:

@@ -88,8 +88,9 @@ class _Model:
         cast = 6.0 if self.item == 2 else 0.0
         blocking = self.summed("head", backward=False)
         if self.tensor > 1:
-            # Of each position, three figures from every rank.
-            blocking += (Collective("all_gather", 12.0 * tokens * self.tensor, "tensor"),)
+            # Of each position, three figures from every rank, with label smoothing four.
+            figures = 4 if self.step.config.train.label_smoothing else 3
+            blocking += (Collective("all_gather", 4.0 * figures * tokens * self.tensor, "tensor"),)
         scores = float(tokens * self.vocab)
         forward = Pass(
             product,

@@ -14,7 +14,9 @@ class Task(Protocol):
     """Provides batches and metrics.
 
     ``vocab``: ids are below it. ``fingerprint``: identifies the data, the same on all ranks that have the same data.
-    ``reads``: the names of its batches' features, those of ``ModelSpec.reads``.
+    ``reads``: the names of its batches' features, those of ``ModelSpec.reads``. A task may have two more attributes:
+    ``epoch_rows``, the rows of a pass over its training data, by which ``train.epochs`` counts, and ``row_tokens``, the
+    targets of every row, by which ``train.tokens`` does; None where a run of it has none.
     """
 
     vocab: int
@@ -38,7 +40,9 @@ class Task(Protocol):
     def validation(self, rank: int, size: int) -> Iterator[Batch]:
         """Yield the shard of the validation split of ``rank`` of ``size`` data ranks, in a fixed order.
 
-        Ranks may get different numbers of batches: nothing in evaluation communicates per batch.
+        Ranks may get different numbers of batches: nothing in evaluation communicates per batch. A task for which
+        ``train.eval_tokens`` may be set has a third parameter, ``limit``: the number of targets that all ranks together
+        evaluate, about, spread over the split; None: all.
         """
 
     def count(self, trainable: Trainable, batch: Batch) -> dict[str, float]:

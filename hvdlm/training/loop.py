@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from hvdlm import plugins
@@ -87,7 +88,8 @@ def train(run: Run, signals: Signals) -> dict[str, Any]:
             if checking and not saving:  # a save compares all of the state
                 check_replicas(run, step)
             if evaluating and not stopped:
-                metrics = evaluate(run, step)
+                part = None if finish or step == config.train.steps else config.train.eval_tokens
+                metrics = evaluate(run, step, part)
             if saving:
                 saved, save_due = save(run, step, metrics), False
             reports.vote()
@@ -120,7 +122,9 @@ def last_metrics(run: Run, step: int) -> dict[str, Any]:
     known = run.checkpoint.manifest.get("metrics") if run.checkpoint else None
     known = known or {}
     left_out = run.checkpoint and step and due(step, run.config.train.eval_every) and step < run.config.train.steps
-    return evaluate(run, step) if left_out and known.get("step") != step else known
+    if not left_out or known.get("step") == step:
+        return known
+    return evaluate(run, step, run.config.train.eval_tokens)
 
 
 def do_step(run: Run, step: int, row: int, batches: Batches, learning_rate: float, reports: Reports) -> StepResult:
@@ -140,10 +144,10 @@ def due(done: int, every: int) -> bool:
     return every > 0 and done % every == 0
 
 
-def evaluate(run: Run, step: int | None = None) -> dict[str, Any]:
-    """Return the task's metrics on the whole validation split, which data ranks divide. All ranks call.
+def evaluate(run: Run, step: int | None = None, limit: int | None = None) -> dict[str, Any]:
+    """Return the task's metrics on the validation split, which data ranks divide. All ranks call.
 
-    With ``step``, report them, and include it in them.
+    With ``step``, report them, and include it in them. ``limit``: the targets that are evaluated, about; None: all.
     """
     coordinates = run.mesh.coordinates(run.world.rank)
     # Of the ranks that hold one copy of the model, one of the last stage knows the losses.
@@ -152,9 +156,10 @@ def evaluate(run: Run, step: int | None = None) -> dict[str, Any]:
     leaves = run.config.train.batch_size // (run.config.train.micro_batch_size or 1)
     size = leaves if run.config.communication.reduction == "exact" else run.mesh.data
     own = size // run.mesh.data
+    part = {} if limit is None else {"limit": limit}
     sums: list[Counter[str]] = [Counter() for _ in range(own)]
     for shard, totals in enumerate(sums, coordinates["data"] * own):
-        for batch in run.task.validation(shard, size):
+        for batch in run.task.validation(shard, size, **part):
             totals.update(sums_of(run.task, run.trainable, batch))
             process.alive()
     metrics = run.task.metrics(over_ranks(run.world, sums if counts else []))
@@ -184,7 +189,7 @@ def save(run: Run, done: int, metrics: dict[str, Any]) -> int:
     began = time.perf_counter()
     run.check_folder()
     meta = {
-        "config": run.requested.to_dict(),
+        "config": replace(run.requested, train=replace(run.requested.train, steps=run.config.train.steps)).to_dict(),
         "tokenizer": run.task.tokenizer.hash,
         "vocab": run.config.model.vocab or run.task.vocab,
         "data": run.task.fingerprint,

@@ -37,6 +37,7 @@ from hvdlm.protocols.trainable import Trainable
 from hvdlm.protocols.world import World
 from hvdlm.training import preflight, run_folder, run_lock
 from hvdlm.training.data_cursor import DataCursor
+from hvdlm.training.run_length import with_steps
 from hvdlm.training.step_guard import StepGuard
 
 _DAY = 86400.0  # seconds
@@ -111,13 +112,19 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Connected:
-    """A run whose ranks are connected, its model not yet built. ``lock``: of its folder, where this rank holds it."""
+class Opened:
+    """A run whose data is open: its plan, with the number of steps, its model's description, and adapters' weights."""
 
     plan: Plan
     task: Task
     spec: ModelSpec
     base: Base | None
+
+
+@dataclass(frozen=True)
+class Connected(Opened):
+    """A run whose ranks are connected, its model not yet built. ``lock``: of its folder, where this rank holds it."""
+
     framework: Framework
     world: World
     lock: FileLock | None
@@ -234,15 +241,15 @@ def _connect(plan: Plan, lock: FileLock | None) -> Connected:
     share_phases(plan)
     _, size, _, _ = plan.backend.launch_shape()
     checkpoint = _check_folder(plan.config, size) if plan.writes else None  # now that no other run writes it
-    task, spec, base = open_task(plan)
+    opened = open_task(plan)
     if checkpoint:
-        preflight.check_continuation(checkpoint, task, spec, plan.config, base)
+        preflight.check_continuation(checkpoint, opened.task, opened.spec, opened.plan.config, opened.base)
     framework, world = connect_ranks(plan)
-    return Connected(plan, task, spec, base, framework, world, lock)
+    return Connected(**vars(opened), framework=framework, world=world, lock=lock)
 
 
-def open_task(plan: Plan) -> tuple[Task, ModelSpec, Base | None]:
-    """Open the data; return the task, the model's description, and the base weights of adapters.
+def open_task(plan: Plan) -> Opened:
+    """Open the data, which decides how many steps ``train.epochs`` and ``train.tokens`` are.
 
     Raises:
         HvdlmError: the data don't fit the model.
@@ -250,6 +257,9 @@ def open_task(plan: Plan) -> tuple[Task, ModelSpec, Base | None]:
     config, manager = plan.config, plan.manager
     with process.during("preparing the data", patience=READING):
         task = plugins.make(manager, "task", config.task, config=config)
+    config = with_steps(config, task)
+    if config.train.eval_tokens is not None and "limit" not in signature(task.validation).parameters:
+        raise HvdlmError(f"train.eval_tokens: the task {config.task} evaluates its whole split only: leave it out.")
     vocab = config.model.vocab or task.vocab
     if vocab < task.vocab:
         raise HvdlmError(
@@ -265,7 +275,7 @@ def open_task(plan: Plan) -> tuple[Task, ModelSpec, Base | None]:
         )
     manager.hook.hvdlm_check_data(config=config, task=task)
     spec, base = attach(adapt(spec, config.lora), config.model.pretrained, config.train.seed, config.plugins)
-    return task, spec, base
+    return Opened(replace(plan, config=config), task, spec, base)
 
 
 def share_phases(plan: Plan) -> None:

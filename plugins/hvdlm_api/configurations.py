@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hvdlm.config import Config
-from hvdlm.configuration import parsing, schema
+from hvdlm.configuration import parsing, schema, validation
 from hvdlm.errors import HvdlmError
 
 _COMMANDS = {"help", "config", "print_config"}  # options of the command line alone, which print and exit
@@ -57,6 +57,7 @@ def _content(source: Any) -> dict[str, Any] | str:
     All attributes of a configuration count: one that it doesn't declare was misspelled where it was assigned.
     """
     if isinstance(source, Config):
+        validation.one_length(source.train)  # of several options, the last one counts
         options = dict(vars(source))
         return _plain(options.pop("plugin_options"), "") | _plain(options, "")
     if isinstance(source, Mapping):

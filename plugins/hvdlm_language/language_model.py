@@ -39,6 +39,8 @@ class LanguageModel:
         for corpus in self._corpora:
             self._check(corpus)
         self._sampler = self._make_sampler()
+        self.row_tokens = config.data.context
+        self.epoch_rows = None if isinstance(self._sampler, sampler.MixtureSampler) else self._sampler.epoch_rows
 
     def _vocab(self) -> int:
         """Return the tokenizer's number of ids, or that of the model's embedding if it lacks only unused tokens."""
@@ -82,15 +84,19 @@ class LanguageModel:
             folders = ", ".join(str(corpus.data.folder) for corpus in self._corpora)
             raise error(f"{folders} holds the id {number}, the model has {self.vocab} ids: prepare it again.")
 
-    def validation(self, rank: int, size: int) -> Iterator[Batch]:
-        """Yield ``rank``'s part of the validation split, of the corpora of a mixture one after the other."""
+    def validation(self, rank: int, size: int, limit: int | None = None) -> Iterator[Batch]:
+        """Yield ``rank``'s part of the validation split, of the corpora of a mixture one after the other.
+
+        They divide the ``limit`` by their shares.
+        """
         data, train = self._config.data, self._config.train
         for corpus in self._corpora:
             tokens = corpus.data.validation
+            own = None if limit is None else math.ceil(limit * corpus.share)
             if data.sampling == "shuffled":
-                windows = sampler.independent_windows(tokens, data.context, train.eval_batch_size, rank, size)
+                windows = sampler.independent_windows(tokens, data.context, train.eval_batch_size, rank, size, own)
             else:
-                windows = sampler.parallel_streams(tokens, data.context, train.batch_size, rank, size)
+                windows = sampler.parallel_streams(tokens, data.context, train.batch_size, rank, size, own)
             for inputs, targets, weights, reset in windows:
                 yield Batch(inputs, targets, weights, reset, corpus=corpus.name)
 

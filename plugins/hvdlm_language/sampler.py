@@ -57,7 +57,7 @@ class ShuffledSampler:
         self._seed = seed
         self._stream = stream
         # One window fewer than fit without a shift, so that every shift below the context fits.
-        self.windows = max(1, (len(tokens) - 1) // context - 1)
+        self.windows = self.epoch_rows = max(1, (len(tokens) - 1) // context - 1)
         # Drawing an epoch has a fixed cost: a block of a short text has no more epochs than a batch needs.
         self._drawn = _Blocks(min(_BLOCK, max(batch_size, self.windows)), self._draw)
 
@@ -172,6 +172,7 @@ class SequentialSampler:
         self._batch_size = batch_size
         self._stream_length = (len(tokens) - 1) // batch_size
         self.windows = self._stream_length // context
+        self.epoch_rows = self.windows * batch_size
 
     def rows(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray, bool]:
         """Return int32 inputs and targets ``[last - first, context]`` of rows ``first:last``, which are of one batch.
@@ -187,34 +188,43 @@ TokenBatch = tuple[np.ndarray, np.ndarray, np.ndarray | None, bool]
 """(inputs, targets, weights, reset), as the fields of ``Batch``."""
 
 
-def independent_windows(tokens: Tokens, context: int, rows: int, rank: int, size: int) -> Iterator[TokenBatch]:
+def independent_windows(
+    tokens: Tokens, context: int, rows: int, rank: int, size: int, limit: int | None = None
+) -> Iterator[TokenBatch]:
     """Yield the batches of a split that ``rank`` evaluates, every target of the split predicted exactly once.
 
     Every rank has a contiguous range of windows, in batches of one shape, of at most ``rows``: for every shape, a graph
-    is traced. The last batch, and the last window of the split, are padded, with weight 0.
+    is traced. The last batch, and the last window of the split, are padded, with weight 0. ``limit``: the fewest
+    windows with so many targets, spread evenly over the split.
     """
     targets = len(tokens) - 1
     windows = -(-targets // context)
-    first, last = bounds(windows, size, rank)
+    chosen = windows if limit is None else min(windows, -(-limit // context))
+    first, last = bounds(chosen, size, rank)
     if first == last:
         return
     batches = -(-(last - first) // rows)
     rows = -(-(last - first) // batches)
-    complete = last * context <= targets and batches * rows == last - first
+    complete = (chosen < windows or last * context <= targets) and batches * rows == last - first
     for start in range(first, last, rows):
-        stop = min(start + rows, last)
-        read = np.asarray(tokens[start * context : min(stop * context, targets) + 1], np.int32)
-        padded = np.concatenate([read, np.zeros(rows * context + 1 - len(read), np.int32)])
-        counted = np.ones(rows * context, np.float32)
-        counted[len(read) - 1 :] = 0
-        weights = None if complete else counted.reshape(-1, context)
-        yield padded[:-1].reshape(-1, context), padded[1:].reshape(-1, context), weights, True
+        padded = np.zeros((rows, context + 1), np.int32)
+        weights = np.zeros((rows, context), np.float32)
+        for row, number in enumerate(range(start, min(start + rows, last))):
+            begin = number * windows // chosen * context
+            read = tokens[begin : begin + context + 1]
+            padded[row, : len(read)] = read
+            weights[row, : len(read) - 1] = 1
+        arrays = np.ascontiguousarray(padded[:, :-1]), np.ascontiguousarray(padded[:, 1:])
+        yield *arrays, (None if complete else weights), True
 
 
-def parallel_streams(tokens: Tokens, context: int, streams: int, rank: int, size: int) -> Iterator[TokenBatch]:
+def parallel_streams(
+    tokens: Tokens, context: int, streams: int, rank: int, size: int, limit: int | None = None
+) -> Iterator[TokenBatch]:
     """Yield the batches that ``rank`` evaluates of a split read in ``streams`` parallel streams with carried state.
 
-    They have one shape, at most ``context`` wide; shorter streams are padded, with weight 0.
+    They have one shape, at most ``context`` wide; shorter streams are padded, with weight 0. ``limit``: the beginnings
+    of the streams, with so many targets or one of each stream more.
     """
     streams = max(1, min(streams, (len(tokens) - 1) // 2))
     first, last = bounds(streams, size, rank)
@@ -222,6 +232,8 @@ def parallel_streams(tokens: Tokens, context: int, streams: int, rank: int, size
         return
     edges = np.arange(streams + 1) * (len(tokens) - 1) // streams
     lengths = edges[1:] - edges[:-1]
+    if limit is not None:
+        lengths = np.minimum(lengths, -(-limit // streams))
     longest = int(lengths.max())
     batches = -(-longest // context)
     width = -(-longest // batches)
@@ -231,7 +243,7 @@ def parallel_streams(tokens: Tokens, context: int, streams: int, rank: int, size
         targets, weights = np.zeros_like(inputs), np.zeros((last - first, width), np.float32)
         for row, stream in enumerate(range(first, last)):
             begin = edges[stream] + start
-            count = max(0, min(width, edges[stream + 1] - begin))
+            count = max(0, min(width, lengths[stream] - start))
             inputs[row, :count] = tokens[begin : begin + count]
             targets[row, :count] = tokens[begin + 1 : begin + 1 + count]
             weights[row, :count] = 1

@@ -21,7 +21,7 @@ from hvdlm.protocols.world import World
 from hvdlm_corpora import compression
 from hvdlm_corpora.tokenizers import CharTokenizer
 from hvdlm_language.language_model import loss_figures
-from hvdlm_tasks.items import ShuffledItems, split_evenly
+from hvdlm_tasks.items import ShuffledItems, split_evenly, spread
 from hvdlm_tasks.models.convnet import READS, SIDE
 
 _MEAN, _STD = 0.1307, 0.3081  # of MNIST's training images: the usual normalisation
@@ -54,6 +54,7 @@ class Digits:
                 "train or none to validate on: choose another."
             )
         self._items = ShuffledItems(self._train, config.train.batch_size, config.train.seed)
+        self.epoch_rows = self._items.count
 
     def rows(self, first: int, last: int) -> Batch:
         """Return rows ``first:last`` of the global order."""
@@ -63,9 +64,9 @@ class Digits:
         labels = self._labels[items][:, None]
         return Batch(np.zeros_like(labels), labels, None, True, {"images": _normalised(self._images[items])})
 
-    def validation(self, rank: int, size: int) -> Iterator[Batch]:
+    def validation(self, rank: int, size: int, limit: int | None = None) -> Iterator[Batch]:
         """Yield ``rank``'s part of the validation images."""
-        items = np.arange(self._train, len(self._labels))
+        items = self._train + spread(np.ones(len(self._labels) - self._train, np.int64), limit)
         return map(self._make_batch, split_evenly(items, rank, size, self._config.train.eval_batch_size))
 
     def count(self, trainable: Trainable, batch: Batch) -> dict[str, float]:

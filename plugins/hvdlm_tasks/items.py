@@ -23,7 +23,7 @@ class ShuffledItems:
     def __init__(
         self, count: int, batch_size: int, seed: int, lengths: Sequence[int] | np.ndarray | None = None
     ) -> None:
-        self._count = count
+        self.count = count
         self._batch = batch_size
         self._seed = seed
         self._lengths = None if lengths is None else np.asarray(lengths)
@@ -41,18 +41,18 @@ class ShuffledItems:
     def _items(self, start: int, stop: int) -> np.ndarray:
         positions = np.arange(start, stop)
         items = np.empty(len(positions), np.int64)
-        for epoch in np.unique(positions // self._count):
-            within = positions // self._count == epoch
-            items[within] = self._epoch(int(epoch))[positions[within] % self._count]
+        for epoch in np.unique(positions // self.count):
+            within = positions // self.count == epoch
+            items[within] = self._epoch(int(epoch))[positions[within] % self.count]
         return items
 
     def _draw_epoch(self, epoch: int) -> np.ndarray:
         key = permutation_key(self._seed, epoch)
-        order = permute(np.arange(self._count), self._count, key)
+        order = permute(np.arange(self.count), self.count, key)
         if self._lengths is None:
             return order
         pool = _POOL * self._batch
-        return np.concatenate([self._grouped(order[i : i + pool], key) for i in range(0, self._count, pool)])
+        return np.concatenate([self._grouped(order[i : i + pool], key) for i in range(0, self.count, pool)])
 
     def _grouped(self, items: np.ndarray, key: int) -> np.ndarray:
         """Return ``items`` grouped into batches of similar length, the whole batches shuffled."""
@@ -62,6 +62,13 @@ class ShuffledItems:
         order = permute(np.arange(whole), max(1, whole), key)
         batches = [ordered[i * self._batch : (i + 1) * self._batch] for i in order]
         return np.concatenate([*batches, ordered[whole * self._batch :]])
+
+
+def spread(targets: np.ndarray, limit: int | None) -> np.ndarray:
+    """Return indices of items, evenly spaced, that have about ``limit`` of all ``targets`` ``[items]``; None: all."""
+    count, total = len(targets), int(targets.sum())
+    chosen = count if limit is None or limit >= total else -(-count * limit // total)
+    return np.arange(chosen) * count // chosen
 
 
 def split_evenly(items: np.ndarray, rank: int, size: int, rows: int) -> Iterator[np.ndarray]:

@@ -22,7 +22,7 @@ from hvdlm_language.likelihood import log_softmax
 from hvdlm_language.padding import pad_rows, round_up
 from hvdlm_language.scorer import Scorer, open_scorer
 from hvdlm_tasks.ctc_beam import prefix_beam_search
-from hvdlm_tasks.items import ShuffledItems, split_evenly
+from hvdlm_tasks.items import ShuffledItems, split_evenly, spread
 from hvdlm_tasks.mel import HOP, frame_count, log_mel
 from hvdlm_tasks.models.ctc import BANDS, READS, output_frames
 from hvdlm_tasks.recordings import Recording, Recordings, read_recordings, read_sound
@@ -127,6 +127,7 @@ class Speech:
         self._validation = _Utterances(validation, self.rate, validation_joined, o.gap, 0)
         self._validation_count = len(validation)
         self._items = ShuffledItems(len(train), config.train.batch_size, seed)
+        self.epoch_rows = self._items.count
 
     def rows(self, first: int, last: int) -> Batch:
         """Return rows ``first:last`` of the global order."""
@@ -168,10 +169,11 @@ class Speech:
             frames[:, low : low + width] = 0
             frames[start : start + length] = 0
 
-    def validation(self, rank: int, size: int) -> Iterator[Batch]:
+    def validation(self, rank: int, size: int, limit: int | None = None) -> Iterator[Batch]:
         """Yield ``rank``'s part of the validation utterances, sorted by length."""
         sizes = [self._validation.size(i, i) for i in range(self._validation_count)]
         order = np.argsort([frames for frames, _ in sizes], kind="stable")
+        order = order[spread(np.array([characters for _, characters in sizes])[order], limit)]
         for chosen in split_evenly(order, rank, size, self._config.train.eval_batch_size):
             items = chosen.tolist()
             yield self._make_batch(self._validation, items, items, [sizes[i] for i in items], False)

@@ -20,7 +20,7 @@ from hvdlm_corpora import tokenizers
 from hvdlm_language.language_model import loss_figures
 from hvdlm_language.padding import pad_rows, round_up
 from hvdlm_tasks.beam import beam_search
-from hvdlm_tasks.items import ShuffledItems, split_evenly
+from hvdlm_tasks.items import ShuffledItems, split_evenly, spread
 from hvdlm_tasks.models.seq2seq import READS
 from hvdlm_tasks.pairs import Sentences, Texts, read_texts
 
@@ -67,6 +67,7 @@ class Translation:
         self._references = validation.target
         lengths = np.maximum(self._train[0].lengths, self._train[1].lengths)
         self._items = ShuffledItems(len(lengths), config.train.batch_size, config.train.seed, lengths)
+        self.epoch_rows = self._items.count
         self._bleu = _sacrebleu() if self._options.bleu else None
 
     def _encode(self, texts: Texts) -> tuple[Sentences, Sentences]:
@@ -89,9 +90,10 @@ class Translation:
         features = {"source": source_ids, "source_length": source_weights.sum(1).astype(np.int32)}
         return Batch(inputs, targets, weights, True, features, items)
 
-    def validation(self, rank: int, size: int) -> Iterator[Batch]:
+    def validation(self, rank: int, size: int, limit: int | None = None) -> Iterator[Batch]:
         """Yield ``rank``'s part of the validation pairs, sorted by length."""
         order = np.argsort(self._validation[0].lengths, kind="stable")
+        order = order[spread(self._validation[1].lengths[order] + 1, limit)]
         for items in split_evenly(order, rank, size, self._config.train.eval_batch_size):
             yield self._make_batch(self._validation, items, items)
 

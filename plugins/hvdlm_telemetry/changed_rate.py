@@ -16,7 +16,7 @@ from hvdlm.training.lr_schedule import make_schedule
 from hvdlm.training.run_control import RunControl
 
 _SETTINGS = ["steps", "schedule", "learning_rate", "min_learning_rate", "warmup"]
-_SETTINGS += ["decay_every", "decay_start", "decay_factor"]
+_SETTINGS += ["cooldown", "cooldown_shape", "decay_every", "decay_start", "decay_factor"]
 _TOLERANCE = 0.05  # relative change of the rate that is not worth a sentence
 
 

@@ -17,6 +17,7 @@ from hvdlm.errors import HvdlmError
 from hvdlm.io.atomic_files import replace
 from hvdlm.io.untrusted_input import shown
 from hvdlm.models.spec import ModelSpec
+from hvdlm.protocols.task import Task
 from hvdlm.protocols.world import World
 from hvdlm.training.run_control import RunControl
 
@@ -73,6 +74,12 @@ class Profile:
 
     @hookimpl
     def hvdlm_check(self, config: Config, spec: ModelSpec) -> None:
+        """Check the range of steps, where their number is known before the data is open."""
+        if config.train.tokens is None and config.train.epochs is None:
+            steps_of(config)
+
+    @hookimpl
+    def hvdlm_check_data(self, config: Config, task: Task) -> None:
         """Check the range of steps."""
         steps_of(config)
 

@@ -15,6 +15,7 @@ from typing import Any
 import tensorflow as tf
 
 from hvdlm.protocols.group import Converted, Group, Handle
+from hvdlm_language.loss_terms import LossTerms
 from hvdlm_language.tensor_ranks import TensorRanks
 from hvdlm_tensorflow.shapes import sizes
 
@@ -91,23 +92,23 @@ class Collectives(TensorRanks):
         rows = tf.gather(table, tf.where(inside, tokens - first, 0))
         return rows * tf.cast(inside, rows.dtype)[..., None]
 
-    def cross_entropy(self, scores: tf.Tensor, targets: tf.Tensor, smoothing: float = 0.0) -> tf.Tensor:
-        """Return losses ``[rows, time]`` in nats from this rank's ``scores`` ``[rows, time, vocab / ranks]``.
-
-        ``smoothing``: the share of a target that is spread over the whole vocabulary; 0 with several ranks.
-        """
+    def cross_entropy(self, scores: tf.Tensor, targets: tf.Tensor, terms: LossTerms) -> tf.Tensor:
+        """Return losses ``[rows, time]`` in nats from this rank's ``scores`` ``[rows, time, vocab / ranks]``."""
         if self.size == 1:
             losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=targets, logits=scores)
-            if not smoothing:
+            if terms == LossTerms():
                 return losses
-            spread = tf.reduce_logsumexp(scores, -1) - tf.reduce_mean(scores, -1)
-            return (1.0 - smoothing) * losses + smoothing * spread
+            log_sum = tf.reduce_logsumexp(scores, -1)
+            spread = terms.smoothing * (log_sum - tf.reduce_mean(scores, -1)) if terms.smoothing else 0.0
+            return (1.0 - terms.smoothing) * losses + spread + terms.z_loss * tf.square(log_sum)
         first, last = self.model_shard.range_of(self.model_shard.vocab)
         flat_scores, flat_targets = tf.reshape(scores, [-1, last - first]), tf.reshape(targets, [-1])
         here = (flat_targets >= first) & (flat_targets < last)
         # One-hot rows; of index -1 zeros.
         hot = tf.one_hot(tf.where(here, flat_targets - first, -1), last - first)  # [n, vocab / ranks]
-        return tf.reshape(_cross_entropy(flat_scores, hot, self.group), tf.shape(targets))
+        return tf.reshape(
+            _cross_entropy(flat_scores, hot, self.group, self.model_shard.vocab, terms), tf.shape(targets)
+        )
 
     def all_scores(self, scores: tf.Tensor) -> tf.Tensor:
         """Return ``[rows, vocab]`` from ranks' ``scores`` ``[rows, vocab / ranks]``."""
@@ -226,28 +227,39 @@ def _sum_gradients(parameters: list[tf.Tensor], group: Group, name: str) -> tupl
     return function(*parameters)
 
 
-def _cross_entropy(scores: tf.Tensor, hot: tf.Tensor, group: Group) -> tf.Tensor:
+def _cross_entropy(scores: tf.Tensor, hot: tf.Tensor, group: Group, vocab: int, terms: LossTerms) -> tf.Tensor:
     """Cross entropy of scores that the ranks share, without gathering them.
 
     Three figures of every target travel: a rank's largest score, its sum of exponentials relative to that, and the
-    target's score, 0 where another rank has it.
+    target's score, 0 where another rank has it. With smoothing, a fourth: the sum of the rank's scores.
     """
+    share, spread = 1.0 - terms.smoothing, terms.smoothing / vocab
 
     @tf.custom_gradient
     def function(scores: tf.Tensor) -> Any:
         largest = tf.reduce_max(scores, 1)
         exponentials = tf.exp(scores - largest[:, None])
-        figures = tf.stack([largest, tf.reduce_sum(exponentials, 1), tf.reduce_sum(scores * hot, 1)])
-        figures = group.all_gather_async(figures, "tensor.cross_entropy").wait()
-        figures = tf.reshape(figures, [len(group.ranks), 3, -1])  # [ranks, figure, n]
-        top = tf.reduce_max(figures[:, 0], 0)
-        total = tf.reduce_sum(figures[:, 1] * tf.exp(figures[:, 0] - top), 0)
-        probabilities = exponentials * (tf.exp(largest - top) / total)[:, None]
+        figures = [largest, tf.reduce_sum(exponentials, 1), tf.reduce_sum(scores * hot, 1)]
+        figures += [tf.reduce_sum(scores, 1)] if terms.smoothing else []
+        gathered = group.all_gather_async(tf.stack(figures), "tensor.cross_entropy").wait()
+        gathered = tf.reshape(gathered, [len(group.ranks), len(figures), -1])  # [ranks, figure, n]
+        top = tf.reduce_max(gathered[:, 0], 0)
+        total = tf.reduce_sum(gathered[:, 1] * tf.exp(gathered[:, 0] - top), 0)
+        log_sum = tf.math.log(total) + top
+        losses = log_sum - share * tf.reduce_sum(gathered[:, 2], 0)
+        factor = tf.exp(largest - top) / total
+        if terms.smoothing:
+            losses -= spread * tf.reduce_sum(gathered[:, 3], 0)
+        if terms.z_loss:
+            losses += terms.z_loss * tf.square(log_sum)
+            factor *= 1.0 + 2.0 * terms.z_loss * log_sum
+        probabilities = exponentials * factor[:, None]
 
         def backward(gradient: tf.Tensor) -> tf.Tensor:
-            return (probabilities - hot) * gradient[:, None]
+            of_scores = probabilities - (share * hot if terms.smoothing else hot)
+            return (of_scores - spread if terms.smoothing else of_scores) * gradient[:, None]
 
-        return tf.math.log(total) + top - tf.reduce_sum(figures[:, 2], 0), backward
+        return losses, backward
 
     return function(scores)
 

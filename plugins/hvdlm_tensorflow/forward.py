@@ -12,6 +12,7 @@ from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.sharding_rules import ModelShard
 from hvdlm.protocols.types import Batch
 from hvdlm_language.axis_groups import Axes
+from hvdlm_language.loss_terms import LossTerms
 from hvdlm_tensorflow.collectives import Collectives
 from hvdlm_tensorflow.losses import chunked_cross_entropy, ctc, rows_of_chunk
 from hvdlm_tensorflow.models import make_model
@@ -61,15 +62,15 @@ class Forward:
         hidden, carry = self.model.hidden(inputs, x, carry, training, train.activation_checkpointing, seed)
         if not self.model_shard.stage.last:
             return hidden, carry
-        smoothing = train.label_smoothing if training else 0.0
+        terms = LossTerms.of(train, training)
         head = getattr(self.model, "head", None)
         if self._is_chunked(head, targets):
-            return self._chunked_losses(hidden, head, targets, weights, smoothing, training), carry
+            return self._chunked_losses(hidden, head, targets, weights, terms, training), carry
         # In float32: exponentials of large scores overflow in half precision.
         scores = tf.cast(self.model.scores(hidden), tf.float32)  # [rows, time, vocab / tensor ranks]
         if self.spec.loss == "ctc":
             return ctc(scores, self.model.lengths(x), targets, weights), carry
-        losses = self.collectives.cross_entropy(scores, targets, smoothing)
+        losses = self.collectives.cross_entropy(scores, targets, terms)
         return (losses if weights is None else losses * weights), carry
 
     def _is_chunked(self, head: Any, targets: tf.Tensor) -> bool:
@@ -89,7 +90,7 @@ class Forward:
         head: Any,
         targets: tf.Tensor,
         weights: tf.Tensor | None,
-        smoothing: float,
+        terms: LossTerms,
         training: bool,
     ) -> tf.Tensor:
         # Adapters of layers leave the head as it is. TensorFlow would leave out what isn't used, if it needed no order.
@@ -98,7 +99,7 @@ class Forward:
         table, bias = head
         flat = tf.reshape(hidden, [targets.shape.num_elements(), hidden.shape[-1]])
         flat_weights = None if weights is None else tf.reshape(weights, [-1])
-        losses = chunked_cross_entropy(flat, table, bias, tf.reshape(targets, [-1]), flat_weights, smoothing, wanted)
+        losses = chunked_cross_entropy(flat, table, bias, tf.reshape(targets, [-1]), flat_weights, terms, wanted)
         return tf.reshape(losses, targets.shape)
 
     def features(self, batch: Batch) -> dict[str, tf.Tensor] | None:

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from hvdlm_language.loss_terms import LossTerms
+
 # Logits that are held at a time, 128 MiB: each chunk reads and writes the gradient of the whole head. On a CPU, head
 # and loss of 1,024 targets, width 384 and a vocabulary of 50,304 take 1.08 times the time with chunks of 2**24 logits,
 # and 1.3 times with 2**22.
@@ -53,7 +55,7 @@ def chunked_cross_entropy(
     bias: tf.Tensor | None,
     targets: tf.Tensor,
     weights: tf.Tensor | None,
-    smoothing: float,
+    terms: LossTerms,
     wanted: tuple[bool, bool],
 ) -> tf.Tensor:
     """Return the losses in nats, float32 ``[n]``, of ``targets`` ``[n]``, times their ``weights`` ``[n]``.
@@ -68,14 +70,14 @@ def chunked_cross_entropy(
         bias: ``[vocab]``.
         targets: int32.
         weights: None: all 1.
-        smoothing: the share of a target that is spread over the whole vocabulary.
+        terms: what is added to the cross entropy.
         wanted: whether gradients of the hidden states, and of the head and its bias are computed.
     """
     inputs = [hidden, head] if bias is None else [hidden, head, bias]
 
     @tf.custom_gradient
     def function(*inputs: tf.Tensor) -> Any:
-        losses, gradients = _in_chunks(inputs, targets, weights, smoothing, wanted)
+        losses, gradients = _in_chunks(inputs, targets, weights, terms, wanted)
 
         def backward(gradient: tf.Tensor) -> list[tf.Tensor | None]:
             largest = tf.reduce_max(gradient)
@@ -92,7 +94,7 @@ def _in_chunks(
     inputs: tuple[tf.Tensor, ...],
     targets: tf.Tensor,
     weights: tf.Tensor | None,
-    smoothing: float,
+    terms: LossTerms,
     wanted: tuple[bool, bool],
 ) -> tuple[tf.Tensor, list[tf.Tensor]]:
     """Return the losses and the wanted gradients of their sum, float32, in the order of ``inputs``."""
@@ -108,7 +110,7 @@ def _in_chunks(
             x = hidden[chunk]
             logits = tf.matmul(x, head, transpose_b=True)
             logits = tf.nn.bias_add(logits, bias[0]) if bias else logits
-            loss, gradient = _loss_and_gradient(tf.cast(logits, tf.float32), targets[chunk], smoothing)
+            loss, gradient = _loss_and_gradient(tf.cast(logits, tf.float32), targets[chunk], terms)
             if weights is not None:
                 loss, gradient = loss * weights[chunk], gradient * weights[chunk][:, None]
             losses.append(loss)
@@ -122,12 +124,18 @@ def _in_chunks(
     return tf.concat(losses, 0), [tf.concat(of_hidden, 0), *sums] if wanted[0] else []
 
 
-def _loss_and_gradient(logits: tf.Tensor, targets: tf.Tensor, smoothing: float) -> tuple[tf.Tensor, tf.Tensor]:
+def _loss_and_gradient(logits: tf.Tensor, targets: tf.Tensor, terms: LossTerms) -> tuple[tf.Tensor, tf.Tensor]:
     """Return the losses ``[n]`` of float32 ``logits`` ``[n, vocab]``, and the gradients of these."""
     losses, gradient = tf.raw_ops.SparseSoftmaxCrossEntropyWithLogits(features=logits, labels=targets)
-    if not smoothing:
+    if terms == LossTerms():
         return losses, gradient
-    # A uniform target in place of a share of the target: the logarithm of the sum is the loss plus the target's logit.
-    losses += smoothing * (tf.gather(logits, targets, batch_dims=1) - tf.reduce_mean(logits, -1))
-    vocab = logits.shape[-1]
-    return losses, gradient + tf.one_hot(targets, vocab, smoothing, 0.0) - smoothing / vocab
+    scores, vocab = tf.gather(logits, targets, batch_dims=1), logits.shape[-1]
+    log_sum = losses + scores
+    if terms.z_loss:
+        probabilities = gradient + tf.one_hot(targets, vocab)
+        losses += terms.z_loss * tf.square(log_sum)
+        gradient += 2.0 * terms.z_loss * log_sum[:, None] * probabilities
+    if terms.smoothing:  # a uniform target in place of a share of the target
+        losses += terms.smoothing * (scores - tf.reduce_mean(logits, -1))
+        gradient += tf.one_hot(targets, vocab, terms.smoothing, 0.0) - terms.smoothing / vocab
+    return losses, gradient

@@ -10,10 +10,13 @@ _SAME = {
     "train.learning_rate": "lr peak_lr max_lr base_lr",
     "train.min_learning_rate": "min_lr lr_min",
     "train.steps": "max_steps max_iters iters iterations train_iters num_steps total_steps training_steps n_steps",
+    "train.epochs": "epochs epoch max_epochs num_epochs num_train_epochs n_epochs",
+    "train.tokens": "train_tokens num_tokens total_tokens max_train_tokens n_tokens",
     "train.batch_size": "bs global_batch_size train_batch_size",
     "train.optimizer": "optim opt optimizer_name",
     "train.schedule": "lr_scheduler lr_scheduler_type lr_schedule scheduler lr_decay_style",
     "train.warmup": "warmup_steps warmup_iters warmup_ratio warmup_fraction lr_warmup_steps num_warmup_steps",
+    "train.cooldown": "cooldown_steps cooldown_iters decay_ratio decay_frac lr_wsd_decay_iters num_decay_steps",
     "train.weight_decay": "wd",
     "train.beta1": "adam_beta1",
     "train.beta2": "adam_beta2",
@@ -24,6 +27,7 @@ _SAME = {
     "train.compile": "torch_compile use_compile",
     "train.activation_checkpointing": "gradient_checkpointing recompute_activations activation_checkpoint",
     "train.eval_every": "eval_interval eval_steps eval_freq val_check_interval evaluation_strategy eval_strategy",
+    "train.eval_tokens": "eval_iters limit_val_batches max_eval_samples eval_samples",
     "train.max_seconds": "max_time time_limit",
     "train.threads": "num_threads omp_num_threads",
     "model.layers": "n_layer n_layers num_layers num_hidden_layers depth",
@@ -53,10 +57,6 @@ _SAME = {
 }
 _OPTION = {name: option for option, names in _SAME.items() for name in names.split()}
 
-_STEPS = (
-    "the length of a run is its number of optimizer steps, --train.steps: one epoch is the corpus' tokens / "
-    "(--train.batch_size x --data.context) steps."
-)
 _DEVICES = (
     "ranks come from the launcher (horovodrun -np 2 python -m hvdlm ...), each uses one GPU where it has one; "
     "CUDA_VISIBLE_DEVICES= keeps a run on the CPU."
@@ -67,7 +67,6 @@ _BATCH = (
 )
 _WORKERS = "batches are read from token files in the training process, there are no loader processes to set."
 _SENTENCES = {
-    **dict.fromkeys("epochs epoch max_epochs num_epochs num_train_epochs n_epochs".split(), _STEPS),
     **dict.fromkeys(
         "device devices gpu gpus num_gpus n_gpus ngpu accelerator strategy cuda cpu use_cpu no_cuda np nproc_per_node "
         "num_nodes nnodes num_processes world_size n_devices".split(),

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from hvdlm.parallel.sharding_rules import ModelShard
 from hvdlm.protocols.group import Converted, Group, Handle
+from hvdlm_language.loss_terms import LossTerms
 from hvdlm_language.tensor_ranks import TensorRanks
 from hvdlm_torch.kernels import (
     gradient_of_inputs,
@@ -113,15 +114,13 @@ class Collectives(TensorRanks):
         outside = (local < 0) | (local >= len(table))
         return F.embedding(local.masked_fill(outside, 0), table).masked_fill(outside.unsqueeze(-1), 0.0)
 
-    def cross_entropy(self, scores: torch.Tensor, targets: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
-        """Return losses ``[n]`` in nats from this rank's ``scores`` ``[n, vocab / ranks]`` and ``targets`` ``[n]``.
-
-        ``smoothing``: the share of a target that is spread over the whole vocabulary; 0 with several ranks.
-        """
+    def cross_entropy(self, scores: torch.Tensor, targets: torch.Tensor, terms: LossTerms) -> torch.Tensor:
+        """Return losses ``[n]`` in nats from this rank's ``scores`` ``[n, vocab / ranks]`` and ``targets`` ``[n]``."""
         if self.size == 1:
-            return F.cross_entropy(scores, targets, reduction="none", label_smoothing=smoothing)
+            losses = F.cross_entropy(scores, targets, reduction="none", label_smoothing=terms.smoothing)
+            return losses + terms.z_loss * scores.logsumexp(-1).square() if terms.z_loss else losses
         first, _ = self.model_shard.range_of(self.model_shard.vocab)
-        return _CrossEntropy.apply(scores, targets - first, self.group)
+        return _CrossEntropy.apply(scores, targets - first, self.group, self.model_shard.vocab, terms)
 
     def all_scores(self, scores: torch.Tensor) -> torch.Tensor:
         """Return ``[rows, vocab]`` from ranks' ``scores`` ``[rows, vocab / ranks]``."""
@@ -250,30 +249,42 @@ class _CrossEntropy(torch.autograd.Function):
     """Cross entropy of scores that the ranks share, without gathering them.
 
     Three figures of every target travel: a rank's largest score, its sum of exponentials relative to that, and the
-    target's score, 0 where another rank has it.
+    target's score, 0 where another rank has it. With smoothing, a fourth: the sum of the rank's scores.
     """
 
     @staticmethod
-    def forward(ctx: Any, scores: torch.Tensor, targets: torch.Tensor, group: TracedGroup) -> torch.Tensor:
+    def forward(
+        ctx: Any, scores: torch.Tensor, targets: torch.Tensor, group: TracedGroup, vocab: int, terms: LossTerms
+    ) -> torch.Tensor:
         here = (targets >= 0) & (targets < scores.shape[1])
         local = targets.masked_fill(~here, 0).unsqueeze(1)
         largest = scores.amax(1)
         exponentials = (scores - largest.unsqueeze(1)).exp()
         target_score = scores.gather(1, local).squeeze(1) * here
-        figures = torch.stack([largest, exponentials.sum(1), target_score])
-        figures = group.all_gather(figures, "tensor.cross_entropy").view(-1, 3, len(scores))  # [ranks, figure, n]
-        top = figures[:, 0].amax(0)
-        total = (figures[:, 1] * (figures[:, 0] - top).exp()).sum(0)
-        probabilities = exponentials.mul_(((largest - top).exp() / total).unsqueeze(1))
-        ctx.save_for_backward(probabilities, local, here)
-        return total.log() + top - figures[:, 2].sum(0)
+        figures = [largest, exponentials.sum(1), target_score] + ([scores.sum(1)] if terms.smoothing else [])
+        # [ranks, figure, n]
+        gathered = group.all_gather(torch.stack(figures), "tensor.cross_entropy").view(-1, len(figures), len(scores))
+        top = gathered[:, 0].amax(0)
+        total = (gathered[:, 1] * (gathered[:, 0] - top).exp()).sum(0)
+        log_sum = total.log() + top
+        losses = log_sum - (1.0 - terms.smoothing) * gathered[:, 2].sum(0)
+        ctx.spread = terms.smoothing / vocab
+        if terms.smoothing:
+            losses -= ctx.spread * gathered[:, 3].sum(0)
+        factor = (largest - top).exp() / total
+        if terms.z_loss:
+            losses += terms.z_loss * log_sum.square()
+            factor *= 1.0 + 2.0 * terms.z_loss * log_sum
+        ctx.save_for_backward(exponentials.mul_(factor.unsqueeze(1)), local, here)
+        ctx.share = 1.0 - terms.smoothing
+        return losses
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
         probabilities, local, here = ctx.saved_tensors
-        of_scores = probabilities * gradient.unsqueeze(1)
-        of_scores.scatter_add_(1, local, -(gradient * here).unsqueeze(1))
-        return of_scores, None, None
+        of_scores = (probabilities - ctx.spread if ctx.spread else probabilities) * gradient.unsqueeze(1)
+        of_scores.scatter_add_(1, local, -ctx.share * (gradient * here).unsqueeze(1))
+        return of_scores, None, None, None, None
 
 
 def _sent(x: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ from hvdlm.parallel.sharding_rules import ModelShard
 from hvdlm.protocols.model import Model
 from hvdlm.protocols.types import Batch
 from hvdlm_language.axis_groups import Axes
+from hvdlm_language.loss_terms import LossTerms
 from hvdlm_torch.collectives import Collectives
 from hvdlm_torch.devices import to_device
 from hvdlm_torch.dropout import DropoutMasks
@@ -69,7 +70,7 @@ class Forward:
         before; in the first stage, the batch's features.
         """
         train = self.config.train
-        smoothing = train.label_smoothing if training else 0.0
+        terms = LossTerms.of(train, training)
         flat = targets.flatten(), None if weights is None else weights.flatten()
         head = self._chunked_head(targets)
         with torch.autocast(self.device.type, dtype=self._half, enabled=self._half is not None):
@@ -80,12 +81,10 @@ class Forward:
         # Outside of autocast and in float32: exponentials of large scores overflow in half precision.
         if head:
             dtype = self._half or hidden.dtype
-            return chunked_cross_entropy(
-                hidden.flatten(0, 1), head[0], head[1], flat[0], flat[1], smoothing, dtype
-            ), carry
+            return chunked_cross_entropy(hidden.flatten(0, 1), head[0], head[1], *flat, terms, dtype), carry
         if self.spec.loss == "ctc":
             return ctc(scores.float(), self.model.lengths(x), targets, weights), carry
-        losses = self.collectives.cross_entropy(scores.flatten(0, 1).float(), flat[0], smoothing)
+        losses = self.collectives.cross_entropy(scores.flatten(0, 1).float(), flat[0], terms)
         return (losses if flat[1] is None else losses * flat[1]), carry
 
     def _chunked_head(self, targets: torch.Tensor) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from hvdlm_language.loss_terms import LossTerms
 from hvdlm_torch.kernels import linear, linear_rows, missing_outputs
 
 # Logits that are held at a time. On a GPU, chunks are large because each reads and writes the gradient of the whole
@@ -38,7 +39,7 @@ def chunked_cross_entropy(
     bias: torch.Tensor | None,
     targets: torch.Tensor,
     weights: torch.Tensor | None,
-    smoothing: float,
+    terms: LossTerms,
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """Return the losses in nats, float32 ``[n]``, of ``targets`` ``[n]``, times their ``weights`` ``[n]``.
@@ -52,11 +53,11 @@ def chunked_cross_entropy(
         bias: ``[vocab]``.
         targets: int64.
         weights: None: all 1.
-        smoothing: the share of a target that is spread over the whole vocabulary.
+        terms: what is added to the cross entropy.
         dtype: in which products are computed.
     """
     wanted = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, head, bias))
-    return _ChunkedCrossEntropy.apply(hidden, head, bias, targets, weights, smoothing, dtype, wanted)
+    return _ChunkedCrossEntropy.apply(hidden, head, bias, targets, weights, terms, dtype, wanted)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -70,7 +71,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         bias: torch.Tensor | None,
         targets: torch.Tensor,
         weights: torch.Tensor | None,
-        smoothing: float,
+        terms: LossTerms,
         dtype: torch.dtype,
         wanted: tuple[bool, bool, bool],
     ) -> torch.Tensor:
@@ -86,7 +87,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             x, weight = hidden[chunk].to(dtype), None if weights is None else weights[chunk].unsqueeze(1)
             logits = linear_rows(x, table, table_bias)
             logits[:, vocab:] = -math.inf
-            loss, gradient = _loss_and_gradient(logits, vocab, targets[chunk].unsqueeze(1), smoothing)
+            loss, gradient = _loss_and_gradient(logits, vocab, targets[chunk].unsqueeze(1), terms)
             del logits
             losses.append(loss if weight is None else loss * weight)
             if not any(wanted):
@@ -113,7 +114,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _loss_and_gradient(
-    logits: torch.Tensor, vocab: int, targets: torch.Tensor, smoothing: float
+    logits: torch.Tensor, vocab: int, targets: torch.Tensor, terms: LossTerms
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the losses, float32 ``[n, 1]``, of ``targets`` ``[n, 1]``, and the gradients of their logits.
 
@@ -122,7 +123,11 @@ def _loss_and_gradient(
     probabilities = F.softmax(logits, -1, dtype=torch.float32)
     # The largest logit and its probability, which is at least 1 / vocab, tell the logarithm of the sum exactly.
     log_sum = logits.amax(-1, keepdim=True).float() - probabilities.amax(-1, keepdim=True).log()
+    smoothing = terms.smoothing
     losses = log_sum - (1.0 - smoothing) * logits.gather(1, targets).float()
+    if terms.z_loss:
+        losses += terms.z_loss * log_sum.square()
+        probabilities *= 1.0 + 2.0 * terms.z_loss * log_sum
     if smoothing:
         losses -= smoothing * logits[:, :vocab].mean(-1, keepdim=True, dtype=torch.float32)
         probabilities[:, :vocab] -= smoothing / vocab

@@ -250,6 +250,8 @@ def test_every_layout_follows_the_curve_of_one_rank(
     if FRAMEWORK == "tensorflow" and mesh.tensor > 1 and mesh.pipeline == 1 and zero < 2:
         # Other layouts add up the gradients of micro-batches, in another graph to trace.
         options["train"]["micro_batch_size"] = None
+    if mesh.shape == (1, 1, 2):
+        options["train"] |= TERMS
     config = configured(mesh, model, **options)
     trainable = build(world, mesh, config)
     if case in READERS:
@@ -296,10 +298,11 @@ def test_adapters_follow_one_rank_and_alone_are_communicated(world: World, zero:
 
 
 SGD = {"optimizer": "sgd", "learning_rate": 0.3, "momentum": 0.9, "weight_decay": 0.1, "clip": 0.5}
+TERMS = {"label_smoothing": 0.1, "z_loss": 0.01}  # which ranks compute of their parts of the scores
 LLAMA = {"name": "llama", "layers": FEWEST_LAYERS, "width": 32, "heads": 4, "kv_heads": 1}
 VARIANTS: list[tuple[str, tuple[int, int, int], dict[str, Any], dict[str, Any]]] = [
     ("llama", (1, 1, 4), LLAMA, {}),
-    ("llama-sequence", (1, 1, 4), LLAMA, {"parallel": {"sequence": True}}),
+    ("llama-sequence", (1, 1, 4), LLAMA, {"parallel": {"sequence": True}, "train": TERMS}),
     ("biases-sequence", (2, 1, 2), {**GPT, "bias": True}, {"parallel": {"sequence": True, "zero": 1}, "train": SGD}),
     ("stages-sequence", (1, 2, 2), {**GPT, "bias": True}, {"parallel": {"sequence": True}, "train": SGD}),
     ("gpipe", (1, 4, 1), DEEP, {"parallel": {"schedule": "gpipe"}}),
@@ -327,17 +330,19 @@ SHARING = SHARING if FRAMEWORK == "torch" else [SHARING[0], SHARING[2]]  # Tenso
 def test_bf16_activations_cost_half_and_follow_one_rank(
     world: World, name: str, shape: tuple[int, int, int], model: dict[str, Any], options: dict[str, Any]
 ) -> None:
-    mesh, train_options = Mesh(*shape), {"steps": 10, "precision": "bf16"}
+    mesh, terms = Mesh(*shape), TERMS if name == "tensor" else {}
+    train_options = {"steps": 10, "precision": "bf16", **terms}
     losses, _, _ = reference(world, model, train=train_options)
     config = configured(mesh, model, train=train_options, **options)
     trainable = build(world, mesh, config)
     results = train(trainable, mesh, world.rank, range(10), config)
     assert [r.loss for r in results] == pytest.approx(losses, abs=2e-2)
     assert_traffic_is_predicted(world, mesh, config, results)
-    axis, whole = ("pipeline" if mesh.pipeline > 1 else "tensor"), configured(mesh, model, **options)
+    axis, whole = ("pipeline" if mesh.pipeline > 1 else "tensor"), configured(mesh, model, train=terms, **options)
     in_fp32 = _predicted(world, mesh, whole).bytes[axis]
-    # Three figures of every target and the gradients of replicated parameters stay fp32.
-    wide = 0 if axis == "pipeline" else 3 * 4 * ROWS * config.data.context + _replicated_bytes(name, config)
+    # Three figures of every target, with smoothing four, and the gradients of replicated parameters stay fp32.
+    figures = 4 if terms else 3
+    wide = 0 if axis == "pipeline" else figures * 4 * ROWS * config.data.context + _replicated_bytes(name, config)
     assert results[-1].axis_bytes[axis] == (in_fp32 - wide) // 2 + wide
     if FRAMEWORK == "torch" and name == "tensor":
         measured, planned = trainable.memory()["activations"], _predicted(world, mesh, config).memory["activations"]

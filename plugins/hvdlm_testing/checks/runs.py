@@ -113,8 +113,8 @@ def _train(harness: Harness, config: Config, folder: Path, resume: str) -> _Reco
     records, world = _Records(), harness.world
     lock = run_lock.hold(folder, world.rank, world.local_rank)
     try:
-        task, spec, base = run.open_task(plan)
-        started = run.build(run.Connected(plan, task, spec, base, harness.framework, world, None))
+        opened = run.open_task(plan)
+        started = run.build(run.Connected(**vars(opened), framework=harness.framework, world=world, lock=None))
         started.manager.register(records)
         train(started, Signals(world.rank))
     finally:

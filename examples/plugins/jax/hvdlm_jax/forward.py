@@ -40,6 +40,7 @@ class Forward:
         self.spec = spec
         self._layout = layout
         self._smoothing = config.train.label_smoothing
+        self._z_loss = config.train.z_loss
         kind = KINDS[spec.kind] if spec.kind in KINDS else spec.implementation("jax")
         self.model = kind(spec.settings, config.train.activation_checkpointing)
 
@@ -59,11 +60,14 @@ class Forward:
     def losses(self, weights: Parameters, batch: Tokens, carry: Any, key: jax.Array | None) -> tuple[jax.Array, Any]:
         """Return the losses in nats, float32 ``[rows, time]``, 0 where the target doesn't count; and the new carry.
 
-        ``key``: seed of dropout in training; None: evaluation, without label smoothing.
+        ``key``: seed of dropout in training; None: evaluation, without label smoothing and z-loss.
         """
         hidden, carry = self.model.hidden(weights, batch.inputs, carry, key)
-        logs = jax.nn.log_softmax(self.model.scores(weights, hidden))
+        scores = self.model.scores(weights, hidden)
+        logs = jax.nn.log_softmax(scores)
         losses = -jnp.take_along_axis(logs, batch.targets[..., None], -1)[..., 0]
         if key is not None and self._smoothing:
             losses = (1.0 - self._smoothing) * losses - self._smoothing * logs.mean(-1)
+        if key is not None and self._z_loss:
+            losses = losses + self._z_loss * jnp.square(jax.nn.logsumexp(scores, -1))
         return (losses if batch.weights is None else losses * batch.weights), carry

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 
 
-def gradients(kind, s, parameters, batch, state, smoothing):
+def gradients(kind, s, parameters, batch, state, smoothing, z_loss):
     """Return (loss sum, {name: gradient of the loss sum}, state after the batch)."""
     p = {name: torch.tensor(array, requires_grad=True) for name, array in parameters.items()}
-    losses, after = _losses(kind, s, p, batch, state, smoothing)
+    losses, after = _losses(kind, s, p, batch, state, smoothing, z_loss)
     losses.sum().backward()
     return float(losses.sum(dtype=torch.float64)), {name: t.grad.numpy() for name, t in p.items()}, after
 
@@ -20,7 +20,7 @@ def gradients(kind, s, parameters, batch, state, smoothing):
 @torch.no_grad()
 def loss_sum(kind, s, parameters, batch, state):
     """Return (loss sum, state after the batch)."""
-    losses, after = _losses(kind, s, _tensors(parameters), batch, state, 0.0)
+    losses, after = _losses(kind, s, _tensors(parameters), batch, state)
     return float(losses.sum(dtype=torch.float64)), after
 
 
@@ -35,10 +35,12 @@ def _tensors(parameters):
     return {name: torch.as_tensor(array) for name, array in parameters.items()}
 
 
-def _losses(kind, s, p, batch, state, smoothing):
+def _losses(kind, s, p, batch, state, smoothing=0.0, z_loss=0.0):
     logits, after = MODELS[kind](s, p, torch.as_tensor(batch.inputs), state)
     targets = torch.as_tensor(batch.targets.astype(np.int64)).flatten()
-    losses = F.cross_entropy(logits.flatten(0, 1), targets, reduction="none", label_smoothing=smoothing)
+    logits = logits.flatten(0, 1)
+    losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
+    losses = losses + z_loss * logits.logsumexp(-1).square()
     return (losses if batch.weights is None else losses * torch.as_tensor(batch.weights).flatten()), after
 
 

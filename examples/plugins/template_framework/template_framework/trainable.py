@@ -59,9 +59,9 @@ class Trainable:
         gradient, loss = 0.0, 0.0
         for number, batch in enumerate(micro_batches):
             state = None if batch.reset else self._states.get(number)
-            smoothing = self._config.train.label_smoothing
+            terms = self._config.train.label_smoothing, self._config.train.z_loss
             batch_loss, by_name, self._states[number] = library.gradients(
-                *self._model, self._parameters, batch, state, smoothing
+                *self._model, self._parameters, batch, state, *terms
             )
             loss += batch_loss
             flat = self._layout.flatten(by_name) / np.float32(self._sharded.loss_divisor)
