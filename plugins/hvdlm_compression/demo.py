@@ -16,7 +16,6 @@ from hvdlm_compression.updates import Direction
 
 SIDE = 64  # of the square blocks that are transformed (section 4.1)
 RATIO = 1 / 128  # of a block's components that are sent, unless ``communication.compression.ratio`` is set
-_SPREAD = 1 << 22  # elements in which components are spread at a time
 DECAY = 0.999  # of the momentum, unless ``communication.compression.momentum`` is set
 
 
@@ -77,23 +76,10 @@ class DecoupledMomentum:
         values = ops.cast(ops.take_along_axis(components, indices, axis=1), "bfloat16")
         memory["momentum"].assign(momentum - self._backward(_spread(ops.cast(values, "float32"), indices), shape))
         received = yield Request("all_gather", [values, ops.cast(indices, "int16")])
-        return ops.sign(self._backward(self._total(*received), shape))
-
-    def _total(self, values: Tensor, indices: Tensor) -> Tensor:
-        """Return the sum ``[blocks, side * side]`` of all ranks' components, both ``[ranks, blocks, n]``.
-
-        Ranks' components are spread apart and then added, several ranks at a time: added where they are spread, a GPU
-        would add them in any order, and ranks' signs could differ.
-        """
-        ranks, blocks, count = values.shape
-        together = max(1, _SPREAD // (blocks * SIDE * SIDE))
-        total = None
-        for first in range(0, ranks, together):
-            part = [ops.reshape(t[first : first + together], (-1, count)) for t in (values, indices)]
-            spread = _spread(ops.cast(part[0], "float32"), ops.cast(part[1], "int32"))
-            added = ops.sum(ops.reshape(spread, (-1, blocks, SIDE * SIDE)), axis=0)
-            total = added if total is None else total + added
-        return total
+        total = _spread(ops.cast(received[0][0], "float32"), ops.cast(received[1][0], "int32"))
+        for rank in range(1, self.ranks):
+            total = total + _spread(ops.cast(received[0][rank], "float32"), ops.cast(received[1][rank], "int32"))
+        return ops.sign(self._backward(total, shape))
 
     def _forward(self, matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Return the transforms of a matrix's blocks, ``[blocks, side, side]``; its edges are padded with zeros."""
