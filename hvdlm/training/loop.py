@@ -88,8 +88,8 @@ def train(run: Run, signals: Signals) -> dict[str, Any]:
             if checking and not saving:  # a save compares all of the state
                 check_replicas(run, step)
             if evaluating and not stopped:
-                part = None if finish or step == config.train.steps else config.train.eval_tokens
-                metrics = evaluate(run, step, part)
+                limit = None if finish or step == config.train.steps else config.train.eval_tokens
+                metrics = evaluate(run, step, limit)
             if saving:
                 saved, save_due = save(run, step, metrics), False
             reports.vote()
@@ -156,10 +156,10 @@ def evaluate(run: Run, step: int | None = None, limit: int | None = None) -> dic
     leaves = run.config.train.batch_size // (run.config.train.micro_batch_size or 1)
     size = leaves if run.config.communication.reduction == "exact" else run.mesh.data
     own = size // run.mesh.data
-    part = {} if limit is None else {"limit": limit}
+    limited = {} if limit is None else {"limit": limit}
     sums: list[Counter[str]] = [Counter() for _ in range(own)]
     for shard, totals in enumerate(sums, coordinates["data"] * own):
-        for batch in run.task.validation(shard, size, **part):
+        for batch in run.task.validation(shard, size, **limited):
             totals.update(sums_of(run.task, run.trainable, batch))
             process.alive()
     metrics = run.task.metrics(over_ranks(run.world, sums if counts else []))

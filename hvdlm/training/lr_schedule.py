@@ -15,7 +15,7 @@ def make_schedule(config: TrainConfig, own: Callable[[int], float] | None = None
     eq. 5) to ``min_learning_rate`` at the last step; inverse_sqrt: ``peak * sqrt(w / step)`` (Vaswani et al. 2017,
     eq. 3), never below the minimum; step: ``peak`` times ``decay_factor`` to the power of the decays so far; wsd:
     constant up to the last ``cooldown`` steps (warmup-stable-decay, Hu et al. 2024, section 4.2), in which the rate
-    falls to the minimum linearly or as ``1 - sqrt(part)`` (Hägele et al. 2024, eq. 2); ``own``: that of a plugin, in
+    falls to the minimum linearly or as ``1 - sqrt(done)`` (Hägele et al. 2024, eq. 2); ``own``: that of a plugin, in
     place of these.
     """
     peak, low = config.learning_rate, config.min_learning_rate
@@ -35,8 +35,8 @@ def make_schedule(config: TrainConfig, own: Callable[[int], float] | None = None
         if config.schedule == "step":
             return peak * config.decay_factor ** max(0, (step - warmup - decay_start) // config.decay_every + 1)
         if config.schedule == "wsd":
-            part = min(1.0, max(0.0, (step - config.steps + cooldown) / cooldown))
-            return low + (peak - low) * (1.0 - (part if config.cooldown_shape == "linear" else math.sqrt(part)))
+            done = min(1.0, max(0.0, (step - config.steps + cooldown) / cooldown))
+            return low + (peak - low) * (1.0 - (done if config.cooldown_shape == "linear" else math.sqrt(done)))
         return peak
 
     later = own or after
