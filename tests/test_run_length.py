@@ -120,11 +120,12 @@ def test_only_the_last_evaluation_has_the_whole_split(tmp_path: Path) -> None:
     figures = {line["step"]: line["val_loss"] for line in metrics(run) if "val_loss" in line}
     assert list(figures) == [3, 6, 9]
     assert figures[9] == pytest.approx(hvdlm.load(run).evaluate()["val_loss"], abs=1e-12)
-    part = hvdlm.load(run, checkpoint=None)._run
+    trained = hvdlm.load(run)._run
+    assert trained
     # Two windows of context 32, the first of the split and that in its middle.
-    batches = list(part.task.validation(0, 1, 64))
+    batches = list(trained.task.validation(0, 1, 64))
     assert sum(batch.tokens for batch in batches) == 64
-    assert loop.evaluate(part, limit=64)["val_loss"] not in (figures[9], figures[6])
+    assert loop.evaluate(trained, limit=64)["val_loss"] not in (figures[9], figures[6])
 
 
 def test_a_task_that_evaluates_only_all_refuses_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
