@@ -149,7 +149,7 @@ class TrainConfig:
         micro_batch_size: sequences per rank in one forward and backward pass; null: the rank's whole batch (no gradient
             accumulation)
         seed: random seed
-        optimizer: adamw, sgd, adagrad, or one provided by a plugin
+        optimizer: adamw, sgd, adagrad, muon (of hidden matrices; AdamW of all else), or one provided by a plugin
         learning_rate: peak learning rate, reached after warm-up
         min_learning_rate: final learning rate of decaying schedules
         schedule: learning-rate schedule after warm-up: constant, linear, cosine, inverse_sqrt, step, or one provided
@@ -158,12 +158,16 @@ class TrainConfig:
         decay_every: step schedule: steps between decays
         decay_start: step schedule: steps after warm-up before the first decay; null: decay_every
         decay_factor: step schedule: factor of each decay
-        weight_decay: weight decay of matrices: decoupled (AdamW) or added to the gradient (SGD, Adagrad)
+        weight_decay: weight decay of matrices: decoupled (AdamW, Muon) or added to the gradient (SGD, Adagrad)
+        groups: parameter groups, by patterns of names, of which the first that matches counts: "{'embed.*':
+            {learning_rate_scale: 0.5, weight_decay: 0}}"; learning_rate_scale is a factor of the schedule's rate,
+            weight_decay replaces train.weight_decay in the whole group, biases and norms included; muon: whether the
+            optimizer muon orthogonalizes their updates
         beta1: AdamW: decay rate of the first moment
         beta2: AdamW: decay rate of the second moment
         epsilon: AdamW and Adagrad: term added to the denominator
-        momentum: SGD: momentum
-        nesterov: SGD: use Nesterov momentum
+        momentum: SGD and Muon: momentum; null: SGD 0, Muon 0.95
+        nesterov: SGD: use Nesterov momentum, as Muon always does
         clip: maximum global norm of the gradient; 0: no clipping
         label_smoothing: share of the target probability spread over the vocabulary (Szegedy et al. 2016, section 7)
         precision: fp32, bf16 (weights stay fp32), fp16 with loss scaling (GPU only), or auto: that of the checkpoint in
@@ -196,10 +200,11 @@ class TrainConfig:
     decay_start: int | None = None
     decay_factor: float = 0.5
     weight_decay: float = 0.1
+    groups: dict[str, Any] | None = None
     beta1: float = 0.9
     beta2: float = 0.99
     epsilon: float = 1e-8
-    momentum: float = 0.0
+    momentum: float | None = None
     nesterov: bool = False
     label_smoothing: float = 0.0
     clip: float = 1.0
@@ -214,6 +219,11 @@ class TrainConfig:
     spike: float = 0.0
     max_skips: int = 3
     replica_check_every: int = 500
+
+    @property
+    def momentum_value(self) -> float:
+        """``momentum``, or what it stands for where it is null."""
+        return (0.95 if self.optimizer == "muon" else 0.0) if self.momentum is None else self.momentum
 
 
 @dataclass

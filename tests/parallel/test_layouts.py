@@ -52,7 +52,7 @@ def configured(mesh: Mesh, model: dict[str, Any], **options: Any) -> Config:
 
 def build(world: World, mesh: Mesh, config: Config, vocab: int = VOCAB) -> Any:
     """Return a trainable on this rank of ``mesh``."""
-    manager = plugins.load([FRAMEWORK, "all_reduce", "compression"])
+    manager = plugins.load([FRAMEWORK, config.communication.exchange, "compression"])
     spec = configured_spec(config, vocab)
     manager.hook.hvdlm_check(config=config, spec=spec)
     exchange = plugins.make_exchange(manager, config, world, world.group(mesh.group("data", world.rank)))
