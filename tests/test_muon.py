@@ -7,10 +7,25 @@ from typing import Any
 import numpy as np
 import pytest
 
-from builders import FRAMEWORKS, both_frameworks, model_spec, parameters, small_trainable, token_batch, train_steps
+from builders import (
+    FRAMEWORKS,
+    both_frameworks,
+    configured_spec,
+    model_spec,
+    parameters,
+    small_config,
+    small_trainable,
+    token_batch,
+    train_steps,
+)
 from hvdlm.config import TrainConfig
 from hvdlm.errors import HvdlmError
 from hvdlm.parallel import muon, parameter_groups
+from hvdlm.parallel.mesh import Mesh
+from hvdlm.planning.closed_forms import closed_form
+from hvdlm.planning.gradient_work import work_of
+from hvdlm.planning.hardware import find_hardware, read_hardware
+from hvdlm.planning.step_time import predict_time
 
 RATE = 0.02
 OPTIONS: dict[str, Any] = {"optimizer": "muon", "clip": 0.0, "weight_decay": 0.1, "mlp_width": 24}
@@ -170,6 +185,22 @@ def test_embeddings_heads_and_vectors_are_not_orthogonalized(name: str) -> None:
     assert {"embed.tokens", "head.weight"} <= others and len(others) < len(spec.params)
     assert not any(name.endswith(".weight") for name in others - {"head.weight"})
     assert not muon.names_of(spec, TrainConfig())
+
+
+def test_the_plan_has_its_state_its_products_and_their_seconds() -> None:
+    config = small_config("torch", mlp_width=24)
+    spec, times = configured_spec(config), {}
+    for optimizer in ("adamw", "muon"):
+        config.train = TrainConfig(batch_size=8, optimizer=optimizer)
+        times[optimizer] = predict_time(config, spec, Mesh(1, 1, 1), read_hardware(find_hardware("cpu_ethernet")))
+    step, costs = work_of(config, spec, Mesh(1, 1, 1), 0), closed_form(config, spec, Mesh(1, 1, 1), 0)
+    assert step and costs and costs.memory
+    # Per layer, 4 matrices of 16 x 16 and 2 of 16 x 24, in 5 iterations of 3 products.
+    square, wide = 3 * 2 * 16**3, 2 * (2 * 16 * 16 * 24) + 2 * 16**3
+    assert sum(product.flops for product in step.update_products) == 2 * 5 * (4 * square + 2 * wide)
+    matrices = 2 * (4 * 16 * 16 + 2 * 16 * 24)
+    assert costs.memory["optimizer"] == 4 * (matrices + 2 * (spec.parameters - matrices))
+    assert times["muon"].compute > times["adamw"].compute
 
 
 def test_bad_combinations_are_refused() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from hvdlm.config import Config
 from hvdlm.errors import HvdlmError
 from hvdlm.io.launcher_env import detect
+from hvdlm.io.untrusted_input import shown
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.sharding_rules import tied_names
 from hvdlm.planning.zero_payloads import gathered_as
@@ -187,9 +188,9 @@ def check_updates(config: Config, spec: ModelSpec) -> None:
     }
     for key, (value, needed, reason) in wanted.items():
         if value != needed:
-            shown = f"{needed:g}" if isinstance(needed, float) else "null" if needed is None else needed
+            wish = f"{needed:g}" if isinstance(needed, float) else "null" if needed is None else needed
             raise HvdlmError(
-                f"{key} {value} doesn't go with communication.exchange {name}: {reason}; set --{key} {shown}."
+                f"{key} {shown(value)} doesn't go with communication.exchange {name}: {reason}; set --{key} {wish}."
             )
     _check_tied(config, spec, "makes updates of the gradients that a stage has, and those of a tied embedding are two")
 

@@ -296,6 +296,7 @@ def test_adapters_follow_one_rank_and_alone_are_communicated(world: World, zero:
 
 
 SGD = {"optimizer": "sgd", "learning_rate": 0.3, "momentum": 0.9, "weight_decay": 0.1, "clip": 0.5}
+GROUPS = {"embed.*": {"learning_rate_scale": 0.5, "weight_decay": 0.0}, "*.value": {"weight_decay": 0.5}}
 LLAMA = {"name": "llama", "layers": FEWEST_LAYERS, "width": 32, "heads": 4, "kv_heads": 1}
 VARIANTS: list[tuple[str, tuple[int, int, int], dict[str, Any], dict[str, Any]]] = [
     ("llama", (1, 1, 4), LLAMA, {}),
@@ -308,6 +309,7 @@ VARIANTS: list[tuple[str, tuple[int, int, int], dict[str, Any], dict[str, Any]]]
     ("whole-batches", (2, 1, 2), GPT, {"train": {"micro_batch_size": None}, "parallel": {"zero": 2}}),
     ("lstm", (1, 2, 2), {"name": "lstm", "layers": 2, "width": 32}, {"train": SGD}),
     ("gru", (2, 1, 2), {"name": "gru", "layers": 1, "width": 32}, {"parallel": {"zero": 1}, "train": SGD}),
+    ("groups", (2, 1, 2), GPT, {"parallel": {"zero": 1}, "train": {"groups": GROUPS}}),
     ("rnn", (1, 1, 4), {"name": "rnn", "layers": 2, "width": 32, "tie_embeddings": True}, {"train": SGD}),
 ]
 
