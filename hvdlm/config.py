@@ -151,7 +151,7 @@ class TrainConfig:
         micro_batch_size: sequences per rank in one forward and backward pass; null: the rank's whole batch (no gradient
             accumulation)
         seed: random seed
-        optimizer: adamw, sgd, adagrad, or one provided by a plugin
+        optimizer: adamw, sgd, adagrad, muon (of hidden matrices; AdamW of all else), or one provided by a plugin
         learning_rate: peak learning rate, reached after warm-up
         min_learning_rate: final learning rate of decaying schedules
         schedule: learning-rate schedule after warm-up: constant, linear, cosine, inverse_sqrt, step, wsd (constant,
@@ -163,12 +163,16 @@ class TrainConfig:
         decay_every: step schedule: steps between decays
         decay_start: step schedule: steps after warm-up before the first decay; null: decay_every
         decay_factor: step schedule: factor of each decay
-        weight_decay: weight decay of matrices: decoupled (AdamW) or added to the gradient (SGD, Adagrad)
+        weight_decay: weight decay of matrices: decoupled (AdamW, Muon) or added to the gradient (SGD, Adagrad)
+        groups: parameter groups, by patterns of names, of which the first that matches counts: "{'embed.*':
+            {learning_rate_scale: 0.5, weight_decay: 0}}"; learning_rate_scale is a factor of the schedule's rate,
+            weight_decay replaces train.weight_decay in the whole group, biases and norms included; muon: whether the
+            optimizer muon orthogonalizes their updates
         beta1: AdamW: decay rate of the first moment
         beta2: AdamW: decay rate of the second moment
         epsilon: AdamW and Adagrad: term added to the denominator
-        momentum: SGD: momentum
-        nesterov: SGD: use Nesterov momentum
+        momentum: SGD and Muon: momentum; null: SGD 0, Muon 0.95
+        nesterov: SGD: use Nesterov momentum, as Muon always does
         clip: maximum global norm of the gradient; 0: no clipping
         z_loss: factor of the squared logarithm of the softmax's denominator, which is added to the loss, for example
             1e-4 (Chowdhery et al. 2022, section 5)
@@ -209,10 +213,11 @@ class TrainConfig:
     decay_start: int | None = None
     decay_factor: float = 0.5
     weight_decay: float = 0.1
+    groups: dict[str, Any] | None = None
     beta1: float = 0.9
     beta2: float = 0.99
     epsilon: float = 1e-8
-    momentum: float = 0.0
+    momentum: float | None = None
     nesterov: bool = False
     label_smoothing: float = 0.0
     z_loss: float = 0.0
@@ -229,6 +234,11 @@ class TrainConfig:
     spike: float = 0.0
     max_skips: int = 3
     replica_check_every: int = 500
+
+    @property
+    def momentum_value(self) -> float:
+        """``momentum``, or what it stands for where it is null."""
+        return (0.95 if self.optimizer == "muon" else 0.0) if self.momentum is None else self.momentum
 
 
 @dataclass

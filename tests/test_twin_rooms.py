@@ -38,6 +38,7 @@ DIFFERENT = {
     "gradients.py:ScatteredGradients.buckets": "as above",
     "gradients.py:TreeGradients.buckets": "as above",
     "collectives.py:linear": "PyTorch's products are in kernels.py, which chooses between libraries",
+    "muon.py:Muon.prepare": "a branch of a graph, which an update is in, can't contain collectives",
     "memory.py:ActivationMemory.backward": "a graph's memory is counted from its trace, after the backward pass",
     "memory.py:ActivationMemory.trace": "a pipeline stage's passes are two graphs; its memory is that of one",
     "adapters.py:Adapters.bound": "an attribute in PyTorch; in a graph, weights are read anew in every trace",

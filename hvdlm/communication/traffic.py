@@ -11,6 +11,7 @@ from hvdlm.protocols.types import Traffic
 AXIS_OF = {
     "gradients": "data",
     "parameters": "data",
+    "momentum": "data",
     "metrics": "data",
     "node": "node",
     "tensor": "tensor",

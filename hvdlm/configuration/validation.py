@@ -38,7 +38,7 @@ def values(config: Config) -> None:
     one_length(config.train)
     if config.lora.rank is None and (config.lora.alpha is not None or config.lora.layers is not None):
         raise HvdlmError("lora.alpha and lora.layers configure adapters, which lora.rank enables: --lora.rank 8.")
-    if config.train.nesterov and not config.train.momentum:
+    if config.train.nesterov and not config.train.momentum_value:
         raise HvdlmError("train.nesterov needs train.momentum above 0, for example --train.momentum 0.9.")
     if config.data.mixture is not None:
         corpora.check(config)

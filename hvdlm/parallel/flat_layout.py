@@ -8,7 +8,7 @@ alone: the same on every rank and in every run, which makes sums reproducible bi
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,6 +71,10 @@ class Slot:
     counted: bool = True
 
 
+Elements = tuple[Slot, int, tuple[int, int]]
+"""A slot, the start of some of its elements in a vector, and which of the slot's these are: (first, last exclusive)."""
+
+
 @dataclass(frozen=True)
 class FlatLayout:
     """The slots of all parameters, and the buckets as (first slot, last slot exclusive).
@@ -101,11 +105,8 @@ class FlatLayout:
             ranges.append((start + rank * length, start + (rank + 1) * length))
         return ranges
 
-    def zero_slots(self, rank: int, size: int) -> list[tuple[Slot, int, tuple[int, int]]]:
-        """Return the slots that overlap with the concatenated ``zero_ranges(rank, size)``.
-
-        Each is (slot, start of its elements in the concatenation, (first, last exclusive) of the slot's elements).
-        """
+    def zero_slots(self, rank: int, size: int) -> list[Elements]:
+        """Return the slots' elements in the concatenated ``zero_ranges(rank, size)``."""
         overlaps = []
         start = 0
         for (first, last), (a, b) in zip(self.buckets, self.zero_ranges(rank, size), strict=True):
@@ -127,10 +128,14 @@ class FlatLayout:
 
     def decay_mask(self) -> np.ndarray:
         """Return float32 ``[size]``: 1 where weight decay applies."""
-        mask = np.zeros(self.size, np.float32)
+        return self.filled(lambda slot: slot.decay)
+
+    def filled(self, value: Callable[[Slot], float]) -> np.ndarray:
+        """Return float32 ``[size]``: ``value(slot)`` in every element of a slot, 0 between them."""
+        flat = np.zeros(self.size, np.float32)
         for slot in self.slots:
-            mask[slot.start : slot.stop] = slot.decay
-        return mask
+            flat[slot.start : slot.stop] = value(slot)
+        return flat
 
     def flatten(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
         """Return float32 ``[size]`` from {name: array}."""

@@ -7,6 +7,7 @@ from typing import Any
 from hvdlm.config import Config
 from hvdlm.errors import HvdlmError
 from hvdlm.models.spec import ModelSpec
+from hvdlm.parallel import muon, parameter_groups
 from hvdlm.parallel.sharding_rules import tied_names
 
 
@@ -49,6 +50,8 @@ def check(config: Config, spec: ModelSpec) -> None:
     if p.sequence and p.tensor == 1:
         raise HvdlmError("parallel.sequence shards positions over tensor ranks: set --parallel.tensor 2 or more.")
     _check_exchange(config, spec)
+    parameter_groups.check(config.train, spec)
+    muon.check(config.train, spec)
 
 
 def _check_custom_module(config: Config, s: Any) -> None:

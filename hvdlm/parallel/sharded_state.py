@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,10 +11,14 @@ import numpy as np
 from hvdlm.config import Config
 from hvdlm.errors import HvdlmError
 from hvdlm.models.spec import ModelSpec
-from hvdlm.parallel.flat_layout import FlatLayout, Shard, Slot, make_layout, whole
+from hvdlm.parallel.flat_layout import Elements, Shard, Slot, make_layout, whole
 from hvdlm.parallel.mesh import Mesh
+from hvdlm.parallel.muon import MuonLayout
+from hvdlm.parallel.muon import names_of as muon_names
+from hvdlm.parallel.parameter_groups import ParameterGroups, UpdateRates
 from hvdlm.parallel.sharding_rules import ModelShard
 from hvdlm.protocols.exchange import Exchange
+from hvdlm.protocols.state_dict import OPTIMIZER_STATE
 from hvdlm.training.loss_scale import LossScale
 
 OWN_PARAMETERS = "exchange/own/parameters"
@@ -22,13 +26,13 @@ OWN_PARAMETERS = "exchange/own/parameters"
 
 
 class FlatState:
-    """The names and shards of a flat vector ``[size]``, or of its ZeRO shard ``[size / zero_size]``."""
+    """The names and shards of a vector that consists of elements of slots, such as the flat one or its ZeRO shard.
 
-    def __init__(self, layout: FlatLayout, zero_rank: int = 0, zero_size: int = 1) -> None:
-        if zero_size > 1:
-            self._slots = layout.zero_slots(zero_rank, zero_size)
-        else:
-            self._slots = [(slot, slot.start, (0, slot.stop - slot.start)) for slot in layout.slots]
+    ``slots``: each with the start of its elements in the vector, and which of the slot's these are.
+    """
+
+    def __init__(self, slots: Sequence[Elements]) -> None:
+        self._slots = slots
 
     def arrays(self, flat: np.ndarray, prefix: str) -> dict[str, np.ndarray]:
         """Return {prefix/name: array}, copies of the slots of ``flat``."""
@@ -76,6 +80,7 @@ class ShardedState:
         layout: the slots of parameters in the flat vector ``[size]``.
         update_ranges: what this rank updates of it, (start, stop) for every bucket: all, or its ZeRO shard.
         shard_ranges: the same ranges as (start, stop) in their concatenation, the vector that this rank updates.
+        muon: which rule updates which elements, with the optimizer muon; None with others.
         norm_ranges: the (start, stop) in that vector that this rank counts towards the gradient norm.
         tied_buckets: the buckets that two stages hold.
     """
@@ -100,8 +105,14 @@ class ShardedState:
         first_names = [self.layout.slots[first].name for first, _ in self.layout.buckets]
         self.tied_buckets = [index for index, name in enumerate(first_names) if name in model_shard.tied]
         self.loss_scale = LossScale(config.train.precision)
-        self._memory = FlatState(self.layout, zero_rank, zero_size)
-        self._weights = self._memory if exchange.traits.rounds_parameters else FlatState(self.layout)
+        self._memory = FlatState(self.layout.zero_slots(zero_rank, zero_size))
+        self._weights = self._memory if exchange.traits.rounds_parameters else FlatState(self.layout.zero_slots(0, 1))
+        self.muon: MuonLayout | None = None
+        self._memories: dict[str, FlatState] = {}  # by kind, where the optimizer keeps some for some parameters only
+        if names := muon_names(spec, config.train):
+            self.muon = MuonLayout(self.layout, names, zero_rank, zero_size, mesh.tensor)
+            for kind in OPTIMIZER_STATE["muon"]:
+                self._memories[kind] = FlatState(self.muon.state_elements(kind))
         self._identities: dict[tuple[bool, tuple[str, ...]], dict[str, str]] = {}
 
     @property
@@ -125,6 +136,15 @@ class ShardedState:
         """Return the elements of ``flat`` ``[size]`` that this rank updates, concatenated."""
         return np.concatenate([flat[a:b] for a, b in self.update_ranges])
 
+    def update_rates(self) -> UpdateRates:
+        """Return the weight decay and the factor of the learning rate of every element of ``update_shard``."""
+        groups = ParameterGroups(self.config.train)
+        decays = self.layout.filled(lambda slot: groups.weight_decay(slot.name, slot.decay))
+        if not groups.scaled:
+            return UpdateRates(self.update_shard(decays))
+        scales = self.layout.filled(lambda slot: groups.learning_rate_scale(slot.name))
+        return UpdateRates(self.update_shard(decays), self.update_shard(scales))
+
     def seed(self, step: int, *keys: int, row: int | None = None) -> np.random.SeedSequence:
         """Return a dropout seed, different for every data rank, stage and step (and ``keys``, such as the micro-batch).
 
@@ -144,14 +164,18 @@ class ShardedState:
         """Return ``Trainable.state`` but the recurrent state, from what is saved of the flat vector and of memory."""
         state = self._weights.arrays(flat, "parameters")
         for kind, array in memory.items():
-            state |= self._memory.arrays(array, f"optimizer/{kind}")
+            state |= self._memory_of(kind).arrays(array, f"optimizer/{kind}")
             if self.exchange.traits.replicas_diverge:
-                state |= self._memory.arrays(array, f"exchange/own/{kind}")
+                state |= self._memory_of(kind).arrays(array, f"exchange/own/{kind}")
         if self.exchange.traits.replicas_diverge and not self.exchange.agreed:
             state |= self._weights.arrays(flat, OWN_PARAMETERS)
         if self.loss_scale.active:
             state["optimizer/loss_scale"] = self.loss_scale.state()
         return state | {f"exchange/{n}": a for n, a in self.exchange.state().items()}
+
+    def _memory_of(self, kind: str) -> FlatState:
+        """Return the names and shards of the optimizer's state ``kind``."""
+        return self._memories.get(kind, self._memory)
 
     def fingerprints(self, flat: np.ndarray) -> dict[str, int]:
         """Return ``Trainable.fingerprints`` of the flat vector ``[size]``."""
@@ -188,7 +212,7 @@ class ShardedState:
         """Return ``Trainable.shards``; ``memory``: the optimizer's state, by kind."""
         shards = self._weights.shards("parameters")
         for kind in memory:
-            shards |= self._memory.shards(f"optimizer/{kind}")
+            shards |= self._memory_of(kind).shards(f"optimizer/{kind}")
         return shards | self._carry_shards()
 
     def _carry_shards(self) -> dict[str, Shard]:
@@ -207,8 +231,9 @@ class ShardedState:
         flat = self._weights.restored(flat, "parameters", state, required=True)
         restored = {}
         for kind, array in memory.items():
-            restored[kind] = self._memory.restored(array, f"optimizer/{kind}", state, required=False)
-            restored[kind] = self._memory.restored(restored[kind], f"exchange/own/{kind}", state, required=False)
+            names = self._memory_of(kind)
+            restored[kind] = names.restored(array, f"optimizer/{kind}", state, required=False)
+            restored[kind] = names.restored(restored[kind], f"exchange/own/{kind}", state, required=False)
         if self.loss_scale.active and "optimizer/loss_scale" in state:
             self.loss_scale.load_state(state["optimizer/loss_scale"])
         self.exchange.open(self.layout, flat)

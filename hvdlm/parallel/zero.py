@@ -35,6 +35,10 @@ class ZeroExchange(AllReduceExchange):
         """Start to sum the bucket; the handle's result is this rank's shard of the sum, ``[elements / ranks]``."""
         return self.scaled(self._group.reduce_scatter_async(self.predivided(bucket), f"gradients.{index}"))
 
+    def gather_vector(self, shard: Tensor, index: int, purpose: str) -> Handle:
+        """Start to gather, unrounded, what every rank has for its shard of bucket ``index``; result ``[elements]``."""
+        return self._group.all_gather_async(shard, f"{purpose}.{index}")
+
     def gather(self, shards: Sequence[Tensor]) -> list[Tensor]:
         """Return every bucket's parameters from this rank's updated shards of them."""
         started = [self._group.all_gather_async(shards[i], f"parameters.{i}") for i in self._buckets]

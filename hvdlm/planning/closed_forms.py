@@ -19,10 +19,11 @@ from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.flat_layout import FlatLayout, make_layout
 from hvdlm.parallel.level_shards import shard_layout
 from hvdlm.parallel.mesh import Mesh
+from hvdlm.parallel.muon import MuonLayout, count, names_of
 from hvdlm.parallel.sharding_rules import ModelShard, make_model_shard
 from hvdlm.planning.same import Same
 from hvdlm.planning.zero_payloads import KNOWN, ZeroPayload, zero_payloads
-from hvdlm.protocols.state_dict import optimizer_state
+from hvdlm.protocols.state_dict import OPTIMIZER_STATE, optimizer_state
 from hvdlm.protocols.types import Prediction
 
 
@@ -170,9 +171,35 @@ class Step:
         return {
             "parameters": 4 * (size + (zero_shard if self.zero else 0)) + self.spec.frozen_bytes,
             "gradients": 4 * gradients,
-            "optimizer": 4 * self.moments * (zero_shard if self.zero else size),
+            "optimizer": 4 * self.optimizer_elements(zero_shard if self.zero else size),
             "activations": self.activations(),
         }
+
+    def optimizer_elements(self, updated: int) -> int:
+        """Return the elements of the optimizer's state on a rank that updates ``updated`` parameters."""
+        if self.muon is None:
+            return self.moments * updated
+        return sum(count(self.muon.state_elements(kind)) for kind in OPTIMIZER_STATE["muon"])
+
+    @cached_property
+    def muon(self) -> MuonLayout | None:
+        """Which rule updates which elements, with the optimizer muon; None with others."""
+        names = names_of(self.spec, self.config.train)
+        if not names:
+            return None
+        shards = self.mesh.data if self.zero else 1
+        return MuonLayout(self.layout, names, self.data_rank if self.zero else 0, shards, self.mesh.tensor)
+
+    def gathered_momentum(self) -> list[int]:
+        """Return the elements of the gathers of Muon's momentum over data ranks (ZeRO), of all ranks together."""
+        if self.muon is None or not self.zero:
+            return []
+        ends = [self.layout.bucket_range(index) for index in self.muon.buckets]
+        return [stop - start for start, stop in ends]
+
+    def sharded_momentum(self) -> int:
+        """Return the elements of Muon's momentum that this rank hands to the tensor ranks' gather."""
+        return sum(matrix.slot.stop - matrix.slot.start for matrix in self.muon.sharded) if self.muon else 0
 
     def activations(self) -> int:
         """Return the bytes kept for backward passes: of as many micro-batches as the schedule has under way."""
@@ -252,7 +279,8 @@ class Step:
             return whole + 2 * 8
         sent = self.zero_payloads
         gradients = sum(bucket.gradients + bucket.rest for bucket in sent) * (self.count if self.zero == 2 else 1)
-        return gradients + sum(bucket.parameters[self.data_rank] for bucket in sent) + 3 * 8
+        momentum = 4 * sum(self.gathered_momentum()) // self.mesh.data
+        return gradients + sum(bucket.parameters[self.data_rank] for bucket in sent) + momentum + 3 * 8
 
     def on_node(self) -> int:
         """Return the bytes within a node of sums in two levels: a rank scatters buckets and gathers shards."""
@@ -286,10 +314,11 @@ class Step:
         return moved
 
     def on_tensor(self) -> int:
-        """Return the bytes of tensor parallelism in all micro-batches."""
+        """Return the bytes of tensor parallelism in all micro-batches, and of Muon's momentum."""
         if self.mesh.tensor == 1:
             return 0
-        return self.count * (self.gpt_tensor_bytes() if self.kind == "gpt" else self.rnn_tensor_bytes())
+        each = self.gpt_tensor_bytes() if self.kind == "gpt" else self.rnn_tensor_bytes()
+        return self.count * each + 4 * self.sharded_momentum()
 
     def gpt_tensor_bytes(self) -> int:
         """With ``x`` all tokens' states: f and g sum ``x``; sharded positions scatter ``x`` and gather its shard."""

@@ -9,10 +9,11 @@ from hvdlm.config import CommunicationConfig, Config
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.flat_layout import Slot
 from hvdlm.parallel.mesh import Mesh
+from hvdlm.parallel.muon import ITERATIONS, MuonLayout, count
 from hvdlm.planning.closed_forms import Habits, Step
 from hvdlm.planning.model_work import segments_of
 from hvdlm.planning.payloads import HALF_PRECISION, UNBIASED, is_compressible, payload
-from hvdlm.planning.work import Bucket, Collective, Segment, Work
+from hvdlm.planning.work import Bucket, Collective, Product, Segment, Work
 from hvdlm.protocols.state_dict import optimizer_state
 
 LOCAL_EXCHANGES = ("local_sgd", "diloco", "streaming_diloco")
@@ -24,6 +25,10 @@ KNOWN_EXCHANGES = ("all_reduce", *LOCAL_EXCHANGES)
 # The momentum, and what else they keep; see their modules.
 _UPDATE_EXCHANGES = {"one_bit_adam": 3, "zero_one_adam": 5, "demo": 1}
 _FEEDING_BACK = {"none": 0, "dgc": 2, "chunked_top_k": 1}  # vectors of compressors with a feedback of their own
+
+# Of Muon, per element: gradient, momentum and parameter read and written, and a copy of the momentum in each of 5
+# iterations.
+_BYTES_OF_MATRICES = 4.0 * (2 * 3 + 2 * 5)
 
 
 def kept_vectors(options: CommunicationConfig) -> int:
@@ -75,6 +80,7 @@ def work_of(
     exchange = _Exchange(step, segments)
     size = float(step.layout.size)
     updated = size / mesh.data if step.zero else size
+    matrices = float(count(step.muon.owned)) if step.muon else 0.0
     sent = float(step.item * step.tokens * step.s.width) / (mesh.tensor if step.sequence else 1)
     every = config.checkpoint.every
     return Work(
@@ -83,11 +89,13 @@ def work_of(
         tokens=float(step.tokens),
         buckets=exchange.buckets(),
         scatters_every=step.zero == 2,
-        update_elements=updated,
-        moments=moments,
+        update_elements=updated - matrices,
+        moments=2 if step.muon else moments,
+        update_products=newton_schulz(step.muon) if step.muon else (),
         # Zeroing, the norm, with ZeRO the copy of gathered parameters, and the copy of sums of micro-batches.
         update_bytes=4.0 * size
         + 4.0 * updated
+        + _BYTES_OF_MATRICES * matrices
         + ((20.0 if step.habits.packs_gradients else 12.0) * size if step.zero else 0.0)
         + (12.0 * size if step.sums_micro_batches else 0.0),
         after=exchange.after(),
@@ -98,6 +106,15 @@ def work_of(
         send_bytes=sent if mesh.pipeline > 1 else 0.0,
         saved_bytes=_saved(step) / every if every else 0.0,
     )
+
+
+def newton_schulz(layout: MuonLayout) -> tuple[Product, ...]:
+    """Return the products of Muon's orthogonalizations in a step of a rank."""
+    products: list[Product] = []
+    for matrices in layout.alike():
+        (short, long), times = sorted(matrices[0].shape), float(ITERATIONS * len(matrices))
+        products += [Product(short, k, n, times) for k, n in ((long, short), (short, short), (short, long))]
+    return tuple(products)
 
 
 def unknown(config: Config, spec: ModelSpec) -> str:
@@ -145,7 +162,7 @@ class _Exchange:
         return tuple(collectives)
 
     def after(self) -> tuple[Collective, ...]:
-        """Return the sums of metrics and norms, and with ZeRO the gathers of parameters."""
+        """Return the sums of metrics and norms, with ZeRO the gathers of parameters, and Muon's of momentum."""
         step, collectives = self.step, self._tied()
         if step.mesh.tensor * step.mesh.pipeline > 1:
             collectives.append(Collective("all_reduce", 24.0, "model"))
@@ -154,6 +171,9 @@ class _Exchange:
         if step.zero:
             gathers = (sum(bucket.parameters) for bucket in step.zero_payloads)
             collectives += [Collective("all_gather", float(size), "data") for size in gathers]
+        collectives += [Collective("all_gather", 4.0 * elements, "data") for elements in step.gathered_momentum()]
+        if sent := step.sharded_momentum():
+            collectives.append(Collective("all_gather", 4.0 * sent * step.mesh.tensor, "tensor"))
         return tuple(collectives)
 
     def _tied(self) -> list[Collective]:

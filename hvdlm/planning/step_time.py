@@ -224,6 +224,7 @@ def stage_time(work: Work, computation: Computation, network: Network) -> StageT
     after = sum(network.seconds(collective) for collective in work.after)
     after += sum(network.seconds(collective) for bucket in work.buckets for collective in bucket.later)
     update = computation.update(work.update_elements, work.moments, work.update_bytes)
+    update += sum(p.count * computation.product(p.m, p.k, p.n) for p in work.update_products)
     update += _outer_update(work, computation) + computation.overhead(work.micro_batches)
     update += computation.rates.seconds_per_gathered_element * work.gathered
     update += computation.rates.seconds_per_scattered_element * work.scattered

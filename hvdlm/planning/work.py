@@ -170,8 +170,9 @@ class Work:
         tokens: of a micro-batch.
         buckets: whose collectives are started during the last backward pass.
         scatters_every: whether they are started in every micro-batch's backward pass (ZeRO-2).
-        update_elements: parameters that this rank updates.
+        update_elements: parameters that this rank updates, element by element.
         moments: state vectors of the optimizer.
+        update_products: of the update (Muon).
         update_bytes: that clipping, zeroing and copying of the flat vectors read and write beside the update itself.
         first_gathers: gathers of parameters that overlap with the first forward pass, segment by segment.
         after: collectives after the gradients: norm, metrics, parameters (ZeRO).
@@ -190,6 +191,7 @@ class Work:
     scatters_every: bool = False
     update_elements: float = 0.0
     moments: int = 2
+    update_products: tuple[Product, ...] = ()
     update_bytes: float = 0.0
     first_gathers: tuple[Collective, ...] = ()
     after: tuple[Collective, ...] = ()

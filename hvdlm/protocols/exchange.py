@@ -95,3 +95,13 @@ class Exchange(ExchangeState, Protocol):
 
     def finish(self, parameters: Tensor) -> Tensor | None:
         """Return what replaces the updated flat ``parameters`` ``[size]``; None: they stay."""
+
+
+class ShardedExchange(Exchange, Protocol):
+    """An exchange whose ranks update a shard of every bucket each (ZeRO)."""
+
+    def gather_vector(self, shard: Tensor, index: int, purpose: str) -> Handle:
+        """Start to gather float32 values of a bucket, as they are, from this rank's of its shard.
+
+        ``purpose``: the first word of the collective's name. The handle's result is ``[elements]``.
+        """

@@ -69,6 +69,18 @@ class ResolvesOptions(Protocol):
         """
 
 
+@runtime_checkable
+class HasUpdateRules(Protocol):
+    """A framework that updates parameters by more rules than one learning rate of AdamW, SGD or Adagrad.
+
+    Attributes:
+        update_rules: those of ``groups`` (``train.groups``) and ``muon`` (``train.optimizer muon``) that it has.
+            Without this attribute it has neither, and such a run is refused.
+    """
+
+    update_rules: tuple[str, ...]
+
+
 class HostCollective(Protocol):
     """A collective on a contiguous array in host memory."""
 

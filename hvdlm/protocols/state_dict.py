@@ -17,10 +17,12 @@ OPTIMIZER_STATE: dict[str, tuple[str, ...]] = {
     "adamw": ("first_moment", "second_moment"),
     "sgd": ("momentum",),
     "adagrad": ("sum_of_squares",),
+    "muon": ("momentum", "first_moment", "second_moment"),
 }
 """The kinds of state of each ``train.optimizer`` by their names in checkpoints, the same in every framework.
 
-Of every parameter, float32 of its shape: AdamW's running means of the gradient and of its square (without correction of
+Of every parameter, float32 of its shape (Muon: the momentum of those that it orthogonalizes, AdamW's of all others):
+AdamW's running means of the gradient and of its square (without correction of
 their bias), SGD's velocity (the sum of gradients, not of updates), and Adagrad's sum of squared gradients.
 """
 
@@ -32,7 +34,7 @@ def optimizer_state(config: TrainConfig, own: Optimizer | None = None) -> tuple[
     """
     if own is not None:
         return own.state
-    return () if config.optimizer == "sgd" and not config.momentum else OPTIMIZER_STATE[config.optimizer]
+    return () if config.optimizer == "sgd" and not config.momentum_value else OPTIMIZER_STATE[config.optimizer]
 
 
 class StateDict(Protocol):

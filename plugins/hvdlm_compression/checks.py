@@ -9,6 +9,7 @@ from typing import Any
 from hvdlm.config import Config
 from hvdlm.errors import HvdlmError
 from hvdlm.io.launcher_env import detect
+from hvdlm.io.untrusted_input import shown
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.sharding_rules import tied_names
 from hvdlm.planning.zero_payloads import gathered_as
@@ -33,7 +34,7 @@ def check_compression(config: Config, spec: ModelSpec) -> None:
         _rank(options.rank, spec)
     if options.algorithm == "chunked_top_k":
         _chunk(options.block)
-    if options.algorithm == "dgc" and options.momentum and config.train.momentum:
+    if options.algorithm == "dgc" and options.momentum and config.train.momentum_value:
         raise HvdlmError(
             "communication.compression.momentum takes the place of train.momentum, both would count it twice: "
             "set --train.momentum 0."
@@ -177,7 +178,8 @@ def check_updates(config: Config, spec: ModelSpec) -> None:
     _whole_gradients(config, name)
     wanted: dict[str, tuple[Any, Any, str]] = {
         "train.optimizer": (train.optimizer, "sgd", f"{name} computes the update itself"),
-        "train.momentum": (train.momentum, 0.0, f"{name} keeps the momentum itself"),
+        "train.momentum": (train.momentum or 0.0, 0.0, f"{name} keeps the momentum itself"),
+        "train.groups": (train.groups or None, None, f"{name} has one rule for all parameters"),
         "train.clip": (train.clip, 0.0, f"the norm of the gradients is not known to {name}, which sends momentum"),
         "communication.reduction": (options.reduction, "average", f"{name} averages"),
         "communication.predivide": (options.predivide, 1.0, f"{name} doesn't sum gradients"),
@@ -186,9 +188,9 @@ def check_updates(config: Config, spec: ModelSpec) -> None:
     }
     for key, (value, needed, reason) in wanted.items():
         if value != needed:
-            shown = f"{needed:g}" if isinstance(needed, float) else needed
+            wish = f"{needed:g}" if isinstance(needed, float) else "null" if needed is None else needed
             raise HvdlmError(
-                f"{key} {value} doesn't go with communication.exchange {name}: {reason}; set --{key} {shown}."
+                f"{key} {shown(value)} doesn't go with communication.exchange {name}: {reason}; set --{key} {wish}."
             )
     _check_tied(config, spec, "makes updates of the gradients that a stage has, and those of a tied embedding are two")
 

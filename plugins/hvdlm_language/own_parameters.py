@@ -43,7 +43,7 @@ class OwnParameters:
 
     def __init__(self, exchange: Exchange, layout: FlatLayout) -> None:
         self.streams: Streams | None = exchange if isinstance(exchange, Streams) else None
-        self._state = FlatState(layout)
+        self._state = FlatState(layout.zero_slots(0, 1))
 
     def averaged(self, own: np.ndarray) -> np.ndarray:
         """Return the flat parameters ``[size]`` that are evaluated and saved where this replica has ``own``."""

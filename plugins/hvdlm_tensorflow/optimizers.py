@@ -1,4 +1,4 @@
-"""Update rules on flat vectors: TensorFlow's fused operations, with weight decay on the masked elements.
+"""Update rules on flat vectors: TensorFlow's fused operations, with a weight decay and learning rate for every element.
 
 AdamW (Loshchilov and Hutter 2019, algorithm 2), SGD with momentum (Sutskever et al. 2013) and Nesterov's variant,
 Adagrad (Duchi et al. 2011), by the equations in PyTorch's documentation; the torch plugin computes the same.
@@ -9,19 +9,24 @@ from __future__ import annotations
 import tensorflow as tf
 
 from hvdlm.config import TrainConfig
+from hvdlm.parallel.parameter_groups import UpdateRates
 from hvdlm.protocols.optimizer import Optimizer
 from hvdlm.protocols.state_dict import optimizer_state
 
 
 class FlatOptimizer:
-    """One update rule over a flat float32 parameter vector ``[size]``."""
+    """One update rule over a flat float32 parameter vector ``[size]``.
+
+    ``rates``: weight decay and factor of the learning rate, of every element. ``own``: a plugin's rule.
+    """
 
     def __init__(
-        self, config: TrainConfig, parameter: tf.Variable, mask: tf.Tensor, own: Optimizer | None = None
+        self, config: TrainConfig, parameter: tf.Variable, rates: UpdateRates, own: Optimizer | None = None
     ) -> None:
         self._config = config
         self._parameter = parameter
-        self._mask = mask
+        self._decays = tf.constant(rates.decays) if rates.decays.any() else None
+        self._scales = None if rates.scales is None else tf.constant(rates.scales)
         self._own = own
         self._decoupled = own.decoupled if own else config.optimizer == "adamw"
         self._state = {
@@ -35,20 +40,24 @@ class FlatOptimizer:
 
     def update(self, gradient: tf.Tensor, learning_rate: tf.Tensor, step: tf.Tensor) -> None:
         """Apply ``gradient`` ``[size]`` as update number ``step`` (from 0), in a graph."""
-        c = self._config
-        if c.weight_decay and self._decoupled:  # decoupled
+        before = None if self._scales is None else tf.identity(self._parameter.read_value())
+        self._apply(gradient, learning_rate, step)
+        if before is not None:  # no rule's state depends on the rate
+            self._parameter.assign(_interpolated(before, self._parameter.read_value(), self._scales))
+
+    def _apply(self, gradient: tf.Tensor, learning_rate: tf.Tensor, step: tf.Tensor) -> None:
+        """Apply the rule with one learning rate."""
+        if self._decays is not None and self._decoupled:
             tf.raw_ops.ResourceApplyGradientDescent(
-                var=self._parameter.handle,
-                alpha=learning_rate * c.weight_decay,
-                delta=self._mask * self._parameter,
+                var=self._parameter.handle, alpha=learning_rate, delta=self._decays * self._parameter
             )
-        elif c.weight_decay:  # L2 regularisation: part of the gradient
-            gradient += c.weight_decay * self._mask * self._parameter
+        elif self._decays is not None:  # L2 regularisation: part of the gradient
+            gradient += self._decays * self._parameter
         if self._own:
             self._apply_own(self._own, gradient, learning_rate, tf.cast(step, tf.float32))
             return
         rules = {"adamw": self._adamw, "sgd": self._sgd, "adagrad": self._adagrad}
-        rules[c.optimizer](gradient, learning_rate, tf.cast(step + 1, tf.float64))
+        rules[self._config.optimizer](gradient, learning_rate, tf.cast(step + 1, tf.float64))
 
     def _apply_own(self, rule: Optimizer, gradient: tf.Tensor, learning_rate: tf.Tensor, step: tf.Tensor) -> None:
         """Apply a plugin's rule."""
@@ -77,7 +86,7 @@ class FlatOptimizer:
         )
 
     def _sgd(self, gradient: tf.Tensor, learning_rate: tf.Tensor, count: tf.Tensor) -> None:
-        if not self._config.momentum:
+        if not self._config.momentum_value:
             self._parameter.assign_sub(learning_rate * gradient)
             return
         tf.raw_ops.ResourceApplyMomentum(
@@ -85,7 +94,7 @@ class FlatOptimizer:
             accum=self._state["momentum"].handle,
             lr=learning_rate,
             grad=gradient,
-            momentum=self._config.momentum,
+            momentum=self._config.momentum_value,
             use_nesterov=self._config.nesterov,
         )
 
@@ -97,3 +106,9 @@ class FlatOptimizer:
             epsilon=self._config.epsilon,
             grad=gradient,
         )
+
+
+def _interpolated(start: tf.Tensor, stop: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
+    """Return the vector between ``start`` (where the weight is 0) and ``stop`` (1), as torch.lerp rounds it."""
+    change = stop - start
+    return tf.where(weights < 0.5, start + weights * change, stop - change * (1.0 - weights))

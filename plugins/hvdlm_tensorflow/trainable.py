@@ -29,6 +29,7 @@ from hvdlm_tensorflow.forward import Forward
 from hvdlm_tensorflow.gradients import make_gradients
 from hvdlm_tensorflow.inference import Inference
 from hvdlm_tensorflow.memory import ActivationMemory
+from hvdlm_tensorflow.muon import Muon
 from hvdlm_tensorflow.optimizers import FlatOptimizer
 from hvdlm_tensorflow.profiling import Trace, named_range
 from hvdlm_tensorflow.slices import replace_elements
@@ -78,8 +79,11 @@ class Trainable(Inference):
         # What a checkpoint holds and a rank resumes from: this shard where ranks compute with rounded parameters.
         self._saved = self._updated if exchange.traits.rounds_parameters else self._flat
         self._gradients = make_gradients(state, axes)
-        self._optimizer = FlatOptimizer(
-            config.train, self._updated, tf.constant(state.update_shard(self.layout.decay_mask())), optimizer
+        rates = state.update_rates()
+        self._optimizer: FlatOptimizer | Muon = (
+            Muon(config.train, self._updated, rates, state, axes.tensor)
+            if state.muon
+            else FlatOptimizer(config.train, self._updated, rates, optimizer)
         )
         self._carry: dict[int, Any] = {}  # by micro-batch: the state that a recurrent model carries to the next step
         self._activations = ActivationMemory()
@@ -261,9 +265,15 @@ class Trainable(Inference):
         clip = self._config.train.clip
         factor = scale * tf.minimum(tf.constant(1.0, tf.float64), clip / (norm + 1e-6)) if clip else scale
 
+        def scaled() -> tf.Tensor:
+            return gradient * tf.cast(factor, tf.float32)
+
+        rate, optimizer = tf.cast(learning_rate, tf.float32), self._optimizer
+        # A branch of a graph can't contain collectives.
+        prepared = (optimizer.prepare(scaled()),) if isinstance(optimizer, Muon) else ()
+
         def update() -> tf.Tensor:
-            scaled = gradient * tf.cast(factor, tf.float32)
-            self._optimizer.update(scaled, tf.cast(learning_rate, tf.float32), step)
+            optimizer.update(scaled(), rate, step, *prepared)
             return tf.constant(True)
 
         good = tf.math.is_finite(norm) & (norm <= limit)

@@ -31,6 +31,7 @@ from hvdlm_torch.forward import Forward
 from hvdlm_torch.gradients import make_gradients
 from hvdlm_torch.inference import Inference
 from hvdlm_torch.memory import ActivationMemory
+from hvdlm_torch.muon import Muon
 from hvdlm_torch.optimizers import FlatOptimizer
 from hvdlm_torch.profiling import Trace, named_range
 
@@ -70,8 +71,12 @@ class Trainable(Inference):
         )
         # What a checkpoint holds and a rank resumes from: this shard where ranks compute with rounded parameters.
         self._saved = self._updated if exchange.traits.rounds_parameters else self._flat
-        decay_mask = state.update_shard(self.layout.decay_mask())
-        self._optimizer = FlatOptimizer(config.train, self._updated, self._gradients.shard, decay_mask, optimizer)
+        vectors = self._updated, self._gradients.shard, state.update_rates()
+        self._optimizer: FlatOptimizer | Muon = (
+            Muon(config.train, *vectors, state, axes.tensor)
+            if state.muon
+            else FlatOptimizer(config.train, *vectors, optimizer)
+        )
         self._counters = count_traffic(axes, exchange)
         self._carry: dict[int, Any] = {}  # by micro-batch: the state that a recurrent model carries to the next step
         self._activations = ActivationMemory()

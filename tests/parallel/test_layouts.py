@@ -52,7 +52,7 @@ def configured(mesh: Mesh, model: dict[str, Any], **options: Any) -> Config:
 
 def build(world: World, mesh: Mesh, config: Config, vocab: int = VOCAB) -> Any:
     """Return a trainable on this rank of ``mesh``."""
-    manager = plugins.load([FRAMEWORK, "all_reduce", "compression"])
+    manager = plugins.load([FRAMEWORK, config.communication.exchange, "compression"])
     spec = configured_spec(config, vocab)
     manager.hook.hvdlm_check(config=config, spec=spec)
     exchange = plugins.make_exchange(manager, config, world, world.group(mesh.group("data", world.rank)))
@@ -299,6 +299,7 @@ def test_adapters_follow_one_rank_and_alone_are_communicated(world: World, zero:
 
 SGD = {"optimizer": "sgd", "learning_rate": 0.3, "momentum": 0.9, "weight_decay": 0.1, "clip": 0.5}
 TERMS = {"label_smoothing": 0.1, "z_loss": 0.01}  # which ranks compute of their parts of the scores
+GROUPS = {"embed.*": {"learning_rate_scale": 0.5, "weight_decay": 0.0}, "*.value": {"weight_decay": 0.5}}
 LLAMA = {"name": "llama", "layers": FEWEST_LAYERS, "width": 32, "heads": 4, "kv_heads": 1}
 VARIANTS: list[tuple[str, tuple[int, int, int], dict[str, Any], dict[str, Any]]] = [
     ("llama", (1, 1, 4), LLAMA, {}),
@@ -311,6 +312,7 @@ VARIANTS: list[tuple[str, tuple[int, int, int], dict[str, Any], dict[str, Any]]]
     ("whole-batches", (2, 1, 2), GPT, {"train": {"micro_batch_size": None}, "parallel": {"zero": 2}}),
     ("lstm", (1, 2, 2), {"name": "lstm", "layers": 2, "width": 32}, {"train": SGD}),
     ("gru", (2, 1, 2), {"name": "gru", "layers": 1, "width": 32}, {"parallel": {"zero": 1}, "train": SGD}),
+    ("groups", (2, 1, 2), GPT, {"parallel": {"zero": 1}, "train": {"groups": GROUPS}}),
     ("rnn", (1, 1, 4), {"name": "rnn", "layers": 2, "width": 32, "tie_embeddings": True}, {"train": SGD}),
 ]
 

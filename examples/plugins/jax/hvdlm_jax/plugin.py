@@ -54,6 +54,12 @@ def hvdlm_check(config: Config, spec: ModelSpec) -> None:
             "--framework torch."
         )
     check_precision(config)
+    if config.train.groups or config.train.optimizer == "muon":
+        option = "train.groups" if config.train.groups else "train.optimizer muon"
+        raise HvdlmError(
+            f"{option}: framework jax has adamw, sgd and adagrad, with one learning rate for all parameters: leave it "
+            "out, or --framework torch."
+        )
     if config.train.compile is False:
         raise HvdlmError("framework jax compiles every step: leave out train.compile, or --framework torch.")
 

@@ -36,6 +36,7 @@ def hvdlm_check(config, spec):
         ("parallel", "tensor", 1),
         ("parallel", "pipeline", 1),
         ("train", "optimizer", "adamw"),
+        ("train", "groups", None),
         ("train", "precision", "auto", "fp32"),
         ("train", "compile", "auto", None, False),
     ):
