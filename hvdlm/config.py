@@ -21,26 +21,41 @@ class ModelConfig:
     """Model architecture and sizes.
 
     Args:
-        name: model or preset: gpt, gpt2, llama, rnn, gru, lstm, seq2seq, ctc, convnet, or one provided by a plugin
+        name: model or preset: gpt, gpt2, llama, mistral, qwen2, qwen3, neox, gemma, rnn, gru, lstm, seq2seq, ctc,
+            convnet, or one provided by a plugin
         layers: number of layers; seq2seq: of the encoder and of the decoder each
         width: embedding width; recurrent models: hidden units per layer
         heads: number of attention heads
         kv_heads: number of key-value heads (grouped-query attention); null: as many as heads
-        mlp_width: width of the feed-forward layer; null: 4 x width, with SwiGLU 8/3 x width, rounded up to a multiple
-            of 8
+        head_width: width of a head; null: width / heads
+        window: positions that a query sees, itself and those before it (sliding-window attention); 0: all; null: the
+            preset's
+        mlp_width: width of the feed-forward layer; null: 4 x width, with SwiGLU or GeGLU 8/3 x width, rounded up to a
+            multiple of 8
         positions: position encoding; null: the preset's
         norm: normalisation layer; null: the preset's
-        activation: activation of the feed-forward layer; null: the preset's
+        activation: activation of the feed-forward layer: gelu (by tanh), gelu_exact (by erf), or gated: swiglu, geglu
+            (by tanh); null: the preset's
         bias: use biases in linear and normalisation layers; null: the preset's
+        qkv_bias: use biases in the layers of queries, keys and values; null: the preset's, or as bias
+        qk_norm: normalise every head's queries and keys (RMS norm); null: the preset's
+        parallel_residual: compute attention and feed-forward layer from the same input; null: the preset's
+        scale_embeddings: multiply token embeddings by sqrt(width); null: the preset's
         tie_embeddings: share weights between the input embedding and the output layer; null: the preset's
         dropout: dropout rate
         rotary_base: base of the rotary position frequencies
+        rotary_share: share of a head's dimensions that rotary positions rotate; null: the preset's, or all of them
+        rotary_scaling: divide low rotary frequencies by this factor, for contexts longer than those of pretraining
+            (Llama 3.1); null: none
+        rotary_scaling_context: rotary_scaling: context length of pretraining
+        rotary_scaling_low: rotary_scaling: frequencies with fewer turns in that context are divided by the whole factor
+        rotary_scaling_high: rotary_scaling: frequencies with more turns in that context stay as they are
         norm_epsilon: epsilon added to the variance in normalisation layers
         initial_scale: scale of the initial weights; GPT: standard deviation, null: the preset's, or sqrt(2 / (5
             width)); recurrent models: bound of a uniform distribution, null: 1 / sqrt(width)
         vocab: number of embedding rows, at least the tokenizer's vocabulary size (without special tokens that no text
             holds); null: equal to it
-        pretrained: Hugging Face folder of a GPT-2 or Llama from which sizes, weights and tokenizer are taken
+        pretrained: Hugging Face folder of a language model from which sizes, weights and tokenizer are taken
         stop_tokens: ids of tokens that end generated text; null: those of pretrained's folder, [] or without one: none
     """
 
@@ -49,14 +64,25 @@ class ModelConfig:
     width: int = 128
     heads: int = 4
     kv_heads: int | None = None
+    head_width: int | None = None
+    window: int | None = None
     mlp_width: int | None = None
     positions: Literal["learned", "rotary"] | None = None
     norm: Literal["layernorm", "rmsnorm"] | None = None
-    activation: Literal["gelu", "swiglu"] | None = None
+    activation: Literal["gelu", "gelu_exact", "swiglu", "geglu"] | None = None
     bias: bool | None = None
+    qkv_bias: bool | None = None
+    qk_norm: bool | None = None
+    parallel_residual: bool | None = None
+    scale_embeddings: bool | None = None
     tie_embeddings: bool | None = None
     dropout: float = 0.0
     rotary_base: float = 10000.0
+    rotary_share: float | None = None
+    rotary_scaling: float | None = None
+    rotary_scaling_context: int = 8192
+    rotary_scaling_low: float = 1.0
+    rotary_scaling_high: float = 4.0
     norm_epsilon: float = 1e-5
     initial_scale: float | None = None
     vocab: int | None = None

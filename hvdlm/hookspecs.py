@@ -157,12 +157,18 @@ def hvdlm_open_pretrained(path: Path) -> PretrainedFolder | None:
 
 @hookspec(firstresult=True)
 def hvdlm_export(
-    name: str, checkpoint: Checkpoint, tokenizer: Path | None, output: Path, base: str | None
+    name: str,
+    checkpoint: Checkpoint,
+    tokenizer: Path | None,
+    output: Path,
+    base: str | None,
+    max_shard_bytes: int | None,
 ) -> tuple[int, str] | None:
     """Write a checkpoint to ``output`` in the format ``name``; return the number of parameters and a note to print.
 
     ``checkpoint``: open for reading; ``tokenizer``: the run's tokenizer.json;
-    ``base``: the folder of the base weights of adapters, None: the one that the checkpoint names.
+    ``base``: the folder of the base weights of adapters, None: the one that the checkpoint names;
+    ``max_shard_bytes``: the largest file of weights, None: one file.
     """
 
 

@@ -47,6 +47,14 @@ def case(*values: Any, covered_by: str = "", id: str | None = None) -> Any:
 VOCAB, CONTEXT, ROWS = 50, 12, 8
 ENCODER_VOCAB, ENCODER_ROWS = 11, 4
 ENCODER_MODELS = ["seq2seq", "ctc", "convnet"]
+# Settings of small models of newer architectures, by their presets.
+NEWER: dict[str, dict[str, Any]] = {
+    "mistral": {"window": 5, "kv_heads": 2},
+    "qwen2": {"qkv_bias": True, "rotary_scaling": 8.0, "rotary_scaling_context": 10},
+    "qwen3": {"head_width": 6, "kv_heads": 2},
+    "neox": {"rotary_share": 0.5},
+    "gemma": {"head_width": 6, "kv_heads": 1},
+}
 
 
 def find_maker(name: str) -> ModelMaker:

@@ -20,7 +20,18 @@ from hvdlm_language.presets import PRESETS
 WORDS = (
     *("model_type", "gpt2", "llama", "vocab_size", "n_layer", "tie_word_embeddings", "quantization_config"),
     *("rope_scaling", "rope_parameters", "weight_map", "data_offsets", "BF16", "I8", "lm_head.weight", "wte.weight"),
-    *("eos_token_id", "n_ctx", "hidden_size", *metadata.COPIED),
+    *(
+        "gpt_neox",
+        "qwen3",
+        "layer_types",
+        "head_dim",
+        "factor",
+        "rotary_pct",
+        "eos_token_id",
+        "n_ctx",
+        "hidden_size",
+        *metadata.COPIED,
+    ),
 )
 _WEIGHTS, _SHARD = "model.safetensors", "model-00001-of-00001.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -29,6 +40,8 @@ _NORMS = {"ln_1.weight": [4], "ln_1.bias": [4], "ln_2.weight": [4], "ln_2.bias":
 _ATTENTION = {"attn.c_attn.weight": [4, 12], "attn.c_attn.bias": [12], "attn.c_proj.weight": [4, 4]}
 _MLP = {"mlp.c_fc.weight": [4, 16], "mlp.c_fc.bias": [16], "mlp.c_proj.weight": [16, 4], "mlp.c_proj.bias": [4]}
 _PROJECTIONS = {"q_proj.weight": [4, 4], "k_proj.weight": [2, 4], "v_proj.weight": [2, 4], "o_proj.weight": [4, 4]}
+_NEOX_LAYERS = {"input_layernorm": [4], "post_attention_layernorm": [4], "attention.dense": [4, 4]}
+_NEOX_LAYERS |= {"attention.query_key_value": [12, 4], "mlp.dense_h_to_4h": [8, 4], "mlp.dense_4h_to_h": [4, 8]}
 _SHAPES: dict[str, dict[str, list[int]]] = {
     "gpt2": {
         **{"transformer.wte.weight": [8, 4], "transformer.wpe.weight": [4, 4]},
@@ -42,7 +55,17 @@ _SHAPES: dict[str, dict[str, list[int]]] = {
         "model.layers.0.mlp.down_proj.weight": [4, 8],
         **{f"model.layers.0.{name}_layernorm.weight": [4] for name in ("input", "post_attention")},
     },
+    "gpt_neox": {
+        **{"gpt_neox.embed_in.weight": [8, 4], "embed_out.weight": [8, 4]},
+        **{f"gpt_neox.final_layer_norm.{kind}": [4] for kind in ("weight", "bias")},
+        **{
+            f"gpt_neox.layers.0.{name}.{kind}": shape if kind == "weight" else shape[:1]
+            for name, shape in _NEOX_LAYERS.items()
+            for kind in ("weight", "bias")
+        },
+    },
 }
+_SHAPES["qwen3"] = {**_SHAPES["llama"], **{f"model.layers.0.self_attn.{name}_norm.weight": [2] for name in "qk"}}
 
 
 def read_a_folder(data: bytes, folder: Path) -> int:
@@ -87,14 +110,25 @@ def _files_of(data: bytes) -> dict[str, bytes]:
 
 
 def seeds() -> list[bytes]:
-    """Return folders of a GPT-2 and of a Llama, in one file and with an index."""
+    """Return folders of a GPT-2, a Llama, a Qwen 3 and a GPT-NeoX, in one file and with an index."""
     gpt2 = {"model_type": "gpt2", "vocab_size": 8, "n_positions": 4, "n_embd": 4, "n_layer": 1, "n_head": 2}
     llama = {"model_type": "llama", "vocab_size": 8, "max_position_embeddings": 4, "hidden_size": 4, "head_dim": 2}
     llama |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 8}
     llama |= {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "hidden_act": "swish"}
+    qwen3 = llama | {"model_type": "qwen3", "use_sliding_window": True, "layer_types": ["sliding_attention"]}
+    scaled = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    qwen3 |= {"rope_parameters": scaled, "sliding_window": 3}
+    neox = {
+        "model_type": "gpt_neox",
+        "vocab_size": 8,
+        "max_position_embeddings": 4,
+        "hidden_size": 4,
+        "rotary_pct": 1.0,
+    }
+    neox |= {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
     rest = {"generation_config.json": {"eos_token_id": [7, 9]}, "tokenizer_config.json": {"eos_token": "</s>"}}
     described = []
-    for config in (gpt2 | {"n_ctx": 4}, llama | {"eos_token_id": 3}):
+    for config in (gpt2 | {"n_ctx": 4}, llama | {"eos_token_id": 3}, qwen3, neox):
         header = _header(config)
         described.append({"config.json": config, _WEIGHTS: header, **rest})
         index = {"metadata": {}, "weight_map": dict.fromkeys(header, _SHARD)}

@@ -31,7 +31,7 @@ needs_tensorflow = pytest.mark.skipif("tensorflow" not in FRAMEWORKS, reason="ch
 
 def long_trainable(framework: str, model: str = "gpt", time: int = TIME, **train: Any) -> Any:
     """Return a small trainable of one process with a long context."""
-    config = small_config(framework, model, kv_heads=2, bias=False, layers=1)
+    config = small_config(framework, model, kv_heads=2, bias=False, layers=1, window=70 if model == "mistral" else None)
     config.data.context = time
     options: dict[str, Any] = {"batch_size": ROWS, "warmup": 0, "optimizer": "sgd"}
     config.train = TrainConfig(**options | train)
@@ -52,11 +52,12 @@ LENGTHS = [
 ]
 
 
-def plain_attention(q: Any, k: Any, v: Any, gradient: Any) -> list[np.ndarray]:
+def plain_attention(q: Any, k: Any, v: Any, gradient: Any, window: int = TIME) -> list[np.ndarray]:
     """Return causal attention ``[rows, time, heads * head]`` and its gradients by the plain formulas, in float64."""
     group, scale = q.shape[1] // k.shape[1], q.shape[-1] ** -0.5
     q, k, v, gradient = (t.astype(np.float64) for t in (q, np.repeat(k, group, 1), np.repeat(v, group, 1), gradient))
-    scores = np.where(np.tri(q.shape[2], dtype=bool), scale * q @ k.swapaxes(2, 3), -np.inf)
+    seen = np.tri(q.shape[2], dtype=bool) & ~np.tri(q.shape[2], k=-window, dtype=bool)
+    scores = np.where(seen, scale * q @ k.swapaxes(2, 3), -np.inf)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
     rows, heads, time, head = q.shape
@@ -93,6 +94,41 @@ def test_chunks_have_the_plain_formulas_gradients(kv_heads: int, time: int, dtyp
         for a, b in zip(computed, expected, strict=True):
             assert a.dtype == dtype
             np.testing.assert_allclose(a.numpy().astype(np.float32), b, rtol=tolerance, atol=tolerance)
+
+
+# Windows of one position, that don't divide the length, that are longer than chunks, and that hold all positions.
+WINDOWS = [(16, 1), (16, 5), (193, 7), (193, 100), (193, 193), (12, 16)]
+
+
+@both_frameworks
+@pytest.mark.parametrize(("time", "window"), WINDOWS)
+def test_windows_have_the_plain_formulas_gradients(framework: str, time: int, window: int) -> None:
+    random = np.random.default_rng(0)
+    shapes = [(ROWS, HEADS, time, 8), (ROWS, 2, time, 8), (ROWS, 2, time, 8), (ROWS, time, HEADS * 8)]
+    *qkv, gradient = (random.standard_normal(shape).astype(np.float32) for shape in shapes)
+    expected = plain_attention(*qkv, gradient, window)
+    if framework == "torch":
+        import torch
+
+        from hvdlm_torch.attention import attend_causally
+
+        tensors = [torch.tensor(array, requires_grad=True) for array in qkv]
+        output = attend_causally(*tensors, window)
+        output.backward(torch.from_numpy(gradient))
+        computed = [output.detach(), *(tensor.grad for tensor in tensors)]
+    else:
+        import tensorflow as tf
+
+        from hvdlm_tensorflow.attention import attend_causally
+
+        tensors = [tf.constant(array) for array in qkv]
+        graph = tf.function(lambda q, k, v: attend_causally(q, k, v, time, window), autograph=False)
+        with tf.GradientTape() as tape:
+            tape.watch(tensors)
+            output = graph(*tensors)
+        computed = [output, *tape.gradient(output, tensors, output_gradients=tf.constant(gradient))]
+    for a, b in zip(computed, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 @needs_tensorflow
@@ -177,7 +213,7 @@ def test_encoders_attend_in_chunks(model: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.skipif(len(FRAMEWORKS) < 2, reason="compares two frameworks")
-@pytest.mark.parametrize(("model", "compiled"), [("gpt", False), ("llama", True)])
+@pytest.mark.parametrize(("model", "compiled"), [("gpt", False), ("llama", True), ("mistral", False)])
 def test_long_contexts_train_alike_in_both_frameworks(model: str, compiled: bool) -> None:
     one, other = long_trainable("torch", model), long_trainable("tensorflow", model, compile=compiled)
     a, b = step(one), step(other)
@@ -187,7 +223,7 @@ def test_long_contexts_train_alike_in_both_frameworks(model: str, compiled: bool
 
 
 @both_frameworks
-@pytest.mark.parametrize("model", ["gpt", "llama"])
+@pytest.mark.parametrize("model", ["gpt", "llama", "mistral"])
 def test_rows_of_any_length_are_predicted(framework: str, model: str) -> None:
     """TensorFlow's graph is traced for open lengths by the second one."""
     trainable, batch = long_trainable(framework, model), token_batch(shape=(ROWS, TIME))

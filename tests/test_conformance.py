@@ -70,7 +70,7 @@ def translation(folder: Path) -> dict:
 # steps those checks make: all_reduce); tasks that test_tasks.py trains in both frameworks; transports; runs of the
 # framework, of which the check of mpi4py makes one, and test_train.py and test_exact.py many.
 COVERED = ("fp16", "bf16", "top_k", "random_k", "scaled_sign", "sign_majority", "qsgd", "int4", "dgc", "chunked_top_k")
-MODELS = ("gpt2", "llama", "gru", "lstm")
+MODELS = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "neox", "gemma", "gru", "lstm")
 EXCHANGES = ("all_reduce", "local_sgd", "demo", "one_bit_adam", "zero_one_adam", "streaming_diloco")
 TASKS = ("language_model", "digits", "speech", "translation")
 LEFT = [f"compression-{name}" for name in COVERED] + [f"{name}-{name}" for name in MODELS]

@@ -24,6 +24,16 @@ def test_parameter_counts_are_those_that_were_published() -> None:
     assert model_spec("gpt2", 50257, 1024, **sizes).parameters == 124_439_808  # GPT-2 small (Radford et al. 2019)
     llama = model_spec("llama", 32000, 2048, layers=32, width=4096, heads=32, mlp_width=11008)
     assert llama.parameters == 6_738_415_616  # Llama 7B (Touvron et al. 2023)
+    # Of the models' pages on huggingface.co.
+    grouped = {"layers": 32, "width": 4096, "heads": 32, "kv_heads": 8, "mlp_width": 14336}
+    assert model_spec("mistral", 32000, 4096, **grouped).parameters == 7_241_732_096  # Mistral 7B
+    small = {"layers": 24, "width": 896, "heads": 14, "kv_heads": 2, "mlp_width": 4864, "tie_embeddings": True}
+    assert model_spec("qwen2", 151936, 4096, **small).parameters == 494_032_768  # Qwen2 0.5B
+    small = {"layers": 28, "width": 1024, "heads": 16, "kv_heads": 8, "head_width": 128, "mlp_width": 3072}
+    assert model_spec("qwen3", 151936, 4096, **small, tie_embeddings=True).parameters == 596_049_920  # Qwen3 0.6B
+    assert model_spec("neox", 50304, 2048, **sizes).parameters == 162_322_944  # Pythia 160M
+    small = {"layers": 18, "width": 2048, "heads": 8, "kv_heads": 1, "head_width": 256, "mlp_width": 16384}
+    assert model_spec("gemma", 256000, 8192, **small).parameters == 2_506_172_416  # Gemma 2B
     # torch.nn.LSTM(200, 200, 2) has 2 x 4 x 200 x (200 + 200 + 2) parameters.
     lstm = model_spec("lstm", 10_000, layers=2, width=200)
     assert lstm.parameters == 10_000 * 200 + 2 * 4 * 200 * 402 + 10_000 * 200 + 10_000
@@ -33,6 +43,10 @@ def test_flops_per_token_in_closed_form() -> None:
     gpt = model_spec("gpt", 65, 64, bias=False)
     weights = 4 * 12 * 128 * 128 + 65 * 128
     assert gpt.flops_per_token == 6 * weights + 12 * 4 * 128 * 64
+    # Of the 64 x 64 / 2 pairs that causality leaves, a window of 4 leaves 64 x 4 - 4 x 4 / 2.
+    local = model_spec("gpt", 65, 64, bias=False, window=4, head_width=48)
+    wide = 4 * (4 * 128 * 4 * 48 + 2 * 4 * 128 * 128) + 65 * 128
+    assert local.flops_per_token == 6 * wide + 12 * 4 * 4 * 48 * (64 * 4 - 4 * 4 / 2) / (64 / 2)
     assert model_spec("gru", 100, width=32, layers=1).flops_per_token == 6 * (2 * 3 * 32 * 32 + 100 * 32)
 
 

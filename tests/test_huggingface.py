@@ -2,33 +2,67 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from builders import single_rank_trainable
+from builders import save_checkpoint, single_rank_trainable
 from hvdlm import cli
 from hvdlm.checkpoints import base_weights
 from hvdlm.checkpoints.discovery import find
+from hvdlm.checkpoints.load import open_checkpoint
 from hvdlm.config import Config
 from hvdlm.data.tokenizers import from_json
 from hvdlm.errors import HvdlmError
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.flat_layout import whole
+from hvdlm.protocols.types import Batch
+from hvdlm_backends.local import LocalWorld
+from hvdlm_huggingface.export import export
 from hvdlm_huggingface.folder import Folder
 from hvdlm_huggingface.tokenizer_files import from_characters
+from hvdlm_inference.generation import generate
+from hvdlm_inference.sampling import Sampling
 from hvdlm_language.presets import PRESETS
 from launching import ROOT, environment, launch, losses, run_python
 
 FRAMEWORKS = ["torch", "tensorflow"]
-KINDS = ["gpt2", "llama", "llama-tied-biased"]
+# Of Llama and models like it; of GPT-2, whose fields have other names, in place of these.
+_SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 56}
+_SIZES |= {"max_position_embeddings": 16}
+_LIKE_LLAMA = {**_SIZES, "num_key_value_heads": 2, "rms_norm_eps": 1e-5}
+_LIKE_LLAMA |= {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
+# In 12 positions, a head's frequencies turn 1.9, 0.9, 0.4 and 0.2 times: one stays, one is between, two are divided.
+_SCALED = {"rope_type": "llama3", "rope_theta": 20.0, "factor": 8.0, "original_max_position_embeddings": 12}
+_SCALED |= {"low_freq_factor": 0.5, "high_freq_factor": 1.5}
+_BIASED = {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}
+_NEOX = {"rope_theta": 500.0, "partial_rotary_factor": 0.5}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": ("gpt2", {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 16}),
+    "llama": ("llama", _LIKE_LLAMA),
+    "llama-tied-biased": ("llama", {**_LIKE_LLAMA, **_BIASED}),
+    "llama3": ("llama", {**_LIKE_LLAMA, "rope_parameters": _SCALED, "head_dim": 8}),
+    "qwen2": ("qwen2", {**_LIKE_LLAMA, "tie_word_embeddings": True}),
+    "qwen2-window": ("qwen2", {**_LIKE_LLAMA, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0}),
+    "qwen3": ("qwen3", {**_LIKE_LLAMA, "head_dim": 12}),
+    "mistral": ("mistral", {**_LIKE_LLAMA, "sliding_window": 5}),
+    "mistral-no-window": ("mistral", {**_LIKE_LLAMA, "sliding_window": None, "head_dim": 12}),
+    "neox": ("gpt_neox", {**_SIZES, "rope_parameters": _NEOX}),
+    "neox-sequential": (
+        "gpt_neox",
+        {**_SIZES, "use_parallel_residual": False, "hidden_act": "gelu_fast", "tie_word_embeddings": True},
+    ),
+    "gemma": ("gemma", {**_LIKE_LLAMA, "num_key_value_heads": 1, "head_dim": 12}),
+}
+KINDS = list(MODELS)
 TOKENS = np.array([[5, 3, 60, 0, 7, 11, 2, 2, 49]], np.int32)
 TEXT = "To be, or not to be, that is the question.\n" * 30
 
@@ -36,18 +70,12 @@ TEXT = "To be, or not to be, that is the question.\n" * 30
 def transformers_model(kind: str) -> Any:
     """Return a randomly initialised model of transformers, of 64 tokens and 16 positions."""
     import torch
-    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(1)
-    if kind == "gpt2":
-        sizes = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 16}
-        return GPT2LMHeadModel(GPT2Config(vocab_size=64, initializer_range=0.3, **sizes)).eval()
-    biases = {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True} if kind != "llama" else {}
-    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
-    sizes |= {"intermediate_size": 56, "max_position_embeddings": 16}
-    config = LlamaConfig(vocab_size=64, initializer_range=0.3, rms_norm_eps=1e-5, **sizes, **biases)
-    config.rope_parameters = {"rope_type": "default", "rope_theta": 500.0}
-    model = LlamaForCausalLM(config).eval()
+    model_type, fields = MODELS[kind]
+    config = AutoConfig.for_model(model_type, vocab_size=64, initializer_range=0.3, **copy.deepcopy(fields))
+    model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():  # initial norms and biases have no effect
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -60,14 +88,6 @@ def transformers_logits(model: Any) -> np.ndarray:
 
     with torch.no_grad():
         return model(torch.from_numpy(TOKENS).long()).logits[0, -1].numpy()
-
-
-@pytest.fixture(scope="module", params=KINDS)
-def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray]:
-    """Return (a folder that transformers wrote, the logits of its model)."""
-    model, path = transformers_model(request.param), tmp_path_factory.mktemp(request.param)
-    model.save_pretrained(path)
-    return path, transformers_logits(model)
 
 
 def resolved(path: Path, framework: str, **data: Any) -> tuple[Config, ModelSpec]:
@@ -84,12 +104,72 @@ def logits(path: Path, framework: str, **data: Any) -> np.ndarray:
     return np.asarray(single_rank_trainable(spec, config).logits(TOKENS)[0])[0]
 
 
-@pytest.mark.parametrize("framework", FRAMEWORKS)
-def test_transformers_models_have_the_same_logits_here(saved: tuple[Path, np.ndarray], framework: str) -> None:
-    path, expected = saved
+class Imported(NamedTuple):
+    """A model of transformers, the folder that transformers wrote of it, and the trainable that is made from it."""
+
+    model: Any
+    path: Path
+    config: Config
+    trainable: Any
+
+
+@pytest.fixture(scope="module", params=[(kind, framework) for kind in KINDS for framework in FRAMEWORKS], ids="-".join)
+def imported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Imported:
+    kind, framework = request.param
+    model, path = transformers_model(kind), tmp_path_factory.mktemp(kind)
+    model.save_pretrained(path)
+    config, spec = resolved(path, framework)
+    return Imported(model, path, config, single_rank_trainable(spec, config))
+
+
+def test_transformers_models_have_the_same_logits_here(imported: Imported) -> None:
+    expected = transformers_logits(imported.model)
     assert np.abs(expected).max() > 1
-    np.testing.assert_allclose(logits(path, framework), expected, atol=1e-4, rtol=0)
-    np.testing.assert_allclose(logits(path, framework, context=9), expected, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(imported.trainable.logits(TOKENS)[0][0], expected, atol=1e-4, rtol=0)
+    shorter = logits(imported.path, imported.config.framework, context=9)
+    np.testing.assert_allclose(shorter, expected, atol=1e-4, rtol=0)
+
+
+def test_batches_are_scored_as_by_transformers(imported: Imported) -> None:
+    """Training computes attention in another way than generation, which has a cache."""
+    import torch
+
+    tokens = np.random.default_rng(2).integers(0, 64, (3, 16)).astype(np.int32)
+    scores = imported.trainable.predict(Batch(tokens, tokens))
+    with torch.no_grad():
+        expected = imported.model(torch.from_numpy(tokens).long()).logits.numpy()
+    np.testing.assert_allclose(scores, expected, atol=1e-4, rtol=0)
+
+
+def test_greedy_tokens_are_those_of_transformers(imported: Imported) -> None:
+    import torch
+
+    prompt = TOKENS[0, :4]
+    given = torch.from_numpy(prompt[None]).long()
+    greedy = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    with torch.no_grad():
+        output = imported.model.generate(given, attention_mask=torch.ones_like(given), **greedy)
+    expected = output[0, 4:].tolist()
+    assert list(generate(imported.trainable, prompt, 12, 16, Sampling(temperature=0))) == expected
+
+
+def test_transformers_loads_what_is_exported(imported: Imported, tmp_path: Path) -> None:
+    """Untrained: every tensor is that of the folder, with which the model began."""
+    from transformers import AutoModelForCausalLM
+
+    meta = {"config": imported.config.to_dict(), "vocab": 64, "tokenizer": "none"}
+    state = imported.trainable.state()
+    shards = {name: whole(array.shape) for name, array in state.items()}
+    checkpoint = open_checkpoint(save_checkpoint(tmp_path / "run", 1, state, meta, LocalWorld(), shards))
+    export(checkpoint, None, tmp_path / "out")
+    exported, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert type(exported) is type(imported.model)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    np.testing.assert_allclose(transformers_logits(exported), transformers_logits(imported.model), atol=1e-6)
+    kept, written = imported.model.state_dict(), exported.state_dict()
+    assert kept.keys() == written.keys()
+    for name, tensor in written.items():
+        np.testing.assert_allclose(tensor, kept[name], atol=1e-6, err_msg=name)
 
 
 def test_sharded_bf16_and_headless_folders_are_read(tmp_path: Path) -> None:
@@ -208,7 +288,7 @@ def changed(path: Path, **values: Any) -> None:
 
 Harm = Callable[[Path], object]
 HARMS: dict[str, tuple[Harm, str]] = {
-    "another model": (lambda p: changed(p, model_type="bert"), "holds a 'bert' model, hvdlm reads gpt2 and llama"),
+    "another model": (lambda p: changed(p, model_type="bert"), "holds a 'bert' model, hvdlm reads gpt2, llama,"),
     "no name": (lambda p: changed(p, model_type=[1]), "holds a [1] model"),
     "activation": (lambda p: changed(p, activation_function="relu"), "its activation_function is 'relu'"),
     "sizes": (lambda p: changed(p, n_layer=-3), "its n_layer is '-3', expected a whole number above 0"),

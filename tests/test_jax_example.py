@@ -52,7 +52,7 @@ MODELS = {
 QUICKLY = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"}
 # What depends on the framework of the tests that run on every rank (tests/parallel), and of those of one rank.
 ON_EVERY_RANK = "test_collectives or test_host_tensors or losses_of or adapters or (every_layout and 2x1x1)"
-ON_ONE_RANK = "(same_updates and (gpt or lstm)) or (clipping and jax) or (beyond and llama)"
+ON_ONE_RANK = "(same_updates and (gpt or lstm or mistral or qwen3 or neox)) or (clipping and jax) or (beyond and llama)"
 
 # Trains the runs of the first list, and continues those of the second in the framework that the command names.
 RUNS = """

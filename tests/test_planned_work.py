@@ -72,7 +72,7 @@ def works(config: Config, habits: Habits | None = None) -> list[Work]:
     return [work for work in every if work is not None]
 
 
-@pytest.mark.parametrize("name", ["gpt", "llama", "rnn", "gru", "lstm"])
+@pytest.mark.parametrize("name", ["gpt", "llama", "qwen3", "neox", "gemma", "rnn", "gru", "lstm"])
 @pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2)])
 def test_flops_of_all_ranks_are_those_of_the_model(name: str, mesh: tuple[int, int, int]) -> None:
     config = made(name, mesh)
@@ -93,6 +93,8 @@ LAYOUTS = [
     ("gpt", (4, 1, 1), {"zero": 1, "compressed": "int8"}),
     ("gpt", (2, 1, 1), {"zero": 2, "compressed": "bf16"}),
     ("llama", (1, 1, 2), {}),
+    ("qwen3", (1, 1, 2), {}),
+    ("qwen3", (2, 2, 2), {"sequence": True}),
     ("gpt", (1, 1, 2), {"sequence": True}),
     ("gpt", (1, 1, 2), {"activation_checkpointing": True}),
     ("gpt", (1, 1, 2), {"sequence": True, "activation_checkpointing": True}),

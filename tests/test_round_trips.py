@@ -259,6 +259,31 @@ def test_an_export_keeps_what_the_folder_held_beside_weights(
     same_as_transformers(out, framework)
 
 
+def test_large_weights_are_written_in_several_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each but those of one tensor below the limit; a later export into the folder leaves none of them."""
+    run, out = tuned(pretrained_folder(tmp_path / "start", "llama"), tmp_path / "run", "torch"), tmp_path / "out"
+    assert exported(run, out) == 0
+    whole = load_file(out / "model.safetensors")
+    assert exported(run, out, "--max_shard_bytes", "20000") == 0
+    index = read_json(out / "model.safetensors.index.json")
+    shards = {path.name: load_file(path) for path in out.glob("model-*.safetensors")}
+    assert len(shards) > 2 and not (out / "model.safetensors").exists()
+    assert all(len(tensors) == 1 or sum(t.nbytes for t in tensors.values()) <= 20_000 for tensors in shards.values())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in whole.values())
+    assert index["weight_map"].keys() == whole.keys()
+    for name, file in index["weight_map"].items():
+        np.testing.assert_array_equal(shards[file][name], whole[name])
+    same_as_transformers(out)
+    assert exported(run, out, "--max_shard_bytes", "30000") == 0
+    assert len(list(out.glob("model-*"))) < len(shards)
+    same_as_transformers(out)
+    assert exported(run, out) == 0
+    assert not list(out.glob("model-*")) and not (out / "model.safetensors.index.json").exists()
+    for options in (["--max_shard_bytes", "0"], ["--max_shard_bytes", "9", "--format", "safetensors"]):
+        assert exported(run, tmp_path / "no", *options) == 2
+        assert "--max_shard_bytes" in capsys.readouterr().err
+
+
 def test_an_export_without_the_folder_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     start = pretrained_folder(tmp_path / "start", "gpt2")
     run = tuned(start, tmp_path / "run", "torch")

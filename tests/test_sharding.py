@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from builders import model_spec, single_rank_trainable, token_batch
+from builders import NEWER, model_spec, single_rank_trainable, token_batch
 from hvdlm.config import Config, ModelConfig, ParallelConfig, TrainConfig
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.mesh import Mesh, make_mesh
@@ -29,7 +29,7 @@ def four_layers(name: str = "gpt", vocab: int = 51, **sizes: Any) -> ModelSpec:
     return model_spec(name, vocab, 16, **{"layers": 4, "width": 32, "heads": 4} | sizes)
 
 
-@given(st.sampled_from([1, 2, 4]), st.integers(1, 4), st.sampled_from(["gpt", "llama", "lstm"]), st.integers(40, 60))
+@given(st.sampled_from([1, 2, 4]), st.integers(1, 4), st.sampled_from(["gpt", "qwen3", "lstm"]), st.integers(40, 60))
 @settings(max_examples=30, deadline=None)
 def test_every_element_counts_on_exactly_one_rank(tensor: int, pipeline: int, name: str, vocab: int) -> None:
     model, mesh = four_layers(name, vocab, kv_heads=2), Mesh(1, pipeline, tensor)
@@ -134,11 +134,11 @@ def test_predicted_memory_has_a_closed_form() -> None:
     assert memory((4, 1, 1), zero=2)["gradients"] <= size + size // 4
 
 
-@pytest.mark.parametrize("name", ["gpt", "llama", "rnn", "gru", "lstm"])
+@pytest.mark.parametrize("name", ["gpt", "llama", *NEWER, "rnn", "gru", "lstm"])
 @pytest.mark.parametrize("recomputed", [False, True])
 def test_predicted_activations_are_near_what_torch_keeps(name: str, recomputed: bool) -> None:
     config = configured((1, 1, 1), name, micro_batch_size=None, activation_checkpointing=recomputed)
-    config.model = ModelConfig(name=name, layers=3, width=64, heads=4)
+    config.model = ModelConfig(name=name, layers=3, width=64, heads=4, **NEWER.get(name, {}))
     model, mesh = PRESETS[name](config.model, 97, 16), Mesh(1, 1, 1)
     trainable = single_rank_trainable(model, config)
     trainable.train_step([token_batch(shape=(8, 16), vocab=97)], 1e-3, 0)
@@ -147,11 +147,11 @@ def test_predicted_activations_are_near_what_torch_keeps(name: str, recomputed: 
     assert predicted.memory["activations"] == pytest.approx(trainable.memory()["activations"], rel=0.10)
 
 
-@pytest.mark.parametrize("name", ["gpt", "llama"])
+@pytest.mark.parametrize("name", ["gpt", "llama", *NEWER])
 @pytest.mark.parametrize("width, rows", [(64, 8), (256, 2), (256, 16)])  # activations, casts, joined casts
 def test_predicted_bf16_activations_are_what_torch_keeps(name: str, width: int, rows: int) -> None:
     config = configured((1, 1, 1), name, micro_batch_size=None, batch_size=rows, precision="bf16")
-    config.model = ModelConfig(name=name, layers=3, width=width, heads=4)
+    config.model = ModelConfig(name=name, layers=3, width=width, heads=4, **NEWER.get(name, {}))
     model, mesh = PRESETS[name](config.model, 97, 16), Mesh(1, 1, 1)
     trainable = single_rank_trainable(model, config)
     trainable.train_step([token_batch(shape=(rows, 16), vocab=97)], 1e-3, 0)

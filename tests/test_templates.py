@@ -86,6 +86,12 @@ def test_the_template_framework_has_the_curve_of_torch(installed: Path, tmp_path
     assert samples[0] == samples[1]
 
 
+def test_the_template_framework_refuses_other_settings(installed: Path, tmp_path: Path) -> None:
+    command = ["-m", "hvdlm", "--framework", "template_framework", "--model.name", "qwen3", *SMALL]
+    done = run_python([*command, "--log.run", str(tmp_path / "run")], PYTHONPATH=path_with(installed))
+    assert done.returncode == 2 and "template_framework has no model.qk_norm: choose" in done.stderr, done.stderr
+
+
 def test_the_template_framework_conforms(installed: Path, tmp_path: Path) -> None:
     # Not with test_conformance.py: a launch makes the checks of all plugins that it tests, in every framework.
     chosen = "not same_losses and not tensorflow and not torch"

@@ -12,6 +12,7 @@ import pytest
 from builders import (
     CONTEXT,
     FRAMEWORKS,
+    NEWER,
     ROWS,
     both_frameworks,
     case,
@@ -62,6 +63,7 @@ def test_micro_batches_give_the_same_update_as_one_batch(framework: str, model: 
 
 # Gradients depend on the model, and the update on the optimizer.
 UPDATES = [(model, "adamw") for model in MODELS] + [("gpt", "sgd"), ("lstm", "adagrad")]
+UPDATES += [(model, "sgd") for model in NEWER]
 OTHER_UPDATES = [(m, o) for m in MODELS for o in ("sgd", "adagrad") if (m, o) not in UPDATES]
 ALIKE = pytest.mark.full(covered_by="this model with AdamW, and this optimizer with another model")
 
@@ -70,6 +72,7 @@ ALIKE = pytest.mark.full(covered_by="this model with AdamW, and this optimizer w
 def test_both_frameworks_make_the_same_updates(model: str, optimizer: str) -> None:
     options = {"optimizer": optimizer, "momentum": 0.9 if optimizer == "sgd" else 0.0}
     options |= {} if optimizer == "adamw" else SHALLOW
+    options |= NEWER.get(model, {})
     one, other = (small_trainable(framework, model, **options, bias=False) for framework in FRAMEWORKS)
     for a, b in zip(train_steps(one, 5), train_steps(other, 5), strict=True):
         assert abs(a.loss - b.loss) < 1e-5 and abs(a.grad_norm - b.grad_norm) < 1e-4 * max(1.0, a.grad_norm)

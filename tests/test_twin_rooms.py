@@ -12,7 +12,6 @@ TORCH, TENSORFLOW = ROOT / "plugins" / "hvdlm_torch", ROOT / "plugins" / "hvdlm_
 
 # Files without a twin, with the reason.
 SINGLE = {
-    "attention.py": "PyTorch has scaled_dot_product_attention",
     "dropout.py": "PyTorch draws masks from a generator's state; TensorFlow from a seed that is an argument",
     "compiler.py": "torch.compile calls a compiler of the machine; TensorFlow's (XLA) is part of it",
     "kernels.py": "PyTorch multiplies float32 matrices slowly on AMD's processors; TensorFlow doesn't",
@@ -43,6 +42,7 @@ DIFFERENT = {
     "memory.py:ActivationMemory.trace": "a pipeline stage's passes are two graphs; its memory is that of one",
     "adapters.py:Adapters.bound": "an attribute in PyTorch; in a graph, weights are read anew in every trace",
     "adapters.py:Adapters.gradients": "PyTorch derives the adapters' gradients in a hook of the backward pass",
+    "attention.py:chunk_count": "PyTorch has scaled_dot_product_attention, whose kernels need no chunks",
     "models/gpt.py:Cache.extend": "PyTorch's cache is overwritten in place; a graph returns a new one",
 }
 

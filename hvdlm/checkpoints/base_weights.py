@@ -61,8 +61,8 @@ def _find_folder(path: str, named: Iterable[str]) -> PretrainedFolder | None:
 
 def _unreadable(path: str) -> HvdlmError:
     return HvdlmError(
-        f"model.pretrained {path}: no plugin finds a model there: name a Hugging Face folder of a GPT-2 or Llama, with "
-        "its config.json."
+        f"model.pretrained {path}: no plugin finds a model there: name a Hugging Face folder of a language model, "
+        "with its config.json."
     )
 
 

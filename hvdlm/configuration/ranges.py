@@ -11,13 +11,13 @@ from hvdlm.io.untrusted_input import shown
 
 _LARGEST = 2.0**63  # NaN isn't below it either
 _POSITIVE = """
-    model.layers model.width model.heads model.kv_heads model.mlp_width model.vocab lora.rank data.vocab_size
-    data.context train.steps train.tokens train.batch_size train.micro_batch_size train.decay_every train.decay_start
-    train.eval_tokens train.eval_batch_size train.threads parallel.data parallel.pipeline parallel.tensor
-    parallel.data_per_node
-    communication.bucket_bytes communication.fusion_bytes communication.compression.rank
-    communication.compression.min_elements communication.exact_rows communication.local.steps
-    communication.local.fragments checkpoint.keep log.every train.max_skips
+    model.layers model.width model.heads model.kv_heads model.head_width model.mlp_width model.vocab
+    model.rotary_scaling_context lora.rank data.vocab_size data.context train.steps train.tokens train.batch_size
+    train.micro_batch_size train.decay_every train.decay_start train.eval_tokens train.eval_batch_size train.threads
+    parallel.data parallel.pipeline parallel.tensor parallel.data_per_node communication.bucket_bytes
+    communication.fusion_bytes communication.compression.rank communication.compression.min_elements
+    communication.exact_rows communication.local.steps communication.local.fragments checkpoint.keep log.every
+    train.max_skips
 """
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     **{key: (lambda v: v >= 1, "1 or more") for key in _POSITIVE.split()},
@@ -25,6 +25,11 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "model.layers": (lambda v: 1 <= v <= 10_000, "1 to 10,000"),
     "model.dropout": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
     "model.rotary_base": (lambda v: v > 1, "above 1"),
+    "model.rotary_share": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
+    "model.rotary_scaling": (lambda v: v >= 1, "1 or more"),
+    "model.rotary_scaling_low": (lambda v: v > 0, "above 0"),
+    "model.rotary_scaling_high": (lambda v: v > 0, "above 0"),
+    "model.window": (lambda v: v >= 0, "0 (all positions) or more"),
     "model.norm_epsilon": (lambda v: 0 < v < 1, "above 0 and below 1"),
     "model.initial_scale": (lambda v: v > 0, "above 0"),
     "lora.alpha": (lambda v: v > 0, "above 0"),

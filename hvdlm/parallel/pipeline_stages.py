@@ -45,7 +45,7 @@ def layer_flops(spec: ModelSpec) -> tuple[list[float], float]:
         kind, _, rest = param.name.partition(".")
         if kind == "layers" and len(param.shape) > 1:
             costs[int(rest.partition(".")[0])] += 6.0 * param.size
-    attention = 12.0 * s.width * s.context if hasattr(s, "context") else 0.0
+    attention = getattr(s, "attention_flops", 0.0)
     return [cost + attention for cost in costs], 6.0 * s.vocab * s.width
 
 

@@ -87,12 +87,13 @@ def _layout(shard: Same[ModelShard], bucket_bytes: int, align: int) -> FlatLayou
 
 @lru_cache(maxsize=2048)
 def _partial(shard: Same[ModelShard], prefix: str, few_kv_heads: bool, sequence: bool) -> int:
+    of_heads = (".attention.query_norm.", ".attention.key_norm.")
     elements = 0
     for param in shard.value.params:
         name = param.spec.name
         kv = few_kv_heads and (".attention.key." in name or ".attention.value." in name)
         between = sequence and param.shard.extent == param.spec.shape
-        if name.startswith(prefix) and (kv or between):
+        if name.startswith(prefix) and (kv or between or any(norm in name for norm in of_heads)):
             elements += param.spec.size
     return elements
 
@@ -221,23 +222,40 @@ class Step:
         s: Any = self.s
         t = self.mesh.tensor
         between = s.width / t if self.sequence else s.width  # per position, where positions may be sharded
-        heads = s.width // t
+        heads = s.heads_width // t
         kv = s.head_width * max(1, s.kv_heads // t)
-        inner = s.mlp_width // t * (4 if s.activation == "swiglu" else 2)
-        norms = 2 * between + (2 * between if s.norm == "rmsnorm" else 0)  # their inputs; rmsnorm's products
+        inner = s.mlp_width // t * (4 if s.gated else 2)
+        # Their inputs, which are one with a parallel residual; rmsnorm's products.
+        norms = (1 if s.parallel_residual else 2) * between + (2 * between if s.norm == "rmsnorm" else 0)
         statistics = s.heads / t + (2 if s.norm == "rmsnorm" else 4)
         wide, narrow = norms + statistics, 2 * s.width + 2 * heads + 2 * kv + inner
         joined = self.tokens >= 256  # products of the same input are one from so many positions on
-        if joined and s.positions == "rotary":  # its values keep the queries and keys from before their rotation
+        if joined and (s.qk_norm or s.positions == "rotary"):  # its values keep the queries and keys from before these
             narrow += heads + kv
+        if s.qk_norm:  # products and statistics of these norms, and their inputs, unless the values keep them
+            wide += heads + kv + (heads + kv) / s.head_width
+            wide += heads + kv if self.half or not joined else 0
+        if 0 < s.local_window < self.time:
+            narrow += self.blocks(heads, kv)
         if not self.half:
             return round(4 * self.tokens * (wide + narrow))
         # torch casts every weight, and the input of every product: 3 in the attention, 1 or 2 in the MLP; once for all
         # of them where they are joined, and where tensor ranks send its gradient.
-        inward = 2 if s.activation == "swiglu" else 1
+        inward = 2 if s.gated else 1
         again = 0 if joined or t > 1 else 1 + inward
         weights = 2 * s.width * heads + 2 * s.width * kv + (inward + 1) * s.width * (s.mlp_width // t)
         return round(self.tokens * (4 * wide + 2 * (narrow + again * s.width)) + 2 * weights)
+
+    def blocks(self, heads: int, kv: int) -> float:
+        """Return the elements per position of attention in blocks of a window: of queries and outputs, keys and values.
+
+        The first block is computed by itself, and every other one with its own keys and those of the block before.
+        """
+        window, time = self.s.local_window, self.time
+        count = -(-time // window)
+        padded, first = count * window / time, window / time
+        queries = padded - first if count > 2 else padded if padded > 1 else 0.0  # of one block, a view
+        return heads * (queries + padded) + 4 * kv * (padded - first)
 
     def rnn_layer(self) -> int:
         """Return the bytes of a recurrent layer and micro-batch."""

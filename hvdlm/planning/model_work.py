@@ -182,7 +182,7 @@ class _GPT(_Model):
         s, tokens = self.s, self.tokens
         heads, kv, inner = self.columns()
         joined = tokens >= 256
-        inward: Sequence[int] = (inner, inner) if s.activation == "swiglu" else (inner,)
+        inward: Sequence[int] = (inner, inner) if s.gated else (inner,)
         of_attention: Sequence[int] = (heads, kv, kv)
         columns = [sum(of_attention), sum(inward)] if joined else [*of_attention, *inward]
         products = [Product(tokens, s.width, n) for n in columns]
@@ -191,12 +191,18 @@ class _GPT(_Model):
     def columns(self) -> tuple[int, int, int]:
         """Return this rank's columns of queries, of keys, and of the MLP."""
         s, t = self.s, self.tensor
-        return s.width // t, s.head_width * max(1, s.kv_heads // t), s.mlp_width // t
+        return s.heads_width // t, s.head_width * max(1, s.kv_heads // t), s.mlp_width // t
 
     def attention(self, backward: bool) -> tuple[Attention, ...]:
-        """Return the attention of this rank's heads."""
-        heads = self.step.rows * self.s.heads / self.tensor
-        return (Attention(heads, self.step.time, self.s.head_width, backward),)
+        """Return the attention of this rank's heads.
+
+        With a window, a block of it attends to itself, and every further one to twice as many keys without the half
+        that causality saves.
+        """
+        heads, time, window = self.step.rows * self.s.heads / self.tensor, self.step.time, self.s.local_window
+        if not 0 < window < time:
+            return (Attention(heads, time, self.s.head_width, backward),)
+        return (Attention(heads, window, self.s.head_width, backward, 1.0 + 4.0 * (-(-time // window) - 1)),)
 
     def element_bytes(self) -> float:
         """Return the bytes of norms, rotation, activation, residuals, casts and copied weights."""
@@ -206,10 +212,11 @@ class _GPT(_Model):
         norms = 2 * 8.0 * s.width * between
         residuals = 2 * (8.0 + item) * s.width * between
         dropped = 2 * 10.0 * s.width * between if s.dropout else 0.0
-        rotation = 40.0 * (heads + kv) * tokens if s.positions == "rotary" else 0.0
-        activation = (5 if s.activation == "swiglu" else 2) * item * inner * tokens
+        rotation = 40.0 * (heads + kv) * tokens * s.rotary_width / s.head_width
+        norms += 8.0 * (heads + kv) * tokens if s.qk_norm else 0.0
+        activation = (5 if s.gated else 2) * item * inner * tokens
         copies = 2 * item * heads * tokens
-        inward = 2 if s.activation == "swiglu" else 1
+        inward = 2 if s.gated else 1
         joined = s.width * (heads + 2 * kv) + (s.width * inner * inward if inward > 1 else 0)
         weights = s.width * (2 * heads + 2 * kv) + (inward + 1) * s.width * inner
         copied = 8.0 * joined if self.tokens >= 256 and item == 4 else 0.0
@@ -219,8 +226,9 @@ class _GPT(_Model):
     def operations(self) -> float:
         """Return how many operations a layer's forward pass starts."""
         s = self.s
-        count = 14.0 + (12.0 if s.positions == "rotary" else 0.0) + (1.0 if s.activation == "swiglu" else 0.0)
-        count += 2.0 if self.tokens >= 256 else 2.0 + (s.activation == "swiglu")
+        count = 14.0 + (12.0 if s.positions == "rotary" else 0.0) + (1.0 if s.gated else 0.0)
+        count += 2.0 if self.tokens >= 256 else 2.0 + s.gated
+        count += 2.0 if s.qk_norm else 0.0
         count += 2.0 if s.dropout else 0.0
         return count + (8.0 if self.item == 2 else 0.0)
 

@@ -1,4 +1,4 @@
-"""Writes a checkpoint as a Hugging Face folder: config.json, model.safetensors, tokenizer and special tokens."""
+"""Writes a checkpoint as a Hugging Face folder: config.json, weights, tokenizer and special tokens."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,42 +14,55 @@ from typing import Any
 import numpy as np
 
 from hvdlm.checkpoints.load import Checkpoint
-from hvdlm.checkpoints.safetensors_io import TensorInfo, open_tensors
+from hvdlm.checkpoints.safetensors_io import TensorInfo, bytes_of, open_tensors
 from hvdlm.errors import HvdlmError
 from hvdlm.io.atomic_files import replace as write_text
 from hvdlm.io.atomic_files import sync_folder, write_synced
 from hvdlm.io.safe_files import delete_file
 from hvdlm.io.untrusted_input import shown
 from hvdlm.models.spec import ModelSpec
-from hvdlm_huggingface.formats import FORMATS, INERT, Format
+from hvdlm_huggingface.formats import format_of
 from hvdlm_huggingface.metadata import COPIED
-from hvdlm_huggingface.origin import Origin, eos_of, find
+from hvdlm_huggingface.origin import Origin, eos_of, find, model_of
+from hvdlm_huggingface.tensor_format import INERT, Format
 from hvdlm_huggingface.tokenizer_files import tokenizer_files
-from hvdlm_huggingface.weights import FILE
-from hvdlm_language.gpt import GPTSettings
+from hvdlm_huggingface.weights import FILE, INDEX
 from hvdlm_language.rebuild_spec import spec_of
 from hvdlm_tools.merge import MergedWeights, replace_tensors
 
-WRITTEN = {"config.json", FILE, *COPIED}
-"""The names of all files that an export may write."""
-
+_WRITTEN = {"config.json", FILE, INDEX, *COPIED}  # the names of all files that an export may write, but for shards
+_SHARD = "model-{:05d}-of-{:05d}.safetensors"
+_ANY_SHARD = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
 _MARK = {"format": "pt", "writer": "hvdlm"}  # metadata of the weights, by which an earlier export is recognised
 _POSITIONS = "embed.positions"
 
 
-def export(checkpoint: Checkpoint, tokenizer: Path | None, output: Path, base: str | None = None) -> tuple[int, str]:
+def export(
+    checkpoint: Checkpoint,
+    tokenizer: Path | None,
+    output: Path,
+    base: str | None = None,
+    max_shard_bytes: int | None = None,
+) -> tuple[int, str]:
     """Write the folder ``output``, with one tensor at a time in memory; return (parameters written, a note).
 
-    ``tokenizer``: the run's tokenizer.json; ``base``: the folder that training started from, None: as the checkpoint
-    names it. What that folder holds beside the model's weights is taken over: positions beyond those that were trained,
-    special tokens, settings of generation, tokenizer, chat template. The note says which tokenizer is written, or why
-    none is, and what is missing. config.json is written last: an interrupted export is not taken for a model.
+    What the folder that training started from holds beside the model's weights is taken over: positions beyond those
+    that were trained, special tokens, settings of generation, tokenizer, chat template. The note says which tokenizer
+    is written, or why none is, and what is missing. config.json is written last: an interrupted export is not taken for
+    a model.
+
+    Args:
+        checkpoint: an open checkpoint.
+        tokenizer: the run's tokenizer.json.
+        output: the folder.
+        base: the folder that training started from; None: as the checkpoint names it.
+        max_shard_bytes: weights that take more are written in several files and an index; None: in one file.
 
     Raises:
-        HvdlmError: neither GPT-2 nor Llama of transformers computes this model, or the folder can't be written.
+        HvdlmError: no model of transformers computes this one, or the folder can't be written.
     """
     spec = spec_of(checkpoint, base)
-    chosen = _format(spec)
+    chosen = format_of(spec, model_of(checkpoint).get("name"))
     origin, missing = find(checkpoint, spec.settings, base)
     files, note = _files(checkpoint, tokenizer, origin)
     fields = _fields(checkpoint, chosen, spec, origin)
@@ -56,9 +70,15 @@ def export(checkpoint: Checkpoint, tokenizer: Path | None, output: Path, base: s
     try:
         _check_output(output, origin)
         output.mkdir(parents=True, exist_ok=True)
-        for name in WRITTEN - {FILE}:
-            delete_file(output / name)
-        replace_tensors(output / FILE, weights.tensors, weights.array, _MARK)
+        shards = _shards(weights.tensors, max_shard_bytes)
+        kept = shards.keys() if len(shards) == 1 else {}  # which is replaced at once
+        for name in sorted(filter(_is_ours, os.listdir(output))):
+            if name not in kept:
+                delete_file(output / name)
+        for name, tensors in shards.items():
+            replace_tensors(output / name, tensors, weights.array, _MARK)
+        if len(shards) > 1:
+            write_text(output / INDEX, json.dumps(_index(shards), indent=2))
         for name, content in files.items():
             write_synced(output / name, content)
         write_text(output / "config.json", json.dumps(fields, indent=2))
@@ -79,8 +99,7 @@ def _check_output(output: Path, origin: Origin | None) -> None:
     names = [] if not output.is_dir() else sorted(os.listdir(output))
     if origin is not None and names and output.samefile(origin.path):
         raise HvdlmError(f"--output {output}: training started from this folder: name one that doesn't exist yet.")
-    known = WRITTEN | {f".{name}.partial" for name in WRITTEN}
-    foreign = [name for name in names if name not in known]
+    foreign = [name for name in names if not _is_ours(name)]
     if not foreign and any(not name.startswith(".") for name in names) and not _is_export(output):
         foreign = [name for name in names if not name.startswith(".")]
     if foreign:
@@ -91,10 +110,40 @@ def _check_output(output: Path, origin: Origin | None) -> None:
 
 
 def _is_export(output: Path) -> bool:
+    shards = sorted(name for name in os.listdir(output) if _ANY_SHARD.fullmatch(name))
     try:
-        return (open_tensors(output / FILE, output).metadata() or {}).get("writer") == _MARK["writer"]
+        weights = open_tensors(output / (FILE if (output / FILE).exists() or not shards else shards[0]), output)
+        return (weights.metadata() or {}).get("writer") == _MARK["writer"]
     except (OSError, ValueError):
         return False
+
+
+def _is_ours(name: str) -> bool:
+    """Return whether an export may write a file of this name, or a partial one."""
+    if name.startswith(".") and name.endswith(".partial"):
+        name = name[1:].removesuffix(".partial")
+    return name in _WRITTEN or _ANY_SHARD.fullmatch(name) is not None
+
+
+def _shards(tensors: Mapping[str, TensorInfo], largest: int | None) -> dict[str, dict[str, TensorInfo]]:
+    """Return {file: its tensors}: one, or as many as have no more than ``largest`` bytes, or a single tensor."""
+    shards: list[dict[str, TensorInfo]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if largest is not None and shards[-1] and size + bytes_of(tensor) > largest:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += bytes_of(tensor)
+    if len(shards) == 1:
+        return {FILE: shards[0]}
+    return {_SHARD.format(number, len(shards)): shard for number, shard in enumerate(shards, 1)}
+
+
+def _index(shards: Mapping[str, Mapping[str, TensorInfo]]) -> dict[str, Any]:
+    """Return the index by which transformers finds every tensor's file."""
+    size = sum(bytes_of(tensor) for shard in shards.values() for tensor in shard.values())
+    return {"metadata": {"total_size": size}, "weight_map": {name: file for file in shards for name in shards[file]}}
 
 
 def _files(checkpoint: Checkpoint, tokenizer: Path | None, origin: Origin | None) -> tuple[dict[str, bytes], str]:
@@ -123,6 +172,7 @@ class _Export:
     def __init__(self, checkpoint: Checkpoint, spec: ModelSpec, chosen: Format, origin: Origin | None) -> None:
         self._weights = MergedWeights(checkpoint, spec)
         self._format = chosen
+        self._heads = spec.settings.heads
         self._shapes = _shapes(spec, chosen)
         self._members = _members(self._shapes, chosen)
         self._origin = origin if origin and origin.context > spec.settings.context else None
@@ -133,8 +183,9 @@ class _Export:
 
     def array(self, name: str) -> np.ndarray:
         """Return a tensor, float32."""
-        arrays = [self._member(param) for param in self._members[name]]
-        return np.concatenate(arrays, -1) if len(arrays) > 1 else arrays[0]
+        members = self._members[name]
+        arrays = [self._member(param) for param in members]
+        return self._format.location(members[0]).joined(arrays, self._heads)
 
     def _member(self, param: str) -> np.ndarray:
         if param not in self._weights.tensors:  # a bias that the model lacks
@@ -142,27 +193,7 @@ class _Export:
         array = self._weights.array(param)
         if param == _POSITIONS and self._origin:
             return np.concatenate([array, self._origin.positions(len(array))])
-        return array.T if self._format.location(param).transposed else array
-
-
-def _format(spec: ModelSpec) -> Format:
-    """Return the format of the architecture that computes this model.
-
-    Raises:
-        HvdlmError: there is none.
-    """
-    s = spec.settings
-    if not isinstance(s, GPTSettings):
-        raise HvdlmError(f"Hugging Face has no model like a {spec.kind}: only gpt, gpt2 and llama have this format.")
-    unmet = {name: candidate.unmet(s) for name, candidate in FORMATS.items()}
-    for name, properties in unmet.items():
-        if properties is None:
-            return FORMATS[name]
-    required = "; ".join(f"{name} has {properties}" for name, properties in unmet.items())
-    raise HvdlmError(
-        f"this model has {s.positions} positions, {s.norm}, {s.activation} and {s.kv_heads} key-value heads, which no "
-        f"Hugging Face model has together ({required}): write it with --format safetensors."
-    )
+        return array
 
 
 def _shapes(spec: ModelSpec, chosen: Format) -> dict[str, tuple[int, ...]]:
@@ -187,8 +218,6 @@ def _members(names: Iterable[str], chosen: Format) -> dict[str, list[str]]:
 
 
 def _tensor_info(shapes: Mapping[str, tuple[int, ...]], chosen: Format, params: list[str]) -> TensorInfo:
-    """Return dtype and shape of the tensor that holds ``params`` side by side; a transposed one holds one parameter."""
-    shape = shapes[params[0]]
-    if chosen.location(params[0]).transposed:
-        return "F32", shape[::-1]
-    return "F32", (*shape[:-1], sum(shapes[param][-1] for param in params))
+    """Return dtype and shape of the tensor that holds ``params`` side by side."""
+    shape = (*shapes[params[0]][:-1], sum(shapes[param][-1] for param in params))
+    return "F32", shape[::-1] if chosen.location(params[0]).transposed else shape

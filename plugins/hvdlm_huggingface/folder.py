@@ -17,7 +17,8 @@ from hvdlm.io.untrusted_input import shown
 from hvdlm.models.spec import ModelSpec, ParamSpec
 from hvdlm_huggingface import metadata
 from hvdlm_huggingface.fields import Fields
-from hvdlm_huggingface.formats import FORMATS, TensorLocation
+from hvdlm_huggingface.formats import FORMATS
+from hvdlm_huggingface.tensor_format import TensorLocation
 from hvdlm_huggingface.weights import Box, Weights, guarded, print_note, root_of
 from hvdlm_language.presets import PRESETS
 
@@ -36,7 +37,7 @@ class Folder:
         context: its number of positions.
 
     Raises:
-        HvdlmError: it holds no GPT-2 or Llama that hvdlm computes, or is damaged.
+        HvdlmError: it holds no model that hvdlm computes, or is damaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -46,7 +47,7 @@ class Folder:
         )
         kind = self.content.get("model_type") if isinstance(self.content, dict) else None
         if not isinstance(kind, str) or kind not in FORMATS:
-            raise HvdlmError(f"{path} holds a {shown(repr(kind))} model, hvdlm reads {' and '.join(FORMATS)}.")
+            raise HvdlmError(f"{path} holds a {shown(repr(kind))} model, hvdlm reads {', '.join(FORMATS)}.")
         self.format = FORMATS[kind]
         fields = Fields(self.content, self.format.aliases)
         self.settings = guarded(path, lambda: self.format.settings(fields))
@@ -123,7 +124,7 @@ class Folder:
 
     def _untie(self, config: Config, imported: bool) -> None:
         """Untie a head that differs from the embedding although config.json ties them, as transformers does."""
-        head, embedding = (self.format.location(name).tensor for name in (_HEAD, _EMBEDDING))
+        head, embedding = self._head().tensor, self.format.location(_EMBEDDING).tensor
         if not self.settings["tie_embeddings"] or head not in self._weights or embedding not in self._weights:
             return
         if self._weights.equal(head, embedding):
@@ -146,7 +147,7 @@ class Folder:
         used = {
             self._weights.name(t) for t in (self._location(p.name).tensor for p in spec.params) if t in self._weights
         }
-        head = {self.format.location(_HEAD).tensor}  # was compared, where it is not used
+        head = {self._head().tensor}  # was compared, where it is not used
         buffers = re.compile(self.format.buffers)
         tensors = [n for n in self._weights.files if n not in used | head and not buffers.search(n)]
         unused = {
@@ -182,9 +183,16 @@ class Folder:
 
     def _location(self, name: str) -> TensorLocation:
         """Return which tensor holds a parameter: a tied embedding may be stored as the head alone."""
-        location, head = self.format.location(name), self.format.location(_HEAD)
+        location, head = self.format.location(name), self._head()
+        if name == _HEAD:
+            return head
         tied = name == _EMBEDDING and self.settings["tie_embeddings"]
         return head if tied and location.tensor not in self._weights and head.tensor in self._weights else location
+
+    def _head(self) -> TensorLocation:
+        """Return which tensor holds the head: of the names that it may have, the one in the folder."""
+        names = [f"{name}.weight" for name in self.format.heads]
+        return TensorLocation(next((name for name in names if name in self._weights), names[0]))
 
     def _with_source(self, param: ParamSpec) -> ParamSpec:
         """Return ``param`` with initial values that are read from the folder."""
@@ -206,9 +214,12 @@ class Folder:
 
     def _read(self, location: TensorLocation, box: Box) -> np.ndarray:
         """Return ``box`` of the parameter at ``location``, as float32."""
-        index, count = location.chunk
-        if count > 1:
-            offset = index * self._shape(location)[-1]
-            box = (*box[:-1], slice(box[-1].start + offset, box[-1].stop + offset))
-        array = self._weights.read(location.tensor, box[::-1] if location.transposed else box)
-        return np.ascontiguousarray(array.T if location.transposed else array, np.float32)
+        boxes = [box]
+        if location.chunk[1] > 1:
+            spans = location.spans(box[-1], self._shape(location)[-1], self.settings["heads"])
+            boxes = [(*box[:-1], span) for span in spans]
+        reversed_boxes = [one[::-1] if location.transposed else one for one in boxes]
+        arrays = [self._weights.read(location.tensor, one) for one in reversed_boxes]
+        arrays = [np.ascontiguousarray(one.T if location.transposed else one, np.float32) for one in arrays]
+        array = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, -1)
+        return array + np.float32(location.offset) if location.offset else array

@@ -72,7 +72,7 @@ def find(checkpoint: Checkpoint, settings: GPTSettings, base: str | None) -> tup
     Raises:
         HvdlmError: ``base`` is given and is no such folder, or a file of the folder is damaged.
     """
-    path = base or _model(checkpoint).get("pretrained")
+    path = base or model_of(checkpoint).get("pretrained")
     if not isinstance(path, str):
         return None, ""
     try:
@@ -89,18 +89,19 @@ def find(checkpoint: Checkpoint, settings: GPTSettings, base: str | None) -> tup
     return Origin(folder, checkpoint), ""
 
 
+def model_of(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """Return the options of section ``model`` of a checkpoint's run."""
+    config: Any = checkpoint.manifest.get("config") or {}
+    return dict(config.get("model") or {})
+
+
 def eos_of(checkpoint: Checkpoint) -> int | list[int] | None:
     """Return the stop tokens of a checkpoint's run in the form of ``eos_token_id``."""
     return metadata.eos_field(_stop_tokens(checkpoint))
 
 
-def _model(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    config: Any = checkpoint.manifest.get("config") or {}
-    return dict(config.get("model") or {})
-
-
 def _stop_tokens(checkpoint: Checkpoint) -> list[int] | None:
-    ids = _model(checkpoint).get("stop_tokens")
+    ids = model_of(checkpoint).get("stop_tokens")
     valid = isinstance(ids, list) and all(type(number) is int and number >= 0 for number in ids)
     return ids if valid else None
 

@@ -28,7 +28,12 @@ def hvdlm_open_pretrained(path: Path) -> PretrainedFolder | None:
 
 @hookimpl
 def hvdlm_export(
-    name: str, checkpoint: Checkpoint, tokenizer: Path | None, output: Path, base: str | None
+    name: str,
+    checkpoint: Checkpoint,
+    tokenizer: Path | None,
+    output: Path,
+    base: str | None,
+    max_shard_bytes: int | None,
 ) -> tuple[int, str] | None:
     """Write ``checkpoint`` as a Hugging Face folder; return the number of parameters and a note for the user.
 
@@ -39,5 +44,5 @@ def hvdlm_export(
         return None
     from hvdlm_huggingface.export import export
 
-    count, note = export(checkpoint, tokenizer, output, base)
+    count, note = export(checkpoint, tokenizer, output, base, max_shard_bytes)
     return count, f"for transformers; {note}"

@@ -47,7 +47,7 @@ def guarded(folder: Path, action: Callable[[], Value]) -> Value:
             return action()
         except OSError as error:
             cause = f"{shown(str(error.filename or folder), 300)}: {error.strerror or error}"
-            raise HvdlmError(f"model.pretrained {cause}: name a Hugging Face folder of a GPT-2 or Llama.") from error
+            raise HvdlmError(f"model.pretrained {cause}: name a Hugging Face folder of a language model.") from error
         except KeyError as error:
             sentence = f"model.pretrained {folder}: {shown(str(error))} is missing: download the folder again."
             raise HvdlmError(sentence) from error

@@ -24,5 +24,6 @@ class Preset:
         return {self._name: PRESETS[self._name]}
 
 
-gpt, gpt2, llama = Preset("gpt"), Preset("gpt2"), Preset("llama")
+gpt, gpt2, llama, mistral = Preset("gpt"), Preset("gpt2"), Preset("llama"), Preset("mistral")
+qwen2, qwen3, neox, gemma = Preset("qwen2"), Preset("qwen3"), Preset("neox"), Preset("gemma")
 rnn, gru, lstm = Preset("rnn"), Preset("gru"), Preset("lstm")

@@ -4,7 +4,7 @@ Rabe and Staats 2021, "Self-attention does not need O(n^2) memory"; the gradient
 "FlashAttention", algorithm 4. A chunk is computed with all of its keys at once, so that its softmax needs no running
 maximum.
 
-Without a twin: PyTorch has ``scaled_dot_product_attention``.
+PyTorch's twin calls ``scaled_dot_product_attention``.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import numpy as np
 import tensorflow as tf
 
 from hvdlm_tensorflow.shapes import sizes
@@ -26,11 +27,12 @@ _ONE_CHUNK = 128  # positions up to which chunks are slower: by 2 to 15%
 
 
 class _Chunk(NamedTuple):
-    """Queries ``start:stop``, which see none but the first ``keys`` keys."""
+    """Queries ``start:stop``, which see none but the keys ``first:keys``."""
 
     start: Any
     stop: Any
     keys: Any
+    first: Any = 0
 
 
 Mask = Callable[[_Chunk], "tf.Tensor | None"]
@@ -59,20 +61,45 @@ def attend(q: tf.Tensor, k: tf.Tensor, v: tf.Tensor, mask: tf.Tensor | None) -> 
     return _attend(q, k, v, chunks, of_chunk)
 
 
-def attend_causally(q: tf.Tensor, k: tf.Tensor, v: tf.Tensor, longest: int) -> tf.Tensor:
+def attend_causally(q: tf.Tensor, k: tf.Tensor, v: tf.Tensor, longest: int, window: int = 0) -> tf.Tensor:
     """Return the attention of positions to themselves and those before; see ``attend``.
 
-    ``longest``: the number of positions, if it is open in the graph: the most that there may be.
+    Args:
+        q, k, v: as of ``attend``.
+        longest: the number of positions, if it is open in the graph: the most that there may be.
+        window: the positions that a query sees, itself and those before it; 0: all.
     """
-
     ends = _ends(q, longest)
-    return _attend(q, k, v, [_Chunk(a, b, b) for a, b in pairwise(ends)], _causal)
+    if not window or window >= (q.shape[2] or longest):
+        return _attend(q, k, v, [_Chunk(a, b, b) for a, b in pairwise(ends)], _causal)
+    chunks = [_Chunk(a, b, b, _largest(0, a - window + 1)) for a, b in pairwise(ends)]
+    return _attend(q, k, v, chunks, lambda chunk: _local(chunk, window))
+
+
+def causal_mask(start: Any, time: Any, keys: int, window: int) -> tf.Tensor:
+    """Return what is added to the scores of ``time`` queries from position ``start`` on, float32 ``[time, keys]``.
+
+    ``window``: see ``attend_causally``.
+    """
+    distance = start + tf.range(time)[:, None] - tf.range(keys)[None, :]
+    seen = distance >= 0
+    return tf.where(seen & (distance < window) if window else seen, 0.0, -np.inf)
 
 
 def _causal(chunk: _Chunk) -> tf.Tensor:
     """Return float32 ``[time, keys]``: 0 where a query sees a key, else minus infinity."""
     seen = tf.linalg.band_part(tf.ones([chunk.stop - chunk.start, chunk.keys]), -1, chunk.start)
     return tf.math.log(seen)  # comparing and selecting would take ten times as long
+
+
+def _local(chunk: _Chunk, window: int) -> tf.Tensor:
+    """Return the mask of a chunk's queries and keys, float32 ``[time, keys]``, with a window; see ``_causal``."""
+    return causal_mask(chunk.start - chunk.first, chunk.stop - chunk.start, chunk.keys - chunk.first, window)
+
+
+def _largest(a: Any, b: Any) -> Any:
+    """Return the larger of two sizes, an integer if both are."""
+    return tf.maximum(a, b) if tf.is_tensor(b) else max(a, b)
 
 
 def chunk_count(time: int) -> int:
@@ -99,8 +126,8 @@ def _attend(q: tf.Tensor, k: tf.Tensor, v: tf.Tensor, chunks: list[_Chunk], mask
             # One chunk after the other: together, they would take the memory of all weights.
             with tf.control_dependencies(outputs[-1:]):
                 queries = q[:, :, chunk.start : chunk.stop]
-                weights = _weights(queries, k[:, :, : chunk.keys], added)
-                outputs.append(_ungrouped(tf.matmul(weights, v[:, :, : chunk.keys]), queries))
+                weights = _weights(queries, k[:, :, chunk.first : chunk.keys], added)
+                outputs.append(_ungrouped(tf.matmul(weights, v[:, :, chunk.first : chunk.keys]), queries))
         output = _side_by_side(tf.concat(outputs, 2))
 
         def backward(gradient: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
@@ -137,7 +164,7 @@ def _gradients(
     for chunk, before, added in zip(chunks[::-1], [*chunks[-2::-1], _Chunk(0, 0, 0)], masks[::-1], strict=True):
         with tf.control_dependencies(of_q[-1:] + sums):
             queries = q[:, :, chunk.start : chunk.stop]
-            keys, values = k[:, :, : chunk.keys], v[:, :, : chunk.keys]
+            keys, values = k[:, :, chunk.first : chunk.keys], v[:, :, chunk.first : chunk.keys]
             of_output = _grouped(gradient[:, :, chunk.start : chunk.stop], k)
             weights = _weights(queries, keys, added)
             of_weights = tf.cast(tf.matmul(of_output, values, transpose_b=True), tf.float32)
@@ -145,13 +172,20 @@ def _gradients(
             of_scores = tf.cast(of_weights * tf.cast(weights, tf.float32), q.dtype)
             of_q.append(_ungrouped(tf.matmul(of_scores, keys), queries))
             factors = (of_scores, _grouped(queries, k)), (weights, of_output)
-            more = [tf.cast(tf.matmul(a, b, transpose_a=True), tf.float32) for a, b in factors]
+            more = [_from_first(tf.cast(tf.matmul(a, b, transpose_a=True), tf.float32), chunk) for a, b in factors]
             sums = [a + b for a, b in zip(sums, more, strict=True)] if sums else more
             of_k.append(sums[0][:, :, before.keys :])
             of_v.append(sums[1][:, :, before.keys :])
             sums = [total[:, :, : before.keys] for total in sums]
     whole_q, whole_k, whole_v = (tf.cast(tf.concat(of_chunks[::-1], 2), q.dtype) for of_chunks in (of_q, of_k, of_v))
     return whole_q, whole_k, whole_v
+
+
+def _from_first(x: tf.Tensor, chunk: _Chunk) -> tf.Tensor:
+    """Return ``x`` ``[rows, kv_heads, keys, head]`` of a chunk's keys with zeros for the keys before them."""
+    if isinstance(chunk.first, int) and chunk.first == 0:
+        return x
+    return tf.pad(x, [[0, 0], [0, 0], [chunk.first, 0], [0, 0]])
 
 
 def _weights(q: tf.Tensor, k: tf.Tensor, mask: tf.Tensor | None) -> tf.Tensor:

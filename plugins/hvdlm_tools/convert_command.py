@@ -41,7 +41,12 @@ def _export(values: Any) -> int:
     with file_lock.exclusive(output):
         checkpoint = chosen_checkpoint(values.run, values.checkpoint)
         count, note = manager.hook.hvdlm_export(
-            name=name, checkpoint=checkpoint, tokenizer=tokenizer, output=output, base=values.base
+            name=name,
+            checkpoint=checkpoint,
+            tokenizer=tokenizer,
+            output=output,
+            base=values.base,
+            max_shard_bytes=values.max_shard_bytes,
         )
     print(printable(f"{output}: {count:,} parameters of {checkpoint.path} {note}"))
     return 0
@@ -58,13 +63,24 @@ def _parse(arguments: list[str]) -> Any:
         "--format",
         type=str,
         default="safetensors",
-        help="safetensors: one file with hvdlm's names; huggingface: a folder that transformers loads as GPT-2 or "
-        "Llama; or the format of the plugin of this name",
+        help="safetensors: one file with hvdlm's names; huggingface: a folder that transformers loads, of a "
+        "GPT-2, Llama, Mistral, Qwen, GPT-NeoX or Gemma; or the format of the plugin of this name",
     )
     parser.add_argument(
         "--base", type=str, default=None, help="runs with adapters: path of the pretrained folder, if it has moved"
     )
+    parser.add_argument(
+        "--max_shard_bytes",
+        type=int,
+        default=None,
+        help="--format huggingface: write larger weights in several files of at most so many bytes, and an index",
+    )
     values = parser.parse_args(arguments)
+    if values.max_shard_bytes is not None and (values.max_shard_bytes < 1 or values.format == "safetensors"):
+        raise HvdlmError(
+            f"--max_shard_bytes {values.max_shard_bytes}: expected 1 or more, with --format huggingface: a file of "
+            "--format safetensors isn't cut."
+        )
     if not values.output:
         raise HvdlmError("--output: the value is missing, expected a file to write, for example model.safetensors.")
     if values.checkpoint is None:

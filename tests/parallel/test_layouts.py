@@ -39,7 +39,7 @@ SHALLOW = {**GPT, "layers": FEWEST_LAYERS}
 def configured(mesh: Mesh, model: dict[str, Any], **options: Any) -> Config:
     """Return the configuration of a small model on ``mesh``; ``options`` of train, parallel, communication and lora."""
     config = Config(framework=FRAMEWORK, model=ModelConfig(**model))
-    config.data.context = CONTEXT if model["name"] in ("gpt", "llama") else RECURRENT_CONTEXT
+    config.data.context = RECURRENT_CONTEXT if model["name"] in ("rnn", "gru", "lstm") else CONTEXT
     # Stages have micro-batches to fill a pipeline of two or four, other layouts two of them, or one.
     micro_rows = 2 if mesh.pipeline > 1 else max(2, ROWS // mesh.data // 2)
     train = {"batch_size": ROWS, "micro_batch_size": micro_rows, "warmup": 0, "steps": STEPS}
@@ -297,10 +297,18 @@ def test_adapters_follow_one_rank_and_alone_are_communicated(world: World, zero:
         assert results[-1].comm_bytes == 4 * configured_spec(config, VOCAB).parameters + 2 * 8
 
 
+RECOMPUTING = {"activation_checkpointing": True}
 SGD = {"optimizer": "sgd", "learning_rate": 0.3, "momentum": 0.9, "weight_decay": 0.1, "clip": 0.5}
 TERMS = {"label_smoothing": 0.1, "z_loss": 0.01}  # which ranks compute of their parts of the scores
 GROUPS = {"embed.*": {"learning_rate_scale": 0.5, "weight_decay": 0.0}, "*.value": {"weight_decay": 0.5}}
 LLAMA = {"name": "llama", "layers": FEWEST_LAYERS, "width": 32, "heads": 4, "kv_heads": 1}
+# Settings of newer models; of fewer key-value heads than tensor ranks, too.
+SMALL = {"layers": FEWEST_LAYERS, "width": 32, "heads": 4}
+MISTRAL = {"name": "mistral", **SMALL, "layers": 2, "kv_heads": 2, "window": 5}
+QWEN2 = {"name": "qwen2", **SMALL, "kv_heads": 2, "rotary_scaling": 8.0, "rotary_scaling_context": 12}
+QWEN3 = {"name": "qwen3", **SMALL, "kv_heads": 2, "head_width": 12}
+NEOX = {"name": "neox", **SMALL, "rotary_share": 0.5}
+GEMMA = {"name": "gemma", **SMALL, "layers": 2, "kv_heads": 1, "head_width": 12}
 VARIANTS: list[tuple[str, tuple[int, int, int], dict[str, Any], dict[str, Any]]] = [
     ("llama", (1, 1, 4), LLAMA, {}),
     ("llama-sequence", (1, 1, 4), LLAMA, {"parallel": {"sequence": True}, "train": TERMS}),
@@ -310,6 +318,12 @@ VARIANTS: list[tuple[str, tuple[int, int, int], dict[str, Any], dict[str, Any]]]
     ("stages-zero2", (2, 2, 1), {**GPT, "tie_embeddings": False}, {"parallel": {"zero": 2}}),
     ("recomputed", (1, 2, 2), GPT, {"train": {"activation_checkpointing": True}}),
     ("whole-batches", (2, 1, 2), GPT, {"train": {"micro_batch_size": None}, "parallel": {"zero": 2}}),
+    ("mistral-stages", (2, 2, 1), MISTRAL, {"parallel": {"zero": 1}}),
+    ("qwen2", (1, 1, 4), QWEN2, {"train": SGD}),
+    ("qwen3", (2, 1, 2), QWEN3, {"parallel": {"zero": 2}}),
+    ("qwen3-sequence", (1, 1, 4), QWEN3, {"parallel": {"sequence": True}}),
+    ("neox-recomputed", (2, 1, 2), NEOX, {"parallel": {"sequence": True}, "train": {**SGD, **RECOMPUTING}}),
+    ("gemma-stages", (1, 2, 2), GEMMA, {"parallel": {"sequence": True}}),
     ("lstm", (1, 2, 2), {"name": "lstm", "layers": 2, "width": 32}, {"train": SGD}),
     ("gru", (2, 1, 2), {"name": "gru", "layers": 1, "width": 32}, {"parallel": {"zero": 1}, "train": SGD}),
     ("groups", (2, 1, 2), GPT, {"parallel": {"zero": 1}, "train": {"groups": GROUPS}}),
@@ -359,7 +373,7 @@ def _replicated_bytes(name: str, config: Config) -> int:
 
 
 # TensorFlow traces its graphs anew for every layout, which takes seconds on few cores: it runs a selection.
-SELECTED = ("llama-sequence", "stages-sequence-recomputed", "stages-zero2", "lstm")
+SELECTED = ("llama-sequence", "stages-sequence-recomputed", "stages-zero2", "lstm", "qwen3-sequence")
 if FRAMEWORK == "tensorflow":  # both switches in one graph
     RECOMPUTED = {"parallel": {"sequence": True}, "train": {**SGD, "activation_checkpointing": True}}
     VARIANTS.append(("stages-sequence-recomputed", (1, 2, 2), {**GPT, "bias": True}, RECOMPUTED))

@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import tensorflow as tf
 
 from hvdlm.errors import HvdlmError
 from hvdlm.parallel.sharding_rules import ModelShard
-from hvdlm_language.gpt import GPTSettings
-from hvdlm_tensorflow.attention import attend, attend_causally
+from hvdlm_language.gpt import GPTSettings, rotary_tables
+from hvdlm_tensorflow.attention import attend, attend_causally, causal_mask
 from hvdlm_tensorflow.collectives import Collectives, linear
 from hvdlm_tensorflow.ordering import parameters_first
 from hvdlm_tensorflow.shapes import sizes
@@ -27,6 +26,7 @@ ExtendCache = Callable[[tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
 _BETWEEN: tuple[str, ...] = ("attention_norm.scale", "attention_norm.bias", "attention.output.bias")
 _BETWEEN += ("mlp_norm.scale", "mlp_norm.bias", "mlp.down.bias")
 _KV = ("attention.key.", "attention.value.")
+_QK_NORMS = ("attention.query_norm.scale", "attention.key_norm.scale")
 
 
 class Cache(NamedTuple):
@@ -54,7 +54,7 @@ class GPT:
         # Fewer key-value heads than ranks: all ranks hold all, and each uses the one that its query heads need.
         self._kv_replicated = settings.kv_heads % model_shard.tensor > 0
         self._kv_heads = 1 if self._kv_replicated else settings.kv_heads // model_shard.tensor
-        self._cos, self._sin = _cos_sin(settings)
+        self._rotary_tables = rotary_tables(settings) if settings.positions == "rotary" else ()
 
     def bind(self, parameters: Mapping[str, tf.Tensor]) -> None:
         """Use these tensors as parameters; norms compute in float32 in any precision."""
@@ -64,9 +64,10 @@ class GPT:
         table: Any = self._p.get("embed.tokens" if self.s.tie_embeddings else "head.weight")
         self.head = table, None
         # Replicated parameters of which each rank computes only a part of the gradient, without and with sequence
-        # parallelism: their gradients have to be summed.
-        kv = [name for name in self._layers[0] if self._kv_replicated and name.startswith(_KV)]
-        self._replicated = {False: kv, True: kv + [name for name in _BETWEEN if name in self._layers[0]]}
+        # parallelism: their gradients have to be summed. Norms of queries and keys are those of a rank's own heads.
+        of_heads = [name for name in self._layers[0] if self._kv_replicated and name.startswith(_KV)]
+        of_heads += [name for name in _QK_NORMS if self._model_shard.tensor > 1 and name in self._layers[0]]
+        self._replicated = {False: of_heads, True: of_heads + [name for name in _BETWEEN if name in self._layers[0]]}
 
     def hidden(
         self, tokens: tf.Tensor, x: tf.Tensor | None, carry: Any, training: bool, checkpointing: bool, seed: tf.Tensor
@@ -146,6 +147,7 @@ class GPT:
 
     def _embed(self, tokens: tf.Tensor, start: Any, dropout: Dropout, c: Collectives) -> tf.Tensor:
         x = c.leave(c.embedding(tokens, self._p["embed.tokens"]), "embed")
+        x = x * self.s.width**0.5 if self.s.scale_embeddings else x
         if self.s.positions == "learned":
             p = c.shared(self._p, ["embed.positions"] if c.sequence else [], "positions")
             time = sizes(x)[1]
@@ -173,8 +175,9 @@ class GPT:
     ) -> tf.Tensor:
         p = c.shared(p, self._replicated[c.sequence], str(number))
         a = self._attention(self._norm(x, p, "attention_norm"), number, p, c, start, extend)
-        x += dropout(_row_parallel(a, p, "attention.output", c, f"{number}.attention"), 2 * number + 1)
-        m = self._mlp(self._norm(x, p, "mlp_norm"), number, p, c)
+        a = _row_parallel(a, p, "attention.output", c, f"{number}.attention")
+        before, x = x, x + dropout(a, 2 * number + 1)
+        m = self._mlp(self._norm(before if self.s.parallel_residual else x, p, "mlp_norm"), number, p, c)
         return x + dropout(_row_parallel(m, p, "mlp.down", c, f"{number}.mlp"), 2 * number + 2)
 
     def _attention(
@@ -186,13 +189,13 @@ class GPT:
         products = _column_parallel(h, p, names, c, f"{number}.attention")
         rows, time, _ = sizes(products[0])
         q, k, v = (self._heads(product, rows, time) for product in products)
+        if self.s.qk_norm:
+            q, k = self._norm_heads(q, p, "attention.query_norm"), self._norm_heads(k, p, "attention.key_norm")
         if self.s.positions == "rotary":
             q, k = self._rotate(q, start, time), self._rotate(k, start, time)
         if extend is None:
-            return attend_causally(q, k, v, self.s.context)
-        # New token t sees keys 0 .. start + t.
-        seen = tf.range(self.s.context)[None, :] <= start + tf.range(time)[:, None]
-        return attend(q, *extend(k, v), tf.where(seen, 0.0, -np.inf))
+            return attend_causally(q, k, v, self.s.context, self.s.local_window)
+        return attend(q, *extend(k, v), causal_mask(start, time, self.s.context, self.s.local_window))
 
     def _one_kv_head(self, p: Layer) -> Layer:
         """Return ``p`` with the columns of the one key-value head that this rank's query heads use."""
@@ -205,39 +208,45 @@ class GPT:
         return tf.transpose(tf.reshape(x, [rows, time, heads, self.s.head_width]), [0, 2, 1, 3])
 
     def _rotate(self, x: tf.Tensor, start: Any, time: Any) -> tf.Tensor:
-        cos, sin = (tf.constant(t)[start : start + time] for t in (self._cos, self._sin))  # [time, head]
-        half = self.s.head_width // 2
-        rotated = tf.concat([-x[..., half:], x[..., :half]], -1)
-        return tf.cast(tf.cast(x, tf.float32) * cos + tf.cast(rotated, tf.float32) * sin, x.dtype)
+        cos, sin = (tf.constant(t)[start : start + time] for t in self._rotary_tables)  # [time, rotary_width]
+        width = self.s.rotary_width
+        if width < self.s.head_width:
+            return tf.concat([_rotated(x[..., :width], cos, sin), x[..., width:]], -1)
+        return _rotated(x, cos, sin)
 
     def _mlp(self, h: tf.Tensor, number: int, p: Layer, c: Collectives) -> tf.Tensor:
         """Return this rank's columns of the inner layer, ``[rows, time, mlp / ranks]``."""
-        if self.s.activation == "swiglu":
+        if self.s.gated:
             gate, up = _column_parallel(h, p, ("mlp.gate", "mlp.up"), c, f"{number}.mlp")
-            return tf.nn.silu(gate) * up
+            return (tf.nn.silu(gate) if self.s.activation == "swiglu" else tf.nn.gelu(gate, approximate=True)) * up
         (up,) = _column_parallel(h, p, ("mlp.up",), c, f"{number}.mlp")
-        return tf.nn.gelu(up, approximate=True)
+        return tf.nn.gelu(up, approximate=self.s.activation == "gelu")
 
     def _norm(self, x: tf.Tensor, p: Layer, name: str) -> tf.Tensor:
         wide = tf.cast(x, tf.float32)
         if self.s.norm == "layernorm":
             wide -= tf.reduce_mean(wide, -1, keepdims=True)
-        variance = tf.reduce_mean(tf.square(wide), -1, keepdims=True)
-        wide *= tf.math.rsqrt(variance + self.s.norm_epsilon) * p[f"{name}.scale"]
+        wide = self._rms_norm(wide, p, name)
         bias = p.get(f"{name}.bias")
         return tf.cast(wide if bias is None else wide + bias, self.dtype)
+
+    def _norm_heads(self, x: tf.Tensor, p: Layer, name: str) -> tf.Tensor:
+        """Return ``x`` ``[..., head]``, normalised over the dimensions of a head, in its own dtype."""
+        return tf.cast(self._rms_norm(tf.cast(x, tf.float32), p, name), x.dtype)
+
+    def _rms_norm(self, x: tf.Tensor, p: Layer, name: str) -> tf.Tensor:
+        variance = tf.reduce_mean(tf.square(x), -1, keepdims=True)
+        return x * (tf.math.rsqrt(variance + self.s.norm_epsilon) * p[f"{name}.scale"])
 
 
 def _no_dropout(x: tf.Tensor, number: int) -> tf.Tensor:
     return x
 
 
-def _cos_sin(s: GPTSettings) -> tuple[np.ndarray, np.ndarray]:
-    """Return cosines and sines, float32 ``[context, head]``: computed once, in float64."""
-    power = np.arange(0, s.head_width, 2, dtype=np.float64) / s.head_width
-    angle = np.outer(np.arange(s.context, dtype=np.float64), s.rotary_base**-power)
-    angle = np.concatenate([angle, angle], -1)
-    return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+def _rotated(x: tf.Tensor, cos: tf.Tensor, sin: tf.Tensor) -> tf.Tensor:
+    half = x.shape[-1] // 2
+    rotated = tf.concat([-x[..., half:], x[..., :half]], -1)
+    return tf.cast(tf.cast(x, tf.float32) * cos + tf.cast(rotated, tf.float32) * sin, x.dtype)
 
 
 def _column_parallel(x: tf.Tensor, p: Layer, names: Sequence[str], c: Collectives, label: str) -> Sequence[tf.Tensor]:

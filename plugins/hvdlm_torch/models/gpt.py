@@ -14,7 +14,8 @@ import torch.nn.functional as F
 
 from hvdlm.errors import HvdlmError
 from hvdlm.parallel.sharding_rules import ModelShard
-from hvdlm_language.gpt import GPTSettings
+from hvdlm_language.gpt import GPTSettings, rotary_tables
+from hvdlm_torch.attention import attend, attend_causally, causal_mask
 from hvdlm_torch.collectives import Collectives
 from hvdlm_torch.dropout import DropoutMasks
 from hvdlm_torch.kernels import linear
@@ -24,6 +25,7 @@ Layer = Mapping[str, torch.Tensor]
 _BETWEEN: tuple[str, ...] = ("attention_norm.scale", "attention_norm.bias", "attention.output.bias")
 _BETWEEN += ("mlp_norm.scale", "mlp_norm.bias", "mlp.down.bias")
 _KV = ("attention.key.", "attention.value.")
+_QK_NORMS = ("attention.query_norm.scale", "attention.key_norm.scale")
 
 
 class Cache:
@@ -60,7 +62,9 @@ class GPT:
         # Fewer key-value heads than ranks: all ranks hold all, and each uses the one that its query heads need.
         self._kv_replicated = settings.kv_heads % model_shard.tensor > 0
         self._kv_heads = 1 if self._kv_replicated else settings.kv_heads // model_shard.tensor
-        self._angles: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+        tables = rotary_tables(settings) if settings.positions == "rotary" else ()
+        self._rotary_tables = tuple(map(torch.from_numpy, tables))
+        self._angles: dict[torch.device, tuple[torch.Tensor, ...]] = {}
 
     def bind(self, parameters: Mapping[str, torch.Tensor]) -> None:
         """Use these tensors as parameters; they are looked up by layer once, here."""
@@ -70,9 +74,10 @@ class GPT:
         table: Any = self._p.get("embed.tokens" if self.s.tie_embeddings else "head.weight")
         self.head = table, None
         # Replicated parameters of which each rank computes only a part of the gradient, without and with sequence
-        # parallelism: their gradients have to be summed.
-        kv = [name for name in self._layers[0] if self._kv_replicated and name.startswith(_KV)]
-        self._replicated = {False: kv, True: kv + [name for name in _BETWEEN if name in self._layers[0]]}
+        # parallelism: their gradients have to be summed. Norms of queries and keys are those of a rank's own heads.
+        of_heads = [name for name in self._layers[0] if self._kv_replicated and name.startswith(_KV)]
+        of_heads += [name for name in _QK_NORMS if self._model_shard.tensor > 1 and name in self._layers[0]]
+        self._replicated = {False: of_heads, True: of_heads + [name for name in _BETWEEN if name in self._layers[0]]}
 
     def hidden(
         self, tokens: torch.Tensor, x: torch.Tensor | None, carry: None, training: bool, checkpointing: bool
@@ -126,6 +131,7 @@ class GPT:
 
     def _embed(self, tokens: torch.Tensor, start: int, training: bool, c: Collectives) -> torch.Tensor:
         x = c.leave(c.embedding(tokens, self._p["embed.tokens"]), "embed")
+        x = x * self.s.width**0.5 if self.s.scale_embeddings else x
         if self.s.positions == "learned":
             p = c.shared(self._p, ["embed.positions"] if c.sequence else [], "positions")
             first = start + (c.index * x.shape[1] if c.sequence else 0)
@@ -145,8 +151,8 @@ class GPT:
     ) -> torch.Tensor:
         p = c.shared(p, self._replicated[c.sequence], str(number))
         a = self._attention(self._norm(x, p, "attention_norm"), number, p, cache, c)
-        x = x + self._dropout(_row_parallel(a, p, "attention.output", c, f"{number}.attention"), training)
-        m = self._mlp(self._norm(x, p, "mlp_norm"), number, p, c)
+        before, x = x, x + self._dropout(_row_parallel(a, p, "attention.output", c, f"{number}.attention"), training)
+        m = self._mlp(self._norm(before if self.s.parallel_residual else x, p, "mlp_norm"), number, p, c)
         m = _row_parallel(m, p, "mlp.down", c, f"{number}.mlp")
         return x + self._dropout(m, training)
 
@@ -156,18 +162,17 @@ class GPT:
         names = ("attention.query", "attention.key", "attention.value")
         q, k, v = _column_parallel(h, p, names, c, f"{number}.attention")
         rows, time, _ = q.shape
-        q, k, v = (t.view(rows, time, -1, self.s.head_width).transpose(1, 2) for t in (q, k, v))
+        q, k, v = (t.view(rows, time, -1, self.s.head_width) for t in (q, k, v))
+        if self.s.qk_norm:
+            q, k = self._norm_heads(q, p, "attention.query_norm"), self._norm_heads(k, p, "attention.key_norm")
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         start = cache.length if cache else 0
         if self.s.positions == "rotary":
             q, k = self._rotate(q, start), self._rotate(k, start)
-        mask = None
-        if cache:
-            k, v = cache.extend(number - self._model_shard.layers.start, k, v)
-            # is_causal would align the mask with the first key; the new tokens are the last ones.
-            mask = torch.ones(time, k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - time)
-        grouped = q.shape[1] != k.shape[1]
-        a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=cache is None, enable_gqa=grouped)
-        return a.transpose(1, 2).reshape(rows, time, -1)
+        if cache is None:
+            return attend_causally(q, k, v, self.s.local_window)
+        k, v = cache.extend(number - self._model_shard.layers.start, k, v)
+        return attend(q, k, v, causal_mask(time, k.shape[2], self.s.local_window, q.device))
 
     def _one_kv_head(self, p: Layer) -> Layer:
         """Return ``p`` with the columns of the one key-value head that this rank's query heads use."""
@@ -176,27 +181,29 @@ class GPT:
         return {n: t[..., columns] if n.startswith(_KV) else t for n, t in p.items()}
 
     def _rotate(self, x: torch.Tensor, start: int) -> torch.Tensor:
-        cos, sin = (t[start : start + x.shape[2]] for t in self._cos_sin(x.device))  # [time, head]
-        half = x.shape[-1] // 2
-        rotated = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-        return (x * cos + rotated * sin).to(x.dtype)
+        cos, sin = (t[start : start + x.shape[2]] for t in self._cos_sin(x.device))  # [time, rotary_width]
+        width = self.s.rotary_width
+        if width == self.s.head_width:
+            return _rotated(x, cos, sin)
+        # Joined as [rows, time, heads, head], as it lies in memory: attention's output follows the queries' layout, and
+        # would be copied in another one.
+        x = x.transpose(1, 2)
+        rotated = _rotated(x[..., :width], cos.unsqueeze(1), sin.unsqueeze(1))
+        return torch.cat((rotated, x[..., width:]), dim=-1).transpose(1, 2)
 
-    def _cos_sin(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return cosines and sines, float32 ``[context, head]``: computed once, in float64."""
+    def _cos_sin(self, device: torch.device) -> tuple[torch.Tensor, ...]:
+        """Return cosines and sines, float32 ``[context, rotary_width]``, copied to ``device`` once."""
         if device not in self._angles:
-            power = torch.arange(0, self.s.head_width, 2, dtype=torch.float64) / self.s.head_width
-            angle = torch.outer(torch.arange(self.s.context, dtype=torch.float64), self.s.rotary_base**-power)
-            angle = torch.cat((angle, angle), dim=-1)
-            self._angles[device] = (angle.cos().float().to(device), angle.sin().float().to(device))
+            self._angles[device] = tuple(table.to(device) for table in self._rotary_tables)
         return self._angles[device]
 
     def _mlp(self, h: torch.Tensor, number: int, p: Layer, c: Collectives) -> torch.Tensor:
         """Return this rank's columns of the inner layer, ``[rows, time, mlp / ranks]``."""
-        if self.s.activation == "swiglu":
+        if self.s.gated:
             gate, up = _column_parallel(h, p, ("mlp.gate", "mlp.up"), c, f"{number}.mlp")
-            return F.silu(gate) * up
+            return (F.silu(gate) if self.s.activation == "swiglu" else F.gelu(gate, approximate="tanh")) * up
         (up,) = _column_parallel(h, p, ("mlp.up",), c, f"{number}.mlp")
-        return F.gelu(up, approximate="tanh")
+        return F.gelu(up, approximate="tanh" if self.s.activation == "gelu" else "none")
 
     def _norm(self, x: torch.Tensor, p: Layer, name: str) -> torch.Tensor:
         scale, width = p[f"{name}.scale"], (self.s.width,)
@@ -204,8 +211,19 @@ class GPT:
             return F.rms_norm(x, width, scale, self.s.norm_epsilon)
         return F.layer_norm(x, width, scale, p.get(f"{name}.bias"), self.s.norm_epsilon)
 
+    def _norm_heads(self, x: torch.Tensor, p: Layer, name: str) -> torch.Tensor:
+        """Return ``x`` ``[..., head]``, normalised over the dimensions of a head, in its own dtype."""
+        wide = F.rms_norm(x.float(), (self.s.head_width,), p[f"{name}.scale"], self.s.norm_epsilon)
+        return wide.to(x.dtype)
+
     def _dropout(self, x: torch.Tensor, training: bool) -> torch.Tensor:
         return self.masks.drop(x, self.s.dropout) if training and self.s.dropout else x
+
+
+def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    half = x.shape[-1] // 2
+    rotated = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+    return (x * cos + rotated * sin).to(x.dtype)
 
 
 def _column_parallel(

@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 
 from hvdlm_jax.dropout import dropout
-from hvdlm_language.gpt import GPTSettings
+from hvdlm_language.gpt import GPTSettings, rotary_tables
 
 Parameters = Mapping[str, jax.Array]
 
@@ -28,11 +28,7 @@ class GPT:
 
     def __init__(self, settings: GPTSettings, checkpointing: bool = False) -> None:
         self.s = settings
-        # In float64, as in the other frameworks: the angles of late positions are large.
-        power = np.arange(0, settings.head_width, 2) / settings.head_width
-        angle = np.outer(np.arange(settings.context), settings.rotary_base**-power)
-        angle = np.concatenate([angle, angle], -1)  # [context, head]
-        self._cos, self._sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+        self._tables = rotary_tables(settings) if settings.positions == "rotary" else ()
         self._training_layer = jax.checkpoint(self._layer, static_argnums=(1,)) if checkpointing else self._layer
 
     def hidden(self, p: Parameters, tokens: jax.Array, carry: Any, key: jax.Array | None) -> tuple[jax.Array, Any]:
@@ -42,7 +38,8 @@ class GPT:
         """
         keys = [None] * (self.s.layers + 1) if key is None else jax.random.split(key, self.s.layers + 1)
         x = self._embed(p, tokens, 0, keys[-1])
-        mask = np.tril(np.ones((tokens.shape[1],) * 2, bool))
+        time = np.arange(tokens.shape[1])
+        mask = self._seen(time[:, None] - time)
         layer = self._layer if key is None else self._training_layer
         for i in range(self.s.layers):
             x = layer(p, i, x, mask, keys[i])
@@ -64,23 +61,30 @@ class GPT:
         """Return ``[rows, time, embed]`` of tokens from position ``start`` on, and the grown cache."""
         x = self._embed(p, tokens, start, None)
         positions = start + np.arange(tokens.shape[1])
-        mask = np.arange(self.s.context) <= positions[:, None]  # [time, context]
+        mask = self._seen(positions[:, None] - np.arange(self.s.context))  # [time, context]
         for i in range(self.s.layers):
             h = self._norm(p, f"layers.{i}.attention_norm", x)
             q, k, v = self._heads(p, i, h, start)
             at = (i, 0, 0, start, 0)
             keys = lax.dynamic_update_slice(cache.keys, k[None], at)
             cache = Cache(keys, lax.dynamic_update_slice(cache.values, v[None], at))
-            x = x + self._attention(p, i, q, cache.keys[i], cache.values[i], mask)
-            x = x + self._mlp(p, i, self._norm(p, f"layers.{i}.mlp_norm", x))
+            before, x = x, x + self._attention(p, i, q, cache.keys[i], cache.values[i], mask)
+            h = before if self.s.parallel_residual else x
+            x = x + self._mlp(p, i, self._norm(p, f"layers.{i}.mlp_norm", h))
         return self._norm(p, "final_norm", x), cache
 
     def select(self, cache: Cache, rows: np.ndarray) -> Cache:
         """Return the cache of these rows."""
         return Cache(cache.keys[:, rows], cache.values[:, rows])
 
+    def _seen(self, distance: Any) -> Any:
+        """Return whether queries see keys that lie ``distance`` positions before them."""
+        window = self.s.local_window
+        return (distance >= 0) & (distance < window) if window else distance >= 0
+
     def _embed(self, p: Parameters, tokens: jax.Array, start: Any, key: jax.Array | None) -> jax.Array:
         x = p["embed.tokens"][tokens]
+        x = x * self.s.width**0.5 if self.s.scale_embeddings else x
         if self.s.positions == "learned":
             x = x + lax.dynamic_slice_in_dim(p["embed.positions"], start, tokens.shape[1])
         return dropout(x, self.s.dropout, key)
@@ -88,8 +92,8 @@ class GPT:
     def _layer(self, p: Parameters, i: int, x: jax.Array, mask: Any, key: jax.Array | None) -> jax.Array:
         first, second = (None, None) if key is None else jax.random.split(key)
         h = self._norm(p, f"layers.{i}.attention_norm", x)
-        x = x + dropout(self._attention(p, i, *self._heads(p, i, h, 0), mask), self.s.dropout, first)
-        m = self._mlp(p, i, self._norm(p, f"layers.{i}.mlp_norm", x))
+        before, x = x, x + dropout(self._attention(p, i, *self._heads(p, i, h, 0), mask), self.s.dropout, first)
+        m = self._mlp(p, i, self._norm(p, f"layers.{i}.mlp_norm", before if self.s.parallel_residual else x))
         return x + dropout(m, self.s.dropout, second)
 
     def _heads(self, p: Parameters, i: int, h: jax.Array, start: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -97,6 +101,9 @@ class GPT:
         rows, time, _ = h.shape
         q, k, v = (_linear(p, f"layers.{i}.attention.{name}", h) for name in ("query", "key", "value"))
         q, k, v = (t.reshape(rows, time, -1, self.s.head_width).swapaxes(1, 2) for t in (q, k, v))
+        if self.s.qk_norm:
+            q = self._rms_norm(p, f"layers.{i}.attention.query_norm", q)
+            k = self._rms_norm(p, f"layers.{i}.attention.key_norm", k)
         if self.s.positions == "rotary":
             q, k = self._rotate(q, start), self._rotate(k, start)
         return q, k, v
@@ -111,21 +118,28 @@ class GPT:
         return _linear(p, f"layers.{i}.attention.output", a)
 
     def _rotate(self, x: jax.Array, start: Any) -> jax.Array:
-        cos, sin = (lax.dynamic_slice_in_dim(jnp.asarray(t), start, x.shape[2]) for t in (self._cos, self._sin))
+        cos, sin = (lax.dynamic_slice_in_dim(jnp.asarray(t), start, x.shape[2]) for t in self._tables)
+        x, rest = x[..., : self.s.rotary_width], x[..., self.s.rotary_width :]
         half = x.shape[-1] // 2
-        return x * cos + jnp.concatenate([-x[..., half:], x[..., :half]], -1) * sin
+        x = x * cos + jnp.concatenate([-x[..., half:], x[..., :half]], -1) * sin
+        return jnp.concatenate([x, rest], -1) if rest.shape[-1] else x
 
     def _mlp(self, p: Parameters, i: int, h: jax.Array) -> jax.Array:
         up = _linear(p, f"layers.{i}.mlp.up", h)
-        if self.s.activation == "swiglu":
-            return _linear(p, f"layers.{i}.mlp.down", jax.nn.silu(_linear(p, f"layers.{i}.mlp.gate", h)) * up)
-        return _linear(p, f"layers.{i}.mlp.down", jax.nn.gelu(up, approximate=True))
+        if self.s.gated:
+            gate = _linear(p, f"layers.{i}.mlp.gate", h)
+            gate = jax.nn.silu(gate) if self.s.activation == "swiglu" else jax.nn.gelu(gate, approximate=True)
+            return _linear(p, f"layers.{i}.mlp.down", gate * up)
+        return _linear(p, f"layers.{i}.mlp.down", jax.nn.gelu(up, approximate=self.s.activation == "gelu"))
 
     def _norm(self, p: Parameters, name: str, x: jax.Array) -> jax.Array:
         if self.s.norm == "layernorm":
             x = x - x.mean(-1, keepdims=True)
-        x = x * lax.rsqrt((x * x).mean(-1, keepdims=True) + self.s.norm_epsilon) * p[f"{name}.scale"]
+        x = self._rms_norm(p, name, x)
         return x + p[f"{name}.bias"] if f"{name}.bias" in p else x
+
+    def _rms_norm(self, p: Parameters, name: str, x: jax.Array) -> jax.Array:
+        return x * lax.rsqrt((x * x).mean(-1, keepdims=True) + self.s.norm_epsilon) * p[f"{name}.scale"]
 
 
 def _linear(p: Parameters, name: str, x: jax.Array) -> jax.Array:

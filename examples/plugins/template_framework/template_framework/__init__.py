@@ -11,6 +11,7 @@ import os
 from hvdlm import hookimpl
 from hvdlm.errors import HvdlmError
 from hvdlm.protocols.framework import Probe
+from hvdlm_language.gpt import extensions
 
 LIBRARY = "torch"
 
@@ -31,6 +32,8 @@ def hvdlm_check(config, spec):
         raise HvdlmError(f"framework template_framework needs {LIBRARY}: pip install {LIBRARY}.")
     if spec.kind not in ("gpt", "rnn") or config.lora.rank:
         raise HvdlmError("framework template_framework computes GPTs and recurrent models without adapters.")
+    if spec.kind == "gpt" and (more := extensions(spec.settings)):
+        raise HvdlmError(f"framework template_framework has no {more[0]}: choose --model.name gpt, gpt2 or llama.")
     for section, option, *supported in (
         ("model", "dropout", 0.0),
         ("parallel", "tensor", 1),
