@@ -42,7 +42,11 @@ DIFFERENT = {
     "memory.py:ActivationMemory.trace": "a pipeline stage's passes are two graphs; its memory is that of one",
     "adapters.py:Adapters.bound": "an attribute in PyTorch; in a graph, weights are read anew in every trace",
     "adapters.py:Adapters.gradients": "PyTorch derives the adapters' gradients in a hook of the backward pass",
-    "models/gpt.py:Cache.extend": "PyTorch's cache is overwritten in place; a graph returns a new one",
+    "models/gpt.py:Cache.begin": "PyTorch's cache is overwritten in place; a graph returns a new one",
+    "models/gpt.py:Cache.end": "as above",
+    "models/gpt.py:Cache.joined": "as above",
+    "forward.py:Forward.autocast": "TensorFlow's products are computed in the precision of weights that a graph rounds",
+    "forward.py:Forward.rounded": "as above",
 }
 
 
