@@ -40,6 +40,7 @@ NAMES = [
     "start",
     "compiled_steps",
     "tensorflow_chunks",
+    "generation",
     "simulator",
     "dense_sums",
     "auto",

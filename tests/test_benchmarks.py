@@ -32,6 +32,7 @@ RUNS = [
     ("fuzz", ["yaml"], 1),
     ("fuzz", ["digits"], 1),  # without a dictionary
     ("dense_sums", ["torch"], 3),
+    ("generation", ["torch"], 2),
     case("loop_overhead", ["torch"], 1, covered_by="communication_cost measures the same beside the same plain loop"),
     ("loop_overhead", ["tensorflow"], 1),
     pytest.param("losses", ["--data", str(DATA)], 2, marks=needs_data),

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ import pytest
 
 import hvdlm
 from builders import read_json
+from hvdlm import cli
 from hvdlm.configuration.parsing import parse_config
 from hvdlm.training.run import plan
 from launching import ONE_LAYER, launch, losses, run_python
@@ -221,6 +223,37 @@ def test_arguments_of_generation_are_checked(small_run: Path) -> None:
                 run.generate(**{"prompt": "The ", name: value})
         greedy = run.generate("The ", np.int64(5), temperature=0)
         assert run.generate("The ", 5, temperature=1e-320) == greedy and len(greedy) == 9
+
+
+def test_several_texts_are_those_of_single_calls(small_run: Path) -> None:
+    with hvdlm.load(small_run) as run:
+        single = [run.generate(prompt, 30, seed=seed) for prompt in ("The ", "Once upon") for seed in (5, 6, 7)]
+        assert run.generate(["The ", "Once upon"], 30, num_samples=3, seed=5, batch_size=4) == single
+        assert run.generate("The ", 30, num_samples=1, seed=6) == single[1:2]
+        assert run.generate(("Once upon",), 30, seed=5) == single[3:4] and len(set(single)) == 6
+        for name, value in (("num_samples", 0), ("batch_size", 0), ("num_samples", "2"), ("prompt", ["a", 1])):
+            with pytest.raises(hvdlm.HvdlmError, match=f"^{name}"):
+                run.generate(**{"prompt": "The ", name: value})
+        with pytest.raises(hvdlm.HvdlmError, match="prompt: the list is empty"):
+            run.generate([])
+
+
+def test_the_command_prints_texts_in_order(
+    small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def printed(*arguments: str) -> str:
+        capsys.readouterr()
+        assert cli.main(["generate", "--run", str(small_run), "--tokens", "40", *arguments]) == 0
+        return capsys.readouterr().out
+
+    single = [printed("--prompt", prompt, "--seed", str(seed)) for prompt in ("The ", "Once upon") for seed in (5, 6)]
+    together = ("-" * 16 + "\n").join(single)
+    assert printed("--prompt", "The ", "--prompt", "Once upon", "--num_samples", "2", "--seed", "5") == together
+    (tmp_path / "prompts.txt").write_text("The \n\nOnce upon\n")
+    lines = "--prompt_per_line", "true", "--num_samples", "2", "--seed", "5", "--batch_size", "3"
+    assert printed("--prompt_file", str(tmp_path / "prompts.txt"), *lines) == together
+    monkeypatch.setattr("sys.stdin", StringIO("The \nOnce upon"))
+    assert printed("--prompt", "-", *lines) == together
 
 
 @pytest.mark.parametrize("options", ["run.yaml", ["train.steps"], hvdlm.Config()], ids=["path", "list", "config"])

@@ -43,7 +43,11 @@ DIFFERENT = {
     "adapters.py:Adapters.bound": "an attribute in PyTorch; in a graph, weights are read anew in every trace",
     "adapters.py:Adapters.gradients": "PyTorch derives the adapters' gradients in a hook of the backward pass",
     "attention.py:chunk_count": "PyTorch has scaled_dot_product_attention, whose kernels need no chunks",
-    "models/gpt.py:Cache.extend": "PyTorch's cache is overwritten in place; a graph returns a new one",
+    "models/gpt.py:Cache.begin": "PyTorch's cache is overwritten in place; a graph returns a new one",
+    "models/gpt.py:Cache.end": "as above",
+    "models/gpt.py:Cache.joined": "as above",
+    "forward.py:Forward.autocast": "TensorFlow's products are computed in the precision of weights that a graph rounds",
+    "forward.py:Forward.rounded": "as above",
 }
 
 

@@ -9,8 +9,8 @@ framework's own: PyTorch passes the device, TensorFlow the seed of dropout.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from hvdlm.protocols.types import Tensor
 
@@ -62,6 +62,17 @@ class Decodes(Protocol):
 
     def extend(self, tokens: Tensor, x: Any, cache: Any) -> tuple[Tensor, Any]:
         """Return the states of tokens that follow those in ``cache``, and the cache extended by them."""
+
+
+@runtime_checkable
+class JoinsCaches(Protocol):
+    """A model whose caches can be joined. Optional: of others, only texts of the same length are generated together."""
+
+    def join(self, caches: Sequence[Any], rows: Tensor) -> Any:
+        """Return the cache whose row i is row ``rows[i]`` of ``caches``, whose rows are numbered in turn.
+
+        They may hold different numbers of tokens: ``extend`` then adds to every row after its own last token.
+        """
 
 
 class ReadsFeatures(Protocol):

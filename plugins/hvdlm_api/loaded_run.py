@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any
+from typing import Any, overload
 
 from hvdlm.diagnostics.phases import process
 from hvdlm.diagnostics.watchdog import watching
@@ -17,7 +17,7 @@ from hvdlm.training.run import Plan, Run, build, connect
 from hvdlm_api.configurations import as_arguments, path_of
 from hvdlm_api.program_state import collect, preserved
 from hvdlm_api.rank_errors import raising_on_all_ranks
-from hvdlm_inference.generation import check_request, text_of
+from hvdlm_inference.generation import BATCH_SIZE, check_request, texts_of
 from hvdlm_inference.sampling import Sampling
 from hvdlm_inference.trained_run import plan_trained, run_file
 
@@ -41,42 +41,82 @@ class TrainedRun:
         with self._in_use("evaluating") as run:
             return loop.evaluate(run)
 
-    def generate(
+    @overload
+    def generate(  # type: ignore[overload-overlap]  # a str is a sequence of str, too
         self,
         prompt: str,
         tokens: int = 200,
         *,
+        num_samples: None = None,
+        batch_size: int = BATCH_SIZE,
         temperature: float = 0.8,
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int = 1,
-    ) -> str:
+    ) -> str: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        tokens: int = 200,
+        *,
+        num_samples: int | None = None,
+        batch_size: int = BATCH_SIZE,
+        temperature: float = 0.8,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 1,
+    ) -> list[str]: ...
+
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        tokens: int = 200,
+        *,
+        num_samples: int | None = None,
+        batch_size: int = BATCH_SIZE,
+        temperature: float = 0.8,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 1,
+    ) -> str | list[str]:
         """Return ``prompt`` and its continuation, or the response of another task, such as a translation.
 
+        Of several prompts, or with ``num_samples``, return a list of texts: all samples of the first prompt, then those
+        of the next. Each text is the same as if it were generated alone, with its prompt and seed.
+
         Args:
-            prompt: text that is continued
+            prompt: text that is continued, or a sequence of such texts
             tokens: number of tokens to generate
+            num_samples: number of samples of every prompt, with seeds ``seed``, ``seed + 1``, ...
+            batch_size: number of texts that are computed together
             temperature: sampling temperature; 0: greedy
             top_k: sample from the k most probable tokens; 0: all
             top_p: sample from the most probable tokens whose probabilities sum to this
             seed: random seed
 
         Raises:
-            HvdlmError: a value is out of its range, or the vocabulary lacks a character of the prompt.
+            HvdlmError: a value is out of its range, or the vocabulary lacks a character of a prompt.
         """
         with self._in_use("generating") as run:
-            check_request(prompt, tokens)
+            single = isinstance(prompt, str | bytes) or not isinstance(prompt, Sequence)
+            prompts: Any = [prompt] if single else list(prompt)
+            samples: Any = 1 if num_samples is None else num_samples
+            check_request(prompts, tokens, samples, batch_size)
             sampling = asdict(Sampling(temperature, top_k, top_p, seed))
-            prompt, tokens, sampling = run.world.broadcast_object([prompt, int(tokens), sampling])
-            text = refusal = ""
+            request = [prompts, int(tokens), int(samples), int(batch_size)]
+            request, sampling = run.world.broadcast_object([request, sampling])
+            texts: list[str] = []
+            refusal = ""
             try:
-                text = text_of(run, prompt, tokens, **sampling)
+                texts = texts_of(run, *request, **sampling)
             except HvdlmError as error:  # on the ranks that generate, which are some of all
                 refusal = str(error)
-            text, refusal = run.world.broadcast_object([text, refusal])
+            texts, refusal = run.world.broadcast_object([texts, refusal])
             if refusal:
                 raise HvdlmError(refusal)
-            return str(text)
+            return texts[0] if single and num_samples is None else texts
 
     def close(self) -> None:
         """Release the model and the ranks' connections; only ``config`` and ``step`` remain. ``with`` calls it, too."""

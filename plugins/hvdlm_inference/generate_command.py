@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,37 +15,50 @@ def main(arguments: list[str]) -> int:
     from hvdlm.diagnostics.rank_errors import ending_all_ranks
     from hvdlm.diagnostics.watchdog import watching
     from hvdlm.training.run import build, connect
-    from hvdlm_inference.generation import read_prompt, write
+    from hvdlm_inference.generation import prompts_of, read_prompt, requests_of, write
     from hvdlm_inference.sampling import Sampling
     from hvdlm_inference.trained_run import plan_trained
 
     own, overrides = split_overrides(arguments)
     values = _parse(own)
     sampling = Sampling(values.temperature, values.top_k, values.top_p, values.seed)
-    text = None if values.prompt_file is None else read_prompt(Path(values.prompt_file))
+    per_line, prompts = values.prompt_per_line, values.prompt
+    if values.prompt_file is not None:
+        source = f"--prompt_file {values.prompt_file}"
+        prompts = prompts_of(read_prompt(Path(values.prompt_file)), per_line, source)
     with watching() as watchdog:
         connected = connect(plan_trained(values.run, values.checkpoint, overrides))
         with ending_all_ranks(connected.world):
             run = build(connected)
-            prompt = values.prompt if text is None else text
-            if prompt == "-":  # a launcher passes standard input to rank 0 only
-                prompt = run.world.broadcast_object(sys.stdin.read() if run.world.rank == 0 else None)
-            for number in range(values.num_samples):
-                if number and run.world.rank == 0:
-                    print("-" * 16, flush=True)
-                write(run, prompt, values.tokens, replace(sampling, seed=values.seed + number))
+            if values.prompt_file is None and "-" in prompts:  # a launcher passes standard input to rank 0 only
+                text = run.world.broadcast_object(sys.stdin.read() if run.world.rank == 0 else None)
+                read = prompts_of(text, per_line, "--prompt -")
+                prompts = [prompt for given in prompts for prompt in (read if given == "-" else [given])]
+            write(run, requests_of(prompts, values.num_samples, sampling), values.tokens, values.batch_size)
         watchdog.code = 0
     return 0
 
 
 def _parse(arguments: list[str]) -> Any:
+    from hvdlm_inference.generation import BATCH_SIZE
     from hvdlm_inference.trained_run import run_parser
 
     parser = run_parser("generate", "Generate text with a run's model.")
-    parser.add_argument("--prompt", type=str, default="\n", help="prompt; -: read standard input")
-    parser.add_argument("--prompt_file", type=str, default=None, help="file with the prompt")
+    parser.add_argument(
+        "--prompt", type=str, action="append", help="prompt, by default a new line; -: standard input; can be repeated"
+    )
+    parser.add_argument("--prompt_file", type=str, default=None, help="file with the prompt, in place of --prompt")
+    parser.add_argument(
+        "--prompt_per_line",
+        type=bool,
+        default=False,
+        help="every line of --prompt_file or standard input that is not blank is a prompt",
+    )
     parser.add_argument("--tokens", type=int, default=200, help="number of tokens to generate")
-    parser.add_argument("--num_samples", type=int, default=1, help="number of samples, with seeds SEED, SEED + 1, ...")
+    parser.add_argument(
+        "--num_samples", type=int, default=1, help="number of samples of every prompt, with seeds SEED, SEED + 1, ..."
+    )
+    parser.add_argument("--batch_size", type=int, default=BATCH_SIZE, help="number of texts that are computed together")
     parser.add_argument("--temperature", type=float, default=0.8, help="sampling temperature; 0: greedy")
     parser.add_argument("--top_k", type=int, default=0, help="sample from the k most probable tokens; 0: all")
     parser.add_argument(
@@ -57,7 +69,12 @@ def _parse(arguments: list[str]) -> Any:
     )
     parser.add_argument("--seed", type=int, default=1, help="random seed")
     values = parser.parse_args(arguments)
-    for name in ("tokens", "num_samples"):
+    for name in ("tokens", "num_samples", "batch_size"):
         if getattr(values, name) < 1:
             raise HvdlmError(f"--{name}: got {getattr(values, name)}, expected 1 or more.")
+    if values.prompt and values.prompt_file is not None:
+        raise HvdlmError("--prompt and --prompt_file are both given: leave one out.")
+    values.prompt = values.prompt or ["\n"]
+    if values.prompt_per_line and values.prompt_file is None and "-" not in values.prompt:
+        raise HvdlmError("--prompt_per_line splits the text of --prompt_file or of --prompt -: give one of them.")
     return values

@@ -1,9 +1,10 @@
-"""Samples the next token by temperature, top-k and top-p."""
+"""Samples the next tokens by temperature, top-k and top-p."""
 
 from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from hvdlm.errors import HvdlmError
 from hvdlm.io.untrusted_input import shown
+from hvdlm.protocols.inference import Inference, SamplingRule
 
 
 @dataclass
@@ -42,6 +44,10 @@ class Sampling:
         if not 0 < self.top_p <= 1:
             raise HvdlmError(f"top_p is {self.top_p}, expected above 0 and at most 1.")
 
+    def rule(self, vocab: int | None) -> SamplingRule:
+        """Return how tokens below ``vocab`` (None: any) are chosen."""
+        return SamplingRule(vocab, self.temperature, self.top_k, self.top_p)
+
 
 def number(name: str, value: Any, kind: type, least: int = 0) -> Any:
     """Return ``value`` as a number of ``kind``, int or float.
@@ -57,18 +63,43 @@ def number(name: str, value: Any, kind: type, least: int = 0) -> Any:
     return result
 
 
-def sample(logits: np.ndarray, sampling: Sampling, random: np.random.Generator) -> int:
-    """Return a token sampled from float ``logits`` ``[vocab]``."""
-    if sampling.temperature == 0:
-        return int(logits.argmax())
-    order = np.argsort(-logits, kind="stable")
-    if sampling.top_k:
-        order = order[: sampling.top_k]
-    chosen = logits[order].astype(np.float64)
-    with np.errstate(over="ignore"):  # near temperature 0, all but the most probable are at minus infinity
-        probabilities = np.exp((chosen - chosen.max()) / sampling.temperature)
-    probabilities /= probabilities.sum()
-    if sampling.top_p < 1:
-        kept = int(np.searchsorted(np.cumsum(probabilities), sampling.top_p)) + 1
-        order, probabilities = order[:kept], probabilities[:kept] / probabilities[:kept].sum()
-    return int(order[random.choice(len(order), p=probabilities)])
+class HostSampler:
+    """Implements ``SamplesTokens`` on the host, from the scores of a framework that doesn't."""
+
+    joins_caches = False
+
+    def __init__(self, inference: Inference) -> None:
+        self._inference = inference
+
+    def sample(self, tokens: np.ndarray, cache: Any, uniform: np.ndarray, rule: SamplingRule) -> tuple[np.ndarray, Any]:
+        """Return the tokens chosen from the scores after ``tokens``, and the extended cache."""
+        scores, cache = self._inference.logits(tokens, cache)
+        return choose(scores, uniform, rule), cache
+
+    def join(self, caches: Sequence[Any], rows: np.ndarray) -> Any:
+        """Refuse: ``logits`` and ``select`` don't suffice for it."""
+        raise NotImplementedError
+
+
+def choose(scores: np.ndarray, uniform: np.ndarray, rule: SamplingRule) -> np.ndarray:
+    """Return int32 ``[rows, draws]``, the tokens that ``SamplesTokens.sample`` chooses.
+
+    ``scores``: float32 ``[rows, vocab]``; ``uniform``: float64 ``[rows, draws]``.
+    """
+    scores = scores[:, : rule.vocab]
+    finite = (scores < math.inf).all(1)
+    if rule.temperature == 0:
+        chosen = np.where(finite, scores.argmax(1), -1)[:, None]
+        return np.broadcast_to(chosen, uniform.shape).astype(np.int32)
+    tokens = np.argsort(-scores, 1, kind="stable")[:, : rule.top_k or None]
+    falling = np.take_along_axis(scores, tokens, 1).astype(np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):  # near temperature 0, all but the largest become minus infinity
+        sums = np.exp((falling - falling[:, :1]) / rule.temperature).cumsum(1)
+    last = np.full(len(scores), sums.shape[1] - 1)
+    if rule.top_p < 1:
+        last = np.minimum(last, (sums < rule.top_p * sums[:, -1:]).sum(1))
+    chosen = np.full(uniform.shape, -1, np.int32)
+    for row in np.flatnonzero(finite):
+        drawn = np.searchsorted(sums[row], uniform[row] * sums[row, last[row]], side="right")
+        chosen[row] = tokens[row, np.minimum(drawn, last[row])]
+    return chosen

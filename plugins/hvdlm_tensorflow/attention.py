@@ -79,7 +79,7 @@ def attend_causally(q: tf.Tensor, k: tf.Tensor, v: tf.Tensor, longest: int, wind
 def causal_mask(start: Any, time: Any, keys: int, window: int) -> tf.Tensor:
     """Return what is added to the scores of ``time`` queries from position ``start`` on, float32 ``[time, keys]``.
 
-    ``window``: see ``attend_causally``.
+    Of starts ``[rows, 1, 1, 1]`` it is ``[rows, 1, time, keys]``. ``window``: see ``attend_causally``.
     """
     distance = start + tf.range(time)[:, None] - tf.range(keys)[None, :]
     seen = distance >= 0

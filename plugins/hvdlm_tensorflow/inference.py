@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from hvdlm.communication.traffic import TrafficCounters
+from hvdlm.protocols.inference import SamplingRule
+from hvdlm.protocols.model import JoinsCaches
 from hvdlm.protocols.types import Batch
 from hvdlm_tensorflow.counted_graph import CountedGraph
 from hvdlm_tensorflow.forward import Forward
+from hvdlm_tensorflow.sampling import choose
 
 
 class Inference(ABC):
@@ -26,9 +29,14 @@ class Inference(ABC):
         self._model_shard = forward.model_shard
         self._counters = counters
         self._eval_carry: Any = None
+        self.joins_caches = isinstance(self._model, JoinsCaches)
+        self._rounded: Any = None  # the weights in the precision of the run, while the parameters stay as they are
         # Of prompts every length is another shape: these graphs are traced for open lengths.
         self._eval_graph = CountedGraph(self._evaluate, counters)
         self._extend_graph = CountedGraph(self._extend, counters, reduce_retracing=True)
+        self._first_tokens_graph = CountedGraph(self._sample, counters, reduce_retracing=True)
+        self._next_tokens_graph = CountedGraph(self._sample, counters, reduce_retracing=True)  # of one token a row
+        self._round_graph = CountedGraph(self._round, counters)
         self._predict_graph = CountedGraph(self._predict, counters, reduce_retracing=True)
         self._read_graph = CountedGraph(self._read, counters, reduce_retracing=True)
 
@@ -64,32 +72,71 @@ class Inference(ABC):
 
     def logits(self, tokens: np.ndarray, cache: Any = None) -> tuple[np.ndarray, Any]:
         """Return the scores of the next token, float32 ``[rows, vocab]``, and the cache grown by ``tokens``."""
+        scores, cache = self._decode(self._extend_graph, tokens, cache)
+        return self._from_last_stage(scores, (len(tokens), self._spec.settings.vocab), "scores").numpy(), cache
+
+    def sample(self, tokens: np.ndarray, cache: Any, uniform: np.ndarray, rule: SamplingRule) -> tuple[np.ndarray, Any]:
+        """Return the tokens chosen from those scores, int32 ``[rows, draws]``, and the cache grown by ``tokens``."""
+        graph = self._first_tokens_graph if cache is None else self._next_tokens_graph
+        if rule.temperature:  # tensors, so that other values need no other graph
+            numbers = (tf.constant(value, tf.float64) for value in (rule.temperature, rule.top_p))
+            temperature, top_p = numbers
+            rule = SamplingRule(rule.vocab, temperature, tf.constant(rule.top_k), top_p)
+        chosen, cache = self._decode(graph, tokens, cache, tf.constant(uniform), rule)
+        return self._from_last_stage(chosen, uniform.shape, "tokens", tf.int32).numpy(), cache
+
+    def join(self, caches: Sequence[Any], rows: np.ndarray) -> Any:
+        """Return the cache whose row i is row ``rows[i]`` of ``caches``, whose rows are numbered in turn."""
+        model: Any = self._model
+        return model.join(caches, tf.constant(rows))
+
+    def _decode(self, graph: CountedGraph, tokens: np.ndarray, cache: Any, *more: Any) -> tuple[tf.Tensor | None, Any]:
+        """Return what ``graph`` computes from the scores of the next token (None: a later stage), and the cache."""
         self._show_averaged()
+        if self._rounded is None:
+            self._rounded = self._round_graph(None)
         inputs = tf.constant(tokens, tf.int32)
         cache = self._model.cache(len(tokens)) if cache is None else cache
         self._model.check_length(cache, tokens.shape[1])
-        settings, stage = self._spec.settings, self._model_shard.stage
 
         def compute(x: tf.Tensor | None) -> tf.Tensor:
             nonlocal cache
-            output, cache = self._extend_graph(None, inputs, x, cache)
+            output, cache = graph(None, self._rounded, inputs, x, cache, *more)
             return output
 
-        scores = self._pipeline.relay((*tokens.shape, settings.width), compute)
-        if stage.count > 1:  # every rank continues with the same token, so that all need the last stage's scores
-            if not stage.last:
-                scores = tf.zeros((len(tokens), settings.vocab))
-            root = (stage.count - 1) * self._model_shard.tensor
-            scores = self._forward.axes.model.broadcast(scores, root, "pipeline.scores")
-        return scores.numpy(), cache
+        output = self._pipeline.relay((*tokens.shape, self._spec.settings.width), compute)
+        return output if self._model_shard.stage.last else None, cache
 
-    def _extend(self, inputs: tf.Tensor, x: Any, cache: Any) -> tuple[tf.Tensor, Any]:
-        self._model.bind(self._parameters())
+    def _from_last_stage(
+        self, output: tf.Tensor | None, shape: Sequence[int], name: str, dtype: tf.DType = tf.float32
+    ) -> tf.Tensor:
+        """Return the last stage's ``output`` of ``shape``: every rank continues with the same token."""
+        stage = self._model_shard.stage
+        if stage.count > 1:
+            output = tf.zeros(shape, dtype) if output is None else output
+            root = (stage.count - 1) * self._model_shard.tensor
+            output = self._forward.axes.model.broadcast(output, root, f"pipeline.{name}")
+        return output
+
+    def _round(self) -> dict[str, tf.Tensor]:
+        """Return the weights that texts are generated with, rounded once and not for every token."""
+        kept = "norm" if self.joins_caches else ""  # other models choose themselves what they round
+        model: Any = self._model
+        return {n: tf.identity(t) if kept in n else tf.cast(t, model.dtype) for n, t in self._parameters().items()}
+
+    def _extend(self, weights: Any, inputs: tf.Tensor, x: Any, cache: Any) -> tuple[tf.Tensor, Any]:
+        self._model.bind(weights)
         hidden, cache = self._model.extend(inputs, x, cache)
         if not self._model_shard.stage.last:
             return hidden, cache
         scores = self._forward.collectives.all_scores(self._model.scores(hidden[:, -1]))
         return tf.cast(scores, tf.float32), cache
+
+    def _sample(
+        self, weights: Any, inputs: tf.Tensor, x: Any, cache: Any, uniform: tf.Tensor, rule: SamplingRule
+    ) -> tuple[tf.Tensor, Any]:
+        output, cache = self._extend(weights, inputs, x, cache)
+        return (choose(output, uniform, rule) if self._model_shard.stage.last else output), cache
 
     def predict(self, batch: Batch) -> np.ndarray:
         """Return the scores of all positions of the batch, float32 ``[rows, time, vocab]``."""

@@ -324,12 +324,14 @@ class Trainable(Inference):
         """Have the model compute with the averaged parameters until the next step, where replicas never agree."""
         averaged = self._replica.streams.averaged() if self._replica.streams and self._own is None else None
         if averaged is not None:
+            self._rounded = None
             self._own = tf.identity(self._flat.read_value())
             self._flat.assign(averaged)
             self._adapters.add()
 
     def _show_own(self) -> None:
-        """Have the model compute with this replica's own parameters again."""
+        """Have the model compute with this replica's own parameters again, which may change now."""
+        self._rounded = None
         if self._own is not None:
             self._flat.assign(self._own)
             self._own = None
@@ -401,7 +403,7 @@ class Trainable(Inference):
         """Replace parameters, optimizer, exchange and carried state by those of ``state``."""
         memory = {kind: _host(flat) for kind, flat in self._optimizer.state.items()}
         flat, memory = self._sharded.restore(state, _host(self._saved), memory)
-        self._own = None
+        self._own = self._rounded = None
         self._saved.assign(flat)
         if self._exchange.traits.rounds_parameters:
             self._flat.assign(self._gathered())

@@ -16,7 +16,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
         q: queries.
         k: keys ``[rows, kv_heads, keys, head]``, each of which serves ``heads / kv_heads`` consecutive query heads.
         v: values, as ``k``.
-        mask: bool ``[time, keys]``: whether a query sees a key; None: all of them.
+        mask: bool that broadcasts to ``[rows, heads, time, keys]``: whether a query sees a key; None: all of them.
     """
     grouped = q.shape[1] != k.shape[1]
     return _side_by_side(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -31,7 +32,8 @@ class Forward:
         collectives: those of its tensor group.
         masks: of dropout.
         pipeline: passes activations and their gradients between stages.
-        fp32_pipeline: passes activations in float32, in which texts are generated in any precision.
+        fp32_pipeline: passes activations in float32, so that texts don't depend on the number of stages.
+        half: the half precision that products are computed in; None: float32.
     """
 
     def __init__(
@@ -42,7 +44,7 @@ class Forward:
         self.axes = axes
         self.config = config
         self.device = device
-        self._half = _HALF_PRECISION.get(config.train.precision)
+        self.half = _HALF_PRECISION.get(config.train.precision)
         self.collectives = Collectives(axes.tensor, model_shard)
         model: Any = make_model(spec, model_shard, self.collectives)
         self.model: Model = model
@@ -53,6 +55,18 @@ class Forward:
         dtype, schedule = _HALF_PRECISION.get(config.train.precision, torch.float32), config.parallel.schedule
         self.pipeline = Pipeline(model_shard, axes, schedule, rank, device, dtype)
         self.fp32_pipeline = Pipeline(model_shard, axes, schedule, rank, device, torch.float32)
+
+    def autocast(self) -> torch.autocast:
+        """Return the context in which products are computed in the precision of the run."""
+        return torch.autocast(self.device.type, dtype=self.half, enabled=self.half is not None)
+
+    def rounded(self, parameters: Mapping[str, torch.Tensor]) -> Any:
+        """Return a model with the weights of products in half precision, to which autocast would round them anew."""
+        model: Any = make_model(self.spec, self.model_shard, self.collectives)
+        kept = "embed.", "norm"  # tables that are added, and norms, are float32
+        model.bind({n: t if any(part in n for part in kept) else t.to(self.half) for n, t in parameters.items()})
+        model.head = tuple(None if tensor is None else tensor.to(self.half) for tensor in model.head)
+        return model
 
     def losses(
         self,
@@ -73,14 +87,14 @@ class Forward:
         terms = LossTerms.of(train, training)
         flat = targets.flatten(), None if weights is None else weights.flatten()
         head = self._chunked_head(targets)
-        with torch.autocast(self.device.type, dtype=self._half, enabled=self._half is not None):
+        with self.autocast():
             hidden, carry = self.model.hidden(inputs, x, carry, training, train.activation_checkpointing)
             if not self.model_shard.stage.last:
                 return hidden, carry
             scores = hidden if head else self.model.scores(hidden)  # [rows, time, vocab / tensor ranks]
         # Outside of autocast and in float32: exponentials of large scores overflow in half precision.
         if head:
-            dtype = self._half or hidden.dtype
+            dtype = self.half or hidden.dtype
             return chunked_cross_entropy(hidden.flatten(0, 1), head[0], head[1], *flat, terms, dtype), carry
         if self.spec.loss == "ctc":
             return ctc(scores.float(), self.model.lengths(x), targets, weights), carry
@@ -94,7 +108,7 @@ class Forward:
         by ranks that share a vocabulary, which would exchange figures for every chunk; and not in fp16, whose gradients
         have to be scaled before they are rounded.
         """
-        if torch.compiler.is_compiling() or self._half == torch.float16 or self.collectives.size > 1:
+        if torch.compiler.is_compiling() or self.half == torch.float16 or self.collectives.size > 1:
             return None
         head: Any = getattr(self.model, "head", None)
         if head is None or head[0] is None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from hvdlm.protocols.inference import SamplingRule
+from hvdlm.protocols.model import JoinsCaches
 from hvdlm.protocols.types import Batch
+from hvdlm_torch.devices import to_device
 from hvdlm_torch.forward import Forward
+from hvdlm_torch.sampling import choose
 
 
 class Inference:
@@ -22,9 +27,15 @@ class Inference:
         self._model_shard = forward.model_shard
         self._device = forward.device
         self._eval_carry: Any = None
+        self.joins_caches = isinstance(self._model, JoinsCaches)
+        self._rounded: Any = None  # the model in the half precision of the run, while the parameters stay as they are
 
     def _show_averaged(self) -> None:
         """Have the model compute with the parameters that are evaluated, where a replica's own are others."""
+
+    def _parameters(self) -> Mapping[str, torch.Tensor]:
+        """Return the weights that the model computes with."""
+        raise NotImplementedError
 
     @torch.no_grad()
     def eval_step(self, batch: Batch) -> tuple[float, float]:
@@ -42,31 +53,66 @@ class Inference:
         loss_sum = float(output.sum(dtype=torch.float64)) if self._model_shard.stage.last else 0.0
         return loss_sum, batch.tokens
 
-    @torch.no_grad()
     def logits(self, tokens: np.ndarray, cache: Any = None) -> tuple[np.ndarray, Any]:
         """Return the scores of the next token, float32 ``[rows, vocab]``, and the cache grown by ``tokens``."""
         self._show_averaged()
-        inputs = torch.from_numpy(np.ascontiguousarray(tokens, np.int32)).to(self._device)
-        cache = self._model.cache(len(tokens), self._device) if cache is None else cache
-        self._model.check_length(cache, tokens.shape[1])
-        settings, stage = self._spec.settings, self._model_shard.stage
+        with torch.inference_mode():
+            scores, cache = self._extend(tokens, cache)
+            scores = self._from_last_stage(scores, (len(tokens), self._spec.settings.vocab), "scores")
+            return scores.cpu().numpy(), cache
+
+    def sample(self, tokens: np.ndarray, cache: Any, uniform: np.ndarray, rule: SamplingRule) -> tuple[np.ndarray, Any]:
+        """Return the tokens chosen from those scores, int32 ``[rows, draws]``, and the cache grown by ``tokens``."""
+        self._show_averaged()
+        with torch.inference_mode():
+            scores, cache = self._extend(tokens, cache)
+            chosen = None if scores is None else choose(scores, to_device(uniform, self._device), rule)
+            return self._from_last_stage(chosen, uniform.shape, "tokens", torch.int32).cpu().numpy(), cache
+
+    def join(self, caches: Sequence[Any], rows: np.ndarray) -> Any:
+        """Return the cache whose row i is row ``rows[i]`` of ``caches``, whose rows are numbered in turn."""
+        model: Any = self._model
+        with torch.inference_mode():
+            return model.join(caches, to_device(rows, self._device))
+
+    def _extend(self, tokens: np.ndarray, cache: Any) -> tuple[torch.Tensor | None, Any]:
+        """Return the scores of the next token on the device (None: a later stage has them), and the grown cache."""
+        model = self._decoder()
+        inputs = to_device(np.ascontiguousarray(tokens, np.int32), self._device)
+        cache = model.cache(len(tokens), self._device) if cache is None else cache
+        model.check_length(cache, tokens.shape[1])
+        last = self._model_shard.stage.last
 
         def compute(x: torch.Tensor | None) -> torch.Tensor:
             nonlocal cache
-            hidden, cache = self._model.extend(inputs, x, cache)
-            if not stage.last:
-                return hidden
-            return self._forward.collectives.all_scores(self._model.scores(hidden[:, -1])).float()
+            with self._forward.autocast():
+                hidden, cache = model.extend(inputs, x, cache)
+                if not last:
+                    return hidden
+                return self._forward.collectives.all_scores(model.scores(hidden[:, -1])).float()
 
-        scores = self._forward.fp32_pipeline.relay((*tokens.shape, settings.width), compute)
-        if stage.count > 1:  # every rank continues with the same token, so that all need the last stage's scores
-            if stage.last:
-                scores = scores.contiguous()
-            else:
-                scores = torch.empty(len(tokens), settings.vocab, device=self._device)
+        output = self._forward.fp32_pipeline.relay((*tokens.shape, self._spec.settings.width), compute)
+        return output if last else None, cache
+
+    def _decoder(self) -> Any:
+        """Return the model that generates. In half precision, its weights are rounded once, not for every token."""
+        if not (self._forward.half and self.joins_caches):
+            return self._model
+        if self._rounded is None:
+            self._rounded = self._forward.rounded(self._parameters())
+        return self._rounded
+
+    def _from_last_stage(
+        self, output: torch.Tensor | None, shape: Sequence[int], name: str, dtype: torch.dtype = torch.float32
+    ) -> torch.Tensor:
+        """Return the last stage's ``output`` of ``shape``: every rank continues with the same token."""
+        stage = self._model_shard.stage
+        if stage.count > 1:
+            output = torch.empty(tuple(shape), dtype=dtype, device=self._device) if output is None else output
             root = (stage.count - 1) * self._model_shard.tensor
-            scores = self._forward.axes.model.broadcast(scores, root, "pipeline.scores")
-        return scores.cpu().numpy(), cache
+            output = self._forward.axes.model.broadcast(output.contiguous(), root, f"pipeline.{name}")
+        assert output is not None
+        return output
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> np.ndarray:

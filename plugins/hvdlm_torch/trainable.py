@@ -87,6 +87,10 @@ class Trainable(Inference):
     def _view(self, slot: Slot) -> torch.nn.Parameter:
         return torch.nn.Parameter(self._flat[slot.start : slot.stop].view(slot.shape))
 
+    def _parameters(self) -> Mapping[str, torch.Tensor]:
+        """Return the weights that the model computes with."""
+        return self._adapters.bound
+
     def train_step(
         self, micro_batches: Sequence[Batch], learning_rate: float, step: int, limit: float = math.inf
     ) -> StepResult:
@@ -208,13 +212,15 @@ class Trainable(Inference):
         """Have the model compute with the averaged parameters until the next step, where replicas never agree."""
         averaged = self._replica.streams.averaged() if self._replica.streams and self._own is None else None
         if averaged is not None:
+            self._rounded = None
             self._own = self._flat.clone()
             self._flat.copy_(torch.from_numpy(averaged))
             self._adapters.add()
 
     @torch.no_grad()
     def _show_own(self) -> None:
-        """Have the model compute with this replica's own parameters again."""
+        """Have the model compute with this replica's own parameters again, which may change now."""
+        self._rounded = None
         if self._own is not None:
             self._flat.copy_(self._own)
             self._own = None
@@ -271,7 +277,7 @@ class Trainable(Inference):
         """Replace parameters, optimizer, exchange and carried state by those of ``state``."""
         memory = {kind: flat.cpu().numpy() for kind, flat in self._optimizer.state.items()}
         flat, memory = self._sharded.restore(state, self._saved.cpu().numpy(), memory)
-        self._own = None
+        self._own = self._rounded = None
         self._saved.copy_(torch.from_numpy(flat))
         if self._exchange.traits.rounds_parameters:
             self._gather()

@@ -19,8 +19,10 @@ from hvdlm.checkpoints.load import open_checkpoint, read_state
 from hvdlm.config import Config, LoRAConfig, ModelConfig, ParallelConfig, TrainConfig
 from hvdlm.parallel.mesh import Mesh
 from hvdlm.planning.closed_forms import predict_costs
+from hvdlm.protocols.inference import SamplingRule
 from hvdlm.protocols.types import Batch, StepResult
 from hvdlm.protocols.world import World
+from hvdlm_inference.decoding import Text, decode
 from launching import BACKEND, FRAMEWORK, RANKS
 
 VOCAB, CONTEXT, ROWS, STEPS, HALF = 51, 16, 8, 8, 4
@@ -472,6 +474,27 @@ def test_evaluation_and_generation_equal_one_rank(
     np.testing.assert_allclose(logits, expected_logits, rtol=1e-4, atol=1e-5)
     if at["pipeline"] == mesh.pipeline - 1:
         np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 2), (1, 2, 1)] if RANKS == 2 else [(1, 2, 2), (1, 1, 4)])
+@pytest.mark.parametrize("model", [{**GPT, "positions": "learned"}, {**GPT, "positions": "rotary"}, LSTM], ids=str)
+def test_a_batch_of_texts_equals_one_rank(world: World, shape: tuple[int, int, int], model: dict[str, Any]) -> None:
+    """Prompts of several lengths, stop tokens, and texts beyond the context."""
+    mesh, model = Mesh(*shape), {**model, "layers": max(shape[1], FEWEST_LAYERS), "initial_scale": 0.5}
+    config = configured(mesh, model)
+    prompts = [[1, 2, 3], [4], [1, 2, 3], [5, 6, 7, 8]]
+    rule = SamplingRule(VOCAB, 0.9, 0, 0.95)
+
+    def tokens(trainable: Any) -> list[list[int]]:
+        texts = [Text(np.int32(prompt), 20, seed) for seed, prompt in enumerate(prompts)]
+        for _ in decode(trainable, texts, config.data.context, rule, 3, stop_tokens=(11, 12)):
+            pass
+        return [text.generated for text in texts]
+
+    together = tokens(build(world, mesh, config))
+    assert all(of_rank == together for of_rank in world.gather_objects(together))
+    expected = tokens(unsharded(configured(Mesh(1, 1, 1), model))) if world.rank == 0 else None
+    assert together == world.broadcast_object(expected) and any(11 in text or 12 in text for text in together)
 
 
 WITH_TENSOR, WITH_STAGES = (2, 1, 2), (2, 2, 1)

@@ -30,10 +30,24 @@ _QK_NORMS = ("attention.query_norm.scale", "attention.key_norm.scale")
 
 
 class Cache(NamedTuple):
-    """Keys and values of a rank's layers ``[layers, 2, rows, kv_heads, context, head]``, up to ``length`` (int32)."""
+    """Keys and values of a rank's layers, ``[layers, 2, rows, kv_heads, context, head]``.
+
+    ``lengths``: the number of tokens in every row, int32 ``[rows]``.
+    """
 
     store: tf.Tensor
-    length: tf.Tensor
+    lengths: tf.Tensor
+
+    def extend(self, layer: int, new: tf.Tensor) -> tf.Tensor:
+        """Return the keys and values of a layer with ``new`` ones, ``[2, rows, kv_heads, time, head]``, in place."""
+        store = self.store[layer]
+        time = sizes(new)[3]
+        offsets = tf.range(store.shape[3]) - self.lengths[:, None]  # [rows, context]: 0 where the first one belongs
+        if new.shape[3] != 1:
+            by_row = tf.transpose(new, [1, 3, 0, 2, 4])
+            by_row = tf.gather(by_row, tf.clip_by_value(offsets, 0, time - 1), batch_dims=1)
+            new = tf.transpose(by_row, [2, 0, 3, 1, 4])  # [2, rows, kv_heads, context, head]
+        return tf.where(((offsets >= 0) & (offsets < time))[:, None, :, None], new, store)
 
 
 class GPT:
@@ -110,32 +124,33 @@ class GPT:
         """Return an empty key-value cache."""
         s = self.s
         shape = (len(self._model_shard.layers), 2, rows, self._kv_heads, s.context, s.head_width)
-        return Cache(tf.zeros(shape, self.dtype), tf.constant(0))
+        return Cache(tf.zeros(shape, self.dtype), tf.zeros([rows], tf.int32))
 
     def check_length(self, cache: Cache, added: int) -> None:
         """Refuse more tokens than the context holds."""
-        total = int(cache.length) + added
+        total = int(cache.lengths.numpy().max()) + added
         if total > self.s.context:
             raise HvdlmError(f"{total} tokens are more than the model's context of {self.s.context}.")
 
     def extend(self, tokens: tf.Tensor, x: tf.Tensor | None, cache: Cache) -> tuple[tf.Tensor, Cache]:
         """Return this stage's activations of tokens that follow those in the cache; see ``hidden``."""
         c = self._collectives.alone()
-        start, time = cache.length, tf.shape(tokens)[1]
+        start, time = cache.lengths, sizes(tokens)[1]
         x = self._embed(tokens, start, _no_dropout, c) if x is None else x
         stores = []
         for index, (number, layer) in enumerate(zip(self._model_shard.layers, self._layers, strict=True)):
-            store = cache.store[index]
 
-            def extend(k: tf.Tensor, v: tf.Tensor, store: tf.Tensor = store) -> tuple[tf.Tensor, tf.Tensor]:
-                new = tf.stack([k, v])  # [2, rows, kv_heads, time, head]
-                after = store[:, :, :, start + time :]
-                whole = tf.concat([store[:, :, :, :start], new, after], 3)
-                stores.append(tf.ensure_shape(whole, store.shape))
-                return whole[0], whole[1]
+            def extend(k: tf.Tensor, v: tf.Tensor, index: int = index) -> tuple[tf.Tensor, tf.Tensor]:
+                stores.append(cache.extend(index, tf.stack([k, v])))
+                return stores[-1][0], stores[-1][1]
 
             x = self._layer(x, layer, number, _no_dropout, c, start, extend)
         return self._finish(x, c), Cache(tf.stack(stores), start + time)
+
+    def join(self, caches: Sequence[Cache], rows: tf.Tensor) -> Cache:
+        """Return the cache whose row i is row ``rows[i]`` of ``caches``, whose rows are numbered in turn."""
+        stores, lengths = zip(*caches, strict=True)
+        return Cache(tf.gather(tf.concat(stores, 2), rows, axis=2), tf.gather(tf.concat(lengths, 0), rows))
 
     def carry_arrays(self, carry: Any) -> dict[str, Any]:
         """Return the carried state as arrays, for checkpoints: there is none."""
@@ -152,7 +167,7 @@ class GPT:
             p = c.shared(self._p, ["embed.positions"] if c.sequence else [], "positions")
             time = sizes(x)[1]
             first = start + c.index * time if c.sequence else start
-            x += p["embed.positions"][first : first + time]
+            x += _rows(p["embed.positions"], first, time)
         return dropout(x, 0)
 
     def _finish(self, x: tf.Tensor, c: Collectives) -> tf.Tensor:
@@ -195,7 +210,8 @@ class GPT:
             q, k = self._rotate(q, start, time), self._rotate(k, start, time)
         if extend is None:
             return attend_causally(q, k, v, self.s.context, self.s.local_window)
-        return attend(q, *extend(k, v), causal_mask(start, time, self.s.context, self.s.local_window))
+        mask = causal_mask(start[:, None, None, None], time, self.s.context, self.s.local_window)
+        return attend(q, *extend(k, v), mask)
 
     def _one_kv_head(self, p: Layer) -> Layer:
         """Return ``p`` with the columns of the one key-value head that this rank's query heads use."""
@@ -208,7 +224,8 @@ class GPT:
         return tf.transpose(tf.reshape(x, [rows, time, heads, self.s.head_width]), [0, 2, 1, 3])
 
     def _rotate(self, x: tf.Tensor, start: Any, time: Any) -> tf.Tensor:
-        cos, sin = (tf.constant(t)[start : start + time] for t in self._rotary_tables)  # [time, rotary_width]
+        # [1 or rows, 1, time, rotary_width]
+        cos, sin = (_rows(tf.constant(t), start, time)[..., None, :, :] for t in self._rotary_tables)
         width = self.s.rotary_width
         if width < self.s.head_width:
             return tf.concat([_rotated(x[..., :width], cos, sin), x[..., width:]], -1)
@@ -247,6 +264,13 @@ def _rotated(x: tf.Tensor, cos: tf.Tensor, sin: tf.Tensor) -> tf.Tensor:
     half = x.shape[-1] // 2
     rotated = tf.concat([-x[..., half:], x[..., :half]], -1)
     return tf.cast(tf.cast(x, tf.float32) * cos + tf.cast(rotated, tf.float32) * sin, x.dtype)
+
+
+def _rows(table: tf.Tensor, start: Any, time: Any) -> tf.Tensor:
+    """Return rows ``start`` to ``start + time`` of ``table``; of starts ``[rows]``, ``[rows, time, width]``."""
+    if not getattr(start, "shape", ()):  # a number, or a scalar of the graph
+        return table[start : start + time]
+    return tf.gather(table, start[:, None] + tf.range(time))
 
 
 def _column_parallel(x: tf.Tensor, p: Layer, names: Sequence[str], c: Collectives, label: str) -> Sequence[tf.Tensor]:

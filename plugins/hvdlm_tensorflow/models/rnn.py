@@ -91,6 +91,11 @@ class RNN:
         """Return this stage's activations of tokens that follow the state ``cache``; see ``hidden``."""
         return self.hidden(tokens, x, cache, False, False, tf.constant([0, 0]))
 
+    def join(self, caches: Sequence[Carry], rows: tf.Tensor) -> Carry:
+        """Return the cache whose row i is row ``rows[i]`` of ``caches``, whose rows are numbered in turn."""
+        layers = zip(*caches, strict=True)
+        return [tuple(tf.gather(tf.concat(parts, 0), rows) for parts in zip(*layer, strict=True)) for layer in layers]
+
     def carry_arrays(self, carry: Carry) -> dict[str, np.ndarray]:
         """Return {layer.index: float32 ``[rows, hidden / ranks]``} of a carried state."""
         return {

@@ -29,18 +29,90 @@ _QK_NORMS = ("attention.query_norm.scale", "attention.key_norm.scale")
 
 
 class Cache:
-    """Keys and values of a rank's layers ``[layers, 2, rows, kv_heads, context, head]``, up to ``length``."""
+    """Keys and values of a rank's layers, each ``[rows, kv_heads, capacity, head]``.
 
-    def __init__(self, s: GPTSettings, layers: int, kv_heads: int, rows: int, device: torch.device) -> None:
-        self.store = torch.zeros((layers, 2, rows, kv_heads, s.context, s.head_width), device=device)
-        self.length = 0
+    Attributes:
+        lengths: the number of tokens in every row.
+        start: position of the first token that is being added: of all rows, or int64 ``[rows]`` where they differ.
+        mask: which keys the added tokens see, bool ``[time, keys]`` or ``[rows, 1, time, keys]``. None: all of them or,
+            if ``causal``, those up to their own.
+    """
+
+    start: int | torch.Tensor
+    mask: torch.Tensor | None
+    causal: bool
+
+    def __init__(self, layers: int, context: int, window: int, lengths: list[int], device: torch.device) -> None:
+        self.lengths = lengths
+        self._layers = layers
+        self._context = context
+        self._window = window
+        self._device = device
+        self._keys_values: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._capacity = self._stop = 0
+        self._at: Any = None  # where rows of different lengths write: their numbers and positions
+
+    def begin(self, time: int) -> None:
+        """Prepare to add ``time`` tokens to every row."""
+        first, self._stop = self.lengths[0], max(self.lengths) + time
+        self.causal, self.mask, self._at = first == 0 and time > 1, None, None
+        if self.lengths.count(first) == len(self.lengths):
+            self.start = first
+            if first and (time > 1 or 0 < self._window < self._stop):
+                self.mask = causal_mask(time, self._stop, self._window, self._device)
+            return
+        self.causal = False
+        self.start = torch.tensor(self.lengths, device=self._device)
+        positions = self.start[:, None] + torch.arange(time, device=self._device)
+        distance = positions[:, None, :, None] - torch.arange(self._stop, device=self._device)
+        self.mask = (distance >= 0) & (distance < self._window) if self._window else distance >= 0
+        self._at = torch.arange(len(self.lengths), device=self._device)[:, None], slice(None), positions
 
     def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append ``[rows, kv_heads, time, head]`` and return all keys and values so far."""
-        stop = self.length + k.shape[2]
-        self.store[layer, 0, :, :, self.length : stop] = k
-        self.store[layer, 1, :, :, self.length : stop] = v
-        return self.store[layer, 0, :, :, :stop], self.store[layer, 1, :, :, :stop]
+        """Add ``[rows, kv_heads, time, head]`` to the keys and values of a layer, and return all of them."""
+        if self._stop > self._capacity:
+            self._grow(k)
+        keys, values = self._keys_values[layer]
+        if self._at is None:
+            keys.narrow(2, self.lengths[0], k.shape[2]).copy_(k)
+            values.narrow(2, self.lengths[0], k.shape[2]).copy_(v)
+        else:
+            keys[self._at] = k.transpose(1, 2)
+            values[self._at] = v.transpose(1, 2)
+        return keys.narrow(2, 0, self._stop), values.narrow(2, 0, self._stop)
+
+    def end(self, time: int) -> None:
+        """Count the tokens that have been added."""
+        self.lengths = [length + time for length in self.lengths]
+
+    def _grow(self, like: torch.Tensor) -> None:
+        """Have room for as many tokens as needed, and as many again, up to the context."""
+        self._capacity = min(self._context, 2 * self._stop)
+        rows, heads, _, head = like.shape
+        # Zeros, because a mask hides no NaN.
+        store = like.new_zeros(self._layers, 2, rows, heads, self._capacity, head)
+        for pair, before in zip(store, self._keys_values, strict=False):
+            for new, old in zip(pair, before, strict=True):
+                new[:, :, : old.shape[2]] = old
+        self._keys_values = [(keys, values) for keys, values in store]
+
+    @classmethod
+    def joined(cls, caches: Sequence[Cache], rows: torch.Tensor) -> Cache:
+        """Return the cache whose row i is row ``rows[i]`` of ``caches``, whose rows are numbered in turn."""
+        first = caches[0]
+        lengths = [length for cache in caches for length in cache.lengths]
+        joined = cls(
+            first._layers, first._context, first._window, [lengths[row] for row in rows.tolist()], first._device
+        )
+        joined._capacity = max(cache._capacity for cache in caches)
+
+        def join(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+            padded = [F.pad(part, (0, 0, 0, joined._capacity - part.shape[2])) for part in parts]
+            return (padded[0] if len(padded) == 1 else torch.cat(padded)).index_select(0, rows)
+
+        layers = zip(*(cache._keys_values for cache in caches), strict=True)
+        joined._keys_values = [(join([k for k, _ in layer]), join([v for _, v in layer])) for layer in layers]
+        return joined
 
 
 class GPT:
@@ -104,22 +176,27 @@ class GPT:
 
     def cache(self, rows: int, device: torch.device) -> Cache:
         """Return an empty key-value cache."""
-        return Cache(self.s, len(self._layers), self._kv_heads, rows, device)
+        return Cache(len(self._layers), self.s.context, self.s.local_window, [0] * rows, device)
 
     def check_length(self, cache: Cache, added: int) -> None:
         """Refuse more tokens than the context holds."""
-        total = cache.length + added
+        total = max(cache.lengths) + added
         if total > self.s.context:
             raise HvdlmError(f"{total} tokens are more than the model's context of {self.s.context}.")
 
     def extend(self, tokens: torch.Tensor, x: torch.Tensor | None, cache: Cache) -> tuple[torch.Tensor, Cache]:
         """Return this stage's activations of tokens that follow those in the cache; see ``hidden``."""
-        c = self._collectives.alone()
-        x = self._embed(tokens, cache.length, False, c) if x is None else x
+        c, time = self._collectives.alone(), tokens.shape[1]
+        cache.begin(time)
+        x = self._embed(tokens, cache.start, False, c) if x is None else x
         for number, layer in zip(self._model_shard.layers, self._layers, strict=True):
             x = self._layer(x, number, layer, False, cache, c)
-        cache.length += tokens.shape[1]
+        cache.end(time)
         return self._finish(x, c), cache
+
+    def join(self, caches: Sequence[Cache], rows: torch.Tensor) -> Cache:
+        """Return the cache whose row i is row ``rows[i]`` of ``caches``, whose rows are numbered in turn."""
+        return Cache.joined(caches, rows)
 
     def carry_arrays(self, carry: None) -> dict[str, Any]:
         """Return the carried state as arrays, for checkpoints: there is none."""
@@ -129,13 +206,13 @@ class GPT:
         """Return the carried state of every micro-batch, from a checkpoint: there is none."""
         return {}
 
-    def _embed(self, tokens: torch.Tensor, start: int, training: bool, c: Collectives) -> torch.Tensor:
+    def _embed(self, tokens: torch.Tensor, start: int | torch.Tensor, training: bool, c: Collectives) -> torch.Tensor:
         x = c.leave(c.embedding(tokens, self._p["embed.tokens"]), "embed")
         x = x * self.s.width**0.5 if self.s.scale_embeddings else x
         if self.s.positions == "learned":
             p = c.shared(self._p, ["embed.positions"] if c.sequence else [], "positions")
             first = start + (c.index * x.shape[1] if c.sequence else 0)
-            x = x + p["embed.positions"][first : first + x.shape[1]]
+            x = x + _rows(p["embed.positions"], first, x.shape[1])
         return self._dropout(x, training)
 
     def _finish(self, x: torch.Tensor, c: Collectives) -> torch.Tensor:
@@ -166,13 +243,14 @@ class GPT:
         if self.s.qk_norm:
             q, k = self._norm_heads(q, p, "attention.query_norm"), self._norm_heads(k, p, "attention.key_norm")
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        start = cache.length if cache else 0
+        start = cache.start if cache else 0
         if self.s.positions == "rotary":
             q, k = self._rotate(q, start), self._rotate(k, start)
-        if cache is None:
+        if cache:
+            k, v = cache.extend(number - self._model_shard.layers.start, k, v)
+        if cache is None or cache.causal:
             return attend_causally(q, k, v, self.s.local_window)
-        k, v = cache.extend(number - self._model_shard.layers.start, k, v)
-        return attend(q, k, v, causal_mask(time, k.shape[2], self.s.local_window, q.device))
+        return attend(q, k, v, cache.mask)
 
     def _one_kv_head(self, p: Layer) -> Layer:
         """Return ``p`` with the columns of the one key-value head that this rank's query heads use."""
@@ -180,15 +258,15 @@ class GPT:
         columns = slice(first, first + self.s.head_width)
         return {n: t[..., columns] if n.startswith(_KV) else t for n, t in p.items()}
 
-    def _rotate(self, x: torch.Tensor, start: int) -> torch.Tensor:
-        cos, sin = (t[start : start + x.shape[2]] for t in self._cos_sin(x.device))  # [time, rotary_width]
+    def _rotate(self, x: torch.Tensor, start: int | torch.Tensor) -> torch.Tensor:
+        cos, sin = (_rows(t, start, x.shape[2]) for t in self._cos_sin(x.device))  # [time, rotary_width], or of rows
         width = self.s.rotary_width
         if width == self.s.head_width:
-            return _rotated(x, cos, sin)
+            return _rotated(x, cos.unsqueeze(-3), sin.unsqueeze(-3))
         # Joined as [rows, time, heads, head], as it lies in memory: attention's output follows the queries' layout, and
         # would be copied in another one.
         x = x.transpose(1, 2)
-        rotated = _rotated(x[..., :width], cos.unsqueeze(1), sin.unsqueeze(1))
+        rotated = _rotated(x[..., :width], cos.unsqueeze(-2), sin.unsqueeze(-2))
         return torch.cat((rotated, x[..., width:]), dim=-1).transpose(1, 2)
 
     def _cos_sin(self, device: torch.device) -> tuple[torch.Tensor, ...]:
@@ -224,6 +302,13 @@ def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Ten
     half = x.shape[-1] // 2
     rotated = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
     return (x * cos + rotated * sin).to(x.dtype)
+
+
+def _rows(table: torch.Tensor, start: int | torch.Tensor, time: int) -> torch.Tensor:
+    """Return rows ``start`` to ``start + time`` of ``table``; of starts ``[rows]``, ``[rows, time, width]``."""
+    if isinstance(start, int):
+        return table[start : start + time]
+    return table[start[:, None] + torch.arange(time, device=start.device)]
 
 
 def _column_parallel(

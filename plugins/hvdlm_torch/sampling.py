@@ -1,0 +1,32 @@
+"""Tokens chosen from scores on the device, by temperature, top-k and top-p."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from hvdlm.protocols.inference import SamplingRule
+
+_TINY = 1e-300  # the lowest temperature whose reciprocal is finite, with room: differences are 1e-45 or more
+
+
+def choose(scores: torch.Tensor, uniform: torch.Tensor, rule: SamplingRule) -> torch.Tensor:
+    """Return int32 ``[rows, draws]``, the tokens that ``SamplesTokens.sample`` chooses.
+
+    ``scores``: float32 ``[rows, vocab]``; ``uniform``: float64 ``[rows, draws]``.
+    """
+    scores = scores[:, : rule.vocab]
+    finite = (scores < math.inf).all(-1, keepdim=True)
+    if rule.temperature == 0:
+        return scores.argmax(-1, keepdim=True).where(finite, -1).int().expand(uniform.shape)
+    falling, tokens = scores.sort(dim=-1, descending=True, stable=True)
+    if rule.top_k:
+        falling, tokens = falling[:, : rule.top_k], tokens[:, : rule.top_k]
+    scaled = (falling.double() - falling[:, :1]) / max(rule.temperature, _TINY)
+    sums = scaled.exp_().cumsum(-1)
+    last = torch.full_like(tokens[:, :1], sums.shape[1] - 1)
+    if rule.top_p < 1:
+        last = torch.minimum(last, (sums < rule.top_p * sums[:, -1:]).sum(-1, keepdim=True))
+    drawn = torch.searchsorted(sums, uniform * sums.gather(1, last), right=True)
+    return tokens.gather(1, torch.minimum(drawn, last)).where(finite, -1).int()
