@@ -86,7 +86,8 @@ class DataConfig:
 
     Args:
         path: corpus: text files, JSON, CSV, Parquet, folders (also of Hugging Face datasets), globs, each also packed
-            (.gz, .bz2, .xz, .zst), - for standard input, a prepared token folder, or "embedded"
+            (.gz, .bz2, .xz, .zst), - for standard input, a prepared token folder, token files of nanoGPT, llm.c or
+            Megatron (.bin), or "embedded"
         mixture: weighted corpora instead of path: "{wiki.txt: 3, books: 1}", or "{wiki: {path: [a.txt, b.txt], weight:
             3}}" with optional validation_path, field and separator
         validation_path: validation text, in the forms of path; null: the end of the corpus
@@ -97,13 +98,14 @@ class DataConfig:
         separator: text appended to every record
         max_expansion: maximum size of a file's text, as a multiple of the file's size; larger ones are refused as
             decompression bombs, unless they have less than 64 MiB
-        tokenizer: byte, char, word, bpe, one provided by a plugin, or the path of a tokenizer.json (Hugging Face's or
-            a run's)
+        tokenizer: byte, char, word, bpe, ids (texts are lists of ids), one provided by a plugin, or the path of a
+            tokenizer.json (Hugging Face's or a run's)
         add_special_tokens: begin and end every document with the tokens that the tokenizer.json adds (BOS, EOS), and
             begin prompts with them
         split_special_tokens: read documents that spell a special token, such as <|endoftext|>, as plain text; a
             separator stands for the token that it spells
-        vocab_size: maximum vocabulary size of word and bpe; null: 10000 (word), 4096 (bpe)
+        vocab_size: maximum vocabulary size of word and bpe; null: 10000 (word), 4096 (bpe); of ids, and of token files
+            without a tokenizer, the number of ids
         context: context length in tokens
         sampling: shuffled (each window once per epoch) or sequential (consecutive windows; recurrent state is carried
             over)

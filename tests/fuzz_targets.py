@@ -285,9 +285,9 @@ def _shards() -> list[bytes]:
 
 
 def _descriptions() -> list[bytes]:
-    trained = [tokenizers.train(name, 260, [TEXT]).to_json() for name in ("byte", "char", "word", "bpe")]
+    trained = [tokenizers.train(name, 260, [TEXT]).to_json() for name in ("byte", "char", "word", "bpe", "ids")]
     foreign = [huggingface_tokenizer(model=model).encode() for model in _MODELS]
-    return [json.dumps(value).encode() for value in (*trained, trained[-1]["description"])] + foreign
+    return [json.dumps(value).encode() for value in (*trained, trained[3]["description"])] + foreign
 
 
 def huggingface_tokenizer(**changes: Any) -> str:
@@ -448,6 +448,7 @@ TARGETS: dict[str, Target] = {
     "speech": Target(
         fuzz_readers.read_speech, fuzz_readers.speech, ("RIFF", "WAVE", "fmt ", "data", "audio", "text"), _PAGE
     ),
+    "tokens": Target(fuzz_readers.read_token_files, fuzz_readers.token_files, ("MMIDIDX", "--8<--")),
     "digits": Target(fuzz_readers.read_digits, fuzz_readers.digits, (), _PAGE),
     "hardware": Target(
         fuzz_readers.read_a_machine,

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,7 +29,7 @@ _BLOCK = 1 << 16  # ids that are checked at once
 
 
 class Tokens(Protocol):
-    """Token ids, uint16 or uint32 ``[n]``: an array, or a part of a token folder's file."""
+    """Token ids, unsigned integers ``[n]``: an array, or a part of a file."""
 
     def __len__(self) -> int: ...
 
@@ -37,14 +37,22 @@ class Tokens(Protocol):
 
 
 class StoredTokens:
-    """``count`` ids of a token folder's file from id ``first`` on, read when they are asked for by a slice.
+    """``count`` ids of a file from id ``first`` on, read when they are asked for by a slice.
 
     The file isn't memory-mapped: one that is truncated during a run, or a network file system that fails, would end the
     rank with a signal instead of an error.
+
+    Args:
+        path: the file.
+        dtype: of an id.
+        first: ids, or a header of that size, before the first one.
+        count: the number of ids.
+        advice: what to do about a truncated file; None: delete its folder.
     """
 
-    def __init__(self, path: Path, dtype: np.dtype, first: int, count: int) -> None:
+    def __init__(self, path: Path, dtype: np.dtype, first: int, count: int, advice: str | None = None) -> None:
         self._path, self._dtype, self._first, self._count = path, dtype, first, count
+        self._advice = advice or f"delete {path.parent}"
         self._descriptor = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._descriptor)
 
@@ -64,18 +72,18 @@ class StoredTokens:
         except OSError as error:
             raise RankError(f"{self._path} can't be read: {error.strerror}.") from error
         if len(content) != size:
-            raise RankError(f"{self._path} has been truncated while it was in use: delete {self._path.parent}.")
+            raise RankError(f"{self._path} has been truncated while it was in use: {self._advice}.")
         return np.frombuffer(content, self._dtype)
 
 
 @dataclass(frozen=True)
 class TokenData:
-    """An open token folder.
+    """An open token folder, or open token files of another framework.
 
     Attributes:
-        folder: its path.
+        folder: its path, or that of the first file.
         tokenizer: the tokenizer of its ids.
-        train: ids of the training split, ``[n]`` uint16 or uint32, read from the file when they are needed.
+        train: ids of the training split, unsigned integers ``[n]``, read from the file when they are needed.
         validation: those of the validation split.
         validation_bytes: bytes of the validation text; 0 where the tokenizer doesn't preserve the text.
         fingerprint: hash of the texts, the tokenizer and the split; not of the paths, which may differ between nodes.
@@ -146,9 +154,14 @@ def _fingerprint(header: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps([settings, sorted(header["sources"].values())]).encode()).hexdigest()
 
 
-def highest(tokens: Tokens) -> int:
-    """Return the highest id, -1 without any; in a large file only 64 blocks are checked: opening must be fast."""
+def spot_checked(tokens: Tokens) -> Iterator[np.ndarray]:
+    """Yield all ids in blocks, or in a large file 64 of the blocks: opening must be fast."""
     starts: Sequence[int] = range(0, len(tokens), _BLOCK)
     if len(tokens) > _CHECKED:
         starts = np.linspace(0, len(tokens) - _BLOCK, 64, dtype=np.int64).tolist()
-    return max((int(tokens[start : start + _BLOCK].max()) for start in starts), default=-1)
+    return (tokens[start : start + _BLOCK] for start in starts)
+
+
+def highest(tokens: Tokens) -> int:
+    """Return the highest id of the blocks that are checked, -1 without any."""
+    return max((int(block.max()) for block in spot_checked(tokens)), default=-1)

@@ -21,7 +21,7 @@ from hvdlm.io import safe_files
 from hvdlm.io.atomic_files import write_synced
 from hvdlm.io.text_decoding import without_surrogates
 from hvdlm.io.untrusted_input import shown
-from hvdlm_corpora import cache, passages, sources, splits, tokenizers, workers
+from hvdlm_corpora import cache, passages, sources, splits, token_corpus, tokenizers, workers
 from hvdlm_corpora.documents import Form
 from hvdlm_corpora.passages import Passage, SpecialTokens
 from hvdlm_corpora.prepare_progress import Journal, itemsize
@@ -43,6 +43,13 @@ def prepare(config: DataConfig, output: str | None = None, processes: int | None
     """
     if is_prepared(config.paths):
         return open_tokens(Path(config.paths[0]))
+    if token_corpus.is_tokens(config.paths):
+        if output:
+            raise HvdlmError(
+                f"--output {output}: data.path {config.paths[0]} holds tokens already, which training reads as they "
+                "are: leave --output out."
+            )
+        return token_corpus.open_files(config)
     config = splits.choose(without_stdin(config))
     check_sources(config)
     folder = Path(output) if output else cache.folder(config) / cache.key(config)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 
+import numpy as np
+
 from hvdlm import hookimpl
 from hvdlm.config import Config, DataConfig
 from hvdlm.data import corpora
@@ -73,14 +75,17 @@ class LanguageModel:
     def rows(self, first: int, last: int) -> Batch:
         """Return rows ``first:last`` of the global order."""
         inputs, targets, reset = self._sampler.rows(first, last)
-        # A large folder is only spot-checked when it is opened.
-        self._check_ids(max(int(inputs.max()), int(targets.max())), RankError)
+        # A large folder is only spot-checked when it is opened. An id of 2^31 or more has become negative.
+        self._check_ids(max(int(ids.view(np.uint32).max()) for ids in (inputs, targets)), RankError)
         return Batch(inputs, targets, None, reset)
 
     def _check_ids(self, number: int, error: type[Exception]) -> None:
         if number >= self.vocab:
             folders = ", ".join(str(corpus.data.folder) for corpus in self._corpora)
-            raise error(f"{folders} holds the id {number}, the model has {self.vocab} ids: prepare it again.")
+            raise error(
+                f"{folders} holds the id {number}, the model has {self.vocab} ids: prepare it again, or give the "
+                "tokenizer that encoded it."
+            )
 
     def validation(self, rank: int, size: int) -> Iterator[Batch]:
         """Yield ``rank``'s part of the validation split, of the corpora of a mixture one after the other."""
