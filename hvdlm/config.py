@@ -94,7 +94,8 @@ class DataConfig:
         split: split to train on of a data set whose files or folders are named by their splits; its split validation
             (valid, val, dev) is used for validation unless validation_path is given
         validation_share: fraction of the corpus, taken from its end, held out for validation if validation_path is null
-        field: name of the text field in JSON, CSV, Parquet and Hugging Face data sets
+        field: name of the text field in JSON, CSV, Parquet and Hugging Face data sets; in JSON, a.b is field b of the
+            object in a, and a.0 the first element of the list in a
         separator: text appended to every record
         max_expansion: maximum size of a file's text, as a multiple of the file's size; larger ones are refused as
             decompression bombs, unless they have less than 64 MiB
