@@ -105,11 +105,15 @@ class DataConfig:
             begin prompts with them
         split_special_tokens: read documents that spell a special token, such as <|endoftext|>, as plain text; a
             separator stands for the token that it spells
+        document_token: token that ends every document, by its name or id, where the tokenizer adds none; or "{begin:
+            <s>, end: </s>}"
         vocab_size: maximum vocabulary size of word and bpe; null: 10000 (word), 4096 (bpe); of ids, and of token files
             without a tokenizer, the number of ids
         context: context length in tokens
         sampling: shuffled (each window once per epoch) or sequential (consecutive windows; recurrent state is carried
             over)
+        rows: windows (of the tokens of all documents in a row) or documents (rows begin with documents; shorter ones
+            are packed, longer ones continue in further rows, rests are padded)
         cache: cache folder of token files; null: hvdlm/tokens in the user's cache folder
         prefetch: steps whose batches a thread makes ahead, once they take more than 1% of the time; 0: none
     """
@@ -125,9 +129,11 @@ class DataConfig:
     tokenizer: str = "char"
     add_special_tokens: bool = True
     split_special_tokens: bool = True
+    document_token: int | str | dict[str, Any] | None = None
     vocab_size: int | None = None
     context: int = 64
     sampling: Literal["shuffled", "sequential"] = "shuffled"
+    rows: Literal["windows", "documents"] = "windows"
     cache: str | None = None
     prefetch: int = 2
 

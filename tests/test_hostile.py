@@ -50,7 +50,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 READABLE_COUNTS = {
     "manifest": [13, 13],
     "shard": [8, 0, 0, 1, 0],
-    "header": [1],
+    "header": [1, 1],
     "journal": [1],
     "tokenizer": [2, 2, 2, 2, 0, 1, 1, 1, 1, 1],
     "folder": [24, 21, 16, 14],

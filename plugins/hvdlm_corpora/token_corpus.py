@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from hvdlm.config import DataConfig
+from hvdlm.data.documents import Documents, JoinedDocuments, SplitDocuments
 from hvdlm.data.token_files import StoredTokens, TokenData, Tokens, is_prepared, spot_checked
 from hvdlm.data.tokenizer_base import Tokenizer
 from hvdlm.errors import HvdlmError, RankError
@@ -138,6 +139,8 @@ def open_files(config: DataConfig) -> TokenData:
         validation=splits_[1],
         validation_bytes=0,
         fingerprint=_fingerprint(splits_, tokenizer),
+        train_documents=_documents(train),
+        validation_documents=_documents(validation),
     )
 
 
@@ -169,6 +172,18 @@ def _tokens(shards: Sequence[Shard], tokenizer: Tokenizer) -> Tokens:
                 "the one that encoded it (--data.tokenizer PATH), or its number of ids (--data.vocab_size N)."
             )
     return _open(shards[0]) if len(shards) == 1 else JoinedTokens(shards)
+
+
+def _documents(shards: Sequence[Shard]) -> Documents | None:
+    """Return where the documents of shards begin, None where one of them has no index."""
+    segments: list[tuple[Documents, int]] = []
+    tokens = 0
+    for shard in shards:
+        if shard.documents is None:
+            return None
+        segments.append((SplitDocuments(shard.documents, shard.first, shard.first + shard.count), tokens))
+        tokens += shard.count
+    return JoinedDocuments(segments)
 
 
 def _open(shard: Shard) -> StoredTokens:

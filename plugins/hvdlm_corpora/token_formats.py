@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from hvdlm.errors import HvdlmError
+from hvdlm.data.documents import Documents
+from hvdlm.errors import HvdlmError, RankError
 from hvdlm.io import untrusted_input
 from hvdlm.io.untrusted_input import shown
 
@@ -32,13 +33,13 @@ _BLOCKS = 16  # of them, in a large index
 
 @dataclass(frozen=True)
 class Shard:
-    """``count`` ids of a file from id ``first`` on; ``index``: of its documents, None where there is none."""
+    """``count`` ids of a file from id ``first`` on; ``documents``: of the whole file, None where there is no index."""
 
     path: Path
     dtype: np.dtype
     first: int
     count: int
-    index: MegatronIndex | None = None
+    documents: Documents | None = None
 
 
 def read_shard(path: Path) -> Shard:
@@ -91,16 +92,15 @@ def _megatron(path: Path, index_path: Path) -> Shard:
 
 
 class MegatronIndex:
-    """The ``.idx`` file of a token file, of which blocks are read when they are needed.
+    """The ``.idx`` file of a token file, as an index of documents of which blocks are read when they are needed.
 
     Attributes:
         dtype: of an id.
         tokens: ids of all sequences.
-        documents: number of documents.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self._path = path
         size = untrusted_input.size(path)
         head = self._read(0, _INDEX_HEADER.size)
         magic, version, code, sequences, entries = _INDEX_HEADER.unpack(head)
@@ -122,8 +122,34 @@ class MegatronIndex:
             )
         if entries < 1:
             raise ValueError(f"{path.name} lists no documents")
-        self.documents = entries - 1
+        self._documents = entries - 1  # the last entry ends the last document
         self.tokens = self._check()
+
+    def __len__(self) -> int:
+        return self._documents
+
+    def __getitem__(self, numbers: slice) -> np.ndarray:
+        """Return the positions of some documents, which follow each other, int64 ``[n]``.
+
+        Raises:
+            RankError: the file no longer holds them.
+        """
+        first, last, _ = numbers.indices(len(self))
+        if first >= last:
+            return np.zeros(0, np.int64)
+        try:
+            sequences = self._array(self._entries, first, last)
+            low, high = int(sequences.min()), min(int(sequences.max()) + 1, self._sequences)
+            if low < 0 or sequences.max() > self._sequences:
+                raise ValueError("documents don't follow each other")
+            pointers = self._array(self._pointers, low, high) // self.dtype.itemsize
+        except (OSError, ValueError) as error:
+            raise RankError(
+                f"{self._path} can't be read ({error}): give the whole file, and resume the run."
+            ) from error
+        # Documents without a sequence may follow the last sequence.
+        positions: np.ndarray = np.append(pointers, self.tokens)[sequences - low]
+        return positions
 
     def _check(self) -> int:
         """Check that sequences follow each other in the file, of a large index in some blocks; return the tokens."""
@@ -131,18 +157,18 @@ class MegatronIndex:
             ends = self._ends(first, last)
             starts = self._array(self._pointers, first, min(last + 1, self._sequences))
             if (starts[1:] != ends[: len(starts) - 1]).any() or (ends < starts[: len(ends)]).any():
-                raise ValueError(f"in {self.path.name}, sequences don't follow each other")
+                raise ValueError(f"in {self._path.name}, sequences don't follow each other")
             if first == 0 and starts[0] != 0:
-                raise ValueError(f"{self.path.name} points to byte {starts[0]} for the first sequence")
-        for first, last in _blocks(self.documents + 1):
+                raise ValueError(f"{self._path.name} points to byte {starts[0]} for the first sequence")
+        for first, last in _blocks(self._documents + 1):
             entries = self._array(self._entries, first, last)
             if (np.diff(entries) < 0).any() or entries.min() < 0 or entries.max() > self._sequences:
-                raise ValueError(f"in {self.path.name}, documents don't follow each other")
+                raise ValueError(f"in {self._path.name}, documents don't follow each other")
         if self._sequences == 0:
             return 0
         end = int(self._ends(self._sequences - 1, self._sequences)[0])
         if end < 0 or end % self.dtype.itemsize:
-            raise ValueError(f"{self.path.name} ends at byte {end}")
+            raise ValueError(f"{self._path.name} ends at byte {end}")
         return end // self.dtype.itemsize
 
     def _ends(self, first: int, last: int) -> np.ndarray:
@@ -154,13 +180,13 @@ class MegatronIndex:
         return np.frombuffer(self._read(base + 8 * first, 8 * (last - first)), "<i8")
 
     def _read(self, offset: int, size: int) -> bytes:
-        descriptor = os.open(self.path, os.O_RDONLY)
+        descriptor = os.open(self._path, os.O_RDONLY)
         try:
             data = os.pread(descriptor, size, offset)
         finally:
             os.close(descriptor)
         if len(data) != size:
-            raise ValueError(f"{self.path.name} is truncated")
+            raise ValueError(f"{self._path.name} is truncated")
         return data
 
 
