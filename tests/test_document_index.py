@@ -28,7 +28,7 @@ from hvdlm_language.document_rows import DocumentRows
 from hvdlm_language.language_model import LanguageModel
 from hvdlm_language.sampler import MixtureSampler, ShuffledSampler
 from hvdlm_language.sampler import document_rows as evaluated
-from launching import ONE_LAYER, SMALL, losses
+from launching import ONE_LAYER, SMALL, launch, losses
 
 assert small_chunks  # a fixture
 RECORDS = ["To be", "", "or not to be,", "that is the question: 红楼梦 🙂"] * 10
@@ -370,6 +370,19 @@ def test_training_by_documents_resumes_exactly(tmp_path: Path, framework: str) -
     assert losses(whole)[3:] == losses(halves)[-5:] and len(losses(whole)) == 8
     sequential = [*options, "--data.sampling", "sequential", "--log.run", str(tmp_path / "refused")]
     assert cli.main(sequential) == 2
+
+
+def test_ranks_share_the_rows_of_documents(tmp_path: Path) -> None:
+    """The loss is that of one rank, though their rows hold different numbers of targets."""
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": record}) + "\n" for record in RECORDS * 9))
+    options = ["-m", "hvdlm", *SMALL, *ONE_LAYER, "--data.path", str(tmp_path / "t.jsonl"), "--data.tokenizer", "byte"]
+    options += ["--data.rows", "documents", "--train.steps", "3", "--train.warmup", "0", "--data.context", "24"]
+    options += ["--data.cache", str(tmp_path / "cache"), "--data.document_token", "0"]
+    for ranks in (1, 2):
+        done = launch("threads", ranks, [*options, "--log.run", str(tmp_path / f"{ranks}")])
+        assert done.returncode == 0, done.stderr
+    one, two = losses(tmp_path / "1"), losses(tmp_path / "2")
+    assert len(one) == 3 and two == pytest.approx(one, rel=1e-5)
 
 
 def test_mixtures_of_texts_are_read_by_documents(tmp_path: Path) -> None:

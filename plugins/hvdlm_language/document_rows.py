@@ -20,7 +20,7 @@ from hvdlm.errors import HvdlmError
 # ends at the end of a block. The mean of half a row that this leaves empty is 2% of the rows of documents of 50 tokens
 # with a context of 1024, and less for longer documents.
 _BLOCK = 512
-_BLOCKS = 128  # that are laid out at once when a corpus is opened
+_BLOCKS = 512  # that are laid out at once when a corpus is opened
 _CACHED = 64  # blocks of which the layout is kept
 
 
