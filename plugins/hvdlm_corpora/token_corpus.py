@@ -16,7 +16,7 @@ import numpy as np
 
 from hvdlm.config import DataConfig
 from hvdlm.data.documents import Documents, JoinedDocuments, SplitDocuments
-from hvdlm.data.token_files import StoredTokens, TokenData, Tokens, is_prepared, spot_checked
+from hvdlm.data.token_files import StoredTokens, TokenData, Tokens, highest, is_prepared, spot_checked
 from hvdlm.data.tokenizer_base import Tokenizer
 from hvdlm.errors import HvdlmError, RankError
 from hvdlm_corpora import splits, tokenizers
@@ -161,17 +161,18 @@ def _tokens(shards: Sequence[Shard], tokenizer: Tokenizer) -> Tokens:
     Raises:
         HvdlmError: a shard holds an id that the tokenizer doesn't know, or can't be read.
     """
-    for shard in shards:
-        try:
-            most = max((int(block.max()) for block in spot_checked(_open(shard))), default=-1)
-        except (OSError, RankError) as error:
-            raise HvdlmError(f"data.path {shard.path}: it can't be read: {error}: check the file.") from error
-        if most >= tokenizer.vocab:
+    tokens = JoinedTokens(shards)
+    try:
+        most = highest(tokens)
+        if most >= tokenizer.vocab:  # name the file; without an error, a few blocks of all are read
+            path = next((s.path for s in shards if highest(JoinedTokens([s])) >= tokenizer.vocab), shards[0].path)
             raise HvdlmError(
-                f"data.path {shard.path}: it holds the id {most}, and the tokenizer has {tokenizer.vocab} ids: give "
-                "the one that encoded it (--data.tokenizer PATH), or its number of ids (--data.vocab_size N)."
+                f"data.path {path}: it holds the id {most}, and the tokenizer has {tokenizer.vocab} ids: give the one "
+                "that encoded it (--data.tokenizer PATH), or its number of ids (--data.vocab_size N)."
             )
-    return _open(shards[0]) if len(shards) == 1 else JoinedTokens(shards)
+    except RankError as error:
+        raise HvdlmError(f"data.path: {error}") from error
+    return tokens
 
 
 def _documents(shards: Sequence[Shard]) -> Documents | None:
@@ -216,7 +217,9 @@ class JoinedTokens:
             try:
                 opened = self._opened(self._shards[number])
             except OSError as error:
-                raise RankError(f"{self._shards[number].path} can't be opened: {error.strerror}.") from error
+                raise RankError(
+                    f"{self._shards[number].path} can't be opened ({error.strerror}): {_ADVICE}."
+                ) from error
             segments.append(opened[first - start : min(last, end) - start])
             first, number = min(last, end), number + 1
         return segments[0] if len(segments) == 1 else np.concatenate([np.zeros(0, np.uint8), *segments])
