@@ -1,4 +1,4 @@
-"""Hooks: training on texts (``--data.path book.txt``, ``--data.mixture``) and the tokenizers char, word, bpe, ids."""
+"""Hooks: training on texts (``--data.path book.txt``, ``--data.mixture``) and the tokenizers char, word and bpe."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def hvdlm_data_preparer(data: DataConfig) -> DataPreparer:
 
 @hookimpl
 def hvdlm_tokenizers() -> Mapping[str, TokenizerKind]:
-    """Return the tokenizers of characters, of words, of Hugging Face, and that of ids without a text."""
+    """Return the tokenizers of characters, of words, and of Hugging Face."""
     from hvdlm_corpora.bpe_tokenizer import BPETokenizer
-    from hvdlm_corpora.tokenizers import CharTokenizer, IdTokenizer, WordTokenizer
+    from hvdlm_corpora.tokenizers import CharTokenizer, WordTokenizer
 
-    return {"char": CharTokenizer, "word": WordTokenizer, "bpe": BPETokenizer, "ids": IdTokenizer}
+    return {"char": CharTokenizer, "word": WordTokenizer, "bpe": BPETokenizer}

@@ -12,13 +12,12 @@ import numpy as np
 
 from hvdlm import plugins
 from hvdlm.data.tokenizer_base import Tokenizer
-from hvdlm.data.tokenizers import LIMIT, SLACK, find_kind, from_json
+from hvdlm.data.tokenizers import BUILT_IN, LIMIT, SLACK, find_kind, from_json
 from hvdlm.errors import HvdlmError, nearest
 from hvdlm.io import untrusted_input
 from hvdlm.io.untrusted_input import shown
 from hvdlm_corpora.bpe_tokenizer import BPETokenizer
 
-_MAX_VOCAB = 2**31 - 1  # ids are int32
 _TABLE = 1 << 16  # a table of all code points would take 4 MB even for a vocabulary of one character
 
 
@@ -133,47 +132,6 @@ def _words(text: str, special: bool = False) -> Iterable[str]:
             yield "<eos>"
 
 
-class IdTokenizer(Tokenizer):
-    """Ids as decimal numbers between blanks: for token files without a tokenizer, whose text isn't known."""
-
-    def __init__(self, vocab: int) -> None:
-        self.vocab = vocab
-
-    @staticmethod
-    def load(description: Mapping[str, Any]) -> IdTokenizer:
-        """Return the tokenizer of a description."""
-        vocab = description["vocab"]
-        if type(vocab) is not int or not 0 < vocab <= _MAX_VOCAB:
-            raise ValueError(f"its vocabulary size is {shown(repr(vocab))}")
-        return IdTokenizer(vocab)
-
-    @staticmethod
-    def train(texts: Iterable[str], size: int | None = None) -> IdTokenizer:
-        """Return the tokenizer of ``size`` ids; nothing is read."""
-        if size is None or size > _MAX_VOCAB:
-            raise HvdlmError("data.tokenizer ids needs the number of ids: --data.vocab_size 50257, for example.")
-        return IdTokenizer(size)
-
-    def encode(self, text: str, special: bool = False) -> np.ndarray:
-        """Return the int32 ids ``[n]`` that a text lists; raise HvdlmError for anything else than ids."""
-        numbers = text.split()
-        for number in numbers:
-            if not (number.isascii() and number.isdigit() and len(number) < 11 and int(number) < self.vocab):
-                raise HvdlmError(
-                    f"{shown(repr(number))} is no id below {self.vocab}: without a tokenizer (--data.tokenizer "
-                    "PATH/tokenizer.json), texts are lists of ids, such as '464 3280 318'."
-                )
-        return np.array(numbers, np.int64).astype(np.int32)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the ids with blanks between them."""
-        return " ".join(str(int(i)) for i in ids)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return kind and number of ids."""
-        return {"kind": "ids", "vocab": self.vocab}
-
-
 def train(name: str, size: int | None, texts: Iterable[str]) -> Tokenizer:
     """Return the tokenizer ``name`` (see ``DataConfig.tokenizer``), trained on ``texts`` where it needs training.
 
@@ -197,5 +155,5 @@ def train(name: str, size: int | None, texts: Iterable[str]) -> Tokenizer:
 def check(name: str) -> None:
     """Check that ``data.tokenizer`` names a known kind or an existing file."""
     if find_kind(name) is None and not Path(name).is_file():
-        advice = nearest(name, {"byte"}.union(*plugins.collections("tokenizers").values()))
+        advice = nearest(name, set(BUILT_IN).union(*plugins.collections("tokenizers").values()))
         raise HvdlmError(f"data.tokenizer: {shown(repr(name))} is no kind and no file of a tokenizer; {advice}")
