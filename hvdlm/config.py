@@ -112,27 +112,34 @@ class DataConfig:
 
     Args:
         path: corpus: text files, JSON, CSV, Parquet, folders (also of Hugging Face datasets), globs, each also packed
-            (.gz, .bz2, .xz, .zst), - for standard input, a prepared token folder, or "embedded"
+            (.gz, .bz2, .xz, .zst), - for standard input, a prepared token folder, token files of nanoGPT, llm.c or
+            Megatron (.bin), or "embedded"
         mixture: weighted corpora instead of path: "{wiki.txt: 3, books: 1}", or "{wiki: {path: [a.txt, b.txt], weight:
             3}}" with optional validation_path, field and separator
         validation_path: validation text, in the forms of path; null: the end of the corpus
         split: split to train on of a data set whose files or folders are named by their splits; its split validation
             (valid, val, dev) is used for validation unless validation_path is given
         validation_share: fraction of the corpus, taken from its end, held out for validation if validation_path is null
-        field: name of the text field in JSON, CSV, Parquet and Hugging Face data sets
+        field: name of the text field in JSON, CSV, Parquet and Hugging Face data sets; in JSON, a.b is field b of the
+            object in a, and a.0 the first element of the list in a
         separator: text appended to every record
         max_expansion: maximum size of a file's text, as a multiple of the file's size; larger ones are refused as
             decompression bombs, unless they have less than 64 MiB
-        tokenizer: byte, char, word, bpe, one provided by a plugin, or the path of a tokenizer.json (Hugging Face's or
-            a run's)
+        tokenizer: byte, char, word, bpe, ids (texts are lists of ids), one provided by a plugin, or the path of a
+            tokenizer.json (Hugging Face's or a run's)
         add_special_tokens: begin and end every document with the tokens that the tokenizer.json adds (BOS, EOS), and
             begin prompts with them
         split_special_tokens: read documents that spell a special token, such as <|endoftext|>, as plain text; a
             separator stands for the token that it spells
-        vocab_size: maximum vocabulary size of word and bpe; null: 10000 (word), 4096 (bpe)
+        document_token: token that ends every document, by its name or id, where the tokenizer adds none; or "{begin:
+            <s>, end: </s>}"
+        vocab_size: maximum vocabulary size of word and bpe; null: 10000 (word), 4096 (bpe); of ids, and of token files
+            without a tokenizer, the number of ids
         context: context length in tokens
         sampling: shuffled (each window once per epoch) or sequential (consecutive windows; recurrent state is carried
             over)
+        rows: windows (of the tokens of all documents in a row) or documents (rows begin with documents; shorter ones
+            are packed, longer ones continue in further rows, rests are padded)
         cache: cache folder of token files; null: hvdlm/tokens in the user's cache folder
         prefetch: steps whose batches a thread makes ahead, once they take more than 1% of the time; 0: none
     """
@@ -148,9 +155,11 @@ class DataConfig:
     tokenizer: str = "char"
     add_special_tokens: bool = True
     split_special_tokens: bool = True
+    document_token: int | str | dict[str, Any] | None = None
     vocab_size: int | None = None
     context: int = 64
     sampling: Literal["shuffled", "sequential"] = "shuffled"
+    rows: Literal["windows", "documents"] = "windows"
     cache: str | None = None
     prefetch: int = 2
 

@@ -9,6 +9,7 @@ import gzip
 import io
 import json
 import re
+import tempfile
 import wave
 from html.parser import HTMLParser
 from pathlib import Path
@@ -18,11 +19,12 @@ from typing import Any
 import numpy as np
 import yaml
 from safetensors.numpy import save
+from token_writers import write_llama_3, write_llm_c, write_megatron, write_nanogpt
 
 from hvdlm.checkpoints.load import open_checkpoint
 from hvdlm.checkpoints.manifest import FORMAT
 from hvdlm.checkpoints.shards import to_json
-from hvdlm.config import Config, ModelConfig, TrainConfig
+from hvdlm.config import Config, DataConfig, ModelConfig, TrainConfig
 from hvdlm.diagnostics.flight_recorder import CALL, FIRST, HEADER, MAGIC, RECORD
 from hvdlm.io.terminal import printable
 from hvdlm.parallel.flat_layout import whole
@@ -34,6 +36,7 @@ from hvdlm_backends.injected_conditions import read_conditions
 from hvdlm_diagnosis import diagnosis
 from hvdlm_diagnosis.recorder_reader import read_files
 from hvdlm_language.gpt import make_gpt
+from hvdlm_language.language_model import LanguageModel
 from hvdlm_language.rebuild_spec import spec_of
 from hvdlm_launchers.run_status import RunStatus, outcome
 from hvdlm_report import page, scaling
@@ -43,7 +46,7 @@ from hvdlm_tasks.speech import Speech
 END = b"\n--8<--\n"
 """Separates the files of an input."""
 
-SECTIONED = ("doctor", "report", "speech", "digits")
+SECTIONED = ("doctor", "report", "speech", "digits", "tokens")
 
 
 def split_files(data: bytes, count: int) -> list[bytes]:
@@ -252,6 +255,34 @@ def digits() -> list[bytes]:
     images = bytes([0, 0, 8, 3]) + np.array([6, 9, 9], ">u4").tobytes() + bytes(range(243)) + bytes(243)
     labels = bytes([0, 0, 8, 1]) + np.array([6], ">u4").tobytes() + bytes(range(6))
     return [END.join([images, labels]), END.join([gzip.compress(images, mtime=0), labels])]
+
+
+# Token files of other frameworks
+
+
+def read_token_files(data: bytes, folder: Path) -> int:
+    """Read a token file, with the index of Megatron where there is one, and all of its rows."""
+    for path, content in zip((folder / "x.bin", folder / "x.idx"), split_files(data, 2), strict=True):
+        path.unlink(missing_ok=True)
+        if content or path.suffix == ".bin":
+            path.write_bytes(content)
+    config = Config(data=DataConfig(path=str(folder / "x.bin"), vocab_size=50, context=4, validation_share=0.5))
+    task = LanguageModel(config)
+    batches = [task.rows(0, 8), *task.validation(0, 1)]
+    assert all(0 <= batch.inputs.min() <= batch.inputs.max() < 50 for batch in batches)
+    return len(batches)
+
+
+def token_files() -> list[bytes]:
+    """Return files of nanoGPT, of llm.c and of Megatron-LM."""
+    documents = [list(range(20)), [], list(range(30))]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "x.bin"
+        files = [write(path, documents).read_bytes() for write in (write_nanogpt, write_llm_c, write_llama_3)]
+        for dtype in (4, 8):
+            write_megatron(path, documents, dtype)
+            files.append(END.join([path.read_bytes(), path.with_suffix(".idx").read_bytes()]))
+        return files
 
 
 # The planner's files

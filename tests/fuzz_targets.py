@@ -140,10 +140,13 @@ def read_a_header(data: bytes, folder: Path) -> int:
     if not path.is_dir():
         path.mkdir()
         (path / "tokens.bin").write_bytes(np.arange(40, dtype="<u2").tobytes())
+        (path / "documents.bin").write_bytes(np.array([0, 20, 30], "<i8").tobytes())
         (path / "tokenizer.json").write_text(json.dumps({"kind": "byte"}))
     (path / "header.json").write_bytes(data)
     tokens = token_files.open_tokens(path)
     assert len(tokens.train) + len(tokens.validation) in (20, 40)
+    if tokens.validation_documents is not None:
+        assert (tokens.validation_documents[:] >= 0).all()
     return 1
 
 
@@ -154,13 +157,16 @@ def read_a_journal(data: bytes, folder: Path) -> int:
     progress.tokens.mkdir(parents=True, exist_ok=True)
     (progress.tokens / "tokens.bin").write_bytes(np.arange(40, dtype="<u2").tobytes())
     (progress.tokens / "tokenizer.json").write_text(json.dumps({"kind": "byte"}))
-    (partial / "places.bin").write_bytes(np.array([[0, 20, 20], [1, 40, 40]], "<u8").tobytes())
+    (progress.tokens / "documents.bin").write_bytes(np.array([0, 20, 30], "<i8").tobytes())
+    (partial / "places.bin").write_bytes(np.array([[0, 20, 20, 1], [1, 40, 40, 3]], "<u8").tobytes())
     (partial / "journal.json").write_bytes(data)
     if progress.resume() is None:
         assert not partial.exists() and progress.state == prepare_progress.JournalState()
         return 0
-    counts = (progress.state.source, progress.state.pieces, progress.state.tokens)
-    assert counts in ((0, 0, 0), (0, 1, 20), (1, 2, 40)) and len(progress.state.digests) == progress.state.source
+    counts = (progress.state.source, progress.state.pieces, progress.state.tokens, progress.state.documents)
+    assert (
+        counts in ((0, 0, 0, 0), (0, 1, 20, 1), (1, 2, 40, 3)) and len(progress.state.digests) == progress.state.source
+    )
     return 1
 
 
@@ -274,9 +280,13 @@ def _header() -> dict[str, Any]:
     }
 
 
+_INDEXED = {"format": token_files.INDEXED_FORMAT, "documents": 3}
+
+
 def _journal() -> dict[str, Any]:
     state = {"source": 1, "offset": 20, "number": 3, "pieces": 2, "tokens": 40, "bytes": 40, "digests": ["0" * 64]}
-    return {"format": "hvdlm-prepare-1", "identity": "i", "tokenizer": ByteTokenizer().hash, **state}
+    state["documents"] = 3
+    return {"format": "hvdlm-prepare-2", "identity": "i", "tokenizer": ByteTokenizer().hash, **state}
 
 
 def _shards() -> list[bytes]:
@@ -285,9 +295,9 @@ def _shards() -> list[bytes]:
 
 
 def _descriptions() -> list[bytes]:
-    trained = [tokenizers.train(name, 260, [TEXT]).to_json() for name in ("byte", "char", "word", "bpe")]
+    trained = [tokenizers.train(name, 260, [TEXT]).to_json() for name in ("byte", "char", "word", "bpe", "ids")]
     foreign = [huggingface_tokenizer(model=model).encode() for model in _MODELS]
-    return [json.dumps(value).encode() for value in (*trained, trained[-1]["description"])] + foreign
+    return [json.dumps(value).encode() for value in (*trained, trained[3]["description"])] + foreign
 
 
 def huggingface_tokenizer(**changes: Any) -> str:
@@ -412,7 +422,11 @@ TARGETS: dict[str, Target] = {
     "shard": Target(
         read_a_shard, _shards, ("dtype", "shape", "data_offsets", "__metadata__", "BF16", "F8_E4M3", "BOOL", "I64")
     ),
-    "header": Target(read_a_header, lambda: [json.dumps(_header(), indent=1).encode()], (*_CUT, *_header(), "uint32")),
+    "header": Target(
+        read_a_header,
+        lambda: [json.dumps(_header() | more, indent=1).encode() for more in ({}, _INDEXED)],
+        (*_CUT, *_header(), "uint32"),
+    ),
     "journal": Target(read_a_journal, lambda: [json.dumps(_journal()).encode()], (*_CUT, *_journal())),
     "tokenizer": Target(
         read_a_tokenizer,
@@ -448,6 +462,7 @@ TARGETS: dict[str, Target] = {
     "speech": Target(
         fuzz_readers.read_speech, fuzz_readers.speech, ("RIFF", "WAVE", "fmt ", "data", "audio", "text"), _PAGE
     ),
+    "tokens": Target(fuzz_readers.read_token_files, fuzz_readers.token_files, ("MMIDIDX", "--8<--")),
     "digits": Target(fuzz_readers.read_digits, fuzz_readers.digits, (), _PAGE),
     "hardware": Target(
         fuzz_readers.read_a_machine,

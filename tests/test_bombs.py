@@ -18,6 +18,7 @@ from hvdlm.config import Config, DataConfig
 from hvdlm.errors import HvdlmError
 from hvdlm_corpora import compression, preparation, sources, tables, time_limit, tokenizers, workers
 from hvdlm_corpora.documents import Form
+from hvdlm_corpora.passages import Passage, SpecialTokens
 from hvdlm_inference import generation
 from hvdlm_tasks import pairs
 from record_files import PACKERS, WRITERS
@@ -174,7 +175,8 @@ def test_a_text_that_takes_too_long_to_encode_is_named(tmp_path: Path) -> None:
 def test_an_ordinary_tokenizer_stays_within_its_budget(tmp_path: Path) -> None:
     text = "To be, or not to be, that is the question. " * 5000
     trained = tokenizers.train("bpe", 300, [text])
-    assert (workers.encode(trained, text) == trained.encode(text)).all()
+    passage = Passage(text, True, (len(text),), SpecialTokens())
+    assert (workers.encode(trained, passage).ids == trained.encode(text)).all()
     (tmp_path / "a.txt").write_text(text)
     one, two = (
         preparation.prepare(
@@ -200,7 +202,7 @@ def test_prompts_and_pairs_have_a_budget_too() -> None:
 @pytest.mark.usefixtures("budget")
 def test_an_error_of_the_tokenizer_is_passed_on() -> None:
     with pytest.raises(HvdlmError, match="the tokenizer fails"):
-        workers.encode(tokenizer_with("(a+)+$"), "a" * 40_000 + "b")
+        workers.encode(tokenizer_with("(a+)+$"), Passage("a" * 40_000 + "b", True, (), SpecialTokens()))
 
 
 def test_claims_are_checked_before_any_page_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

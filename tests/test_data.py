@@ -203,11 +203,11 @@ def test_sequential_rows_continue_the_last_step() -> None:
     tokens = np.arange(1001, dtype=np.uint16)
     reader = sampler.SequentialSampler(tokens, 10, 4)
     for step in range(reader.windows):
-        inputs, targets, reset = reader.rows(4 * step + 1, 4 * step + 3)
-        assert reset == (step == 0)
+        inputs, targets, weights, reset = reader.rows(4 * step + 1, 4 * step + 3)
+        assert reset == (step == 0) and weights is None
         assert inputs[:, 0].tolist() == [250 + 10 * step, 500 + 10 * step]
         np.testing.assert_array_equal(targets, inputs + 1)
-    assert reader.rows(4 * reader.windows, 4 * reader.windows + 4)[2]
+    assert reader.rows(4 * reader.windows, 4 * reader.windows + 4)[3]
 
 
 @pytest.mark.parametrize("split", [sampler.independent_windows, sampler.parallel_streams])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -62,6 +63,26 @@ def test_memory_does_not_grow_with_the_records(tmp_path: Path, name: str) -> Non
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert count == 2901 * 10_000 and peak < 14e6 and most < 14e6
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+@pytest.mark.parametrize("field, words", [("a.b", "xyv"), ("a.c.0.b", "uw"), ("a.c.1.b", "q"), ("a", "s")])
+def test_nested_fields_are_read(tmp_path: Path, suffix: str, field: str, words: str) -> None:
+    lines = [
+        {"a": {"b": "x", "c": [{"b": "u"}, {"b": "q"}]}},
+        {"a": {"b": "y", "c": []}},
+        {"a": {"b": None, "c": [{"b": "w"}]}},
+        {"a": [1], "a.b": "v"},
+        {"a": "s"},
+    ]
+    if field == "a":
+        lines = lines[-1:]
+    text = json.dumps(lines) if suffix == ".json" else "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / f"x{suffix}").write_text(text)
+    for path in (tmp_path / f"x{suffix}", tmp_path):
+        assert "".join(sources.texts([str(path)], Form(field, ""))) == words
+    with pytest.raises(HvdlmError, match="has no field 'a\\.d', it has a"):
+        list(sources.texts([str(tmp_path / f"x{suffix}")], Form("a.d")))
 
 
 def write_bad_state(folder: Path, state: str) -> None:

@@ -84,7 +84,7 @@ def test_a_corpus_shows_every_window_once_an_epoch() -> None:
         times = Counter(seen.tolist())
         epochs = -(-len(seen) // count)
         assert len(times) > min(len(seen), count) * 0.9 and max(times.values()) <= epochs
-    order = np.concatenate([sampler._samplers[1].starts(np.arange(e * small, (e + 1) * small)) for e in range(12)])
+    order = np.concatenate([sampler._samplers[1].spans(np.arange(e * small, (e + 1) * small))[0] for e in range(12)])
     for epoch in range(12):
         starts = np.sort(order[epoch * small : (epoch + 1) * small])
         assert len(set(starts.tolist())) == small and set(np.diff(starts).tolist()) == {CONTEXT}
@@ -94,10 +94,10 @@ def test_a_corpus_shows_every_window_once_an_epoch() -> None:
 
 def test_equal_corpora_are_shuffled_independently() -> None:
     first, second = mixed([1, 1], [500, 500])._samplers
-    assert first.starts(np.arange(40)).tolist() != second.starts(np.arange(40)).tolist()
+    assert first.spans(np.arange(40))[0].tolist() != second.spans(np.arange(40))[0].tolist()
     assert (
-        first.starts(np.arange(40)).tolist()
-        != ShuffledSampler(first.tokens, CONTEXT, 8, 5).starts(np.arange(40)).tolist()
+        first.spans(np.arange(40))[0].tolist()
+        != ShuffledSampler(first.tokens, CONTEXT, 8, 5).spans(np.arange(40))[0].tolist()
     )
 
 
@@ -110,7 +110,7 @@ def test_a_global_batch_depends_on_seed_and_number_alone(ranks: int, share: int,
     rank_rows = [fresh.rows(number * batch + r * share, number * batch + (r + 1) * share) for r in range(ranks)]
     np.testing.assert_array_equal(whole[0], np.concatenate([rows[0] for rows in rank_rows]))
     np.testing.assert_array_equal(whole[1], whole[0] + 1)
-    assert whole[0].shape == (batch, CONTEXT) and whole[0].dtype == np.int32 and whole[2] is True
+    assert whole[0].shape == (batch, CONTEXT) and whole[0].dtype == np.int32 and whole[2] is None and whole[3] is True
 
 
 def test_rows_continue_after_a_change_of_batch_size() -> None:

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from hvdlm_corpora import (
     tokenizers,
     workers,
 )
+from hvdlm_corpora.passages import Passage, SpecialTokens
 from hvdlm_corpora.source_chunks import ReadProgress
 from hvdlm_corpora.workers import WorkerDied
 from launching import environment, run_python, wait_until
@@ -134,13 +136,13 @@ def test_the_folder_is_the_same_for_any_number_of_workers(tokenizer: str, corpus
 def test_few_texts_are_in_flight_at_a_time() -> None:
     read = 0
 
-    def texts() -> Iterator[tuple[str, int]]:
+    def texts() -> Iterator[tuple[Passage, int]]:
         nonlocal read
         for read in range(1, 101):
-            yield f"text {read}", read
+            yield Passage(f"text {read}", True, (), SpecialTokens()), read
 
-    for label, ids in workers.encoded(ByteTokenizer(), texts(), 2):
-        assert bytes(ids.tolist()).decode() == f"text {label}"
+    for label, encoded in workers.encoded(ByteTokenizer(), texts(), 2):
+        assert bytes(encoded.ids.tolist()).decode() == f"text {label}"
         assert read - label < 2 * 2
     assert label == 100
 
@@ -260,9 +262,11 @@ def command(corpus: list[str], tmp_path: Path, count: int) -> list[str]:
 def test_a_killed_prepare_resumes_to_the_same_folder(
     moment: str, corpus: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    expected = files(preparation.prepare(settings(corpus, tmp_path), str(tmp_path / "expected")).folder)
+    config = replace(settings(corpus, tmp_path), document_token="l")  # with an index of documents
+    expected = files(preparation.prepare(config, str(tmp_path / "expected")).folder)
+    assert "documents.bin" in expected
     count = 2 if moment == "in the table" else 1
-    arguments = command(corpus, tmp_path, count)
+    arguments = [*command(corpus, tmp_path, count), "--data.document_token", "l"]
     code = KILLED.format(moment=MOMENTS[moment], arguments=arguments)
     done = run_python(["-c", code])
     assert done.returncode == -signal.SIGKILL, done.stderr

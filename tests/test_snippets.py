@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from token_writers import write_llm_c, write_megatron, write_nanogpt
 
 from hvdlm.configuration import parsing
 from launching import ROOT, environment, launch, with_step_hook
@@ -144,6 +145,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (desk / "my.txt.gz").write_bytes(gzip.compress(TEXT.encode()))
     (desk / "books.jsonl").write_text("".join(json.dumps({"story": TEXT, "id": n}) + "\n" for n in range(3)))
     _write_parquet(desk / "books.parquet")
+    _write_token_files(desk)
     for name in ("run.yaml", "my.yaml"):
         (desk / name).write_text("data: {path: [my.txt]}\nlog: {run: runs/of_yaml}\n")
     _die(desk / "runs" / "x")
@@ -156,6 +158,18 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (programs / name).chmod(0o755)
     (programs / "activate").write_text('export PATH="$PWD/.venv/bin:$PATH"\n')
     return desk
+
+
+def _write_token_files(desk: Path) -> None:
+    """Write token files as nanoGPT, llm.c and Megatron-LM do."""
+    nanogpt, fineweb = desk / "nanoGPT" / "data" / "openwebtext", desk / "fineweb10B"
+    nanogpt.mkdir(parents=True)
+    fineweb.mkdir()
+    documents = [list(range(200))] * 100
+    for name in ("train", "val"):
+        write_nanogpt(nanogpt / f"{name}.bin", documents)
+        write_llm_c(fineweb / f"fineweb_{name}_000001.bin", documents)
+    write_megatron(desk / "wiki_text_document.bin", documents)
 
 
 def _write_parquet(path: Path) -> None:

@@ -44,6 +44,11 @@ def values(config: Config) -> None:
         corpora.check(config)
         if config.task != "language_model":
             raise HvdlmError(f"data.mixture: the task {config.task} doesn't support mixtures: give it data.path.")
+    if config.data.rows == "documents" and config.data.sampling != "shuffled":
+        raise HvdlmError(
+            "data.rows documents: rows that begin with documents are read in shuffled order, and data.sampling is "
+            f"{config.data.sampling}: use --data.sampling shuffled."
+        )
     writable(Path(config.log.run), "log.run")
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,13 +14,18 @@ from typing import Any, Protocol
 import numpy as np
 
 from hvdlm.data import tokenizers
+from hvdlm.data.documents import Documents, SplitDocuments
 from hvdlm.data.tokenizer_base import Tokenizer
 from hvdlm.errors import HvdlmError, RankError
 from hvdlm.io import untrusted_input
 from hvdlm.io.untrusted_input import shown
 
 FORMAT = "hvdlm-tokens-2"
+INDEXED_FORMAT = "hvdlm-tokens-3"
+"""Format of folders with an index of documents (``documents.bin``), and ``documents``, their number, in the header."""
+
 DTYPES: dict[str, np.dtype] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+_POSITION = np.dtype("<i8")
 _LIMIT = 1 << 26  # bytes; hvdlm writes no larger header
 _KEYS = {"format", "dtype", "train", "validation", "validation_bytes", "tokenizer", "sources"}
 _COUNT = 1 << 53  # JSON readers keep integers exact up to here
@@ -29,7 +34,7 @@ _BLOCK = 1 << 16  # ids that are checked at once
 
 
 class Tokens(Protocol):
-    """Token ids, uint16 or uint32 ``[n]``: an array, or a part of a token folder's file."""
+    """Token ids, unsigned integers ``[n]``: an array, or a part of a file."""
 
     def __len__(self) -> int: ...
 
@@ -37,14 +42,22 @@ class Tokens(Protocol):
 
 
 class StoredTokens:
-    """``count`` ids of a token folder's file from id ``first`` on, read when they are asked for by a slice.
+    """``count`` ids (or positions) of a file from id ``first`` on, read when they are asked for by a slice.
 
     The file isn't memory-mapped: one that is truncated during a run, or a network file system that fails, would end the
     rank with a signal instead of an error.
+
+    Args:
+        path: the file.
+        dtype: of an id.
+        first: ids, or a header of that size, before the first one.
+        count: the number of ids.
+        advice: what to do about a truncated file; None: delete its folder.
     """
 
-    def __init__(self, path: Path, dtype: np.dtype, first: int, count: int) -> None:
+    def __init__(self, path: Path, dtype: np.dtype, first: int, count: int, advice: str | None = None) -> None:
         self._path, self._dtype, self._first, self._count = path, dtype, first, count
+        self._advice = advice or f"delete {path.parent}"
         self._descriptor = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._descriptor)
 
@@ -64,21 +77,23 @@ class StoredTokens:
         except OSError as error:
             raise RankError(f"{self._path} can't be read: {error.strerror}.") from error
         if len(content) != size:
-            raise RankError(f"{self._path} has been truncated while it was in use: delete {self._path.parent}.")
+            raise RankError(f"{self._path} has been truncated while it was in use: {self._advice}.")
         return np.frombuffer(content, self._dtype)
 
 
 @dataclass(frozen=True)
 class TokenData:
-    """An open token folder.
+    """An open token folder, or open token files of another framework.
 
     Attributes:
-        folder: its path.
+        folder: its path, or that of the first file.
         tokenizer: the tokenizer of its ids.
-        train: ids of the training split, ``[n]`` uint16 or uint32, read from the file when they are needed.
+        train: ids of the training split, unsigned integers ``[n]``, read from the file when they are needed.
         validation: those of the validation split.
         validation_bytes: bytes of the validation text; 0 where the tokenizer doesn't preserve the text.
         fingerprint: hash of the texts, the tokenizer and the split; not of the paths, which may differ between nodes.
+        train_documents: where the documents of the training split begin; None: there is no index of documents.
+        validation_documents: where those of the validation split begin.
     """
 
     folder: Path
@@ -87,6 +102,8 @@ class TokenData:
     validation: Tokens
     validation_bytes: int
     fingerprint: str
+    train_documents: Documents | None = None
+    validation_documents: Documents | None = None
 
 
 def is_prepared(paths: Sequence[str]) -> bool:
@@ -113,12 +130,28 @@ def open_tokens(folder: Path) -> TokenData:
         if (most := highest(StoredTokens(path, dtype, 0, sum(counts)))) >= tokenizer.vocab:
             raise ValueError(f"tokens.bin holds the id {most}, the vocabulary has {tokenizer.vocab} entries")
         train, validation = StoredTokens(path, dtype, 0, counts[0]), StoredTokens(path, dtype, *counts)
-        return TokenData(folder, tokenizer, train, validation, header["validation_bytes"], _fingerprint(header))
+        documents = _documents(folder, header, *counts)
+        size = header["validation_bytes"]
+        return TokenData(folder, tokenizer, train, validation, size, _fingerprint(header), *documents)
     except (ValueError, OSError, RecursionError, HvdlmError) as error:
         reason = shown(str(error).rstrip("."), 250)
         raise HvdlmError(
             f"token folder {folder} is damaged or foreign: {reason}: delete it and prepare it again."
         ) from error
+
+
+def _documents(
+    folder: Path, header: dict[str, Any], train: int, validation: int
+) -> tuple[Documents | None, Documents | None]:
+    """Return where the documents of both splits begin, None where there is no index."""
+    if header["format"] != INDEXED_FORMAT:
+        return None, None
+    path, count = folder / "documents.bin", header["documents"]
+    size = untrusted_input.size(path, within=folder)
+    if size != count * _POSITION.itemsize:
+        raise ValueError(f"documents.bin has {size} bytes, the header says {count} documents")
+    index = StoredTokens(path, _POSITION, 0, count)
+    return SplitDocuments(index, 0, train), SplitDocuments(index, train, train + validation)
 
 
 def _header(folder: Path) -> dict[str, Any]:
@@ -131,24 +164,31 @@ def _header(folder: Path) -> dict[str, Any]:
     digests = header["sources"]
     if not isinstance(digests, dict) or not all(isinstance(digest, str) for digest in digests.values()):
         raise ValueError(f"its sources are {shown(repr(digests))}")
-    if header["format"] != FORMAT:
-        raise ValueError(f"its format is {shown(repr(header['format']))}, not {FORMAT!r}")
+    if header["format"] not in (FORMAT, INDEXED_FORMAT):
+        raise ValueError(f"its format is {shown(repr(header['format']))}, not {FORMAT!r} or {INDEXED_FORMAT!r}")
     if not isinstance(header["dtype"], str) or header["dtype"] not in DTYPES:
         raise ValueError(f"{shown(repr(header['dtype']))} is not a dtype of tokens")
-    for name in ("train", "validation", "validation_bytes"):
-        if type(header[name]) is not int or not 0 <= header[name] < _COUNT:
-            raise ValueError(f"its {name} is {shown(repr(header[name]))}")
+    indexed = header["format"] == INDEXED_FORMAT
+    for name in ("train", "validation", "validation_bytes", *(("documents",) if indexed else ())):
+        if type(header.get(name)) is not int or not 0 <= header[name] < _COUNT:
+            raise ValueError(f"its {name} is {shown(repr(header.get(name)))}")
     return header
 
 
 def _fingerprint(header: dict[str, Any]) -> str:
-    settings = [header[name] for name in ("format", "dtype", "train", "validation", "tokenizer")]
+    # Without the format: a run may continue on the same tokens with an index of documents.
+    settings = [FORMAT, *(header[name] for name in ("dtype", "train", "validation", "tokenizer"))]
     return hashlib.sha256(json.dumps([settings, sorted(header["sources"].values())]).encode()).hexdigest()
 
 
-def highest(tokens: Tokens) -> int:
-    """Return the highest id, -1 without any; in a large file only 64 blocks are checked: opening must be fast."""
+def spot_checked(tokens: Tokens) -> Iterator[np.ndarray]:
+    """Yield all ids in blocks, or in a large file 64 of the blocks: opening must be fast."""
     starts: Sequence[int] = range(0, len(tokens), _BLOCK)
     if len(tokens) > _CHECKED:
         starts = np.linspace(0, len(tokens) - _BLOCK, 64, dtype=np.int64).tolist()
-    return max((int(tokens[start : start + _BLOCK].max()) for start in starts), default=-1)
+    return (tokens[start : start + _BLOCK] for start in starts)
+
+
+def highest(tokens: Tokens) -> int:
+    """Return the highest id of the blocks that are checked, -1 without any."""
+    return max((int(block.max()) for block in spot_checked(tokens)), default=-1)

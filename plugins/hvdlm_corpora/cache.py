@@ -32,6 +32,10 @@ def key(*configs: DataConfig) -> str:
             settings.append(_identity(config.tokenizer))
         if config.tokenizer not in ("byte", "char", "bpe"):  # special tokens have an effect
             settings += ["documents", config.add_special_tokens, config.split_special_tokens]
+        if config.document_token is not None:
+            settings += ["document_token", config.document_token]
+        if config.rows == "documents":  # earlier versions left folders without an index in the cache
+            settings += ["rows"]
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:24]
 
 

@@ -136,7 +136,8 @@ def _has(path: str, field: str) -> bool:
         return True  # reading it will say what is wrong
     name = field.encode(errors="replace")
     if documents.kind(path) == ".json":
-        return any(quoted in head for quoted in (b'"%s"' % name, json.dumps(field).encode()))
+        outermost = json.dumps(field.partition(".")[0]).encode()
+        return any(quoted in head for quoted in (b'"%s"' % name, json.dumps(field).encode(), outermost))
     return name in re.split(rb'[,\t"]+', head.partition(b"\n")[0])
 
 

@@ -21,6 +21,7 @@ PACKABLE = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 TABLES = (".parquet", ".arrow")
 _MAX_LINE = 1 << 26  # bytes of a record
 _CHUNK = 1 << 20  # characters
+_MISSING = object()  # null is a value
 Texts = Iterator[tuple[Any, SourcePosition]]
 """What the field of each record holds, None where there is nothing, and the position of the record's end."""
 
@@ -219,9 +220,23 @@ def _record(source: str, where: str, data: bytes) -> dict[str, Any]:
 
 def _value(record: dict[str, Any], field: str, source: str, number: int, known: bool) -> Any:
     """Return the field of a record, None where it is missing; ``known``: an earlier record had it."""
-    if field not in record and not known:
+    value = _nested(record, field)
+    if value is _MISSING and not known:
         raise no_field(source, field, list(record), f"record {number}")
-    return record.get(field)
+    return None if value is _MISSING else value
+
+
+def _nested(record: dict[str, Any], field: str) -> Any:
+    """Return the field of a record, ``a.b`` of the object or ``a.0`` of the list in ``a``; ``_MISSING`` without it."""
+    if field in record:
+        return record[field]
+    value: Any = record
+    for name in field.split("."):
+        if isinstance(value, list) and name.isascii() and name.isdigit() and len(name) < 10:
+            value = value[int(name)] if int(name) < len(value) else _MISSING
+        else:
+            value = value.get(name, _MISSING) if isinstance(value, dict) else _MISSING
+    return value
 
 
 def no_field(source: str, field: str, names: list[str], where: str) -> HvdlmError:

@@ -19,7 +19,7 @@ from hvdlm.errors import HvdlmError, nearest
 from hvdlm.io import safe_files
 from hvdlm.io.atomic_files import replace as write_whole
 from hvdlm.io.untrusted_input import shown
-from hvdlm_corpora import cache, compression, corpus_files, preparation, splits
+from hvdlm_corpora import cache, compression, corpus_files, preparation, splits, token_corpus
 from hvdlm_corpora.write_lock import writing
 
 _KEYS = ("path", "weight", "validation_path", "field", "separator")
@@ -104,7 +104,7 @@ def _name_of(path: str) -> str:
     name = Path(path).name
     name = name.removesuffix(compression.suffix(name))
     suffix = next((suffix for suffix in corpus_files.SUFFIXES if name.endswith(suffix)), "")
-    return name.removesuffix(suffix).removesuffix(".txt")
+    return name.removesuffix(suffix).removesuffix(".txt").removesuffix(".bin").removesuffix(".idx")
 
 
 def open_corpora(config: DataConfig) -> list[Corpus]:
@@ -130,7 +130,7 @@ def prepare(config: DataConfig, output: str | None, workers: int | None) -> dict
     folder = Path(output)
     preparation.check_free(folder)
     for corpus in corpora:
-        if is_prepared(corpus.config.paths):
+        if is_prepared(corpus.config.paths) or token_corpus.is_tokens(corpus.config.paths):
             raise HvdlmError(f"--output {folder}: data.mixture {corpus.name} is prepared already: leave it out.")
     partial = folder.parent / f".{folder.name}.{cache.key(*(corpus.config for corpus in corpora))}"
     with writing(folder, wait=False):
@@ -159,10 +159,13 @@ def _with_one_tokenizer(config: DataConfig, corpora: Sequence[CorpusConfig]) -> 
                 )
         chosen = str(first.folder / "tokenizer.json")
     else:
-        corpora = [replace(corpus, config=splits.choose(corpus.config)) for corpus in corpora]
-        for corpus in corpora:
+        files = [corpus for corpus in corpora if token_corpus.is_tokens(corpus.config.paths)]
+        texts = [corpus for corpus in corpora if corpus not in files]
+        texts = [replace(corpus, config=splits.choose(corpus.config)) for corpus in texts]
+        for corpus in texts:
             preparation.check_sources(corpus.config)
-        chosen = _trained(config, corpora)
+        chosen = token_corpus.tokenizer_name(files[0].config) if files else _trained(config, texts)
+        corpora = sorted([*files, *texts], key=lambda corpus: corpus.name)
     return [replace(corpus, config=replace(corpus.config, tokenizer=chosen)) for corpus in corpora]
 
 

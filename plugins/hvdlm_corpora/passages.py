@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,11 +23,17 @@ class SpecialTokens:
         separator: the text after every record; where it spells special tokens, it stands for them.
         add: whether what the tokenizer adds to a document is added.
         split: whether documents that spell special tokens hold plain text.
+        begin: ids that begin every document.
+        end: ids that end every document.
+        align: whether every document is encoded by itself, whatever begins and ends it.
     """
 
     separator: str = "\n"
     add: bool = True
     split: bool = True
+    begin: tuple[int, ...] = ()
+    end: tuple[int, ...] = ()
+    align: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,13 +80,32 @@ def _passage(chunk: SourceChunk, first: bool, last: bool, options: SpecialTokens
     return Passage(chunk.text, first, (len(chunk.text),) if last else (), options)
 
 
-def encode(tokenizer: Tokenizer, passage: Passage | str) -> np.ndarray:
-    """Return the ids of a passage, int32 ``[n]``; raise HvdlmError where it can't be written with the vocabulary."""
-    if isinstance(passage, str):
-        return tokenizer.encode(passage)
-    segments = _segments(tokenizer, passage)
-    ids = [tokenizer.encode(segment, special) if isinstance(segment, str) else segment for segment, special in segments]
-    return ids[0] if len(ids) == 1 else np.concatenate([np.zeros(0, np.int32), *ids])
+class EncodedPassage(NamedTuple):
+    """The ``ids`` of a passage, int32 ``[n]``, and the ``starts`` of its documents in them, int64 ``[documents]``.
+
+    Without starts where documents aren't encoded one by one.
+    """
+
+    ids: np.ndarray
+    starts: np.ndarray
+
+
+def encode(tokenizer: Tokenizer, passage: Passage) -> EncodedPassage:
+    """Return a passage's ids; raise HvdlmError where it can't be written with the vocabulary."""
+    ids, starts, position = [np.zeros(0, np.int32)], [], 0
+    for segment in _segments(tokenizer, passage):
+        if segment.begins:
+            starts.append(position)
+        content = segment.content
+        ids.append(tokenizer.encode(content, segment.special) if isinstance(content, str) else content)
+        position += len(ids[-1])
+    return EncodedPassage(ids[1] if len(ids) == 2 else np.concatenate(ids), np.array(starts, np.int64))
+
+
+def begins_documents(tokenizer: Tokenizer, options: SpecialTokens) -> bool:
+    """Return whether documents are encoded one by one, so that each begins with a token of its own."""
+    prefix, suffix = _added(tokenizer, options)
+    return bool(prefix or suffix or options.align or spells_special(tokenizer, options.separator))
 
 
 def spelled(tokenizer: Tokenizer, options: SpecialTokens) -> re.Pattern[str] | None:
@@ -91,11 +117,11 @@ def spelled(tokenizer: Tokenizer, options: SpecialTokens) -> re.Pattern[str] | N
 def bytes_before(tokenizer: Tokenizer, passage: Passage, count: int) -> int:
     """Return how many bytes of a passage its first ``count`` ids stand for."""
     size = 0
-    for segment, special in _segments(tokenizer, passage):
-        ids = tokenizer.encode(segment, special) if isinstance(segment, str) else segment
+    for content, special, _ in _segments(tokenizer, passage):
+        ids = tokenizer.encode(content, special) if isinstance(content, str) else content
         if count < len(ids):
-            return size + (tokenizer.bytes_before(segment, count, special) if isinstance(segment, str) else 0)
-        size += len(segment.encode()) if isinstance(segment, str) else 0
+            return size + (tokenizer.bytes_before(content, count, special) if isinstance(content, str) else 0)
+        size += len(content.encode()) if isinstance(content, str) else 0
         count -= len(ids)
     return size
 
@@ -105,26 +131,46 @@ def preserved(tokenizer: Tokenizer, passage: Passage) -> bool:
     return tokenizer.decode(tokenizer.encode(passage.text).tolist()).strip() == passage.text.strip()
 
 
-def _segments(tokenizer: Tokenizer, passage: Passage) -> Iterator[tuple[str | np.ndarray, bool]]:
-    """Yield texts, with whether they may spell special tokens, and added ids, in order."""
+class _Segment(NamedTuple):
+    """A part of a passage.
+
+    Attributes:
+        content: a text, or added ids.
+        special: whether the text may spell special tokens.
+        begins: whether a document begins with it.
+    """
+
+    content: str | np.ndarray
+    special: bool = False
+    begins: bool = False
+
+
+def _added(tokenizer: Tokenizer, options: SpecialTokens) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the ids that begin and end a document: the tokenizer's own, or else those of the options."""
+    own = (tokenizer.prefix, tokenizer.suffix) if options.add else ((), ())
+    return own[0] or options.begin, own[1] or options.end
+
+
+def _segments(tokenizer: Tokenizer, passage: Passage) -> Iterator[_Segment]:
+    """Yield the texts of a passage and what is added to its documents, in order."""
     options = passage.options
     separator = options.separator
     control = spells_special(tokenizer, separator)
-    prefix, suffix = (np.array(ids if options.add else (), np.int32) for ids in (tokenizer.prefix, tokenizer.suffix))
-    if not (control or len(prefix) or len(suffix)):  # in one go, so that tokens may lie across documents
-        yield passage.text, not options.split
+    if not begins_documents(tokenizer, options):  # in one go, so that tokens may lie across documents
+        yield _Segment(passage.text, not options.split)
         return
+    prefix, suffix = (np.array(ids, np.int32) for ids in _added(tokenizer, options))
     start, begins = 0, passage.begins
     for end in passage.ends:
         if begins:
-            yield prefix, False
+            yield _Segment(prefix, begins=True)
         rest = end + len(separator)
-        yield passage.text[start : end if control else rest], not options.split
-        yield suffix, False
+        yield _Segment(passage.text[start : end if control else rest], not options.split)
+        yield _Segment(suffix)
         if control:
-            yield passage.text[end:rest], True
+            yield _Segment(passage.text[end:rest], True)
         start, begins = rest, True
     if passage.text[start:]:
         if begins:
-            yield prefix, False
-        yield passage.text[start:], not options.split
+            yield _Segment(prefix, begins=True)
+        yield _Segment(passage.text[start:], not options.split)

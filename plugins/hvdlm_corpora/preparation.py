@@ -14,14 +14,14 @@ from typing import NamedTuple
 import numpy as np
 
 from hvdlm.config import DataConfig
-from hvdlm.data.token_files import FORMAT, TokenData, is_prepared, open_tokens
+from hvdlm.data.token_files import FORMAT, INDEXED_FORMAT, TokenData, is_prepared, open_tokens
 from hvdlm.data.tokenizer_base import Tokenizer
 from hvdlm.errors import HvdlmError
 from hvdlm.io import safe_files
 from hvdlm.io.atomic_files import write_synced
 from hvdlm.io.text_decoding import without_surrogates
 from hvdlm.io.untrusted_input import shown
-from hvdlm_corpora import cache, passages, sources, splits, tokenizers, workers
+from hvdlm_corpora import cache, document_tokens, passages, sources, splits, token_corpus, tokenizers, workers
 from hvdlm_corpora.documents import Form
 from hvdlm_corpora.passages import Passage, SpecialTokens
 from hvdlm_corpora.prepare_progress import Journal, itemsize
@@ -43,6 +43,13 @@ def prepare(config: DataConfig, output: str | None = None, processes: int | None
     """
     if is_prepared(config.paths):
         return open_tokens(Path(config.paths[0]))
+    if token_corpus.is_tokens(config.paths):
+        if output:
+            raise HvdlmError(
+                f"--output {output}: data.path {config.paths[0]} holds tokens already, which training reads as they "
+                "are: leave --output out."
+            )
+        return token_corpus.open_files(config)
     config = splits.choose(without_stdin(config))
     check_sources(config)
     folder = Path(output) if output else cache.folder(config) / cache.key(config)
@@ -85,7 +92,12 @@ def form_of(config: DataConfig) -> Form:
 
 def special_of(config: DataConfig) -> SpecialTokens:
     """Return how the texts of ``config`` get special tokens."""
-    return SpecialTokens(form_of(config).separator, config.add_special_tokens, config.split_special_tokens)
+    return SpecialTokens(
+        form_of(config).separator,
+        config.add_special_tokens,
+        config.split_special_tokens,
+        align=config.rows == "documents",
+    )
 
 
 def check_sources(config: DataConfig) -> None:
@@ -148,6 +160,8 @@ class Preparation:
         """Write the folder, resuming earlier work."""
         try:
             tokenizer = self._tokenizer()
+            begin, end = document_tokens.find(self._config, tokenizer)
+            self._special = replace(self._special, begin=begin, end=end)
             self._encode(tokenizer, processes)
             self._finish(tokenizer)
         except WorkerDied:
@@ -169,12 +183,12 @@ class Preparation:
 
     def _encode(self, tokenizer: Tokenizer, processes: int | None) -> None:
         sizes, state = [sources.size(source) for source in self._sources], self.journal.state
-        self.journal.open(tokenizer)
+        self.journal.open(tokenizer, passages.begins_documents(tokenizer, self._special))
         count = workers.choose(processes, tokenizer, sum(sizes))
         with ProgressBar("encoding", sum(sizes), sum(sizes[: state.source]), state.tokens) as progress:
             try:
-                for label, ids in workers.encoded(tokenizer, self._labelled(tokenizer), count):
-                    self.journal.add(label.source, label.end, ids, label.bytes)
+                for label, encoded in workers.encoded(tokenizer, self._labelled(tokenizer), count):
+                    self.journal.add(label.source, label.end, encoded, label.bytes)
                     progress.advance(label.bytes_read, state.tokens)
             except TooSlow as error:
                 end = error.label.end
@@ -213,14 +227,16 @@ class Preparation:
         else:
             train = int(tokens * (1 - self._config.validation_share))
             index = int(np.searchsorted(chunks[:, 1], train, "right"))
+        indexed = passages.begins_documents(tokenizer, self._special)
         header = {
-            "format": FORMAT,
+            "format": INDEXED_FORMAT if indexed else FORMAT,
             "dtype": f"uint{8 * itemsize(tokenizer)}",
             "train": train,
             "validation": tokens - train,
             "validation_bytes": self._validation_bytes(tokenizer, chunks, train, index),
             "tokenizer": tokenizer.hash,
             "sources": dict(zip(self._sources, self.journal.state.digests, strict=True)),
+            **({"documents": self.journal.state.documents} if indexed else {}),
         }
         write_synced(self.journal.tokens / "header.json", json.dumps(header, indent=1).encode())
         self.journal.publish(self._folder)
@@ -236,8 +252,8 @@ class Preparation:
         """
         if index == len(chunks) or isinstance(tokenizer, WordTokenizer):  # blanks and rare words are lost
             return 0
-        _, first, before = chunks[index - 1].tolist() if index else (0, 0, 0)
-        _, last, end = chunks[index].tolist()
+        _, first, before, _ = chunks[index - 1].tolist() if index else (0, 0, 0, 0)
+        _, last, end, _ = chunks[index].tolist()
         dtype = np.dtype(f"<u{itemsize(tokenizer)}")
         offset = first * dtype.itemsize
         ids = np.fromfile(self.journal.tokens / "tokens.bin", dtype, last - first, offset=offset).tolist()

@@ -22,15 +22,17 @@ from hvdlm.data.tokenizer_base import Tokenizer
 from hvdlm.errors import HvdlmError
 from hvdlm.io import atomic_files, safe_files, untrusted_input
 from hvdlm.io.untrusted_input import shown
+from hvdlm_corpora.passages import EncodedPassage
 from hvdlm_corpora.source_chunks import START, SourcePosition
 
-_FORMAT = "hvdlm-prepare-1"
+_FORMAT = "hvdlm-prepare-2"
 _LIMIT = 1 << 28  # bytes: room for the digests of millions of sources
 _COUNT = 1 << 53  # JSON readers keep integers exact up to here
 _SAVE_SECONDS = 5.0  # of work that are lost at most
-_TOKEN_FILES = r"header\.json|tokens\.bin|tokenizer\.json"
+_TOKEN_FILES = r"header\.json|tokens\.bin|documents\.bin|tokenizer\.json"
 _FILES = r"journal\.json|places\.bin|\.journal\.json\.[0-9a-f]+\.partial|\.journal\.json\.partial"
-_ROW = np.dtype(("<u8", 3))  # of a chunk: the number of its source; tokens and bytes of text up to its end
+_START = np.dtype("<i8")  # of a document: the tokens before it
+_ROW = np.dtype(("<u8", 4))  # of a chunk: the number of its source; tokens, bytes of text and documents up to its end
 
 
 @dataclass
@@ -44,6 +46,7 @@ class JournalState:
         pieces: chunks of all sources.
         tokens: tokens of all sources.
         bytes: bytes of text of all sources.
+        documents: documents of all sources in the index; 0 where there is none.
         digests: of the sources before ``source``, and perhaps of some after it.
     """
 
@@ -53,6 +56,7 @@ class JournalState:
     pieces: int = 0
     tokens: int = 0
     bytes: int = 0
+    documents: int = 0
     digests: list[str] = field(default_factory=list)
 
     @property
@@ -104,6 +108,8 @@ class Journal:
         path = self.tokens / "tokenizer.json"
         tokenizer = tokenizers.read(path, self._folder)
         sizes = {"places.bin": state.pieces * _ROW.itemsize, "tokens/tokens.bin": state.tokens * itemsize(tokenizer)}
+        if state.documents:
+            sizes["tokens/documents.bin"] = state.documents * _START.itemsize
         for name, size in sizes.items():
             if untrusted_input.size(self._folder / name, within=self._folder) < size:
                 raise ValueError(f"{name} is too short")
@@ -116,10 +122,10 @@ class Journal:
     def _check(self, state: JournalState) -> None:
         """Check that places.bin agrees with the journal."""
         rows = np.fromfile(self._folder / "places.bin", _ROW, state.pieces).astype(np.int64)
-        last = [state.source, state.tokens, state.bytes]
+        last = [state.source, state.tokens, state.bytes, state.documents]
         if state.source >= self._sources or (np.diff(rows, axis=0) < 0).any() or rows.min(initial=0) < 0:
             raise ValueError("places.bin is damaged")
-        if (rows[-1].tolist() if len(rows) else [0, 0, 0]) != last or (not len(rows) and state.position != START):
+        if (rows[-1].tolist() if len(rows) else [0, 0, 0, 0]) != last or (not len(rows) and state.position != START):
             raise ValueError("places.bin is of another journal")
 
     def begin(self, tokenizer: Tokenizer) -> None:
@@ -129,11 +135,19 @@ class Journal:
         for name in ("places.bin", "tokens/tokens.bin"):
             safe_files.create(self._folder / name).close()
 
-    def open(self, tokenizer: Tokenizer) -> None:
-        """Open both files for writing after the valid progress, and cut off what follows it."""
+    def open(self, tokenizer: Tokenizer, indexed: bool = False) -> None:
+        """Open the files for writing after the valid progress, and cut off what follows it.
+
+        ``indexed``: whether there is an index of documents.
+        """
         self._hash = tokenizer.hash
         self._dtype = f"<u{itemsize(tokenizer)}"
-        for name, size in (("places.bin", _ROW.itemsize * self.state.pieces), ("tokens/tokens.bin", self._size())):
+        sizes = {"places.bin": _ROW.itemsize * self.state.pieces, "tokens/tokens.bin": self._size()}
+        if indexed:
+            sizes["tokens/documents.bin"] = _START.itemsize * self.state.documents
+            if safe_files.kind(self.tokens / "documents.bin") is None:
+                safe_files.create(self.tokens / "documents.bin").close()
+        for name, size in sizes.items():
             file = os.fdopen(safe_files.open_regular(self._folder / name, os.O_RDWR), "r+b")
             self._files.append(file)
             file.truncate(size)
@@ -143,16 +157,19 @@ class Journal:
     def _size(self) -> int:
         return self.state.tokens * np.dtype(self._dtype).itemsize
 
-    def add(self, source: int, end: SourcePosition, ids: np.ndarray, count: int) -> None:
+    def add(self, source: int, end: SourcePosition, encoded: EncodedPassage, count: int) -> None:
         """Write the ids of a chunk of ``source`` that has ``count`` bytes and ends at ``end``."""
-        state, (places, tokens) = self.state, self._files
+        state, (places, tokens, *index) = self.state, self._files
+        for file in index:
+            file.write((encoded.starts + state.tokens).astype(_START).tobytes())
+            state.documents += len(encoded.starts)
         state.source = source
         state.offset, state.number = end
         state.pieces += 1
-        state.tokens += len(ids)
+        state.tokens += len(encoded.ids)
         state.bytes += count
-        tokens.write(ids.astype(self._dtype).tobytes())
-        places.write(np.array([source, state.tokens, state.bytes], "<u8").tobytes())
+        tokens.write(encoded.ids.astype(self._dtype).tobytes())
+        places.write(np.array([source, state.tokens, state.bytes, state.documents], "<u8").tobytes())
         if time.monotonic() - self._saved >= _SAVE_SECONDS:
             self._save()
 
@@ -166,7 +183,7 @@ class Journal:
         self._saved = time.monotonic()
 
     def finish(self) -> np.ndarray:
-        """Save and close; return the content of ``places.bin``, ``[chunks, 3]``."""
+        """Save and close; return the content of ``places.bin``, ``[chunks, 4]``."""
         self._save()
         self.close()
         return np.fromfile(self._folder / "places.bin", _ROW)
@@ -217,7 +234,7 @@ def _parse_state(journal: Any) -> JournalState:
     """Return the state in a journal, which is untrusted, after checking the types of all fields that are used."""
     if not isinstance(journal, dict) or journal.get("format") != _FORMAT:
         raise ValueError("it is no journal")
-    names = ("source", "offset", "number", "pieces", "tokens", "bytes")
+    names = ("source", "offset", "number", "pieces", "tokens", "bytes", "documents")
     counts: dict[str, Any] = {name: journal.get(name) for name in names}
     digests = journal.get("digests")
     for name, value in counts.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +21,9 @@ VALIDATION = ("validation", "valid", "val", "dev")
 TRAIN = "train"
 _SAME = {"training": TRAIN, "testing": "test", "eval": "test", "evaluation": "test"}
 _NAMES = "|".join([TRAIN, *VALIDATION, "test", *_SAME])
-_NAMED = re.compile(rf"(?:^|[^a-z])({_NAMES})(?:[^a-z]|$)")
+NAMED = re.compile(rf"(?:^|[^a-z])({_NAMES})(?:[^a-z]|$)")
+"""Finds the name of a split in the name of a file."""
+
 _SHARD = re.compile(r"(\w[\w.]*)-\d{5}-of-\d{5}(-\w+)?\.parquet")
 _ALL = ""  # in place of a split's name: a corpus that has no splits
 
@@ -41,13 +43,13 @@ def choose(config: DataConfig) -> DataConfig:
             raise HvdlmError(
                 f"data.path {path}: it has no split {config.split!r} (--data.split); {nearest(config.split, files)}"
             )
-        validation = _validation(files, {config.split}) if config.validation_path is None else []
+        validation = validation_split(files, {config.split}) if config.validation_path is None else []
         paths += files[name]
         held_out += [file for split in validation for file in files[split]]
         _print_choice(path, files, [name], validation, notes)
     for path in config.validation_paths:
         files, notes = _find_splits(path, config)
-        names = _validation(files, set()) or list(files)
+        names = validation_split(files, set()) or list(files)
         held_out += [file for split in names for file in files[split]]
         _print_choice(path, files, [], names, notes)
     for sentence in corpus_files.incomplete_sets({*paths, *held_out}):
@@ -55,7 +57,7 @@ def choose(config: DataConfig) -> DataConfig:
     return replace(config, path=paths, validation_path=held_out or None)
 
 
-def _validation(files: dict[str, list[str]], others: set[str]) -> list[str]:
+def validation_split(files: Mapping[str, list[str]], others: Container[str]) -> list[str]:
     """Return the name of the validation split in a list, empty where there is none."""
     return [name for name in VALIDATION if name in files and name not in others][:1]
 
@@ -70,7 +72,7 @@ def _find_splits(path: str, config: DataConfig) -> tuple[dict[str, list[str]], l
     files, notes = corpus_files.find(path, config.field)
     if not os.path.isdir(path):
         return {_ALL: files}, notes
-    splits = _by_shard(files) or _by_name(path, files)
+    splits = _by_shard(files) or by_name(path, files)
     if len(splits) < 2 or (splits.keys().isdisjoint((TRAIN, config.split)) and not _by_shard(files)):
         return {_ALL: files}, notes
     rest = len(files) - sum(map(len, splits.values()))
@@ -86,12 +88,12 @@ def _by_shard(files: Sequence[str]) -> dict[str, list[str]]:
     return dict(splits) if len(splits) > 1 else {}
 
 
-def _by_name(folder: str, files: Sequence[str]) -> dict[str, list[str]]:
+def by_name(folder: str, files: Sequence[str]) -> dict[str, list[str]]:
     """Return the files whose name, or else the nearest folder's below ``folder``, has the name of a split in it."""
     splits: defaultdict[str, list[str]] = defaultdict(list)
     for file in files:
         names = reversed(Path(os.path.relpath(file, folder)).parts)
-        matches = [match[1] for name in names if (match := _NAMED.search(name.lower()))]
+        matches = [match[1] for name in names if (match := NAMED.search(name.lower()))]
         if matches:
             splits[_SAME.get(matches[0], matches[0])].append(file)
     return dict(splits)

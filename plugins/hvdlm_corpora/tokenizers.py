@@ -12,7 +12,7 @@ import numpy as np
 
 from hvdlm import plugins
 from hvdlm.data.tokenizer_base import Tokenizer
-from hvdlm.data.tokenizers import LIMIT, SLACK, find_kind, from_json
+from hvdlm.data.tokenizers import BUILT_IN, LIMIT, SLACK, find_kind, from_json
 from hvdlm.errors import HvdlmError, nearest
 from hvdlm.io import untrusted_input
 from hvdlm.io.untrusted_input import shown
@@ -155,5 +155,5 @@ def train(name: str, size: int | None, texts: Iterable[str]) -> Tokenizer:
 def check(name: str) -> None:
     """Check that ``data.tokenizer`` names a known kind or an existing file."""
     if find_kind(name) is None and not Path(name).is_file():
-        advice = nearest(name, {"byte"}.union(*plugins.collections("tokenizers").values()))
+        advice = nearest(name, set(BUILT_IN).union(*plugins.collections("tokenizers").values()))
         raise HvdlmError(f"data.tokenizer: {shown(repr(name))} is no kind and no file of a tokenizer; {advice}")

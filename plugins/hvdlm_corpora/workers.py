@@ -14,15 +14,13 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
-import numpy as np
-
 from hvdlm.data import tokenizers
 from hvdlm.data.tokenizer_base import Tokenizer
 from hvdlm.data.tokenizers import ByteTokenizer
 from hvdlm.errors import HvdlmError
 from hvdlm.io.machine import cores
 from hvdlm_corpora import passages
-from hvdlm_corpora.passages import Passage
+from hvdlm_corpora.passages import EncodedPassage, Passage
 from hvdlm_corpora.time_limit import TooSlow
 from hvdlm_corpora.tokenizers import CharTokenizer
 
@@ -48,9 +46,9 @@ def choose(requested: int | None, tokenizer: Tokenizer, size: int) -> int:
 
 
 def encoded(
-    tokenizer: Tokenizer, texts: Iterable[tuple[Passage | str, Label]], workers: int
-) -> Iterator[tuple[Label, np.ndarray]]:
-    """Yield every text's label with its ids, int32 ``[n]``, in order, whatever the number of ``workers``.
+    tokenizer: Tokenizer, texts: Iterable[tuple[Passage, Label]], workers: int
+) -> Iterator[tuple[Label, EncodedPassage]]:
+    """Yield every text's label with its ids, in order, whatever the number of ``workers``.
 
     Raises:
         HvdlmError: a text can't be encoded.
@@ -79,9 +77,9 @@ def encoded(
 
 
 def _in_order(
-    pool: ProcessPoolExecutor, texts: Iterable[tuple[Passage | str, Label]], limit: int
-) -> Iterator[tuple[Label, np.ndarray]]:
-    waiting: deque[tuple[Label, Future[np.ndarray]]] = deque()
+    pool: ProcessPoolExecutor, texts: Iterable[tuple[Passage, Label]], limit: int
+) -> Iterator[tuple[Label, EncodedPassage]]:
+    waiting: deque[tuple[Label, Future[EncodedPassage]]] = deque()
     for text, label in texts:
         waiting.append((label, pool.submit(_encode, text)))
         if len(waiting) >= limit:
@@ -91,7 +89,7 @@ def _in_order(
         yield first, _labelled(first, future.result)
 
 
-def _labelled(label: Label, action: Callable[[], np.ndarray]) -> np.ndarray:
+def _labelled(label: Label, action: Callable[[], EncodedPassage]) -> EncodedPassage:
     try:
         return action()
     except TooSlow as error:
@@ -99,8 +97,8 @@ def _labelled(label: Label, action: Callable[[], np.ndarray]) -> np.ndarray:
         raise
 
 
-def encode(tokenizer: Tokenizer, text: Passage | str) -> np.ndarray:
-    """Return the ids of ``text``, int32 ``[n]``.
+def encode(tokenizer: Tokenizer, text: Passage) -> EncodedPassage:
+    """Return the ids of ``text``.
 
     Raises:
         TooSlow: it takes too long.
@@ -129,5 +127,5 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _encode(text: Passage | str) -> np.ndarray:
+def _encode(text: Passage) -> EncodedPassage:
     return encode(_tokenizer, text)

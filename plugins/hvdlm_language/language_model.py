@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 
+import numpy as np
+
 from hvdlm import hookimpl
 from hvdlm.config import Config, DataConfig
 from hvdlm.data import corpora
@@ -16,6 +18,7 @@ from hvdlm.io.text_decoding import without_surrogates
 from hvdlm.protocols.trainable import Trainable
 from hvdlm.protocols.types import Batch
 from hvdlm_language import sampler
+from hvdlm_language.document_rows import DocumentRows
 
 
 def loss_figures(sums: Mapping[str, float]) -> dict[str, float]:
@@ -38,8 +41,9 @@ class LanguageModel:
         self.vocab = self._vocab()
         for corpus in self._corpora:
             self._check(corpus)
+        self._rows = [self._split_rows(corpus) for corpus in self._corpora]
         self._sampler = self._make_sampler()
-        self.row_tokens = config.data.context
+        self.row_tokens = config.data.context if config.data.rows != "documents" else None
         self.epoch_rows = None if isinstance(self._sampler, sampler.MixtureSampler) else self._sampler.epoch_rows
 
     def _vocab(self) -> int:
@@ -55,34 +59,62 @@ class LanguageModel:
             for tokens in (corpus.data.train, corpus.data.validation):
                 self._check_ids(highest(tokens), HvdlmError)
         prefix = f"data.mixture {corpus.name}: " if corpus.name else ""
-        _require_length(corpus.data.train, self._config.data.context, f"{prefix}the training")
+        shortest = 1 if self._by_documents else self._config.data.context
+        _require_length(corpus.data.train, shortest, f"{prefix}the training")
         if len(corpus.data.validation) < 2:
             raise HvdlmError(
                 f"{prefix}the validation split has {len(corpus.data.validation)} tokens, 2 are needed: give more "
                 "text, a larger --data.validation_share or a --data.validation_path."
             )
 
+    @property
+    def _by_documents(self) -> bool:
+        return self._config.data.rows == "documents"
+
+    def _split_rows(self, corpus: Corpus) -> tuple[DocumentRows, DocumentRows] | None:
+        """Return the rows of a corpus's training and validation split that begin with documents; None: windows."""
+        if not self._by_documents:
+            return None
+        data, context = corpus.data, self._config.data.context
+        if data.train_documents is None or data.validation_documents is None:
+            raise HvdlmError(
+                f"data.rows documents: {data.folder} has no index of documents: prepare the texts with --data.rows "
+                "documents, or use --data.rows windows."
+            )
+        try:
+            return (
+                DocumentRows(data.train_documents, len(data.train), context),
+                DocumentRows(data.validation_documents, len(data.validation), context),
+            )
+        except (RankError, HvdlmError) as error:
+            raise HvdlmError(f"data.rows documents: {data.folder}: {error}") from error
+
     def _make_sampler(self) -> sampler.ShuffledSampler | sampler.MixtureSampler | sampler.SequentialSampler:
         data, train = self._config.data, self._config.train
+        rows = [rows[0] for rows in self._rows if rows is not None]
         if data.mixture is not None:
             shares = [(corpus.data.train, corpus.share) for corpus in self._corpora]
-            return sampler.MixtureSampler(shares, data.context, train.batch_size, train.seed)
+            return sampler.MixtureSampler(shares, data.context, train.batch_size, train.seed, rows or None)
         if data.sampling == "shuffled":
-            return sampler.ShuffledSampler(self.data.train, data.context, train.batch_size, train.seed)
+            documents = rows[0] if rows else None
+            return sampler.ShuffledSampler(self.data.train, data.context, train.batch_size, train.seed, (), documents)
         _require_length(self.data.train, data.context * train.batch_size, "the training")
         return sampler.SequentialSampler(self.data.train, data.context, train.batch_size)
 
     def rows(self, first: int, last: int) -> Batch:
         """Return rows ``first:last`` of the global order."""
-        inputs, targets, reset = self._sampler.rows(first, last)
-        # A large folder is only spot-checked when it is opened.
-        self._check_ids(max(int(inputs.max()), int(targets.max())), RankError)
-        return Batch(inputs, targets, None, reset)
+        inputs, targets, weights, reset = self._sampler.rows(first, last)
+        # A large folder is only spot-checked when it is opened. An id of 2^31 or more has become negative.
+        self._check_ids(max(int(ids.view(np.uint32).max()) for ids in (inputs, targets)), RankError)
+        return Batch(inputs, targets, weights, reset)
 
     def _check_ids(self, number: int, error: type[Exception]) -> None:
         if number >= self.vocab:
             folders = ", ".join(str(corpus.data.folder) for corpus in self._corpora)
-            raise error(f"{folders} holds the id {number}, the model has {self.vocab} ids: prepare it again.")
+            raise error(
+                f"{folders} holds the id {number}, the model has {self.vocab} ids: prepare it again, or give the "
+                "tokenizer that encoded it."
+            )
 
     def validation(self, rank: int, size: int, limit: int | None = None) -> Iterator[Batch]:
         """Yield ``rank``'s part of the validation split, of the corpora of a mixture one after the other.
@@ -90,10 +122,12 @@ class LanguageModel:
         They divide the ``limit`` by their shares.
         """
         data, train = self._config.data, self._config.train
-        for corpus in self._corpora:
+        for corpus, rows in zip(self._corpora, self._rows, strict=True):
             tokens = corpus.data.validation
             own = None if limit is None else math.ceil(limit * corpus.share)
-            if data.sampling == "shuffled":
+            if rows is not None:
+                windows = sampler.document_rows(tokens, rows[1], data.context, train.eval_batch_size, rank, size, own)
+            elif data.sampling == "shuffled":
                 windows = sampler.independent_windows(tokens, data.context, train.eval_batch_size, rank, size, own)
             else:
                 windows = sampler.parallel_streams(tokens, data.context, train.batch_size, rank, size, own)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from typing import Generic, TypeVar
 
@@ -10,10 +10,12 @@ import numpy as np
 
 from hvdlm.data.token_files import Tokens
 from hvdlm.parallel.mesh import bounds
+from hvdlm_language.document_rows import DocumentRows
 
 _MASK = np.uint64(0xFFFFFFFFFFFFFFFF)
 Drawn = TypeVar("Drawn")
 _BLOCK = 4096  # rows that are drawn at a time, at most
+_DOCUMENT_BLOCK = 256  # of documents, each of which takes about 0.1 ms in a large corpus
 
 
 def _mix(value: np.ndarray, key: np.uint64) -> np.ndarray:
@@ -45,40 +47,61 @@ def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:
     return value.astype(np.int64)
 
 
-class ShuffledSampler:
-    """Yields every window of ``context + 1`` tokens once an epoch, in random order, windows shifted in each epoch.
+TokenBatch = tuple[np.ndarray, np.ndarray, np.ndarray | None, bool]
+"""(inputs, targets, weights, reset), as the fields of ``Batch``."""
 
+
+class ShuffledSampler:
+    """Yields every row of a corpus once an epoch, in random order.
+
+    Rows are windows of ``context + 1`` tokens, shifted in each epoch, or those of ``documents``.
     ``stream``: numbers that make the order of this corpus differ from that of others with the same seed.
     """
 
-    def __init__(self, tokens: Tokens, context: int, batch_size: int, seed: int, stream: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self,
+        tokens: Tokens,
+        context: int,
+        batch_size: int,
+        seed: int,
+        stream: tuple[int, ...] = (),
+        documents: DocumentRows | None = None,
+    ) -> None:
         self.tokens = tokens
+        self.documents = documents
         self._context = context
         self._seed = seed
         self._stream = stream
         # One window fewer than fit without a shift, so that every shift below the context fits.
-        self.windows = self.epoch_rows = max(1, (len(tokens) - 1) // context - 1)
+        self.windows = max(1, (len(tokens) - 1) // context - 1) if documents is None else len(documents)
+        self.epoch_rows = self.windows
         # Drawing an epoch has a fixed cost: a block of a short text has no more epochs than a batch needs.
-        self._drawn = _Blocks(min(_BLOCK, max(batch_size, self.windows)), self._draw)
+        block = _BLOCK if documents is None else _DOCUMENT_BLOCK
+        self._drawn = _Blocks(min(block, max(batch_size, self.windows)), self._draw)
 
-    def rows(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray, bool]:
-        """Return int32 inputs and targets ``[last - first, context]`` of rows ``first:last``, and reset: always."""
-        starts = self._drawn.rows(first, last)
-        return _windows(((self.tokens, start) for start in starts), self._context) + (True,)
+    def rows(self, first: int, last: int) -> TokenBatch:
+        """Return rows ``first:last``, int32 ``[last - first, context]``, and reset: always."""
+        spans = [(self.tokens, *span) for span in self._drawn.rows(first, last)]
+        return _read(spans, self._context, self.documents is not None)
 
-    def _draw(self, first: int, last: int) -> list[int]:
-        return self.starts(np.arange(first, last)).tolist()
+    def _draw(self, first: int, last: int) -> list[tuple[int, int]]:
+        starts, counts = self.spans(np.arange(first, last))
+        return list(zip(starts.tolist(), counts.tolist(), strict=True))
 
-    def starts(self, positions: np.ndarray) -> np.ndarray:
-        """Return the first token of the window at each position of the order, int64 ``[n]``."""
-        starts = np.empty(len(positions), np.int64)
+    def spans(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the first token and the number of inputs of the row at each position of the order, int64 ``[n]``."""
+        starts, counts = np.empty(len(positions), np.int64), np.full(len(positions), self._context)
         for epoch in np.unique(positions // self.windows):
             chosen = positions // self.windows == epoch
             key = permutation_key(self._seed, int(epoch), *self._stream)
+            rows = permute(positions[chosen] % self.windows, self.windows, key)
+            if self.documents is not None:
+                starts[chosen], counts[chosen] = self.documents.spans(rows)
+                continue
             spare = len(self.tokens) - 1 - self.windows * self._context
             offset = key % (min(spare, self._context - 1) + 1)
-            starts[chosen] = offset + permute(positions[chosen] % self.windows, self.windows, key) * self._context
-        return starts
+            starts[chosen] = offset + rows * self._context
+        return starts, counts
 
 
 def permutation_key(*numbers: int) -> int:
@@ -107,7 +130,7 @@ class _Blocks(Generic[Drawn]):
 
 
 class MixtureSampler:
-    """Mixes the rows of several corpora by weight; within a corpus, windows come in the order of a ShuffledSampler.
+    """Mixes the rows of several corpora by weight; within a corpus, rows come in the order of a ShuffledSampler.
 
     The first n blocks of rows hold floor(n x block x weight) rows of a corpus, and the largest corpus has the rest: at
     the end of a block no corpus is off by a whole row (the largest by one for each other corpus), however long training
@@ -115,11 +138,19 @@ class MixtureSampler:
     row's number without any counting (as in levanter's MixtureDataset).
     """
 
-    def __init__(self, corpora: Sequence[tuple[Tokens, float]], context: int, batch_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        corpora: Sequence[tuple[Tokens, float]],
+        context: int,
+        batch_size: int,
+        seed: int,
+        documents: Sequence[DocumentRows] | None = None,
+    ) -> None:
         self._context = context
         self._seed = seed
+        self._pads = documents is not None
         self._samplers = [
-            ShuffledSampler(tokens, context, batch_size, seed, (number,))
+            ShuffledSampler(tokens, context, batch_size, seed, (number,), documents[number - 1] if documents else None)
             for number, (tokens, _) in enumerate(corpora, 1)
         ]
         weights = [Fraction(weight) for _, weight in corpora]
@@ -131,13 +162,14 @@ class MixtureSampler:
 
     @property
     def windows(self) -> list[int]:
-        """Windows in an epoch of each corpus."""
+        """Rows in an epoch of each corpus."""
         return [sampler.windows for sampler in self._samplers]
 
-    def rows(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray, bool]:
-        """Return int32 inputs and targets ``[last - first, context]`` of rows ``first:last``, and reset: always."""
+    def rows(self, first: int, last: int) -> TokenBatch:
+        """Return rows ``first:last``, int32 ``[last - first, context]``, and reset: always."""
         drawn = self._drawn.rows(first, last)
-        return _windows(((self._samplers[number].tokens, start) for number, start in drawn), self._context) + (True,)
+        spans = [(self._samplers[number].tokens, start, count) for number, start, count in drawn]
+        return _read(spans, self._context, self._pads)
 
     def counts(self, rows: int) -> np.ndarray:
         """Return each corpus's number of rows in the first ``rows`` rows (whole blocks), int64 ``[corpora]``."""
@@ -145,22 +177,32 @@ class MixtureSampler:
         counts[self._largest] += rows - sum(counts)
         return np.array(counts)
 
-    def _draw(self, first: int, last: int) -> list[tuple[int, int]]:
-        """Return for each row of a block the number of its corpus and the first token of its window."""
+    def _draw(self, first: int, last: int) -> list[tuple[int, int, int]]:
+        """Return for each row of a block the number of its corpus, its first token and the number of its inputs."""
         before, after = self.counts(first), self.counts(last)
         ends = np.cumsum(after - before)
         order = permute(np.arange(self._block), self._block, permutation_key(self._seed, first, 0, 0))
-        corpora, starts = np.searchsorted(ends, order, "right"), np.empty(self._block, np.int64)
+        corpora = np.searchsorted(ends, order, "right")
+        starts, counts = np.empty((2, self._block), np.int64)
         for number, sampler in enumerate(self._samplers):
             chosen = corpora == number
-            starts[chosen] = sampler.starts(after[number] - ends[number] + order[chosen])
-        return list(zip(corpora.tolist(), starts.tolist(), strict=True))
+            starts[chosen], counts[chosen] = sampler.spans(after[number] - ends[number] + order[chosen])
+        return list(zip(corpora.tolist(), starts.tolist(), counts.tolist(), strict=True))
 
 
-def _windows(starts: Iterable[tuple[Tokens, int]], context: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return int32 inputs and targets ``[rows, context]`` of windows, given as (tokens of a corpus, first token)."""
-    windows = np.stack([tokens[start : start + context + 1] for tokens, start in starts]).astype(np.int32)
-    return np.ascontiguousarray(windows[:, :-1]), np.ascontiguousarray(windows[:, 1:])
+def _read(spans: Sequence[tuple[Tokens, int, int]], context: int, pads: bool) -> TokenBatch:
+    """Return rows, given as (tokens of a corpus, first token, number of inputs); ``pads``: some may be shorter."""
+    read = [tokens[start : start + count + 1] for tokens, start, count in spans]
+    weights = None
+    if pads:  # weights in every batch, so that there is one shape of a step
+        counts = np.array([count for _, _, count in spans])
+        weights = (np.arange(context) < counts[:, None]).astype(np.float32)
+        read = [np.pad(ids, (0, context + 1 - len(ids))) for ids in read]
+    windows = np.stack(read).astype(np.int32)
+    inputs, targets = windows[:, :-1].copy(), windows[:, 1:].copy()
+    if weights is not None:
+        inputs[weights == 0] = 0  # a row's last target is no input of it
+    return inputs, targets, weights, True
 
 
 class SequentialSampler:
@@ -174,18 +216,36 @@ class SequentialSampler:
         self.windows = self._stream_length // context
         self.epoch_rows = self.windows * batch_size
 
-    def rows(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray, bool]:
-        """Return int32 inputs and targets ``[last - first, context]`` of rows ``first:last``, which are of one batch.
+    def rows(self, first: int, last: int) -> TokenBatch:
+        """Return rows ``first:last``, int32 ``[last - first, context]``, which are of one batch.
 
-        Also return whether the streams start from their beginning with this batch.
+        ``reset`` says whether the streams start from their beginning with this batch.
         """
         window = first // self._batch_size % self.windows
         starts = (row % self._batch_size * self._stream_length + window * self._context for row in range(first, last))
-        return _windows(((self._tokens, start) for start in starts), self._context) + (window == 0,)
+        inputs, targets, _, _ = _read([(self._tokens, start, self._context) for start in starts], self._context, False)
+        return inputs, targets, None, window == 0
 
 
-TokenBatch = tuple[np.ndarray, np.ndarray, np.ndarray | None, bool]
-"""(inputs, targets, weights, reset), as the fields of ``Batch``."""
+def document_rows(
+    tokens: Tokens, documents: DocumentRows, context: int, rows: int, rank: int, size: int, limit: int | None = None
+) -> Iterator[TokenBatch]:
+    """Yield the batches that ``rank`` evaluates of a split in rows of its documents, each row once.
+
+    They have one shape, at most ``rows`` rows; the last one is padded with rows of weight 0. ``limit``: as many rows as
+    have so many targets if they are full, spread evenly over the split.
+    """
+    chosen = len(documents) if limit is None else min(len(documents), -(-limit // context))
+    first, last = bounds(chosen, size, rank)
+    if first == last:
+        return
+    batches = -(-(last - first) // rows)
+    rows = -(-(last - first) // batches)
+    for start in range(first, last, rows):
+        numbers = np.arange(start, min(start + rows, last)) * len(documents) // chosen
+        starts, counts = documents.spans(numbers)
+        spans = [(tokens, *span) for span in zip(starts.tolist(), counts.tolist(), strict=True)]
+        yield _read(spans + [(tokens, 0, 0)] * (rows - len(spans)), context, True)
 
 
 def independent_windows(
