@@ -69,10 +69,12 @@ def context_of(model: str) -> int:
 
 
 @both_frameworks
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", [*MODELS, "mistral"])
 def test_a_batch_has_the_tokens_of_each_text_alone(framework: str, model: str) -> None:
     """Prompts of several lengths, two of them equal, one beyond the context; some texts wait for others to end."""
-    trainable, context = small_trainable(framework, model, initial_scale=0.5, kv_heads=2), context_of(model)
+    options: dict[str, Any] = {"window": 5, "rotary_share": 0.5} if model == "mistral" else {}
+    trainable = small_trainable(framework, model, initial_scale=0.5, kv_heads=2, **options)
+    context = context_of(model)
     assert isinstance(trainable, SamplesTokens) and trainable.joins_caches
     for chosen in RULES[: 4 if framework == "torch" else 1]:
         expected = [
