@@ -72,7 +72,7 @@ def decode(
         yield
 
 
-class _Part(NamedTuple):
+class _Group(NamedTuple):
     """Texts that are computed by one call: ``texts[i]`` are numbers of texts in the batch, which have read the same."""
 
     texts: list[list[int]]
@@ -109,19 +109,19 @@ class _Batch:
         """Generate a token of every text."""
         cached = sum(text.cached > 0 for text in self.texts)
         unread = [text.unread(self._context) for text in self.texts]
-        parts = [*self._continue(unread, cached), *self._fill(unread)]
-        for part in parts:
-            if part.tokens.min() < 0:
+        groups = [*self._continue(unread, cached), *self._fill(unread)]
+        for group in groups:
+            if group.tokens.min() < 0:
                 raise HvdlmError(
                     "the model's scores of the next token are not finite numbers: its training has diverged. Generate "
                     "from an earlier checkpoint (--checkpoint)."
                 )
-            for row, texts in enumerate(part.texts):
+            for row, texts in enumerate(group.texts):
                 for draw, number in enumerate(texts):
-                    self.texts[number].add(int(part.tokens[row, draw]), len(unread[number]), self._stop_tokens)
-        self._keep(parts)
+                    self.texts[number].add(int(group.tokens[row, draw]), len(unread[number]), self._stop_tokens)
+        self._keep(groups)
 
-    def _continue(self, unread: list[list[int]], cached: int) -> Iterator[_Part]:
+    def _continue(self, unread: list[list[int]], cached: int) -> Iterator[_Group]:
         """Compute the texts that continue from the cache, which has ``cached`` rows."""
         continued = [number for number, text in enumerate(self.texts) if text.cached]
         if not continued:
@@ -130,7 +130,7 @@ class _Batch:
             self._cache = self._sampler.join([self._cache], np.array(continued))
         yield self._compute([[number] for number in continued], unread, self._cache)
 
-    def _fill(self, unread: list[list[int]]) -> Iterator[_Part]:
+    def _fill(self, unread: list[list[int]]) -> Iterator[_Group]:
         """Compute the texts whose cache has to be filled: those of the same length together, the same prompt once."""
         by_length: dict[int, dict[Any, list[int]]] = {}
         for number, (text, tokens) in enumerate(zip(self.texts, unread, strict=True)):
@@ -140,29 +140,29 @@ class _Batch:
         for alike in by_length.values():
             yield self._compute(list(alike.values()), unread, None)
 
-    def _compute(self, texts: list[list[int]], unread: list[list[int]], cache: Any) -> _Part:
+    def _compute(self, texts: list[list[int]], unread: list[list[int]], cache: Any) -> _Group:
         uniform = np.zeros((len(texts), max(map(len, texts))))
         if self._rule.temperature:
             for row, numbers in enumerate(texts):
                 uniform[row, : len(numbers)] = [self.texts[number].draw() for number in numbers]
         read = np.array([unread[numbers[0]] for numbers in texts], np.int32)
-        return _Part(texts, *self._sampler.sample(read, cache, uniform, self._rule))
+        return _Group(texts, *self._sampler.sample(read, cache, uniform, self._rule))
 
-    def _keep(self, parts: list[_Part]) -> None:
+    def _keep(self, groups: list[_Group]) -> None:
         """Leave the texts that have ended, and join the caches of the others."""
         if not self._sampler.joins_caches:  # texts that have ended stay until all have
-            self._cache = parts[0].cache
+            self._cache = groups[0].cache
             if not any(text.left for text in self.texts):
                 self.texts, self._cache = [], None
             return
         kept, rows, first = [], [], 0
-        for part in parts:
-            for row, numbers in enumerate(part.texts):
+        for group in groups:
+            for row, numbers in enumerate(group.texts):
                 going = [self.texts[number] for number in numbers if self.texts[number].left]
                 kept += going
                 rows += [first + row] * len(going)
-            first += len(part.texts)
+            first += len(group.texts)
         self.texts = kept
-        self._cache = parts[0].cache
-        if rows and (len(parts) > 1 or rows != list(range(first))):
-            self._cache = self._sampler.join([part.cache for part in parts], np.array(rows))
+        self._cache = groups[0].cache
+        if rows and (len(groups) > 1 or rows != list(range(first))):
+            self._cache = self._sampler.join([group.cache for group in groups], np.array(rows))

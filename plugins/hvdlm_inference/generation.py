@@ -204,7 +204,7 @@ def write(run: Run, requests: Sequence[Request], count: int, batch_size: int) ->
             unprinted = unprinted[end:]
     if run.world.rank == 0:
         print(unprinted, flush=True)
-    return ["".join(parts) for parts in chunks]
+    return ["".join(of_text) for of_text in chunks]
 
 
 def texts_of(
@@ -222,7 +222,7 @@ def texts_of(
     chunks: list[list[str]] = [[] for _ in requests]
     for index, chunk in chunks_of_texts(run, requests, count, batch_size):
         chunks[index].append(chunk)
-    return ["".join(parts) for parts in chunks]
+    return ["".join(of_text) for of_text in chunks]
 
 
 def text_of(run: Run, prompt: str, count: int, shown: bool = False, **sampling: Any) -> str:

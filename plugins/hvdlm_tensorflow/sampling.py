@@ -26,8 +26,9 @@ def choose(scores: tf.Tensor, uniform: tf.Tensor, rule: SamplingRule) -> tf.Tens
     count: Any = tf.shape(scores)[1]
     count = tf.where(rule.top_k > 0, tf.minimum(rule.top_k, count), count)
     falling, tokens = tf.math.top_k(scores, count)  # of equal scores, the lower token is first
-    scaled = tf.cast(falling, tf.float64)
-    sums = tf.cumsum(tf.exp((scaled - scaled[:, :1]) / tf.maximum(rule.temperature, _TINY)), 1)
+    wide = tf.cast(falling, tf.float64)
+    temperature = tf.maximum(tf.convert_to_tensor(rule.temperature, tf.float64), _TINY)
+    sums = tf.cumsum(tf.exp((wide - wide[:, :1]) / temperature), 1)
     below = tf.cast(sums < rule.top_p * sums[:, -1:], tf.int32)
     last = tf.minimum(tf.reduce_sum(below, 1, keepdims=True), count - 1)
     drawn = tf.searchsorted(sums, uniform * tf.gather(sums, last, batch_dims=1), side="right")

@@ -64,7 +64,7 @@ class Forward:
         """Return a model with the weights of products in half precision, to which autocast would round them anew."""
         model: Any = make_model(self.spec, self.model_shard, self.collectives)
         kept = "embed.", "norm"  # tables that are added, and norms, are float32
-        model.bind({n: t if any(part in n for part in kept) else t.to(self.half) for n, t in parameters.items()})
+        model.bind({n: t if any(word in n for word in kept) else t.to(self.half) for n, t in parameters.items()})
         model.head = tuple(None if tensor is None else tensor.to(self.half) for tensor in model.head)
         return model
 

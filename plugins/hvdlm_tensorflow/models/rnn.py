@@ -94,7 +94,7 @@ class RNN:
     def join(self, caches: Sequence[Carry], rows: tf.Tensor) -> Carry:
         """Return the cache whose row i is row ``rows[i]`` of ``caches``, whose rows are numbered in turn."""
         layers = zip(*caches, strict=True)
-        return [tuple(tf.gather(tf.concat(parts, 0), rows) for parts in zip(*layer, strict=True)) for layer in layers]
+        return [tuple(tf.gather(tf.concat(states, 0), rows) for states in zip(*layer, strict=True)) for layer in layers]
 
     def carry_arrays(self, carry: Carry) -> dict[str, np.ndarray]:
         """Return {layer.index: float32 ``[rows, hidden / ranks]``} of a carried state."""

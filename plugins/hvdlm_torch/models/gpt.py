@@ -106,8 +106,8 @@ class Cache:
         )
         joined._capacity = max(cache._capacity for cache in caches)
 
-        def join(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-            padded = [F.pad(part, (0, 0, 0, joined._capacity - part.shape[2])) for part in parts]
+        def join(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+            padded = [F.pad(tensor, (0, 0, 0, joined._capacity - tensor.shape[2])) for tensor in tensors]
             return (padded[0] if len(padded) == 1 else torch.cat(padded)).index_select(0, rows)
 
         layers = zip(*(cache._keys_values for cache in caches), strict=True)

@@ -91,7 +91,9 @@ class RNN:
     def join(self, caches: Sequence[Carry], rows: torch.Tensor) -> Carry:
         """Return the cache whose row i is row ``rows[i]`` of ``caches``, whose rows are numbered in turn."""
         layers = zip(*caches, strict=True)
-        return [tuple(torch.cat(parts).index_select(0, rows) for parts in zip(*layer, strict=True)) for layer in layers]
+        return [
+            tuple(torch.cat(states).index_select(0, rows) for states in zip(*layer, strict=True)) for layer in layers
+        ]
 
     def carry_arrays(self, carry: Carry) -> dict[str, np.ndarray]:
         """Return {layer.index: float32 ``[rows, hidden / ranks]``} of a carried state."""
