@@ -276,6 +276,20 @@ def test_evaluation_by_documents_predicts_every_token_once(
     assert sorted(seen) == list(range(1, sum(lengths)))
 
 
+def test_a_limited_evaluation_by_documents_is_spread_evenly() -> None:
+    tokens = np.arange(9000)
+    documents = DocumentRows(np.arange(0, 9000, 9), 9000, 20)  # two documents a row
+    for limit, rows in ((1, 1), (1800, 100), (9000, 500), (10**6, 500)):
+        seen: list[int] = []
+        for rank in range(3):
+            for _, targets, weights, _ in evaluated(tokens, documents, 20, 7, rank, 3, limit):
+                assert weights is not None
+                seen += targets[weights == 1].tolist()
+        expected = rows * 18 - (1 if rows == 500 else 0)
+        assert len(set(seen)) == len(seen) and abs(len(seen) - expected) <= 18
+        assert limit == 1 or (np.histogram(seen, 10, (0, 9000))[0] > len(seen) / 12).all()
+
+
 def test_mixtures_are_made_of_rows_of_documents() -> None:
     corpora, documents = [], []
     for number, lengths in enumerate(([3, 9, 2] * 40, [5, 1] * 30)):

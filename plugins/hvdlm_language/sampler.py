@@ -228,22 +228,28 @@ class SequentialSampler:
 
 
 def document_rows(
-    tokens: Tokens, documents: DocumentRows, context: int, rows: int, rank: int, size: int, limit: int | None = None
+    tokens: Tokens,
+    documents: DocumentRows,
+    context: int,
+    rows: int,
+    rank: int,
+    size: int,
+    limit: int | None = None,
 ) -> Iterator[TokenBatch]:
     """Yield the batches that ``rank`` evaluates of a split in rows of its documents, each row once.
 
-    They have one shape, at most ``rows`` rows; the last one is padded with rows of weight 0. ``limit``: as many rows as
-    have so many targets if they are full, spread evenly over the split.
+    They have one shape, at most ``rows`` rows; the last one is padded with rows of weight 0. ``limit``: rows with about
+    so many targets, spread evenly over the split.
     """
-    chosen = len(documents) if limit is None else min(len(documents), -(-limit // context))
+    total = len(documents)
+    chosen = total if limit is None else min(total, -(-limit * total // max(1, len(tokens) - 1)))
     first, last = bounds(chosen, size, rank)
     if first == last:
         return
     batches = -(-(last - first) // rows)
     rows = -(-(last - first) // batches)
     for start in range(first, last, rows):
-        numbers = np.arange(start, min(start + rows, last)) * len(documents) // chosen
-        starts, counts = documents.spans(numbers)
+        starts, counts = documents.spans(np.arange(start, min(start + rows, last)) * total // chosen)
         spans = [(tokens, *span) for span in zip(starts.tolist(), counts.tolist(), strict=True)]
         yield _read(spans + [(tokens, 0, 0)] * (rows - len(spans)), context, True)
 
