@@ -323,6 +323,35 @@ def test_unsupported_folders_are_refused_in_one_sentence(tmp_path: Path, harm: H
     assert expected in str(caught.value)
 
 
+_YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0}
+UNSUPPORTED: list[tuple[str, dict[str, Any], str]] = [
+    ("llama", {"rope_parameters": _YARN}, "its rope_type is 'yarn', hvdlm's positions are 'default' or 'llama3'"),
+    ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "its rope_type is 'linear'"),
+    ("llama3", {"rope_parameters": {"rope_type": "llama3"}}, "'factor' is missing"),
+    ("llama", {"partial_rotary_factor": 0.5}, "its partial_rotary_factor is 0.5"),
+    ("llama", {"attention_bias": True}, "its attention_bias and mlp_bias differ"),
+    ("qwen2-window", {"max_window_layers": 1, "layer_types": None}, "only some of its layers have a sliding window"),
+    ("qwen3", {"attention_bias": True}, "its attention_bias is 'True', hvdlm's models have False"),
+    ("qwen3", {"num_key_value_heads": 3}, "model.heads 4 is not a multiple of model.kv_heads 3"),
+    ("mistral", {"sliding_window": 0}, "its sliding_window is '0', expected a whole number above 0"),
+    ("neox", {"attention_bias": False}, "its attention_bias is 'False', hvdlm's models have True"),
+    ("neox", {"rope_parameters": {"partial_rotary_factor": 0.4}}, "rotary positions need an even width per head"),
+    ("gemma", {"hidden_act": "silu"}, "its hidden_act is 'silu'"),
+    ("gemma", {"use_bidirectional_attention": True}, "its use_bidirectional_attention is 'True'"),
+]
+
+
+@pytest.mark.parametrize(
+    "kind, fields, expected", UNSUPPORTED, ids=[f"{kind}-{next(iter(f))}" for kind, f, _ in UNSUPPORTED]
+)
+def test_unsupported_fields_are_named(tmp_path: Path, kind: str, fields: dict[str, Any], expected: str) -> None:
+    transformers_model(kind).save_pretrained(tmp_path / "model")
+    changed(tmp_path / "model", **fields)
+    with pytest.raises(HvdlmError) as caught:
+        resolved(tmp_path / "model", "torch")
+    assert expected in str(caught.value) and len(str(caught.value)) < 400 + len(str(tmp_path))
+
+
 def test_sizes_that_contradict_the_folder_are_refused(tmp_path: Path) -> None:
     transformers_model("gpt2").save_pretrained(tmp_path)
     config = Config()

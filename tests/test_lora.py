@@ -45,7 +45,7 @@ from launching import losses, run_python
 SGD = {"optimizer": "sgd", "weight_decay": 0.0, "clip": 0.0}
 HALF = {"precision": "bf16", "activation_checkpointing": True}
 EVERY: dict[str, Any] = {"layers": "*"}
-ALL = ["gpt", "llama", "lstm", *ENCODER_MODELS]
+ALL = ["gpt", "llama", "qwen3", "lstm", *ENCODER_MODELS]
 
 
 def adapted_config(framework: str, model: str, lora: dict[str, Any], **train: Any) -> Config:
