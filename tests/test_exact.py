@@ -19,6 +19,7 @@ from builders import (
     ENCODER_ROWS,
     ENCODER_VOCAB,
     FRAMEWORKS,
+    NEWER,
     VOCAB,
     both_frameworks,
     case,
@@ -162,9 +163,9 @@ def test_steps_have_the_bits_of_one_rank(framework: str, leaves: int, leaf: int,
     assert_same_bits(state, expected_state)
 
 
-@pytest.mark.parametrize("model", [*ENCODER_MODELS, "llama", "lstm"])
+@pytest.mark.parametrize("model", [*ENCODER_MODELS, "llama", *NEWER, "lstm"])
 def test_steps_of_other_models_have_the_bits_of_one_rank(model: str) -> None:
-    config = exact_config("torch", ENCODER_ROWS, 1)
+    config = exact_config("torch", ENCODER_ROWS, 1, **NEWER.get(model, {}))
     config.model.name = model
     figures, state = train_on(4, config)
     expected, expected_state = train_on(1, config)

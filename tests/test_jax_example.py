@@ -214,7 +214,7 @@ def test_jax_passes_the_tests_of_one_rank(jax_path: str) -> None:
     every = {"HVDLM_TEST_FULL": "1"}  # what of two frameworks' tests covers others doesn't hold for a third one
     tests = {"HVDLM_TEST_FRAMEWORKS": "torch jax", "HVDLM_TEST_FRAMEWORK": "jax"}  # the latter for tests/warm
     done = run_python(command, PYTHONPATH=jax_path, **tests, **QUICKLY, **every)
-    assert done.returncode == 0 and "8 passed" in done.stdout, done.stdout[-3000:] + done.stderr[-2000:]
+    assert done.returncode == 0 and "11 passed" in done.stdout, done.stdout[-3000:] + done.stderr[-2000:]
 
 
 def test_the_example_passes_its_own_tests_and_conforms(jax_path: str, tmp_path: Path) -> None:

@@ -29,10 +29,14 @@ WAYS: dict[str, Way] = {
     "zero2": ((2, 1, 1), SHALLOW, {"parallel": {"zero": 2}}),
 }
 COVERED: dict[str, str] = {}
+# Settings of several newer models in one.
+NEWER = {"name": "qwen3", "layers": 1, "width": 32, "heads": 4, "kv_heads": 2, "head_width": 12, "window": 5}
+NEWER |= {"activation": "geglu", "rotary_share": 0.5, "parallel_residual": True, "scale_embeddings": True}
 if FRAMEWORK == "torch":  # XLA compiles no collectives, so that tensor ranks are refused
     WAYS["zero1"] = ((2, 1, 1), SHALLOW, {"parallel": {"zero": 1}})
     WAYS["tensor"] = (*TENSOR[:1], {**SHALLOW, "dropout": 0.3}, {})
     WAYS["bf16"] = (*TENSOR[:2], {"train": {"precision": "bf16"}})
+    WAYS["newer"] = ((1, 1, 2), NEWER, {})
     WAYS["recomputed"] = ((1, 2, 1), GPT, {"train": {"activation_checkpointing": True}})
     COVERED["stages"] = "case recomputed, of the same stages"
     COVERED["zero1"] = "case zero2"

@@ -135,8 +135,7 @@ class GPT:
         self._kv_replicated = settings.kv_heads % model_shard.tensor > 0
         self._kv_heads = 1 if self._kv_replicated else settings.kv_heads // model_shard.tensor
         tables = rotary_tables(settings) if settings.positions == "rotary" else ()
-        self._rotary_tables = tuple(map(torch.from_numpy, tables))
-        self._angles: dict[torch.device, tuple[torch.Tensor, ...]] = {}
+        self._rotary_tables = tuple(map(torch.from_numpy, tables))  # cosines and sines [context, rotary_width]
 
     def bind(self, parameters: Mapping[str, torch.Tensor]) -> None:
         """Use these tensors as parameters; they are looked up by layer once, here."""
@@ -145,6 +144,9 @@ class GPT:
         self._layers = [{n[len(p) :]: t for n, t in self._p.items() if n.startswith(p)} for p in prefixes]
         table: Any = self._p.get("embed.tokens" if self.s.tie_embeddings else "head.weight")
         self.head = table, None
+        # Here, not at their first use: that would change what torch.compile has seen, and it would compile again.
+        device = next(iter(self._p.values())).device
+        self._rotary_tables = tuple(t.to(device) for t in self._rotary_tables)
         # Replicated parameters of which each rank computes only a part of the gradient, without and with sequence
         # parallelism: their gradients have to be summed. Norms of queries and keys are those of a rank's own heads.
         of_heads = [name for name in self._layers[0] if self._kv_replicated and name.startswith(_KV)]
@@ -259,7 +261,7 @@ class GPT:
         return {n: t[..., columns] if n.startswith(_KV) else t for n, t in p.items()}
 
     def _rotate(self, x: torch.Tensor, start: int | torch.Tensor) -> torch.Tensor:
-        cos, sin = (_rows(t, start, x.shape[2]) for t in self._cos_sin(x.device))  # [time, rotary_width], or of rows
+        cos, sin = (_rows(t, start, x.shape[2]) for t in self._rotary_tables)  # [time, rotary_width], or of rows
         width = self.s.rotary_width
         if width == self.s.head_width:
             return _rotated(x, cos.unsqueeze(-3), sin.unsqueeze(-3))
@@ -268,12 +270,6 @@ class GPT:
         x = x.transpose(1, 2)
         rotated = _rotated(x[..., :width], cos.unsqueeze(-2), sin.unsqueeze(-2))
         return torch.cat((rotated, x[..., width:]), dim=-1).transpose(1, 2)
-
-    def _cos_sin(self, device: torch.device) -> tuple[torch.Tensor, ...]:
-        """Return cosines and sines, float32 ``[context, rotary_width]``, copied to ``device`` once."""
-        if device not in self._angles:
-            self._angles[device] = tuple(table.to(device) for table in self._rotary_tables)
-        return self._angles[device]
 
     def _mlp(self, h: torch.Tensor, number: int, p: Layer, c: Collectives) -> torch.Tensor:
         """Return this rank's columns of the inner layer, ``[rows, time, mlp / ranks]``."""
