@@ -24,7 +24,7 @@ from builders import (
 from hvdlm.config import TrainConfig
 from hvdlm.parallel.parameter_groups import UpdateRates
 from hvdlm_inference.generation import generate
-from hvdlm_inference.sampling import Sampling, sample
+from hvdlm_inference.sampling import Sampling, choose
 from launching import run_python
 
 MODELS = ["gpt", "llama", "rnn", "gru", "lstm"]
@@ -283,11 +283,12 @@ def test_a_restored_state_continues_bit_for_bit(framework: str, model: str, opti
 
 
 def test_sampling_follows_temperature_top_k_and_top_p() -> None:
-    scores = np.log(np.array([0.5, 0.25, 0.15, 0.1]))
+    scores = np.log(np.array([[0.5, 0.25, 0.15, 0.1]], np.float32))
 
     def drawn(**options: Any) -> list[int]:
-        random = np.random.default_rng(0)
-        return [sample(scores, Sampling(**options), random) for _ in range(4000)]
+        uniform = np.random.default_rng(0).random((1, 4000))
+        tokens: list[int] = choose(scores, uniform, Sampling(**options).rule(None))[0].tolist()
+        return tokens
 
     assert set(drawn(temperature=0)) == {0}
     assert set(drawn(temperature=1, top_k=2)) == {0, 1}

@@ -17,9 +17,10 @@ def choose(scores: torch.Tensor, uniform: torch.Tensor, rule: SamplingRule) -> t
     ``scores``: float32 ``[rows, vocab]``; ``uniform``: float64 ``[rows, draws]``.
     """
     scores = scores[:, : rule.vocab]
-    finite = (scores < math.inf).all(-1, keepdim=True)
+    # NaN counts as the largest: the first score tells whether all are finite.
     if rule.temperature == 0:
-        return scores.argmax(-1, keepdim=True).where(finite, -1).int().expand(uniform.shape)
+        best = scores.argmax(-1, keepdim=True)
+        return best.where(scores.gather(1, best) < math.inf, -1).int().expand(uniform.shape)
     falling, tokens = scores.sort(dim=-1, descending=True, stable=True)
     if rule.top_k:
         falling, tokens = falling[:, : rule.top_k], tokens[:, : rule.top_k]
@@ -29,4 +30,4 @@ def choose(scores: torch.Tensor, uniform: torch.Tensor, rule: SamplingRule) -> t
     if rule.top_p < 1:
         last = torch.minimum(last, (sums < rule.top_p * sums[:, -1:]).sum(-1, keepdim=True))
     drawn = torch.searchsorted(sums, uniform * sums.gather(1, last), right=True)
-    return tokens.gather(1, torch.minimum(drawn, last)).where(finite, -1).int()
+    return tokens.gather(1, torch.minimum(drawn, last)).where(falling[:, :1] < math.inf, -1).int()
