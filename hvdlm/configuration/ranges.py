@@ -11,12 +11,13 @@ from hvdlm.io.untrusted_input import shown
 
 _LARGEST = 2.0**63  # NaN isn't below it either
 _POSITIVE = """
-    model.layers model.width model.heads model.kv_heads model.head_width model.mlp_width model.vocab
-    model.rotary_scaling_context lora.rank data.vocab_size data.context train.steps train.batch_size
-    train.micro_batch_size train.decay_every train.decay_start train.eval_batch_size train.threads parallel.data
-    parallel.pipeline parallel.tensor parallel.data_per_node communication.bucket_bytes communication.fusion_bytes
-    communication.compression.rank communication.compression.min_elements communication.exact_rows
-    communication.local.steps communication.local.fragments checkpoint.keep log.every train.max_skips
+    model.layers model.width model.heads model.kv_heads model.mlp_width model.vocab lora.rank data.vocab_size
+    data.context train.steps train.batch_size train.micro_batch_size train.decay_every train.decay_start
+    train.eval_batch_size train.threads parallel.data parallel.pipeline parallel.tensor parallel.data_per_node
+    communication.bucket_bytes communication.fusion_bytes communication.compression.rank
+    communication.compression.min_elements communication.exact_rows communication.local.steps
+    communication.local.fragments checkpoint.keep log.every train.max_skips
+    model.head_width model.rotary_scaling_context
 """
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     **{key: (lambda v: v >= 1, "1 or more") for key in _POSITIVE.split()},
