@@ -299,12 +299,12 @@ def test_sampling_follows_temperature_top_k_and_top_p() -> None:
     np.testing.assert_allclose(cold, np.array([0.25, 0.0625, 0.0225, 0.01]) / 0.345, atol=0.03)
 
 
-@pytest.mark.parametrize("model", ["llama", "gru"])
+@pytest.mark.parametrize("model", ["llama", "mistral", "gru"])
 def test_both_frameworks_generate_alike_beyond_the_context(model: str) -> None:
     written = []
     for framework in FRAMEWORKS:
-        trainable = small_trainable(framework, model, initial_scale=0.5)
-        context = CONTEXT if model == "llama" else 10**9
+        trainable = small_trainable(framework, model, initial_scale=0.5, **NEWER.get(model, {}))
+        context = 10**9 if model == "gru" else CONTEXT
         tokens = generate(trainable, np.array([1, 2, 3], np.int32), 30, context, Sampling(temperature=1.0, seed=4))
         written.append(list(tokens))
     assert written[0] == written[1] and len(written[0]) == 30
