@@ -44,6 +44,10 @@ class Muon:
         self._parameter = parameter
         self._rates = rates
         self._momentum = tf.Variable(tf.zeros(count(state.muon.owned)), trainable=False)
+        # One value of every gather: TensorFlow leaves out a collective whose result is not used on this rank, even if
+        # something depends on it by a control edge, and other ranks would wait for it.
+        gathers = (len(state.muon.buckets) if state.muon.zero_size > 1 else 0) + bool(state.muon.sharded)
+        self._arrived = tf.Variable(tf.zeros(gathers), trainable=False)
         # A copy of the elements that are no matrices, which the operations of AdamW need in one vector.
         self._others = [*state.muon.short, *state.muon.long]
         self._copy = tf.Variable(tf.zeros(count(self._others)), trainable=False)
@@ -60,7 +64,11 @@ class Muon:
         factor = self._config.momentum_value
         own = _joined(gradient, self._layout.owned)
         momentum = factor * self._momentum.read_value() + own
-        return _Moved(momentum, self._directions(own + factor * momentum))
+        collected: list[tf.Tensor] = []
+        whole = self._whole_matrices(own + factor * momentum, collected)
+        if collected:
+            self._arrived.assign(tf.stack([tensor[0] for tensor in collected]))
+        return _Moved(momentum, self._directions(whole))
 
     def update(self, gradient: tf.Tensor, learning_rate: tf.Tensor, step: tf.Tensor, moved: _Moved) -> None:
         """Apply ``gradient`` ``[size]``, of which ``prepare`` returned ``moved``, as update ``step`` (from 0)."""
@@ -78,9 +86,9 @@ class Muon:
         self._momentum.assign(moved.momentum)
         self._parameter.assign(_replaced(before, new))
 
-    def _directions(self, own: tf.Tensor) -> list[tf.Tensor]:
-        """Return what the elements of matrices, with the momentum ``own``, are moved along, flat."""
-        whole, index = self._whole_matrices(own), self._sharded.model_shard.index
+    def _directions(self, whole: Mapping[str, tf.Tensor]) -> list[tf.Tensor]:
+        """Return what the elements of matrices are moved along, flat, from ``whole`` matrices' momentum, by name."""
+        index = self._sharded.model_shard.index
         rows: dict[str, tf.Tensor] = {}
         for matrices in self._layout.alike():
             stacked = tf.stack([whole[matrix.slot.name] for matrix in matrices])
@@ -92,15 +100,19 @@ class Muon:
             rows |= zip([matrix.slot.name for matrix in matrices], flat, strict=True)
         return [rows[slot.name][first:last] for slot, _, (first, last) in self._layout.owned]
 
-    def _whole_matrices(self, own: tf.Tensor) -> dict[str, tf.Tensor]:
-        """Return all matrices' momentum ``[rows, columns]``, by name, gathered where this rank has a shard of them."""
-        local = self._gathered_shards(own)
+    def _whole_matrices(self, own: tf.Tensor, collected: list[tf.Tensor]) -> dict[str, tf.Tensor]:
+        """Return all matrices' momentum ``[rows, columns]``, by name, gathered where this rank has a shard of them.
+
+        ``own``: that of this rank's elements, flat. ``collected``: gets the results of all collectives.
+        """
+        local = self._gathered_shards(own, collected)
         if not self._layout.sharded:
             return local
         sharded, ranks = self._layout.sharded, range(len(self._tensor.ranks))
         flat = tf.concat([tf.reshape(local[matrix.slot.name], [-1]) for matrix in sharded], 0)
         sizes = [math.prod(matrix.shape_on(rank)) for rank in ranks for matrix in sharded]
         gathered = tf.reshape(self._tensor.all_gather(flat, "tensor.momentum"), [sum(sizes)])
+        collected.append(gathered)
         shards = tf.split(gathered, sizes)
         for number, matrix in enumerate(sharded):
             numbers = [rank * len(sharded) + number for rank in ranks]
@@ -108,7 +120,7 @@ class Muon:
             local[matrix.slot.name] = tf.concat(of_ranks, matrix.axis)
         return local
 
-    def _gathered_shards(self, own: tf.Tensor) -> dict[str, tf.Tensor]:
+    def _gathered_shards(self, own: tf.Tensor, collected: list[tf.Tensor]) -> dict[str, tf.Tensor]:
         """Return this tensor rank's shard of all matrices' momentum, by name."""
         layout, matrices = self._sharded.layout, self._layout.matrices
         lengths = [count([elements]) for elements in self._layout.owned]
@@ -121,6 +133,7 @@ class Muon:
         vector = _replaced(tf.zeros(ranges[-1][1]), dict(zip(starts, views, strict=True)))
         started = {i: exchange.gather_vector(vector[slice(*ranges[i])], i, "momentum") for i in self._layout.buckets}
         buckets = {i: handle.wait() for i, handle in started.items()}
+        collected += buckets.values()
         local = {}
         for matrix, index in zip(matrices, self._layout.matrix_buckets, strict=True):
             slot, begin = matrix.slot, layout.bucket_range(index)[0]
