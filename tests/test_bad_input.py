@@ -201,7 +201,7 @@ CASES: list[tuple[str, list[str], Setup | None, str]] = [
     ("text for a number", ["--train.learning_rate", "fast"], None, "--train.learning_rate: got 'fast', expected a num"),
     ("text for a switch", ["--train.nesterov", "maybe"], None, "got 'maybe', expected true or false"),
     ("null where it can't be", ["--train.steps", "null"], None, "--train.steps: got null, expected a whole number"),
-    ("an unknown choice", ["--train.optimizer", "adam"], None, "did you mean adamw? Known: adagrad, adamw, sgd."),
+    ("an unknown choice", ["--train.optimizer", "adam"], None, "did you mean adamw? Known: adagrad, adamw, muon, sgd."),
     ("a value for a section", ["--model", "5"], None, "--model is a section"),
     # YAML files
     ("no such file", ["--config", "no.yaml"], None, "--config no.yaml: No such file or directory"),
