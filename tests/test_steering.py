@@ -261,7 +261,7 @@ def test_lion_of_the_documents_lowers_the_loss(installed: Path, tmp_path: Path) 
     [
         ("train.optimizer", "adam", "did you mean adamw? Known: adagrad, adamw, lion, muon, own_sgd, sgd."),
         ("train.schedule", "cosin", "did you mean cosine? Known: constant, cosine, inverse_sqrt, late_decay, linear,"),
-        ("data.tokenizer", "pair", "did you mean pairs? Known: bpe, byte, char, octets, pairs, word."),
+        ("data.tokenizer", "pair", "did you mean pairs? Known: bpe, byte, char, ids, octets, pairs, word."),
     ],
 )
 def test_an_unknown_name_is_refused_with_all_that_are_there(
