@@ -238,6 +238,8 @@ CASES: list[tuple[str, list[str], Setup | None, str]] = [
     ("width not divisible", ["--model.width", "130"], None, "--model.width 132"),
     ("heads not divisible", ["--model.kv_heads", "3"], None, "not a multiple of model.kv_heads 3"),
     ("odd rotary width", ["--model.name", "llama", "--model.width", "12"], None, "rotary positions need an even width"),
+    ("rotary share of learned positions", ["--model.rotary_share", "0.5"], None, "model.rotary_share is of rotary"),
+    ("rotary scaling of learned positions", ["--model.rotary_scaling", "2"], None, "model.rotary_scaling is of rotary"),
     ("an unknown model", ["--model.name", "gtp"], None, "model.name: no model 'gtp'; did you mean gpt?"),
     ("tensor parallel", ["--parallel.tensor", "2"], None, "1 x 1 x 2 (data x pipeline x tensor) is not the 1 rank(s)"),
     ("more data ranks than ranks", ["--parallel.data", "3"], None, "3 x 1 x 1 (data x pipeline x tensor)"),

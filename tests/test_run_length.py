@@ -16,6 +16,7 @@ from hvdlm.configuration.parsing import parse_config
 from hvdlm.errors import HvdlmError
 from hvdlm.training import loop
 from hvdlm.training import run as run_module
+from hvdlm.training.data_cursor import DataCursor
 from hvdlm.training.run_length import with_steps
 from hvdlm_language.sampler import SequentialSampler, ShuffledSampler
 from launching import SMALL, losses, metrics, run_python
@@ -34,6 +35,30 @@ def test_tokens_and_epochs_become_whole_steps() -> None:
     assert steps(rows, steps=7) == 7
     assert [steps(rows, tokens=n) for n in (1, 256, 257, 10_000)] == [1, 1, 2, 40]
     assert [steps(rows, epochs=n) for n in (0.001, 0.08, 1.0, 2.5)] == [1, 1, 13, 32]
+
+
+def test_a_resumed_run_has_the_steps_that_the_rest_needs() -> None:
+    config = Config()
+    config.train.tokens, config.train.batch_size = 32 * 100, 8
+    task: Any = SimpleNamespace(row_tokens=32)
+    # 10 steps of 4 rows: 60 rows are left, in 8 steps of 8.
+    assert with_steps(config, task, 10, 40).train.steps == 18
+    assert [with_steps(config, task, n, 8 * n).train.steps for n in (0, 5, 12, 13)] == [13] * 4
+    assert with_steps(config, task, 50, 200).train.steps == 50
+    cursor = DataCursor(8, 80, [(8, 24), (16, 32), (76, 90), (200, 300)])
+    assert cursor.trained == 80 - 24 - 4
+    assert DataCursor(8, 16).trained == 16
+
+
+def test_tokens_are_those_of_all_batch_sizes(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = ["-m", "hvdlm", *SMALL, "--train.batch_size", "8", "--train.tokens", str(12 * 8 * 32)]
+    done = run_python([*command, "--checkpoint.every", "6", "--log.run", str(run)])
+    assert done.returncode == 0 and "steps 0 to 12" in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
+    half = str(min((run / "checkpoints").glob("step-*")))
+    more = ["--config", str(run / "config.yaml"), "--train.batch_size", "16", "--log.run", str(tmp_path / "more")]
+    done = run_python(["-m", "hvdlm", *more, "--checkpoint.resume", half])
+    assert done.returncode == 0 and "steps 6 to 9" in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import struct
 import time
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -167,12 +168,17 @@ def test_token_files_are_mixed_with_texts(tmp_path: Path, monkeypatch: pytest.Mo
     write_megatron(tmp_path / "wiki.bin", DOCUMENTS)
     (tmp_path / "b.txt").write_text("To be, or not to be.\n" * 200)
     mixed = DataConfig(mixture={"wiki.bin": 2, "b.txt": 1}, tokenizer=str(path), cache="cache")
+    marked = mixture.open_corpora(replace(mixed, document_token=5))  # of the texts alone
+    assert marked[0].data.validation[:].tolist()[-1] == 5 and ids_of(marked[1].data) == IDS
     corpora = mixture.open_corpora(mixed)
     assert [corpus.name for corpus in corpora] == ["b", "wiki"] and ids_of(corpora[1].data) == IDS
     assert corpora[0].data.tokenizer.hash == corpora[1].data.tokenizer.hash
     write_nanogpt(tmp_path / "c.bin", DOCUMENTS)
-    alone = mixture.open_corpora(DataConfig(mixture={"wiki.bin": 2, "c.bin": 1}, vocab_size=250))
+    tokens_only = DataConfig(mixture={"wiki.bin": 2, "c.bin": 1}, vocab_size=250)
+    alone = mixture.open_corpora(tokens_only)
     assert [ids_of(corpus.data) for corpus in alone] == [IDS, IDS]
+    with pytest.raises(HvdlmError, match=r"data.document_token: c.bin holds tokens"):
+        mixture.open_corpora(replace(tokens_only, document_token=5))
     with pytest.raises(HvdlmError, match=r"wiki.bin: token files need the tokenizer that encoded them"):
         mixture.open_corpora(DataConfig(mixture={"wiki.bin": 2, "b.txt": 1}, cache="cache"))
     with pytest.raises(HvdlmError, match=r"wiki.bin holds tokens, b.txt doesn't: mix them"):
@@ -256,6 +262,8 @@ def test_bad_token_files_end_in_one_sentence(tmp_path: Path, name: str, capsys: 
         ({"validation_path": "missing.txt"}, r"data.validation_path missing.txt: it names no token files"),
         ({"path": "missing.bin"}, "data.path missing.bin: there is no such file"),
         ({"path": "x.idx"}, "x.bin: it can't be read as a token file .x.idx is truncated"),
+        ({"document_token": 0}, "data.document_token: train.bin holds tokens, to which none are added"),
+        ({"path": ".", "split": "val"}, "data.split val: of ., which holds token files, train is read"),
     ],
 )
 def test_options_that_token_files_need(

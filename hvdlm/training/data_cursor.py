@@ -49,6 +49,15 @@ class DataCursor:
         return {"rows": self.rows, "batch_size": self._batch_size, "left_out": [list(r) for r in self.left_out]}
 
     @property
+    def trained(self) -> int:
+        """Rows on which steps trained: those that were read, without those that are left out."""
+        rows, end = self.rows, 0
+        for first, last in self.left_out:  # in order; ranges of different batch sizes may overlap
+            rows -= max(0, min(last, self.rows) - max(first, end))
+            end = max(end, last)
+        return rows
+
+    @property
     def start(self) -> int:
         """The first row of the next batch."""
         row = self.rows

@@ -331,6 +331,10 @@ def build(connected: Connected) -> Run:
         preflight.check_continuation(checkpoint, task, spec, config, base)
     elif plan.resume == "auto" and world.rank == 0:
         print(f"hvdlm: {folder} holds no checkpoint yet: the run starts afresh.{similar_run(folder)}", flush=True)
+    manifest = checkpoint.manifest if checkpoint else {}
+    batch_size = config.train.batch_size
+    cursor = DataCursor.of(manifest, batch_size) if checkpoint else DataCursor(batch_size)
+    config = with_steps(config, task, checkpoint.step if checkpoint else 0, cursor.trained)
     precision = preflight.precision(config.train.precision, resolved, checkpoint if resolver else None)
     config = replace(config, train=replace(config.train, precision=precision, compile=resolved.compile))
     group = world.group(mesh.group("data", world.rank))
@@ -346,8 +350,6 @@ def build(connected: Connected) -> Run:
     trainable = framework.build(spec, mesh, world, exchange, config, **own)
     if checkpoint:
         load_state(checkpoint, trainable, world, mesh)
-    manifest = checkpoint.manifest if checkpoint else {}
-    batch_size = config.train.batch_size
     return Run(
         config=config,
         requested=replace(plan.requested, train=replace(plan.requested.train, precision=precision)),
@@ -359,7 +361,7 @@ def build(connected: Connected) -> Run:
         exchange=exchange,
         trainable=trainable,
         checkpoint=checkpoint,
-        cursor=DataCursor.of(manifest, batch_size) if checkpoint else DataCursor(batch_size),
+        cursor=cursor,
         guard=StepGuard(config.train, exchange.traits.replicas_diverge, manifest.get("guard")),
         saver=Saver(folder / "checkpoints", world, config.checkpoint, 2 * config.communication.timeout),
         comparison=Comparison(world),

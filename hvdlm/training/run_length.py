@@ -10,10 +10,16 @@ from hvdlm.errors import HvdlmError
 from hvdlm.protocols.task import Task
 
 
-def with_steps(config: Config, task: Task) -> Config:
+def with_steps(config: Config, task: Task, done: int = 0, trained: int = 0) -> Config:
     """Return ``config`` with ``train.steps`` computed from ``train.tokens`` or ``train.epochs`` where one is given.
 
     The last step may train on more: steps are whole.
+
+    Args:
+        config: of the run.
+        task: its task.
+        done: steps of the checkpoint that the run resumes from, whose batches may have had another size.
+        trained: rows on which these steps trained.
 
     Raises:
         HvdlmError: the task's rows have no fixed number of tokens, or no epochs.
@@ -35,4 +41,5 @@ def with_steps(config: Config, task: Task) -> Config:
         rows = train.epochs * epoch
     else:
         return config
-    return replace(config, train=replace(train, steps=max(1, math.ceil(rows / train.batch_size))))
+    steps = done + max(0, math.ceil((rows - trained) / train.batch_size))
+    return replace(config, train=replace(train, steps=max(1, steps)))

@@ -166,7 +166,15 @@ def _with_one_tokenizer(config: DataConfig, corpora: Sequence[CorpusConfig]) -> 
             preparation.check_sources(corpus.config)
         chosen = token_corpus.tokenizer_name(files[0].config) if files else _trained(config, texts)
         corpora = sorted([*files, *texts], key=lambda corpus: corpus.name)
-    return [replace(corpus, config=replace(corpus.config, tokenizer=chosen)) for corpus in corpora]
+    corpora = [replace(corpus, config=replace(corpus.config, tokenizer=chosen)) for corpus in corpora]
+    holds_tokens = [token_corpus.is_tokens(corpus.config.paths) for corpus in corpora]
+    if all(holds_tokens):
+        return corpora
+    # data.document_token is then meant for the others, and token files refuse it.
+    return [
+        replace(corpus, config=replace(corpus.config, document_token=None)) if tokens else corpus
+        for corpus, tokens in zip(corpora, holds_tokens, strict=True)
+    ]
 
 
 def _trained(config: DataConfig, corpora: Sequence[CorpusConfig]) -> str:

@@ -122,8 +122,9 @@ def open_files(config: DataConfig) -> TokenData:
     """Open the token files of ``config``.
 
     Raises:
-        HvdlmError: one is damaged, or has ids that the tokenizer doesn't.
+        HvdlmError: one is damaged, or has ids that the tokenizer doesn't, or an option for texts is set.
     """
+    _check_options(config)
     tokenizer = tokenizers.train(tokenizer_name(config), config.vocab_size, ())
     train = [read_shard(path) for path in itertools.chain.from_iterable(map(_training_files, config.paths))]
     validation = [read_shard(path) for path in _validation_files(config)]
@@ -142,6 +143,25 @@ def open_files(config: DataConfig) -> TokenData:
         train_documents=_documents(train),
         validation_documents=_documents(validation),
     )
+
+
+def _check_options(config: DataConfig) -> None:
+    """Refuse options that would have no effect on tokens.
+
+    Raises:
+        HvdlmError: one is set.
+    """
+    if config.document_token is not None:
+        raise HvdlmError(
+            f"data.document_token: {config.paths[0]} holds tokens, to which none are added: leave it out, or encode "
+            "the texts again with it."
+        )
+    folder = next((path for path in config.paths if os.path.isdir(path)), None)
+    if folder is not None and config.split != splits.TRAIN:
+        raise HvdlmError(
+            f"data.split {config.split}: of {folder}, which holds token files, train is read: name other files in "
+            "--data.path and --data.validation_path."
+        )
 
 
 def _cut(shards: Sequence[Shard], first: int, last: int) -> list[Shard]:

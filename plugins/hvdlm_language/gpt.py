@@ -163,6 +163,12 @@ def make_gpt(
         rotary_scaling_low=config.rotary_scaling_low,
         rotary_scaling_high=config.rotary_scaling_high,
     )
+    for name, value in (("rotary_share", config.rotary_share), ("rotary_scaling", config.rotary_scaling)):
+        if value is not None and s.positions != "rotary":
+            raise HvdlmError(
+                f"model.{name} is of rotary positions, not of {s.positions} ones: set --model.positions rotary, "
+                "or leave it out."
+            )
     _check_rotary(s)
     # GPT-2's 0.02 is too small for narrow models; sqrt(2 / (5 width)): Nguyen and Salazar 2019, section 3.1.
     scale = config.initial_scale or initial_scale or (2 / (5 * s.width)) ** 0.5
