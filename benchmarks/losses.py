@@ -35,6 +35,7 @@ _ALGORITHM, _STEPS = "--communication.compression.algorithm", "--communication.l
 _SGD = ("--train.optimizer", "sgd", "--train.momentum", "0", "--train.clip", "0")
 # In 66 rounds, an element is sent about four times: with the default outer learning rate, 1, parameters lag behind.
 _FEW_ROUNDS = ("--communication.compression.ratio", "0.06", "--communication.local.outer_learning_rate", "4")
+_FEW_ROUNDS += ("--communication.compression.error_decay", "0.9")
 _BURSTS = ("--train.clip", "0", "--train.beta2", "0.999")  # sparse gradients come late and in bursts
 
 

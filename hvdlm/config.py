@@ -316,6 +316,7 @@ class CompressionConfig:
         momentum: dgc: momentum correction, in place of SGD's momentum
         clip: dgc: maximum norm of a rank's gradient, divided by the square root of the number of ranks; 0: no clipping
         warmup: dgc: steps over which the sent fraction falls from 25% to ratio
+        error_decay: chunked_top_k: decay of the error that is added to the next round's vector; null: 0.95
         error_feedback: add the compression error to the next gradient; null: if the algorithm is biased
         min_elements: tensors with fewer elements are not compressed; null: 1024, of fp16 and bf16 1
         min_compression: tensors that would not shrink by this factor are not compressed
@@ -330,6 +331,7 @@ class CompressionConfig:
     momentum: float = 0.0
     clip: float = 0.0
     warmup: int = 0
+    error_decay: float | None = None
     error_feedback: bool | None = None
     min_elements: int | None = None
     min_compression: float = 1.2

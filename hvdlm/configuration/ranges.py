@@ -65,6 +65,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "communication.compression.ratio": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
     "communication.compression.block": (lambda v: v >= 8 and v % 8 == 0, "a multiple of 8"),
     "communication.compression.momentum": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
+    "communication.compression.error_decay": (lambda v: 0 <= v <= 1, "at least 0 and at most 1"),
     "communication.compression.clip": (lambda v: v >= 0, "0 (no clipping) or more"),
     "communication.compression.warmup": (lambda v: v >= 0, "0 or more"),
     "communication.compression.min_compression": (lambda v: v >= 1, "1 or more"),

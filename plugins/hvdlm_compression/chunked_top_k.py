@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from keras import ops
 
+from hvdlm.config import CompressionConfig
 from hvdlm.protocols.compressor import Reduced, Request
 from hvdlm.protocols.types import Tensor
 from hvdlm_compression.bits import pack, unpack
@@ -16,19 +17,23 @@ from hvdlm_compression.compressor import Compressor, blocks
 MOST = 4096
 """Elements of a chunk at most: an index has 12 bits."""
 DECAY = 0.95
-"""Of the error in every round (beta of the paper's algorithm 1)."""
+"""Of the error in every round, unless ``communication.compression.error_decay`` is set (beta of algorithm 1)."""
 
 
 class ChunkedTopK(Compressor):
     """Sends the elements of largest magnitude of every chunk: their indices in 12 bits, their values in 2.
 
     A value is a sign and one of two magnitudes of its chunk, the means of those above and below the mean. The error,
-    e = DECAY e + x - C(DECAY e + x), takes the place of an outer momentum (algorithm 1).
+    e = d e + x - C(d e + x) with the decay d, takes the place of an outer momentum (algorithm 1).
     """
 
     default_block = MOST
     default_ratio = 1 / 64
     feeds_back = True
+
+    def __init__(self, settings: CompressionConfig, seed: int = 1, group_rank: int = 0, ranks: int = 1) -> None:
+        super().__init__(settings, seed, group_rank, ranks)
+        self._decay = DECAY if settings.error_decay is None else settings.error_decay
 
     def _sent(self) -> int:
         """Return the number of elements of a chunk that are sent: a multiple of four, whose codes fill bytes."""
@@ -72,7 +77,7 @@ class ChunkedTopK(Compressor):
     ) -> Generator[Request, list[Tensor], Reduced]:
         """Sum sparsified tensors in one round."""
         shape = tuple(tensor.shape)
-        corrected = ops.convert_to_tensor(memory["decayed_error"]) * DECAY + tensor
+        corrected = ops.convert_to_tensor(memory["decayed_error"]) * self._decay + tensor
         payload = list(self.compress(corrected, step))
         memory["decayed_error"].assign(corrected - self.decompress(payload, shape, step))
         gathered = yield Request("all_gather", payload)

@@ -140,14 +140,15 @@ def _two_bits(chunk: np.ndarray, sent: int) -> np.ndarray:
 
 
 class ChunkedTopK:
-    """Sarfi et al. 2025, algorithm 1: what is not sent is kept, and decays by 0.95 in every step."""
+    """Sarfi et al. 2025, algorithm 1: what is not sent is kept, times ``decay`` in every step."""
 
-    def __init__(self, ranks: int, count: int, sent: int) -> None:
+    def __init__(self, ranks: int, count: int, sent: int, decay: float) -> None:
         self.error = np.zeros((ranks, count), np.float32)
         self.sent = sent
+        self.decay = np.float32(decay)
 
     def __call__(self, vectors: np.ndarray, step: int) -> Result:
-        corrected = np.float32(0.95) * self.error + vectors
+        corrected = self.decay * self.error + vectors
         missing = -corrected.shape[1] % BLOCK
         padded = np.pad(corrected, ((0, 0), (0, missing)))
         decoded = np.stack([np.concatenate([_two_bits(c, self.sent) for c in _blocks(v)]) for v in padded])

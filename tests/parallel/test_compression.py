@@ -54,8 +54,8 @@ def make(manager: Any, world: World, name: str = "all_reduce", train: TrainConfi
 
 
 def compression(algorithm: str, **options: Any) -> CompressionConfig:
-    extra: dict[str, Any] = {"momentum": 0.9, "clip": 3.0, "warmup": 2} if algorithm == "dgc" else {}
-    return CompressionConfig(algorithm=algorithm, **{"block": references.BLOCK, **extra, **options})
+    extra: dict[str, Any] = {"dgc": {"momentum": 0.9, "clip": 3.0, "warmup": 2}, "chunked_top_k": {"error_decay": 0.8}}
+    return CompressionConfig(algorithm=algorithm, **{"block": references.BLOCK, **extra.get(algorithm, {}), **options})
 
 
 def gradients(ranks: int, count: int) -> np.ndarray:
@@ -89,7 +89,7 @@ def reference(algorithm: str, vectors: np.ndarray) -> np.ndarray:
     if algorithm == "dgc":
         sums = references.with_feedback(references.DGC(ranks, joined.shape[2], 0.9, 3.0, 2), joined, False)
     elif algorithm == "chunked_top_k":
-        sums = references.with_feedback(references.ChunkedTopK(ranks, joined.shape[2], 4), joined, False)
+        sums = references.with_feedback(references.ChunkedTopK(ranks, joined.shape[2], 4, 0.8), joined, False)
     else:
         sums = references.with_feedback(getattr(references, algorithm), joined, algorithm not in UNBIASED)
     start = 0
