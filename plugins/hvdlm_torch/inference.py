@@ -28,6 +28,9 @@ class Inference:
         self._device = forward.device
         self._eval_carry: Any = None
         self.joins_caches = isinstance(self._model, JoinsCaches)
+        # Horovod's thread resizes what it gathers into, which PyTorch refuses for tensors of its inference mode.
+        several = self._model_shard.tensor * self._model_shard.stage.count > 1
+        self._without_gradients = torch.no_grad if several else torch.inference_mode
         self._rounded: Any = None  # the model in the half precision of the run, while the parameters stay as they are
 
     def _show_averaged(self) -> None:
@@ -56,7 +59,7 @@ class Inference:
     def logits(self, tokens: np.ndarray, cache: Any = None) -> tuple[np.ndarray, Any]:
         """Return the scores of the next token, float32 ``[rows, vocab]``, and the cache grown by ``tokens``."""
         self._show_averaged()
-        with torch.inference_mode():
+        with self._without_gradients():
             scores, cache = self._extend(tokens, cache)
             scores = self._from_last_stage(scores, (len(tokens), self._spec.settings.vocab), "scores")
             return scores.cpu().numpy(), cache
@@ -64,7 +67,7 @@ class Inference:
     def sample(self, tokens: np.ndarray, cache: Any, uniform: np.ndarray, rule: SamplingRule) -> tuple[np.ndarray, Any]:
         """Return the tokens chosen from those scores, int32 ``[rows, draws]``, and the cache grown by ``tokens``."""
         self._show_averaged()
-        with torch.inference_mode():
+        with self._without_gradients():
             scores, cache = self._extend(tokens, cache)
             chosen = None if scores is None else choose(scores, to_device(uniform, self._device), rule)
             return self._from_last_stage(chosen, uniform.shape, "tokens", torch.int32).cpu().numpy(), cache
@@ -72,7 +75,7 @@ class Inference:
     def join(self, caches: Sequence[Any], rows: np.ndarray) -> Any:
         """Return the cache whose row i is row ``rows[i]`` of ``caches``, whose rows are numbered in turn."""
         model: Any = self._model
-        with torch.inference_mode():
+        with self._without_gradients():
             return model.join(caches, to_device(rows, self._device))
 
     def _extend(self, tokens: np.ndarray, cache: Any) -> tuple[torch.Tensor | None, Any]:
