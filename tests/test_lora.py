@@ -183,7 +183,7 @@ def tuned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     run, step = folder / "run", folder / "run" / "checkpoints" / "step-00000002"
     options = [*common, "--model.pretrained", str(folder / "start"), "--data.path", str(folder / "text.txt")]
     options += ["--data.context", "16", "--train.batch_size", "8", "--train.steps", "4", "--checkpoint.every", "2"]
-    options += ["--train.learning_rate", "0.01", "--train.warmup", "0", "--lora.rank", "2", "--log.run", str(run)]
+    options += ["--train.learning_rate", "0.03", "--train.warmup", "0", "--lora.rank", "2", "--log.run", str(run)]
     again = ["--config", str(run / "config.yaml"), "--checkpoint.resume", str(step), "--log.run"]
     opened = ["--run", str(run), "--data.cache", str(folder / "cache")]
     goes_on = [[*again, str(folder / "other"), "--framework", "tensorflow"]] if framework == "torch" else []
@@ -211,7 +211,7 @@ def test_adapters_resume_exactly_in_either_framework(tuned: tuple[str, Path, str
     assert 0 < summary["parameters"] < 0.1 * frozen and f"parameters beside {frozen:,} frozen ones" in printed
     evaluated = next(json.loads(line) for line in printed.splitlines() if line.startswith('{"step": 4'))
     assert evaluated["val_loss"] == pytest.approx(summary["val_loss"], rel=1e-6)
-    assert printed.splitlines()[-1].startswith("To be")
+    assert any(line.startswith("To be") for line in printed.splitlines())
 
 
 def test_a_checkpoint_holds_adapters_only(tuned: tuple[str, Path, str]) -> None:
