@@ -177,7 +177,7 @@ def test_what_chunks_do_not_serve_stays_plain(monkeypatch: pytest.MonkeyPatch) -
         patch.setattr(torch.compiler, "is_compiling", lambda: True)
         assert forward._chunked_head(targets) is None
     with monkeypatch.context() as patch:
-        patch.setattr(forward, "_half", torch.float16)
+        patch.setattr(forward, "half", torch.float16)
         assert forward._chunked_head(targets) is None
     forward.collectives.size = 2
     assert forward._chunked_head(targets) is None
