@@ -103,7 +103,7 @@ def test_the_reference_has_every_option_command_and_hook(site: Path) -> None:
 
 def test_the_reference_has_the_equations_of_models(site: Path) -> None:
     text = Page(site / "reference" / "models.html").text
-    assert "softmax(q k^T / sqrt(head) + causal mask) v" in text and "c = s(f) c + s(i) tanh(g)" in text
+    assert "softmax(q k^T / sqrt(head) + mask) v" in text and "c = s(f) c + s(i) tanh(g)" in text
 
 
 def test_a_broken_link_fails_the_build(tmp_path: Path) -> None:
