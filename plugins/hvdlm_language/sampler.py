@@ -244,14 +244,7 @@ def document_rows(
     total = len(documents)
     chosen = total if limit is None else min(total, -(-limit * total // max(1, len(tokens) - 1)))
     first, last = bounds(chosen, size, rank)
-    if first == last:
-        return
-    batches = -(-(last - first) // rows)
-    rows = -(-(last - first) // batches)
-    for start in range(first, last, rows):
-        starts, counts = documents.spans(np.arange(start, min(start + rows, last)) * total // chosen)
-        spans = [(tokens, *span) for span in zip(starts.tolist(), counts.tolist(), strict=True)]
-        yield _read(spans + [(tokens, 0, 0)] * (rows - len(spans)), context, True)
+    yield from _evaluated(tokens, documents.spans, np.arange(first, last) * total // chosen, context, rows, True)
 
 
 def independent_windows(
@@ -267,21 +260,34 @@ def independent_windows(
     windows = -(-targets // context)
     chosen = windows if limit is None else min(windows, -(-limit // context))
     first, last = bounds(chosen, size, rank)
-    if first == last:
+
+    def spans(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return numbers * context, np.minimum(context, targets - numbers * context)
+
+    numbers = np.arange(first, last) * windows // chosen
+    yield from _evaluated(tokens, spans, numbers, context, rows, bool((spans(numbers[-1:])[1] < context).any()))
+
+
+def _evaluated(
+    tokens: Tokens,
+    spans: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
+    numbers: np.ndarray,
+    context: int,
+    rows: int,
+    pads: bool,
+) -> Iterator[TokenBatch]:
+    """Yield rows by their ``numbers`` in batches of one shape, of at most ``rows``; the last one is padded.
+
+    ``spans`` returns the first tokens of rows and their numbers of inputs. ``pads``: some rows have fewer than others.
+    """
+    if not len(numbers):
         return
-    batches = -(-(last - first) // rows)
-    rows = -(-(last - first) // batches)
-    complete = (chosen < windows or last * context <= targets) and batches * rows == last - first
-    for start in range(first, last, rows):
-        padded = np.zeros((rows, context + 1), np.int32)
-        weights = np.zeros((rows, context), np.float32)
-        for row, number in enumerate(range(start, min(start + rows, last))):
-            begin = number * windows // chosen * context
-            read = tokens[begin : begin + context + 1]
-            padded[row, : len(read)] = read
-            weights[row, : len(read) - 1] = 1
-        arrays = np.ascontiguousarray(padded[:, :-1]), np.ascontiguousarray(padded[:, 1:])
-        yield *arrays, (None if complete else weights), True
+    batches = -(-len(numbers) // rows)
+    rows = -(-len(numbers) // batches)
+    for start in range(0, len(numbers), rows):
+        starts, counts = spans(numbers[start : start + rows])
+        read = [(tokens, *span) for span in zip(starts.tolist(), counts.tolist(), strict=True)]
+        yield _read(read + [(tokens, 0, 0)] * (rows - len(read)), context, pads or batches * rows > len(numbers))
 
 
 def parallel_streams(
