@@ -243,8 +243,11 @@ def document_rows(
     """
     total = len(documents)
     chosen = total if limit is None else min(total, -(-limit * total // max(1, len(tokens) - 1)))
-    first, last = bounds(chosen, size, rank)
-    yield from _evaluated(tokens, documents.spans, np.arange(first, last) * total // chosen, context, rows, True)
+
+    def spans(positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return documents.spans(positions * total // chosen)
+
+    yield from _evaluated(tokens, spans, range(*bounds(chosen, size, rank)), context, rows, True)
 
 
 def independent_windows(
@@ -259,35 +262,37 @@ def independent_windows(
     targets = len(tokens) - 1
     windows = -(-targets // context)
     chosen = windows if limit is None else min(windows, -(-limit // context))
-    first, last = bounds(chosen, size, rank)
+    own = range(*bounds(chosen, size, rank))
 
-    def spans(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return numbers * context, np.minimum(context, targets - numbers * context)
+    def spans(positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        starts = positions * windows // chosen * context
+        return starts, np.minimum(context, targets - starts)
 
-    numbers = np.arange(first, last) * windows // chosen
-    yield from _evaluated(tokens, spans, numbers, context, rows, bool((spans(numbers[-1:])[1] < context).any()))
+    short = bool(own) and spans(np.array(own[-1:]))[1][0] < context
+    yield from _evaluated(tokens, spans, own, context, rows, short)
 
 
 def _evaluated(
     tokens: Tokens,
     spans: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
-    numbers: np.ndarray,
+    own: range,
     context: int,
     rows: int,
     pads: bool,
 ) -> Iterator[TokenBatch]:
-    """Yield rows by their ``numbers`` in batches of one shape, of at most ``rows``; the last one is padded.
+    """Yield the rows of positions ``own`` in batches of one shape, of at most ``rows``; the last one is padded.
 
-    ``spans`` returns the first tokens of rows and their numbers of inputs. ``pads``: some rows have fewer than others.
+    ``spans`` returns the first tokens and the numbers of inputs of the rows at some positions. ``pads``: some have
+    fewer than others.
     """
-    if not len(numbers):
+    if not own:
         return
-    batches = -(-len(numbers) // rows)
-    rows = -(-len(numbers) // batches)
-    for start in range(0, len(numbers), rows):
-        starts, counts = spans(numbers[start : start + rows])
+    batches = -(-len(own) // rows)
+    rows = -(-len(own) // batches)
+    for start in range(0, len(own), rows):
+        starts, counts = spans(np.array(own[start : start + rows]))
         read = [(tokens, *span) for span in zip(starts.tolist(), counts.tolist(), strict=True)]
-        yield _read(read + [(tokens, 0, 0)] * (rows - len(read)), context, pads or batches * rows > len(numbers))
+        yield _read(read + [(tokens, 0, 0)] * (rows - len(read)), context, pads or batches * rows > len(own))
 
 
 def parallel_streams(
