@@ -15,49 +15,48 @@ the first steps in TensorFlow with PyTorch's instead.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import shutil
 import statistics
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import loss_rows
 from harness import Bar, make_parser, parse, report
+from loss_rows import FILES, ROOT, Row, at_best, best, read, same, show, with_first_seed, write
 
-ROOT = Path(__file__).resolve().parent.parent
 STORED, PAGE = ROOT / "docs" / "losses.json", ROOT / "docs" / "compression.md"
-BEGIN, END = "<!-- losses -->\n", "<!-- end of losses -->\n"
-FILES = {"shakespeare_char": "tinyshakespeare.txt", "warandpeace_char": "warandpeace.txt"}
-_ALGORITHM, _STEPS = "--communication.compression.algorithm", "--communication.local.steps"
-_SGD = ("--train.optimizer", "sgd", "--train.momentum", "0", "--train.clip", "0")
+_SGD = {"train.optimizer": "sgd", "train.momentum": 0, "train.clip": 0}
 # In 66 rounds, an element is sent about four times: with the default outer learning rate, 1, parameters lag behind.
-_FEW_ROUNDS = ("--communication.compression.ratio", "0.06", "--communication.local.outer_learning_rate", "4")
-_FEW_ROUNDS += ("--communication.compression.error_decay", "0.9")
-_BURSTS = ("--train.clip", "0", "--train.beta2", "0.999")  # sparse gradients come late and in bursts
+_FEW_ROUNDS = {"communication.compression.ratio": 0.06, "communication.local.outer_learning_rate": 4}
+_FEW_ROUNDS |= {"communication.compression.error_decay": 0.9}
+_BURSTS = {"train.clip": 0, "train.beta2": 0.999}  # sparse gradients come late and in bursts
 
 
-def _exchange(name: str, *options: str) -> tuple[str, ...]:
-    return ("--communication.exchange", name, *options)
+def _algorithm(name: str, **options: Any) -> dict[str, Any]:
+    return {f"communication.compression.{key}": value for key, value in {"algorithm": name, **options}.items()}
 
 
-METHODS: dict[str, tuple[str, ...]] = {
-    "dense": (),
-    "int8": (_ALGORITHM, "int8"),
-    "qsgd": (_ALGORITHM, "qsgd"),
-    "scaled_sign": (_ALGORITHM, "scaled_sign"),
-    "power_sgd": (_ALGORITHM, "power_sgd", "--communication.compression.rank", "4"),
-    "top_k": (_ALGORITHM, "top_k", *_BURSTS),
-    "one_bit_adam": _exchange("one_bit_adam", *_SGD),
-    "zero_one_adam": _exchange("zero_one_adam", *_SGD),
-    "demo": _exchange("demo", *_SGD, "--communication.compression.ratio", "0.03125"),
-    "diloco_30": _exchange("diloco", _STEPS, "30"),
-    "sparseloco_30": _exchange("local_sgd", _STEPS, "30", _ALGORITHM, "chunked_top_k", *_FEW_ROUNDS),
-    "diloco_50": _exchange("diloco", _STEPS, "50"),
-    "streaming_diloco_50": _exchange("streaming_diloco", _STEPS, "50", _ALGORITHM, "int4"),
-    "local_sgd_50": _exchange("local_sgd", _STEPS, "50"),
+def _exchange(name: str, steps: int | None = None) -> dict[str, Any]:
+    return {"communication.exchange": name} | ({} if steps is None else {"communication.local.steps": steps})
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "int8": _algorithm("int8"),
+    "qsgd": _algorithm("qsgd"),
+    "scaled_sign": _algorithm("scaled_sign"),
+    "power_sgd": _algorithm("power_sgd", rank=4),
+    "top_k": _algorithm("top_k") | _BURSTS,
+    "one_bit_adam": _exchange("one_bit_adam") | _SGD,
+    "zero_one_adam": _exchange("zero_one_adam") | _SGD,
+    "demo": _exchange("demo") | _SGD | {"communication.compression.ratio": 0.03125},
+    "diloco_30": _exchange("diloco", 30),
+    "sparseloco_30": _exchange("local_sgd", 30) | _algorithm("chunked_top_k") | _FEW_ROUNDS,
+    "diloco_50": _exchange("diloco", 50),
+    "streaming_diloco_50": _exchange("streaming_diloco", 50) | _algorithm("int4"),
+    "local_sgd_50": _exchange("local_sgd", 50),
 }
 FULL = {"examples": list(FILES), "ranks": [2, 8], "seeds": [1, 2, 3], "rates": [1e-3, 2e-3, 3e-3], "steps": 2000}
 FULL |= {"rows": 48, "validation_share": 0.1}
@@ -67,35 +66,33 @@ OWN_RATE = 1e-3  # of the examples' files
 SAME = Bar(at_most=1e-3)
 FIRST_STEPS = 200  # whose losses are compared between frameworks
 
-Row = dict[str, Any]
 KEY = ("example", "method", "ranks", "rate", "seed", "steps")
 
 
 def train(row: Row, framework: str, o: argparse.Namespace) -> tuple[Row, list[float]]:
     """Train; return ``row`` with what was measured, and the losses of all steps."""
-    run = o.folder / "-".join(str(row[name]) for name in KEY)
-    options = ["--config", f"examples/{row['example']}.yaml", "--data.path", str(o.data / FILES[row["example"]])]
-    options += ["--framework", framework, "--backend", "threads", "--ranks", str(row["ranks"])]
-    options += ["--data.validation_share", str(o.validation_share)]
-    options += ["--train.threads", "1", "--train.batch_size", str(o.rows), "--train.learning_rate", str(row["rate"])]
-    options += ["--train.min_learning_rate", str(row["rate"] / 10), "--train.seed", str(row["seed"])]
-    options += ["--train.steps", str(row["steps"]), "--train.warmup", str(min(100, row["steps"] // 4))]
-    options += ["--train.eval_every", "0", "--checkpoint.every", "0", "--log.tensorboard", "false", "--log.every", "1"]
-    options += ["--log.run", str(run), "--log.overwrite", "true", *METHODS[row["method"]]]
-    done = subprocess.run([sys.executable, "-m", "hvdlm", *options], cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"losses: the run of {row} exited with code {done.returncode}:\n{done.stderr[-2000:]}")
-    summary = json.loads((run / "summary.json").read_text())
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    steps = [record for record in records if "comm_bytes" in record]
-    dense = 4 * summary["parameters"]
+    method = METHODS[row["method"]]
+    options = {
+        "config": f"examples/{row['example']}.yaml",
+        "data.path": o.data / FILES[row["example"]],
+        "framework": framework,
+        "backend": "threads",
+        "ranks": row["ranks"],
+        "data.validation_share": o.validation_share,
+        "train.batch_size": o.rows,
+        "train.learning_rate": row["rate"],
+        "train.min_learning_rate": row["rate"] / 10,
+        "train.seed": row["seed"],
+        "train.steps": row["steps"],
+        "train.warmup": min(100, row["steps"] // 4),
+    }
+    summary, steps = loss_rows.train(o.folder / "-".join(str(row[name]) for name in KEY), options | method)
     last = statistics.fmean(step["comm_bytes"] for step in steps[-(len(steps) // 4) :])
     measured = {
         "loss": summary["val_loss"],
         "ratio": summary["compression"],
-        "last_ratio": dense / last,
+        "last_ratio": 4 * summary["parameters"] / last,
     }
-    shutil.rmtree(run)
     return row | measured, [step["loss"] for step in steps]
 
 
@@ -109,22 +106,6 @@ def planned(o: argparse.Namespace, rows: Sequence[Row]) -> Iterator[Row]:
                     yield case | {"rate": rate, "seed": o.seeds[0]}
                 for seed in o.seeds[1:]:
                     yield case | {"rate": best(rows, case)["rate"], "seed": seed}
-
-
-def same(rows: Sequence[Row], case: Row) -> list[Row]:
-    """Return the rows that agree with ``case`` in what it contains."""
-    return [row for row in rows if all(row[name] == value for name, value in case.items())]
-
-
-def with_first_seed(rows: Sequence[Row], case: Row) -> list[Row]:
-    """Return the case's rows with the lowest of its seeds, which tries all rates."""
-    known = same(rows, case)
-    return same(known, {"seed": min((row["seed"] for row in known), default=None)})
-
-
-def best(rows: Sequence[Row], case: Row) -> Row:
-    """Return the row of the case's lowest loss with the first seed."""
-    return min(with_first_seed(rows, case), key=lambda row: row["loss"])
 
 
 def table(rows: Sequence[Row]) -> Iterator[str]:
@@ -144,19 +125,13 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
         )
 
 
-def at_best(rows: Sequence[Row], case: Row) -> list[float]:
-    """Return the losses of all seeds at the case's best rate."""
-    return [row["loss"] for row in same(rows, case | {"rate": best(rows, case)["rate"]})]
-
-
 def store(rows: list[Row], path: Path) -> None:
     """Write the rows, in the order of the methods, and the table into the page."""
     order = list(METHODS)
     rows.sort(key=lambda row: (row["example"], row["ranks"], order.index(row["method"]), row["rate"], row["seed"]))
-    path.write_text("[\n " + ",\n ".join(json.dumps(row) for row in rows) + "\n]\n")
+    write(rows, path)
     if path == STORED:
-        before, _, rest = PAGE.read_text().partition(BEGIN)
-        PAGE.write_text(before + BEGIN + "\n".join(table(rows)) + "\n" + END + rest.partition(END)[2])
+        show(table(rows), PAGE, "losses")
 
 
 def compare_frameworks(o: argparse.Namespace) -> bool:
@@ -188,7 +163,7 @@ def main() -> int:
     if o.frameworks:
         return 0 if compare_frameworks(o) else 1
     path = o.folder / "losses.json" if o.short else STORED
-    rows: list[Row] = json.loads(path.read_text()) if path.exists() and not o.short else []
+    rows: list[Row] = [] if o.short else read(path)
     for row in [] if o.table else planned(o, rows):
         if not same(rows, {name: row[name] for name in KEY}):
             measured, _ = train(row, "torch", o)

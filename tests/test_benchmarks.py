@@ -36,6 +36,7 @@ RUNS = [
     case("loop_overhead", ["torch"], 1, covered_by="communication_cost measures the same beside the same plain loop"),
     ("loop_overhead", ["tensorflow"], 1),
     pytest.param("losses", ["--data", str(DATA)], 2, marks=needs_data),
+    pytest.param("optimizers", ["--data", str(DATA)], 3, marks=needs_data),
     ("parallel", ["torch"], 2),
     ("planner", ["torch"], 2),
     ("planner_search", ["torch"], 1),
@@ -77,6 +78,7 @@ HELPERS = {
     "gpu_results",
     "harness",
     "hosts",
+    "loss_rows",
     "interruptions",
     "launcher_signals",
     "two_runs",
@@ -131,7 +133,13 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_short_form_prints_its_figures(
     script: str, options: list[str], count: int, machine: Path, tmp_path: Path
 ) -> None:
-    folders = {"fuzz": tmp_path, "losses": tmp_path, "planner": machine, "planner_search": machine}
+    folders = {
+        "fuzz": tmp_path,
+        "losses": tmp_path,
+        "optimizers": tmp_path,
+        "planner": machine,
+        "planner_search": machine,
+    }
     folder = ["--folder", str(folders[script])] if script in folders else []
     done = run(script, *options, "--short", *folder)
     if done.returncode == harness.SKIPPED:
