@@ -55,7 +55,8 @@ class ModelConfig:
             width)); recurrent models: bound of a uniform distribution, null: 1 / sqrt(width)
         vocab: number of embedding rows, at least the tokenizer's vocabulary size (without special tokens that no text
             holds); null: equal to it
-        pretrained: Hugging Face folder of a language model from which sizes, weights and tokenizer are taken
+        pretrained: language model from which sizes, weights and tokenizer are taken: a Hugging Face folder, or the
+            name of a model of the hub, gpt2 or OWNER/NAME@REVISION
         stop_tokens: ids of tokens that end generated text; null: those of pretrained's folder, [] or without one: none
     """
 
@@ -113,7 +114,7 @@ class DataConfig:
     Args:
         path: corpus: text files, JSON, CSV, Parquet, folders (also of Hugging Face datasets), globs, each also packed
             (.gz, .bz2, .xz, .zst), - for standard input, a prepared token folder, token files of nanoGPT, llm.c or
-            Megatron (.bin), or "embedded"
+            Megatron (.bin), a data set of the Hugging Face Hub (hf:OWNER/NAME@REVISION/CONFIG), or "embedded"
         mixture: weighted corpora instead of path: "{wiki.txt: 3, books: 1}", or "{wiki: {path: [a.txt, b.txt], weight:
             3}}" with optional validation_path, field and separator
         validation_path: validation text, in the forms of path; null: the end of the corpus

@@ -53,13 +53,13 @@ def test_a_plugin_opens_folders_of_its_own_kind(other: Folder, tmp_path: Path) -
         open_pretrained(str(tmp_path / "nothing"))
 
 
-def test_adapters_are_added_to_the_weights_of_a_plugins_folder(other: Folder) -> None:
+def test_adapters_are_added_to_the_weights_of_a_plugins_folder(other: Folder, tmp_path: Path) -> None:
     config = Config()
     spec = adapt(PRESETS["gpt"](config.model, 16, 8), LoRAConfig(rank=2))
     _, base = attach(spec, "other", seed=1)
     assert base is not None and base["weights"] == "the weights"
     with pytest.raises(HvdlmError, match="whose weights adapters are added to, is gone"):
-        attach(spec, "nothing", seed=1)
+        attach(spec, str(tmp_path / "nothing"), seed=1)
 
 
 def test_a_format_that_no_plugin_writes_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ from hvdlm.checkpoints.load import Checkpoint
 from hvdlm.config import Config
 from hvdlm.errors import HvdlmError
 from hvdlm.models.spec import ModelSpec, ParamSpec
-from hvdlm.protocols.pretrained import PretrainedFolder
+from hvdlm.protocols.pretrained import PretrainedFolder, UnavailableModel
 
 Base = Mapping[str, Any]
 """An entry of a checkpoint's manifest: ``weights``, a hash, and ``factor``, by which adapters are multiplied."""
@@ -27,19 +27,24 @@ def resolve(config: Config) -> Config:
     """Return ``config`` with the sizes and the tokenizer of ``model.pretrained``; without it, ``config`` itself.
 
     Raises:
-        HvdlmError: no plugin reads the folder, or ``config`` asks for other sizes than its.
+        HvdlmError: no plugin reads the folder, the model can't be had, or ``config`` asks for other sizes than its.
     """
     path = config.model.pretrained
     if path is None:
         return config
-    folder = _find_folder(path, config.plugins)
+    # The config.yaml of a run has all that was in the folder: it is resumed without it, unless it needs the weights.
+    complete = config.lora.rank is None and config.model.vocab is not None
+    try:
+        folder = _find_folder(path, config.plugins)
+    except UnavailableModel:
+        if not complete:
+            raise
+        return config
     if folder is not None:
         return folder.resolve(config)
-    if config.lora.rank is not None:
-        raise _missing_base(path)
-    if config.model.vocab is None:
-        raise _unreadable(path)
-    return config  # of a run, whose config.yaml has all that was in the folder
+    if complete:
+        return config
+    raise _unreadable(path) if config.lora.rank is None else _missing_base(path)
 
 
 def open_pretrained(path: str, named: Iterable[str] = ()) -> PretrainedFolder:

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+from hvdlm.errors import HvdlmError
+
 if TYPE_CHECKING:
     from hvdlm.config import Config
     from hvdlm.models.spec import ModelSpec
+
+
+class UnavailableModel(HvdlmError):
+    """A model that ``model.pretrained`` names, and that can't be had now; a run that is resumed may do without it."""
 
 
 class PretrainedFolder(Protocol):

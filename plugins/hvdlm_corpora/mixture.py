@@ -19,7 +19,7 @@ from hvdlm.errors import HvdlmError, nearest
 from hvdlm.io import safe_files
 from hvdlm.io.atomic_files import replace as write_whole
 from hvdlm.io.untrusted_input import shown
-from hvdlm_corpora import cache, compression, corpus_files, preparation, splits, token_corpus
+from hvdlm_corpora import cache, compression, corpus_files, hub_data, preparation, splits, token_corpus
 from hvdlm_corpora.write_lock import writing
 
 _KEYS = ("path", "weight", "validation_path", "field", "separator")
@@ -146,6 +146,7 @@ def prepare(config: DataConfig, output: str | None, workers: int | None) -> dict
 
 def _with_one_tokenizer(config: DataConfig, corpora: Sequence[CorpusConfig]) -> list[CorpusConfig]:
     """Return the corpora with the tokenizer of those that are prepared, else with one trained on the text of all."""
+    corpora = [replace(corpus, config=hub_data.local(corpus.config)) for corpus in corpora]
     prepared = {
         corpus.name: open_tokens(Path(corpus.config.paths[0])) for corpus in corpora if is_prepared(corpus.config.paths)
     }

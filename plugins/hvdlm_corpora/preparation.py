@@ -21,7 +21,7 @@ from hvdlm.io import safe_files
 from hvdlm.io.atomic_files import write_synced
 from hvdlm.io.text_decoding import without_surrogates
 from hvdlm.io.untrusted_input import shown
-from hvdlm_corpora import cache, document_tokens, passages, sources, splits, token_corpus, tokenizers, workers
+from hvdlm_corpora import cache, document_tokens, hub_data, passages, sources, splits, token_corpus, tokenizers, workers
 from hvdlm_corpora.documents import Form
 from hvdlm_corpora.passages import Passage, SpecialTokens
 from hvdlm_corpora.prepare_progress import Journal, itemsize
@@ -41,6 +41,7 @@ def prepare(config: DataConfig, output: str | None = None, processes: int | None
     Raises:
         HvdlmError: a source can't be used, or the folder can't be written.
     """
+    config = hub_data.local(config)
     if is_prepared(config.paths):
         return open_tokens(Path(config.paths[0]))
     if token_corpus.is_tokens(config.paths):

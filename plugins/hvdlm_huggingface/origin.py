@@ -13,6 +13,7 @@ from hvdlm.errors import HvdlmError
 from hvdlm_corpora import tokenizers
 from hvdlm_huggingface import metadata
 from hvdlm_huggingface.folder import Folder
+from hvdlm_huggingface.hub_models import located
 from hvdlm_huggingface.metadata import GENERATION, SPECIAL, TOKENIZER
 from hvdlm_language.gpt import GPTSettings
 
@@ -76,7 +77,7 @@ def find(checkpoint: Checkpoint, settings: GPTSettings, base: str | None) -> tup
     if not isinstance(path, str):
         return None, ""
     try:
-        folder = Folder(Path(path))
+        folder = Folder(located(Path(path)))
         _check(folder, settings)
     except HvdlmError as error:
         if base is not None:

@@ -14,16 +14,16 @@ if TYPE_CHECKING:
 
 @hookimpl
 def hvdlm_open_pretrained(path: Path) -> PretrainedFolder | None:
-    """Return the Hugging Face folder ``path``, or None if it has no config.json.
+    """Return the Hugging Face folder ``path``, or that of the model of this name; None: there is no config.json.
 
     Raises:
-        HvdlmError: it is damaged, or holds a model that hvdlm doesn't compute.
+        HvdlmError: it is damaged, holds a model that hvdlm doesn't compute, or is a name and can't be had.
     """
-    if not (path / "config.json").exists():
-        return None
     from hvdlm_huggingface.folder import Folder
+    from hvdlm_huggingface.hub_models import located
 
-    return Folder(path)
+    folder = located(path)
+    return Folder(folder) if (folder / "config.json").exists() else None
 
 
 @hookimpl
