@@ -13,6 +13,7 @@ from hvdlm.protocols.compressor import Reduced, Request
 from hvdlm.protocols.types import Tensor
 from hvdlm_compression.bits import pack, unpack
 from hvdlm_compression.compressor import Compressor, blocks
+from hvdlm_compression.tensor_ops import sparse
 
 MOST = 4096
 """Elements of a chunk at most: an index has 12 bits."""
@@ -66,7 +67,7 @@ class ChunkedTopK(Compressor):
         chunks = indices.shape[0]
         starts = ops.convert_to_tensor((np.arange(chunks, dtype=np.int32) * self.block)[:, None])
         flat = ops.reshape(_unpack_indices(indices) + starts, (-1,))
-        return ops.segment_sum(ops.reshape(values, (-1,)), flat, num_segments=chunks * self.block)[: shape[0]]
+        return sparse(ops.reshape(values, (-1,)), flat, chunks * self.block)[: shape[0]]
 
     def memory(self, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
         """Return the decayed error, of ``shape``."""

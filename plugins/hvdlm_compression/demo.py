@@ -12,6 +12,7 @@ from keras import ops
 from hvdlm.config import CompressionConfig
 from hvdlm.protocols.compressor import Request
 from hvdlm.protocols.types import Tensor
+from hvdlm_compression.tensor_ops import add_sparse, sparse
 from hvdlm_compression.updates import Direction
 
 SIDE = 64  # of the square blocks that are transformed (section 4.1)
@@ -74,11 +75,13 @@ class DecoupledMomentum:
         indices = ops.top_k(ops.abs(components), self._count, sorted=False)[1]
         # Rounded before they leave the momentum: what is lost of them stays there.
         values = ops.cast(ops.take_along_axis(components, indices, axis=1), "bfloat16")
-        memory["momentum"].assign(momentum - self._backward(_spread(ops.cast(values, "float32"), indices), shape))
+        memory["momentum"].assign(momentum - self._backward(_sparse(values, indices), shape))
         received = yield Request("all_gather", [values, ops.cast(indices, "int16")])
-        total = _spread(ops.cast(received[0][0], "float32"), ops.cast(received[1][0], "int32"))
+        total = _sparse(received[0][0], received[1][0])
         for rank in range(1, self.ranks):
-            total = total + _spread(ops.cast(received[0][rank], "float32"), ops.cast(received[1][rank], "int32"))
+            total = add_sparse(
+                total, ops.reshape(ops.cast(received[0][rank], "float32"), (-1,)), _places(received[1][rank])
+            )
         return ops.sign(self._backward(total, shape))
 
     def _forward(self, matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -106,10 +109,13 @@ def _blocks(shape: tuple[int, ...]) -> tuple[int, int]:
     return -(-shape[0] // SIDE), -(-shape[1] // SIDE)
 
 
-def _spread(values: Tensor, indices: Tensor) -> Tensor:
-    """Return float32 ``[blocks, side * side]`` with ``values`` at ``indices``, both ``[blocks, n]``, and zeros."""
-    blocks = values.shape[0]
-    first = ops.convert_to_tensor((SIDE * SIDE * np.arange(blocks, dtype=np.int32))[:, None])
-    places = ops.reshape(ops.cast(indices, "int32") + first, (-1,))
-    flat = ops.segment_sum(ops.reshape(values, (-1,)), places, num_segments=blocks * SIDE * SIDE)
-    return ops.reshape(flat, (blocks, SIDE * SIDE))
+def _sparse(values: Tensor, indices: Tensor) -> Tensor:
+    """Return float32 ``[blocks * side * side]`` with ``values`` at ``indices``, both ``[blocks, n]``, and zeros."""
+    size = values.shape[0] * SIDE * SIDE
+    return sparse(ops.reshape(ops.cast(values, "float32"), (-1,)), _places(indices), size)
+
+
+def _places(indices: Tensor) -> Tensor:
+    """Return where in all blocks the components at ``indices`` ``[blocks, n]`` of each block lie: int32."""
+    first = ops.convert_to_tensor((SIDE * SIDE * np.arange(indices.shape[0], dtype=np.int32))[:, None])
+    return ops.reshape(ops.cast(indices, "int32") + first, (-1,))

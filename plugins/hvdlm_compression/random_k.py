@@ -9,6 +9,7 @@ from keras import ops
 
 from hvdlm.protocols.types import Tensor
 from hvdlm_compression.compressor import Compressor
+from hvdlm_compression.tensor_ops import sparse
 
 
 class RandomK(Compressor):
@@ -29,7 +30,7 @@ class RandomK(Compressor):
 
     def decompress(self, payload: Sequence[Tensor], shape: tuple[int, ...], step: Tensor) -> Tensor:
         """Return float32 ``[n]``, zero except at the step's indices."""
-        return ops.segment_sum(payload[0], self._indices(shape[0], step), num_segments=shape[0])
+        return sparse(payload[0], self._indices(shape[0], step), shape[0])
 
     def _indices(self, count: int, step: Tensor) -> Tensor:
         strata = max(1, round(count * self.ratio))

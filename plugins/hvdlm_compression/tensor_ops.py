@@ -61,3 +61,21 @@ def product(target: Tensor, left: Tensor, right: Tensor) -> Tensor:
 def subtract_product(target: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Return ``target - left @ right``, in the memory of ``target``: in one pass over it."""
     return target.addmm_(left, right, alpha=-1.0) if OVERWRITES else target - left @ right
+
+
+def sparse(values: Tensor, places: Tensor, size: int) -> Tensor:
+    """Return ``[size]`` with ``values`` ``[n]`` at the int32 ``places`` ``[n]``, all different, and zeros."""
+    if not OVERWRITES:
+        return ops.segment_sum(values, places, num_segments=size)
+    return values.new_zeros(size).index_add_(0, places, values)
+
+
+def add_sparse(target: Tensor, values: Tensor, places: Tensor) -> Tensor:
+    """Return ``target + sparse(values, places, size)``, in the memory of ``target``.
+
+    Ranks' values are added rank by rank: of places that are not different, GPUs add in an order of their own, so that
+    ranks would get different sums.
+    """
+    if not OVERWRITES:
+        return target + sparse(values, places, target.shape[0])
+    return target.index_add_(0, places, values)

@@ -8,6 +8,7 @@ from keras import ops
 
 from hvdlm.protocols.types import Tensor
 from hvdlm_compression.compressor import Compressor
+from hvdlm_compression.tensor_ops import add_sparse, sparse
 
 
 class TopK(Compressor):
@@ -25,11 +26,15 @@ class TopK(Compressor):
 
     def decompress(self, payload: Sequence[Tensor], shape: tuple[int, ...], step: Tensor) -> Tensor:
         """Return float32 ``[n]``, zero except at the indices."""
-        return ops.segment_sum(payload[0], payload[1], num_segments=shape[0])
+        return sparse(payload[0], payload[1], shape[0])
 
     def add_up(self, payloads: Sequence[Tensor], shape: tuple[int, ...], step: Tensor) -> Tensor:
-        """Return the sum with one scatter: values at the same index are added."""
-        return self.decompress([ops.reshape(gathered, (-1,)) for gathered in payloads], shape, step)
+        """Return the sum of all ranks' values."""
+        values, indices = payloads
+        total = sparse(values[0], indices[0], shape[0])
+        for rank in range(1, self.ranks):
+            total = add_sparse(total, values[rank], indices[rank])
+        return total
 
 
 def sent_count(count: int, ratio: float) -> int:
