@@ -1,12 +1,13 @@
 """Muon in three quarters of AdamW's steps: validation losses, both at their best of the same learning rates.
 
     python benchmarks/optimizers.py                                          all that is not stored yet
-    python benchmarks/optimizers.py --models warandpeace_bpe --seeds 1       one model
+    python benchmarks/optimizers.py --models warandpeace_char                one model
     python benchmarks/optimizers.py --short                                  a few steps
 
-Each optimizer follows a cosine schedule of its own length: 2,000 steps of AdamW, 1,500 of Muon. With the first seed,
-every rate is tried; with the others, the best one. warandpeace_char is the example, of 0.8 million parameters, in one
-process; warandpeace_bpe has 3 million, 4,096 tokens and a context of 128. Measurements are stored one by one in
+Each optimizer follows a cosine schedule of its own length: 2,000 steps of AdamW, 1,500 of Muon. warandpeace_char is the
+example, of 0.8 million parameters, on one rank: with the first seed, every rate is tried; with the others, the best one.
+warandpeace_bpe has 3 million parameters, 4,096 tokens and a context of 128: it is trained with the first seed, at the
+rates that were best for warandpeace_char. Measurements are stored one by one in
 docs/optimizer_losses.json, and docs/optimizers.md shows them.
 """
 
@@ -36,6 +37,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "model.heads": 6,
     },
 }
+TUNED = "warandpeace_char"
 OPTIMIZERS = ["adamw", "muon"]
 FULL = {"models": list(MODELS), "seeds": [1, 2, 3], "rates": [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2], "steps": 2000}
 FULL |= {"validation_share": 0.1}
@@ -73,10 +75,12 @@ def case_of(model: str, optimizer: str, o: argparse.Namespace) -> Row:
 def planned(o: argparse.Namespace, rows: Sequence[Row]) -> Iterator[Row]:
     """Yield the runs that are still to be made; ``rows`` grows meanwhile."""
     for model in o.models:
-        for case in [case_of(model, optimizer, o) for optimizer in OPTIMIZERS]:
-            for rate in o.rates:
+        for optimizer in OPTIMIZERS:
+            case, tuned = case_of(model, optimizer, o), case_of(TUNED, optimizer, o)
+            rates = o.rates if model == TUNED or not same(rows, tuned) else [best(rows, tuned)["rate"]]
+            for rate in rates:
                 yield case | {"rate": rate, "seed": o.seeds[0]}
-            for seed in o.seeds[1:]:
+            for seed in o.seeds[1:] if model == TUNED else []:
                 yield case | {"rate": best(rows, case)["rate"], "seed": seed}
 
 
