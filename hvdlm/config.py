@@ -210,6 +210,8 @@ class TrainConfig:
         momentum: SGD and Muon: momentum; null: SGD 0, Muon 0.95
         nesterov: SGD: use Nesterov momentum, as Muon always does
         clip: maximum global norm of the gradient; 0: no clipping
+        ema: decay of an exponential moving average of the weights, for example 0.999, which validation evaluates beside
+            the weights; null: none
         z_loss: factor of the squared logarithm of the softmax's denominator, which is added to the loss, for example
             1e-4 (Chowdhery et al. 2022, section 5)
         label_smoothing: share of the target probability spread over the vocabulary (Szegedy et al. 2016, section 7)
@@ -258,6 +260,7 @@ class TrainConfig:
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     clip: float = 1.0
+    ema: float | None = None
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     tf32: bool = True
     compile: bool | Literal["auto"] | None = "auto"

@@ -37,6 +37,7 @@ DIFFERENT = {
     "gradients.py:ScatteredGradients.buckets": "as above",
     "gradients.py:TreeGradients.buckets": "as above",
     "collectives.py:linear": "PyTorch's products are in kernels.py, which chooses between libraries",
+    "optimizers.py:interpolated": "PyTorch has it: torch.lerp",
     "muon.py:Muon.prepare": "a branch of a graph, which an update is in, can't contain collectives",
     "memory.py:ActivationMemory.backward": "a graph's memory is counted from its trace, after the backward pass",
     "memory.py:ActivationMemory.trace": "a pipeline stage's passes are two graphs; its memory is that of one",

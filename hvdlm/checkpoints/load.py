@@ -10,7 +10,7 @@ finds them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from hvdlm.checkpoints.shards import Reader, Stored
 from hvdlm.errors import HvdlmError
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.flat_layout import Shard, whole
+from hvdlm.parallel.moving_average import KIND as AVERAGE
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,24 @@ def open_checkpoint(path: Path) -> Checkpoint:
         CheckpointError: it is missing, foreign or damaged.
     """
     return Checkpoint(path, *read_manifest(path))
+
+
+def averaged(checkpoint: Checkpoint) -> Checkpoint:
+    """Return ``checkpoint`` with the moving average of its parameters (``train.ema``) in their place.
+
+    Raises:
+        HvdlmError: it holds none.
+    """
+    tensors = dict(checkpoint.tensors)
+    for name in [name for name in tensors if name.startswith("parameters/")]:
+        alias = f"optimizer/{AVERAGE}/{name.removeprefix('parameters/')}"
+        if alias not in checkpoint.tensors:
+            raise HvdlmError(
+                f"checkpoint {checkpoint.path} holds no moving average of the weights: leave --weights ema out, or "
+                "train with --train.ema 0.999."
+            )
+        tensors[name] = [replace(stored, alias=alias) for stored in checkpoint.tensors[alias]]
+    return replace(checkpoint, tensors=tensors)
 
 
 def unknown_parameter(checkpoint: Checkpoint, spec: ModelSpec) -> str | None:

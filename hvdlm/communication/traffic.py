@@ -12,6 +12,7 @@ AXIS_OF = {
     "gradients": "data",
     "parameters": "data",
     "momentum": "data",
+    "ema": "data",
     "metrics": "data",
     "node": "node",
     "tensor": "tensor",

@@ -48,6 +48,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "train.beta2": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
     "train.epsilon": (lambda v: v > 0, "above 0"),
     "train.momentum": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
+    "train.ema": (lambda v: 0 < v < 1, "above 0 and below 1"),
     "train.label_smoothing": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
     "train.z_loss": (lambda v: v >= 0, "0 or more"),
     "train.clip": (lambda v: v >= 0, "0 (no clipping) or more"),

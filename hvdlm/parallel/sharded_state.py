@@ -13,6 +13,7 @@ from hvdlm.errors import HvdlmError
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.flat_layout import Elements, Shard, Slot, make_layout, whole
 from hvdlm.parallel.mesh import Mesh
+from hvdlm.parallel.moving_average import KIND as AVERAGE
 from hvdlm.parallel.muon import MuonLayout
 from hvdlm.parallel.muon import names_of as muon_names
 from hvdlm.parallel.parameter_groups import ParameterGroups, UpdateRates
@@ -232,6 +233,8 @@ class ShardedState:
         restored = {}
         for kind, array in memory.items():
             names = self._memory_of(kind)
+            if kind == AVERAGE:  # starts from the parameters where the checkpoint has none
+                array = flat if self.exchange.traits.rounds_parameters else self.update_shard(flat)
             restored[kind] = names.restored(array, f"optimizer/{kind}", state, required=False)
             restored[kind] = names.restored(restored[kind], f"exchange/own/{kind}", state, required=False)
         if self.loss_scale.active and "optimizer/loss_scale" in state:

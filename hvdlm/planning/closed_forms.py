@@ -177,10 +177,11 @@ class Step:
         }
 
     def optimizer_elements(self, updated: int) -> int:
-        """Return the elements of the optimizer's state on a rank that updates ``updated`` parameters."""
+        """Return the elements of the optimizer's state, and of the average, on a rank that updates ``updated`` ones."""
+        average = updated if self.config.train.ema is not None else 0
         if self.muon is None:
-            return self.moments * updated
-        return sum(count(self.muon.state_elements(kind)) for kind in OPTIMIZER_STATE["muon"])
+            return self.moments * updated + average
+        return average + sum(count(self.muon.state_elements(kind)) for kind in OPTIMIZER_STATE["muon"])
 
     @cached_property
     def muon(self) -> MuonLayout | None:

@@ -92,9 +92,11 @@ def work_of(
         update_elements=updated - matrices,
         moments=2 if step.muon else moments,
         update_products=newton_schulz(step.muon) if step.muon else (),
-        # Zeroing, the norm, with ZeRO the copy of gathered parameters, and the copy of sums of micro-batches.
+        # Zeroing, the norm, the moving average; with ZeRO the copy of gathered parameters; the copy of sums of
+        # micro-batches.
         update_bytes=4.0 * size
         + 4.0 * updated
+        + (12.0 * updated if config.train.ema is not None else 0.0)
         + _BYTES_OF_MATRICES * matrices
         + ((20.0 if step.habits.packs_gradients else 12.0) * size if step.zero else 0.0)
         + (12.0 * size if step.sums_micro_batches else 0.0),

@@ -48,6 +48,17 @@ class Trainable(Training, Inference, StateDict, Protocol):
 
 
 @runtime_checkable
+class HasMovingAverage(Protocol):
+    """A Trainable that keeps the moving average of its parameters with ``train.ema``."""
+
+    def show_average(self, shown: bool) -> None:
+        """Compute with the moving average until the next step or ``state()``, or with the parameters again.
+
+        All ranks call: ZeRO's gather the average.
+        """
+
+
+@runtime_checkable
 class HasDeviceMemory(Protocol):
     """A Trainable that may compute on a GPU."""
 

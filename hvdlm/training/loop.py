@@ -13,7 +13,7 @@ from hvdlm.checkpoints.save import Saved
 from hvdlm.diagnostics.phases import TRAINING, process
 from hvdlm.errors import STOPPED
 from hvdlm.protocols.task import Task
-from hvdlm.protocols.trainable import Trainable
+from hvdlm.protocols.trainable import HasMovingAverage, Trainable
 from hvdlm.protocols.types import Batch, StepResult
 from hvdlm.protocols.world import World
 from hvdlm.telemetry.observers import Observers
@@ -148,7 +148,21 @@ def evaluate(run: Run, step: int | None = None, limit: int | None = None) -> dic
     """Return the task's metrics on the validation split, which data ranks divide. All ranks call.
 
     With ``step``, report them, and include it in them. ``limit``: the targets that are evaluated, about; None: all.
+    With ``train.ema``, those of the moving average of the weights follow, as ``ema_NAME``.
     """
+    metrics, trainable = _metrics(run, limit), run.trainable
+    if run.config.train.ema is not None and isinstance(trainable, HasMovingAverage):
+        trainable.show_average(True)
+        metrics |= {f"ema_{name}": value for name, value in _metrics(run, limit).items()}
+        trainable.show_average(False)
+    if step is None:
+        return metrics
+    run.manager.hook.hvdlm_evaluated(step=step, metrics=metrics)
+    return {"step": step, **metrics}
+
+
+def _metrics(run: Run, limit: int | None) -> dict[str, float]:
+    """Return the task's metrics of the weights that the model computes with now."""
     coordinates = run.mesh.coordinates(run.world.rank)
     # Of the ranks that hold one copy of the model, one of the last stage knows the losses.
     counts = coordinates["tensor"] == 0 and coordinates["pipeline"] == run.mesh.pipeline - 1
@@ -162,11 +176,7 @@ def evaluate(run: Run, step: int | None = None, limit: int | None = None) -> dic
         for batch in run.task.validation(shard, size, **limited):
             totals.update(sums_of(run.task, run.trainable, batch))
             process.alive()
-    metrics = run.task.metrics(over_ranks(run.world, sums if counts else []))
-    if step is None:
-        return metrics
-    run.manager.hook.hvdlm_evaluated(step=step, metrics=metrics)
-    return {"step": step, **metrics}
+    return run.task.metrics(over_ranks(run.world, sums if counts else []))
 
 
 def sums_of(task: Task, trainable: Trainable, batch: Batch) -> dict[str, float]:

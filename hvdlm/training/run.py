@@ -13,7 +13,7 @@ import pluggy
 from hvdlm import plugins
 from hvdlm.checkpoints import agreement, discovery
 from hvdlm.checkpoints.base_weights import Base, attach, open_pretrained, resolve
-from hvdlm.checkpoints.load import Checkpoint, read_state
+from hvdlm.checkpoints.load import Checkpoint, averaged, read_state
 from hvdlm.checkpoints.save import Saver
 from hvdlm.checkpoints.state_checks import Comparison
 from hvdlm.config import Config
@@ -29,9 +29,11 @@ from hvdlm.io.user_folders import similar_run, user_cache
 from hvdlm.models.lora import adapt
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.mesh import Mesh, make_mesh
+from hvdlm.parallel.moving_average import KIND as AVERAGE
 from hvdlm.protocols.backend import Backend
 from hvdlm.protocols.exchange import Exchange
 from hvdlm.protocols.framework import Framework, HasUpdateRules, Resolved, ResolvesOptions
+from hvdlm.protocols.optimizer import Optimizer
 from hvdlm.protocols.task import Task
 from hvdlm.protocols.trainable import Trainable
 from hvdlm.protocols.world import World
@@ -99,7 +101,7 @@ class Plan:
     """A checked run, before ranks are connected and before a framework is imported.
 
     ``resume``: the checkpoint to resume from, as ``checkpoint.resume`` names it; ``writes``: whether the run writes its
-    folder.
+    folder; ``average``: whether the moving average of the checkpoint's weights is loaded in their place.
     """
 
     config: Config
@@ -109,6 +111,7 @@ class Plan:
     mesh: Mesh
     resume: str
     writes: bool
+    average: bool = False
 
 
 @dataclass(frozen=True)
@@ -327,6 +330,8 @@ def build(connected: Connected) -> Run:
     preflight.agree(world, config, task, base, resolved)
     preflight.check_groups(world, framework, mesh)
     checkpoint = agreement.choose(folder, plan.resume, world)
+    if checkpoint and plan.average:
+        checkpoint = averaged(checkpoint)
     if checkpoint:
         preflight.check_continuation(checkpoint, task, spec, config, base)
     elif plan.resume == "auto" and world.rank == 0:
@@ -347,6 +352,7 @@ def build(connected: Connected) -> Run:
         rule = config.train.optimizer
         raise HvdlmError(f"train.optimizer {rule}: {framework.name} takes none of plugins: choose adamw.")
     _check_update_rules(framework, config)
+    _check_average(config, exchange, optimizer)
     trainable = framework.build(spec, mesh, world, exchange, config, **own)
     if checkpoint:
         load_state(checkpoint, trainable, world, mesh)
@@ -377,6 +383,24 @@ def _check_update_rules(framework: Framework, config: Config) -> None:
         raise HvdlmError(f"train.groups: framework {framework.name} has one learning rate for all: leave it out.")
     if config.train.optimizer == "muon" and "muon" not in rules:
         raise HvdlmError(f"train.optimizer muon: framework {framework.name} doesn't have it: choose adamw.")
+    if config.train.ema is not None and "ema" not in rules:
+        raise HvdlmError(f"train.ema: framework {framework.name} keeps no average of its weights: leave it out.")
+
+
+def _check_average(config: Config, exchange: Exchange, optimizer: Optimizer | None) -> None:
+    """Refuse the moving average of parameters that ranks don't agree on, and one whose name is taken."""
+    if config.train.ema is None:
+        return
+    if exchange.traits.replicas_diverge:
+        raise HvdlmError(
+            f"train.ema averages the parameters after every update, and ranks of {config.communication.exchange} have "
+            "different ones between synchronisations: leave it out, or --communication.exchange all_reduce."
+        )
+    if optimizer and AVERAGE in optimizer.state:
+        raise HvdlmError(
+            f"train.ema is saved as {AVERAGE}, a name that the state of train.optimizer {config.train.optimizer} has: "
+            "leave it out, or choose another optimizer."
+        )
 
 
 def keep_recorder(plan: Plan, world: World) -> None:

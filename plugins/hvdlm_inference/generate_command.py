@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> int:
         source = f"--prompt_file {values.prompt_file}"
         prompts = prompts_of(read_prompt(Path(values.prompt_file)), per_line, source)
     with watching() as watchdog:
-        connected = connect(plan_trained(values.run, values.checkpoint, overrides))
+        connected = connect(plan_trained(values.run, values.checkpoint, overrides, values.weights))
         with ending_all_ranks(connected.world):
             run = build(connected)
             if values.prompt_file is None and "-" in prompts:  # a launcher passes standard input to rank 0 only

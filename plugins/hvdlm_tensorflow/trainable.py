@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import tensorflow as tf
@@ -15,10 +15,11 @@ from hvdlm.config import Config
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.flat_layout import Shard
 from hvdlm.parallel.mesh import Mesh
+from hvdlm.parallel.moving_average import GATHERED, KIND
 from hvdlm.parallel.sharded_state import ShardedState, recurrent_entries, recurrent_state
 from hvdlm.parallel.sharding_rules import ModelShard
 from hvdlm.planning.closed_forms import kept_micro_batches
-from hvdlm.protocols.exchange import Exchange
+from hvdlm.protocols.exchange import Exchange, ShardedExchange
 from hvdlm.protocols.optimizer import Optimizer
 from hvdlm.protocols.types import Batch, StepResult, Traffic
 from hvdlm_language.axis_groups import Axes, count_traffic
@@ -29,6 +30,7 @@ from hvdlm_tensorflow.forward import Forward
 from hvdlm_tensorflow.gradients import make_gradients
 from hvdlm_tensorflow.inference import Inference
 from hvdlm_tensorflow.memory import ActivationMemory
+from hvdlm_tensorflow.moving_average import MovingAverage
 from hvdlm_tensorflow.muon import Muon
 from hvdlm_tensorflow.optimizers import FlatOptimizer
 from hvdlm_tensorflow.profiling import Trace, named_range
@@ -85,6 +87,9 @@ class Trainable(Inference):
             if state.muon
             else FlatOptimizer(config.train, self._updated, rates, optimizer)
         )
+        self._average = MovingAverage(config.train.ema, self._updated) if config.train.ema is not None else None
+        # What is saved of every element that this rank updates, by kind.
+        self._memory = {**self._optimizer.state, **({KIND: self._average.vector} if self._average else {})}
         self._carry: dict[int, Any] = {}  # by micro-batch: the state that a recurrent model carries to the next step
         self._activations = ActivationMemory()
         self._example_pass: _Pass | None = None  # of a pipeline stage, to be traced by ``memory``
@@ -274,6 +279,8 @@ class Trainable(Inference):
 
         def update() -> tf.Tensor:
             optimizer.update(scaled(), rate, step, *prepared)
+            if self._average:
+                self._average.update(step)
             return tf.constant(True)
 
         good = tf.math.is_finite(norm) & (norm <= limit)
@@ -320,6 +327,22 @@ class Trainable(Inference):
             )
         return self._exchange_graphs[function](None, *arguments)
 
+    def show_average(self, shown: bool) -> None:
+        """Have the model compute with the moving average of its parameters until the next step, or with these again."""
+        self._show_own()
+        if shown and self._average:
+            self._own = tf.identity(self._flat.read_value())
+            self._flat.assign(self._gathered_average(self._average.vector.read_value()))
+            self._adapters.add()
+
+    def _gathered_average(self, vector: tf.Tensor) -> tf.Tensor:
+        """Return the moving average ``[size]``, of which this rank has ``vector``."""
+        if self._exchange.traits.zero_size == 1:
+            return vector
+        exchange, ranges = cast(ShardedExchange, self._exchange), self._sharded.shard_ranges
+        started = [exchange.gather_vector(vector[a:b], index, GATHERED) for index, (a, b) in enumerate(ranges)]
+        return tf.concat([handle.wait() for handle in started], 0)
+
     def _show_averaged(self) -> None:
         """Have the model compute with the averaged parameters until the next step, where replicas never agree."""
         averaged = self._replica.streams.averaged() if self._replica.streams and self._own is None else None
@@ -347,7 +370,7 @@ class Trainable(Inference):
         return {
             "parameters": 4 * (self.layout.size + shard) + self._spec.frozen_bytes,
             "gradients": self._gradients.bytes(),
-            "optimizer": sum(4 * int(flat.shape[0]) for flat in self._optimizer.state.values()),
+            "optimizer": sum(4 * int(flat.shape[0]) for flat in self._memory.values()),
             "activations": self._activation_bytes(),
         }
 
@@ -383,17 +406,17 @@ class Trainable(Inference):
         """Return copies of all that training resumes from, under global names."""
         self._show_own()
         own = _host(self._saved)
-        memory = {kind: _host(flat) for kind, flat in self._optimizer.state.items()}
+        memory = {kind: _host(flat) for kind, flat in self._memory.items()}
         carry = recurrent_entries([self._model.carry_arrays(self._carry[number]) for number in sorted(self._carry)])
         return self._sharded.arrays(self._replica.averaged(own), memory) | self._replica.entries(own) | carry
 
     def shards(self) -> dict[str, Shard]:
         """Return which box of the global array every entry of ``state()`` is."""
-        return self._sharded.shards(self._optimizer.state)
+        return self._sharded.shards(self._memory)
 
     def replicas(self, names: Collection[str]) -> dict[str, str]:
         """Return the identities of entries of ``state()`` and of frozen weights that other ranks may hold too."""
-        return self._sharded.replicas(names, self._optimizer.state)
+        return self._sharded.replicas(names, self._memory)
 
     def frozen(self) -> Iterator[tuple[str, np.ndarray]]:
         """Yield the name and the present values of every frozen base weight."""
@@ -401,7 +424,7 @@ class Trainable(Inference):
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
         """Replace parameters, optimizer, exchange and carried state by those of ``state``."""
-        memory = {kind: _host(flat) for kind, flat in self._optimizer.state.items()}
+        memory = {kind: _host(flat) for kind, flat in self._memory.items()}
         flat, memory = self._sharded.restore(state, _host(self._saved), memory)
         self._own = self._rounded = None
         self._saved.assign(flat)
@@ -411,7 +434,7 @@ class Trainable(Inference):
             self._updated.assign(self._sharded.update_shard(flat))
         self._adapters.add()
         for kind, array in memory.items():
-            self._optimizer.state[kind].assign(array)
+            self._memory[kind].assign(array)
         self._carry = self._model.carry_tensors(recurrent_state(state), self._config.train.micro_batch_size)
 
 

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,9 +17,10 @@ from hvdlm.config import Config
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.flat_layout import Shard, Slot
 from hvdlm.parallel.mesh import Mesh
+from hvdlm.parallel.moving_average import GATHERED, KIND
 from hvdlm.parallel.sharded_state import ShardedState, recurrent_entries, recurrent_state
 from hvdlm.parallel.sharding_rules import ModelShard
-from hvdlm.protocols.exchange import Exchange
+from hvdlm.protocols.exchange import Exchange, ShardedExchange
 from hvdlm.protocols.optimizer import Optimizer
 from hvdlm.protocols.types import Batch, StepResult, Traffic
 from hvdlm_language.axis_groups import Axes, count_traffic
@@ -31,6 +32,7 @@ from hvdlm_torch.forward import Forward
 from hvdlm_torch.gradients import make_gradients
 from hvdlm_torch.inference import Inference
 from hvdlm_torch.memory import ActivationMemory
+from hvdlm_torch.moving_average import MovingAverage
 from hvdlm_torch.muon import Muon
 from hvdlm_torch.optimizers import FlatOptimizer
 from hvdlm_torch.profiling import Trace, named_range
@@ -77,6 +79,9 @@ class Trainable(Inference):
             if state.muon
             else FlatOptimizer(config.train, *vectors, optimizer)
         )
+        self._average = MovingAverage(config.train.ema, self._updated) if config.train.ema is not None else None
+        # What is saved of every element that this rank updates, by kind.
+        self._memory = {**self._optimizer.state, **({KIND: self._average.vector} if self._average else {})}
         self._counters = count_traffic(axes, exchange)
         self._carry: dict[int, Any] = {}  # by micro-batch: the state that a recurrent model carries to the next step
         self._activations = ActivationMemory()
@@ -114,6 +119,8 @@ class Trainable(Inference):
         figures = Figures(torch.stack([loss_sum / counted, tokens, norm, applied]))
         with named_range("update"):
             self._optimizer.update(learning_rate, step, self._factor(norm, scale), applied)
+            if self._average:
+                self._average.update(step, applied)
         with named_range("exchange"):
             waited = sums.gradient_seconds + self._replace_parameters() + self._advance()
         self._adapters.add()
@@ -208,6 +215,23 @@ class Trainable(Inference):
         return time.perf_counter() - began
 
     @torch.no_grad()
+    def show_average(self, shown: bool) -> None:
+        """Have the model compute with the moving average of its parameters until the next step, or with these again."""
+        self._show_own()
+        if shown and self._average:
+            self._own = self._flat.clone()
+            self._flat.copy_(self._gathered_average(self._average.vector))
+            self._adapters.add()
+
+    def _gathered_average(self, vector: torch.Tensor) -> torch.Tensor:
+        """Return the moving average ``[size]``, of which this rank has ``vector``."""
+        if self._exchange.traits.zero_size == 1:
+            return vector
+        exchange, ranges = cast(ShardedExchange, self._exchange), self._sharded.shard_ranges
+        started = [exchange.gather_vector(vector[a:b], index, GATHERED) for index, (a, b) in enumerate(ranges)]
+        return torch.cat([handle.wait() for handle in started])
+
+    @torch.no_grad()
     def _show_averaged(self) -> None:
         """Have the model compute with the averaged parameters until the next step, where replicas never agree."""
         averaged = self._replica.streams.averaged() if self._replica.streams and self._own is None else None
@@ -236,7 +260,7 @@ class Trainable(Inference):
         return {
             "parameters": 4 * (len(self._flat) + shard) + self._spec.frozen_bytes,
             "gradients": self._gradients.bytes(),
-            "optimizer": sum(4 * len(flat) for flat in self._optimizer.state.values()),
+            "optimizer": sum(4 * len(flat) for flat in self._memory.values()),
             "activations": self._activations.bytes,
         }
 
@@ -256,17 +280,17 @@ class Trainable(Inference):
         """Return copies of all that training resumes from, under global names."""
         self._show_own()
         own = self._saved.cpu().numpy()
-        memory = {kind: flat.cpu().numpy() for kind, flat in self._optimizer.state.items()}
+        memory = {kind: flat.cpu().numpy() for kind, flat in self._memory.items()}
         carry = recurrent_entries([self._model.carry_arrays(self._carry[number]) for number in sorted(self._carry)])
         return self._sharded.arrays(self._replica.averaged(own), memory) | self._replica.entries(own) | carry
 
     def shards(self) -> dict[str, Shard]:
         """Return which box of the global array every entry of ``state()`` is."""
-        return self._sharded.shards(self._optimizer.state)
+        return self._sharded.shards(self._memory)
 
     def replicas(self, names: Collection[str]) -> dict[str, str]:
         """Return the identities of entries of ``state()`` and of frozen weights that other ranks may hold too."""
-        return self._sharded.replicas(names, self._optimizer.state)
+        return self._sharded.replicas(names, self._memory)
 
     def frozen(self) -> Iterator[tuple[str, np.ndarray]]:
         """Yield the name and the present values of every frozen base weight."""
@@ -275,7 +299,7 @@ class Trainable(Inference):
     @torch.no_grad()
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
         """Replace parameters, optimizer, exchange and carried state by those of ``state``."""
-        memory = {kind: flat.cpu().numpy() for kind, flat in self._optimizer.state.items()}
+        memory = {kind: flat.cpu().numpy() for kind, flat in self._memory.items()}
         flat, memory = self._sharded.restore(state, self._saved.cpu().numpy(), memory)
         self._own = self._rounded = None
         self._saved.copy_(torch.from_numpy(flat))
@@ -285,6 +309,6 @@ class Trainable(Inference):
             self._updated.copy_(torch.from_numpy(self._sharded.update_shard(flat)))
         self._adapters.add()
         for kind, array in memory.items():
-            self._optimizer.state[kind].copy_(torch.from_numpy(array))
+            self._memory[kind].copy_(torch.from_numpy(array))
         micro_rows = self._config.train.micro_batch_size
         self._carry = self._model.carry_tensors(recurrent_state(state), micro_rows, self._device)
