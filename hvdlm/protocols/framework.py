@@ -74,7 +74,8 @@ class HasUpdateRules(Protocol):
     """A framework that updates parameters by more rules than one learning rate of AdamW, SGD or Adagrad.
 
     Attributes:
-        update_rules: those of ``groups`` (``train.groups``) and ``muon`` (``train.optimizer muon``) that it has.
+        update_rules: those of ``groups`` (``train.groups``), ``muon`` (``train.optimizer muon``) and ``zero3``
+            (``parallel.zero 3``) that it has.
             Without this attribute it has neither, and such a run is refused.
     """
 

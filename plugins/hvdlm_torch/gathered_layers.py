@@ -7,7 +7,7 @@ layer computes, the next one of the forward or the backward pass is on its way.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +43,7 @@ class GatheredLayers(WholeLayers):
             scattered as soon as it is there.
         held: the bytes of gathered parameters, and of those on their way; and of gradients, which others count.
         addresses: where gathered parameters are in memory.
+        before_pass: called before every forward pass.
     """
 
     def __init__(self, state: ShardedState, shard: torch.Tensor) -> None:
@@ -50,6 +51,7 @@ class GatheredLayers(WholeLayers):
         self.tied: torch.nn.Parameter | None = None
         self.held = HeldBytes("parameters", "gradients")
         self.addresses: set[int] = set()
+        self.before_pass: Callable[[], None] = lambda: None
         self._units: dict[str, _GatheredUnit] = {}
         for unit in units_of(state.layout):
             kind = _GatheredOnce if unit.name in (EMBEDDING, HEAD) else _GatheredTwice
@@ -68,6 +70,7 @@ class GatheredLayers(WholeLayers):
         ``x``: None or tokens, whose unit is the first one.
         """
         if name == self._order[0]:
+            self.before_pass()
             for unit in self._units.values():  # an evaluation's head; the parameters may have changed since
                 unit.free()
         if not isinstance(x, torch.Tensor):

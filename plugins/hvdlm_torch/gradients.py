@@ -362,6 +362,7 @@ class LayerGradients(ScatteredGradients):
         Gradients.__init__(self, state, axes)
         self._layers = layers
         self._held = layers.held
+        layers.before_pass = self._settle
         ranks, layout = self._exchange.traits.zero_size, self._layout
         self.shard = torch.zeros(layout.size // ranks, device=device)
         self._waited = 0.0
@@ -382,6 +383,12 @@ class LayerGradients(ScatteredGradients):
 
     def _expect_all(self) -> None:
         self._missing, self._next = [len(slots) for _, slots in self._events], 0
+
+    def _settle(self) -> None:
+        """Finish what the backward pass before has left under way."""
+        if self._missing is not None:
+            self._start_rest()
+            self._finish_all()
 
     def _count(self, number: int, leaf: torch.Tensor) -> None:
         self._held.take("gradients", 4 * leaf.numel())
