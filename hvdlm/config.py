@@ -292,7 +292,8 @@ class ParallelConfig:
             compressed; 1: one level
         sequence: sequence parallelism: tensor-parallel ranks also shard the positions between layers (Transformers
             only)
-        zero: ZeRO stage: data-parallel ranks shard nothing (0), the optimizer state (1), or also the gradients (2)
+        zero: ZeRO stage: data-parallel ranks shard nothing (0), the optimizer state (1), also the gradients (2), or also
+            the parameters (3), which are gathered layer by layer
         zero_gather: how ZeRO gathers parameters: fp32, bf16 or int8; null: as gradients, bf16 or int8 if compressed
         schedule: pipeline schedule: 1f1b (one forward, one backward) or gpipe
     """
@@ -302,7 +303,7 @@ class ParallelConfig:
     tensor: int = 1
     data_per_node: int = 1
     sequence: bool = False
-    zero: Literal[0, 1, 2] = 0
+    zero: Literal[0, 1, 2, 3] = 0
     zero_gather: Literal["fp32", "bf16", "int8"] | None = None
     schedule: Literal["1f1b", "gpipe"] = "1f1b"
 

@@ -92,11 +92,30 @@ def _divides(key: str, value: int, tensor: int) -> None:
         )
 
 
+def _check_gathered_layers(config: Config, spec: ModelSpec) -> None:
+    """Check that the parameters of a run with ZeRO-3 can be gathered layer by layer."""
+    c, p = config.communication, config.parallel
+    reasons = {
+        f"the layers of a {'plugin' if spec.kind == 'own' else spec.kind} model are not known to it": spec.kind != "gpt",
+        "adapters (lora.rank) leave little to shard": bool(spec.adapters),
+        f"it doesn't go with parallel.pipeline {p.pipeline}, whose stages gather at different times": p.pipeline > 1,
+        "compiled steps (train.compile) keep whole parameters": config.train.compile is True,
+        "Muon's update needs whole matrices": config.train.optimizer == "muon",
+        f"it sends no compressed gradients ({c.compression.algorithm})": c.compression.algorithm != "none",
+        f"it gathers float32 parameters, not {p.zero_gather}": p.zero_gather not in (None, "fp32"),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise HvdlmError(f"parallel.zero 3 gathers parameters layer by layer, and {reason}: --parallel.zero 2.")
+
+
 def _check_exchange(config: Config, spec: ModelSpec) -> None:
     p, c = config.parallel, config.communication
     if p.zero and (c.exchange != "all_reduce" or c.reduction == "adasum"):
         other = c.exchange if c.exchange != "all_reduce" else "communication.reduction adasum"
         raise HvdlmError(f"parallel.zero {p.zero} scatters sums of gradients, and {other} has none: leave one out.")
+    if p.zero == 3:
+        _check_gathered_layers(config, spec)
     if c.reduction == "adasum" and tied_names(spec, p.pipeline):
         raise HvdlmError(
             "communication.reduction adasum combines whole gradients, and two stages each compute one term of the tied "

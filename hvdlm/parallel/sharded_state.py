@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from hvdlm.config import Config
 from hvdlm.errors import HvdlmError
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.flat_layout import Elements, Shard, Slot, make_layout, whole
+from hvdlm.parallel.layer_units import make_unit_layout
 from hvdlm.parallel.mesh import Mesh
 from hvdlm.parallel.moving_average import KIND as AVERAGE
 from hvdlm.parallel.muon import MuonLayout
@@ -96,9 +97,12 @@ class ShardedState:
         self.mesh = mesh
         self.coordinates = mesh.coordinates(rank)
         zero_rank, zero_size = exchange.traits.zero_rank, exchange.traits.zero_size
-        self.layout = make_layout(
-            model_shard.params, config.communication.bucket_bytes, align=zero_size, alone=model_shard.tied
-        )
+        if exchange.traits.shards_parameters:
+            self.layout = make_unit_layout(model_shard.params, zero_size)
+        else:
+            self.layout = make_layout(
+                model_shard.params, config.communication.bucket_bytes, align=zero_size, alone=model_shard.tied
+            )
         self.update_ranges = self.layout.zero_ranges(zero_rank, zero_size)
         ends = np.cumsum([b - a for a, b in self.update_ranges]).tolist()
         self.shard_ranges = list(zip([0, *ends[:-1]], ends, strict=True))
@@ -106,8 +110,10 @@ class ShardedState:
         first_names = [self.layout.slots[first].name for first, _ in self.layout.buckets]
         self.tied_buckets = [index for index, name in enumerate(first_names) if name in model_shard.tied]
         self.loss_scale = LossScale(config.train.precision)
-        self._memory = FlatState(self.layout.zero_slots(zero_rank, zero_size))
-        self._weights = self._memory if exchange.traits.rounds_parameters else FlatState(self.layout.zero_slots(0, 1))
+        self._elements = self.layout.zero_slots(zero_rank, zero_size)
+        self._memory = FlatState(self._elements)
+        saves_shard = exchange.traits.rounds_parameters or exchange.traits.shards_parameters
+        self._weights = self._memory if saves_shard else FlatState(self.layout.zero_slots(0, 1))
         self.muon: MuonLayout | None = None
         self._memories: dict[str, FlatState] = {}  # by kind, where the optimizer keeps some for some parameters only
         if names := muon_names(spec, config.train):
@@ -128,6 +134,16 @@ class ShardedState:
             {p.spec.name: p.spec.initial_box(seed, p.shard.slices) for p in self.model_shard.params}
         )
 
+    def initial_shard(self) -> np.ndarray:
+        """Return ``update_shard`` of the initial values, without ever holding more than one parameter's besides."""
+        boxes = {p.spec.name: p for p in self.model_shard.params}
+        flat = np.zeros(self.shard_ranges[-1][1], np.float32)
+        for slot, start, (low, high) in self._elements:
+            param = boxes[slot.name]
+            values = param.spec.initial_box(self.config.train.seed, param.shard.slices)
+            flat[start : start + high - low] = values.reshape(-1)[low:high]
+        return flat
+
     def initial_frozen(self) -> Iterator[tuple[str, np.ndarray]]:
         """Yield the name and the float32 values of every frozen base weight."""
         for param in self.spec.frozen:
@@ -140,11 +156,17 @@ class ShardedState:
     def update_rates(self) -> UpdateRates:
         """Return the weight decay and the factor of the learning rate of every element of ``update_shard``."""
         groups = ParameterGroups(self.config.train)
-        decays = self.layout.filled(lambda slot: groups.weight_decay(slot.name, slot.decay))
+        decays = self._filled(lambda slot: groups.weight_decay(slot.name, slot.decay))
         if not groups.scaled:
-            return UpdateRates(self.update_shard(decays))
-        scales = self.layout.filled(lambda slot: groups.learning_rate_scale(slot.name))
-        return UpdateRates(self.update_shard(decays), self.update_shard(scales))
+            return UpdateRates(decays)
+        return UpdateRates(decays, self._filled(lambda slot: groups.learning_rate_scale(slot.name)))
+
+    def _filled(self, value: Callable[[Slot], float]) -> np.ndarray:
+        """Return float32: ``value(slot)`` in every element of ``update_shard``, 0 between slots."""
+        flat = np.zeros(self.shard_ranges[-1][1], np.float32)
+        for slot, start, (low, high) in self._elements:
+            flat[start : start + high - low] = value(slot)
+        return flat
 
     def seed(self, step: int, *keys: int, row: int | None = None) -> np.random.SeedSequence:
         """Return a dropout seed, different for every data rank, stage and step (and ``keys``, such as the micro-batch).
@@ -180,7 +202,8 @@ class ShardedState:
 
     def fingerprints(self, flat: np.ndarray) -> dict[str, int]:
         """Return ``Trainable.fingerprints`` of the flat vector ``[size]``."""
-        if self.exchange.traits.replicas_diverge and not self.exchange.agreed:
+        traits = self.exchange.traits
+        if traits.shards_parameters or (traits.replicas_diverge and not self.exchange.agreed):
             return {}
         return {slot.name: zlib.crc32(flat[slot.start : slot.stop].data) for slot in self.layout.slots}
 

@@ -17,10 +17,12 @@ from hvdlm import plugins
 from hvdlm.config import Config, ParallelConfig
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.flat_layout import FlatLayout, make_layout
+from hvdlm.parallel.layer_units import make_unit_layout
 from hvdlm.parallel.level_shards import shard_layout
 from hvdlm.parallel.mesh import Mesh
 from hvdlm.parallel.muon import MuonLayout, count, names_of
 from hvdlm.parallel.sharding_rules import ModelShard, make_model_shard
+from hvdlm.planning.gathered_layers import gathers_of, held_at_peak, scattered_buckets
 from hvdlm.planning.same import Same
 from hvdlm.planning.zero_payloads import KNOWN, ZeroPayload, zero_payloads
 from hvdlm.protocols.state_dict import OPTIMIZER_STATE, optimizer_state
@@ -85,6 +87,17 @@ def _layout(shard: Same[ModelShard], bucket_bytes: int, align: int) -> FlatLayou
     return make_layout(shard.value.params, bucket_bytes, align, shard.value.tied)
 
 
+@lru_cache(maxsize=512)
+def _unit_layout(shard: Same[ModelShard], align: int) -> FlatLayout:
+    return make_unit_layout(shard.value.params, align)
+
+
+@lru_cache(maxsize=512)
+def _gathered_and_passing(shard: Same[ModelShard], ranks: int, tied: bool) -> tuple[int, int]:
+    held = held_at_peak(_unit_layout(shard, ranks), ranks, tied)
+    return held["parameters"], held["gradients"]
+
+
 @lru_cache(maxsize=2048)
 def _partial(shard: Same[ModelShard], prefix: str, few_kv_heads: bool, sequence: bool) -> int:
     of_heads = (".attention.query_norm.", ".attention.key_norm.")
@@ -116,12 +129,20 @@ class Step:
         self.data_rank = mesh.coordinates(rank)["data"]
         self.zero = config.parallel.zero if mesh.data > 1 else 0
         align = mesh.data if self.zero else 1
-        self.layout: FlatLayout = _layout(Same(self.shard), config.communication.bucket_bytes, align)
+        if self.zero == 3:
+            self.layout: FlatLayout = _unit_layout(Same(self.shard), align)
+        else:
+            self.layout = _layout(Same(self.shard), config.communication.bucket_bytes, align)
         rows = config.train.batch_size // mesh.data
         self.rows, self.time = config.train.micro_batch_size or rows, config.data.context
         self.count = rows // self.rows
         self.tokens = self.rows * self.time
         self.sequence = self.shard.sequence and self.time % mesh.tensor == 0
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head's table is the embedding's."""
+        return bool(getattr(self.s, "tie_embeddings", False))
 
     def unpacked_bytes(self) -> float:
         """Return the bytes per element of cutting parameters out of the flat vector, of one forward pass."""
@@ -163,6 +184,14 @@ class Step:
         """Return bytes of parameters, gradients, optimizer and activations."""
         size = self.layout.size
         zero_shard = size // self.mesh.data
+        if self.zero == 3:
+            gathered, passing = _gathered_and_passing(Same(self.shard), self.mesh.data, self.tied)
+            return {
+                "parameters": 4 * zero_shard + gathered + self.spec.frozen_bytes,
+                "gradients": 4 * zero_shard + passing,
+                "optimizer": 4 * self.optimizer_elements(zero_shard),
+                "activations": self.activations(),
+            }
         buckets = [self.layout.bucket_range(i) for i in range(len(self.layout.buckets))]
         # While one bucket is sent, the next one is filled.
         passing = max(b - a for (a, _), (_, b) in zip(buckets, [*buckets[1:], buckets[-1]], strict=True))
@@ -290,13 +319,20 @@ class Step:
         return {axis: count for axis, count in totals.items() if count}
 
     def on_data(self) -> int:
-        """Return the bytes of gradients and metrics; with ZeRO, gradients once or per micro-batch, and parameters."""
+        """Return the bytes of gradients and metrics; with ZeRO, gradients once or per micro-batch, and parameters.
+
+        ZeRO-3 gathers parameters in every micro-batch, most of them twice.
+        """
         if self.mesh.data == 1:
             return 0
         whole = 4 * (self.level_shards.size if self.mesh.has_levels else self.layout.size)
         if not self.zero:
             return whole + 2 * 8
         sent = self.zero_payloads
+        if self.zero == 3:
+            scattered = sum(sent[index].gradients for index in scattered_buckets(self.layout, self.tied))
+            gathered = sum(4 * unit.size * sum(times) for unit, times in gathers_of(self.layout, self.tied))
+            return self.count * (scattered + gathered // self.mesh.data) + 3 * 8
         gradients = sum(bucket.gradients + bucket.rest for bucket in sent) * (self.count if self.zero == 2 else 1)
         momentum = 4 * sum(self.gathered_momentum()) // self.mesh.data
         return gradients + sum(bucket.parameters[self.data_rank] for bucket in sent) + momentum + 3 * 8

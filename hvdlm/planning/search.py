@@ -106,7 +106,7 @@ def make_space(
         "parallel.tensor": sizes,
         "parallel.sequence": [False, True] if spec.kind == "gpt" else [False],
         "train.activation_checkpointing": [False, True] if recomputes else [False],
-        "parallel.zero": [0, 1, 2],
+        "parallel.zero": [0, 1, 2, 3],
         "communication.exchange": _first(c.exchange, lossy.get(LOSSY[0], ())),
         "communication.compression.algorithm": _first(c.compression.algorithm, lossy.get(LOSSY[1], ())),
         "communication.bucket_bytes": _first(c.bucket_bytes, BUCKETS),

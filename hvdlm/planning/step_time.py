@@ -146,6 +146,8 @@ def compiles(config: Config, spec: ModelSpec, hardware: Hardware, habits: Habits
     asked = config.train.compile
     if isinstance(asked, bool):
         return asked
+    if config.parallel.zero == 3:
+        return False
     return (habits or Habits()).compiles and hardware.device == "gpu" and spec.kind == "gpt"
 
 

@@ -74,9 +74,9 @@ class HasUpdateRules(Protocol):
     """A framework that updates parameters by more rules than one learning rate of AdamW, SGD or Adagrad.
 
     Attributes:
-        update_rules: those of ``groups`` (``train.groups``), ``muon`` (``train.optimizer muon``) and ``ema``
-            (``train.ema``; its Trainables are ``HasMovingAverage``) that it has. Without this attribute it has none,
-            and such a run is refused.
+        update_rules: those of ``groups`` (``train.groups``), ``muon`` (``train.optimizer muon``), ``ema``
+            (``train.ema``; its Trainables are ``HasMovingAverage``) and ``zero3`` (``parallel.zero 3``) that it has.
+            Without this attribute it has none, and such a run is refused.
     """
 
     update_rules: tuple[str, ...]

@@ -377,7 +377,7 @@ def build(connected: Connected) -> Run:
 
 
 def _check_update_rules(framework: Framework, config: Config) -> None:
-    """Refuse parameter groups and optimizers that the framework's plugin doesn't implement."""
+    """Refuse parameter groups, optimizers and sharded parameters that the framework's plugin doesn't implement."""
     rules = framework.update_rules if isinstance(framework, HasUpdateRules) else ()
     if config.train.groups and "groups" not in rules:
         raise HvdlmError(f"train.groups: framework {framework.name} has one learning rate for all: leave it out.")
@@ -385,6 +385,10 @@ def _check_update_rules(framework: Framework, config: Config) -> None:
         raise HvdlmError(f"train.optimizer muon: framework {framework.name} doesn't have it: choose adamw.")
     if config.train.ema is not None and "ema" not in rules:
         raise HvdlmError(f"train.ema: framework {framework.name} keeps no average of its weights: leave it out.")
+    if config.parallel.zero == 3 and "zero3" not in rules:
+        raise HvdlmError(
+            f"parallel.zero 3: framework {framework.name} can't gather parameters layer by layer: --parallel.zero 2."
+        )
 
 
 def _check_average(config: Config, exchange: Exchange, optimizer: Optimizer | None) -> None:

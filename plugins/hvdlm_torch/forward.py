@@ -58,7 +58,9 @@ class Forward:
 
     def autocast(self) -> torch.autocast:
         """Return the context in which products are computed in the precision of the run."""
-        return torch.autocast(self.device.type, dtype=self.half, enabled=self.half is not None)
+        # Autocast keeps rounded weights until the context ends, those of layers that ZeRO-3 has freed, too.
+        cached = self.config.parallel.zero < 3
+        return torch.autocast(self.device.type, dtype=self.half, enabled=self.half is not None, cache_enabled=cached)
 
     def rounded(self, parameters: Mapping[str, torch.Tensor]) -> Any:
         """Return a model with the weights of products in half precision, to which autocast would round them anew."""

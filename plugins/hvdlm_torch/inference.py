@@ -13,6 +13,7 @@ from hvdlm.protocols.model import JoinsCaches
 from hvdlm.protocols.types import Batch
 from hvdlm_torch.devices import to_device
 from hvdlm_torch.forward import Forward
+from hvdlm_torch.gathered_layers import GatheredLayers
 from hvdlm_torch.sampling import choose
 
 
@@ -31,7 +32,16 @@ class Inference:
         # Horovod's thread resizes what it gathers into, which PyTorch refuses for tensors of its inference mode.
         several = self._model_shard.tensor * self._model_shard.stage.count > 1
         self._without_gradients = torch.no_grad if several else torch.inference_mode
+        self._layers: GatheredLayers | None = None
         self._rounded: Any = None  # the model in the half precision of the run, while the parameters stay as they are
+
+    def _gather_in(self, layers: GatheredLayers) -> None:
+        """Have the model, which is bound to the parameters of ``layers``, gather them."""
+        model: Any = self._model
+        model.layers = self._layers = layers
+        if layers.tied is not None:
+            model.head = layers.tied, None
+        self._without_gradients = torch.no_grad
 
     def _show_averaged(self) -> None:
         """Have the model compute with the parameters that are evaluated, where a replica's own are others."""
@@ -99,7 +109,7 @@ class Inference:
 
     def _decoder(self) -> Any:
         """Return the model that generates. In half precision, its weights are rounded once, not for every token."""
-        if not (self._forward.half and self.joins_caches):
+        if self._layers or not (self._forward.half and self.joins_caches):
             return self._model
         if self._rounded is None:
             self._rounded = self._forward.rounded(self._parameters())

@@ -15,7 +15,7 @@ import torch
 from hvdlm.communication.traffic import by_axis, grown
 from hvdlm.config import Config
 from hvdlm.models.spec import ModelSpec
-from hvdlm.parallel.flat_layout import Shard, Slot
+from hvdlm.parallel.flat_layout import Shard
 from hvdlm.parallel.mesh import Mesh
 from hvdlm.parallel.moving_average import GATHERED, KIND
 from hvdlm.parallel.sharded_state import ShardedState, recurrent_entries, recurrent_state
@@ -29,6 +29,7 @@ from hvdlm_torch import compiler
 from hvdlm_torch.adapters import Adapters
 from hvdlm_torch.figures import DeviceResult, Figures
 from hvdlm_torch.forward import Forward
+from hvdlm_torch.gathered_layers import GatheredLayers
 from hvdlm_torch.gradients import make_gradients
 from hvdlm_torch.inference import Inference
 from hvdlm_torch.memory import ActivationMemory
@@ -39,7 +40,11 @@ from hvdlm_torch.profiling import Trace, named_range
 
 
 class Trainable(Inference):
-    """Implements ``Trainable``. Parameters are views of one flat vector, this rank's shard of the model."""
+    """Implements ``Trainable``. Parameters are views of one flat vector, this rank's shard of the model.
+
+    With ZeRO-3, that vector is the rank's shard of every layer, and parameters are gathered from all ranks' while a
+    layer computes.
+    """
 
     def __init__(
         self,
@@ -58,18 +63,24 @@ class Trainable(Inference):
         self._exchange = exchange
         self._sharded = state = ShardedState(spec, model_shard, exchange, config, mesh, rank)
         self.layout = state.layout
-        initial = state.initial()
+        gathers = exchange.traits.shards_parameters
+        initial = state.initial_shard() if gathers else state.initial()
         # A copy, which begins at a multiple of 64 bytes: the bits of products may depend on where a matrix begins.
         self._flat = torch.tensor(initial, device=device)
         self._replica = OwnParameters(exchange, self.layout)
         self._own: torch.Tensor | None = None  # the replica's own parameters while the flat vector is the averaged one
-        parameters = {slot.name: self._view(slot) for slot in self.layout.slots}
+        self._layers = GatheredLayers(state, self._flat) if gathers else None
+        parameters = self._layers.parameters if self._layers else self._views()
         self._adapters = Adapters(state, parameters, device)
         self._model.bind(self._adapters.bound)
-        self._gradients = make_gradients(state, axes, parameters, self._adapters.leaves, device)
+        if self._layers:
+            self._gather_in(self._layers)
+        self._gradients = make_gradients(state, axes, parameters, self._adapters.leaves, device, self._layers)
         # What this rank updates: the flat vector itself, or its shard of every bucket (ZeRO).
         self._updated = (
-            self._flat if exchange.traits.zero_size == 1 else torch.from_numpy(state.update_shard(initial)).to(device)
+            self._flat
+            if gathers or exchange.traits.zero_size == 1
+            else torch.from_numpy(state.update_shard(initial)).to(device)
         )
         # What a checkpoint holds and a rank resumes from: this shard where ranks compute with rounded parameters.
         self._saved = self._updated if exchange.traits.rounds_parameters else self._flat
@@ -89,8 +100,8 @@ class Trainable(Inference):
         self._losses = compiler.compiled(losses) if config.train.compile is True else losses
         exchange.open(self.layout, initial)
 
-    def _view(self, slot: Slot) -> torch.nn.Parameter:
-        return torch.nn.Parameter(self._flat[slot.start : slot.stop].view(slot.shape))
+    def _views(self) -> dict[str, torch.nn.Parameter]:
+        return {s.name: torch.nn.Parameter(self._flat[s.start : s.stop].view(s.shape)) for s in self.layout.slots}
 
     def _parameters(self) -> Mapping[str, torch.Tensor]:
         """Return the weights that the model computes with."""
@@ -165,7 +176,7 @@ class Trainable(Inference):
                 self._pipeline.run(micro_batches, width, compute, self._gradients.before_backward)
             return losses
         for number, batch in enumerate(micro_batches):
-            with self._activations.forward(bound):
+            with self._activations.forward(bound, self._layers.addresses if self._layers else ()):
                 loss = compute(number, batch, None)
             self._gradients.before_backward(number + 1 == len(micro_batches))
             with named_range("backward"):
@@ -187,6 +198,8 @@ class Trainable(Inference):
     def _replace_parameters(self) -> float:
         """Gather the shards that other ranks updated, or what the exchange replaces them by; return the seconds."""
         began = time.perf_counter()
+        if self._layers:
+            return 0.0
         if self._exchange.traits.zero_size > 1:
             self._gather()
             return time.perf_counter() - began
@@ -257,8 +270,9 @@ class Trainable(Inference):
     def memory(self) -> dict[str, int]:
         """Return the bytes that this rank holds for parameters, gradients, optimizer and activations."""
         shard = 0 if self._updated is self._flat else len(self._updated)
+        gathered = self._layers.held.at_peak["parameters"] if self._layers else 0
         return {
-            "parameters": 4 * (len(self._flat) + shard) + self._spec.frozen_bytes,
+            "parameters": 4 * (len(self._flat) + shard) + gathered + self._spec.frozen_bytes,
             "gradients": self._gradients.bytes(),
             "optimizer": sum(4 * len(flat) for flat in self._memory.values()),
             "activations": self._activations.bytes,

@@ -18,6 +18,7 @@ from hvdlm_language.gpt import GPTSettings, rotary_tables
 from hvdlm_torch.attention import attend, attend_causally, causal_mask
 from hvdlm_torch.collectives import Collectives
 from hvdlm_torch.dropout import DropoutMasks
+from hvdlm_torch.gathered_layers import WholeLayers
 from hvdlm_torch.kernels import linear
 
 Layer = Mapping[str, torch.Tensor]
@@ -121,10 +122,12 @@ class GPT:
     Attributes:
         head: of the last stage: the table ``[vocab, embed]`` of ``scores``, and its bias: None.
         masks: draws this rank's dropout masks.
+        layers: has the parameters of every layer there while it computes.
     """
 
     masks: DropoutMasks
     own_masks = True
+    layers = WholeLayers()
 
     def __init__(self, settings: GPTSettings, model_shard: ModelShard, collectives: Collectives) -> None:
         self.s = settings
@@ -163,10 +166,12 @@ class GPT:
         c = self._collectives.over(tokens.shape[1])
         x = self._embed(tokens, 0, training, c) if x is None else x
         for number, layer in zip(self._model_shard.layers, self._layers, strict=True):
+            x = self.layers.enter(x, f"layers.{number}")
             if checkpointing and training:
                 x = self.masks.recomputed(self._layer, x, number, layer, training, None, c)
             else:
                 x = self._layer(x, number, layer, training, None, c)
+            x = self.layers.leave(x, f"layers.{number}")
         return self._finish(x, c), carry
 
     def scores(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -192,7 +197,8 @@ class GPT:
         cache.begin(time)
         x = self._embed(tokens, cache.start, False, c) if x is None else x
         for number, layer in zip(self._model_shard.layers, self._layers, strict=True):
-            x = self._layer(x, number, layer, False, cache, c)
+            x = self.layers.enter(x, f"layers.{number}")
+            x = self.layers.leave(self._layer(x, number, layer, False, cache, c), f"layers.{number}")
         cache.end(time)
         return self._finish(x, c), cache
 
@@ -209,18 +215,20 @@ class GPT:
         return {}
 
     def _embed(self, tokens: torch.Tensor, start: int | torch.Tensor, training: bool, c: Collectives) -> torch.Tensor:
+        self.layers.enter(None, "embed")
         x = c.leave(c.embedding(tokens, self._p["embed.tokens"]), "embed")
         x = x * self.s.width**0.5 if self.s.scale_embeddings else x
         if self.s.positions == "learned":
             p = c.shared(self._p, ["embed.positions"] if c.sequence else [], "positions")
             first = start + (c.index * x.shape[1] if c.sequence else 0)
             x = x + _rows(p["embed.positions"], first, x.shape[1])
-        return self._dropout(x, training)
+        return self._dropout(self.layers.leave(x, "embed"), training)
 
     def _finish(self, x: torch.Tensor, c: Collectives) -> torch.Tensor:
         """Return ``x`` through the last norm, in the last stage."""
         if not self._model_shard.stage.last:
             return x
+        x = self.layers.enter(x, "head")
         names = [n for n in self._p if n.startswith("final_norm.")] if c.sequence else []
         self._head_collectives = c
         return self._norm(x, c.shared(self._p, names, "final"), "final_norm")
