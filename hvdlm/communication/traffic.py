@@ -14,6 +14,7 @@ AXIS_OF = {
     "momentum": "data",
     "metrics": "data",
     "node": "node",
+    "context": "context",
     "tensor": "tensor",
     "pipeline": "pipeline",
     "tied": "pipeline",
