@@ -282,12 +282,13 @@ class TrainConfig:
 
 @dataclass
 class ParallelConfig:
-    """Parallel layout: data x pipeline x tensor ranks.
+    """Parallel layout: data x pipeline x context x tensor ranks.
 
     Args:
-        data: data-parallel ranks; null: all ranks divided by pipeline x tensor
+        data: data-parallel ranks; null: all ranks divided by pipeline x context x tensor
         pipeline: pipeline-parallel ranks (stages)
         tensor: tensor-parallel ranks, which shard every layer
+        context: context-parallel ranks, which divide the positions of every sequence (GPTs, ring attention)
         data_per_node: data-parallel ranks whose gradients are summed whole, in one node; between nodes they are
             compressed; 1: one level
         sequence: sequence parallelism: tensor-parallel ranks also shard the positions between layers (Transformers
@@ -301,6 +302,7 @@ class ParallelConfig:
     data: int | None = None
     pipeline: int = 1
     tensor: int = 1
+    context: int = 1
     data_per_node: int = 1
     sequence: bool = False
     zero: Literal[0, 1, 2, 3] = 0

@@ -15,6 +15,7 @@ AXIS_OF = {
     "ema": "data",
     "metrics": "data",
     "node": "node",
+    "context": "context",
     "tensor": "tensor",
     "pipeline": "pipeline",
     "tied": "pipeline",

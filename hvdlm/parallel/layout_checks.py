@@ -41,6 +41,8 @@ def check(config: Config, spec: ModelSpec) -> None:
             "lora.rank: adapters are trained by data ranks, each with the whole model: leave parallel.tensor and "
             "parallel.pipeline at 1 (parallel.zero works)."
         )
+    if p.context > 1:
+        _check_context(config, spec)
     if p.tensor > 1:
         _check_tensor(config, s, spec.kind)
     if p.pipeline > s.layers:
@@ -62,6 +64,43 @@ def _check_custom_module(config: Config, s: Any) -> None:
             f"train.activation_checkpointing recomputes layers, and hvdlm sees none in {config.model.name}: leave "
             "it false, and recompute inside of the module."
         )
+
+
+def _check_context(config: Config, spec: ModelSpec) -> None:
+    p, c = config.parallel, config.communication
+    ranks, window = f"parallel.context {p.context}", getattr(spec.settings, "local_window", 0)
+    if spec.kind != "gpt" or config.task != "language_model":
+        what = f"task {config.task}" if spec.kind == "gpt" else f"model.name {config.model.name}"
+        raise HvdlmError(
+            f"{ranks} divides the positions of a GPT that is a language model, and not those of {what}: leave "
+            "parallel.context at 1."
+        )
+    if spec.adapters:
+        raise HvdlmError(f"lora.rank: adapters are trained by data ranks alone, and {ranks} asks for others: set it 1.")
+    if window:
+        raise HvdlmError(
+            f"{ranks} has no attention of a window, and model.window {window} is shorter than data.context "
+            f"{config.data.context}: --model.window {config.data.context}, or leave parallel.context at 1."
+        )
+    if config.data.context % (2 * p.context):
+        example = -(-config.data.context // (2 * p.context)) * 2 * p.context
+        raise HvdlmError(
+            f"data.context {config.data.context} can't be cut into two chunks for each rank of {ranks}: choose a "
+            f"multiple of {2 * p.context}, for example {example}."
+        )
+    wanted: dict[str, tuple[Any, Any, str]] = {
+        "communication.exchange": (c.exchange, "all_reduce", "context ranks have parts of the same gradient"),
+        "communication.reduction": (c.reduction, "average", "context ranks have parts of the same mean"),
+        "communication.auto": (c.auto, False, "it measures data ranks alone"),
+        "parallel.data_per_node": (p.data_per_node, 1, "its levels are those of data ranks alone"),
+        "train.compile": (config.train.compile is True, False, "blocks travel while others are computed"),
+    }
+    for key, (value, needed, reason) in wanted.items():
+        if value != needed:
+            raise HvdlmError(
+                f"{key} {str(value).lower()} doesn't go with {ranks}, since {reason}: set --{key} "
+                f"{str(needed).lower()}, or leave parallel.context at 1."
+            )
 
 
 def _check_tensor(config: Config, s: Any, kind: str) -> None:

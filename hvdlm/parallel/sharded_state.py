@@ -169,7 +169,7 @@ class ShardedState:
         return flat
 
     def seed(self, step: int, *keys: int, row: int | None = None) -> np.random.SeedSequence:
-        """Return a dropout seed, different for every data rank, stage and step (and ``keys``, such as the micro-batch).
+        """Return a dropout seed, different for data and context ranks, stages, steps (and ``keys``: the micro-batch).
 
         ``row`` of the global batch takes the data rank's place in exact sums. Tensor ranks compute the same values
         outside of the matrix products, so they have the same seed, unless they shard the positions.
@@ -179,7 +179,9 @@ class ShardedState:
             self.coordinates["pipeline"],
             self.model_shard.index * self.model_shard.sequence,
         ]
-        # Without pipeline and sequence parallelism the data rank alone, so that layouts keep their seeds.
+        # Without pipeline, context and sequence parallelism the data rank alone, so that layouts keep their seeds.
+        if context := self.coordinates["context"]:  # other positions of the same rows
+            position.append(context)
         position = position if any(position[1:]) else position[:1]
         return np.random.SeedSequence([self.config.train.seed, *position, step, *keys])
 

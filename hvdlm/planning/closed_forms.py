@@ -124,17 +124,17 @@ class Step:
         self.half = config.train.precision in ("bf16", "fp16")  # auto may be either: fp32, which takes more
         self.item = 2 if self.half else 4  # bytes of an activation that is sent
         self.mesh = mesh
-        within, model_ranks = rank % (mesh.pipeline * mesh.tensor), Mesh(1, mesh.pipeline, mesh.tensor)
+        within, model_ranks = mesh.model_group(rank).index(rank), Mesh(1, mesh.pipeline, mesh.tensor)
         self.shard: ModelShard = _model_shard(Same(spec), model_ranks, within, config.parallel.sequence)
-        self.data_rank = mesh.coordinates(rank)["data"]
-        self.zero = config.parallel.zero if mesh.data > 1 else 0
-        align = mesh.data if self.zero else 1
+        self.replica = mesh.replica_group(rank).index(rank)  # among the ranks that sum gradients
+        self.zero = config.parallel.zero if mesh.replicas > 1 else 0
+        align = mesh.replicas if self.zero else 1
         if self.zero == 3:
             self.layout: FlatLayout = _unit_layout(Same(self.shard), align)
         else:
             self.layout = _layout(Same(self.shard), config.communication.bucket_bytes, align)
         rows = config.train.batch_size // mesh.data
-        self.rows, self.time = config.train.micro_batch_size or rows, config.data.context
+        self.rows, self.time = config.train.micro_batch_size or rows, config.data.context // mesh.context
         self.count = rows // self.rows
         self.tokens = self.rows * self.time
         self.sequence = self.shard.sequence and self.time % mesh.tensor == 0
@@ -183,9 +183,9 @@ class Step:
     def memory(self) -> dict[str, int]:
         """Return bytes of parameters, gradients, optimizer and activations."""
         size = self.layout.size
-        zero_shard = size // self.mesh.data
+        zero_shard = size // self.mesh.replicas
         if self.zero == 3:
-            gathered, passing = _gathered_and_passing(Same(self.shard), self.mesh.data, self.tied)
+            gathered, passing = _gathered_and_passing(Same(self.shard), self.mesh.replicas, self.tied)
             return {
                 "parameters": 4 * zero_shard + gathered + self.spec.frozen_bytes,
                 "gradients": 4 * zero_shard + passing,
@@ -218,8 +218,8 @@ class Step:
         names = names_of(self.spec, self.config.train)
         if not names:
             return None
-        shards = self.mesh.data if self.zero else 1
-        return MuonLayout(self.layout, names, self.data_rank if self.zero else 0, shards, self.mesh.tensor)
+        shards = self.mesh.replicas if self.zero else 1
+        return MuonLayout(self.layout, names, self.replica if self.zero else 0, shards, self.mesh.tensor)
 
     def gathered_momentum(self) -> list[int]:
         """Return the elements of the gathers of Muon's momentum over data ranks (ZeRO), of all ranks together."""
@@ -313,7 +313,7 @@ class Step:
     def bytes(self) -> dict[str, int]:
         """Return the bytes that a step hands to collectives, by axis."""
         totals = {"data": self.on_data(), "model": 0, "tensor": self.on_tensor(), "pipeline": self.on_pipeline()}
-        totals["node"] = self.on_node()
+        totals["node"], totals["context"] = self.on_node(), self.on_context()
         if self.mesh.tensor * self.mesh.pipeline > 1:
             totals["model"] = 3 * 8  # loss, tokens and squared norm in float64
         return {axis: count for axis, count in totals.items() if count}
@@ -323,7 +323,7 @@ class Step:
 
         ZeRO-3 gathers parameters in every micro-batch, most of them twice.
         """
-        if self.mesh.data == 1:
+        if self.mesh.replicas == 1:
             return 0
         whole = 4 * (self.level_shards.size if self.mesh.has_levels else self.layout.size)
         if not self.zero:
@@ -332,10 +332,10 @@ class Step:
         if self.zero == 3:
             scattered = sum(sent[index].gradients for index in scattered_buckets(self.layout, self.tied))
             gathered = sum(4 * unit.size * sum(times) for unit, times in gathers_of(self.layout, self.tied))
-            return self.count * (scattered + gathered // self.mesh.data) + 3 * 8
+            return self.count * (scattered + gathered // self.mesh.replicas) + 3 * 8
         gradients = sum(bucket.gradients + bucket.rest for bucket in sent) * (self.count if self.zero == 2 else 1)
-        momentum = 4 * sum(self.gathered_momentum()) // self.mesh.data
-        return gradients + sum(bucket.parameters[self.data_rank] for bucket in sent) + momentum + 3 * 8
+        momentum = 4 * sum(self.gathered_momentum()) // self.mesh.replicas
+        return gradients + sum(bucket.parameters[self.replica] for bucket in sent) + momentum + 3 * 8
 
     def on_node(self) -> int:
         """Return the bytes within a node of sums in two levels: a rank scatters buckets and gathers shards."""
@@ -347,12 +347,12 @@ class Step:
     def level_shards(self) -> FlatLayout:
         """The layout of this rank's shards of buckets in sums in two levels."""
         per_node = self.mesh.data_per_node
-        return shard_layout(self.layout, self.data_rank % per_node, per_node)
+        return shard_layout(self.layout, self.replica % per_node, per_node)
 
     @cached_property
     def zero_payloads(self) -> list[ZeroPayload]:
         """What a rank hands over of every bucket with ZeRO."""
-        return zero_payloads(self.config, self.layout, self.mesh.data)
+        return zero_payloads(self.config, self.layout, self.mesh.replicas)
 
     def on_pipeline(self) -> int:
         """Return the bytes of activations and their gradients, to and from neighbours, and of tied gradients."""
@@ -365,8 +365,18 @@ class Step:
         if self.shard.tied and (stage.first or stage.last):
             names = [self.layout.slots[first].name for first, _ in self.layout.buckets]
             start, stop = self.layout.bucket_range(names.index(self.shard.tied[0]))
-            moved += 4 * (stop - start) // (self.mesh.data if self.zero else 1)
+            moved += 4 * (stop - start) // (self.mesh.replicas if self.zero else 1)
         return moved
+
+    def on_context(self) -> int:
+        """Return the bytes of keys, values and their float32 gradients, to the next rank and from the one before.
+
+        Each block of them comes to every other context rank, in the backward pass again, then with its gradients.
+        """
+        hops = self.mesh.context - 1
+        block = 2 * self.tokens * self.s.head_width * max(1, self.s.kv_heads // self.mesh.tensor) if hops else 0
+        passes = 3 if self.config.train.activation_checkpointing else 2  # forward, again, and backward
+        return self.count * len(self.shard.layers) * 2 * hops * block * (passes * self.item + 4)
 
     def on_tensor(self) -> int:
         """Return the bytes of tensor parallelism in all micro-batches, and of Muon's momentum."""

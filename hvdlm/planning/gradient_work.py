@@ -55,8 +55,8 @@ def kept_bytes(config: Config, mesh: Mesh, parameters: float) -> float:
     of_one = parameters
     if mesh.has_levels:  # of the shards that are summed between nodes
         of_one /= mesh.data_per_node
-    elif config.parallel.zero and mesh.data > 1:
-        of_one *= mesh.data / (mesh.data + 1)
+    elif config.parallel.zero and mesh.replicas > 1:
+        of_one *= mesh.replicas / (mesh.replicas + 1)
     return kept_vectors(config.communication) * of_one
 
 
@@ -71,11 +71,14 @@ def work_of(
 ) -> Work | None:
     """Return the work of a step of ``rank``, or None for an architecture other than GPT and recurrent ones.
 
-    Between data ranks, it is None for an exchange of which nothing is known, too.
+    Between data ranks, it is None for an exchange of which nothing is known, too, and for context ranks, whose
+    attention was not measured.
 
     ``moments``: as in ``closed_form``. ``fused``: whether element-wise operations are compiled.
     """
     if spec.kind not in ("gpt", "rnn") or (mesh.data > 1 and config.communication.exchange not in KNOWN_EXCHANGES):
+        return None
+    if mesh.context > 1:
         return None
     moments = len(optimizer_state(config.train)) if moments is None else moments
     step = Step(config, spec, mesh, rank, habits or Habits(), moments)
@@ -143,6 +146,8 @@ def newton_schulz(layout: MuonLayout) -> tuple[Product, ...]:
 
 def unknown(config: Config, spec: ModelSpec) -> str:
     """Return, in words, why ``work_of`` knows no work."""
+    if config.parallel.context > 1:
+        return "how long context ranks take was not measured (parallel.context)"
     if config.communication.exchange not in KNOWN_EXCHANGES:
         return f"what exchange {config.communication.exchange} sends is not known"
     return f"the work of a {spec.kind} is not known, only that of gpt and rnn models"

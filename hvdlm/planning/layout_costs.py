@@ -53,7 +53,7 @@ class LayoutCosts:
     def _fit(self, config: Config, mesh: Mesh) -> Fit:
         fits = []
         for stage in dict.fromkeys(equal_stages(Same(self.spec), mesh.pipeline)):
-            rank = (stage + 1) * mesh.tensor - 1  # the last tensor rank has the larger shards
+            rank = mesh.rank_of(stage, mesh.tensor - 1)  # the last tensor rank has the larger shards
             costs = predict_costs(self.manager, resolved(config, self.hardware), self.spec, mesh, rank)
             if costs is not None:
                 memory = self.gpu_memory or self.hardware.memory_bytes or math.inf

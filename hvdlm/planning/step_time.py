@@ -102,7 +102,7 @@ def stage_works(
 ) -> list[Work] | None:
     """Return the work of every stage's first tensor rank; stages with equal work share one object."""
     fused, first = compiles(config, spec, hardware, habits), equal_stages(Same(spec), mesh.pipeline)
-    ranks = {stage: stage * mesh.tensor for stage in first}
+    ranks = {stage: mesh.rank_of(stage) for stage in first}
     works = {stage: work_of(config, spec, mesh, rank, habits, moments, fused) for stage, rank in ranks.items()}
     known = [work for work in map(works.get, first) if work is not None]
     return known if len(known) == len(first) else None

@@ -82,6 +82,17 @@ class HasUpdateRules(Protocol):
     update_rules: tuple[str, ...]
 
 
+@runtime_checkable
+class HasContextRanks(Protocol):
+    """A framework that can train GPTs on context ranks, each of which computes its positions of its data rank's rows.
+
+    Attributes:
+        context_ranks: whether it can. Without this attribute it can't, and runs with ``parallel.context`` are refused.
+    """
+
+    context_ranks: bool
+
+
 class HostCollective(Protocol):
     """A collective on a contiguous array in host memory."""
 

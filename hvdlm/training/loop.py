@@ -145,7 +145,7 @@ def due(done: int, every: int) -> bool:
 
 
 def evaluate(run: Run, step: int | None = None, limit: int | None = None) -> dict[str, Any]:
-    """Return the task's metrics on the validation split, which data ranks divide. All ranks call.
+    """Return the task's metrics on the validation split, which data and context ranks divide. All ranks call.
 
     With ``step``, report them, and include it in them. ``limit``: the targets that are evaluated, about; None: all.
     With ``train.ema``, those of the moving average of the weights follow, as ``ema_NAME``.
@@ -164,7 +164,7 @@ def evaluate(run: Run, step: int | None = None, limit: int | None = None) -> dic
 def _metrics(run: Run, limit: int | None) -> dict[str, float]:
     """Return the task's metrics of the weights that the model computes with now."""
     coordinates = run.mesh.coordinates(run.world.rank)
-    # Of the ranks that hold one copy of the model, one of the last stage knows the losses.
+    # Of the ranks that hold one copy of the model, one of the last stage knows the losses (of its positions).
     counts = coordinates["tensor"] == 0 and coordinates["pipeline"] == run.mesh.pipeline - 1
     # Exact sums have as many shards on any number of ranks, and are added in the order of the shards.
     leaves = run.config.train.batch_size // (run.config.train.micro_batch_size or 1)

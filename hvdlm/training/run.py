@@ -32,7 +32,7 @@ from hvdlm.parallel.mesh import Mesh, make_mesh
 from hvdlm.parallel.moving_average import KIND as AVERAGE
 from hvdlm.protocols.backend import Backend
 from hvdlm.protocols.exchange import Exchange
-from hvdlm.protocols.framework import Framework, HasUpdateRules, Resolved, ResolvesOptions
+from hvdlm.protocols.framework import Framework, HasContextRanks, HasUpdateRules, Resolved, ResolvesOptions
 from hvdlm.protocols.optimizer import Optimizer
 from hvdlm.protocols.task import Task
 from hvdlm.protocols.trainable import Trainable
@@ -342,7 +342,7 @@ def build(connected: Connected) -> Run:
     config = with_steps(config, task, checkpoint.step if checkpoint else 0, cursor.trained)
     precision = preflight.precision(config.train.precision, resolved, checkpoint if resolver else None)
     config = replace(config, train=replace(config.train, precision=precision, compile=resolved.compile))
-    group = world.group(mesh.group("data", world.rank))
+    group = world.group(mesh.replica_group(world.rank))
     exchange = plugins.make_exchange(manager, config, world, group)
     if config.model.pretrained and not checkpoint and base is None:
         spec = open_pretrained(config.model.pretrained, config.plugins).attach(spec)
@@ -351,7 +351,7 @@ def build(connected: Connected) -> Run:
     if own and "optimizer" not in signature(framework.build).parameters:
         rule = config.train.optimizer
         raise HvdlmError(f"train.optimizer {rule}: {framework.name} takes none of plugins: choose adamw.")
-    _check_update_rules(framework, config)
+    _check_abilities(framework, config)
     _check_average(config, exchange, optimizer)
     trainable = framework.build(spec, mesh, world, exchange, config, **own)
     if checkpoint:
@@ -376,8 +376,11 @@ def build(connected: Connected) -> Run:
     )
 
 
-def _check_update_rules(framework: Framework, config: Config) -> None:
-    """Refuse parameter groups, optimizers and sharded parameters that the framework's plugin doesn't implement."""
+def _check_abilities(framework: Framework, config: Config) -> None:
+    """Refuse context ranks, sharded parameters, parameter groups and optimizers that the framework's plugin doesn't implement."""
+    if config.parallel.context > 1 and not (isinstance(framework, HasContextRanks) and framework.context_ranks):
+        context = config.parallel.context
+        raise HvdlmError(f"parallel.context {context}: framework {framework.name} has no context ranks: leave it out.")
     rules = framework.update_rules if isinstance(framework, HasUpdateRules) else ()
     if config.train.groups and "groups" not in rules:
         raise HvdlmError(f"train.groups: framework {framework.name} has one learning rate for all: leave it out.")

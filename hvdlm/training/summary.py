@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hvdlm.parallel.mesh import AXES
 from hvdlm.planning.closed_forms import predict_costs
 from hvdlm.protocols.trainable import HasDeviceMemory
 from hvdlm.protocols.types import StepResult
@@ -118,7 +117,7 @@ def summarise(
         "stopped": stopped,
         "skipped_steps": totals.skipped,
         "world_size": run.world.size,
-        "mesh": dict(zip(AXES, run.mesh.shape, strict=True)),
+        "mesh": dict(zip(run.mesh.axes, run.mesh.shape, strict=True)),
         **_identity(run),
         "bytes_communicated": sum(rank_bytes),
         "compression": rates.compression,

@@ -32,6 +32,7 @@ class Forward:
         collectives: those of its tensor group.
         masks: of dropout.
         pipeline: passes activations and their gradients between stages.
+        context: the ranks that have other positions of the same rows; None: there are none.
         fp32_pipeline: passes activations in float32, so that texts don't depend on the number of stages.
         half: the half precision that products are computed in; None: float32.
     """
@@ -47,6 +48,7 @@ class Forward:
         self.half = _HALF_PRECISION.get(config.train.precision)
         self.collectives = Collectives(axes.tensor, model_shard)
         model: Any = make_model(spec, model_shard, self.collectives)
+        self.context = model.context = axes.context
         self.model: Model = model
         masks_of_pytorch = (
             device.type != "cpu" or config.train.compile is True or not getattr(model, "own_masks", False)

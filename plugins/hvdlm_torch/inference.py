@@ -11,6 +11,7 @@ import torch
 from hvdlm.protocols.inference import SamplingRule
 from hvdlm.protocols.model import JoinsCaches
 from hvdlm.protocols.types import Batch
+from hvdlm_language.context_ranks import cut_all
 from hvdlm_torch.devices import to_device
 from hvdlm_torch.forward import Forward
 from hvdlm_torch.gathered_layers import GatheredLayers
@@ -52,8 +53,9 @@ class Inference:
 
     @torch.no_grad()
     def eval_step(self, batch: Batch) -> tuple[float, float]:
-        """Return (sum of losses in nats, valid tokens) of this rank's rows."""
+        """Return (sum of losses in nats, valid tokens) of this rank's rows, with context ranks of its positions."""
         self._show_averaged()
+        (batch,) = cut_all([batch], self._forward.context)
         if batch.reset or self._eval_carry is None:
             self._eval_carry = self._model.initial_carry(len(batch.inputs), self._device)
 

@@ -24,6 +24,7 @@ from hvdlm.protocols.exchange import Exchange, ShardedExchange
 from hvdlm.protocols.optimizer import Optimizer
 from hvdlm.protocols.types import Batch, StepResult, Traffic
 from hvdlm_language.axis_groups import Axes, count_traffic
+from hvdlm_language.context_ranks import cut_all
 from hvdlm_language.own_parameters import OwnParameters
 from hvdlm_torch import compiler
 from hvdlm_torch.adapters import Adapters
@@ -112,6 +113,7 @@ class Trainable(Inference):
     ) -> StepResult:
         """Do one optimizer step on this rank's rows of the global batch."""
         self._show_own()
+        micro_batches = cut_all(micro_batches, self._forward.context)
         bytes_before = by_axis(self._counters.traffic())
         self._exchange.begin(step)
         self._gradients.begin()

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from builders import meshes
+from builders import context_meshes, meshes
 from hvdlm import plugins
 from hvdlm.config import Config
 from hvdlm.configuration.availability import choose_backend
@@ -85,7 +85,7 @@ def start_world(config: Config, name: str) -> World:
     _, size, _, _ = backend.launch_shape()
     config.train.threads = backend.prepare(config)
     nodes = [Mesh(size, 1, 1, 2)] if size == 4 else []  # sums in two levels
-    groups = {ranks: None for mesh in [*meshes(size), *nodes] for ranks in mesh.groups()}
+    groups = {ranks: None for mesh in [*meshes(size), *nodes, *context_meshes(size)] for ranks in mesh.groups()}
     manager = loaded(FRAMEWORK)
     manager.hook.hvdlm_prepare(config=config)
     return backend.start(plugins.make(manager, "framework", FRAMEWORK), list(groups), config)

@@ -14,9 +14,11 @@ import torch.nn.functional as F
 
 from hvdlm.errors import HvdlmError
 from hvdlm.parallel.sharding_rules import ModelShard
+from hvdlm_language.context_ranks import ContextRanks
 from hvdlm_language.gpt import GPTSettings, rotary_tables
 from hvdlm_torch.attention import attend, attend_causally, causal_mask
 from hvdlm_torch.collectives import Collectives
+from hvdlm_torch.context_attention import attend_over_ranks
 from hvdlm_torch.dropout import DropoutMasks
 from hvdlm_torch.gathered_layers import WholeLayers
 from hvdlm_torch.kernels import linear
@@ -123,9 +125,11 @@ class GPT:
         head: of the last stage: the table ``[vocab, embed]`` of ``scores``, and its bias: None.
         masks: draws this rank's dropout masks.
         layers: has the parameters of every layer there while it computes.
+        context: the ranks that have other positions of the rows that ``hidden`` gets; None: there are none.
     """
 
     masks: DropoutMasks
+    context: ContextRanks | None = None
     own_masks = True
     layers = WholeLayers()
 
@@ -139,6 +143,9 @@ class GPT:
         self._kv_heads = 1 if self._kv_replicated else settings.kv_heads // model_shard.tensor
         tables = rotary_tables(settings) if settings.positions == "rotary" else ()
         self._rotary_tables = tuple(map(torch.from_numpy, tables))  # cosines and sines [context, rotary_width]
+        # Of context ranks, by how many positions they have: these, and the tables at these.
+        self._own_positions: dict[int, torch.Tensor] = {}
+        self._own_rotary_tables: dict[int, tuple[torch.Tensor, ...]] = {}
 
     def bind(self, parameters: Mapping[str, torch.Tensor]) -> None:
         """Use these tensors as parameters; they are looked up by layer once, here."""
@@ -164,7 +171,7 @@ class GPT:
         ``x``: those of the stage before, in the first stage None; with sequence parallelism, of this rank's positions.
         """
         c = self._collectives.over(tokens.shape[1])
-        x = self._embed(tokens, 0, training, c) if x is None else x
+        x = self._embed(tokens, self._start(tokens.shape[1]), training, c) if x is None else x
         for number, layer in zip(self._model_shard.layers, self._layers, strict=True):
             x = self.layers.enter(x, f"layers.{number}")
             if checkpointing and training:
@@ -220,9 +227,18 @@ class GPT:
         x = x * self.s.width**0.5 if self.s.scale_embeddings else x
         if self.s.positions == "learned":
             p = c.shared(self._p, ["embed.positions"] if c.sequence else [], "positions")
-            first = start + (c.index * x.shape[1] if c.sequence else 0)
-            x = x + _rows(p["embed.positions"], first, x.shape[1])
+            x = x + _rows(p["embed.positions"], start, tokens.shape[1])[..., _own(c, x.shape[1]), :]
         return self._dropout(self.layers.leave(x, "embed"), training)
+
+    def _start(self, time: int) -> int | torch.Tensor:
+        """Return the position of the first of ``time`` tokens; of context ranks those of all, int64 ``[1, time]``."""
+        if self.context is None:
+            return 0
+        if time not in self._own_positions:
+            device = next(iter(self._p.values())).device
+            self._own_positions[time] = own = torch.from_numpy(self.context.positions(time)[None]).to(device)
+            self._own_rotary_tables[time] = tuple(_rows(t, own, time) for t in self._rotary_tables)
+        return self._own_positions[time]
 
     def _finish(self, x: torch.Tensor, c: Collectives) -> torch.Tensor:
         """Return ``x`` through the last norm, in the last stage."""
@@ -253,11 +269,13 @@ class GPT:
         if self.s.qk_norm:
             q, k = self._norm_heads(q, p, "attention.query_norm"), self._norm_heads(k, p, "attention.key_norm")
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        start = cache.start if cache else 0
+        start = cache.start if cache else self._start(time)
         if self.s.positions == "rotary":
             q, k = self._rotate(q, start), self._rotate(k, start)
         if cache:
             k, v = cache.extend(number - self._model_shard.layers.start, k, v)
+        if cache is None and self.context is not None:
+            return attend_over_ranks(q, k, v, self.context, f"context.{number}")
         if cache is None or cache.causal:
             return attend_causally(q, k, v, self.s.local_window)
         return attend(q, k, v, cache.mask)
@@ -269,7 +287,11 @@ class GPT:
         return {n: t[..., columns] if n.startswith(_KV) else t for n, t in p.items()}
 
     def _rotate(self, x: torch.Tensor, start: int | torch.Tensor) -> torch.Tensor:
-        cos, sin = (_rows(t, start, x.shape[2]) for t in self._rotary_tables)  # [time, rotary_width], or of rows
+        time = x.shape[2]  # the tables are [time, rotary_width], or of rows
+        if isinstance(start, int) or start.dim() == 1:
+            cos, sin = (_rows(t, start, time) for t in self._rotary_tables)
+        else:  # one for all layers, which keep it for their backward passes
+            cos, sin = self._own_rotary_tables[time]
         width = self.s.rotary_width
         if width == self.s.head_width:
             return _rotated(x, cos.unsqueeze(-3), sin.unsqueeze(-3))
@@ -309,10 +331,20 @@ def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Ten
 
 
 def _rows(table: torch.Tensor, start: int | torch.Tensor, time: int) -> torch.Tensor:
-    """Return rows ``start`` to ``start + time`` of ``table``; of starts ``[rows]``, ``[rows, time, width]``."""
+    """Return rows ``start`` to ``start + time`` of ``table``; of starts ``[rows]``, ``[rows, time, width]``.
+
+    ``start`` ``[1, time]`` are the numbers of the rows themselves.
+    """
     if isinstance(start, int):
         return table[start : start + time]
+    if start.dim() > 1:
+        return table[start[0]]
     return table[start[:, None] + torch.arange(time, device=start.device)]
+
+
+def _own(c: Collectives, time: int) -> slice:
+    """Return which positions a rank has between products, ``time`` of them."""
+    return slice(c.index * time, (c.index + 1) * time) if c.sequence else slice(None)
 
 
 def _column_parallel(
