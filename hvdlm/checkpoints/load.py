@@ -22,6 +22,7 @@ from hvdlm.errors import HvdlmError
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.flat_layout import Shard, whole
 from hvdlm.parallel.moving_average import KIND as AVERAGE
+from hvdlm.protocols.state_dict import FIRST_STEP
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def read_state(checkpoint: Checkpoint, wanted: Mapping[str, Shard], rank: int, s
     """Return the state that ``rank`` of ``size`` resumes from, each array of shape ``wanted[name].held``.
 
     Only files and slices that overlap with ``wanted`` are read, and the files' hashes are verified. The result also has
-    the optimizer's loss scale and, on as many ranks as wrote the checkpoint, the state of this rank alone
+    the optimizer's loss scale and first step and, on as many ranks as wrote the checkpoint, the state of this rank alone
     (``exchange/``). Names that the checkpoint lacks are left out, and so is recurrent state of another batch: both
     start from scratch.
 
@@ -97,7 +98,7 @@ def read_state(checkpoint: Checkpoint, wanted: Mapping[str, Shard], rank: int, s
     """
     reader, tensors = checkpoint.reader(), checkpoint.tensors
     state = {}
-    for name, shard in (_loss_scale(checkpoint) | dict(wanted)).items():
+    for name, shard in (_scalars(checkpoint) | dict(wanted)).items():
         if name not in tensors:
             if name.startswith("parameters/"):
                 raise _unfit(f"{name} is missing", shard)
@@ -116,9 +117,9 @@ def read_state(checkpoint: Checkpoint, wanted: Mapping[str, Shard], rank: int, s
     return state
 
 
-def _loss_scale(checkpoint: Checkpoint) -> dict[str, Shard]:
-    name = "optimizer/loss_scale"
-    return {name: whole(checkpoint.tensors[name][0].shard.shape)} if name in checkpoint.tensors else {}
+def _scalars(checkpoint: Checkpoint) -> dict[str, Shard]:
+    names = [name for name in ("optimizer/loss_scale", FIRST_STEP) if name in checkpoint.tensors]
+    return {name: whole(checkpoint.tensors[name][0].shard.shape) for name in names}
 
 
 def _unfit(difference: str, expected: Shard) -> HvdlmError:

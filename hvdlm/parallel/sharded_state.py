@@ -20,7 +20,7 @@ from hvdlm.parallel.muon import names_of as muon_names
 from hvdlm.parallel.parameter_groups import ParameterGroups, UpdateRates
 from hvdlm.parallel.sharding_rules import ModelShard
 from hvdlm.protocols.exchange import Exchange
-from hvdlm.protocols.state_dict import OPTIMIZER_STATE
+from hvdlm.protocols.state_dict import FIRST_STEP, OPTIMIZER_STATE
 from hvdlm.training.loss_scale import LossScale
 
 OWN_PARAMETERS = "exchange/own/parameters"
@@ -82,6 +82,7 @@ class ShardedState:
         layout: the slots of parameters in the flat vector ``[size]``.
         update_ranges: what this rank updates of it, (start, stop) for every bucket: all, or its ZeRO shard.
         shard_ranges: the same ranges as (start, stop) in their concatenation, the vector that this rank updates.
+        first_step: the step in whose update the optimizer's state was zero, see ``FIRST_STEP``.
         muon: which rule updates which elements, with the optimizer muon; None with others.
         norm_ranges: the (start, stop) in that vector that this rank counts towards the gradient norm.
         tied_buckets: the buckets that two stages hold.
@@ -109,6 +110,7 @@ class ShardedState:
         self.norm_ranges = self.layout.counted_runs(zero_rank, zero_size)
         first_names = [self.layout.slots[first].name for first, _ in self.layout.buckets]
         self.tied_buckets = [index for index, name in enumerate(first_names) if name in model_shard.tied]
+        self.first_step = 0
         self.loss_scale = LossScale(config.train.precision)
         self._elements = self.layout.zero_slots(zero_rank, zero_size)
         self._memory = FlatState(self._elements)
@@ -196,6 +198,8 @@ class ShardedState:
             state |= self._weights.arrays(flat, OWN_PARAMETERS)
         if self.loss_scale.active:
             state["optimizer/loss_scale"] = self.loss_scale.state()
+        if self.first_step:
+            state[FIRST_STEP] = np.array(self.first_step, np.float64)
         return state | {f"exchange/{n}": a for n, a in self.exchange.state().items()}
 
     def _memory_of(self, kind: str) -> FlatState:
@@ -250,10 +254,15 @@ class ShardedState:
         shard = Shard((batch, settings.width), (self.coordinates["data"] * rows, first), (rows, last - first))
         return {f"carry/{i}.{j}": shard for i in self.model_shard.layers for j in range(settings.carries)}
 
+    def updates(self, step: int) -> int:
+        """Return the number of the update of ``step`` (from 0) since the optimizer's state was zero."""
+        return step - self.first_step
+
     def restore(
         self, state: Mapping[str, np.ndarray], flat: np.ndarray, memory: Mapping[str, np.ndarray]
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Return this rank's parameters and optimizer memory in ``state``; restore loss scale and exchange from it."""
+        """Return this rank's parameters and optimizer memory in ``state``; restore all else from it."""
+        self.first_step = int(state.get(FIRST_STEP, 0))
         flat = self._weights.restored(flat, "parameters", state, required=True)
         restored = {}
         for kind, array in memory.items():

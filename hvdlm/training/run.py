@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from inspect import signature
 from pathlib import Path
 
+import numpy as np
 import pluggy
 
 from hvdlm import plugins
@@ -34,6 +35,7 @@ from hvdlm.protocols.backend import Backend
 from hvdlm.protocols.exchange import Exchange
 from hvdlm.protocols.framework import Framework, HasContextRanks, HasUpdateRules, Resolved, ResolvesOptions
 from hvdlm.protocols.optimizer import Optimizer
+from hvdlm.protocols.state_dict import FIRST_STEP
 from hvdlm.protocols.task import Task
 from hvdlm.protocols.trainable import Trainable
 from hvdlm.protocols.world import World
@@ -426,8 +428,16 @@ def start(plan: Plan) -> Run:
 def load_state(checkpoint: Checkpoint, trainable: Trainable, world: World, mesh: Mesh) -> None:
     """Restore ``trainable`` from this rank's shards of a checkpoint. All ranks call.
 
-    State of single ranks (``exchange/``) is restored only on the mesh on which it was saved.
+    State of single ranks (``exchange/``) is restored only on the mesh on which it was saved. Where the checkpoint lacks
+    some of the optimizer's state, because another one wrote it, bias is corrected as if this was the first update: with
+    zeros in place of AdamW's second moments, the next updates would be several times too large.
     """
-    state = read_state(checkpoint, trainable.shards(), world.rank, world.size)
+    wanted = trainable.shards()
+    state = read_state(checkpoint, wanted, world.rank, world.size)
+    moments = [
+        name for name in wanted if name.startswith("optimizer/") and not name.startswith(f"optimizer/{AVERAGE}/")
+    ]
+    if world.any(any(name not in state for name in moments)):
+        state[FIRST_STEP] = np.array(checkpoint.step, np.float64)
     same_mesh = tuple(checkpoint.manifest.get("mesh", ())) == mesh.shape
     trainable.load_state({name: a for name, a in state.items() if same_mesh or not name.startswith("exchange/")})

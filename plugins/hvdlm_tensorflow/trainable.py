@@ -116,7 +116,7 @@ class Trainable(Inference):
         self._show_own()
         bytes_before = by_axis(self._counters.traffic())
         local_tokens = sum(batch.tokens for batch in micro_batches)
-        scalars = tf.constant([learning_rate, step, local_tokens, limit], tf.float64)
+        scalars = tf.constant([learning_rate, step, self._sharded.updates(step), local_tokens, limit], tf.float64)
         phase = self._exchange.begin(step)
         self._gradients.begin()
         staged = self._model_shard.stage.count > 1
@@ -249,7 +249,7 @@ class Trainable(Inference):
             float64 ``[6]``: the loss sum, tokens and squared gradient norm of the global batch; the seconds waited for
             gradients and for the other stages; 1 where the update was applied.
         """
-        learning_rate, step, local_tokens, limit = tf.unstack(scalars)
+        learning_rate, step, updates, local_tokens, limit = tf.unstack(scalars)
         with named_range("exchange"):
             sums = self._gradients.reduce(buckets, loss_sum, local_tokens)
         total_loss, tokens, squared = tf.unstack(sums.totals)
@@ -257,14 +257,21 @@ class Trainable(Inference):
         rescale = self._sharded.loss_divisor / (tokens * tf.cast(scale, tf.float64))
         norm = tf.sqrt(squared) * rescale
         with named_range("update"):
-            applied = tf.cast(self._apply(sums.shard, norm, rescale, learning_rate, step, limit), tf.float64)
+            applied = tf.cast(self._apply(sums.shard, norm, rescale, learning_rate, step, updates, limit), tf.float64)
         with named_range("exchange"):
             waited = sums.gradient_seconds + self._replace_parameters(norm)
         self._adapters.add()
         return tf.stack([total_loss, tokens, tf.square(norm), waited, sums.stage_seconds, applied])
 
     def _apply(
-        self, gradient: tf.Tensor, norm: tf.Tensor, scale: tf.Tensor, learning_rate: Any, step: Any, limit: Any
+        self,
+        gradient: tf.Tensor,
+        norm: tf.Tensor,
+        scale: tf.Tensor,
+        learning_rate: Any,
+        step: Any,
+        updates: Any,
+        limit: Any,
     ) -> tf.Tensor:
         """Rescale, clip and apply the summed gradient of this rescaled ``norm``; return whether it was applied."""
         clip = self._config.train.clip
@@ -278,7 +285,7 @@ class Trainable(Inference):
         prepared = (optimizer.prepare(scaled()),) if isinstance(optimizer, Muon) else ()
 
         def update() -> tf.Tensor:
-            optimizer.update(scaled(), rate, step, *prepared)
+            optimizer.update(scaled(), rate, updates, *prepared)
             if self._average:
                 self._average.update(step)
             return tf.constant(True)

@@ -131,7 +131,7 @@ class Trainable(Inference):
         applied = norm <= min(limit, sys.float_info.max)  # not where it is NaN or infinite
         figures = Figures(torch.stack([loss_sum / counted, tokens, norm, applied]))
         with named_range("update"):
-            self._optimizer.update(learning_rate, step, self._factor(norm, scale), applied)
+            self._optimizer.update(learning_rate, self._sharded.updates(step), self._factor(norm, scale), applied)
             if self._average:
                 self._average.update(step, applied)
         with named_range("exchange"):
