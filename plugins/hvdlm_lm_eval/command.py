@@ -111,12 +111,12 @@ def _find_tasks(tasks: str, include: str | None) -> tuple[Any, list[str]]:
 def _name_in(path: Path) -> str:
     """Return the name of the task in a YAML file."""
     try:
-        found = re.search(r"^task:\s*['\"]?([^\s'\"#]+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+        named = re.search(r"^task:\s*['\"]?([^\s'\"#]+)", path.read_text(encoding="utf-8"), re.MULTILINE)
     except (OSError, UnicodeError) as error:
         raise HvdlmError(f"--tasks {path}: {error}: name a readable YAML file.") from error
-    if found is None:
+    if named is None:
         raise HvdlmError(f'--tasks {path}: it names no task: add a line "task: NAME".')
-    return found[1]
+    return named[1]
 
 
 def _evaluate(run: Any, manager: Any, names: list[str], values: Any) -> dict[str, Any]:
