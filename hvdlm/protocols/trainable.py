@@ -48,6 +48,17 @@ class Trainable(Training, Inference, StateDict, Protocol):
 
 
 @runtime_checkable
+class CountsCorrect(Protocol):
+    """A Trainable whose evaluation tells the targets that the model predicts. Optional: others tell the loss alone."""
+
+    def eval_figures(self, batch: Batch) -> tuple[float, float, float]:
+        """Return (sum of losses, number of valid tokens, number of those of which no other token has a higher score).
+
+        Otherwise as ``eval_step``. A token that shares the highest score with others counts; of CTC, none do.
+        """
+
+
+@runtime_checkable
 class HasMovingAverage(Protocol):
     """A Trainable that keeps the moving average of its parameters with ``train.ema``."""
 

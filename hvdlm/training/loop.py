@@ -13,7 +13,7 @@ from hvdlm.checkpoints.save import Saved
 from hvdlm.diagnostics.phases import TRAINING, process
 from hvdlm.errors import STOPPED
 from hvdlm.protocols.task import Task
-from hvdlm.protocols.trainable import HasMovingAverage, Trainable
+from hvdlm.protocols.trainable import CountsCorrect, HasMovingAverage, Trainable
 from hvdlm.protocols.types import Batch, StepResult
 from hvdlm.protocols.world import World
 from hvdlm.telemetry.observers import Observers
@@ -181,9 +181,14 @@ def _metrics(run: Run, limit: int | None) -> dict[str, float]:
 
 def sums_of(task: Task, trainable: Trainable, batch: Batch) -> dict[str, float]:
     """Return the sums of one validation batch that ``Task.metrics`` needs."""
-    loss, tokens = trainable.eval_step(batch)
+    if isinstance(trainable, CountsCorrect):
+        loss, tokens, correct = trainable.eval_figures(batch)
+        figures = {"loss": loss, "tokens": tokens, "predicted": correct}
+    else:
+        loss, tokens = trainable.eval_step(batch)
+        figures = {"loss": loss, "tokens": tokens}
     prefix = f"{batch.corpus}/" if batch.corpus else ""
-    return {f"{prefix}loss": loss, f"{prefix}tokens": tokens, **task.count(trainable, batch)}
+    return {**{f"{prefix}{name}": value for name, value in figures.items()}, **task.count(trainable, batch)}
 
 
 def over_ranks(world: World, sums: Sequence[Mapping[str, float]]) -> Counter[str]:

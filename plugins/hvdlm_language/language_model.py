@@ -142,10 +142,11 @@ class LanguageModel:
         """Return None: the prompt is continued by ``inference.generation``."""
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """Return val_loss (nats per token), perplexity, and bits_per_byte (of the UTF-8 text).
+        """Return val_loss (nats per token), perplexity, bits_per_byte (of the UTF-8 text), and token_accuracy.
 
-        Of a mixture, val_loss is the mean of the corpora's losses weighted by their shares, and ``val_loss/CORPUS`` the
-        loss of one corpus.
+        The latter is the share of targets of which no other token has a higher score; it is left out where the
+        framework doesn't count them. Of a mixture, val_loss and token_accuracy are means of the corpora's weighted by
+        their shares, and ``val_loss/CORPUS`` and ``token_accuracy/CORPUS`` those of one corpus.
         """
         prefixes = [(corpus, f"{corpus.name}/" if corpus.name else "") for corpus in self._corpora]
         losses = {corpus.name: sums[f"{prefix}loss"] / sums[f"{prefix}tokens"] for corpus, prefix in prefixes}
@@ -156,7 +157,12 @@ class LanguageModel:
                 corpus.share * corpus.data.validation_bytes / len(corpus.data.validation) for corpus in self._corpora
             )
             figures["bits_per_byte"] = loss / math.log(2) / bytes_per_token
-        return figures | {f"val_loss/{name}": value for name, value in losses.items() if name}
+        accuracies: dict[str, float] = {}
+        if all(f"{prefix}predicted" in sums for _, prefix in prefixes):
+            accuracies = {c.name: sums[f"{prefix}predicted"] / sums[f"{prefix}tokens"] for c, prefix in prefixes}
+            figures["token_accuracy"] = math.fsum(corpus.share * accuracies[corpus.name] for corpus in self._corpora)
+        figures |= {f"val_loss/{name}": value for name, value in losses.items() if name}
+        return figures | {f"token_accuracy/{name}": value for name, value in accuracies.items() if name}
 
 
 def _require_length(tokens: Tokens, context: int, split: str) -> None:

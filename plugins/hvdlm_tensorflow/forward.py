@@ -14,7 +14,7 @@ from hvdlm.protocols.types import Batch
 from hvdlm_language.axis_groups import Axes
 from hvdlm_language.loss_terms import LossTerms
 from hvdlm_tensorflow.collectives import Collectives
-from hvdlm_tensorflow.losses import chunked_cross_entropy, ctc, rows_of_chunk
+from hvdlm_tensorflow.losses import chunked_cross_entropy, chunked_evaluation, ctc, rows_of_chunk
 from hvdlm_tensorflow.models import make_model
 from hvdlm_tensorflow.pipeline import Pipeline
 
@@ -49,9 +49,8 @@ class Forward:
         weights: tf.Tensor | None,
         carry: Any,
         seed: tf.Tensor,
-        training: bool,
     ) -> tuple[tf.Tensor, Any]:
-        """Return the losses in nats and the carried state.
+        """Return the losses of training in nats and the carried state.
 
         The losses are ``[rows, time]``, 0 where the target doesn't count; of CTC, which judges whole rows, ``[rows]``.
         Every pipeline stage but the last returns its activations in their place. ``x``: the activations of the stage
@@ -59,19 +58,53 @@ class Forward:
         """
         train = self.config.train
         self.model.bind(parameters)
-        hidden, carry = self.model.hidden(inputs, x, carry, training, train.activation_checkpointing, seed)
+        hidden, carry = self.model.hidden(inputs, x, carry, True, train.activation_checkpointing, seed)
         if not self.model_shard.stage.last:
             return hidden, carry
-        terms = LossTerms.of(train, training)
+        terms = LossTerms.of(train)
         head = getattr(self.model, "head", None)
         if self._is_chunked(head, targets):
-            return self._chunked_losses(hidden, head, targets, weights, terms, training), carry
+            return self._chunked_losses(hidden, head, targets, weights, terms), carry
         # In float32: exponentials of large scores overflow in half precision.
         scores = tf.cast(self.model.scores(hidden), tf.float32)  # [rows, time, vocab / tensor ranks]
         if self.spec.loss == "ctc":
             return ctc(scores, self.model.lengths(x), targets, weights), carry
         losses = self.collectives.cross_entropy(scores, targets, terms)
         return (losses if weights is None else losses * weights), carry
+
+    def evaluated(
+        self,
+        parameters: Mapping[str, tf.Tensor],
+        x: Any,
+        inputs: tf.Tensor,
+        targets: tf.Tensor,
+        weights: tf.Tensor | None,
+        carry: Any,
+    ) -> tuple[tf.Tensor, Any]:
+        """Return the figures of an evaluation, float64 ``[2]``, and the carried state.
+
+        The figures are the sum of the losses in nats, without what training adds to them, and the number of targets
+        that count of which no other token has a higher score; of CTC 0. Otherwise as ``losses``.
+        """
+        self.model.bind(parameters)
+        checkpointing, seed = self.config.train.activation_checkpointing, tf.constant([0, 0])
+        hidden, carry = self.model.hidden(inputs, x, carry, False, checkpointing, seed)
+        if not self.model_shard.stage.last:
+            return hidden, carry
+        head: Any = getattr(self.model, "head", None)
+        if self._is_chunked(head, targets):
+            flat = tf.reshape(hidden, [targets.shape.num_elements(), hidden.shape[-1]])
+            losses, highest = chunked_evaluation(flat, head[0], head[1], tf.reshape(targets, [-1]))
+        else:
+            scores = tf.cast(self.model.scores(hidden), tf.float32)
+            if self.spec.loss == "ctc":
+                losses = ctc(scores, self.model.lengths(x), targets, weights)
+                highest, weights = tf.zeros_like(losses), None
+            else:
+                losses, highest = self.collectives.evaluated(scores, targets)
+        figures = tf.reshape(tf.stack([losses, tf.cast(highest, tf.float32)]), [2, -1])
+        counted = figures if weights is None else figures * tf.reshape(weights, [-1])
+        return tf.reduce_sum(tf.cast(counted, tf.float64), 1), carry
 
     def _is_chunked(self, head: Any, targets: tf.Tensor) -> bool:
         """Return whether the logits of a batch are computed in chunks: where they are more than one chunk.
@@ -91,11 +124,10 @@ class Forward:
         targets: tf.Tensor,
         weights: tf.Tensor | None,
         terms: LossTerms,
-        training: bool,
     ) -> tf.Tensor:
         # Adapters of layers leave the head as it is. TensorFlow would leave out what isn't used, if it needed no order.
         adapted = [adapter.weight for adapter in self.spec.adapters]
-        wanted = training, training and not (adapted and all(name.startswith("layers.") for name in adapted))
+        wanted = True, not (adapted and all(name.startswith("layers.") for name in adapted))
         table, bias = head
         flat = tf.reshape(hidden, [targets.shape.num_elements(), hidden.shape[-1]])
         flat_weights = None if weights is None else tf.reshape(weights, [-1])

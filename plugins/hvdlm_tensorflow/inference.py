@@ -49,7 +49,12 @@ class Inference(ABC):
         """Have the model compute with the parameters that are evaluated, where a replica's own are others."""
 
     def eval_step(self, batch: Batch) -> tuple[float, float]:
-        """Return (sum of losses in nats, valid tokens) of this rank's rows."""
+        """Return (sum of losses in nats, valid tokens) of this rank's rows, with context ranks of its positions."""
+        loss_sum, tokens, _ = self.eval_figures(batch)
+        return loss_sum, tokens
+
+    def eval_figures(self, batch: Batch) -> tuple[float, float, float]:
+        """Return ``eval_step``'s figures and the valid tokens of which no other has a higher score."""
         self._show_averaged()
         if batch.reset or self._eval_carry is None:
             self._eval_carry = self._model.initial_carry(len(batch.inputs))
@@ -60,15 +65,11 @@ class Inference(ABC):
             return output
 
         output = self._pipeline.relay(self._pipeline.shape(batch, self._spec.settings.width), compute)
-        loss_sum = float(output) if self._model_shard.stage.last else 0.0
-        return loss_sum, batch.tokens
+        loss_sum, correct = output.numpy().tolist() if self._model_shard.stage.last else (0.0, 0.0)
+        return loss_sum, batch.tokens, correct
 
     def _evaluate(self, x: Any, inputs: Any, targets: Any, weights: Any, carry: Any) -> tuple[tf.Tensor, Any]:
-        seed = tf.constant([0, 0])
-        output, carry = self._forward.losses(self._parameters(), x, inputs, targets, weights, carry, seed, False)
-        if self._model_shard.stage.last:
-            output = tf.reduce_sum(tf.cast(output, tf.float64))
-        return output, carry
+        return self._forward.evaluated(self._parameters(), x, inputs, targets, weights, carry)
 
     def logits(self, tokens: np.ndarray, cache: Any = None) -> tuple[np.ndarray, Any]:
         """Return the scores of the next token, float32 ``[rows, vocab]``, and the cache grown by ``tokens``."""

@@ -201,7 +201,7 @@ class Trainable(Inference):
 
     def _losses(self, parameters: Mapping[str, tf.Tensor], arguments: _Pass) -> tuple[tf.Tensor, Any]:
         with named_range("forward"):
-            return self._forward.losses(parameters, *arguments[:-1], training=True)
+            return self._forward.losses(parameters, *arguments[:-1])
 
     def _stage(self, arguments: _Pass) -> tuple[tf.Tensor, tf.Tensor, Any]:
         """Return a stage's activations (the last: the scaled loss), the sum of losses (float64), the carried state."""

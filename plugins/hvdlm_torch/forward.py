@@ -17,7 +17,7 @@ from hvdlm_language.loss_terms import LossTerms
 from hvdlm_torch.collectives import Collectives
 from hvdlm_torch.devices import to_device
 from hvdlm_torch.dropout import DropoutMasks
-from hvdlm_torch.losses import chunked_cross_entropy, ctc, rows_of_chunk
+from hvdlm_torch.losses import chunked_cross_entropy, chunked_evaluation, ctc, rows_of_chunk
 from hvdlm_torch.models import make_model
 from hvdlm_torch.pipeline import Pipeline
 
@@ -79,20 +79,19 @@ class Forward:
         targets: torch.Tensor,
         weights: torch.Tensor | None,
         carry: Any,
-        training: bool,
     ) -> tuple[torch.Tensor, Any]:
-        """Return the losses in nats and the carried state.
+        """Return the losses of training in nats and the carried state.
 
         The losses are ``[rows * time]``, 0 where the target doesn't count; of CTC, which judges whole rows, ``[rows]``.
         Every pipeline stage but the last returns its activations in their place. ``x``: the activations of the stage
         before; in the first stage, the batch's features.
         """
         train = self.config.train
-        terms = LossTerms.of(train, training)
+        terms = LossTerms.of(train)
         flat = targets.flatten(), None if weights is None else weights.flatten()
         head = self._chunked_head(targets)
         with self.autocast():
-            hidden, carry = self.model.hidden(inputs, x, carry, training, train.activation_checkpointing)
+            hidden, carry = self.model.hidden(inputs, x, carry, True, train.activation_checkpointing)
             if not self.model_shard.stage.last:
                 return hidden, carry
             scores = hidden if head else self.model.scores(hidden)  # [rows, time, vocab / tensor ranks]
@@ -104,6 +103,33 @@ class Forward:
             return ctc(scores.float(), self.model.lengths(x), targets, weights), carry
         losses = self.collectives.cross_entropy(scores.flatten(0, 1).float(), flat[0], terms)
         return (losses if flat[1] is None else losses * flat[1]), carry
+
+    def evaluated(
+        self, x: Any, inputs: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None, carry: Any
+    ) -> tuple[torch.Tensor, Any]:
+        """Return the figures of an evaluation, float64 ``[2]``, and the carried state.
+
+        The figures are the sum of the losses in nats, without what training adds to them, and the number of targets
+        that count of which no other token has a higher score; of CTC 0. Otherwise as ``losses``.
+        """
+        with self.autocast():
+            checkpointing = self.config.train.activation_checkpointing
+            hidden, carry = self.model.hidden(inputs, x, carry, False, checkpointing)
+            if not self.model_shard.stage.last:
+                return hidden, carry
+            head, flat = self._chunked_head(targets), targets.flatten()
+            scores = hidden if head else self.model.scores(hidden)
+        if head:
+            dtype = self.half or hidden.dtype
+            losses, highest = chunked_evaluation(hidden.flatten(0, 1), head[0], head[1], flat, dtype)
+        elif self.spec.loss == "ctc":
+            losses = ctc(scores.float(), self.model.lengths(x), targets, weights)
+            highest, weights = torch.zeros_like(losses), None
+        else:
+            losses, highest = self.collectives.evaluated(scores.flatten(0, 1).float(), flat)
+        figures = torch.stack([losses, highest.float()])
+        counted = figures if weights is None else figures * weights.flatten()
+        return counted.sum(1, dtype=torch.float64), carry
 
     def _chunked_head(self, targets: torch.Tensor) -> Any:
         """Return the head of the model if the logits of ``targets`` are computed in chunks, else None.

@@ -51,9 +51,14 @@ class Inference:
         """Return the weights that the model computes with."""
         raise NotImplementedError
 
-    @torch.no_grad()
     def eval_step(self, batch: Batch) -> tuple[float, float]:
         """Return (sum of losses in nats, valid tokens) of this rank's rows, with context ranks of its positions."""
+        loss_sum, tokens, _ = self.eval_figures(batch)
+        return loss_sum, tokens
+
+    @torch.no_grad()
+    def eval_figures(self, batch: Batch) -> tuple[float, float, float]:
+        """Return ``eval_step``'s figures and the valid tokens of which no other has a higher score."""
         self._show_averaged()
         (batch,) = cut_all([batch], self._forward.context)
         if batch.reset or self._eval_carry is None:
@@ -61,12 +66,12 @@ class Inference:
 
         def compute(x: torch.Tensor | None) -> torch.Tensor:
             x = self._forward.features(batch) if x is None else x
-            output, self._eval_carry = self._forward.losses(x, *self._forward.tensors(batch), self._eval_carry, False)
+            output, self._eval_carry = self._forward.evaluated(x, *self._forward.tensors(batch), self._eval_carry)
             return output
 
         output = self._pipeline.relay(self._pipeline.shape(batch, self._spec.settings.width), compute)
-        loss_sum = float(output.sum(dtype=torch.float64)) if self._model_shard.stage.last else 0.0
-        return loss_sum, batch.tokens
+        loss_sum, correct = output.tolist() if self._model_shard.stage.last else (0.0, 0.0)
+        return loss_sum, batch.tokens, correct
 
     def logits(self, tokens: np.ndarray, cache: Any = None) -> tuple[np.ndarray, Any]:
         """Return the scores of the next token, float32 ``[rows, vocab]``, and the cache grown by ``tokens``."""

@@ -165,7 +165,7 @@ class Trainable(Inference):
                 self._seed_dropout(step, row)
             tensors = self._forward.tensors(batch)
             with named_range("forward"), masks():
-                output, self._carry[number] = self._losses(x, *tensors, self._carry_into(number, batch), True)
+                output, self._carry[number] = self._losses(x, *tensors, self._carry_into(number, batch))
             if not self._model_shard.stage.last:
                 return output.float()  # the pipeline sends them in the precision of the step
             losses.append(output.detach().sum(dtype=torch.float64))

@@ -458,7 +458,7 @@ def test_evaluation_and_generation_equal_one_rank(
     rows = learnable_batch(3, config.data.context)
     # An uneven last batch, with fewer rows and a length that is no multiple of the tensor ranks.
     short = Batch(rows.inputs[:3, :-3].copy(), rows.targets[:3, :-3].copy(), None, True)
-    losses = [trainable.eval_step(b) for b in (replace(rows, reset=True), short)]
+    losses = [trainable.eval_figures(b) for b in (replace(rows, reset=True), short)]
     scores, cache = trainable.logits(rows.inputs[:1, :3])
     logits = [scores.tolist()]
     for token in (7, 50, 0):
@@ -466,7 +466,7 @@ def test_evaluation_and_generation_equal_one_rank(
         logits.append(scores.tolist())
     if world.rank == 0:
         alone = unsharded(configured(one, model))
-        expected_losses = [alone.eval_step(b) for b in (replace(rows, reset=True), short)]
+        expected_losses = [alone.eval_figures(b) for b in (replace(rows, reset=True), short)]
         expected, cache = alone.logits(rows.inputs[:1, :3])
         expected_logits = [expected.tolist()]
         for token in (7, 50, 0):
