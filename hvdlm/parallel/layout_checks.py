@@ -96,7 +96,8 @@ def _check_gathered_layers(config: Config, spec: ModelSpec) -> None:
     """Check that the parameters of a run with ZeRO-3 can be gathered layer by layer."""
     c, p = config.communication, config.parallel
     reasons = {
-        f"the layers of a {'plugin' if spec.kind == 'own' else spec.kind} model are not known to it": spec.kind != "gpt",
+        f"the layers of a {'plugin' if spec.kind == 'own' else spec.kind} model are not known to it": spec.kind
+        != "gpt",
         "adapters (lora.rank) leave little to shard": bool(spec.adapters),
         f"it doesn't go with parallel.pipeline {p.pipeline}, whose stages gather at different times": p.pipeline > 1,
         "compiled steps (train.compile) keep whole parameters": config.train.compile is True,
