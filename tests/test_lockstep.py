@@ -1,4 +1,4 @@
-"""Ranks with different numbers of validation batches evaluate equally many, where each batch is a collective (ZeRO-3)."""
+"""Ranks with more and fewer validation batches evaluate equally many, where all gather every layer (ZeRO-3)."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class OneOfSeveral:
         self._left = list(counts)
 
     def gather_objects(self, own: int) -> list[Any]:
-        """Return this rank's value and those of the others, which tell of up to ``_TOGETHER`` batches at a time."""
-        told = [min(lockstep._TOGETHER, left) for left in self._left]
-        self._left = [left - more for left, more in zip(self._left, told, strict=True)]
-        return [own, *told]
+        """Return this rank's value and those of the others, which count up to ``_TOGETHER`` batches at a time."""
+        counts = [min(lockstep._TOGETHER, left) for left in self._left]
+        self._left = [left - more for left, more in zip(self._left, counts, strict=True)]
+        return [own, *counts]
 
 
 def batch(number: int) -> Batch:
@@ -31,7 +31,7 @@ def batch(number: int) -> Batch:
 
 
 @pytest.mark.parametrize("own, others", [(3, (5, 3)), (0, (1,)), (16, (40, 2)), (33, (0,)), (0, (0, 0))])
-def test_every_rank_evaluates_as_many_batches_as_the_one_with_most(own: int, others: tuple[int, ...]) -> None:
+def test_every_rank_evaluates_as_many_batches_as_any_other(own: int, others: tuple[int, ...]) -> None:
     world: Any = OneOfSeveral(*others)
     pairs = list(in_lockstep(world, map(batch, range(own)), 5))
     assert len(pairs) == max(own, *others)

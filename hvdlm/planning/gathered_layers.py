@@ -96,9 +96,10 @@ class _MicroBatch:
         self._gather(head, None)
         if len(self._phases[HEAD]) > 1:
             self._scatter(tied_bucket(self._layout), head)
-        for unit, following in zip([head, *layers[::-1], embedding], [None, *layers[-2::-1], None, None], strict=True):
+        below: list[Unit | None] = [None, *layers[-2::-1], None, None]
+        for unit, next_unit in zip([head, *layers[::-1], embedding], below, strict=True):
             if unit in layers:
-                self._gather(unit, following)
+                self._gather(unit, next_unit)
             for index in range(*unit.buckets):
                 self._scatter(index, unit)
             self._free(unit)

@@ -236,9 +236,9 @@ class GatheredLayers(WholeLayers):
             for index, bucket in zip(range(*unit.buckets), buckets, strict=True):
                 slots = self._layout.slots[slice(*self._layout.buckets[index])]
                 ends = [slots[0].start, *(slot.stop for slot in slots), self._layout.bucket_range(index)[1]]
-                parts = tf.split(bucket, np.diff(ends).tolist()) if len(slots) > 1 or ends[-1] > ends[-2] else [bucket]
-                for slot, part in zip(slots, parts, strict=False):
-                    tensors[slot.name] = tf.reshape(part, slot.shape)
+                arrays = tf.split(bucket, np.diff(ends).tolist()) if len(slots) > 1 or ends[-1] > ends[-2] else [bucket]
+                for slot, values in zip(slots, arrays, strict=False):
+                    tensors[slot.name] = tf.reshape(values, slot.shape)
         return tensors
 
     def _scatter(self, unit: Unit, gradients: Mapping[str, tf.Tensor]) -> None:

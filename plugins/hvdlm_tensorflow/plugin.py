@@ -61,8 +61,8 @@ def hvdlm_check(config: Config, spec: ModelSpec) -> None:
         )
     if config.parallel.zero == 3 and config.parallel.tensor > 1:
         raise HvdlmError(
-            "parallel.zero 3: with TensorFlow, tensor ranks keep whole weights: --parallel.zero 2, --parallel.tensor 1, "
-            "or --framework torch."
+            "parallel.zero 3: TensorFlow's tensor ranks can't gather weights layer by layer: --parallel.zero 2, "
+            "--parallel.tensor 1, or --framework torch."
         )
     if config.train.compile is True and (reason := uncompilable(config, spec)):
         raise HvdlmError(f"train.compile: {reason}: leave it out, or keep parallel.tensor at 1.")

@@ -77,7 +77,7 @@ class Trainable(Inference):
         self._flat = tf.Variable(initial)
         self._replica = OwnParameters(exchange, self.layout)
         self._own: tf.Tensor | None = None  # the replica's own parameters while the flat variable is the averaged one
-        self._layers = GatheredLayers(state, self._flat, self._model.dtype) if gathers else None
+        self._layers = GatheredLayers(state, self._flat, self._forward.dtype) if gathers else None
         if self._layers:
             self._gather_in(self._layers)
         self._adapters = self._layers or Adapters(state, self._flat)

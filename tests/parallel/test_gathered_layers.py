@@ -1,4 +1,4 @@
-"""ZeRO-3: parameters that are gathered layer by layer train as whole ones do, in the memory of a shard and two layers."""
+"""ZeRO-3: parameters gathered layer by layer train as whole ones do, in the memory of a shard and two layers."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-
 import test_layouts as layouts
+from test_layouts import GPT, HALF, LLAMA, STEPS, TOLERANCE, build, configured, train
+
 from hvdlm.checkpoints.load import open_checkpoint, read_state
 from hvdlm.config import Config
 from hvdlm.parallel.layer_units import units_of
 from hvdlm.parallel.mesh import Mesh
 from hvdlm.protocols.world import World
 from launching import FRAMEWORK, RANKS
-from test_layouts import GPT, HALF, LLAMA, STEPS, TOLERANCE, build, configured, train
 
 ZERO = {"parallel": {"zero": 3}}
 MESH = Mesh(RANKS, 1, 1)

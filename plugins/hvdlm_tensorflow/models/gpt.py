@@ -143,8 +143,8 @@ class GPT:
                 stores.append(cache.extend(index, tf.stack([k, v])))
                 return stores[-1][0], stores[-1][1]
 
-            layer = self.layers.gather(f"layers.{number}", x, layer)
-            x = self._layer(x, layer, number, _no_dropout, c, start, extend)
+            p = self.layers.gather(f"layers.{number}", x, layer)
+            x = self._layer(x, p, number, _no_dropout, c, start, extend)
         return self._finish(x, c), Cache(tf.stack(stores), start + time)
 
     def join(self, caches: Sequence[Cache], rows: tf.Tensor) -> Cache:
