@@ -293,8 +293,8 @@ class ParallelConfig:
             compressed; 1: one level
         sequence: sequence parallelism: tensor-parallel ranks also shard the positions between layers (Transformers
             only)
-        zero: ZeRO stage: data-parallel ranks shard nothing (0), the optimizer state (1), also the gradients (2), or also
-            the parameters (3), which are gathered layer by layer
+        zero: ZeRO stage: data-parallel ranks shard nothing (0), the optimizer state (1), also the gradients (2), or
+            also the parameters, which they gather layer by layer (3)
         zero_gather: how ZeRO gathers parameters: fp32, bf16 or int8; null: as gradients, bf16 or int8 if compressed
         schedule: pipeline schedule: 1f1b (one forward, one backward) or gpipe
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -80,9 +81,11 @@ def all_layouts(config: Config, space: Space, costs: InventedCosts) -> list[tupl
         rows = config.train.batch_size // data
         for micro in (None, *(n for n in range(1, rows) if rows % n == 0)):
             for sequence in (False, True) if tensor > 1 else (False,):
-                for zero in (0, 1, 2) if data > 1 else (0,):
+                for zero in range(4 if pipeline == 1 else 3) if data > 1 else (0,):
                     for recompute in (False, True):
-                        for bucket in space.choices["communication.bucket_bytes"][: None if data > 1 else 1]:
+                        for bucket in space.choices["communication.bucket_bytes"][
+                            : None if data > 1 and zero < 3 else 1
+                        ]:
                             options = {
                                 "parallel.data": data,
                                 "parallel.pipeline": pipeline,
@@ -94,8 +97,11 @@ def all_layouts(config: Config, space: Space, costs: InventedCosts) -> list[tupl
                                 "communication.bucket_bytes": bucket,
                             }
                             candidate = with_options(config, options)
-                            if costs.valid(candidate, mesh) and costs.fit(candidate, mesh).fits:
-                                seconds.append((costs.time(candidate, mesh).seconds, mesh))
+                            # As the search does: whether a layout is valid takes longest to check.
+                            fits = costs.fit(candidate, mesh).fits
+                            time = costs.time(candidate, mesh).seconds if fits else math.inf
+                            if fits and costs.valid(candidate, mesh):
+                                seconds.append((time, mesh))
     return sorted(seconds, key=lambda entry: entry[0])
 
 
@@ -198,7 +204,7 @@ def real_layouts(config: Config, space: Space, costs: LayoutCosts) -> list[tuple
     for mesh in meshes(space.ranks):
         rows = config.train.batch_size // mesh.data
         for micro in (None, *(n for n in range(1, rows) if rows % n == 0)):
-            for zero in (0, 1, 2):
+            for zero in range(4 if mesh.pipeline == 1 else 3):
                 for sequence, recompute, bucket in (
                     (s, r, b)
                     for s in choices["parallel.sequence"]

@@ -1,8 +1,9 @@
 """Layers whose parameters are gathered, used and freed together (ZeRO-3), and the flat layout that they need.
 
-As in FSDP (Zhao et al. 2023, section 3.2), a model is a sequence of units: the embedding, every layer, the head with the
-norm before it. A unit's shard on a rank is one range of the vector that the rank updates, so that one all-gather brings
-all of it; its gradients are scattered matrix by matrix, straight from the memory in which they were computed.
+As in FSDP (Zhao et al. 2023, section 3.2), a model is a sequence of units: the embedding, every layer, and the head
+with the norm before it. A unit's shard on a rank is one range of the vector that the rank updates, so that one
+all-gather brings all of it; its gradients are scattered matrix by matrix, straight from the memory in which they were
+computed.
 """
 
 from __future__ import annotations

@@ -134,19 +134,19 @@ def _divides(key: str, value: int, tensor: int) -> None:
 def _check_gathered_layers(config: Config, spec: ModelSpec) -> None:
     """Check that the parameters of a run with ZeRO-3 can be gathered layer by layer."""
     c, p = config.communication, config.parallel
+    kind = "a plugin's" if spec.kind == "own" else f"{'an' if spec.kind == 'rnn' else 'a'} {spec.kind}"
     reasons = {
-        f"the layers of a {'plugin' if spec.kind == 'own' else spec.kind} model are not known to it": spec.kind
-        != "gpt",
+        f"the layers of {kind} model are not known": spec.kind != "gpt",
         "adapters (lora.rank) leave little to shard": bool(spec.adapters),
-        f"it doesn't go with parallel.pipeline {p.pipeline}, whose stages gather at different times": p.pipeline > 1,
+        f"the stages of parallel.pipeline {p.pipeline} have several micro-batches under way": p.pipeline > 1,
         "compiled steps (train.compile) keep whole parameters": config.train.compile is True,
-        "Muon's update needs whole matrices": config.train.optimizer == "muon",
-        f"it sends no compressed gradients ({c.compression.algorithm})": c.compression.algorithm != "none",
-        f"it gathers float32 parameters, not {p.zero_gather}": p.zero_gather not in (None, "fp32"),
+        "train.optimizer muon updates whole matrices": config.train.optimizer == "muon",
+        f"sends no compressed gradients ({c.compression.algorithm})": c.compression.algorithm != "none",
+        f"sends them in float32, not in {p.zero_gather} (parallel.zero_gather)": p.zero_gather not in (None, "fp32"),
     }
     for reason, holds in reasons.items():
         if holds:
-            raise HvdlmError(f"parallel.zero 3 gathers parameters layer by layer, and {reason}: --parallel.zero 2.")
+            raise HvdlmError(f"parallel.zero 3 gathers parameters layer by layer, and {reason}: set --parallel.zero 2.")
 
 
 def _check_exchange(config: Config, spec: ModelSpec) -> None:

@@ -55,11 +55,13 @@ class Habits:
         compiles: whether ``train.compile auto`` compiles GPTs on GPUs.
         packs_gradients: whether parameters are copied out of the flat vector and their gradients into buckets, instead
             of lying there.
+        gathers_in_graph: whether the edges of a graph bound the memory of ZeRO-3's parameters and gradients.
     """
 
     recomputes_all: bool = False
     compiles: bool = True
     packs_gradients: bool = False
+    gathers_in_graph: bool = False
 
 
 def closed_form(
@@ -93,8 +95,8 @@ def _unit_layout(shard: Same[ModelShard], align: int) -> FlatLayout:
 
 
 @lru_cache(maxsize=512)
-def _gathered_and_passing(shard: Same[ModelShard], ranks: int, tied: bool) -> tuple[int, int]:
-    held = held_at_peak(_unit_layout(shard, ranks), ranks, tied)
+def _gathered_and_passing(shard: Same[ModelShard], ranks: int, tied: bool, in_graph: bool) -> tuple[int, int]:
+    held = held_at_peak(_unit_layout(shard, ranks), ranks, tied, in_graph)
     return held["parameters"], held["gradients"]
 
 
@@ -185,7 +187,8 @@ class Step:
         size = self.layout.size
         zero_shard = size // self.mesh.replicas
         if self.zero == 3:
-            gathered, passing = _gathered_and_passing(Same(self.shard), self.mesh.replicas, self.tied)
+            in_graph = self.habits.gathers_in_graph
+            gathered, passing = _gathered_and_passing(Same(self.shard), self.mesh.replicas, self.tied, in_graph)
             return {
                 "parameters": 4 * zero_shard + gathered + self.spec.frozen_bytes,
                 "gradients": 4 * zero_shard + passing,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from hvdlm.parallel.flat_layout import FlatLayout, Slot
@@ -39,9 +40,33 @@ def tied_bucket(layout: FlatLayout) -> int:
     return names.index("embed.tokens")
 
 
-def held_at_peak(layout: FlatLayout, ranks: int, tied: bool) -> dict[str, int]:
-    """Return the bytes of gathered parameters, and of gradients computed or under way, when most are held at once."""
+def held_at_peak(layout: FlatLayout, ranks: int, tied: bool, in_graph: bool = False) -> dict[str, int]:
+    """Return the bytes of gathered parameters, and of gradients computed or under way, when most are held at once.
+
+    ``in_graph``: as the edges of TensorFlow's graph bound them, not as PyTorch's plugin takes and frees memory.
+    """
+    if in_graph:
+        parameters, gradients = max(_moments(layout, ranks, tied), key=sum)
+        return {"parameters": parameters, "gradients": gradients}
     return _MicroBatch(layout, ranks, tied).held_at_peak()
+
+
+def _moments(layout: FlatLayout, ranks: int, tied: bool) -> Iterator[tuple[int, int]]:
+    """Yield the bytes of parameters and gradients at the moments of a micro-batch at which a graph holds most."""
+    embedding, *layers, head = (4 * unit.size for unit in units_of(layout))
+    of_head = head + embedding * tied
+    yield embedding + layers[0], 0
+    for own, following in zip(layers, [*layers[1:], of_head], strict=True):
+        yield max(2 * own, own + following), 0  # what is received, and its copy by parameters
+    yield layers[-1] + of_head, of_head
+    under_way = of_head + of_head // ranks  # gradients of the layer above, and this rank's shard of them
+    for number in reversed(range(len(layers))):
+        own, below = layers[number], layers[number - 1] if number else 0
+        received = own if number == len(layers) - 1 else 2 * own
+        yield max(received, own + below), under_way
+        yield own + below, own
+        under_way = own + own // ranks
+    yield 0, max(under_way, embedding + embedding // ranks)
 
 
 class _MicroBatch:
@@ -71,9 +96,10 @@ class _MicroBatch:
         self._gather(head, None)
         if len(self._phases[HEAD]) > 1:
             self._scatter(tied_bucket(self._layout), head)
-        for unit, following in zip([head, *layers[::-1], embedding], [None, *layers[-2::-1], None, None], strict=True):
+        below: list[Unit | None] = [None, *layers[-2::-1], None, None]
+        for unit, next_unit in zip([head, *layers[::-1], embedding], below, strict=True):
             if unit in layers:
-                self._gather(unit, following)
+                self._gather(unit, next_unit)
             for index in range(*unit.buckets):
                 self._scatter(index, unit)
             self._free(unit)

@@ -19,6 +19,7 @@ from hvdlm.protocols.world import World
 from hvdlm.telemetry.observers import Observers
 from hvdlm.training.batches import Batches
 from hvdlm.training.consensus import Consensus
+from hvdlm.training.lockstep import in_lockstep
 from hvdlm.training.lr_schedule import make_schedule
 from hvdlm.training.preflight import versions
 from hvdlm.training.reports import Reports
@@ -173,8 +174,14 @@ def _metrics(run: Run, limit: int | None) -> dict[str, float]:
     limited = {} if limit is None else {"limit": limit}
     sums: list[Counter[str]] = [Counter() for _ in range(own)]
     for shard, totals in enumerate(sums, coordinates["data"] * own):
-        for batch in run.task.validation(shard, size, **limited):
-            totals.update(sums_of(run.task, run.trainable, batch))
+        batches = run.task.validation(shard, size, **limited)
+        if run.exchange.traits.shards_parameters:
+            pairs = in_lockstep(run.world, batches, run.config.data.context)
+        else:
+            pairs = ((batch, True) for batch in batches)
+        for batch, of_split in pairs:
+            sums_of_batch = sums_of(run.task, run.trainable, batch)
+            totals.update(sums_of_batch if of_split else {})
             process.alive()
     return run.task.metrics(over_ranks(run.world, sums if counts else []))
 

@@ -171,8 +171,41 @@ def _columns(
     return function(x, *weights)
 
 
-def linear(x: tf.Tensor, weight: tf.Tensor, rows: bool = False) -> tf.Tensor:
+class GatheredMatrix:
+    """A weight ``[inputs, outputs]`` that is gathered again for its backward pass, which sets ``gradient``.
+
+    Attributes:
+        values: those of the forward pass; from the backward pass on, those of the backward pass.
+        after: what the gradient's computation waits for.
+        gradient: of the weight.
+    """
+
+    after: Sequence[tf.Tensor] = ()
+    gradient: tf.Tensor | None = None
+
+    def __init__(self, values: tf.Tensor) -> None:
+        self.values = values
+
+    def product(self, x: tf.Tensor) -> tf.Tensor:
+        """Return ``x`` ``[..., inputs]`` times the weight. Only ``x`` is kept for the backward pass."""
+
+        @tf.custom_gradient
+        def function(x: tf.Tensor) -> Any:
+            def backward(gradient: tf.Tensor) -> tf.Tensor:
+                of_x = linear(gradient, self.values, True)
+                with tf.control_dependencies(self.after):
+                    self.gradient = tf.matmul(_flat(x), _flat(gradient), transpose_a=True)
+                return of_x
+
+            return linear(x, self.values), backward
+
+        return function(x)
+
+
+def linear(x: tf.Tensor, weight: Any, rows: bool = False) -> tf.Tensor:
     """Return ``x`` ``[..., inputs]`` times ``weight`` ``[inputs, outputs]``, or with ``rows`` its transpose."""
+    if isinstance(weight, GatheredMatrix):
+        return weight.product(x)
     # One product of two matrices, not one per row.
     flat = tf.matmul(_flat(x), weight, transpose_b=rows)
     return tf.reshape(flat, [*sizes(x)[:-1], flat.shape[-1]])

@@ -28,6 +28,7 @@ class Forward:
         model: the layers of this rank's pipeline stage; every graph binds its parameters.
         collectives: those of its tensor group.
         pipeline: passes activations and their gradients between stages.
+        dtype: in which products are computed.
     """
 
     def __init__(self, spec: ModelSpec, model_shard: ModelShard, axes: Axes, config: Config, rank: int) -> None:
@@ -36,9 +37,9 @@ class Forward:
         self.axes = axes
         self.config = config
         self.collectives = Collectives(axes.tensor, model_shard)
-        dtype = _HALF_PRECISION.get(config.train.precision, tf.float32)
-        self.model = make_model(spec, model_shard, self.collectives, dtype)
-        self.pipeline = Pipeline(model_shard, axes, config.parallel.schedule, rank, dtype)
+        self.dtype = _HALF_PRECISION.get(config.train.precision, tf.float32)
+        self.model = make_model(spec, model_shard, self.collectives, self.dtype)
+        self.pipeline = Pipeline(model_shard, axes, config.parallel.schedule, rank, self.dtype)
 
     def losses(
         self,

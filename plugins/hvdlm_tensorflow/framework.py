@@ -25,7 +25,7 @@ class Framework:
 
     name = "tensorflow"
     in_place = False  # its tensors can't be overwritten
-    update_rules = ("groups", "muon", "ema")
+    update_rules = ("groups", "muon", "ema", "zero3")
 
     def __init__(self) -> None:
         devices.provide_threads()  # before its first tensor

@@ -15,6 +15,7 @@ from hvdlm.protocols.model import JoinsCaches
 from hvdlm.protocols.types import Batch
 from hvdlm_tensorflow.counted_graph import CountedGraph
 from hvdlm_tensorflow.forward import Forward
+from hvdlm_tensorflow.gathered_layers import GatheredLayers
 from hvdlm_tensorflow.sampling import choose
 
 
@@ -30,6 +31,7 @@ class Inference(ABC):
         self._counters = counters
         self._eval_carry: Any = None
         self.joins_caches = isinstance(self._model, JoinsCaches)
+        self._layers: GatheredLayers | None = None
         self._rounded: Any = None  # the weights in the precision of the run, while the parameters stay as they are
         # Of prompts every length is another shape: these graphs are traced for open lengths.
         self._eval_graph = CountedGraph(self._evaluate, counters)
@@ -39,6 +41,11 @@ class Inference(ABC):
         self._round_graph = CountedGraph(self._round, counters)
         self._predict_graph = CountedGraph(self._predict, counters, reduce_retracing=True)
         self._read_graph = CountedGraph(self._read, counters, reduce_retracing=True)
+
+    def _gather_in(self, layers: GatheredLayers) -> None:
+        """Have the model gather its parameters by ``layers``."""
+        model: Any = self._model
+        model.layers = self._layers = layers
 
     @abstractmethod
     def _parameters(self) -> Mapping[str, tf.Tensor]:
@@ -94,7 +101,7 @@ class Inference(ABC):
     def _decode(self, graph: CountedGraph, tokens: np.ndarray, cache: Any, *more: Any) -> tuple[tf.Tensor | None, Any]:
         """Return what ``graph`` computes from the scores of the next token (None: a later stage), and the cache."""
         self._show_averaged()
-        if self._rounded is None:
+        if self._rounded is None and not self._layers:
             self._rounded = self._round_graph(None)
         inputs = tf.constant(tokens, tf.int32)
         cache = self._model.cache(len(tokens)) if cache is None else cache
@@ -126,7 +133,7 @@ class Inference(ABC):
         return {n: tf.identity(t) if kept in n else tf.cast(t, model.dtype) for n, t in self._parameters().items()}
 
     def _extend(self, weights: Any, inputs: tf.Tensor, x: Any, cache: Any) -> tuple[tf.Tensor, Any]:
-        self._model.bind(weights)
+        self._model.bind(self._parameters() if self._layers else weights)
         hidden, cache = self._model.extend(inputs, x, cache)
         if not self._model_shard.stage.last:
             return hidden, cache

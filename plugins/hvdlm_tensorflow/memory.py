@@ -8,6 +8,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from hvdlm_tensorflow.gathered_layers import SCOPE
+
 # Operations whose results are computed again at no cost, or are no activations.
 _NOT_KEPT = ("Const", "Shape", "ReadVariableOp")
 
@@ -57,6 +59,7 @@ class ActivationMemory:
     def _is_kept(self, tensor: tf.Tensor) -> bool:
         operation = tensor.op
         of_forward = operation.name in self._forward and operation.type not in _NOT_KEPT
+        of_forward = of_forward and SCOPE not in operation.name  # and no parameter of ZeRO-3
         return of_forward and tensor.shape.is_fully_defined()
 
 

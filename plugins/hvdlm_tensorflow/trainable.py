@@ -27,6 +27,7 @@ from hvdlm_language.own_parameters import OwnParameters
 from hvdlm_tensorflow.adapters import Adapters
 from hvdlm_tensorflow.counted_graph import CountedGraph
 from hvdlm_tensorflow.forward import Forward
+from hvdlm_tensorflow.gathered_layers import GatheredLayers
 from hvdlm_tensorflow.gradients import make_gradients
 from hvdlm_tensorflow.inference import Inference
 from hvdlm_tensorflow.memory import ActivationMemory
@@ -52,6 +53,8 @@ class _Pass(NamedTuple):
 class Trainable(Inference):
     """Implements ``Trainable``. Parameters lie in one flat variable, this rank's shard of the model.
 
+    With ZeRO-3, that variable is the rank's shard of every layer, and graphs gather parameters from all ranks'.
+
     The last micro-batch's passes and the update are one graph, in which buckets travel while others are computed.
     """
 
@@ -71,13 +74,18 @@ class Trainable(Inference):
         self._exchange = exchange
         self._sharded = state = ShardedState(spec, model_shard, exchange, config, mesh, rank)
         self.layout = state.layout
-        initial = state.initial()
+        gathers = exchange.traits.shards_parameters
+        initial = state.initial_shard() if gathers else state.initial()
         self._flat = tf.Variable(initial)
         self._replica = OwnParameters(exchange, self.layout)
         self._own: tf.Tensor | None = None  # the replica's own parameters while the flat variable is the averaged one
-        self._adapters = Adapters(state, self._flat)
+        self._layers = GatheredLayers(state, self._flat, self._forward.dtype) if gathers else None
+        if self._layers:
+            self._gather_in(self._layers)
+        self._adapters = self._layers or Adapters(state, self._flat)
         # What this rank updates: the flat variable itself, or its shard of every bucket (ZeRO).
-        self._updated = self._flat if exchange.traits.zero_size == 1 else tf.Variable(state.update_shard(initial))
+        whole = gathers or exchange.traits.zero_size == 1
+        self._updated = self._flat if whole else tf.Variable(state.update_shard(initial))
         # What a checkpoint holds and a rank resumes from: this shard where ranks compute with rounded parameters.
         self._saved = self._updated if exchange.traits.rounds_parameters else self._flat
         self._gradients = make_gradients(state, axes)
@@ -297,6 +305,8 @@ class Trainable(Inference):
         """Gather the shards that other ranks updated, or what the exchange replaces them by; return the seconds."""
         with tf.control_dependencies([norm]):
             ready = tf.timestamp()
+        if self._layers:
+            return 0.0
         if self._exchange.traits.zero_size == 1:
             replaced = self._exchange.finish(self._flat.read_value())
             if replaced is None:
@@ -374,8 +384,9 @@ class Trainable(Inference):
     def memory(self) -> dict[str, int]:
         """Return the bytes that this rank holds for parameters, gradients, optimizer and activations."""
         shard = 0 if self._updated is self._flat else int(self._updated.shape[0])
+        gathered = self._layers.bytes() if self._layers else 0
         return {
-            "parameters": 4 * (self.layout.size + shard) + self._spec.frozen_bytes,
+            "parameters": 4 * (int(self._flat.shape[0]) + shard) + gathered + self._spec.frozen_bytes,
             "gradients": self._gradients.bytes(),
             "optimizer": sum(4 * int(flat.shape[0]) for flat in self._memory.values()),
             "activations": self._activation_bytes(),

@@ -61,6 +61,7 @@ class GatheredLayers(WholeLayers):
         self._phases = {name: [unit] for name, unit in self._units.items()}
         if state.spec.settings.tie_embeddings:
             embedding = self._units[EMBEDDING]
+            assert isinstance(embedding, _GatheredOnce)
             self.tied = embedding.make_alias("embed.tokens")
             self._phases[HEAD].append(embedding)
 
@@ -192,7 +193,7 @@ class _GatheredUnit:
     def _empty(self) -> None:
         raise NotImplementedError
 
-    def _part(self, vector: torch.Tensor, slot: Slot) -> torch.Tensor:
+    def _view(self, vector: torch.Tensor, slot: Slot) -> torch.Tensor:
         """Return a slot's elements of a vector of the unit's."""
         return vector[slot.start - self._start_of_unit : slot.stop - self._start_of_unit].view(slot.shape)
 
@@ -203,7 +204,7 @@ class _GatheredTwice(_GatheredUnit):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         whole = torch.empty(self._size, device=self._shard.device)
-        self.parameters = {name: torch.nn.Parameter(self._part(whole, slot)) for name, slot in self._slots.items()}
+        self.parameters = {name: torch.nn.Parameter(self._view(whole, slot)) for name, slot in self._slots.items()}
         # Another tensor with a version of its own: the values that autograd has kept views of are the same again.
         self._values = whole.data
         self._storage = whole.untyped_storage()

@@ -1,4 +1,4 @@
-"""ZeRO-3: parameters that are gathered layer by layer train as whole ones do, in the memory of a shard and two layers."""
+"""ZeRO-3: parameters gathered layer by layer train as whole ones do, in the memory of a shard and two layers."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-
 import test_layouts as layouts
+from test_layouts import GPT, HALF, LLAMA, STEPS, TOLERANCE, build, configured, train
+
 from hvdlm.checkpoints.load import open_checkpoint, read_state
 from hvdlm.config import Config
 from hvdlm.parallel.layer_units import units_of
 from hvdlm.parallel.mesh import Mesh
 from hvdlm.protocols.world import World
-from launching import RANKS
-from test_layouts import GPT, HALF, LLAMA, STEPS, TOLERANCE, build, configured, train
+from launching import FRAMEWORK, RANKS
 
 ZERO = {"parallel": {"zero": 3}}
 MESH = Mesh(RANKS, 1, 1)
@@ -26,6 +26,8 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "llama": (LLAMA, {"train": {"micro_batch_size": None}}),
     "recomputed": (GPT, {"train": {"activation_checkpointing": True}}),
 }
+if FRAMEWORK == "tensorflow":  # which traces each for seconds
+    MODELS = {name: MODELS[name] for name in ("gpt", "untied", "recomputed")}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -36,7 +38,8 @@ def test_losses_and_norms_follow_one_rank(world: World, name: str) -> None:
     results = layouts.train_on_the_curve(world, MESH, trainable, model, **options, **ZERO)
     layouts.assert_traffic_is_predicted(world, MESH, config, results)
     held, expected = trainable.memory(), layouts._predicted(world, MESH, config).memory
-    assert held["activations"] == pytest.approx(expected["activations"], rel=0.02)
+    if FRAMEWORK == "torch":  # whose activations the plan knows exactly
+        assert held["activations"] == pytest.approx(expected["activations"], rel=0.02)
     assert held["optimizer"] == expected["optimizer"]
     for kind in ("parameters", "gradients"):  # the order in which biases get their gradients is not predicted
         assert held[kind] == pytest.approx(expected[kind], rel=0.01 if model.get("bias") else 0), kind
@@ -50,7 +53,7 @@ TENSOR: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.skipif(RANKS != 4, reason="data and tensor ranks")
+@pytest.mark.skipif(RANKS != 4 or FRAMEWORK != "torch", reason="data and tensor ranks, which TensorFlow refuses")
 @pytest.mark.parametrize("name", TENSOR)
 def test_tensor_ranks_gather_their_shards_of_layers(world: World, name: str) -> None:
     model, train_options, parallel = TENSOR[name]
@@ -141,17 +144,39 @@ def bound(layout: Any, vectors: int) -> float:
     return 1.1 / RANKS * 4 * (2 + vectors) * layout.size + sum(sizes[-2:]) + sizes[-1]
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", SIZES if FRAMEWORK == "torch" else ["vocabulary"])
 def test_memory_of_a_rank_is_a_shard_and_two_layers(world: World, name: str) -> None:
     model, vocab = SIZES[name]
     config = configured(MESH, {"name": "gpt", "heads": 4, **model}, **ZERO)
     trainable = build(world, MESH, config, vocab)
-    compared = compare_storages(trainable)
+    compared = compare_storages(trainable) if FRAMEWORK == "torch" else []
     train(trainable, MESH, world.rank, range(2), config)
-    assert len(compared) > 8 and all(counted == held for counted, held in compared)
     memory = trainable.memory()
     assert sum(memory[kind] for kind in ("parameters", "gradients", "optimizer")) <= bound(trainable.layout, 2)
-    assert trainable._layers.held.now == 0 and storage_bytes(trainable) == 0  # all is freed between steps
+    if FRAMEWORK == "torch":
+        assert len(compared) > 8 and all(counted == held for counted, held in compared)
+        assert trainable._layers.held.now == 0 and storage_bytes(trainable) == 0  # all is freed between steps
+
+
+@pytest.mark.skipif(FRAMEWORK != "tensorflow", reason="what a graph keeps")
+@pytest.mark.parametrize("again", [False, True], ids=["products", "recomputed"])
+def test_a_graph_keeps_no_weights_for_its_backward_pass(
+    world: World, again: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But those of the last layer and the head, whose backward passes come next, and vectors of a few percent."""
+    from hvdlm_tensorflow import memory
+
+    model = {**GPT, "layers": 4}
+    config = configured(MESH, model, train={"micro_batch_size": None, "activation_checkpointing": again}, **ZERO)
+    kept = []
+    for scope in (memory.SCOPE, "of no operation"):
+        monkeypatch.setattr(memory, "SCOPE", scope)
+        trainable = build(world, MESH, config)
+        train(trainable, MESH, world.rank, range(1), config)
+        kept.append(trainable.memory()["activations"])
+    sizes = {unit.name: 4 * unit.size for unit in units_of(trainable.layout)}
+    stays = sizes["layers.3"] + sizes["embed"] + sizes["head"]
+    assert 0.5 * stays < kept[1] - kept[0] < 1.1 * stays
 
 
 def storage_bytes(trainable: Any) -> int:

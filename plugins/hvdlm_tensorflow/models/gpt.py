@@ -16,7 +16,7 @@ from hvdlm.parallel.sharding_rules import ModelShard
 from hvdlm_language.gpt import GPTSettings, rotary_tables
 from hvdlm_tensorflow.attention import attend, attend_causally, causal_mask
 from hvdlm_tensorflow.collectives import Collectives, linear
-from hvdlm_tensorflow.ordering import parameters_first
+from hvdlm_tensorflow.gathered_layers import WholeLayers
 from hvdlm_tensorflow.shapes import sizes
 
 Layer = Mapping[str, tf.Tensor]
@@ -55,6 +55,7 @@ class GPT:
 
     Attributes:
         head: of the last stage: the table ``[vocab, embed]`` of ``scores``, and its bias: None.
+        layers: has the parameters of every layer there while it computes.
         orders_layers: whether a backward pass computes a layer's gradients before those of the layer below.
     """
 
@@ -62,6 +63,7 @@ class GPT:
         self.s = settings
         self.dtype = tf.float32
         self.orders_layers = True
+        self.layers = WholeLayers()
         self._model_shard = model_shard
         self._collectives = collectives
         self._head_collectives = collectives  # those of the newest hidden states, whose positions may be sharded
@@ -72,11 +74,11 @@ class GPT:
 
     def bind(self, parameters: Mapping[str, tf.Tensor]) -> None:
         """Use these tensors as parameters; norms compute in float32 in any precision."""
-        self._p = {n: t if "norm" in n else tf.cast(t, self.dtype) for n, t in parameters.items()}
+        self._p = {n: t if t is None or "norm" in n else tf.cast(t, self.dtype) for n, t in parameters.items()}
         prefixes = [f"layers.{i}." for i in self._model_shard.layers]
         self._layers = [{n[len(p) :]: t for n, t in self._p.items() if n.startswith(p)} for p in prefixes]
-        table: Any = self._p.get("embed.tokens" if self.s.tie_embeddings else "head.weight")
-        self.head = table, None
+        self._table = "embed.tokens" if self.s.tie_embeddings else "head.weight"
+        self.head: Any = self._p.get(self._table), None
         # Replicated parameters of which each rank computes only a part of the gradient, without and with sequence
         # parallelism: their gradients have to be summed. Norms of queries and keys are those of a rank's own heads.
         of_heads = [name for name in self._layers[0] if self._kv_replicated and name.startswith(_KV)]
@@ -101,15 +103,12 @@ class GPT:
         c = self._collectives.over(time) if time else self._collectives.alone()
         x = self._embed(tokens, 0, dropout, c) if x is None else x
         for number, layer in zip(self._model_shard.layers, self._layers, strict=True):
-            names = list(layer)
 
-            def compute(x: tf.Tensor, *tensors: tf.Tensor, i: int = number, names: list[str] = names) -> tf.Tensor:
-                return self._layer(x, dict(zip(names, tensors, strict=True)), i, dropout, c)
+            def compute(x: tf.Tensor, p: Layer, i: int = number) -> tf.Tensor:
+                return self._layer(x, p, i, dropout, c)
 
-            # Parameters are arguments, because gradients flow to arguments only where a layer is recomputed.
-            compute = tf.recompute_grad(compute) if checkpointing and training else compute
-            compute = parameters_first(compute) if training and self.orders_layers else compute
-            x = compute(x, *layer.values())
+            ordered, again = training and self.orders_layers, checkpointing and training
+            x = self.layers.run(f"layers.{number}", compute, x, layer, ordered, again)
         return self._finish(x, c), carry
 
     def scores(self, hidden: tf.Tensor) -> tf.Tensor:
@@ -144,7 +143,8 @@ class GPT:
                 stores.append(cache.extend(index, tf.stack([k, v])))
                 return stores[-1][0], stores[-1][1]
 
-            x = self._layer(x, layer, number, _no_dropout, c, start, extend)
+            p = self.layers.gather(f"layers.{number}", x, layer)
+            x = self._layer(x, p, number, _no_dropout, c, start, extend)
         return self._finish(x, c), Cache(tf.stack(stores), start + time)
 
     def join(self, caches: Sequence[Cache], rows: tf.Tensor) -> Cache:
@@ -161,6 +161,7 @@ class GPT:
         return {}
 
     def _embed(self, tokens: tf.Tensor, start: Any, dropout: Dropout, c: Collectives) -> tf.Tensor:
+        self._p = {**self._p, **self.layers.gather("embed", tokens, {})}
         x = c.leave(c.embedding(tokens, self._p["embed.tokens"]), "embed")
         x = x * self.s.width**0.5 if self.s.scale_embeddings else x
         if self.s.positions == "learned":
@@ -174,6 +175,8 @@ class GPT:
         """Return ``x`` through the last norm, in the last stage."""
         if not self._model_shard.stage.last:
             return x
+        self._p = {**self._p, **self.layers.gather("head", x, {})}
+        self.head = self._p.get(self._table), None
         names = [n for n in self._p if n.startswith("final_norm.")] if c.sequence else []
         self._head_collectives = c
         return self._norm(x, c.shared(self._p, names, "final"), "final_norm")
