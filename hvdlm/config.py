@@ -140,6 +140,8 @@ class DataConfig:
             over)
         rows: windows (of the tokens of all documents in a row) or documents (rows begin with documents; shorter ones
             are packed, longer ones continue in further rows, rests are padded)
+        document_masks: tokens attend to those of their own document only, and positions count from its first token in
+            the row (gpt)
         cache: cache folder of token files; null: hvdlm/tokens in the user's cache folder
         prefetch: steps whose batches a thread makes ahead, once they take more than 1% of the time; 0: none
     """
@@ -160,8 +162,14 @@ class DataConfig:
     context: int = 64
     sampling: Literal["shuffled", "sequential"] = "shuffled"
     rows: Literal["windows", "documents"] = "windows"
+    document_masks: bool = False
     cache: str | None = None
     prefetch: int = 2
+
+    @property
+    def by_document(self) -> bool:
+        """Whether batches depend on where documents begin, so that each is encoded by itself and indexed."""
+        return self.rows == "documents" or self.document_masks
 
     @property
     def paths(self) -> list[str]:

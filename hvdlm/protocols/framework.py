@@ -81,6 +81,13 @@ class HasUpdateRules(Protocol):
     update_rules: tuple[str, ...]
 
 
+@runtime_checkable
+class HasDocumentMasks(Protocol):
+    """A framework whose models read ``Batch.document_starts``; with others, ``data.document_masks`` is refused."""
+
+    document_masks: bool
+
+
 class HostCollective(Protocol):
     """A collective on a contiguous array in host memory."""
 

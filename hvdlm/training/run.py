@@ -31,7 +31,7 @@ from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.mesh import Mesh, make_mesh
 from hvdlm.protocols.backend import Backend
 from hvdlm.protocols.exchange import Exchange
-from hvdlm.protocols.framework import Framework, HasUpdateRules, Resolved, ResolvesOptions
+from hvdlm.protocols.framework import Framework, HasDocumentMasks, HasUpdateRules, Resolved, ResolvesOptions
 from hvdlm.protocols.task import Task
 from hvdlm.protocols.trainable import Trainable
 from hvdlm.protocols.world import World
@@ -346,7 +346,7 @@ def build(connected: Connected) -> Run:
     if own and "optimizer" not in signature(framework.build).parameters:
         rule = config.train.optimizer
         raise HvdlmError(f"train.optimizer {rule}: {framework.name} takes none of plugins: choose adamw.")
-    _check_update_rules(framework, config)
+    _check_framework(framework, config)
     trainable = framework.build(spec, mesh, world, exchange, config, **own)
     if checkpoint:
         load_state(checkpoint, trainable, world, mesh)
@@ -370,13 +370,15 @@ def build(connected: Connected) -> Run:
     )
 
 
-def _check_update_rules(framework: Framework, config: Config) -> None:
-    """Refuse parameter groups and optimizers that the framework's plugin doesn't implement."""
+def _check_framework(framework: Framework, config: Config) -> None:
+    """Refuse what the framework's plugin doesn't implement: parameter groups, optimizers, masks of documents."""
     rules = framework.update_rules if isinstance(framework, HasUpdateRules) else ()
     if config.train.groups and "groups" not in rules:
         raise HvdlmError(f"train.groups: framework {framework.name} has one learning rate for all: leave it out.")
     if config.train.optimizer == "muon" and "muon" not in rules:
         raise HvdlmError(f"train.optimizer muon: framework {framework.name} doesn't have it: choose adamw.")
+    if config.data.document_masks and not (isinstance(framework, HasDocumentMasks) and framework.document_masks):
+        raise HvdlmError(f"data.document_masks: framework {framework.name} doesn't have them: leave it false.")
 
 
 def keep_recorder(plan: Plan, world: World) -> None:

@@ -34,7 +34,7 @@ def key(*configs: DataConfig) -> str:
             settings += ["documents", config.add_special_tokens, config.split_special_tokens]
         if config.document_token is not None:
             settings += ["document_token", config.document_token]
-        if config.rows == "documents":  # earlier versions left folders without an index in the cache
+        if config.by_document:  # earlier versions left folders without an index in the cache
             settings += ["rows"]
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:24]
 

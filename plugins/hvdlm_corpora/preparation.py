@@ -96,7 +96,7 @@ def special_of(config: DataConfig) -> SpecialTokens:
         form_of(config).separator,
         config.add_special_tokens,
         config.split_special_tokens,
-        align=config.rows == "documents",
+        align=config.by_document,
     )
 
 

@@ -11,6 +11,7 @@ from hvdlm import hookimpl
 from hvdlm.config import Config, DataConfig
 from hvdlm.data import corpora
 from hvdlm.data.corpora import Corpus
+from hvdlm.data.documents import Documents
 from hvdlm.data.token_files import Tokens, highest
 from hvdlm.data.tokenizer_base import Tokenizer, spells_special
 from hvdlm.errors import HvdlmError, RankError
@@ -19,6 +20,7 @@ from hvdlm.protocols.trainable import Trainable
 from hvdlm.protocols.types import Batch
 from hvdlm_language import sampler
 from hvdlm_language.document_rows import DocumentRows
+from hvdlm_language.sampler import TokenBatch
 
 
 def loss_figures(sums: Mapping[str, float]) -> dict[str, float]:
@@ -42,6 +44,7 @@ class LanguageModel:
         for corpus in self._corpora:
             self._check(corpus)
         self._rows = [self._split_rows(corpus) for corpus in self._corpora]
+        self._masks = [self._masked(corpus) for corpus in self._corpora]
         self._sampler = self._make_sampler()
         self.row_tokens = config.data.context if config.data.rows != "documents" else None
         self.epoch_rows = None if isinstance(self._sampler, sampler.MixtureSampler) else self._sampler.epoch_rows
@@ -89,24 +92,38 @@ class LanguageModel:
         except (RankError, HvdlmError) as error:
             raise HvdlmError(f"data.rows documents: {data.folder}: {error}") from error
 
+    def _masked(self, corpus: Corpus) -> tuple[Documents | None, Documents | None]:
+        """Return the documents that rows of a corpus's training and validation split are divided into."""
+        data = corpus.data
+        if not self._config.data.document_masks:
+            return None, None
+        if data.train_documents is None or data.validation_documents is None:
+            raise HvdlmError(
+                f"data.document_masks: {data.folder} has no index of documents: prepare the texts with "
+                "--data.document_masks true, give token files with an index (Megatron's .idx), or leave it false."
+            )
+        return data.train_documents, data.validation_documents
+
     def _make_sampler(self) -> sampler.ShuffledSampler | sampler.MixtureSampler | sampler.SequentialSampler:
         data, train = self._config.data, self._config.train
         rows = [rows[0] for rows in self._rows if rows is not None]
+        masked = [documents for documents, _ in self._masks if documents is not None]
+        sizes = data.context, train.batch_size, train.seed
         if data.mixture is not None:
             shares = [(corpus.data.train, corpus.share) for corpus in self._corpora]
-            return sampler.MixtureSampler(shares, data.context, train.batch_size, train.seed, rows or None)
+            return sampler.MixtureSampler(shares, *sizes, rows or None, masked or None)
         if data.sampling == "shuffled":
             documents = rows[0] if rows else None
-            return sampler.ShuffledSampler(self.data.train, data.context, train.batch_size, train.seed, (), documents)
+            return sampler.ShuffledSampler(self.data.train, *sizes, (), documents, self._masks[0][0])
         _require_length(self.data.train, data.context * train.batch_size, "the training")
         return sampler.SequentialSampler(self.data.train, data.context, train.batch_size)
 
     def rows(self, first: int, last: int) -> Batch:
         """Return rows ``first:last`` of the global order."""
-        inputs, targets, weights, reset = self._sampler.rows(first, last)
+        rows = self._sampler.rows(first, last)
         # A large folder is only spot-checked when it is opened. An id of 2^31 or more has become negative.
-        self._check_ids(max(int(ids.view(np.uint32).max()) for ids in (inputs, targets)), RankError)
-        return Batch(inputs, targets, weights, reset)
+        self._check_ids(max(int(ids.view(np.uint32).max()) for ids in rows[:2]), RankError)
+        return _batch(rows)
 
     def _check_ids(self, number: int, error: type[Exception]) -> None:
         if number >= self.vocab:
@@ -122,17 +139,17 @@ class LanguageModel:
         They divide the ``limit`` by their shares.
         """
         data, train = self._config.data, self._config.train
-        for corpus, rows in zip(self._corpora, self._rows, strict=True):
+        for corpus, rows, (_, masked) in zip(self._corpora, self._rows, self._masks, strict=True):
             tokens = corpus.data.validation
             own = None if limit is None else math.ceil(limit * corpus.share)
+            sizes = data.context, train.eval_batch_size, rank, size, own
             if rows is not None:
-                windows = sampler.document_rows(tokens, rows[1], data.context, train.eval_batch_size, rank, size, own)
+                windows = sampler.document_rows(tokens, rows[1], *sizes, masked)
             elif data.sampling == "shuffled":
-                windows = sampler.independent_windows(tokens, data.context, train.eval_batch_size, rank, size, own)
+                windows = sampler.independent_windows(tokens, *sizes, masked)
             else:
                 windows = sampler.parallel_streams(tokens, data.context, train.batch_size, rank, size, own)
-            for inputs, targets, weights, reset in windows:
-                yield Batch(inputs, targets, weights, reset, corpus=corpus.name)
+            yield from (_batch(window, corpus.name) for window in windows)
 
     def count(self, trainable: Trainable, batch: Batch) -> dict[str, float]:
         """Return no further sums beside the loss."""
@@ -157,6 +174,10 @@ class LanguageModel:
             )
             figures["bits_per_byte"] = loss / math.log(2) / bytes_per_token
         return figures | {f"val_loss/{name}": value for name, value in losses.items() if name}
+
+
+def _batch(rows: TokenBatch, corpus: str = "") -> Batch:
+    return Batch(*rows[:4], corpus=corpus, document_starts=rows.document_starts)
 
 
 def _require_length(tokens: Tokens, context: int, split: str) -> None:

@@ -47,6 +47,7 @@ class Forward:
         inputs: tf.Tensor,
         targets: tf.Tensor,
         weights: tf.Tensor | None,
+        starts: tf.Tensor | None,
         carry: Any,
         seed: tf.Tensor,
         training: bool,
@@ -55,11 +56,13 @@ class Forward:
 
         The losses are ``[rows, time]``, 0 where the target doesn't count; of CTC, which judges whole rows, ``[rows]``.
         Every pipeline stage but the last returns its activations in their place. ``x``: the activations of the stage
-        before; in the first stage, the batch's features.
+        before; in the first stage, the batch's features. ``starts``: ``Batch.document_starts``.
         """
         train = self.config.train
         self.model.bind(parameters)
-        hidden, carry = self.model.hidden(inputs, x, carry, training, train.activation_checkpointing, seed)
+        divided = {} if starts is None else {"starts": starts}
+        recomputes = train.activation_checkpointing
+        hidden, carry = self.model.hidden(inputs, x, carry, training, recomputes, seed, **divided)
         if not self.model_shard.stage.last:
             return hidden, carry
         terms = LossTerms.of(train, training)
@@ -106,7 +109,8 @@ class Forward:
         """Return what the model reads besides tokens; None where it reads tokens alone."""
         return {name: tf.constant(array) for name, array in batch.features.items()} or None
 
-    def tensors(self, batch: Batch) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor | None]:
-        """Return the inputs, targets and weights of a batch."""
-        weights = None if batch.weights is None else tf.constant(batch.weights)
-        return tf.constant(batch.inputs), tf.constant(batch.targets), weights
+    def tensors(self, batch: Batch) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor | None, tf.Tensor | None]:
+        """Return the inputs, targets, weights and starts of documents of a batch."""
+        optional = batch.weights, batch.document_starts
+        weights, starts = (None if array is None else tf.constant(array) for array in optional)
+        return tf.constant(batch.inputs), tf.constant(batch.targets), weights, starts

@@ -63,9 +63,12 @@ class Inference(ABC):
         loss_sum = float(output) if self._model_shard.stage.last else 0.0
         return loss_sum, batch.tokens
 
-    def _evaluate(self, x: Any, inputs: Any, targets: Any, weights: Any, carry: Any) -> tuple[tf.Tensor, Any]:
+    def _evaluate(
+        self, x: Any, inputs: Any, targets: Any, weights: Any, starts: Any, carry: Any
+    ) -> tuple[tf.Tensor, Any]:
         seed = tf.constant([0, 0])
-        output, carry = self._forward.losses(self._parameters(), x, inputs, targets, weights, carry, seed, False)
+        tensors = inputs, targets, weights, starts
+        output, carry = self._forward.losses(self._parameters(), x, *tensors, carry, seed, False)
         if self._model_shard.stage.last:
             output = tf.reduce_sum(tf.cast(output, tf.float64))
         return output, carry

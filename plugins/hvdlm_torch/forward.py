@@ -74,6 +74,7 @@ class Forward:
         inputs: torch.Tensor,
         targets: torch.Tensor,
         weights: torch.Tensor | None,
+        starts: torch.Tensor | None,
         carry: Any,
         training: bool,
     ) -> tuple[torch.Tensor, Any]:
@@ -81,14 +82,15 @@ class Forward:
 
         The losses are ``[rows * time]``, 0 where the target doesn't count; of CTC, which judges whole rows, ``[rows]``.
         Every pipeline stage but the last returns its activations in their place. ``x``: the activations of the stage
-        before; in the first stage, the batch's features.
+        before; in the first stage, the batch's features. ``starts``: ``Batch.document_starts``.
         """
         train = self.config.train
         terms = LossTerms.of(train, training)
         flat = targets.flatten(), None if weights is None else weights.flatten()
         head = self._chunked_head(targets)
+        divided = {} if starts is None else {"starts": starts}
         with self.autocast():
-            hidden, carry = self.model.hidden(inputs, x, carry, training, train.activation_checkpointing)
+            hidden, carry = self.model.hidden(inputs, x, carry, training, train.activation_checkpointing, **divided)
             if not self.model_shard.stage.last:
                 return hidden, carry
             scores = hidden if head else self.model.scores(hidden)  # [rows, time, vocab / tensor ranks]
@@ -122,8 +124,9 @@ class Forward:
             tensors = {name: tensor.clone() for name, tensor in tensors.items()}
         return tensors or None
 
-    def tensors(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Return the inputs, targets and weights of a batch."""
-        weights = None if batch.weights is None else to_device(batch.weights, self.device)
+    def tensors(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Return the inputs, targets, weights and starts of documents of a batch."""
+        optional = batch.weights, batch.document_starts
+        weights, starts = (None if array is None else to_device(array, self.device) for array in optional)
         targets = to_device(batch.targets, self.device).to(torch.int64)  # cross_entropy takes no int32
-        return to_device(batch.inputs, self.device), targets, weights
+        return to_device(batch.inputs, self.device), targets, weights, starts

@@ -26,6 +26,7 @@ class Framework:
     name = "torch"
     in_place = True  # an all-reduce overwrites the tensor that it sums
     update_rules = ("groups", "muon")
+    document_masks = True
 
     def __init__(self) -> None:
         self.host_tensors = HostTensors()
