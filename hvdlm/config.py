@@ -122,6 +122,12 @@ class DataConfig:
         validation_share: fraction of the corpus, taken from its end, held out for validation if validation_path is null
         field: name of the text field in JSON, CSV, Parquet and Hugging Face data sets; in JSON, a.b is field b of the
             object in a, and a.0 the first element of the list in a
+        prompt: name of the field of a prompt, which data.field completes: losses are those of completions alone; null:
+            those of all tokens
+        chat: name of the field of conversations, lists of {role, content}, in JSON: they are written by the chat
+            template, and losses are those of the assistant's turns alone; null: texts
+        chat_template: file of the chat template (Jinja); null: chat_template.jinja, or the entry chat_template of
+            tokenizer_config.json, beside the tokenizer.json
         separator: text appended to every record
         max_expansion: maximum size of a file's text, as a multiple of the file's size; larger ones are refused as
             decompression bombs, unless they have less than 64 MiB
@@ -152,6 +158,9 @@ class DataConfig:
     split: str = "train"
     validation_share: float = 0.1
     field: str = "text"
+    prompt: str | None = None
+    chat: str | None = None
+    chat_template: str | None = None
     separator: str = "\n"
     max_expansion: float = 1000.0
     tokenizer: str = "char"
@@ -169,7 +178,17 @@ class DataConfig:
     @property
     def by_document(self) -> bool:
         """Whether batches depend on where documents begin, so that each is encoded by itself and indexed."""
-        return self.rows == "documents" or self.document_masks
+        return self.rows == "documents" or self.document_masks or self.marks_targets
+
+    @property
+    def marks_targets(self) -> bool:
+        """Whether some tokens are no targets: prompts, and turns of a conversation that are not the assistant's."""
+        return self.chat is not None or self.prompt is not None
+
+    @property
+    def record_field(self) -> str:
+        """The field by which records are recognised."""
+        return self.field if self.chat is None else self.chat
 
     @property
     def paths(self) -> list[str]:

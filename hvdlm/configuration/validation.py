@@ -51,6 +51,8 @@ def values(config: Config) -> None:
 def _documents(config: Config) -> None:
     """Check the options that divide the tokens into documents."""
     data = config.data
+    if data.chat is not None and data.prompt is not None:
+        raise HvdlmError("data.chat and data.prompt both say which tokens are targets: give one of them.")
     if data.rows == "documents" and data.sampling != "shuffled":
         raise HvdlmError(
             "data.rows documents: rows that begin with documents are read in shuffled order, and data.sampling is "

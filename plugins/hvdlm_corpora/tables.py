@@ -31,6 +31,12 @@ def read(source: str, form: Form, start: SourcePosition, progress: ReadProgress)
     Raises:
         HvdlmError: it is damaged or has no such field, or unpacks to too much.
     """
+    if form.chat is not None or form.prompt is not None:
+        option = "chat" if form.chat is not None else "prompt"
+        raise HvdlmError(
+            f"data.path {source}: data.{option} reads JSON, JSON lines or, for prompts, CSV, and no table: write it as "
+            "JSON lines."
+        )
     numbered = enumerate(_guarded(source, form, start.number, progress), start.number + 1)
     return documents.joined(source, ((text, SourcePosition(0, number)) for number, text in numbered), form, progress)
 

@@ -61,10 +61,17 @@ class TokenBatch(NamedTuple):
 
 
 class MarkedTokens(NamedTuple):
-    """The tokens of a split, and where the documents begin that its rows are divided into; None: they are not."""
+    """The tokens of a split.
+
+    Attributes:
+        tokens: their ids.
+        documents: where the documents begin that rows are divided into; None: they are not.
+        targets: uint8 for every token, 1 where it is a target; None: all are.
+    """
 
     tokens: Tokens
     documents: Documents | None = None
+    targets: Tokens | None = None
 
 
 class ShuffledSampler:
@@ -72,7 +79,7 @@ class ShuffledSampler:
 
     Rows are windows of ``context + 1`` tokens, shifted in each epoch, or those of ``documents``.
     ``stream``: numbers that make the order of this corpus differ from that of others with the same seed. ``masked``:
-    the documents that rows are divided into, None: they are not.
+    the documents that rows are divided into; ``targets``: see ``MarkedTokens``.
     """
 
     def __init__(
@@ -84,9 +91,10 @@ class ShuffledSampler:
         stream: tuple[int, ...] = (),
         documents: DocumentRows | None = None,
         masked: Documents | None = None,
+        targets: Tokens | None = None,
     ) -> None:
         self.tokens = tokens
-        self.marked = MarkedTokens(tokens, masked)
+        self.marked = MarkedTokens(tokens, masked, targets)
         self.documents = documents
         self._context = context
         self._seed = seed
@@ -101,7 +109,7 @@ class ShuffledSampler:
     def rows(self, first: int, last: int) -> TokenBatch:
         """Return rows ``first:last``, int32 ``[last - first, context]``, and reset: always."""
         spans = [(self.marked, *span) for span in self._drawn.rows(first, last)]
-        return _read(spans, self._context, self.documents is not None)
+        return _read(spans, self._context, self.documents is not None or self.marked.targets is not None)
 
     def _draw(self, first: int, last: int) -> list[tuple[int, int]]:
         starts, counts = self.spans(np.arange(first, last))
@@ -165,10 +173,11 @@ class MixtureSampler:
         seed: int,
         documents: Sequence[DocumentRows] | None = None,
         masked: Sequence[Documents] | None = None,
+        targets: Sequence[Tokens | None] = (),
     ) -> None:
         self._context = context
         self._seed = seed
-        self._pads = documents is not None
+        self._pads = documents is not None or any(own is not None for own in targets)
         self._samplers = [
             ShuffledSampler(
                 tokens,
@@ -178,6 +187,7 @@ class MixtureSampler:
                 (number,),
                 documents[number - 1] if documents else None,
                 masked[number - 1] if masked else None,
+                targets[number - 1] if targets else None,
             )
             for number, (tokens, _) in enumerate(corpora, 1)
         ]
@@ -219,7 +229,10 @@ class MixtureSampler:
 
 
 def _read(spans: Sequence[tuple[MarkedTokens, int, int]], context: int, pads: bool) -> TokenBatch:
-    """Return rows, given as (tokens of a corpus, first token, number of inputs); ``pads``: some may be shorter."""
+    """Return rows, given as (tokens of a corpus, first token, number of inputs).
+
+    ``pads``: some may be shorter than others, or some tokens no targets.
+    """
     read = [marked.tokens[start : start + count + 1] for marked, start, count in spans]
     weights = None
     if pads:  # weights in every batch, so that there is one shape of a step
@@ -230,6 +243,9 @@ def _read(spans: Sequence[tuple[MarkedTokens, int, int]], context: int, pads: bo
     inputs, targets = windows[:, :-1].copy(), windows[:, 1:].copy()
     if weights is not None:
         inputs[weights == 0] = 0  # a row's last target is no input of it
+        for row, (marked, start, count) in enumerate(spans):
+            if marked.targets is not None:
+                weights[row, :count] = marked.targets[start + 1 : start + count + 1]
     starts = None
     if spans[0][0].documents is not None:
         starts = np.stack([_document_starts(marked.documents, first, count, context) for marked, first, count in spans])
@@ -291,11 +307,13 @@ def document_rows(
     size: int,
     limit: int | None = None,
     masked: Documents | None = None,
+    trained: Tokens | None = None,
 ) -> Iterator[TokenBatch]:
     """Yield the batches that ``rank`` evaluates of a split in rows of its documents, each row once.
 
     They have one shape, at most ``rows`` rows; the last one is padded with rows of weight 0. ``limit``: rows with about
-    so many targets, spread evenly over the split. ``masked``: see ``ShuffledSampler``.
+    so many targets, spread evenly over the split. ``masked``, ``trained``: of
+    ``MarkedTokens``.
     """
     total = len(documents)
     chosen = total if limit is None else min(total, -(-limit * total // max(1, len(tokens) - 1)))
@@ -303,7 +321,9 @@ def document_rows(
     def spans(positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return documents.spans(positions * total // chosen)
 
-    yield from _evaluated(MarkedTokens(tokens, masked), spans, range(*bounds(chosen, size, rank)), context, rows, True)
+    yield from _evaluated(
+        MarkedTokens(tokens, masked, trained), spans, range(*bounds(chosen, size, rank)), context, rows, True
+    )
 
 
 def independent_windows(
@@ -314,12 +334,14 @@ def independent_windows(
     size: int,
     limit: int | None = None,
     masked: Documents | None = None,
+    trained: Tokens | None = None,
 ) -> Iterator[TokenBatch]:
     """Yield the batches of a split that ``rank`` evaluates, every target of the split predicted exactly once.
 
     Every rank has a contiguous range of windows, in batches of one shape, of at most ``rows``: for every shape, a graph
     is traced. The last batch, and the last window of the split, are padded, with weight 0. ``limit``: the fewest
-    windows with so many targets, spread evenly over the split. ``masked``: see ``ShuffledSampler``.
+    windows with so many targets, spread evenly over the split. ``masked``, ``trained``: of
+    ``MarkedTokens``.
     """
     targets = len(tokens) - 1
     windows = -(-targets // context)
@@ -331,7 +353,7 @@ def independent_windows(
         return starts, np.minimum(context, targets - starts)
 
     short = bool(own) and spans(np.array(own[-1:]))[1][0] < context
-    yield from _evaluated(MarkedTokens(tokens, masked), spans, own, context, rows, short)
+    yield from _evaluated(MarkedTokens(tokens, masked, trained), spans, own, context, rows, short)
 
 
 def _evaluated(
@@ -351,10 +373,11 @@ def _evaluated(
         return
     batches = -(-len(own) // rows)
     rows = -(-len(own) // batches)
+    pads = pads or marked.targets is not None or batches * rows > len(own)
     for start in range(0, len(own), rows):
         starts, counts = spans(np.array(own[start : start + rows]))
         read = [(marked, *span) for span in zip(starts.tolist(), counts.tolist(), strict=True)]
-        yield _read(read + [(marked, 0, 0)] * (rows - len(read)), context, pads or batches * rows > len(own))
+        yield _read(read + [(marked, 0, 0)] * (rows - len(read)), context, pads)
 
 
 def parallel_streams(
