@@ -120,12 +120,12 @@ class DataConfig:
         split: split to train on of a data set whose files or folders are named by their splits; its split validation
             (valid, val, dev) is used for validation unless validation_path is given
         validation_share: fraction of the corpus, taken from its end, held out for validation if validation_path is null
-        field: name of the text field in JSON, CSV, Parquet and Hugging Face data sets; in JSON, a.b is field b of the
-            object in a, and a.0 the first element of the list in a
+        field: name of the text field in JSON, CSV, Parquet and Hugging Face data sets; a.b is field b of the object or
+            structure in a and, in JSON, a.0 the first element of the list in a
         prompt: name of the field of a prompt, which data.field completes: losses are those of completions alone; null:
             those of all tokens
-        chat: name of the field of conversations, lists of {role, content}, in JSON: they are written by the chat
-            template, and losses are those of the assistant's turns alone; null: texts
+        chat: name of the field of conversations, lists of {role, content}: they are written by the chat template, and
+            losses are those of the assistant's turns alone; null: texts
         chat_template: file of the chat template (Jinja); null: chat_template.jinja, or the entry chat_template of
             tokenizer_config.json, beside the tokenizer.json
         separator: text appended to every record

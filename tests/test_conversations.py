@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import pytest
+from pyarrow import parquet
 from test_special_tokens import BOTH, ids_of, loaded, small_chunks, tokenizer_file
 
 from builders import both_frameworks, small_trainable, token_batch
@@ -428,3 +430,80 @@ def test_a_run_on_conversations_answers(tmp_path: Path, framework: str, capsys: 
     (tmp_path / "chat_template.jinja").unlink()
     assert cli.main([*chat, "--prompt", "ding"]) == 2
     assert "has no chat template beside it" in capsys.readouterr().err
+
+
+# Tables
+
+
+def table_of(chats: list[Any]) -> pyarrow.Table:
+    """Return a table of conversations, whose messages have more fields than the role and the content."""
+    message = pyarrow.struct({"content": pyarrow.string(), "role": pyarrow.string(), "name": pyarrow.string()})
+    kinds = {"id": pyarrow.int64(), "messages": pyarrow.list_(message)}
+    return pyarrow.table({"id": list(range(len(chats))), "messages": chats}, pyarrow.schema(kinds))
+
+
+def write_table(path: Path, table: pyarrow.Table, rows: int = 7) -> str:
+    """Write a table as Parquet or as an Arrow stream; return its path."""
+    if path.suffix == ".parquet":
+        parquet.write_table(table, path, row_group_size=rows)
+    else:
+        with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as stream:
+            stream.write_table(table, rows)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["c.parquet", "c.arrow"])
+def test_conversations_of_tables_are_those_of_json(tmp_path: Path, name: str) -> None:
+    config = folder_of(tmp_path)
+    chats = [*CHATS, None, *CHATS[:3]]
+    lines = "".join(json.dumps({"messages": chat}) + "\n" for chat in chats)
+    (tmp_path / "c.jsonl").write_text(lines)
+    expected = preparation.prepare(config, str(tmp_path / "json"))
+    config.path = write_table(tmp_path / name, table_of(chats))
+    data = preparation.prepare(config, str(tmp_path / "table"))
+    assert ids_of(data) == ids_of(expected) and targets_of(data) == targets_of(expected)
+    config.chat = "id"
+    with pytest.raises(HvdlmError, match=r"the column id is of type int64, expected lists of structures with role"):
+        preparation.prepare(config)
+    config.chat = "other"
+    with pytest.raises(HvdlmError, match=r"the table has no field 'other', it has id, messages"):
+        preparation.prepare(config)
+
+
+@pytest.mark.parametrize("name", ["p.parquet", "p.arrow"])
+def test_fields_of_structures_are_prompts_and_completions(tmp_path: Path, name: str) -> None:
+    pair = pyarrow.struct({"other": pyarrow.int64(), "question": pyarrow.string()})
+    answers = pyarrow.array([*(answer for _, answer in PAIRS), "no question"]).dictionary_encode()
+    questions = [*({"other": 1, "question": prompt} for prompt, _ in PAIRS), None]
+    table = pyarrow.table({"pair": pyarrow.array(questions, pair), "answer": answers})
+    path = write_table(tmp_path / name, table)
+    config = DataConfig(path=path, field="answer", prompt="pair.question", tokenizer="byte", document_token=0)
+    config.cache = str(tmp_path / "cache")
+    data = preparation.prepare(config)
+    expected = [f"{prompt}{completion}\n\0" for prompt, completion in PAIRS]
+    assert bytes(ids_of(data)).decode() == "".join(expected)
+    assert sum(targets_of(data)) == sum(len(f"{completion}\n\0".encode()) for _, completion in PAIRS)
+    for field, words in (("pair.missing", "the column pair has no field 'pair.missing', it has other, question"),
+                         ("pair.question.x", "the column pair.question has no field 'pair.question.x'"),
+                         ("pair.other", "the column pair.other is of type int64, expected text"),
+                         ("pair", "the column pair is of type struct")):  # fmt: skip
+        with pytest.raises(HvdlmError, match=words):
+            preparation.prepare(DataConfig(path=path, field=field, tokenizer="byte"), str(tmp_path / "refused"))
+    plain = DataConfig(path=path, field="pair.question", tokenizer="byte", separator="|", cache=config.cache)
+    assert bytes(ids_of(preparation.prepare(plain))).decode() == "".join(f"{prompt}|" for prompt, _ in PAIRS)
+
+
+@pytest.mark.parametrize("name, bomb", [("b.parquet", "elements"), ("b.parquet", "text"), ("b.arrow", "text")])
+def test_bombs_of_conversations_are_refused(tmp_path: Path, name: str, bomb: str) -> None:
+    """A list of millions of equal messages, and a long text in many of them: each takes little space on disk."""
+    count, text = (300_000, "a") if bomb == "elements" else (200, "a" * 500_000)
+    role = pyarrow.DictionaryArray.from_arrays(pyarrow.array(np.zeros(count, np.int32)), ["user"])
+    content = pyarrow.DictionaryArray.from_arrays(pyarrow.array(np.zeros(count, np.int32)), [text])
+    messages = pyarrow.StructArray.from_arrays([role, content], ["role", "content"])
+    table = pyarrow.table({"messages": pyarrow.ListArray.from_arrays([0, count], messages)})
+    config = folder_of(tmp_path)
+    config.path = write_table(tmp_path / name, table)
+    config.max_expansion = 100
+    assert (tmp_path / name).stat().st_size < 2e6
+    with pytest.raises(HvdlmError, match=r"unpacks to more than 100 times its size, as a decompression bomb"):
+        preparation.prepare(config)

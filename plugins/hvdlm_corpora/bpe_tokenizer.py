@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -123,7 +124,8 @@ class BPETokenizer(Tokenizer):
     def encode_offsets(self, text: str, special: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """Return the ids, and the characters that each stands for, by the library's offsets."""
         encoding = self._encoded(text, special)
-        return self._checked(encoding.ids), np.array(encoding.offsets, np.int64).reshape(-1, 2)
+        numbers = np.fromiter(chain.from_iterable(encoding.offsets), np.int64, 2 * len(encoding.ids))
+        return self._checked(encoding.ids), numbers.reshape(-1, 2)
 
     def _encoded(self, text: str, special: bool) -> Any:
         self._encoder.encode_special_tokens = not special

@@ -150,6 +150,8 @@ def _messages(source: str, value: Any, number: int) -> list[dict[str, Any]]:
             f"data.path {source}: record {number} holds no conversation: {shown(repr(value))}, expected a list like "
             '[{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}].'
         )
+    # In a table, a message has all fields that any has: those that are null don't count.
+    messages = [{key: item for key, item in message.items() if item is not None} for message in messages]
     return [_clean(message) for message in messages]
 
 
