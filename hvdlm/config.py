@@ -121,8 +121,14 @@ class DataConfig:
         split: split to train on of a data set whose files or folders are named by their splits; its split validation
             (valid, val, dev) is used for validation unless validation_path is given
         validation_share: fraction of the corpus, taken from its end, held out for validation if validation_path is null
-        field: name of the text field in JSON, CSV, Parquet and Hugging Face data sets; in JSON, a.b is field b of the
-            object in a, and a.0 the first element of the list in a
+        field: name of the text field in JSON, CSV, Parquet and Hugging Face data sets; a.b is field b of the object or
+            structure in a and, in JSON, a.0 the first element of the list in a
+        prompt: name of the field of a prompt, which data.field completes: losses are those of completions alone; null:
+            those of all tokens
+        chat: name of the field of conversations, lists of {role, content}: they are written by the chat template, and
+            losses are those of the assistant's turns alone; null: texts
+        chat_template: file of the chat template (Jinja); null: chat_template.jinja, or the entry chat_template of
+            tokenizer_config.json, beside the tokenizer.json
         separator: text appended to every record
         max_expansion: maximum size of a file's text, as a multiple of the file's size; larger ones are refused as
             decompression bombs, unless they have less than 64 MiB
@@ -141,6 +147,8 @@ class DataConfig:
             over)
         rows: windows (of the tokens of all documents in a row) or documents (rows begin with documents; shorter ones
             are packed, longer ones continue in further rows, rests are padded)
+        document_masks: tokens attend to those of their own document only, and positions count from its first token in
+            the row (gpt)
         cache: cache folder of token files; null: hvdlm/tokens in the user's cache folder
         prefetch: steps whose batches a thread makes ahead, once they take more than 1% of the time; 0: none
     """
@@ -151,6 +159,9 @@ class DataConfig:
     split: str = "train"
     validation_share: float = 0.1
     field: str = "text"
+    prompt: str | None = None
+    chat: str | None = None
+    chat_template: str | None = None
     separator: str = "\n"
     max_expansion: float = 1000.0
     tokenizer: str = "char"
@@ -161,8 +172,24 @@ class DataConfig:
     context: int = 64
     sampling: Literal["shuffled", "sequential"] = "shuffled"
     rows: Literal["windows", "documents"] = "windows"
+    document_masks: bool = False
     cache: str | None = None
     prefetch: int = 2
+
+    @property
+    def by_document(self) -> bool:
+        """Whether batches depend on where documents begin, so that each is encoded by itself and indexed."""
+        return self.rows == "documents" or self.document_masks or self.marks_targets
+
+    @property
+    def marks_targets(self) -> bool:
+        """Whether some tokens are no targets: prompts, and turns of a conversation that are not the assistant's."""
+        return self.chat is not None or self.prompt is not None
+
+    @property
+    def record_field(self) -> str:
+        """The field by which records are recognised."""
+        return self.field if self.chat is None else self.chat
 
     @property
     def paths(self) -> list[str]:

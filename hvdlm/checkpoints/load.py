@@ -89,7 +89,7 @@ def read_state(checkpoint: Checkpoint, wanted: Mapping[str, Shard], rank: int, s
     """Return the state that ``rank`` of ``size`` resumes from, each array of shape ``wanted[name].held``.
 
     Only files and slices that overlap with ``wanted`` are read, and the files' hashes are verified. The result also has
-    the optimizer's loss scale and first step and, on as many ranks as wrote the checkpoint, the state of this rank alone
+    the optimizer's loss scale and first step and, on as many ranks as wrote the checkpoint, this rank's own state
     (``exchange/``). Names that the checkpoint lacks are left out, and so is recurrent state of another batch: both
     start from scratch.
 

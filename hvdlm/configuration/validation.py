@@ -44,12 +44,25 @@ def values(config: Config) -> None:
         corpora.check(config)
         if config.task != "language_model":
             raise HvdlmError(f"data.mixture: the task {config.task} doesn't support mixtures: give it data.path.")
-    if config.data.rows == "documents" and config.data.sampling != "shuffled":
+    _documents(config)
+    writable(Path(config.log.run), "log.run")
+
+
+def _documents(config: Config) -> None:
+    """Check the options that divide the tokens into documents."""
+    data = config.data
+    if data.chat is not None and data.prompt is not None:
+        raise HvdlmError("data.chat and data.prompt both say which tokens are targets: give one of them.")
+    if data.rows == "documents" and data.sampling != "shuffled":
         raise HvdlmError(
             "data.rows documents: rows that begin with documents are read in shuffled order, and data.sampling is "
-            f"{config.data.sampling}: use --data.sampling shuffled."
+            f"{data.sampling}: use --data.sampling shuffled."
         )
-    writable(Path(config.log.run), "log.run")
+    if data.document_masks and (data.sampling != "shuffled" or config.task != "language_model"):
+        raise HvdlmError(
+            "data.document_masks: they divide the shuffled rows of a language model into documents, and data.sampling "
+            f"is {data.sampling}, the task {config.task}: leave it false."
+        )
 
 
 def one_length(train: TrainConfig) -> None:

@@ -25,6 +25,11 @@ def check(config: Config, spec: ModelSpec) -> None:
         _check_custom_module(config, s)
     elif spec.kind not in ("gpt", "rnn") and config.train.activation_checkpointing:
         raise HvdlmError(f"train.activation_checkpointing is for gpt and recurrent models, not for a {spec.kind}.")
+    if config.data.document_masks and spec.kind != "gpt":
+        raise HvdlmError(
+            f"data.document_masks: they mask the attention of a GPT, and model.name {config.model.name} is none: leave "
+            "it false, or begin rows with documents (--data.rows documents)."
+        )
     if spec.loss == "ctc" and (config.train.label_smoothing or config.train.z_loss):
         raise HvdlmError(
             f"train.label_smoothing and train.z_loss change a cross entropy, model.name {config.model.name} has the "

@@ -239,15 +239,20 @@ class Step:
         """Return the bytes kept for backward passes: of as many micro-batches as the schedule has under way."""
         stage, layers = self.shard.stage, len(self.shard.layers)
         layer = self.gpt_layer() if self.kind == "gpt" else self.rnn_layer()
-        each = layers * layer
-        if self.config.train.activation_checkpointing:  # only a layer's input is kept, the rest is recomputed
+        recomputes = self.config.train.activation_checkpointing
+        masks = self.document_masks() if self.config.data.document_masks else 0
+        each = layers * layer + masks
+        if recomputes:  # only a layer's input is kept, the rest is recomputed
             each = layers * 4 * self.s.width * (self.tokens // self.mesh.tensor if self.sequence else self.tokens)
         each += self.head() if stage.last else 0
+        if self.config.data.document_masks:  # positions, and, to make masks anew, where documents begin
+            positions = 8 if self.s.positions == "learned" and stage.first else 0
+            each += self.tokens * (positions + (4 if recomputes else 0))
         alive = 1
         if stage.count > 1:
             alive = kept_micro_batches(self.config.parallel.schedule, stage.number, stage.count, self.count)
-            if self.config.train.activation_checkpointing:
-                return alive * each + layer
+            if recomputes:
+                return alive * each + layer + masks
         return alive * each
 
     def gpt_layer(self) -> int:
@@ -278,6 +283,14 @@ class Step:
         again = 0 if joined or t > 1 else 1 + inward
         weights = 2 * s.width * heads + 2 * s.width * kv + (inward + 1) * s.width * (s.mlp_width // t)
         return round(self.tokens * (4 * wide + 2 * (narrow + again * s.width)) + 2 * weights)
+
+    def document_masks(self) -> int:
+        """Return the bytes of a micro-batch's masks of documents, which all layers share."""
+        keys = float(self.time)
+        if 0 < self.s.local_window < self.time:  # of the first block its own keys, of others those of two blocks
+            blocks = -(-self.time // self.s.local_window)
+            keys = (2 * blocks - 1) * self.s.local_window**2 / self.time
+        return round(self.tokens * keys * (2 if self.half else 4))
 
     def blocks(self, heads: int, kv: int) -> float:
         """Return the elements per position of attention in blocks of a window: of queries and outputs, keys and values.

@@ -93,6 +93,13 @@ class HasContextRanks(Protocol):
     context_ranks: bool
 
 
+@runtime_checkable
+class HasDocumentMasks(Protocol):
+    """A framework whose models read ``Batch.document_starts``; with others, ``data.document_masks`` is refused."""
+
+    document_masks: bool
+
+
 class HostCollective(Protocol):
     """A collective on a contiguous array in host memory."""
 

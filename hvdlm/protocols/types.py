@@ -26,6 +26,8 @@ class Batch:
         features: model inputs other than tokens, by the names in ``ModelSpec.reads``, each ``[rows, ...]``.
         items: int64 ``[rows]``, the indices of a task's items, for the task's own metrics; models don't see them.
         corpus: the corpus that a validation batch of a mixture comes from; its sums are then ``CORPUS/loss``, ...
+        document_starts: int32 ``[rows, time]``, the index in its row of the first token of every input's document: an
+            input attends to no earlier one, and its position counts from there. None: rows are not divided.
     """
 
     inputs: np.ndarray
@@ -35,14 +37,16 @@ class Batch:
     features: Mapping[str, np.ndarray] = field(default_factory=dict)
     items: np.ndarray | None = None
     corpus: str = ""
+    document_starts: np.ndarray | None = None
 
     def rows(self, start: int, stop: int) -> Batch:
         """Return rows ``start:stop`` as a separate batch."""
         weights = None if self.weights is None else self.weights[start:stop]
         features = {name: array[start:stop] for name, array in self.features.items()}
         items = None if self.items is None else self.items[start:stop]
+        starts = None if self.document_starts is None else self.document_starts[start:stop]
         arrays = self.inputs[start:stop], self.targets[start:stop], weights
-        return Batch(*arrays, self.reset, features, items, self.corpus)
+        return Batch(*arrays, self.reset, features, items, self.corpus, starts)
 
     @property
     def tokens(self) -> float:

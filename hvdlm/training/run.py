@@ -33,7 +33,14 @@ from hvdlm.parallel.mesh import Mesh, make_mesh
 from hvdlm.parallel.moving_average import KIND as AVERAGE
 from hvdlm.protocols.backend import Backend
 from hvdlm.protocols.exchange import Exchange
-from hvdlm.protocols.framework import Framework, HasContextRanks, HasUpdateRules, Resolved, ResolvesOptions
+from hvdlm.protocols.framework import (
+    Framework,
+    HasContextRanks,
+    HasDocumentMasks,
+    HasUpdateRules,
+    Resolved,
+    ResolvesOptions,
+)
 from hvdlm.protocols.optimizer import Optimizer
 from hvdlm.protocols.state_dict import FIRST_STEP
 from hvdlm.protocols.task import Task
@@ -379,7 +386,7 @@ def build(connected: Connected) -> Run:
 
 
 def _check_abilities(framework: Framework, config: Config) -> None:
-    """Refuse context ranks, sharded parameters, parameter groups and optimizers that the framework's plugin doesn't implement."""
+    """Refuse layouts, optimizers and masks that the framework's plugin doesn't implement."""
     if config.parallel.context > 1 and not (isinstance(framework, HasContextRanks) and framework.context_ranks):
         context = config.parallel.context
         raise HvdlmError(f"parallel.context {context}: framework {framework.name} has no context ranks: leave it out.")
@@ -394,6 +401,8 @@ def _check_abilities(framework: Framework, config: Config) -> None:
         raise HvdlmError(
             f"parallel.zero 3: framework {framework.name} can't gather parameters layer by layer: --parallel.zero 2."
         )
+    if config.data.document_masks and not (isinstance(framework, HasDocumentMasks) and framework.document_masks):
+        raise HvdlmError(f"data.document_masks: framework {framework.name} doesn't have them: leave it false.")
 
 
 def _check_average(config: Config, exchange: Exchange, optimizer: Optimizer | None) -> None:

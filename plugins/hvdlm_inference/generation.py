@@ -126,6 +126,11 @@ def read_prompt(path: Path) -> str:
         raise HvdlmError(f"--prompt_file {path}: {error}: give a readable UTF-8 text.") from error
 
 
+def as_chat(run: Run) -> Run:
+    """Return a run whose prompts get no tokens that documents begin with: a chat template writes them."""
+    return replace(run, config=replace(run.config, data=replace(run.config.data, add_special_tokens=False)))
+
+
 class Request(NamedTuple):
     """A text to be generated: its prompt, and how it is sampled."""
 

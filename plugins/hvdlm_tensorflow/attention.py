@@ -10,6 +10,7 @@ PyTorch's twin calls ``scaled_dot_product_attention``.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -35,7 +36,7 @@ class _Chunk(NamedTuple):
     first: Any = 0
 
 
-Mask = Callable[[_Chunk], "tf.Tensor | None"]
+Mask = Callable[[_Chunk], Any]
 """Returns what is added to the scores of a chunk, float32 that broadcasts to ``[rows, heads, time, keys]``."""
 
 
@@ -61,19 +62,26 @@ def attend(q: tf.Tensor, k: tf.Tensor, v: tf.Tensor, mask: tf.Tensor | None) -> 
     return _attend(q, k, v, chunks, of_chunk)
 
 
-def attend_causally(q: tf.Tensor, k: tf.Tensor, v: tf.Tensor, longest: int, window: int = 0) -> tf.Tensor:
+def attend_causally(
+    q: tf.Tensor, k: tf.Tensor, v: tf.Tensor, longest: int, window: int = 0, starts: tf.Tensor | None = None
+) -> tf.Tensor:
     """Return the attention of positions to themselves and those before; see ``attend``.
 
     Args:
         q, k, v: as of ``attend``.
         longest: the number of positions, if it is open in the graph: the most that there may be.
         window: the positions that a query sees, itself and those before it; 0: all.
+        starts: of rows that are divided into documents: ``Batch.document_starts``.
     """
     ends = _ends(q, longest)
-    if not window or window >= (q.shape[2] or longest):
-        return _attend(q, k, v, [_Chunk(a, b, b) for a, b in pairwise(ends)], _causal)
-    chunks = [_Chunk(a, b, b, _largest(0, a - window + 1)) for a, b in pairwise(ends)]
-    return _attend(q, k, v, chunks, lambda chunk: _local(chunk, window))
+    mask: Mask = _causal
+    chunks = [_Chunk(a, b, b) for a, b in pairwise(ends)]
+    if window and window < (q.shape[2] or longest):
+        chunks = [_Chunk(a, b, b, _largest(0, a - window + 1)) for a, b in pairwise(ends)]
+        mask = partial(_local, window=window)
+    if starts is not None:
+        mask = partial(_of_documents, starts=starts, causal=mask)
+    return _attend(q, k, v, chunks, mask)
 
 
 def causal_mask(start: Any, time: Any, keys: int, window: int) -> tf.Tensor:
@@ -95,6 +103,17 @@ def _causal(chunk: _Chunk) -> tf.Tensor:
 def _local(chunk: _Chunk, window: int) -> tf.Tensor:
     """Return the mask of a chunk's queries and keys, float32 ``[time, keys]``, with a window; see ``_causal``."""
     return causal_mask(chunk.start - chunk.first, chunk.stop - chunk.start, chunk.keys - chunk.first, window)
+
+
+def _of_documents(chunk: _Chunk, starts: tf.Tensor, causal: Mask) -> tf.Tensor:
+    """Return the mask of a chunk with ``causal``, where queries see keys of their own document only; see ``_causal``.
+
+    It is ``[rows, 1, time, keys]``. ``starts``: int32 ``[rows, time]``, the position of the first token of every
+    position's document.
+    """
+    keys = tf.range(chunk.first, chunk.keys)
+    seen = keys >= starts[:, None, chunk.start : chunk.stop, None]
+    return causal(chunk) + tf.math.log(tf.cast(seen, tf.float32))
 
 
 def _largest(a: Any, b: Any) -> Any:

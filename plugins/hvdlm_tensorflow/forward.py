@@ -48,6 +48,7 @@ class Forward:
         inputs: tf.Tensor,
         targets: tf.Tensor,
         weights: tf.Tensor | None,
+        starts: tf.Tensor | None,
         carry: Any,
         seed: tf.Tensor,
     ) -> tuple[tf.Tensor, Any]:
@@ -55,11 +56,12 @@ class Forward:
 
         The losses are ``[rows, time]``, 0 where the target doesn't count; of CTC, which judges whole rows, ``[rows]``.
         Every pipeline stage but the last returns its activations in their place. ``x``: the activations of the stage
-        before; in the first stage, the batch's features.
+        before; in the first stage, the batch's features. ``starts``: ``Batch.document_starts``.
         """
         train = self.config.train
         self.model.bind(parameters)
-        hidden, carry = self.model.hidden(inputs, x, carry, True, train.activation_checkpointing, seed)
+        divided = {} if starts is None else {"starts": starts}
+        hidden, carry = self.model.hidden(inputs, x, carry, True, train.activation_checkpointing, seed, **divided)
         if not self.model_shard.stage.last:
             return hidden, carry
         terms = LossTerms.of(train)
@@ -80,6 +82,7 @@ class Forward:
         inputs: tf.Tensor,
         targets: tf.Tensor,
         weights: tf.Tensor | None,
+        starts: tf.Tensor | None,
         carry: Any,
     ) -> tuple[tf.Tensor, Any]:
         """Return the figures of an evaluation, float64 ``[2]``, and the carried state.
@@ -89,7 +92,8 @@ class Forward:
         """
         self.model.bind(parameters)
         checkpointing, seed = self.config.train.activation_checkpointing, tf.constant([0, 0])
-        hidden, carry = self.model.hidden(inputs, x, carry, False, checkpointing, seed)
+        divided = {} if starts is None else {"starts": starts}
+        hidden, carry = self.model.hidden(inputs, x, carry, False, checkpointing, seed, **divided)
         if not self.model_shard.stage.last:
             return hidden, carry
         head: Any = getattr(self.model, "head", None)
@@ -139,7 +143,8 @@ class Forward:
         """Return what the model reads besides tokens; None where it reads tokens alone."""
         return {name: tf.constant(array) for name, array in batch.features.items()} or None
 
-    def tensors(self, batch: Batch) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor | None]:
-        """Return the inputs, targets and weights of a batch."""
-        weights = None if batch.weights is None else tf.constant(batch.weights)
-        return tf.constant(batch.inputs), tf.constant(batch.targets), weights
+    def tensors(self, batch: Batch) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor | None, tf.Tensor | None]:
+        """Return the inputs, targets, weights and starts of documents of a batch."""
+        optional = batch.weights, batch.document_starts
+        weights, starts = (None if array is None else tf.constant(array) for array in optional)
+        return tf.constant(batch.inputs), tf.constant(batch.targets), weights, starts

@@ -75,8 +75,10 @@ class Inference(ABC):
         loss_sum, correct = output.numpy().tolist() if self._model_shard.stage.last else (0.0, 0.0)
         return loss_sum, batch.tokens, correct
 
-    def _evaluate(self, x: Any, inputs: Any, targets: Any, weights: Any, carry: Any) -> tuple[tf.Tensor, Any]:
-        return self._forward.evaluated(self._parameters(), x, inputs, targets, weights, carry)
+    def _evaluate(
+        self, x: Any, inputs: Any, targets: Any, weights: Any, starts: Any, carry: Any
+    ) -> tuple[tf.Tensor, Any]:
+        return self._forward.evaluated(self._parameters(), x, inputs, targets, weights, starts, carry)
 
     def logits(self, tokens: np.ndarray, cache: Any = None) -> tuple[np.ndarray, Any]:
         """Return the scores of the next token, float32 ``[rows, vocab]``, and the cache grown by ``tokens``."""

@@ -45,6 +45,7 @@ class _Pass(NamedTuple):
     inputs: Any
     targets: Any
     weights: Any
+    starts: Any  # of documents
     carry: Any
     seed: Any
     scale: Any  # of the loss, in fp16

@@ -78,20 +78,22 @@ class Forward:
         inputs: torch.Tensor,
         targets: torch.Tensor,
         weights: torch.Tensor | None,
+        starts: torch.Tensor | None,
         carry: Any,
     ) -> tuple[torch.Tensor, Any]:
         """Return the losses of training in nats and the carried state.
 
         The losses are ``[rows * time]``, 0 where the target doesn't count; of CTC, which judges whole rows, ``[rows]``.
         Every pipeline stage but the last returns its activations in their place. ``x``: the activations of the stage
-        before; in the first stage, the batch's features.
+        before; in the first stage, the batch's features. ``starts``: ``Batch.document_starts``.
         """
         train = self.config.train
         terms = LossTerms.of(train)
         flat = targets.flatten(), None if weights is None else weights.flatten()
         head = self._chunked_head(targets)
+        divided = {} if starts is None else {"starts": starts}
         with self.autocast():
-            hidden, carry = self.model.hidden(inputs, x, carry, True, train.activation_checkpointing)
+            hidden, carry = self.model.hidden(inputs, x, carry, True, train.activation_checkpointing, **divided)
             if not self.model_shard.stage.last:
                 return hidden, carry
             scores = hidden if head else self.model.scores(hidden)  # [rows, time, vocab / tensor ranks]
@@ -105,16 +107,23 @@ class Forward:
         return (losses if flat[1] is None else losses * flat[1]), carry
 
     def evaluated(
-        self, x: Any, inputs: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None, carry: Any
+        self,
+        x: Any,
+        inputs: torch.Tensor,
+        targets: torch.Tensor,
+        weights: torch.Tensor | None,
+        starts: torch.Tensor | None,
+        carry: Any,
     ) -> tuple[torch.Tensor, Any]:
         """Return the figures of an evaluation, float64 ``[2]``, and the carried state.
 
         The figures are the sum of the losses in nats, without what training adds to them, and the number of targets
         that count of which no other token has a higher score; of CTC 0. Otherwise as ``losses``.
         """
+        divided = {} if starts is None else {"starts": starts}
         with self.autocast():
             checkpointing = self.config.train.activation_checkpointing
-            hidden, carry = self.model.hidden(inputs, x, carry, False, checkpointing)
+            hidden, carry = self.model.hidden(inputs, x, carry, False, checkpointing, **divided)
             if not self.model_shard.stage.last:
                 return hidden, carry
             head, flat = self._chunked_head(targets), targets.flatten()
@@ -152,8 +161,9 @@ class Forward:
             tensors = {name: tensor.clone() for name, tensor in tensors.items()}
         return tensors or None
 
-    def tensors(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Return the inputs, targets and weights of a batch."""
-        weights = None if batch.weights is None else to_device(batch.weights, self.device)
+    def tensors(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Return the inputs, targets, weights and starts of documents of a batch."""
+        optional = batch.weights, batch.document_starts
+        weights, starts = (None if array is None else to_device(array, self.device) for array in optional)
         targets = to_device(batch.targets, self.device).to(torch.int64)  # cross_entropy takes no int32
-        return to_device(batch.inputs, self.device), targets, weights
+        return to_device(batch.inputs, self.device), targets, weights, starts

@@ -27,6 +27,7 @@ class Framework:
     in_place = True  # an all-reduce overwrites the tensor that it sums
     update_rules = ("groups", "muon", "ema", "zero3")
     context_ranks = True
+    document_masks = True
 
     def __init__(self) -> None:
         self.host_tensors = HostTensors()

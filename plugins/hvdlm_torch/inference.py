@@ -138,7 +138,7 @@ class Inference:
     def predict(self, batch: Batch) -> np.ndarray:
         """Return the scores of all positions of the batch, float32 ``[rows, time, vocab]``."""
         self._show_averaged()
-        inputs, _, _ = self._forward.tensors(batch)
+        inputs, *_ = self._forward.tensors(batch)
         carry = self._model.initial_carry(len(inputs), self._device)
         hidden, _ = self._model.hidden(inputs, self._forward.features(batch), carry, False, False)
         return self._model.scores(hidden).float().cpu().numpy()

@@ -86,11 +86,19 @@ class GPT:
         self._replicated = {False: of_heads, True: of_heads + [name for name in _BETWEEN if name in self._layers[0]]}
 
     def hidden(
-        self, tokens: tf.Tensor, x: tf.Tensor | None, carry: Any, training: bool, checkpointing: bool, seed: tf.Tensor
+        self,
+        tokens: tf.Tensor,
+        x: tf.Tensor | None,
+        carry: Any,
+        training: bool,
+        checkpointing: bool,
+        seed: tf.Tensor,
+        starts: tf.Tensor | None = None,
     ) -> tuple[tf.Tensor, Any]:
         """Return this stage's activations ``[rows, time, embed]`` of ``tokens`` ``[rows, time]``, and ``carry``.
 
         ``x``: those of the stage before, in the first stage None; with sequence parallelism, of this rank's positions.
+        ``starts``: of rows that are divided into documents: ``Batch.document_starts``.
         """
         rate = self.s.dropout if training else 0.0
 
@@ -101,11 +109,11 @@ class GPT:
 
         time = tokens.shape[1]  # None: open in the graph
         c = self._collectives.over(time) if time else self._collectives.alone()
-        x = self._embed(tokens, 0, dropout, c) if x is None else x
+        x = self._embed(tokens, 0, dropout, c, starts) if x is None else x
         for number, layer in zip(self._model_shard.layers, self._layers, strict=True):
 
             def compute(x: tf.Tensor, p: Layer, i: int = number) -> tf.Tensor:
-                return self._layer(x, p, i, dropout, c)
+                return self._layer(x, p, i, dropout, c, divided=starts)
 
             ordered, again = training and self.orders_layers, checkpointing and training
             x = self.layers.run(f"layers.{number}", compute, x, layer, ordered, again)
@@ -160,7 +168,9 @@ class GPT:
         """Return the carried state of every micro-batch, from a checkpoint: there is none."""
         return {}
 
-    def _embed(self, tokens: tf.Tensor, start: Any, dropout: Dropout, c: Collectives) -> tf.Tensor:
+    def _embed(
+        self, tokens: tf.Tensor, start: Any, dropout: Dropout, c: Collectives, starts: tf.Tensor | None = None
+    ) -> tf.Tensor:
         self._p = {**self._p, **self.layers.gather("embed", tokens, {})}
         x = c.leave(c.embedding(tokens, self._p["embed.tokens"]), "embed")
         x = x * self.s.width**0.5 if self.s.scale_embeddings else x
@@ -168,7 +178,11 @@ class GPT:
             p = c.shared(self._p, ["embed.positions"] if c.sequence else [], "positions")
             time = sizes(x)[1]
             first = start + c.index * time if c.sequence else start
-            x += _rows(p["embed.positions"], first, time)
+            if starts is None:
+                x += _rows(p["embed.positions"], first, time)
+            else:
+                own = first + tf.range(time) - starts[:, first : first + time]
+                x += tf.gather(p["embed.positions"], own)
         return dropout(x, 0)
 
     def _finish(self, x: tf.Tensor, c: Collectives) -> tf.Tensor:
@@ -190,16 +204,24 @@ class GPT:
         c: Collectives,
         start: Any = 0,
         extend: ExtendCache | None = None,
+        divided: tf.Tensor | None = None,
     ) -> tf.Tensor:
         p = c.shared(p, self._replicated[c.sequence], str(number))
-        a = self._attention(self._norm(x, p, "attention_norm"), number, p, c, start, extend)
+        a = self._attention(self._norm(x, p, "attention_norm"), number, p, c, start, extend, divided)
         a = _row_parallel(a, p, "attention.output", c, f"{number}.attention")
         before, x = x, x + dropout(a, 2 * number + 1)
         m = self._mlp(self._norm(before if self.s.parallel_residual else x, p, "mlp_norm"), number, p, c)
         return x + dropout(_row_parallel(m, p, "mlp.down", c, f"{number}.mlp"), 2 * number + 2)
 
     def _attention(
-        self, h: tf.Tensor, number: int, p: Layer, c: Collectives, start: Any, extend: ExtendCache | None
+        self,
+        h: tf.Tensor,
+        number: int,
+        p: Layer,
+        c: Collectives,
+        start: Any,
+        extend: ExtendCache | None,
+        divided: tf.Tensor | None,
     ) -> tf.Tensor:
         """Return the output of this rank's heads, ``[rows, time, heads * head / ranks]``."""
         p = self._one_kv_head(p) if self._kv_replicated else p
@@ -212,7 +234,7 @@ class GPT:
         if self.s.positions == "rotary":
             q, k = self._rotate(q, start, time), self._rotate(k, start, time)
         if extend is None:
-            return attend_causally(q, k, v, self.s.context, self.s.local_window)
+            return attend_causally(q, k, v, self.s.context, self.s.local_window, divided)
         mask = causal_mask(start[:, None, None, None], time, self.s.context, self.s.local_window)
         return attend(q, *extend(k, v), mask)
 

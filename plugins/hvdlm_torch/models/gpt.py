@@ -16,7 +16,7 @@ from hvdlm.errors import HvdlmError
 from hvdlm.parallel.sharding_rules import ModelShard
 from hvdlm_language.context_ranks import ContextRanks
 from hvdlm_language.gpt import GPTSettings, rotary_tables
-from hvdlm_torch.attention import attend, attend_causally, causal_mask
+from hvdlm_torch.attention import attend, attend_causally, causal_mask, document_masks
 from hvdlm_torch.collectives import Collectives
 from hvdlm_torch.context_attention import attend_over_ranks
 from hvdlm_torch.dropout import DropoutMasks
@@ -164,20 +164,29 @@ class GPT:
         self._replicated = {False: of_heads, True: of_heads + [name for name in _BETWEEN if name in self._layers[0]]}
 
     def hidden(
-        self, tokens: torch.Tensor, x: torch.Tensor | None, carry: None, training: bool, checkpointing: bool
+        self,
+        tokens: torch.Tensor,
+        x: torch.Tensor | None,
+        carry: None,
+        training: bool,
+        checkpointing: bool,
+        starts: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, None]:
         """Return this stage's activations ``[rows, time, embed]`` of ``tokens`` ``[rows, time]``, and ``carry``.
 
         ``x``: those of the stage before, in the first stage None; with sequence parallelism, of this rank's positions.
+        ``starts``: of rows that are divided into documents: ``Batch.document_starts``.
         """
         c = self._collectives.over(tokens.shape[1])
-        x = self._embed(tokens, self._start(tokens.shape[1]), training, c) if x is None else x
+        x = self._embed(tokens, self._start(tokens.shape[1]), training, c, starts) if x is None else x
+        recomputes = checkpointing and training
+        masks = () if recomputes else self._document_masks(x, starts)
         for number, layer in zip(self._model_shard.layers, self._layers, strict=True):
             x = self.layers.enter(x, f"layers.{number}")
-            if checkpointing and training:
-                x = self.masks.recomputed(self._layer, x, number, layer, training, None, c)
+            if recomputes:
+                x = self.masks.recomputed(self._recomputed_layer, x, number, layer, training, c, starts)
             else:
-                x = self._layer(x, number, layer, training, None, c)
+                x = self._layer(x, number, layer, training, None, c, masks)
             x = self.layers.leave(x, f"layers.{number}")
         return self._finish(x, c), carry
 
@@ -221,13 +230,25 @@ class GPT:
         """Return the carried state of every micro-batch, from a checkpoint: there is none."""
         return {}
 
-    def _embed(self, tokens: torch.Tensor, start: int | torch.Tensor, training: bool, c: Collectives) -> torch.Tensor:
+    def _embed(
+        self,
+        tokens: torch.Tensor,
+        start: int | torch.Tensor,
+        training: bool,
+        c: Collectives,
+        starts: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         self.layers.enter(None, "embed")
         x = c.leave(c.embedding(tokens, self._p["embed.tokens"]), "embed")
         x = x * self.s.width**0.5 if self.s.scale_embeddings else x
         if self.s.positions == "learned":
             p = c.shared(self._p, ["embed.positions"] if c.sequence else [], "positions")
-            x = x + _rows(p["embed.positions"], start, tokens.shape[1])[..., _own(c, x.shape[1]), :]
+            if starts is None:
+                x = x + _rows(p["embed.positions"], start, tokens.shape[1])[..., _own(c, x.shape[1]), :]
+            else:
+                first = c.index * x.shape[1] if c.sequence else 0
+                own = torch.arange(first, first + x.shape[1], device=x.device)
+                x = x + F.embedding(own - starts[:, first : first + x.shape[1]], p["embed.positions"])
         return self._dropout(self.layers.leave(x, "embed"), training)
 
     def _start(self, time: int) -> int | torch.Tensor:
@@ -249,17 +270,46 @@ class GPT:
         self._head_collectives = c
         return self._norm(x, c.shared(self._p, names, "final"), "final_norm")
 
+    def _document_masks(self, x: torch.Tensor, starts: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        """Return the masks of all layers of rows that are divided into documents."""
+        if starts is None:
+            return ()
+        half = torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if half else torch.float32  # that of queries
+        return document_masks(starts, self.s.local_window, dtype)
+
+    def _recomputed_layer(
+        self, x: torch.Tensor, number: int, p: Layer, training: bool, c: Collectives, starts: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return a layer's output; masks are made anew, too: they may be larger than all that a layer keeps."""
+        return self._layer(x, number, p, training, None, c, self._document_masks(x, starts))
+
     def _layer(
-        self, x: torch.Tensor, number: int, p: Layer, training: bool, cache: Cache | None, c: Collectives
+        self,
+        x: torch.Tensor,
+        number: int,
+        p: Layer,
+        training: bool,
+        cache: Cache | None,
+        c: Collectives,
+        masks: Sequence[torch.Tensor] = (),
     ) -> torch.Tensor:
         p = c.shared(p, self._replicated[c.sequence], str(number))
-        a = self._attention(self._norm(x, p, "attention_norm"), number, p, cache, c)
+        a = self._attention(self._norm(x, p, "attention_norm"), number, p, cache, c, masks)
         before, x = x, x + self._dropout(_row_parallel(a, p, "attention.output", c, f"{number}.attention"), training)
         m = self._mlp(self._norm(before if self.s.parallel_residual else x, p, "mlp_norm"), number, p, c)
         m = _row_parallel(m, p, "mlp.down", c, f"{number}.mlp")
         return x + self._dropout(m, training)
 
-    def _attention(self, h: torch.Tensor, number: int, p: Layer, cache: Cache | None, c: Collectives) -> torch.Tensor:
+    def _attention(
+        self,
+        h: torch.Tensor,
+        number: int,
+        p: Layer,
+        cache: Cache | None,
+        c: Collectives,
+        masks: Sequence[torch.Tensor],
+    ) -> torch.Tensor:
         """Return the output of this rank's heads, ``[rows, time, heads * head / ranks]``."""
         p = self._one_kv_head(p) if self._kv_replicated else p
         names = ("attention.query", "attention.key", "attention.value")
@@ -277,7 +327,7 @@ class GPT:
         if cache is None and self.context is not None:
             return attend_over_ranks(q, k, v, self.context, f"context.{number}")
         if cache is None or cache.causal:
-            return attend_causally(q, k, v, self.s.local_window)
+            return attend_causally(q, k, v, self.s.local_window, masks)
         return attend(q, k, v, cache.mask)
 
     def _one_kv_head(self, p: Layer) -> Layer:
