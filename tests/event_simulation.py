@@ -151,12 +151,12 @@ class World:
         def receive(index: int) -> Signal | None:
             if index == len(actions):
                 return None
-            kind, number = actions[index]
+            kind, number, _ = actions[index]
             sender = s - 1 if kind == "forward" else s + 1
             return message(kind, number, sender) if 0 <= sender < mesh.pipeline else None
 
         arriving = receive(0)
-        for index, (kind, number) in enumerate(actions):
+        for index, (kind, number, _) in enumerate(actions):
             if arriving:
                 yield arriving
             backward = kind == "backward"

@@ -129,7 +129,7 @@ def _network(hardware: Same[Hardware], mesh: Mesh, framework: str) -> Network:
 def equal_stages(spec: Same[ModelSpec], pipeline: int) -> tuple[int, ...]:
     """Return for each stage the first one that has the same work: as many layers, and embedding and head alike."""
     stages = cut_into_stages(spec.value, pipeline)
-    kinds = [(stage.layers[1] - stage.layers[0], stage.first, stage.last) for stage in stages]
+    kinds = [(len(stage.layers), stage.first, stage.last) for stage in stages]
     return tuple(kinds.index(kind) for kind in kinds)
 
 

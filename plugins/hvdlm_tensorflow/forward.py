@@ -26,6 +26,7 @@ class Forward:
 
     Attributes:
         model: the layers of this rank's pipeline stage; every graph binds its parameters.
+        chunks: the forward passes that this rank computes: this one, or one of every virtual stage.
         collectives: those of its tensor group.
         pipeline: passes activations and their gradients between stages.
     """
@@ -39,6 +40,8 @@ class Forward:
         dtype = _HALF_PRECISION.get(config.train.precision, tf.float32)
         self.model = make_model(spec, model_shard, self.collectives, dtype)
         self.pipeline = Pipeline(model_shard, axes, config.parallel.schedule, rank, dtype)
+        virtual = [Forward(spec, shard, axes, config, rank) for shard in model_shard.virtual]
+        self.chunks = tuple(virtual) or (self,)
 
     def losses(
         self,

@@ -249,7 +249,7 @@ class GPT:
         if self.s.positions == "rotary":
             q, k = self._rotate(q, start), self._rotate(k, start)
         if cache:
-            k, v = cache.extend(number - self._model_shard.layers.start, k, v)
+            k, v = cache.extend(number - self._model_shard.layers[0], k, v)
         if cache is None or cache.causal:
             return attend_causally(q, k, v, self.s.local_window)
         return attend(q, k, v, cache.mask)
