@@ -14,6 +14,7 @@ from test_layouts import (
     STEPS,
     TOLERANCE,
     VOCAB,
+    _predicted,
     assert_memory_is_predicted,
     assert_traffic_is_predicted,
     build,
@@ -71,6 +72,9 @@ def test_virtual_stages_follow_the_curve_of_one_rank(
     results = train_on_the_curve(world, mesh, trainable, model, **options)
     assert_traffic_is_predicted(world, mesh, config, results)
     assert_memory_is_predicted(world, mesh, config, trainable)
+    if FRAMEWORK == "torch" and not config.train.activation_checkpointing:
+        measured, planned = trainable.memory()["activations"], _predicted(world, mesh, config).memory["activations"]
+        assert measured == pytest.approx(planned, rel=0.02)
 
 
 LAYOUTS = [(Mesh(1, RANKS, 1), 1), (Mesh(RANKS, 1, 1), 1), (Mesh(RANKS // 2, 2, 1), 4 if RANKS == 2 else 2)]
