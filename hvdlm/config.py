@@ -324,6 +324,8 @@ class ParallelConfig:
             also the parameters, which they gather layer by layer (3)
         zero_gather: how ZeRO gathers parameters: fp32, bf16 or int8; null: as gradients, bf16 or int8 if compressed
         schedule: pipeline schedule: 1f1b (one forward, one backward) or gpipe
+        virtual_stages: virtual pipeline stages of a rank (interleaved 1F1B): the bubble shrinks, and messages grow, by
+            this factor; 1: off
     """
 
     data: int | None = None
@@ -335,6 +337,7 @@ class ParallelConfig:
     zero: Literal[0, 1, 2, 3] = 0
     zero_gather: Literal["fp32", "bf16", "int8"] | None = None
     schedule: Literal["1f1b", "gpipe"] = "1f1b"
+    virtual_stages: int = 1
 
 
 @dataclass

@@ -54,6 +54,14 @@ def test_interleaved_stages_divide_the_bubble() -> None:
     assert given(works, (1, 4, 1), interleaved=4).bubble == pytest.approx(given(works, (1, 4, 1)).bubble / 4)
 
 
+@pytest.mark.parametrize("stages, micro_batches", [(2, 4), (4, 8)])
+def test_virtual_stages_shrink_the_bubble_by_their_schedule(stages: int, micro_batches: int) -> None:
+    work = two_layers(1, 1, micro_batches=micro_batches, chunks=(1, 1))
+    time = given([work] * stages, (1, stages, 1))
+    assert time.compute == pytest.approx(4 * micro_batches)
+    assert time.bubble / time.seconds == pytest.approx(idle_share(stages, micro_batches, 2))
+
+
 def test_a_slow_stage_makes_the_others_wait() -> None:
     slow = Work((Segment("a", Pass(seconds=4), Pass(seconds=4)),), micro_batches=8)
     time = given([two_layers(1, 1, micro_batches=8), slow], (1, 2, 1))

@@ -110,6 +110,12 @@ def layout(config: Config, mesh: Mesh) -> None:
         small = [n for n in range(1, math.isqrt(rows) + 1) if rows % n == 0]
         divisors = ", ".join(str(n) for n in sorted({*small, *(rows // n for n in small)}))
         raise HvdlmError(f"{key} {size} doesn't divide the {rows} sequences of a rank: choose one of {divisors}.")
+    virtual, count = config.parallel.virtual_stages, rows // (config.train.micro_batch_size or rows)
+    if virtual > 1 and count % mesh.pipeline:
+        raise HvdlmError(
+            f"parallel.virtual_stages {virtual} needs a multiple of parallel.pipeline {mesh.pipeline} micro-batches in "
+            f"a step, and a rank has {count}: change train.batch_size or train.micro_batch_size."
+        )
 
 
 def model(config: Config, manager: pluggy.PluginManager) -> None:

@@ -54,6 +54,8 @@ def check(config: Config, spec: ModelSpec) -> None:
         raise HvdlmError(
             f"parallel.pipeline {p.pipeline} is more than model.layers {s.layers}: a stage needs at least one layer."
         )
+    if p.virtual_stages > 1:
+        _check_virtual_stages(config, s.layers, spec.kind)
     if p.sequence and p.tensor == 1:
         raise HvdlmError("parallel.sequence shards positions over tensor ranks: set --parallel.tensor 2 or more.")
     _check_exchange(config, spec)
@@ -106,6 +108,27 @@ def _check_context(config: Config, spec: ModelSpec) -> None:
                 f"{key} {str(value).lower()} doesn't go with {ranks}, since {reason}: set --{key} "
                 f"{str(needed).lower()}, or leave parallel.context at 1."
             )
+
+
+def _check_virtual_stages(config: Config, layers: int, kind: str) -> None:
+    p = config.parallel
+    needs = f"parallel.virtual_stages {p.virtual_stages}"
+    if p.pipeline == 1:
+        raise HvdlmError(f"{needs} interleaves the stages of a pipeline: set --parallel.pipeline 2 or more.")
+    if p.schedule != "1f1b":
+        raise HvdlmError(f"{needs} is of the schedule 1f1b, not of {p.schedule}: leave parallel.schedule out.")
+    if kind != "gpt":
+        raise HvdlmError(f"{needs} is for Transformers, not for a {kind}: leave it out.")
+    if p.pipeline * p.virtual_stages > layers:
+        raise HvdlmError(
+            f"{needs} x parallel.pipeline {p.pipeline} is more than model.layers {layers}: a virtual stage needs at "
+            "least one layer."
+        )
+    if p.zero > 1:
+        raise HvdlmError(
+            f"{needs} would have parallel.zero {p.zero} scatter all gradients in the passes of every virtual stage: "
+            "set --parallel.zero 1, or leave it out."
+        )
 
 
 def _check_tensor(config: Config, s: Any, kind: str) -> None:

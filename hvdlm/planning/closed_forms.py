@@ -7,6 +7,7 @@ bubble: Narayanan et al. 2021, section 2.2.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -21,6 +22,7 @@ from hvdlm.parallel.layer_units import make_unit_layout
 from hvdlm.parallel.level_shards import shard_layout
 from hvdlm.parallel.mesh import Mesh
 from hvdlm.parallel.muon import MuonLayout, count, names_of
+from hvdlm.parallel.pipeline_schedules import make_pipeline_schedule
 from hvdlm.parallel.sharding_rules import ModelShard, make_model_shard
 from hvdlm.planning.gathered_layers import gathers_of, held_at_peak, scattered_buckets
 from hvdlm.planning.same import Same
@@ -80,8 +82,8 @@ def closed_form(
 
 # A search describes thousands of layouts, many of which have the same parameters on a rank.
 @lru_cache(maxsize=512)
-def _model_shard(spec: Same[ModelSpec], mesh: Mesh, rank: int, sequence: bool) -> ModelShard:
-    return make_model_shard(spec.value, mesh, rank, ParallelConfig(sequence=sequence))
+def _model_shard(spec: Same[ModelSpec], mesh: Mesh, rank: int, sequence: bool, virtual: int) -> ModelShard:
+    return make_model_shard(spec.value, mesh, rank, ParallelConfig(sequence=sequence, virtual_stages=virtual))
 
 
 @lru_cache(maxsize=1024)
@@ -127,7 +129,8 @@ class Step:
         self.item = 2 if self.half else 4  # bytes of an activation that is sent
         self.mesh = mesh
         within, model_ranks = mesh.model_group(rank).index(rank), Mesh(1, mesh.pipeline, mesh.tensor)
-        self.shard: ModelShard = _model_shard(Same(spec), model_ranks, within, config.parallel.sequence)
+        p = config.parallel
+        self.shard: ModelShard = _model_shard(Same(spec), model_ranks, within, p.sequence, p.virtual_stages)
         self.replica = mesh.replica_group(rank).index(rank)  # among the ranks that sum gradients
         self.zero = config.parallel.zero if mesh.replicas > 1 else 0
         align = mesh.replicas if self.zero else 1
@@ -166,12 +169,12 @@ class Step:
 
     def prediction(self) -> Prediction:
         """Return all costs."""
-        stages = self.mesh.pipeline
+        stages, virtual = self.mesh.pipeline, self.config.parallel.virtual_stages
         return Prediction(
             memory=self.memory(),
             bytes=self.bytes() if self.has_known_bytes() else None,
-            idle_share=idle_share(stages, self.count) if stages > 1 else 0.0,
-            layers=self.shard.stage.layers,
+            idle_share=idle_share(stages, self.count, virtual) if stages > 1 else 0.0,
+            layers=tuple(bound for chunk in self.shard.stage.chunks for bound in chunk),
             micro_batches=self.count,
         )
 
@@ -237,23 +240,26 @@ class Step:
 
     def activations(self) -> int:
         """Return the bytes kept for backward passes: of as many micro-batches as the schedule has under way."""
-        stage, layers = self.shard.stage, len(self.shard.layers)
+        stage, recomputes = self.shard.stage, self.config.train.activation_checkpointing
         layer = self.gpt_layer() if self.kind == "gpt" else self.rnn_layer()
-        recomputes = self.config.train.activation_checkpointing
-        masks = self.document_masks() if self.config.data.document_masks else 0
-        each = layers * layer + masks
+        divided = self.config.data.document_masks
+        masks = self.document_masks() if divided else 0
+        kept = layer
         if recomputes:  # only a layer's input is kept, the rest is recomputed
-            each = layers * 4 * self.s.width * (self.tokens // self.mesh.tensor if self.sequence else self.tokens)
-        each += self.head() if stage.last else 0
-        if self.config.data.document_masks:  # positions, and, to make masks anew, where documents begin
-            positions = 8 if self.s.positions == "learned" and stage.first else 0
-            each += self.tokens * (positions + (4 if recomputes else 0))
-        alive = 1
-        if stage.count > 1:
-            alive = kept_micro_batches(self.config.parallel.schedule, stage.number, stage.count, self.count)
-            if recomputes:
-                return alive * each + layer + masks
-        return alive * each
+            kept = 4 * self.s.width * (self.tokens // self.mesh.tensor if self.sequence else self.tokens)
+
+        def of(chunk: ModelShard) -> int:
+            each = kept * len(chunk.layers) + (self.head() if chunk.stage.last else 0)
+            if divided:  # positions, and masks, or, to make them anew, where documents begin
+                positions = 8 if self.s.positions == "learned" and chunk.stage.first else 0
+                each += self.tokens * positions + (4 * self.tokens if recomputes else masks)
+            return each
+
+        each = [of(chunk) for chunk in self.shard.chunks]
+        if stage.count == 1:
+            return each[0]
+        most = most_kept(self.config.parallel.schedule, stage.number, stage.count, self.count, each)
+        return most + (layer + masks if recomputes else 0)
 
     def gpt_layer(self) -> int:
         """Return the bytes of a Transformer layer and micro-batch."""
@@ -376,7 +382,7 @@ class Step:
         if stage.count == 1:
             return 0
         positions = self.tokens // self.mesh.tensor if self.sequence else self.tokens
-        neighbours = (not stage.first) + (not stage.last)
+        neighbours = sum((not c.stage.first) + (not c.stage.last) for c in self.shard.chunks)
         moved = self.count * neighbours * 2 * self.item * positions * self.s.width
         if self.shard.tied and (stage.first or stage.last):
             names = [self.layout.slots[first].name for first, _ in self.layout.buckets]
@@ -420,7 +426,7 @@ class Step:
 
     def partial(self, prefix: str) -> int:
         """Return the elements of one layer's parameters that all ranks hold and whose gradients are summed."""
-        prefix = f"layers.{self.shard.layers.start}." if prefix == "layers." else prefix
+        prefix = f"layers.{self.shard.layers[0]}." if prefix == "layers." else prefix
         return _partial(Same(self.shard), prefix, self.s.kv_heads % self.mesh.tensor > 0, self.sequence)
 
     def rnn_tensor_bytes(self) -> int:
@@ -439,14 +445,26 @@ class Step:
         return 4 * self.tokens * (4 if self.config.train.label_smoothing else 3)
 
 
-def idle_share(stages: int, micro_batches: int) -> float:
-    """Return the fraction of a step in which a stage waits: (p - 1) / (m + p - 1) (Narayanan et al. 2021, 2.2.1).
+def idle_share(stages: int, micro_batches: int, virtual: int = 1) -> float:
+    """Return the fraction of a step in which a stage waits: (p - 1) / (v m + p - 1) (Narayanan et al. 2021, 2.2).
 
-    The paper relates the bubble to the ideal time, (p - 1) / m; here it is related to the duration of a step.
+    The paper relates the bubble to the ideal time, (p - 1) / (v m); here it is related to the duration of a step.
+    ``virtual``: v, the virtual stages of a rank.
     """
-    return (stages - 1) / (micro_batches + stages - 1)
+    return (stages - 1) / (virtual * micro_batches + stages - 1)
 
 
 def kept_micro_batches(name: str, stage: int, stages: int, micro_batches: int) -> int:
-    """Return the largest number of micro-batches whose activations ``stage`` keeps at once."""
+    """Return the largest number of micro-batches whose activations ``stage`` keeps at once, without virtual stages."""
     return micro_batches if name == "gpipe" else min(stages - stage, micro_batches)
+
+
+def most_kept(name: str, stage: int, stages: int, micro_batches: int, each: Sequence[int]) -> int:
+    """Return the most bytes of activations that ``stage`` keeps at once, of ``each`` a chunk and micro-batch."""
+    if len(each) == 1:
+        return kept_micro_batches(name, stage, stages, micro_batches) * each[0]
+    kept = most = 0
+    for action in make_pipeline_schedule(name, stage, stages, micro_batches, len(each)):
+        kept += each[action.chunk] if action.kind == "forward" else -each[action.chunk]
+        most = max(most, kept)
+    return most

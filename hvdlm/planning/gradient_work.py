@@ -113,6 +113,7 @@ def work_of(
         streams=exchange.local and config.communication.exchange == "streaming_diloco",
         send_bytes=sent if mesh.pipeline > 1 else 0.0,
         saved_bytes=_saved(step) / every if every else 0.0,
+        chunks=tuple(len(c.layers) + c.stage.first + c.stage.last for c in step.shard.virtual),
     )
 
 

@@ -111,14 +111,14 @@ class Prediction:
         memory: bytes of parameters, gradients, optimizer and activations.
         bytes: bytes handed to collectives in a step, by mesh axis; None: gradients are not exchanged whole.
         idle_share: fraction of a step in which a pipeline stage waits.
-        layers: (first, last exclusive) of the layers that the rank computes.
+        layers: (first, last exclusive) of the layers that the rank computes; with virtual stages, of each in turn.
         micro_batches: micro-batches of a step.
     """
 
     memory: dict[str, int]
     bytes: dict[str, int] | None
     idle_share: float
-    layers: tuple[int, int]
+    layers: tuple[int, ...]
     micro_batches: int
 
 

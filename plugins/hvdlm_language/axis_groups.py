@@ -21,7 +21,8 @@ class Axes:
     Attributes:
         tensor: the ranks that compute every layer together with this one.
         model: all ranks that hold one copy of the model together with this one.
-        before, after: this rank and its neighbour in the previous, or next, stage; None: there is no such stage.
+        before, after: this rank and its neighbour in the previous, or next, stage; None: there is no such stage. With
+            virtual stages, the first stage follows the last one.
         ends: the ranks of the first and the last stage; None in the stages between them, or with one stage.
         context: the ranks that have other positions of the same rows; None: this rank has all positions.
         recorder: the flight recorder of this rank's collectives.
@@ -43,8 +44,9 @@ def make_axes(world: World, mesh: Mesh, model_shard: ModelShard) -> Axes:
     context = make_context_ranks(world, mesh)
     if stage.count == 1:
         return Axes(tensor, model, context=context, recorder=world.recorder)
-    before = None if stage.first else world.group(mesh.pair(rank, stage.number - 1))
-    after = None if stage.last else world.group(mesh.pair(rank, stage.number))
+    ring = bool(model_shard.virtual)
+    before = None if stage.first and not ring else world.group(mesh.pair(rank, stage.number - 1))
+    after = None if stage.last and not ring else world.group(mesh.pair(rank, stage.number))
     ends = world.group(mesh.pair(rank, stage.count - 1)) if stage.first or stage.last else None
     return Axes(tensor, model, before, after, ends, context, world.recorder)
 

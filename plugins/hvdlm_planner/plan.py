@@ -70,6 +70,8 @@ def _header(config: Config, spec: ModelSpec, mesh: Mesh, first: Prediction, voca
     yield f"model     {config.model.name}: {spec.parameters:,} parameters{frozen}, vocabulary {vocab:,}{set_by}"
     shape = " x ".join(str(n) for n in mesh.shape)
     switches = [f"zero {parallel.zero}", f"sequence {str(parallel.sequence).lower()}", f"schedule {parallel.schedule}"]
+    if parallel.virtual_stages > 1:
+        switches.append(f"virtual stages {parallel.virtual_stages}")
     yield f"ranks     {mesh.size}: {shape} ({' x '.join(mesh.axes)}); {', '.join(switches)}"
     recomputed = "recomputed" if train.activation_checkpointing else "kept"
     precision = (
@@ -151,8 +153,9 @@ def _bytes(stages: list[Prediction], mesh: Mesh, sent: list[float], steps: int) 
 
 
 def _label(number: int, stage: Prediction) -> str:
-    first, last = stage.layers
-    return f"stage {number} (layers {first}-{last - 1})".ljust(24)
+    ranges = zip(stage.layers[::2], stage.layers[1::2], strict=True)
+    layers = ", ".join(f"{first}-{last - 1}" for first, last in ranges)
+    return f"stage {number} (layers {layers})".ljust(24)
 
 
 def _size(count: float) -> str:

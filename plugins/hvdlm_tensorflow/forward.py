@@ -26,6 +26,7 @@ class Forward:
 
     Attributes:
         model: the layers of this rank's pipeline stage; every graph binds its parameters.
+        chunks: the forward passes that this rank computes: this one, or one of every virtual stage.
         collectives: those of its tensor group.
         pipeline: passes activations and their gradients between stages.
         dtype: in which products are computed.
@@ -40,6 +41,8 @@ class Forward:
         self.dtype = _HALF_PRECISION.get(config.train.precision, tf.float32)
         self.model = make_model(spec, model_shard, self.collectives, self.dtype)
         self.pipeline = Pipeline(model_shard, axes, config.parallel.schedule, rank, self.dtype)
+        virtual = [Forward(spec, shard, axes, config, rank) for shard in model_shard.virtual]
+        self.chunks = tuple(virtual) or (self,)
 
     def losses(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -16,9 +17,10 @@ from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.flat_layout import Shard
 from hvdlm.parallel.mesh import Mesh
 from hvdlm.parallel.moving_average import GATHERED, KIND
+from hvdlm.parallel.pipeline_schedules import Action
 from hvdlm.parallel.sharded_state import ShardedState, recurrent_entries, recurrent_state
 from hvdlm.parallel.sharding_rules import ModelShard
-from hvdlm.planning.closed_forms import kept_micro_batches
+from hvdlm.planning.closed_forms import most_kept
 from hvdlm.protocols.exchange import Exchange, ShardedExchange
 from hvdlm.protocols.optimizer import Optimizer
 from hvdlm.protocols.types import Batch, StepResult, Traffic
@@ -101,12 +103,16 @@ class Trainable(Inference):
         self._memory = {**self._optimizer.state, **({KIND: self._average.vector} if self._average else {})}
         self._carry: dict[int, Any] = {}  # by micro-batch: the state that a recurrent model carries to the next step
         self._activations = ActivationMemory()
-        self._example_pass: _Pass | None = None  # of a pipeline stage, to be traced by ``memory``
+        self._example_passes: dict[int, _Pass] = {}  # by chunk of a pipeline stage, to be traced by ``memory``
+        self._chunk_bytes: list[int] = []  # that one pass of each chunk keeps, as traced
         exchange.open(self.layout, initial)
         self._accumulate_graph = CountedGraph(self._accumulate, self._counters)
         self._step_graph = CountedGraph(self._step, self._counters)
         compiled = config.train.compile is True
-        self._stage_graph = CountedGraph(self._stage, self._counters, jit_compile=compiled)
+        self._stage_graphs = [
+            CountedGraph(partial(self._stage, chunk), self._counters, jit_compile=compiled)
+            for chunk in range(len(self._forward.chunks))
+        ]
         self._add_graph = CountedGraph(self._gradients.add, self._counters)
         self._finish_graph = CountedGraph(self._finish, self._counters)
         self._exchange_graphs: dict[Callable[..., Any], CountedGraph] = {}
@@ -178,11 +184,12 @@ class Trainable(Inference):
         """Do a step of a pipeline stage; return what ``_update`` returns."""
         loss_sum = tf.zeros((), tf.float64)
 
-        def compute(number: int, batch: Batch, x: tf.Tensor | None) -> tf.Tensor:
+        def compute(action: Action, batch: Batch, x: tf.Tensor | None) -> tf.Tensor:
             nonlocal loss_sum
+            number, chunk = action.micro_batch, action.chunk
             arguments = self._pass(number, batch, x, step)
-            output, loss, self._carry[number] = self._stage_graph(None, arguments)
-            self._example_pass = self._example_pass or arguments
+            output, loss, self._carry[number] = self._stage_graphs[chunk](None, arguments)
+            self._example_passes.setdefault(chunk, arguments)
             loss_sum += loss
             return output
 
@@ -208,14 +215,14 @@ class Trainable(Inference):
     def _scale(self) -> tf.Tensor:
         return tf.constant(self._sharded.loss_scale.value, tf.float32)
 
-    def _losses(self, parameters: Mapping[str, tf.Tensor], arguments: _Pass) -> tuple[tf.Tensor, Any]:
+    def _losses(self, chunk: int, parameters: Mapping[str, tf.Tensor], arguments: _Pass) -> tuple[tf.Tensor, Any]:
         with named_range("forward"):
-            return self._forward.losses(parameters, *arguments[:-1])
+            return self._forward.chunks[chunk].losses(parameters, *arguments[:-1])
 
-    def _stage(self, arguments: _Pass) -> tuple[tf.Tensor, tf.Tensor, Any]:
+    def _stage(self, chunk: int, arguments: _Pass) -> tuple[tf.Tensor, tf.Tensor, Any]:
         """Return a stage's activations (the last: the scaled loss), the sum of losses (float64), the carried state."""
-        output, carry = self._losses(self._parameters(), arguments)
-        if not self._model_shard.stage.last:
+        output, carry = self._losses(chunk, self._parameters(), arguments)
+        if not self._model_shard.chunks[chunk].stage.last:
             return output, tf.zeros((), tf.float64), carry
         scaled = tf.reduce_sum(output) * (arguments.scale / self._sharded.loss_divisor)
         return scaled, tf.reduce_sum(tf.cast(output, tf.float64)), carry
@@ -225,7 +232,7 @@ class Trainable(Inference):
         leaves, unused = [parameters[name] for name in self._adapters.leaves], tf.UnconnectedGradients.ZERO
         with self._activations.forward(parameters), tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(leaves)
-            losses, carry = self._losses(parameters, arguments)
+            losses, carry = self._losses(0, parameters, arguments)
             scaled = tf.reduce_sum(losses) * (arguments.scale / self._sharded.loss_divisor)
         gradients = tape.gradient(scaled, leaves, unconnected_gradients=unused)
         self._activations.backward()
@@ -398,15 +405,16 @@ class Trainable(Inference):
         train, stage = self._config.train, self._model_shard.stage
         if stage.count == 1:
             return self._activations.bytes
-        if self._example_pass is not None and not self._activations.bytes:
+        if not self._chunk_bytes:
             before = self._counters.snapshot()
-            self._activations.trace(self._parameters, self._losses, self._example_pass)
+            for chunk, arguments in sorted(self._example_passes.items()):
+                traced = ActivationMemory()
+                traced.trace(self._parameters, partial(self._losses, chunk), arguments)
+                self._chunk_bytes.append(traced.bytes)
             self._counters.restore(before)  # traced, never run
         rows = train.batch_size // self._sharded.mesh.data
-        count = rows // (train.micro_batch_size or rows)
-        return self._activations.bytes * kept_micro_batches(
-            self._config.parallel.schedule, stage.number, stage.count, count
-        )
+        count, each = rows // (train.micro_batch_size or rows), self._chunk_bytes or [0] * len(self._forward.chunks)
+        return most_kept(self._config.parallel.schedule, stage.number, stage.count, count, each)
 
     def device_memory_peak(self) -> int | None:
         """Return the most bytes of the GPU's memory that this rank's tensors took at once; None: it has no GPU."""

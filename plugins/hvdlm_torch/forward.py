@@ -28,7 +28,9 @@ class Forward:
     """The forward pass, shared by training (``trainable.py``) and inference (``inference.py``).
 
     Attributes:
-        model: the layers of this rank's pipeline stage; its parameters are bound by the Trainable.
+        model: the layers of this rank's pipeline stage.
+        chunks: the forward passes that this rank computes: this one, or one of every virtual stage. The Trainable binds
+            the parameters of their models.
         collectives: those of its tensor group.
         masks: of dropout.
         pipeline: passes activations and their gradients between stages.
@@ -54,6 +56,11 @@ class Forward:
             device.type != "cpu" or config.train.compile is True or not getattr(model, "own_masks", False)
         )
         self.masks = model.masks = DropoutMasks(device, masks_of_pytorch)
+        virtual = [Forward(spec, shard, axes, config, device, rank) for shard in model_shard.virtual]
+        for chunk in virtual:
+            of_chunk: Any = chunk.model
+            chunk.masks = of_chunk.masks = self.masks
+        self.chunks = tuple(virtual) or (self,)
         dtype, schedule = _HALF_PRECISION.get(config.train.precision, torch.float32), config.parallel.schedule
         self.pipeline = Pipeline(model_shard, axes, schedule, rank, device, dtype)
         self.fp32_pipeline = Pipeline(model_shard, axes, schedule, rank, device, torch.float32)

@@ -57,6 +57,7 @@ class Gradients(ABC):
         self._ranges = [self._layout.bucket_range(index) for index in range(len(self._layout.buckets))]
         self._handles: dict[int, Handle] = {}
         self._missing: list[int] | None = None  # per bucket, the gradients that the backward pass still owes
+        self._counts = True  # whether the present backward pass pays them
         self._starts = len(self._ranges)  # the collectives of a backward pass
         self._next = self._starts  # the first bucket that has not been started
 
@@ -66,7 +67,7 @@ class Gradients(ABC):
 
     @abstractmethod
     def before_backward(self, last: bool) -> None:
-        """Prepare for the backward pass of a micro-batch, perhaps the step's ``last``."""
+        """Prepare for the backward pass of a micro-batch, perhaps the ``last`` of the step, or of a virtual stage."""
 
     @abstractmethod
     def bytes(self) -> int:
@@ -86,7 +87,7 @@ class Gradients(ABC):
 
     @torch.no_grad()
     def _arrived(self, index: int) -> None:
-        if self._missing is None:
+        if self._missing is None or not self._counts:
             return
         self._missing[index] -= 1
         # In their order, since all ranks have to call alike: a compiled backward pass finishes them in another one.
@@ -182,11 +183,16 @@ class WholeGradients(Gradients):
     def begin(self) -> None:
         """Set all gradients to zero: micro-batches add to them."""
         self._flat.zero_()
+        self._missing = None
 
     def before_backward(self, last: bool) -> None:
-        """Have buckets sent as they fill in the ``last`` backward pass, after which nothing is added to them."""
-        if last:
+        """Have buckets sent as they fill in the ``last`` backward pass, after which nothing is added to them.
+
+        Virtual stages have one each, between which others follow that complete nothing.
+        """
+        if last and self._missing is None:
             self._expect_all()
+        self._counts = last
 
     def _start(self, index: int) -> None:
         start, stop = self._ranges[index]

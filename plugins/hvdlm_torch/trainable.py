@@ -18,6 +18,7 @@ from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.flat_layout import Shard
 from hvdlm.parallel.mesh import Mesh
 from hvdlm.parallel.moving_average import GATHERED, KIND
+from hvdlm.parallel.pipeline_schedules import Action
 from hvdlm.parallel.sharded_state import ShardedState, recurrent_entries, recurrent_state
 from hvdlm.parallel.sharding_rules import ModelShard
 from hvdlm.protocols.exchange import Exchange, ShardedExchange
@@ -73,7 +74,8 @@ class Trainable(Inference):
         self._layers = GatheredLayers(state, self._flat) if gathers else None
         parameters = self._layers.parameters if self._layers else self._views()
         self._adapters = Adapters(state, parameters, device)
-        self._model.bind(self._adapters.bound)
+        for chunk in self._forward.chunks:
+            chunk.model.bind(self._adapters.bound)
         if self._layers:
             self._gather_in(self._layers)
         self._gradients = make_gradients(state, axes, parameters, self._adapters.leaves, device, self._layers)
@@ -97,8 +99,8 @@ class Trainable(Inference):
         self._counters = count_traffic(axes, exchange)
         self._carry: dict[int, Any] = {}  # by micro-batch: the state that a recurrent model carries to the next step
         self._activations = ActivationMemory()
-        losses: Any = self._forward.losses
-        self._losses = compiler.compiled(losses) if config.train.compile is True else losses
+        losses: list[Any] = [chunk.losses for chunk in self._forward.chunks]
+        self._losses = [compiler.compiled(one) for one in losses] if config.train.compile is True else losses
         exchange.open(self.layout, initial)
 
     def _views(self) -> dict[str, torch.nn.Parameter]:
@@ -159,14 +161,15 @@ class Trainable(Inference):
         factor = self._sharded.loss_scale.value / self._sharded.loss_divisor
         masks = self._forward.masks.forward if self._config.model.dropout else nullcontext
 
-        def compute(number: int, batch: Batch, x: torch.Tensor | None) -> torch.Tensor:
+        def compute(action: Action, batch: Batch, x: torch.Tensor | None) -> torch.Tensor:
+            number, chunk = action.micro_batch, action.chunk
             x = self._forward.features(batch) if x is None else x
             if (row := self._gradients.row(number)) is not None:
                 self._seed_dropout(step, row)
             tensors = self._forward.tensors(batch)
             with named_range("forward"), masks():
-                output, self._carry[number] = self._losses(x, *tensors, self._carry_into(number, batch))
-            if not self._model_shard.stage.last:
+                output, self._carry[number] = self._losses[chunk](x, *tensors, self._carry_into(number, batch))
+            if not self._model_shard.chunks[chunk].stage.last:
                 return output.float()  # the pipeline sends them in the precision of the step
             losses.append(output.detach().sum(dtype=torch.float64))
             return output.sum() * factor
@@ -179,7 +182,7 @@ class Trainable(Inference):
             return losses
         for number, batch in enumerate(micro_batches):
             with self._activations.forward(bound, self._layers.addresses if self._layers else ()):
-                loss = compute(number, batch, None)
+                loss = compute(Action("forward", number), batch, None)
             self._gradients.before_backward(number + 1 == len(micro_batches))
             with named_range("backward"):
                 loss.backward()

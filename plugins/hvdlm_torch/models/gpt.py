@@ -323,7 +323,7 @@ class GPT:
         if self.s.positions == "rotary":
             q, k = self._rotate(q, start), self._rotate(k, start)
         if cache:
-            k, v = cache.extend(number - self._model_shard.layers.start, k, v)
+            k, v = cache.extend(number - self._model_shard.layers[0], k, v)
         if cache is None and self.context is not None:
             return attend_over_ranks(q, k, v, self.context, f"context.{number}")
         if cache is None or cache.causal:
