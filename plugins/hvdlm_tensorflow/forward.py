@@ -27,6 +27,7 @@ class Forward:
     Attributes:
         model: the layers of this rank's pipeline stage; every graph binds its parameters.
         collectives: those of its tensor group.
+        context: the ranks that have other positions of the same rows; None: there are none.
         pipeline: passes activations and their gradients between stages.
     """
 
@@ -37,7 +38,9 @@ class Forward:
         self.config = config
         self.collectives = Collectives(axes.tensor, model_shard)
         dtype = _HALF_PRECISION.get(config.train.precision, tf.float32)
-        self.model = make_model(spec, model_shard, self.collectives, dtype)
+        model: Any = make_model(spec, model_shard, self.collectives, dtype)
+        self.context = model.context = axes.context
+        self.model = model
         self.pipeline = Pipeline(model_shard, axes, config.parallel.schedule, rank, dtype)
 
     def losses(

@@ -26,6 +26,7 @@ class Framework:
     name = "tensorflow"
     in_place = False  # its tensors can't be overwritten
     update_rules = ("groups", "muon")
+    context_ranks = True
 
     def __init__(self) -> None:
         devices.provide_threads()  # before its first tensor

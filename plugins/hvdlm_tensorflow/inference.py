@@ -13,6 +13,7 @@ from hvdlm.communication.traffic import TrafficCounters
 from hvdlm.protocols.inference import SamplingRule
 from hvdlm.protocols.model import JoinsCaches
 from hvdlm.protocols.types import Batch
+from hvdlm_language.context_ranks import cut_all
 from hvdlm_tensorflow.counted_graph import CountedGraph
 from hvdlm_tensorflow.forward import Forward
 from hvdlm_tensorflow.sampling import choose
@@ -49,8 +50,9 @@ class Inference(ABC):
         """Have the model compute with the parameters that are evaluated, where a replica's own are others."""
 
     def eval_step(self, batch: Batch) -> tuple[float, float]:
-        """Return (sum of losses in nats, valid tokens) of this rank's rows."""
+        """Return (sum of losses in nats, valid tokens) of this rank's rows, with context ranks of its positions."""
         self._show_averaged()
+        (batch,) = cut_all([batch], self._forward.context)
         if batch.reset or self._eval_carry is None:
             self._eval_carry = self._model.initial_carry(len(batch.inputs))
 

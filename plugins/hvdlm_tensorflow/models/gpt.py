@@ -13,9 +13,11 @@ import tensorflow as tf
 
 from hvdlm.errors import HvdlmError
 from hvdlm.parallel.sharding_rules import ModelShard
+from hvdlm_language.context_ranks import ContextRanks
 from hvdlm_language.gpt import GPTSettings, rotary_tables
 from hvdlm_tensorflow.attention import attend, attend_causally, causal_mask
 from hvdlm_tensorflow.collectives import Collectives, linear
+from hvdlm_tensorflow.context_attention import attend_over_ranks
 from hvdlm_tensorflow.ordering import parameters_first
 from hvdlm_tensorflow.shapes import sizes
 
@@ -56,7 +58,10 @@ class GPT:
     Attributes:
         head: of the last stage: the table ``[vocab, embed]`` of ``scores``, and its bias: None.
         orders_layers: whether a backward pass computes a layer's gradients before those of the layer below.
+        context: the ranks that have other positions of the rows that ``hidden`` gets; None: there are none.
     """
+
+    context: ContextRanks | None = None
 
     def __init__(self, settings: GPTSettings, model_shard: ModelShard, collectives: Collectives) -> None:
         self.s = settings
@@ -99,12 +104,13 @@ class GPT:
 
         time = tokens.shape[1]  # None: open in the graph
         c = self._collectives.over(time) if time else self._collectives.alone()
-        x = self._embed(tokens, 0, dropout, c) if x is None else x
+        start: Any = 0 if self.context is None else self.context.positions(time)[None]
+        x = self._embed(tokens, start, dropout, c) if x is None else x
         for number, layer in zip(self._model_shard.layers, self._layers, strict=True):
             names = list(layer)
 
             def compute(x: tf.Tensor, *tensors: tf.Tensor, i: int = number, names: list[str] = names) -> tf.Tensor:
-                return self._layer(x, dict(zip(names, tensors, strict=True)), i, dropout, c)
+                return self._layer(x, dict(zip(names, tensors, strict=True)), i, dropout, c, start)
 
             # Parameters are arguments, because gradients flow to arguments only where a layer is recomputed.
             compute = tf.recompute_grad(compute) if checkpointing and training else compute
@@ -165,9 +171,7 @@ class GPT:
         x = x * self.s.width**0.5 if self.s.scale_embeddings else x
         if self.s.positions == "learned":
             p = c.shared(self._p, ["embed.positions"] if c.sequence else [], "positions")
-            time = sizes(x)[1]
-            first = start + c.index * time if c.sequence else start
-            x += _rows(p["embed.positions"], first, time)
+            x += _rows(p["embed.positions"], start, sizes(tokens)[1])[..., _own(c, x), :]
         return dropout(x, 0)
 
     def _finish(self, x: tf.Tensor, c: Collectives) -> tf.Tensor:
@@ -208,6 +212,8 @@ class GPT:
             q, k = self._norm_heads(q, p, "attention.query_norm"), self._norm_heads(k, p, "attention.key_norm")
         if self.s.positions == "rotary":
             q, k = self._rotate(q, start, time), self._rotate(k, start, time)
+        if extend is None and self.context is not None:
+            return attend_over_ranks(q, k, v, self.context, f"context.{number}")
         if extend is None:
             return attend_causally(q, k, v, self.s.context, self.s.local_window)
         mask = causal_mask(start[:, None, None, None], time, self.s.context, self.s.local_window)
@@ -267,10 +273,20 @@ def _rotated(x: tf.Tensor, cos: tf.Tensor, sin: tf.Tensor) -> tf.Tensor:
 
 
 def _rows(table: tf.Tensor, start: Any, time: Any) -> tf.Tensor:
-    """Return rows ``start`` to ``start + time`` of ``table``; of starts ``[rows]``, ``[rows, time, width]``."""
+    """Return rows ``start`` to ``start + time`` of ``table``; of starts ``[rows]``, ``[rows, time, width]``.
+
+    ``start`` ``[1, time]`` are the numbers of the rows themselves.
+    """
+    if len(getattr(start, "shape", ())) > 1:
+        return tf.gather(table, start[0])
     if not getattr(start, "shape", ()):  # a number, or a scalar of the graph
         return table[start : start + time]
     return tf.gather(table, start[:, None] + tf.range(time))
+
+
+def _own(c: Collectives, x: tf.Tensor) -> slice:
+    """Return which positions a rank has between products: those of ``x`` ``[rows, time, embed]``."""
+    return slice(c.index * x.shape[1], (c.index + 1) * x.shape[1]) if c.sequence else slice(None)
 
 
 def _column_parallel(x: tf.Tensor, p: Layer, names: Sequence[str], c: Collectives, label: str) -> Sequence[tf.Tensor]:
