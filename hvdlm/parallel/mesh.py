@@ -132,12 +132,17 @@ def make_mesh(size: int, config: ParallelConfig) -> Mesh:
     mesh = Mesh(data, config.pipeline, config.tensor, config.data_per_node, config.context)
     if mesh.size != size:
         shape, axes = " x ".join(map(str, mesh.shape)), " x ".join(mesh.axes)
-        left = size // config.context if size % config.context == 0 else size  # for the other axes
-        fits = [f"{d}x{p}x{t}" for d, p, t in product(range(1, left + 1), repeat=3) if d * p * t == left]
-        of = "" if config.context == 1 else f" of the other axes for {left} rank(s)"
+        if size % config.context:
+            raise HvdlmError(
+                f"parallel: {shape} ({axes}) is not the {size} rank(s) that were started: set parallel.context to one "
+                f"of {', '.join(str(n) for n in range(1, size + 1) if size % n == 0)}."
+            )
+        left = size // config.context  # for the other axes
+        fits = [Mesh(d, p, t, context=config.context) for d, p, t in product(range(1, left + 1), repeat=3)]
+        possible = ["x".join(map(str, fit.shape)) for fit in fits if fit.size == size]
         raise HvdlmError(
-            f"parallel: {shape} ({axes}) is not the {size} rank(s) that were started; possible{of}: "
-            f"{', '.join(fits[:24])}."
+            f"parallel: {shape} ({axes}) is not the {size} rank(s) that were started; possible: "
+            f"{', '.join(possible[:24])}."
         )
     if data % config.data_per_node:
         raise HvdlmError(

@@ -58,12 +58,14 @@ class Habits:
         packs_gradients: whether parameters are copied out of the flat vector and their gradients into buckets, instead
             of lying there.
         gathers_in_graph: whether the edges of a graph bound the memory of ZeRO-3's parameters and gradients.
+        gathers_context: whether context ranks gather keys and values, instead of passing them round a ring.
     """
 
     recomputes_all: bool = False
     compiles: bool = True
     packs_gradients: bool = False
     gathers_in_graph: bool = False
+    gathers_context: bool = False
 
 
 def closed_form(
@@ -391,14 +393,20 @@ class Step:
         return moved
 
     def on_context(self) -> int:
-        """Return the bytes of keys, values and their float32 gradients, to the next rank and from the one before.
+        """Return the bytes of keys, values and their float32 gradients.
 
-        Each block of them comes to every other context rank, in the backward pass again, then with its gradients.
+        In a ring, to the next rank and from the one before: each block of them comes to every other context rank, in
+        the backward pass again, then with its gradients. Else blocks are gathered, and the gradients of all scattered.
         """
-        hops = self.mesh.context - 1
-        block = 2 * self.tokens * self.s.head_width * max(1, self.s.kv_heads // self.mesh.tensor) if hops else 0
+        ranks = self.mesh.context
+        if ranks == 1:
+            return 0
+        block = 2 * self.tokens * self.s.head_width * max(1, self.s.kv_heads // self.mesh.tensor)
         passes = 3 if self.config.train.activation_checkpointing else 2  # forward, again, and backward
-        return self.count * len(self.shard.layers) * 2 * hops * block * (passes * self.item + 4)
+        moved = block * (passes * self.item + 4 * ranks)
+        if not self.habits.gathers_context:
+            moved = 2 * (ranks - 1) * block * (passes * self.item + 4)
+        return self.count * len(self.shard.layers) * moved
 
     def on_tensor(self) -> int:
         """Return the bytes of tensor parallelism in all micro-batches, and of Muon's momentum."""

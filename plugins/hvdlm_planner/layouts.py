@@ -31,8 +31,7 @@ def layout_costs(
     spec, _ = model_of(config, manager)
     if config.parallel.context > 1:
         raise HvdlmError(
-            f"parallel.context {config.parallel.context}: layouts are compared by their seconds, and "
-            f"{unknown(config, spec)}: leave it out, or compare runs."
+            f"--search compares layouts by their seconds, and {unknown(config, spec)}: leave it out, or compare runs."
         )
     if predict_costs(manager, config, spec, Mesh(1, 1, 1), 0) is None or spec.kind not in ("gpt", "rnn"):
         raise HvdlmError(f"model.name {config.model.name}: the seconds of a {spec.kind} can't be predicted.")

@@ -38,6 +38,10 @@ class _Chunk(NamedTuple):
 
 Mask = Callable[[_Chunk], Any]
 """Returns what is added to the scores of a chunk, float32 that broadcasts to ``[rows, heads, time, keys]``."""
+Gather = Callable[[tf.Tensor, tf.Tensor, str], tuple[tf.Tensor, tf.Tensor]]
+"""(keys, values, name of the pass) -> those of all ranks."""
+Scatter = Callable[[tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
+"""(gradients of all keys, of all values) -> the sums of ranks' gradients of this rank's."""
 
 
 def attend(q: tf.Tensor, k: tf.Tensor, v: tf.Tensor, mask: tf.Tensor | None) -> tf.Tensor:
@@ -84,6 +88,44 @@ def attend_causally(
     return _attend(q, k, v, chunks, mask)
 
 
+def attend_to_gathered(
+    q: tf.Tensor, k: tf.Tensor, v: tf.Tensor, offsets: tuple[int, ...], gather: Gather, scatter: Scatter
+) -> tf.Tensor:
+    """Return the causal attention of this rank's queries to the keys of all ranks; see ``attend``.
+
+    What was gathered is not kept for the backward pass, which gathers it again.
+
+    Args:
+        q: queries, in as many equal chunks as there are ``offsets``.
+        k, v: keys and values of this rank.
+        offsets: the position of the first query of every chunk, ascending.
+        gather: returns all keys and values, ``[rows, kv_heads, keys, head]``.
+        scatter: returns the gradients of ``k`` and ``v`` from those of all keys and values, float32.
+    """
+    length = q.shape[2] // len(offsets)
+    count = chunk_count(length)
+    ends = [length * i // count for i in range(count + 1)]
+    bounds = [(i * length, offset, a, b) for i, offset in enumerate(offsets) for a, b in pairwise(ends)]
+    chunks = [_Chunk(first + a, first + b, offset + b) for first, offset, a, b in bounds]
+
+    @tf.custom_gradient
+    def function(q: tf.Tensor, k: tf.Tensor, v: tf.Tensor) -> Any:
+        q = _scaled(q)
+        output = _output(q, *gather(k, v, "forward"), chunks, _causal)
+
+        def backward(gradient: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+            with tf.control_dependencies([gradient]):  # not in the forward pass, where all it needs is there
+                keys, values = gather(tf.identity(k), tf.identity(v), "backward")
+            of_q, of_k, of_v = _gradients(q, keys, values, output, gradient, chunks, _causal)
+            unseen = [[0, 0], [0, 0], [0, keys.shape[2] - chunks[-1].keys], [0, 0]]
+            of_k, of_v = scatter(tf.pad(of_k, unseen), tf.pad(of_v, unseen))
+            return _scaled(of_q), tf.cast(of_k, k.dtype), tf.cast(of_v, v.dtype)
+
+        return output, backward
+
+    return function(q, k, v)
+
+
 def causal_mask(start: Any, time: Any, keys: int, window: int) -> tf.Tensor:
     """Return what is added to the scores of ``time`` queries from position ``start`` on, float32 ``[time, keys]``.
 
@@ -96,7 +138,8 @@ def causal_mask(start: Any, time: Any, keys: int, window: int) -> tf.Tensor:
 
 def _causal(chunk: _Chunk) -> tf.Tensor:
     """Return float32 ``[time, keys]``: 0 where a query sees a key, else minus infinity."""
-    seen = tf.linalg.band_part(tf.ones([chunk.stop - chunk.start, chunk.keys]), -1, chunk.start)
+    time = chunk.stop - chunk.start
+    seen = tf.linalg.band_part(tf.ones([time, chunk.keys]), -1, chunk.keys - time)
     return tf.math.log(seen)  # comparing and selecting would take ten times as long
 
 
@@ -139,23 +182,28 @@ def _attend(q: tf.Tensor, k: tf.Tensor, v: tf.Tensor, chunks: list[_Chunk], mask
     @tf.custom_gradient
     def function(q: tf.Tensor, k: tf.Tensor, v: tf.Tensor) -> Any:
         q = _scaled(q)
-        outputs: list[tf.Tensor] = []
-        # Made without a place in the order of chunks, the masks of all layers are one in the optimized graph.
-        for chunk, added in [(chunk, mask(chunk)) for chunk in chunks]:
-            # One chunk after the other: together, they would take the memory of all weights.
-            with tf.control_dependencies(outputs[-1:]):
-                queries = q[:, :, chunk.start : chunk.stop]
-                weights = _weights(queries, k[:, :, chunk.first : chunk.keys], added)
-                outputs.append(_ungrouped(tf.matmul(weights, v[:, :, chunk.first : chunk.keys]), queries))
-        output = _side_by_side(tf.concat(outputs, 2))
+        output = _output(q, k, v, chunks, mask)
 
         def backward(gradient: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
             of_q, of_k, of_v = _gradients(q, k, v, output, gradient, chunks, mask)
-            return _scaled(of_q), of_k, of_v
+            return _scaled(of_q), tf.cast(of_k, q.dtype), tf.cast(of_v, q.dtype)
 
         return output, backward
 
     return function(q, k, v)
+
+
+def _output(q: tf.Tensor, k: tf.Tensor, v: tf.Tensor, chunks: list[_Chunk], mask: Mask) -> tf.Tensor:
+    """Return the attention of scaled queries, chunk by chunk."""
+    outputs: list[tf.Tensor] = []
+    # Made without a place in the order of chunks, the masks of all layers are one in the optimized graph.
+    for chunk, added in [(chunk, mask(chunk)) for chunk in chunks]:
+        # One chunk after the other: together, they would take the memory of all weights.
+        with tf.control_dependencies(outputs[-1:]):
+            queries = q[:, :, chunk.start : chunk.stop]
+            weights = _weights(queries, k[:, :, chunk.first : chunk.keys], added)
+            outputs.append(_ungrouped(tf.matmul(weights, v[:, :, chunk.first : chunk.keys]), queries))
+    return _side_by_side(tf.concat(outputs, 2))
 
 
 def _gradients(
@@ -167,7 +215,10 @@ def _gradients(
     chunks: list[_Chunk],
     mask: Mask,
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Return the gradients of scaled queries, keys and values from that of the output."""
+    """Return the gradients of scaled queries, and in float32 of keys and values, from that of the output.
+
+    Keys after the last chunk's have none.
+    """
     rows, heads, time, head = sizes(q)
     by_head = [rows, time, heads, head]
     gradient, output = tf.reshape(gradient, by_head), tf.reshape(output, by_head)
@@ -196,7 +247,7 @@ def _gradients(
             of_k.append(sums[0][:, :, before.keys :])
             of_v.append(sums[1][:, :, before.keys :])
             sums = [total[:, :, : before.keys] for total in sums]
-    whole_q, whole_k, whole_v = (tf.cast(tf.concat(of_chunks[::-1], 2), q.dtype) for of_chunks in (of_q, of_k, of_v))
+    whole_q, whole_k, whole_v = (tf.concat(of_chunks[::-1], 2) for of_chunks in (of_q, of_k, of_v))
     return whole_q, whole_k, whole_v
 
 

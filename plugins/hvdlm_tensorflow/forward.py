@@ -28,6 +28,7 @@ class Forward:
         model: the layers of this rank's pipeline stage; every graph binds its parameters.
         chunks: the forward passes that this rank computes: this one, or one of every virtual stage.
         collectives: those of its tensor group.
+        context: the ranks that have other positions of the same rows; None: there are none.
         pipeline: passes activations and their gradients between stages.
         dtype: in which products are computed.
     """
@@ -39,7 +40,9 @@ class Forward:
         self.config = config
         self.collectives = Collectives(axes.tensor, model_shard)
         self.dtype = _HALF_PRECISION.get(config.train.precision, tf.float32)
-        self.model = make_model(spec, model_shard, self.collectives, self.dtype)
+        model: Any = make_model(spec, model_shard, self.collectives, self.dtype)
+        self.context = model.context = axes.context
+        self.model = model
         self.pipeline = Pipeline(model_shard, axes, config.parallel.schedule, rank, self.dtype)
         virtual = [Forward(spec, shard, axes, config, rank) for shard in model_shard.virtual]
         self.chunks = tuple(virtual) or (self,)

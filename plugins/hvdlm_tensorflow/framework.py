@@ -27,6 +27,7 @@ class Framework:
     in_place = False  # its tensors can't be overwritten
     update_rules = ("groups", "muon", "ema", "zero3")
     document_masks = True
+    context_ranks = True
 
     def __init__(self) -> None:
         devices.provide_threads()  # before its first tensor

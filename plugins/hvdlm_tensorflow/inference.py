@@ -14,6 +14,7 @@ from hvdlm.communication.traffic import TrafficCounters
 from hvdlm.protocols.inference import SamplingRule
 from hvdlm.protocols.model import JoinsCaches
 from hvdlm.protocols.types import Batch
+from hvdlm_language.context_ranks import cut_all
 from hvdlm_tensorflow.counted_graph import CountedGraph
 from hvdlm_tensorflow.forward import Forward
 from hvdlm_tensorflow.gathered_layers import GatheredLayers
@@ -69,6 +70,7 @@ class Inference(ABC):
     def eval_figures(self, batch: Batch) -> tuple[float, float, float]:
         """Return ``eval_step``'s figures and the valid tokens of which no other has a higher score."""
         self._show_averaged()
+        (batch,) = cut_all([batch], self._forward.context)
         if batch.reset or self._eval_carry is None:
             self._eval_carry = self._model.initial_carry(len(batch.inputs))
 

@@ -87,7 +87,7 @@ def hvdlm_predict(config: Config, spec: ModelSpec, mesh: Mesh, rank: int, moment
         return None
     from hvdlm.planning.closed_forms import Habits, closed_form
 
-    habits = Habits(recomputes_all=True, gathers_in_graph=True)
+    habits = Habits(recomputes_all=True, gathers_in_graph=True, gathers_context=True)
     return closed_form(config, spec, mesh, rank, habits, moments)
 
 

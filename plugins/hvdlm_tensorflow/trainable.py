@@ -25,6 +25,7 @@ from hvdlm.protocols.exchange import Exchange, ShardedExchange
 from hvdlm.protocols.optimizer import Optimizer
 from hvdlm.protocols.types import Batch, StepResult, Traffic
 from hvdlm_language.axis_groups import Axes, count_traffic
+from hvdlm_language.context_ranks import cut_all
 from hvdlm_language.own_parameters import OwnParameters
 from hvdlm_tensorflow.adapters import Adapters
 from hvdlm_tensorflow.counted_graph import CountedGraph
@@ -129,6 +130,7 @@ class Trainable(Inference):
     ) -> StepResult:
         """Do one optimizer step on this rank's rows of the global batch."""
         self._show_own()
+        micro_batches = cut_all(micro_batches, self._forward.context)
         bytes_before = by_axis(self._counters.traffic())
         local_tokens = sum(batch.tokens for batch in micro_batches)
         scalars = tf.constant([learning_rate, step, self._sharded.updates(step), local_tokens, limit], tf.float64)

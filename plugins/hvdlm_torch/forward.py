@@ -32,9 +32,9 @@ class Forward:
         chunks: the forward passes that this rank computes: this one, or one of every virtual stage. The Trainable binds
             the parameters of their models.
         collectives: those of its tensor group.
+        context: the ranks that have other positions of the same rows; None: there are none.
         masks: of dropout.
         pipeline: passes activations and their gradients between stages.
-        context: the ranks that have other positions of the same rows; None: there are none.
         fp32_pipeline: passes activations in float32, so that texts don't depend on the number of stages.
         half: the half precision that products are computed in; None: float32.
     """

@@ -57,6 +57,9 @@ def covered_by(file: str, test: str) -> str:
     wire = test == "test_the_wire_is_measured_alike_on_all_ranks" and BACKEND != "threads"
     if file == "test_automatic.py" and not computes and not wire:
         return "four ranks of PyTorch in threads, and two processes of TensorFlow"
+    if file == "test_context.py" and BACKEND != "threads":
+        curves = "test_context_ranks_follow_the_curve_of_one_rank", "test_attention_over_ranks_equals_the_plain_formula"
+        return "" if test in curves else "ranks in threads, and the curves of every transport"
     if test == "test_evaluation_and_generation_equal_one_rank" and FRAMEWORK == "tensorflow" and BACKEND != "threads":
         return "four ranks of TensorFlow in threads, and four processes of PyTorch"
     return ""

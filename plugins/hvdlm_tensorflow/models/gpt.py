@@ -13,9 +13,11 @@ import tensorflow as tf
 
 from hvdlm.errors import HvdlmError
 from hvdlm.parallel.sharding_rules import ModelShard
+from hvdlm_language.context_ranks import ContextRanks
 from hvdlm_language.gpt import GPTSettings, rotary_tables
 from hvdlm_tensorflow.attention import attend, attend_causally, causal_mask
 from hvdlm_tensorflow.collectives import Collectives, linear
+from hvdlm_tensorflow.context_attention import attend_over_ranks
 from hvdlm_tensorflow.gathered_layers import WholeLayers
 from hvdlm_tensorflow.shapes import sizes
 
@@ -57,7 +59,10 @@ class GPT:
         head: of the last stage: the table ``[vocab, embed]`` of ``scores``, and its bias: None.
         layers: has the parameters of every layer there while it computes.
         orders_layers: whether a backward pass computes a layer's gradients before those of the layer below.
+        context: the ranks that have other positions of the rows that ``hidden`` gets; None: there are none.
     """
+
+    context: ContextRanks | None = None
 
     def __init__(self, settings: GPTSettings, model_shard: ModelShard, collectives: Collectives) -> None:
         self.s = settings
@@ -109,11 +114,12 @@ class GPT:
 
         time = tokens.shape[1]  # None: open in the graph
         c = self._collectives.over(time) if time else self._collectives.alone()
-        x = self._embed(tokens, 0, dropout, c, starts) if x is None else x
+        start: Any = 0 if self.context is None else self.context.positions(time)[None]
+        x = self._embed(tokens, start, dropout, c, starts) if x is None else x
         for number, layer in zip(self._model_shard.layers, self._layers, strict=True):
 
             def compute(x: tf.Tensor, p: Layer, i: int = number) -> tf.Tensor:
-                return self._layer(x, p, i, dropout, c, divided=starts)
+                return self._layer(x, p, i, dropout, c, start, divided=starts)
 
             ordered, again = training and self.orders_layers, checkpointing and training
             x = self.layers.run(f"layers.{number}", compute, x, layer, ordered, again)
@@ -176,11 +182,11 @@ class GPT:
         x = x * self.s.width**0.5 if self.s.scale_embeddings else x
         if self.s.positions == "learned":
             p = c.shared(self._p, ["embed.positions"] if c.sequence else [], "positions")
-            time = sizes(x)[1]
-            first = start + c.index * time if c.sequence else start
             if starts is None:
-                x += _rows(p["embed.positions"], first, time)
+                x += _rows(p["embed.positions"], start, sizes(tokens)[1])[..., _own(c, x), :]
             else:
+                time = sizes(x)[1]
+                first = start + c.index * time if c.sequence else start
                 own = first + tf.range(time) - starts[:, first : first + time]
                 x += tf.gather(p["embed.positions"], own)
         return dropout(x, 0)
@@ -233,6 +239,8 @@ class GPT:
             q, k = self._norm_heads(q, p, "attention.query_norm"), self._norm_heads(k, p, "attention.key_norm")
         if self.s.positions == "rotary":
             q, k = self._rotate(q, start, time), self._rotate(k, start, time)
+        if extend is None and self.context is not None:
+            return attend_over_ranks(q, k, v, self.context, f"context.{number}")
         if extend is None:
             return attend_causally(q, k, v, self.s.context, self.s.local_window, divided)
         mask = causal_mask(start[:, None, None, None], time, self.s.context, self.s.local_window)
@@ -292,10 +300,20 @@ def _rotated(x: tf.Tensor, cos: tf.Tensor, sin: tf.Tensor) -> tf.Tensor:
 
 
 def _rows(table: tf.Tensor, start: Any, time: Any) -> tf.Tensor:
-    """Return rows ``start`` to ``start + time`` of ``table``; of starts ``[rows]``, ``[rows, time, width]``."""
+    """Return rows ``start`` to ``start + time`` of ``table``; of starts ``[rows]``, ``[rows, time, width]``.
+
+    ``start`` ``[1, time]`` are the numbers of the rows themselves.
+    """
+    if len(getattr(start, "shape", ())) > 1:
+        return tf.gather(table, start[0])
     if not getattr(start, "shape", ()):  # a number, or a scalar of the graph
         return table[start : start + time]
     return tf.gather(table, start[:, None] + tf.range(time))
+
+
+def _own(c: Collectives, x: tf.Tensor) -> slice:
+    """Return which positions a rank has between products: those of ``x`` ``[rows, time, embed]``."""
+    return slice(c.index * x.shape[1], (c.index + 1) * x.shape[1]) if c.sequence else slice(None)
 
 
 def _column_parallel(x: tf.Tensor, p: Layer, names: Sequence[str], c: Collectives, label: str) -> Sequence[tf.Tensor]:
