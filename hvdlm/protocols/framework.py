@@ -70,34 +70,17 @@ class ResolvesOptions(Protocol):
 
 
 @runtime_checkable
-class HasUpdateRules(Protocol):
-    """A framework that updates parameters by more rules than one learning rate of AdamW, SGD or Adagrad.
+class HasAbilities(Protocol):
+    """A framework that has what others may lack; runs that ask for more than it has are refused.
 
     Attributes:
-        update_rules: those of ``groups`` (``train.groups``), ``muon`` (``train.optimizer muon``), ``ema``
-            (``train.ema``; its Trainables are ``HasMovingAverage``) and ``zero3`` (``parallel.zero 3``) that it has.
-            Without this attribute it has none, and such a run is refused.
+        abilities: those of ``groups`` (``train.groups``), ``muon`` (``train.optimizer muon``), ``ema`` (``train.ema``;
+            its Trainables are ``HasMovingAverage``), ``zero3`` (``parallel.zero 3``), ``context_ranks``
+            (``parallel.context``) and ``document_masks`` (``data.document_masks``: its models read
+            ``Batch.document_starts``) that it has. Without this attribute it has none.
     """
 
-    update_rules: tuple[str, ...]
-
-
-@runtime_checkable
-class HasContextRanks(Protocol):
-    """A framework that can train GPTs on context ranks, each of which computes its positions of its data rank's rows.
-
-    Attributes:
-        context_ranks: whether it can. Without this attribute it can't, and runs with ``parallel.context`` are refused.
-    """
-
-    context_ranks: bool
-
-
-@runtime_checkable
-class HasDocumentMasks(Protocol):
-    """A framework whose models read ``Batch.document_starts``; with others, ``data.document_masks`` is refused."""
-
-    document_masks: bool
+    abilities: tuple[str, ...]
 
 
 class HostCollective(Protocol):

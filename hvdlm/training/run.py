@@ -33,14 +33,7 @@ from hvdlm.parallel.mesh import Mesh, make_mesh
 from hvdlm.parallel.moving_average import KIND as AVERAGE
 from hvdlm.protocols.backend import Backend
 from hvdlm.protocols.exchange import Exchange
-from hvdlm.protocols.framework import (
-    Framework,
-    HasContextRanks,
-    HasDocumentMasks,
-    HasUpdateRules,
-    Resolved,
-    ResolvesOptions,
-)
+from hvdlm.protocols.framework import Framework, HasAbilities, Resolved, ResolvesOptions
 from hvdlm.protocols.optimizer import Optimizer
 from hvdlm.protocols.state_dict import FIRST_STEP
 from hvdlm.protocols.task import Task
@@ -386,23 +379,29 @@ def build(connected: Connected) -> Run:
 
 
 def _check_abilities(framework: Framework, config: Config) -> None:
-    """Refuse layouts, optimizers and masks that the framework's plugin doesn't implement."""
-    if config.parallel.context > 1 and not (isinstance(framework, HasContextRanks) and framework.context_ranks):
-        context = config.parallel.context
-        raise HvdlmError(f"parallel.context {context}: framework {framework.name} has no context ranks: leave it out.")
-    rules = framework.update_rules if isinstance(framework, HasUpdateRules) else ()
-    if config.train.groups and "groups" not in rules:
-        raise HvdlmError(f"train.groups: framework {framework.name} has one learning rate for all: leave it out.")
-    if config.train.optimizer == "muon" and "muon" not in rules:
-        raise HvdlmError(f"train.optimizer muon: framework {framework.name} doesn't have it: choose adamw.")
-    if config.train.ema is not None and "ema" not in rules:
-        raise HvdlmError(f"train.ema: framework {framework.name} keeps no average of its weights: leave it out.")
-    if config.parallel.zero == 3 and "zero3" not in rules:
-        raise HvdlmError(
-            f"parallel.zero 3: framework {framework.name} can't gather parameters layer by layer: --parallel.zero 2."
-        )
-    if config.data.document_masks and not (isinstance(framework, HasDocumentMasks) and framework.document_masks):
-        raise HvdlmError(f"data.document_masks: framework {framework.name} doesn't have them: leave it false.")
+    """Refuse what the options ask for and the framework's plugin doesn't have."""
+    has, (data, train, parallel) = framework.name, (config.data, config.train, config.parallel)
+    asked = {
+        "groups": (train.groups, f"train.groups: framework {has} has one learning rate for all: leave it out."),
+        "muon": (train.optimizer == "muon", f"train.optimizer muon: framework {has} doesn't have it: choose adamw."),
+        "ema": (train.ema, f"train.ema: framework {has} keeps no average of its weights: leave it out."),
+        "zero3": (
+            parallel.zero == 3,
+            f"parallel.zero 3: framework {has} can't gather parameters layer by layer: --parallel.zero 2.",
+        ),
+        "context_ranks": (
+            parallel.context > 1,
+            f"parallel.context {parallel.context}: framework {has} has no context ranks: leave it out.",
+        ),
+        "document_masks": (
+            data.document_masks,
+            f"data.document_masks: framework {has} doesn't have them: leave it false.",
+        ),
+    }
+    abilities = framework.abilities if isinstance(framework, HasAbilities) else ()
+    for ability, (wanted, sentence) in asked.items():
+        if wanted and ability not in abilities:
+            raise HvdlmError(sentence)
 
 
 def _check_average(config: Config, exchange: Exchange, optimizer: Optimizer | None) -> None:

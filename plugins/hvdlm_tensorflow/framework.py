@@ -25,9 +25,7 @@ class Framework:
 
     name = "tensorflow"
     in_place = False  # its tensors can't be overwritten
-    update_rules = ("groups", "muon", "ema", "zero3")
-    document_masks = True
-    context_ranks = True
+    abilities = ("groups", "muon", "ema", "zero3", "context_ranks", "document_masks")
 
     def __init__(self) -> None:
         devices.provide_threads()  # before its first tensor

@@ -25,9 +25,7 @@ class Framework:
 
     name = "torch"
     in_place = True  # an all-reduce overwrites the tensor that it sums
-    update_rules = ("groups", "muon", "ema", "zero3")
-    context_ranks = True
-    document_masks = True
+    abilities = ("groups", "muon", "ema", "zero3", "context_ranks", "document_masks")
 
     def __init__(self) -> None:
         self.host_tensors = HostTensors()
