@@ -76,7 +76,7 @@ class HasUpdateRules(Protocol):
     Attributes:
         update_rules: those of ``groups`` (``train.groups``), ``muon`` (``train.optimizer muon``) and ``zero3``
             (``parallel.zero 3``) that it has.
-            Without this attribute it has neither, and such a run is refused.
+            Without this attribute it has none, and such a run is refused.
     """
 
     update_rules: tuple[str, ...]
