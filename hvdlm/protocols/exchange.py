@@ -45,7 +45,10 @@ class ExchangeState(Protocol):
     """What an exchange keeps from step to step."""
 
     def open(self, layout: FlatLayout, parameters: np.ndarray) -> None:
-        """Start from flat float32 ``parameters`` ``[size]``; called again when they are replaced. All ranks call."""
+        """Start from flat float32 ``parameters`` ``[size]``; called again when they are replaced. All ranks call.
+
+        Where ranks shard the parameters (``traits.shards_parameters``), they are this rank's, ``[size / zero_size]``.
+        """
 
     def state(self) -> dict[str, np.ndarray]:
         """Return copies of what is kept from step to step (error feedback), for the checkpoint."""

@@ -24,19 +24,21 @@ class Training(Protocol):
     def eval_step(self, batch: Batch) -> tuple[float, float]:
         """Return (sum of losses over valid tokens in nats, valid tokens) of this rank's rows.
 
-        No communication along the data axis. Only the ranks of the last pipeline stage return the losses.
+        No communication along the data axis, but with ZeRO-3, where all ranks call equally often. Only the ranks of the
+        last pipeline stage return the losses.
         """
 
     def fingerprints(self) -> dict[str, int]:
         """Return a CRC-32 of this rank's shard of every parameter, by global name.
 
-        Empty where the ranks of the data axis may hold different parameters now (local SGD).
+        Empty where the ranks of the data axis may hold different parameters now (local SGD), or hold shards of them.
         """
 
     def memory(self) -> dict[str, int]:
         """Return the bytes that this rank holds for parameters, gradients, optimizer and activations.
 
-        Activations: the peak kept for the backward pass, as measured in the first step.
+        Activations: the peak kept for the backward pass, as measured in the first step. With ZeRO-3, parameters and
+        gradients are those of the moment at which most of both together was held.
         """
 
     def traffic(self) -> dict[str, Traffic]:

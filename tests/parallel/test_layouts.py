@@ -405,6 +405,7 @@ LARGE: list[tuple[tuple[int, int, int], dict[str, Any], dict[str, Any]]] = [
     ((1, 1, 2), GPT, {"parallel": {"sequence": True}}),
     ((1, 2, 1), GPT, {}),  # the last stage's head is the first one's embedding
     ((2, 1, 1), GPT, {"parallel": {"zero": 2}}),
+    ((2, 1, 1), GPT, {"parallel": {"zero": 3}}),
 ]
 
 
