@@ -7,8 +7,8 @@ divided by those with two data ranks. The second is the idle share of two pipeli
 (p - 1) / (m + p - 1), with p stages and m micro-batches, which leaves transfers out: its micro-batches have 8
 sequences, so that transfers are small. The third is the idle share of two stages with two virtual stages on each rank
 (interleaved 1F1B) divided by that without, in turns, with few micro-batches, so that there is much to save; the formula
-is (p - 1) / (v m + p - 1) with v virtual stages. On 4 ranks each layout is a launch of its own. Layouts are written as data x
-pipeline x tensor.
+is (p - 1) / (v m + p - 1) with v virtual stages. On 4 ranks each layout is a launch of its own. Layouts are written as
+data x pipeline x tensor.
 """
 
 from __future__ import annotations
