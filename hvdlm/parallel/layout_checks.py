@@ -114,7 +114,10 @@ def _check_virtual_stages(config: Config, layers: int, kind: str) -> None:
     p = config.parallel
     needs = f"parallel.virtual_stages {p.virtual_stages}"
     if p.pipeline == 1:
-        raise HvdlmError(f"{needs} interleaves the stages of a pipeline: set --parallel.pipeline 2 or more.")
+        raise HvdlmError(
+            f"{needs} interleaves the stages of a pipeline: set --parallel.pipeline 2 or more, or "
+            "--parallel.virtual_stages 1."
+        )
     if p.schedule != "1f1b":
         raise HvdlmError(f"{needs} is of the schedule 1f1b, not of {p.schedule}: leave parallel.schedule out.")
     if kind != "gpt":

@@ -71,7 +71,8 @@ def make_model_shard(spec: ModelSpec, mesh: Mesh, rank: int, options: ParallelCo
     """Return the shard of ``spec`` that ``rank`` of ``mesh`` computes."""
     coordinates = mesh.coordinates(rank)
     tensor, index = mesh.tensor, coordinates["tensor"]
-    stages = cut_into_stages(spec, mesh.pipeline * options.virtual_stages)
+    virtual_stages = options.virtual_stages if mesh.pipeline > 1 else 1
+    stages = cut_into_stages(spec, mesh.pipeline * virtual_stages)
     stage = stage_of_rank(stages, mesh.pipeline, coordinates["pipeline"])
     tied = tied_names(spec, mesh.pipeline)
     params = []
@@ -83,7 +84,7 @@ def make_model_shard(spec: ModelSpec, mesh: Mesh, rank: int, options: ParallelCo
         params.append(LocalParam(param, shard, (split or index == 0) and not second_copy))
     sequence = options.sequence and tensor > 1
     whole = ModelShard(tuple(params), stage, spec.settings.vocab, tensor, index, sequence, tied)
-    if options.virtual_stages == 1:
+    if virtual_stages == 1:
         return whole
     own = stages[stage.number :: stage.count]
     names = [{param.name for param in _params_of(spec, one, tied)} for one in own]
