@@ -153,6 +153,8 @@ def test_templates_are_found_where_tokenizers_have_them(tmp_path: Path) -> None:
     (tmp_path / "own.jinja").write_text("own")
     config.chat_template = str(tmp_path / "own.jinja")
     assert conversations.find(config).text == "own"
+    config.tokenizer = "byte"  # the special tokens are those beside the template, then
+    assert conversations.find(config).variables == template.variables
     config.chat_template = str(tmp_path / "missing.jinja")
     with pytest.raises(HvdlmError, match=r"data.chat_template: .*missing.jinja.*: name another file"):
         conversations.find(config)

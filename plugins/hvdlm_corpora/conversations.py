@@ -54,6 +54,7 @@ def find(config: DataConfig) -> Template:
         beside = folder / "chat_template.jinja" if folder else None
         if config.chat_template is not None or (beside is not None and beside.exists()):
             path = Path(config.chat_template or str(beside))
+            settings = settings or _settings(path.parent / "tokenizer_config.json")  # of a prepared folder's tokenizer
             text: Any = text_decoding.decode(untrusted_input.read(path, _LIMIT))
         else:
             path, text = Path(config.tokenizer).parent / "tokenizer_config.json", _named(settings.get("chat_template"))
