@@ -237,6 +237,25 @@ def test_every_layout_has_a_predicted_time(name: str, mesh: tuple[int, int, int]
     assert time.seconds == pytest.approx(time.compute + time.communication + time.bubble)
 
 
+def test_zero_3_waits_for_the_gathers_that_layers_don_t_hide() -> None:
+    def time_of(zero: int, bandwidth: float) -> StepTime:
+        config = Config(model=ModelConfig(layers=4, width=64, heads=4))
+        config.train = TrainConfig(batch_size=16, micro_batch_size=2)
+        config.parallel = ParallelConfig(4, zero=zero)  # type: ignore[arg-type]
+        spec = PRESETS["gpt"](config.model, 96, config.data.context)
+        machine = replace(MACHINE, links={"node": Link(0.0, bandwidth), "network": NETWORK})
+        predicted = predict_time(config, spec, Mesh(4, 1, 1), machine)
+        assert predicted is not None
+        return predicted
+
+    whole, gathered = time_of(2, 1e8), time_of(3, 1e8)
+    assert gathered.communication + gathered.hidden > whole.communication + whole.hidden  # all that is sent
+    assert gathered.hidden > gathered.communication > 0
+    # On a fast network the embedding's gather alone isn't hidden, in each of two micro-batches.
+    fast = time_of(3, 1e12)
+    assert fast.communication < 0.01 * fast.seconds and fast.hidden > 0
+
+
 def test_auto_precision_is_that_of_the_machine() -> None:
     rates = (Rates(1e9, 1e9, precision="bf16"), Rates(1e9, 1e9, precision="fp32"))
     gpu = replace(MACHINE, rates=rates, device="gpu")
