@@ -214,8 +214,8 @@ def test_attention_over_ranks_equals_the_plain_formula(world: World, heads: int,
         expected = [x[:, :, own] for x in numpy_attention(q, k, v, of_output)]
         expected[0], of_own = (x.swapaxes(1, 2).reshape(2, len(own), -1) for x in (expected[0], of_output[:, :, own]))
         arrays = [x[:, :, own].astype(np.float32) for x in (q, k, v)]
-        found = attended(*arrays, of_own.astype(np.float32), ranks)
-        for name, one, other in zip(("output", "of q", "of k", "of v"), found, expected, strict=True):
+        computed = attended(*arrays, of_own.astype(np.float32), ranks)
+        for name, one, other in zip(("output", "of q", "of k", "of v"), computed, expected, strict=True):
             np.testing.assert_allclose(one, other, rtol=0, atol=2e-5, err_msg=f"{mesh} {name}")
 
 
