@@ -31,7 +31,7 @@ def ring(size: int) -> list[ContextRanks]:
 MESH = Mesh(2, 2, 2, context=4)
 
 
-def test_every_rank_has_one_place_and_tensor_ranks_are_neighbours() -> None:
+def test_every_rank_has_one_place_on_four_axes() -> None:
     places = [tuple(MESH.coordinates(rank)[axis] for axis in MESH.axes) for rank in range(MESH.size)]
     assert MESH.axes == ("data", "pipeline", "context", "tensor") and MESH.shape == (2, 2, 4, 2)
     assert places == list(np.ndindex(*MESH.shape))
@@ -82,7 +82,7 @@ def test_rows_that_chunks_do_not_divide_are_padded_uncounted() -> None:
 
 
 @pytest.mark.parametrize("size", [2, 3, 5])
-def test_every_rank_computes_all_that_its_queries_see_and_as_much(size: int) -> None:
+def test_ranks_compute_all_that_queries_see_and_as_much(size: int) -> None:
     length = 3
     time, work = 2 * length, set()
     for rank in ring(size):

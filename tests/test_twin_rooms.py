@@ -62,6 +62,7 @@ DIFFERENT = {
     "adapters.py:Adapters.bound": "an attribute in PyTorch; in a graph, weights are read anew in every trace",
     "adapters.py:Adapters.gradients": "PyTorch derives the adapters' gradients in a hook of the backward pass",
     "attention.py:chunk_count": "PyTorch has scaled_dot_product_attention, whose kernels need no chunks",
+    "attention.py:attend_to_gathered": "PyTorch passes keys and values of context ranks round a ring",
     "attention.py:document_masks": "TensorFlow makes the masks of documents chunk by chunk",
     "models/gpt.py:Cache.begin": "PyTorch's cache is overwritten in place; a graph returns a new one",
     "models/gpt.py:Cache.end": "as above",
