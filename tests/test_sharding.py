@@ -272,6 +272,15 @@ def test_impossible_layouts_are_refused_in_one_sentence(
     assert expected in error and error.count("\n") == 1
 
 
+def test_a_dry_run_shows_virtual_stages(capsys: pytest.CaptureFixture[str]) -> None:
+    from hvdlm.cli import main
+
+    assert main(["--dry_run", *VIRTUAL, "--model.layers", "8"]) == 0
+    shown = capsys.readouterr().out
+    assert "virtual stages 2" in shown and "stage 1 (4 layers)" in shown
+    assert "8 micro-batch(es)" in shown and "idle share 5.9%" in shown  # 1 / (2 * 8 + 1)
+
+
 def test_a_mesh_of_too_many_ranks_names_those_that_fit() -> None:
     from hvdlm.errors import HvdlmError
 

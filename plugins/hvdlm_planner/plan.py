@@ -153,9 +153,10 @@ def _bytes(stages: list[Prediction], mesh: Mesh, sent: list[float], steps: int) 
 
 
 def _label(number: int, stage: Prediction) -> str:
-    ranges = zip(stage.layers[::2], stage.layers[1::2], strict=True)
-    layers = ", ".join(f"{first}-{last - 1}" for first, last in ranges)
-    return f"stage {number} (layers {layers})".ljust(24)
+    first, last, *of_other_chunks = stage.layers
+    if of_other_chunks:  # too many ranges for a column
+        return f"stage {number} ({sum(stage.layers[1::2]) - sum(stage.layers[::2])} layers)".ljust(24)
+    return f"stage {number} (layers {first}-{last - 1})".ljust(24)
 
 
 def _size(count: float) -> str:
