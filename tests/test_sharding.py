@@ -258,6 +258,7 @@ BAD = [
     ([*VIRTUAL, "--model.layers", "3"], "is more than model.layers 3: a virtual stage needs at least one layer"),
     ([*VIRTUAL, "--parallel.data", "2", "--parallel.zero", "2"], "set --parallel.zero 1, or leave it out"),
     ([*VIRTUAL, "--train.micro_batch_size", "32"], "needs a multiple of parallel.pipeline 2 micro-batches in a step"),
+    (["--parallel.context", "2", "--data.document_masks", "true"], "set --data.document_masks false"),
 ]
 
 

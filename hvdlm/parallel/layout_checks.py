@@ -101,6 +101,7 @@ def _check_context(config: Config, spec: ModelSpec) -> None:
         "communication.auto": (c.auto, False, "it measures data ranks alone"),
         "parallel.data_per_node": (p.data_per_node, 1, "its levels are those of data ranks alone"),
         "train.compile": (config.train.compile is True, False, "blocks travel while others are computed"),
+        "data.document_masks": (config.data.document_masks, False, "blocks of keys are seen by all queries or by none"),
     }
     for key, (value, needed, reason) in wanted.items():
         if value != needed:
