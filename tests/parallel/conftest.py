@@ -50,9 +50,9 @@ def covered_by(file: str, test: str) -> str:
         return "two ranks in threads, and four of PyTorch"
     if launch == ("tensorflow", 4, "threads") and file == "test_two_level.py":
         return "four processes, and PyTorch in threads"
-    gathering = ("torch", 4, "threads"), ("torch", 2, ""), ("tensorflow", 2, "")
+    gathering = ("torch", 4, "threads"), ("torch", 4, ""), ("tensorflow", 2, "")
     if file == "test_gathered_layers.py" and launch not in gathering:
-        return "four ranks of PyTorch in threads, and two processes of PyTorch and TensorFlow"
+        return "four ranks of PyTorch in threads and in processes, and two processes of TensorFlow"
     computes = launch in (("torch", 4, "threads"), ("tensorflow", 2, ""))
     wire = test == "test_the_wire_is_measured_alike_on_all_ranks" and BACKEND != "threads"
     if file == "test_automatic.py" and not computes and not wire:
