@@ -315,9 +315,9 @@ class ParallelConfig:
         data: data-parallel ranks; null: all ranks divided by pipeline x context x tensor
         pipeline: pipeline-parallel ranks (stages)
         tensor: tensor-parallel ranks, which shard every layer
-        context: context-parallel ranks, which divide the positions of every sequence (GPTs, ring attention)
         data_per_node: data-parallel ranks whose gradients are summed whole, in one node; between nodes they are
             compressed; 1: one level
+        context: context-parallel ranks, which divide the positions of every sequence (GPTs, ring attention)
         sequence: sequence parallelism: tensor-parallel ranks also shard the positions between layers (Transformers
             only)
         zero: ZeRO stage: data-parallel ranks shard nothing (0), the optimizer state (1), also the gradients (2), or
@@ -331,8 +331,8 @@ class ParallelConfig:
     data: int | None = None
     pipeline: int = 1
     tensor: int = 1
-    context: int = 1
     data_per_node: int = 1
+    context: int = 1
     sequence: bool = False
     zero: Literal[0, 1, 2, 3] = 0
     zero_gather: Literal["fp32", "bf16", "int8"] | None = None
