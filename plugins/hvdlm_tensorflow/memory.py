@@ -52,7 +52,8 @@ class ActivationMemory:
                 output, _ = losses(weights, arguments)
             of_weights = tape.gradient(output, list(weights.values()), output_gradients=tf.ones_like(output))
             self.backward()
-            return [tf.convert_to_tensor(gradient) for gradient in of_weights]
+            # A virtual stage uses some of its rank's parameters: the others have no gradient.
+            return [tf.convert_to_tensor(gradient) for gradient in of_weights if gradient is not None]
 
         tf.function(gradients, autograph=False).get_concrete_function(arguments)
 

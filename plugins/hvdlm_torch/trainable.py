@@ -242,8 +242,8 @@ class Trainable(Inference):
             self._adapters.add()
 
     def _gathered_average(self, vector: torch.Tensor) -> torch.Tensor:
-        """Return the moving average ``[size]``, of which this rank has ``vector``."""
-        if self._exchange.traits.zero_size == 1:
+        """Return the moving average of the flat vector, of which this rank updates ``vector``."""
+        if self._layers or self._exchange.traits.zero_size == 1:  # the former are gathered as they are used
             return vector
         exchange, ranges = cast(ShardedExchange, self._exchange), self._sharded.shard_ranges
         started = [exchange.gather_vector(vector[a:b], index, GATHERED) for index, (a, b) in enumerate(ranges)]

@@ -71,10 +71,11 @@ def test_virtual_stages_follow_the_curve_of_one_rank(
     trainable = build(world, mesh, config)
     results = train_on_the_curve(world, mesh, trainable, model, **options)
     assert_traffic_is_predicted(world, mesh, config, results)
+    measured, planned = trainable.memory()["activations"], _predicted(world, mesh, config).memory["activations"]
     assert_memory_is_predicted(world, mesh, config, trainable)
-    if FRAMEWORK == "torch" and not config.train.activation_checkpointing:
-        measured, planned = trainable.memory()["activations"], _predicted(world, mesh, config).memory["activations"]
-        assert measured == pytest.approx(planned, rel=0.02)
+    if not config.train.activation_checkpointing:  # TensorFlow's graphs keep more: docs/parallelism.md
+        low, high = (0.98, 1.02) if FRAMEWORK == "torch" else (1.0, 2.4)
+        assert low < measured / planned < high
 
 
 LAYOUTS = [(Mesh(1, RANKS, 1), 1), (Mesh(RANKS, 1, 1), 1), (Mesh(RANKS // 2, 2, 1), 4 if RANKS == 2 else 2)]
