@@ -328,6 +328,20 @@ def test_targets_are_marked_in_records_alone(tmp_path: Path, option: str) -> Non
         preparation.prepare(replace(plain, path=str(tokens), **marked))
 
 
+@pytest.mark.parametrize("option", ["chat", "prompt", "field"])
+@pytest.mark.parametrize("name", ["x.jsonl", "x.csv", "x.parquet"])
+def test_the_option_of_a_missing_field_is_named(tmp_path: Path, name: str, option: str) -> None:
+    template, path = tmp_path / "chat.jinja", tmp_path / name
+    template.write_text(PLAIN)
+    if name == "x.parquet":
+        parquet.write_table(pyarrow.table({"text": ["a"]}), path)
+    else:
+        path.write_text('{"text": "a"}\n' if name == "x.jsonl" else "text\na\n")
+    config = DataConfig(path=str(path), tokenizer="byte", cache=str(tmp_path / "cache"), chat_template=str(template))
+    with pytest.raises(HvdlmError, match=rf"has no field 'none', it has text: --data.{option} NAME"):
+        preparation.prepare(replace(config, **{option: "none"}))
+
+
 @both_frameworks
 def test_a_run_outlives_steps_without_targets(
     tmp_path: Path, framework: str, capsys: pytest.CaptureFixture[str]
