@@ -196,6 +196,14 @@ def test_a_folder_without_a_description_is_read_as_a_folder(cache: Cache) -> Non
     assert trained_text("hf:owner/stories/large") == ("first\nsecond\nthird\n", "held out\n")
 
 
+def test_the_description_of_a_data_set_is_no_text_of_it(cache: Cache) -> None:
+    cache.add("dataset", "owner/plain", {"README.md": b"# About it\n", "a.jsonl": rows("first", "second")})
+    assert "".join(trained_text("hf:owner/plain", validation_share=0.5)) == "first\nsecond\n"
+    cache.add("dataset", "owner/nothing_else", {"README.md": b"# About it\n"})
+    with pytest.raises(HvdlmError, match=r"holds no .* file \(left out: 1 description of a data set \(README.md\)\)"):
+        trained_text("hf:owner/nothing_else")
+
+
 def test_token_files_are_read(cache: Cache) -> None:
     ids = np.arange(64, dtype="<u2")
     files = {"corpus_train_000001.bin": ids.tobytes(), "corpus_val_000000.bin": ids[:32].tobytes()}
