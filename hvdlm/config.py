@@ -187,6 +187,11 @@ class DataConfig:
         return self.chat is not None or self.prompt is not None
 
     @property
+    def marking_option(self) -> str:
+        """The option that ``marks_targets``."""
+        return "prompt" if self.chat is None else "chat"
+
+    @property
     def record_field(self) -> str:
         """The field by which records are recognised."""
         return self.field if self.chat is None else self.chat

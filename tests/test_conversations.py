@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -313,6 +314,57 @@ def test_options_that_contradict_targets(
     assert re.search(words, capsys.readouterr().err)
 
 
+@pytest.mark.parametrize("option", ["chat", "prompt"])
+def test_targets_are_marked_in_records_alone(tmp_path: Path, option: str) -> None:
+    text = tmp_path / "plain.txt"
+    text.write_text("No record.\n" * 20)
+    plain = DataConfig(path=str(text), tokenizer="byte", cache=str(tmp_path / "cache"))
+    template = tmp_path / "chat.jinja"
+    template.write_text(PLAIN)
+    marked: dict[str, Any] = {option: "messages", "chat_template": str(template)}
+    for path in (str(text), "embedded"):
+        with pytest.raises(HvdlmError, match=f"{path}: it is a text, and data.{option} names a field of records"):
+            preparation.prepare(replace(plain, path=path, **marked))
+    tokens = preparation.prepare(plain, str(tmp_path / "tokens")).folder
+    with pytest.raises(HvdlmError, match=rf"data.{option}: all tokens of the folder {tokens} are targets"):
+        preparation.prepare(replace(plain, path=str(tokens), **marked))
+
+
+@pytest.mark.parametrize("option", ["chat", "prompt", "field"])
+@pytest.mark.parametrize("name", ["x.jsonl", "x.csv", "x.parquet"])
+def test_the_option_of_a_missing_field_is_named(tmp_path: Path, name: str, option: str) -> None:
+    template, path = tmp_path / "chat.jinja", tmp_path / name
+    template.write_text(PLAIN)
+    if name == "x.parquet":
+        parquet.write_table(pyarrow.table({"text": ["a"]}), path)
+    else:
+        path.write_text('{"text": "a"}\n' if name == "x.jsonl" else "text\na\n")
+    config = DataConfig(path=str(path), tokenizer="byte", cache=str(tmp_path / "cache"), chat_template=str(template))
+    with pytest.raises(HvdlmError, match=rf"has no field 'none', it has text: --data.{option} NAME"):
+        preparation.prepare(replace(config, **{option: "none"}))
+
+
+@both_frameworks
+def test_a_run_outlives_steps_without_targets(
+    tmp_path: Path, framework: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """More of them in a row than skipped steps end a run; its last step and its part of the validation have none."""
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(json.dumps({"prompt": "why " * 100, "text": "so"}) + "\n")
+    pairs.write_text(pairs.read_text() * 8)
+    run = tmp_path / "run"
+    command = ["train", *SMALL, "--backend", "local", "--framework", framework, "--data.path", str(pairs)]
+    command += ["--data.prompt", "prompt", "--data.tokenizer", "byte", "--data.cache", str(tmp_path / "cache")]
+    command += ["--data.context", "8", "--data.validation_path", str(pairs), "--train.batch_size", "1"]
+    command += ["--train.steps", "12", "--train.max_skips", "2", "--train.eval_every", "6", "--train.eval_tokens", "8"]
+    command += ["--train.warmup", "1", "--log.every", "1", "--log.run", str(run)]
+    assert cli.main(command) == 0
+    printed = capsys.readouterr()
+    assert "update skipped, the batch has no targets" in printed.out + printed.err
+    evaluated = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if "val_loss" in line]
+    assert math.isfinite(evaluated[-1]["val_loss"]) and 0 <= evaluated[-1]["token_accuracy"] <= 1
+
+
 # Rows
 
 
@@ -362,6 +414,7 @@ def test_a_step_without_targets_changes_nothing(framework: str) -> None:
     batch.weights = np.zeros(batch.inputs.shape, np.float32)
     result = trainable.train_step([batch], 0.1, 0)
     assert result.skipped and result.tokens == 0
+    assert result.empty and not result.failed  # no reason to roll back
     np.testing.assert_array_equal(trainable.state()["parameters/embed.tokens"], before)
     assert trainable.eval_step(batch) == (0.0, 0.0)
     assert math.isnan(loss_figures({"loss": 0.0, "tokens": 0.0})["val_loss"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import pytest
 
 from builders import VOCAB, both_frameworks, encoder_batch, read_json, small_trainable, token_batch, train_steps
 from hvdlm import cli
+from hvdlm.config import Config, DataConfig
 from hvdlm.protocols.types import Batch
 from hvdlm.training.loop import sums_of
+from hvdlm_language.language_model import LanguageModel
 from launching import SMALL
 
 
@@ -94,6 +97,13 @@ def test_frameworks_need_not_count() -> None:
     trainable = small_trainable("torch")
     train_steps(trainable, 1)
     assert sums_of(task, trainable, batch).keys() == {"wiki/loss", "wiki/tokens", "wiki/predicted"}
+
+
+def test_without_targets_it_is_not_a_number(tmp_path: Path) -> None:
+    """As the loss: ``train.eval_tokens`` may choose prompts alone."""
+    task = LanguageModel(Config(data=DataConfig(tokenizer="byte", cache=str(tmp_path))))
+    figures = task.metrics({"loss": 0.0, "tokens": 0.0, "predicted": 0.0})
+    assert math.isnan(figures["token_accuracy"]) and math.isnan(figures["val_loss"])
 
 
 def test_every_report_of_a_run_has_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -71,7 +71,8 @@ class StepResult:
         data_seconds: time this rank waited for its batch. Set by the loop.
         idle_seconds: time this rank waited for other pipeline stages' results (included in comm_seconds).
         axis_bytes: comm_bytes by mesh axis (``communication.traffic.AXIS_OF``).
-        skipped: the update was not applied, because gradients were not finite or their norm was above the limit.
+        skipped: the update was not applied, because gradients were not finite or their norm was above the limit,
+            or the batch is ``empty``.
         device_memory_peak: ``HasDeviceMemory`` of this rank, in steps that are logged. Set by the loop.
     """
 
@@ -95,7 +96,12 @@ class StepResult:
     @property
     def failed(self) -> bool:
         """Whether the update was skipped because gradients were not finite."""
-        return self.skipped and not math.isfinite(self.grad_norm)
+        return self.skipped and not self.empty and not math.isfinite(self.grad_norm)
+
+    @property
+    def empty(self) -> bool:
+        """Whether the global batch has no targets: the update was skipped, which is no fault; the loss is NaN."""
+        return self.tokens == 0
 
     @property
     def applied(self) -> bool:

@@ -72,7 +72,7 @@ def train(run: Run, signals: Signals) -> dict[str, Any]:
             checking = due(step, config.train.replica_check_every)
             if stopped or save_due or finish or evaluating or checking or saver.refused:
                 reports.report()
-            deferred = bool(stopped or save_due or finish) and run.world.any(not result.applied)
+            deferred = bool(stopped or save_due or finish) and run.world.any(not (result.applied or result.empty))
             if deferred:
                 stopped, finish = None, 0  # the next steps decide whether the run rolls back
             wrong = step == config.train.steps and run.world.any(result.failed)

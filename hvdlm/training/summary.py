@@ -70,7 +70,8 @@ class RunTotals:
         self.steps += 1
         self.skipped += result.skipped
         self.bytes += result.comm_bytes
-        self.last_loss = result.loss
+        if not result.empty:
+            self.last_loss = result.loss
         self.axis_bytes = result.axis_bytes
         self.rates = self.rates.after(result, seconds)
         if self.steps == 1:

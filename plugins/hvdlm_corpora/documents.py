@@ -232,7 +232,7 @@ def _rows(source: str, chunks: Iterable[bytes], form: Form, delimiter: str, firs
         names = next(reader, [])
         for field in form.fields:
             if field not in names:
-                raise no_field(source, field, names, "the first line")
+                raise no_field(source, field, form, names, "the first line")
         columns = [names.index(field) for field in form.fields]
         for number, row in enumerate((row for row in reader if row), 1):
             if number > first:
@@ -274,7 +274,7 @@ def _value(record: dict[str, Any], form: Form, source: str, number: int, known: 
     for field in form.fields:
         value = _nested(record, field)
         if value is _MISSING and not known:
-            raise no_field(source, field, list(record), f"record {number}")
+            raise no_field(source, field, form, list(record), f"record {number}")
         values += [] if value is _MISSING else [value]
     return _joined_fields(values, form)
 
@@ -299,8 +299,8 @@ def _nested(record: dict[str, Any], field: str) -> Any:
     return value
 
 
-def no_field(source: str, field: str, names: list[str], where: str) -> HvdlmError:
+def no_field(source: str, field: str, form: Form, names: list[str], where: str) -> HvdlmError:
     """Return the error of records without ``field``, which have the fields ``names``."""
-    return HvdlmError(
-        f"data.path {source}: {where} has no field {field!r}, it has {shown(', '.join(names))}: --data.field NAME."
-    )
+    option = "chat" if form.chat is not None else "prompt" if field == form.prompt else "field"
+    has = shown(", ".join(names)) if names else "no named fields"
+    return HvdlmError(f"data.path {source}: {where} has no field {field!r}, it has {has}: --data.{option} NAME.")

@@ -25,6 +25,7 @@ from hvdlm_corpora import (
     cache,
     conversations,
     document_tokens,
+    documents,
     hub_data,
     passages,
     sources,
@@ -54,7 +55,13 @@ def prepare(config: DataConfig, output: str | None = None, processes: int | None
     """
     config = hub_data.local(config)
     if is_prepared(config.paths):
-        return open_tokens(Path(config.paths[0]))
+        data = open_tokens(Path(config.paths[0]))
+        if config.marks_targets and data.train_targets is None:
+            raise HvdlmError(
+                f"data.{config.marking_option}: all tokens of the folder {data.folder} are targets: leave it out, or "
+                "prepare the records with it."
+            )
+        return data
     if token_corpus.is_tokens(config.paths):
         if output:
             raise HvdlmError(
@@ -125,6 +132,11 @@ def check_sources(config: DataConfig) -> None:
     for path in sources.expand([*config.paths, *config.validation_paths], config.record_field):
         if path != "embedded" and os.path.getsize(path) == 0:
             raise HvdlmError(f"data.path {path}: the file is empty: give a file with text.")
+        if config.marks_targets and not documents.kind(path):
+            raise HvdlmError(
+                f"data.path {path}: it is a text, and data.{config.marking_option} names a field of records: give JSON "
+                "lines, a JSON array, CSV or a table, or leave it out."
+            )
 
 
 def train_tokenizer(config: DataConfig, groups: Sequence[tuple[Sequence[str], Form]]) -> Tokenizer:

@@ -80,7 +80,7 @@ def _columns(source: str, schema: Any, form: Form) -> list[_Column]:
             names = [child.name for child in kind] if number == 0 or types.is_struct(kind) else []
             if names.count(name) != 1:
                 raise documents.no_field(
-                    source, field, names, f"the column {'.'.join(path[:number])}" if number else "the table"
+                    source, field, form, names, f"the column {'.'.join(path[:number])}" if number else "the table"
                 )
             kind = kind.field(name).type
         _check_type(source, field, kind, form)

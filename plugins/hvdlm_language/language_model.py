@@ -32,10 +32,10 @@ def loss_figures(sums: Mapping[str, float]) -> dict[str, float]:
     return {"val_loss": loss, "perplexity": math.inf if loss >= 700 else math.exp(loss)}
 
 
-def _mean(sums: Mapping[str, float], prefix: str) -> float:
-    """Return the mean loss of a corpus; NaN where none of the evaluated tokens is a target."""
+def _mean(sums: Mapping[str, float], prefix: str, name: str = "loss") -> float:
+    """Return the mean over a corpus's targets of what is summed; NaN where none of the evaluated tokens is a target."""
     tokens = sums[f"{prefix}tokens"]
-    return sums[f"{prefix}loss"] / tokens if tokens else math.nan
+    return sums[f"{prefix}{name}"] / tokens if tokens else math.nan
 
 
 class LanguageModel:
@@ -205,7 +205,7 @@ class LanguageModel:
             figures["bits_per_byte"] = loss / math.log(2) / bytes_per_token
         accuracies: dict[str, float] = {}
         if all(f"{prefix}predicted" in sums for _, prefix in prefixes):
-            accuracies = {c.name: sums[f"{prefix}predicted"] / sums[f"{prefix}tokens"] for c, prefix in prefixes}
+            accuracies = {corpus.name: _mean(sums, prefix, "predicted") for corpus, prefix in prefixes}
             figures["token_accuracy"] = math.fsum(corpus.share * accuracies[corpus.name] for corpus in self._corpora)
         figures |= {f"val_loss/{name}": value for name, value in losses.items() if name}
         return figures | {f"token_accuracy/{name}": value for name, value in accuracies.items() if name}
