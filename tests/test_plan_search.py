@@ -290,9 +290,7 @@ def test_virtual_stages_are_not_faster_than_their_lower_bound(config: Config, ma
         assert costs._bound(candidate, mesh) <= time.seconds
     bubbles = [(seconds[p, 2, n].bubble, seconds[p, 1, n].bubble) for p, n in itertools.product((2, 4), (1, 2))]
     assert all(virtual < plain or virtual == plain == 0.0 for virtual, plain in bubbles)
-    assert machine == "shared" or any(
-        plain > 0.0 for _, plain in bubbles
-    )  # ranks that wait leave their cores to others
+    assert machine == "shared" or any(plain > 0.0 for _, plain in bubbles)  # there, ranks that wait leave their cores
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 1), (1, 3, 2), (2, 2, 2), (4, 1, 2)])
