@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from dataclasses import replace
@@ -279,6 +280,23 @@ def test_no_layout_is_faster_than_its_lower_bound(config: Config, machine: str, 
     for seconds, candidate in real_layouts(config, space, costs):
         p = candidate.parallel
         assert costs._bound(candidate, Mesh(p.data or 1, p.pipeline, p.tensor)) <= seconds
+
+
+@pytest.mark.parametrize("machine", ["h100", "shared", "measured"])
+def test_virtual_stages_are_not_faster_than_their_lower_bound(config: Config, machine: str) -> None:
+    model = replace(config.model, layers=8, vocab=1000)  # stages of about the same seconds
+    costs, seconds = costs_of(replace(config, model=model), machines()[machine]), {}
+    for pipeline, virtual, size in itertools.product((2, 4), (1, 2), (1, 2)):
+        mesh = Mesh(1, pipeline, 1)
+        parallel = replace(config.parallel, data=1, pipeline=pipeline, virtual_stages=virtual)
+        train = replace(config.train, batch_size=16, micro_batch_size=size)
+        candidate = replace(config, model=model, parallel=parallel, train=train)
+        assert costs.valid(candidate, mesh)
+        seconds[pipeline, virtual, size] = time = costs.time(candidate, mesh)
+        assert costs._bound(candidate, mesh) <= time.seconds
+    bubbles = [(seconds[p, 2, n].bubble, seconds[p, 1, n].bubble) for p, n in itertools.product((2, 4), (1, 2))]
+    assert all(virtual < plain or virtual == plain == 0.0 for virtual, plain in bubbles)
+    assert machine == "shared" or any(plain > 0.0 for _, plain in bubbles)  # there, ranks that wait leave their cores
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 1), (1, 3, 2), (2, 2, 2), (4, 1, 2)])
