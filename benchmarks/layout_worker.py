@@ -1,7 +1,7 @@
 """A rank that trains the same model in several layouts, a block of steps each in turns.
 
 ``1x1x2c``: compiled; ``1x1x2s``: with sequence parallelism; ``1x1x2w``: waits for the sum of an input's gradient before
-it computes those of weights.
+it computes those of weights; ``1x2x1v2``: with two virtual stages a rank.
 """
 
 from __future__ import annotations
@@ -34,13 +34,14 @@ def make_config(o: argparse.Namespace, shape: str) -> Config:
     config.train.compile = "c" in shape
     if mesh.pipeline > 1:
         config.train.micro_batch_size = o.rows // mesh.data // o.micro_batches
-    config.parallel = ParallelConfig(*mesh.shape, sequence="s" in shape)
+    virtual = int(shape.partition("v")[2] or 1)
+    config.parallel = ParallelConfig(*mesh.shape, sequence="s" in shape, virtual_stages=virtual)
     return config
 
 
 def make_mesh(shape: str) -> Mesh:
-    """Return the mesh that is written as 2x1x1 or 2x1x1c: data x pipeline x tensor."""
-    return Mesh(*map(int, shape.rstrip("csw").split("x")))
+    """Return the mesh that is written as 2x1x1, 2x1x1c or 1x2x1v2: data x pipeline x tensor."""
+    return Mesh(*map(int, shape.partition("v")[0].rstrip("csw").split("x")))
 
 
 def wait_for_sums(collectives: Any, framework: str) -> None:

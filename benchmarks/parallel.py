@@ -5,8 +5,10 @@
 On 2 ranks all layouts take turns in the same processes; the first figure is tokens per second with two tensor ranks
 divided by those with two data ranks. The second is the idle share of two pipeline stages divided by that of the formula
 (p - 1) / (m + p - 1), with p stages and m micro-batches, which leaves transfers out: its micro-batches have 8
-sequences, so that transfers are small. On 4 ranks each layout is a launch of its own. Layouts are written as data x
-pipeline x tensor.
+sequences, so that transfers are small. The third is the idle share of two stages with two virtual stages on each rank
+(interleaved 1F1B) divided by that without, in turns, with few micro-batches, so that there is much to save; the formula
+is (p - 1) / (v m + p - 1) with v virtual stages. On 4 ranks each layout is a launch of its own. Layouts are written as
+data x pipeline x tensor.
 """
 
 from __future__ import annotations
@@ -19,10 +21,10 @@ from harness import FRAMEWORKS, Bar, flags, make_parser, parse, report, report_r
 
 from hvdlm.planning.closed_forms import idle_share
 
-TENSOR, IDLE = Bar(at_least=0.80), Bar(0.85, 1.15)
+TENSOR, IDLE, INTERLEAVED = Bar(at_least=0.80), Bar(0.85, 1.15), Bar(at_most=0.80)
 FULL = {"ranks": [2, 4], "rounds": 6, "width": 512, "layers": 4, "context": 64, "rows": 16, "idle_rows": 64}
 SHORT = {"ranks": [2], "rounds": 2, "width": 64, "layers": 2, "context": 16, "idle_rows": 16}
-MICRO_BATCHES = 8
+MICRO_BATCHES, FEW = 8, 4
 TWO_RANKS = ("2x1x1", "1x1x2", "1x2x1")
 FOUR_RANKS = ("4x1x1", "2x1x2", "2x2x1", "1x2x2", "1x1x4", "1x4x1")
 
@@ -49,6 +51,11 @@ def measure_two_ranks(framework: str, o: argparse.Namespace) -> list[Measurement
     share, expected = pipeline["idle_share"], idle_share(2, MICRO_BATCHES)
     title = f"idle share of 2 stages / (p - 1) / (m + p - 1), {framework}"
     report(title, share / expected, IDLE, f"{share:.4f} and {expected:.4f}")
+    sizes = {"rows": o.idle_rows, "layers": 2 * o.layers, "micro_batches": FEW}
+    plain, virtual = (one["idle_share"] for one in measure(framework, 2, ("1x2x1", "1x2x1v2"), o, **sizes)[1])
+    title = f"idle share of 2 stages with 2 virtual stages a rank / without, {framework}"
+    formulas = f"formulas {idle_share(2, FEW, 2):.4f} and {idle_share(2, FEW):.4f}"
+    report(title, virtual / plain, INTERLEAVED, f"{virtual:.4f} and {plain:.4f}; {formulas}")
     return measurements
 
 

@@ -121,8 +121,14 @@ class DataConfig:
         split: split to train on of a data set whose files or folders are named by their splits; its split validation
             (valid, val, dev) is used for validation unless validation_path is given
         validation_share: fraction of the corpus, taken from its end, held out for validation if validation_path is null
-        field: name of the text field in JSON, CSV, Parquet and Hugging Face data sets; in JSON, a.b is field b of the
-            object in a, and a.0 the first element of the list in a
+        field: name of the text field in JSON, CSV, Parquet and Hugging Face data sets; a.b is field b of the object or
+            structure in a and, in JSON, a.0 the first element of the list in a
+        prompt: name of the field of a prompt, which data.field completes: losses are those of completions alone; null:
+            those of all tokens
+        chat: name of the field of conversations, lists of {role, content}: they are written by the chat template, and
+            losses are those of the assistant's turns alone; null: texts
+        chat_template: file of the chat template (Jinja); null: chat_template.jinja, or the entry chat_template of
+            tokenizer_config.json, beside the tokenizer.json
         separator: text appended to every record
         max_expansion: maximum size of a file's text, as a multiple of the file's size; larger ones are refused as
             decompression bombs, unless they have less than 64 MiB
@@ -141,6 +147,8 @@ class DataConfig:
             over)
         rows: windows (of the tokens of all documents in a row) or documents (rows begin with documents; shorter ones
             are packed, longer ones continue in further rows, rests are padded)
+        document_masks: tokens attend to those of their own document only, and positions count from its first token in
+            the row (gpt)
         cache: cache folder of token files; null: hvdlm/tokens in the user's cache folder
         prefetch: steps whose batches a thread makes ahead, once they take more than 1% of the time; 0: none
     """
@@ -151,6 +159,9 @@ class DataConfig:
     split: str = "train"
     validation_share: float = 0.1
     field: str = "text"
+    prompt: str | None = None
+    chat: str | None = None
+    chat_template: str | None = None
     separator: str = "\n"
     max_expansion: float = 1000.0
     tokenizer: str = "char"
@@ -161,8 +172,29 @@ class DataConfig:
     context: int = 64
     sampling: Literal["shuffled", "sequential"] = "shuffled"
     rows: Literal["windows", "documents"] = "windows"
+    document_masks: bool = False
     cache: str | None = None
     prefetch: int = 2
+
+    @property
+    def by_document(self) -> bool:
+        """Whether batches depend on where documents begin, so that each is encoded by itself and indexed."""
+        return self.rows == "documents" or self.document_masks or self.marks_targets
+
+    @property
+    def marks_targets(self) -> bool:
+        """Whether some tokens are no targets: prompts, and turns of a conversation that are not the assistant's."""
+        return self.chat is not None or self.prompt is not None
+
+    @property
+    def marking_option(self) -> str:
+        """The option that ``marks_targets``."""
+        return "prompt" if self.chat is None else "chat"
+
+    @property
+    def record_field(self) -> str:
+        """The field by which records are recognised."""
+        return self.field if self.chat is None else self.chat
 
     @property
     def paths(self) -> list[str]:
@@ -210,6 +242,8 @@ class TrainConfig:
         momentum: SGD and Muon: momentum; null: SGD 0, Muon 0.95
         nesterov: SGD: use Nesterov momentum, as Muon always does
         clip: maximum global norm of the gradient; 0: no clipping
+        ema: decay of an exponential moving average of the weights, for example 0.999, which validation evaluates beside
+            the weights; null: none
         z_loss: factor of the squared logarithm of the softmax's denominator, which is added to the loss, for example
             1e-4 (Chowdhery et al. 2022, section 5)
         label_smoothing: share of the target probability spread over the vocabulary (Szegedy et al. 2016, section 7)
@@ -258,6 +292,7 @@ class TrainConfig:
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     clip: float = 1.0
+    ema: float | None = None
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     tf32: bool = True
     compile: bool | Literal["auto"] | None = "auto"
@@ -279,29 +314,35 @@ class TrainConfig:
 
 @dataclass
 class ParallelConfig:
-    """Parallel layout: data x pipeline x tensor ranks.
+    """Parallel layout: data x pipeline x context x tensor ranks.
 
     Args:
-        data: data-parallel ranks; null: all ranks divided by pipeline x tensor
+        data: data-parallel ranks; null: all ranks divided by pipeline x context x tensor
         pipeline: pipeline-parallel ranks (stages)
         tensor: tensor-parallel ranks, which shard every layer
         data_per_node: data-parallel ranks whose gradients are summed whole, in one node; between nodes they are
             compressed; 1: one level
+        context: context-parallel ranks, which divide the positions of every sequence (GPTs, ring attention)
         sequence: sequence parallelism: tensor-parallel ranks also shard the positions between layers (Transformers
             only)
-        zero: ZeRO stage: data-parallel ranks shard nothing (0), the optimizer state (1), or also the gradients (2)
+        zero: ZeRO stage: data-parallel ranks shard nothing (0), the optimizer state (1), also the gradients (2), or
+            also the parameters, which they gather layer by layer (3)
         zero_gather: how ZeRO gathers parameters: fp32, bf16 or int8; null: as gradients, bf16 or int8 if compressed
         schedule: pipeline schedule: 1f1b (one forward, one backward) or gpipe
+        virtual_stages: virtual pipeline stages of a rank (interleaved 1F1B): the bubble shrinks, and messages grow, by
+            this factor; 1: off
     """
 
     data: int | None = None
     pipeline: int = 1
     tensor: int = 1
     data_per_node: int = 1
+    context: int = 1
     sequence: bool = False
-    zero: Literal[0, 1, 2] = 0
+    zero: Literal[0, 1, 2, 3] = 0
     zero_gather: Literal["fp32", "bf16", "int8"] | None = None
     schedule: Literal["1f1b", "gpipe"] = "1f1b"
+    virtual_stages: int = 1
 
 
 @dataclass

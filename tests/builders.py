@@ -107,6 +107,12 @@ def meshes(size: int) -> list[Mesh]:
     return [Mesh(*shape) for shape in product(range(1, size + 1), repeat=3) if math.prod(shape) == size]
 
 
+def context_meshes(size: int) -> list[Mesh]:
+    """Return a mesh of ``size`` context ranks, and those of two of them beside two ranks of another axis."""
+    pairs = [(2, 1, 1), (1, 2, 1), (1, 1, 2)] if size == 4 else []
+    return [Mesh(1, 1, 1, context=size), *(Mesh(*shape, context=2) for shape in pairs)]
+
+
 # Batches
 
 

@@ -141,22 +141,24 @@ class World:
         costs, mesh = self.costs, self.costs.mesh
         slowest = max(self.slowness[k, d, s])
         schedule = "1f1b" if mesh.pipeline == 1 else costs.schedule
-        actions = make_pipeline_schedule(schedule, s, mesh.pipeline, costs.micro_batches)
+        shares = costs.stages[s].shares
+        virtual = mesh.pipeline * len(shares)  # stages, of which this rank has every mesh.pipeline-th
+        actions = make_pipeline_schedule(schedule, s, mesh.pipeline, costs.micro_batches, len(shares))
         sent = []
 
         def message(kind: str, number: int, sender: int) -> Signal:
-            link = (kind, sender, d, t)
-            return self.network.arrive((*link, k, number), 2, costs.message, link)
+            link = (kind, sender % mesh.pipeline, d, t)
+            return self.network.arrive((*link, sender, k, number), 2, costs.message, link)
 
         def receive(index: int) -> Signal | None:
             if index == len(actions):
                 return None
-            kind, number = actions[index]
-            sender = s - 1 if kind == "forward" else s + 1
-            return message(kind, number, sender) if 0 <= sender < mesh.pipeline else None
+            kind, number, chunk = actions[index]
+            sender = chunk * mesh.pipeline + s + (-1 if kind == "forward" else 1)
+            return message(kind, number, sender) if 0 <= sender < virtual else None
 
         arriving = receive(0)
-        for index, (kind, number) in enumerate(actions):
+        for index, (kind, number, chunk) in enumerate(actions):
             if arriving:
                 yield arriving
             backward = kind == "backward"
@@ -170,16 +172,20 @@ class World:
             if backward:
                 compute = stage.backward if stage.last_backward is None or not sends else stage.last_backward
                 seconds = compute * slowest + stage.tensor_backward
-            began = self.clock.now
+            seconds *= shares[chunk]
+            began, later = self.clock.now, sum(shares[chunk + 1 :])  # the backward passes of later chunks come first
             if backward and buckets is not None and sends:
                 for bucket, (ready, duration) in enumerate(stage.buckets):
-                    yield max(0.0, began + ready * seconds - self.clock.now)
+                    within = (ready - later) / shares[chunk]
+                    if not 0 <= within <= 1:  # completed by another chunk
+                        continue
+                    yield max(0.0, began + within * seconds - self.clock.now)
                     name = ("bucket", k, s, t, number, bucket)
                     buckets.append(self.network.arrive(name, mesh.data, duration, ("data", s, t)))
             yield began + seconds - self.clock.now
-            receiver = s - 1 if backward else s + 1
-            if 0 <= receiver < mesh.pipeline:
-                sent.append(message(kind, number, s))
+            number_of_stage = chunk * mesh.pipeline + s
+            if 0 <= number_of_stage + (-1 if backward else 1) < virtual:
+                sent.append(message(kind, number, number_of_stage))
         yield from sent
 
 

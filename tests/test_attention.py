@@ -52,11 +52,18 @@ LENGTHS = [
 ]
 
 
-def plain_attention(q: Any, k: Any, v: Any, gradient: Any, window: int = TIME) -> list[np.ndarray]:
-    """Return causal attention ``[rows, time, heads * head]`` and its gradients by the plain formulas, in float64."""
+def plain_attention(
+    q: Any, k: Any, v: Any, gradient: Any, window: int = TIME, starts: np.ndarray | None = None
+) -> list[np.ndarray]:
+    """Return causal attention ``[rows, time, heads * head]`` and its gradients by the plain formulas, in float64.
+
+    ``starts``: the positions where documents begin, ``[rows, time]``.
+    """
     group, scale = q.shape[1] // k.shape[1], q.shape[-1] ** -0.5
     q, k, v, gradient = (t.astype(np.float64) for t in (q, np.repeat(k, group, 1), np.repeat(v, group, 1), gradient))
     seen = np.tri(q.shape[2], dtype=bool) & ~np.tri(q.shape[2], k=-window, dtype=bool)
+    if starts is not None:
+        seen = seen & (np.arange(q.shape[2]) >= starts[:, None, :, None])
     scores = np.where(seen, scale * q @ k.swapaxes(2, 3), -np.inf)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
@@ -100,20 +107,31 @@ def test_chunks_have_the_plain_formulas_gradients(kv_heads: int, time: int, dtyp
 WINDOWS = [(16, 1), (16, 5), (193, 7), (193, 100), (193, 193), (12, 16)]
 
 
+def some_starts(time: int) -> np.ndarray:
+    """Return where documents begin in rows: everywhere, once, never, ..."""
+    random = np.random.default_rng(1)
+    begins = random.random((ROWS, time)) < np.linspace(0.0, 0.2, ROWS)[:, None]
+    return np.maximum.accumulate(np.where(begins, np.arange(time), 0), 1).astype(np.int32)
+
+
 @both_frameworks
+@pytest.mark.parametrize("divided", [False, True])
 @pytest.mark.parametrize(("time", "window"), WINDOWS)
-def test_windows_have_the_plain_formulas_gradients(framework: str, time: int, window: int) -> None:
+def test_windows_have_the_plain_formulas_gradients(framework: str, time: int, window: int, divided: bool) -> None:
+    """With documents in the rows, too."""
+    starts = some_starts(time) if divided else None
     random = np.random.default_rng(0)
     shapes = [(ROWS, HEADS, time, 8), (ROWS, 2, time, 8), (ROWS, 2, time, 8), (ROWS, time, HEADS * 8)]
     *qkv, gradient = (random.standard_normal(shape).astype(np.float32) for shape in shapes)
-    expected = plain_attention(*qkv, gradient, window)
+    expected = plain_attention(*qkv, gradient, window, starts)
     if framework == "torch":
         import torch
 
-        from hvdlm_torch.attention import attend_causally
+        from hvdlm_torch.attention import attend_causally, document_masks
 
         tensors = [torch.tensor(array, requires_grad=True) for array in qkv]
-        output = attend_causally(*tensors, window)
+        masks = () if starts is None else document_masks(torch.from_numpy(starts), window, torch.float32)
+        output = attend_causally(*tensors, window, masks)
         output.backward(torch.from_numpy(gradient))
         computed = [output.detach(), *(tensor.grad for tensor in tensors)]
     else:
@@ -122,7 +140,7 @@ def test_windows_have_the_plain_formulas_gradients(framework: str, time: int, wi
         from hvdlm_tensorflow.attention import attend_causally
 
         tensors = [tf.constant(array) for array in qkv]
-        graph = tf.function(lambda q, k, v: attend_causally(q, k, v, time, window), autograph=False)
+        graph = tf.function(lambda q, k, v: attend_causally(q, k, v, time, window, starts), autograph=False)
         with tf.GradientTape() as tape:
             tape.watch(tensors)
             output = graph(*tensors)
@@ -220,6 +238,36 @@ def test_long_contexts_train_alike_in_both_frameworks(model: str, compiled: bool
     assert abs(a.loss - b.loss) < 1e-5 and abs(a.grad_norm - b.grad_norm) < 1e-4 * a.grad_norm
     for name, values in parameters(one).items():
         np.testing.assert_allclose(parameters(other)[name], values, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def divided_batch() -> Batch:
+    batch = token_batch(shape=(ROWS, TIME))
+    batch.document_starts = some_starts(TIME)
+    return batch
+
+
+@pytest.mark.skipif(len(FRAMEWORKS) < 2, reason="compares two frameworks")
+@pytest.mark.parametrize(("model", "compiled"), [("gpt", True), ("mistral", False)])
+def test_long_documents_train_alike_in_both_frameworks(model: str, compiled: bool) -> None:
+    one, other = long_trainable("torch", model), long_trainable("tensorflow", model, compile=compiled)
+    a, b = (trainable.train_step([divided_batch()], 0.1, 0) for trainable in (one, other))
+    assert abs(a.loss - b.loss) < 1e-5 and abs(a.grad_norm - b.grad_norm) < 1e-4 * a.grad_norm
+    for name, values in parameters(one).items():
+        np.testing.assert_allclose(parameters(other)[name], values, rtol=1e-4, atol=1e-5, err_msg=name)
+    undivided = step(long_trainable("torch", model))
+    assert abs(undivided.loss - a.loss) > 1e-3
+
+
+@pytest.mark.skipif("torch" not in FRAMEWORKS, reason="PyTorch keeps the masks")
+@pytest.mark.parametrize("model", ["gpt", "mistral"])
+@pytest.mark.parametrize("options", [{}, {"precision": "bf16"}, {"activation_checkpointing": True}], ids=str)
+def test_all_layers_keep_one_mask_of_documents(model: str, options: dict[str, Any]) -> None:
+    trainable = long_trainable("torch", model, **options)
+    trainable._config.data.document_masks = True
+    trainable.train_step([divided_batch()], 0.1, 0)
+    predicted = closed_form(trainable._config, trainable._spec, Mesh(1, 1, 1), 0)
+    assert predicted is not None
+    assert trainable.memory()["activations"] == pytest.approx(predicted.memory["activations"], rel=0.02)
 
 
 @both_frameworks

@@ -40,6 +40,7 @@ ONE_BIT_ADAM = [
     "--train.clip",
     "0",
 ]
+ZERO_3 = ["--parallel.zero", "3"]
 ZERO_ONE_ADAM = ["--communication.exchange", "zero_one_adam", *ONE_BIT_ADAM[2:]]
 Setup = Callable[[pytest.MonkeyPatch], Any]
 
@@ -297,6 +298,16 @@ CASES: list[tuple[str, list[str], Setup | None, str]] = [
     ("1-bit Adam and sums", [*ONE_BIT_ADAM, "--communication.reduction", "sum"], None, "one_bit_adam averages"),
     ("1-bit Adam and ZeRO", [*ONE_BIT_ADAM, "--parallel.data", "2", "--parallel.zero", "1"], two_ranks,
      "and one_bit_adam has none"),
+    ("ZeRO-3 and an LSTM", [*ZERO_3, "--model.name", "lstm"], two_ranks, "the layers of an rnn model are not known"),
+    ("ZeRO-3 and stages", [*ZERO_3, "--parallel.pipeline", "2"], two_ranks, "stages of parallel.pipeline 2 have"),
+    ("ZeRO-3 and a compiler", [*ZERO_3, "--train.compile", "true"], two_ranks, "compiled steps (train.compile) keep"),
+    ("ZeRO-3 and Muon", [*ZERO_3, "--train.optimizer", "muon"], two_ranks, "muon updates whole matrices: set"),
+    ("ZeRO-3 and int8", [*ZERO_3, f"{COMPRESSION}.algorithm", "int8"], two_ranks, "sends no compressed gradients"),
+    ("ZeRO-3 and bf16", [*ZERO_3, "--parallel.zero_gather", "bf16"], two_ranks, "sends them in float32, not in bf16"),
+    ("ZeRO-3 and adapters", [*ZERO_3, "--lora.rank", "2"], two_ranks, "adapters (lora.rank) leave little to shard"),
+    ("ZeRO-3 and Adasum", [*ZERO_3, "--communication.reduction", "adasum"], two_ranks, "zero 3 scatters sums"),
+    ("TensorFlow's ZeRO-3 and tensor ranks", [*ZERO_3, "--framework", "tensorflow", "--parallel.tensor", "2"],
+     two_ranks, "TensorFlow's tensor ranks can't gather weights layer by layer"),
     ("1-bit Adam and an embedding of two stages", [*ONE_BIT_ADAM, "--parallel.pipeline", "2"], two_ranks,
      "one_bit_adam makes updates of the gradients that a stage has, and those of a tied embedding are two"),
     ("1-bit Adam and translation", [*ONE_BIT_ADAM, "--task", "translation"], None, "padding would falsify"),

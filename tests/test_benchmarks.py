@@ -37,7 +37,7 @@ RUNS = [
     ("loop_overhead", ["tensorflow"], 1),
     pytest.param("losses", ["--data", str(DATA)], 2, marks=needs_data),
     pytest.param("optimizers", ["--data", str(DATA)], 3, marks=needs_data),
-    ("parallel", ["torch"], 2),
+    ("parallel", ["torch"], 3),
     ("planner", ["torch"], 2),
     ("planner_search", ["torch"], 1),
     pytest.param("prefetching", ["torch", "--data", str(DATA)], 2, marks=needs_data),

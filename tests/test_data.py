@@ -203,7 +203,7 @@ def test_sequential_rows_continue_the_last_step() -> None:
     tokens = np.arange(1001, dtype=np.uint16)
     reader = sampler.SequentialSampler(tokens, 10, 4)
     for step in range(reader.windows):
-        inputs, targets, weights, reset = reader.rows(4 * step + 1, 4 * step + 3)
+        inputs, targets, weights, reset, _ = reader.rows(4 * step + 1, 4 * step + 3)
         assert reset == (step == 0) and weights is None
         assert inputs[:, 0].tolist() == [250 + 10 * step, 500 + 10 * step]
         np.testing.assert_array_equal(targets, inputs + 1)
@@ -225,7 +225,7 @@ def test_a_limited_evaluation_counts_that_many_targets_once(
     tokens = np.arange(length, dtype=np.uint16)
     counted = []
     for rank in range(ranks):
-        for inputs, targets, weights, _ in split(tokens, context, rows, rank, ranks, limit):
+        for inputs, targets, weights, *_ in split(tokens, context, rows, rank, ranks, limit):
             kept = np.ones(targets.shape, bool) if weights is None else weights > 0
             assert (targets[kept] == inputs[kept] + 1).all()
             counted += targets[kept].tolist()
@@ -245,7 +245,7 @@ def test_evaluation_predicts_every_token_exactly_once(split, count: int, context
     tokens = np.arange(count, dtype=np.uint16)
     seen: list[int] = []
     for rank in range(size):
-        for inputs, targets, weights, _ in split(tokens, context, rows, rank, size):
+        for inputs, targets, weights, *_ in split(tokens, context, rows, rank, size):
             counted = np.ones_like(targets, bool) if weights is None else weights > 0
             np.testing.assert_array_equal(targets[counted], inputs[counted] + 1)
             seen += targets[counted].tolist()
@@ -259,5 +259,5 @@ def test_evaluation_batches_of_a_rank_have_one_shape(split, count: int, context:
     tokens = np.arange(count, dtype=np.uint16)
     for rank in range(size):
         batches = list(split(tokens, context, rows, rank, size))
-        assert len({(inputs.shape, targets.shape, weights is None) for inputs, targets, weights, _ in batches}) <= 1
+        assert len({(inputs.shape, targets.shape, weights is None) for inputs, targets, weights, *_ in batches}) <= 1
         assert all(inputs.shape[0] <= rows and inputs.shape[1] <= context for inputs, *_ in batches)

@@ -229,7 +229,7 @@ def test_an_epoch_has_every_token_once(lengths: list[int], context: int, batch: 
     for epoch in range(2):
         seen: list[int] = []
         for row in range(epoch * len(rows), (epoch + 1) * len(rows)):
-            inputs, targets, weights, reset = sampler.rows(row, row + 1)
+            inputs, targets, weights, reset, _ = sampler.rows(row, row + 1)
             assert weights is not None and reset and inputs.shape == targets.shape == weights.shape == (1, context)
             counted = weights[0] == 1
             used = inputs[0][counted].tolist()
@@ -270,7 +270,7 @@ def test_evaluation_by_documents_predicts_every_token_once(
         batches = list(evaluated(tokens, documents, context, rows, rank, size))
         assert len({inputs.shape for inputs, *_ in batches}) <= 1
         assert all(inputs.shape[0] <= rows for inputs, *_ in batches)
-        for _, targets, weights, _ in batches:
+        for _, targets, weights, *_ in batches:
             assert weights is not None
             seen += targets[weights == 1].tolist()
     assert sorted(seen) == list(range(1, sum(lengths)))
@@ -282,7 +282,7 @@ def test_a_limited_evaluation_by_documents_is_spread_evenly() -> None:
     for limit, rows in ((1, 1), (1800, 100), (9000, 500), (10**6, 500)):
         seen: list[int] = []
         for rank in range(3):
-            for _, targets, weights, _ in evaluated(tokens, documents, 20, 7, rank, 3, limit):
+            for _, targets, weights, *_ in evaluated(tokens, documents, 20, 7, rank, 3, limit):
                 assert weights is not None
                 seen += targets[weights == 1].tolist()
         expected = rows * 18 - (1 if rows == 500 else 0)
@@ -296,7 +296,7 @@ def test_mixtures_are_made_of_rows_of_documents() -> None:
         corpora.append((10_000 * number + np.arange(sum(lengths)), 2.0 - number))
         documents.append(DocumentRows(np.cumsum([0, *lengths[:-1]]), sum(lengths), 6))
     mixed = MixtureSampler(corpora, 6, 16, 1, documents)
-    inputs, targets, weights, _ = mixed.rows(0, 1024)
+    inputs, targets, weights, *_ = mixed.rows(0, 1024)
     assert weights is not None and set(weights.sum(1).tolist()) >= {3.0, 5.0, 6.0}
     assert ((targets == inputs + 1) | (weights == 0)).all()
     from_first = inputs[:, 0] < 10_000

@@ -35,6 +35,8 @@ configs:
   data_files: [small/a.jsonl, small/b.jsonl]
 - config_name: outside
   data_files: ../../../secret.jsonl
+- config_name: absolute
+  data_files: SECRET
 ---
 # A data set
 """
@@ -77,7 +79,7 @@ def rows(*texts: str) -> bytes:
 
 def data_set(cache: Cache, readme: str = CONFIGURATIONS) -> Path:
     files = {
-        "README.md": readme.encode(),
+        "README.md": readme.replace("SECRET", str(cache.home / "secret.jsonl")).encode(),
         "large/train-0.jsonl": rows("first", "second"),
         "large/train-1.jsonl": rows("third"),
         "large/valid.jsonl": rows("held out"),
@@ -194,6 +196,14 @@ def test_a_folder_without_a_description_is_read_as_a_folder(cache: Cache) -> Non
     assert trained_text("hf:owner/stories/large") == ("first\nsecond\nthird\n", "held out\n")
 
 
+def test_the_description_of_a_data_set_is_no_text_of_it(cache: Cache) -> None:
+    cache.add("dataset", "owner/plain", {"README.md": b"# About it\n", "a.jsonl": rows("first", "second")})
+    assert "".join(trained_text("hf:owner/plain", validation_share=0.5)) == "first\nsecond\n"
+    cache.add("dataset", "owner/nothing_else", {"README.md": b"# About it\n"})
+    with pytest.raises(HvdlmError, match=r"holds no .* file \(left out: 1 description of a data set \(README.md\)\)"):
+        trained_text("hf:owner/nothing_else")
+
+
 def test_token_files_are_read(cache: Cache) -> None:
     ids = np.arange(64, dtype="<u2")
     files = {"corpus_train_000001.bin": ids.tobytes(), "corpus_val_000000.bin": ids[:32].tobytes()}
@@ -206,9 +216,11 @@ def test_token_files_are_read(cache: Cache) -> None:
 @pytest.mark.parametrize(
     ("path", "sentence"),
     [
-        ("hf:owner/stories", "has the configurations large, small, outside: name one, for example"),
+        ("hf:owner/stories", "has the configurations large, small, outside, absolute: name one, for example"),
         ("hf:owner/stories/larg", "did you mean large"),
         ("hf:owner/stories/outside", "names files of split train that the data set doesn't have"),
+        ("hf:owner/stories/absolute", "names files of split train that the data set doesn't have"),
+        ("hf:owner/" + "x" * 100, "this is no name of the Hugging Face Hub"),
         ("hf:owner/nothing", "the cache of huggingface_hub has no dataset of this name"),
         ("hf:", "this is no name of a data set"),
         ("hf:../../etc", "this is no name of a data set"),
@@ -227,6 +239,12 @@ def test_a_split_that_is_missing_is_refused(cache: Cache) -> None:
     data_set(cache)
     with pytest.raises(HvdlmError, match=r"it has no split 'trian' \(--data.split\); did you mean train\?"):
         trained_text("hf:owner/stories/large", split="trian")
+
+
+def test_a_mapping_names_the_files_of_splits(cache: Cache) -> None:
+    files = "{train: large/train-0.jsonl, validation: [large/valid.jsonl]}"
+    data_set(cache, readme=f"---\nconfigs: [{{config_name: default, data_files: {files}}}]\n---\n")
+    assert trained_text("hf:owner/stories") == ("first\nsecond\n", "held out\n")
 
 
 @pytest.mark.parametrize(

@@ -22,10 +22,12 @@ SHARDED = "every_layout and (1x2x1 or 2x1x2-zero2) or one_step and (1x1x2 or 2x2
 # Adasum, and has sums in flight over several steps, beside messages.
 EXCHANGES = "losses_of_every_exchange or adasum or in_flight and none or sum_travels"
 OTHERS = "not (test_layouts or test_update_equations or test_compression or test_zero_compression or test_streaming "
-OTHERS += "or test_automatic or test_two_level or test_muon)"
+OTHERS += "or test_automatic or test_two_level or test_muon or test_moving_average or test_document_masks)"
 LEVELS = "test_two_level and (int8 or bytes or curve)"
+LATER = "test_automatic or (test_muon or test_moving_average) and a_layout"
+LATER += " or test_document_masks and (1x2x1 or exact)"
 SELECTED = {
-    ("mpirun", 2): ["-k", f"{OTHERS} or {EXCHANGES} or {SHARDED} or test_automatic or test_muon and a_layout"],
+    ("mpirun", 2): ["-k", f"{OTHERS} or {EXCHANGES} or {SHARDED} or {LATER}"],
     ("mpirun", 4): ["-k", f"{OTHERS} or {SHARDED} or {LEVELS}"],
     ("horovodrun", 2): ["-k", OTHERS, COMPILED],
     ("horovodrun --gloo", 2): ["-k", f"{OTHERS} or {EXCHANGES} or {SHARDED}", COMPILED],

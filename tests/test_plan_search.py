@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -80,9 +82,11 @@ def all_layouts(config: Config, space: Space, costs: InventedCosts) -> list[tupl
         rows = config.train.batch_size // data
         for micro in (None, *(n for n in range(1, rows) if rows % n == 0)):
             for sequence in (False, True) if tensor > 1 else (False,):
-                for zero in (0, 1, 2) if data > 1 else (0,):
+                for zero in range(4 if pipeline == 1 else 3) if data > 1 else (0,):
                     for recompute in (False, True):
-                        for bucket in space.choices["communication.bucket_bytes"][: None if data > 1 else 1]:
+                        for bucket in space.choices["communication.bucket_bytes"][
+                            : None if data > 1 and zero < 3 else 1
+                        ]:
                             options = {
                                 "parallel.data": data,
                                 "parallel.pipeline": pipeline,
@@ -94,8 +98,11 @@ def all_layouts(config: Config, space: Space, costs: InventedCosts) -> list[tupl
                                 "communication.bucket_bytes": bucket,
                             }
                             candidate = with_options(config, options)
-                            if costs.valid(candidate, mesh) and costs.fit(candidate, mesh).fits:
-                                seconds.append((costs.time(candidate, mesh).seconds, mesh))
+                            # As the search does: whether a layout is valid takes longest to check.
+                            fits = costs.fit(candidate, mesh).fits
+                            time = costs.time(candidate, mesh).seconds if fits else math.inf
+                            if fits and costs.valid(candidate, mesh):
+                                seconds.append((time, mesh))
     return sorted(seconds, key=lambda entry: entry[0])
 
 
@@ -198,7 +205,7 @@ def real_layouts(config: Config, space: Space, costs: LayoutCosts) -> list[tuple
     for mesh in meshes(space.ranks):
         rows = config.train.batch_size // mesh.data
         for micro in (None, *(n for n in range(1, rows) if rows % n == 0)):
-            for zero in (0, 1, 2):
+            for zero in range(4 if mesh.pipeline == 1 else 3):
                 for sequence, recompute, bucket in (
                     (s, r, b)
                     for s in choices["parallel.sequence"]
@@ -273,6 +280,23 @@ def test_no_layout_is_faster_than_its_lower_bound(config: Config, machine: str, 
     for seconds, candidate in real_layouts(config, space, costs):
         p = candidate.parallel
         assert costs._bound(candidate, Mesh(p.data or 1, p.pipeline, p.tensor)) <= seconds
+
+
+@pytest.mark.parametrize("machine", ["h100", "shared", "measured"])
+def test_virtual_stages_are_not_faster_than_their_lower_bound(config: Config, machine: str) -> None:
+    model = replace(config.model, layers=8, vocab=1000)  # stages of about the same seconds
+    costs, seconds = costs_of(replace(config, model=model), machines()[machine]), {}
+    for pipeline, virtual, size in itertools.product((2, 4), (1, 2), (1, 2)):
+        mesh = Mesh(1, pipeline, 1)
+        parallel = replace(config.parallel, data=1, pipeline=pipeline, virtual_stages=virtual)
+        train = replace(config.train, batch_size=16, micro_batch_size=size)
+        candidate = replace(config, model=model, parallel=parallel, train=train)
+        assert costs.valid(candidate, mesh)
+        seconds[pipeline, virtual, size] = time = costs.time(candidate, mesh)
+        assert costs._bound(candidate, mesh) <= time.seconds
+    bubbles = [(seconds[p, 2, n].bubble, seconds[p, 1, n].bubble) for p, n in itertools.product((2, 4), (1, 2))]
+    assert all(virtual < plain or virtual == plain == 0.0 for virtual, plain in bubbles)
+    assert machine == "shared" or any(plain > 0.0 for _, plain in bubbles)  # there, ranks that wait leave their cores
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 1), (1, 3, 2), (2, 2, 2), (4, 1, 2)])

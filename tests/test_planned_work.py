@@ -90,6 +90,8 @@ LAYOUTS = [
     ("gpt", (2, 1, 1), {}),
     ("gpt", (2, 1, 1), {"zero": 1}),
     ("gpt", (2, 1, 1), {"zero": 2}),
+    ("gpt", (2, 1, 1), {"zero": 3}),
+    ("gpt", (2, 1, 2), {"zero": 3, "sequence": True}),
     ("gpt", (4, 1, 1), {"zero": 1, "compressed": "int8"}),
     ("gpt", (2, 1, 1), {"zero": 2, "compressed": "bf16"}),
     ("llama", (1, 1, 2), {}),
@@ -139,7 +141,7 @@ def handed(work: Work, mesh: tuple[int, int, int], neighbours: int, per_node: in
             totals[axis] = totals.get(axis, 0.0) + times * c.count * c.bytes / shard
 
     for one in (work.forward, work.backward):
-        add(one.blocking, work.micro_batches)
+        add(one.blocking + one.gathers, work.micro_batches)
         add(tuple(beside.collective for beside in one.overlapped), work.micro_batches)
     for bucket in work.buckets:
         add(bucket.collectives, work.micro_batches if work.scatters_every else 1.0)

@@ -54,6 +54,14 @@ def test_interleaved_stages_divide_the_bubble() -> None:
     assert given(works, (1, 4, 1), interleaved=4).bubble == pytest.approx(given(works, (1, 4, 1)).bubble / 4)
 
 
+@pytest.mark.parametrize("stages, micro_batches", [(2, 4), (4, 8)])
+def test_virtual_stages_shrink_the_bubble_by_their_schedule(stages: int, micro_batches: int) -> None:
+    work = two_layers(1, 1, micro_batches=micro_batches, chunks=(1, 1))
+    time = given([work] * stages, (1, stages, 1))
+    assert time.compute == pytest.approx(4 * micro_batches)
+    assert time.bubble / time.seconds == pytest.approx(idle_share(stages, micro_batches, 2))
+
+
 def test_a_slow_stage_makes_the_others_wait() -> None:
     slow = Work((Segment("a", Pass(seconds=4), Pass(seconds=4)),), micro_batches=8)
     time = given([two_layers(1, 1, micro_batches=8), slow], (1, 2, 1))
@@ -227,6 +235,25 @@ def test_every_layout_has_a_predicted_time(name: str, mesh: tuple[int, int, int]
     time = predict_time(config, spec, Mesh(*mesh), MACHINE)
     assert time is not None and time.compute > 0 and min(time.communication, time.bubble, time.hidden) >= 0
     assert time.seconds == pytest.approx(time.compute + time.communication + time.bubble)
+
+
+def test_zero_3_waits_for_the_gathers_that_layers_don_t_hide() -> None:
+    def time_of(zero: int, bandwidth: float) -> StepTime:
+        config = Config(model=ModelConfig(layers=4, width=64, heads=4))
+        config.train = TrainConfig(batch_size=16, micro_batch_size=2)
+        config.parallel = ParallelConfig(4, zero=zero)  # type: ignore[arg-type]
+        spec = PRESETS["gpt"](config.model, 96, config.data.context)
+        machine = replace(MACHINE, links={"node": Link(0.0, bandwidth), "network": NETWORK})
+        predicted = predict_time(config, spec, Mesh(4, 1, 1), machine)
+        assert predicted is not None
+        return predicted
+
+    whole, gathered = time_of(2, 1e8), time_of(3, 1e8)
+    assert gathered.communication + gathered.hidden > whole.communication + whole.hidden  # all that is sent
+    assert gathered.hidden > gathered.communication > 0
+    # On a fast network the embedding's gather alone isn't hidden, in each of two micro-batches.
+    fast = time_of(3, 1e12)
+    assert fast.communication < 0.01 * fast.seconds and fast.hidden > 0
 
 
 def test_auto_precision_is_that_of_the_machine() -> None:

@@ -263,6 +263,8 @@ def test_bad_token_files_end_in_one_sentence(tmp_path: Path, name: str, capsys: 
         ({"path": "missing.bin"}, "data.path missing.bin: there is no such file"),
         ({"path": "x.idx"}, "x.bin: it can't be read as a token file .x.idx is truncated"),
         ({"document_token": 0}, "data.document_token: train.bin holds tokens, to which none are added"),
+        ({"chat": "messages"}, "data.chat: train.bin holds tokens, of which all are targets: leave it out"),
+        ({"prompt": "question"}, "data.prompt: train.bin holds tokens, of which all are targets: leave it out"),
         ({"path": ".", "split": "val"}, "data.split val: of ., which holds token files, train is read"),
     ],
 )

@@ -125,6 +125,7 @@ ALLOWED = {
     "plugins/hvdlm_steering": {"hvdlm_inference"},
     "plugins/hvdlm_inference": set(),
     "plugins/hvdlm_api": {"hvdlm_inference"},
+    "plugins/hvdlm_lm_eval": {"hvdlm_inference", "hvdlm_language"},
     "plugins/hvdlm_trackers": set(),
     "plugins/hvdlm_testing": {"hvdlm_backends", "hvdlm_launchers"},
     "backends/hvdlm_backends": {*TRANSPORTS, "hvdlm_diagnosis"},

@@ -10,7 +10,7 @@ finds them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from hvdlm.checkpoints.shards import Reader, Stored
 from hvdlm.errors import HvdlmError
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.flat_layout import Shard, whole
+from hvdlm.parallel.moving_average import KIND as AVERAGE
+from hvdlm.protocols.state_dict import FIRST_STEP
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,24 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, *read_manifest(path))
 
 
+def averaged(checkpoint: Checkpoint) -> Checkpoint:
+    """Return ``checkpoint`` with the moving average of its parameters (``train.ema``) in their place.
+
+    Raises:
+        HvdlmError: it holds none.
+    """
+    tensors = dict(checkpoint.tensors)
+    for name in [name for name in tensors if name.startswith("parameters/")]:
+        alias = f"optimizer/{AVERAGE}/{name.removeprefix('parameters/')}"
+        if alias not in checkpoint.tensors:
+            raise HvdlmError(
+                f"checkpoint {checkpoint.path} holds no moving average of the weights: leave --weights ema out, or "
+                "train with --train.ema 0.999."
+            )
+        tensors[name] = [replace(stored, alias=alias) for stored in checkpoint.tensors[alias]]
+    return replace(checkpoint, tensors=tensors)
+
+
 def unknown_parameter(checkpoint: Checkpoint, spec: ModelSpec) -> str | None:
     """Return the name of a stored parameter that ``spec`` lacks; None: there is none."""
     known = {param.name for param in spec.params}
@@ -69,7 +89,7 @@ def read_state(checkpoint: Checkpoint, wanted: Mapping[str, Shard], rank: int, s
     """Return the state that ``rank`` of ``size`` resumes from, each array of shape ``wanted[name].held``.
 
     Only files and slices that overlap with ``wanted`` are read, and the files' hashes are verified. The result also has
-    the optimizer's loss scale and, on as many ranks as wrote the checkpoint, the state of this rank alone
+    the optimizer's loss scale and first step and, on as many ranks as wrote the checkpoint, this rank's own state
     (``exchange/``). Names that the checkpoint lacks are left out, and so is recurrent state of another batch: both
     start from scratch.
 
@@ -78,7 +98,7 @@ def read_state(checkpoint: Checkpoint, wanted: Mapping[str, Shard], rank: int, s
     """
     reader, tensors = checkpoint.reader(), checkpoint.tensors
     state = {}
-    for name, shard in (_loss_scale(checkpoint) | dict(wanted)).items():
+    for name, shard in (_scalars(checkpoint) | dict(wanted)).items():
         if name not in tensors:
             if name.startswith("parameters/"):
                 raise _unfit(f"{name} is missing", shard)
@@ -97,9 +117,9 @@ def read_state(checkpoint: Checkpoint, wanted: Mapping[str, Shard], rank: int, s
     return state
 
 
-def _loss_scale(checkpoint: Checkpoint) -> dict[str, Shard]:
-    name = "optimizer/loss_scale"
-    return {name: whole(checkpoint.tensors[name][0].shard.shape)} if name in checkpoint.tensors else {}
+def _scalars(checkpoint: Checkpoint) -> dict[str, Shard]:
+    names = [name for name in ("optimizer/loss_scale", FIRST_STEP) if name in checkpoint.tensors]
+    return {name: whole(checkpoint.tensors[name][0].shard.shape) for name in names}
 
 
 def _unfit(difference: str, expected: Shard) -> HvdlmError:

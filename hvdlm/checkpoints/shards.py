@@ -35,11 +35,15 @@ _MAX_ELEMENTS = 2**60  # of one array; offsets and sizes in bytes stay below 2**
 
 @dataclass(frozen=True)
 class Stored:
-    """A shard of a global array in a file. ``dtype``: its name in safetensors (``F32``)."""
+    """A shard of a global array in a file.
+
+    ``dtype``: its name in safetensors (``F32``); ``alias``: the array's name in the file, where it is not its own.
+    """
 
     file: str
     dtype: str
     shard: Shard
+    alias: str = ""
 
     @property
     def numpy(self) -> np.dtype[Any]:
@@ -194,11 +198,13 @@ class Reader:
     def _read_slice(self, name: str, stored: Stored, index: tuple[Any, ...] = ()) -> np.ndarray:
         file = self._open(stored.file)
 
+        own = stored.alias or key(name)
+
         def read() -> np.ndarray | None:
-            tensor = file.get_slice(key(name))
+            tensor = file.get_slice(own)
             if (tensor.get_dtype(), tuple(tensor.get_shape())) != (stored.dtype, stored.shard.held):
                 return None
-            return tensor[index] if index else file.get_tensor(key(name))
+            return tensor[index] if index else file.get_tensor(own)
 
         array = self._guarded(stored.file, read)
         if array is None:

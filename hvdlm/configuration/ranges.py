@@ -14,10 +14,10 @@ _POSITIVE = """
     model.layers model.width model.heads model.kv_heads model.head_width model.mlp_width model.vocab
     model.rotary_scaling_context lora.rank data.vocab_size data.context train.steps train.tokens train.batch_size
     train.micro_batch_size train.decay_every train.decay_start train.eval_tokens train.eval_batch_size train.threads
-    parallel.data parallel.pipeline parallel.tensor parallel.data_per_node communication.bucket_bytes
-    communication.fusion_bytes communication.compression.rank communication.compression.min_elements
-    communication.exact_rows communication.local.steps communication.local.fragments checkpoint.keep log.every
-    train.max_skips
+    parallel.data parallel.pipeline parallel.tensor parallel.context parallel.data_per_node parallel.virtual_stages
+    communication.bucket_bytes communication.fusion_bytes communication.compression.rank
+    communication.compression.min_elements communication.exact_rows communication.local.steps
+    communication.local.fragments checkpoint.keep log.every train.max_skips
 """
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     **{key: (lambda v: v >= 1, "1 or more") for key in _POSITIVE.split()},
@@ -48,6 +48,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "train.beta2": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
     "train.epsilon": (lambda v: v > 0, "above 0"),
     "train.momentum": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
+    "train.ema": (lambda v: 0 < v < 1, "above 0 and below 1"),
     "train.label_smoothing": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
     "train.z_loss": (lambda v: v >= 0, "0 or more"),
     "train.clip": (lambda v: v >= 0, "0 (no clipping) or more"),

@@ -44,12 +44,25 @@ def values(config: Config) -> None:
         corpora.check(config)
         if config.task != "language_model":
             raise HvdlmError(f"data.mixture: the task {config.task} doesn't support mixtures: give it data.path.")
-    if config.data.rows == "documents" and config.data.sampling != "shuffled":
+    _documents(config)
+    writable(Path(config.log.run), "log.run")
+
+
+def _documents(config: Config) -> None:
+    """Check the options that divide the tokens into documents."""
+    data = config.data
+    if data.chat is not None and data.prompt is not None:
+        raise HvdlmError("data.chat and data.prompt both say which tokens are targets: give one of them.")
+    if data.rows == "documents" and data.sampling != "shuffled":
         raise HvdlmError(
             "data.rows documents: rows that begin with documents are read in shuffled order, and data.sampling is "
-            f"{config.data.sampling}: use --data.sampling shuffled."
+            f"{data.sampling}: use --data.sampling shuffled."
         )
-    writable(Path(config.log.run), "log.run")
+    if data.document_masks and (data.sampling != "shuffled" or config.task != "language_model"):
+        raise HvdlmError(
+            "data.document_masks: they divide the shuffled rows of a language model into documents, and data.sampling "
+            f"is {data.sampling}, the task {config.task}: leave it false."
+        )
 
 
 def one_length(train: TrainConfig) -> None:
@@ -97,6 +110,12 @@ def layout(config: Config, mesh: Mesh) -> None:
         small = [n for n in range(1, math.isqrt(rows) + 1) if rows % n == 0]
         divisors = ", ".join(str(n) for n in sorted({*small, *(rows // n for n in small)}))
         raise HvdlmError(f"{key} {size} doesn't divide the {rows} sequences of a rank: choose one of {divisors}.")
+    virtual, count = config.parallel.virtual_stages, rows // (config.train.micro_batch_size or rows)
+    if virtual > 1 and count % mesh.pipeline:
+        raise HvdlmError(
+            f"parallel.virtual_stages {virtual} needs a multiple of parallel.pipeline {mesh.pipeline} micro-batches in "
+            f"a step, and a rank has {count}: change train.batch_size or train.micro_batch_size."
+        )
 
 
 def model(config: Config, manager: pluggy.PluginManager) -> None:

@@ -12,7 +12,7 @@ from hvdlm import plugins
 from hvdlm.config import Config, DataConfig
 from hvdlm.data.token_files import TokenData, is_prepared, open_tokens
 from hvdlm.errors import HvdlmError
-from hvdlm.protocols.data_preparer import DataPreparer
+from hvdlm.protocols.data_preparer import DataPreparer, WritesChats
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,18 @@ def open_corpora(config: Config) -> list[Corpus]:
     if data.mixture is None and is_prepared(data.paths):
         return [Corpus("", 1.0, open_tokens(Path(data.paths[0])))]
     return list(_preparer(config).open(data))
+
+
+def chat_prompt(config: Config, prompt: str) -> str:
+    """Return the text that the assistant continues where a user says ``prompt``, by the chat template of the data.
+
+    Raises:
+        HvdlmError: there is no chat template, or it fails.
+    """
+    preparer = _preparer(config)
+    if not isinstance(preparer, WritesChats):
+        raise HvdlmError("--chat: the plugin that prepared these data knows no chat template: leave it out.")
+    return preparer.chat_prompt(config.data, prompt)
 
 
 def check(config: Config) -> None:

@@ -24,6 +24,9 @@ FORMAT = "hvdlm-tokens-2"
 INDEXED_FORMAT = "hvdlm-tokens-3"
 """Format of folders with an index of documents (``documents.bin``), and ``documents``, their number, in the header."""
 
+MARKED_FORMAT = "hvdlm-tokens-4"
+"""Format of folders with an index of documents and a byte for every token, 1 if it is a target (``targets.bin``)."""
+
 DTYPES: dict[str, np.dtype] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 _POSITION = np.dtype("<i8")
 _LIMIT = 1 << 26  # bytes; hvdlm writes no larger header
@@ -94,6 +97,8 @@ class TokenData:
         fingerprint: hash of the texts, the tokenizer and the split; not of the paths, which may differ between nodes.
         train_documents: where the documents of the training split begin; None: there is no index of documents.
         validation_documents: where those of the validation split begin.
+        train_targets: uint8 for every token of the training split, 1 where it is a target; None: all tokens are.
+        validation_targets: that of the validation split.
     """
 
     folder: Path
@@ -104,6 +109,8 @@ class TokenData:
     fingerprint: str
     train_documents: Documents | None = None
     validation_documents: Documents | None = None
+    train_targets: Tokens | None = None
+    validation_targets: Tokens | None = None
 
 
 def is_prepared(paths: Sequence[str]) -> bool:
@@ -131,8 +138,9 @@ def open_tokens(folder: Path) -> TokenData:
             raise ValueError(f"tokens.bin holds the id {most}, the vocabulary has {tokenizer.vocab} entries")
         train, validation = StoredTokens(path, dtype, 0, counts[0]), StoredTokens(path, dtype, *counts)
         documents = _documents(folder, header, *counts)
+        targets = _targets(folder, header, *counts)
         size = header["validation_bytes"]
-        return TokenData(folder, tokenizer, train, validation, size, _fingerprint(header), *documents)
+        return TokenData(folder, tokenizer, train, validation, size, _fingerprint(header), *documents, *targets)
     except (ValueError, OSError, RecursionError, HvdlmError) as error:
         reason = shown(str(error).rstrip("."), 250)
         raise HvdlmError(
@@ -144,7 +152,7 @@ def _documents(
     folder: Path, header: dict[str, Any], train: int, validation: int
 ) -> tuple[Documents | None, Documents | None]:
     """Return where the documents of both splits begin, None where there is no index."""
-    if header["format"] != INDEXED_FORMAT:
+    if header["format"] not in (INDEXED_FORMAT, MARKED_FORMAT):
         return None, None
     path, count = folder / "documents.bin", header["documents"]
     size = untrusted_input.size(path, within=folder)
@@ -152,6 +160,20 @@ def _documents(
         raise ValueError(f"documents.bin has {size} bytes, the header says {count} documents")
     index = StoredTokens(path, _POSITION, 0, count)
     return SplitDocuments(index, 0, train), SplitDocuments(index, train, train + validation)
+
+
+def _targets(
+    folder: Path, header: dict[str, Any], train: int, validation: int
+) -> tuple[StoredTokens | None, StoredTokens | None]:
+    """Return which tokens of both splits are targets, None where all are."""
+    if header["format"] != MARKED_FORMAT:
+        return None, None
+    path, dtype = folder / "targets.bin", np.dtype("u1")
+    if (size := untrusted_input.size(path, within=folder)) != train + validation:
+        raise ValueError(f"targets.bin has {size} bytes, the header says {train + validation} tokens")
+    if highest(StoredTokens(path, dtype, 0, size)) > 1:
+        raise ValueError("targets.bin holds other bytes than 0 and 1")
+    return StoredTokens(path, dtype, 0, train), StoredTokens(path, dtype, train, validation)
 
 
 def _header(folder: Path) -> dict[str, Any]:
@@ -164,11 +186,11 @@ def _header(folder: Path) -> dict[str, Any]:
     digests = header["sources"]
     if not isinstance(digests, dict) or not all(isinstance(digest, str) for digest in digests.values()):
         raise ValueError(f"its sources are {shown(repr(digests))}")
-    if header["format"] not in (FORMAT, INDEXED_FORMAT):
-        raise ValueError(f"its format is {shown(repr(header['format']))}, not {FORMAT!r} or {INDEXED_FORMAT!r}")
+    if header["format"] not in (FORMAT, INDEXED_FORMAT, MARKED_FORMAT):
+        raise ValueError(f"its format is {shown(repr(header['format']))}, not {FORMAT!r} to {MARKED_FORMAT!r}")
     if not isinstance(header["dtype"], str) or header["dtype"] not in DTYPES:
         raise ValueError(f"{shown(repr(header['dtype']))} is not a dtype of tokens")
-    indexed = header["format"] == INDEXED_FORMAT
+    indexed = header["format"] != FORMAT
     for name in ("train", "validation", "validation_bytes", *(("documents",) if indexed else ())):
         if type(header.get(name)) is not int or not 0 <= header[name] < _COUNT:
             raise ValueError(f"its {name} is {shown(repr(header.get(name)))}")
@@ -177,7 +199,8 @@ def _header(folder: Path) -> dict[str, Any]:
 
 def _fingerprint(header: dict[str, Any]) -> str:
     # Without the format: a run may continue on the same tokens with an index of documents.
-    settings = [FORMAT, *(header[name] for name in ("dtype", "train", "validation", "tokenizer"))]
+    marked = [MARKED_FORMAT] if header["format"] == MARKED_FORMAT else []
+    settings = [FORMAT, *marked, *(header[name] for name in ("dtype", "train", "validation", "tokenizer"))]
     return hashlib.sha256(json.dumps([settings, sorted(header["sources"].values())]).encode()).hexdigest()
 
 

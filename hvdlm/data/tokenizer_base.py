@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from hvdlm.errors import HvdlmError
+
 Result = TypeVar("Result")
 
 
@@ -40,6 +42,19 @@ class Tokenizer:
         ``special``: whether the spelling of a special token (``<|endoftext|>``) stands for it; else it is plain text.
         """
         raise NotImplementedError
+
+    def encode_offsets(self, text: str, special: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ids of ``encode``, and for each the characters that it stands for, int64 ``[n, 2]``.
+
+        They are the numbers of the first one and of the one after the last.
+
+        Raises:
+            HvdlmError: this kind of tokenizer doesn't know them, or can't write the text.
+        """
+        raise HvdlmError(
+            "data.chat and data.prompt need a tokenizer that knows which characters a token stands for: give a "
+            "tokenizer.json of Hugging Face, bpe, byte or char (--data.tokenizer)."
+        )
 
     def encode_prompt(self, text: str, begin: bool = True) -> np.ndarray:
         """Return the ids of a text that is continued, with special tokens where it spells them; ``begin``: a prefix."""

@@ -40,6 +40,12 @@ class ByteTokenizer(Tokenizer):
         """Return the bytes as int32 ``[n]``."""
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
 
+    def encode_offsets(self, text: str, special: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """Return the bytes, and for each its character."""
+        ids = self.encode(text)
+        characters = np.cumsum(ids & 0xC0 != 0x80) - 1  # the bytes of a character after the first begin with 10
+        return ids, np.stack([characters, characters + 1], 1)
+
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text; invalid UTF-8 becomes U+FFFD."""
         return bytes(ids).decode("utf-8", "replace")

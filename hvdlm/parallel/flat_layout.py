@@ -150,11 +150,15 @@ class FlatLayout:
 
 
 def make_layout(
-    params: Sequence[ParamSpec | LocalParam], bucket_bytes: int, align: int = 1, alone: Collection[str] = ()
+    params: Sequence[ParamSpec | LocalParam],
+    bucket_bytes: float,
+    align: int = 1,
+    alone: Collection[str] = (),
+    ends: Collection[str] = (),
 ) -> FlatLayout:
     """Return the layout of ``params`` (in forward order) in buckets of at least ``bucket_bytes`` but for the last.
 
-    ``alone``: the names of parameters that get a bucket of their own.
+    ``alone``: the names of parameters that get a bucket of their own. ``ends``: of those that end one.
     """
     slots: list[Slot] = []
     buckets: list[tuple[int, int]] = []
@@ -174,7 +178,7 @@ def make_layout(
         stop = start + math.prod(shape)
         slots.append(Slot(name, shape, start, stop, local.spec.decay, local.shard, local.counted))
         start = stop
-        if name in alone or 4 * (start - slots[first].start) >= bucket_bytes:
+        if name in alone or name in ends or 4 * (start - slots[first].start) >= bucket_bytes:
             close()
     close()
     return FlatLayout(tuple(slots), tuple(buckets), align)

@@ -11,11 +11,19 @@ from hvdlm.models.spec import ModelSpec
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage: ``layers`` (first, last exclusive) of the model, before them the embedding, after them the head."""
+    """One stage: layers of the model; before those of the first stage the embedding, after those of the last the head.
+
+    ``chunks``: (first, last exclusive) of its consecutive layers: one range, or one of every virtual stage.
+    """
 
     number: int
     count: int
-    layers: tuple[int, int]
+    chunks: tuple[tuple[int, int], ...]
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The indices of its layers."""
+        return tuple(index for chunk in self.chunks for index in range(*chunk))
 
     @property
     def first(self) -> bool:
@@ -33,7 +41,8 @@ class Stage:
         if kind == "embed":
             return self.first
         if kind == "layers":
-            return self.layers[0] <= int(rest.partition(".")[0]) < self.layers[1]
+            index = int(rest.partition(".")[0])
+            return any(first <= index < last for first, last in self.chunks)
         return self.last
 
 
@@ -75,4 +84,9 @@ def cut_into_stages(spec: ModelSpec, stages: int) -> list[Stage]:
 
     ends = best(0, stages)[1]
     starts = (0, *ends[:-1])
-    return [Stage(i, stages, (a, b)) for i, (a, b) in enumerate(zip(starts, ends, strict=True))]
+    return [Stage(i, stages, ((a, b),)) for i, (a, b) in enumerate(zip(starts, ends, strict=True))]
+
+
+def stage_of_rank(stages: list[Stage], pipeline: int, index: int) -> Stage:
+    """Return what rank ``index`` of ``pipeline`` holds of the (virtual) ``stages``: every ``pipeline``-th of them."""
+    return Stage(index, pipeline, tuple(chunk for stage in stages[index::pipeline] for chunk in stage.chunks))

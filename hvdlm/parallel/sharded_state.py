@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,13 +12,15 @@ from hvdlm.config import Config
 from hvdlm.errors import HvdlmError
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.flat_layout import Elements, Shard, Slot, make_layout, whole
+from hvdlm.parallel.layer_units import make_unit_layout
 from hvdlm.parallel.mesh import Mesh
+from hvdlm.parallel.moving_average import KIND as AVERAGE
 from hvdlm.parallel.muon import MuonLayout
 from hvdlm.parallel.muon import names_of as muon_names
 from hvdlm.parallel.parameter_groups import ParameterGroups, UpdateRates
 from hvdlm.parallel.sharding_rules import ModelShard
 from hvdlm.protocols.exchange import Exchange
-from hvdlm.protocols.state_dict import OPTIMIZER_STATE
+from hvdlm.protocols.state_dict import FIRST_STEP, OPTIMIZER_STATE
 from hvdlm.training.loss_scale import LossScale
 
 OWN_PARAMETERS = "exchange/own/parameters"
@@ -80,6 +82,7 @@ class ShardedState:
         layout: the slots of parameters in the flat vector ``[size]``.
         update_ranges: what this rank updates of it, (start, stop) for every bucket: all, or its ZeRO shard.
         shard_ranges: the same ranges as (start, stop) in their concatenation, the vector that this rank updates.
+        first_step: the step in whose update the optimizer's state was zero, see ``FIRST_STEP``.
         muon: which rule updates which elements, with the optimizer muon; None with others.
         norm_ranges: the (start, stop) in that vector that this rank counts towards the gradient norm.
         tied_buckets: the buckets that two stages hold.
@@ -95,18 +98,24 @@ class ShardedState:
         self.mesh = mesh
         self.coordinates = mesh.coordinates(rank)
         zero_rank, zero_size = exchange.traits.zero_rank, exchange.traits.zero_size
-        self.layout = make_layout(
-            model_shard.params, config.communication.bucket_bytes, align=zero_size, alone=model_shard.tied
-        )
+        if exchange.traits.shards_parameters:
+            self.layout = make_unit_layout(model_shard.params, zero_size)
+        else:
+            self.layout = make_layout(
+                model_shard.params, config.communication.bucket_bytes, align=zero_size, alone=model_shard.tied
+            )
         self.update_ranges = self.layout.zero_ranges(zero_rank, zero_size)
         ends = np.cumsum([b - a for a, b in self.update_ranges]).tolist()
         self.shard_ranges = list(zip([0, *ends[:-1]], ends, strict=True))
         self.norm_ranges = self.layout.counted_runs(zero_rank, zero_size)
         first_names = [self.layout.slots[first].name for first, _ in self.layout.buckets]
         self.tied_buckets = [index for index, name in enumerate(first_names) if name in model_shard.tied]
+        self.first_step = 0
         self.loss_scale = LossScale(config.train.precision)
-        self._memory = FlatState(self.layout.zero_slots(zero_rank, zero_size))
-        self._weights = self._memory if exchange.traits.rounds_parameters else FlatState(self.layout.zero_slots(0, 1))
+        self._elements = self.layout.zero_slots(zero_rank, zero_size)
+        self._memory = FlatState(self._elements)
+        saves_shard = exchange.traits.rounds_parameters or exchange.traits.shards_parameters
+        self._weights = self._memory if saves_shard else FlatState(self.layout.zero_slots(0, 1))
         self.muon: MuonLayout | None = None
         self._memories: dict[str, FlatState] = {}  # by kind, where the optimizer keeps some for some parameters only
         if names := muon_names(spec, config.train):
@@ -127,6 +136,16 @@ class ShardedState:
             {p.spec.name: p.spec.initial_box(seed, p.shard.slices) for p in self.model_shard.params}
         )
 
+    def initial_shard(self) -> np.ndarray:
+        """Return ``update_shard`` of the initial values, without ever holding more than one parameter's besides."""
+        boxes = {p.spec.name: p for p in self.model_shard.params}
+        flat = np.zeros(self.shard_ranges[-1][1], np.float32)
+        for slot, start, (low, high) in self._elements:
+            param = boxes[slot.name]
+            values = param.spec.initial_box(self.config.train.seed, param.shard.slices)
+            flat[start : start + high - low] = values.reshape(-1)[low:high]
+        return flat
+
     def initial_frozen(self) -> Iterator[tuple[str, np.ndarray]]:
         """Yield the name and the float32 values of every frozen base weight."""
         for param in self.spec.frozen:
@@ -139,14 +158,20 @@ class ShardedState:
     def update_rates(self) -> UpdateRates:
         """Return the weight decay and the factor of the learning rate of every element of ``update_shard``."""
         groups = ParameterGroups(self.config.train)
-        decays = self.layout.filled(lambda slot: groups.weight_decay(slot.name, slot.decay))
+        decays = self._filled(lambda slot: groups.weight_decay(slot.name, slot.decay))
         if not groups.scaled:
-            return UpdateRates(self.update_shard(decays))
-        scales = self.layout.filled(lambda slot: groups.learning_rate_scale(slot.name))
-        return UpdateRates(self.update_shard(decays), self.update_shard(scales))
+            return UpdateRates(decays)
+        return UpdateRates(decays, self._filled(lambda slot: groups.learning_rate_scale(slot.name)))
+
+    def _filled(self, value: Callable[[Slot], float]) -> np.ndarray:
+        """Return float32: ``value(slot)`` in every element of ``update_shard``, 0 between slots."""
+        flat = np.zeros(self.shard_ranges[-1][1], np.float32)
+        for slot, start, (low, high) in self._elements:
+            flat[start : start + high - low] = value(slot)
+        return flat
 
     def seed(self, step: int, *keys: int, row: int | None = None) -> np.random.SeedSequence:
-        """Return a dropout seed, different for every data rank, stage and step (and ``keys``, such as the micro-batch).
+        """Return a dropout seed, different for data and context ranks, stages, steps (and ``keys``: the micro-batch).
 
         ``row`` of the global batch takes the data rank's place in exact sums. Tensor ranks compute the same values
         outside of the matrix products, so they have the same seed, unless they shard the positions.
@@ -156,7 +181,9 @@ class ShardedState:
             self.coordinates["pipeline"],
             self.model_shard.index * self.model_shard.sequence,
         ]
-        # Without pipeline and sequence parallelism the data rank alone, so that layouts keep their seeds.
+        # Without pipeline, context and sequence parallelism the data rank alone, so that layouts keep their seeds.
+        if context := self.coordinates["context"]:  # other positions of the same rows
+            position.append(context)
         position = position if any(position[1:]) else position[:1]
         return np.random.SeedSequence([self.config.train.seed, *position, step, *keys])
 
@@ -171,6 +198,8 @@ class ShardedState:
             state |= self._weights.arrays(flat, OWN_PARAMETERS)
         if self.loss_scale.active:
             state["optimizer/loss_scale"] = self.loss_scale.state()
+        if self.first_step:
+            state[FIRST_STEP] = np.array(self.first_step, np.float64)
         return state | {f"exchange/{n}": a for n, a in self.exchange.state().items()}
 
     def _memory_of(self, kind: str) -> FlatState:
@@ -179,7 +208,8 @@ class ShardedState:
 
     def fingerprints(self, flat: np.ndarray) -> dict[str, int]:
         """Return ``Trainable.fingerprints`` of the flat vector ``[size]``."""
-        if self.exchange.traits.replicas_diverge and not self.exchange.agreed:
+        traits = self.exchange.traits
+        if traits.shards_parameters or (traits.replicas_diverge and not self.exchange.agreed):
             return {}
         return {slot.name: zlib.crc32(flat[slot.start : slot.stop].data) for slot in self.layout.slots}
 
@@ -224,14 +254,21 @@ class ShardedState:
         shard = Shard((batch, settings.width), (self.coordinates["data"] * rows, first), (rows, last - first))
         return {f"carry/{i}.{j}": shard for i in self.model_shard.layers for j in range(settings.carries)}
 
+    def updates(self, step: int) -> int:
+        """Return the number of the update of ``step`` (from 0) since the optimizer's state was zero."""
+        return step - self.first_step
+
     def restore(
         self, state: Mapping[str, np.ndarray], flat: np.ndarray, memory: Mapping[str, np.ndarray]
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Return this rank's parameters and optimizer memory in ``state``; restore loss scale and exchange from it."""
+        """Return this rank's parameters and optimizer memory in ``state``; restore all else from it."""
+        self.first_step = int(state.get(FIRST_STEP, 0))
         flat = self._weights.restored(flat, "parameters", state, required=True)
         restored = {}
         for kind, array in memory.items():
             names = self._memory_of(kind)
+            if kind == AVERAGE:  # starts from the parameters where the checkpoint has none
+                array = flat if self.exchange.traits.rounds_parameters else self.update_shard(flat)
             restored[kind] = names.restored(array, f"optimizer/{kind}", state, required=False)
             restored[kind] = names.restored(restored[kind], f"exchange/own/{kind}", state, required=False)
         if self.loss_scale.active and "optimizer/loss_scale" in state:

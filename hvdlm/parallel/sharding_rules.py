@@ -6,13 +6,13 @@ parameters' axes. Initial values, checkpoints, memory estimates and the layers a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hvdlm.config import ParallelConfig
 from hvdlm.models.spec import ModelSpec, ParamSpec
 from hvdlm.parallel.flat_layout import LocalParam, Shard
 from hvdlm.parallel.mesh import Mesh, bounds
-from hvdlm.parallel.pipeline_stages import Stage, cut_into_stages
+from hvdlm.parallel.pipeline_stages import Stage, cut_into_stages, stage_of_rank
 
 # Logical axis -> mesh axis. "hidden" is a recurrent cell's output, which is split; its input "hidden_in" is not.
 RULES = {"heads": "tensor", "kv_heads": "tensor", "mlp": "tensor", "vocab": "tensor", "hidden": "tensor"}
@@ -30,6 +30,7 @@ class ModelShard:
         index: this rank's index among them.
         sequence: whether they also shard the positions between layers (Korthikanti et al. 2022).
         tied: parameters that both the first and the last stage hold; their gradients are summed.
+        virtual: the shards of the rank's virtual stages, which are stages of their own; empty: it has one stage.
     """
 
     params: tuple[LocalParam, ...]
@@ -39,11 +40,17 @@ class ModelShard:
     index: int = 0
     sequence: bool = False
     tied: tuple[str, ...] = ()
+    virtual: tuple[ModelShard, ...] = ()
 
     @property
-    def layers(self) -> range:
+    def layers(self) -> tuple[int, ...]:
         """The indices of its layers."""
-        return range(*self.stage.layers)
+        return self.stage.layers
+
+    @property
+    def chunks(self) -> tuple[ModelShard, ...]:
+        """The shards that are computed one after the other: itself, or those of its virtual stages."""
+        return self.virtual or (self,)
 
     def range_of(self, length: int) -> tuple[int, int]:
         """Return this rank's (first, last exclusive) of ``length`` elements of an axis that the tensor axis splits."""
@@ -64,7 +71,9 @@ def make_model_shard(spec: ModelSpec, mesh: Mesh, rank: int, options: ParallelCo
     """Return the shard of ``spec`` that ``rank`` of ``mesh`` computes."""
     coordinates = mesh.coordinates(rank)
     tensor, index = mesh.tensor, coordinates["tensor"]
-    stage = cut_into_stages(spec, mesh.pipeline)[coordinates["pipeline"]]
+    virtual_stages = options.virtual_stages if mesh.pipeline > 1 else 1
+    stages = cut_into_stages(spec, mesh.pipeline * virtual_stages)
+    stage = stage_of_rank(stages, mesh.pipeline, coordinates["pipeline"])
     tied = tied_names(spec, mesh.pipeline)
     params = []
     for param in _params_of(spec, stage, tied):
@@ -73,7 +82,15 @@ def make_model_shard(spec: ModelSpec, mesh: Mesh, rank: int, options: ParallelCo
         # of a tied parameter that of the first stage.
         second_copy = param.name in tied and not stage.first
         params.append(LocalParam(param, shard, (split or index == 0) and not second_copy))
-    return ModelShard(tuple(params), stage, spec.settings.vocab, tensor, index, options.sequence and tensor > 1, tied)
+    sequence = options.sequence and tensor > 1
+    whole = ModelShard(tuple(params), stage, spec.settings.vocab, tensor, index, sequence, tied)
+    if virtual_stages == 1:
+        return whole
+    own = stages[stage.number :: stage.count]
+    names = [{param.name for param in _params_of(spec, one, tied)} for one in own]
+    shards = [tuple(param for param in params if param.spec.name in held) for held in names]
+    virtual = (replace(whole, params=held, stage=one) for held, one in zip(shards, own, strict=True))
+    return replace(whole, virtual=tuple(virtual))
 
 
 def tied_names(spec: ModelSpec, pipeline: int) -> tuple[str, ...]:

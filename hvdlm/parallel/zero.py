@@ -3,7 +3,8 @@
 Instead of one all-reduce of the gradients, a step does a reduce-scatter of them (each rank receives its shard of the
 sum) and, after the update, an all-gather of the parameters: the same bytes on the wire, and only a shard of the
 optimizer's state on every rank (stage 1), and of the gradients too (stage 2, where every micro-batch's gradients are
-scattered).
+scattered). In stage 3, ranks hold no more than a shard of the parameters, either, and gather each layer's before its
+forward and before its backward pass.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ class ZeroExchange(AllReduceExchange):
 
     def __init__(self, group: Group, options: CommunicationConfig, index: int, stage: int) -> None:
         super().__init__(group, options)
-        self.traits = ExchangeTraits(self.size, zero_rank=index, zero_size=self.size, scatters_every=stage == 2)
+        self.traits = ExchangeTraits(
+            self.size, zero_rank=index, zero_size=self.size, scatters_every=stage >= 2, shards_parameters=stage == 3
+        )
 
     def open(self, layout: FlatLayout, parameters: np.ndarray) -> None:
         """Store the number of buckets."""

@@ -7,6 +7,7 @@ bubble: Narayanan et al. 2021, section 2.2.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -17,10 +18,13 @@ from hvdlm import plugins
 from hvdlm.config import Config, ParallelConfig
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.flat_layout import FlatLayout, make_layout
+from hvdlm.parallel.layer_units import make_unit_layout
 from hvdlm.parallel.level_shards import shard_layout
 from hvdlm.parallel.mesh import Mesh
 from hvdlm.parallel.muon import MuonLayout, count, names_of
+from hvdlm.parallel.pipeline_schedules import make_pipeline_schedule
 from hvdlm.parallel.sharding_rules import ModelShard, make_model_shard
+from hvdlm.planning.gathered_layers import gathers_of, held_at_peak, scattered_buckets
 from hvdlm.planning.same import Same
 from hvdlm.planning.zero_payloads import KNOWN, ZeroPayload, zero_payloads
 from hvdlm.protocols.state_dict import OPTIMIZER_STATE, optimizer_state
@@ -53,11 +57,15 @@ class Habits:
         compiles: whether ``train.compile auto`` compiles GPTs on GPUs.
         packs_gradients: whether parameters are copied out of the flat vector and their gradients into buckets, instead
             of lying there.
+        gathers_in_graph: whether the edges of a graph bound the memory of ZeRO-3's parameters and gradients.
+        gathers_context: whether context ranks gather keys and values, instead of passing them round a ring.
     """
 
     recomputes_all: bool = False
     compiles: bool = True
     packs_gradients: bool = False
+    gathers_in_graph: bool = False
+    gathers_context: bool = False
 
 
 def closed_form(
@@ -76,13 +84,24 @@ def closed_form(
 
 # A search describes thousands of layouts, many of which have the same parameters on a rank.
 @lru_cache(maxsize=512)
-def _model_shard(spec: Same[ModelSpec], mesh: Mesh, rank: int, sequence: bool) -> ModelShard:
-    return make_model_shard(spec.value, mesh, rank, ParallelConfig(sequence=sequence))
+def _model_shard(spec: Same[ModelSpec], mesh: Mesh, rank: int, sequence: bool, virtual: int) -> ModelShard:
+    return make_model_shard(spec.value, mesh, rank, ParallelConfig(sequence=sequence, virtual_stages=virtual))
 
 
 @lru_cache(maxsize=1024)
 def _layout(shard: Same[ModelShard], bucket_bytes: int, align: int) -> FlatLayout:
     return make_layout(shard.value.params, bucket_bytes, align, shard.value.tied)
+
+
+@lru_cache(maxsize=512)
+def _unit_layout(shard: Same[ModelShard], align: int) -> FlatLayout:
+    return make_unit_layout(shard.value.params, align)
+
+
+@lru_cache(maxsize=512)
+def _gathered_and_passing(shard: Same[ModelShard], ranks: int, tied: bool, in_graph: bool) -> tuple[int, int]:
+    held = held_at_peak(_unit_layout(shard, ranks), ranks, tied, in_graph)
+    return held["parameters"], held["gradients"]
 
 
 @lru_cache(maxsize=2048)
@@ -111,17 +130,26 @@ class Step:
         self.half = config.train.precision in ("bf16", "fp16")  # auto may be either: fp32, which takes more
         self.item = 2 if self.half else 4  # bytes of an activation that is sent
         self.mesh = mesh
-        within, model_ranks = rank % (mesh.pipeline * mesh.tensor), Mesh(1, mesh.pipeline, mesh.tensor)
-        self.shard: ModelShard = _model_shard(Same(spec), model_ranks, within, config.parallel.sequence)
-        self.data_rank = mesh.coordinates(rank)["data"]
-        self.zero = config.parallel.zero if mesh.data > 1 else 0
-        align = mesh.data if self.zero else 1
-        self.layout: FlatLayout = _layout(Same(self.shard), config.communication.bucket_bytes, align)
+        within, model_ranks = mesh.model_group(rank).index(rank), Mesh(1, mesh.pipeline, mesh.tensor)
+        p = config.parallel
+        self.shard: ModelShard = _model_shard(Same(spec), model_ranks, within, p.sequence, p.virtual_stages)
+        self.replica = mesh.replica_group(rank).index(rank)  # among the ranks that sum gradients
+        self.zero = config.parallel.zero if mesh.replicas > 1 else 0
+        align = mesh.replicas if self.zero else 1
+        if self.zero == 3:
+            self.layout: FlatLayout = _unit_layout(Same(self.shard), align)
+        else:
+            self.layout = _layout(Same(self.shard), config.communication.bucket_bytes, align)
         rows = config.train.batch_size // mesh.data
-        self.rows, self.time = config.train.micro_batch_size or rows, config.data.context
+        self.rows, self.time = config.train.micro_batch_size or rows, config.data.context // mesh.context
         self.count = rows // self.rows
         self.tokens = self.rows * self.time
         self.sequence = self.shard.sequence and self.time % mesh.tensor == 0
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head's table is the embedding's."""
+        return bool(getattr(self.s, "tie_embeddings", False))
 
     def unpacked_bytes(self) -> float:
         """Return the bytes per element of cutting parameters out of the flat vector, of one forward pass."""
@@ -143,12 +171,12 @@ class Step:
 
     def prediction(self) -> Prediction:
         """Return all costs."""
-        stages = self.mesh.pipeline
+        stages, virtual = self.mesh.pipeline, self.config.parallel.virtual_stages
         return Prediction(
             memory=self.memory(),
             bytes=self.bytes() if self.has_known_bytes() else None,
-            idle_share=idle_share(stages, self.count) if stages > 1 else 0.0,
-            layers=self.shard.stage.layers,
+            idle_share=idle_share(stages, self.count, virtual) if stages > 1 else 0.0,
+            layers=tuple(bound for chunk in self.shard.stage.chunks for bound in chunk),
             micro_batches=self.count,
         )
 
@@ -162,7 +190,16 @@ class Step:
     def memory(self) -> dict[str, int]:
         """Return bytes of parameters, gradients, optimizer and activations."""
         size = self.layout.size
-        zero_shard = size // self.mesh.data
+        zero_shard = size // self.mesh.replicas
+        if self.zero == 3:
+            in_graph = self.habits.gathers_in_graph
+            gathered, passing = _gathered_and_passing(Same(self.shard), self.mesh.replicas, self.tied, in_graph)
+            return {
+                "parameters": 4 * zero_shard + gathered + self.spec.frozen_bytes,
+                "gradients": 4 * zero_shard + passing,
+                "optimizer": 4 * self.optimizer_elements(zero_shard),
+                "activations": self.activations(),
+            }
         buckets = [self.layout.bucket_range(i) for i in range(len(self.layout.buckets))]
         # While one bucket is sent, the next one is filled.
         passing = max(b - a for (a, _), (_, b) in zip(buckets, [*buckets[1:], buckets[-1]], strict=True))
@@ -177,10 +214,11 @@ class Step:
         }
 
     def optimizer_elements(self, updated: int) -> int:
-        """Return the elements of the optimizer's state on a rank that updates ``updated`` parameters."""
+        """Return the elements of the optimizer's state, and of the average, on a rank that updates ``updated`` ones."""
+        average = updated if self.config.train.ema is not None else 0
         if self.muon is None:
-            return self.moments * updated
-        return sum(count(self.muon.state_elements(kind)) for kind in OPTIMIZER_STATE["muon"])
+            return self.moments * updated + average
+        return average + sum(count(self.muon.state_elements(kind)) for kind in OPTIMIZER_STATE["muon"])
 
     @cached_property
     def muon(self) -> MuonLayout | None:
@@ -188,8 +226,8 @@ class Step:
         names = names_of(self.spec, self.config.train)
         if not names:
             return None
-        shards = self.mesh.data if self.zero else 1
-        return MuonLayout(self.layout, names, self.data_rank if self.zero else 0, shards, self.mesh.tensor)
+        shards = self.mesh.replicas if self.zero else 1
+        return MuonLayout(self.layout, names, self.replica if self.zero else 0, shards, self.mesh.tensor)
 
     def gathered_momentum(self) -> list[int]:
         """Return the elements of the gathers of Muon's momentum over data ranks (ZeRO), of all ranks together."""
@@ -204,18 +242,26 @@ class Step:
 
     def activations(self) -> int:
         """Return the bytes kept for backward passes: of as many micro-batches as the schedule has under way."""
-        stage, layers = self.shard.stage, len(self.shard.layers)
+        stage, recomputes = self.shard.stage, self.config.train.activation_checkpointing
         layer = self.gpt_layer() if self.kind == "gpt" else self.rnn_layer()
-        each = layers * layer
-        if self.config.train.activation_checkpointing:  # only a layer's input is kept, the rest is recomputed
-            each = layers * 4 * self.s.width * (self.tokens // self.mesh.tensor if self.sequence else self.tokens)
-        each += self.head() if stage.last else 0
-        alive = 1
-        if stage.count > 1:
-            alive = kept_micro_batches(self.config.parallel.schedule, stage.number, stage.count, self.count)
-            if self.config.train.activation_checkpointing:
-                return alive * each + layer
-        return alive * each
+        divided = self.config.data.document_masks
+        masks = self.document_masks() if divided else 0
+        kept = layer
+        if recomputes:  # only a layer's input is kept, the rest is recomputed
+            kept = 4 * self.s.width * (self.tokens // self.mesh.tensor if self.sequence else self.tokens)
+
+        def of(chunk: ModelShard) -> int:
+            each = kept * len(chunk.layers) + (self.head() if chunk.stage.last else 0)
+            if divided:  # positions, and masks, or, to make them anew, where documents begin
+                positions = 8 if self.s.positions == "learned" and chunk.stage.first else 0
+                each += self.tokens * positions + (4 * self.tokens if recomputes else masks)
+            return each
+
+        each = [of(chunk) for chunk in self.shard.chunks]
+        if stage.count == 1:
+            return each[0]
+        most = most_kept(self.config.parallel.schedule, stage.number, stage.count, self.count, each)
+        return most + (layer + masks if recomputes else 0)
 
     def gpt_layer(self) -> int:
         """Return the bytes of a Transformer layer and micro-batch."""
@@ -245,6 +291,14 @@ class Step:
         again = 0 if joined or t > 1 else 1 + inward
         weights = 2 * s.width * heads + 2 * s.width * kv + (inward + 1) * s.width * (s.mlp_width // t)
         return round(self.tokens * (4 * wide + 2 * (narrow + again * s.width)) + 2 * weights)
+
+    def document_masks(self) -> int:
+        """Return the bytes of a micro-batch's masks of documents, which all layers share."""
+        keys = float(self.time)
+        if 0 < self.s.local_window < self.time:  # of the first block its own keys, of others those of two blocks
+            blocks = -(-self.time // self.s.local_window)
+            keys = (2 * blocks - 1) * self.s.local_window**2 / self.time
+        return round(self.tokens * keys * (2 if self.half else 4))
 
     def blocks(self, heads: int, kv: int) -> float:
         """Return the elements per position of attention in blocks of a window: of queries and outputs, keys and values.
@@ -283,22 +337,29 @@ class Step:
     def bytes(self) -> dict[str, int]:
         """Return the bytes that a step hands to collectives, by axis."""
         totals = {"data": self.on_data(), "model": 0, "tensor": self.on_tensor(), "pipeline": self.on_pipeline()}
-        totals["node"] = self.on_node()
+        totals["node"], totals["context"] = self.on_node(), self.on_context()
         if self.mesh.tensor * self.mesh.pipeline > 1:
             totals["model"] = 3 * 8  # loss, tokens and squared norm in float64
         return {axis: count for axis, count in totals.items() if count}
 
     def on_data(self) -> int:
-        """Return the bytes of gradients and metrics; with ZeRO, gradients once or per micro-batch, and parameters."""
-        if self.mesh.data == 1:
+        """Return the bytes of gradients and metrics; with ZeRO, gradients once or per micro-batch, and parameters.
+
+        ZeRO-3 gathers parameters in every micro-batch, most of them twice.
+        """
+        if self.mesh.replicas == 1:
             return 0
         whole = 4 * (self.level_shards.size if self.mesh.has_levels else self.layout.size)
         if not self.zero:
             return whole + 2 * 8
         sent = self.zero_payloads
+        if self.zero == 3:
+            scattered = sum(sent[index].gradients for index in scattered_buckets(self.layout, self.tied))
+            gathered = sum(4 * unit.size * sum(times) for unit, times in gathers_of(self.layout, self.tied))
+            return self.count * (scattered + gathered // self.mesh.replicas) + 3 * 8
         gradients = sum(bucket.gradients + bucket.rest for bucket in sent) * (self.count if self.zero == 2 else 1)
-        momentum = 4 * sum(self.gathered_momentum()) // self.mesh.data
-        return gradients + sum(bucket.parameters[self.data_rank] for bucket in sent) + momentum + 3 * 8
+        momentum = 4 * sum(self.gathered_momentum()) // self.mesh.replicas
+        return gradients + sum(bucket.parameters[self.replica] for bucket in sent) + momentum + 3 * 8
 
     def on_node(self) -> int:
         """Return the bytes within a node of sums in two levels: a rank scatters buckets and gathers shards."""
@@ -310,12 +371,12 @@ class Step:
     def level_shards(self) -> FlatLayout:
         """The layout of this rank's shards of buckets in sums in two levels."""
         per_node = self.mesh.data_per_node
-        return shard_layout(self.layout, self.data_rank % per_node, per_node)
+        return shard_layout(self.layout, self.replica % per_node, per_node)
 
     @cached_property
     def zero_payloads(self) -> list[ZeroPayload]:
         """What a rank hands over of every bucket with ZeRO."""
-        return zero_payloads(self.config, self.layout, self.mesh.data)
+        return zero_payloads(self.config, self.layout, self.mesh.replicas)
 
     def on_pipeline(self) -> int:
         """Return the bytes of activations and their gradients, to and from neighbours, and of tied gradients."""
@@ -323,13 +384,29 @@ class Step:
         if stage.count == 1:
             return 0
         positions = self.tokens // self.mesh.tensor if self.sequence else self.tokens
-        neighbours = (not stage.first) + (not stage.last)
+        neighbours = sum((not c.stage.first) + (not c.stage.last) for c in self.shard.chunks)
         moved = self.count * neighbours * 2 * self.item * positions * self.s.width
         if self.shard.tied and (stage.first or stage.last):
             names = [self.layout.slots[first].name for first, _ in self.layout.buckets]
             start, stop = self.layout.bucket_range(names.index(self.shard.tied[0]))
-            moved += 4 * (stop - start) // (self.mesh.data if self.zero else 1)
+            moved += 4 * (stop - start) // (self.mesh.replicas if self.zero else 1)
         return moved
+
+    def on_context(self) -> int:
+        """Return the bytes of keys, values and their float32 gradients.
+
+        In a ring, to the next rank and from the one before: each block of them comes to every other context rank, in
+        the backward pass again, then with its gradients. Else blocks are gathered, and the gradients of all scattered.
+        """
+        ranks = self.mesh.context
+        if ranks == 1:
+            return 0
+        block = 2 * self.tokens * self.s.head_width * max(1, self.s.kv_heads // self.mesh.tensor)
+        passes = 3 if self.config.train.activation_checkpointing else 2  # forward, again, and backward
+        moved = block * (passes * self.item + 4 * ranks)
+        if not self.habits.gathers_context:
+            moved = 2 * (ranks - 1) * block * (passes * self.item + 4)
+        return self.count * len(self.shard.layers) * moved
 
     def on_tensor(self) -> int:
         """Return the bytes of tensor parallelism in all micro-batches, and of Muon's momentum."""
@@ -357,7 +434,7 @@ class Step:
 
     def partial(self, prefix: str) -> int:
         """Return the elements of one layer's parameters that all ranks hold and whose gradients are summed."""
-        prefix = f"layers.{self.shard.layers.start}." if prefix == "layers." else prefix
+        prefix = f"layers.{self.shard.layers[0]}." if prefix == "layers." else prefix
         return _partial(Same(self.shard), prefix, self.s.kv_heads % self.mesh.tensor > 0, self.sequence)
 
     def rnn_tensor_bytes(self) -> int:
@@ -376,14 +453,26 @@ class Step:
         return 4 * self.tokens * (4 if self.config.train.label_smoothing else 3)
 
 
-def idle_share(stages: int, micro_batches: int) -> float:
-    """Return the fraction of a step in which a stage waits: (p - 1) / (m + p - 1) (Narayanan et al. 2021, 2.2.1).
+def idle_share(stages: int, micro_batches: int, virtual: int = 1) -> float:
+    """Return the fraction of a step in which a stage waits: (p - 1) / (v m + p - 1) (Narayanan et al. 2021, 2.2).
 
-    The paper relates the bubble to the ideal time, (p - 1) / m; here it is related to the duration of a step.
+    The paper relates the bubble to the ideal time, (p - 1) / (v m); here it is related to the duration of a step.
+    ``virtual``: v, the virtual stages of a rank.
     """
-    return (stages - 1) / (micro_batches + stages - 1)
+    return (stages - 1) / (virtual * micro_batches + stages - 1)
 
 
 def kept_micro_batches(name: str, stage: int, stages: int, micro_batches: int) -> int:
-    """Return the largest number of micro-batches whose activations ``stage`` keeps at once."""
+    """Return the largest number of micro-batches whose activations ``stage`` keeps at once, without virtual stages."""
     return micro_batches if name == "gpipe" else min(stages - stage, micro_batches)
+
+
+def most_kept(name: str, stage: int, stages: int, micro_batches: int, each: Sequence[int]) -> int:
+    """Return the most bytes of activations that ``stage`` keeps at once, of ``each`` a chunk and micro-batch."""
+    if len(each) == 1:
+        return kept_micro_batches(name, stage, stages, micro_batches) * each[0]
+    kept = most = 0
+    for action in make_pipeline_schedule(name, stage, stages, micro_batches, len(each)):
+        kept += each[action.chunk] if action.kind == "forward" else -each[action.chunk]
+        most = max(most, kept)
+    return most

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 from hvdlm.config import CommunicationConfig, Config
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.flat_layout import Slot
+from hvdlm.parallel.layer_units import EMBEDDING, HEAD
 from hvdlm.parallel.mesh import Mesh
 from hvdlm.parallel.muon import ITERATIONS, MuonLayout, count
 from hvdlm.planning.closed_forms import Habits, Step
+from hvdlm.planning.gathered_layers import gathers_of, scattered_buckets
 from hvdlm.planning.model_work import segments_of
 from hvdlm.planning.payloads import HALF_PRECISION, UNBIASED, is_compressible, payload
-from hvdlm.planning.work import Bucket, Collective, Product, Segment, Work
+from hvdlm.planning.work import Bucket, Collective, Pass, Product, Segment, Work
 from hvdlm.protocols.state_dict import optimizer_state
 
 LOCAL_EXCHANGES = ("local_sgd", "diloco", "streaming_diloco")
@@ -52,8 +55,8 @@ def kept_bytes(config: Config, mesh: Mesh, parameters: float) -> float:
     of_one = parameters
     if mesh.has_levels:  # of the shards that are summed between nodes
         of_one /= mesh.data_per_node
-    elif config.parallel.zero and mesh.data > 1:
-        of_one *= mesh.data / (mesh.data + 1)
+    elif config.parallel.zero and mesh.replicas > 1:
+        of_one *= mesh.replicas / (mesh.replicas + 1)
     return kept_vectors(config.communication) * of_one
 
 
@@ -68,15 +71,18 @@ def work_of(
 ) -> Work | None:
     """Return the work of a step of ``rank``, or None for an architecture other than GPT and recurrent ones.
 
-    Between data ranks, it is None for an exchange of which nothing is known, too.
+    Between data ranks, it is None for an exchange of which nothing is known, too, and for context ranks, whose
+    attention was not measured.
 
     ``moments``: as in ``closed_form``. ``fused``: whether element-wise operations are compiled.
     """
     if spec.kind not in ("gpt", "rnn") or (mesh.data > 1 and config.communication.exchange not in KNOWN_EXCHANGES):
         return None
+    if mesh.context > 1:
+        return None
     moments = len(optimizer_state(config.train)) if moments is None else moments
     step = Step(config, spec, mesh, rank, habits or Habits(), moments)
-    segments = segments_of(step, fused)
+    segments = _gathering(step, segments_of(step, fused))
     exchange = _Exchange(step, segments)
     size = float(step.layout.size)
     updated = size / mesh.data if step.zero else size
@@ -88,15 +94,17 @@ def work_of(
         micro_batches=step.count,
         tokens=float(step.tokens),
         buckets=exchange.buckets(),
-        scatters_every=step.zero == 2,
+        scatters_every=step.zero >= 2,
         update_elements=updated - matrices,
         moments=2 if step.muon else moments,
         update_products=newton_schulz(step.muon) if step.muon else (),
-        # Zeroing, the norm, with ZeRO the copy of gathered parameters, and the copy of sums of micro-batches.
-        update_bytes=4.0 * size
+        # Zeroing, the norm, the moving average; with ZeRO the copy of gathered parameters; the copy of sums of
+        # micro-batches.
+        update_bytes=4.0 * (updated if step.zero == 3 else size)
         + 4.0 * updated
+        + (12.0 * updated if config.train.ema is not None else 0.0)
         + _BYTES_OF_MATRICES * matrices
-        + ((20.0 if step.habits.packs_gradients else 12.0) * size if step.zero else 0.0)
+        + ((20.0 if step.habits.packs_gradients else 12.0) * size if step.zero in (1, 2) else 0.0)
         + (12.0 * size if step.sums_micro_batches else 0.0),
         after=exchange.after(),
         rounds=exchange.rounds(),
@@ -105,7 +113,27 @@ def work_of(
         streams=exchange.local and config.communication.exchange == "streaming_diloco",
         send_bytes=sent if mesh.pipeline > 1 else 0.0,
         saved_bytes=_saved(step) / every if every else 0.0,
+        chunks=tuple(len(c.layers) + c.stage.first + c.stage.last for c in step.shard.virtual),
     )
+
+
+def _gathering(step: Step, segments: tuple[Segment, ...]) -> tuple[Segment, ...]:
+    """Return the segments with the gathers of parameters before them (ZeRO-3), which copy what they receive."""
+    if step.zero != 3:
+        return segments
+    units = {unit.name: (4.0 * unit.size, times) for unit, times in gathers_of(step.layout, step.tied)}
+
+    def with_gathers(one: Pass, sizes: Sequence[float]) -> Pass:
+        gathers = tuple(Collective("all_gather", size, "data") for size in sizes)
+        return replace(one, gathers=gathers, bytes=one.bytes + 2.0 * sum(sizes))
+
+    made = []
+    for segment in segments:
+        size, times = units[segment.name]
+        sizes = [size, units[EMBEDDING][0]] if step.tied and segment.name == HEAD else [size]
+        backward = with_gathers(segment.backward, [size] * times.backward)
+        made.append(Segment(segment.name, with_gathers(segment.forward, sizes), backward))
+    return tuple(made)
 
 
 def newton_schulz(layout: MuonLayout) -> tuple[Product, ...]:
@@ -119,6 +147,8 @@ def newton_schulz(layout: MuonLayout) -> tuple[Product, ...]:
 
 def unknown(config: Config, spec: ModelSpec) -> str:
     """Return, in words, why ``work_of`` knows no work."""
+    if config.parallel.context > 1:
+        return "how long context ranks take was not measured (parallel.context)"
     if config.communication.exchange not in KNOWN_EXCHANGES:
         return f"what exchange {config.communication.exchange} sends is not known"
     return f"the work of a {spec.kind} is not known, only that of gpt and rnn models"
@@ -126,7 +156,8 @@ def unknown(config: Config, spec: ModelSpec) -> str:
 
 def _saved(step: Step) -> float:
     memory = step.memory()
-    return float(4 * step.layout.size + memory["optimizer"])
+    parameters = step.layout.size // step.mesh.data if step.zero == 3 else step.layout.size
+    return float(4 * parameters + memory["optimizer"])
 
 
 class _Exchange:
@@ -147,6 +178,9 @@ class _Exchange:
         """Return the buckets that are sent during the backward pass; none where ranks train independently."""
         if self.ranks == 1 or self.local:
             return ()
+        if self.step.zero == 3:
+            first, *others = (self._bucket(index) for index in scattered_buckets(self.layout, self.step.tied))
+            return (replace(first, ready=len(self.names) - 1), *others)
         return tuple(self._bucket(index) for index in range(len(self.layout.buckets)))
 
     def rounds(self) -> tuple[Collective, ...]:
@@ -168,7 +202,7 @@ class _Exchange:
             collectives.append(Collective("all_reduce", 24.0, "model"))
         if self.ranks > 1 and not self.local:
             collectives.append(Collective("all_reduce", 24.0 if step.zero else 16.0, "data"))
-        if step.zero:
+        if step.zero in (1, 2):
             gathers = (sum(bucket.parameters) for bucket in step.zero_payloads)
             collectives += [Collective("all_gather", float(size), "data") for size in gathers]
         collectives += [Collective("all_gather", 4.0 * elements, "data") for elements in step.gathered_momentum()]

@@ -52,8 +52,8 @@ class LayoutCosts:
 
     def _fit(self, config: Config, mesh: Mesh) -> Fit:
         fits = []
-        for stage in dict.fromkeys(equal_stages(Same(self.spec), mesh.pipeline)):
-            rank = (stage + 1) * mesh.tensor - 1  # the last tensor rank has the larger shards
+        for stage in dict.fromkeys(equal_stages(Same(self.spec), mesh.pipeline, config.parallel.virtual_stages)):
+            rank = mesh.rank_of(stage, mesh.tensor - 1)  # the last tensor rank has the larger shards
             costs = predict_costs(self.manager, resolved(config, self.hardware), self.spec, mesh, rank)
             if costs is not None:
                 memory = self.gpu_memory or self.hardware.memory_bytes or math.inf
@@ -67,7 +67,7 @@ class LayoutCosts:
 
     def _once(self, name: str, config: Config, mesh: Mesh, compute: Callable[[Config, Mesh], Any]) -> Any:
         p, train, c = config.parallel, config.train, config.communication
-        computed = (p.sequence, p.schedule, train.micro_batch_size, train.activation_checkpointing)
+        computed = (p.sequence, p.schedule, p.virtual_stages, train.micro_batch_size, train.activation_checkpointing)
         exchanged = (p.zero, c.exchange, c.compression.algorithm, c.bucket_bytes) if name != "bound" else ()
         key = (name, mesh, *computed, *exchanged)
         if key not in self._known:
@@ -82,8 +82,8 @@ class LayoutCosts:
     def bound(self, config: Config, mesh: Mesh) -> float:
         """Return the seconds of the passes alone, whatever data ranks send to each other.
 
-        In a pipeline, a stage starts when the stages before it have done a forward pass, and after its last backward
-        pass they do one, too. Stages that share cores are faster where others wait.
+        In a pipeline, a stage starts when the stages before it have done a forward pass (of their first virtual stage),
+        and after its last backward pass they do one, too. Stages that share cores are faster where others wait.
         """
         bound: float = self._once("bound", config, mesh, self._bound)
         return bound
@@ -105,15 +105,16 @@ class LayoutCosts:
             key: stage_time(replace(work, buckets=(), after=(), rounds=()), computation, network)
             for key, work in distinct.items()
         }
-        passes = [alone[id(work)].forward + alone[id(work)].backward for work in works]
+        stages = [alone[id(work)] for work in works]
+        passes = [stage.forward + stage.backward for stage in stages]
         count = works[0].micro_batches
         cores, longest, before = self.hardware.cores_per_node, count * max(passes), 0.0
         share, factor = min(1.0, cores / network.per_node) if cores else 1.0, computation.rates.bubble_factor
-        for seconds in passes:
+        for stage, seconds in zip(stages, passes, strict=True):
             path = before + count * seconds
             if factor is None:
                 longest = max(longest, share * path)
             else:
                 longest = max(longest, (1 - factor) * count * max(passes) + factor * path)
-            before += seconds
+            before += seconds * min(stage.shares)
         return (1 - _ROUNDING) * (longest + computation.overhead(count))

@@ -106,7 +106,7 @@ def make_space(
         "parallel.tensor": sizes,
         "parallel.sequence": [False, True] if spec.kind == "gpt" else [False],
         "train.activation_checkpointing": [False, True] if recomputes else [False],
-        "parallel.zero": [0, 1, 2],
+        "parallel.zero": [0, 1, 2, 3] if spec.kind == "gpt" else [0, 1, 2],
         "communication.exchange": _first(c.exchange, lossy.get(LOSSY[0], ())),
         "communication.compression.algorithm": _first(c.compression.algorithm, lossy.get(LOSSY[1], ())),
         "communication.bucket_bytes": _first(c.bucket_bytes, BUCKETS),
@@ -250,7 +250,12 @@ def _exchanges(space: Space, mesh: Mesh) -> Iterator[dict[str, Any]]:
     """Yield the options that decide how data ranks communicate; one rank alone has the first of each."""
     names = ("parallel.zero", *LOSSY, "communication.bucket_bytes")
     values = [space.choices[name][: None if mesh.data > 1 else 1] for name in names]
-    yield from (dict(zip(names, combination, strict=True)) for combination in product(*values))
+    for combination in product(*values):
+        options = dict(zip(names, combination, strict=True))
+        # ZeRO-3 has buckets of its own; stages can't gather layer by layer.
+        first = mesh.pipeline == 1 and combination[-1] == values[-1][0]
+        if options["parallel.zero"] < 3 or first:
+            yield options
 
 
 def with_options(config: Any, options: Options) -> Any:

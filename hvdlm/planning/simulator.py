@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -132,6 +132,6 @@ def run(costs: StepCosts, disturbances: Disturbances, steps: int) -> np.ndarray:
 
 def without_communication(costs: StepCosts) -> StepCosts:
     """Return ``costs`` with collectives and messages that take no time."""
-    silent = {"tensor_forward": 0.0, "tensor_backward": 0.0, "gather": 0.0, "round": 0.0}
+    silent: dict[str, Any] = {"tensor_forward": 0.0, "tensor_backward": 0.0, "gather": 0.0, "round": 0.0}
     stages = tuple(replace(s, buckets=tuple(Bucket(b.ready, 0.0) for b in s.buckets), **silent) for s in costs.stages)
     return replace(costs, stages=stages, message=0.0, metrics=0.0, tied=0.0, norm=0.0, vote=0.0)

@@ -40,6 +40,7 @@ class StageCosts:
         update: the optimizer.
         gather: gathering the updated parameters (ZeRO); 0: there is nothing to gather.
         round: summing the parameter differences of local SGD or DiLoCo.
+        shares: of the rank's virtual stages (its chunks) in these passes, of which each does its part.
     """
 
     forward: float
@@ -51,11 +52,20 @@ class StageCosts:
     gather: float = 0.0
     round: float = 0.0
     last_backward: float | None = None
+    shares: tuple[float, ...] = (1.0,)
 
     @property
     def backward_with_buckets(self) -> float:
         """Computing a backward pass that sends buckets."""
         return self.backward if self.last_backward is None else self.last_backward
+
+    def buckets_of(self, chunk: int) -> list[Bucket]:
+        """Return the buckets that the backward pass of ``chunk`` completes, ready after a fraction of it."""
+        before = sum(self.shares[chunk + 1 :])  # the last chunk is the first
+        after = before + self.shares[chunk]
+        first, last = chunk + 1 == len(self.shares), chunk == 0
+        of_chunk = [b for b in self.buckets if (first or b.ready > before) and (last or b.ready <= after)]
+        return [Bucket(min(1.0, max(0.0, (b.ready - before) / self.shares[chunk])), b.seconds) for b in of_chunk]
 
 
 @dataclass(frozen=True)
@@ -168,6 +178,7 @@ def _stage(work: Work, computation: Computation, network: Network, every: int) -
         _after(work, network, "all_gather", "data"),
         every * sum(network.seconds(collective) for collective in work.rounds),
         time.last_backward - backward,
+        time.shares,
     )
 
 

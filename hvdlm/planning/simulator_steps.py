@@ -5,12 +5,14 @@ What a rank does in a step, and when:
 - It waits ``data`` seconds for its batch, then does the passes of its pipeline schedule. A pass takes its stage's
   seconds times the rank's slowness in this step. Tensor ranks begin a pass together, when the last of them has arrived,
   compute at the pace of the slowest, and spend the seconds of the pass' tensor collectives.
+- With virtual stages, a pass is that of one of a rank's chunks, and takes its share of the stage's seconds.
 - A pass of another stage's result waits for its message. A message begins when its sender has ended the pass, its
   receiver has begun the pass before the one that needs it (or the step), and the link has delivered the messages before
   it in this direction. A stage has done its passes when its last message has been delivered, too.
-- During the last backward pass, bucket after bucket becomes ready, at given fractions of it (``every_micro_batch``, as
-  in ZeRO-2: of every backward pass; the next one begins when they have been summed). A bucket's collective begins when
-  the last rank of its data group has it ready and the group's bucket before it is done. The metrics follow the buckets.
+- During the last backward pass (of every chunk), bucket after bucket becomes ready, at given fractions of it
+  (``every_micro_batch``, as in ZeRO-2: of every backward pass; the next one begins when they have been summed). A
+  bucket's collective begins when the last rank of its data group has it ready and the group's bucket before it is done.
+  The metrics follow the buckets.
 - Then the ranks of a copy of the model sum ``norm``, and each updates its parameters. With ZeRO, the data group gathers
   them (``gather``). With local SGD and DiLoCo, only the steps of the warm-up send buckets, and the data group sums the
   differences (``round``) at the end of every ``every``-th step and of the last one.
@@ -27,7 +29,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from hvdlm.parallel.pipeline_schedules import Action, make_pipeline_schedule
+from hvdlm.parallel.pipeline_schedules import Action, make_pipeline_schedule, source_of
 from hvdlm.planning.simulator_costs import StepCosts
 
 _MOST_REPETITIONS = 20  # of a block of steps; two or three are the rule
@@ -173,46 +175,47 @@ class _Step:
         last = self._clock[0] + costs.micro_batches * forward + (costs.micro_batches - 1) * backward
         if self.sums:
             backward = stage.backward_with_buckets * slow + stage.tensor_backward
-            self._sum_buckets(0, last, backward)
+            self._sum_buckets(0, last, backward, 0)
         self._clock[0] = last + backward
 
     def run(self, stage: int, action: Action) -> None:
         """Do one pass of one stage."""
         costs, is_forward = self._costs, action.kind == "forward"
-        source = stage + (-1 if is_forward else 1)
+        s, stages = costs.stages[stage], costs.mesh.pipeline
+        source = source_of(action, stage, stages, len(s.shares))
         began = self._clock[stage]
-        if 0 <= source < costs.mesh.pipeline:
-            began = np.maximum(began, self._receive(source, stage, action))
+        if source is not None:
+            began = np.maximum(began, self._receive(source, stage))
         is_last = costs.every_micro_batch or action.micro_batch == costs.micro_batches - 1
         sends_buckets = self.sums and not is_forward and is_last
-        if sends_buckets:  # of the pass before, with ``every_micro_batch``
+        if sends_buckets and costs.every_micro_batch:  # those of the pass before
             began = np.maximum(began, self._summed[stage])
         self._posted[stage] = began
-        s = costs.stages[stage]
         compute, collectives = (s.forward, s.tensor_forward) if is_forward else (s.backward, s.tensor_backward)
         if sends_buckets:
             compute = s.backward_with_buckets
-        seconds = compute * self._slowness[stage] + collectives
+        seconds = (compute * self._slowness[stage] + collectives) * s.shares[action.chunk]
         if sends_buckets:
-            self._sum_buckets(stage, began, seconds)
+            self._sum_buckets(stage, began, seconds, action.chunk)
         self._clock[stage] = began + seconds
-        if 0 <= stage + (1 if is_forward else -1) < costs.mesh.pipeline:
+        number = action.chunk * stages + stage
+        if number != (len(s.shares) * stages - 1 if is_forward else 0):
             self._sent[stage, action] = self._clock[stage]
 
-    def _receive(self, source: int, stage: int, action: Action) -> np.ndarray:
-        """Return when the result of ``action`` of stage ``source`` has arrived."""
-        begins = np.maximum(self._sent.pop((source, action)), self._posted[stage])
-        link = (source, action.kind)
+    def _receive(self, source: tuple[int, Action], stage: int) -> np.ndarray:
+        """Return when the result of an action of another stage, ``source``, has arrived."""
+        begins = np.maximum(self._sent.pop(source), self._posted[stage])
+        link = (source[0], source[1].kind)
         if link in self._link_free:
             begins = np.maximum(begins, self._link_free[link])
         self._link_free[link] = arrives = begins + self._costs.message
-        self._delivered[source] = np.maximum(self._delivered[source], arrives)
+        self._delivered[source[0]] = np.maximum(self._delivered[source[0]], arrives)
         return arrives
 
-    def _sum_buckets(self, stage: int, began: np.ndarray, seconds: np.ndarray) -> None:
-        """Sum the buckets of a backward pass that began at ``began`` and takes ``seconds``."""
+    def _sum_buckets(self, stage: int, began: np.ndarray, seconds: np.ndarray, chunk: int) -> None:
+        """Sum the buckets of a backward pass of ``chunk`` that began at ``began`` and takes ``seconds``."""
         done = self._summed[stage]
-        for bucket in self._costs.stages[stage].buckets:
+        for bucket in self._costs.stages[stage].buckets_of(chunk):
             ready = (began + bucket.ready * seconds).max(axis=1, keepdims=True)
             done = np.maximum(done, ready) + bucket.seconds
         self._summed[stage] = done
@@ -234,15 +237,15 @@ class _Step:
 
 def _execution_order(costs: StepCosts) -> list[tuple[int, Action]]:
     """Return all passes of all stages, each after those that it waits for."""
-    stages = costs.mesh.pipeline
+    stages, virtual = costs.mesh.pipeline, len(costs.stages[0].shares)
     schedule = costs.schedule if stages > 1 else "1f1b"  # a model of one stage accumulates: forward, backward in turn
-    left = [make_pipeline_schedule(schedule, s, stages, costs.micro_batches)[::-1] for s in range(stages)]
+    left = [make_pipeline_schedule(schedule, s, stages, costs.micro_batches, virtual)[::-1] for s in range(stages)]
     done: set[tuple[int, Action]] = set()
     order: list[tuple[int, Action]] = []
     while any(left):
         for stage, actions in enumerate(left):
-            source = stage + (-1 if actions and actions[-1].kind == "forward" else 1)
-            if actions and (not 0 <= source < stages or (source, actions[-1]) in done):
+            source = source_of(actions[-1], stage, stages, virtual) if actions else None
+            if actions and (source is None or source in done):
                 order.append((stage, actions.pop()))
                 done.add(order[-1])
     return order

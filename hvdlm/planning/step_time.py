@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import accumulate
 
 from hvdlm.config import Config
 from hvdlm.models.spec import ModelSpec
@@ -60,6 +61,7 @@ class StageTime:
         after: collectives after the gradients, and the share of rounds (local SGD, DiLoCo).
         send: of one micro-batch's activations to the next stage.
         buckets: of each bucket's collectives, beside the backward pass and after it.
+        shares: of the rank's virtual stages in the seconds of its passes.
     """
 
     forward: float
@@ -72,6 +74,7 @@ class StageTime:
     after: float
     send: float
     buckets: tuple[float, ...] = ()
+    shares: tuple[float, ...] = (1.0,)
 
 
 def predict_time(
@@ -101,8 +104,9 @@ def stage_works(
     config: Config, spec: ModelSpec, mesh: Mesh, hardware: Hardware, moments: int | None, habits: Habits | None
 ) -> list[Work] | None:
     """Return the work of every stage's first tensor rank; stages with equal work share one object."""
-    fused, first = compiles(config, spec, hardware, habits), equal_stages(Same(spec), mesh.pipeline)
-    ranks = {stage: stage * mesh.tensor for stage in first}
+    fused = compiles(config, spec, hardware, habits)
+    first = equal_stages(Same(spec), mesh.pipeline, config.parallel.virtual_stages)
+    ranks = {stage: mesh.rank_of(stage) for stage in first}
     works = {stage: work_of(config, spec, mesh, rank, habits, moments, fused) for stage, rank in ranks.items()}
     known = [work for work in map(works.get, first) if work is not None]
     return known if len(known) == len(first) else None
@@ -126,10 +130,15 @@ def _network(hardware: Same[Hardware], mesh: Mesh, framework: str) -> Network:
 
 
 @lru_cache(maxsize=256)
-def equal_stages(spec: Same[ModelSpec], pipeline: int) -> tuple[int, ...]:
-    """Return for each stage the first one that has the same work: as many layers, and embedding and head alike."""
-    stages = cut_into_stages(spec.value, pipeline)
-    kinds = [(stage.layers[1] - stage.layers[0], stage.first, stage.last) for stage in stages]
+def equal_stages(spec: Same[ModelSpec], pipeline: int, virtual: int) -> tuple[int, ...]:
+    """Return for each rank's stage the first one that has the same work: as many layers, and embedding and head alike.
+
+    ``virtual``: virtual stages of a rank.
+    """
+    cut = cut_into_stages(spec.value, pipeline * virtual)
+    kinds = [
+        [(len(stage.layers), stage.first, stage.last) for stage in cut[rank::pipeline]] for rank in range(pipeline)
+    ]
     return tuple(kinds.index(kind) for kind in kinds)
 
 
@@ -146,6 +155,8 @@ def compiles(config: Config, spec: ModelSpec, hardware: Hardware, habits: Habits
     asked = config.train.compile
     if isinstance(asked, bool):
         return asked
+    if config.parallel.zero == 3:
+        return False
     return (habits or Habits()).compiles and hardware.device == "gpu" and spec.kind == "gpt"
 
 
@@ -163,7 +174,8 @@ def step_time(
     Args:
         data_seconds: of making one rank's batch.
         prefetch: whether it is made during the step before.
-        interleaved: virtual stages on a rank, which divide the bubble (Narayanan et al. 2021, section 2.2).
+        interleaved: virtual stages on a rank that the works don't tell apart; they divide the bubble (Narayanan et al.
+            2021, section 2.2).
     """
     times = {id(work): stage_time(work, computation, network) for work in {id(work): work for work in works}.values()}
     stages = [times[id(work)] for work in works]
@@ -230,6 +242,7 @@ def stage_time(work: Work, computation: Computation, network: Network) -> StageT
     update += computation.rates.seconds_per_scattered_element * work.scattered
     scattered = (work.micro_batches - 1) * last.exposed if work.scatters_every else 0.0
     staged = computation.sharing.overhead * computation.rates.pass_seconds if work.send_bytes else 0.0
+    staged *= max(1, len(work.chunks))
     return StageTime(
         without[0].end + staged,
         every.end + staged,
@@ -241,7 +254,18 @@ def stage_time(work: Work, computation: Computation, network: Network) -> StageT
         after + rounds,
         message_seconds(work, network),
         _in_step(work, backward, last.then, alone),
+        _shares(work, forward, backward),
     )
+
+
+def _shares(work: Work, forward: Sequence[Task], backward: Sequence[Task]) -> tuple[float, ...]:
+    """Return the shares of virtual stages in the seconds of forward and backward tasks (the latter last to first)."""
+    if not work.chunks:
+        return (1.0,)
+    pairs = zip(forward, reversed(backward), strict=True)
+    seconds = [a.seconds + a.blocking + b.seconds + b.blocking for a, b in pairs]
+    ends = list(accumulate(work.chunks))
+    return tuple(sum(seconds[end - n : end]) / sum(seconds) for n, end in zip(work.chunks, ends, strict=True))
 
 
 def _in_step(work: Work, backward: Sequence[Task], then: Sequence[float], alone: Sequence[float]) -> tuple[float, ...]:

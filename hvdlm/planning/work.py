@@ -166,6 +166,7 @@ class Work:
 
     Attributes:
         segments: of its stage, in the order of the forward pass.
+        chunks: number of segments of each of the rank's virtual stages; empty: it has one stage.
         micro_batches: of a step.
         tokens: of a micro-batch.
         buckets: whose collectives are started during the last backward pass.
@@ -201,6 +202,7 @@ class Work:
     streams: bool = False
     send_bytes: float = 0.0
     saved_bytes: float = 0.0
+    chunks: tuple[int, ...] = ()
 
     @property
     def gathered(self) -> float:

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from hvdlm.config import DataConfig
     from hvdlm.data.corpora import Corpus
+
+
+@runtime_checkable
+class WritesChats(Protocol):
+    """A preparer that writes conversations by a chat template. Optional: ``generate --chat`` needs it."""
+
+    def chat_prompt(self, data: DataConfig, prompt: str) -> str:
+        """Return the text that the assistant continues where a user says ``prompt``.
+
+        Raises:
+            HvdlmError: there is no chat template, or it fails.
+        """
 
 
 class DataPreparer(Protocol):

@@ -25,6 +25,8 @@ class ExchangeTraits:
         zero_rank, zero_size: this rank updates shard ``zero_rank`` of ``zero_size`` equal shards of every bucket
             (ZeRO); 0 and 1: all of it.
         scatters_every: whether every micro-batch's gradients are scattered, so that none are kept whole (ZeRO-2).
+        shards_parameters: whether ranks hold their shards of the parameters only, in a ``make_unit_layout``, and gather
+            them layer by layer (ZeRO-3).
         rounds_parameters: whether ``gather`` rounds: the float32 parameters are the shards that ranks update and save.
         replicated: prefixes of the names in ``state()`` whose entries are equal on all ranks of the data axis.
     """
@@ -34,6 +36,7 @@ class ExchangeTraits:
     zero_rank: int = 0
     zero_size: int = 1
     scatters_every: bool = False
+    shards_parameters: bool = False
     rounds_parameters: bool = False
     replicated: tuple[str, ...] = ()
 
@@ -42,7 +45,10 @@ class ExchangeState(Protocol):
     """What an exchange keeps from step to step."""
 
     def open(self, layout: FlatLayout, parameters: np.ndarray) -> None:
-        """Start from flat float32 ``parameters`` ``[size]``; called again when they are replaced. All ranks call."""
+        """Start from flat float32 ``parameters`` ``[size]``; called again when they are replaced. All ranks call.
+
+        Where ranks shard the parameters (``traits.shards_parameters``), they are this rank's, ``[size / zero_size]``.
+        """
 
     def state(self) -> dict[str, np.ndarray]:
         """Return copies of what is kept from step to step (error feedback), for the checkpoint."""

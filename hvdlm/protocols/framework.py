@@ -70,15 +70,17 @@ class ResolvesOptions(Protocol):
 
 
 @runtime_checkable
-class HasUpdateRules(Protocol):
-    """A framework that updates parameters by more rules than one learning rate of AdamW, SGD or Adagrad.
+class HasAbilities(Protocol):
+    """A framework that has what others may lack; runs that ask for more than it has are refused.
 
     Attributes:
-        update_rules: those of ``groups`` (``train.groups``) and ``muon`` (``train.optimizer muon``) that it has.
-            Without this attribute it has neither, and such a run is refused.
+        abilities: those of ``groups`` (``train.groups``), ``muon`` (``train.optimizer muon``), ``ema`` (``train.ema``;
+            its Trainables are ``HasMovingAverage``), ``zero3`` (``parallel.zero 3``), ``context_ranks``
+            (``parallel.context``) and ``document_masks`` (``data.document_masks``: its models read
+            ``Batch.document_starts``) that it has. Without this attribute it has none.
     """
 
-    update_rules: tuple[str, ...]
+    abilities: tuple[str, ...]
 
 
 class HostCollective(Protocol):

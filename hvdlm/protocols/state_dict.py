@@ -27,6 +27,13 @@ their bias), SGD's velocity (the sum of gradients, not of updates), and Adagrad'
 """
 
 
+FIRST_STEP = "optimizer/first_step"
+"""The entry of the step in whose update the optimizer's state was zero, if that wasn't the run's first one.
+
+It was another optimizer's run before: bias is corrected by the number of updates since then. A scalar, float64.
+"""
+
+
 def optimizer_state(config: TrainConfig, own: Optimizer | None = None) -> tuple[str, ...]:
     """Return the kinds of state that the configured optimizer keeps: SGD without momentum keeps none.
 

@@ -51,7 +51,8 @@ class Task(Protocol):
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Return named figures (``val_loss``, ``perplexity``, ...) from sums over all batches and ranks.
 
-        ``sums``: ``loss`` (nats), ``tokens``, and what ``count`` returned.
+        ``sums``: ``loss`` (nats), ``tokens``, of a Trainable that is ``CountsCorrect`` ``predicted`` (how many of the
+        tokens the model predicts), and what ``count`` returned.
         """
 
     def respond(self, trainable: Trainable, prompt: str) -> str | None:

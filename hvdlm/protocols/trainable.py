@@ -24,19 +24,21 @@ class Training(Protocol):
     def eval_step(self, batch: Batch) -> tuple[float, float]:
         """Return (sum of losses over valid tokens in nats, valid tokens) of this rank's rows.
 
-        No communication along the data axis. Only the ranks of the last pipeline stage return the losses.
+        No communication along the data axis, but with ZeRO-3, where all ranks call equally often. Only the ranks of the
+        last pipeline stage return the losses.
         """
 
     def fingerprints(self) -> dict[str, int]:
         """Return a CRC-32 of this rank's shard of every parameter, by global name.
 
-        Empty where the ranks of the data axis may hold different parameters now (local SGD).
+        Empty where the ranks of the data axis may hold different parameters now (local SGD), or hold shards of them.
         """
 
     def memory(self) -> dict[str, int]:
         """Return the bytes that this rank holds for parameters, gradients, optimizer and activations.
 
-        Activations: the peak kept for the backward pass, as measured in the first step.
+        Activations: the peak kept for the backward pass, as measured in the first step. With ZeRO-3, parameters and
+        gradients are those of the moment at which most of both together was held.
         """
 
     def traffic(self) -> dict[str, Traffic]:
@@ -45,6 +47,28 @@ class Training(Protocol):
 
 class Trainable(Training, Inference, StateDict, Protocol):
     """A model with its optimizer."""
+
+
+@runtime_checkable
+class CountsCorrect(Protocol):
+    """A Trainable whose evaluation tells the targets that the model predicts. Optional: others tell the loss alone."""
+
+    def eval_figures(self, batch: Batch) -> tuple[float, float, float]:
+        """Return (sum of losses, number of valid tokens, number of those of which no other token has a higher score).
+
+        Otherwise as ``eval_step``. A token that shares the highest score with others counts; of CTC, none do.
+        """
+
+
+@runtime_checkable
+class HasMovingAverage(Protocol):
+    """A Trainable that keeps the moving average of its parameters with ``train.ema``."""
+
+    def show_average(self, shown: bool) -> None:
+        """Compute with the moving average until the next step or ``state()``, or with the parameters again.
+
+        All ranks call: ZeRO's gather the average.
+        """
 
 
 @runtime_checkable

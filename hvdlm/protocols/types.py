@@ -26,6 +26,8 @@ class Batch:
         features: model inputs other than tokens, by the names in ``ModelSpec.reads``, each ``[rows, ...]``.
         items: int64 ``[rows]``, the indices of a task's items, for the task's own metrics; models don't see them.
         corpus: the corpus that a validation batch of a mixture comes from; its sums are then ``CORPUS/loss``, ...
+        document_starts: int32 ``[rows, time]``, the index in its row of the first token of every input's document: an
+            input attends to no earlier one, and its position counts from there. None: rows are not divided.
     """
 
     inputs: np.ndarray
@@ -35,14 +37,16 @@ class Batch:
     features: Mapping[str, np.ndarray] = field(default_factory=dict)
     items: np.ndarray | None = None
     corpus: str = ""
+    document_starts: np.ndarray | None = None
 
     def rows(self, start: int, stop: int) -> Batch:
         """Return rows ``start:stop`` as a separate batch."""
         weights = None if self.weights is None else self.weights[start:stop]
         features = {name: array[start:stop] for name, array in self.features.items()}
         items = None if self.items is None else self.items[start:stop]
+        starts = None if self.document_starts is None else self.document_starts[start:stop]
         arrays = self.inputs[start:stop], self.targets[start:stop], weights
-        return Batch(*arrays, self.reset, features, items, self.corpus)
+        return Batch(*arrays, self.reset, features, items, self.corpus, starts)
 
     @property
     def tokens(self) -> float:
@@ -67,7 +71,8 @@ class StepResult:
         data_seconds: time this rank waited for its batch. Set by the loop.
         idle_seconds: time this rank waited for other pipeline stages' results (included in comm_seconds).
         axis_bytes: comm_bytes by mesh axis (``communication.traffic.AXIS_OF``).
-        skipped: the update was not applied, because gradients were not finite or their norm was above the limit.
+        skipped: the update was not applied, because gradients were not finite or their norm was above the limit,
+            or the batch is ``empty``.
         device_memory_peak: ``HasDeviceMemory`` of this rank, in steps that are logged. Set by the loop.
     """
 
@@ -91,7 +96,12 @@ class StepResult:
     @property
     def failed(self) -> bool:
         """Whether the update was skipped because gradients were not finite."""
-        return self.skipped and not math.isfinite(self.grad_norm)
+        return self.skipped and not self.empty and not math.isfinite(self.grad_norm)
+
+    @property
+    def empty(self) -> bool:
+        """Whether the global batch has no targets: the update was skipped, which is no fault; the loss is NaN."""
+        return self.tokens == 0
 
     @property
     def applied(self) -> bool:
@@ -107,14 +117,14 @@ class Prediction:
         memory: bytes of parameters, gradients, optimizer and activations.
         bytes: bytes handed to collectives in a step, by mesh axis; None: gradients are not exchanged whole.
         idle_share: fraction of a step in which a pipeline stage waits.
-        layers: (first, last exclusive) of the layers that the rank computes.
+        layers: (first, last exclusive) of the layers that the rank computes; with virtual stages, of each in turn.
         micro_batches: micro-batches of a step.
     """
 
     memory: dict[str, int]
     bytes: dict[str, int] | None
     idle_share: float
-    layers: tuple[int, int]
+    layers: tuple[int, ...]
     micro_batches: int
 
 

@@ -13,12 +13,13 @@ from hvdlm.checkpoints.save import Saved
 from hvdlm.diagnostics.phases import TRAINING, process
 from hvdlm.errors import STOPPED
 from hvdlm.protocols.task import Task
-from hvdlm.protocols.trainable import Trainable
+from hvdlm.protocols.trainable import CountsCorrect, HasMovingAverage, Trainable
 from hvdlm.protocols.types import Batch, StepResult
 from hvdlm.protocols.world import World
 from hvdlm.telemetry.observers import Observers
 from hvdlm.training.batches import Batches
 from hvdlm.training.consensus import Consensus
+from hvdlm.training.lockstep import in_lockstep
 from hvdlm.training.lr_schedule import make_schedule
 from hvdlm.training.preflight import versions
 from hvdlm.training.reports import Reports
@@ -71,7 +72,7 @@ def train(run: Run, signals: Signals) -> dict[str, Any]:
             checking = due(step, config.train.replica_check_every)
             if stopped or save_due or finish or evaluating or checking or saver.refused:
                 reports.report()
-            deferred = bool(stopped or save_due or finish) and run.world.any(not result.applied)
+            deferred = bool(stopped or save_due or finish) and run.world.any(not (result.applied or result.empty))
             if deferred:
                 stopped, finish = None, 0  # the next steps decide whether the run rolls back
             wrong = step == config.train.steps and run.world.any(result.failed)
@@ -145,12 +146,26 @@ def due(done: int, every: int) -> bool:
 
 
 def evaluate(run: Run, step: int | None = None, limit: int | None = None) -> dict[str, Any]:
-    """Return the task's metrics on the validation split, which data ranks divide. All ranks call.
+    """Return the task's metrics on the validation split, which data and context ranks divide. All ranks call.
 
     With ``step``, report them, and include it in them. ``limit``: the targets that are evaluated, about; None: all.
+    With ``train.ema``, those of the moving average of the weights follow, as ``ema_NAME``.
     """
+    metrics, trainable = _metrics(run, limit), run.trainable
+    if run.config.train.ema is not None and isinstance(trainable, HasMovingAverage):
+        trainable.show_average(True)
+        metrics |= {f"ema_{name}": value for name, value in _metrics(run, limit).items()}
+        trainable.show_average(False)
+    if step is None:
+        return metrics
+    run.manager.hook.hvdlm_evaluated(step=step, metrics=metrics)
+    return {"step": step, **metrics}
+
+
+def _metrics(run: Run, limit: int | None) -> dict[str, float]:
+    """Return the task's metrics of the weights that the model computes with now."""
     coordinates = run.mesh.coordinates(run.world.rank)
-    # Of the ranks that hold one copy of the model, one of the last stage knows the losses.
+    # Of the ranks that hold one copy of the model, one of the last stage knows the losses (of its positions).
     counts = coordinates["tensor"] == 0 and coordinates["pipeline"] == run.mesh.pipeline - 1
     # Exact sums have as many shards on any number of ranks, and are added in the order of the shards.
     leaves = run.config.train.batch_size // (run.config.train.micro_batch_size or 1)
@@ -159,21 +174,28 @@ def evaluate(run: Run, step: int | None = None, limit: int | None = None) -> dic
     limited = {} if limit is None else {"limit": limit}
     sums: list[Counter[str]] = [Counter() for _ in range(own)]
     for shard, totals in enumerate(sums, coordinates["data"] * own):
-        for batch in run.task.validation(shard, size, **limited):
-            totals.update(sums_of(run.task, run.trainable, batch))
+        batches = run.task.validation(shard, size, **limited)
+        if run.exchange.traits.shards_parameters:
+            pairs = in_lockstep(run.world, batches, run.config.data.context)
+        else:
+            pairs = ((batch, True) for batch in batches)
+        for batch, of_split in pairs:
+            sums_of_batch = sums_of(run.task, run.trainable, batch)
+            totals.update(sums_of_batch if of_split else {})
             process.alive()
-    metrics = run.task.metrics(over_ranks(run.world, sums if counts else []))
-    if step is None:
-        return metrics
-    run.manager.hook.hvdlm_evaluated(step=step, metrics=metrics)
-    return {"step": step, **metrics}
+    return run.task.metrics(over_ranks(run.world, sums if counts else []))
 
 
 def sums_of(task: Task, trainable: Trainable, batch: Batch) -> dict[str, float]:
     """Return the sums of one validation batch that ``Task.metrics`` needs."""
-    loss, tokens = trainable.eval_step(batch)
+    if isinstance(trainable, CountsCorrect):
+        loss, tokens, correct = trainable.eval_figures(batch)
+        figures = {"loss": loss, "tokens": tokens, "predicted": correct}
+    else:
+        loss, tokens = trainable.eval_step(batch)
+        figures = {"loss": loss, "tokens": tokens}
     prefix = f"{batch.corpus}/" if batch.corpus else ""
-    return {f"{prefix}loss": loss, f"{prefix}tokens": tokens, **task.count(trainable, batch)}
+    return {**{f"{prefix}{name}": value for name, value in figures.items()}, **task.count(trainable, batch)}
 
 
 def over_ranks(world: World, sums: Sequence[Mapping[str, float]]) -> Counter[str]:

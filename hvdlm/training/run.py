@@ -8,12 +8,13 @@ from dataclasses import dataclass, field, replace
 from inspect import signature
 from pathlib import Path
 
+import numpy as np
 import pluggy
 
 from hvdlm import plugins
 from hvdlm.checkpoints import agreement, discovery
 from hvdlm.checkpoints.base_weights import Base, attach, open_pretrained, resolve
-from hvdlm.checkpoints.load import Checkpoint, read_state
+from hvdlm.checkpoints.load import Checkpoint, averaged, read_state
 from hvdlm.checkpoints.save import Saver
 from hvdlm.checkpoints.state_checks import Comparison
 from hvdlm.config import Config
@@ -29,9 +30,12 @@ from hvdlm.io.user_folders import similar_run, user_cache
 from hvdlm.models.lora import adapt
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.mesh import Mesh, make_mesh
+from hvdlm.parallel.moving_average import KIND as AVERAGE
 from hvdlm.protocols.backend import Backend
 from hvdlm.protocols.exchange import Exchange
-from hvdlm.protocols.framework import Framework, HasUpdateRules, Resolved, ResolvesOptions
+from hvdlm.protocols.framework import Framework, HasAbilities, Resolved, ResolvesOptions
+from hvdlm.protocols.optimizer import Optimizer
+from hvdlm.protocols.state_dict import FIRST_STEP
 from hvdlm.protocols.task import Task
 from hvdlm.protocols.trainable import Trainable
 from hvdlm.protocols.world import World
@@ -99,7 +103,7 @@ class Plan:
     """A checked run, before ranks are connected and before a framework is imported.
 
     ``resume``: the checkpoint to resume from, as ``checkpoint.resume`` names it; ``writes``: whether the run writes its
-    folder.
+    folder; ``average``: whether the moving average of the checkpoint's weights is loaded in their place.
     """
 
     config: Config
@@ -109,6 +113,7 @@ class Plan:
     mesh: Mesh
     resume: str
     writes: bool
+    average: bool = False
 
 
 @dataclass(frozen=True)
@@ -327,6 +332,8 @@ def build(connected: Connected) -> Run:
     preflight.agree(world, config, task, base, resolved)
     preflight.check_groups(world, framework, mesh)
     checkpoint = agreement.choose(folder, plan.resume, world)
+    if checkpoint and plan.average:
+        checkpoint = averaged(checkpoint)
     if checkpoint:
         preflight.check_continuation(checkpoint, task, spec, config, base)
     elif plan.resume == "auto" and world.rank == 0:
@@ -337,7 +344,7 @@ def build(connected: Connected) -> Run:
     config = with_steps(config, task, checkpoint.step if checkpoint else 0, cursor.trained)
     precision = preflight.precision(config.train.precision, resolved, checkpoint if resolver else None)
     config = replace(config, train=replace(config.train, precision=precision, compile=resolved.compile))
-    group = world.group(mesh.group("data", world.rank))
+    group = world.group(mesh.replica_group(world.rank))
     exchange = plugins.make_exchange(manager, config, world, group)
     if config.model.pretrained and not checkpoint and base is None:
         spec = open_pretrained(config.model.pretrained, config.plugins).attach(spec)
@@ -346,7 +353,8 @@ def build(connected: Connected) -> Run:
     if own and "optimizer" not in signature(framework.build).parameters:
         rule = config.train.optimizer
         raise HvdlmError(f"train.optimizer {rule}: {framework.name} takes none of plugins: choose adamw.")
-    _check_update_rules(framework, config)
+    _check_abilities(framework, config)
+    _check_average(config, exchange, optimizer)
     trainable = framework.build(spec, mesh, world, exchange, config, **own)
     if checkpoint:
         load_state(checkpoint, trainable, world, mesh)
@@ -370,13 +378,46 @@ def build(connected: Connected) -> Run:
     )
 
 
-def _check_update_rules(framework: Framework, config: Config) -> None:
-    """Refuse parameter groups and optimizers that the framework's plugin doesn't implement."""
-    rules = framework.update_rules if isinstance(framework, HasUpdateRules) else ()
-    if config.train.groups and "groups" not in rules:
-        raise HvdlmError(f"train.groups: framework {framework.name} has one learning rate for all: leave it out.")
-    if config.train.optimizer == "muon" and "muon" not in rules:
-        raise HvdlmError(f"train.optimizer muon: framework {framework.name} doesn't have it: choose adamw.")
+def _check_abilities(framework: Framework, config: Config) -> None:
+    """Refuse what the options ask for and the framework's plugin doesn't have."""
+    has, (data, train, parallel) = framework.name, (config.data, config.train, config.parallel)
+    asked = {
+        "groups": (train.groups, f"train.groups: framework {has} has one learning rate for all: leave it out."),
+        "muon": (train.optimizer == "muon", f"train.optimizer muon: framework {has} doesn't have it: choose adamw."),
+        "ema": (train.ema, f"train.ema: framework {has} keeps no average of its weights: leave it out."),
+        "zero3": (
+            parallel.zero == 3,
+            f"parallel.zero 3: framework {has} can't gather parameters layer by layer: --parallel.zero 2.",
+        ),
+        "context_ranks": (
+            parallel.context > 1,
+            f"parallel.context {parallel.context}: framework {has} has no context ranks: leave it out.",
+        ),
+        "document_masks": (
+            data.document_masks,
+            f"data.document_masks: framework {has} doesn't have them: leave it false.",
+        ),
+    }
+    abilities = framework.abilities if isinstance(framework, HasAbilities) else ()
+    for ability, (wanted, sentence) in asked.items():
+        if wanted and ability not in abilities:
+            raise HvdlmError(sentence)
+
+
+def _check_average(config: Config, exchange: Exchange, optimizer: Optimizer | None) -> None:
+    """Refuse the moving average of parameters that ranks don't agree on, and one whose name is taken."""
+    if config.train.ema is None:
+        return
+    if exchange.traits.replicas_diverge:
+        raise HvdlmError(
+            f"train.ema averages the parameters after every update, and ranks of {config.communication.exchange} have "
+            "different ones between synchronisations: leave it out, or --communication.exchange all_reduce."
+        )
+    if optimizer and AVERAGE in optimizer.state:
+        raise HvdlmError(
+            f"train.ema is saved as {AVERAGE}, a name that the state of train.optimizer {config.train.optimizer} has: "
+            "leave it out, or choose another optimizer."
+        )
 
 
 def keep_recorder(plan: Plan, world: World) -> None:
@@ -395,8 +436,16 @@ def start(plan: Plan) -> Run:
 def load_state(checkpoint: Checkpoint, trainable: Trainable, world: World, mesh: Mesh) -> None:
     """Restore ``trainable`` from this rank's shards of a checkpoint. All ranks call.
 
-    State of single ranks (``exchange/``) is restored only on the mesh on which it was saved.
+    State of single ranks (``exchange/``) is restored only on the mesh on which it was saved. Where the checkpoint lacks
+    some of the optimizer's state, because another one wrote it, bias is corrected as if this was the first update: with
+    zeros in place of AdamW's second moments, the next updates would be several times too large.
     """
-    state = read_state(checkpoint, trainable.shards(), world.rank, world.size)
+    wanted = trainable.shards()
+    state = read_state(checkpoint, wanted, world.rank, world.size)
+    moments = [
+        name for name in wanted if name.startswith("optimizer/") and not name.startswith(f"optimizer/{AVERAGE}/")
+    ]
+    if world.any(any(name not in state for name in moments)):
+        state[FIRST_STEP] = np.array(checkpoint.step, np.float64)
     same_mesh = tuple(checkpoint.manifest.get("mesh", ())) == mesh.shape
     trainable.load_state({name: a for name, a in state.items() if same_mesh or not name.startswith("exchange/")})

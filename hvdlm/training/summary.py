@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hvdlm.parallel.mesh import AXES
 from hvdlm.planning.closed_forms import predict_costs
 from hvdlm.protocols.trainable import HasDeviceMemory
 from hvdlm.protocols.types import StepResult
@@ -71,7 +70,8 @@ class RunTotals:
         self.steps += 1
         self.skipped += result.skipped
         self.bytes += result.comm_bytes
-        self.last_loss = result.loss
+        if not result.empty:
+            self.last_loss = result.loss
         self.axis_bytes = result.axis_bytes
         self.rates = self.rates.after(result, seconds)
         if self.steps == 1:
@@ -118,7 +118,7 @@ def summarise(
         "stopped": stopped,
         "skipped_steps": totals.skipped,
         "world_size": run.world.size,
-        "mesh": dict(zip(AXES, run.mesh.shape, strict=True)),
+        "mesh": dict(zip(run.mesh.axes, run.mesh.shape, strict=True)),
         **_identity(run),
         "bytes_communicated": sum(rank_bytes),
         "compression": rates.compression,

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any, overload
+from typing import Any, get_args, overload
 
 from hvdlm.diagnostics.phases import process
 from hvdlm.diagnostics.watchdog import watching
@@ -19,7 +19,7 @@ from hvdlm_api.program_state import collect, preserved
 from hvdlm_api.rank_errors import raising_on_all_ranks
 from hvdlm_inference.generation import BATCH_SIZE, check_request, texts_of
 from hvdlm_inference.sampling import Sampling
-from hvdlm_inference.trained_run import plan_trained, run_file
+from hvdlm_inference.trained_run import Weights, plan_trained, run_file
 
 
 class TrainedRun:
@@ -156,6 +156,7 @@ def load(
     options: Mapping[str, Any] | None = None,
     *,
     checkpoint: str | os.PathLike[str] | None = None,
+    weights: Weights = "trained",
 ) -> TrainedRun:
     """Return the model of a trained run; every rank of a launch calls.
 
@@ -163,19 +164,22 @@ def load(
         run: the run's folder
         options: override the run's own, for example ``{"framework": "tensorflow", "data.path": "other.txt"}``
         checkpoint: checkpoint folder; None: the newest of the run
+        weights: trained, or ema: their moving average, of runs with train.ema
 
     Raises:
-        HvdlmError: there is no such run or checkpoint, or it is damaged.
+        HvdlmError: there is no such run, checkpoint or average, or it is damaged.
     """
     folder = path_of(run, "hvdlm.load takes the folder of a run, such as Result.run")
     chosen = None if checkpoint is None else path_of(checkpoint, "checkpoint: expected a checkpoint's folder")
     if not isinstance(options or {}, Mapping):
         raise HvdlmError(f"options: expected a mapping such as {{'data.path': 'other.txt'}}, got {options!r:.80}.")
-    with watching(process_ends=False), preserved(lambda: _plan(folder, chosen, options or {})) as plan:
+    if weights not in get_args(Weights):
+        raise HvdlmError(f"weights: expected trained or ema, got {weights!r:.80}.")
+    with watching(process_ends=False), preserved(lambda: _plan(folder, chosen, options or {}, weights)) as plan:
         connected = connect(plan)
         with raising_on_all_ranks(connected.world):
             return TrainedRun(build(connected))
 
 
-def _plan(run: str, checkpoint: str | None, options: Mapping[str, Any]) -> Plan:
-    return plan_trained(run, checkpoint, as_arguments([options], [run_file(run)]))
+def _plan(run: str, checkpoint: str | None, options: Mapping[str, Any], weights: Weights) -> Plan:
+    return plan_trained(run, checkpoint, as_arguments([options], [run_file(run)]), weights)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -110,19 +111,30 @@ class BPETokenizer(Tokenizer):
         self._encoder.encode_special_tokens = not special
         # Encoding a batch computes no offsets: half as many tokens per second more.
         (encoding,) = self._guarded(lambda: self._encoder.encode_batch_fast([text], add_special_tokens=False))
-        ids = np.array(encoding.ids, np.int64)
+        return self._checked(encoding.ids)
+
+    def _checked(self, numbers: Sequence[int]) -> np.ndarray:
+        ids = np.array(numbers, np.int64)
         if ids.max(initial=0) >= self.vocab:
             raise HvdlmError(
                 f"the tokenizer returned the id {ids.max()}, its vocabulary has {self.vocab} entries: use another."
             )
         return ids.astype(np.int32)
 
-    def bytes_before(self, text: str, count: int, special: bool = False) -> int:
-        """Return the bytes of ``text`` before the end of its ``count``-th id, by the library's offsets."""
+    def encode_offsets(self, text: str, special: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ids, and the characters that each stands for, by the library's offsets."""
+        encoding = self._encoded(text, special)
+        numbers = np.fromiter(chain.from_iterable(encoding.offsets), np.int64, 2 * len(encoding.ids))
+        return self._checked(encoding.ids), numbers.reshape(-1, 2)
+
+    def _encoded(self, text: str, special: bool) -> Any:
         self._encoder.encode_special_tokens = not special
         # A batch lets other threads run: see ``decode``.
-        (encoding,) = self._guarded(lambda: self._encoder.encode_batch([text], add_special_tokens=False))
-        end = max((end for _, end in encoding.offsets[:count]), default=0)
+        return self._guarded(lambda: self._encoder.encode_batch([text], add_special_tokens=False))[0]
+
+    def bytes_before(self, text: str, count: int, special: bool = False) -> int:
+        """Return the bytes of ``text`` before the end of its ``count``-th id, by the library's offsets."""
+        end = max((end for _, end in self._encoded(text, special).offsets[:count]), default=0)
         return len(text[:end].encode())
 
     def decode(self, ids: Sequence[int]) -> str:

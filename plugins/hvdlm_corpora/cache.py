@@ -11,7 +11,7 @@ from typing import Any
 from hvdlm.config import DataConfig
 from hvdlm.data.token_files import FORMAT
 from hvdlm.io.user_folders import user_cache
-from hvdlm_corpora import documents, sources
+from hvdlm_corpora import conversations, documents, sources
 
 
 def folder(config: DataConfig) -> Path:
@@ -27,15 +27,19 @@ def key(*configs: DataConfig) -> str:
     for config in configs:
         settings += [config.tokenizer, config.vocab_size, config.validation_share, config.field, config.separator]
         for group in (config.paths, config.validation_paths):
-            settings += [*map(_source_identity, sources.expand(group, config.field)), "|"]
+            settings += [*map(_source_identity, sources.expand(group, config.record_field)), "|"]
         if os.path.isfile(config.tokenizer):
             settings.append(_identity(config.tokenizer))
         if config.tokenizer not in ("byte", "char", "bpe"):  # special tokens have an effect
             settings += ["documents", config.add_special_tokens, config.split_special_tokens]
         if config.document_token is not None:
             settings += ["document_token", config.document_token]
-        if config.rows == "documents":  # earlier versions left folders without an index in the cache
+        if config.by_document:  # earlier versions left folders without an index in the cache
             settings += ["rows"]
+        if config.prompt is not None:
+            settings += ["prompt", config.prompt]
+        if config.chat is not None:
+            settings += ["chat", config.chat, conversations.find(config).hash]
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:24]
 
 

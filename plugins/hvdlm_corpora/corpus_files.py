@@ -97,6 +97,8 @@ def _in_folder(folder: Path, field: str) -> CorpusFiles:
                 names["other types"].append(os.path.splitext(name)[1] or name)
             elif name in _METADATA:
                 pass
+            elif name == "README.md" and Path(parent) == folder and folder.parent.name == "snapshots":
+                names["description of a data set"].append(name)  # in the cache of huggingface_hub
             elif name.lower().removesuffix(compression.suffix(name)).endswith(_UNCERTAIN) and not _has(path, field):
                 names[f"no field {field!r}"].append(name)
             else:

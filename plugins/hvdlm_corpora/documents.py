@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from hvdlm.errors import HvdlmError
 from hvdlm.io import text_decoding, untrusted_input
@@ -26,6 +26,20 @@ Texts = Iterator[tuple[Any, SourcePosition]]
 """What the field of each record holds, None where there is nothing, and the position of the record's end."""
 
 
+class MarkedText(NamedTuple):
+    """A record's text, and the ranges of its characters (first, last exclusive) that are targets, ascending."""
+
+    text: str
+    targets: tuple[tuple[int, int], ...]
+
+
+class Conversations(Protocol):
+    """Writes conversations as texts (``conversations.py``)."""
+
+    def written(self, source: str, values: Texts) -> Texts:
+        """Yield a ``MarkedText`` for each value, a conversation."""
+
+
 class Form(NamedTuple):
     """How texts are read: settings of ``DataConfig``.
 
@@ -33,11 +47,20 @@ class Form(NamedTuple):
         field: the field of a record that holds its text.
         separator: text that is appended to it.
         max_expansion: how many times the size of a file its text may have.
+        prompt: the field of the prompt that this text completes; None: it has none.
+        chat: writes conversations, which the field holds, as texts; None: it holds texts.
     """
 
     field: str = "text"
     separator: str = "\n"
     max_expansion: float = compression.RATIO
+    prompt: str | None = None
+    chat: Conversations | None = None
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields of a record that are read."""
+        return (self.field,) if self.prompt is None else (self.prompt, self.field)
 
 
 def kind(source: str) -> str:
@@ -79,11 +102,11 @@ def read(
     suffix, head = kind(source), next(chunks, b"")
     chunks = chain([head], chunks)
     if suffix in (".csv", ".tsv"):
-        texts = _rows(source, chunks, form.field, "\t" if suffix == ".tsv" else ",", start.number)
+        texts = _rows(source, chunks, form, "\t" if suffix == ".tsv" else ",", start.number)
     elif suffix == ".json" and head.lstrip().startswith(b"["):
-        texts = _elements(source, chunks, form.field, start.number)
+        texts = _elements(source, chunks, form, start.number)
     else:
-        texts = _lines(source, skip_bytes(chunks, start.offset), form.field, start)
+        texts = _lines(source, skip_bytes(chunks, start.offset), form, start)
     return joined(source, texts, form, progress)
 
 
@@ -91,28 +114,53 @@ def joined(source: str, texts: Texts, form: Form, progress: ReadProgress) -> Ite
     """Yield the texts of records, joined to chunks."""
     buffered: list[str] = []
     ends: list[int] = []
+    targets: list[tuple[int, int]] = []
+    marks = form.chat is not None or form.prompt is not None
+    texts = texts if form.chat is None else form.chat.written(source, texts)
     size, end = 0, START
-    for text, end in texts:
-        if text is None:
+
+    def chunk() -> SourceChunk:
+        return SourceChunk("".join(buffered), end, tuple(ends), tuple(targets) if marks else None)
+
+    for value, end in texts:
+        if value is None:
             progress.skipped += 1
             continue
-        if not isinstance(text, str):
-            raise HvdlmError(
-                f"data.path {source}: {form.field} of record {end.number} is {shown(repr(text))}, expected text: "
-                "choose another field (--data.field NAME)."
-            )
-        text = text_decoding.without_surrogates(text)
+        text, own = _marked(source, value, form, end.number)
+        if marks and not own:
+            progress.without_targets += 1
+            continue
+        start = size + len(ends) * len(form.separator)
+        targets += [(start + first, start + last) for first, last in own]
         buffered += [text, form.separator]
-        ends.append(size + len(ends) * len(form.separator) + len(text))
+        ends.append(start + len(text))
         size += len(text)
         if size > _CHUNK:
-            yield SourceChunk("".join(buffered), end, tuple(ends))
-            buffered, ends, size = [], [], 0
+            yield chunk()
+            buffered, ends, targets, size = [], [], [], 0
     if buffered:
-        yield SourceChunk("".join(buffered), end, tuple(ends))
+        yield chunk()
 
 
-def _lines(source: str, chunks: Iterable[bytes], field: str, start: SourcePosition) -> Texts:
+def _marked(source: str, value: Any, form: Form, number: int) -> MarkedText:
+    """Return the text of a record, and which of its characters are targets, where not all are."""
+    if isinstance(value, MarkedText):
+        return value
+    texts = value if form.prompt is not None else [value]
+    for field, text in zip(form.fields, texts, strict=True):
+        if not isinstance(text, str):
+            raise HvdlmError(
+                f"data.path {source}: {field} of record {number} is {shown(repr(text))}, expected text: choose another "
+                f"field (--data.{'field' if field == form.field else 'prompt'} NAME)."
+            )
+    texts = [text_decoding.without_surrogates(text) for text in texts]
+    whole = "".join(texts)
+    if form.prompt is None:
+        return MarkedText(whole, ())
+    return MarkedText(whole, ((len(texts[0]), len(whole) + len(form.separator)),))
+
+
+def _lines(source: str, chunks: Iterable[bytes], form: Form, start: SourcePosition) -> Texts:
     """Yield the field of every JSON line; a record's number is its line's."""
     rest, (offset, number) = b"", start
     known = start != START  # whether a record before had the field
@@ -122,7 +170,7 @@ def _lines(source: str, chunks: Iterable[bytes], field: str, start: SourcePositi
             number, offset = number + 1, offset + len(line) + 1
             if line.strip():
                 record = _record(source, f"line {number}", line)
-                yield _value(record, field, source, number, known), SourcePosition(offset, number)
+                yield _value(record, form, source, number, known), SourcePosition(offset, number)
                 known = True
         if len(rest) > _MAX_LINE:
             raise HvdlmError(
@@ -130,13 +178,13 @@ def _lines(source: str, chunks: Iterable[bytes], field: str, start: SourcePositi
             )
 
 
-def _elements(source: str, chunks: Iterator[bytes], field: str, first: int) -> Texts:
+def _elements(source: str, chunks: Iterator[bytes], form: Form, first: int) -> Texts:
     """Yield the field of every object in a JSON array after the ``first``."""
     elements = (element for element in _split_array(source, chunks) if element.strip())
     for number, element in enumerate(elements, 1):
         if number > first:
             record = _record(source, f"record {number}", element)
-            yield _value(record, field, source, number, number > 1), SourcePosition(0, number)
+            yield _value(record, form, source, number, number > 1), SourcePosition(0, number)
 
 
 _IN_STRING = re.compile(rb'[^"\\]*(?:\\.[^"\\]*)*', re.DOTALL)
@@ -176,18 +224,20 @@ def _split_array(source: str, chunks: Iterator[bytes]) -> Iterator[bytes]:
     raise HvdlmError(f"data.path {source}: the array of records has no end: is the file whole?")
 
 
-def _rows(source: str, chunks: Iterable[bytes], field: str, delimiter: str, first: int) -> Texts:
+def _rows(source: str, chunks: Iterable[bytes], form: Form, delimiter: str, first: int) -> Texts:
     """Yield the field of every row after the ``first``; the first line of the file names the fields."""
     csv.field_size_limit(_MAX_LINE)
     reader = csv.reader(_decoded_lines(source, chunks), delimiter=delimiter, strict=True)
     try:
         names = next(reader, [])
-        if field not in names:
-            raise no_field(source, field, names, "the first line")
-        column = names.index(field)
+        for field in form.fields:
+            if field not in names:
+                raise no_field(source, field, form, names, "the first line")
+        columns = [names.index(field) for field in form.fields]
         for number, row in enumerate((row for row in reader if row), 1):
             if number > first:
-                yield row[column] if column < len(row) else None, SourcePosition(0, number)
+                values = [row[column] for column in columns if column < len(row)]
+                yield _joined_fields(values, form), SourcePosition(0, number)
     except (csv.Error, UnicodeDecodeError) as error:
         raise HvdlmError(
             f"data.path {source}: line {reader.line_num + 1} is not CSV in UTF-8 ({error}): write it again."
@@ -218,12 +268,22 @@ def _record(source: str, where: str, data: bytes) -> dict[str, Any]:
         ) from error
 
 
-def _value(record: dict[str, Any], field: str, source: str, number: int, known: bool) -> Any:
+def _value(record: dict[str, Any], form: Form, source: str, number: int, known: bool) -> Any:
     """Return the field of a record, None where it is missing; ``known``: an earlier record had it."""
-    value = _nested(record, field)
-    if value is _MISSING and not known:
-        raise no_field(source, field, list(record), f"record {number}")
-    return None if value is _MISSING else value
+    values = []
+    for field in form.fields:
+        value = _nested(record, field)
+        if value is _MISSING and not known:
+            raise no_field(source, field, form, list(record), f"record {number}")
+        values += [] if value is _MISSING else [value]
+    return _joined_fields(values, form)
+
+
+def _joined_fields(values: list[Any], form: Form) -> Any:
+    """Return the value of a record's field, or with a prompt those of both; None where one is missing or null."""
+    if len(values) < len(form.fields) or None in values:
+        return None
+    return values if form.prompt is not None else values[0]
 
 
 def _nested(record: dict[str, Any], field: str) -> Any:
@@ -239,8 +299,8 @@ def _nested(record: dict[str, Any], field: str) -> Any:
     return value
 
 
-def no_field(source: str, field: str, names: list[str], where: str) -> HvdlmError:
+def no_field(source: str, field: str, form: Form, names: list[str], where: str) -> HvdlmError:
     """Return the error of records without ``field``, which have the fields ``names``."""
-    return HvdlmError(
-        f"data.path {source}: {where} has no field {field!r}, it has {shown(', '.join(names))}: --data.field NAME."
-    )
+    option = "chat" if form.chat is not None else "prompt" if field == form.prompt else "field"
+    has = shown(", ".join(names)) if names else "no named fields"
+    return HvdlmError(f"data.path {source}: {where} has no field {field!r}, it has {has}: --data.{option} NAME.")

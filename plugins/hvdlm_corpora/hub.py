@@ -52,7 +52,12 @@ def snapshot(kind: str, repository: Repository, patterns: tuple[str, ...]) -> Pa
     Raises:
         Unavailable: the hub can't be reached, or it has no such repository or revision.
     """
-    cached = _download(kind, repository, patterns, local=True)
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = _download(kind, repository, patterns, local=True)
+    except HFValidationError:
+        raise Unavailable("this is no name of the Hugging Face Hub: check it.") from None
     if cached is not None:
         return cached
     lock = user_cache() / f"hub-{kind}-{re.sub('[^A-Za-z0-9.-]', '_', str(repository))}.lock"
@@ -101,8 +106,6 @@ def _from_hub(kind: str, repository: Repository, patterns: Sequence[str]) -> Pat
         raise Unavailable(
             f"the Hugging Face Hub has no {kind} of this name, or it is private: check the name, or set HF_TOKEN."
         ) from None
-    except errors.HFValidationError:
-        raise Unavailable("this is no name of the Hugging Face Hub: check it.") from None
     except (errors.HfHubHTTPError, OSError) as error:
         reason = shown(str(error.__cause__ or error).partition("\n")[0], 120)
         raise Unavailable(

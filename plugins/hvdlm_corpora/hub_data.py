@@ -123,8 +123,9 @@ def _chosen(path: str, repository: hub.Repository, configuration: str) -> _Files
 
 def _matching(folder: Path, patterns: Sequence[str]) -> list[str]:
     """Return the files that match, none of them outside of the folder."""
-    files = [str(folder / name) for pattern in patterns for name in glob.glob(pattern, root_dir=folder, recursive=True)]
-    return sorted(file for file in files if ".." not in Path(file).parts and Path(file).is_file())
+    names = [Path(name) for pattern in patterns for name in glob.glob(pattern, root_dir=folder, recursive=True)]
+    inside = {folder / name for name in names if not name.is_absolute() and ".." not in name.parts}
+    return sorted(str(file) for file in inside if file.is_file())
 
 
 def _configurations(path: str, folder: Path) -> dict[str, dict[str, list[str]]]:
@@ -150,7 +151,9 @@ def _configurations(path: str, folder: Path) -> dict[str, dict[str, list[str]]]:
 
 
 def _patterns(files: Any) -> dict[str, list[str]]:
-    """Return the patterns of each split: text or a list of the split train, or a list of splits with their paths."""
+    """Return the patterns of each split: text or a list of the split train, or splits with their paths."""
+    if isinstance(files, dict):
+        return {_text(split): _texts(path) for split, path in files.items()}
     if isinstance(files, list) and files and isinstance(files[0], dict):
         return {_text(entry["split"]): _texts(entry["path"]) for entry in files}
     return {splits.TRAIN: _texts(files)}

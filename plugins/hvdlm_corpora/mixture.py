@@ -22,7 +22,8 @@ from hvdlm.io.untrusted_input import shown
 from hvdlm_corpora import cache, compression, corpus_files, hub_data, preparation, splits, token_corpus
 from hvdlm_corpora.write_lock import writing
 
-_KEYS = ("path", "weight", "validation_path", "field", "separator")
+_TEXTS = ("field", "prompt", "chat", "separator")
+_KEYS = ("path", "weight", "validation_path", *_TEXTS)
 _EXAMPLE = "write for example --data.mixture '{wiki.txt: 3, books.txt: 1}'"
 
 
@@ -72,7 +73,7 @@ def _corpus(config: DataConfig, key: str, value: Any) -> CorpusConfig:
     weight = settings.get("weight", 1)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
         raise HvdlmError(f"{where}: the weight is {shown(repr(weight))}, expected a number above 0: {_EXAMPLE}.")
-    texts = {name: settings[name] for name in ("field", "separator") if name in settings}
+    texts = {name: settings[name] for name in _TEXTS if name in settings}
     for name, text in texts.items():
         if not isinstance(text, str):
             raise HvdlmError(f"{where}: {name} is {shown(repr(text))}, expected text.")

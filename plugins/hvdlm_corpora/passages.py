@@ -45,12 +45,14 @@ class Passage:
         begins: whether a document begins where it begins.
         ends: characters before the end of every document that ends in it.
         options: how special tokens are treated.
+        targets: see ``SourceChunk``.
     """
 
     text: str
     begins: bool
     ends: tuple[int, ...]
     options: SpecialTokens
+    targets: tuple[tuple[int, int], ...] | None = None
 
     def __len__(self) -> int:
         """Return the number of characters."""
@@ -76,22 +78,26 @@ def passages(
 
 def _passage(chunk: SourceChunk, first: bool, last: bool, options: SpecialTokens) -> Passage:
     if chunk.record_ends:
-        return Passage(chunk.text, True, chunk.record_ends, options)
+        return Passage(chunk.text, True, chunk.record_ends, options, chunk.targets)
     return Passage(chunk.text, first, (len(chunk.text),) if last else (), options)
 
 
 class EncodedPassage(NamedTuple):
     """The ``ids`` of a passage, int32 ``[n]``, and the ``starts`` of its documents in them, int64 ``[documents]``.
 
-    Without starts where documents aren't encoded one by one.
+    Without starts where documents aren't encoded one by one. ``targets``: uint8 ``[n]``, 1 where an id is a target;
+    None: all are.
     """
 
     ids: np.ndarray
     starts: np.ndarray
+    targets: np.ndarray | None = None
 
 
 def encode(tokenizer: Tokenizer, passage: Passage) -> EncodedPassage:
     """Return a passage's ids; raise HvdlmError where it can't be written with the vocabulary."""
+    if passage.targets is not None:
+        return _encode_marked(tokenizer, passage, np.array(passage.targets, np.int64).reshape(-1, 2))
     ids, starts, position = [np.zeros(0, np.int32)], [], 0
     for segment in _segments(tokenizer, passage):
         if segment.begins:
@@ -100,6 +106,32 @@ def encode(tokenizer: Tokenizer, passage: Passage) -> EncodedPassage:
         ids.append(tokenizer.encode(content, segment.special) if isinstance(content, str) else content)
         position += len(ids[-1])
     return EncodedPassage(ids[1] if len(ids) == 2 else np.concatenate(ids), np.array(starts, np.int64))
+
+
+def _encode_marked(tokenizer: Tokenizer, passage: Passage, ranges: np.ndarray) -> EncodedPassage:
+    """Return a passage's ids, of which those are targets that stand for a character of ``ranges``, int64 ``[n, 2]``.
+
+    What is added at the end of a document is a target if the token before it is one.
+    """
+    ids, targets, starts, position = [np.zeros(0, np.int32)], [np.zeros(0, np.uint8)], [], 0
+    for segment in _segments(tokenizer, passage):
+        if segment.begins:
+            starts.append(position)
+        if isinstance(segment.content, str):
+            own, offsets = tokenizer.encode_offsets(segment.content, segment.special)
+            first, last = offsets[:, 0] + segment.start, offsets[:, 1] + segment.start
+            number = np.searchsorted(ranges[:, 1], first, "right")  # the first range that ends after the token begins
+            begin = np.append(ranges[:, 0], len(passage.text))[number]
+            marks = ((begin < last) & (first < last)).astype(np.uint8)
+        else:
+            own = segment.content
+            follows = not segment.begins and len(targets[-1]) > 0 and bool(targets[-1][-1])
+            marks = np.full(len(own), follows, np.uint8)
+        if len(own):
+            ids.append(own)
+            targets.append(marks)
+        position += len(own)
+    return EncodedPassage(np.concatenate(ids), np.array(starts, np.int64), np.concatenate(targets))
 
 
 def begins_documents(tokenizer: Tokenizer, options: SpecialTokens) -> bool:
@@ -117,7 +149,7 @@ def spelled(tokenizer: Tokenizer, options: SpecialTokens) -> re.Pattern[str] | N
 def bytes_before(tokenizer: Tokenizer, passage: Passage, count: int) -> int:
     """Return how many bytes of a passage its first ``count`` ids stand for."""
     size = 0
-    for content, special, _ in _segments(tokenizer, passage):
+    for content, special, *_ in _segments(tokenizer, passage):
         ids = tokenizer.encode(content, special) if isinstance(content, str) else content
         if count < len(ids):
             return size + (tokenizer.bytes_before(content, count, special) if isinstance(content, str) else 0)
@@ -138,11 +170,13 @@ class _Segment(NamedTuple):
         content: a text, or added ids.
         special: whether the text may spell special tokens.
         begins: whether a document begins with it.
+        start: characters of the passage before a text.
     """
 
     content: str | np.ndarray
     special: bool = False
     begins: bool = False
+    start: int = 0
 
 
 def _added(tokenizer: Tokenizer, options: SpecialTokens) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -165,10 +199,10 @@ def _segments(tokenizer: Tokenizer, passage: Passage) -> Iterator[_Segment]:
         if begins:
             yield _Segment(prefix, begins=True)
         rest = end + len(separator)
-        yield _Segment(passage.text[start : end if control else rest], not options.split)
+        yield _Segment(passage.text[start : end if control else rest], not options.split, start=start)
         yield _Segment(suffix)
         if control:
-            yield _Segment(passage.text[end:rest], True)
+            yield _Segment(passage.text[end:rest], True, start=end)
         start, begins = rest, True
     if passage.text[start:]:
         if begins:

@@ -14,14 +14,26 @@ from typing import NamedTuple
 import numpy as np
 
 from hvdlm.config import DataConfig
-from hvdlm.data.token_files import FORMAT, INDEXED_FORMAT, TokenData, is_prepared, open_tokens
+from hvdlm.data.token_files import FORMAT, INDEXED_FORMAT, MARKED_FORMAT, TokenData, is_prepared, open_tokens
 from hvdlm.data.tokenizer_base import Tokenizer
 from hvdlm.errors import HvdlmError
 from hvdlm.io import safe_files
 from hvdlm.io.atomic_files import write_synced
 from hvdlm.io.text_decoding import without_surrogates
 from hvdlm.io.untrusted_input import shown
-from hvdlm_corpora import cache, document_tokens, hub_data, passages, sources, splits, token_corpus, tokenizers, workers
+from hvdlm_corpora import (
+    cache,
+    conversations,
+    document_tokens,
+    documents,
+    hub_data,
+    passages,
+    sources,
+    splits,
+    token_corpus,
+    tokenizers,
+    workers,
+)
 from hvdlm_corpora.documents import Form
 from hvdlm_corpora.passages import Passage, SpecialTokens
 from hvdlm_corpora.prepare_progress import Journal, itemsize
@@ -43,7 +55,13 @@ def prepare(config: DataConfig, output: str | None = None, processes: int | None
     """
     config = hub_data.local(config)
     if is_prepared(config.paths):
-        return open_tokens(Path(config.paths[0]))
+        data = open_tokens(Path(config.paths[0]))
+        if config.marks_targets and data.train_targets is None:
+            raise HvdlmError(
+                f"data.{config.marking_option}: all tokens of the folder {data.folder} are targets: leave it out, or "
+                "prepare the records with it."
+            )
+        return data
     if token_corpus.is_tokens(config.paths):
         if output:
             raise HvdlmError(
@@ -88,16 +106,19 @@ def without_stdin(config: DataConfig) -> DataConfig:
 
 def form_of(config: DataConfig) -> Form:
     """Return how the texts of ``config`` are read."""
-    return Form(config.field, without_surrogates(config.separator), config.max_expansion)
+    if config.chat is not None:  # a template writes what ends a conversation, too
+        chat = conversations.ChatWriter(conversations.find(config))
+        return Form(config.chat, "", config.max_expansion, None, chat)
+    return Form(config.field, without_surrogates(config.separator), config.max_expansion, config.prompt)
 
 
 def special_of(config: DataConfig) -> SpecialTokens:
     """Return how the texts of ``config`` get special tokens."""
     return SpecialTokens(
         form_of(config).separator,
-        config.add_special_tokens,
-        config.split_special_tokens,
-        align=config.rows == "documents",
+        config.add_special_tokens and config.chat is None,
+        config.split_special_tokens and config.chat is None,
+        align=config.by_document,
     )
 
 
@@ -108,9 +129,14 @@ def check_sources(config: DataConfig) -> None:
         HvdlmError: one doesn't or isn't.
     """
     tokenizers.check(config.tokenizer)
-    for path in sources.expand([*config.paths, *config.validation_paths], config.field):
+    for path in sources.expand([*config.paths, *config.validation_paths], config.record_field):
         if path != "embedded" and os.path.getsize(path) == 0:
             raise HvdlmError(f"data.path {path}: the file is empty: give a file with text.")
+        if config.marks_targets and not documents.kind(path):
+            raise HvdlmError(
+                f"data.path {path}: it is a text, and data.{config.marking_option} names a field of records: give JSON "
+                "lines, a JSON array, CSV or a table, or leave it out."
+            )
 
 
 def train_tokenizer(config: DataConfig, groups: Sequence[tuple[Sequence[str], Form]]) -> Tokenizer:
@@ -152,10 +178,10 @@ class Preparation:
         self._folder = folder
         self._form = form_of(config)
         self._special = special_of(config)
-        self._paths = sources.expand(config.paths, config.field)
-        self._validation_paths = sources.expand(config.validation_paths, config.field)
+        self._paths = sources.expand(config.paths, config.record_field)
+        self._validation_paths = sources.expand(config.validation_paths, config.record_field)
         self._sources = self._paths + self._validation_paths
-        self.journal = Journal(folder, cache.key(config), len(self._sources))
+        self.journal = Journal(folder, cache.key(config), len(self._sources), config.marks_targets)
 
     def run(self, processes: int | None) -> None:
         """Write the folder, resuming earlier work."""
@@ -171,6 +197,8 @@ class Preparation:
         except (HvdlmError, OSError):  # resuming would fail again
             self.journal.discard()
             raise
+        finally:
+            conversations.close()
 
     def _tokenizer(self) -> Tokenizer:
         """Return the tokenizer: that of earlier work, or a new one."""
@@ -212,7 +240,7 @@ class Preparation:
                 before = bytes_read
             self.journal.state.digests.append(sources.digest(source, progress))
             start = START
-            for sentence in progress.left_out(self._config.field):
+            for sentence in progress.left_out(" and ".join(self._form.fields)):
                 note(f"data.path {source}: {sentence}")
 
     def _finish(self, tokenizer: Tokenizer) -> None:
@@ -230,7 +258,7 @@ class Preparation:
             index = int(np.searchsorted(chunks[:, 1], train, "right"))
         indexed = passages.begins_documents(tokenizer, self._special)
         header = {
-            "format": INDEXED_FORMAT if indexed else FORMAT,
+            "format": MARKED_FORMAT if self._config.marks_targets else INDEXED_FORMAT if indexed else FORMAT,
             "dtype": f"uint{8 * itemsize(tokenizer)}",
             "train": train,
             "validation": tokens - train,
@@ -251,7 +279,9 @@ class Preparation:
             train: the number of training tokens.
             index: the number of the chunk in which the validation text begins.
         """
-        if index == len(chunks) or isinstance(tokenizer, WordTokenizer):  # blanks and rare words are lost
+        if (
+            self._config.marks_targets or index == len(chunks) or isinstance(tokenizer, WordTokenizer)
+        ):  # blanks and rare words are lost
             return 0
         _, first, before, _ = chunks[index - 1].tolist() if index else (0, 0, 0, 0)
         _, last, end, _ = chunks[index].tolist()

@@ -29,7 +29,7 @@ _FORMAT = "hvdlm-prepare-2"
 _LIMIT = 1 << 28  # bytes: room for the digests of millions of sources
 _COUNT = 1 << 53  # JSON readers keep integers exact up to here
 _SAVE_SECONDS = 5.0  # of work that are lost at most
-_TOKEN_FILES = r"header\.json|tokens\.bin|documents\.bin|tokenizer\.json"
+_TOKEN_FILES = r"header\.json|tokens\.bin|documents\.bin|targets\.bin|tokenizer\.json"
 _FILES = r"journal\.json|places\.bin|\.journal\.json\.[0-9a-f]+\.partial|\.journal\.json\.partial"
 _START = np.dtype("<i8")  # of a document: the tokens before it
 _ROW = np.dtype(("<u8", 4))  # of a chunk: the number of its source; tokens, bytes of text and documents up to its end
@@ -72,14 +72,16 @@ class Journal:
         folder: the token folder.
         identity: a hash of the sources and the settings.
         sources: the number of sources.
+        marked: whether there is a file of which tokens are targets.
 
     Attributes:
         tokens: the folder that becomes the token folder.
         state: the progress so far.
     """
 
-    def __init__(self, folder: Path, identity: str, sources: int) -> None:
+    def __init__(self, folder: Path, identity: str, sources: int, marked: bool = False) -> None:
         self._folder = partial(folder)
+        self._marked = marked
         self._identity = identity
         self._sources = sources
         self.tokens = self._folder / "tokens"
@@ -110,6 +112,8 @@ class Journal:
         sizes = {"places.bin": state.pieces * _ROW.itemsize, "tokens/tokens.bin": state.tokens * itemsize(tokenizer)}
         if state.documents:
             sizes["tokens/documents.bin"] = state.documents * _START.itemsize
+        if self._marked:
+            sizes["tokens/targets.bin"] = state.tokens
         for name, size in sizes.items():
             if untrusted_input.size(self._folder / name, within=self._folder) < size:
                 raise ValueError(f"{name} is too short")
@@ -132,7 +136,7 @@ class Journal:
         """Start from scratch with a trained tokenizer."""
         self.tokens.mkdir(parents=True)
         atomic_files.write_synced(self.tokens / "tokenizer.json", json.dumps(tokenizer.to_json()).encode())
-        for name in ("places.bin", "tokens/tokens.bin"):
+        for name in ("places.bin", "tokens/tokens.bin", *(("tokens/targets.bin",) if self._marked else ())):
             safe_files.create(self._folder / name).close()
 
     def open(self, tokenizer: Tokenizer, indexed: bool = False) -> None:
@@ -147,6 +151,8 @@ class Journal:
             sizes["tokens/documents.bin"] = _START.itemsize * self.state.documents
             if safe_files.kind(self.tokens / "documents.bin") is None:
                 safe_files.create(self.tokens / "documents.bin").close()
+        if self._marked:
+            sizes["tokens/targets.bin"] = self.state.tokens
         for name, size in sizes.items():
             file = os.fdopen(safe_files.open_regular(self._folder / name, os.O_RDWR), "r+b")
             self._files.append(file)
@@ -159,8 +165,10 @@ class Journal:
 
     def add(self, source: int, end: SourcePosition, encoded: EncodedPassage, count: int) -> None:
         """Write the ids of a chunk of ``source`` that has ``count`` bytes and ends at ``end``."""
-        state, (places, tokens, *index) = self.state, self._files
-        for file in index:
+        state, (places, tokens, *others) = self.state, self._files
+        if encoded.targets is not None:
+            others.pop().write(encoded.targets.tobytes())
+        for file in others:
             file.write((encoded.starts + state.tokens).astype(_START).tobytes())
             state.documents += len(encoded.starts)
         state.source = source

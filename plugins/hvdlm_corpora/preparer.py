@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from hvdlm.config import DataConfig
 from hvdlm.data.corpora import Corpus
-from hvdlm_corpora import mixture, preparation
+from hvdlm_corpora import conversations, mixture, preparation
 
 
 class TextPreparer:
@@ -15,6 +15,10 @@ class TextPreparer:
     def check(self, data: DataConfig) -> None:
         """Check the options of a mixture."""
         mixture.read(data)
+
+    def chat_prompt(self, data: DataConfig, prompt: str) -> str:
+        """Return the text that the assistant continues where a user says ``prompt``."""
+        return conversations.ChatWriter(conversations.find(data)).prompt([{"role": "user", "content": prompt}])
 
     def store_stdin(self, data: DataConfig) -> DataConfig:
         """Store standard input in the cache."""

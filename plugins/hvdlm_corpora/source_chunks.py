@@ -23,11 +23,13 @@ class SourceChunk(NamedTuple):
     """Some text of a source, about a megabyte, and the position of its end.
 
     ``record_ends``: of a source with records, the characters before the end of every record, without its separator.
+    ``targets``: where they are not all targets, the ranges of characters (first, last exclusive) that are, ascending.
     """
 
     text: str
     end: SourcePosition
     record_ends: tuple[int, ...] = ()
+    targets: tuple[tuple[int, int], ...] | None = None
 
 
 class ReadProgress:
@@ -37,6 +39,7 @@ class ReadProgress:
         hash: SHA-256 of the unpacked bytes so far.
         bytes_read: bytes that were read of the file on disk.
         skipped: records without a text, which are left out.
+        without_targets: conversations without a turn of the assistant, which are left out.
         notes: what else of the source was left out, a sentence each.
     """
 
@@ -44,11 +47,13 @@ class ReadProgress:
         self.hash = hashlib.sha256()
         self.bytes_read = 0
         self.skipped = 0
+        self.without_targets = 0
         self.notes: list[str] = []
 
     def left_out(self, field: str) -> list[str]:
         """Return a phrase on everything that was left out; ``field``: of records that are texts."""
-        return [*self.notes, *([f"{self.skipped:,} records without {field} are left out"] if self.skipped else [])]
+        counts = {f"records without {field}": self.skipped, "conversations without an answer": self.without_targets}
+        return [*self.notes, *(f"{count:,} {what} are left out" for what, count in counts.items() if count)]
 
 
 START = SourcePosition()

@@ -67,9 +67,9 @@ def _find_splits(path: str, config: DataConfig) -> tuple[dict[str, list[str]], l
     listing = Path(path) / "dataset_dict.json"
     if listing.is_file():
         names = [name for name in corpus_files.listed_names(listing, "splits") if (Path(path) / name).is_dir()]
-        folders = {name: corpus_files.find(str(Path(path) / name), config.field) for name in names}
+        folders = {name: corpus_files.find(str(Path(path) / name), config.record_field) for name in names}
         return {name: one.files for name, one in folders.items()}, [n for one in folders.values() for n in one.notes]
-    files, notes = corpus_files.find(path, config.field)
+    files, notes = corpus_files.find(path, config.record_field)
     if not os.path.isdir(path):
         return {_ALL: files}, notes
     splits = _by_shard(files) or by_name(path, files)

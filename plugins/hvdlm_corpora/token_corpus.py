@@ -156,6 +156,11 @@ def _check_options(config: DataConfig) -> None:
             f"data.document_token: {config.paths[0]} holds tokens, to which none are added: leave it out, or encode "
             "the texts again with it."
         )
+    if config.marks_targets:
+        raise HvdlmError(
+            f"data.{config.marking_option}: {config.paths[0]} holds tokens, of which all are targets: leave it out, or "
+            "give the records themselves."
+        )
     folder = next((path for path in config.paths if os.path.isdir(path)), None)
     if folder is not None and config.split != splits.TRAIN:
         raise HvdlmError(

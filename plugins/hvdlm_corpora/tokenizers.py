@@ -66,6 +66,11 @@ class CharTokenizer(Tokenizer):
             )
         return ids
 
+    def encode_offsets(self, text: str, special: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ids, one for each character."""
+        characters = np.arange(len(text))
+        return self.encode(text), np.stack([characters, characters + 1], 1)
+
     def _search(self, points: np.ndarray) -> np.ndarray:
         """Return the ids of code points, -1 for those outside of the vocabulary."""
         indices = np.minimum(np.searchsorted(self._points, points), self.vocab - 1)

@@ -111,13 +111,18 @@ _tokenizer: Tokenizer  # of this worker process
 
 
 def _begin(description: str) -> None:
-    """Initialise a worker: it ends when its parent ends, in whatever way, and ignores interrupts."""
+    """Initialise a worker."""
     global _tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     # There is one worker for each core: threads of the library would only compete with them.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _tokenizer = tokenizers.from_json(json.loads(description))
+
+
+def end_with_parent() -> None:
+    """Have this process end when its parent ends, in whatever way, and ignore interrupts."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:

@@ -17,7 +17,7 @@ def main(arguments: list[str]) -> int:
     own, overrides = split_overrides(arguments)
     values = run_parser("evaluate", "Compute a run's metrics on the whole validation split.").parse_args(own)
     with watching() as watchdog:
-        connected = connect(plan_trained(values.run, values.checkpoint, overrides))
+        connected = connect(plan_trained(values.run, values.checkpoint, overrides, values.weights))
         with ending_all_ranks(connected.world):
             run = build(connected)
             metrics = evaluate(run)

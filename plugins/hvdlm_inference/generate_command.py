@@ -12,10 +12,11 @@ from hvdlm.errors import HvdlmError
 def main(arguments: list[str]) -> int:
     """Generate, and print the texts on rank 0."""
     from hvdlm.configuration.parsing import split_overrides
+    from hvdlm.data import corpora
     from hvdlm.diagnostics.rank_errors import ending_all_ranks
     from hvdlm.diagnostics.watchdog import watching
     from hvdlm.training.run import build, connect
-    from hvdlm_inference.generation import prompts_of, read_prompt, requests_of, write
+    from hvdlm_inference.generation import as_chat, prompts_of, read_prompt, requests_of, write
     from hvdlm_inference.sampling import Sampling
     from hvdlm_inference.trained_run import plan_trained
 
@@ -27,13 +28,17 @@ def main(arguments: list[str]) -> int:
         source = f"--prompt_file {values.prompt_file}"
         prompts = prompts_of(read_prompt(Path(values.prompt_file)), per_line, source)
     with watching() as watchdog:
-        connected = connect(plan_trained(values.run, values.checkpoint, overrides))
+        connected = connect(plan_trained(values.run, values.checkpoint, overrides, values.weights))
         with ending_all_ranks(connected.world):
             run = build(connected)
             if values.prompt_file is None and "-" in prompts:  # a launcher passes standard input to rank 0 only
                 text = run.world.broadcast_object(sys.stdin.read() if run.world.rank == 0 else None)
                 read = prompts_of(text, per_line, "--prompt -")
                 prompts = [prompt for given in prompts for prompt in (read if given == "-" else [given])]
+            if values.chat:
+                run = as_chat(run)
+                texts = [corpora.chat_prompt(run.config, prompt) for prompt in prompts] if run.world.rank == 0 else []
+                prompts = run.world.broadcast_object(texts)
             write(run, requests_of(prompts, values.num_samples, sampling), values.tokens, values.batch_size)
         watchdog.code = 0
     return 0
@@ -53,6 +58,9 @@ def _parse(arguments: list[str]) -> Any:
         type=bool,
         default=False,
         help="every line of --prompt_file or standard input that is not blank is a prompt",
+    )
+    parser.add_argument(
+        "--chat", type=bool, default=False, help="prompts are a user's turns, written by the chat template of the data"
     )
     parser.add_argument("--tokens", type=int, default=200, help="number of tokens to generate")
     parser.add_argument(

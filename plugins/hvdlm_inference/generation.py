@@ -126,6 +126,11 @@ def read_prompt(path: Path) -> str:
         raise HvdlmError(f"--prompt_file {path}: {error}: give a readable UTF-8 text.") from error
 
 
+def as_chat(run: Run) -> Run:
+    """Return a run whose prompts get no tokens that documents begin with: a chat template writes them."""
+    return replace(run, config=replace(run.config, data=replace(run.config.data, add_special_tokens=False)))
+
+
 class Request(NamedTuple):
     """A text to be generated: its prompt, and how it is sampled."""
 
@@ -143,9 +148,10 @@ def chunks_of_texts(run: Run, requests: Sequence[Request], count: int, batch_siz
     """Yield (number of the request, chunk of its text), one text after the other: prompts and their continuations.
 
     Of a task that responds, a text is the response, in one chunk. Up to ``batch_size`` texts are computed together;
-    requests differ in prompts and seeds only. All ranks of rank 0's copy of the model call; others get nothing.
+    requests differ in prompts and seeds only. All ranks of rank 0's copy of the model call; others get nothing. With
+    ZeRO-3, all ranks share one copy.
     """
-    if run.mesh.coordinates(run.world.rank)["data"] != 0:
+    if run.mesh.coordinates(run.world.rank)["data"] and not run.exchange.traits.shards_parameters:
         return
     prompts = [text_decoding.without_surrogates(request.prompt) for request in requests]
     for index, prompt in enumerate(prompts):

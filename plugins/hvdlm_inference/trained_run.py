@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from hvdlm.checkpoints import discovery, load
 from hvdlm.checkpoints.load import Checkpoint
@@ -13,15 +14,24 @@ from hvdlm.errors import HvdlmError
 from hvdlm.io.user_folders import similar_run
 from hvdlm.training.run import Plan, plan
 
+Weights = Literal["trained", "ema"]
+"""Which weights of a checkpoint are used."""
+
 OVERRIDES = "Options with a dot, --framework and --backend override the run's own."
 
 
 def run_parser(command: str, description: str, epilog: str = OVERRIDES) -> Parser:
-    """Return a parser of ``--run`` and ``--checkpoint``."""
+    """Return a parser of ``--run``, ``--checkpoint`` and ``--weights``."""
     parser = command_parser(command, description, epilog)
     parser.add_argument("--run", type=str, default="runs/default", help="run folder")
     parser.add_argument(
         "--checkpoint", type=str, default=None, help="checkpoint folder; default: the newest of the run"
+    )
+    parser.add_argument(
+        "--weights",
+        type=Weights,
+        default="trained",
+        help="trained: the weights after the checkpoint's step; ema: their moving average, of runs with train.ema",
     )
     return parser
 
@@ -54,12 +64,17 @@ def run_config(run: str, arguments: list[str]) -> Config:
     return parse_config(["--config", str(run_file(run)), "--backend", "auto", *arguments], "")
 
 
-def chosen_checkpoint(run: str, checkpoint: str | None) -> Checkpoint:
-    """Open the folder ``checkpoint`` (``--checkpoint``), or the newest checkpoint of ``run``.
+def chosen_checkpoint(run: str, checkpoint: str | None, weights: Weights = "trained") -> Checkpoint:
+    """Open the folder ``checkpoint`` (``--checkpoint``), or the newest checkpoint of ``run``, with these ``weights``.
 
     Raises:
-        HvdlmError: there is none, or it is damaged.
+        HvdlmError: there is none, it is damaged, or it lacks the weights.
     """
+    chosen = _open(run, checkpoint)
+    return load.averaged(chosen) if weights == "ema" else chosen
+
+
+def _open(run: str, checkpoint: str | None) -> Checkpoint:
     if checkpoint is not None:
         return load.open_checkpoint(Path(checkpoint))
     newest = discovery.find(Path(run), "auto")
@@ -68,9 +83,11 @@ def chosen_checkpoint(run: str, checkpoint: str | None) -> Checkpoint:
     return newest
 
 
-def plan_trained(run: str, checkpoint: str | None, arguments: list[str]) -> Plan:
+def plan_trained(run: str, checkpoint: str | None, arguments: list[str], weights: Weights = "trained") -> Plan:
     """Return the plan of a trained run, with the options of its config.yaml overridden by ``arguments``."""
     config = run_config(run, arguments)
+    config = replace(config, train=replace(config.train, ema=None))  # one set of weights is used, and not averaged
     # Of the float32 parameters that were saved, as one rank has them, not rounded as several ranks gather them.
     config = replace(config, parallel=replace(config.parallel, zero_gather="fp32" if config.parallel.zero else None))
-    return plan(config, writes=False, resume=str(chosen_checkpoint(run, checkpoint).path))
+    resume = str(chosen_checkpoint(run, checkpoint, weights).path)
+    return replace(plan(config, writes=False, resume=resume), average=weights == "ema")

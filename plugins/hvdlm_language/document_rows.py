@@ -43,6 +43,9 @@ class DocumentRows:
 
     The index is read once when it is opened, in blocks; only the number of rows of each block is kept.
 
+    Attributes:
+        longer: the number of documents that are longer than a row.
+
     Raises:
         HvdlmError: the index is damaged.
     """
@@ -51,12 +54,14 @@ class DocumentRows:
         self._documents = documents
         self._context = context
         self._edge = max(0, tokens - 1)  # the last token is no input
+        self.longer = 0
         counts = [0]
         for first in range(0, len(documents), _BLOCK * _BLOCKS):
             last = min(first + _BLOCK * _BLOCKS, len(documents))
             bounds = self._bounds(first, last)
             if (np.diff(bounds) < 0).any() or bounds[0] < 0 or (first == 0 and bounds[0] != 0):
                 raise HvdlmError("its index of documents is damaged: prepare it again, or use --data.rows windows.")
+            self.longer += int((np.diff(bounds) > context).sum())
             counts += _count_rows(bounds, context)
         self._before = np.cumsum(counts)
         self._layout = functools.lru_cache(_CACHED)(functools.partial(_layout_of, self._bounds, context))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -11,20 +12,30 @@ from hvdlm import hookimpl
 from hvdlm.config import Config, DataConfig
 from hvdlm.data import corpora
 from hvdlm.data.corpora import Corpus
+from hvdlm.data.documents import Documents
 from hvdlm.data.token_files import Tokens, highest
 from hvdlm.data.tokenizer_base import Tokenizer, spells_special
 from hvdlm.errors import HvdlmError, RankError
+from hvdlm.io import launcher_env
+from hvdlm.io.terminal import printable
 from hvdlm.io.text_decoding import without_surrogates
 from hvdlm.protocols.trainable import Trainable
 from hvdlm.protocols.types import Batch
 from hvdlm_language import sampler
 from hvdlm_language.document_rows import DocumentRows
+from hvdlm_language.sampler import TokenBatch
 
 
 def loss_figures(sums: Mapping[str, float]) -> dict[str, float]:
     """Return val_loss (nats per token) and perplexity of summed losses."""
-    loss = sums["loss"] / sums["tokens"]
-    return {"val_loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
+    loss = _mean(sums, "")
+    return {"val_loss": loss, "perplexity": math.inf if loss >= 700 else math.exp(loss)}
+
+
+def _mean(sums: Mapping[str, float], prefix: str, name: str = "loss") -> float:
+    """Return the mean over a corpus's targets of what is summed; NaN where none of the evaluated tokens is a target."""
+    tokens = sums[f"{prefix}tokens"]
+    return sums[f"{prefix}{name}"] / tokens if tokens else math.nan
 
 
 class LanguageModel:
@@ -42,8 +53,10 @@ class LanguageModel:
         for corpus in self._corpora:
             self._check(corpus)
         self._rows = [self._split_rows(corpus) for corpus in self._corpora]
+        self._masks = [self._masked(corpus) for corpus in self._corpora]
         self._sampler = self._make_sampler()
-        self.row_tokens = config.data.context if config.data.rows != "documents" else None
+        marked = any(corpus.data.train_targets is not None for corpus in self._corpora)
+        self.row_tokens = config.data.context if config.data.rows != "documents" and not marked else None
         self.epoch_rows = None if isinstance(self._sampler, sampler.MixtureSampler) else self._sampler.epoch_rows
 
     def _vocab(self) -> int:
@@ -67,6 +80,13 @@ class LanguageModel:
                 "text, a larger --data.validation_share or a --data.validation_path."
             )
 
+        for split, targets in (("training", corpus.data.train_targets), ("validation", corpus.data.validation_targets)):
+            if targets is not None and highest(targets) < 1:
+                raise HvdlmError(
+                    f"{prefix}the {split} split of {corpus.data.folder} has no targets: check data.chat or "
+                    "data.prompt, or give more conversations."
+                )
+
     @property
     def _by_documents(self) -> bool:
         return self._config.data.rows == "documents"
@@ -82,31 +102,56 @@ class LanguageModel:
                 "documents, or use --data.rows windows."
             )
         try:
-            return (
-                DocumentRows(data.train_documents, len(data.train), context),
-                DocumentRows(data.validation_documents, len(data.validation), context),
-            )
+            rows = DocumentRows(data.train_documents, len(data.train), context)
+            held_out = DocumentRows(data.validation_documents, len(data.validation), context)
         except (RankError, HvdlmError) as error:
             raise HvdlmError(f"data.rows documents: {data.folder}: {error}") from error
+        if data.train_targets is not None and rows.longer and launcher_env.rank_for_messages() == 0:
+            what = (
+                f"{rows.longer:,} of {len(data.train_documents):,} documents to train on are longer than data.context"
+            )
+            text = f"hvdlm: {data.folder}: {what} {context}: they continue in further rows, without what is before"
+            print(printable(text), file=sys.stderr, flush=True)
+        return rows, held_out
+
+    def _masked(self, corpus: Corpus) -> tuple[Documents | None, Documents | None]:
+        """Return the documents that rows of a corpus's training and validation split are divided into."""
+        data = corpus.data
+        if not self._config.data.document_masks:
+            return None, None
+        if data.train_documents is None or data.validation_documents is None:
+            raise HvdlmError(
+                f"data.document_masks: {data.folder} has no index of documents: prepare the texts with "
+                "--data.document_masks true, give token files with an index (Megatron's .idx), or leave it false."
+            )
+        return data.train_documents, data.validation_documents
 
     def _make_sampler(self) -> sampler.ShuffledSampler | sampler.MixtureSampler | sampler.SequentialSampler:
         data, train = self._config.data, self._config.train
         rows = [rows[0] for rows in self._rows if rows is not None]
+        masked = [documents for documents, _ in self._masks if documents is not None]
+        sizes = data.context, train.batch_size, train.seed
         if data.mixture is not None:
             shares = [(corpus.data.train, corpus.share) for corpus in self._corpora]
-            return sampler.MixtureSampler(shares, data.context, train.batch_size, train.seed, rows or None)
+            targets = [corpus.data.train_targets for corpus in self._corpora]
+            return sampler.MixtureSampler(shares, *sizes, rows or None, masked or None, targets)
         if data.sampling == "shuffled":
-            documents = rows[0] if rows else None
-            return sampler.ShuffledSampler(self.data.train, data.context, train.batch_size, train.seed, (), documents)
+            marks = self._masks[0][0], self.data.train_targets
+            return sampler.ShuffledSampler(self.data.train, *sizes, (), rows[0] if rows else None, *marks)
+        if self.data.train_targets is not None:
+            raise HvdlmError(
+                f"data.sampling sequential: some tokens of {self.data.folder} are no targets, and streams are "
+                "trained on all: use --data.sampling shuffled."
+            )
         _require_length(self.data.train, data.context * train.batch_size, "the training")
         return sampler.SequentialSampler(self.data.train, data.context, train.batch_size)
 
     def rows(self, first: int, last: int) -> Batch:
         """Return rows ``first:last`` of the global order."""
-        inputs, targets, weights, reset = self._sampler.rows(first, last)
+        rows = self._sampler.rows(first, last)
         # A large folder is only spot-checked when it is opened. An id of 2^31 or more has become negative.
-        self._check_ids(max(int(ids.view(np.uint32).max()) for ids in (inputs, targets)), RankError)
-        return Batch(inputs, targets, weights, reset)
+        self._check_ids(max(int(ids.view(np.uint32).max()) for ids in rows[:2]), RankError)
+        return _batch(rows)
 
     def _check_ids(self, number: int, error: type[Exception]) -> None:
         if number >= self.vocab:
@@ -122,17 +167,18 @@ class LanguageModel:
         They divide the ``limit`` by their shares.
         """
         data, train = self._config.data, self._config.train
-        for corpus, rows in zip(self._corpora, self._rows, strict=True):
+        for corpus, rows, (_, masked) in zip(self._corpora, self._rows, self._masks, strict=True):
             tokens = corpus.data.validation
             own = None if limit is None else math.ceil(limit * corpus.share)
+            sizes = data.context, train.eval_batch_size, rank, size, own
+            marks = masked, corpus.data.validation_targets
             if rows is not None:
-                windows = sampler.document_rows(tokens, rows[1], data.context, train.eval_batch_size, rank, size, own)
+                windows = sampler.document_rows(tokens, rows[1], *sizes, *marks)
             elif data.sampling == "shuffled":
-                windows = sampler.independent_windows(tokens, data.context, train.eval_batch_size, rank, size, own)
+                windows = sampler.independent_windows(tokens, *sizes, *marks)
             else:
                 windows = sampler.parallel_streams(tokens, data.context, train.batch_size, rank, size, own)
-            for inputs, targets, weights, reset in windows:
-                yield Batch(inputs, targets, weights, reset, corpus=corpus.name)
+            yield from (_batch(window, corpus.name) for window in windows)
 
     def count(self, trainable: Trainable, batch: Batch) -> dict[str, float]:
         """Return no further sums beside the loss."""
@@ -142,13 +188,14 @@ class LanguageModel:
         """Return None: the prompt is continued by ``inference.generation``."""
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """Return val_loss (nats per token), perplexity, and bits_per_byte (of the UTF-8 text).
+        """Return val_loss (nats per token), perplexity, bits_per_byte (of the UTF-8 text), and token_accuracy.
 
-        Of a mixture, val_loss is the mean of the corpora's losses weighted by their shares, and ``val_loss/CORPUS`` the
-        loss of one corpus.
+        The latter is the share of targets of which no other token has a higher score; it is left out where the
+        framework doesn't count them. Of a mixture, val_loss and token_accuracy are means of the corpora's weighted by
+        their shares, and ``val_loss/CORPUS`` and ``token_accuracy/CORPUS`` those of one corpus.
         """
         prefixes = [(corpus, f"{corpus.name}/" if corpus.name else "") for corpus in self._corpora]
-        losses = {corpus.name: sums[f"{prefix}loss"] / sums[f"{prefix}tokens"] for corpus, prefix in prefixes}
+        losses = {corpus.name: _mean(sums, prefix) for corpus, prefix in prefixes}
         loss = math.fsum(corpus.share * losses[corpus.name] for corpus in self._corpora)
         figures = loss_figures({"loss": loss, "tokens": 1.0})
         if all(corpus.data.validation_bytes for corpus in self._corpora):
@@ -156,7 +203,16 @@ class LanguageModel:
                 corpus.share * corpus.data.validation_bytes / len(corpus.data.validation) for corpus in self._corpora
             )
             figures["bits_per_byte"] = loss / math.log(2) / bytes_per_token
-        return figures | {f"val_loss/{name}": value for name, value in losses.items() if name}
+        accuracies: dict[str, float] = {}
+        if all(f"{prefix}predicted" in sums for _, prefix in prefixes):
+            accuracies = {corpus.name: _mean(sums, prefix, "predicted") for corpus, prefix in prefixes}
+            figures["token_accuracy"] = math.fsum(corpus.share * accuracies[corpus.name] for corpus in self._corpora)
+        figures |= {f"val_loss/{name}": value for name, value in losses.items() if name}
+        return figures | {f"token_accuracy/{name}": value for name, value in accuracies.items() if name}
+
+
+def _batch(rows: TokenBatch, corpus: str = "") -> Batch:
+    return Batch(*rows[:4], corpus=corpus, document_starts=rows.document_starts)
 
 
 def _require_length(tokens: Tokens, context: int, split: str) -> None:

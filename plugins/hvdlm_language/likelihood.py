@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
+from hvdlm.diagnostics.phases import process
 from hvdlm.protocols.trainable import Trainable
 from hvdlm.protocols.types import Batch
 from hvdlm_language.padding import pad_rows, round_up
@@ -22,15 +22,6 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
-class _Window(NamedTuple):
-    """Targets ``start:stop`` of a row; those from ``first`` on are scored."""
-
-    row: int
-    start: int
-    first: int
-    stop: int
-
-
 def sequence_logs(trainable: Trainable, rows: Sequence[np.ndarray], given: int, context: int, vocab: int) -> np.ndarray:
     """Return the log-probability of every row's ids from index ``given`` on, float64 ``[rows]``, without communication.
 
@@ -41,15 +32,14 @@ def sequence_logs(trainable: Trainable, rows: Sequence[np.ndarray], given: int, 
         context: the model's longest input; ids beyond it are scored with at least half as many before them.
         vocab: the model's vocabulary, which limits the rows of a batch.
     """
-    windows = [_Window(i, *ends) for i, row in enumerate(rows) for ends in _windows(given - 1, len(row) - 1, context)]
-    windows.sort(key=lambda w: w.stop - w.start)
-    logs = np.zeros(len(rows))
-    while windows:
-        time = min(round_up(windows[-1].stop - windows[-1].start, _LENGTH_MULTIPLE), context)
-        count = max(1, _MAX_LOGITS // (time * vocab))
-        windows, batch = windows[:-count], windows[-count:]
-        np.add.at(logs, [w.row for w in batch], _score(trainable, rows, batch, time))
-    return logs
+    owners, windows, counts = [], [], []
+    for owner, row in enumerate(rows):
+        for start, first, stop in _windows(given - 1, len(row) - 1, context):
+            owners.append(owner)
+            windows.append(row[start : stop + 1])
+            counts.append(stop - first)
+    scored, _ = end_logs(trainable, windows, counts, context, vocab)
+    return np.bincount(owners, scored, len(rows))
 
 
 def _windows(first: int, count: int, context: int) -> Iterator[tuple[int, int, int]]:
@@ -61,11 +51,43 @@ def _windows(first: int, count: int, context: int) -> Iterator[tuple[int, int, i
         yield stop - context, first, stop
 
 
-def _score(trainable: Trainable, rows: Sequence[np.ndarray], windows: Sequence[_Window], time: int) -> np.ndarray:
-    """Return the log-probability of every window's scored targets, float64 ``[windows]``."""
-    inputs, _ = pad_rows([rows[w.row][w.start : w.stop] for w in windows], time)
-    targets, all_weights = pad_rows([rows[w.row][w.start + 1 : w.stop + 1] for w in windows], time)
-    for weights, w in zip(all_weights, windows, strict=True):
-        weights[: w.first - w.start] = 0
-    logs = log_softmax(trainable.predict(Batch(inputs, targets, all_weights, True)))
-    return (np.take_along_axis(logs, targets[..., None], -1)[..., 0] * all_weights).sum(-1)
+def end_logs(
+    trainable: Trainable, rows: Sequence[np.ndarray], counts: Sequence[int], context: int, vocab: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return how probable the ends of rows are, given their beginnings, without communication.
+
+    Args:
+        trainable: the language model.
+        rows: int32 ``[time]`` each, of at most ``context + 1`` ids.
+        counts: of every row, how many ids at its end are scored, fewer than it has.
+        context: the model's longest input.
+        vocab: the model's vocabulary, which limits the rows of a batch.
+
+    Returns:
+        float64 ``[rows]``, the log-probability of the ids; bool ``[rows]``, whether each of them is the most probable
+        one at its position.
+    """
+    logs, greedy = np.zeros(len(rows)), np.zeros(len(rows), bool)
+    order = sorted(range(len(rows)), key=lambda number: len(rows[number]))
+    while order:
+        time = min(round_up(len(rows[order[-1]]) - 1, _LENGTH_MULTIPLE), context)
+        count = max(1, _MAX_LOGITS // (time * vocab))
+        order, batch = order[:-count], order[-count:]
+        logs[batch], greedy[batch] = _score(trainable, [rows[i] for i in batch], [counts[i] for i in batch], time)
+        process.alive()
+    return logs, greedy
+
+
+def _score(
+    trainable: Trainable, rows: Sequence[np.ndarray], counts: Sequence[int], time: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return what ``end_logs`` does of one batch."""
+    inputs, _ = pad_rows([row[:-1] for row in rows], time)
+    targets, all_weights = pad_rows([row[1:] for row in rows], time)
+    for weights, row, count in zip(all_weights, rows, counts, strict=True):
+        weights[: len(row) - 1 - count] = 0
+    scored = all_weights > 0
+    logs = log_softmax(trainable.predict(Batch(inputs, targets, all_weights, True))[scored])  # [targets, vocab]
+    owners, ids = np.nonzero(scored)[0], targets[scored]
+    sums = np.bincount(owners, np.take_along_axis(logs, ids[:, None], 1)[:, 0], len(rows))
+    return sums, np.bincount(owners, logs.argmax(1) != ids, len(rows)) == 0

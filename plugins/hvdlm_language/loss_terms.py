@@ -20,6 +20,6 @@ class LossTerms(NamedTuple):
     z_loss: float = 0.0
 
     @classmethod
-    def of(cls, train: TrainConfig, training: bool) -> LossTerms:
-        """Return those of a run; evaluation has none."""
-        return cls(train.label_smoothing, train.z_loss) if training else cls()
+    def of(cls, train: TrainConfig) -> LossTerms:
+        """Return those of a run's training; evaluation has none."""
+        return cls(train.label_smoothing, train.z_loss)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
+from hvdlm.data.documents import Documents
 from hvdlm.data.token_files import Tokens
+from hvdlm.errors import RankError
 from hvdlm.parallel.mesh import bounds
 from hvdlm_language.document_rows import DocumentRows
 
@@ -47,15 +50,36 @@ def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:
     return value.astype(np.int64)
 
 
-TokenBatch = tuple[np.ndarray, np.ndarray, np.ndarray | None, bool]
-"""(inputs, targets, weights, reset), as the fields of ``Batch``."""
+class TokenBatch(NamedTuple):
+    """Rows of tokens; the fields are those of ``Batch``."""
+
+    inputs: np.ndarray
+    targets: np.ndarray
+    weights: np.ndarray | None
+    reset: bool
+    document_starts: np.ndarray | None = None
+
+
+class MarkedTokens(NamedTuple):
+    """The tokens of a split.
+
+    Attributes:
+        tokens: their ids.
+        documents: where the documents begin that rows are divided into; None: they are not.
+        targets: uint8 for every token, 1 where it is a target; None: all are.
+    """
+
+    tokens: Tokens
+    documents: Documents | None = None
+    targets: Tokens | None = None
 
 
 class ShuffledSampler:
     """Yields every row of a corpus once an epoch, in random order.
 
     Rows are windows of ``context + 1`` tokens, shifted in each epoch, or those of ``documents``.
-    ``stream``: numbers that make the order of this corpus differ from that of others with the same seed.
+    ``stream``: numbers that make the order of this corpus differ from that of others with the same seed. ``masked``:
+    the documents that rows are divided into; ``targets``: see ``MarkedTokens``.
     """
 
     def __init__(
@@ -66,8 +90,11 @@ class ShuffledSampler:
         seed: int,
         stream: tuple[int, ...] = (),
         documents: DocumentRows | None = None,
+        masked: Documents | None = None,
+        targets: Tokens | None = None,
     ) -> None:
         self.tokens = tokens
+        self.marked = MarkedTokens(tokens, masked, targets)
         self.documents = documents
         self._context = context
         self._seed = seed
@@ -81,8 +108,8 @@ class ShuffledSampler:
 
     def rows(self, first: int, last: int) -> TokenBatch:
         """Return rows ``first:last``, int32 ``[last - first, context]``, and reset: always."""
-        spans = [(self.tokens, *span) for span in self._drawn.rows(first, last)]
-        return _read(spans, self._context, self.documents is not None)
+        spans = [(self.marked, *span) for span in self._drawn.rows(first, last)]
+        return _read(spans, self._context, self.documents is not None or self.marked.targets is not None)
 
     def _draw(self, first: int, last: int) -> list[tuple[int, int]]:
         starts, counts = self.spans(np.arange(first, last))
@@ -145,12 +172,23 @@ class MixtureSampler:
         batch_size: int,
         seed: int,
         documents: Sequence[DocumentRows] | None = None,
+        masked: Sequence[Documents] | None = None,
+        targets: Sequence[Tokens | None] = (),
     ) -> None:
         self._context = context
         self._seed = seed
-        self._pads = documents is not None
+        self._pads = documents is not None or any(own is not None for own in targets)
         self._samplers = [
-            ShuffledSampler(tokens, context, batch_size, seed, (number,), documents[number - 1] if documents else None)
+            ShuffledSampler(
+                tokens,
+                context,
+                batch_size,
+                seed,
+                (number,),
+                documents[number - 1] if documents else None,
+                masked[number - 1] if masked else None,
+                targets[number - 1] if targets else None,
+            )
             for number, (tokens, _) in enumerate(corpora, 1)
         ]
         weights = [Fraction(weight) for _, weight in corpora]
@@ -168,7 +206,7 @@ class MixtureSampler:
     def rows(self, first: int, last: int) -> TokenBatch:
         """Return rows ``first:last``, int32 ``[last - first, context]``, and reset: always."""
         drawn = self._drawn.rows(first, last)
-        spans = [(self._samplers[number].tokens, start, count) for number, start, count in drawn]
+        spans = [(self._samplers[number].marked, start, count) for number, start, count in drawn]
         return _read(spans, self._context, self._pads)
 
     def counts(self, rows: int) -> np.ndarray:
@@ -190,9 +228,12 @@ class MixtureSampler:
         return list(zip(corpora.tolist(), starts.tolist(), counts.tolist(), strict=True))
 
 
-def _read(spans: Sequence[tuple[Tokens, int, int]], context: int, pads: bool) -> TokenBatch:
-    """Return rows, given as (tokens of a corpus, first token, number of inputs); ``pads``: some may be shorter."""
-    read = [tokens[start : start + count + 1] for tokens, start, count in spans]
+def _read(spans: Sequence[tuple[MarkedTokens, int, int]], context: int, pads: bool) -> TokenBatch:
+    """Return rows, given as (tokens of a corpus, first token, number of inputs).
+
+    ``pads``: some may be shorter than others, or some tokens no targets.
+    """
+    read = [marked.tokens[start : start + count + 1] for marked, start, count in spans]
     weights = None
     if pads:  # weights in every batch, so that there is one shape of a step
         counts = np.array([count for _, _, count in spans])
@@ -202,7 +243,37 @@ def _read(spans: Sequence[tuple[Tokens, int, int]], context: int, pads: bool) ->
     inputs, targets = windows[:, :-1].copy(), windows[:, 1:].copy()
     if weights is not None:
         inputs[weights == 0] = 0  # a row's last target is no input of it
-    return inputs, targets, weights, True
+        for row, (marked, start, count) in enumerate(spans):
+            if marked.targets is not None:
+                weights[row, :count] = marked.targets[start + 1 : start + count + 1]
+    starts = None
+    if spans[0][0].documents is not None:
+        starts = np.stack([_document_starts(marked.documents, first, count, context) for marked, first, count in spans])
+    return TokenBatch(inputs, targets, weights, True, starts)
+
+
+def _document_starts(documents: Documents | None, first: int, count: int, context: int) -> np.ndarray:
+    """Return the index of the first token of each input's document, int32 ``[context]``, of the row at ``first``.
+
+    The row has ``count`` inputs, after which padding follows, as a document of its own. A document that begins before
+    the row begins at 0.
+    """
+    assert documents is not None
+    numbers = range(len(documents))
+
+    def position(number: int) -> int:
+        return int(documents[number : number + 1][0])
+
+    begin = bisect.bisect_right(numbers, first, key=position)
+    end = bisect.bisect_left(numbers, first + count, begin, key=position)
+    starts = np.zeros(context, np.int32)
+    inside = documents[begin:end] - first
+    if (np.diff(inside, prepend=0, append=count) < 0).any():
+        raise RankError("the index of documents is damaged: prepare the texts again.")
+    starts[inside] = inside
+    if count < context:
+        starts[count] = count
+    return np.maximum.accumulate(starts)
 
 
 class SequentialSampler:
@@ -223,8 +294,8 @@ class SequentialSampler:
         """
         window = first // self._batch_size % self.windows
         starts = (row % self._batch_size * self._stream_length + window * self._context for row in range(first, last))
-        inputs, targets, _, _ = _read([(self._tokens, start, self._context) for start in starts], self._context, False)
-        return inputs, targets, None, window == 0
+        spans = [(MarkedTokens(self._tokens), start, self._context) for start in starts]
+        return _read(spans, self._context, False)._replace(reset=window == 0)
 
 
 def document_rows(
@@ -235,11 +306,14 @@ def document_rows(
     rank: int,
     size: int,
     limit: int | None = None,
+    masked: Documents | None = None,
+    trained: Tokens | None = None,
 ) -> Iterator[TokenBatch]:
     """Yield the batches that ``rank`` evaluates of a split in rows of its documents, each row once.
 
     They have one shape, at most ``rows`` rows; the last one is padded with rows of weight 0. ``limit``: rows with about
-    so many targets, spread evenly over the split.
+    so many targets, spread evenly over the split. ``masked``, ``trained``: of
+    ``MarkedTokens``.
     """
     total = len(documents)
     chosen = total if limit is None else min(total, -(-limit * total // max(1, len(tokens) - 1)))
@@ -247,17 +321,27 @@ def document_rows(
     def spans(positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return documents.spans(positions * total // chosen)
 
-    yield from _evaluated(tokens, spans, range(*bounds(chosen, size, rank)), context, rows, True)
+    yield from _evaluated(
+        MarkedTokens(tokens, masked, trained), spans, range(*bounds(chosen, size, rank)), context, rows, True
+    )
 
 
 def independent_windows(
-    tokens: Tokens, context: int, rows: int, rank: int, size: int, limit: int | None = None
+    tokens: Tokens,
+    context: int,
+    rows: int,
+    rank: int,
+    size: int,
+    limit: int | None = None,
+    masked: Documents | None = None,
+    trained: Tokens | None = None,
 ) -> Iterator[TokenBatch]:
     """Yield the batches of a split that ``rank`` evaluates, every target of the split predicted exactly once.
 
     Every rank has a contiguous range of windows, in batches of one shape, of at most ``rows``: for every shape, a graph
     is traced. The last batch, and the last window of the split, are padded, with weight 0. ``limit``: the fewest
-    windows with so many targets, spread evenly over the split.
+    windows with so many targets, spread evenly over the split. ``masked``, ``trained``: of
+    ``MarkedTokens``.
     """
     targets = len(tokens) - 1
     windows = -(-targets // context)
@@ -269,11 +353,11 @@ def independent_windows(
         return starts, np.minimum(context, targets - starts)
 
     short = bool(own) and spans(np.array(own[-1:]))[1][0] < context
-    yield from _evaluated(tokens, spans, own, context, rows, short)
+    yield from _evaluated(MarkedTokens(tokens, masked, trained), spans, own, context, rows, short)
 
 
 def _evaluated(
-    tokens: Tokens,
+    marked: MarkedTokens,
     spans: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
     own: range,
     context: int,
@@ -289,10 +373,11 @@ def _evaluated(
         return
     batches = -(-len(own) // rows)
     rows = -(-len(own) // batches)
+    pads = pads or marked.targets is not None or batches * rows > len(own)
     for start in range(0, len(own), rows):
         starts, counts = spans(np.array(own[start : start + rows]))
-        read = [(tokens, *span) for span in zip(starts.tolist(), counts.tolist(), strict=True)]
-        yield _read(read + [(tokens, 0, 0)] * (rows - len(read)), context, pads or batches * rows > len(own))
+        read = [(marked, *span) for span in zip(starts.tolist(), counts.tolist(), strict=True)]
+        yield _read(read + [(marked, 0, 0)] * (rows - len(read)), context, pads)
 
 
 def parallel_streams(
@@ -324,4 +409,4 @@ def parallel_streams(
             inputs[row, :count] = tokens[begin : begin + count]
             targets[row, :count] = tokens[begin + 1 : begin + 1 + count]
             weights[row, :count] = 1
-        yield inputs, targets, (None if complete else weights), start == 0
+        yield TokenBatch(inputs, targets, None if complete else weights, start == 0)

@@ -21,6 +21,7 @@ class PipelineStage:
 
     def __init__(self, model_shard: ModelShard, axes: Axes, schedule: str, rank: int) -> None:
         self._stage = model_shard.stage
+        self._chunks = [chunk.stage for chunk in model_shard.chunks]
         self._model_shard = model_shard
         self._axes = axes
         self._schedule = schedule
@@ -34,7 +35,8 @@ class PipelineStage:
         The last sends are still under way then: ``flush`` waits for them, after the gradients' sums have been started.
         """
         self.waited = 0.0
-        actions = make_pipeline_schedule(self._schedule, self._stage.number, self._stage.count, len(micro_batches))
+        stage, count = self._stage, len(micro_batches)
+        actions = make_pipeline_schedule(self._schedule, stage.number, stage.count, count, len(self._chunks))
         pending = self._start_receive(actions[0], micro_batches, width)
         for index, action in enumerate(actions):
             received = self._wait(pending)
@@ -46,16 +48,27 @@ class PipelineStage:
 
     def pass_on(self, action: Action, result: Tensor) -> None:
         """Send an action's result: activations to the next stage, a gradient to the previous one."""
-        group = self._axes.after if action.kind == "forward" else self._axes.before
-        self._send(group, result, f"pipeline.{action.kind}.{action.micro_batch}")
+        forward = action.kind == "forward"
+        group = self._axes.after if forward else self._axes.before
+        self._send(group, result, self._name(f"{action.kind}.{action.micro_batch}", action.chunk, after=forward))
 
-    def relay(self, shape: tuple[int, ...], compute: Callable[[Tensor | None], Tensor]) -> Tensor:
-        """Do one forward pass without a schedule: receive ``shape``, compute, send; return the result."""
-        received = None if self._stage.first else self._wait(self._receive(self._axes.before, shape, "pipeline.pass"))
-        result = compute(received)
-        if not self._stage.last:
-            self._send(self._axes.after, result, "pipeline.pass")
-            self.flush()
+    def relay(self, shape: tuple[int, ...], compute: Callable[[int, Tensor | None], Tensor]) -> Tensor:
+        """Do one forward pass without a schedule, chunk after chunk: receive ``shape``, compute, send.
+
+        ``compute``: (chunk, activations of the stage before) -> this stage's.
+
+        Returns:
+            the result of the last chunk.
+        """
+        for chunk, stage in enumerate(self._chunks):
+            received = None
+            if not stage.first:
+                name = self._name("pass", chunk, after=False)
+                received = self._wait(self._receive(self._axes.before, shape, name))
+            result = compute(chunk, received)
+            if not stage.last:
+                self._send(self._axes.after, result, self._name("pass", chunk, after=True))
+                self.flush()
         return result
 
     def shape(self, batch: Batch, width: int) -> tuple[int, ...]:
@@ -84,14 +97,23 @@ class PipelineStage:
 
     def _start_receive(self, action: Action, micro_batches: Sequence[Batch], width: int) -> Handle | None:
         """Start to receive the input of ``action``; None where it needs none from another stage."""
-        forward = action.kind == "forward"
-        if forward and self._stage.first:
-            return None
-        if not forward and self._stage.last:
+        forward, stage = action.kind == "forward", self._chunks[action.chunk]
+        if stage.first if forward else stage.last:
             return None
         shape = self.shape(micro_batches[action.micro_batch], width)
         group = self._axes.before if forward else self._axes.after
-        return self._receive(group, shape, f"pipeline.{action.kind}.{action.micro_batch}")
+        name = self._name(f"{action.kind}.{action.micro_batch}", action.chunk, after=not forward)
+        return self._receive(group, shape, name)
+
+    def _name(self, what: str, chunk: int, after: bool) -> str:
+        """Return the name of a message between the stage of ``chunk`` and the one after it, or before it.
+
+        Virtual stages have several such pairs on the same two ranks, which the number of the earlier stage
+        distinguishes.
+        """
+        if len(self._chunks) == 1:
+            return f"pipeline.{what}"
+        return f"pipeline.{what}.{self._chunks[chunk].number - (not after)}"
 
     def _receive(self, group: Group | None, shape: tuple[int, ...], name: str) -> Handle:
         assert group is not None

@@ -161,7 +161,7 @@ class _Case:
         self.measured = trimmed_mean(model)
         self._config, self._mesh = model.config, model.mesh
         habits, stages = habits_of(model.config), range(model.mesh.pipeline)
-        works = [work_of(model.config, model.spec, model.mesh, stage * model.mesh.tensor, habits) for stage in stages]
+        works = [work_of(model.config, model.spec, model.mesh, model.mesh.rank_of(stage), habits) for stage in stages]
         self.works = [work for work in works if work is not None]
 
     def predicted(self, hardware: Hardware) -> float:

@@ -13,6 +13,7 @@ from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel import layout_checks
 from hvdlm.parallel.mesh import Mesh
 from hvdlm.planning.closed_forms import predict_costs, state_vectors
+from hvdlm.planning.gradient_work import unknown
 from hvdlm.planning.hardware import Hardware
 from hvdlm.planning.layout_costs import LayoutCosts
 from hvdlm_planner.habits import habits_of
@@ -28,6 +29,10 @@ def layout_costs(
         HvdlmError: the costs of the model's architecture are unknown.
     """
     spec, _ = model_of(config, manager)
+    if config.parallel.context > 1:
+        raise HvdlmError(
+            f"--search compares layouts by their seconds, and {unknown(config, spec)}: leave it out, or compare runs."
+        )
     if predict_costs(manager, config, spec, Mesh(1, 1, 1), 0) is None or spec.kind not in ("gpt", "rnn"):
         raise HvdlmError(f"model.name {config.model.name}: the seconds of a {spec.kind} can't be predicted.")
     moments = state_vectors(manager, config)

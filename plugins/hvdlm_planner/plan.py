@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 from hvdlm.config import Config
 from hvdlm.errors import HvdlmError
 from hvdlm.models.spec import ModelSpec
-from hvdlm.parallel.mesh import AXES, Mesh
+from hvdlm.parallel.mesh import Mesh
 from hvdlm.planning.closed_forms import predict_costs
 from hvdlm.planning.gradient_work import kept_bytes, unknown, work_of
 from hvdlm.planning.hardware import Hardware
@@ -33,11 +34,11 @@ def describe(config: Config, hardware: Hardware | None = None, gpu_memory: float
     """
     run = plan_run(config, hardware)
     config, manager, mesh, spec = run.config, run.manager, run.mesh, run.spec
-    # Data ranks have equal costs, and tensor ranks nearly so: the one with the highest stands for its stage.
+    # Data and context ranks have equal costs, and tensor ranks nearly so: the one with most stands for its stage.
     stages = []
     for stage in range(mesh.pipeline):
         predictions = []
-        for rank in range(stage * mesh.tensor, (stage + 1) * mesh.tensor):
+        for rank in map(partial(mesh.rank_of, stage), range(mesh.tensor)):
             prediction = predict_costs(manager, config, spec, mesh, rank)
             if prediction is None:
                 raise HvdlmError(f"model.name {config.model.name}: no plugin predicts the costs of a {spec.kind}.")
@@ -45,15 +46,15 @@ def describe(config: Config, hardware: Hardware | None = None, gpu_memory: float
         stages.append(max(predictions, key=lambda prediction: sum(prediction.memory.values())))
     lines = [*_header(config, spec, mesh, stages[0], run.vocab), "", *_memory(stages)]
     size = max(stage.memory["parameters"] for stage in stages) - spec.frozen_bytes
-    if (kept := kept_bytes(config, mesh, size)) and mesh.data > 1:
+    if (kept := kept_bytes(config, mesh, size)) and mesh.replicas > 1:
         exchange, algorithm = config.communication.exchange, config.communication.compression.algorithm
         by = f"compression {algorithm}" if exchange == "all_reduce" else exchange
         lines.append(f"  beside these, {by} keeps {_size(kept)} on a rank")
     if gpu_memory is None and hardware is None:
         gpu_memory = device_memory()
     lines += _fits(stages, [fit(stage, config, spec, mesh, hardware, gpu_memory) for stage in stages])
-    sent = [_round_bytes(config, spec, mesh, stage * mesh.tensor) for stage in range(mesh.pipeline)]
-    lines += ["", *_bytes(stages, sent, config.communication.local.steps)]
+    sent = [_round_bytes(config, spec, mesh, mesh.rank_of(stage)) for stage in range(mesh.pipeline)]
+    lines += ["", *_bytes(stages, mesh, sent, config.communication.local.steps)]
     if hardware is not None:
         time = predict_time(config, spec, mesh, hardware, run.moments, habits_of(config))
         lines += ["", *(_time(time, config, spec, mesh, hardware) if time else _no_time(config, spec))]
@@ -69,7 +70,9 @@ def _header(config: Config, spec: ModelSpec, mesh: Mesh, first: Prediction, voca
     yield f"model     {config.model.name}: {spec.parameters:,} parameters{frozen}, vocabulary {vocab:,}{set_by}"
     shape = " x ".join(str(n) for n in mesh.shape)
     switches = [f"zero {parallel.zero}", f"sequence {str(parallel.sequence).lower()}", f"schedule {parallel.schedule}"]
-    yield f"ranks     {mesh.size}: {shape} ({' x '.join(AXES)}); {', '.join(switches)}"
+    if parallel.virtual_stages > 1:
+        switches.append(f"virtual stages {parallel.virtual_stages}")
+    yield f"ranks     {mesh.size}: {shape} ({' x '.join(mesh.axes)}); {', '.join(switches)}"
     recomputed = "recomputed" if train.activation_checkpointing else "kept"
     precision = (
         "fp32 (auto; on a GPU with bf16, activations take less)" if train.precision == "auto" else train.precision
@@ -134,8 +137,8 @@ def _round_bytes(config: Config, spec: ModelSpec, mesh: Mesh, rank: int) -> floa
     return each * config.communication.local.steps
 
 
-def _bytes(stages: list[Prediction], sent: list[float], steps: int) -> Iterable[str]:
-    axes = (*AXES, "model", *(["node"] if any("node" in (stage.bytes or {}) for stage in stages) else []))
+def _bytes(stages: list[Prediction], mesh: Mesh, sent: list[float], steps: int) -> Iterable[str]:
+    axes = (*mesh.axes, "model", *(["node"] if any("node" in (stage.bytes or {}) for stage in stages) else []))
     yield "bytes of a rank's step".ljust(24) + "".join(name.rjust(14) for name in (*axes, "total"))
     for number, stage in enumerate(stages):
         if stage.bytes is None and sent[number]:
@@ -150,7 +153,9 @@ def _bytes(stages: list[Prediction], sent: list[float], steps: int) -> Iterable[
 
 
 def _label(number: int, stage: Prediction) -> str:
-    first, last = stage.layers
+    first, last, *of_other_chunks = stage.layers
+    if of_other_chunks:  # too many ranges for a column
+        return f"stage {number} ({sum(stage.layers[1::2]) - sum(stage.layers[::2])} layers)".ljust(24)
     return f"stage {number} (layers {first}-{last - 1})".ljust(24)
 
 

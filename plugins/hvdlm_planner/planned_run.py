@@ -53,7 +53,7 @@ def plan_run(config: Config, hardware: Hardware | None = None) -> PlannedRun:
     manager = load_plugins(config)
     manager.hook.hvdlm_prepare(config=config)
     p = config.parallel
-    mesh = make_mesh((p.data or 1) * p.pipeline * p.tensor, p)
+    mesh = make_mesh((p.data or 1) * p.pipeline * p.context * p.tensor, p)
     validation.layout(config, mesh)
     validation.model(config, manager)
     spec, vocab = model_of(config, manager)
@@ -76,9 +76,8 @@ def with_ranks(config: Config, ranks: int | None) -> Config:
     if ranks is None:
         return config
     p = config.parallel
-    if ranks < 1 or ranks % (p.pipeline * p.tensor):
-        raise HvdlmError(
-            f"--ranks: got {ranks}, expected a multiple of parallel.pipeline x parallel.tensor, "
-            f"{p.pipeline * p.tensor}."
-        )
-    return replace(config, parallel=replace(p, data=ranks // (p.pipeline * p.tensor)))
+    unit = p.pipeline * p.context * p.tensor
+    if ranks < 1 or ranks % unit:
+        axes = "parallel.pipeline x parallel.tensor" if p.context == 1 else "pipeline x context x tensor ranks"
+        raise HvdlmError(f"--ranks: got {ranks}, expected a multiple of {axes}, {unit}.")
+    return replace(config, parallel=replace(p, data=ranks // unit))

@@ -171,8 +171,8 @@ def save_every(run: SimulatedRun, interval: int, seed: int) -> SimulatedRun:
 
 
 def model_ranks(mesh: Mesh) -> int:
-    """Return the number of ranks that hold one copy of the model."""
-    return mesh.pipeline * mesh.tensor
+    """Return the number of ranks that compute the same rows together."""
+    return mesh.size // mesh.data
 
 
 def resize(run: PlannedRun, ranks: int) -> PlannedRun:

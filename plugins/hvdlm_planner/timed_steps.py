@@ -95,7 +95,7 @@ def build(config: Config, vocab: int, world: World, framework: Framework) -> Tim
     resolved = resolver.resolve(config, spec, world) if resolver else Resolved()
     precision: Any = resolved.precision if config.train.precision == "auto" else config.train.precision
     config = replace(config, train=replace(config.train, precision=precision, compile=resolved.compile))
-    exchange = plugins.make_exchange(manager, config, world, world.group(mesh.group("data", world.rank)))
+    exchange = plugins.make_exchange(manager, config, world, world.group(mesh.replica_group(world.rank)))
     trainable = framework.build(spec, mesh, world, exchange, config)
     local = config.communication.exchange != "all_reduce"
     period = config.communication.local.steps if local else 1

@@ -56,6 +56,8 @@ _FIGURES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "val_loss": ("Validation loss", six_digits),
     "perplexity": ("Perplexity", six_digits),
     "bits_per_byte": ("Bits per byte", six_digits),
+    "token_accuracy": ("Token accuracy", share),
+    "ema_val_loss": ("Validation loss of averaged weights", six_digits),
     "accuracy": ("Validation accuracy", share),
     "word_error_rate": ("Word error rate", share),
     "bleu": ("BLEU", six_digits),
@@ -95,7 +97,7 @@ def _cell(run: RunData, key: str, form: Callable[[Any], str]) -> str:
     if value is None:
         return ""
     text = form(value)
-    return f"{text} {loss_unit(run)}" if key in ("val_loss", "train_loss") else text
+    return f"{text} {loss_unit(run)}" if key in ("val_loss", "ema_val_loss", "train_loss") else text
 
 
 def traffic(runs: Sequence[RunData]) -> list[tuple[str, list[str]]]:

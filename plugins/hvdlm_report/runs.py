@@ -32,6 +32,7 @@ _SUMMARY = fields(
     {
         **dict.fromkeys(("val_loss", "perplexity", "bits_per_byte", "train_loss", "tokens_per_second"), _FIGURE),
         **dict.fromkeys(("seconds", "compression", "comm_share", "overlap", "idle_share"), _FIGURE),
+        **dict.fromkeys(("token_accuracy", "ema_val_loss"), _FIGURE),
         **dict.fromkeys(("accuracy", "word_error_rate", "bleu", "data_share", "mfu"), _FIGURE),
         **dict.fromkeys(("steps", "skipped_steps", "parameters", "world_size"), or_null(count())),
         **dict.fromkeys(("bytes_communicated", "peak_memory_bytes", "device_memory_peak"), or_null(number(0))),

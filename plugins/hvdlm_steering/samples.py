@@ -83,5 +83,6 @@ class Samples:
             return self._run.generate(log.sample_prompt, log.sample_tokens, shown=True, seed=self._config.train.seed)
         except Exception as error:
             mesh = self._run.opened.mesh
-            kind = RuntimeError if mesh.tensor * mesh.pipeline == 1 else RankError
+            shares = mesh.tensor * mesh.pipeline > 1 or self._config.parallel.zero == 3
+            kind = RankError if shares else RuntimeError
             raise kind(f"no sample could be generated: {short_message(error).rstrip('.')}") from error

@@ -67,7 +67,8 @@ class Progress:
             if step % self._config.log.every == 0:
                 self._reported = rates
         if result.skipped:
-            self._print(f"step {step}: update skipped, gradient norm {result.grad_norm:.3g}")
+            reason = "the batch has no targets" if result.empty else f"gradient norm {result.grad_norm:.3g}"
+            self._print(f"step {step}: update skipped, {reason}")
         if self._bar is None and self._is_due(step):
             left = (self._config.train.steps - step) * recent.seconds
             print(f"step {step}: {text}, {clock(left)} left", flush=True)

@@ -10,6 +10,7 @@ PyTorch's twin calls ``scaled_dot_product_attention``.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -35,8 +36,12 @@ class _Chunk(NamedTuple):
     first: Any = 0
 
 
-Mask = Callable[[_Chunk], "tf.Tensor | None"]
+Mask = Callable[[_Chunk], Any]
 """Returns what is added to the scores of a chunk, float32 that broadcasts to ``[rows, heads, time, keys]``."""
+Gather = Callable[[tf.Tensor, tf.Tensor, str], tuple[tf.Tensor, tf.Tensor]]
+"""(keys, values, name of the pass) -> those of all ranks."""
+Scatter = Callable[[tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
+"""(gradients of all keys, of all values) -> the sums of ranks' gradients of this rank's."""
 
 
 def attend(q: tf.Tensor, k: tf.Tensor, v: tf.Tensor, mask: tf.Tensor | None) -> tf.Tensor:
@@ -61,19 +66,64 @@ def attend(q: tf.Tensor, k: tf.Tensor, v: tf.Tensor, mask: tf.Tensor | None) -> 
     return _attend(q, k, v, chunks, of_chunk)
 
 
-def attend_causally(q: tf.Tensor, k: tf.Tensor, v: tf.Tensor, longest: int, window: int = 0) -> tf.Tensor:
+def attend_causally(
+    q: tf.Tensor, k: tf.Tensor, v: tf.Tensor, longest: int, window: int = 0, starts: tf.Tensor | None = None
+) -> tf.Tensor:
     """Return the attention of positions to themselves and those before; see ``attend``.
 
     Args:
         q, k, v: as of ``attend``.
         longest: the number of positions, if it is open in the graph: the most that there may be.
         window: the positions that a query sees, itself and those before it; 0: all.
+        starts: of rows that are divided into documents: ``Batch.document_starts``.
     """
     ends = _ends(q, longest)
-    if not window or window >= (q.shape[2] or longest):
-        return _attend(q, k, v, [_Chunk(a, b, b) for a, b in pairwise(ends)], _causal)
-    chunks = [_Chunk(a, b, b, _largest(0, a - window + 1)) for a, b in pairwise(ends)]
-    return _attend(q, k, v, chunks, lambda chunk: _local(chunk, window))
+    mask: Mask = _causal
+    chunks = [_Chunk(a, b, b) for a, b in pairwise(ends)]
+    if window and window < (q.shape[2] or longest):
+        chunks = [_Chunk(a, b, b, _largest(0, a - window + 1)) for a, b in pairwise(ends)]
+        mask = partial(_local, window=window)
+    if starts is not None:
+        mask = partial(_of_documents, starts=starts, causal=mask)
+    return _attend(q, k, v, chunks, mask)
+
+
+def attend_to_gathered(
+    q: tf.Tensor, k: tf.Tensor, v: tf.Tensor, offsets: tuple[int, ...], gather: Gather, scatter: Scatter
+) -> tf.Tensor:
+    """Return the causal attention of this rank's queries to the keys of all ranks; see ``attend``.
+
+    What was gathered is not kept for the backward pass, which gathers it again.
+
+    Args:
+        q: queries, in as many equal chunks as there are ``offsets``.
+        k, v: keys and values of this rank.
+        offsets: the position of the first query of every chunk, ascending.
+        gather: returns all keys and values, ``[rows, kv_heads, keys, head]``.
+        scatter: returns the gradients of ``k`` and ``v`` from those of all keys and values, float32.
+    """
+    length = q.shape[2] // len(offsets)
+    count = chunk_count(length)
+    ends = [length * i // count for i in range(count + 1)]
+    bounds = [(i * length, offset, a, b) for i, offset in enumerate(offsets) for a, b in pairwise(ends)]
+    chunks = [_Chunk(first + a, first + b, offset + b) for first, offset, a, b in bounds]
+
+    @tf.custom_gradient
+    def function(q: tf.Tensor, k: tf.Tensor, v: tf.Tensor) -> Any:
+        q = _scaled(q)
+        output = _output(q, *gather(k, v, "forward"), chunks, _causal)
+
+        def backward(gradient: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+            with tf.control_dependencies([gradient]):  # not in the forward pass, where all it needs is there
+                keys, values = gather(tf.identity(k), tf.identity(v), "backward")
+            of_q, of_k, of_v = _gradients(q, keys, values, output, gradient, chunks, _causal)
+            unseen = [[0, 0], [0, 0], [0, keys.shape[2] - chunks[-1].keys], [0, 0]]
+            of_k, of_v = scatter(tf.pad(of_k, unseen), tf.pad(of_v, unseen))
+            return _scaled(of_q), tf.cast(of_k, k.dtype), tf.cast(of_v, v.dtype)
+
+        return output, backward
+
+    return function(q, k, v)
 
 
 def causal_mask(start: Any, time: Any, keys: int, window: int) -> tf.Tensor:
@@ -88,13 +138,25 @@ def causal_mask(start: Any, time: Any, keys: int, window: int) -> tf.Tensor:
 
 def _causal(chunk: _Chunk) -> tf.Tensor:
     """Return float32 ``[time, keys]``: 0 where a query sees a key, else minus infinity."""
-    seen = tf.linalg.band_part(tf.ones([chunk.stop - chunk.start, chunk.keys]), -1, chunk.start)
+    time = chunk.stop - chunk.start
+    seen = tf.linalg.band_part(tf.ones([time, chunk.keys]), -1, chunk.keys - time)
     return tf.math.log(seen)  # comparing and selecting would take ten times as long
 
 
 def _local(chunk: _Chunk, window: int) -> tf.Tensor:
     """Return the mask of a chunk's queries and keys, float32 ``[time, keys]``, with a window; see ``_causal``."""
     return causal_mask(chunk.start - chunk.first, chunk.stop - chunk.start, chunk.keys - chunk.first, window)
+
+
+def _of_documents(chunk: _Chunk, starts: tf.Tensor, causal: Mask) -> tf.Tensor:
+    """Return the mask of a chunk with ``causal``, where queries see keys of their own document only; see ``_causal``.
+
+    It is ``[rows, 1, time, keys]``. ``starts``: int32 ``[rows, time]``, the position of the first token of every
+    position's document.
+    """
+    keys = tf.range(chunk.first, chunk.keys)
+    seen = keys >= starts[:, None, chunk.start : chunk.stop, None]
+    return causal(chunk) + tf.math.log(tf.cast(seen, tf.float32))
 
 
 def _largest(a: Any, b: Any) -> Any:
@@ -120,23 +182,28 @@ def _attend(q: tf.Tensor, k: tf.Tensor, v: tf.Tensor, chunks: list[_Chunk], mask
     @tf.custom_gradient
     def function(q: tf.Tensor, k: tf.Tensor, v: tf.Tensor) -> Any:
         q = _scaled(q)
-        outputs: list[tf.Tensor] = []
-        # Made without a place in the order of chunks, the masks of all layers are one in the optimized graph.
-        for chunk, added in [(chunk, mask(chunk)) for chunk in chunks]:
-            # One chunk after the other: together, they would take the memory of all weights.
-            with tf.control_dependencies(outputs[-1:]):
-                queries = q[:, :, chunk.start : chunk.stop]
-                weights = _weights(queries, k[:, :, chunk.first : chunk.keys], added)
-                outputs.append(_ungrouped(tf.matmul(weights, v[:, :, chunk.first : chunk.keys]), queries))
-        output = _side_by_side(tf.concat(outputs, 2))
+        output = _output(q, k, v, chunks, mask)
 
         def backward(gradient: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
             of_q, of_k, of_v = _gradients(q, k, v, output, gradient, chunks, mask)
-            return _scaled(of_q), of_k, of_v
+            return _scaled(of_q), tf.cast(of_k, q.dtype), tf.cast(of_v, q.dtype)
 
         return output, backward
 
     return function(q, k, v)
+
+
+def _output(q: tf.Tensor, k: tf.Tensor, v: tf.Tensor, chunks: list[_Chunk], mask: Mask) -> tf.Tensor:
+    """Return the attention of scaled queries, chunk by chunk."""
+    outputs: list[tf.Tensor] = []
+    # Made without a place in the order of chunks, the masks of all layers are one in the optimized graph.
+    for chunk, added in [(chunk, mask(chunk)) for chunk in chunks]:
+        # One chunk after the other: together, they would take the memory of all weights.
+        with tf.control_dependencies(outputs[-1:]):
+            queries = q[:, :, chunk.start : chunk.stop]
+            weights = _weights(queries, k[:, :, chunk.first : chunk.keys], added)
+            outputs.append(_ungrouped(tf.matmul(weights, v[:, :, chunk.first : chunk.keys]), queries))
+    return _side_by_side(tf.concat(outputs, 2))
 
 
 def _gradients(
@@ -148,7 +215,10 @@ def _gradients(
     chunks: list[_Chunk],
     mask: Mask,
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Return the gradients of scaled queries, keys and values from that of the output."""
+    """Return the gradients of scaled queries, and in float32 of keys and values, from that of the output.
+
+    Keys after the last chunk's have none.
+    """
     rows, heads, time, head = sizes(q)
     by_head = [rows, time, heads, head]
     gradient, output = tf.reshape(gradient, by_head), tf.reshape(output, by_head)
@@ -177,7 +247,7 @@ def _gradients(
             of_k.append(sums[0][:, :, before.keys :])
             of_v.append(sums[1][:, :, before.keys :])
             sums = [total[:, :, : before.keys] for total in sums]
-    whole_q, whole_k, whole_v = (tf.cast(tf.concat(of_chunks[::-1], 2), q.dtype) for of_chunks in (of_q, of_k, of_v))
+    whole_q, whole_k, whole_v = (tf.concat(of_chunks[::-1], 2) for of_chunks in (of_q, of_k, of_v))
     return whole_q, whole_k, whole_v
 
 

@@ -17,6 +17,7 @@ import tensorflow as tf
 from hvdlm.protocols.group import Converted, Group, Handle
 from hvdlm_language.loss_terms import LossTerms
 from hvdlm_language.tensor_ranks import TensorRanks
+from hvdlm_tensorflow.losses import is_highest
 from hvdlm_tensorflow.shapes import sizes
 
 
@@ -101,14 +102,27 @@ class Collectives(TensorRanks):
             log_sum = tf.reduce_logsumexp(scores, -1)
             spread = terms.smoothing * (log_sum - tf.reduce_mean(scores, -1)) if terms.smoothing else 0.0
             return (1.0 - terms.smoothing) * losses + spread + terms.z_loss * tf.square(log_sum)
-        first, last = self.model_shard.range_of(self.model_shard.vocab)
-        flat_scores, flat_targets = tf.reshape(scores, [-1, last - first]), tf.reshape(targets, [-1])
-        here = (flat_targets >= first) & (flat_targets < last)
-        # One-hot rows; of index -1 zeros.
-        hot = tf.one_hot(tf.where(here, flat_targets - first, -1), last - first)  # [n, vocab / ranks]
+        flat_scores, hot = self._one_hot(scores, targets)
         return tf.reshape(
             _cross_entropy(flat_scores, hot, self.group, self.model_shard.vocab, terms), tf.shape(targets)
         )
+
+    def evaluated(self, scores: tf.Tensor, targets: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Return the cross entropies ``[rows, time]`` in nats of ``targets``, and ``is_highest`` of them."""
+        if self.size == 1:
+            losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=targets, logits=scores)
+            return losses, is_highest(scores, targets)
+        figures = _Figures(*self._one_hot(scores, targets), self.group, LossTerms())
+        flat = figures.log_sum - figures.score, figures.score >= figures.top
+        return tf.reshape(flat[0], tf.shape(targets)), tf.reshape(flat[1], tf.shape(targets))
+
+    def _one_hot(self, scores: tf.Tensor, targets: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Return flat scores and, of this rank's range, one-hot targets, ``[n, vocab / ranks]`` both."""
+        first, last = self.model_shard.range_of(self.model_shard.vocab)
+        flat_scores, flat_targets = tf.reshape(scores, [-1, last - first]), tf.reshape(targets, [-1])
+        here = (flat_targets >= first) & (flat_targets < last)
+        # Of index -1 a row of zeros.
+        return flat_scores, tf.one_hot(tf.where(here, flat_targets - first, -1), last - first)
 
     def all_scores(self, scores: tf.Tensor) -> tf.Tensor:
         """Return ``[rows, vocab]`` from ranks' ``scores`` ``[rows, vocab / ranks]``."""
@@ -157,8 +171,41 @@ def _columns(
     return function(x, *weights)
 
 
-def linear(x: tf.Tensor, weight: tf.Tensor, rows: bool = False) -> tf.Tensor:
+class GatheredMatrix:
+    """A weight ``[inputs, outputs]`` that is gathered again for its backward pass, which sets ``gradient``.
+
+    Attributes:
+        values: those of the forward pass; from the backward pass on, those of the backward pass.
+        after: what the gradient's computation waits for.
+        gradient: of the weight.
+    """
+
+    after: Sequence[tf.Tensor] = ()
+    gradient: tf.Tensor | None = None
+
+    def __init__(self, values: tf.Tensor) -> None:
+        self.values = values
+
+    def product(self, x: tf.Tensor) -> tf.Tensor:
+        """Return ``x`` ``[..., inputs]`` times the weight. Only ``x`` is kept for the backward pass."""
+
+        @tf.custom_gradient
+        def function(x: tf.Tensor) -> Any:
+            def backward(gradient: tf.Tensor) -> tf.Tensor:
+                of_x = linear(gradient, self.values, True)
+                with tf.control_dependencies(self.after):
+                    self.gradient = tf.matmul(_flat(x), _flat(gradient), transpose_a=True)
+                return of_x
+
+            return linear(x, self.values), backward
+
+        return function(x)
+
+
+def linear(x: tf.Tensor, weight: Any, rows: bool = False) -> tf.Tensor:
     """Return ``x`` ``[..., inputs]`` times ``weight`` ``[inputs, outputs]``, or with ``rows`` its transpose."""
+    if isinstance(weight, GatheredMatrix):
+        return weight.product(x)
     # One product of two matrices, not one per row.
     flat = tf.matmul(_flat(x), weight, transpose_b=rows)
     return tf.reshape(flat, [*sizes(x)[:-1], flat.shape[-1]])
@@ -227,33 +274,47 @@ def _sum_gradients(parameters: list[tf.Tensor], group: Group, name: str) -> tupl
     return function(*parameters)
 
 
-def _cross_entropy(scores: tf.Tensor, hot: tf.Tensor, group: Group, vocab: int, terms: LossTerms) -> tf.Tensor:
-    """Cross entropy of scores that the ranks share, without gathering them.
+class _Figures:
+    """What the ranks know together of scores ``[n, vocab / ranks]`` that they share, without gathering them.
 
     Three figures of every target travel: a rank's largest score, its sum of exponentials relative to that, and the
     target's score, 0 where another rank has it. With smoothing, a fourth: the sum of the rank's scores.
+
+    Attributes:
+        largest, exponentials: this rank's largest score ``[n]``, and its scores' exponentials relative to that.
+        top, total, log_sum, score, sums: of all ranks ``[n]``: the largest score, the sum of exponentials relative to
+            it, the logarithm of the sum of exponentials, the target's score; with smoothing the sum of scores.
     """
+
+    def __init__(self, scores: tf.Tensor, hot: tf.Tensor, group: Group, terms: LossTerms) -> None:
+        self.largest = tf.reduce_max(scores, 1)
+        self.exponentials = tf.exp(scores - self.largest[:, None])
+        figures = [self.largest, tf.reduce_sum(self.exponentials, 1), tf.reduce_sum(scores * hot, 1)]
+        figures += [tf.reduce_sum(scores, 1)] if terms.smoothing else []
+        gathered = group.all_gather_async(tf.stack(figures), "tensor.cross_entropy").wait()
+        gathered = tf.reshape(gathered, [len(group.ranks), len(figures), -1])  # [ranks, figure, n]
+        self.top = tf.reduce_max(gathered[:, 0], 0)
+        self.total = tf.reduce_sum(gathered[:, 1] * tf.exp(gathered[:, 0] - self.top), 0)
+        self.log_sum = tf.math.log(self.total) + self.top
+        self.score = tf.reduce_sum(gathered[:, 2], 0)
+        self.sums = tf.reduce_sum(gathered[:, 3], 0) if terms.smoothing else None
+
+
+def _cross_entropy(scores: tf.Tensor, hot: tf.Tensor, group: Group, vocab: int, terms: LossTerms) -> tf.Tensor:
+    """Cross entropy of scores that the ranks share."""
     share, spread = 1.0 - terms.smoothing, terms.smoothing / vocab
 
     @tf.custom_gradient
     def function(scores: tf.Tensor) -> Any:
-        largest = tf.reduce_max(scores, 1)
-        exponentials = tf.exp(scores - largest[:, None])
-        figures = [largest, tf.reduce_sum(exponentials, 1), tf.reduce_sum(scores * hot, 1)]
-        figures += [tf.reduce_sum(scores, 1)] if terms.smoothing else []
-        gathered = group.all_gather_async(tf.stack(figures), "tensor.cross_entropy").wait()
-        gathered = tf.reshape(gathered, [len(group.ranks), len(figures), -1])  # [ranks, figure, n]
-        top = tf.reduce_max(gathered[:, 0], 0)
-        total = tf.reduce_sum(gathered[:, 1] * tf.exp(gathered[:, 0] - top), 0)
-        log_sum = tf.math.log(total) + top
-        losses = log_sum - share * tf.reduce_sum(gathered[:, 2], 0)
-        factor = tf.exp(largest - top) / total
-        if terms.smoothing:
-            losses -= spread * tf.reduce_sum(gathered[:, 3], 0)
+        figures = _Figures(scores, hot, group, terms)
+        losses = figures.log_sum - share * figures.score
+        factor = tf.exp(figures.largest - figures.top) / figures.total
+        if figures.sums is not None:
+            losses -= spread * figures.sums
         if terms.z_loss:
-            losses += terms.z_loss * tf.square(log_sum)
-            factor *= 1.0 + 2.0 * terms.z_loss * log_sum
-        probabilities = exponentials * factor[:, None]
+            losses += terms.z_loss * tf.square(figures.log_sum)
+            factor *= 1.0 + 2.0 * terms.z_loss * figures.log_sum
+        probabilities = figures.exponentials * factor[:, None]
 
         def backward(gradient: tf.Tensor) -> tf.Tensor:
             of_scores = probabilities - (share * hot if terms.smoothing else hot)

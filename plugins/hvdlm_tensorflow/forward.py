@@ -14,7 +14,7 @@ from hvdlm.protocols.types import Batch
 from hvdlm_language.axis_groups import Axes
 from hvdlm_language.loss_terms import LossTerms
 from hvdlm_tensorflow.collectives import Collectives
-from hvdlm_tensorflow.losses import chunked_cross_entropy, ctc, rows_of_chunk
+from hvdlm_tensorflow.losses import chunked_cross_entropy, chunked_evaluation, ctc, rows_of_chunk
 from hvdlm_tensorflow.models import make_model
 from hvdlm_tensorflow.pipeline import Pipeline
 
@@ -26,8 +26,11 @@ class Forward:
 
     Attributes:
         model: the layers of this rank's pipeline stage; every graph binds its parameters.
+        chunks: the forward passes that this rank computes: this one, or one of every virtual stage.
         collectives: those of its tensor group.
+        context: the ranks that have other positions of the same rows; None: there are none.
         pipeline: passes activations and their gradients between stages.
+        dtype: in which products are computed.
     """
 
     def __init__(self, spec: ModelSpec, model_shard: ModelShard, axes: Axes, config: Config, rank: int) -> None:
@@ -36,9 +39,13 @@ class Forward:
         self.axes = axes
         self.config = config
         self.collectives = Collectives(axes.tensor, model_shard)
-        dtype = _HALF_PRECISION.get(config.train.precision, tf.float32)
-        self.model = make_model(spec, model_shard, self.collectives, dtype)
-        self.pipeline = Pipeline(model_shard, axes, config.parallel.schedule, rank, dtype)
+        self.dtype = _HALF_PRECISION.get(config.train.precision, tf.float32)
+        model: Any = make_model(spec, model_shard, self.collectives, self.dtype)
+        self.context = model.context = axes.context
+        self.model = model
+        self.pipeline = Pipeline(model_shard, axes, config.parallel.schedule, rank, self.dtype)
+        virtual = [Forward(spec, shard, axes, config, rank) for shard in model_shard.virtual]
+        self.chunks = tuple(virtual) or (self,)
 
     def losses(
         self,
@@ -47,31 +54,68 @@ class Forward:
         inputs: tf.Tensor,
         targets: tf.Tensor,
         weights: tf.Tensor | None,
+        starts: tf.Tensor | None,
         carry: Any,
         seed: tf.Tensor,
-        training: bool,
     ) -> tuple[tf.Tensor, Any]:
-        """Return the losses in nats and the carried state.
+        """Return the losses of training in nats and the carried state.
 
         The losses are ``[rows, time]``, 0 where the target doesn't count; of CTC, which judges whole rows, ``[rows]``.
         Every pipeline stage but the last returns its activations in their place. ``x``: the activations of the stage
-        before; in the first stage, the batch's features.
+        before; in the first stage, the batch's features. ``starts``: ``Batch.document_starts``.
         """
         train = self.config.train
         self.model.bind(parameters)
-        hidden, carry = self.model.hidden(inputs, x, carry, training, train.activation_checkpointing, seed)
+        divided = {} if starts is None else {"starts": starts}
+        hidden, carry = self.model.hidden(inputs, x, carry, True, train.activation_checkpointing, seed, **divided)
         if not self.model_shard.stage.last:
             return hidden, carry
-        terms = LossTerms.of(train, training)
+        terms = LossTerms.of(train)
         head = getattr(self.model, "head", None)
         if self._is_chunked(head, targets):
-            return self._chunked_losses(hidden, head, targets, weights, terms, training), carry
+            return self._chunked_losses(hidden, head, targets, weights, terms), carry
         # In float32: exponentials of large scores overflow in half precision.
         scores = tf.cast(self.model.scores(hidden), tf.float32)  # [rows, time, vocab / tensor ranks]
         if self.spec.loss == "ctc":
             return ctc(scores, self.model.lengths(x), targets, weights), carry
         losses = self.collectives.cross_entropy(scores, targets, terms)
         return (losses if weights is None else losses * weights), carry
+
+    def evaluated(
+        self,
+        parameters: Mapping[str, tf.Tensor],
+        x: Any,
+        inputs: tf.Tensor,
+        targets: tf.Tensor,
+        weights: tf.Tensor | None,
+        starts: tf.Tensor | None,
+        carry: Any,
+    ) -> tuple[tf.Tensor, Any]:
+        """Return the figures of an evaluation, float64 ``[2]``, and the carried state.
+
+        The figures are the sum of the losses in nats, without what training adds to them, and the number of targets
+        that count of which no other token has a higher score; of CTC 0. Otherwise as ``losses``.
+        """
+        self.model.bind(parameters)
+        checkpointing, seed = self.config.train.activation_checkpointing, tf.constant([0, 0])
+        divided = {} if starts is None else {"starts": starts}
+        hidden, carry = self.model.hidden(inputs, x, carry, False, checkpointing, seed, **divided)
+        if not self.model_shard.stage.last:
+            return hidden, carry
+        head: Any = getattr(self.model, "head", None)
+        if self._is_chunked(head, targets):
+            flat = tf.reshape(hidden, [targets.shape.num_elements(), hidden.shape[-1]])
+            losses, highest = chunked_evaluation(flat, head[0], head[1], tf.reshape(targets, [-1]))
+        else:
+            scores = tf.cast(self.model.scores(hidden), tf.float32)
+            if self.spec.loss == "ctc":
+                losses = ctc(scores, self.model.lengths(x), targets, weights)
+                highest, weights = tf.zeros_like(losses), None
+            else:
+                losses, highest = self.collectives.evaluated(scores, targets)
+        figures = tf.reshape(tf.stack([losses, tf.cast(highest, tf.float32)]), [2, -1])
+        counted = figures if weights is None else figures * tf.reshape(weights, [-1])
+        return tf.reduce_sum(tf.cast(counted, tf.float64), 1), carry
 
     def _is_chunked(self, head: Any, targets: tf.Tensor) -> bool:
         """Return whether the logits of a batch are computed in chunks: where they are more than one chunk.
@@ -91,11 +135,10 @@ class Forward:
         targets: tf.Tensor,
         weights: tf.Tensor | None,
         terms: LossTerms,
-        training: bool,
     ) -> tf.Tensor:
         # Adapters of layers leave the head as it is. TensorFlow would leave out what isn't used, if it needed no order.
         adapted = [adapter.weight for adapter in self.spec.adapters]
-        wanted = training, training and not (adapted and all(name.startswith("layers.") for name in adapted))
+        wanted = True, not (adapted and all(name.startswith("layers.") for name in adapted))
         table, bias = head
         flat = tf.reshape(hidden, [targets.shape.num_elements(), hidden.shape[-1]])
         flat_weights = None if weights is None else tf.reshape(weights, [-1])
@@ -106,7 +149,8 @@ class Forward:
         """Return what the model reads besides tokens; None where it reads tokens alone."""
         return {name: tf.constant(array) for name, array in batch.features.items()} or None
 
-    def tensors(self, batch: Batch) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor | None]:
-        """Return the inputs, targets and weights of a batch."""
-        weights = None if batch.weights is None else tf.constant(batch.weights)
-        return tf.constant(batch.inputs), tf.constant(batch.targets), weights
+    def tensors(self, batch: Batch) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor | None, tf.Tensor | None]:
+        """Return the inputs, targets, weights and starts of documents of a batch."""
+        optional = batch.weights, batch.document_starts
+        weights, starts = (None if array is None else tf.constant(array) for array in optional)
+        return tf.constant(batch.inputs), tf.constant(batch.targets), weights, starts

@@ -25,7 +25,7 @@ class Framework:
 
     name = "tensorflow"
     in_place = False  # its tensors can't be overwritten
-    update_rules = ("groups", "muon")
+    abilities = ("groups", "muon", "ema", "zero3", "context_ranks", "document_masks")
 
     def __init__(self) -> None:
         devices.provide_threads()  # before its first tensor

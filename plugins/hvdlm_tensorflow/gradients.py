@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from hvdlm.parallel.sharded_state import ShardedState
+from hvdlm.planning.gathered_layers import held_at_peak
+from hvdlm.protocols.group import Done, Handle
 from hvdlm_language.axis_groups import Axes
 from hvdlm_language.leaf_tree import LeafTree
 
@@ -79,7 +81,7 @@ class Gradients(ABC):
         exchange = self._exchange
         # Traced first: TensorFlow runs stateful operations (timestamps, collectives of some transports) in the order of
         # the trace, and what follows here waits for all buckets.
-        handles = [exchange.start(bucket, index) for index, bucket in enumerate(buckets)]
+        handles = self._start(buckets)
         with tf.control_dependencies(buckets):
             # Not right after the forward pass: Horovod's thread would take a core from the backward pass.
             totals = self._metrics(loss_sum, tokens)
@@ -100,6 +102,10 @@ class Gradients(ABC):
         with tf.control_dependencies([totals]):
             stage_seconds = tf.maximum(tf.timestamp() - reduced, 0.0)
         return Sums(totals, gradient_seconds, stage_seconds, shard)
+
+    def _start(self, buckets: list[tf.Tensor]) -> Sequence[Handle]:
+        """Start the sums of all buckets."""
+        return [self._exchange.start(bucket, index) for index, bucket in enumerate(buckets)]
 
     def _metrics(self, loss_sum: tf.Tensor, tokens: tf.Tensor) -> tf.Tensor:
         """Return what is summed over the ranks, the loss sum and the tokens: float64 ``[2]``."""
@@ -283,10 +289,33 @@ class ScatteredGradients(Gradients):
         return 4 * (most_in_flight + self._layout.size // self._exchange.traits.zero_size)
 
 
+class LayerGradients(ScatteredGradients):
+    """This rank's shard of gradients that ``GatheredLayers`` scatters in the backward pass (ZeRO-3)."""
+
+    def add(self, gradient: tf.Tensor) -> None:
+        """Add this rank's shard of a micro-batch's gradient, ``[size / ranks]``."""
+        self._shard.assign_add(gradient)
+
+    def pack(self, gradients: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        """Return the shards of buckets as they are."""
+        return list(gradients)
+
+    def _start(self, buckets: list[tf.Tensor]) -> Sequence[Handle]:
+        return [Done(bucket) for bucket in buckets]
+
+    def bytes(self) -> int:
+        """Return the bytes held for gradients, of those under way as the edges of the graph bound them."""
+        state, ranks = self._state, self._exchange.traits.zero_size
+        held = held_at_peak(self._layout, ranks, state.spec.settings.tie_embeddings, in_graph=True)
+        return 4 * (self._layout.size // ranks) + held["gradients"]
+
+
 def make_gradients(state: ShardedState, axes: Axes) -> Gradients:
     """Return the gradients in the form that the exchange asks for."""
     if state.config.communication.reduction == "exact":
         return TreeGradients(state, axes)
+    if state.exchange.traits.shards_parameters:
+        return LayerGradients(state, axes)
     kind = ScatteredGradients if state.exchange.traits.scatters_every else WholeGradients
     return kind(state, axes)
 

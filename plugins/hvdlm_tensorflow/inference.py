@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,10 @@ from hvdlm.communication.traffic import TrafficCounters
 from hvdlm.protocols.inference import SamplingRule
 from hvdlm.protocols.model import JoinsCaches
 from hvdlm.protocols.types import Batch
+from hvdlm_language.context_ranks import cut_all
 from hvdlm_tensorflow.counted_graph import CountedGraph
 from hvdlm_tensorflow.forward import Forward
+from hvdlm_tensorflow.gathered_layers import GatheredLayers
 from hvdlm_tensorflow.sampling import choose
 
 
@@ -30,15 +33,26 @@ class Inference(ABC):
         self._counters = counters
         self._eval_carry: Any = None
         self.joins_caches = isinstance(self._model, JoinsCaches)
+        self._layers: GatheredLayers | None = None
         self._rounded: Any = None  # the weights in the precision of the run, while the parameters stay as they are
         # Of prompts every length is another shape: these graphs are traced for open lengths.
-        self._eval_graph = CountedGraph(self._evaluate, counters)
-        self._extend_graph = CountedGraph(self._extend, counters, reduce_retracing=True)
-        self._first_tokens_graph = CountedGraph(self._sample, counters, reduce_retracing=True)
-        self._next_tokens_graph = CountedGraph(self._sample, counters, reduce_retracing=True)  # of one token a row
+        self._eval_graphs = self._graphs(self._evaluate)
+        self._extend_graphs = self._graphs(self._extend, reduce_retracing=True)
+        self._first_tokens_graphs = self._graphs(self._sample, reduce_retracing=True)
+        self._next_tokens_graphs = self._graphs(self._sample, reduce_retracing=True)  # of one token a row
         self._round_graph = CountedGraph(self._round, counters)
         self._predict_graph = CountedGraph(self._predict, counters, reduce_retracing=True)
         self._read_graph = CountedGraph(self._read, counters, reduce_retracing=True)
+
+    def _gather_in(self, layers: GatheredLayers) -> None:
+        """Have the model gather its parameters by ``layers``."""
+        model: Any = self._model
+        model.layers = self._layers = layers
+
+    def _graphs(self, function: Callable[..., Any], **options: Any) -> list[CountedGraph]:
+        """Return a graph of ``function(chunk, ...)`` for every chunk."""
+        chunks = range(len(self._forward.chunks))
+        return [CountedGraph(partial(function, chunk), self._counters, **options) for chunk in chunks]
 
     @abstractmethod
     def _parameters(self) -> Mapping[str, tf.Tensor]:
@@ -49,63 +63,72 @@ class Inference(ABC):
         """Have the model compute with the parameters that are evaluated, where a replica's own are others."""
 
     def eval_step(self, batch: Batch) -> tuple[float, float]:
-        """Return (sum of losses in nats, valid tokens) of this rank's rows."""
+        """Return (sum of losses in nats, valid tokens) of this rank's rows, with context ranks of its positions."""
+        loss_sum, tokens, _ = self.eval_figures(batch)
+        return loss_sum, tokens
+
+    def eval_figures(self, batch: Batch) -> tuple[float, float, float]:
+        """Return ``eval_step``'s figures and the valid tokens of which no other has a higher score."""
         self._show_averaged()
+        (batch,) = cut_all([batch], self._forward.context)
         if batch.reset or self._eval_carry is None:
             self._eval_carry = self._model.initial_carry(len(batch.inputs))
 
-        def compute(x: tf.Tensor | None) -> tf.Tensor:
-            x = self._forward.features(batch) if x is None else x
-            output, self._eval_carry = self._eval_graph(None, x, *self._forward.tensors(batch), self._eval_carry)
+        def compute(chunk: int, x: tf.Tensor | None) -> tf.Tensor:
+            x, graph = self._forward.features(batch) if x is None else x, self._eval_graphs[chunk]
+            output, self._eval_carry = graph(None, x, *self._forward.tensors(batch), self._eval_carry)
             return output
 
         output = self._pipeline.relay(self._pipeline.shape(batch, self._spec.settings.width), compute)
-        loss_sum = float(output) if self._model_shard.stage.last else 0.0
-        return loss_sum, batch.tokens
+        loss_sum, correct = output.numpy().tolist() if self._model_shard.stage.last else (0.0, 0.0)
+        return loss_sum, batch.tokens, correct
 
-    def _evaluate(self, x: Any, inputs: Any, targets: Any, weights: Any, carry: Any) -> tuple[tf.Tensor, Any]:
-        seed = tf.constant([0, 0])
-        output, carry = self._forward.losses(self._parameters(), x, inputs, targets, weights, carry, seed, False)
-        if self._model_shard.stage.last:
-            output = tf.reduce_sum(tf.cast(output, tf.float64))
-        return output, carry
+    def _evaluate(
+        self, chunk: int, x: Any, inputs: Any, targets: Any, weights: Any, starts: Any, carry: Any
+    ) -> tuple[tf.Tensor, Any]:
+        evaluated = self._forward.chunks[chunk].evaluated
+        return evaluated(self._parameters(), x, inputs, targets, weights, starts, carry)
 
     def logits(self, tokens: np.ndarray, cache: Any = None) -> tuple[np.ndarray, Any]:
         """Return the scores of the next token, float32 ``[rows, vocab]``, and the cache grown by ``tokens``."""
-        scores, cache = self._decode(self._extend_graph, tokens, cache)
+        scores, cache = self._decode(self._extend_graphs, tokens, cache)
         return self._from_last_stage(scores, (len(tokens), self._spec.settings.vocab), "scores").numpy(), cache
 
     def sample(self, tokens: np.ndarray, cache: Any, uniform: np.ndarray, rule: SamplingRule) -> tuple[np.ndarray, Any]:
         """Return the tokens chosen from those scores, int32 ``[rows, draws]``, and the cache grown by ``tokens``."""
-        graph = self._first_tokens_graph if cache is None else self._next_tokens_graph
+        graphs = self._first_tokens_graphs if cache is None else self._next_tokens_graphs
         if rule.temperature:  # tensors, so that other values need no other graph
             numbers = (tf.constant(value, tf.float64) for value in (rule.temperature, rule.top_p))
             temperature, top_p = numbers
             rule = SamplingRule(rule.vocab, temperature, tf.constant(rule.top_k), top_p)
-        chosen, cache = self._decode(graph, tokens, cache, tf.constant(uniform), rule)
+        chosen, cache = self._decode(graphs, tokens, cache, tf.constant(uniform), rule)
         return self._from_last_stage(chosen, uniform.shape, "tokens", tf.int32).numpy(), cache
 
     def join(self, caches: Sequence[Any], rows: np.ndarray) -> Any:
         """Return the cache whose row i is row ``rows[i]`` of ``caches``, whose rows are numbered in turn."""
         model: Any = self._model
-        return model.join(caches, tf.constant(rows))
+        return [model.join(of_chunk, tf.constant(rows)) for of_chunk in zip(*caches, strict=True)]
 
-    def _decode(self, graph: CountedGraph, tokens: np.ndarray, cache: Any, *more: Any) -> tuple[tf.Tensor | None, Any]:
-        """Return what ``graph`` computes from the scores of the next token (None: a later stage), and the cache."""
+    def _decode(
+        self, graphs: Sequence[CountedGraph], tokens: np.ndarray, cache: Any, *more: Any
+    ) -> tuple[tf.Tensor | None, Any]:
+        """Return what the chunks' ``graphs`` compute from the scores of the next token (None: a later stage), and the
+        cache.
+        """
         self._show_averaged()
-        if self._rounded is None:
+        if self._rounded is None and not self._layers:
             self._rounded = self._round_graph(None)
         inputs = tf.constant(tokens, tf.int32)
-        cache = self._model.cache(len(tokens)) if cache is None else cache
-        self._model.check_length(cache, tokens.shape[1])
+        models = [chunk.model for chunk in self._forward.chunks]
+        caches = [model.cache(len(tokens)) for model in models] if cache is None else list(cache)
+        models[0].check_length(caches[0], tokens.shape[1])
 
-        def compute(x: tf.Tensor | None) -> tf.Tensor:
-            nonlocal cache
-            output, cache = graph(None, self._rounded, inputs, x, cache, *more)
+        def compute(chunk: int, x: tf.Tensor | None) -> tf.Tensor:
+            output, caches[chunk] = graphs[chunk](None, self._rounded, inputs, x, caches[chunk], *more)
             return output
 
         output = self._pipeline.relay((*tokens.shape, self._spec.settings.width), compute)
-        return output if self._model_shard.stage.last else None, cache
+        return output if self._model_shard.stage.last else None, caches
 
     def _from_last_stage(
         self, output: tf.Tensor | None, shape: Sequence[int], name: str, dtype: tf.DType = tf.float32
@@ -124,19 +147,20 @@ class Inference(ABC):
         model: Any = self._model
         return {n: tf.identity(t) if kept in n else tf.cast(t, model.dtype) for n, t in self._parameters().items()}
 
-    def _extend(self, weights: Any, inputs: tf.Tensor, x: Any, cache: Any) -> tuple[tf.Tensor, Any]:
-        self._model.bind(weights)
-        hidden, cache = self._model.extend(inputs, x, cache)
-        if not self._model_shard.stage.last:
+    def _extend(self, chunk: int, weights: Any, inputs: tf.Tensor, x: Any, cache: Any) -> tuple[tf.Tensor, Any]:
+        model: Any = self._forward.chunks[chunk].model
+        model.bind(self._parameters() if self._layers else weights)
+        hidden, cache = model.extend(inputs, x, cache)
+        if not self._model_shard.chunks[chunk].stage.last:
             return hidden, cache
-        scores = self._forward.collectives.all_scores(self._model.scores(hidden[:, -1]))
+        scores = self._forward.collectives.all_scores(model.scores(hidden[:, -1]))
         return tf.cast(scores, tf.float32), cache
 
     def _sample(
-        self, weights: Any, inputs: tf.Tensor, x: Any, cache: Any, uniform: tf.Tensor, rule: SamplingRule
+        self, chunk: int, weights: Any, inputs: tf.Tensor, x: Any, cache: Any, uniform: tf.Tensor, rule: SamplingRule
     ) -> tuple[tf.Tensor, Any]:
-        output, cache = self._extend(weights, inputs, x, cache)
-        return (choose(output, uniform, rule) if self._model_shard.stage.last else output), cache
+        output, cache = self._extend(chunk, weights, inputs, x, cache)
+        return (choose(output, uniform, rule) if self._model_shard.chunks[chunk].stage.last else output), cache
 
     def predict(self, batch: Batch) -> np.ndarray:
         """Return the scores of all positions of the batch, float32 ``[rows, time, vocab]``."""
@@ -152,7 +176,7 @@ class Inference(ABC):
     def read(self, batch: Batch) -> Any:
         """Return the cache of a model that has read the batch's features, for ``logits`` to continue from."""
         self._show_averaged()
-        return self._read_graph(None, self._forward.features(batch))
+        return [self._read_graph(None, self._forward.features(batch))]
 
     def _read(self, x: Any) -> Any:
         self._model.bind(self._parameters())
@@ -160,4 +184,4 @@ class Inference(ABC):
 
     def select(self, cache: Any, rows: np.ndarray) -> Any:
         """Return the cache whose row i is row ``rows[i]`` of ``cache``."""
-        return self._model.select(cache, tf.constant(rows))
+        return [self._model.select(one, tf.constant(rows)) for one in cache]

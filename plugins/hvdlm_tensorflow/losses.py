@@ -90,6 +90,36 @@ def chunked_cross_entropy(
     return function(*inputs)
 
 
+def chunked_evaluation(
+    hidden: tf.Tensor, head: tf.Tensor, bias: tf.Tensor | None, targets: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Return the cross entropies in nats, float32 ``[n]``, and ``is_highest`` of ``targets`` ``[n]``; no gradients.
+
+    The arguments are those of ``chunked_cross_entropy``.
+    """
+    rows = rows_of_chunk(hidden.shape[0], head.shape[0])
+    losses: list[tf.Tensor] = []
+    highest: list[tf.Tensor] = []
+    for start in range(0, hidden.shape[0], rows):
+        with tf.control_dependencies([*losses[-1:], *highest[-1:]]):  # one chunk after the other
+            logits = _logits(hidden[start : start + rows], head, bias)
+            target = targets[start : start + rows]
+            losses.append(tf.nn.sparse_softmax_cross_entropy_with_logits(labels=target, logits=logits))
+            highest.append(is_highest(logits, target))
+    return tf.concat(losses, 0), tf.concat(highest, 0)
+
+
+def is_highest(scores: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
+    """Return of which ``targets`` ``[...]`` no other token has higher ``scores`` ``[..., vocab]``, bool ``[...]``."""
+    return tf.gather(scores, targets, batch_dims=targets.shape.rank) >= tf.reduce_max(scores, -1)
+
+
+def _logits(hidden: tf.Tensor, head: tf.Tensor, bias: tf.Tensor | None) -> tf.Tensor:
+    """Return the logits of hidden states ``[n, embed]``, float32 ``[n, vocab]``."""
+    logits = tf.matmul(hidden, head, transpose_b=True)
+    return tf.cast(logits if bias is None else tf.nn.bias_add(logits, bias), tf.float32)
+
+
 def _in_chunks(
     inputs: tuple[tf.Tensor, ...],
     targets: tf.Tensor,
@@ -108,9 +138,8 @@ def _in_chunks(
         # One chunk after the other: together, they would take the memory of all logits.
         with tf.control_dependencies([*losses[-1:], *of_hidden[-1:], *sums]):
             x = hidden[chunk]
-            logits = tf.matmul(x, head, transpose_b=True)
-            logits = tf.nn.bias_add(logits, bias[0]) if bias else logits
-            loss, gradient = _loss_and_gradient(tf.cast(logits, tf.float32), targets[chunk], terms)
+            logits = _logits(x, head, bias[0] if bias else None)
+            loss, gradient = _loss_and_gradient(logits, targets[chunk], terms)
             if weights is not None:
                 loss, gradient = loss * weights[chunk], gradient * weights[chunk][:, None]
             losses.append(loss)

@@ -8,6 +8,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from hvdlm_tensorflow.gathered_layers import SCOPE
+
 # Operations whose results are computed again at no cost, or are no activations.
 _NOT_KEPT = ("Const", "Shape", "ReadVariableOp")
 
@@ -50,13 +52,15 @@ class ActivationMemory:
                 output, _ = losses(weights, arguments)
             of_weights = tape.gradient(output, list(weights.values()), output_gradients=tf.ones_like(output))
             self.backward()
-            return [tf.convert_to_tensor(gradient) for gradient in of_weights]
+            # A virtual stage uses some of its rank's parameters: the others have no gradient.
+            return [tf.convert_to_tensor(gradient) for gradient in of_weights if gradient is not None]
 
         tf.function(gradients, autograph=False).get_concrete_function(arguments)
 
     def _is_kept(self, tensor: tf.Tensor) -> bool:
         operation = tensor.op
         of_forward = operation.name in self._forward and operation.type not in _NOT_KEPT
+        of_forward = of_forward and SCOPE not in operation.name  # and no parameter of ZeRO-3
         return of_forward and tensor.shape.is_fully_defined()
 
 

@@ -43,7 +43,7 @@ class FlatOptimizer:
         before = None if self._scales is None else tf.identity(self._parameter.read_value())
         self._apply(gradient, learning_rate, step)
         if before is not None:  # no rule's state depends on the rate
-            self._parameter.assign(_interpolated(before, self._parameter.read_value(), self._scales))
+            self._parameter.assign(interpolated(before, self._parameter.read_value(), self._scales))
 
     def _apply(self, gradient: tf.Tensor, learning_rate: tf.Tensor, step: tf.Tensor) -> None:
         """Apply the rule with one learning rate."""
@@ -108,7 +108,7 @@ class FlatOptimizer:
         )
 
 
-def _interpolated(start: tf.Tensor, stop: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
+def interpolated(start: tf.Tensor, stop: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
     """Return the vector between ``start`` (where the weight is 0) and ``stop`` (1), as torch.lerp rounds it."""
     change = stop - start
     return tf.where(weights < 0.5, start + weights * change, stop - change * (1.0 - weights))

@@ -6,13 +6,14 @@ from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
+from hvdlm.parallel.pipeline_schedules import Action
 from hvdlm.parallel.sharding_rules import ModelShard
 from hvdlm.protocols.types import Batch
 from hvdlm_language.axis_groups import Axes
 from hvdlm_language.stage_runner import PipelineStage
 
-Compute = Callable[[int, Batch, "tf.Tensor | None"], tf.Tensor]
-"""(number, micro-batch, the stage before's activations) -> this stage's activations; in the last stage, the loss."""
+Compute = Callable[[Action, Batch, "tf.Tensor | None"], tf.Tensor]
+"""(action, micro-batch, the stage before's activations) -> this stage's activations; in the last stage, the loss."""
 
 
 class Pipeline(PipelineStage):
@@ -32,20 +33,20 @@ class Pipeline(PipelineStage):
     ) -> None:
         """Do all passes of a step; ``add`` is called with the gradient ``[size]`` of each micro-batch."""
         # Of forward passes whose backward pass is still to come: the tape, the input, the output.
-        tapes: dict[int, tuple[tf.GradientTape, tf.Tensor | None, tf.Tensor]] = {}
+        tapes: dict[tuple[int, int], tuple[tf.GradientTape, tf.Tensor | None, tf.Tensor]] = {}
         for action, received in self.passes(micro_batches, width):
-            number = action.micro_batch
+            number, key = action.micro_batch, (action.chunk, action.micro_batch)
             if action.kind == "forward":
                 with tf.GradientTape(watch_accessed_variables=False) as tape:
                     tape.watch(parameters)
                     if received is not None:
                         tape.watch(received)
-                    y = compute(number, micro_batches[number], received)
-                tapes[number] = (tape, received, y)
-                if not self._stage.last:
+                    y = compute(action, micro_batches[number], received)
+                tapes[key] = (tape, received, y)
+                if not self._chunks[action.chunk].last:
                     self.pass_on(action, y)
             else:
-                tape, x, y = tapes.pop(number)
+                tape, x, y = tapes.pop(key)
                 sources = [parameters] if x is None else [parameters, x]
                 # received: the gradient of y; None where y is the loss.
                 gradient, *of_x = tape.gradient(y, sources, output_gradients=received)

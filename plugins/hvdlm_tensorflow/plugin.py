@@ -59,6 +59,11 @@ def hvdlm_check(config: Config, spec: ModelSpec) -> None:
         raise HvdlmError(
             'framework tensorflow is not installed here: make setup FRAMEWORKS="tensorflow", or --framework torch.'
         )
+    if config.parallel.zero == 3 and config.parallel.tensor > 1:
+        raise HvdlmError(
+            "parallel.zero 3: TensorFlow's tensor ranks can't gather weights layer by layer: --parallel.zero 2, "
+            "--parallel.tensor 1, or --framework torch."
+        )
     if config.train.compile is True and (reason := uncompilable(config, spec)):
         raise HvdlmError(f"train.compile: {reason}: leave it out, or keep parallel.tensor at 1.")
     if spec.kind == "own" and config.train.precision not in ("auto", "fp32"):
@@ -82,7 +87,7 @@ def hvdlm_predict(config: Config, spec: ModelSpec, mesh: Mesh, rank: int, moment
         return None
     from hvdlm.planning.closed_forms import Habits, closed_form
 
-    habits = Habits(recomputes_all=True)
+    habits = Habits(recomputes_all=True, gathers_in_graph=True, gathers_context=True)
     return closed_form(config, spec, mesh, rank, habits, moments)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import tensorflow as tf
@@ -15,20 +16,25 @@ from hvdlm.config import Config
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.flat_layout import Shard
 from hvdlm.parallel.mesh import Mesh
+from hvdlm.parallel.moving_average import GATHERED, KIND
+from hvdlm.parallel.pipeline_schedules import Action
 from hvdlm.parallel.sharded_state import ShardedState, recurrent_entries, recurrent_state
 from hvdlm.parallel.sharding_rules import ModelShard
-from hvdlm.planning.closed_forms import kept_micro_batches
-from hvdlm.protocols.exchange import Exchange
+from hvdlm.planning.closed_forms import most_kept
+from hvdlm.protocols.exchange import Exchange, ShardedExchange
 from hvdlm.protocols.optimizer import Optimizer
 from hvdlm.protocols.types import Batch, StepResult, Traffic
 from hvdlm_language.axis_groups import Axes, count_traffic
+from hvdlm_language.context_ranks import cut_all
 from hvdlm_language.own_parameters import OwnParameters
 from hvdlm_tensorflow.adapters import Adapters
 from hvdlm_tensorflow.counted_graph import CountedGraph
 from hvdlm_tensorflow.forward import Forward
+from hvdlm_tensorflow.gathered_layers import GatheredLayers
 from hvdlm_tensorflow.gradients import make_gradients
 from hvdlm_tensorflow.inference import Inference
 from hvdlm_tensorflow.memory import ActivationMemory
+from hvdlm_tensorflow.moving_average import MovingAverage
 from hvdlm_tensorflow.muon import Muon
 from hvdlm_tensorflow.optimizers import FlatOptimizer
 from hvdlm_tensorflow.profiling import Trace, named_range
@@ -42,6 +48,7 @@ class _Pass(NamedTuple):
     inputs: Any
     targets: Any
     weights: Any
+    starts: Any  # of documents
     carry: Any
     seed: Any
     scale: Any  # of the loss, in fp16
@@ -49,6 +56,8 @@ class _Pass(NamedTuple):
 
 class Trainable(Inference):
     """Implements ``Trainable``. Parameters lie in one flat variable, this rank's shard of the model.
+
+    With ZeRO-3, that variable is the rank's shard of every layer, and graphs gather parameters from all ranks'.
 
     The last micro-batch's passes and the update are one graph, in which buckets travel while others are computed.
     """
@@ -69,13 +78,18 @@ class Trainable(Inference):
         self._exchange = exchange
         self._sharded = state = ShardedState(spec, model_shard, exchange, config, mesh, rank)
         self.layout = state.layout
-        initial = state.initial()
+        gathers = exchange.traits.shards_parameters
+        initial = state.initial_shard() if gathers else state.initial()
         self._flat = tf.Variable(initial)
         self._replica = OwnParameters(exchange, self.layout)
         self._own: tf.Tensor | None = None  # the replica's own parameters while the flat variable is the averaged one
-        self._adapters = Adapters(state, self._flat)
+        self._layers = GatheredLayers(state, self._flat, self._forward.dtype) if gathers else None
+        if self._layers:
+            self._gather_in(self._layers)
+        self._adapters = self._layers or Adapters(state, self._flat)
         # What this rank updates: the flat variable itself, or its shard of every bucket (ZeRO).
-        self._updated = self._flat if exchange.traits.zero_size == 1 else tf.Variable(state.update_shard(initial))
+        whole = gathers or exchange.traits.zero_size == 1
+        self._updated = self._flat if whole else tf.Variable(state.update_shard(initial))
         # What a checkpoint holds and a rank resumes from: this shard where ranks compute with rounded parameters.
         self._saved = self._updated if exchange.traits.rounds_parameters else self._flat
         self._gradients = make_gradients(state, axes)
@@ -85,14 +99,21 @@ class Trainable(Inference):
             if state.muon
             else FlatOptimizer(config.train, self._updated, rates, optimizer)
         )
+        self._average = MovingAverage(config.train.ema, self._updated) if config.train.ema is not None else None
+        # What is saved of every element that this rank updates, by kind.
+        self._memory = {**self._optimizer.state, **({KIND: self._average.vector} if self._average else {})}
         self._carry: dict[int, Any] = {}  # by micro-batch: the state that a recurrent model carries to the next step
         self._activations = ActivationMemory()
-        self._example_pass: _Pass | None = None  # of a pipeline stage, to be traced by ``memory``
+        self._example_passes: dict[int, _Pass] = {}  # by chunk of a pipeline stage, to be traced by ``memory``
+        self._chunk_bytes: list[int] = []  # that one pass of each chunk keeps, as traced
         exchange.open(self.layout, initial)
         self._accumulate_graph = CountedGraph(self._accumulate, self._counters)
         self._step_graph = CountedGraph(self._step, self._counters)
         compiled = config.train.compile is True
-        self._stage_graph = CountedGraph(self._stage, self._counters, jit_compile=compiled)
+        self._stage_graphs = [
+            CountedGraph(partial(self._stage, chunk), self._counters, jit_compile=compiled)
+            for chunk in range(len(self._forward.chunks))
+        ]
         self._add_graph = CountedGraph(self._gradients.add, self._counters)
         self._finish_graph = CountedGraph(self._finish, self._counters)
         self._exchange_graphs: dict[Callable[..., Any], CountedGraph] = {}
@@ -109,9 +130,10 @@ class Trainable(Inference):
     ) -> StepResult:
         """Do one optimizer step on this rank's rows of the global batch."""
         self._show_own()
+        micro_batches = cut_all(micro_batches, self._forward.context)
         bytes_before = by_axis(self._counters.traffic())
         local_tokens = sum(batch.tokens for batch in micro_batches)
-        scalars = tf.constant([learning_rate, step, local_tokens, limit], tf.float64)
+        scalars = tf.constant([learning_rate, step, self._sharded.updates(step), local_tokens, limit], tf.float64)
         phase = self._exchange.begin(step)
         self._gradients.begin()
         staged = self._model_shard.stage.count > 1
@@ -164,11 +186,12 @@ class Trainable(Inference):
         """Do a step of a pipeline stage; return what ``_update`` returns."""
         loss_sum = tf.zeros((), tf.float64)
 
-        def compute(number: int, batch: Batch, x: tf.Tensor | None) -> tf.Tensor:
+        def compute(action: Action, batch: Batch, x: tf.Tensor | None) -> tf.Tensor:
             nonlocal loss_sum
+            number, chunk = action.micro_batch, action.chunk
             arguments = self._pass(number, batch, x, step)
-            output, loss, self._carry[number] = self._stage_graph(None, arguments)
-            self._example_pass = self._example_pass or arguments
+            output, loss, self._carry[number] = self._stage_graphs[chunk](None, arguments)
+            self._example_passes.setdefault(chunk, arguments)
             loss_sum += loss
             return output
 
@@ -194,14 +217,14 @@ class Trainable(Inference):
     def _scale(self) -> tf.Tensor:
         return tf.constant(self._sharded.loss_scale.value, tf.float32)
 
-    def _losses(self, parameters: Mapping[str, tf.Tensor], arguments: _Pass) -> tuple[tf.Tensor, Any]:
+    def _losses(self, chunk: int, parameters: Mapping[str, tf.Tensor], arguments: _Pass) -> tuple[tf.Tensor, Any]:
         with named_range("forward"):
-            return self._forward.losses(parameters, *arguments[:-1], training=True)
+            return self._forward.chunks[chunk].losses(parameters, *arguments[:-1])
 
-    def _stage(self, arguments: _Pass) -> tuple[tf.Tensor, tf.Tensor, Any]:
+    def _stage(self, chunk: int, arguments: _Pass) -> tuple[tf.Tensor, tf.Tensor, Any]:
         """Return a stage's activations (the last: the scaled loss), the sum of losses (float64), the carried state."""
-        output, carry = self._losses(self._parameters(), arguments)
-        if not self._model_shard.stage.last:
+        output, carry = self._losses(chunk, self._parameters(), arguments)
+        if not self._model_shard.chunks[chunk].stage.last:
             return output, tf.zeros((), tf.float64), carry
         scaled = tf.reduce_sum(output) * (arguments.scale / self._sharded.loss_divisor)
         return scaled, tf.reduce_sum(tf.cast(output, tf.float64)), carry
@@ -211,7 +234,7 @@ class Trainable(Inference):
         leaves, unused = [parameters[name] for name in self._adapters.leaves], tf.UnconnectedGradients.ZERO
         with self._activations.forward(parameters), tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(leaves)
-            losses, carry = self._losses(parameters, arguments)
+            losses, carry = self._losses(0, parameters, arguments)
             scaled = tf.reduce_sum(losses) * (arguments.scale / self._sharded.loss_divisor)
         gradients = tape.gradient(scaled, leaves, unconnected_gradients=unused)
         self._activations.backward()
@@ -244,7 +267,7 @@ class Trainable(Inference):
             float64 ``[6]``: the loss sum, tokens and squared gradient norm of the global batch; the seconds waited for
             gradients and for the other stages; 1 where the update was applied.
         """
-        learning_rate, step, local_tokens, limit = tf.unstack(scalars)
+        learning_rate, step, updates, local_tokens, limit = tf.unstack(scalars)
         with named_range("exchange"):
             sums = self._gradients.reduce(buckets, loss_sum, local_tokens)
         total_loss, tokens, squared = tf.unstack(sums.totals)
@@ -252,14 +275,21 @@ class Trainable(Inference):
         rescale = self._sharded.loss_divisor / (tokens * tf.cast(scale, tf.float64))
         norm = tf.sqrt(squared) * rescale
         with named_range("update"):
-            applied = tf.cast(self._apply(sums.shard, norm, rescale, learning_rate, step, limit), tf.float64)
+            applied = tf.cast(self._apply(sums.shard, norm, rescale, learning_rate, step, updates, limit), tf.float64)
         with named_range("exchange"):
             waited = sums.gradient_seconds + self._replace_parameters(norm)
         self._adapters.add()
         return tf.stack([total_loss, tokens, tf.square(norm), waited, sums.stage_seconds, applied])
 
     def _apply(
-        self, gradient: tf.Tensor, norm: tf.Tensor, scale: tf.Tensor, learning_rate: Any, step: Any, limit: Any
+        self,
+        gradient: tf.Tensor,
+        norm: tf.Tensor,
+        scale: tf.Tensor,
+        learning_rate: Any,
+        step: Any,
+        updates: Any,
+        limit: Any,
     ) -> tf.Tensor:
         """Rescale, clip and apply the summed gradient of this rescaled ``norm``; return whether it was applied."""
         clip = self._config.train.clip
@@ -273,7 +303,9 @@ class Trainable(Inference):
         prepared = (optimizer.prepare(scaled()),) if isinstance(optimizer, Muon) else ()
 
         def update() -> tf.Tensor:
-            optimizer.update(scaled(), rate, step, *prepared)
+            optimizer.update(scaled(), rate, updates, *prepared)
+            if self._average:
+                self._average.update(step)
             return tf.constant(True)
 
         good = tf.math.is_finite(norm) & (norm <= limit)
@@ -283,6 +315,8 @@ class Trainable(Inference):
         """Gather the shards that other ranks updated, or what the exchange replaces them by; return the seconds."""
         with tf.control_dependencies([norm]):
             ready = tf.timestamp()
+        if self._layers:
+            return 0.0
         if self._exchange.traits.zero_size == 1:
             replaced = self._exchange.finish(self._flat.read_value())
             if replaced is None:
@@ -320,6 +354,22 @@ class Trainable(Inference):
             )
         return self._exchange_graphs[function](None, *arguments)
 
+    def show_average(self, shown: bool) -> None:
+        """Have the model compute with the moving average of its parameters until the next step, or with these again."""
+        self._show_own()
+        if shown and self._average:
+            self._own = tf.identity(self._flat.read_value())
+            self._flat.assign(self._gathered_average(self._average.vector.read_value()))
+            self._adapters.add()
+
+    def _gathered_average(self, vector: tf.Tensor) -> tf.Tensor:
+        """Return the moving average of the flat vector, of which this rank updates ``vector``."""
+        if self._layers or self._exchange.traits.zero_size == 1:  # the former are gathered as they are used
+            return vector
+        exchange, ranges = cast(ShardedExchange, self._exchange), self._sharded.shard_ranges
+        started = [exchange.gather_vector(vector[a:b], index, GATHERED) for index, (a, b) in enumerate(ranges)]
+        return tf.concat([handle.wait() for handle in started], 0)
+
     def _show_averaged(self) -> None:
         """Have the model compute with the averaged parameters until the next step, where replicas never agree."""
         averaged = self._replica.streams.averaged() if self._replica.streams and self._own is None else None
@@ -344,10 +394,11 @@ class Trainable(Inference):
     def memory(self) -> dict[str, int]:
         """Return the bytes that this rank holds for parameters, gradients, optimizer and activations."""
         shard = 0 if self._updated is self._flat else int(self._updated.shape[0])
+        gathered = self._layers.bytes() if self._layers else 0
         return {
-            "parameters": 4 * (self.layout.size + shard) + self._spec.frozen_bytes,
+            "parameters": 4 * (int(self._flat.shape[0]) + shard) + gathered + self._spec.frozen_bytes,
             "gradients": self._gradients.bytes(),
-            "optimizer": sum(4 * int(flat.shape[0]) for flat in self._optimizer.state.values()),
+            "optimizer": sum(4 * int(flat.shape[0]) for flat in self._memory.values()),
             "activations": self._activation_bytes(),
         }
 
@@ -356,15 +407,16 @@ class Trainable(Inference):
         train, stage = self._config.train, self._model_shard.stage
         if stage.count == 1:
             return self._activations.bytes
-        if self._example_pass is not None and not self._activations.bytes:
+        if not self._chunk_bytes:
             before = self._counters.snapshot()
-            self._activations.trace(self._parameters, self._losses, self._example_pass)
+            for chunk, arguments in sorted(self._example_passes.items()):
+                traced = ActivationMemory()
+                traced.trace(self._parameters, partial(self._losses, chunk), arguments)
+                self._chunk_bytes.append(traced.bytes)
             self._counters.restore(before)  # traced, never run
         rows = train.batch_size // self._sharded.mesh.data
-        count = rows // (train.micro_batch_size or rows)
-        return self._activations.bytes * kept_micro_batches(
-            self._config.parallel.schedule, stage.number, stage.count, count
-        )
+        count, each = rows // (train.micro_batch_size or rows), self._chunk_bytes or [0] * len(self._forward.chunks)
+        return most_kept(self._config.parallel.schedule, stage.number, stage.count, count, each)
 
     def device_memory_peak(self) -> int | None:
         """Return the most bytes of the GPU's memory that this rank's tensors took at once; None: it has no GPU."""
@@ -383,17 +435,17 @@ class Trainable(Inference):
         """Return copies of all that training resumes from, under global names."""
         self._show_own()
         own = _host(self._saved)
-        memory = {kind: _host(flat) for kind, flat in self._optimizer.state.items()}
+        memory = {kind: _host(flat) for kind, flat in self._memory.items()}
         carry = recurrent_entries([self._model.carry_arrays(self._carry[number]) for number in sorted(self._carry)])
         return self._sharded.arrays(self._replica.averaged(own), memory) | self._replica.entries(own) | carry
 
     def shards(self) -> dict[str, Shard]:
         """Return which box of the global array every entry of ``state()`` is."""
-        return self._sharded.shards(self._optimizer.state)
+        return self._sharded.shards(self._memory)
 
     def replicas(self, names: Collection[str]) -> dict[str, str]:
         """Return the identities of entries of ``state()`` and of frozen weights that other ranks may hold too."""
-        return self._sharded.replicas(names, self._optimizer.state)
+        return self._sharded.replicas(names, self._memory)
 
     def frozen(self) -> Iterator[tuple[str, np.ndarray]]:
         """Yield the name and the present values of every frozen base weight."""
@@ -401,7 +453,7 @@ class Trainable(Inference):
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
         """Replace parameters, optimizer, exchange and carried state by those of ``state``."""
-        memory = {kind: _host(flat) for kind, flat in self._optimizer.state.items()}
+        memory = {kind: _host(flat) for kind, flat in self._memory.items()}
         flat, memory = self._sharded.restore(state, _host(self._saved), memory)
         self._own = self._rounded = None
         self._saved.assign(flat)
@@ -411,7 +463,7 @@ class Trainable(Inference):
             self._updated.assign(self._sharded.update_shard(flat))
         self._adapters.add()
         for kind, array in memory.items():
-            self._optimizer.state[kind].assign(array)
+            self._memory[kind].assign(array)
         self._carry = self._model.carry_tensors(recurrent_state(state), self._config.train.micro_batch_size)
 
 

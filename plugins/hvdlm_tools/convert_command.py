@@ -21,7 +21,7 @@ def main(arguments: list[str]) -> int:
     output = Path(values.output)
     safe_files.check_output(output)
     with file_lock.exclusive(output):
-        checkpoint = chosen_checkpoint(values.run, values.checkpoint)
+        checkpoint = chosen_checkpoint(values.run, values.checkpoint, values.weights)
         count = convert(checkpoint, output, values.base)
     print(printable(f"{output}: {count:,} parameters of {checkpoint.path}"))
     return 0
@@ -39,7 +39,7 @@ def _export(values: Any) -> int:
     safe_files.check_output(output, folder=True)
     tokenizer = None if values.checkpoint else Path(values.run) / "tokenizer.json"
     with file_lock.exclusive(output):
-        checkpoint = chosen_checkpoint(values.run, values.checkpoint)
+        checkpoint = chosen_checkpoint(values.run, values.checkpoint, values.weights)
         count, note = manager.hook.hvdlm_export(
             name=name,
             checkpoint=checkpoint,

@@ -22,6 +22,7 @@ _SAME = {
     "train.beta2": "adam_beta2",
     "train.epsilon": "eps adam_epsilon adam_eps",
     "train.clip": "grad_clip clip_grad max_grad_norm max_norm gradient_clip_val gradient_clipping clip_grad_norm",
+    "train.ema": "ema_decay model_ema_decay ema_beta",
     "train.precision": "dtype torch_dtype amp mixed_precision bf16 fp16 half autocast",
     "train.tf32": "allow_tf32 enable_tf32",
     "train.compile": "torch_compile use_compile",

@@ -27,6 +27,7 @@ from hvdlm_torch.kernels import (
     linear_rows,
     missing_outputs,
 )
+from hvdlm_torch.losses import is_highest
 from hvdlm_torch.operations import TracedGroup
 
 
@@ -121,6 +122,14 @@ class Collectives(TensorRanks):
             return losses + terms.z_loss * scores.logsumexp(-1).square() if terms.z_loss else losses
         first, _ = self.model_shard.range_of(self.model_shard.vocab)
         return _CrossEntropy.apply(scores, targets - first, self.group, self.model_shard.vocab, terms)
+
+    def evaluated(self, scores: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the cross entropies ``[n]`` in nats of ``targets`` ``[n]``, and ``is_highest`` of them ``[n]``."""
+        if self.size == 1:
+            return F.cross_entropy(scores, targets, reduction="none"), is_highest(scores, targets)
+        first, _ = self.model_shard.range_of(self.model_shard.vocab)
+        figures = _Figures(scores, targets - first, self.group, LossTerms())
+        return figures.log_sum - figures.score, figures.score >= figures.top
 
     def all_scores(self, scores: torch.Tensor) -> torch.Tensor:
         """Return ``[rows, vocab]`` from ranks' ``scores`` ``[rows, vocab / ranks]``."""
@@ -245,37 +254,53 @@ class _SumGradients(torch.autograd.Function):
         return None, None, *(s.view_as(g) for s, g in zip(sums, gradients, strict=True))
 
 
-class _CrossEntropy(torch.autograd.Function):
-    """Cross entropy of scores that the ranks share, without gathering them.
+class _Figures:
+    """What the ranks know together of scores ``[n, vocab / ranks]`` that they share, without gathering them.
 
     Three figures of every target travel: a rank's largest score, its sum of exponentials relative to that, and the
     target's score, 0 where another rank has it. With smoothing, a fourth: the sum of the rank's scores.
+
+    Attributes:
+        local, here: the targets in this rank's range ``[n, 1]``, and which of them are in it ``[n]``.
+        largest, exponentials: this rank's largest score ``[n]``, and its scores' exponentials relative to that.
+        top, total, log_sum, score, sums: of all ranks ``[n]``: the largest score, the sum of exponentials relative to
+            it, the logarithm of the sum of exponentials, the target's score; with smoothing the sum of scores.
     """
+
+    def __init__(self, scores: torch.Tensor, targets: torch.Tensor, group: TracedGroup, terms: LossTerms) -> None:
+        self.here = (targets >= 0) & (targets < scores.shape[1])
+        self.local = targets.masked_fill(~self.here, 0).unsqueeze(1)
+        self.largest = scores.amax(1)
+        self.exponentials = (scores - self.largest.unsqueeze(1)).exp()
+        target_score = scores.gather(1, self.local).squeeze(1) * self.here
+        figures = [self.largest, self.exponentials.sum(1), target_score]
+        figures += [scores.sum(1)] if terms.smoothing else []
+        # [ranks, figure, n]
+        gathered = group.all_gather(torch.stack(figures), "tensor.cross_entropy").view(-1, len(figures), len(scores))
+        self.top = gathered[:, 0].amax(0)
+        self.total = (gathered[:, 1] * (gathered[:, 0] - self.top).exp()).sum(0)
+        self.log_sum = self.total.log() + self.top
+        self.score = gathered[:, 2].sum(0)
+        self.sums = gathered[:, 3].sum(0) if terms.smoothing else None
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Cross entropy of scores that the ranks share."""
 
     @staticmethod
     def forward(
         ctx: Any, scores: torch.Tensor, targets: torch.Tensor, group: TracedGroup, vocab: int, terms: LossTerms
     ) -> torch.Tensor:
-        here = (targets >= 0) & (targets < scores.shape[1])
-        local = targets.masked_fill(~here, 0).unsqueeze(1)
-        largest = scores.amax(1)
-        exponentials = (scores - largest.unsqueeze(1)).exp()
-        target_score = scores.gather(1, local).squeeze(1) * here
-        figures = [largest, exponentials.sum(1), target_score] + ([scores.sum(1)] if terms.smoothing else [])
-        # [ranks, figure, n]
-        gathered = group.all_gather(torch.stack(figures), "tensor.cross_entropy").view(-1, len(figures), len(scores))
-        top = gathered[:, 0].amax(0)
-        total = (gathered[:, 1] * (gathered[:, 0] - top).exp()).sum(0)
-        log_sum = total.log() + top
-        losses = log_sum - (1.0 - terms.smoothing) * gathered[:, 2].sum(0)
+        figures = _Figures(scores, targets, group, terms)
+        losses = figures.log_sum - (1.0 - terms.smoothing) * figures.score
         ctx.spread = terms.smoothing / vocab
-        if terms.smoothing:
-            losses -= ctx.spread * gathered[:, 3].sum(0)
-        factor = (largest - top).exp() / total
+        if figures.sums is not None:
+            losses -= ctx.spread * figures.sums
+        factor = (figures.largest - figures.top).exp() / figures.total
         if terms.z_loss:
-            losses += terms.z_loss * log_sum.square()
-            factor *= 1.0 + 2.0 * terms.z_loss * log_sum
-        ctx.save_for_backward(exponentials.mul_(factor.unsqueeze(1)), local, here)
+            losses += terms.z_loss * figures.log_sum.square()
+            factor *= 1.0 + 2.0 * terms.z_loss * figures.log_sum
+        ctx.save_for_backward(figures.exponentials.mul_(factor.unsqueeze(1)), figures.local, figures.here)
         ctx.share = 1.0 - terms.smoothing
         return losses
 

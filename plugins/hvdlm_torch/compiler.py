@@ -47,6 +47,8 @@ def is_faster(config: Config, spec: ModelSpec, device: torch.device) -> bool:
     """
     if config.communication.reduction == "exact":  # Triton chooses the order of sums by measuring
         return False
+    if config.parallel.context > 1:  # a compiled step has no collectives in the background
+        return False
     return spec.kind == "gpt" and device.type != "cpu" and not uncompilable(config, spec)
 
 

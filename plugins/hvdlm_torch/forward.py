@@ -17,7 +17,7 @@ from hvdlm_language.loss_terms import LossTerms
 from hvdlm_torch.collectives import Collectives
 from hvdlm_torch.devices import to_device
 from hvdlm_torch.dropout import DropoutMasks
-from hvdlm_torch.losses import chunked_cross_entropy, ctc, rows_of_chunk
+from hvdlm_torch.losses import chunked_cross_entropy, chunked_evaluation, ctc, rows_of_chunk
 from hvdlm_torch.models import make_model
 from hvdlm_torch.pipeline import Pipeline
 
@@ -28,8 +28,11 @@ class Forward:
     """The forward pass, shared by training (``trainable.py``) and inference (``inference.py``).
 
     Attributes:
-        model: the layers of this rank's pipeline stage; its parameters are bound by the Trainable.
+        model: the layers of this rank's pipeline stage.
+        chunks: the forward passes that this rank computes: this one, or one of every virtual stage. The Trainable binds
+            the parameters of their models.
         collectives: those of its tensor group.
+        context: the ranks that have other positions of the same rows; None: there are none.
         masks: of dropout.
         pipeline: passes activations and their gradients between stages.
         fp32_pipeline: passes activations in float32, so that texts don't depend on the number of stages.
@@ -47,18 +50,26 @@ class Forward:
         self.half = _HALF_PRECISION.get(config.train.precision)
         self.collectives = Collectives(axes.tensor, model_shard)
         model: Any = make_model(spec, model_shard, self.collectives)
+        self.context = model.context = axes.context
         self.model: Model = model
         masks_of_pytorch = (
             device.type != "cpu" or config.train.compile is True or not getattr(model, "own_masks", False)
         )
         self.masks = model.masks = DropoutMasks(device, masks_of_pytorch)
+        virtual = [Forward(spec, shard, axes, config, device, rank) for shard in model_shard.virtual]
+        for chunk in virtual:
+            of_chunk: Any = chunk.model
+            chunk.masks = of_chunk.masks = self.masks
+        self.chunks = tuple(virtual) or (self,)
         dtype, schedule = _HALF_PRECISION.get(config.train.precision, torch.float32), config.parallel.schedule
         self.pipeline = Pipeline(model_shard, axes, schedule, rank, device, dtype)
         self.fp32_pipeline = Pipeline(model_shard, axes, schedule, rank, device, torch.float32)
 
     def autocast(self) -> torch.autocast:
         """Return the context in which products are computed in the precision of the run."""
-        return torch.autocast(self.device.type, dtype=self.half, enabled=self.half is not None)
+        # Autocast keeps rounded weights until the context ends, those of layers that ZeRO-3 has freed, too.
+        cached = self.config.parallel.zero < 3
+        return torch.autocast(self.device.type, dtype=self.half, enabled=self.half is not None, cache_enabled=cached)
 
     def rounded(self, parameters: Mapping[str, torch.Tensor]) -> Any:
         """Return a model with the weights of products in half precision, to which autocast would round them anew."""
@@ -74,21 +85,22 @@ class Forward:
         inputs: torch.Tensor,
         targets: torch.Tensor,
         weights: torch.Tensor | None,
+        starts: torch.Tensor | None,
         carry: Any,
-        training: bool,
     ) -> tuple[torch.Tensor, Any]:
-        """Return the losses in nats and the carried state.
+        """Return the losses of training in nats and the carried state.
 
         The losses are ``[rows * time]``, 0 where the target doesn't count; of CTC, which judges whole rows, ``[rows]``.
         Every pipeline stage but the last returns its activations in their place. ``x``: the activations of the stage
-        before; in the first stage, the batch's features.
+        before; in the first stage, the batch's features. ``starts``: ``Batch.document_starts``.
         """
         train = self.config.train
-        terms = LossTerms.of(train, training)
+        terms = LossTerms.of(train)
         flat = targets.flatten(), None if weights is None else weights.flatten()
         head = self._chunked_head(targets)
+        divided = {} if starts is None else {"starts": starts}
         with self.autocast():
-            hidden, carry = self.model.hidden(inputs, x, carry, training, train.activation_checkpointing)
+            hidden, carry = self.model.hidden(inputs, x, carry, True, train.activation_checkpointing, **divided)
             if not self.model_shard.stage.last:
                 return hidden, carry
             scores = hidden if head else self.model.scores(hidden)  # [rows, time, vocab / tensor ranks]
@@ -100,6 +112,40 @@ class Forward:
             return ctc(scores.float(), self.model.lengths(x), targets, weights), carry
         losses = self.collectives.cross_entropy(scores.flatten(0, 1).float(), flat[0], terms)
         return (losses if flat[1] is None else losses * flat[1]), carry
+
+    def evaluated(
+        self,
+        x: Any,
+        inputs: torch.Tensor,
+        targets: torch.Tensor,
+        weights: torch.Tensor | None,
+        starts: torch.Tensor | None,
+        carry: Any,
+    ) -> tuple[torch.Tensor, Any]:
+        """Return the figures of an evaluation, float64 ``[2]``, and the carried state.
+
+        The figures are the sum of the losses in nats, without what training adds to them, and the number of targets
+        that count of which no other token has a higher score; of CTC 0. Otherwise as ``losses``.
+        """
+        divided = {} if starts is None else {"starts": starts}
+        with self.autocast():
+            checkpointing = self.config.train.activation_checkpointing
+            hidden, carry = self.model.hidden(inputs, x, carry, False, checkpointing, **divided)
+            if not self.model_shard.stage.last:
+                return hidden, carry
+            head, flat = self._chunked_head(targets), targets.flatten()
+            scores = hidden if head else self.model.scores(hidden)
+        if head:
+            dtype = self.half or hidden.dtype
+            losses, highest = chunked_evaluation(hidden.flatten(0, 1), head[0], head[1], flat, dtype)
+        elif self.spec.loss == "ctc":
+            losses = ctc(scores.float(), self.model.lengths(x), targets, weights)
+            highest, weights = torch.zeros_like(losses), None
+        else:
+            losses, highest = self.collectives.evaluated(scores.flatten(0, 1).float(), flat)
+        figures = torch.stack([losses, highest.float()])
+        counted = figures if weights is None else figures * weights.flatten()
+        return counted.sum(1, dtype=torch.float64), carry
 
     def _chunked_head(self, targets: torch.Tensor) -> Any:
         """Return the head of the model if the logits of ``targets`` are computed in chunks, else None.
@@ -122,8 +168,9 @@ class Forward:
             tensors = {name: tensor.clone() for name, tensor in tensors.items()}
         return tensors or None
 
-    def tensors(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Return the inputs, targets and weights of a batch."""
-        weights = None if batch.weights is None else to_device(batch.weights, self.device)
+    def tensors(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Return the inputs, targets, weights and starts of documents of a batch."""
+        optional = batch.weights, batch.document_starts
+        weights, starts = (None if array is None else to_device(array, self.device) for array in optional)
         targets = to_device(batch.targets, self.device).to(torch.int64)  # cross_entropy takes no int32
-        return to_device(batch.inputs, self.device), targets, weights
+        return to_device(batch.inputs, self.device), targets, weights, starts

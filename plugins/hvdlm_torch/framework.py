@@ -25,7 +25,7 @@ class Framework:
 
     name = "torch"
     in_place = True  # an all-reduce overwrites the tensor that it sums
-    update_rules = ("groups", "muon")
+    abilities = ("groups", "muon", "ema", "zero3", "context_ranks", "document_masks")
 
     def __init__(self) -> None:
         self.host_tensors = HostTensors()

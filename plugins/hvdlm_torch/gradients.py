@@ -9,16 +9,19 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from hvdlm.parallel.flat_layout import FlatLayout
+from hvdlm.parallel.layer_units import units_of
 from hvdlm.parallel.sharded_state import ShardedState
 from hvdlm.protocols.group import Handle
 from hvdlm_language.axis_groups import Axes
 from hvdlm_language.leaf_tree import LeafTree
+from hvdlm_torch.gathered_layers import GatheredLayers
 
 Parameters = Mapping[str, torch.nn.Parameter]
 
@@ -54,7 +57,9 @@ class Gradients(ABC):
         self._ranges = [self._layout.bucket_range(index) for index in range(len(self._layout.buckets))]
         self._handles: dict[int, Handle] = {}
         self._missing: list[int] | None = None  # per bucket, the gradients that the backward pass still owes
-        self._next = len(self._ranges)  # the first bucket that has not been started
+        self._counts = True  # whether the present backward pass pays them
+        self._starts = len(self._ranges)  # the collectives of a backward pass
+        self._next = self._starts  # the first bucket that has not been started
 
     @abstractmethod
     def begin(self) -> None:
@@ -62,7 +67,7 @@ class Gradients(ABC):
 
     @abstractmethod
     def before_backward(self, last: bool) -> None:
-        """Prepare for the backward pass of a micro-batch, perhaps the step's ``last``."""
+        """Prepare for the backward pass of a micro-batch, perhaps the ``last`` of the step, or of a virtual stage."""
 
     @abstractmethod
     def bytes(self) -> int:
@@ -82,11 +87,11 @@ class Gradients(ABC):
 
     @torch.no_grad()
     def _arrived(self, index: int) -> None:
-        if self._missing is None:
+        if self._missing is None or not self._counts:
             return
         self._missing[index] -= 1
         # In their order, since all ranks have to call alike: a compiled backward pass finishes them in another one.
-        while self._next < len(self._ranges) and not self._missing[self._next]:
+        while self._next < self._starts and not self._missing[self._next]:
             self._start(self._next)
             self._next += 1
 
@@ -94,9 +99,9 @@ class Gradients(ABC):
     def _start_rest(self) -> None:
         """Start the buckets with a parameter that the batch didn't reach, which has called no hook."""
         self._missing = None
-        for index in range(self._next, len(self._ranges)):
+        for index in range(self._next, self._starts):
             self._start(index)
-        self._next = len(self._ranges)
+        self._next = self._starts
 
     def reduce(self, losses: Sequence[torch.Tensor], tokens: float) -> Sums:
         """Sum ``shard``, the micro-batches' sums of ``losses`` (float64) and valid ``tokens`` over the ranks."""
@@ -178,11 +183,16 @@ class WholeGradients(Gradients):
     def begin(self) -> None:
         """Set all gradients to zero: micro-batches add to them."""
         self._flat.zero_()
+        self._missing = None
 
     def before_backward(self, last: bool) -> None:
-        """Have buckets sent as they fill in the ``last`` backward pass, after which nothing is added to them."""
-        if last:
+        """Have buckets sent as they fill in the ``last`` backward pass, after which nothing is added to them.
+
+        Virtual stages have one each, between which others follow that complete nothing.
+        """
+        if last and self._missing is None:
             self._expect_all()
+        self._counts = last
 
     def _start(self, index: int) -> None:
         start, stop = self._ranges[index]
@@ -337,16 +347,112 @@ class ScatteredGradients(Gradients):
         return 4 * (len(self.shard) + self._most_in_flight)
 
 
+class LayerGradients(ScatteredGradients):
+    """This rank's shard of gradients whose memory is bounded by one layer's (ZeRO-3).
+
+    A matrix is scattered from the memory in which autograd has left its gradient, a layer's few other parameters
+    together. Before the next gradient is computed, as many of those under way are finished as leave room for it.
+
+    The table of a tied embedding has two gradients, that of the head and that of the embedding, which are scattered one
+    by one.
+    """
+
+    def __init__(
+        self,
+        state: ShardedState,
+        axes: Axes,
+        parameters: Parameters,
+        layers: GatheredLayers,
+        device: torch.device,
+    ) -> None:
+        Gradients.__init__(self, state, axes)
+        self._layers = layers
+        self._held = layers.held
+        layers.before_pass = self._settle
+        ranks, layout = self._exchange.traits.zero_size, self._layout
+        self.shard = torch.zeros(layout.size // ranks, device=device)
+        self._waited = 0.0
+        # In the order of the backward pass: a bucket, and its slots with their leaves.
+        self._events = [
+            (index, [(slot, parameters[slot.name]) for slot in layout.slots[first:last]])
+            for index, (first, last) in enumerate(layout.buckets)
+        ]
+        if layers.tied is not None:
+            index, slots = next(event for event in self._events if event[1][0][0].name == "embed.tokens")
+            self._events.insert(0, (index, [(slots[0][0], layers.tied)]))
+        self._starts = self._next = len(self._events)
+        self._bytes = [4 * (stop - start) for start, stop in (self._ranges[index] for index, _ in self._events)]
+        self._most = 4 * max(unit.size for unit in units_of(layout))
+        for number, (_, slots) in enumerate(self._events):
+            for _, leaf in slots:
+                leaf.register_post_accumulate_grad_hook(partial(self._count, number))
+
+    def _expect_all(self) -> None:
+        self._missing, self._next = [len(slots) for _, slots in self._events], 0
+
+    def _settle(self) -> None:
+        """Finish what the backward pass before has left under way."""
+        if self._missing is not None:
+            self._start_rest()
+            self._finish_all()
+
+    def _count(self, number: int, leaf: torch.Tensor) -> None:
+        self._held.take("gradients", 4 * leaf.numel())
+        self._layers.release(leaf)
+        self._arrived(number)
+
+    def _start(self, number: int) -> None:
+        index, slots = self._events[number]
+        start, stop = self._ranges[index]
+        alike = [other for other in self._handles if self._events[other][0] == index]
+        for other in alike:  # the tied table's other gradient, whose collective has the same name
+            self._finish(other)
+        slot, leaf = slots[0]
+        if len(slots) == 1 and leaf.grad is not None and slot.stop - slot.start == stop - start:
+            bucket, leaf.grad = leaf.grad.view(-1), None
+        else:
+            bucket = self.shard.new_zeros(stop - start)
+            self._held.take("gradients", self._bytes[number])
+            for slot, leaf in slots:
+                if leaf.grad is not None:
+                    bucket[slot.start - start : slot.stop - start] = leaf.grad.view(-1)
+                    leaf.grad = None
+                    self._held.free("gradients", 4 * leaf.numel())
+        self._held.take("gradients", self._bytes[number] // self._exchange.traits.zero_size)  # the collective's result
+        self._handles[number] = self._exchange.start(bucket, index)
+        following = self._bytes[number + 1] if number + 1 < self._starts else 0
+        while self._handles and self._held.of("gradients") + following > self._most:
+            self._finish(next(iter(self._handles)))
+
+    def _finish(self, number: int) -> None:
+        began = time.perf_counter()
+        start, stop = self._state.shard_ranges[self._events[number][0]]
+        self.shard[start:stop] += self._handles.pop(number).wait()
+        self._held.free("gradients", self._bytes[number] + 4 * (stop - start))
+        self._waited += time.perf_counter() - began
+
+    def bytes(self) -> int:
+        """Return the bytes held for gradients, with the most that were computed or under way at once."""
+        return 4 * len(self.shard) + self._held.at_peak["gradients"]
+
+
 def make_gradients(
-    state: ShardedState, axes: Axes, parameters: Parameters, leaves: Parameters, device: torch.device
+    state: ShardedState,
+    axes: Axes,
+    parameters: Parameters,
+    leaves: Parameters,
+    device: torch.device,
+    layers: GatheredLayers | None = None,
 ) -> Gradients:
-    """Return the gradients in the form that the exchange asks for.
+    """Return the gradients in the form that the exchange asks for; ``layers``: those of ZeRO-3.
 
     ``leaves``: of every parameter, the tensor whose gradient the backward pass computes. Where that is another tensor
     (LoRA), the hook that derives the parameter's gradient has to be registered on it before.
     """
     if state.config.communication.reduction == "exact":
         return TreeGradients(state, axes, parameters, leaves, device)
+    if layers is not None:
+        return LayerGradients(state, axes, parameters, layers, device)
     kind = ScatteredGradients if state.exchange.traits.scatters_every else WholeGradients
     return kind(state, axes, parameters, leaves, device)
 

@@ -11,8 +11,10 @@ import torch
 from hvdlm.protocols.inference import SamplingRule
 from hvdlm.protocols.model import JoinsCaches
 from hvdlm.protocols.types import Batch
+from hvdlm_language.context_ranks import cut_all
 from hvdlm_torch.devices import to_device
 from hvdlm_torch.forward import Forward
+from hvdlm_torch.gathered_layers import GatheredLayers
 from hvdlm_torch.sampling import choose
 
 
@@ -31,7 +33,17 @@ class Inference:
         # Horovod's thread resizes what it gathers into, which PyTorch refuses for tensors of its inference mode.
         several = self._model_shard.tensor * self._model_shard.stage.count > 1
         self._without_gradients = torch.no_grad if several else torch.inference_mode
-        self._rounded: Any = None  # the model in the half precision of the run, while the parameters stay as they are
+        self._layers: GatheredLayers | None = None
+        # The chunks' models in the half precision of the run, while the parameters stay as they are.
+        self._rounded: Any = None
+
+    def _gather_in(self, layers: GatheredLayers) -> None:
+        """Have the model, which is bound to the parameters of ``layers``, gather them."""
+        model: Any = self._model
+        model.layers = self._layers = layers
+        if layers.tied is not None:
+            model.head = layers.tied, None
+        self._without_gradients = torch.no_grad
 
     def _show_averaged(self) -> None:
         """Have the model compute with the parameters that are evaluated, where a replica's own are others."""
@@ -40,21 +52,27 @@ class Inference:
         """Return the weights that the model computes with."""
         raise NotImplementedError
 
-    @torch.no_grad()
     def eval_step(self, batch: Batch) -> tuple[float, float]:
-        """Return (sum of losses in nats, valid tokens) of this rank's rows."""
+        """Return (sum of losses in nats, valid tokens) of this rank's rows, with context ranks of its positions."""
+        loss_sum, tokens, _ = self.eval_figures(batch)
+        return loss_sum, tokens
+
+    @torch.no_grad()
+    def eval_figures(self, batch: Batch) -> tuple[float, float, float]:
+        """Return ``eval_step``'s figures and the valid tokens of which no other has a higher score."""
         self._show_averaged()
+        (batch,) = cut_all([batch], self._forward.context)
         if batch.reset or self._eval_carry is None:
             self._eval_carry = self._model.initial_carry(len(batch.inputs), self._device)
 
-        def compute(x: torch.Tensor | None) -> torch.Tensor:
-            x = self._forward.features(batch) if x is None else x
-            output, self._eval_carry = self._forward.losses(x, *self._forward.tensors(batch), self._eval_carry, False)
+        def compute(chunk: int, x: torch.Tensor | None) -> torch.Tensor:
+            x, evaluated = self._forward.features(batch) if x is None else x, self._forward.chunks[chunk].evaluated
+            output, self._eval_carry = evaluated(x, *self._forward.tensors(batch), self._eval_carry)
             return output
 
         output = self._pipeline.relay(self._pipeline.shape(batch, self._spec.settings.width), compute)
-        loss_sum = float(output.sum(dtype=torch.float64)) if self._model_shard.stage.last else 0.0
-        return loss_sum, batch.tokens
+        loss_sum, correct = output.tolist() if self._model_shard.stage.last else (0.0, 0.0)
+        return loss_sum, batch.tokens, correct
 
     def logits(self, tokens: np.ndarray, cache: Any = None) -> tuple[np.ndarray, Any]:
         """Return the scores of the next token, float32 ``[rows, vocab]``, and the cache grown by ``tokens``."""
@@ -76,33 +94,32 @@ class Inference:
         """Return the cache whose row i is row ``rows[i]`` of ``caches``, whose rows are numbered in turn."""
         model: Any = self._model
         with self._without_gradients():
-            return model.join(caches, to_device(rows, self._device))
+            return [model.join(of_chunk, to_device(rows, self._device)) for of_chunk in zip(*caches, strict=True)]
 
     def _extend(self, tokens: np.ndarray, cache: Any) -> tuple[torch.Tensor | None, Any]:
         """Return the scores of the next token on the device (None: a later stage has them), and the grown cache."""
-        model = self._decoder()
+        models, chunks = self._decoders(), self._model_shard.chunks
         inputs = to_device(np.ascontiguousarray(tokens, np.int32), self._device)
-        cache = model.cache(len(tokens), self._device) if cache is None else cache
-        model.check_length(cache, tokens.shape[1])
-        last = self._model_shard.stage.last
+        caches = [model.cache(len(tokens), self._device) for model in models] if cache is None else list(cache)
+        models[0].check_length(caches[0], tokens.shape[1])
 
-        def compute(x: torch.Tensor | None) -> torch.Tensor:
-            nonlocal cache
+        def compute(chunk: int, x: torch.Tensor | None) -> torch.Tensor:
             with self._forward.autocast():
-                hidden, cache = model.extend(inputs, x, cache)
-                if not last:
+                hidden, caches[chunk] = models[chunk].extend(inputs, x, caches[chunk])
+                if not chunks[chunk].stage.last:
                     return hidden
-                return self._forward.collectives.all_scores(model.scores(hidden[:, -1])).float()
+                return self._forward.collectives.all_scores(models[chunk].scores(hidden[:, -1])).float()
 
         output = self._forward.fp32_pipeline.relay((*tokens.shape, self._spec.settings.width), compute)
-        return output if last else None, cache
+        return output if self._model_shard.stage.last else None, caches
 
-    def _decoder(self) -> Any:
-        """Return the model that generates. In half precision, its weights are rounded once, not for every token."""
-        if not (self._forward.half and self.joins_caches):
-            return self._model
+    def _decoders(self) -> list[Any]:
+        """Return the chunks' models that generate. In half precision, weights are rounded once, not for every token."""
+        if self._layers or not (self._forward.half and self.joins_caches):
+            return [chunk.model for chunk in self._forward.chunks]
         if self._rounded is None:
-            self._rounded = self._forward.rounded(self._parameters())
+            parameters = self._parameters()
+            self._rounded = [chunk.rounded(parameters) for chunk in self._forward.chunks]
         return self._rounded
 
     def _from_last_stage(
@@ -121,7 +138,7 @@ class Inference:
     def predict(self, batch: Batch) -> np.ndarray:
         """Return the scores of all positions of the batch, float32 ``[rows, time, vocab]``."""
         self._show_averaged()
-        inputs, _, _ = self._forward.tensors(batch)
+        inputs, *_ = self._forward.tensors(batch)
         carry = self._model.initial_carry(len(inputs), self._device)
         hidden, _ = self._model.hidden(inputs, self._forward.features(batch), carry, False, False)
         return self._model.scores(hidden).float().cpu().numpy()
@@ -130,8 +147,8 @@ class Inference:
     def read(self, batch: Batch) -> Any:
         """Return the cache of a model that has read the batch's features, for ``logits`` to continue from."""
         self._show_averaged()
-        return self._model.read(self._forward.features(batch))
+        return [self._model.read(self._forward.features(batch))]
 
     def select(self, cache: Any, rows: np.ndarray) -> Any:
         """Return the cache whose row i is row ``rows[i]`` of ``cache``."""
-        return self._model.select(cache, torch.from_numpy(rows).to(self._device))
+        return [self._model.select(one, torch.from_numpy(rows).to(self._device)) for one in cache]

@@ -60,6 +60,35 @@ def chunked_cross_entropy(
     return _ChunkedCrossEntropy.apply(hidden, head, bias, targets, weights, terms, dtype, wanted)
 
 
+def chunked_evaluation(
+    hidden: torch.Tensor, head: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the cross entropies in nats, float32 ``[n]``, and ``is_highest`` of ``targets`` ``[n]``; no gradients.
+
+    The arguments are those of ``chunked_cross_entropy``.
+    """
+    vocab, rows = len(head), rows_of_chunk(len(head), hidden.device)
+    table, table_bias = _padded(head, bias, missing_outputs(hidden, head), dtype)
+    losses, highest = [], []
+    for x, target in zip(hidden.split(rows), targets.split(rows), strict=True):
+        logits = linear_rows(x.to(dtype), table, table_bias)[:, :vocab].float()
+        losses.append(F.cross_entropy(logits, target, reduction="none"))
+        highest.append(is_highest(logits, target))
+    return torch.cat(losses), torch.cat(highest)
+
+
+def is_highest(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return of which ``targets`` ``[n]`` no other token has higher ``scores`` ``[n, vocab]``, bool ``[n]``."""
+    return scores.gather(1, targets.unsqueeze(1)).squeeze(1) >= scores.amax(1)
+
+
+def _padded(
+    head: torch.Tensor, bias: torch.Tensor | None, missing: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return head and bias in ``dtype``, with ``missing`` outputs more."""
+    return F.pad(head.to(dtype), (0, 0, 0, missing)), None if bias is None else F.pad(bias.to(dtype), (0, missing))
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Losses and, computed with them, the gradients of their sum; ``wanted``: of hidden, head, bias."""
 
@@ -76,8 +105,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         wanted: tuple[bool, bool, bool],
     ) -> torch.Tensor:
         vocab, missing = len(head), missing_outputs(hidden, head)
-        table = F.pad(head.to(dtype), (0, 0, 0, missing))
-        table_bias = None if bias is None else F.pad(bias.to(dtype), (0, missing))
+        table, table_bias = _padded(head, bias, missing, dtype)
         rows = rows_of_chunk(vocab, hidden.device)
         of_hidden = torch.empty_like(hidden) if wanted[0] else None
         of_head, of_bias = (torch.zeros_like(t) if w else None for t, w in zip((head, bias), wanted[1:], strict=True))

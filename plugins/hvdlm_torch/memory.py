@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -17,9 +17,10 @@ class ActivationMemory:
         self._measured = False
 
     @contextlib.contextmanager
-    def forward(self, parameters: Iterable[torch.Tensor]) -> Iterator[None]:
+    def forward(self, parameters: Iterable[torch.Tensor], gathered: Collection[int] = ()) -> Iterator[None]:
         """Measure the first forward pass that is computed inside; ``parameters`` don't count.
 
+        ``gathered``: the addresses of parameters that come and go meanwhile, which don't count either.
         Only the first: the hooks run in Python for every tensor that is saved.
         """
         if self._measured:
@@ -30,7 +31,8 @@ class ActivationMemory:
 
         def pack(tensor: torch.Tensor) -> Any:
             storage = tensor.untyped_storage()
-            if storage.data_ptr() in parameter_storages or storage.nbytes() == 0:
+            address = storage.data_ptr()
+            if address in parameter_storages or address in gathered or storage.nbytes() == 0:
                 return tensor
             return _SavedTensor(tensor, count)
 

@@ -6,14 +6,15 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from hvdlm.parallel.pipeline_schedules import Action
 from hvdlm.parallel.sharding_rules import ModelShard
 from hvdlm.protocols.types import Batch
 from hvdlm_language.axis_groups import Axes
 from hvdlm_language.stage_runner import PipelineStage
 from hvdlm_torch.profiling import named_range
 
-Compute = Callable[[int, Batch, torch.Tensor | None], torch.Tensor]
-"""(number, micro-batch, the stage before's activations) -> this stage's activations; in the last stage, the loss."""
+Compute = Callable[[Action, Batch, torch.Tensor | None], torch.Tensor]
+"""(action, micro-batch, the stage before's activations) -> this stage's activations; in the last stage, the loss."""
 
 
 class Pipeline(PipelineStage):
@@ -31,17 +32,17 @@ class Pipeline(PipelineStage):
     ) -> None:
         """Do all passes of a step; ``before_backward(last)`` is called before each backward pass."""
         # Of forward passes whose backward pass is still to come: the input, the output.
-        graphs: dict[int, tuple[torch.Tensor | None, torch.Tensor]] = {}
+        graphs: dict[tuple[int, int], tuple[torch.Tensor | None, torch.Tensor]] = {}
         for action, received in self.passes(micro_batches, width):
-            number = action.micro_batch
+            number, key = action.micro_batch, (action.chunk, action.micro_batch)
             if action.kind == "forward":
                 x = None if received is None else received.requires_grad_()
-                y = compute(number, micro_batches[number], x)
-                graphs[number] = (x, y)
-                if not self._stage.last:
+                y = compute(action, micro_batches[number], x)
+                graphs[key] = (x, y)
+                if not self._chunks[action.chunk].last:
                     self.pass_on(action, y.detach())
             else:
-                x, y = graphs.pop(number)
+                x, y = graphs.pop(key)
                 before_backward(number + 1 == len(micro_batches))
                 # received: the gradient of y; None where y is the loss.
                 with named_range("backward"):

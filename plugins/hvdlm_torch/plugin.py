@@ -62,6 +62,8 @@ def hvdlm_check(config: Config, spec: ModelSpec) -> None:
 
 def uncompilable(config: Config, spec: ModelSpec) -> str:
     """Return why steps of this run can't be compiled; ``""`` where they can."""
+    if config.parallel.zero == 3:
+        return "compiled steps keep whole parameters, which parallel.zero 3 gathers layer by layer"
     if config.parallel.tensor == 1:
         return ""
     if spec.kind == "rnn":

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from builders import meshes
+from builders import context_meshes, meshes
 from hvdlm import plugins
 from hvdlm.config import Config
 from hvdlm.configuration.availability import choose_backend
@@ -50,10 +50,16 @@ def covered_by(file: str, test: str) -> str:
         return "two ranks in threads, and four of PyTorch"
     if launch == ("tensorflow", 4, "threads") and file == "test_two_level.py":
         return "four processes, and PyTorch in threads"
+    gathering = ("torch", 4, "threads"), ("torch", 4, ""), ("tensorflow", 2, "")
+    if file == "test_gathered_layers.py" and launch not in gathering:
+        return "four ranks of PyTorch in threads and in processes, and two processes of TensorFlow"
     computes = launch in (("torch", 4, "threads"), ("tensorflow", 2, ""))
     wire = test == "test_the_wire_is_measured_alike_on_all_ranks" and BACKEND != "threads"
     if file == "test_automatic.py" and not computes and not wire:
         return "four ranks of PyTorch in threads, and two processes of TensorFlow"
+    if file == "test_context.py" and BACKEND != "threads":
+        curves = "test_context_ranks_follow_the_curve_of_one_rank", "test_attention_over_ranks_equals_the_plain_formula"
+        return "" if test in curves else "ranks in threads, and the curves of every transport"
     if test == "test_evaluation_and_generation_equal_one_rank" and FRAMEWORK == "tensorflow" and BACKEND != "threads":
         return "four ranks of TensorFlow in threads, and four processes of PyTorch"
     return ""
@@ -85,7 +91,7 @@ def start_world(config: Config, name: str) -> World:
     _, size, _, _ = backend.launch_shape()
     config.train.threads = backend.prepare(config)
     nodes = [Mesh(size, 1, 1, 2)] if size == 4 else []  # sums in two levels
-    groups = {ranks: None for mesh in [*meshes(size), *nodes] for ranks in mesh.groups()}
+    groups = {ranks: None for mesh in [*meshes(size), *nodes, *context_meshes(size)] for ranks in mesh.groups()}
     manager = loaded(FRAMEWORK)
     manager.hook.hvdlm_prepare(config=config)
     return backend.start(plugins.make(manager, "framework", FRAMEWORK), list(groups), config)

@@ -30,10 +30,11 @@ def recorded(events: list[str], label: str, function: Callable[..., Any]) -> Cal
     return call
 
 
-def first_step(world: World, zero: int, schedule: str) -> list[str]:
+def first_step(world: World, zero: int, schedule: str, virtual: int = 1) -> list[str]:
     """Return what this rank does in the first step, in which TensorFlow traces its graphs."""
     events: list[str] = []
-    config = configured(MESH, GPT, parallel={"zero": zero, "schedule": schedule})
+    model = {**GPT, "layers": 2 * virtual}
+    config = configured(MESH, model, parallel={"zero": zero, "schedule": schedule, "virtual_stages": virtual})
     data, stages = (world.group(MESH.group(axis, world.rank)) for axis in ("data", "pipeline"))
     trainable = build(world, MESH, config)
     data.all_reduce_async = recorded(events, "bucket", data.all_reduce_async)
@@ -44,9 +45,12 @@ def first_step(world: World, zero: int, schedule: str) -> list[str]:
     return events
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"] if FRAMEWORK == "torch" else ["1f1b"])
-def test_buckets_start_before_the_last_message_arrived(world: World, schedule: str) -> None:
-    events = first_step(world, 0, schedule)
+SCHEDULES = [("1f1b", 1), ("gpipe", 1), ("1f1b", 2)] if FRAMEWORK == "torch" else [("1f1b", 1)]
+
+
+@pytest.mark.parametrize("schedule, virtual", SCHEDULES)
+def test_buckets_start_before_the_last_message_arrived(world: World, schedule: str, virtual: int) -> None:
+    events = first_step(world, 0, schedule, virtual)
     buckets = [index for index, event in enumerate(events) if event.startswith("bucket gradients")]
     assert len(buckets) > 1 and buckets[-1] < events.index("flush")
     if FRAMEWORK == "torch":  # during the last backward pass, whose result is the message

@@ -13,10 +13,12 @@ import tensorflow as tf
 
 from hvdlm.errors import HvdlmError
 from hvdlm.parallel.sharding_rules import ModelShard
+from hvdlm_language.context_ranks import ContextRanks
 from hvdlm_language.gpt import GPTSettings, rotary_tables
 from hvdlm_tensorflow.attention import attend, attend_causally, causal_mask
 from hvdlm_tensorflow.collectives import Collectives, linear
-from hvdlm_tensorflow.ordering import parameters_first
+from hvdlm_tensorflow.context_attention import attend_over_ranks
+from hvdlm_tensorflow.gathered_layers import WholeLayers
 from hvdlm_tensorflow.shapes import sizes
 
 Layer = Mapping[str, tf.Tensor]
@@ -55,13 +57,18 @@ class GPT:
 
     Attributes:
         head: of the last stage: the table ``[vocab, embed]`` of ``scores``, and its bias: None.
+        layers: has the parameters of every layer there while it computes.
         orders_layers: whether a backward pass computes a layer's gradients before those of the layer below.
+        context: the ranks that have other positions of the rows that ``hidden`` gets; None: there are none.
     """
+
+    context: ContextRanks | None = None
 
     def __init__(self, settings: GPTSettings, model_shard: ModelShard, collectives: Collectives) -> None:
         self.s = settings
         self.dtype = tf.float32
         self.orders_layers = True
+        self.layers = WholeLayers()
         self._model_shard = model_shard
         self._collectives = collectives
         self._head_collectives = collectives  # those of the newest hidden states, whose positions may be sharded
@@ -72,11 +79,11 @@ class GPT:
 
     def bind(self, parameters: Mapping[str, tf.Tensor]) -> None:
         """Use these tensors as parameters; norms compute in float32 in any precision."""
-        self._p = {n: t if "norm" in n else tf.cast(t, self.dtype) for n, t in parameters.items()}
+        self._p = {n: t if t is None or "norm" in n else tf.cast(t, self.dtype) for n, t in parameters.items()}
         prefixes = [f"layers.{i}." for i in self._model_shard.layers]
         self._layers = [{n[len(p) :]: t for n, t in self._p.items() if n.startswith(p)} for p in prefixes]
-        table: Any = self._p.get("embed.tokens" if self.s.tie_embeddings else "head.weight")
-        self.head = table, None
+        self._table = "embed.tokens" if self.s.tie_embeddings else "head.weight"
+        self.head: Any = self._p.get(self._table), None
         # Replicated parameters of which each rank computes only a part of the gradient, without and with sequence
         # parallelism: their gradients have to be summed. Norms of queries and keys are those of a rank's own heads.
         of_heads = [name for name in self._layers[0] if self._kv_replicated and name.startswith(_KV)]
@@ -84,11 +91,19 @@ class GPT:
         self._replicated = {False: of_heads, True: of_heads + [name for name in _BETWEEN if name in self._layers[0]]}
 
     def hidden(
-        self, tokens: tf.Tensor, x: tf.Tensor | None, carry: Any, training: bool, checkpointing: bool, seed: tf.Tensor
+        self,
+        tokens: tf.Tensor,
+        x: tf.Tensor | None,
+        carry: Any,
+        training: bool,
+        checkpointing: bool,
+        seed: tf.Tensor,
+        starts: tf.Tensor | None = None,
     ) -> tuple[tf.Tensor, Any]:
         """Return this stage's activations ``[rows, time, embed]`` of ``tokens`` ``[rows, time]``, and ``carry``.
 
         ``x``: those of the stage before, in the first stage None; with sequence parallelism, of this rank's positions.
+        ``starts``: of rows that are divided into documents: ``Batch.document_starts``.
         """
         rate = self.s.dropout if training else 0.0
 
@@ -99,17 +114,15 @@ class GPT:
 
         time = tokens.shape[1]  # None: open in the graph
         c = self._collectives.over(time) if time else self._collectives.alone()
-        x = self._embed(tokens, 0, dropout, c) if x is None else x
+        start: Any = 0 if self.context is None else self.context.positions(time)[None]
+        x = self._embed(tokens, start, dropout, c, starts) if x is None else x
         for number, layer in zip(self._model_shard.layers, self._layers, strict=True):
-            names = list(layer)
 
-            def compute(x: tf.Tensor, *tensors: tf.Tensor, i: int = number, names: list[str] = names) -> tf.Tensor:
-                return self._layer(x, dict(zip(names, tensors, strict=True)), i, dropout, c)
+            def compute(x: tf.Tensor, p: Layer, i: int = number) -> tf.Tensor:
+                return self._layer(x, p, i, dropout, c, start, divided=starts)
 
-            # Parameters are arguments, because gradients flow to arguments only where a layer is recomputed.
-            compute = tf.recompute_grad(compute) if checkpointing and training else compute
-            compute = parameters_first(compute) if training and self.orders_layers else compute
-            x = compute(x, *layer.values())
+            ordered, again = training and self.orders_layers, checkpointing and training
+            x = self.layers.run(f"layers.{number}", compute, x, layer, ordered, again)
         return self._finish(x, c), carry
 
     def scores(self, hidden: tf.Tensor) -> tf.Tensor:
@@ -144,7 +157,8 @@ class GPT:
                 stores.append(cache.extend(index, tf.stack([k, v])))
                 return stores[-1][0], stores[-1][1]
 
-            x = self._layer(x, layer, number, _no_dropout, c, start, extend)
+            p = self.layers.gather(f"layers.{number}", x, layer)
+            x = self._layer(x, p, number, _no_dropout, c, start, extend)
         return self._finish(x, c), Cache(tf.stack(stores), start + time)
 
     def join(self, caches: Sequence[Cache], rows: tf.Tensor) -> Cache:
@@ -160,20 +174,29 @@ class GPT:
         """Return the carried state of every micro-batch, from a checkpoint: there is none."""
         return {}
 
-    def _embed(self, tokens: tf.Tensor, start: Any, dropout: Dropout, c: Collectives) -> tf.Tensor:
+    def _embed(
+        self, tokens: tf.Tensor, start: Any, dropout: Dropout, c: Collectives, starts: tf.Tensor | None = None
+    ) -> tf.Tensor:
+        self._p = {**self._p, **self.layers.gather("embed", tokens, {})}
         x = c.leave(c.embedding(tokens, self._p["embed.tokens"]), "embed")
         x = x * self.s.width**0.5 if self.s.scale_embeddings else x
         if self.s.positions == "learned":
             p = c.shared(self._p, ["embed.positions"] if c.sequence else [], "positions")
-            time = sizes(x)[1]
-            first = start + c.index * time if c.sequence else start
-            x += _rows(p["embed.positions"], first, time)
+            if starts is None:
+                x += _rows(p["embed.positions"], start, sizes(tokens)[1])[..., _own(c, x), :]
+            else:
+                time = sizes(x)[1]
+                first = start + c.index * time if c.sequence else start
+                own = first + tf.range(time) - starts[:, first : first + time]
+                x += tf.gather(p["embed.positions"], own)
         return dropout(x, 0)
 
     def _finish(self, x: tf.Tensor, c: Collectives) -> tf.Tensor:
         """Return ``x`` through the last norm, in the last stage."""
         if not self._model_shard.stage.last:
             return x
+        self._p = {**self._p, **self.layers.gather("head", x, {})}
+        self.head = self._p.get(self._table), None
         names = [n for n in self._p if n.startswith("final_norm.")] if c.sequence else []
         self._head_collectives = c
         return self._norm(x, c.shared(self._p, names, "final"), "final_norm")
@@ -187,16 +210,24 @@ class GPT:
         c: Collectives,
         start: Any = 0,
         extend: ExtendCache | None = None,
+        divided: tf.Tensor | None = None,
     ) -> tf.Tensor:
         p = c.shared(p, self._replicated[c.sequence], str(number))
-        a = self._attention(self._norm(x, p, "attention_norm"), number, p, c, start, extend)
+        a = self._attention(self._norm(x, p, "attention_norm"), number, p, c, start, extend, divided)
         a = _row_parallel(a, p, "attention.output", c, f"{number}.attention")
         before, x = x, x + dropout(a, 2 * number + 1)
         m = self._mlp(self._norm(before if self.s.parallel_residual else x, p, "mlp_norm"), number, p, c)
         return x + dropout(_row_parallel(m, p, "mlp.down", c, f"{number}.mlp"), 2 * number + 2)
 
     def _attention(
-        self, h: tf.Tensor, number: int, p: Layer, c: Collectives, start: Any, extend: ExtendCache | None
+        self,
+        h: tf.Tensor,
+        number: int,
+        p: Layer,
+        c: Collectives,
+        start: Any,
+        extend: ExtendCache | None,
+        divided: tf.Tensor | None,
     ) -> tf.Tensor:
         """Return the output of this rank's heads, ``[rows, time, heads * head / ranks]``."""
         p = self._one_kv_head(p) if self._kv_replicated else p
@@ -208,8 +239,10 @@ class GPT:
             q, k = self._norm_heads(q, p, "attention.query_norm"), self._norm_heads(k, p, "attention.key_norm")
         if self.s.positions == "rotary":
             q, k = self._rotate(q, start, time), self._rotate(k, start, time)
+        if extend is None and self.context is not None:
+            return attend_over_ranks(q, k, v, self.context, f"context.{number}")
         if extend is None:
-            return attend_causally(q, k, v, self.s.context, self.s.local_window)
+            return attend_causally(q, k, v, self.s.context, self.s.local_window, divided)
         mask = causal_mask(start[:, None, None, None], time, self.s.context, self.s.local_window)
         return attend(q, *extend(k, v), mask)
 
@@ -267,10 +300,20 @@ def _rotated(x: tf.Tensor, cos: tf.Tensor, sin: tf.Tensor) -> tf.Tensor:
 
 
 def _rows(table: tf.Tensor, start: Any, time: Any) -> tf.Tensor:
-    """Return rows ``start`` to ``start + time`` of ``table``; of starts ``[rows]``, ``[rows, time, width]``."""
+    """Return rows ``start`` to ``start + time`` of ``table``; of starts ``[rows]``, ``[rows, time, width]``.
+
+    ``start`` ``[1, time]`` are the numbers of the rows themselves.
+    """
+    if len(getattr(start, "shape", ())) > 1:
+        return tf.gather(table, start[0])
     if not getattr(start, "shape", ()):  # a number, or a scalar of the graph
         return table[start : start + time]
     return tf.gather(table, start[:, None] + tf.range(time))
+
+
+def _own(c: Collectives, x: tf.Tensor) -> slice:
+    """Return which positions a rank has between products: those of ``x`` ``[rows, time, embed]``."""
+    return slice(c.index * x.shape[1], (c.index + 1) * x.shape[1]) if c.sequence else slice(None)
 
 
 def _column_parallel(x: tf.Tensor, p: Layer, names: Sequence[str], c: Collectives, label: str) -> Sequence[tf.Tensor]:

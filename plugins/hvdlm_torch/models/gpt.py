@@ -14,10 +14,13 @@ import torch.nn.functional as F
 
 from hvdlm.errors import HvdlmError
 from hvdlm.parallel.sharding_rules import ModelShard
+from hvdlm_language.context_ranks import ContextRanks
 from hvdlm_language.gpt import GPTSettings, rotary_tables
-from hvdlm_torch.attention import attend, attend_causally, causal_mask
+from hvdlm_torch.attention import attend, attend_causally, causal_mask, document_masks
 from hvdlm_torch.collectives import Collectives
+from hvdlm_torch.context_attention import attend_over_ranks
 from hvdlm_torch.dropout import DropoutMasks
+from hvdlm_torch.gathered_layers import WholeLayers
 from hvdlm_torch.kernels import linear
 
 Layer = Mapping[str, torch.Tensor]
@@ -121,10 +124,14 @@ class GPT:
     Attributes:
         head: of the last stage: the table ``[vocab, embed]`` of ``scores``, and its bias: None.
         masks: draws this rank's dropout masks.
+        layers: has the parameters of every layer there while it computes.
+        context: the ranks that have other positions of the rows that ``hidden`` gets; None: there are none.
     """
 
     masks: DropoutMasks
+    context: ContextRanks | None = None
     own_masks = True
+    layers = WholeLayers()
 
     def __init__(self, settings: GPTSettings, model_shard: ModelShard, collectives: Collectives) -> None:
         self.s = settings
@@ -136,6 +143,9 @@ class GPT:
         self._kv_heads = 1 if self._kv_replicated else settings.kv_heads // model_shard.tensor
         tables = rotary_tables(settings) if settings.positions == "rotary" else ()
         self._rotary_tables = tuple(map(torch.from_numpy, tables))  # cosines and sines [context, rotary_width]
+        # Of context ranks, by how many positions they have: these, and the tables at these.
+        self._own_positions: dict[int, torch.Tensor] = {}
+        self._own_rotary_tables: dict[int, tuple[torch.Tensor, ...]] = {}
 
     def bind(self, parameters: Mapping[str, torch.Tensor]) -> None:
         """Use these tensors as parameters; they are looked up by layer once, here."""
@@ -154,19 +164,30 @@ class GPT:
         self._replicated = {False: of_heads, True: of_heads + [name for name in _BETWEEN if name in self._layers[0]]}
 
     def hidden(
-        self, tokens: torch.Tensor, x: torch.Tensor | None, carry: None, training: bool, checkpointing: bool
+        self,
+        tokens: torch.Tensor,
+        x: torch.Tensor | None,
+        carry: None,
+        training: bool,
+        checkpointing: bool,
+        starts: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, None]:
         """Return this stage's activations ``[rows, time, embed]`` of ``tokens`` ``[rows, time]``, and ``carry``.
 
         ``x``: those of the stage before, in the first stage None; with sequence parallelism, of this rank's positions.
+        ``starts``: of rows that are divided into documents: ``Batch.document_starts``.
         """
         c = self._collectives.over(tokens.shape[1])
-        x = self._embed(tokens, 0, training, c) if x is None else x
+        x = self._embed(tokens, self._start(tokens.shape[1]), training, c, starts) if x is None else x
+        recomputes = checkpointing and training
+        masks = () if recomputes else self._document_masks(x, starts)
         for number, layer in zip(self._model_shard.layers, self._layers, strict=True):
-            if checkpointing and training:
-                x = self.masks.recomputed(self._layer, x, number, layer, training, None, c)
+            x = self.layers.enter(x, f"layers.{number}")
+            if recomputes:
+                x = self.masks.recomputed(self._recomputed_layer, x, number, layer, training, c, starts)
             else:
-                x = self._layer(x, number, layer, training, None, c)
+                x = self._layer(x, number, layer, training, None, c, masks)
+            x = self.layers.leave(x, f"layers.{number}")
         return self._finish(x, c), carry
 
     def scores(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -192,7 +213,8 @@ class GPT:
         cache.begin(time)
         x = self._embed(tokens, cache.start, False, c) if x is None else x
         for number, layer in zip(self._model_shard.layers, self._layers, strict=True):
-            x = self._layer(x, number, layer, False, cache, c)
+            x = self.layers.enter(x, f"layers.{number}")
+            x = self.layers.leave(self._layer(x, number, layer, False, cache, c), f"layers.{number}")
         cache.end(time)
         return self._finish(x, c), cache
 
@@ -208,34 +230,86 @@ class GPT:
         """Return the carried state of every micro-batch, from a checkpoint: there is none."""
         return {}
 
-    def _embed(self, tokens: torch.Tensor, start: int | torch.Tensor, training: bool, c: Collectives) -> torch.Tensor:
+    def _embed(
+        self,
+        tokens: torch.Tensor,
+        start: int | torch.Tensor,
+        training: bool,
+        c: Collectives,
+        starts: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        self.layers.enter(None, "embed")
         x = c.leave(c.embedding(tokens, self._p["embed.tokens"]), "embed")
         x = x * self.s.width**0.5 if self.s.scale_embeddings else x
         if self.s.positions == "learned":
             p = c.shared(self._p, ["embed.positions"] if c.sequence else [], "positions")
-            first = start + (c.index * x.shape[1] if c.sequence else 0)
-            x = x + _rows(p["embed.positions"], first, x.shape[1])
-        return self._dropout(x, training)
+            if starts is None:
+                x = x + _rows(p["embed.positions"], start, tokens.shape[1])[..., _own(c, x.shape[1]), :]
+            else:
+                first = c.index * x.shape[1] if c.sequence else 0
+                own = torch.arange(first, first + x.shape[1], device=x.device)
+                x = x + F.embedding(own - starts[:, first : first + x.shape[1]], p["embed.positions"])
+        return self._dropout(self.layers.leave(x, "embed"), training)
+
+    def _start(self, time: int) -> int | torch.Tensor:
+        """Return the position of the first of ``time`` tokens; of context ranks those of all, int64 ``[1, time]``."""
+        if self.context is None:
+            return 0
+        if time not in self._own_positions:
+            device = next(iter(self._p.values())).device
+            self._own_positions[time] = own = torch.from_numpy(self.context.positions(time)[None]).to(device)
+            self._own_rotary_tables[time] = tuple(_rows(t, own, time) for t in self._rotary_tables)
+        return self._own_positions[time]
 
     def _finish(self, x: torch.Tensor, c: Collectives) -> torch.Tensor:
         """Return ``x`` through the last norm, in the last stage."""
         if not self._model_shard.stage.last:
             return x
+        x = self.layers.enter(x, "head")
         names = [n for n in self._p if n.startswith("final_norm.")] if c.sequence else []
         self._head_collectives = c
         return self._norm(x, c.shared(self._p, names, "final"), "final_norm")
 
+    def _document_masks(self, x: torch.Tensor, starts: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        """Return the masks of all layers of rows that are divided into documents."""
+        if starts is None:
+            return ()
+        half = torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if half else torch.float32  # that of queries
+        return document_masks(starts, self.s.local_window, dtype)
+
+    def _recomputed_layer(
+        self, x: torch.Tensor, number: int, p: Layer, training: bool, c: Collectives, starts: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return a layer's output; masks are made anew, too: they may be larger than all that a layer keeps."""
+        return self._layer(x, number, p, training, None, c, self._document_masks(x, starts))
+
     def _layer(
-        self, x: torch.Tensor, number: int, p: Layer, training: bool, cache: Cache | None, c: Collectives
+        self,
+        x: torch.Tensor,
+        number: int,
+        p: Layer,
+        training: bool,
+        cache: Cache | None,
+        c: Collectives,
+        masks: Sequence[torch.Tensor] = (),
     ) -> torch.Tensor:
         p = c.shared(p, self._replicated[c.sequence], str(number))
-        a = self._attention(self._norm(x, p, "attention_norm"), number, p, cache, c)
+        a = self._attention(self._norm(x, p, "attention_norm"), number, p, cache, c, masks)
         before, x = x, x + self._dropout(_row_parallel(a, p, "attention.output", c, f"{number}.attention"), training)
         m = self._mlp(self._norm(before if self.s.parallel_residual else x, p, "mlp_norm"), number, p, c)
         m = _row_parallel(m, p, "mlp.down", c, f"{number}.mlp")
         return x + self._dropout(m, training)
 
-    def _attention(self, h: torch.Tensor, number: int, p: Layer, cache: Cache | None, c: Collectives) -> torch.Tensor:
+    def _attention(
+        self,
+        h: torch.Tensor,
+        number: int,
+        p: Layer,
+        cache: Cache | None,
+        c: Collectives,
+        masks: Sequence[torch.Tensor],
+    ) -> torch.Tensor:
         """Return the output of this rank's heads, ``[rows, time, heads * head / ranks]``."""
         p = self._one_kv_head(p) if self._kv_replicated else p
         names = ("attention.query", "attention.key", "attention.value")
@@ -245,13 +319,15 @@ class GPT:
         if self.s.qk_norm:
             q, k = self._norm_heads(q, p, "attention.query_norm"), self._norm_heads(k, p, "attention.key_norm")
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        start = cache.start if cache else 0
+        start = cache.start if cache else self._start(time)
         if self.s.positions == "rotary":
             q, k = self._rotate(q, start), self._rotate(k, start)
         if cache:
-            k, v = cache.extend(number - self._model_shard.layers.start, k, v)
+            k, v = cache.extend(number - self._model_shard.layers[0], k, v)
+        if cache is None and self.context is not None:
+            return attend_over_ranks(q, k, v, self.context, f"context.{number}")
         if cache is None or cache.causal:
-            return attend_causally(q, k, v, self.s.local_window)
+            return attend_causally(q, k, v, self.s.local_window, masks)
         return attend(q, k, v, cache.mask)
 
     def _one_kv_head(self, p: Layer) -> Layer:
@@ -261,7 +337,11 @@ class GPT:
         return {n: t[..., columns] if n.startswith(_KV) else t for n, t in p.items()}
 
     def _rotate(self, x: torch.Tensor, start: int | torch.Tensor) -> torch.Tensor:
-        cos, sin = (_rows(t, start, x.shape[2]) for t in self._rotary_tables)  # [time, rotary_width], or of rows
+        time = x.shape[2]  # the tables are [time, rotary_width], or of rows
+        if isinstance(start, int) or start.dim() == 1:
+            cos, sin = (_rows(t, start, time) for t in self._rotary_tables)
+        else:  # one for all layers, which keep it for their backward passes
+            cos, sin = self._own_rotary_tables[time]
         width = self.s.rotary_width
         if width == self.s.head_width:
             return _rotated(x, cos.unsqueeze(-3), sin.unsqueeze(-3))
@@ -301,10 +381,20 @@ def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Ten
 
 
 def _rows(table: torch.Tensor, start: int | torch.Tensor, time: int) -> torch.Tensor:
-    """Return rows ``start`` to ``start + time`` of ``table``; of starts ``[rows]``, ``[rows, time, width]``."""
+    """Return rows ``start`` to ``start + time`` of ``table``; of starts ``[rows]``, ``[rows, time, width]``.
+
+    ``start`` ``[1, time]`` are the numbers of the rows themselves.
+    """
     if isinstance(start, int):
         return table[start : start + time]
+    if start.dim() > 1:
+        return table[start[0]]
     return table[start[:, None] + torch.arange(time, device=start.device)]
+
+
+def _own(c: Collectives, time: int) -> slice:
+    """Return which positions a rank has between products, ``time`` of them."""
+    return slice(c.index * time, (c.index + 1) * time) if c.sequence else slice(None)
 
 
 def _column_parallel(

@@ -60,6 +60,10 @@ def hvdlm_check(config: Config, spec: ModelSpec) -> None:
             f"{option}: framework jax has adamw, sgd and adagrad, with one learning rate for all parameters: leave it "
             "out, or --framework torch."
         )
+    if config.train.ema is not None:
+        raise HvdlmError(
+            "train.ema: framework jax keeps no average of its weights: leave it out, or --framework torch."
+        )
     if config.train.compile is False:
         raise HvdlmError("framework jax compiles every step: leave out train.compile, or --framework torch.")
 

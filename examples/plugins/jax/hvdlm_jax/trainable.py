@@ -135,7 +135,7 @@ class Trainable(Inference):
         """Rescale, clip and apply the summed gradient of this rescaled ``norm``."""
         clip = self._config.train.clip
         factor = scale * min(1.0, clip / (norm + 1e-6)) if clip else scale
-        rates = optimizers.rates(self._config.train, learning_rate, step, factor)
+        rates = optimizers.rates(self._config.train, learning_rate, self._sharded.updates(step), factor)
         self._updated, self._memory = self._update(self._updated, self._memory, gradient, self._mask, rates)
 
     def _replace_parameters(self) -> None:

@@ -174,6 +174,7 @@ def test_the_precision_of_another_framework_s_checkpoint_is_refused():
         ("train", "precision", "bf16", "framework jax computes in fp32, not in bf16"),
         ("train", "precision", "fp16", "framework jax computes in fp32, not in fp16"),
         ("train", "compile", False, "framework jax compiles every step"),
+        ("train", "ema", 0.999, "framework jax keeps no average of its weights"),
         ("parallel", "tensor", 2, "framework jax has data-parallel ranks only"),
         ("parallel", "pipeline", 2, "framework jax has data-parallel ranks only"),
         ("model", "name", "seq2seq", "framework jax computes GPTs and recurrent models"),

@@ -1,0 +1,1 @@
+"""EleutherAI's lm-evaluation-harness (lm_eval) with the model of a run."""
