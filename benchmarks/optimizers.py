@@ -5,10 +5,10 @@
     python benchmarks/optimizers.py --short                                  a few steps
 
 Each optimizer follows a cosine schedule of its own length: 2,000 steps of AdamW, 1,500 of Muon. warandpeace_char is the
-example, of 0.8 million parameters, on one rank: with the first seed, every rate is tried; with the others, the best one.
+example, of 0.8 million parameters, on one rank: with the first seed, every rate is tried, with the others the best one.
 warandpeace_bpe has 3 million parameters, 4,096 tokens and a context of 128: it is trained with the first seed, at the
-rates that were best for warandpeace_char. Measurements are stored one by one in
-docs/optimizer_losses.json, and docs/optimizers.md shows them.
+rates that were best for warandpeace_char. Measurements are stored one by one in docs/optimizer_losses.json, and
+docs/optimizers.md shows them.
 """
 
 from __future__ import annotations
