@@ -204,6 +204,30 @@ def test_the_description_of_a_data_set_is_no_text_of_it(cache: Cache) -> None:
         trained_text("hf:owner/nothing_else")
 
 
+@pytest.mark.parametrize(
+    "configurations",
+    [
+        "[{config_name: 2024, data_dir: large}]",
+        "[{config_name: small, data_files: small/a.jsonl}, {config_name: 2024, data_dir: /large/, default: true}]",
+        "[{config_name: small, data_files: small/a.jsonl}, {config_name: default, data_dir: large}]",
+    ],
+)
+def test_a_default_configuration_may_be_a_folder(cache: Cache, configurations: str) -> None:
+    data_set(cache, readme=f"---\nconfigs: {configurations}\n---\n")
+    assert trained_text("hf:owner/stories") == ("first\nsecond\nthird\n", "held out\n")
+
+
+def test_an_empty_list_of_configurations_is_none(cache: Cache) -> None:
+    data_set(cache, readme="---\nconfigs:\n---\n")
+    assert trained_text("hf:owner/stories/large")[1] == "held out\n"
+
+
+def test_a_folder_outside_of_the_data_set_is_refused(cache: Cache) -> None:
+    data_set(cache, readme="---\nconfigs: [{config_name: a, data_dir: ../../..}]\n---\n")
+    with pytest.raises(HvdlmError, match="neither a configuration nor a folder"):
+        trained_text("hf:owner/stories")
+
+
 def test_token_files_are_read(cache: Cache) -> None:
     ids = np.arange(64, dtype="<u2")
     files = {"corpus_train_000001.bin": ids.tobytes(), "corpus_val_000000.bin": ids[:32].tobytes()}

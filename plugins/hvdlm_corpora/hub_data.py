@@ -7,7 +7,7 @@ A data set's README.md begins with YAML that describes its configurations: their
 from __future__ import annotations
 
 import glob
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -91,27 +91,34 @@ def _files(path: str, option: str) -> _Files | None:
         raise HvdlmError(f"{option} {path}: {error}") from error.__cause__
 
 
-def _chosen(path: str, repository: hub.Repository, configuration: str) -> _Files:
+def _chosen(path: str, repository: hub.Repository, name: str) -> _Files:
     """Return the files of a configuration, or of a folder of the data set; "": of its only or default configuration."""
     configurations = _configurations(path, hub.snapshot("dataset", repository, (_README,)))
-    name = configuration or ("default" if "default" in configurations else "")
-    if not name and len(configurations) == 1:
-        name = next(iter(configurations))
     if not name and configurations:
-        example = f"{path}/{next(iter(configurations))}"
-        raise HvdlmError(
-            f"{path} has the configurations {shown(', '.join(configurations), 200)}: name one, for example {example}."
-        )
-    if name not in configurations:
-        patterns = tuple(f"{name}/{pattern}" for pattern in _FILES) if name else _FILES
-        folder = hub.snapshot("dataset", repository, patterns) / name
-        if not folder.is_dir():
+        defaults = [key for key, value in configurations.items() if value.default or key == "default"]
+        names = defaults if len(defaults) == 1 else list(configurations)
+        if len(names) > 1:
             raise HvdlmError(
-                f"{path}: the data set has neither a configuration nor a folder {name}; "
-                + (nearest(name, configurations) if configurations else f"{_ADVICE}.")
+                f"{path} has the configurations {shown(', '.join(configurations), 200)}: name one, for example "
+                f"{path}/{names[0]}."
             )
-        return _Files(folder, None)
-    by_split = configurations[name]
+        name = names[0]
+    configuration = configurations.get(name, _Configuration({}, name))
+    if configuration.splits:
+        return _of_splits(path, repository, configuration.splits)
+    patterns = tuple(f"{configuration.folder}/{pattern}" for pattern in _FILES) if configuration.folder else _FILES
+    snapshot = hub.snapshot("dataset", repository, patterns)
+    folder = snapshot / configuration.folder
+    if not folder.is_dir() or not folder.resolve().is_relative_to(snapshot.resolve()):
+        raise HvdlmError(
+            f"{path}: the data set has neither a configuration nor a folder {name}; "
+            + (nearest(name, configurations) if configurations else f"{_ADVICE}.")
+        )
+    return _Files(folder, None)
+
+
+def _of_splits(path: str, repository: hub.Repository, by_split: Mapping[str, list[str]]) -> _Files:
+    """Return the files of every split, by their patterns."""
     patterns = tuple(pattern for patterns in by_split.values() for pattern in patterns)
     folder = hub.snapshot("dataset", repository, patterns)
     files = {split: _matching(folder, patterns) for split, patterns in by_split.items()}
@@ -128,8 +135,17 @@ def _matching(folder: Path, patterns: Sequence[str]) -> list[str]:
     return sorted(str(file) for file in inside if file.is_file())
 
 
-def _configurations(path: str, folder: Path) -> dict[str, dict[str, list[str]]]:
-    """Return the configurations that a data set's README.md lists: name, split, patterns of the split's files.
+@dataclass(frozen=True)
+class _Configuration:
+    """A configuration: patterns of its ``splits`` or, without any, the ``folder`` whose files are divided by name."""
+
+    splits: Mapping[str, list[str]]
+    folder: str = ""
+    default: bool = False
+
+
+def _configurations(path: str, folder: Path) -> dict[str, _Configuration]:
+    """Return the configurations that a data set's README.md lists, by their names.
 
     Raises:
         HvdlmError: the list is damaged.
@@ -141,13 +157,20 @@ def _configurations(path: str, folder: Path) -> dict[str, dict[str, list[str]]]:
         text = untrusted_input.read(readme, _README_BYTES, hub.root_of(folder)).decode()
         before, _, header = text.partition("---\n")
         content = {} if before.strip() else safe_yaml.load(header.partition("\n---")[0], safe_load)
-        entries = content.get("configs", []) if isinstance(content, dict) else []
-        return {_text(entry["config_name"]): _patterns(entry.get("data_files", [])) for entry in entries}
+        entries = (content.get("configs") if isinstance(content, dict) else None) or []
+        return {_name(entry["config_name"]): _configuration(entry) for entry in entries}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise HvdlmError(
             f"{path}: the configurations in its README.md can't be read ({shown(repr(error))}): download its files and "
             "name them in --data.path."
         ) from error
+
+
+def _configuration(entry: Mapping[str, Any]) -> _Configuration:
+    files, default = entry.get("data_files"), entry.get("default") is True
+    if files is None:
+        return _Configuration({}, _text(entry.get("data_dir", "")).strip("/"), default)
+    return _Configuration(_patterns(files), default=default)
 
 
 def _patterns(files: Any) -> dict[str, list[str]]:
@@ -157,6 +180,10 @@ def _patterns(files: Any) -> dict[str, list[str]]:
     if isinstance(files, list) and files and isinstance(files[0], dict):
         return {_text(entry["split"]): _texts(entry["path"]) for entry in files}
     return {splits.TRAIN: _texts(files)}
+
+
+def _name(value: Any) -> str:
+    return str(value) if type(value) in (int, float) else _text(value)  # the year of a dump
 
 
 def _texts(value: Any) -> list[str]:
