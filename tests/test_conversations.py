@@ -314,6 +314,11 @@ def test_options_that_contradict_targets(
     assert re.search(words, capsys.readouterr().err)
 
 
+def test_a_prompt_is_not_its_completion(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--data.prompt", "text"]) == 2
+    assert "data.prompt: 'text' is also data.field, the completion" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("option", ["chat", "prompt"])
 def test_targets_are_marked_in_records_alone(tmp_path: Path, option: str) -> None:
     text = tmp_path / "plain.txt"

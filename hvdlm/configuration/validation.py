@@ -15,6 +15,7 @@ from hvdlm.config import Config, TrainConfig
 from hvdlm.configuration import ranges
 from hvdlm.data import corpora
 from hvdlm.errors import HvdlmError, nearest
+from hvdlm.io.untrusted_input import shown
 from hvdlm.models.lora import adapt
 from hvdlm.parallel import layout_checks
 from hvdlm.parallel.mesh import Mesh
@@ -53,6 +54,11 @@ def _documents(config: Config) -> None:
     data = config.data
     if data.chat is not None and data.prompt is not None:
         raise HvdlmError("data.chat and data.prompt both say which tokens are targets: give one of them.")
+    if data.prompt is not None and data.prompt == data.field:
+        raise HvdlmError(
+            f"data.prompt: {shown(repr(data.prompt))} is also data.field, the completion: name another field for one of "
+            "them."
+        )
     if data.rows == "documents" and data.sampling != "shuffled":
         raise HvdlmError(
             "data.rows documents: rows that begin with documents are read in shuffled order, and data.sampling is "

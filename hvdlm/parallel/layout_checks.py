@@ -122,7 +122,7 @@ def _check_virtual_stages(config: Config, layers: int, kind: str) -> None:
     if p.schedule != "1f1b":
         raise HvdlmError(f"{needs} is of the schedule 1f1b, not of {p.schedule}: leave parallel.schedule out.")
     if kind != "gpt":
-        raise HvdlmError(f"{needs} is for Transformers, not for a {kind}: leave it out.")
+        raise HvdlmError(f"{needs} is for Transformers, not for a model of kind {kind}: leave it out.")
     if p.pipeline * p.virtual_stages > layers:
         raise HvdlmError(
             f"{needs} x parallel.pipeline {p.pipeline} is more than model.layers {layers}: a virtual stage needs at "
