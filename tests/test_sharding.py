@@ -254,7 +254,7 @@ BAD = [
     (["--parallel.data", "2", "--parallel.zero_gather", "int8"], "without ZeRO they gather none"),
     ([*VIRTUAL, "--parallel.pipeline", "1"], "set --parallel.pipeline 2 or more"),
     ([*VIRTUAL, "--parallel.schedule", "gpipe"], "is of the schedule 1f1b, not of gpipe"),
-    ([*VIRTUAL, "--model.name", "lstm"], "is for Transformers, not for a rnn"),
+    ([*VIRTUAL, "--model.name", "lstm"], "is for Transformers, not for a model of kind rnn"),
     ([*VIRTUAL, "--model.layers", "3"], "is more than model.layers 3: a virtual stage needs at least one layer"),
     ([*VIRTUAL, "--parallel.data", "2", "--parallel.zero", "2"], "set --parallel.zero 1, or leave it out"),
     ([*VIRTUAL, "--train.micro_batch_size", "32"], "needs a multiple of parallel.pipeline 2 micro-batches in a step"),

@@ -56,8 +56,8 @@ def _documents(config: Config) -> None:
         raise HvdlmError("data.chat and data.prompt both say which tokens are targets: give one of them.")
     if data.prompt is not None and data.prompt == data.field:
         raise HvdlmError(
-            f"data.prompt: {shown(repr(data.prompt))} is also data.field, the completion: name another field for one of "
-            "them."
+            f"data.prompt: {shown(repr(data.prompt))} is also data.field, the completion: name another field for "
+            "one of them."
         )
     if data.rows == "documents" and data.sampling != "shuffled":
         raise HvdlmError(
