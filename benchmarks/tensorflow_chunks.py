@@ -33,8 +33,8 @@ SHORT = {"contexts": [192], "vocabularies": [], "tokens": 384, "layers": 1, "wid
 VOCABULARY, CONTEXT = 65, 64  # one chunk each
 
 
-def keep_weights(q: Any, k: Any, v: Any, longest: int, window: int) -> Any:
-    """Return causal attention by the plain formula, of a model without a ``window``."""
+def keep_weights(q: Any, k: Any, v: Any, longest: int, window: int, starts: None) -> Any:
+    """Return causal attention by the plain formula, of a model without a ``window`` and rows without documents."""
     import numpy as np
 
     from hvdlm_tensorflow import attention

@@ -16,6 +16,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from token_writers import write_llm_c, write_megatron, write_nanogpt
@@ -144,6 +145,10 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (desk / name).write_text(TEXT)
     (desk / "my.txt.gz").write_bytes(gzip.compress(TEXT.encode()))
     (desk / "books.jsonl").write_text("".join(json.dumps({"story": TEXT, "id": n}) + "\n" for n in range(3)))
+    chat = [{"role": "user", "content": "What is a book?"}, {"role": "assistant", "content": TEXT[:4000]}]
+    (desk / "chats.jsonl").write_text((json.dumps({"messages": chat}) + "\n") * 100)
+    pair = {"question": "What is a book?", "answer": TEXT[:400]}
+    (desk / "pairs.jsonl").write_text((json.dumps(pair) + "\n") * 100)
     _write_parquet(desk / "books.parquet")
     _write_token_files(desk)
     for name in ("run.yaml", "my.yaml"):
@@ -194,20 +199,26 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-def _write_gpt2(folder: Path) -> None:
-    """Write the folder of a small GPT-2 of Hugging Face, with its tokenizer."""
+def _write_pretrained(folder: Path) -> None:
+    """Write the folder of a small model of Hugging Face and its tokenizer: of GPT-2, or Qwen, with a chat template."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+    from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast, Qwen2Config
 
     torch.manual_seed(1)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
-    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 256}
-    GPT2LMHeadModel(GPT2Config(vocab_size=tokenizer.get_vocab_size(), **sizes)).save_pretrained(folder)
+    fast, vocab = PreTrainedTokenizerFast(tokenizer_object=tokenizer), tokenizer.get_vocab_size()
+    config: Any = GPT2Config(vocab_size=vocab, n_embd=16, n_layer=2, n_head=2, n_positions=256)
+    if folder.name == "qwen-folder":
+        fast.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        fast.chat_template += "{% if add_generation_prompt %}assistant: {% endif %}"
+        sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "max_position_embeddings": 2048}
+        config = Qwen2Config(vocab_size=vocab, num_attention_heads=2, num_key_value_heads=2, **sizes)
+    fast.save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
 
 RAN: set[str] = set()
@@ -232,8 +243,9 @@ PAGES = [page for page in BLOCKS if any(block.language in ("sh", "python") for b
 def test_a_reader_gets_through_the_page(page: str, desk: Path, cache: Path, tmp_path: Path) -> None:
     folder = tmp_path / "reader"
     shutil.copytree(desk, folder)
-    if any("gpt2-folder" in block.code for block in to_run(page)):
-        _write_gpt2(folder / "gpt2-folder")
+    for name in ("gpt2-folder", "qwen-folder"):
+        if any(name in block.code for block in to_run(page)):
+            _write_pretrained(folder / name)
     installed = tmp_path / "installed"
     env = environment(XDG_CACHE_HOME=str(cache), INSTALLED=str(installed), PYTHONPATH=str(installed))
     env["HVDLM_TEST_IMPORTS"] = "torch"
