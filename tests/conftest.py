@@ -11,7 +11,7 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,19 +105,28 @@ def pytest_runtest_setup() -> None:
         gc.set_threshold(50_000, 20, 20)  # graphs that are traced are mostly kept
 
 
-@pytest.fixture(autouse=True)
-def _restored_process() -> Iterator[None]:
-    """Undo what a test, or a command that it runs in this process, changes in the environment and in signals.
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Generator[None, object, object]:
+    """Undo what a test, or a command that it or a fixture runs in this process, changes in signals.
 
-    A run ignores signals when it has saved, and all commands that later tests start would inherit that.
+    A run ignores signals when it has saved, and all commands that later tests start would inherit that. Around the
+    whole test, since fixtures of a module are set up before those of a test.
     """
-    before = dict(os.environ)
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    try:
+        return (yield)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in handlers.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+
+@pytest.fixture(autouse=True)
+def _restored_environment() -> Iterator[None]:
+    """Undo what a test, or a command that it runs in this process, changes in the environment."""
+    before = dict(os.environ)
     yield
-    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    for number, handler in handlers.items():
-        signal.signal(number, handler or signal.SIG_DFL)
     if before != os.environ:
         os.environ.clear()
         os.environ.update(before)
