@@ -300,7 +300,9 @@ def test_bf16_blocks_take_half_and_follow_one_rank(world: World) -> None:
     in_fp32 = predict_costs(manager, configured(ALONE, LLAMA), spec, ALONE, world.rank)
     assert planned is not None and in_fp32 is not None and planned.bytes is not None and in_fp32.bytes is not None
     assert results[-1].axis_bytes == planned.bytes
-    assert planned.bytes["context"] < 0.8 * in_fp32.bytes["context"]  # gradients of keys and values are fp32
+    # Gradients of keys and values are fp32: TensorFlow scatters all ranks' and gathers its own twice.
+    share = (1 + ALONE.context) / (2 + ALONE.context) if FRAMEWORK == "tensorflow" else 0.8
+    assert planned.bytes["context"] <= share * in_fp32.bytes["context"]
 
 
 @pytest.mark.skipif(FRAMEWORK != "torch", reason="the exchange is the same, and TensorFlow traces another step")
