@@ -64,13 +64,10 @@ class Forward:
         Every pipeline stage but the last returns its activations in their place. ``x``: the activations of the stage
         before; in the first stage, the batch's features. ``starts``: ``Batch.document_starts``.
         """
-        train = self.config.train
-        self.model.bind(parameters)
-        divided = {} if starts is None else {"starts": starts}
-        hidden, carry = self.model.hidden(inputs, x, carry, True, train.activation_checkpointing, seed, **divided)
+        hidden, carry = self._hidden(parameters, inputs, x, starts, carry, True, seed)
         if not self.model_shard.stage.last:
             return hidden, carry
-        terms = LossTerms.of(train)
+        terms = LossTerms.of(self.config.train)
         head = getattr(self.model, "head", None)
         if self._is_chunked(head, targets):
             return self._chunked_losses(hidden, head, targets, weights, terms), carry
@@ -96,10 +93,7 @@ class Forward:
         The figures are the sum of the losses in nats, without what training adds to them, and the number of targets
         that count of which no other token has a higher score; of CTC 0. Otherwise as ``losses``.
         """
-        self.model.bind(parameters)
-        checkpointing, seed = self.config.train.activation_checkpointing, tf.constant([0, 0])
-        divided = {} if starts is None else {"starts": starts}
-        hidden, carry = self.model.hidden(inputs, x, carry, False, checkpointing, seed, **divided)
+        hidden, carry = self._hidden(parameters, inputs, x, starts, carry, False, tf.constant([0, 0]))
         if not self.model_shard.stage.last:
             return hidden, carry
         head: Any = getattr(self.model, "head", None)
@@ -116,6 +110,22 @@ class Forward:
         figures = tf.reshape(tf.stack([losses, tf.cast(highest, tf.float32)]), [2, -1])
         counted = figures if weights is None else figures * tf.reshape(weights, [-1])
         return tf.reduce_sum(tf.cast(counted, tf.float64), 1), carry
+
+    def _hidden(
+        self,
+        parameters: Mapping[str, tf.Tensor],
+        inputs: tf.Tensor,
+        x: Any,
+        starts: tf.Tensor | None,
+        carry: Any,
+        training: bool,
+        seed: tf.Tensor,
+    ) -> tuple[tf.Tensor, Any]:
+        """Return the activations of the model's layers and the carried state; see ``losses``."""
+        self.model.bind(parameters)
+        divided = {} if starts is None else {"starts": starts}  # models that aren't divided don't take it
+        checkpointing = self.config.train.activation_checkpointing
+        return self.model.hidden(inputs, x, carry, training, checkpointing, seed, **divided)
 
     def _is_chunked(self, head: Any, targets: tf.Tensor) -> bool:
         """Return whether the logits of a batch are computed in chunks: where they are more than one chunk.

@@ -94,13 +94,11 @@ class Forward:
         Every pipeline stage but the last returns its activations in their place. ``x``: the activations of the stage
         before; in the first stage, the batch's features. ``starts``: ``Batch.document_starts``.
         """
-        train = self.config.train
-        terms = LossTerms.of(train)
+        terms = LossTerms.of(self.config.train)
         flat = targets.flatten(), None if weights is None else weights.flatten()
         head = self._chunked_head(targets)
-        divided = {} if starts is None else {"starts": starts}
         with self.autocast():
-            hidden, carry = self.model.hidden(inputs, x, carry, True, train.activation_checkpointing, **divided)
+            hidden, carry = self._hidden(inputs, x, starts, carry, True)
             if not self.model_shard.stage.last:
                 return hidden, carry
             scores = hidden if head else self.model.scores(hidden)  # [rows, time, vocab / tensor ranks]
@@ -127,10 +125,8 @@ class Forward:
         The figures are the sum of the losses in nats, without what training adds to them, and the number of targets
         that count of which no other token has a higher score; of CTC 0. Otherwise as ``losses``.
         """
-        divided = {} if starts is None else {"starts": starts}
         with self.autocast():
-            checkpointing = self.config.train.activation_checkpointing
-            hidden, carry = self.model.hidden(inputs, x, carry, False, checkpointing, **divided)
+            hidden, carry = self._hidden(inputs, x, starts, carry, False)
             if not self.model_shard.stage.last:
                 return hidden, carry
             head, flat = self._chunked_head(targets), targets.flatten()
@@ -146,6 +142,14 @@ class Forward:
         figures = torch.stack([losses, highest.float()])
         counted = figures if weights is None else figures * weights.flatten()
         return counted.sum(1, dtype=torch.float64), carry
+
+    def _hidden(
+        self, inputs: torch.Tensor, x: Any, starts: torch.Tensor | None, carry: Any, training: bool
+    ) -> tuple[torch.Tensor, Any]:
+        """Return the activations of the model's layers and the carried state; see ``losses``."""
+        divided = {} if starts is None else {"starts": starts}  # models that aren't divided don't take it
+        checkpointing = self.config.train.activation_checkpointing
+        return self.model.hidden(inputs, x, carry, training, checkpointing, **divided)
 
     def _chunked_head(self, targets: torch.Tensor) -> Any:
         """Return the head of the model if the logits of ``targets`` are computed in chunks, else None.
