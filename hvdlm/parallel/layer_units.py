@@ -8,6 +8,7 @@ computed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -76,7 +77,4 @@ def units_of(layout: FlatLayout) -> list[Unit]:
 
 
 def _size(param: LocalParam) -> int:
-    size = 1
-    for length in param.shard.extent:
-        size *= length
-    return size
+    return math.prod(param.shard.extent)

@@ -312,8 +312,7 @@ def document_rows(
     """Yield the batches that ``rank`` evaluates of a split in rows of its documents, each row once.
 
     They have one shape, at most ``rows`` rows; the last one is padded with rows of weight 0. ``limit``: rows with about
-    so many targets, spread evenly over the split. ``masked``, ``trained``: of
-    ``MarkedTokens``.
+    so many targets, spread evenly over the split. ``masked``, ``trained``: of ``MarkedTokens``.
     """
     total = len(documents)
     chosen = total if limit is None else min(total, -(-limit * total // max(1, len(tokens) - 1)))
@@ -340,8 +339,7 @@ def independent_windows(
 
     Every rank has a contiguous range of windows, in batches of one shape, of at most ``rows``: for every shape, a graph
     is traced. The last batch, and the last window of the split, are padded, with weight 0. ``limit``: the fewest
-    windows with so many targets, spread evenly over the split. ``masked``, ``trained``: of
-    ``MarkedTokens``.
+    windows with so many targets, spread evenly over the split. ``masked``, ``trained``: of ``MarkedTokens``.
     """
     targets = len(tokens) - 1
     windows = -(-targets // context)
