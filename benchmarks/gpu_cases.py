@@ -107,6 +107,17 @@ def matrix(backend: str, short: bool = False) -> Launch:
     return Launch(backend, "ranks", 2, backend, tuple(cases))
 
 
+def offloaded() -> Launch:
+    """Return the launch of activations that wait on the host, whose results are the same."""
+    cases = [
+        Case(
+            f"one rank: offload, {p}", {"train.precision": p, "train.activation_offload": True}, f"one rank: {p}", most
+        )
+        for p, most in TOLERANCES.items()
+    ]
+    return Launch("offload", "ranks", 1, "local", tuple(cases))
+
+
 def compiled(backend: str) -> Launch:
     """Return the launch of compiled tensor and pipeline ranks."""
     cases = [
@@ -183,6 +194,8 @@ def plan(action: str, backends: list[str], short: bool = False) -> list[Launch]:
     launches = [speed(case) for case in SPEED]
     first, rest = launches[:4], launches[4:]
     checks = references()
+    if "nccl" in backends:  # a GPU
+        checks.append(offloaded())
     for backend in backends:
         checks += [matrix(backend), killed(backend)]
     checks.append(compiled(backends[0]))

@@ -252,6 +252,8 @@ class TrainConfig:
         tf32: multiply fp32 matrices in TF32 on GPUs, with 10 bits of fraction instead of 23; false: in strict fp32
         compile: use torch.compile or XLA; auto (or null): where it was measured to be faster
         activation_checkpointing: recompute activations in the backward pass
+        activation_offload: keep the activations of all layers but two in the host's memory until their backward pass
+            (GPTs on GPUs, PyTorch)
         eval_every: steps between evaluations; 0: only at the end
         eval_tokens: targets of the validation split that evaluations before the last one compute, spread over it; null:
             all
@@ -297,6 +299,7 @@ class TrainConfig:
     tf32: bool = True
     compile: bool | Literal["auto"] | None = "auto"
     activation_checkpointing: bool = False
+    activation_offload: bool = False
     eval_every: int = 500
     eval_tokens: int | None = None
     eval_batch_size: int = 64

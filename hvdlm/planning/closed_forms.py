@@ -241,7 +241,10 @@ class Step:
         return sum(matrix.slot.stop - matrix.slot.start for matrix in self.muon.sharded) if self.muon else 0
 
     def activations(self) -> int:
-        """Return the bytes kept for backward passes: of as many micro-batches as the schedule has under way."""
+        """Return the bytes kept for backward passes: of as many micro-batches as the schedule has under way.
+
+        With an offload, two layers are on the device at once, whatever their number.
+        """
         stage, recomputes = self.shard.stage, self.config.train.activation_checkpointing
         layer = self.gpt_layer() if self.kind == "gpt" else self.rnn_layer()
         divided = self.config.data.document_masks
@@ -250,8 +253,12 @@ class Step:
         if recomputes:  # only a layer's input is kept, the rest is recomputed
             kept = 4 * self.s.width * (self.tokens // self.mesh.tensor if self.sequence else self.tokens)
 
+        offloads = self.config.train.activation_offload
+        count = sum(len(chunk.layers) for chunk in self.shard.chunks)
+        on_device = kept * min(2, count if stage.count == 1 else 2) if offloads else 0
+
         def of(chunk: ModelShard) -> int:
-            each = kept * len(chunk.layers) + (self.head() if chunk.stage.last else 0)
+            each = (0 if offloads else kept * len(chunk.layers)) + (self.head() if chunk.stage.last else 0)
             if divided:  # positions, and masks, or, to make them anew, where documents begin
                 positions = 8 if self.s.positions == "learned" and chunk.stage.first else 0
                 each += self.tokens * positions + (4 * self.tokens if recomputes else masks)
@@ -259,8 +266,8 @@ class Step:
 
         each = [of(chunk) for chunk in self.shard.chunks]
         if stage.count == 1:
-            return each[0]
-        most = most_kept(self.config.parallel.schedule, stage.number, stage.count, self.count, each)
+            return each[0] + on_device
+        most = on_device + most_kept(self.config.parallel.schedule, stage.number, stage.count, self.count, each)
         return most + (layer + masks if recomputes else 0)
 
     def gpt_layer(self) -> int:

@@ -76,8 +76,9 @@ class HasAbilities(Protocol):
     Attributes:
         abilities: those of ``groups`` (``train.groups``), ``muon`` (``train.optimizer muon``), ``ema`` (``train.ema``;
             its Trainables are ``HasMovingAverage``), ``zero3`` (``parallel.zero 3``), ``context_ranks``
-            (``parallel.context``) and ``document_masks`` (``data.document_masks``: its models read
-            ``Batch.document_starts``) that it has. Without this attribute it has none.
+            (``parallel.context``), ``document_masks`` (``data.document_masks``: its models read
+            ``Batch.document_starts``) and ``activation_offload`` (``train.activation_offload``) that it has. Without
+            this attribute it has none.
     """
 
     abilities: tuple[str, ...]

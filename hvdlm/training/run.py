@@ -397,6 +397,11 @@ def _check_abilities(framework: Framework, config: Config) -> None:
             data.document_masks,
             f"data.document_masks: framework {has} doesn't have them: leave it false.",
         ),
+        "activation_offload": (
+            train.activation_offload,
+            f"train.activation_offload: framework {has} can't keep activations on the host: "
+            "--train.activation_checkpointing true saves more memory.",
+        ),
     }
     abilities = framework.abilities if isinstance(framework, HasAbilities) else ()
     for ability, (wanted, sentence) in asked.items():

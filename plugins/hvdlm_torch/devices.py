@@ -57,8 +57,17 @@ def _keep_freed_memory() -> None:
 
 
 def resolve(config: Config, spec: ModelSpec, world: World) -> Resolved:
-    """Select this rank's device; return what the rank computes with."""
+    """Select this rank's device; return what the rank computes with.
+
+    Raises:
+        HvdlmError: the precision or an option needs a GPU.
+    """
     device = select(world, config)
+    if config.train.activation_offload and device.type == "cpu":
+        raise HvdlmError(
+            "train.activation_offload keeps activations of a GPU in the host's memory, and no GPU is visible here: "
+            "leave it out, or --train.activation_checkpointing true."
+        )
     compiled, notes = compiler.resolve(config, spec, device)
     if device.type == "cpu":
         return Resolved(compile=compiled, notes=notes)

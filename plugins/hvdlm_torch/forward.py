@@ -67,8 +67,8 @@ class Forward:
 
     def autocast(self) -> torch.autocast:
         """Return the context in which products are computed in the precision of the run."""
-        # Autocast keeps rounded weights until the context ends, those of layers that ZeRO-3 has freed, too.
-        cached = self.config.parallel.zero < 3
+        # Autocast keeps rounded weights until the context ends, also of layers that were freed (ZeRO-3) or offloaded.
+        cached = self.config.parallel.zero < 3 and not self.config.train.activation_offload
         return torch.autocast(self.device.type, dtype=self.half, enabled=self.half is not None, cache_enabled=cached)
 
     def rounded(self, parameters: Mapping[str, torch.Tensor]) -> Any:

@@ -25,7 +25,7 @@ class Framework:
 
     name = "torch"
     in_place = True  # an all-reduce overwrites the tensor that it sums
-    abilities = ("groups", "muon", "ema", "zero3", "context_ranks", "document_masks")
+    abilities = ("groups", "muon", "ema", "zero3", "context_ranks", "document_masks", "activation_offload")
 
     def __init__(self) -> None:
         self.host_tensors = HostTensors()

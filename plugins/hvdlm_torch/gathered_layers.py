@@ -7,7 +7,7 @@ layer computes, the next one of the forward or the backward pass is on its way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +29,9 @@ class WholeLayers:
     def leave(self, x: torch.Tensor, name: str) -> torch.Tensor:
         """Return ``x``."""
         return x
+
+    def share(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Take note of ``tensors`` that all layers use, of the forward pass that begins."""
 
 
 class GatheredLayers(WholeLayers):

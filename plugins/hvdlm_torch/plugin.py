@@ -51,19 +51,26 @@ def hvdlm_check(config: Config, spec: ModelSpec) -> None:
         raise HvdlmError(
             'framework torch is not installed here: make setup FRAMEWORKS="torch", or --framework tensorflow.'
         )
+    if config.train.activation_offload and spec.kind != "gpt":
+        raise HvdlmError(
+            f"train.activation_offload moves the activations of GPTs' layers, and model.name {config.model.name} is "
+            "none: leave it out."
+        )
     if config.train.compile is True and rank_context.current() is not None:
         raise HvdlmError(
             "train.compile: torch.compile keeps its state for the whole process, and can't compile ranks that are "
             "threads of one (backend threads): leave it out."
         )
     if config.train.compile is True and (reason := uncompilable(config, spec)):
-        raise HvdlmError(f"train.compile: {reason}: leave it out, or keep parallel.tensor at 1.")
+        raise HvdlmError(f"train.compile: {reason}: leave it out.")
 
 
 def uncompilable(config: Config, spec: ModelSpec) -> str:
     """Return why steps of this run can't be compiled; ``""`` where they can."""
     if config.parallel.zero == 3:
         return "compiled steps keep whole parameters, which parallel.zero 3 gathers layer by layer"
+    if config.train.activation_offload:
+        return "compiled steps keep activations as one, which train.activation_offload moves layer by layer"
     if config.parallel.tensor == 1:
         return ""
     if spec.kind == "rnn":

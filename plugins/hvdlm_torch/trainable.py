@@ -28,6 +28,7 @@ from hvdlm_language.axis_groups import Axes, count_traffic
 from hvdlm_language.context_ranks import cut_all
 from hvdlm_language.own_parameters import OwnParameters
 from hvdlm_torch import compiler
+from hvdlm_torch.activation_offload import ActivationOffload, OffloadedLayers
 from hvdlm_torch.adapters import Adapters
 from hvdlm_torch.figures import DeviceResult, Figures
 from hvdlm_torch.forward import Forward
@@ -99,9 +100,18 @@ class Trainable(Inference):
         self._counters = count_traffic(axes, exchange)
         self._carry: dict[int, Any] = {}  # by micro-batch: the state that a recurrent model carries to the next step
         self._activations = ActivationMemory()
+        if config.train.activation_offload:
+            self._offload()
         losses: list[Any] = [chunk.losses for chunk in self._forward.chunks]
         self._losses = [compiler.compiled(one) for one in losses] if config.train.compile is True else losses
         exchange.open(self.layout, initial)
+
+    def _offload(self) -> None:
+        """Have what the layers of all chunks keep for backward passes wait on the host."""
+        self._activations.offload = offload = ActivationOffload(self._device, self._activations.count)
+        for chunk in self._forward.chunks:
+            model: Any = chunk.model
+            model.layers = OffloadedLayers(model.layers, chunk.model_shard, offload)
 
     def _views(self) -> dict[str, torch.nn.Parameter]:
         return {s.name: torch.nn.Parameter(self._flat[s.start : s.stop].view(s.shape)) for s in self.layout.slots}

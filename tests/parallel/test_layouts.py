@@ -108,10 +108,10 @@ def _train_unsharded(model: dict[str, Any], options: dict[str, Any]) -> Any:
 def _reference_of(model: dict[str, Any], options: dict[str, Any]) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """Return (a key, model, options of train and lora) of the unsharded run that a layout has to follow.
 
-    Micro-batches and activation checkpointing change no result: such variants share one reference. A shorter curve is
-    the beginning of the longer one.
+    Micro-batches, activation checkpointing and offload change no result: such variants share one reference. A shorter
+    curve is the beginning of the longer one.
     """
-    same = ("micro_batch_size", "activation_checkpointing")
+    same = ("micro_batch_size", "activation_checkpointing", "activation_offload")
     train_options = {"steps": STEPS, **{k: v for k, v in options.get("train", {}).items() if k not in same}}
     lora = options.get("lora", {})
     like_gpt = {**model, "layers": GPT["layers"]} == GPT and model["layers"] <= GPT["layers"]

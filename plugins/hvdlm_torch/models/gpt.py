@@ -181,6 +181,7 @@ class GPT:
         x = self._embed(tokens, self._start(tokens.shape[1]), training, c, starts) if x is None else x
         recomputes = checkpointing and training
         masks = () if recomputes else self._document_masks(x, starts)
+        self.layers.share((*self._own_rotary_tables.get(tokens.shape[1], self._rotary_tables), *masks))
         for number, layer in zip(self._model_shard.layers, self._layers, strict=True):
             x = self.layers.enter(x, f"layers.{number}")
             if recomputes:
