@@ -63,7 +63,7 @@ def test_the_speed_bars_and_nccl_come_first() -> None:
     checks += ["mpi", "mpi, killed", "nccl, compiled"]
     assert names[4:14] == checks
     cases = [case.name for launch in gpu_cases.plan("all", gpu_cases.BACKENDS) for case in launch.cases]
-    assert len(cases) == len(set(cases)) == 55
+    assert len(cases) == len(set(cases)) == 57
     assert gpu.backends(0) == ["mpi4py", "mpi"] and gpu.backends(1)[0] == "nccl"
 
 

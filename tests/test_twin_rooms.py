@@ -12,6 +12,8 @@ TORCH, TENSORFLOW = ROOT / "plugins" / "hvdlm_torch", ROOT / "plugins" / "hvdlm_
 
 # Files without a twin, with the reason.
 SINGLE = {
+    "activation_offload.py": "TensorFlow's graphs have no hooks for what they keep",
+    "saved_tensors.py": "what TensorFlow keeps follows from the edges of a graph",
     "dropout.py": "PyTorch draws masks from a generator's state; TensorFlow from a seed that is an argument",
     "compiler.py": "torch.compile calls a compiler of the machine; TensorFlow's (XLA) is part of it",
     "kernels.py": "PyTorch multiplies float32 matrices slowly on AMD's processors; TensorFlow doesn't",
@@ -44,6 +46,7 @@ DIFFERENT = {
     "gathered_layers.py:GatheredLayers.leave": "as above",
     "gathered_layers.py:GatheredLayers.free": "a graph frees what no later operation reads",
     "gathered_layers.py:GatheredLayers.release": "as above",
+    "gathered_layers.py:WholeLayers.share": "PyTorch's activations may wait on the host, but for what layers share",
     "gathered_layers.py:WholeLayers.gather": "in a graph, gathered parameters are other tensors",
     "gathered_layers.py:WholeLayers.run": "a graph's layer is a function with a custom gradient",
     "gathered_layers.py:GatheredLayers.run": "as above",
@@ -58,6 +61,7 @@ DIFFERENT = {
     "optimizers.py:interpolated": "PyTorch has it: torch.lerp",
     "muon.py:Muon.prepare": "a branch of a graph, which an update is in, can't contain collectives",
     "memory.py:ActivationMemory.backward": "a graph's memory is counted from its trace, after the backward pass",
+    "memory.py:ActivationMemory.bytes": "an attribute in TensorFlow; PyTorch counts what comes and goes",
     "memory.py:ActivationMemory.trace": "a pipeline stage's passes are two graphs; its memory is that of one",
     "adapters.py:Adapters.bound": "an attribute in PyTorch; in a graph, weights are read anew in every trace",
     "adapters.py:Adapters.gradients": "PyTorch derives the adapters' gradients in a hook of the backward pass",

@@ -19,7 +19,7 @@ import torch
 
 from hvdlm.parallel.sharding_rules import ModelShard
 from hvdlm_torch.gathered_layers import WholeLayers
-from hvdlm_torch.memory import StorageCount
+from hvdlm_torch.saved_tensors import StorageCount
 
 _WORTHWHILE = 2**16  # bytes: a copy of fewer costs more time than their memory is worth
 
