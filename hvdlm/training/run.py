@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pluggy
@@ -51,7 +52,8 @@ _DAY = 86400.0  # seconds
 class Run:
     """Everything the loop needs, ready on this rank.
 
-    ``requested``: the configuration before this machine filled it in, as config.yaml keeps it, but for the precision;
+    ``requested``: the configuration before this machine filled it in, as config.yaml keeps it, but for what a run that
+    is resumed keeps of its checkpoint (the precision, and the minimum of an earlier version's learning rate);
     ``resolved``: what this rank computes with; ``base``: the frozen weights that adapters are added to; ``identity``:
     that of the run's folder, on the rank that writes it; ``closing``: what the end of training ends, also by an error.
     """
@@ -343,7 +345,11 @@ def build(connected: Connected) -> Run:
     cursor = DataCursor.of(manifest, batch_size) if checkpoint else DataCursor(batch_size)
     config = with_steps(config, task, checkpoint.step if checkpoint else 0, cursor.trained)
     precision = preflight.precision(config.train.precision, resolved, checkpoint if resolver else None)
-    config = replace(config, train=replace(config.train, precision=precision, compile=resolved.compile))
+    kept: dict[str, Any] = {
+        "precision": precision,
+        "min_learning_rate": preflight.min_learning_rate(config.train, checkpoint),
+    }
+    config = replace(config, train=replace(config.train, **kept, compile=resolved.compile))
     group = world.group(mesh.replica_group(world.rank))
     exchange = plugins.make_exchange(manager, config, world, group)
     if config.model.pretrained and not checkpoint and base is None:
@@ -360,7 +366,7 @@ def build(connected: Connected) -> Run:
         load_state(checkpoint, trainable, world, mesh)
     return Run(
         config=config,
-        requested=replace(plan.requested, train=replace(plan.requested.train, precision=precision)),
+        requested=replace(plan.requested, train=replace(plan.requested.train, **kept)),
         manager=manager,
         world=world,
         mesh=mesh,
