@@ -32,6 +32,7 @@ from hvdlm.models.lora import adapt
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.mesh import Mesh, make_mesh
 from hvdlm.parallel.moving_average import KIND as AVERAGE
+from hvdlm.parallel.moving_average import not_averaged
 from hvdlm.protocols.backend import Backend
 from hvdlm.protocols.exchange import Exchange
 from hvdlm.protocols.framework import Framework, HasAbilities, Resolved, ResolvesOptions
@@ -415,10 +416,7 @@ def _check_average(config: Config, exchange: Exchange, optimizer: Optimizer | No
     if config.train.ema is None:
         return
     if exchange.traits.replicas_diverge:
-        raise HvdlmError(
-            f"train.ema averages the parameters after every update, and ranks of {config.communication.exchange} have "
-            "different ones between synchronisations: leave it out, or --communication.exchange all_reduce."
-        )
+        raise not_averaged(config.communication.exchange)
     if optimizer and AVERAGE in optimizer.state:
         raise HvdlmError(
             f"train.ema is saved as {AVERAGE}, a name that the state of train.optimizer {config.train.optimizer} has: "
