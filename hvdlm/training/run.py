@@ -30,7 +30,7 @@ from hvdlm.io.folder_identity import FolderIdentity
 from hvdlm.io.user_folders import similar_run, user_cache
 from hvdlm.models.lora import adapt
 from hvdlm.models.spec import ModelSpec
-from hvdlm.parallel.mesh import Mesh, make_mesh
+from hvdlm.parallel.mesh import Mesh, fitted, make_mesh
 from hvdlm.parallel.moving_average import KIND as AVERAGE
 from hvdlm.parallel.moving_average import not_averaged
 from hvdlm.protocols.backend import Backend
@@ -165,13 +165,14 @@ def load_plugins(config: Config, *names: str) -> pluggy.PluginManager:
     return plugins.load(used)
 
 
-def plan(config: Config, *, writes: bool = True, resume: str | None = None) -> Plan:
+def plan(config: Config, *, writes: bool = True, resume: str | None = None, fits: bool = False) -> Plan:
     """Check ``config`` against this machine and set thread counts.
 
     Args:
         config: what the user asks for; it is not changed.
         writes: whether the run will write its folder.
         resume: the checkpoint to resume from; None: that of ``checkpoint.resume`` where the run writes, else none.
+        fits: whether ranks take another layout where they are not as many as that of ``config`` needs.
 
     Raises:
         HvdlmError: the first problem.
@@ -185,6 +186,8 @@ def plan(config: Config, *, writes: bool = True, resume: str | None = None) -> P
     manager = load_plugins(config, backend_name)
     backend = plugins.make(manager, "backend", backend_name)
     rank, size, _, _ = backend.launch_shape()
+    if fits:
+        config = replace(config, parallel=fitted(config.parallel, size))
     if config.backend == "auto" and backend_name == "mpi4py" and rank == 0:
         missing = without_horovod(config.framework)
         print(f"hvdlm: backend mpi4py carries this run, since {missing}", flush=True)
