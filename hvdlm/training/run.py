@@ -347,7 +347,8 @@ def build(connected: Connected) -> Run:
     manifest = checkpoint.manifest if checkpoint else {}
     batch_size = config.train.batch_size
     cursor = DataCursor.of(manifest, batch_size) if checkpoint else DataCursor(batch_size)
-    config = with_steps(config, task, checkpoint.step if checkpoint else 0, cursor.trained)
+    if checkpoint:  # whose batches may have had another size
+        config = with_steps(config, task, checkpoint.step, cursor.trained)
     precision = preflight.precision(config.train.precision, resolved, checkpoint if resolver else None)
     kept: dict[str, Any] = {
         "precision": precision,

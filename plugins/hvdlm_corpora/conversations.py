@@ -53,13 +53,13 @@ def find(*corpora: DataConfig) -> Template:
     Raises:
         HvdlmError: there is none, it can't be read, or the corpora have different ones.
     """
-    found = {template.hash: template for template in map(_of, corpora) if template}
-    if not found:
+    templates = {template.hash: template for template in map(_of, corpora) if template}
+    if not templates:
         raise HvdlmError(
             f"data.chat: the tokenizer {corpora[0].tokenizer} has no chat template beside it ({_TEMPLATE}, or in "
             f"{_SETTINGS}): name a file (--data.chat_template FILE)."
         )
-    first, *others = found.values()
+    first, *others = templates.values()
     if others:
         raise HvdlmError(
             f"data.chat_template: the mixture has several, {first.path} and {others[0].path}: name one of them "
