@@ -297,14 +297,14 @@ class Step:
     def dropout_masks(self, chunk: ModelShard) -> int:
         """Return the bytes of a micro-batch's masks of dropout outside of layers, in float32, as on CPUs.
 
-        Of the embedding and of recurrent layers; an LSTM's output is kept beside the masked one.
+        Of the embedding and of recurrent layers; torch's own LSTM keeps its output beside the masked one.
         """
         s: Any = self.s
         if not s.dropout:
             return 0
         of_layer = s.width if self.kind == "rnn" else 0
-        if self.kind == "rnn" and s.cell == "lstm" and not self.config.train.activation_checkpointing:
-            of_layer *= 2
+        fused = self.mesh.tensor == 1 and not self.config.train.activation_checkpointing
+        of_layer *= 2 if of_layer and s.cell == "lstm" and fused else 1
         width = s.width / self.mesh.tensor if self.sequence else s.width
         return round(4 * self.tokens * (of_layer * len(chunk.layers) + (width if chunk.stage.first else 0)))
 
