@@ -221,7 +221,7 @@ class TrainConfig:
         seed: random seed
         optimizer: adamw, sgd, adagrad, muon (of hidden matrices; AdamW of all else), or one provided by a plugin
         learning_rate: peak learning rate, reached after warm-up
-        min_learning_rate: final learning rate of decaying schedules
+        min_learning_rate: final learning rate of decaying schedules; null: a tenth of learning_rate
         schedule: learning-rate schedule after warm-up: constant, linear, cosine, inverse_sqrt, step, wsd (constant,
             with a cooldown at the end), or one provided by a plugin
         warmup: steps of linear warm-up, or, if below 1, a fraction of all steps
@@ -276,7 +276,7 @@ class TrainConfig:
     seed: int = 1
     optimizer: str = "adamw"
     learning_rate: float = 1e-3
-    min_learning_rate: float = 1e-4
+    min_learning_rate: float | None = None
     schedule: str = "cosine"
     warmup: float = 100.0
     cooldown: float = 0.2
@@ -308,6 +308,11 @@ class TrainConfig:
     spike: float = 0.0
     max_skips: int = 3
     replica_check_every: int = 500
+
+    @property
+    def min_learning_rate_value(self) -> float:
+        """``min_learning_rate``, or what it stands for where it is null."""
+        return self.learning_rate / 10 if self.min_learning_rate is None else self.min_learning_rate
 
     @property
     def momentum_value(self) -> float:

@@ -499,6 +499,8 @@ def test_a_changed_schedule_is_named_at_resumption() -> None:
     assert "train.schedule was cosine, is constant" in str(
         changed_rate(before, TrainConfig(**before | {"schedule": "constant"}), 39)
     )
+    doubled = TrainConfig(steps=40, learning_rate=4e-3, warmup=5)  # its minimum: a tenth
+    assert "train.min_learning_rate was 0.0005, is 0.0004)" in str(changed_rate(before, doubled, 20))
     for damaged in ({}, {"steps": "x"}, {"steps": None}, {"warmup": float("nan")}, {"learning_rate": float("nan")}, 3):
         result = changed_rate(damaged, TrainConfig(), 500)  # type: ignore[arg-type]
         assert result is None or "\n" not in result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import sys
 from dataclasses import replace
 from functools import partial
@@ -16,7 +17,7 @@ import yaml
 
 from builders import ThreadRanks, both_frameworks, configured_spec, edit_json, read_json, small_config
 from hvdlm import plugins
-from hvdlm.config import Config
+from hvdlm.config import Config, TrainConfig
 from hvdlm.configuration.parsing import parse_config
 from hvdlm.diagnostics.phases import process
 from hvdlm.errors import HvdlmError
@@ -25,7 +26,7 @@ from hvdlm.training import preflight
 from hvdlm_backends.local import LocalWorld
 from hvdlm_testing.checks.harness import Findings
 from hvdlm_testing.checks.models import check_resolved
-from launching import ONE_LAYER, SMALL, launch, run_python
+from launching import ONE_LAYER, SMALL, launch, metrics, run_python
 
 H100, V100 = ("NVIDIA H100 80GB HBM3", (9, 0)), ("Tesla V100-SXM2-16GB", (7, 0))
 FP32_PRODUCTS = ("fp32 products in fp32",)
@@ -309,3 +310,34 @@ def test_a_checkpoint_without_a_precision_has_none_to_keep(config: Any) -> None:
     assert preflight.precision("auto", Resolved(precision="bf16"), checkpoint) == "bf16"
     checkpoint.manifest["config"] = {"train": {"precision": "fp32"}}
     assert preflight.precision("auto", Resolved(precision="bf16"), checkpoint) == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("asked", "before", "expected"),
+    [
+        ({}, {"learning_rate": 1e-3, "min_learning_rate": 1e-4}, 1e-4),
+        ({"learning_rate": 2e-3}, {"learning_rate": 2e-3, "min_learning_rate": 1e-4}, 1e-4),  # an earlier version's
+        ({"learning_rate": 2e-3}, {"learning_rate": 2e-3, "min_learning_rate": None}, None),
+        ({"learning_rate": 1e-5}, {"learning_rate": 1e-3, "min_learning_rate": 1e-4}, None),  # another peak
+        ({"min_learning_rate": 0.0}, {"learning_rate": 1e-3, "min_learning_rate": 1e-4}, 0.0),  # as asked for
+        ({}, {"learning_rate": 1e-3, "min_learning_rate": "x"}, None),
+        ({}, {"learning_rate": 1e-3, "min_learning_rate": math.nan}, None),
+        ({}, None, None),
+    ],
+)
+def test_a_resumed_run_keeps_the_minimum_of_its_checkpoint(asked: Any, before: Any, expected: Any) -> None:
+    checkpoint: Any = SimpleNamespace(manifest={"config": {"train": before}})
+    assert preflight.min_learning_rate(TrainConfig(**asked), checkpoint) == expected
+    assert preflight.min_learning_rate(TrainConfig(**asked), None) == TrainConfig(**asked).min_learning_rate
+
+
+def test_a_run_of_an_earlier_version_ends_at_its_minimum(tmp_path: Path) -> None:
+    """It had 0.0001 by default, which is no tenth of its learning rate."""
+    run, rate = tmp_path / "run", ["--train.learning_rate", "2e-3", "--train.schedule", "linear", "--train.warmup", "0"]
+    train(run, "torch", [*rate, "--train.steps", "2"])
+    manifest = run / "checkpoints" / "step-00000002" / "manifest.json"
+    edit_json(manifest, lambda content: content["config"]["train"].update(min_learning_rate=1e-4))
+    train(run, "torch", [*rate, "--train.steps", "4", "--checkpoint.resume", "auto"])
+    rates = {line["step"]: line["learning_rate"] for line in metrics(run) if "learning_rate" in line}
+    assert rates[4] == pytest.approx(1e-4 + 1.9e-3 / 4)
+    assert yaml.safe_load((run / "config.yaml").read_text())["train"]["min_learning_rate"] == 1e-4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from builders import token_batch
 from hvdlm.cli import main
 from hvdlm.config import Config, ParallelConfig
 from hvdlm.errors import HvdlmError
-from hvdlm.parallel.mesh import Mesh, make_mesh
+from hvdlm.parallel.mesh import Mesh, fitted, make_mesh
 from hvdlm.protocols.types import Batch
 from hvdlm_language.context_ranks import ContextRanks, cut_all
 
@@ -158,3 +159,20 @@ def test_plans_show_the_activations_and_the_ring_of_a_rank(capsys: pytest.Captur
     assert "ranks     4: 1 x 1 x 4 x 1 (data x pipeline x context x tensor)" in text
     assert "context" in text.partition("bytes of a rank's step")[2].splitlines()[0]
     assert Config().parallel.context == 1 and isinstance(token_batch(), Batch)
+
+
+@pytest.mark.parametrize(
+    ("trained", "size", "expected"),
+    [
+        (ParallelConfig(context=4), 1, ParallelConfig()),
+        (ParallelConfig(pipeline=2, virtual_stages=2), 1, ParallelConfig()),
+        (ParallelConfig(tensor=4, sequence=True, zero=1), 6, ParallelConfig(zero=1)),
+        (ParallelConfig(data=3, tensor=2, sequence=True), 4, ParallelConfig(data=2, tensor=2, sequence=True)),
+        (ParallelConfig(data=8, data_per_node=4), 2, ParallelConfig(data=2)),
+        (ParallelConfig(pipeline=2, virtual_stages=2), 4, ParallelConfig(data=2, pipeline=2, virtual_stages=2)),
+    ],
+)
+def test_a_trained_layout_is_fitted_to_the_ranks(trained: ParallelConfig, size: int, expected: ParallelConfig) -> None:
+    layout = fitted(trained, size)
+    assert layout == (replace(expected, data=layout.data) if expected.data is None else expected)
+    assert make_mesh(size, layout).size == size

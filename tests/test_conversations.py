@@ -23,7 +23,8 @@ from hvdlm.config import Config, DataConfig
 from hvdlm.data.token_files import TokenData, open_tokens
 from hvdlm.data.tokenizers import ByteTokenizer
 from hvdlm.errors import HvdlmError
-from hvdlm_corpora import conversations, preparation, prepare_progress
+from hvdlm_corpora import conversations, mixture, preparation, prepare_progress
+from hvdlm_corpora.preparer import TextPreparer
 from hvdlm_corpora.tokenizers import CharTokenizer, WordTokenizer
 from hvdlm_language.language_model import LanguageModel, loss_figures
 from launching import ONE_LAYER, SMALL, losses
@@ -157,8 +158,14 @@ def test_templates_are_found_where_tokenizers_have_them(tmp_path: Path) -> None:
     config.tokenizer = "byte"  # the special tokens are those beside the template, then
     assert conversations.find(config).variables == template.variables
     config.chat_template = str(tmp_path / "missing.jinja")
-    with pytest.raises(HvdlmError, match=r"data.chat_template: .*missing.jinja.*: name another file"):
+    with pytest.raises(HvdlmError, match=r"data.chat_template: .*missing.jinja: No such file.*: name another file"):
         conversations.find(config)
+    for name in ("own.jinja", "tokenizer_config.json"):
+        config.chat_template = str(tmp_path / "own.jinja")
+        (tmp_path / name).write_bytes(b"\xff\xfea")
+        with pytest.raises(HvdlmError, match=rf"data.chat_template: .*/{name}: 'utf-16-le' codec .*: name another"):
+            conversations.find(config)
+        (tmp_path / name).write_text("{}")
 
 
 TERMS = {"message.content | tojson": '"a\\"<é"', "message.role.upper()": "USER", "tools is none": "True"}
@@ -411,6 +418,27 @@ def test_texts_and_conversations_are_mixed(tmp_path: Path) -> None:
     assert {batch.corpus for batch in task.validation(0, 1)} == {"chats", "plain"}
 
 
+def test_corpora_of_a_mixture_opt_out_by_null(tmp_path: Path) -> None:
+    config = folder_of(tmp_path)
+    (tmp_path / "plain.txt").write_text("to be or not to be " * 60)
+    pairs = "".join(json.dumps({"q": f"{i} and", "a": f"{i + 1}"}) + "\n" for i in range(99))
+    (tmp_path / "pairs.jsonl").write_text(pairs)
+    named = {"chats": {"path": config.path}, "plain": {"path": str(tmp_path / "plain.txt"), "chat": None}}
+    answers = {"path": str(tmp_path / "pairs.jsonl"), "prompt": "q", "field": "a"}
+    data = DataConfig(mixture={**named, "pairs": {**answers, "chat": None}}, chat="messages", context=16)
+    data.tokenizer, data.cache = config.tokenizer, config.cache
+    opened = {corpus.name: corpus.data for corpus in mixture.open_corpora(data)}
+    alone = preparation.prepare(config)
+    assert targets_of(opened["chats"]) == targets_of(alone) and ids_of(opened["chats"]) == ids_of(alone)
+    assert opened["plain"].train_targets is None and 0 < sum(targets_of(opened["pairs"])) < len(ids_of(opened["pairs"]))
+    for corpus, words in (
+        (answers, "pairs: chat messages and prompt q both say which tokens are targets: set one of them to null"),
+        ({**answers, "field": None}, "pairs: field is None, expected text"),
+    ):
+        with pytest.raises(HvdlmError, match=words):
+            mixture.read(replace(data, mixture={"pairs": corpus}))
+
+
 @both_frameworks
 def test_a_step_without_targets_changes_nothing(framework: str) -> None:
     trainable = small_trainable(framework, layers=1)
@@ -490,6 +518,32 @@ def test_a_run_on_conversations_answers(tmp_path: Path, framework: str, capsys: 
     (tmp_path / "chat_template.jinja").unlink()
     assert cli.main([*chat, "--prompt", "ding"]) == 2
     assert "has no chat template beside it" in capsys.readouterr().err
+
+
+def test_a_prepared_folder_keeps_its_template(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Runs on it write prompts by that, wherever the tokenizer was."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    config = folder_of(tmp_path / "a")
+    before = conversations.find(config)
+    folder = preparation.prepare(config, str(tmp_path / "tokens")).folder
+    for path in (tmp_path / "a").glob("*.*"):
+        path.unlink()
+    kept = conversations.find(DataConfig(path=str(folder)))
+    assert kept.hash == before.hash and kept.path == str(folder / "chat_template.jinja")
+    run = tmp_path / "run"
+    command = ["train", "--backend", "local", *SMALL, *ONE_LAYER, "--log.run", str(run), "--data.context", "32"]
+    assert cli.main([*command, "--data.path", str(folder), "--train.steps", "1"]) == 0
+    capsys.readouterr()
+    assert cli.main(["generate", "--run", str(run), "--chat", "true", "--prompt", "to be", "--tokens", "1"]) == 0
+    assert capsys.readouterr().out.startswith("<s>user\nto be</s>\n<s>assistant\n")
+    other = preparation.prepare(folder_of(tmp_path / "b", PLAIN), str(tmp_path / "others")).folder
+    mixed = DataConfig(mixture={str(folder): 1, str(other): 1})
+    with pytest.raises(
+        HvdlmError, match=r"the mixture has several, .*others/chat_template.jinja and .*tokens/chat_tem"
+    ):
+        TextPreparer().chat_prompt(mixed, "to be")
+    assert TextPreparer().chat_prompt(replace(mixed, mixture={str(folder): 1}), "to").startswith("<s>user\nto</s>")
 
 
 # Tables

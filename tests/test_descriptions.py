@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from builders import model_spec
-from hvdlm.config import ParallelConfig, TrainConfig
+from hvdlm.config import Config, ParallelConfig, TrainConfig
+from hvdlm.configuration import validation
 from hvdlm.errors import HvdlmError
 from hvdlm.models.spec import Init, ParamSpec
 from hvdlm.parallel.flat_layout import make_layout
@@ -104,6 +105,16 @@ def test_schedules_follow_their_formulas() -> None:
     linear = rates(schedule="wsd", warmup=10, cooldown=40, cooldown_shape="linear")
     assert linear[:61] == stable[:61] and linear[70] == pytest.approx(0.1 + 0.9 * 0.75)
     assert rates(schedule="wsd", warmup=90, cooldown=40)[:91] == rates(schedule="constant", warmup=90)[:91]
+
+
+@pytest.mark.parametrize("peak", [1e-3, 1e-5, 20.0])
+@pytest.mark.parametrize("name", ["cosine", "linear", "wsd"])
+def test_the_rate_falls_to_a_tenth_by_default(name: str, peak: float) -> None:
+    config = Config(train=TrainConfig(steps=10**6, learning_rate=peak, schedule=name, cooldown_shape="linear"))
+    validation.values(config)
+    last = make_schedule(config.train)(config.train.steps)
+    assert last == pytest.approx(0.1 * peak, rel=1e-12) and config.train.min_learning_rate is None
+    assert make_schedule(TrainConfig())(1000) == 1e-4  # as ever
 
 
 @pytest.mark.parametrize("name", ["constant", "linear", "cosine", "inverse_sqrt", "step", "wsd"])

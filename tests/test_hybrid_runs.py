@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import hvdlm
 from builders import case
 from launching import ONE_LAYER, SMALL, launch, losses, run_python, with_step_hook
 
@@ -96,6 +97,32 @@ def test_evaluation_and_generation_work_in_a_layout(
     together = launch("threads", ranks, ["-m", "hvdlm", *GENERATE, str(single_rank_run), *options])
     assert together.returncode == 0, together.stderr[-3000:]
     assert together.stdout == generated_alone and len(generated_alone) > 16
+
+
+STAGES = [
+    "--parallel.pipeline",
+    "2",
+    "--parallel.virtual_stages",
+    "2",
+    "--model.layers",
+    "4",
+    "--train.batch_size",
+    "8",
+]
+STAGES += ["--train.micro_batch_size", "4"]
+
+
+@pytest.mark.parametrize("layout", [["--parallel.context", "2"], STAGES], ids=["context", "virtual stages"])
+def test_one_process_uses_a_run_of_several_ranks(tmp_path: Path, layout: list[str]) -> None:
+    """Without options of the layout."""
+    run = tmp_path / "run"
+    options = [*SMALL, *ONE_LAYER, "--train.steps", "2", "--train.warmup", "0", "--log.run", str(run), *layout]
+    done = launch("threads", 2, ["-m", "hvdlm", *options])
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    expected = json.loads((run / "summary.json").read_text())["val_loss"]
+    with hvdlm.load(run) as trained:
+        assert trained.evaluate()["val_loss"] == pytest.approx(expected, abs=1e-6)
+        assert len(trained.generate("The ", 5)) == 9
 
 
 @pytest.mark.parametrize("framework", ["torch", "tensorflow"])

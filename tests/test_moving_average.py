@@ -238,3 +238,17 @@ def test_exchanges_whose_ranks_differ_are_refused(tmp_path: Path) -> None:
     assert done.returncode == 2, done.stderr
     assert "ranks of diloco have different ones between synchronisations: leave it out" in done.stderr
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("exchange", ["local_sgd", "diloco", "streaming_diloco", "zero_one_adam"])
+@pytest.mark.parametrize(
+    "command", [["--parallel.data", "2"], ["--search", "--ranks", "2", "--hardware", "h100"]], ids=str
+)
+def test_plans_refuse_it_where_ranks_differ(
+    exchange: str, command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--train.ema", "0.99", "--communication.exchange", exchange]
+    options += ["--train.optimizer", "sgd", "--train.clip", "0"] if exchange == "zero_one_adam" else []
+    assert cli.main(["plan", *options, *command]) == 2
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert f"ranks of {exchange} have different ones between synchronisations: leave it out" in sentence

@@ -208,7 +208,7 @@ def test_two_levels_compress_one_gradient_of_a_node() -> None:
     assert sum(c.bytes for c in between if c.operation == "all_gather") == pytest.approx(sum(gathered) / 16, rel=0.1)
     assert [c.axis for c in levels.buckets[0].later] == ["node"]
     kept = [kept_bytes(replace_algorithm(config, "top_k"), make_mesh_of(config), 4000.0) for config in (one, two)]
-    assert kept == [4000.0, 1000.0]
+    assert kept == [8000.0, 2000.0]
 
 
 def replace_algorithm(config: Config, algorithm: str) -> Config:

@@ -201,6 +201,37 @@ def test_predicted_activations_are_near_what_torch_keeps(name: str, recomputed: 
     assert predicted.memory["activations"] == pytest.approx(trainable.memory()["activations"], rel=0.10)
 
 
+TERMS: list[dict[str, Any]] = [{"dropout": 0.1}, {"label_smoothing": 0.1}, {"z_loss": 1e-4}]
+TERMS.append({name: value for term in TERMS for name, value in term.items()})
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize(
+    ("name", "half"),
+    [("gpt", False), ("gpt", True), ("llama", False), ("llama", True), ("rnn", False), ("gru", False), ("lstm", False)],
+)
+def test_dropout_and_terms_of_the_loss_are_predicted(name: str, half: bool, recomputed: bool) -> None:
+    """Measured with and without: the difference is that of the predictions, to the byte."""
+
+    def activations(term: dict[str, Any]) -> list[int]:
+        train = {key: value for key, value in term.items() if key != "dropout"}
+        train |= {"micro_batch_size": None, "activation_checkpointing": recomputed}
+        train |= {"precision": "bf16"} if half else {}
+        config = configured((1, 1, 1), name, **train)
+        config.model = ModelConfig(name=name, layers=3, width=64, heads=4, dropout=term.get("dropout", 0.0))
+        model = PRESETS[name](config.model, 97, 16)
+        trainable = single_rank_trainable(model, config)
+        trainable.train_step([token_batch(shape=(8, 16), vocab=97)], 1e-3, 0)
+        predicted = closed_form(config, model, Mesh(1, 1, 1), 0)
+        assert predicted is not None
+        return [trainable.memory()["activations"], predicted.memory["activations"]]
+
+    measured, predicted = activations({})
+    for term in TERMS:
+        kept, planned = activations(term)
+        assert kept - measured == planned - predicted > 0, term
+
+
 @pytest.mark.parametrize("name", ["gpt", "llama", *NEWER])
 @pytest.mark.parametrize("width, rows", [(64, 8), (256, 2), (256, 16)])  # activations, casts, joined casts
 def test_predicted_bf16_activations_are_what_torch_keeps(name: str, width: int, rows: int) -> None:

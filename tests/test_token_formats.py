@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import struct
 import time
 import tracemalloc
@@ -148,6 +149,9 @@ def test_models_train_and_generate_ids(tmp_path: Path, framework: str, capsys: p
     assert cli.main([*generate, "To be"]) == 2
     assert "'To' is no id below 6: without a tokenizer" in capsys.readouterr().err
     assert cli.main(["evaluate", "--run", run[1]]) == 0
+    capsys.readouterr()
+    assert cli.main(generate[:-1]) == 0  # as the end of a run advises; a new line is no id
+    assert re.fullmatch(r"0( [0-5]){5}\n", capsys.readouterr().out)
 
 
 def test_the_data_are_identified_by_content(tmp_path: Path) -> None:

@@ -31,10 +31,10 @@ def values(config: Config) -> None:
         HvdlmError: the first problem.
     """
     ranges.check(vars(config))
-    if config.train.min_learning_rate > config.train.learning_rate:
+    if config.train.min_learning_rate_value > config.train.learning_rate:
         raise HvdlmError(
             f"train.min_learning_rate {config.train.min_learning_rate} is above train.learning_rate "
-            f"{config.train.learning_rate}: lower it (--train.min_learning_rate)."
+            f"{config.train.learning_rate}: lower it (--train.min_learning_rate), or leave it out, for a tenth."
         )
     one_length(config.train)
     if config.lora.rank is None and (config.lora.alpha is not None or config.lora.layers is not None):

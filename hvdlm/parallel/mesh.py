@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 from hvdlm.config import ParallelConfig
@@ -150,6 +150,19 @@ def make_mesh(size: int, config: ParallelConfig) -> Mesh:
             f"one of {', '.join(str(n) for n in range(1, data + 1) if data % n == 0)}."
         )
     return mesh
+
+
+def fitted(config: ParallelConfig, size: int) -> ParallelConfig:
+    """Return the layout in which ``size`` ranks use a model that was trained in the layout ``config``.
+
+    Ranks that can hold whole copies of its shards do, with as many data ranks as that makes; others are data ranks,
+    each with the whole model (or its shards of the parameters, with ZeRO-3).
+    """
+    model = config.pipeline * config.context * config.tensor
+    if size % model:
+        return ParallelConfig(zero=config.zero, zero_gather=config.zero_gather)
+    data = size // model
+    return replace(config, data=data, data_per_node=1 if data % config.data_per_node else config.data_per_node)
 
 
 def levels(line: tuple[int, ...], rank: int, per_node: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -13,11 +13,21 @@ starts it from the checkpoint's parameters.
 
 from __future__ import annotations
 
+from hvdlm.errors import HvdlmError
+
 KIND = "ema"
 """The average's name beside the optimizer's state: ``optimizer/ema/NAME`` in checkpoints."""
 
 GATHERED = "ema"
 """The purpose of the collectives that gather the shards of an average, for an evaluation."""
+
+
+def not_averaged(exchange: str) -> HvdlmError:
+    """Return the error about ranks that have different parameters between the synchronisations of ``exchange``."""
+    return HvdlmError(
+        f"train.ema averages the parameters after every update, and ranks of {exchange} have different ones between "
+        "synchronisations: leave it out, or --communication.exchange all_reduce."
+    )
 
 
 def decay_at(decay: float, step: int) -> float:

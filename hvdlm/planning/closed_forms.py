@@ -252,13 +252,13 @@ class Step:
         kept = layer
         if recomputes:  # only a layer's input is kept, the rest is recomputed
             kept = 4 * self.s.width * (self.tokens // self.mesh.tensor if self.sequence else self.tokens)
-
         offloads = self.config.train.activation_offload
         count = sum(len(chunk.layers) for chunk in self.shard.chunks)
         on_device = kept * min(2, count if stage.count == 1 else 2) if offloads else 0
 
         def of(chunk: ModelShard) -> int:
-            each = (0 if offloads else kept * len(chunk.layers)) + (self.head() if chunk.stage.last else 0)
+            layers = 0 if offloads else kept * len(chunk.layers)
+            each = layers + (self.head() if chunk.stage.last else 0) + self.dropout_masks(chunk)
             if divided:  # positions, and masks, or, to make them anew, where documents begin
                 positions = 8 if self.s.positions == "learned" and chunk.stage.first else 0
                 each += self.tokens * positions + (4 * self.tokens if recomputes else masks)
@@ -285,6 +285,8 @@ class Step:
         joined = self.tokens >= 256  # products of the same input are one from so many positions on
         if joined and (s.qk_norm or s.positions == "rotary"):  # its values keep the queries and keys from before these
             narrow += heads + kv
+        if s.dropout:  # masks, which a bias that is added after the sum over tensor ranks makes float32
+            wide, narrow = (wide + 2 * between, narrow) if s.bias and t > 1 else (wide, narrow + 2 * between)
         if s.qk_norm:  # products and statistics of these norms, and their inputs, unless the values keep them
             wide += heads + kv + (heads + kv) / s.head_width
             wide += heads + kv if self.half or not joined else 0
@@ -298,6 +300,20 @@ class Step:
         again = 0 if joined or t > 1 else 1 + inward
         weights = 2 * s.width * heads + 2 * s.width * kv + (inward + 1) * s.width * (s.mlp_width // t)
         return round(self.tokens * (4 * wide + 2 * (narrow + again * s.width)) + 2 * weights)
+
+    def dropout_masks(self, chunk: ModelShard) -> int:
+        """Return the bytes of a micro-batch's masks of dropout outside of layers, in float32, as on CPUs.
+
+        Of the embedding and of recurrent layers; torch's own LSTM keeps its output beside the masked one.
+        """
+        s: Any = self.s
+        if not s.dropout:
+            return 0
+        of_layer = s.width if self.kind == "rnn" else 0
+        fused = self.mesh.tensor == 1 and not self.config.train.activation_checkpointing
+        of_layer *= 2 if of_layer and s.cell == "lstm" and fused else 1
+        width = s.width / self.mesh.tensor if self.sequence else s.width
+        return round(4 * self.tokens * (of_layer * len(chunk.layers) + (width if chunk.stage.first else 0)))
 
     def document_masks(self) -> int:
         """Return the bytes of a micro-batch's masks of documents, which all layers share."""
@@ -329,10 +345,14 @@ class Step:
         return round(4 * self.tokens * each)
 
     def head(self) -> int:
-        """Return the bytes of the last norm and the scores; the loss keeps them as float32."""
+        """Return the bytes of the last norm and the scores; the loss keeps them as float32, the z-loss once more."""
         s: Any = self.s
         first, last = self.shard.range_of(s.vocab)
         each = float(last - first + 5 + s.width)
+        train = self.config.train
+        if self.mesh.tensor == 1:  # tensor ranks keep the gradient of the sum of all terms
+            each += last - first + 1 if train.z_loss else 0
+            each += 0.25 if train.label_smoothing else 0  # a byte for each target
         if self.kind != "gpt":
             return round(4 * self.tokens * each)
         each += s.width / self.mesh.tensor if self.sequence else s.width

@@ -37,14 +37,14 @@ _BYTES_OF_MATRICES = 4.0 * (2 * 3 + 2 * 5)
 def kept_vectors(options: CommunicationConfig) -> int:
     """Return the flat float32 vectors that an exchange keeps of its own; 0 where sums are all it needs.
 
-    Compressors keep the error feedback; an exchange of parameter differences the global parameters and the outer
-    momentum, too.
+    Compressors keep the error feedback, of gradients also as it was before the step; an exchange of parameter
+    differences the global parameters and the outer momentum, too.
     """
     algorithm, feedback = options.compression.algorithm, options.compression.error_feedback
     has_feedback = algorithm not in UNBIASED if feedback is None else feedback
     compressor = _FEEDING_BACK.get(algorithm, int(has_feedback))
     if options.exchange not in LOCAL_EXCHANGES:
-        return _UPDATE_EXCHANGES.get(options.exchange, compressor)
+        return 2 * _UPDATE_EXCHANGES.get(options.exchange, compressor)
     momentum = options.local.outer_momentum
     has_momentum = options.exchange != "local_sgd" if momentum is None else momentum > 0
     return 1 + has_momentum + compressor

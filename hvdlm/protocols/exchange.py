@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from hvdlm.protocols.group import Handle
 from hvdlm.protocols.types import Tensor, Traffic
@@ -110,4 +110,22 @@ class ShardedExchange(Exchange, Protocol):
         """Start to gather float32 values of a bucket, as they are, from this rank's of its shard.
 
         ``purpose``: the first word of the collective's name. The handle's result is ``[elements]``.
+        """
+
+
+@runtime_checkable
+class RestoresState(Protocol):
+    """An exchange whose state, such as error feedback, a step that is not applied leaves as it was. Optional.
+
+    Without it, or with a Trainable that doesn't call it, one gradient that is not finite stays in the state, and all
+    later steps are skipped until the run rolls back.
+    """
+
+    def keep_copies(self) -> None:
+        """From now on, copy the state where a step begins. Called once, before the first step."""
+
+    def settle(self, applied: Tensor) -> None:
+        """Restore the copies unless ``applied``, a scalar bool. Called in every step, perhaps in its graph, after sums.
+
+        All ranks call with the same value.
         """

@@ -94,9 +94,14 @@ class StepResult:
         return False
 
     @property
+    def bad(self) -> bool:
+        """Whether the update was skipped for a fault: gradients that were not finite, or a norm above the limit."""
+        return self.skipped and not self.empty
+
+    @property
     def failed(self) -> bool:
         """Whether the update was skipped because gradients were not finite."""
-        return self.skipped and not self.empty and not math.isfinite(self.grad_norm)
+        return self.bad and not math.isfinite(self.grad_norm)
 
     @property
     def empty(self) -> bool:

@@ -12,13 +12,13 @@ def make_schedule(config: TrainConfig, own: Callable[[int], float] | None = None
     """Return ``rate(step)`` for step 0, 1, ...: the learning rate of the update that follows ``step`` updates.
 
     Warm-up of w steps: ``peak * (step + 1) / (w + 1)``. Then: constant; linear or cosine (Loshchilov and Hutter 2017,
-    eq. 5) to ``min_learning_rate`` at the last step; inverse_sqrt: ``peak * sqrt(w / step)`` (Vaswani et al. 2017,
-    eq. 3), never below the minimum; step: ``peak`` times ``decay_factor`` to the power of the decays so far; wsd:
-    constant up to the last ``cooldown`` steps (warmup-stable-decay, Hu et al. 2024, section 4.2), in which the rate
-    falls to the minimum linearly or as ``1 - sqrt(done)`` (Hägele et al. 2024, eq. 2); ``own``: that of a plugin, in
-    place of these.
+    eq. 5) to the minimum, ``min_learning_rate_value``, at the last step; inverse_sqrt: ``peak * sqrt(w / step)``
+    (Vaswani et al. 2017, eq. 3), never below the minimum; step: ``peak`` times ``decay_factor`` to the power of the
+    decays so far; wsd: constant up to the last ``cooldown`` steps (warmup-stable-decay, Hu et al. 2024, section 4.2),
+    in which the rate falls to the minimum linearly or as ``1 - sqrt(done)`` (Hägele et al. 2024, eq. 2); ``own``: that
+    of a plugin, in place of these.
     """
-    peak, low = config.learning_rate, config.min_learning_rate
+    peak, low = config.learning_rate, config.min_learning_rate_value
     warmup = warmup_steps(config)
     remaining = max(1, config.steps - warmup)
     decay_start = config.decay_start or config.decay_every

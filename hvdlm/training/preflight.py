@@ -6,6 +6,7 @@ import functools
 import importlib.metadata
 import platform
 import zlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import numpy as np
 from hvdlm.checkpoints.base_weights import Base
 from hvdlm.checkpoints.base_weights import check as check_base
 from hvdlm.checkpoints.load import Checkpoint, unknown_parameter
-from hvdlm.config import Config
+from hvdlm.config import Config, TrainConfig
 from hvdlm.errors import HvdlmError, RankError
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.mesh import Mesh
@@ -105,11 +106,28 @@ def check_continuation(
 
 def precision(asked: str, resolved: Resolved, checkpoint: Checkpoint | None) -> Any:
     """Return the precision of a run whose ``train.precision`` is ``asked``: auto keeps that of its checkpoint."""
-    config: Any = checkpoint.manifest.get("config") if checkpoint else None
-    train = (config or {}).get("train")
-    before = train.get("precision") if isinstance(train, dict) else None
+    before = _options_before(checkpoint).get("precision")
     kept = before if before in ("fp32", "bf16", "fp16") else resolved.precision
     return kept if asked == "auto" else asked
+
+
+def min_learning_rate(asked: TrainConfig, checkpoint: Checkpoint | None) -> float | None:
+    """Return the minimum of a run with the options ``asked``: null keeps that of its checkpoint, if the peak is equal.
+
+    Checkpoints of earlier versions have the minimum 0.0001 whatever the peak.
+    """
+    before = _options_before(checkpoint)
+    kept = before.get("min_learning_rate")
+    if asked.min_learning_rate is not None or before.get("learning_rate") != asked.learning_rate:
+        return asked.min_learning_rate
+    return kept if isinstance(kept, int | float) and 0 <= kept <= asked.learning_rate else None
+
+
+def _options_before(checkpoint: Checkpoint | None) -> Mapping[str, Any]:
+    """Return the options ``train`` that a checkpoint was written with, as far as its manifest has them."""
+    config: Any = checkpoint.manifest.get("config") if checkpoint else None
+    train = (config or {}).get("train")
+    return train if isinstance(train, dict) else {}
 
 
 @functools.cache  # searching installed distributions takes milliseconds, which would block every save

@@ -58,7 +58,5 @@ class Reports:
         """Send this rank's votes on the last step if it was reported; not if a rollback has ``undone`` it."""
         if self._last is not None and self._reported:
             if not undone:
-                result = self._last[3]
-                bad = result.skipped and not result.empty
-                self._consensus.vote(self._last[1], self._run.saver.ready(), bad)
+                self._consensus.vote(self._last[1], self._run.saver.ready(), self._last[3].bad)
             self._last = None

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pluggy
@@ -29,8 +30,9 @@ from hvdlm.io.folder_identity import FolderIdentity
 from hvdlm.io.user_folders import similar_run, user_cache
 from hvdlm.models.lora import adapt
 from hvdlm.models.spec import ModelSpec
-from hvdlm.parallel.mesh import Mesh, make_mesh
+from hvdlm.parallel.mesh import Mesh, fitted, make_mesh
 from hvdlm.parallel.moving_average import KIND as AVERAGE
+from hvdlm.parallel.moving_average import not_averaged
 from hvdlm.protocols.backend import Backend
 from hvdlm.protocols.exchange import Exchange
 from hvdlm.protocols.framework import Framework, HasAbilities, Resolved, ResolvesOptions
@@ -51,7 +53,8 @@ _DAY = 86400.0  # seconds
 class Run:
     """Everything the loop needs, ready on this rank.
 
-    ``requested``: the configuration before this machine filled it in, as config.yaml keeps it, but for the precision;
+    ``requested``: the configuration before this machine filled it in, as config.yaml keeps it, but for what a run that
+    is resumed keeps of its checkpoint (the precision, and the minimum of an earlier version's learning rate);
     ``resolved``: what this rank computes with; ``base``: the frozen weights that adapters are added to; ``identity``:
     that of the run's folder, on the rank that writes it; ``closing``: what the end of training ends, also by an error.
     """
@@ -162,13 +165,14 @@ def load_plugins(config: Config, *names: str) -> pluggy.PluginManager:
     return plugins.load(used)
 
 
-def plan(config: Config, *, writes: bool = True, resume: str | None = None) -> Plan:
+def plan(config: Config, *, writes: bool = True, resume: str | None = None, fits: bool = False) -> Plan:
     """Check ``config`` against this machine and set thread counts.
 
     Args:
         config: what the user asks for; it is not changed.
         writes: whether the run will write its folder.
         resume: the checkpoint to resume from; None: that of ``checkpoint.resume`` where the run writes, else none.
+        fits: whether ranks take another layout where they are not as many as that of ``config`` needs.
 
     Raises:
         HvdlmError: the first problem.
@@ -182,6 +186,8 @@ def plan(config: Config, *, writes: bool = True, resume: str | None = None) -> P
     manager = load_plugins(config, backend_name)
     backend = plugins.make(manager, "backend", backend_name)
     rank, size, _, _ = backend.launch_shape()
+    if fits:
+        config = replace(config, parallel=fitted(config.parallel, size))
     if config.backend == "auto" and backend_name == "mpi4py" and rank == 0:
         missing = without_horovod(config.framework)
         print(f"hvdlm: backend mpi4py carries this run, since {missing}", flush=True)
@@ -341,9 +347,14 @@ def build(connected: Connected) -> Run:
     manifest = checkpoint.manifest if checkpoint else {}
     batch_size = config.train.batch_size
     cursor = DataCursor.of(manifest, batch_size) if checkpoint else DataCursor(batch_size)
-    config = with_steps(config, task, checkpoint.step if checkpoint else 0, cursor.trained)
+    if checkpoint:  # whose batches may have had another size
+        config = with_steps(config, task, checkpoint.step, cursor.trained)
     precision = preflight.precision(config.train.precision, resolved, checkpoint if resolver else None)
-    config = replace(config, train=replace(config.train, precision=precision, compile=resolved.compile))
+    kept: dict[str, Any] = {
+        "precision": precision,
+        "min_learning_rate": preflight.min_learning_rate(config.train, checkpoint),
+    }
+    config = replace(config, train=replace(config.train, **kept, compile=resolved.compile))
     group = world.group(mesh.replica_group(world.rank))
     exchange = plugins.make_exchange(manager, config, world, group)
     if config.model.pretrained and not checkpoint and base is None:
@@ -360,7 +371,7 @@ def build(connected: Connected) -> Run:
         load_state(checkpoint, trainable, world, mesh)
     return Run(
         config=config,
-        requested=replace(plan.requested, train=replace(plan.requested.train, precision=precision)),
+        requested=replace(plan.requested, train=replace(plan.requested.train, **kept)),
         manager=manager,
         world=world,
         mesh=mesh,
@@ -414,10 +425,7 @@ def _check_average(config: Config, exchange: Exchange, optimizer: Optimizer | No
     if config.train.ema is None:
         return
     if exchange.traits.replicas_diverge:
-        raise HvdlmError(
-            f"train.ema averages the parameters after every update, and ranks of {config.communication.exchange} have "
-            "different ones between synchronisations: leave it out, or --communication.exchange all_reduce."
-        )
+        raise not_averaged(config.communication.exchange)
     if optimizer and AVERAGE in optimizer.state:
         raise HvdlmError(
             f"train.ema is saved as {AVERAGE}, a name that the state of train.optimizer {config.train.optimizer} has: "

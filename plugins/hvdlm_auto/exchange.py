@@ -12,6 +12,7 @@ from keras import ops
 from hvdlm.communication.all_reduce import AllReduceExchange
 from hvdlm.config import CommunicationConfig
 from hvdlm.parallel.flat_layout import FlatLayout
+from hvdlm.protocols.exchange import RestoresState
 from hvdlm.protocols.group import Group, Handle
 from hvdlm.protocols.types import Tensor
 from hvdlm_auto.decision_log import ENTRY, DecisionLog, read_log
@@ -96,6 +97,7 @@ class AutomaticExchange(AllReduceExchange):
         self.next_step = 0
         self.compressed = compressed
         self._options = options
+        self._keeps_copies = False
         self._methods: dict[str, Any] = {DENSE: AllReduceExchange(group, options)}
         self._active: Any = self._methods[DENSE]
 
@@ -113,8 +115,24 @@ class AutomaticExchange(AllReduceExchange):
             factor = TOGETHER.get(name)
             options, group = self._options, self._group
             self._methods[name] = MergedSums(group, options, factor) if factor else self.compressed(name, group)
+            self._keep_copies_of(self._methods[name])
         self._active, self.log.active = self._methods[name], name
         self._active.open(self.layout, self._parameters)
+
+    def keep_copies(self) -> None:
+        """Copy what methods keep where a step begins."""
+        self._keeps_copies = True
+        for method in self._methods.values():
+            self._keep_copies_of(method)
+
+    def _keep_copies_of(self, method: Any) -> None:
+        if self._keeps_copies and isinstance(method, RestoresState):
+            method.keep_copies()
+
+    def settle(self, applied: Tensor) -> None:
+        """Restore what the method keeps unless the step is ``applied``."""
+        if isinstance(self._active, RestoresState):
+            self._active.settle(applied)
 
     def begin(self, step: int) -> Hashable:
         """Begin a step; return its method and the method's own phase."""

@@ -11,6 +11,7 @@ from hvdlm.errors import HvdlmError
 from hvdlm.io.launcher_env import detect
 from hvdlm.io.untrusted_input import shown
 from hvdlm.models.spec import ModelSpec
+from hvdlm.parallel.moving_average import not_averaged
 from hvdlm.parallel.sharding_rules import tied_names
 from hvdlm.planning.zero_payloads import gathered_as
 from hvdlm.plugins import SCHEDULES
@@ -116,6 +117,7 @@ def check_rounds(config: Config) -> None:
     local, name = config.communication.local, config.communication.exchange
     every = local.steps
     _whole_gradients(config, name)
+    _no_average(config)
     for key, value in (("fragments", local.fragments), ("overlap", local.overlap), ("mixing", local.mixing)):
         if value is not None:
             raise HvdlmError(
@@ -129,6 +131,12 @@ def check_rounds(config: Config) -> None:
                 f"{key} {value} falls between two synchronisations of {name}, where ranks differ: choose a multiple of "
                 f"communication.local.steps {every}, for example {nearest}."
             )
+
+
+def _no_average(config: Config) -> None:
+    """Refuse the moving average of parameters that ranks don't agree on."""
+    if config.train.ema is not None:
+        raise not_averaged(config.communication.exchange)
 
 
 def _chunk(block: int | None) -> None:
@@ -148,6 +156,7 @@ def check_streaming(config: Config, spec: ModelSpec) -> None:
     """
     local, name = config.communication.local, config.communication.exchange
     _whole_gradients(config, name)
+    _no_average(config)
     for key, value, most in (
         ("fragments", local.fragments, local.steps),
         ("overlap", local.overlap, local.steps - 1),

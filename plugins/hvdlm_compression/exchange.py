@@ -66,6 +66,8 @@ class CompressedExchange(AllReduceExchange):
         self._feedback = feedback and not compressor.feeds_back
         self._buckets: list[Bucket] = []
         self._dense = False
+        self._keeps_copies = False
+        self._copies: list[tuple[Any, Any]] = []  # Variables of errors and memories, and those of their copies
         self._in_flight: list[_CompressedSum] = []
 
     def open(self, layout: FlatLayout, parameters: np.ndarray) -> None:
@@ -112,7 +114,28 @@ class CompressedExchange(AllReduceExchange):
         self._in_flight = []
         self._dense = step < self._settings.start_after_steps
         self._step.assign(np.int32(step))
-        return "dense" if self._dense else self.compressor.begin(step)
+        if self._dense:
+            return "dense"
+        self._copy_state()
+        return self.compressor.begin(step)
+
+    def keep_copies(self) -> None:
+        """Copy errors and memories where a step begins."""
+        self._keeps_copies = True
+
+    def _copy_state(self) -> None:
+        if not self._keeps_copies:
+            return
+        if not self._copies:
+            pairs = [(one, ops.convert_to_numpy(one)) for _, _, one in self._variables()]
+            self._copies = [(one, Variable(values, dtype=one.dtype, trainable=False)) for one, values in pairs]
+        for one, copy in self._copies:
+            copy.assign(one)
+
+    def settle(self, applied: Tensor) -> None:
+        """Restore errors and memories from before the step unless it is ``applied``."""
+        if not self._dense and self._copies:
+            tensor_ops.restore_unless(applied, self._copies)
 
     def start(self, bucket: Tensor, index: int) -> Handle:
         """Start to sum the flat bucket."""

@@ -7,6 +7,7 @@ matrix. Nothing is imported from the framework.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,24 @@ def product(target: Tensor, left: Tensor, right: Tensor) -> Tensor:
 def subtract_product(target: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Return ``target - left @ right``, in the memory of ``target``: in one pass over it."""
     return target.addmm_(left, right, alpha=-1.0) if OVERWRITES else target - left @ right
+
+
+def restore_unless(applied: Tensor, copies: Sequence[tuple[Any, Any]]) -> None:
+    """Assign to Variables their copies, which come second, unless ``applied``, a scalar bool, is true."""
+    if not OVERWRITES:
+
+        def restore() -> Tensor:
+            for variable, copy in copies:
+                variable.assign(copy)
+            return ops.convert_to_tensor(False)
+
+        ops.cond(applied, lambda: ops.convert_to_tensor(True), restore)
+    elif not applied.is_cpu:  # whose value the host doesn't know
+        for variable, copy in copies:
+            variable.assign(variable.value.where(applied, copy.value))
+    elif not applied:
+        for variable, copy in copies:
+            variable.assign(copy)
 
 
 def sparse(values: Tensor, places: Tensor, size: int) -> Tensor:

@@ -11,6 +11,7 @@ from hvdlm.communication.all_reduce import AllReduceExchange
 from hvdlm.config import CommunicationConfig
 from hvdlm.parallel.flat_layout import FlatLayout
 from hvdlm.parallel.level_shards import shard_layout
+from hvdlm.protocols.exchange import RestoresState
 from hvdlm.protocols.group import Group, Handle
 from hvdlm.protocols.types import Tensor
 
@@ -53,6 +54,16 @@ class TwoLevelExchange(AllReduceExchange):
         started = _TwoLevelSum(self._between, self._within, handle, index, bucket.shape[0], self._in_flight)
         self._in_flight.append(started)
         return self.scaled(started)
+
+    def keep_copies(self) -> None:
+        """Copy what the sums between nodes keep where a step begins."""
+        if isinstance(self._between, RestoresState):
+            self._between.keep_copies()
+
+    def settle(self, applied: Tensor) -> None:
+        """Restore it unless the step is ``applied``."""
+        if isinstance(self._between, RestoresState):
+            self._between.settle(applied)
 
     def state(self) -> dict[str, np.ndarray]:
         """Return what the sums between nodes keep of this rank's shards."""

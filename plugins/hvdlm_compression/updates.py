@@ -83,6 +83,7 @@ class UpdateExchange(CompressedExchange):
         """Begin a step; return the rule's phase."""
         self._in_flight = []
         self._step.assign(np.int32(step))
+        self._copy_state()
         return self._rule.begin(step)
 
     def start(self, bucket: Tensor, index: int) -> Handle:

@@ -93,6 +93,16 @@ class CompressedZeroExchange(ZeroExchange):
         sent = ops.concatenate(own) if len(own) > 1 else own[0]
         return Converted(self._group.all_gather_async(sent, name), unpacked)
 
+    def keep_copies(self) -> None:
+        """Copy the error feedback where a step begins."""
+        if self._sums:
+            self._sums.keep_copies()
+
+    def settle(self, applied: Tensor) -> None:
+        """Restore the error feedback unless the step is ``applied``."""
+        if self._sums:
+            self._sums.settle(applied)
+
     def state(self) -> dict[str, np.ndarray]:
         """Return the error feedback."""
         return self._sums.state() if self._sums else {}

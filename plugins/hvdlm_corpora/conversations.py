@@ -7,20 +7,23 @@ import json
 import multiprocessing
 import os
 import resource
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from hvdlm.config import DataConfig
+from hvdlm.data.token_files import is_prepared
 from hvdlm.errors import HvdlmError
 from hvdlm.io import text_decoding, untrusted_input
 from hvdlm.io.untrusted_input import shown
 from hvdlm_corpora import workers
 from hvdlm_corpora.documents import MarkedText, Texts
 
+_TEMPLATE, _SETTINGS = "chat_template.jinja", "tokenizer_config.json"
 _LIMIT = 1 << 22  # bytes of a template, and of the settings of a tokenizer
 _TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 _MEMORY = 1 << 30  # bytes that rendering may take
@@ -42,35 +45,80 @@ class Template(NamedTuple):
         return hashlib.sha256(json.dumps([self.text, self.variables]).encode()).hexdigest()
 
 
-def find(config: DataConfig) -> Template:
-    """Return the chat template of ``config``.
+def find(*corpora: DataConfig) -> Template:
+    """Return the chat template of one or more corpora.
+
+    It is that of ``data.chat_template``, or lies in the prepared folder, or else beside the tokenizer.
 
     Raises:
-        HvdlmError: there is none, or it can't be read.
+        HvdlmError: there is none, it can't be read, or the corpora have different ones.
     """
-    folder = Path(config.tokenizer).parent if os.path.isfile(config.tokenizer) else None
-    try:
-        settings = _settings(folder / "tokenizer_config.json") if folder else {}
-        beside = folder / "chat_template.jinja" if folder else None
-        if config.chat_template is not None or (beside is not None and beside.exists()):
-            path = Path(config.chat_template or str(beside))
-            settings = settings or _settings(path.parent / "tokenizer_config.json")  # of a prepared folder's tokenizer
-            text: Any = text_decoding.decode(untrusted_input.read(path, _LIMIT))
-        else:
-            path, text = Path(config.tokenizer).parent / "tokenizer_config.json", _named(settings.get("chat_template"))
-    except (OSError, ValueError) as error:
-        raise HvdlmError(f"data.chat_template: {shown(str(error), 200)}: name another file.") from error
-    if not isinstance(text, str):
+    templates = {template.hash: template for template in map(_of, corpora) if template}
+    if not templates:
         raise HvdlmError(
-            f"data.chat: the tokenizer {config.tokenizer} has no chat template beside it (chat_template.jinja, or in "
-            "tokenizer_config.json): name a file (--data.chat_template FILE)."
+            f"data.chat: the tokenizer {corpora[0].tokenizer} has no chat template beside it ({_TEMPLATE}, or in "
+            f"{_SETTINGS}): name a file (--data.chat_template FILE)."
         )
+    first, *others = templates.values()
+    if others:
+        raise HvdlmError(
+            f"data.chat_template: the mixture has several, {first.path} and {others[0].path}: name one of them "
+            "(--data.chat_template FILE)."
+        )
+    return first
+
+
+def _of(config: DataConfig) -> Template | None:
+    """Return the chat template of one corpus; None: there is none."""
+    folders = [Path(config.paths[0])] if is_prepared(config.paths) else []
+    if os.path.isfile(config.tokenizer):
+        folders.append(Path(config.tokenizer).parent)
+    if config.chat_template is None:
+        return next(filter(None, map(_beside, folders)), None)
+    path = Path(config.chat_template)
+    text = _decoded(path)
+    settings = next(filter(None, (_settings(folder) for folder in (*folders, path.parent))), {})
+    return _template(text, path, settings)
+
+
+def _beside(folder: Path) -> Template | None:
+    """Return the chat template of a tokenizer's or a prepared folder; None: it has none."""
+    settings, path = _settings(folder), folder / _TEMPLATE
+    if path.exists():
+        return _template(_decoded(path), path, settings)
+    text = _named(settings.get("chat_template"))
+    return _template(text, folder / _SETTINGS, settings) if isinstance(text, str) else None
+
+
+def _template(text: str, path: Path, settings: Mapping[str, Any]) -> Template:
     return Template(text, str(path), tuple(sorted(_special(settings).items())))
 
 
-def _settings(path: Path) -> Mapping[str, Any]:
-    settings = untrusted_input.read_json(path, _LIMIT) if path.exists() else {}
+def files_of(template: Template) -> dict[str, str]:
+    """Return the content of the files, by their names, from which ``find`` makes the same template again."""
+    return {_TEMPLATE: template.text, _SETTINGS: json.dumps(dict(template.variables))}
+
+
+def _decoded(path: Path) -> str:
+    with _readable(path):
+        return text_decoding.decode(untrusted_input.read(path, _LIMIT))
+
+
+def _settings(folder: Path) -> Mapping[str, Any]:
+    path = folder / _SETTINGS
+    with _readable(path):
+        settings = untrusted_input.read_json(path, _LIMIT) if path.exists() else {}
     return settings if isinstance(settings, dict) else {}
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Raise HvdlmError, which names the file, where reading it fails."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise HvdlmError(f"data.chat_template: {path}: {shown(reason, 200)}: name another file.") from error
 
 
 def _named(value: Any) -> Any:

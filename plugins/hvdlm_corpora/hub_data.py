@@ -52,22 +52,17 @@ def local(config: DataConfig) -> DataConfig:
         elif named.splits is None:
             paths.append(str(named.folder))
         else:
-            if config.split not in named.splits:
-                raise HvdlmError(
-                    f"data.path {path}: it has no split {config.split!r} (--data.split); "
-                    f"{nearest(config.split, named.splits)}"
-                )
-            names = splits.validation_split(named.splits, {config.split}) if config.validation_path is None else []
-            paths += named.splits[config.split]
-            held_out += [file for name in names for file in named.splits[name]]
-            note(f"data.path {path}: training split {config.split}" + "".join(f", validation split {n}" for n in names))
+            name, names = splits.training_split(path, named.splits, config)
+            paths += named.splits[name]
+            held_out += [file for split in names for file in named.splits[split]]
+            note(f"data.path {path}: training split {name}" + "".join(f", validation split {n}" for n in names))
     for path in config.validation_paths:
         named = _files(path, "data.validation_path")
         if named is None or named.splits is None:
             held_out.append(path if named is None else str(named.folder))
         else:
-            names = splits.validation_split(named.splits, set()) or list(named.splits)
-            held_out += [file for name in names for file in named.splits[name]]
+            names = splits.held_out_splits(named.splits)
+            held_out += [file for split in names for file in named.splits[split]]
     return replace(config, path=paths, validation_path=held_out or None)
 
 

@@ -23,6 +23,7 @@ from hvdlm_corpora import cache, compression, corpus_files, hub_data, preparatio
 from hvdlm_corpora.write_lock import writing
 
 _TEXTS = ("field", "prompt", "chat", "separator")
+_NONE = ("prompt", "chat")  # may be null: what data.prompt or data.chat name for all is not for this corpus
 _KEYS = ("path", "weight", "validation_path", *_TEXTS)
 _EXAMPLE = "write for example --data.mixture '{wiki.txt: 3, books.txt: 1}'"
 
@@ -75,7 +76,7 @@ def _corpus(config: DataConfig, key: str, value: Any) -> CorpusConfig:
         raise HvdlmError(f"{where}: the weight is {shown(repr(weight))}, expected a number above 0: {_EXAMPLE}.")
     texts = {name: settings[name] for name in _TEXTS if name in settings}
     for name, text in texts.items():
-        if not isinstance(text, str):
+        if not isinstance(text, str) and not (text is None and name in _NONE):
             raise HvdlmError(f"{where}: {name} is {shown(repr(text))}, expected text.")
     path = _paths(settings.get("path", key), f"{where}: path")
     held_out = settings.get("validation_path")
@@ -88,6 +89,11 @@ def _corpus(config: DataConfig, key: str, value: Any) -> CorpusConfig:
             f"{{name: {{path: {shown(json.dumps(path))}, weight: {weight}}}}}."
         )
     config = replace(config, mixture=None, path=path, validation_path=held_out, **texts)
+    if config.chat is not None and config.prompt is not None:
+        raise HvdlmError(
+            f"{where}: chat {shown(config.chat)} and prompt {shown(config.prompt)} both say which tokens are targets: "
+            "set one of them to null."
+        )
     return CorpusConfig(name, float(weight), config)
 
 

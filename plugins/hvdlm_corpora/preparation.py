@@ -207,7 +207,8 @@ class Preparation:
             return resumed
         groups = [(paths, self._form) for paths in (self._paths, self._validation_paths) if paths]
         tokenizer = train_tokenizer(self._config, groups)
-        self.journal.begin(tokenizer)
+        marked = self._config.chat is not None
+        self.journal.begin(tokenizer, conversations.files_of(conversations.find(self._config)) if marked else {})
         return tokenizer
 
     def _encode(self, tokenizer: Tokenizer, processes: int | None) -> None:

@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -30,6 +31,7 @@ _LIMIT = 1 << 28  # bytes: room for the digests of millions of sources
 _COUNT = 1 << 53  # JSON readers keep integers exact up to here
 _SAVE_SECONDS = 5.0  # of work that are lost at most
 _TOKEN_FILES = r"header\.json|tokens\.bin|documents\.bin|targets\.bin|tokenizer\.json"
+_TOKEN_FILES += r"|chat_template\.jinja|tokenizer_config\.json"
 _FILES = r"journal\.json|places\.bin|\.journal\.json\.[0-9a-f]+\.partial|\.journal\.json\.partial"
 _START = np.dtype("<i8")  # of a document: the tokens before it
 _ROW = np.dtype(("<u8", 4))  # of a chunk: the number of its source; tokens, bytes of text and documents up to its end
@@ -132,9 +134,11 @@ class Journal:
         if (rows[-1].tolist() if len(rows) else [0, 0, 0, 0]) != last or (not len(rows) and state.position != START):
             raise ValueError("places.bin is of another journal")
 
-    def begin(self, tokenizer: Tokenizer) -> None:
-        """Start from scratch with a trained tokenizer."""
+    def begin(self, tokenizer: Tokenizer, beside: Mapping[str, str]) -> None:
+        """Start from scratch with a trained tokenizer, and the content of the files ``beside`` it, by their names."""
         self.tokens.mkdir(parents=True)
+        for name, content in beside.items():
+            atomic_files.write_synced(self.tokens / name, content.encode())
         atomic_files.write_synced(self.tokens / "tokenizer.json", json.dumps(tokenizer.to_json()).encode())
         for name in ("places.bin", "tokens/tokens.bin", *(("tokens/targets.bin",) if self._marked else ())):
             safe_files.create(self._folder / name).close()

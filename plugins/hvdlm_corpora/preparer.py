@@ -18,7 +18,8 @@ class TextPreparer:
 
     def chat_prompt(self, data: DataConfig, prompt: str) -> str:
         """Return the text that the assistant continues where a user says ``prompt``."""
-        return conversations.ChatWriter(conversations.find(data)).prompt([{"role": "user", "content": prompt}])
+        corpora = [data] if data.mixture is None else [corpus.config for corpus in mixture.read(data)]
+        return conversations.ChatWriter(conversations.find(*corpora)).prompt([{"role": "user", "content": prompt}])
 
     def store_stdin(self, data: DataConfig) -> DataConfig:
         """Store standard input in the cache."""

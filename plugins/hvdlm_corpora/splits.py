@@ -38,23 +38,37 @@ def choose(config: DataConfig) -> DataConfig:
     held_out: list[str] = []
     for path in config.paths:
         files, notes = _find_splits(path, config)
-        name = _ALL if _ALL in files else config.split
-        if name not in files:
-            raise HvdlmError(
-                f"data.path {path}: it has no split {config.split!r} (--data.split); {nearest(config.split, files)}"
-            )
-        validation = validation_split(files, {config.split}) if config.validation_path is None else []
+        name, validation = training_split(path, files, config)
         paths += files[name]
         held_out += [file for split in validation for file in files[split]]
         _print_choice(path, files, [name], validation, notes)
     for path in config.validation_paths:
         files, notes = _find_splits(path, config)
-        names = validation_split(files, set()) or list(files)
+        names = held_out_splits(files)
         held_out += [file for split in names for file in files[split]]
         _print_choice(path, files, [], names, notes)
     for sentence in corpus_files.incomplete_sets({*paths, *held_out}):
         note(sentence)
     return replace(config, path=paths, validation_path=held_out or None)
+
+
+def training_split(path: str, files: Mapping[str, list[str]], config: DataConfig) -> tuple[str, list[str]]:
+    """Return the names of the split of ``data.path`` to train on and, in a list, of the one to validate with, if any.
+
+    Raises:
+        HvdlmError: the data set lacks the split.
+    """
+    name = _ALL if _ALL in files else config.split
+    if name not in files:
+        raise HvdlmError(
+            f"data.path {path}: it has no split {config.split!r} (--data.split); {nearest(config.split, files)}"
+        )
+    return name, validation_split(files, {config.split}) if config.validation_path is None else []
+
+
+def held_out_splits(files: Mapping[str, list[str]]) -> list[str]:
+    """Return the names of the splits of ``data.validation_path`` to validate with."""
+    return validation_split(files, set()) or list(files)
 
 
 def validation_split(files: Mapping[str, list[str]], others: Container[str]) -> list[str]:

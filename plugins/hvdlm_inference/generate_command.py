@@ -16,7 +16,7 @@ def main(arguments: list[str]) -> int:
     from hvdlm.diagnostics.rank_errors import ending_all_ranks
     from hvdlm.diagnostics.watchdog import watching
     from hvdlm.training.run import build, connect
-    from hvdlm_inference.generation import as_chat, prompts_of, read_prompt, requests_of, write
+    from hvdlm_inference.generation import as_chat, default_prompt, prompts_of, read_prompt, requests_of, write
     from hvdlm_inference.sampling import Sampling
     from hvdlm_inference.trained_run import plan_trained
 
@@ -31,6 +31,7 @@ def main(arguments: list[str]) -> int:
         connected = connect(plan_trained(values.run, values.checkpoint, overrides, values.weights))
         with ending_all_ranks(connected.world):
             run = build(connected)
+            prompts = prompts or [default_prompt(run)]
             if values.prompt_file is None and "-" in prompts:  # a launcher passes standard input to rank 0 only
                 text = run.world.broadcast_object(sys.stdin.read() if run.world.rank == 0 else None)
                 read = prompts_of(text, per_line, "--prompt -")
@@ -50,7 +51,11 @@ def _parse(arguments: list[str]) -> Any:
 
     parser = run_parser("generate", "Generate text with a run's model.")
     parser.add_argument(
-        "--prompt", type=str, action="append", help="prompt, by default a new line; -: standard input; can be repeated"
+        "--prompt",
+        type=str,
+        action="append",
+        help="prompt, by default a new line, or a token where the vocabulary has none; -: standard input; can be "
+        "repeated",
     )
     parser.add_argument("--prompt_file", type=str, default=None, help="file with the prompt, in place of --prompt")
     parser.add_argument(
@@ -82,7 +87,7 @@ def _parse(arguments: list[str]) -> Any:
             raise HvdlmError(f"--{name}: got {getattr(values, name)}, expected 1 or more.")
     if values.prompt and values.prompt_file is not None:
         raise HvdlmError("--prompt and --prompt_file are both given: leave one out.")
-    values.prompt = values.prompt or ["\n"]
+    values.prompt = values.prompt or []
     if values.prompt_per_line and values.prompt_file is None and "-" not in values.prompt:
         raise HvdlmError("--prompt_per_line splits the text of --prompt_file or of --prompt -: give one of them.")
     return values

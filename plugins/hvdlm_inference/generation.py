@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 BATCH_SIZE = 16  # texts that are generated together by default
 _MAX_BYTES = 2**24  # of a prompt file
 _RULE = "-" * 16  # between texts
+_NEW_LINE = "\n"
+_CANDIDATES = 256  # tokens that are tried as a prompt
 
 
 def generate(
@@ -68,6 +70,21 @@ def encode(tokenizer: Tokenizer, prompt: str, config: Config) -> np.ndarray:
         token = shown(tokenizer.decode([int(ids.max())]))
         raise HvdlmError(f"the prompt has the token {token}, for which the model has no embedding: leave it out.")
     return ids
+
+
+def default_prompt(run: Run) -> str:
+    """Return what a text begins with where no prompt is given: a new line, or the first token that texts can spell."""
+    tokenizer = run.task.tokenizer
+    if run.task.reads:  # a task that responds
+        return _NEW_LINE
+    spelled = (tokenizer.decode([token]) for token in range(min(tokenizer.vocab, _CANDIDATES)))
+    for text in (_NEW_LINE, *spelled):
+        try:
+            encode(tokenizer, text, run.config)
+            return text
+        except HvdlmError:  # no character, or one that the vocabulary lacks
+            continue
+    return _NEW_LINE
 
 
 class Detokenizer:

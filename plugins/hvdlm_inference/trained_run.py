@@ -8,7 +8,7 @@ from typing import Literal
 
 from hvdlm.checkpoints import discovery, load
 from hvdlm.checkpoints.load import Checkpoint
-from hvdlm.config import Config
+from hvdlm.config import Config, ParallelConfig
 from hvdlm.configuration.parsing import Parser, command_parser, parse_config
 from hvdlm.errors import HvdlmError
 from hvdlm.io.user_folders import similar_run
@@ -83,11 +83,20 @@ def _open(run: str, checkpoint: str | None) -> Checkpoint:
     return newest
 
 
-def plan_trained(run: str, checkpoint: str | None, arguments: list[str], weights: Weights = "trained") -> Plan:
-    """Return the plan of a trained run, with the options of its config.yaml overridden by ``arguments``."""
+def plan_trained(
+    run: str, checkpoint: str | None, arguments: list[str], weights: Weights = "trained", whole: bool = False
+) -> Plan:
+    """Return the plan of a trained run, with the options of its config.yaml overridden by ``arguments``.
+
+    Unless these have options of ``parallel``, its layout is fitted to the ranks that there are. ``whole``: each of them
+    has the whole model.
+    """
     config = run_config(run, arguments)
+    if whole:
+        config = replace(config, parallel=ParallelConfig())
     config = replace(config, train=replace(config.train, ema=None))  # one set of weights is used, and not averaged
     # Of the float32 parameters that were saved, as one rank has them, not rounded as several ranks gather them.
     config = replace(config, parallel=replace(config.parallel, zero_gather="fp32" if config.parallel.zero else None))
     resume = str(chosen_checkpoint(run, checkpoint, weights).path)
-    return replace(plan(config, writes=False, resume=resume), average=weights == "ema")
+    fits = not any(argument.startswith("--parallel.") for argument in arguments)
+    return replace(plan(config, writes=False, resume=resume, fits=fits), average=weights == "ema")

@@ -11,8 +11,6 @@ from typing import Any
 from hvdlm.errors import HvdlmError, nearest
 from hvdlm.io.untrusted_input import shown
 
-_WHOLE = {"data": "null", "pipeline": "1", "tensor": "1", "data_per_node": "1", "sequence": "false", "zero": "0"}
-
 
 def main(arguments: list[str]) -> int:
     """Evaluate, and print the table of results on rank 0."""
@@ -29,14 +27,13 @@ def main(arguments: list[str]) -> int:
     values = _parse(own)
     if parallel := next((name for name in overrides if name.startswith("--parallel.")), None):
         raise HvdlmError(f"{parallel}: lm-eval has the whole model on every rank: leave it out.")
-    whole = [text for name, value in _WHOLE.items() for text in (f"--parallel.{name}", value)]
     if importlib.util.find_spec("lm_eval") is None:
         raise HvdlmError("lm-eval needs the package lm_eval, which is not installed: pip install 'hvdlm[lm_eval]'.")
     if values.output:
         safe_files.check_output(Path(values.output))
     manager, names = _find_tasks(values.tasks, values.include_path)
     with watching() as watchdog:
-        connected = connect(plan_trained(values.run, values.checkpoint, [*overrides, *whole], values.weights))
+        connected = connect(plan_trained(values.run, values.checkpoint, overrides, values.weights, whole=True))
         with ending_all_ranks(connected.world):
             run = build(connected)
             if run.task.reads:

@@ -50,14 +50,20 @@ def changed_rate(
     """
     try:
         known = {field.name: before[field.name] for field in fields(TrainConfig) if field.name in before}
-        old, new = (make_schedule(c, find_own(c))(step) for c in (TrainConfig(**known), config))
+        earlier = TrainConfig(**known)
+        old, new = (make_schedule(c, find_own(c))(step) for c in (earlier, config))
         if not abs(new - old) > _TOLERANCE * abs(old):
             return None
         differing = [name for name in _SETTINGS if name in known and known[name] != getattr(config, name)]
-        changes = [f"train.{name} was {shown(known[name], 20)}, is {getattr(config, name)}" for name in differing]
+        changes = [f"train.{n} was {shown(_value(earlier, n), 20)}, is {_value(config, n)}" for n in differing]
         return (
             f"hvdlm: the learning rate of step {step + 1} is {new:.2g}, not {old:.2g} as with the settings of the "
             f"checkpoint ({'; '.join(changes)}): --train.learning_rate and --train.schedule set another one"
         )
     except (TypeError, ValueError, ArithmeticError, AttributeError, HvdlmError):
         return None
+
+
+def _value(config: TrainConfig, name: str) -> Any:
+    """Return an option, or what it stands for where it is null and that is known."""
+    return getattr(config, f"{name}_value", getattr(config, name))

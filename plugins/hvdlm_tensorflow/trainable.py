@@ -21,7 +21,7 @@ from hvdlm.parallel.pipeline_schedules import Action
 from hvdlm.parallel.sharded_state import ShardedState, recurrent_entries, recurrent_state
 from hvdlm.parallel.sharding_rules import ModelShard
 from hvdlm.planning.closed_forms import most_kept
-from hvdlm.protocols.exchange import Exchange, ShardedExchange
+from hvdlm.protocols.exchange import Exchange, RestoresState, ShardedExchange
 from hvdlm.protocols.optimizer import Optimizer
 from hvdlm.protocols.types import Batch, StepResult, Traffic
 from hvdlm_language.axis_groups import Axes, count_traffic
@@ -107,6 +107,9 @@ class Trainable(Inference):
         self._example_passes: dict[int, _Pass] = {}  # by chunk of a pipeline stage, to be traced by ``memory``
         self._chunk_bytes: list[int] = []  # that one pass of each chunk keeps, as traced
         exchange.open(self.layout, initial)
+        self._restoring = exchange if isinstance(exchange, RestoresState) else None
+        if self._restoring:
+            self._restoring.keep_copies()
         self._accumulate_graph = CountedGraph(self._accumulate, self._counters)
         self._step_graph = CountedGraph(self._step, self._counters)
         compiled = config.train.compile is True
@@ -275,11 +278,13 @@ class Trainable(Inference):
         rescale = self._sharded.loss_divisor / (tokens * tf.cast(scale, tf.float64))
         norm = tf.sqrt(squared) * rescale
         with named_range("update"):
-            applied = tf.cast(self._apply(sums.shard, norm, rescale, learning_rate, step, updates, limit), tf.float64)
+            applied = self._apply(sums.shard, norm, rescale, learning_rate, step, updates, limit)
+            if self._restoring:
+                self._restoring.settle(applied)
         with named_range("exchange"):
             waited = sums.gradient_seconds + self._replace_parameters(norm)
         self._adapters.add()
-        return tf.stack([total_loss, tokens, tf.square(norm), waited, sums.stage_seconds, applied])
+        return tf.stack([total_loss, tokens, tf.square(norm), waited, sums.stage_seconds, tf.cast(applied, tf.float64)])
 
     def _apply(
         self,

@@ -21,7 +21,7 @@ from hvdlm.parallel.moving_average import GATHERED, KIND
 from hvdlm.parallel.pipeline_schedules import Action
 from hvdlm.parallel.sharded_state import ShardedState, recurrent_entries, recurrent_state
 from hvdlm.parallel.sharding_rules import ModelShard
-from hvdlm.protocols.exchange import Exchange, ShardedExchange
+from hvdlm.protocols.exchange import Exchange, RestoresState, ShardedExchange
 from hvdlm.protocols.optimizer import Optimizer
 from hvdlm.protocols.types import Batch, StepResult, Traffic
 from hvdlm_language.axis_groups import Axes, count_traffic
@@ -105,6 +105,9 @@ class Trainable(Inference):
         losses: list[Any] = [chunk.losses for chunk in self._forward.chunks]
         self._losses = [compiler.compiled(one) for one in losses] if config.train.compile is True else losses
         exchange.open(self.layout, initial)
+        self._restoring = exchange if isinstance(exchange, RestoresState) else None
+        if self._restoring:
+            self._restoring.keep_copies()
 
     def _offload(self) -> None:
         """Have what the layers of all chunks keep for backward passes wait on the host."""
@@ -146,6 +149,8 @@ class Trainable(Inference):
             self._optimizer.update(learning_rate, self._sharded.updates(step), self._factor(norm, scale), applied)
             if self._average:
                 self._average.update(step, applied)
+            if self._restoring:
+                self._restoring.settle(applied)
         with named_range("exchange"):
             waited = sums.gradient_seconds + self._replace_parameters() + self._advance()
         self._adapters.add()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from dataclasses import replace
 from typing import Any
@@ -617,6 +618,47 @@ def test_a_rank_that_stops_within_a_round_continues_it(manager: Any, world: Worl
     np.testing.assert_array_equal(weights, expected[1][stop:])
     own = world.gather_objects(hashlib.sha256(expected[1][stop - 1].tobytes()).hexdigest())
     assert len(set(own)) == world.size  # it was within a round
+
+
+# TensorFlow traces each variant twice.
+RESTORED = ["top_k", "zero with top_k", "demo"] if FRAMEWORK == "tensorflow" else ["zero with top_k", "demo"]
+RESTORED += ["one_bit_adam", *(a for a in ALGORITHMS if a not in UNBIASED)] if FRAMEWORK == "torch" else []
+
+
+@pytest.mark.skipif(FRAMEWORK == "jax", reason="the example of a framework restores nothing")
+@pytest.mark.parametrize("name", RESTORED)
+def test_a_skipped_step_leaves_no_trace(manager: Any, world: World, name: str) -> None:
+    """Of gradients that are not finite on one rank, and of a norm above the limit: error feedback and momentum stay."""
+    algorithm = {"compression": CompressionConfig(algorithm=name, momentum=0.9 if name == "dgc" else 0.0)}
+    options, last = VARIANTS.get(name, algorithm), 8 if name == "one_bit_adam" else 4
+    share = 8 // world.size
+
+    def step(trainable: Any, number: int, limit: float = math.inf, weight: float = 1.0) -> Any:
+        rows = token_batch(number % 4, shape=(8, TIME)).rows(world.rank * share, (world.rank + 1) * share)
+        weights = np.full(rows.inputs.shape, weight, np.float32)
+        return trainable.train_step([replace(rows, weights=weights, reset=True)], 0.01, number, limit)
+
+    def state(trainable: Any) -> dict[str, np.ndarray]:
+        return {name: array for name, array in trainable.state().items() if not name.startswith("carry/")}
+
+    whole, trainable = (build(manager, world, options)[1] for _ in range(2))
+    for number in range(last):
+        assert step(whole, number).applied
+    for number in range(last - 2):
+        step(trainable, number)
+    before = state(trainable)
+    assert any(array.any() for name, array in before.items() if name.startswith("exchange/"))
+    for limit, weight in ((math.inf, math.nan if world.rank == world.size - 1 else 1.0), (1e-9, 1.0)):
+        result = step(trainable, last - 2, limit, weight)
+        assert result.bad and result.failed == (limit == math.inf)
+        after = state(trainable)
+        assert after.keys() == before.keys()
+        for name, array in before.items():
+            np.testing.assert_array_equal(after[name], array, err_msg=name)
+    for number in range(last - 2, last):
+        assert step(trainable, number).applied
+    for name, array in state(whole).items():
+        np.testing.assert_array_equal(state(trainable)[name], array, err_msg=name)
 
 
 def _options(options: dict[str, Any]) -> dict[str, Any]:

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from test_layouts import VOCAB, build, learnable_batch, train
 
-from builders import case, configured_spec, context_meshes, next_token_batch, save_checkpoint, single_rank_trainable
+from builders import case, configured_spec, context_meshes, save_checkpoint, single_rank_trainable
 from hvdlm import plugins
 from hvdlm.checkpoints.load import open_checkpoint, read_state
 from hvdlm.config import Config, ModelConfig, TrainConfig
@@ -23,7 +24,7 @@ from hvdlm_inference.decoding import Text, decode
 from hvdlm_language.context_ranks import make_context_ranks
 from launching import BACKEND, FRAMEWORK, RANKS
 
-VOCAB, CONTEXT, ROWS, STEPS, LONG, HALF = 51, 24, 4, 8, 50, 4
+CONTEXT, ROWS, STEPS, LONG, HALF = 24, 4, 8, 50, 4
 TOLERANCE = 2e-4 if FRAMEWORK == "tensorflow" else 1e-4
 SMALL = {"layers": 2 if FRAMEWORK == "torch" else 1, "width": 32, "heads": 4}  # TensorFlow traces every layer
 GPT = {"name": "gpt", **SMALL, "kv_heads": 2, "bias": True}
@@ -46,36 +47,6 @@ def configured(mesh: Mesh, model: dict[str, Any], **options: Any) -> Config:
     config.parallel = replace(config.parallel, **axes, **options.get("parallel", {}))
     config.communication = replace(config.communication, bucket_bytes=20_000)
     return config
-
-
-def build(world: World, mesh: Mesh, config: Config) -> Any:
-    """Return a trainable on this rank of ``mesh``."""
-    manager = plugins.load([FRAMEWORK, config.communication.exchange, "compression"])
-    spec = configured_spec(config, VOCAB)
-    exchange = plugins.make_exchange(manager, config, world, world.group(mesh.replica_group(world.rank)))
-    return plugins.make(manager, "framework", FRAMEWORK).build(spec, mesh, world, exchange, config)
-
-
-def learnable_batch(step: int, context: int = CONTEXT) -> Batch:
-    """Return rows in which most tokens follow from the previous one; some targets don't count."""
-    random = np.random.default_rng(step)
-    tokens = random.integers(0, VOCAB, (ROWS, context + 1)).astype(np.int32)
-    for position in range(context):
-        follows = random.random(ROWS) < 0.8
-        tokens[follows, position + 1] = (5 * tokens[follows, position] + 3) % VOCAB
-    return next_token_batch(tokens, (random.random((ROWS, context)) < 0.8).astype(np.float32))
-
-
-def train(trainable: Any, mesh: Mesh, rank: int, steps: range, config: Config) -> list[StepResult]:
-    """Return the results of ``steps`` steps on the rows of this rank's data index."""
-    share = config.train.batch_size // mesh.data
-    first, micro = mesh.coordinates(rank)["data"] * share, config.train.micro_batch_size or share
-    results = []
-    for step in steps:
-        own = learnable_batch(step, config.data.context).rows(first, first + share)
-        micro_batches = [own.rows(start, start + micro) for start in range(0, share, micro)]
-        results.append(trainable.train_step(micro_batches, config.train.learning_rate, step))
-    return results
 
 
 def figures(results: Sequence[StepResult]) -> list[list[float]]:
@@ -267,7 +238,7 @@ def test_checkpoints_move_to_and_from_context_ranks(world: World, tmp_path_facto
 def test_evaluation_is_divided_and_texts_equal_one_rank(world: World, model: dict[str, Any]) -> None:
     """Batches whose length the chunks divide and don't divide; each context rank generates the same text."""
     config = configured(ALONE, {**model, "initial_scale": 0.5})
-    rows = learnable_batch(3)
+    rows = learnable_batch(3, CONTEXT, ROWS)
     short = Batch(rows.inputs[:3, :-3].copy(), rows.targets[:3, :-3].copy(), None, True)
     batches, rule = (replace(rows, reset=True), short), SamplingRule(VOCAB, 0.9, 0, 0.95)
 

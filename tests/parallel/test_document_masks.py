@@ -6,11 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_layouts import GPT, LLAMA, MISTRAL, VOCAB, configured, unsharded
+from test_layouts import GPT, LLAMA, MISTRAL, VOCAB, build, configured, unsharded
 
-from builders import configured_spec, meshes
-from hvdlm import plugins
-from hvdlm.config import Config
+from builders import meshes
 from hvdlm.parallel.mesh import Mesh
 from hvdlm.protocols.types import Batch
 from hvdlm.protocols.world import World
@@ -66,14 +64,6 @@ def trained(trainable: Any, micro_batches: list[Batch]) -> tuple[float, dict[str
     before = {name: array.copy() for name, array in trainable.state().items() if name.startswith("parameters/")}
     result = trainable.train_step(micro_batches, 1.0, 0)
     return result.loss, {name: before[name] - array for name, array in trainable.state().items() if name in before}
-
-
-def build(world: World, mesh: Mesh, config: Config) -> Any:
-    """Return a trainable on this rank, whose exchange may be exact."""
-    manager = plugins.load([FRAMEWORK, "all_reduce", "exact"])
-    exchange = plugins.make_exchange(manager, config, world, world.group(mesh.group("data", world.rank)))
-    framework = plugins.make(manager, "framework", FRAMEWORK)
-    return framework.build(configured_spec(config, VOCAB), mesh, world, exchange, config)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -54,31 +54,32 @@ def configured(mesh: Mesh, model: dict[str, Any], **options: Any) -> Config:
 
 def build(world: World, mesh: Mesh, config: Config, vocab: int = VOCAB) -> Any:
     """Return a trainable on this rank of ``mesh``."""
-    manager = plugins.load([FRAMEWORK, config.communication.exchange, "compression"])
+    exact = ["exact"] if config.communication.reduction == "exact" else []
+    manager = plugins.load([FRAMEWORK, config.communication.exchange, "compression", *exact])
     spec = configured_spec(config, vocab)
     manager.hook.hvdlm_check(config=config, spec=spec)
-    exchange = plugins.make_exchange(manager, config, world, world.group(mesh.group("data", world.rank)))
+    exchange = plugins.make_exchange(manager, config, world, world.group(mesh.replica_group(world.rank)))
     return plugins.make(manager, "framework", FRAMEWORK).build(spec, mesh, world, exchange, config)
 
 
-def learnable_batch(step: int, context: int = CONTEXT) -> Batch:
+def learnable_batch(step: int, context: int = CONTEXT, rows: int = ROWS) -> Batch:
     """Return rows in which most tokens follow from the previous one; some targets don't count."""
     random = np.random.default_rng(step)
-    tokens = random.integers(0, VOCAB, (ROWS, context + 1)).astype(np.int32)
+    tokens = random.integers(0, VOCAB, (rows, context + 1)).astype(np.int32)
     for position in range(context):
-        follows = random.random(ROWS) < 0.8
+        follows = random.random(rows) < 0.8
         tokens[follows, position + 1] = (5 * tokens[follows, position] + 3) % VOCAB
-    mask = (random.random((ROWS, context)) < 0.8).astype(np.float32)
+    mask = (random.random((rows, context)) < 0.8).astype(np.float32)
     return next_token_batch(tokens, mask, step % 10 == 0)
 
 
 def train(trainable: Any, mesh: Mesh, rank: int, steps: range, config: Config) -> list[StepResult]:
     """Return the results of ``steps`` steps on this rank's rows."""
-    share = ROWS // mesh.data
+    share = config.train.batch_size // mesh.data
     first = mesh.coordinates(rank)["data"] * share
     micro, results = config.train.micro_batch_size or share, []
     for step in steps:
-        whole = learnable_batch(step, config.data.context).rows(first, first + share)
+        whole = learnable_batch(step, config.data.context, config.train.batch_size).rows(first, first + share)
         micro_batches = [whole.rows(start, start + micro) for start in range(0, share, micro)]
         results.append(trainable.train_step(micro_batches, config.train.learning_rate, step))
     return results
