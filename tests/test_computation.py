@@ -149,6 +149,7 @@ def test_torch_compiles_on_gpus_what_was_measured(fake_gpu: Any) -> None:
     for recomputes in (False, True):  # which ranks that share a model can't
         config.train.activation_checkpointing = recomputes
         assert made.resolve(config, configured_spec(config), LocalWorld()).compile is not recomputes
+    assert not resolve("torch", compile=None, activation_offload=True).compile  # which leaves layer by layer
 
 
 class Doubling:
