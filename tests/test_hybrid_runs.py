@@ -12,6 +12,8 @@ import pytest
 
 import hvdlm
 from builders import case
+from hvdlm.config import ParallelConfig
+from hvdlm_inference.trained_run import plan_trained
 from launching import ONE_LAYER, SMALL, launch, losses, run_python, with_step_hook
 
 # Two heads for two tensor ranks, two layers for two stages; evaluation has an uneven last batch.
@@ -120,6 +122,7 @@ def test_one_process_uses_a_run_of_several_ranks(tmp_path: Path, layout: list[st
     done = launch("threads", 2, ["-m", "hvdlm", *options])
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     expected = json.loads((run / "summary.json").read_text())["val_loss"]
+    assert plan_trained(str(run), None, [], whole=True).config.parallel == ParallelConfig(data=1)  # of lm-eval
     with hvdlm.load(run) as trained:
         assert trained.evaluate()["val_loss"] == pytest.approx(expected, abs=1e-6)
         assert len(trained.generate("The ", 5)) == 9
