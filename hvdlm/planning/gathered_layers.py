@@ -53,7 +53,10 @@ def held_at_peak(layout: FlatLayout, ranks: int, tied: bool, in_graph: bool = Fa
 
 def _moments(layout: FlatLayout, ranks: int, tied: bool) -> Iterator[tuple[int, int]]:
     """Yield the bytes of parameters and gradients at the moments of a micro-batch at which a graph holds most."""
-    embedding, *layers, head = (4 * unit.size for unit in units_of(layout))
+    units = units_of(layout)
+    embedding, *layers, head = (4 * unit.size for unit in units)
+    starts = [layout.bucket_range(unit.buckets[0]) for unit in units[1:-1]]
+    firsts = [4 * (stop - start) for start, stop in starts]  # the buckets of layers that are scattered first
     of_head = head + embedding * tied
     yield embedding + layers[0], 0
     for own, following in zip(layers, [*layers[1:], of_head], strict=True):
@@ -65,8 +68,8 @@ def _moments(layout: FlatLayout, ranks: int, tied: bool) -> Iterator[tuple[int, 
         received = own if number == len(layers) - 1 else 2 * own
         yield max(received, own + below), under_way
         yield own + below, own
-        under_way = own + own // ranks
-    yield 0, max(under_way, embedding + embedding // ranks)
+        under_way = own - firsts[number] + own // ranks  # the layer below waits for the first bucket
+    yield 0, max(layers[0] + layers[0] // ranks, embedding + embedding // ranks)
 
 
 class _MicroBatch:

@@ -21,6 +21,7 @@ from hvdlm.planning.gathered_layers import held_at_peak
 from hvdlm.protocols.group import Handle
 from hvdlm_tensorflow.collectives import GatheredMatrix
 from hvdlm_tensorflow.ordering import parameters_first
+from hvdlm_tensorflow.slices import with_elements
 
 Parameters = Mapping[str, Any]
 Layer = Callable[[tf.Tensor, Parameters], tf.Tensor]
@@ -59,9 +60,11 @@ class GatheredLayers(WholeLayers):
 
     Attributes:
         leaves: the name of what the gradients of all parameters are derived from.
+        sums: returns the vector to which a graph adds this rank's shards of gradients, ``[size / ranks]``.
     """
 
     leaves = ("",)
+    sums: Callable[[], tf.Tensor]
 
     def __init__(self, state: ShardedState, shard: tf.Variable, dtype: tf.DType) -> None:
         self._exchange: Any = state.exchange
@@ -79,14 +82,22 @@ class GatheredLayers(WholeLayers):
         self._values = self._shard.read_value()
         self._gathering: dict[str, list[Handle]] = {}  # gathers under way, by label
         self._scattering: list[_Scattering] = []  # of the layer before in the backward pass
-        self._scattered: dict[int, list[_Scattering]] = {}  # of all, by bucket
+        self._scattered: list[_Scattering] = []  # of all
         self._leaf = tf.zeros([])
         return {"": self._leaf, **{slot.name: None for slot in self._layout.slots}}
 
     def gradients(self, of_leaves: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-        """Return the shards of every bucket's gradient, which the backward pass has scattered."""
-        sums = [[one.wait() for one in self._scattered[index]] for index in range(len(self._layout.buckets))]
-        return [one[0] if len(one) == 1 else tf.add_n(one) for one in sums]
+        """Return what ``sums`` becomes by the gradients that the backward pass has scattered, ``[size / ranks]``.
+
+        Each shard is added where it belongs as soon as it is there, in memory that no other operation reads: kept until
+        the end of the backward pass, shards would take a rank's share of all gradients once more, and again while they
+        are concatenated.
+        """
+        total = self.sums()
+        for one in self._scattered:
+            start, stop = self._state.shard_ranges[one.index]
+            total = with_elements(total, start, total[start:stop] + one.wait())
+        return [total]
 
     def bytes(self) -> int:
         """Return the most bytes of gathered parameters at once, as the edges of a graph bound them."""
@@ -106,7 +117,7 @@ class GatheredLayers(WholeLayers):
         """
         unit = self._units[name]
         if name not in (EMBEDDING, HEAD):
-            layer = self._layer_parameters(unit, name, x)
+            layer = self._layer_parameters(unit, name, [x])
             self._start_following(name, layer.values())
             return layer
         gathered = self._differentiable(unit, name, x)
@@ -128,7 +139,9 @@ class GatheredLayers(WholeLayers):
         def gathered_again(of_y: tf.Tensor, p: Parameters) -> Parameters:
             """Return the parameters for the backward pass, and start to gather those of the layer below."""
             if not stays:
-                p = self._layer_parameters(unit, f"{name}.backward", of_y)
+                # What was received lies beside its copy by parameters: first, a matrix of the layer above makes room.
+                freed = [one.wait() for one in self._scattering[:1]]
+                p = self._layer_parameters(unit, f"{name}.backward", [of_y, *freed])
             if number > 1:
                 below = self._order[number - 1]
                 self._start(self._units[below], f"{below}.backward", [of_y, *p.values()])
@@ -136,7 +149,7 @@ class GatheredLayers(WholeLayers):
 
         @tf.custom_gradient
         def function(x: tf.Tensor) -> Any:
-            p = self._layer_parameters(unit, name, x)
+            p = self._layer_parameters(unit, name, [x])
             self._start_following(name, p.values())
             matrices = {n: GatheredMatrix(t) for n, t in p.items() if t.shape.rank > 1}
             others = {n: t for n, t in p.items() if n not in matrices}
@@ -175,7 +188,7 @@ class GatheredLayers(WholeLayers):
 
         @tf.custom_gradient
         def function(leaf: tf.Tensor) -> Any:
-            whole = self._whole(unit, label, x)
+            whole = self._whole(unit, label, [x])
 
             def gradient(*of_slots: Any) -> tf.Tensor:
                 with tf.control_dependencies(self._last_scattered() if label == EMBEDDING else []):
@@ -188,10 +201,10 @@ class GatheredLayers(WholeLayers):
 
         return {slot.name: tensor for slot, tensor in zip(slots, function(self._leaf), strict=True)}
 
-    def _layer_parameters(self, unit: Unit, label: str, x: tf.Tensor) -> dict[str, tf.Tensor]:
+    def _layer_parameters(self, unit: Unit, label: str, after: Sequence[Any]) -> dict[str, tf.Tensor]:
         """Return a layer's parameters by their names in the layer, in the precision in which it computes."""
         prefix = f"{unit.name}."
-        return {n.removeprefix(prefix): self._cast(n, t) for n, t in self._whole(unit, label, x).items()}
+        return {n.removeprefix(prefix): self._cast(n, t) for n, t in self._whole(unit, label, after).items()}
 
     def _cast(self, name: str, tensor: tf.Tensor) -> tf.Tensor:
         with tf.name_scope(SCOPE):
@@ -222,13 +235,13 @@ class GatheredLayers(WholeLayers):
             for number, shard in enumerate(shards)
         ]
 
-    def _whole(self, unit: Unit, label: str, x: Any) -> dict[str, tf.Tensor]:
-        """Return the parameters of a unit by name, when ``x`` is there."""
+    def _whole(self, unit: Unit, label: str, after: Sequence[Any]) -> dict[str, tf.Tensor]:
+        """Return the parameters of a unit by name, when the tensors ``after`` are there."""
         if label not in self._gathering:
-            self._start(unit, label, [x])
+            self._start(unit, label, after)
         buckets = [handle.wait() for handle in self._gathering.pop(label)]
         tensors: dict[str, tf.Tensor] = {}
-        with tf.name_scope(SCOPE), tf.control_dependencies([x]):
+        with tf.name_scope(SCOPE), tf.control_dependencies(list(after)):
             if len(buckets) == 1:
                 by_rank = tf.reshape(buckets[0], [self._ranks, -1])
                 lengths = [stop - start for start, stop in self._state.shard_ranges[slice(*unit.buckets)]]
@@ -251,9 +264,9 @@ class GatheredLayers(WholeLayers):
             padding = self._layout.bucket_range(index)[1] - slots[-1].stop
             flat += [tf.zeros(padding)] if padding else []
             bucket = flat[0] if len(flat) == 1 else tf.concat(flat, 0)
-            started = _Scattering(self._exchange.start(bucket, index))
+            started = _Scattering(self._exchange.start(bucket, index), index)
             self._scattering.append(started)
-            self._scattered.setdefault(index, []).append(started)
+            self._scattered.append(started)
 
     def _last_scattered(self) -> list[tf.Tensor]:
         """Return this rank's shards of the gradients that were scattered last."""
@@ -268,7 +281,8 @@ class GatheredLayers(WholeLayers):
 class _Scattering:
     """A bucket's gradients under way, whose shard several wait for."""
 
-    def __init__(self, handle: Handle) -> None:
+    def __init__(self, handle: Handle, index: int) -> None:
+        self.index = index
         self._handle = handle
         self._result: tf.Tensor | None = None
 

@@ -17,6 +17,7 @@ from hvdlm.planning.gathered_layers import held_at_peak
 from hvdlm.protocols.group import Done, Handle
 from hvdlm_language.axis_groups import Axes
 from hvdlm_language.leaf_tree import LeafTree
+from hvdlm_tensorflow.slices import take
 
 
 class Sums(NamedTuple):
@@ -290,18 +291,39 @@ class ScatteredGradients(Gradients):
 
 
 class LayerGradients(ScatteredGradients):
-    """This rank's shard of gradients that ``GatheredLayers`` scatters in the backward pass (ZeRO-3)."""
+    """This rank's shard of gradients that ``GatheredLayers`` scatters in the backward pass (ZeRO-3).
+
+    A graph takes the variable's memory, adds to it, and returns it. The last one of a step keeps it for the update, so
+    that between steps the variable is empty.
+    """
+
+    def __init__(self, state: ShardedState, axes: Axes) -> None:
+        Gradients.__init__(self, state, axes)
+        self._size = self._layout.size // self._exchange.traits.zero_size
+        self._shard = tf.Variable(tf.zeros([0]), trainable=False, shape=[None])
+
+    def begin(self) -> None:
+        """Let the variable hold zeros: micro-batches add to them."""
+        self._shard.assign(tf.zeros(self._size))
+
+    def take(self) -> tf.Tensor:
+        """Return the sum of earlier micro-batches ``[size / ranks]``, in a graph, which alone has its memory."""
+        return tf.ensure_shape(take(self._shard.handle), [self._size])
 
     def add(self, gradient: tf.Tensor) -> None:
-        """Add this rank's shard of a micro-batch's gradient, ``[size / ranks]``."""
-        self._shard.assign_add(gradient)
+        """Give back what ``take`` returned, with a micro-batch's gradients."""
+        self._shard.assign(gradient)
 
     def pack(self, gradients: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-        """Return the shards of buckets as they are."""
+        """Return the shard of all buckets as it is."""
         return list(gradients)
 
     def _start(self, buckets: list[tf.Tensor]) -> Sequence[Handle]:
         return [Done(bucket) for bucket in buckets]
+
+    def _shards(self, sums: list[tf.Tensor]) -> list[tf.Tensor]:
+        """Return ``sums``, which the gradients of earlier micro-batches are part of."""
+        return sums
 
     def bytes(self) -> int:
         """Return the bytes held for gradients, of those under way as the edges of the graph bound them."""

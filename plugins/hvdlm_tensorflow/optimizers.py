@@ -6,12 +6,19 @@ Adagrad (Duchi et al. 2011), by the equations in PyTorch's documentation; the to
 
 from __future__ import annotations
 
+from itertools import pairwise
+
+import numpy as np
 import tensorflow as tf
 
 from hvdlm.config import TrainConfig
 from hvdlm.parallel.parameter_groups import UpdateRates
 from hvdlm.protocols.optimizer import Optimizer
 from hvdlm.protocols.state_dict import optimizer_state
+from hvdlm_tensorflow.slices import Shrinking
+
+_MOST_RUNS = 256
+"""Ranges that are decayed one by one, without a vector of the weight decay. More of them take long to trace."""
 
 
 class FlatOptimizer:
@@ -25,10 +32,13 @@ class FlatOptimizer:
     ) -> None:
         self._config = config
         self._parameter = parameter
-        self._decays = tf.constant(rates.decays) if rates.decays.any() else None
+        self._decoupled = own.decoupled if own else config.optimizer == "adamw"
+        runs = _runs(rates.decays)
+        in_place = self._decoupled and len(runs) <= _MOST_RUNS
+        self._shrinking = Shrinking(parameter, runs) if runs and in_place else None
+        self._decays = tf.constant(rates.decays) if runs and not in_place else None  # of every element
         self._scales = None if rates.scales is None else tf.constant(rates.scales)
         self._own = own
-        self._decoupled = own.decoupled if own else config.optimizer == "adamw"
         self._state = {
             kind: tf.Variable(tf.zeros_like(parameter), trainable=False) for kind in optimizer_state(config, own)
         }
@@ -53,11 +63,13 @@ class FlatOptimizer:
             )
         elif self._decays is not None:  # L2 regularisation: part of the gradient
             gradient += self._decays * self._parameter
-        if self._own:
-            self._apply_own(self._own, gradient, learning_rate, tf.cast(step, tf.float32))
-            return
-        rules = {"adamw": self._adamw, "sgd": self._sgd, "adagrad": self._adagrad}
-        rules[self._config.optimizer](gradient, learning_rate, tf.cast(step + 1, tf.float64))
+        decayed = [self._shrinking.apply(learning_rate, gradient)] if self._shrinking else []
+        with tf.control_dependencies(decayed):
+            if self._own:
+                self._apply_own(self._own, gradient, learning_rate, tf.cast(step, tf.float32))
+                return
+            rules = {"adamw": self._adamw, "sgd": self._sgd, "adagrad": self._adagrad}
+            rules[self._config.optimizer](gradient, learning_rate, tf.cast(step + 1, tf.float64))
 
     def _apply_own(self, rule: Optimizer, gradient: tf.Tensor, learning_rate: tf.Tensor, step: tf.Tensor) -> None:
         """Apply a plugin's rule."""
@@ -112,3 +124,9 @@ def interpolated(start: tf.Tensor, stop: tf.Tensor, weights: tf.Tensor) -> tf.Te
     """Return the vector between ``start`` (where the weight is 0) and ``stop`` (1), as torch.lerp rounds it."""
     change = stop - start
     return tf.where(weights < 0.5, start + weights * change, stop - change * (1.0 - weights))
+
+
+def _runs(decays: np.ndarray) -> list[tuple[int, int, float]]:
+    """Return the maximal (start, stop, weight decay) of neighbours with the same weight decay, which is not 0."""
+    ends = [0, *(np.flatnonzero(np.diff(decays)) + 1).tolist(), len(decays)]
+    return [(start, stop, float(decays[start])) for start, stop in pairwise(ends) if stop > start and decays[start]]

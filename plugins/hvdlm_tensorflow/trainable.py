@@ -31,7 +31,7 @@ from hvdlm_tensorflow.adapters import Adapters
 from hvdlm_tensorflow.counted_graph import CountedGraph
 from hvdlm_tensorflow.forward import Forward
 from hvdlm_tensorflow.gathered_layers import GatheredLayers
-from hvdlm_tensorflow.gradients import make_gradients
+from hvdlm_tensorflow.gradients import LayerGradients, make_gradients
 from hvdlm_tensorflow.inference import Inference
 from hvdlm_tensorflow.memory import ActivationMemory
 from hvdlm_tensorflow.moving_average import MovingAverage
@@ -93,6 +93,9 @@ class Trainable(Inference):
         # What a checkpoint holds and a rank resumes from: this shard where ranks compute with rounded parameters.
         self._saved = self._updated if exchange.traits.rounds_parameters else self._flat
         self._gradients = make_gradients(state, axes)
+        if self._layers:
+            assert isinstance(self._gradients, LayerGradients)
+            self._layers.sums = self._gradients.take
         rates = state.update_rates()
         self._optimizer: FlatOptimizer | Muon = (
             Muon(config.train, self._updated, rates, state, axes.tensor)
@@ -300,15 +303,14 @@ class Trainable(Inference):
         clip = self._config.train.clip
         factor = scale * tf.minimum(tf.constant(1.0, tf.float64), clip / (norm + 1e-6)) if clip else scale
 
-        def scaled() -> tf.Tensor:
-            return gradient * tf.cast(factor, tf.float32)
-
+        # Outside of the branch, where it is done in the gradient's memory: a branch's inputs are kept for it.
+        scaled = gradient * tf.cast(factor, tf.float32)
         rate, optimizer = tf.cast(learning_rate, tf.float32), self._optimizer
         # A branch of a graph can't contain collectives.
-        prepared = (optimizer.prepare(scaled()),) if isinstance(optimizer, Muon) else ()
+        prepared = (optimizer.prepare(scaled),) if isinstance(optimizer, Muon) else ()
 
         def update() -> tf.Tensor:
-            optimizer.update(scaled(), rate, updates, *prepared)
+            optimizer.update(scaled, rate, updates, *prepared)
             if self._average:
                 self._average.update(step)
             return tf.constant(True)
