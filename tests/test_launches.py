@@ -14,29 +14,33 @@ from launching import launch, run_python
 FRAMEWORKS = ["torch", "tensorflow"]
 LAUNCHES = [("mpirun", 2), ("mpirun", 4), ("horovodrun", 2), ("horovodrun --gloo", 2)]
 COMPILED = "--ignore-glob=*/test_compilation.py"
+# The contracts of worlds and groups, which every launch runs. Threads of one process run all files of tests/parallel; a
+# launch of processes runs others only where they are named here, without the cases that tests/parallel/conftest.py
+# leaves to threads.
+CONTRACTS = ("collectives", "compilation", "half_precision", "host_tensors", "messages", "sums", "through_host_memory")
+CONTRACTS = " or ".join(f"test_{name}.py" for name in CONTRACTS)
 # Every layout is trained by threads of one process; every transport trains a layout with stages, one with tensor ranks,
-# and on four ranks one with both axes and ZeRO.
+# one with context ranks, and on four ranks one with two axes and ZeRO.
 SHARDED = "every_layout and (1x2x1 or 2x1x2-zero2) or one_step and (1x1x2 or 2x2x1-zero0) or evaluation_and_generation"
+SHARDED += " or test_context.py or test_virtual_stages.py or test_gathered_layers.py"
 # What an exchange computes from its collectives is the same on every transport: threads compare all of it with the
 # papers' equations. Every transport (not every launcher: horovodrun's is that of mpirun) trains with exchanges, adds by
 # Adasum, and has sums in flight over several steps, beside messages.
 EXCHANGES = "losses_of_every_exchange or adasum or in_flight and none or sum_travels"
-OTHERS = "not (test_layouts or test_update_equations or test_compression or test_zero_compression or test_streaming "
-OTHERS += "or test_automatic or test_two_level or test_muon or test_moving_average or test_document_masks)"
 LEVELS = "test_two_level and (int8 or bytes or curve)"
 LATER = "test_automatic or (test_muon or test_moving_average) and a_layout"
 LATER += " or test_document_masks and (1x2x1 or exact)"
 SELECTED = {
-    ("mpirun", 2): ["-k", f"{OTHERS} or {EXCHANGES} or {SHARDED} or {LATER}"],
-    ("mpirun", 4): ["-k", f"{OTHERS} or {SHARDED} or {LEVELS}"],
-    ("horovodrun", 2): ["-k", OTHERS, COMPILED],
-    ("horovodrun --gloo", 2): ["-k", f"{OTHERS} or {EXCHANGES} or {SHARDED}", COMPILED],
+    ("mpirun", 2): ["-k", f"{CONTRACTS} or {EXCHANGES} or {SHARDED} or {LATER}"],
+    ("mpirun", 4): ["-k", f"{CONTRACTS} or {SHARDED} or {LEVELS}"],
+    ("horovodrun", 2): ["-k", CONTRACTS, COMPILED],
+    ("horovodrun --gloo", 2): ["-k", f"{CONTRACTS} or {EXCHANGES} or {SHARDED}", COMPILED],
 }
 # TensorFlow traces every layout on every rank. Its operations of Horovod are the same over Gloo and MPI; PyTorch trains
 # the layouts over both. Four processes have groups of two along two axes.
 LESS_OF_TENSORFLOW = {
-    ("mpirun", 4): ["-k", f"{OTHERS} or every_layout and 2x1x2-zero2 or {LEVELS}"],
-    ("horovodrun --gloo", 2): ["-k", f"{OTHERS} or {EXCHANGES}", COMPILED],
+    ("mpirun", 4): ["-k", f"{CONTRACTS} or every_layout and 2x1x2-zero2 or test_context.py or {LEVELS}"],
+    ("horovodrun --gloo", 2): ["-k", f"{CONTRACTS} or {EXCHANGES}", COMPILED],
 }
 # What needs processes: PyTorch's compiler; the features of Horovod's and mpi4py's transports.
 ONLY_PROCESSES = [COMPILED, "--ignore-glob=*/test_through_host_memory.py", "--ignore-glob=*/test_host_tensors.py"]
@@ -105,7 +109,9 @@ def test_parallel_tests_pass_in_threads_of_one_process(ranks: int, framework: st
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_parallel_tests_pass_without_horovod(framework: str, output_folder: Path) -> None:
     """Backend mpi4py, with the features that it alone has (tests/parallel/test_host_tensors.py)."""
-    assert_tests_pass("mpirun", 2, framework, "mpi4py", ["-k", f"{OTHERS} or {EXCHANGES} or {SHARDED}"], output_folder)
+    assert_tests_pass(
+        "mpirun", 2, framework, "mpi4py", ["-k", f"{CONTRACTS} or {EXCHANGES} or {SHARDED}"], output_folder
+    )
 
 
 @pytest.mark.parametrize(

@@ -31,9 +31,65 @@ OF_TWO_RANKS = (
 )
 
 
-def covered_by(file: str, test: str) -> str:
-    """Return which tests of other launches run the same code as this one in this launch; "" if none do."""
+CURVE_OF_STAGES = "test_virtual_stages_follow_the_curve_of_one_rank"
+AVERAGES, MUON = "test_a_layout_averages_as_one_rank", "test_a_layout_follows_one_rank"
+# What processes run of files that threads run as a whole, by the beginnings of the tests' names: layouts whose
+# collectives are under way in an order of their own. TensorFlow's collectives are the same operations in all layouts.
+OF_PROCESSES: dict[str, tuple[str, ...]] = {
+    "test_context.py": ("test_context_ranks_follow", "test_attention_over_ranks"),
+    "test_virtual_stages.py": (f"{CURVE_OF_STAGES}[tied]", f"{CURVE_OF_STAGES}[data-zero1]"),
+    "test_gathered_layers.py": (
+        "test_losses_and_norms_follow_one_rank[gpt]",
+        "test_tensor_ranks_gather_their_shards_of_layers[sequence]",
+        "test_evaluation_and_generation",
+    ),
+    "test_document_masks.py": ("test_packed_documents_have_the_gradients_of_each_alone[1x2x1]",),
+    "test_moving_average.py": tuple(
+        f"{AVERAGES}[{case}" for case in ("2x1x1-zero2-zero_gather", "2x1x1-zero3", "1x2x1")
+    ),
+    "test_muon.py": tuple(f"{MUON}[{case}-" for case in ("shape1", "shape3", "shape6")),
+}
+IN_TENSORFLOW: dict[str, tuple[str, ...]] = {
+    "test_virtual_stages.py": (),
+    "test_gathered_layers.py": ("test_",),  # by no other launch
+    "test_document_masks.py": (),
+    "test_moving_average.py": (f"{AVERAGES}[2x1x1-zero1-zero_gatherbf16",),
+    "test_muon.py": (f"{MUON}[shape0-1",),
+}
+# What threads leave to the same framework's threads on another number of ranks, or to its processes, by parts of names:
+# what a test computes with two ranks of an axis is traced alike with four.
+ELSEWHERE: dict[tuple[str, int], dict[str, tuple[str, ...]]] = {
+    ("tensorflow", 2): {
+        "test_compression.py": ("continues_it[zero_one_adam]",),  # a run does (tests/test_train.py)
+        "test_context.py": ("test_activations_shrink",),
+        "test_document_masks.py": ("[sequence-recomputed]",),
+        "test_moving_average.py": IN_TENSORFLOW["test_moving_average.py"],
+        "test_muon.py": IN_TENSORFLOW["test_muon.py"],
+    },
+    ("tensorflow", 4): {
+        "test_context.py": ("test_checkpoints", "test_evaluation", "test_bf16"),
+        "test_document_masks.py": ("[exact]", "[sequence]"),
+        "test_layouts.py": ("test_a_batch_of_texts_equals_one_rank",),
+        "test_virtual_stages.py": ("test_evaluation_and_texts_equal_one_rank",),
+    },
+    ("torch", 2): {
+        "test_context.py": ("[llama-zero2]", "[qwen3-recomputed]", "[neox-zero1]", "[muon-zero1]", "compressed_sums"),
+    },
+}
+
+
+def covered_by(file: str, test: str, name: str) -> str:
+    """Return which tests of other launches run the same code as this one in this launch; "" if none do.
+
+    ``test``: the function's name; ``name``: with the case in brackets.
+    """
     launch = (FRAMEWORK, RANKS, BACKEND)
+    cases = (OF_PROCESSES | (IN_TENSORFLOW if FRAMEWORK == "tensorflow" else {})).get(file)
+    if BACKEND != "threads" and cases is not None and not name.startswith(cases):
+        return "ranks in threads, and the layouts that processes train over every transport"
+    elsewhere = ELSEWHERE.get((FRAMEWORK, RANKS), {}).get(file, ())
+    if BACKEND == "threads" and any(text in name for text in elsewhere):
+        return "this framework's threads on another number of ranks, its processes, or its runs"
     if launch == ("torch", 2, "threads") and test not in OF_TWO_RANKS:
         if file in EQUATIONS:
             return "four ranks in threads, and two of TensorFlow"
@@ -57,9 +113,6 @@ def covered_by(file: str, test: str) -> str:
     wire = test == "test_the_wire_is_measured_alike_on_all_ranks" and BACKEND != "threads"
     if file == "test_automatic.py" and not computes and not wire:
         return "four ranks of PyTorch in threads, and two processes of TensorFlow"
-    if file == "test_context.py" and BACKEND != "threads":
-        curves = "test_context_ranks_follow_the_curve_of_one_rank", "test_attention_over_ranks_equals_the_plain_formula"
-        return "" if test in curves else "ranks in threads, and the curves of every transport"
     if test == "test_evaluation_and_generation_equal_one_rank" and FRAMEWORK == "tensorflow" and BACKEND != "threads":
         return "four ranks of TensorFlow in threads, and four processes of PyTorch"
     return ""
@@ -69,7 +122,7 @@ def covered_by(file: str, test: str) -> str:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what ``make test`` leaves to other launches (``full`` in tests/conftest.py)."""
     for item in items:
-        if isinstance(item, pytest.Function) and (others := covered_by(item.path.name, item.originalname)):
+        if isinstance(item, pytest.Function) and (others := covered_by(item.path.name, item.originalname, item.name)):
             item.add_marker(pytest.mark.full(covered_by=others))
 
 

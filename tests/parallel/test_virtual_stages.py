@@ -11,6 +11,7 @@ import pytest
 from test_layouts import (
     GPT,
     HALF,
+    PROMISED,
     STEPS,
     TOLERANCE,
     VOCAB,
@@ -37,20 +38,19 @@ from launching import FRAMEWORK, RANKS
 
 pytestmark = pytest.mark.skipif(FRAMEWORK not in ("torch", "tensorflow"), reason="frameworks with pipeline stages")
 
-LONG = 50  # steps of the curves that docs/parallelism.md promises
 DEEP = {**GPT, "layers": 8}
 VIRTUAL = {"parallel": {"virtual_stages": 2}}
 MODELS = {"tied": {**GPT, "layers": 4}, "untied": {**GPT, "layers": 4, "tie_embeddings": False}}
 if RANKS == 4:
     CASES: list[tuple[str, tuple[int, int, int], dict[str, Any], dict[str, Any]]] = [
-        ("four-stages", (1, 4, 1), DEEP, {**VIRTUAL, "train": {"steps": LONG}}),
+        ("four-stages", (1, 4, 1), DEEP, {**VIRTUAL, "train": {"steps": PROMISED}}),
         ("data-zero1", (2, 2, 1), MODELS["tied"], {"parallel": {"virtual_stages": 2, "zero": 1}}),
         ("data", (2, 2, 1), MODELS["untied"], VIRTUAL),
         ("tensor-sequence", (1, 2, 2), MODELS["tied"], {"parallel": {"virtual_stages": 2, "sequence": True}}),
     ]
 else:
     CASES = [
-        ("tied", (1, 2, 1), MODELS["tied"], {**VIRTUAL, "train": {"steps": LONG}}),
+        ("tied", (1, 2, 1), MODELS["tied"], {**VIRTUAL, "train": {"steps": PROMISED}}),
         ("untied", (1, 2, 1), MODELS["untied"], {**VIRTUAL, "train": {"activation_checkpointing": True}}),
         ("four-chunks", (1, 2, 1), DEEP, {"parallel": {"virtual_stages": 4}}),
     ]
