@@ -234,7 +234,7 @@ assert len(text) == 24, text
     assert done.returncode == 0, done.stderr[-3000:]
     assert losses(tmp_path / "own_sgd") == pytest.approx(losses(tmp_path / "sgd"), abs=2e-6)
     rates = [line["learning_rate"] for line in metrics(tmp_path / "own_sgd") if "loss" in line]
-    assert rates[2:] == pytest.approx([0.05] * 7 + [0.05 - (0.05 - 1e-4) / 2]) and rates[0] < rates[1] < 0.05
+    assert rates[2:] == pytest.approx([0.05] * 7 + [0.05 - (0.05 - 0.005) / 2]) and rates[0] < rates[1] < 0.05
     assert read_json(tmp_path / "own_sgd" / "tokenizer.json")["kind"] == "pairs"
 
 
