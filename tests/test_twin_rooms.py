@@ -36,6 +36,8 @@ DIFFERENT = {
     "gradients.py:WholeGradients.buckets": "as above",
     "gradients.py:ScatteredGradients.buckets": "as above",
     "gradients.py:TreeGradients.buckets": "as above",
+    "gradients.py:LayerGradients.begin": "the graph of the step before has kept the vector's memory",
+    "gradients.py:LayerGradients.take": "a graph adds to a variable's memory when it alone has it",
     "gradients.py:LayerGradients.add": "as above",
     "gradients.py:LayerGradients.pack": "a graph's custom gradients have scattered them",
     "gathered_layers.py:WholeLayers.enter": "PyTorch's layers begin and end by functions of autograd",
