@@ -40,6 +40,8 @@ DIFFERENT = {
     "gradients.py:TreeGradients.buckets": "as above",
     "gradients.py:LayerGradients.add": "as above",
     "gradients.py:LayerGradients.pack": "a graph's custom gradients have scattered them",
+    "gradients.py:LayerGradients.begin": "the graph of the step before has kept the vector's memory",
+    "gradients.py:LayerGradients.take": "a graph adds to a variable's memory when it alone has it",
     "gathered_layers.py:WholeLayers.enter": "PyTorch's layers begin and end by functions of autograd",
     "gathered_layers.py:WholeLayers.leave": "as above",
     "gathered_layers.py:GatheredLayers.enter": "as above",
