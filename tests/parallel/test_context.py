@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_layouts import PROMISED
 
 from builders import case, configured_spec, context_meshes, next_token_batch, save_checkpoint, single_rank_trainable
 from hvdlm import plugins
@@ -24,7 +23,7 @@ from hvdlm_inference.decoding import Text, decode
 from hvdlm_language.context_ranks import make_context_ranks
 from launching import BACKEND, FRAMEWORK, RANKS
 
-VOCAB, CONTEXT, ROWS, STEPS, HALF = 51, 24, 4, 8, 4
+VOCAB, CONTEXT, ROWS, STEPS, LONG, HALF = 51, 24, 4, 8, 50, 4
 TOLERANCE = 2e-4 if FRAMEWORK == "tensorflow" else 1e-4
 SMALL = {"layers": 2 if FRAMEWORK == "torch" else 1, "width": 32, "heads": 4}  # TensorFlow traces every layer
 GPT = {"name": "gpt", **SMALL, "kv_heads": 2, "bias": True}
@@ -103,7 +102,9 @@ def of_one_rank(world: World, config: Config) -> tuple[list[list[float]], dict[s
 
 
 RECOMPUTED = {"activation_checkpointing": True}
-CURVES: list[tuple[str, Mesh, dict[str, Any], dict[str, Any]]] = [("gpt", ALONE, GPT, {"train": {"steps": PROMISED}})]
+# The curve that docs/parallelism.md promises, which two ranks follow to its end.
+LONGEST = {"train": {"steps": LONG if (RANKS, BACKEND) == (2, "threads") else 3 * STEPS}}
+CURVES: list[tuple[str, Mesh, dict[str, Any], dict[str, Any]]] = [("gpt", ALONE, GPT, LONGEST)]
 if FRAMEWORK == "torch":
     CURVES += [
         ("llama-zero2", ALONE, LLAMA, {"parallel": {"zero": 2}, "train": TERMS}),

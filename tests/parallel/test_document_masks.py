@@ -62,13 +62,6 @@ def alone(packed: Batch) -> Batch:
     return Batch(inputs, targets, weights, True)
 
 
-def trained(trainable: Any, micro_batches: list[Batch]) -> tuple[float, dict[str, np.ndarray]]:
-    """Return the loss of a step, and the gradients by parameters' names."""
-    before = {name: array.copy() for name, array in trainable.state().items() if name.startswith("parameters/")}
-    result = trainable.train_step(micro_batches, 1.0, 0)
-    return result.loss, {name: before[name] - array for name, array in trainable.state().items() if name in before}
-
-
 _REFERENCES: dict[str, list[Any]] = {}  # by model
 
 
@@ -85,6 +78,13 @@ def reference(world: World, model: dict[str, Any]) -> tuple[float, dict[str, np.
         _REFERENCES[key] = [loss, {name: array.tolist() for name, array in gradients.items()}, without_masks]
     loss, gradients, without_masks = world.broadcast_object(_REFERENCES.get(key))
     return loss, {name: np.array(values, np.float32) for name, values in gradients.items()}, without_masks
+
+
+def trained(trainable: Any, micro_batches: list[Batch]) -> tuple[float, dict[str, np.ndarray]]:
+    """Return the loss of a step, and the gradients by parameters' names."""
+    before = {name: array.copy() for name, array in trainable.state().items() if name.startswith("parameters/")}
+    result = trainable.train_step(micro_batches, 1.0, 0)
+    return result.loss, {name: before[name] - array for name, array in trainable.state().items() if name in before}
 
 
 def build(world: World, mesh: Mesh, config: Config) -> Any:
