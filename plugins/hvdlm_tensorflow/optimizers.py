@@ -24,17 +24,23 @@ _MOST_RUNS = 256
 class FlatOptimizer:
     """One update rule over a flat float32 parameter vector ``[size]``.
 
-    ``rates``: weight decay and factor of the learning rate, of every element. ``own``: a plugin's rule.
+    ``rates``: weight decay and factor of the learning rate, of every element. ``own``: a plugin's rule. ``in_place``:
+    weights are decayed range by range, without a vector of the weight decay, which takes longer.
     """
 
     def __init__(
-        self, config: TrainConfig, parameter: tf.Variable, rates: UpdateRates, own: Optimizer | None = None
+        self,
+        config: TrainConfig,
+        parameter: tf.Variable,
+        rates: UpdateRates,
+        own: Optimizer | None = None,
+        in_place: bool = False,
     ) -> None:
         self._config = config
         self._parameter = parameter
         self._decoupled = own.decoupled if own else config.optimizer == "adamw"
         runs = _runs(rates.decays)
-        in_place = self._decoupled and len(runs) <= _MOST_RUNS
+        in_place = in_place and self._decoupled and len(runs) <= _MOST_RUNS
         self._shrinking = Shrinking(parameter, runs) if runs and in_place else None
         self._decays = tf.constant(rates.decays) if runs and not in_place else None  # of every element
         self._scales = None if rates.scales is None else tf.constant(rates.scales)

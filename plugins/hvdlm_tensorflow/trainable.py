@@ -100,7 +100,7 @@ class Trainable(Inference):
         self._optimizer: FlatOptimizer | Muon = (
             Muon(config.train, self._updated, rates, state, axes.tensor)
             if state.muon
-            else FlatOptimizer(config.train, self._updated, rates, optimizer)
+            else FlatOptimizer(config.train, self._updated, rates, optimizer, in_place=self._layers is not None)
         )
         self._average = MovingAverage(config.train.ema, self._updated) if config.train.ema is not None else None
         # What is saved of every element that this rank updates, by kind.
