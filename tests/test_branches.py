@@ -501,6 +501,8 @@ def test_a_changed_schedule_is_named_at_resumption() -> None:
     )
     doubled = TrainConfig(steps=40, learning_rate=4e-3, warmup=5)  # its minimum: a tenth
     assert "train.min_learning_rate was 0.0005, is 0.0004)" in str(changed_rate(before, doubled, 20))
+    higher = TrainConfig(steps=40, learning_rate=5e-3, warmup=5)  # a tenth of it is the minimum as it was
+    assert "(train.learning_rate was 0.002, is 0.005): " in str(changed_rate(before, higher, 20))
     for damaged in ({}, {"steps": "x"}, {"steps": None}, {"warmup": float("nan")}, {"learning_rate": float("nan")}, 3):
         result = changed_rate(damaged, TrainConfig(), 500)  # type: ignore[arg-type]
         assert result is None or "\n" not in result

@@ -26,7 +26,7 @@ KNOWN_EXCHANGES = ("all_reduce", *LOCAL_EXCHANGES)
 """Exchanges whose collectives are known."""
 
 # The momentum, and what else they keep; see their modules.
-_UPDATE_EXCHANGES = {"one_bit_adam": 3, "zero_one_adam": 5, "demo": 1}
+_UPDATE_EXCHANGES = {"one_bit_adam": 6, "zero_one_adam": 9, "demo": 2}  # with copies, but of 0/1 Adam's anchor
 _FEEDING_BACK = {"none": 0, "dgc": 2, "chunked_top_k": 1}  # vectors of compressors with a feedback of their own
 
 # Of Muon, per element: gradient, momentum and parameter read and written, and a copy of the momentum in each of 5
@@ -44,7 +44,7 @@ def kept_vectors(options: CommunicationConfig) -> int:
     has_feedback = algorithm not in UNBIASED if feedback is None else feedback
     compressor = _FEEDING_BACK.get(algorithm, int(has_feedback))
     if options.exchange not in LOCAL_EXCHANGES:
-        return 2 * _UPDATE_EXCHANGES.get(options.exchange, compressor)
+        return _UPDATE_EXCHANGES.get(options.exchange, 2 * compressor)
     momentum = options.local.outer_momentum
     has_momentum = options.exchange != "local_sgd" if momentum is None else momentum > 0
     return 1 + has_momentum + compressor

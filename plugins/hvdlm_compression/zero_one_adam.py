@@ -195,6 +195,15 @@ class ZeroOneAdam(UpdateExchange):
         self._anchor.assign(agreed)
         return agreed
 
+    def settle(self, applied: Tensor) -> None:
+        """Restore moments and errors unless the step is ``applied``, but not where ranks agree again.
+
+        There, ``finish`` replaces the parameters also in a step that is skipped: what ranks have summed since they
+        agreed last is part of them, and the momentum is that of all.
+        """
+        if self._momentum.phase != "sync":
+            super().settle(applied)
+
     def state(self) -> dict[str, np.ndarray]:
         """Return moments, errors and counts; between two agreements, what a rank has of its own, too."""
         state = super().state()

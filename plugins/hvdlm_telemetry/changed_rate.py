@@ -54,8 +54,9 @@ def changed_rate(
         old, new = (make_schedule(c, find_own(c))(step) for c in (earlier, config))
         if not abs(new - old) > _TOLERANCE * abs(old):
             return None
-        differing = [name for name in _SETTINGS if name in known and known[name] != getattr(config, name)]
-        changes = [f"train.{n} was {shown(_value(earlier, n), 20)}, is {_value(config, n)}" for n in differing]
+        asked = [name for name in _SETTINGS if name in known and known[name] != getattr(config, name)]
+        values = {name: (_value(earlier, name), _value(config, name)) for name in asked}
+        changes = [f"train.{name} was {shown(was, 20)}, is {now}" for name, (was, now) in values.items() if was != now]
         return (
             f"hvdlm: the learning rate of step {step + 1} is {new:.2g}, not {old:.2g} as with the settings of the "
             f"checkpoint ({'; '.join(changes)}): --train.learning_rate and --train.schedule set another one"

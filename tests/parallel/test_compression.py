@@ -662,5 +662,24 @@ def test_a_skipped_step_leaves_no_trace(manager: Any, world: World, name: str) -
         np.testing.assert_array_equal(state(trainable)[name], array, err_msg=name)
 
 
+@pytest.mark.skipif(FRAMEWORK != "torch", reason="decided in Python alone; TensorFlow traces every phase twice")
+def test_ranks_that_agree_again_do_so_in_a_skipped_step(manager: Any, world: World) -> None:
+    """With 0/1 Adam, every rank continues from the parameters and the momentum of all."""
+    built = [build(manager, world, VARIANTS["zero_one_adam"]) for _ in range(2)]
+    rows = token_batch(3, shape=(8, TIME)).rows(world.rank * (8 // world.size), (world.rank + 1) * (8 // world.size))
+    for (config, trainable), limit in zip(built, (math.inf, 1e-9), strict=True):
+        steps(config, trainable, world, range(21))
+        assert any(name.startswith("exchange/since_sync/") for name in trainable.state())  # step 21 ends the interval
+        result = trainable.train_step([replace(rows, reset=True)], 0.005, 21, limit)
+        assert result.skipped == (limit < 1.0)
+    applied, skipped = (trainable.state() for _, trainable in built)
+    assert applied.keys() == skipped.keys() and not any("since_sync" in name for name in skipped)
+    for name, array in applied.items():
+        np.testing.assert_array_equal(skipped[name], array, err_msg=name)
+    moments = [array for name, array in skipped.items() if name.startswith("exchange/first_moment/")]
+    own = world.gather_objects(hashlib.sha256(np.concatenate(moments, axis=None).tobytes()).hexdigest())
+    assert len(set(own)) == 1
+
+
 def _options(options: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in options.items() if key != "exchange"}
