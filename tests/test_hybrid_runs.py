@@ -115,7 +115,7 @@ STAGES += ["--train.micro_batch_size", "4"]
 
 
 @pytest.mark.parametrize("layout", [["--parallel.context", "2"], STAGES], ids=["context", "virtual stages"])
-def test_one_process_uses_a_run_of_several_ranks(tmp_path: Path, layout: list[str]) -> None:
+def test_other_numbers_of_ranks_use_a_run(tmp_path: Path, layout: list[str]) -> None:
     """Without options of the layout."""
     run = tmp_path / "run"
     options = [*SMALL, *ONE_LAYER, "--train.steps", "2", "--train.warmup", "0", "--log.run", str(run), *layout]
@@ -126,6 +126,9 @@ def test_one_process_uses_a_run_of_several_ranks(tmp_path: Path, layout: list[st
     with hvdlm.load(run) as trained:
         assert trained.evaluate()["val_loss"] == pytest.approx(expected, abs=1e-6)
         assert len(trained.generate("The ", 5)) == 9
+    done = launch("threads", 3, ["-m", "hvdlm", "evaluate", "--run", str(run)])  # which can't share the training batch
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert json.loads(done.stdout.splitlines()[-1])["val_loss"] == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("framework", ["torch", "tensorflow"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -187,7 +188,7 @@ def plan(config: Config, *, writes: bool = True, resume: str | None = None, fits
     backend = plugins.make(manager, "backend", backend_name)
     rank, size, _, _ = backend.launch_shape()
     if fits:
-        config = replace(config, parallel=fitted(config.parallel, size))
+        config = _fitted(config, size)
     if config.backend == "auto" and backend_name == "mpi4py" and rank == 0:
         missing = without_horovod(config.framework)
         print(f"hvdlm: backend mpi4py carries this run, since {missing}", flush=True)
@@ -214,6 +215,19 @@ def plan(config: Config, *, writes: bool = True, resume: str | None = None, fits
     if resume is None:
         resume = config.checkpoint.resume if writes else "none"
     return Plan(replace(config, data=data), replace(requested, data=data), manager, backend, mesh, resume, writes)
+
+
+def _fitted(config: Config, size: int) -> Config:
+    """Return ``config`` in a layout of ``size`` ranks that train nothing.
+
+    Data ranks that can't share the training batch have one of its size each, which all micro-batches divide.
+    """
+    parallel, train = fitted(config.parallel, size), config.train
+    data = size // (parallel.pipeline * parallel.context * parallel.tensor)
+    rows = math.lcm(train.micro_batch_size or 1, config.communication.exact_rows or 1)
+    if train.batch_size % (data * rows * (parallel.pipeline if parallel.virtual_stages > 1 else 1)):
+        train = replace(train, batch_size=train.batch_size * data)
+    return replace(config, parallel=parallel, train=train)
 
 
 def _check_folder(config: Config, size: int) -> Checkpoint | None:
