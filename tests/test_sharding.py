@@ -19,7 +19,8 @@ from hvdlm.parallel.mesh import Mesh, make_mesh
 from hvdlm.parallel.pipeline_schedules import make_pipeline_schedule
 from hvdlm.parallel.pipeline_stages import cut_into_stages, layer_flops
 from hvdlm.parallel.sharding_rules import bounds, make_model_shard
-from hvdlm.planning.closed_forms import closed_form, idle_share, kept_micro_batches
+from hvdlm.planning.activations import kept_micro_batches
+from hvdlm.planning.closed_forms import closed_form, idle_share
 from hvdlm_language.presets import PRESETS
 from launching import ROOT, run_python
 

@@ -20,7 +20,7 @@ from hvdlm.parallel.moving_average import GATHERED, KIND
 from hvdlm.parallel.pipeline_schedules import Action
 from hvdlm.parallel.sharded_state import ShardedState, recurrent_entries, recurrent_state
 from hvdlm.parallel.sharding_rules import ModelShard
-from hvdlm.planning.closed_forms import most_kept
+from hvdlm.planning.activations import most_kept
 from hvdlm.protocols.exchange import Exchange, RestoresState, ShardedExchange
 from hvdlm.protocols.optimizer import Optimizer
 from hvdlm.protocols.types import Batch, StepResult, Traffic
