@@ -158,14 +158,14 @@ def test_what_has_no_documents_refuses_masks(
 
 
 def test_frameworks_without_masks_refuse_them(tmp_path: Path) -> None:
-    from hvdlm.training.run import _check_abilities
+    from hvdlm.training.abilities import check_abilities
 
     framework: Any = type("Other", (), {"name": "other", "abilities": ()})()
     config = Config()
-    _check_abilities(framework, config)
+    check_abilities(framework, config)
     config.data.document_masks = True
     with pytest.raises(HvdlmError, match=r"data.document_masks: framework other doesn't have them: leave it false"):
-        _check_abilities(framework, config)
+        check_abilities(framework, config)
 
 
 @both_frameworks

@@ -15,7 +15,7 @@ from hvdlm.parallel.flat_layout import FlatLayout, LocalParam, whole
 from hvdlm.parallel.held_bytes import HeldBytes
 from hvdlm.parallel.layer_units import make_unit_layout, units_of
 from hvdlm.planning.gathered_layers import gathers_of, held_at_peak, scattered_buckets
-from hvdlm.training.run import _check_abilities
+from hvdlm.training.abilities import check_abilities
 from hvdlm_language.gpt import PRESETS
 
 
@@ -84,7 +84,7 @@ def test_held_bytes_are_those_of_the_moment_with_most() -> None:
 def test_a_framework_that_has_no_zero_3_is_refused() -> None:
     framework: Any = SimpleNamespace(name="jax", abilities=("groups",))
     config = Config()
-    _check_abilities(framework, config)
+    check_abilities(framework, config)
     config.parallel.zero = 3
     with pytest.raises(HvdlmError, match="framework jax can't gather parameters layer by layer"):
-        _check_abilities(framework, config)
+        check_abilities(framework, config)

@@ -33,16 +33,15 @@ from hvdlm.models.lora import adapt
 from hvdlm.models.spec import ModelSpec
 from hvdlm.parallel.mesh import Mesh, fitted, make_mesh
 from hvdlm.parallel.moving_average import KIND as AVERAGE
-from hvdlm.parallel.moving_average import not_averaged
 from hvdlm.protocols.backend import Backend
 from hvdlm.protocols.exchange import Exchange
-from hvdlm.protocols.framework import Framework, HasAbilities, Resolved, ResolvesOptions
-from hvdlm.protocols.optimizer import Optimizer
+from hvdlm.protocols.framework import Framework, Resolved, ResolvesOptions
 from hvdlm.protocols.state_dict import FIRST_STEP
 from hvdlm.protocols.task import Task
 from hvdlm.protocols.trainable import Trainable
 from hvdlm.protocols.world import World
 from hvdlm.training import preflight, run_folder, run_lock
+from hvdlm.training.abilities import check_abilities, check_average
 from hvdlm.training.data_cursor import DataCursor
 from hvdlm.training.run_length import with_steps
 from hvdlm.training.step_guard import StepGuard
@@ -223,7 +222,7 @@ def _fitted(config: Config, size: int) -> Config:
     Data ranks that can't share the training batch have one of its size each, which all micro-batches divide.
     """
     parallel, train = fitted(config.parallel, size), config.train
-    data = size // (parallel.pipeline * parallel.context * parallel.tensor)
+    data = make_mesh(size, parallel).data
     rows = math.lcm(train.micro_batch_size or 1, config.communication.exact_rows or 1)
     if train.batch_size % (data * rows * (parallel.pipeline if parallel.virtual_stages > 1 else 1)):
         train = replace(train, batch_size=train.batch_size * data)
@@ -378,8 +377,8 @@ def build(connected: Connected) -> Run:
     if own and "optimizer" not in signature(framework.build).parameters:
         rule = config.train.optimizer
         raise HvdlmError(f"train.optimizer {rule}: {framework.name} takes none of plugins: choose adamw.")
-    _check_abilities(framework, config)
-    _check_average(config, exchange, optimizer)
+    check_abilities(framework, config)
+    check_average(config, exchange, optimizer)
     trainable = framework.build(spec, mesh, world, exchange, config, **own)
     if checkpoint:
         load_state(checkpoint, trainable, world, mesh)
@@ -401,50 +400,6 @@ def build(connected: Connected) -> Run:
         resolved=resolved,
         base=base,
     )
-
-
-def _check_abilities(framework: Framework, config: Config) -> None:
-    """Refuse what the options ask for and the framework's plugin doesn't have."""
-    has, (data, train, parallel) = framework.name, (config.data, config.train, config.parallel)
-    asked = {
-        "groups": (train.groups, f"train.groups: framework {has} has one learning rate for all: leave it out."),
-        "muon": (train.optimizer == "muon", f"train.optimizer muon: framework {has} doesn't have it: choose adamw."),
-        "ema": (train.ema, f"train.ema: framework {has} keeps no average of its weights: leave it out."),
-        "zero3": (
-            parallel.zero == 3,
-            f"parallel.zero 3: framework {has} can't gather parameters layer by layer: --parallel.zero 2.",
-        ),
-        "context_ranks": (
-            parallel.context > 1,
-            f"parallel.context {parallel.context}: framework {has} has no context ranks: leave it out.",
-        ),
-        "document_masks": (
-            data.document_masks,
-            f"data.document_masks: framework {has} doesn't have them: leave it false.",
-        ),
-        "activation_offload": (
-            train.activation_offload,
-            f"train.activation_offload: framework {has} can't keep activations on the host: "
-            "--train.activation_checkpointing true saves more memory.",
-        ),
-    }
-    abilities = framework.abilities if isinstance(framework, HasAbilities) else ()
-    for ability, (wanted, sentence) in asked.items():
-        if wanted and ability not in abilities:
-            raise HvdlmError(sentence)
-
-
-def _check_average(config: Config, exchange: Exchange, optimizer: Optimizer | None) -> None:
-    """Refuse the moving average of parameters that ranks don't agree on, and one whose name is taken."""
-    if config.train.ema is None:
-        return
-    if exchange.traits.replicas_diverge:
-        raise not_averaged(config.communication.exchange)
-    if optimizer and AVERAGE in optimizer.state:
-        raise HvdlmError(
-            f"train.ema is saved as {AVERAGE}, a name that the state of train.optimizer {config.train.optimizer} has: "
-            "leave it out, or choose another optimizer."
-        )
 
 
 def keep_recorder(plan: Plan, world: World) -> None:

@@ -263,7 +263,11 @@ class ScatteredGradients(Gradients):
 
     def __init__(self, state: ShardedState, axes: Axes) -> None:
         super().__init__(state, axes)
-        self._shard = tf.Variable(tf.zeros(self._layout.size // self._exchange.traits.zero_size), trainable=False)
+        self._size = self._layout.size // self._exchange.traits.zero_size
+        self._shard = self._make_shard()
+
+    def _make_shard(self) -> tf.Variable:
+        return tf.Variable(tf.zeros(self._size), trainable=False)
 
     def begin(self) -> None:
         """Set the shard to zero: micro-batches add to it."""
@@ -287,7 +291,7 @@ class ScatteredGradients(Gradients):
         """Return the bytes held for gradients: of buckets under way, the most that two neighbours have."""
         following = zip(self._ranges, [*self._ranges[1:], self._ranges[-1]], strict=True)
         most_in_flight = max(stop - start for (start, _), (_, stop) in following)
-        return 4 * (most_in_flight + self._layout.size // self._exchange.traits.zero_size)
+        return 4 * (most_in_flight + self._size)
 
 
 class LayerGradients(ScatteredGradients):
@@ -297,10 +301,8 @@ class LayerGradients(ScatteredGradients):
     that between steps the variable is empty.
     """
 
-    def __init__(self, state: ShardedState, axes: Axes) -> None:
-        Gradients.__init__(self, state, axes)
-        self._size = self._layout.size // self._exchange.traits.zero_size
-        self._shard = tf.Variable(tf.zeros([0]), trainable=False, shape=[None])
+    def _make_shard(self) -> tf.Variable:
+        return tf.Variable(tf.zeros([0]), trainable=False, shape=[None])
 
     def begin(self) -> None:
         """Let the variable hold zeros: micro-batches add to them."""
@@ -329,7 +331,7 @@ class LayerGradients(ScatteredGradients):
         """Return the bytes held for gradients, of those under way as the edges of the graph bound them."""
         state, ranks = self._state, self._exchange.traits.zero_size
         held = held_at_peak(self._layout, ranks, state.spec.settings.tie_embeddings, in_graph=True)
-        return 4 * (self._layout.size // ranks) + held["gradients"]
+        return 4 * self._size + held["gradients"]
 
 
 def make_gradients(state: ShardedState, axes: Axes) -> Gradients:
